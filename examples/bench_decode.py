@@ -1,0 +1,150 @@
+"""Decode attention against the streaming limit and FlashInfer's backends, on the same pages in the same run.
+
+    python examples/bench_decode.py                       # the default grid: 46 uniform cells and 20 ragged ones
+    python examples/bench_decode.py --cells groups --json groups.json
+    python examples/bench_decode.py --cells short --backends balanced,workqueue,tensor_core --pool-gib 4
+
+Every result is checked before it is timed. Kernel time is per call inside a CUDA graph whose calls read
+distinct pages, over four times the L2, before any page comes back; --layers asks for more copies.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+OURS = ("balanced", "workqueue", "split")
+FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default="default", choices=("default", "uniform", "ragged", "short", "groups", "all"))
+    parser.add_argument("--backends", default=",".join(("balanced", *FLASHINFER)),
+                        help=f"comma-separated, of {', '.join(OURS + FLASHINFER)}")
+    parser.add_argument("--pool-gib", type=float, default=40.0, help="K and V pages together")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=2, help="at least this many disjoint copies of every step's KV")
+    parser.add_argument("--seeds", type=int, default=1, help="page layouts per cell; the median is reported")
+    parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
+    parser.add_argument("--wall-repeats", type=int, default=10, help="0 skips wall time")
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
+    args = parser.parse_args()
+    unknown = set(args.backends.split(",")) - set(OURS + FLASHINFER)
+    if unknown:
+        parser.error(f"--backends: expected of {', '.join(OURS + FLASHINFER)}, got {', '.join(sorted(unknown))}")
+    return args
+
+
+def missing() -> str | None:
+    """What this machine lacks, in a sentence, or None."""
+    for module, extra in (("torch", "gpu"), ("cupy", "gpu")):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed: pip install '.[{extra}]'"
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device answers"
+
+
+def environment() -> dict[str, str]:
+    import cupy
+    import torch
+
+    from gpu import flashinfer as fi
+    from gpu import kernels
+
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": str(torch.version.cuda),
+             "cupy": cupy.__version__, "driver_cuda": str(cupy.cuda.runtime.driverGetVersion()),
+             "flashinfer": "not installed", "source_hash": kernels.source_hash(),
+             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    if fi.installed():
+        import flashinfer
+
+        found["flashinfer"] = flashinfer.__version__
+    return found
+
+
+def median_of_seeds(runs: list) -> object:
+    """One Result out of the same cell and route measured on several page layouts."""
+    times = {name: [value for run in runs if (value := getattr(run, name)) is not None]
+             for name in ("kernel_us", "spread", "wall_eager_us", "wall_graph_us")}
+    return dataclasses.replace(runs[0], **{name: statistics.median(values) for name, values in times.items() if values})
+
+
+def run_cells(args: argparse.Namespace, console) -> list:
+    import torch
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, BarColumn, TimeElapsedColumn
+
+    from bench_cells import GRIDS
+    from bench_measure import CellBench
+    from bench_pool import BenchPool
+    from gpu import flashinfer as fi
+
+    routes = args.backends.split(",")
+    if not fi.installed():
+        routes = [name for name in routes if name in OURS]
+        console.print("FlashInfer is not installed: its columns stay empty (pip install flashinfer-python)")
+    cells = GRIDS[args.cells]()
+    pool = BenchPool(pool_gib=args.pool_gib, dtype=getattr(torch, args.dtype), seed=20260623)
+    bench = CellBench(pool=pool, dtype=args.dtype, head_dim=args.head_dim, page_size=args.page_size,
+                      repeats=args.repeats, wall_repeats=args.wall_repeats, check=args.check, min_layers=args.layers)
+    results = []
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=len(cells))
+        for cell in cells:
+            progress.update(task, description=f"{cell.case} x {cell.batch_size}")
+            try:
+                seeds = [bench.measure(cell, routes, seed=seed) for seed in range(args.seeds)]
+            except ValueError as error:
+                if not str(error).startswith("pool-gib"):
+                    raise
+                console.print(f"{cell.case} batch {cell.batch_size}: left out, {error}")
+                seeds = []
+            results += [median_of_seeds(list(runs)) for runs in zip(*seeds)]
+            progress.advance(task)
+    return results
+
+
+def main() -> int:
+    args = parse_args()
+    lack = missing()
+    if lack is not None:
+        print(f"bench_decode needs a CUDA GPU with CuPy and PyTorch; {lack}.")
+        return 1
+    from rich.console import Console
+
+    import bench_report
+
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    about = environment()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    start = time.perf_counter()
+    results = run_cells(args, console)
+    bench_report.print_table(console, results)
+    console.print(f"{args.dtype}, page {args.page_size}, head_dim {args.head_dim}, pool {args.pool_gib:g} GiB, "
+                  f"{time.perf_counter() - start:.0f} s")
+    bench_report.print_summary(console, results)
+    for note in sorted({f"{r.route}: {r.note}" for r in results if r.note}):
+        console.print(f"not timed: {note}", markup=False)
+    if args.json is not None:
+        document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()},
+                    "command": " ".join(["python", *sys.argv]), "summary": bench_report.summary(results),
+                    "results": [dataclasses.asdict(result) for result in results]}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        console.print(f"wrote {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""FlashInfer's decode backends behind DecodeEngine's plan() and run().
+
+Each is driven at its best: indptr on the host, HND pages, a zeroed workspace, no CUDA-graph padding
+(a planned run() can be captured as it is; a new plan needs a new capture).
+"""
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkvsim import DecodeShape
+
+BACKENDS = ("cuda_core", "tensor_core", "xqa", "batch_attention")
+WORKSPACE_BYTES = 384 << 20
+CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8, 16)  # DISPATCH_GQA_GROUP_SIZE of FlashInfer 0.7.2
+HEAD_DIMS = (64, 128, 256)
+XQA_PAGE_SIZES = (16, 32, 64, 128)
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
+
+
+def supports(shape: DecodeShape, backend: str) -> str | None:
+    """None when the backend can run the shape, else the reason why not."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    group_size = shape.num_q_heads // shape.num_kv_heads
+    if shape.head_dim not in HEAD_DIMS:
+        return f"head_dim {shape.head_dim} is not one of {HEAD_DIMS}"
+    if backend == "cuda_core" and group_size not in CUDA_CORE_GROUPS:
+        return f"group size {group_size} is not one of {CUDA_CORE_GROUPS}"
+    if backend == "xqa" and shape.page_size not in XQA_PAGE_SIZES:
+        return f"page size {shape.page_size} is not one of {XQA_PAGE_SIZES}"
+    return None
+
+
+def as_torch(array):
+    """The same memory as a torch tensor."""
+    import torch
+
+    return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTable:
+    """A block table as FlashInfer wants it."""
+
+    indptr: object  # [batch_size + 1] int32, host
+    indices: object  # [sum of pages] int32, device
+    last_page_len: object  # [batch_size] int32, host
+    seq_lens_host: object  # [batch_size] int32, host
+    seq_lens: object  # [batch_size] int32, device
+    block_table: object  # [batch_size, max_pages] int32, device
+
+
+def pack_table(seq_lens, block_table, *, page_size: int, device: str = "cuda") -> PackedTable:
+    """CSR form of seq_lens [batch_size] and block_table [batch_size, max_pages]."""
+    import torch
+
+    lens = _to_numpy(seq_lens).astype(np.int32)
+    table = _to_numpy(block_table).astype(np.int32)
+    pages = -(-lens // page_size)
+    owned = np.arange(table.shape[1])[None, :] < pages[:, None]
+    indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
+    last = np.where(lens > 0, (lens - 1) % page_size + 1, 0).astype(np.int32)
+    return PackedTable(indptr=torch.from_numpy(indptr), indices=torch.from_numpy(table[owned]).to(device),
+                       last_page_len=torch.from_numpy(last), seq_lens_host=torch.from_numpy(lens),
+                       seq_lens=torch.from_numpy(lens).to(device), block_table=torch.from_numpy(table).to(device))
+
+
+def _to_numpy(array) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    return as_torch(array).cpu().numpy()
+
+
+class FlashInferDecode:
+    """One FlashInfer backend for one shape: plan() a step, run() it for every layer."""
+
+    __slots__ = ("shape", "backend", "_dtype", "_workspace", "_wrapper", "_packed")
+
+    def __init__(self, shape: DecodeShape, dtype: str = "float16", backend: str = "tensor_core") -> None:
+        import torch
+
+        reason = supports(shape, backend)
+        if reason is not None:
+            raise ValueError(f"shape: FlashInfer {backend} cannot run it: {reason}")
+        if dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"dtype: expected float16 or bfloat16, got {dtype!r}")
+        self.shape = shape
+        self.backend = backend
+        self._dtype = getattr(torch, dtype)
+        self._packed: PackedTable | None = None
+        # XQA keeps its semaphores here and resets them itself: they must start at zero.
+        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        self._wrapper = self._make_wrapper()
+
+    def _make_wrapper(self):
+        import flashinfer
+
+        if self.backend == "xqa":
+            return None
+        if self.backend == "batch_attention":
+            return flashinfer.BatchAttention(kv_layout="HND", device="cuda")
+        return flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, "HND",
+                                                             use_tensor_cores=self.backend == "tensor_core")
+
+    def plan(self, seq_lens, block_table) -> None:
+        """seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32: NumPy, CuPy or torch."""
+        self.plan_packed(pack_table(seq_lens, block_table, page_size=self.shape.page_size))
+
+    def plan_packed(self, packed: PackedTable) -> None:
+        """FlashInfer's own planning alone, on a table already in its form."""
+        import torch
+
+        shape = self.shape
+        self._packed = packed
+        if self.backend == "batch_attention":
+            batch_size = len(packed.last_page_len)
+            self._wrapper.plan(torch.arange(batch_size + 1, dtype=torch.int32), packed.indptr, packed.indices,
+                               packed.seq_lens_host, shape.num_q_heads, shape.num_kv_heads, shape.head_dim,
+                               shape.head_dim, shape.page_size, causal=False, q_data_type=self._dtype,
+                               kv_data_type=self._dtype)
+        elif self._wrapper is not None:
+            self._wrapper.plan(packed.indptr, packed.indices, packed.last_page_len, shape.num_q_heads,
+                               shape.num_kv_heads, shape.head_dim, shape.page_size, q_data_type=self._dtype,
+                               kv_data_type=self._dtype)
+
+    def run(self, q, k_pages, v_pages, out=None, *, return_lse: bool = True):
+        """q [batch_size, num_q_heads, head_dim] -> (out alike, lse [batch_size, num_q_heads] or None)."""
+        import torch
+
+        if self._packed is None:
+            raise ValueError("run: expected plan() first")
+        q, k_pages, v_pages = as_torch(q), as_torch(k_pages), as_torch(v_pages)
+        out = torch.empty_like(q) if out is None else as_torch(out)
+        if self.backend == "xqa":
+            self._run_xqa(q, k_pages, v_pages, out)
+            return out, None
+        if self.backend == "batch_attention":
+            _, lse = self._wrapper.run(q, (k_pages, v_pages), out=out)
+        elif return_lse:
+            _, lse = self._wrapper.run(q, (k_pages, v_pages), out=out, return_lse=True)
+        else:
+            self._wrapper.run(q, (k_pages, v_pages), out=out)
+            return out, None
+        # FlashInfer's LSE has base 2.
+        return out, lse * math.log(2.0) if return_lse else None
+
+    def _run_xqa(self, q, k_pages, v_pages, out) -> None:
+        from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+        packed = self._packed
+        max_seq_len = packed.block_table.shape[1] * self.shape.page_size
+        xqa_batch_decode_with_kv_cache(q, (k_pages, v_pages), self._workspace, packed.block_table, packed.seq_lens,
+                                       max_seq_len, bmm1_scale=1.0 / math.sqrt(self.shape.head_dim), bmm2_scale=1.0,
+                                       out=out, kv_layout="HND")
