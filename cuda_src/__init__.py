@@ -1,0 +1,1 @@
+"""CUDA C++ sources of PersistentKV. `gpu.kernels` is the only reader."""

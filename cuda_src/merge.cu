@@ -1,0 +1,20 @@
+// pkv_merge: the segmented merge after pkv_decode_tasks. Each row's partial states, in split order, become its output.
+//
+// Grid: [num_kv_heads, len(rows)], block: [WARPS * 32]. rows: the rows to merge, int32. Rows of fewer than two splits were written by the decode
+// kernel and are passed over. Arrays as in decode.cu. Bound by the latency of one read of the partials.
+#include "state.cuh"
+
+extern "C" __global__ void __launch_bounds__(pkv::THREADS)
+pkv_merge(const pkv::Packet* partials, const int* split_offsets, const int* rows, half_type* out, float* lse) {
+  const int kv_head = blockIdx.x, row = rows[blockIdx.y], num_kv_heads = gridDim.x;
+  const int first = split_offsets[row], last = split_offsets[row + 1];
+  if (last - first < 2) return;
+  const pkv::Output output{out, lse, num_kv_heads};
+  for (int pair = threadIdx.x; pair < pkv::STATE_PAIRS; pair += pkv::THREADS) {
+    pkv::Packet sum{0.0f, 0.0f, __int_as_float(0xff800000), 0.0f};
+    #pragma unroll 8
+    for (int slot = first; slot < last; ++slot)
+      pkv::merge(sum, partials[(static_cast<long long>(slot) * num_kv_heads + kv_head) * pkv::STATE_PAIRS + pair]);
+    pkv::store_result(output, row, kv_head, pair, sum);
+  }
+}

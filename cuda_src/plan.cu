@@ -1,0 +1,26 @@
+// pkv_list_balanced: writes down the tasks that pkv_decode_balanced would run, for inspection and tests.
+//
+// Grid: [num_ctas] as the decode kernel's, block: [32].
+//   tasks  [num_ctas][max_tasks] Task: row, kv_head, split (order of the partial within its KV head), tile_begin, tile_end
+//   counts [num_ctas] int32: tasks of each range, also those past max_tasks
+#include "warp_plan.cuh"
+
+struct Task {
+  int row, kv_head, split, tile_begin, tile_end;
+};
+
+extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
+                                             int min_cost, Task* tasks, int max_tasks, int* counts) {
+  const int lane = threadIdx.x, range = blockIdx.x;
+  int count = 0;
+  const int total = pkv::total_cost(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+  const pkv::Cut cut(total, gridDim.x, segment_cost, min_cost);
+  if (total > 0 && range < cut.num_ranges) {
+    pkv::BalancedWalk walk;
+    pkv::start_range(walk, cut, range, seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+    for (pkv::Segment s; walk.next(s); ++count)
+      if (lane == 0 && count < max_tasks)
+        tasks[static_cast<long long>(range) * max_tasks + count] = {s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};
+  }
+  if (lane == 0) counts[range] = count;
+}

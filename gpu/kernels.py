@@ -1,0 +1,49 @@
+"""Compiles cuda_src. The only file that does; importing it needs neither CuPy nor a GPU."""
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cuda_src
+
+if TYPE_CHECKING:
+    import cupy
+
+SOURCE_DIR = Path(cuda_src.__file__).parent
+
+
+@functools.cache
+def source_hash() -> str:
+    """SHA-256 over the names and contents of all CUDA sources, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCE_DIR.glob("*.cu"), *SOURCE_DIR.glob("*.cuh")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def compile_options(defines: dict[str, int | str]) -> tuple[str, ...]:
+    """NVRTC options of a variant. The source hash is one: CuPy's disk cache does not look into included headers."""
+    return ("-std=c++17", f"-I{SOURCE_DIR}", f"-DPKV_SOURCE_HASH={source_hash()[:16]}",
+            *(f"-D{name}={value}" for name, value in sorted(defines.items())))
+
+
+@functools.cache
+def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> "cupy.RawModule":
+    import cupy
+
+    return cupy.RawModule(code=(SOURCE_DIR / file_name).read_text(), options=compile_options(dict(defines)))
+
+
+def load_module(file_name: str, defines: dict[str, int | str]) -> "cupy.RawModule":
+    """The compiled module of one .cu file and one set of constants; compiled once per process, cached on disk."""
+    return _load(file_name, tuple(sorted(defines.items())))
+
+
+def load_kernel(file_name: str, kernel_name: str, defines: dict[str, int | str], *, shared_bytes: int = 0) -> "cupy.cuda.Function":
+    """A kernel of `file_name`, ready for launches with `shared_bytes` of dynamic shared memory."""
+    raw = load_module(file_name, defines).get_function(kernel_name)
+    if shared_bytes:
+        raw.max_dynamic_shared_size_bytes = shared_bytes
+    return raw.kernel
