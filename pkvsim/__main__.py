@@ -1,0 +1,3 @@
+from pkvsim.cli import main
+
+main()

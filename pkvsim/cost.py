@@ -1,0 +1,80 @@
+"""Bytes, counters and the paper's price of a step. The only copy of these formulas."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkvsim.device import DeviceSpec
+from pkvsim.schedule import Schedule
+from pkvsim.shapes import DecodeShape
+
+KV_ELEMENT_BYTES = 2  # FP16 and BF16
+PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounters:
+    """What a schedule does in one step, whatever the time it takes."""
+
+    launches: int
+    merge_launches: int
+    cta_work_per_sm: float  # decode CTAs that have a task, per SM
+    useful_kv_bytes: int
+    merge_bytes: int
+    nonempty_cta_fraction: float  # CTAs with a task over CTAs launched
+
+
+def useful_kv_bytes(shape: DecodeShape, seq_lens: np.ndarray) -> int:
+    """Bytes of K and V that a step must read once: 2 * tokens * Hkv * d * 2."""
+    tokens = int(np.sum(seq_lens, dtype=np.int64))
+    return 2 * tokens * shape.num_kv_heads * shape.head_dim * KV_ELEMENT_BYTES
+
+
+def merge_bytes(shape: DecodeShape, num_partial_tasks: int) -> int:
+    """Bytes of partial states: per task (2 + d) FP32 numbers for each query head of its KV head.
+
+    Equal to slots * Hq * (2 + d) * 4 where every KV head of a row has the same splits.
+    """
+    return num_partial_tasks * shape.group_size * (2 + shape.head_dim) * PARTIAL_ELEMENT_BYTES
+
+
+def schedule_counters(
+    schedule: Schedule, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec
+) -> StepCounters:
+    """Counters of a PersistentKV schedule of these seq_lens [batch_size]."""
+    return StepCounters(
+        launches=schedule.num_launches,
+        merge_launches=schedule.merge_launches,
+        cta_work_per_sm=schedule.num_ctas / device.num_sms,
+        useful_kv_bytes=useful_kv_bytes(shape, seq_lens),
+        merge_bytes=merge_bytes(shape, schedule.num_partial_tasks),
+        nonempty_cta_fraction=schedule.num_ctas / schedule.grid_ctas if schedule.grid_ctas else 1.0,
+    )
+
+
+def flashinfer_counters(shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec) -> StepCounters:
+    """FlashInfer as the paper models it: one launch, one CTA per (row, KV head), no merge traffic."""
+    active = int(np.count_nonzero(seq_lens))
+    return StepCounters(
+        launches=1,
+        merge_launches=0,
+        cta_work_per_sm=active * shape.num_kv_heads / device.num_sms,
+        useful_kv_bytes=useful_kv_bytes(shape, seq_lens),
+        merge_bytes=0,
+        nonempty_cta_fraction=1.0,
+    )
+
+
+def paper_price_us(
+    *, kv_bytes: int, merge_bytes: int, launches: int, ctas_per_sm: float, device: DeviceSpec
+) -> float:
+    """The paper's T = KV/beta * max(1, C_min/C) + L*lambda + Merge/beta (arXiv 2606.26666).
+
+    Its bytes are MiB and its beta GB/s, with the quotient read as milliseconds: kept as published, and
+    used by the paper's policy alone. A step without KV costs its launches.
+    """
+    us_per_byte = 1e3 / (MIB * device.beta_gb_s)
+    starved = max(1.0, device.min_ctas_per_sm / ctas_per_sm) if ctas_per_sm else 1.0
+    return kv_bytes * us_per_byte * starved + launches * device.launch_us + merge_bytes * us_per_byte

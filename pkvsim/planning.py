@@ -1,0 +1,81 @@
+"""The compiled loops of schedule.py: they fill task lists, and check nothing.
+
+Kept apart and few because each costs compile time on a machine's first run (later runs load the
+cache). Tasks are int32 [num_tasks, 5] here: row, kv_head, split, tile_begin, tile_end (exclusive).
+"""
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+
+@numba.njit(cache=True)
+def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: np.ndarray) -> None:
+    """Writes the queue of non-empty tasks: rows, then KV heads, then splits.
+
+    tiles, splits [batch_size] int64 with splits <= tiles; tasks [sum(splits) * num_kv_heads, 5] int32.
+    """
+    task = 0
+    for row in range(len(tiles)):
+        for kv_head in range(num_kv_heads):
+            begin = 0
+            for split in range(splits[row]):
+                end = tiles[row] * (split + 1) // splits[row]
+                tasks[task, 0] = row
+                tasks[task, 1] = kv_head
+                tasks[task, 2] = split
+                tasks[task, 3] = begin
+                tasks[task, 4] = end
+                begin = end
+                task += 1
+
+
+@numba.njit(cache=True)
+def fill_balanced(
+    tiles: np.ndarray,  # [batch_size] int64
+    num_kv_heads: int,
+    segment_cost: int,
+    total_cost: int,
+    num_ranges: int,
+    tasks: np.ndarray,  # [>= batch_size * num_kv_heads + num_ranges, 5] int32
+    cta_offsets: np.ndarray,  # [num_ranges + 1] int32
+    row_splits: np.ndarray,  # [batch_size] int64, out: most pieces of any head of the row
+) -> tuple[int, int]:
+    """Cuts all tiles, laid end to end, at i * total_cost // num_ranges; returns (tasks, partial tasks).
+
+    A head's tile 0 sits at the head's first cost, tile t >= 1 at segment_cost + t past it; a range
+    holds the tiles whose position lies between its cuts.
+    """
+    num_tasks = 0
+    num_partial_tasks = 0
+    current = 0  # range being filled
+    next_cut = total_cost // num_ranges
+    head_cost = 0  # position of the head's tile 0
+    for row in range(len(tiles)):
+        row_splits[row] = 0
+        if tiles[row] == 0:
+            continue
+        for kv_head in range(num_kv_heads):
+            begin = 0
+            split = 0
+            while begin < tiles[row]:
+                position = head_cost if begin == 0 else head_cost + segment_cost + begin
+                while next_cut <= position:
+                    current += 1
+                    cta_offsets[current] = num_tasks
+                    next_cut = (current + 1) * total_cost // num_ranges
+                end = min(tiles[row], max(1, next_cut - head_cost - segment_cost))
+                tasks[num_tasks, 0] = row
+                tasks[num_tasks, 1] = kv_head
+                tasks[num_tasks, 2] = split
+                tasks[num_tasks, 3] = begin
+                tasks[num_tasks, 4] = end
+                num_tasks += 1
+                split += 1
+                begin = end
+            row_splits[row] = max(row_splits[row], split)
+            if split > 1:
+                num_partial_tasks += split
+            head_cost += tiles[row] + segment_cost
+    cta_offsets[num_ranges] = num_tasks
+    return num_tasks, num_partial_tasks

@@ -1,0 +1,166 @@
+"""Split, workqueue and balanced: the only task decomposition in the project.
+
+The GPU runs these tasks and the simulator prices them. The balanced arithmetic here is the
+specification of the device planner, which must equal it task for task.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkvsim.planning import fill_balanced, fill_queue
+from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
+
+MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
+SCHEDULES = ("split", "workqueue", "balanced")
+TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """A step's task list, and where each partial state goes.
+
+    The partial of a task belongs in slot `split_offsets[row] + split` of its KV head, and partials of
+    a (row, KV head) merge in the order of `split`.
+
+    split, workqueue: one task per CTA, row r in `split_offsets[r + 1] - split_offsets[r]` splits on
+    every KV head. num_partial_slots is the sum of the rows' splits, single ones included, as the paper
+    counts; num_partial_tasks is that times the KV heads.
+    balanced: range i is tasks [cta_offsets[i], cta_offsets[i + 1]). Heads held by one range write their
+    output directly, so num_partial_tasks counts only the tasks of heads that are cut;
+    num_partial_slots is ceil(num_partial_tasks / num_kv_heads), and split_offsets leaves a row room for
+    its most cut head.
+    """
+
+    name: str
+    tasks: np.ndarray  # [num_tasks] TASK_DTYPE, queue order, tile_end exclusive
+    split_offsets: np.ndarray  # [batch_size + 1] int32
+    cta_offsets: np.ndarray  # [num_ctas + 1] int32
+    tile_tokens: int
+    num_launches: int
+    merge_launches: int
+    num_partial_slots: int
+    num_partial_tasks: int
+    num_ctas: int
+    grid_ctas: int  # decode CTAs launched, those with no task included (split's dense grid)
+
+
+def make_schedule(
+    name: str,
+    shape: DecodeShape,
+    seq_lens: Sequence[int] | np.ndarray,
+    *,
+    splits: int | Sequence[int] | np.ndarray | None = None,
+    tile_tokens: int = 32,
+    num_ctas: int | None = None,
+    segment_cost: int = 0,
+    min_cost: int = 1,
+) -> Schedule:
+    """Plans one step.
+
+    name: "split", "workqueue" or "balanced". seq_lens: integers [batch_size], tokens, 0 allowed.
+    splits (split and workqueue): one count or one per row, >= 1, cut down to the row's tiles.
+    num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
+    min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs.
+    Raises ValueError naming the argument.
+    """
+    lens = check_seq_lens(seq_lens)
+    tile_tokens = check_int("tile_tokens", tile_tokens, 1, MAX_TOKENS)
+    tiles = -(-lens.astype(np.int64) // tile_tokens)  # [batch_size]
+    if name == "balanced":
+        if splits is not None:
+            raise ValueError(f"splits: expected None for balanced, which cuts by num_ctas, got {splits!r}")
+        num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
+        segment_cost = check_int("segment_cost", segment_cost, 0, MAX_TOKENS)
+        min_cost = check_int("min_cost", min_cost, 1, MAX_TOKENS)
+        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost)
+    if name not in SCHEDULES:
+        raise ValueError(f"name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
+    if num_ctas is not None:
+        raise ValueError(f"num_ctas: expected None for {name}, which runs one CTA per task, got {num_ctas!r}")
+    return _queue(name, shape, lens, tiles, _check_splits(splits, len(lens)), tile_tokens)
+
+
+def _check_splits(splits: int | Sequence[int] | np.ndarray | None, batch_size: int) -> np.ndarray:
+    """Splits asked of each row, int64 [batch_size]."""
+    if splits is None or np.ndim(splits) == 0:
+        value = splits.item() if isinstance(splits, np.ndarray) else splits
+        return np.full(batch_size, check_int("splits", value, 1, MAX_TOKENS), np.int64)
+    array = np.asarray(splits)
+    if array.shape != (batch_size,) or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"splits: expected an integer or integers [{batch_size}], got {describe(array)}")
+    if array.size and array.min() < 1:
+        raise ValueError(f"splits: expected counts >= 1, got {int(array.min())}")
+    return array.astype(np.int64)
+
+
+def _queue(
+    name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, asked: np.ndarray, tile_tokens: int
+) -> Schedule:
+    row_splits = np.minimum(asked, tiles)  # [batch_size]
+    slots = int(row_splits.sum())
+    num_tasks = slots * shape.num_kv_heads
+    if num_tasks > MAX_TOKENS:
+        raise ValueError(f"splits: expected at most {MAX_TOKENS} tasks in all, got {num_tasks}")
+    tasks = np.empty((num_tasks, 5), np.int32)
+    fill_queue(tiles, row_splits, shape.num_kv_heads, tasks)
+    grid_ctas, num_launches, merge_launches = num_tasks, 2, 1
+    if name == "split":
+        used = tiles > 0
+        buckets = np.unique(np.stack((lens[used], row_splits[used])), axis=1)  # rows of a bucket share launches
+        merge_launches = int(np.count_nonzero(buckets[1] > 1))
+        num_launches = buckets.shape[1] + merge_launches
+        grid_ctas = int(asked[used].sum()) * shape.num_kv_heads
+    return Schedule(
+        name=name,
+        tasks=tasks.view(TASK_DTYPE).reshape(-1),
+        split_offsets=_offsets(row_splits),
+        cta_offsets=np.arange(num_tasks + 1, dtype=np.int32),
+        tile_tokens=tile_tokens,
+        num_launches=num_launches,
+        merge_launches=merge_launches,
+        num_partial_slots=slots,
+        num_partial_tasks=num_tasks,
+        num_ctas=num_tasks,
+        grid_ctas=grid_ctas,
+    )
+
+
+def balanced_ranges(total_cost: int, num_ctas: int, segment_cost: int, min_cost: int) -> int:
+    """Ranges to cut total_cost (tiles) into: never so many that one could be empty."""
+    return max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
+
+
+def _balanced(
+    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int
+) -> Schedule:
+    used = int(np.count_nonzero(tiles))
+    total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
+    num_ranges = balanced_ranges(total_cost, num_ctas, segment_cost, min_cost)
+    tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
+    cta_offsets = np.zeros(num_ranges + 1, np.int32)
+    row_splits = np.zeros(len(tiles), np.int64)
+    num_tasks, partial_tasks = fill_balanced(
+        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, tasks, cta_offsets, row_splits
+    )
+    return Schedule(
+        name="balanced",
+        tasks=tasks[:num_tasks].view(TASK_DTYPE).reshape(-1),
+        split_offsets=_offsets(row_splits),
+        cta_offsets=cta_offsets,
+        tile_tokens=tile_tokens,
+        num_launches=1,
+        merge_launches=0,
+        num_partial_slots=-(-partial_tasks // shape.num_kv_heads),
+        num_partial_tasks=partial_tasks,
+        num_ctas=num_ranges,
+        grid_ctas=num_ranges,
+    )
+
+
+def _offsets(row_splits: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(row_splits) + 1, np.int32)
+    np.cumsum(row_splits, out=offsets[1:])
+    return offsets
