@@ -7,6 +7,7 @@ import torch
 from decode_ref import Case, check, fill_owned, make_table, pages_of
 
 from gpu import DecodeEngine
+from gpu.config import TILE_TOKENS
 from gpu.timing import capture, shared_stream
 from pkvsim import DecodeShape, make_schedule
 
@@ -63,8 +64,7 @@ def test_device_plan_equals_the_simulators(case: int) -> None:
     engine = DecodeEngine(SHAPE, schedule="balanced")
     engine.plan(torch.from_numpy(lens).cuda(), torch.zeros((batch, pages), dtype=torch.int32, device="cuda"))
     tasks, cta_offsets = engine.device_tasks()
-    options = engine.plan_options
-    expected = make_schedule("balanced", SHAPE, lens, tile_tokens=options.tile_tokens, num_ctas=options.num_ctas,
-                             segment_cost=options.segment_cost, min_cost=options.min_cost)
+    expected = make_schedule("balanced", SHAPE, lens, tile_tokens=TILE_TOKENS, num_ctas=engine.num_ctas,
+                             segment_cost=engine.segment_cost, min_cost=engine.min_cost)
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)
     np.testing.assert_array_equal(tasks, expected.tasks)

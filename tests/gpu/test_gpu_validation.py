@@ -69,8 +69,20 @@ def test_bad_run(case: Case, schedule: str, name: str) -> None:
 
 
 def test_run_before_plan(case: Case) -> None:
-    with pytest.raises(ValueError, match="plan"):
+    with pytest.raises(RuntimeError, match="plan"):
         DecodeEngine(SHAPE).run(case.q, case.k_pages, case.v_pages)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("page", (-1, 10**6))
+def test_page_id_out_of_range(case: Case, schedule: str, page: int) -> None:
+    engine = DecodeEngine(SHAPE, schedule=schedule)
+    table = case.block_table.cpu().numpy()
+    num_pages = case.k_pages.shape[0]
+    engine.plan(case.seq_lens, table, validate_ids=num_pages)  # poison past a row's last page is no error
+    table[1, 2] = page
+    with pytest.raises(ValueError, match="^block_table"):
+        engine.plan(case.seq_lens, table, validate_ids=num_pages)
 
 
 @pytest.mark.parametrize("field", ("dtype", "schedule"))
