@@ -54,7 +54,8 @@ class Route:
 class CellBench:
     """Everything that outlives a cell: the pool, the streaming limit, the options."""
 
-    __slots__ = ("pool", "limit", "dtype", "head_dim", "page_size", "repeats", "wall_repeats", "check", "min_layers")
+    __slots__ = ("pool", "limit", "dtype", "head_dim", "page_size", "repeats", "wall_repeats", "check", "min_layers",
+                 "_unavailable")
 
     def __init__(self, *, pool: BenchPool, dtype: str, head_dim: int, page_size: int, repeats: int, wall_repeats: int,
                  check: bool, min_layers: int) -> None:
@@ -67,6 +68,7 @@ class CellBench:
         self.wall_repeats = wall_repeats
         self.check = check
         self.min_layers = min_layers
+        self._unavailable: dict[tuple[str, int], str] = {}  # (route, group size) -> why it cannot run here
 
     def measure(self, cell: Cell, routes: list[str], *, seed: int) -> list[Result]:
         shape = DecodeShape(num_q_heads=cell.num_q_heads, num_kv_heads=cell.num_kv_heads, head_dim=self.head_dim,
@@ -84,6 +86,9 @@ class CellBench:
             row = {"case": cell.case, "batch_size": cell.batch_size, "num_q_heads": cell.num_q_heads,
                    "num_kv_heads": cell.num_kv_heads, "ragged": cell.ragged, "kv_bytes": kv_bytes, "route": name,
                    "limit_us": limit_us, "layers": len(pages.layers)}
+            if (name, shape.group_size) in self._unavailable:
+                results.append(Result(**row, note=self._unavailable[name, shape.group_size]))
+                continue
             try:
                 route = self.build(name, shape, cell, pages, q)
                 route.run(*pages.layers[0], out)
@@ -91,7 +96,9 @@ class CellBench:
             except Exception as error:  # a backend whose kernels cannot be built here: named in the table
                 if name in OUR_ROUTES:
                     raise
-                results.append(Result(**row, note=f"{type(error).__name__}: {error}".splitlines()[0][:160]))
+                note = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                self._unavailable[name, shape.group_size] = note
+                results.append(Result(**row, note=note))
                 continue
             error, difference, note = None, None, ""
             if self.check:

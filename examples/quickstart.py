@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -38,7 +39,7 @@ def missing() -> str | None:
 
 
 def run_on_cpu(console: Console, reason: str) -> None:
-    console.print(f"[bold]No GPU run:[/] {reason}. The CPU reference on a small case instead:")
+    console.print(f"[bold]No GPU run:[/] {escape(reason)}. The CPU reference on a small case instead:")
     shape = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=64, page_size=16)
     rng = np.random.default_rng(0)
     seq_lens = np.array([700, 0, 33, 260], dtype=np.int32)
