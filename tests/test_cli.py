@@ -1,0 +1,122 @@
+"""The pkvsim command as a user runs it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAPER_RUN = (
+    "replay --family bimodal --requests 24 --max-active 8 --steps 48 --seed 20260623 --device rtx3060 "
+    "--split-splits 32 --workqueue-splits 20"
+).split()
+TRACE_KEYS = [
+    "family", "seed", "requests", "max_active", "steps", "physical_pages", "mean_active", "distinct_lengths_mean",
+    "decode_tokens",
+]  # fmt: skip
+ENGINE_KEYS = [
+    "launches_per_step", "merge_launches_per_step", "cta_work_per_sm", "useful_kv_mib", "merge_mib",
+    "nonempty_cta_fraction", "predicted_step_us",
+]  # fmt: skip
+
+
+def pkvsim(*args, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "pkvsim", *args],
+        cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment},
+    )  # fmt: skip
+
+
+def test_json():
+    done = pkvsim(*PAPER_RUN, "--policy", "paper", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert list(report) == ["trace", "device", "policy", "engines"]
+    assert list(report["trace"]) == TRACE_KEYS
+    assert report["trace"] == {
+        "family": "bimodal", "seed": 20260623, "requests": 24, "max_active": 8, "steps": 48,
+        "physical_pages": 24285, "mean_active": 8.0, "distinct_lengths_mean": 8.0, "decode_tokens": 384,
+    }  # fmt: skip
+    assert (report["device"], report["policy"]) == ("rtx3060", "paper")
+    engines = report["engines"]
+    assert list(engines) == ["flashinfer", "split", "workqueue", "adaptive"]
+    for name, engine in engines.items():
+        assert list(engine) == ENGINE_KEYS + (["routes"] if name == "adaptive" else [])
+    assert engines["adaptive"]["routes"] == {"flashinfer": 0, "split": 0, "workqueue": 48}
+    assert {k: v for k, v in engines["adaptive"].items() if k != "routes"} == engines["workqueue"]
+
+
+def test_tables():
+    done = pkvsim(*PAPER_RUN)
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("bimodal", "24,285 physical pages", "550.5 MiB", "73.1", "4.06", "45.7", "2.54", "workqueue 48"):
+        assert text in done.stdout
+    done = pkvsim("devices")
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("rtx3060", "h200", "302", "4548", "calibrated", "datasheet", "2606.26666"):
+        assert text in done.stdout
+
+
+def test_options_reach_the_replay(tmp_path):
+    path = tmp_path / "requests.csv"
+    path.write_text("prompt,decode\n20000,3\n30000,2\n")
+    done = pkvsim(
+        *"replay --max-active 1 --num-q-heads 16 --num-kv-heads 4 --head-dim 64 --page-size 32 --json".split(),
+        *("--hole-fraction", "0.5", "--device", "h200", "--trace-file", str(path)),
+    )
+    report = json.loads(done.stdout)
+    pages = -(-(20000 + 3) // 32) + -(-(30016 + 2) // 32)
+    assert report["trace"]["physical_pages"] == 2 * pages and report["trace"]["steps"] == 3
+    assert report["trace"]["family"] == "file" and report["device"] == "h200"
+    assert report["engines"]["flashinfer"]["cta_work_per_sm"] == pytest.approx(4 / 132)
+    assert report["engines"]["flashinfer"]["useful_kv_mib"] == pytest.approx(20001 * 2 * 4 * 64 * 2 / 2**20)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--family", "normal"], "family: expected one of uniform"),
+        (["--device", "b300"], "device: expected one of h200, rtx3060"),
+        (["--policy", "best"], "policy: expected paper, got 'best'"),
+        (["--requests", "0"], "requests: expected an integer >= 1, got 0"),
+        (["--steps", "0"], "steps: expected"),
+        (["--max-active", "-3"], "max_active: expected"),
+        (["--seed", "-1"], "seed: expected"),
+        (["--num-kv-heads", "5"], "num_q_heads: expected a multiple of num_kv_heads = 5, got 32"),
+        (["--hole-fraction", "1"], "hole_fraction: expected a number in [0, 1), got 1.0"),
+        (["--split-splits", "0"], "split_splits: expected"),
+        (["--trace-file", "nowhere.csv"], "nowhere.csv: cannot read: No such file"),
+        (["--steps", "many"], "--steps"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message):
+    done = pkvsim("replay", *args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("pkvsim: error: ")
+    assert message in done.stderr
+
+
+def test_help():
+    assert pkvsim("--help").returncode == pkvsim("replay", "--help").returncode == 0
+    assert "replay" in pkvsim("--help").stdout
+
+
+def test_cold_and_warm_replay_are_quick(tmp_path):
+    """Under 6 s with nothing compiled, under 2 s afterwards; the least of a few, as neighbours only add."""
+
+    def seconds(cache):
+        begin = time.perf_counter()
+        assert pkvsim(*PAPER_RUN, NUMBA_CACHE_DIR=str(cache)).returncode == 0
+        return time.perf_counter() - begin
+
+    cold = []
+    for attempt in range(2):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        cold.append(seconds(tmp_path / "cache"))
+    warm = [seconds(tmp_path / "cache") for _ in range(3)]
+    assert min(cold) < 6 and min(warm) < 2
