@@ -11,7 +11,6 @@ import typer
 
 app = typer.Typer(
     help="Replays decode traffic on models of GPUs, without a GPU.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from pkvsim.shapes import check_int
+from pkvsim.shapes import MAX_TOKENS, check_int
 
 FAMILIES = ("uniform", "bimodal", "zipf", "bucketed", "homogeneous")
 BUCKETS = (8192, 16384, 32768, 65536)
@@ -104,7 +104,11 @@ def make_trace(
     max_active = check_int("max_active", max_active, 1)
     steps = check_int("steps", steps, 1)
     page_size = check_int("page_size", page_size, 1)
-    prompts = np.array(prompt_tokens, np.int64)
+    prompts = -(-np.array(prompt_tokens, np.int64) // page_size) * page_size
+    decodes = np.array(decode_tokens, np.int64)
+    longest = int((prompts + decodes).max())
+    if longest > MAX_TOKENS:
+        raise ValueError(f"prompt_tokens: expected at most {MAX_TOKENS} tokens with decode, got {longest}")
     if arrival_steps is None:
         arrivals = np.arange(len(prompts), dtype=np.int64) // max_active
     else:
@@ -112,8 +116,8 @@ def make_trace(
     return Trace(
         family=family,
         seed=seed,
-        prompt_tokens=-(-prompts // page_size) * page_size,
-        decode_tokens=np.array(decode_tokens, np.int64),
+        prompt_tokens=prompts,
+        decode_tokens=decodes,
         arrival_steps=arrivals,
         max_active=max_active,
         steps=steps,

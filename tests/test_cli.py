@@ -101,6 +101,11 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message):
     assert message in done.stderr
 
 
+def test_no_command():
+    done = pkvsim()
+    assert (done.returncode, done.stderr) == (2, "pkvsim: error: Missing command.\n")
+
+
 def test_help():
     assert pkvsim("--help").returncode == pkvsim("replay", "--help").returncode == 0
     assert "replay" in pkvsim("--help").stdout

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkvsim import StepState, DecodeShape, traces
+from pkvsim import DecodeShape, StepState, traces
 from pkvsim.tracefile import read_trace
 from pkvsim.traces import FAMILIES, Draws, assign_pages, make_trace, paper_trace, pool_pages
 
@@ -89,6 +89,11 @@ def test_pages_survive_holes_and_permutations(seed, requests, hole_fraction):
             owned = pages.page_ids[pages.offsets[request] : pages.offsets[request + 1]]
             assert (table[row, : len(owned)] == owned).all()
             assert (table[row, len(owned) :] == traces.UNUSED_PAGE).all()
+
+
+def test_lengths_stay_within_int32():
+    with pytest.raises(ValueError, match="prompt_tokens: expected at most 2147483647 tokens with decode"):
+        make_trace("file", 0, [2**31 - 16], [16], None, max_active=1, steps=1, page_size=16)
 
 
 def test_shuffle_by_hand():
