@@ -18,6 +18,7 @@ struct __align__(16) SharedMemory {
   unsigned char ring[WARPS][STAGES][2][TILE_BYTES];  // K, V
   float acc[WARPS][GROUP_SIZE][STATE_ROW];
   float2 ml[WARPS][GROUP_SIZE];
+  Packet kept[STATE_PAIRS];  // balanced only
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
@@ -169,18 +170,19 @@ __device__ __forceinline__ Packet gather(const SharedMemory& shared, int pair) {
 }
 
 // Runs every segment of `source`. For each, `emit(segment, pair, packet)` is called by the thread that owns the
-// pair; the same thread owns the same pairs in every CTA.
+// pair; the same thread owns the same pairs in every CTA. `emit.begin(source)` is called
+// once, when the first loads are under way.
 template <class Source, class Emit>
 __device__ __forceinline__ void attend(const Source& source, const Pages& pages, const half_type* q, int num_kv_heads, float scale_log2, SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned ring = shared_address(shared.ring[warp][0][0]);
-  Loader<Source> loader;
-  loader.start(source, pages, warp, lane);
-  #pragma unroll
+  Loader<Source> loader(source);
+  #pragma unroll 1  // one copy of the loader's code: instruction fetches show in short steps
   for (int stage = 0; stage < STAGES; ++stage) {
     loader.issue_k(pages, ring + stage * 2 * TILE_BYTES, warp, lane);
     loader.issue_v(pages, ring + (stage * 2 + 1) * TILE_BYTES, lane);
   }
+  emit.begin(source);
   Source walk = source;
   Segment segment;
   unsigned slot = ring;

@@ -12,8 +12,7 @@
 //   q        [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
 //   pages    see Pages; block_table [batch_size, table_stride] int32; seq_lens [batch_size] int32
 //   out      like q; lse [batch_size, num_kv_heads * GROUP_SIZE] float32
-//   partials [2 * num_ctas][STATE_PAIRS] Packet: the CTAs' slots, all words EMPTY_WORD between launches, then a place
-//            for each CTA to keep its own part of the segment it will merge
+//   partials [num_ctas][STATE_PAIRS] Packet: the CTAs' slots, all words EMPTY_WORD between launches
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
 #include "attend.cuh"
@@ -24,50 +23,65 @@ namespace pkv {
 struct BalancedEmit {
   Output output;
   Packet* partials;
+  Packet* kept;  // [STATE_PAIRS] in shared memory: this CTA's part of the segment it will merge
   Cut cut;
-  int held_row, held_head, held_x0;
+  int first;     // the range in which this CTA's first segment begins
+  int held_row, held_head;
   bool holds;
 
-  __device__ __forceinline__ Packet* kept() const { return partials + static_cast<long long>(gridDim.x + blockIdx.x) * STATE_PAIRS; }
+  __device__ __forceinline__ Packet* slot(int range) const { return partials + static_cast<long long>(range) * STATE_PAIRS; }
+  // Called once the first loads are under way.
+  __device__ __forceinline__ void begin(const BalancedWalk& walk) { first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x; }
 
   __device__ __forceinline__ void operator()(const Segment& s, int pair, const Packet& p) {
     if (s.begins && s.ends) {
       store_result(output, s.row, s.kv_head, pair, p);
     } else if (s.ends) {
-      kept()[pair] = p;
-      held_row = s.row, held_head = s.kv_head, held_x0 = s.slot, holds = true;
+      kept[pair] = p;
+      held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send(partials + static_cast<long long>(blockIdx.x) * STATE_PAIRS + pair, p);
+      send(slot(blockIdx.x) + pair, p);
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it.
-  __device__ __forceinline__ void finish() {
-    constexpr int IN_FLIGHT = 8;
-    const int first = cut.range_of(held_x0), last = blockIdx.x;
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. The parts are fetched through the ring, free
+  // by now, all in flight at once; one that has not arrived yet is asked for again.
+  __device__ __forceinline__ void finish(SharedMemory& shared) const {
+    constexpr int IN_FLIGHT = sizeof(shared.ring) / (STATE_PAIRS * sizeof(Packet));
+    const int last = blockIdx.x;
+    Packet* fetched = reinterpret_cast<Packet*>(shared.ring);
+    #pragma unroll 1
     for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) {
-      Packet* slots = partials + pair;
-      const Packet own = kept()[pair];
       Packet sum{0.0f, 0.0f, __int_as_float(0xff800000), 0.0f};
+      #pragma unroll 1
       for (int j = first; j < last; j += IN_FLIGHT) {
-        Packet part[IN_FLIGHT];
-        #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i)
-          if (j + i < last) part[i] = peek(slots + static_cast<long long>(j + i) * STATE_PAIRS);
-        #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; ++i)
-          if (j + i < last) {
-            Packet* slot = slots + static_cast<long long>(j + i) * STATE_PAIRS;
-            while (!arrived(part[i])) part[i] = peek(slot);
-            clear(slot);
-            merge(sum, part[i]);
-          }
+        const int end = min(j + IN_FLIGHT, last);
+        #pragma unroll 1
+        for (int i = j; i < end; ++i) copy_async(shared_address(fetched + (i - j) * STATE_PAIRS + pair), slot(i) + pair);
+        copy_commit();
+        copy_wait<0>();
+        #pragma unroll 1
+        for (int i = j; i < end; ++i) {
+          Packet part = fetched[(i - j) * STATE_PAIRS + pair];
+          while (!arrived(part)) part = peek(slot(i) + pair);
+          clear(slot(i) + pair);
+          merge(sum, part);
+        }
       }
-      merge(sum, own);
+      merge(sum, kept[pair]);
       store_result(output, held_row, held_head, pair, sum);
     }
   }
 };
+
+// Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
+// one may be mostly unused.
+__device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_size) {
+  constexpr int LINE = 128 / sizeof(int), MOST = 1 << 16;
+  const int entries = batch_size * pages.table_stride;
+  const int at = (threadIdx.x * gridDim.x + blockIdx.x) * LINE;
+  if (entries <= MOST && at < entries) asm volatile("prefetch.global.L2 [%0];" ::"l"(pages.block_table + at));
+}
 
 }  // namespace pkv
 
@@ -82,15 +96,17 @@ pkv_decode_balanced(const half_type* q, const half_type* k_pages, const half_typ
   const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride};
   const pkv::Output output{out, lse, num_kv_heads};
 
-  const int total = pkv::total_cost(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
-  const pkv::Cut cut(total, gridDim.x, segment_cost, min_cost);
-  if (total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) {
+  pkv::prefetch_table(pages, batch_size);
+  pkv::wait_for_previous_kernel();
+  const pkv::Rows rows(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+  const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost);
+  if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) {
     pkv::BalancedWalk walk;
-    pkv::start_range(walk, cut, blockIdx.x, seq_lens, batch_size, num_kv_heads, segment_cost, lane);
-    pkv::BalancedEmit emit{output, partials, cut};
+    rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
+    pkv::BalancedEmit emit{output, partials, shared.kept, cut};
     emit.holds = false;
     pkv::attend(walk, pages, q, num_kv_heads, scale_log2, shared, emit);
-    if (emit.holds) emit.finish();
+    if (emit.holds) emit.finish(shared);
   }
   pkv::store_empty_rows(output, seq_lens, batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
 }

@@ -47,6 +47,7 @@ struct TaskEmit {
     if (s.begins && s.ends) store_result(output, s.row, s.kv_head, pair, p);
     else partials[(static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head) * STATE_PAIRS + pair] = p;
   }
+  __device__ __forceinline__ void begin(const TaskSource&) const {}
 };
 
 }  // namespace pkv
@@ -60,6 +61,7 @@ pkv_decode_tasks(const half_type* q, const half_type* k_pages, const half_type* 
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride};
   const pkv::Output output{out, lse, num_kv_heads};
+  pkv::wait_for_previous_kernel();
   const pkv::TaskSource source{tasks, seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks, static_cast<int>(gridDim.x), tile_scale};
   pkv::TaskEmit emit{output, partials};
   pkv::attend(source, pages, q, num_kv_heads, scale_log2, shared, emit);

@@ -7,6 +7,7 @@
 extern "C" __global__ void __launch_bounds__(pkv::THREADS)
 pkv_merge(const pkv::Packet* partials, const int* split_offsets, const int* rows, half_type* out, float* lse) {
   const int kv_head = blockIdx.x, row = rows[blockIdx.y], num_kv_heads = gridDim.x;
+  pkv::wait_for_previous_kernel();
   const int first = split_offsets[row], last = split_offsets[row + 1];
   if (last - first < 2) return;
   const pkv::Output output{out, lse, num_kv_heads};

@@ -1,4 +1,4 @@
-// Asynchronous copies, tensor-core products and the 16-bit type, for sm_80 and newer.
+// The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type. sm_80 and newer.
 #pragma once
 
 #if DTYPE_BF16
@@ -62,6 +62,15 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
 #endif
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Programmatic dependent launch (sm_90): the next kernel of the stream may be set up while this one runs, and this one
+// reads nothing before the previous one's writes are visible. Does nothing in an ordinary launch.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -34,7 +34,7 @@ template <class Source>
 struct Loader {
   Source source;
   Segment now, ahead;
-  bool now_live, ahead_live;
+  bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
   int count;                         // tiles of this segment already loaded by this warp
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
@@ -49,23 +49,20 @@ struct Loader {
     return __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
   }
 
-  __device__ __forceinline__ void fetch_ahead(const Pages& pages, int warp, int lane) {
-    // Segments in which this warp has no tile are passed over.
-    do ahead_live = source.next(ahead); while (ahead_live && ahead.tile_begin + warp >= ahead.tile_end);
-    ids_ahead = load_ids(pages, ahead, ahead_live, 0, warp, lane);
-  }
+  __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) { now.tile_end = 0; }
 
-  __device__ __forceinline__ void enter(const Pages& pages, int warp, int lane) {
-    now = ahead, now_live = ahead_live, ids = ids_ahead;
+  // Points at the next tile; looks the next segment up while two tiles of this one are left.
+  __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane) {
+    if (!ahead_known && tile + WARPS >= now.tile_end) {
+      // Segments in which this warp has no tile are passed over.
+      do ahead_live = source.next(ahead); while (ahead_live && ahead.tile_begin + warp >= ahead.tile_end);
+      ids_ahead = load_ids(pages, ahead, ahead_live, 0, warp, lane);
+      ahead_known = true;
+    }
+    if (tile < now.tile_end) return;
+    now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
     tile = now.tile_begin + warp, count = 0;
-    ids_next = load_ids(pages, now, now_live, IDS_TILES, warp, lane);
-    if (now_live) fetch_ahead(pages, warp, lane);
-  }
-
-  __device__ __forceinline__ void start(const Source& first, const Pages& pages, int warp, int lane) {
-    source = first;
-    fetch_ahead(pages, warp, lane);
-    enter(pages, warp, lane);
+    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, warp, lane);
   }
 
   // Element offset of this lane's token in copy `step` of the pending tile.
@@ -91,9 +88,9 @@ struct Loader {
   // Starts the copy of the next tile's K. An empty group is committed at the end of the stream, so that waiting
   // can count groups.
   __device__ __forceinline__ void issue_k(const Pages& pages, unsigned to, int warp, int lane) {
-    if (now_live && tile >= now.tile_end) enter(pages, warp, lane);
+    if (live) advance(pages, warp, lane);
     pending_rows = 0;
-    if (now_live) {
+    if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
       pending_rows = now.seq_len - tile * PKV_TILE;
       if (TILE_IN_PAGE) {

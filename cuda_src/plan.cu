@@ -13,11 +13,11 @@ extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size
                                              int min_cost, Task* tasks, int max_tasks, int* counts) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
-  const int total = pkv::total_cost(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
-  const pkv::Cut cut(total, gridDim.x, segment_cost, min_cost);
-  if (total > 0 && range < cut.num_ranges) {
+  const pkv::Rows rows(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+  const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost);
+  if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
-    pkv::start_range(walk, cut, range, seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+    rows.start(walk, cut.begin(range), cut.begin(range + 1), lane);
     for (pkv::Segment s; walk.next(s); ++count)
       if (lane == 0 && count < max_tasks)
         tasks[static_cast<long long>(range) * max_tasks + count] = {s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};

@@ -13,7 +13,8 @@
 #define PKV_HD inline
 #endif
 
-#define PKV_TILE 16  // tokens; also the M of the tensor-core product, see mma.cuh
+#define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
+#define PKV_SHORT_RANGE 128   // tiles
 
 namespace pkv {
 
@@ -29,11 +30,17 @@ PKV_HD int row_cost(int seq_len, int num_kv_heads, int segment_cost) {
 struct Cut {
   int total, num_ranges, quotient, remainder;
 
-  PKV_HD Cut(int total_, int num_ctas, int segment_cost, int min_cost) : total(total_) {
+  // num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
+  // that heads of equal length are cut alike and no range spends its time on two; at most 1/16 of the CTAs idle for it.
+  PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost) : total(total_) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = total / least;
     if (num_ranges > num_ctas) num_ranges = num_ctas;
     if (num_ranges < 1) num_ranges = 1;
+    if (num_heads > 0 && num_heads <= num_ranges && total / num_ranges < PKV_SHORT_RANGE) {
+      const int spare = num_ranges % num_heads;
+      if (spare * 16 <= num_ranges) num_ranges -= spare;
+    }
     quotient = total / num_ranges;
     remainder = total % num_ranges;
   }
@@ -41,7 +48,11 @@ struct Cut {
   PKV_HD int begin(int i) const { return i * quotient + i * remainder / num_ranges; }
   // The range that holds the tile at position x: the largest j with begin(j) <= x.
   PKV_HD int range_of(int x) const {
-    return static_cast<int>(((static_cast<long long>(x) + 1) * num_ranges - 1) / total);
+    int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(total) * static_cast<float>(num_ranges));
+    if (j >= num_ranges) j = num_ranges - 1;
+    while (begin(j) > x) --j;  // the estimate is off by one at most, but exact is exact
+    while (j + 1 < num_ranges && begin(j + 1) <= x) ++j;
+    return j;
   }
 };
 
@@ -56,7 +67,7 @@ PKV_HD int tile_at(int x, int x0, int segment_cost) {
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
   int seq_len;                             // tokens of the row
-  int slot;                                // partial-state slot; meaning belongs to the source
+  int slot;                                // partial-state slot (task list), or position of the head's tile 0 (balanced)
   int begins, ends;                        // whether it holds the first, the last tile of its (row, KV head)
 };
 

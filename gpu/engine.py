@@ -77,13 +77,15 @@ class DecodeEngine:
         self._plan: _Plan | None = None
         self._checked_run: tuple | None = None
         self._constants: tuple = ()
-        defines, shared = self.config.defines(), self.config.shared_bytes
+        defines, threads = self.config.defines(), self.config.threads
+        shared = self.config.shared_bytes
+        overlap = int(device.compute_capability) >= 90
         if self.schedule == "balanced":
-            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", defines, shared_bytes=shared)
-            self._partials = cupy.full(2 * self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
+            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", defines, threads=threads, shared_bytes=shared, overlap=overlap)
+            self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
         else:
-            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", defines, shared_bytes=shared)
-            self._merge = load_kernel("merge.cu", "pkv_merge", defines)
+            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", defines, threads=threads, shared_bytes=shared, overlap=overlap)
+            self._merge = load_kernel("merge.cu", "pkv_merge", defines, threads=threads, overlap=overlap)
             self._partials = None
 
     def plan(self, seq_lens: object, block_table: object, *, validate_ids: int | None = None) -> None:
@@ -170,19 +172,18 @@ class DecodeEngine:
         common = vq.pointer, vk.pointer, vv.pointer, plan.block_table, plan.seq_lens, vo.pointer, vl.pointer, self._partials
         sizes = np.int32(plan.batch_size), np.int32(self.shape.num_kv_heads), np.int32(plan.table_stride), *self._constants
         stream = arrays.current_stream(vq.library)
-        block, shared = (self.config.threads, 1, 1), self.config.shared_bytes
         if self.schedule == "balanced":
             costs = np.int32(self.segment_cost), np.int32(self.min_cost)
-            self._decode((self.num_ctas, 1, 1), block, (*common, *sizes, *costs), shared, stream)
+            self._decode(self.num_ctas, (*common, *sizes, *costs), stream)
             return out, lse
         for bucket in plan.buckets:
             tasks = plan.tasks[bucket.begin:bucket.begin + bucket.count]
             scalars = np.int32(bucket.count), np.int32(self.tile_tokens // TILE_TOKENS)
             grid = max(1, min(self.num_ctas, bucket.count))
-            self._decode((grid, 1, 1), block, (*common, tasks, plan.split_offsets, *scalars, *sizes), shared, stream)
+            self._decode(grid, (*common, tasks, plan.split_offsets, *scalars, *sizes), stream)
             if bucket.rows is not None:
-                self._merge((self.shape.num_kv_heads, len(bucket.rows), 1), block,
-                            (self._partials, plan.split_offsets, bucket.rows, vo.pointer, vl.pointer), 0, stream)
+                self._merge((self.shape.num_kv_heads, len(bucket.rows)),
+                            (self._partials, plan.split_offsets, bucket.rows, vo.pointer, vl.pointer), stream)
         return out, lse
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -190,12 +191,12 @@ class DecodeEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        kernel = load_kernel("plan.cu", "pkv_list_balanced", {})
+        kernel = load_kernel("plan.cu", "pkv_list_balanced", {}, threads=32)
         listed = cupy.empty((self.num_ctas, max_tasks, 5), dtype=cupy.int32)
         counts = cupy.empty(self.num_ctas, dtype=cupy.int32)
-        kernel((self.num_ctas, 1, 1), (32, 1, 1),
+        kernel(self.num_ctas,
                (plan.seq_lens, np.int32(plan.batch_size), np.int32(self.shape.num_kv_heads), np.int32(self.segment_cost),
-                np.int32(self.min_cost), listed, np.int32(max_tasks), counts), 0, cupy.cuda.get_current_stream())
+                np.int32(self.min_cost), listed, np.int32(max_tasks), counts), cupy.cuda.get_current_stream())
         counts = counts.get()
         if counts.max(initial=0) > max_tasks:
             raise ValueError(f"max_tasks: expected at least {int(counts.max())}, got {max_tasks}")
