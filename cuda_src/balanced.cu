@@ -45,30 +45,39 @@ struct BalancedEmit {
   }
 
   // Merges the segment this CTA ends with the earlier CTAs' parts of it. The parts are fetched through the ring, free
-  // by now, all in flight at once; one that has not arrived yet is asked for again.
+  // by now, all in flight at once, and again while one is missing: most arrive together.
   __device__ __forceinline__ void finish(SharedMemory& shared) const {
     constexpr int IN_FLIGHT = sizeof(shared.ring) / (STATE_PAIRS * sizeof(Packet));
-    const int last = blockIdx.x;
     Packet* fetched = reinterpret_cast<Packet*>(shared.ring);
     #pragma unroll 1
     for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) {
-      Packet sum{0.0f, 0.0f, __int_as_float(0xff800000), 0.0f};
+      Packet sum = kept[pair];
       #pragma unroll 1
-      for (int j = first; j < last; j += IN_FLIGHT) {
-        const int end = min(j + IN_FLIGHT, last);
-        #pragma unroll 1
-        for (int i = j; i < end; ++i) copy_async(shared_address(fetched + (i - j) * STATE_PAIRS + pair), slot(i) + pair);
-        copy_commit();
-        copy_wait<0>();
-        #pragma unroll 1
-        for (int i = j; i < end; ++i) {
-          Packet part = fetched[(i - j) * STATE_PAIRS + pair];
-          while (!arrived(part)) part = peek(slot(i) + pair);
-          clear(slot(i) + pair);
-          merge(sum, part);
+      for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
+        const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
+        Packet* parts = slot(j) + pair;
+        Packet* copies = fetched + pair;
+        float m;
+        bool complete;
+        do {
+          #pragma unroll 4
+          for (int i = 0; i < count; ++i) copy_async(shared_address(copies + i * STATE_PAIRS), parts + i * STATE_PAIRS);
+          copy_commit();
+          copy_wait<0>();
+          m = sum.m, complete = true;
+          #pragma unroll 4
+          for (int i = 0; i < count; ++i) {
+            const Packet part = copies[i * STATE_PAIRS];
+            complete = complete && arrived(part), m = fmaxf(m, part.m);
+          }
+        } while (!complete);
+        rescale(sum, m);
+        #pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          add(sum, copies[i * STATE_PAIRS]);
+          clear(parts + i * STATE_PAIRS);
         }
       }
-      merge(sum, kept[pair]);
       store_result(output, held_row, held_head, pair, sum);
     }
   }

@@ -12,10 +12,13 @@ pkv_merge(const pkv::Packet* partials, const int* split_offsets, const int* rows
   if (last - first < 2) return;
   const pkv::Output output{out, lse, num_kv_heads};
   for (int pair = threadIdx.x; pair < pkv::STATE_PAIRS; pair += pkv::THREADS) {
+    const pkv::Packet* parts = partials + (static_cast<long long>(first) * num_kv_heads + kv_head) * pkv::STATE_PAIRS + pair;
+    const long long stride = static_cast<long long>(num_kv_heads) * pkv::STATE_PAIRS;
     pkv::Packet sum{0.0f, 0.0f, __int_as_float(0xff800000), 0.0f};
     #pragma unroll 8
-    for (int slot = first; slot < last; ++slot)
-      pkv::merge(sum, partials[(static_cast<long long>(slot) * num_kv_heads + kv_head) * pkv::STATE_PAIRS + pair]);
+    for (int i = 0; i < last - first; ++i) sum.m = fmaxf(sum.m, parts[i * stride].m);
+    #pragma unroll 8
+    for (int i = 0; i < last - first; ++i) pkv::add(sum, parts[i * stride]);
     pkv::store_result(output, row, kv_head, pair, sum);
   }
 }

@@ -14,7 +14,7 @@
 #endif
 
 #define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
-#define PKV_SHORT_RANGE 128   // tiles
+#define PKV_SHORT_RANGE 256   // tiles
 
 namespace pkv {
 
@@ -31,7 +31,7 @@ struct Cut {
   int total, num_ranges, quotient, remainder;
 
   // num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
-  // that heads of equal length are cut alike and no range spends its time on two; at most 1/16 of the CTAs idle for it.
+  // that heads of equal length are cut alike and no range spends its time on two; at most 1/8 of the CTAs idle for it.
   PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost) : total(total_) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = total / least;
@@ -39,7 +39,7 @@ struct Cut {
     if (num_ranges < 1) num_ranges = 1;
     if (num_heads > 0 && num_heads <= num_ranges && total / num_ranges < PKV_SHORT_RANGE) {
       const int spare = num_ranges % num_heads;
-      if (spare * 16 <= num_ranges) num_ranges -= spare;
+      if (spare * 8 <= num_ranges) num_ranges -= spare;
     }
     quotient = total / num_ranges;
     remainder = total % num_ranges;

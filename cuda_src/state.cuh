@@ -19,22 +19,19 @@ struct __align__(16) Packet {
   float acc0, acc1, m, l;
 };
 
-__device__ __forceinline__ void merge(Packet& into, const Packet& from) {
-  const float m = fmaxf(into.m, from.m);
-  const float keep = exp2_fast(into.m - m), add = exp2_fast(from.m - m);
-  into.acc0 = into.acc0 * keep + from.acc0 * add;
-  into.acc1 = into.acc1 * keep + from.acc1 * add;
-  into.l = into.l * keep + from.l * add;
-  into.m = m;
+// Scales a state to a maximum m >= its own.
+__device__ __forceinline__ void rescale(Packet& p, float m) {
+  const float scale = exp2_fast(p.m - m);
+  p.acc0 *= scale, p.acc1 *= scale, p.l *= scale, p.m = m;
+}
+// Adds a state whose maximum is at most into.m.
+__device__ __forceinline__ void add(Packet& into, const Packet& from) {
+  const float scale = exp2_fast(from.m - into.m);
+  into.acc0 += from.acc0 * scale, into.acc1 += from.acc1 * scale, into.l += from.l * scale;
 }
 
 __device__ __forceinline__ void send(Packet* to, const Packet& p) {
   asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(p.acc0), "f"(p.acc1), "f"(p.m), "f"(p.l) : "memory");
-}
-__device__ __forceinline__ Packet peek(const Packet* from) {
-  Packet p;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(p.acc0), "=f"(p.acc1), "=f"(p.m), "=f"(p.l) : "l"(from) : "memory");
-  return p;
 }
 __device__ __forceinline__ bool arrived(const Packet& p) {
   return __float_as_uint(p.acc0) != EMPTY_WORD && __float_as_uint(p.acc1) != EMPTY_WORD &&

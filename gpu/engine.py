@@ -50,7 +50,7 @@ class DecodeEngine:
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 2, min_cost: int = 4,
+                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 6, min_cost: int = 8,
                  scale: float | None = None) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
