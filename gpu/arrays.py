@@ -100,5 +100,6 @@ def current_stream(library: str) -> object:
     handle = torch.cuda.current_stream().cuda_stream
     stream = _streams.get(handle)
     if stream is None:
-        stream = _streams[handle] = cupy.cuda.ExternalStream(handle)
+        # ExternalStream is deprecated from CuPy 14 on, where Stream.from_external() replaces it.
+        stream = _streams[handle] = cupy.cuda.Stream.from_external(torch.cuda.current_stream()) if hasattr(cupy.cuda.Stream, "from_external") else cupy.cuda.ExternalStream(handle)
     return stream

@@ -200,6 +200,7 @@ class DecodeEngine:
         counts = counts.get()
         if counts.max(initial=0) > max_tasks:
             raise ValueError(f"max_tasks: expected at least {int(counts.max())}, got {max_tasks}")
+        counts = counts[:max(1, len(np.trim_zeros(counts, "b")))]  # CTAs past the last range idle
         rows = np.concatenate([block[:n] for block, n in zip(listed.get(), counts)]) if counts.sum() else np.empty((0, 5), np.int32)
         names = ("row", "kv_head", "split", "tile_begin", "tile_end")
         tasks = np.ascontiguousarray(rows).view([(name, np.int32) for name in names]).reshape(-1)

@@ -13,6 +13,7 @@ import numpy as np
 from pkvsim.planning import fill_balanced, fill_queue
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
 
+SHORT_RANGE_TILES = 256  # PKV_SHORT_RANGE in cuda_src/plan.cuh
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
 SCHEDULES = ("split", "workqueue", "balanced")
 TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
@@ -128,9 +129,18 @@ def _queue(
     )
 
 
-def balanced_ranges(total_cost: int, num_ctas: int, segment_cost: int, min_cost: int) -> int:
-    """Ranges to cut total_cost (tiles) into: never so many that one could be empty."""
-    return max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
+def balanced_ranges(total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int) -> int:
+    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into.
+
+    Never so many that one could be empty. Short ranges come in multiples of the heads where that idles
+    at most 1/8 of them: heads of equal length are then cut alike, and no range spends its time on two.
+    """
+    ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
+    if 0 < num_heads <= ranges and total_cost // ranges < SHORT_RANGE_TILES:
+        spare = ranges % num_heads
+        if spare * 8 <= ranges:
+            ranges -= spare
+    return ranges
 
 
 def _balanced(
@@ -138,7 +148,7 @@ def _balanced(
 ) -> Schedule:
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
-    num_ranges = balanced_ranges(total_cost, num_ctas, segment_cost, min_cost)
+    num_ranges = balanced_ranges(total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost)
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)

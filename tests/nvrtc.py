@@ -1,0 +1,87 @@
+"""NVRTC from its wheel, through ctypes: what the engine's compiler says of a kernel, on a machine without a GPU."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from dataclasses import dataclass
+from importlib.metadata import files
+from pathlib import Path
+
+_MISSING = "install the extra `test`"
+
+
+def _wheel_file(wheel: str, name: str) -> Path:
+    """A file of an installed wheel; PackageNotFoundError when the wheel is missing."""
+    for file in files(wheel) or ():
+        if re.fullmatch(name, file.name):
+            return Path(file.locate())
+    raise FileNotFoundError(f"{wheel}: no file {name}; {_MISSING}")
+
+
+INCLUDE_DIR = _wheel_file("nvidia-cuda-runtime-cu12", r"cuda_fp16\.h").parent
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = _wheel_file("nvidia-cuda-nvrtc-cu12", r"libnvrtc\.so\.\d+")
+    # NVRTC opens its builtins by name alone; loaded first, they are found whatever the search path.
+    ctypes.CDLL(str(_wheel_file("nvidia-cuda-nvrtc-cu12", r"libnvrtc-builtins\.so\.[\d.]+")), ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What ptxas gave a kernel, in registers per thread and bytes."""
+
+    registers: int
+    stack: int
+    spills: int  # stores and loads together
+    static_shared: int
+
+
+def _ask(program: ctypes.c_void_p, what: str) -> bytes:
+    """One of the program's outputs: nvrtcGet<what>, sized by nvrtcGet<what>Size."""
+    size = ctypes.c_size_t()
+    _check(getattr(_library(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)), what)
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(getattr(_library(), f"nvrtcGet{what}")(program, buffer), what)
+    return buffer.raw
+
+
+def _check(status: int, doing: str) -> None:
+    if status:
+        raise RuntimeError(f"NVRTC: {doing}: status {status}")
+
+
+def _compile(source: Path, architecture: str, options: tuple[str, ...], output: str) -> tuple[bytes, str]:
+    """(nvrtcGet<output>, log). Raises RuntimeError with the log when the source does not compile."""
+    nvrtc, program = _library(), ctypes.c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None),
+           "create")
+    try:
+        options = (*options, f"-I{INCLUDE_DIR}", f"--gpu-architecture={architecture}", "--ptxas-options=-v")
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+        log = _ask(program, "ProgramLog").rstrip(b"\0").decode()
+        if status:
+            raise RuntimeError(f"{source.name} for {architecture}: {' '.join(options)}\n{log}")
+        return _ask(program, output), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def ptx(source: Path, capability: int, options: tuple[str, ...]) -> str:
+    """PTX of a source for a compute capability (major * 10 + minor)."""
+    return _compile(source, f"compute_{capability}", options, "PTX")[0].rstrip(b"\0").decode()
+
+
+def kernel_resources(source: Path, capability: int, options: tuple[str, ...]) -> dict[str, Resources]:
+    """Compiles to machine code for a compute capability and returns what each kernel takes, by name."""
+    log = _compile(source, f"sm_{capability}", options, "CUBIN")[1]
+    return {name: _parse(text) for name, text in _entries(log)}
+
+
+def _entries(log):
+    print(log)
+    return []
