@@ -4,8 +4,6 @@ from __future__ import annotations
 import ctypes
 import functools
 
-import numpy as np
-
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*, cuda.h
 
 
@@ -23,32 +21,36 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-_C_TYPES = {np.dtype(np.int32): ctypes.c_int, np.dtype(np.int64): ctypes.c_longlong, np.dtype(np.float32): ctypes.c_float}
+_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
 
 
 class Kernel:
-    """One kernel and its launch configuration. Arguments keep their types from call to call."""
+    """One kernel and its launch configuration.
 
-    __slots__ = ("_function", "_config", "_attribute", "_values", "_pointers")
+    signature: a letter per parameter, p address, i int32, q int64, f float32. The argument buffers are made once,
+    since a step's host time is mostly this call.
+    """
 
-    def __init__(self, function: object, *, threads: int, shared_bytes: int, overlap: bool) -> None:
-        self._function = function
+    __slots__ = ("_function", "_handle", "_config", "_config_ref", "_attribute", "_values", "_pointers", "_launch")
+
+    def __init__(self, function: object, signature: str, *, threads: int, shared_bytes: int, overlap: bool) -> None:
+        self._function = function  # keeps the module loaded
+        self._handle = ctypes.c_void_p(function.ptr)
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
         self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap))
-        self._values: list = []
-        self._pointers = None
+        self._config_ref = ctypes.byref(self._config)
+        self._values = [_C_TYPES[letter]() for letter in signature]
+        self._pointers = (ctypes.c_void_p * len(signature))(*(ctypes.addressof(v) for v in self._values))
+        self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self, grid: int | tuple[int, int], args: tuple, stream: object) -> None:
-        """Launches on `stream`. args: addresses (int), CuPy arrays, or NumPy scalars of int32, int64, float32."""
-        if not self._values:
-            self._values = [_C_TYPES[a.dtype]() if isinstance(a, np.generic) else ctypes.c_void_p() for a in args]
-            self._pointers = (ctypes.c_void_p * len(args))(*(ctypes.addressof(v) for v in self._values))
-        for value, arg in zip(self._values, args):
-            value.value = arg if isinstance(arg, int) else arg.item() if isinstance(arg, np.generic) else arg.data.ptr
+    def __call__(self, grid: int | tuple[int, int], args: tuple[int | float, ...], stream: int) -> None:
+        """Launches on the stream of that handle, with one int or float per letter of the signature."""
+        for value, arg in zip(self._values, args, strict=True):
+            value.value = arg
         config = self._config
         config.grid[0], config.grid[1] = grid if isinstance(grid, tuple) else (grid, 1)
-        config.stream = stream.ptr
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self._function.ptr), self._pointers, None)
+        config.stream = stream
+        status = self._launch(self._config_ref, self._handle, self._pointers, None)
         if status:
             name = ctypes.c_char_p()
             _driver().cuGetErrorName(status, ctypes.byref(name))

@@ -78,11 +78,13 @@ def test_run_before_plan(case: Case) -> None:
 def test_page_id_out_of_range(case: Case, schedule: str, page: int) -> None:
     engine = DecodeEngine(SHAPE, schedule=schedule)
     table = case.block_table.cpu().numpy()
-    num_pages = case.k_pages.shape[0]
-    engine.plan(case.seq_lens, table, validate_ids=num_pages)  # poison past a row's last page is no error
+    engine.plan(case.seq_lens, table, validate=True)
+    engine.run(case.q, case.k_pages, case.v_pages)  # poison past a row's last page is no error
     table[1, 2] = page
-    with pytest.raises(ValueError, match="^block_table"):
-        engine.plan(case.seq_lens, table, validate_ids=num_pages)
+    engine.plan(case.seq_lens, table, validate=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="^block_table"):
+            engine.run(case.q, case.k_pages, case.v_pages)
 
 
 @pytest.mark.parametrize("field", ("dtype", "schedule"))
