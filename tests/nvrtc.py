@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
 
-_MISSING = "install the extra `test`"
-
 
 def _wheel_file(wheel: str, name: str) -> Path:
     """A file of an installed wheel; PackageNotFoundError when the wheel is missing."""
     for file in files(wheel) or ():
         if re.fullmatch(name, file.name):
             return Path(file.locate())
-    raise FileNotFoundError(f"{wheel}: no file {name}; {_MISSING}")
+    raise FileNotFoundError(f"{wheel}: no file {name}")
 
 
 INCLUDE_DIR = _wheel_file("nvidia-cuda-runtime-cu12", r"cuda_fp16\.h").parent
@@ -54,18 +52,18 @@ def _check(status: int, doing: str) -> None:
         raise RuntimeError(f"NVRTC: {doing}: status {status}")
 
 
-def _compile(source: Path, architecture: str, options: tuple[str, ...], output: str) -> tuple[bytes, str]:
+def _compile(source: Path, options: tuple[str, ...], output: str) -> tuple[bytes, str]:
     """(nvrtcGet<output>, log). Raises RuntimeError with the log when the source does not compile."""
     nvrtc, program = _library(), ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None),
            "create")
     try:
-        options = (*options, f"-I{INCLUDE_DIR}", f"--gpu-architecture={architecture}", "--ptxas-options=-v")
+        options = (*options, f"-I{INCLUDE_DIR}")
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = nvrtc.nvrtcCompileProgram(program, len(options), array)
-        log = _ask(program, "ProgramLog").rstrip(b"\0").decode()
+        log = _ask(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status:
-            raise RuntimeError(f"{source.name} for {architecture}: {' '.join(options)}\n{log}")
+            raise RuntimeError(f"{source.name}: {' '.join(options)}\n{log}")
         return _ask(program, output), log
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -73,15 +71,31 @@ def _compile(source: Path, architecture: str, options: tuple[str, ...], output: 
 
 def ptx(source: Path, capability: int, options: tuple[str, ...]) -> str:
     """PTX of a source for a compute capability (major * 10 + minor)."""
-    return _compile(source, f"compute_{capability}", options, "PTX")[0].rstrip(b"\0").decode()
+    return _compile(source, (*options, f"--gpu-architecture=compute_{capability}"), "PTX")[0].rstrip(b"\0").decode()
 
 
 def kernel_resources(source: Path, capability: int, options: tuple[str, ...]) -> dict[str, Resources]:
-    """Compiles to machine code for a compute capability and returns what each kernel takes, by name."""
-    log = _compile(source, f"sm_{capability}", options, "CUBIN")[1]
-    return {name: _parse(text) for name, text in _entries(log)}
+    """Compiles to machine code for a compute capability and returns what each kernel takes, by name.
+
+    Raises ValueError when the log does not say: a check that found nothing to check must not pass.
+    """
+    options = (*options, f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v")
+    cubin, log = _compile(source, options, "CUBIN")
+    # "... entry function 'NAME' for 'sm_90'", then that kernel's lines until the next entry.
+    _, *entries = re.split(r"Compiling entry function '(\w+)'", log)
+    if not cubin or not entries:
+        raise ValueError(f"{source.name}: no kernel in the log of ptxas: {log!r}")
+    return {name: _resources(text) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
-def _entries(log):
-    print(log)
-    return []
+def _resources(text: str) -> Resources:
+    """Reads one kernel's lines of `ptxas -v`; it leaves out shared memory of 0 bytes, and nothing else."""
+    found = {}
+    for name, pattern in (("registers", r"Used (\d+) registers"), ("stack", r"(\d+) bytes stack frame"),
+                          ("stores", r"(\d+) bytes spill stores"), ("loads", r"(\d+) bytes spill loads")):
+        match = re.search(pattern, text)
+        if not match:
+            raise ValueError(f"no {name} in the log of ptxas: {text!r}")
+        found[name] = int(match[1])
+    shared = re.search(r"(\d+) bytes smem", text)
+    return Resources(found["registers"], found["stack"], found["stores"] + found["loads"], int(shared[1]) if shared else 0)
