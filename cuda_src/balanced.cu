@@ -68,7 +68,7 @@ struct BalancedEmit {
           #pragma unroll 4
           for (int i = 0; i < count; ++i) {
             const Packet part = copies[i * STATE_PAIRS];
-            complete = complete && arrived(part), m = fmaxf(m, part.m);
+            complete &= arrived(part), m = fmaxf(m, part.m);
           }
         } while (!complete);
         rescale(sum, m);

@@ -34,8 +34,9 @@ __device__ __forceinline__ void send(Packet* to, const Packet& p) {
   asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(p.acc0), "f"(p.acc1), "f"(p.m), "f"(p.l) : "memory");
 }
 __device__ __forceinline__ bool arrived(const Packet& p) {
-  return __float_as_uint(p.acc0) != EMPTY_WORD && __float_as_uint(p.acc1) != EMPTY_WORD &&
-         __float_as_uint(p.m) != EMPTY_WORD && __float_as_uint(p.l) != EMPTY_WORD;
+  // Bitwise: a short circuit would be a branch for every word.
+  return (__float_as_uint(p.acc0) != EMPTY_WORD) & (__float_as_uint(p.acc1) != EMPTY_WORD) &
+         (__float_as_uint(p.m) != EMPTY_WORD) & (__float_as_uint(p.l) != EMPTY_WORD);
 }
 __device__ __forceinline__ void clear(Packet* at) {
   const float empty = __uint_as_float(EMPTY_WORD);

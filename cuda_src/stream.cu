@@ -14,7 +14,7 @@
 #define UNROLL 4
 #endif
 
-extern "C" __global__ void pkv_stream_read(const uint4* __restrict__ src, long long num_vectors,
+extern "C" __global__ void __launch_bounds__(1024) pkv_stream_read(const uint4* __restrict__ src, long long num_vectors,
                                            unsigned int* __restrict__ sink) {
     const long long stride = (long long)gridDim.x * blockDim.x;
     const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x;

@@ -8,6 +8,7 @@ from pkvsim import DecodeShape
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
 PACKET_BYTES = 16  # pkv::Packet in cuda_src/state.cuh
 MAX_GROUP_SIZE = 32
+MAX_ACCUMULATED = 4096  # query heads x head_dim whose FP32 accumulators a warp's registers hold
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 HEAD_DIMS = (64, 128, 256)
 
@@ -67,6 +68,9 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int) -> Ke
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shape.head_dim}")
     if shape.group_size > MAX_GROUP_SIZE:
         raise ValueError(f"group_size: expected at most {MAX_GROUP_SIZE}, got {shape.group_size}")
+    if shape.group_size * shape.head_dim > MAX_ACCUMULATED:
+        raise ValueError(f"group_size: expected at most {MAX_ACCUMULATED // shape.head_dim} with head_dim {shape.head_dim}, "
+                         f"got {shape.group_size}")
     if shape.page_size > 256:
         raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
     if compute_capability < 80:

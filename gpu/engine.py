@@ -60,14 +60,14 @@ class DecodeEngine:
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 8, min_cost: int = 8,
+                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 8, min_cost: int | None = None,
                  scale: float | None = None) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost:
-        fixed cost of a segment and least cost of a CTA in tiles of 16 tokens (balanced). scale: of the logits, by
-        default head_dim ** -0.5.
+        fixed cost of a segment and least cost of a CTA in tiles of 16 tokens (balanced); the defaults are from a sweep
+        on an H200 (2026-11-21). scale: of the logits, by default head_dim ** -0.5.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -82,7 +82,9 @@ class DecodeEngine:
         self.device_id = device.id
         self.num_ctas = num_ctas or device.attributes["MultiProcessorCount"]
         self.splits, self.tile_tokens = splits, tile_tokens
-        self.segment_cost, self.min_cost = segment_cost, min_cost
+        self.segment_cost = segment_cost
+        # A larger group's partial states are dearer to merge, so its short steps take fewer CTAs.
+        self.min_cost = min(32, max(8, 4 * shape.group_size - 8)) if min_cost is None else min_cost
         self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None
