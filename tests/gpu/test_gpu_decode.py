@@ -70,11 +70,13 @@ def test_random_steps(schedule: str) -> None:
         check(out, lse, case, dtype="float16")
 
 
+@pytest.mark.parametrize("group", (1, 4, 7, 8))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_error_within_flashinfers(dtype: str) -> None:
+def test_error_within_flashinfers(dtype: str, head_dim: int, group: int) -> None:
     if not fi.installed():
         pytest.skip("FlashInfer is not installed")
-    case = make_case(shape_of(128, 4, 16, kv_heads=8), (7000, 5000, 1234, 90, 4096, 17), dtype=dtype, seed=1)
+    case = make_case(shape_of(head_dim, group, 16, kv_heads=8), (7000, 5000, 1234, 90, 4096, 17), dtype=dtype, seed=1)
     theirs = fi.FlashInferDecode(case.shape, dtype, "tensor_core")
     try:
         theirs.plan(case.seq_lens, case.block_table)
