@@ -59,6 +59,7 @@ def check_run(shape: DecodeShape, dtype: str, batch: int, device: int, q: ArrayV
                 pages.strides[2:] == inner or (shape.page_size == 1 and pages.strides[3] == 1))
         _expect(name, "page and head strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
                 pages.strides[0] % 8 == 0 and pages.strides[1] % 8 == 0 and pages.pointer % 16 == 0)
+        _expect(name, "a head stride of 0 to 2^31 - 1 elements", pages.strides[1], 0 <= pages.strides[1] < 2**31)
     _expect("v_pages", f"the page count and strides of k_pages, {k.shape[0]} and {k.strides}",
             f"{v.shape[0]} and {v.strides}", v.shape == k.shape and v.strides == k.strides)
     arrays = [("q", q), ("k_pages", k), ("v_pages", v)]
