@@ -115,10 +115,13 @@ __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCK
     if (__any_sync(0xffffffffu, above)) state.raise(b, s[b]);
     #pragma unroll
     for (int i = 0; i < 4; ++i) s[b][i] = exp2_fast(s[b][i] - state.m[b][i & 1]);
-    state.l[b][0] += s[b][0] + s[b][2];
-    state.l[b][1] += s[b][1] + s[b][3];
-    p[b][0] = transpose(pack(s[b][0], s[b][1]));
-    p[b][1] = transpose(pack(s[b][2], s[b][3]));
+    // l sums the weights as rounded, the ones V is multiplied with, so that they add up to one.
+    const unsigned low = pack(s[b][0], s[b][1]), high = pack(s[b][2], s[b][3]);
+    const float2 first = unpack(low), second = unpack(high);
+    state.l[b][0] += first.x + second.x;
+    state.l[b][1] += first.y + second.y;
+    p[b][0] = transpose(low);
+    p[b][1] = transpose(high);
   }
 }
 

@@ -22,6 +22,15 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
   return *reinterpret_cast<unsigned*>(&pair);
 }
 
+__device__ __forceinline__ float2 unpack(unsigned value) {
+  const half_pair pair = *reinterpret_cast<half_pair*>(&value);
+#if DTYPE_BF16
+  return __bfloat1622float2(pair);
+#else
+  return __half22float2(pair);
+#endif
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
