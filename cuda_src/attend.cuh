@@ -172,9 +172,9 @@ __device__ __forceinline__ Packet gather(const SharedMemory& shared, int pair) {
   return p;
 }
 
-// Runs every segment of `source`. For each, `emit(segment, pair, packet)` is called by the thread that owns the
-// pair; the same thread owns the same pairs in every CTA. `emit.begin(source)` is called
-// once, when the first loads are under way.
+// Runs every segment of `source`. For each, `emit(segment, pair, packet)` is called by the thread that owns the pair;
+// the same thread owns the same pairs in every CTA. `emit.begin(source)` is called once, when the first loads are
+// under way.
 template <class Source, class Emit>
 __device__ __forceinline__ void attend(const Source& source, const Pages& pages, const half_type* q, int num_kv_heads, float scale_log2, SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

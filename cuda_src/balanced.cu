@@ -1,7 +1,7 @@
 // pkv_decode_balanced: paged decode attention, one launch, planned on the device.
 //
 // Computes softmax(q K^T * scale) V for one query token per row over paged K,V, rows of any length.
-// Grid: [num_ctas], at most as many as are resident; block: [WARPS * 32]; dynamic shared memory: SharedMemory.
+// Grid: [num_ctas]; block: [WARPS * 32]; dynamic shared memory: SharedMemory.
 // Every CTA reads seq_lens itself and finds its own equal-cost range of tiles (plan.cuh): no planner, no host.
 //
 // A CTA holds at most two partial segments. One that its range cuts at the end goes to the CTA's slot in
@@ -84,10 +84,10 @@ struct BalancedEmit {
 };
 
 // Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
-// one may be mostly unused.
+// one may be mostly unused. The last of several rows is left out, since it may end before its stride does.
 __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_size) {
   constexpr int LINE = 128 / sizeof(int), MOST = 1 << 16;
-  const int entries = batch_size * pages.table_stride;
+  const int entries = max(1, batch_size - 1) * pages.table_stride;
   const int at = (threadIdx.x * gridDim.x + blockIdx.x) * LINE;
   if (entries <= MOST && at < entries) asm volatile("prefetch.global.L2 [%0];" ::"l"(pages.block_table + at));
 }

@@ -14,10 +14,6 @@
 
 namespace pkv {
 
-struct Task {
-  int row, kv_head, split, tile_begin, tile_end;
-};
-
 struct TaskSource {
   const Task* tasks;
   const int *seq_lens, *split_offsets;

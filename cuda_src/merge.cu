@@ -1,13 +1,14 @@
 // pkv_merge: the segmented merge after pkv_decode_tasks. Each row's partial states, in split order, become its output.
 //
-// Grid: [num_kv_heads, len(rows)], block: [WARPS * 32]. rows: the rows to merge, int32. Rows of fewer than two splits were written by the decode
-// kernel and are passed over. Arrays as in decode.cu. Bound by the latency of one read of the partials.
+// Grid: [num_kv_heads, len(rows)], block: [WARPS * 32]. rows: the rows to merge, int32; those of fewer than two splits
+// were written by the decode kernel and are passed over. Other arrays as in decode.cu. Bound by the latency of one read
+// of the partials.
 #include "state.cuh"
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS)
 pkv_merge(const pkv::Packet* partials, const int* split_offsets, const int* rows, half_type* out, float* lse) {
-  const int kv_head = blockIdx.x, row = rows[blockIdx.y], num_kv_heads = gridDim.x;
   pkv::wait_for_previous_kernel();
+  const int kv_head = blockIdx.x, row = rows[blockIdx.y], num_kv_heads = gridDim.x;
   const int first = split_offsets[row], last = split_offsets[row + 1];
   if (last - first < 2) return;
   const pkv::Output output{out, lse, num_kv_heads};

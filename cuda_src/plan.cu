@@ -5,12 +5,8 @@
 //   counts [num_ctas] int32: tasks of each range, also those past max_tasks
 #include "warp_plan.cuh"
 
-struct Task {
-  int row, kv_head, split, tile_begin, tile_end;
-};
-
 extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
-                                             int min_cost, Task* tasks, int max_tasks, int* counts) {
+                                             int min_cost, pkv::Task* tasks, int max_tasks, int* counts) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
   const pkv::Rows rows(seq_lens, batch_size, num_kv_heads, segment_cost, lane);

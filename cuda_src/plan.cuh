@@ -63,6 +63,11 @@ PKV_HD int tile_at(int x, int x0, int segment_cost) {
   return rem - segment_cost > 1 ? rem - segment_cost : 1;
 }
 
+// One line of a task list, as pkvsim.schedule lays it out.
+struct Task {
+  int row, kv_head, split, tile_begin, tile_end;  // tiles, end exclusive
+};
+
 // A contiguous run of tiles of one (row, KV head).
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
@@ -87,7 +92,6 @@ struct BalancedWalk {
     tile = tile_at(x_begin, x0, segment_cost);
     if (tile >= tiles_of(seq_len)) step_head();
   }
-  PKV_HD void stop() { x0 = 0, x_end = 0, tile = 0; }
 
   PKV_HD bool next(Segment& s) {
     if (x0 >= x_end) return false;

@@ -1,7 +1,9 @@
 """What the engine needs to know of an array, whichever library made it: CuPy, torch or NumPy. Nothing is copied."""
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,12 +94,29 @@ def empty_like(model: object, described: ArrayView, shape: tuple[int, ...], dtyp
     return cupy.empty(shape, dtype=dtype)
 
 
-def current_stream(library: str) -> int:
-    """Handle of the caller's current stream in the library its arrays come from."""
+def current_stream(library: str | None, device: int) -> int:
+    """Handle of the caller's current stream in the library its arrays come from (CuPy's when that is not known)."""
     if library == "torch":
         import torch
 
-        return torch.cuda.current_stream().cuda_stream
+        return torch.cuda.current_stream(device).cuda_stream
     import cupy
 
     return cupy.cuda.get_current_stream().ptr
+
+
+@contextlib.contextmanager
+def on_stream(library: str | None, device: int) -> Iterator[object]:
+    """Makes that stream CuPy's current one: copies and allocations inside are ordered on it."""
+    import cupy
+
+    if library != "torch":
+        yield cupy.cuda.get_current_stream()
+        return
+    import torch
+
+    own = torch.cuda.current_stream(device)
+    # ExternalStream is deprecated from CuPy 14 on.
+    make = getattr(cupy.cuda.Stream, "from_external", None)
+    with make(own) if make else cupy.cuda.ExternalStream(own.cuda_stream) as stream:
+        yield stream

@@ -11,10 +11,12 @@ from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.kernels import load_kernel
 from pkvsim import DecodeShape, make_schedule
+from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
 SIZES = "iiiqiif"  # batch_size to scale_log2, the parameters that both decode kernels share
 LOG2_E = 1.4426950408889634
+MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 MAX_COST = 2**31  # the planner counts tiles in 32 bits
 
 
@@ -56,7 +58,7 @@ class DecodeEngine:
     place between runs (also inside a captured CUDA graph), and each run is one launch. "workqueue" and "split" plan
     on the host as the paper does. "auto" takes balanced, the schedule without a losing regime.
 
-    Not safe for runs on several streams at once: they would share the workspace. Use an engine per stream.
+    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream.
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
@@ -80,17 +82,18 @@ class DecodeEngine:
         self.schedule = "balanced" if schedule == "auto" else schedule
         self.config = kernel_config(shape, dtype, int(device.compute_capability))
         self.device_id = device.id
-        self.num_ctas = num_ctas or device.attributes["MultiProcessorCount"]
+        self.num_ctas = device.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
-        self.segment_cost = segment_cost
+        self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         # A larger group's partial states are dearer to merge, so its short steps take fewer CTAs.
-        self.min_cost = min(32, max(8, 4 * shape.group_size - 8)) if min_cost is None else min_cost
+        self.min_cost = min(32, max(8, 4 * shape.group_size - 8)) if min_cost is None else check_int(
+            "min_cost", min_cost, 1, 2**20)
         self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
-        self._library = "cupy"
+        self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
         defines, threads = self.config.defines(), self.config.threads
         shared = self.config.shared_bytes
         overlap = int(device.compute_capability) >= 90
@@ -98,6 +101,7 @@ class DecodeEngine:
             self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", "pppppppp" + SIZES + "ii", defines,
                                        threads=threads, shared_bytes=shared, overlap=overlap)
             self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
+            cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
         else:
             self._decode = load_kernel("decode.cu", "pkv_decode_tasks", "ppppppppppii" + SIZES, defines, threads=threads,
                                        shared_bytes=shared, overlap=overlap)
@@ -121,7 +125,7 @@ class DecodeEngine:
             self._plan = _Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride)
             return
         if isinstance(seq_lens, (list, tuple)):
-            seq_lens = np.asarray(seq_lens, dtype=np.int32)
+            seq_lens = check_seq_lens(seq_lens)
         lens, table = arrays.view("seq_lens", seq_lens), arrays.view("block_table", block_table)
         checks.check_plan(lens, table, self.device_id)
         batch, max_pages = table.shape
@@ -133,14 +137,19 @@ class DecodeEngine:
         if tiles >= MAX_COST:
             raise ValueError(f"block_table: expected room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all "
                              f"rows and KV heads, got {tiles}")
-        lens_array, lens_address = arrays.to_gpu("seq_lens", seq_lens)
-        table_array, table_address = arrays.to_gpu("block_table", block_table)
-        plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages)
+        library = "torch" if "torch" in (lens.library, table.library) else self._library
+        # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
+        with arrays.on_stream(library, self.device_id) as stream:
+            lens_array, lens_address = arrays.to_gpu("seq_lens", seq_lens)
+            table_array, table_address = arrays.to_gpu("block_table", block_table)
+            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages)
+            if self.schedule != "balanced":
+                plan.task_list = self._upload_tasks(host_lens)
+            if self._library is None:
+                stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = arrays.to_host("block_table", block_table), host_lens
-        if self.schedule != "balanced":
-            plan.task_list = self._upload_tasks(host_lens)
-        on_gpu = lens_key is not None and table_key is not None
+        on_gpu = lens.device >= 0 and table.device >= 0
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
         if self._plan is None or self._plan.batch_size != batch:
             self._checked_run = None
@@ -179,6 +188,7 @@ class DecodeEngine:
         if plan is None:
             raise RuntimeError("run: call plan() first")
         if v_pages is None:
+            arrays.view("k_pages", k_pages)
             if len(k_pages.shape) != 5 or k_pages.shape[1] != 2:
                 raise ValueError(f"v_pages: expected pages, or a combined k_pages [num_pages, 2, ...], got None and {list(k_pages.shape)}")
             k_pages, v_pages = k_pages[:, 0], k_pages[:, 1]
@@ -195,7 +205,7 @@ class DecodeEngine:
         if plan.unchecked_ids is not None:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
             plan.unchecked_ids = None
-        stream = arrays.current_stream(self._library)
+        stream = arrays.current_stream(self._library, self.device_id)
         common = q_at, k_at, v_at, plan.block_table, plan.seq_lens, out_at, lse_at, self._partials.data.ptr
         sizes = plan.batch_size, self.shape.num_kv_heads, plan.table_stride, *self._page_layout, self._scale_log2
         if plan.task_list is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpu.arrays import to_host
 from pkvsim import DecodeShape
 
 BACKENDS = ("cuda_core", "tensor_core", "xqa", "batch_attention")
@@ -28,11 +29,10 @@ def supports(shape: DecodeShape, backend: str) -> str | None:
     """None when the backend can run the shape, else the reason why not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    group_size = shape.num_q_heads // shape.num_kv_heads
     if shape.head_dim not in HEAD_DIMS:
         return f"head_dim {shape.head_dim} is not one of {HEAD_DIMS}"
-    if backend == "cuda_core" and group_size not in CUDA_CORE_GROUPS:
-        return f"group size {group_size} is not one of {CUDA_CORE_GROUPS}"
+    if backend == "cuda_core" and shape.group_size not in CUDA_CORE_GROUPS:
+        return f"group size {shape.group_size} is not one of {CUDA_CORE_GROUPS}"
     if backend == "xqa" and shape.page_size not in XQA_PAGE_SIZES:
         return f"page size {shape.page_size} is not one of {XQA_PAGE_SIZES}"
     return None
@@ -61,8 +61,8 @@ def pack_table(seq_lens, block_table, *, page_size: int, device: str = "cuda") -
     """CSR form of seq_lens [batch_size] and block_table [batch_size, max_pages]."""
     import torch
 
-    lens = _to_numpy(seq_lens).astype(np.int32)
-    table = _to_numpy(block_table).astype(np.int32)
+    lens = to_host("seq_lens", seq_lens).astype(np.int32)
+    table = to_host("block_table", block_table).astype(np.int32)
     pages = -(-lens // page_size)
     owned = np.arange(table.shape[1])[None, :] < pages[:, None]
     indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)
@@ -70,12 +70,6 @@ def pack_table(seq_lens, block_table, *, page_size: int, device: str = "cuda") -
     return PackedTable(indptr=torch.from_numpy(indptr), indices=torch.from_numpy(table[owned]).to(device),
                        last_page_len=torch.from_numpy(last), seq_lens_host=torch.from_numpy(lens),
                        seq_lens=torch.from_numpy(lens).to(device), block_table=torch.from_numpy(table).to(device))
-
-
-def _to_numpy(array) -> np.ndarray:
-    if isinstance(array, np.ndarray):
-        return array
-    return as_torch(array).cpu().numpy()
 
 
 class FlashInferDecode:
