@@ -1,13 +1,14 @@
-"""The pkvsim command. Bad input ends with exit code 2 and one line on stderr."""
+"""The pkvsim command: the subcommands, one module of pkvsim.commands each. Bad input ends with exit code 2."""
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated, Optional
 
 import typer
+
+from pkvsim.commands import devices, replay
+from pkvsim.commands.errors import print_error
+
+COMMANDS = (devices.devices, replay.replay)
 
 app = typer.Typer(
     help="Replays decode traffic on models of GPUs, without a GPU.",
@@ -22,87 +23,8 @@ def _root() -> None:
     """Replays decode traffic on models of GPUs, without a GPU."""
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        _print_error(str(error))
-        raise typer.Exit(2) from None
-
-
-def _print_error(message: str) -> None:
-    typer.echo("pkvsim: error: " + " ".join(message.split()), err=True)
-
-
-@app.command()
-def devices() -> None:
-    """Lists the GPUs with their numbers, and where each number comes from."""
-    from pkvsim.device import DEVICES
-    from pkvsim.report import print_devices
-
-    print_devices(list(DEVICES.values()))
-
-
-@app.command()
-def replay(
-    family: Annotated[str, typer.Option(help="uniform, bimodal, zipf, bucketed or homogeneous.")] = "bimodal",
-    requests: Annotated[
-        Optional[int], typer.Option(help="Requests in the trace: 24 by default, all of a trace file.")
-    ] = None,
-    max_active: Annotated[int, typer.Option(help="Most rows decoded at once.")] = 8,
-    steps: Annotated[int, typer.Option(help="Steps to measure, idle ones not counted.")] = 48,
-    seed: Annotated[int, typer.Option(help="Seed of the requests; seed + 99 shuffles the pages.")] = 20260623,
-    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
-    policy: Annotated[str, typer.Option(help="How the adaptive engine routes a step: paper.")] = "paper",
-    min_context: Annotated[
-        int, typer.Option(help="The paper's gate: shorter steps (tokens) go to FlashInfer.")
-    ] = 16384,
-    trace_file: Annotated[
-        Optional[str], typer.Option(help="CSV or JSON requests to replay in place of a family.")
-    ] = None,
-    num_q_heads: Annotated[int, typer.Option()] = 32,
-    num_kv_heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 128,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
-    hole_fraction: Annotated[float, typer.Option(help="Part of the page pool that nobody owns.")] = 0.0,
-    split_splits: Annotated[
-        Optional[int], typer.Option(help="Splits per row of the split engine; the policy's own by default.")
-    ] = None,
-    workqueue_splits: Annotated[
-        Optional[int], typer.Option(help="Splits per row of the workqueue engine; the policy's own by default.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Replays a trace and prints what each engine does and costs per step."""
-    with _one_line_errors():
-        from pkvsim.device import get_device
-        from pkvsim.policy import PaperPolicy
-        from pkvsim.replay import replay as run_replay
-        from pkvsim.shapes import DecodeShape, check_int
-        from pkvsim.tracefile import read_trace
-        from pkvsim.traces import paper_trace
-
-        if policy != "paper":
-            raise ValueError(f"policy: expected paper, got {policy!r}")
-        shape = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size)
-        rules = PaperPolicy(min_context, split_splits, workqueue_splits)
-        spec = get_device(device)
-        if requests is not None:
-            check_int("requests", requests, 1)
-        if trace_file is None:
-            trace = paper_trace(family, seed, requests or 24, max_active, steps, page_size=page_size)
-        else:
-            trace = read_trace(
-                trace_file, seed=seed, requests=requests, max_active=max_active, steps=steps, page_size=page_size
-            )
-        report = run_replay(trace, shape, spec, rules, hole_fraction=hole_fraction)
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
-    from pkvsim.report import print_replay
-
-    print_replay(report)
+for _command in COMMANDS:
+    app.command()(_command)
 
 
 def main() -> None:
@@ -111,7 +33,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except usage_error as error:
-        _print_error(error.format_message())
+        print_error(error.format_message())
         code = 2
     except typer.Abort:
         code = 1
