@@ -1,4 +1,11 @@
-"""Bytes, counters and the paper's price of a step. The only copy of these formulas."""
+"""Bytes, counters and prices of a step: the paper's formula here, our model through pkvsim.pricing.
+
+Our model in Numba code: `price_routes(seq_lens, num_kv_heads, group_size, head_dim, kv_element_bytes, num_sms,
+constants, prices_us, splits)` with `constants = constants_matrix(device.routes)` (float64 [len(ROUTES), NUM_CONSTANTS],
+rows in the order of ROUTES) fills the kernel time of one layer and the longest row's splits by route. A step of L
+layers takes L * prices_us[r] + constants[r, PLAN] us, PLAN being the host's planning. Nothing is allocated by the
+caller per step but the two outputs, which may be reused.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,11 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.device import DeviceSpec
+from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes
+from pkvsim.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
 from pkvsim.schedule import Schedule
 from pkvsim.shapes import DecodeShape
 
+__all__ = [
+    "KV_ELEMENT_BYTES", "MIB", "NUM_CONSTANTS", "OWN_ROUTES", "PLAN", "ROUTES", "RouteModel", "StepCounters",
+    "constants_matrix", "flashinfer_counters", "merge_bytes", "paper_price_us", "price_route", "price_routes",
+    "schedule_counters", "useful_kv_bytes",
+]  # fmt: skip
+
 KV_ELEMENT_BYTES = 2  # FP16 and BF16
-PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
 MIB = 2**20
 
 

@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from pkvsim.route_model import CalibratedRoute, RouteModel, read_route
 
 CATALOGUE = Path(__file__).parent / "devices"
 STATUSES = ("datasheet", "calibrated", "estimated")
@@ -35,6 +38,12 @@ class DeviceSpec:
     min_ctas_per_sm: float  # CTAs per SM below which bandwidth is not reached (C_min in the paper)
     cta_read_gb_s: float  # what one CTA alone can read
     sources: dict[str, NumberSource]  # by field name, one for every number
+    calibration: dict[str, CalibratedRoute] = field(default_factory=dict)  # by route; empty: a datasheet device
+
+    @property
+    def routes(self) -> dict[str, RouteModel]:
+        """The calibrated models by route; empty for a datasheet device (pkvsim.derive estimates them)."""
+        return {name: entry.model for name, entry in self.calibration.items()}
 
     def to_json(self) -> str:
         """The catalogue's file format, which `load_device` reads back."""
@@ -42,10 +51,13 @@ class DeviceSpec:
             name: {"value": getattr(self, name), "status": self.sources[name].status, "source": self.sources[name].source}
             for name in NUMBER_FIELDS
         }
-        return json.dumps({"name": self.name, "label": self.label, "numbers": numbers}, indent=2) + "\n"
+        data: dict[str, Any] = {"name": self.name, "label": self.label, "numbers": numbers}
+        if self.calibration:
+            data["routes"] = {name: entry.to_dict() for name, entry in self.calibration.items()}
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "label", "sources"))
+NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "label", "sources", "calibration"))
 
 
 def load_device(path: str | Path) -> DeviceSpec:
@@ -65,7 +77,11 @@ def load_device(path: str | Path) -> DeviceSpec:
         raise ValueError(f"{path}: numbers: missing or unknown: {', '.join(sorted(odd))}")
     values = {name: _number(f"{path}: {name}", name, numbers[name]) for name in NUMBER_FIELDS}
     sources = {name: NumberSource(numbers[name]["status"], numbers[name]["source"]) for name in NUMBER_FIELDS}
-    return DeviceSpec(name=data["name"], label=data["label"], sources=sources, **values)
+    routes = data.get("routes", {})
+    if not isinstance(routes, dict):
+        raise ValueError(f"{path}: routes: expected an object by route, got {routes!r}")
+    calibration = {name: read_route(f"{path}: routes.{name}", name, entry) for name, entry in routes.items()}
+    return DeviceSpec(name=data["name"], label=data["label"], sources=sources, calibration=calibration, **values)
 
 
 def _number(where: str, name: str, entry: Any) -> Any:
@@ -81,7 +97,7 @@ def _number(where: str, name: str, entry: Any) -> Any:
         raise ValueError(f"{where}: expected a number, got {value!r}")
     if name == "compute_capability":
         return tuple(parts)
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{where}: expected a number > 0, got {value!r}")
     return value
 
