@@ -32,6 +32,7 @@ class DeviceSpec:
     memory_gib: float
     l2_mib: float
     smem_per_sm_kib: float
+    fp16_tflops: float  # dense FP16 tensor-core peak, summed in FP32
     peak_gb_s: float  # memory bandwidth on paper
     beta_gb_s: float  # memory bandwidth that a streaming read reaches
     launch_us: float  # fixed cost of a launch (lambda in the paper)
