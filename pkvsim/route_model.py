@@ -37,7 +37,9 @@ class RouteModel:
     launch_us: float = 0.0  # every further launch of the step
     task_us: float = 0.0  # a CTA slot's time for a task beside its bytes
     segment_us: float = 0.0  # balanced: a CTA's time for every (row, KV head) segment beside its bytes
-    merge_us: float = 0.0  # merging, beside the bytes of the partial states
+    merge_us: float = 0.0  # merging rows that are cut, whatever their number of splits
+    merge_split_us: float = 0.0  # merging, for every split of the longest row: they are read one after the other
+    merge_gb_s: float = math.inf  # what merges one KV head's partial states reads, its splits times group_size states
     plan_us: float = 0.0  # host time of planning, per step whatever the layers
     l2_gb_s: float = math.inf  # what all CTAs read from L2, for KV that a warm l2_mb holds
     l2_mb: float = 0.0  # KV that is found in L2 at the start of a step; 0: cold
@@ -68,7 +70,7 @@ class RouteModel:
 CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name != "rule")
 NUM_CONSTANTS = 1 + len(CONSTANTS)
 NO_LIMIT = "no limit"  # infinity in a device file, which is strict JSON
-_UNLIMITED = ("l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
+_UNLIMITED = ("merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
 _POSITIVE = ("bandwidth_gb_s", "cta_read_gb_s", "head_pad", "ctas_per_sm", "tile_tokens", "min_split_tokens", *_UNLIMITED)
 
 
