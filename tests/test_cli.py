@@ -80,7 +80,7 @@ def test_options_reach_the_replay(tmp_path):
     ("args", "message"),
     [
         (["--family", "normal"], "family: expected one of uniform"),
-        (["--device", "b300"], "device: expected one of h200, rtx3060"),
+        (["--device", "b300"], "device: expected one of a10, a100_40gb"),
         (["--policy", "best"], "policy: expected paper, got 'best'"),
         (["--requests", "0"], "requests: expected an integer >= 1, got 0"),
         (["--steps", "0"], "steps: expected"),
