@@ -105,13 +105,13 @@ def jitter(trace: RequestTrace, jitter_s: float, *, seed: int = 0) -> RequestTra
     )
 
 
-def limit(trace: RequestTrace, requests: int) -> RequestTrace:
-    """The first `requests` requests."""
-    check_int("limit", requests, 1)
-    if requests >= len(trace):
+def first_requests(trace: RequestTrace, limit: int) -> RequestTrace:
+    """The first `limit` requests."""
+    check_int("limit", limit, 1)
+    if limit >= len(trace):
         return trace
-    first = reorder(trace, np.arange(requests), trace.arrival_s[:requests])
-    return with_note(first, f"first {requests:,} of {len(trace):,} requests")
+    first = reorder(trace, np.arange(limit), trace.arrival_s[:limit])
+    return with_note(first, f"first {limit:,} of {len(trace):,} requests")
 
 
 def tick_s(trace: RequestTrace) -> float | None:

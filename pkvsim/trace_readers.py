@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pkvsim.requests import RequestTrace, gather_blocks
+from pkvsim.requests import RequestTrace, first_requests, gather_blocks, jitter, scale_rate, spread_ticks
 from pkvsim.trace_columns import Columns, csv_columns, json_columns
 from pkvsim.tracefile import csv_rows, is_json, json_rows, names, paper_columns, read_text
 
 MOONCAKE_BLOCK_TOKENS = 512
 OTHER_BLOCK_TOKENS = (16, 32, 64, 128, 256, 1024)  # Mooncake's layout as other tools write it
+PAPER_STEP_S = 0.02  # a decode step of a busy server
 PAPER_NAMES = {"prompt_len", "prompt", "decode_len", "decode"}
 
 
@@ -50,7 +51,7 @@ CSV_FORMATS = (
 )
 
 
-def read_requests(path: str | Path, *, step_s: float = 0.02) -> RequestTrace:
+def read_requests(path: str | Path, *, step_s: float = PAPER_STEP_S) -> RequestTrace:
     """A trace file of any known format. Arrivals start at 0 and are sorted; what was changed is in the notes.
 
     step_s is how long one arrival step of the paper's format takes. Requests with no prompt or no output
@@ -67,6 +68,25 @@ def read_requests(path: str | Path, *, step_s: float = 0.02) -> RequestTrace:
     if PAPER_NAMES & found or not found:
         return _read_paper(path, text, step_s)
     return _read_mooncake(path, text) if is_json(text) else _read_csv(path, text, found)
+
+
+def load_requests(
+    path: str | Path,
+    *,
+    rate_scale: float = 1.0,
+    jitter_s: float = 0.0,
+    limit: int | None = None,
+    seed: int = 0,
+    step_s: float = PAPER_STEP_S,
+) -> RequestTrace:
+    """A trace file made ready to replay: its first `limit` requests, coarse ticks spread, rate scaled, jittered.
+
+    Equal seeds give equal arrays. Raises ValueError naming the file or argument.
+    """
+    trace = read_requests(path, step_s=step_s)
+    if limit is not None:
+        trace = first_requests(trace, limit)
+    return jitter(scale_rate(spread_ticks(trace, seed=seed), rate_scale), jitter_s, seed=seed)
 
 
 def _read_csv(path: Path, text: str, found: set[str]) -> RequestTrace:

@@ -1,0 +1,47 @@
+"""pkvsim trace."""
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+
+from pkvsim.commands.errors import one_line_errors
+
+
+def trace(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A request trace; its format is seen from its content.")],
+    rate_scale: Annotated[float, typer.Option(help="Arrival rate times this; 2 halves every gap.")] = 1.0,
+    jitter: Annotated[float, typer.Option(help="Seconds by which each arrival moves at most, at random.")] = 0.0,
+    limit: Annotated[Optional[int], typer.Option(help="First requests only.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of jitter, and of spreading coarse timestamps.")] = 0,
+    plot: Annotated[Optional[str], typer.Option(help="Draw rate and lengths to this .png or .svg file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Shows what is in a request trace: rates, lengths and how many prompt blocks repeat.
+
+    Reads Azure LLM inference CSV, Mooncake JSON lines, BurstGPT CSV, vidur CSV, and the paper's CSV or JSON
+    (prompt_len, decode_len, arrival).
+
+    \b
+    Examples:
+      pkvsim trace AzureLLMInferenceTrace_code.csv
+      pkvsim trace conversation_trace.jsonl --limit 1000 --rate-scale 2 --json
+      pkvsim trace BurstGPT_1.csv --plot burstgpt.svg
+    """
+    with one_line_errors():
+        from pkvsim.trace_readers import load_requests
+        from pkvsim.trace_summary import summary
+
+        requests = load_requests(file, rate_scale=rate_scale, jitter_s=jitter, limit=limit, seed=seed)
+        figures = summary(requests)
+        if plot is not None:
+            from pkvsim.trace_plot import plot_trace
+
+            plot_trace(requests, plot)
+    if as_json:
+        typer.echo(json.dumps(figures.to_dict(), indent=2, allow_nan=False))
+        return
+    from pkvsim.trace_table import print_trace
+
+    print_trace(figures)
