@@ -1,0 +1,84 @@
+"""pkvsim whatif."""
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+
+from pkvsim.commands.errors import one_line_errors
+
+
+def whatif(
+    trace: Annotated[str, typer.Option(help="Request trace: Azure, Mooncake, BurstGPT, vidur or the paper's format.")],
+    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
+    model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
+    policies: Annotated[
+        str, typer.Option(help="Comma-separated: paper, calibrated, flashinfer, oracle, or a route's name.")
+    ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
+    rate_scale: Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's.")] = 1.0,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first N requests.")] = None,
+    jitter: Annotated[float, typer.Option(help="Move every arrival by up to this many seconds.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of jitter, and of spreading timestamps that tick coarsely.")] = 0,
+    prefix_cache: Annotated[
+        str, typer.Option(help="Reuse of prompt blocks: none, lru, or the bounds infinite and belady.")
+    ] = "none",
+    max_batch: Annotated[int, typer.Option(help="Most requests running at once.")] = 256,
+    step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
+    page_size: Annotated[int, typer.Option(help="Tokens per KV page.")] = 16,
+    kv_gib: Annotated[
+        Optional[float], typer.Option(help="GiB of KV pages; by default what weights and workspace leave.")
+    ] = None,
+    memory_fraction: Annotated[float, typer.Option(help="Part of the GPU's memory that the server uses.")] = 0.9,
+    workspace_gib: Annotated[float, typer.Option(help="Activations, context and graphs.")] = 1.0,
+    weight_bits: Annotated[
+        Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits.")
+    ] = None,
+    tensor_parallel: Annotated[Optional[int], typer.Option(help="GPUs that share each layer.")] = None,
+    compute_efficiency: Annotated[float, typer.Option(help="Part of the FP16 peak that matrix products reach.")] = 0.6,
+    prefill_attention_efficiency: Annotated[
+        float, typer.Option(help="Part of the FP16 peak that prefill attention reaches.")
+    ] = 0.45,
+    host_us: Annotated[float, typer.Option(help="Host time per step that the GPU waits for, beside planning.")] = 0.0,
+    splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
+
+    Example: pkvsim whatif --trace requests.csv --device rtx3060 --model llama-3.1-8b --policies paper,calibrated
+    """
+    with one_line_errors():
+        from dataclasses import replace
+
+        from pkvsim.commands.serving_inputs import load_model, progress_bar
+        from pkvsim.device import get_device
+        from pkvsim.serving_config import ServingConfig
+        from pkvsim.trace_readers import load_requests
+        from pkvsim.whatif import whatif as run_whatif
+
+        config = ServingConfig(
+            page_size=page_size,
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            kv_gib=kv_gib,
+            memory_fraction=memory_fraction,
+            workspace_gib=workspace_gib,
+            compute_efficiency=compute_efficiency,
+            prefill_attention_efficiency=prefill_attention_efficiency,
+            host_us=host_us,
+            prefix_cache=prefix_cache,
+            splits=splits,
+        )
+        spec = get_device(device)
+        chosen, notes = load_model(model, weight_bits, tensor_parallel, spec, config)
+        requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
+        requests = replace(requests, notes=requests.notes + notes)
+        names = [name.strip() for name in policies.split(",") if name.strip()]
+        with progress_bar(not as_json) as progress:
+            report = run_whatif(requests, chosen, spec, names, config, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+        return
+    from pkvsim.serving_tables import print_whatif
+
+    print_whatif(report)

@@ -1,0 +1,90 @@
+"""What if: one trace, one model, one GPU, several policies, side by side."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pkvsim.device import DeviceSpec
+from pkvsim.models import ModelSpec
+from pkvsim.requests import RequestTrace
+from pkvsim.serving import simulate
+from pkvsim.serving_config import ServingConfig
+from pkvsim.serving_costs import check_policies, fit_note, page_budget
+from pkvsim.serving_result import ServingResult
+from pkvsim.serving_state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
+
+PolicyProgress = Callable[[str, int, int], None]  # policy, output tokens produced, of how many
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WhatIf:
+    """The runs of every policy over one trace, and what a reader must know of them."""
+
+    trace: RequestTrace
+    model: ModelSpec
+    device: DeviceSpec
+    config: ServingConfig
+    results: dict[str, ServingResult]  # by policy, in the order asked for
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `pkvsim whatif --json` prints."""
+        return {
+            "trace": {
+                "name": self.trace.name,
+                "requests": len(self.trace),
+                "duration_s": self.trace.duration_s,
+                "prompt_tokens": int(self.trace.prompt_tokens.sum()),
+                "output_tokens": int(self.trace.output_tokens.sum()),
+            },
+            "model": self.model.name,
+            "device": self.device.name,
+            "accuracy": fit_note(self.device),
+            "config": asdict(self.config),
+            "policies": {name: result.summary for name, result in self.results.items()},
+            "notes": list(self.notes),
+        }
+
+
+def whatif(
+    trace: RequestTrace,
+    model: ModelSpec,
+    device: DeviceSpec,
+    policies: Sequence[str],
+    config: ServingConfig = ServingConfig(),
+    *,
+    progress: PolicyProgress | None = None,
+) -> WhatIf:
+    """Serves the trace under each policy. ValueError before the first run where anything is wrong."""
+    check_policies(policies)
+    page_budget(model, device, config)
+    results = {}
+    for policy in policies:
+        report = None if progress is None else (lambda done, total, name=policy: progress(name, done, total))
+        results[policy] = simulate(trace, model, device, policy, config, progress=report)
+    return WhatIf(trace, model, device, config, results, _notes(trace, model, device, results))
+
+
+def _notes(
+    trace: RequestTrace, model: ModelSpec, device: DeviceSpec, results: dict[str, ServingResult]
+) -> tuple[str, ...]:
+    notes = list(trace.notes)
+    first = next(iter(results.values()))
+    for reason, limit in (
+        (TOO_LONG_FOR_POOL, f"longer than the KV pool of {first.num_pages * first.page_size:,} tokens"),
+        (TOO_LONG_FOR_MODEL, f"longer than the model's context of {model.max_context:,} tokens"),
+    ):
+        rejected = (first.requests.rejected == reason).nonzero()[0]
+        if len(rejected):
+            named = ", ".join(map(str, rejected[:5])) + (", ..." if len(rejected) > 5 else "")
+            notes.append(f"{len(rejected):,} requests rejected, {limit}: requests {named}")
+    saturated = [name for name, result in results.items() if result.summary["saturated"]]
+    if saturated:
+        notes.append(f"saturated, the queue grows to the end: {', '.join(saturated)}")
+    if {"calibrated", "oracle"} <= set(results):
+        notes.append("calibrated and oracle choose by the prices that are charged here, so their regret to them is 0")
+    if model.tensor_parallel > 1:
+        notes.append(f"one GPU's share of tensor parallel {model.tensor_parallel}: all-reduces are left out")
+    notes.append(f"attention prices of {device.name}: {fit_note(device)}")
+    return tuple(notes)
