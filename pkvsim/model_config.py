@@ -79,7 +79,7 @@ def model_from_config(config: Any, *, name: str, source: str, where: str, tensor
     layers, hidden = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
     q_heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
     if q_heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"expected a divisor of num_attention_heads {q_heads}, got {kv_heads}")
+        raise fields.error("num_key_value_heads", f"expected a divisor of {q_heads} query heads, got {kv_heads}")
     if kv_heads % parallel:
         raise ValueError(f"tensor_parallel: expected a divisor of {name}'s {kv_heads} KV heads, got {parallel}")
     if config.get("head_dim") is None and hidden % q_heads:
@@ -116,7 +116,9 @@ def model_from_config(config: Any, *, name: str, source: str, where: str, tensor
         num_sliding_layers=sliding,
         num_experts=experts,
         experts_per_token=per_token,
-        attention=weights((heads_out + q_heads * head_dim) * hidden, _attention_vector(fields, heads_out, q_heads, hidden)),
+        attention=weights(
+            (heads_out + q_heads * head_dim) * hidden, _attention_vector(fields, heads_out, q_heads, hidden)
+        ),
         norms_and_router=weights(router, norms + (experts if gpt_oss else 0), split=1),
         mlp=weights(3 * hidden * width, mlp_bias, matrix_bytes=expert_bytes),
         embedding=Weights(embedding.parameters, embedding.bytes),

@@ -130,4 +130,4 @@ def _columns(path: Path, lines: list[int], wanted: Sequence[str], cells: list[tu
 def _check_present(where: str, wanted: Sequence[str], found: Any, label: str) -> None:
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise ValueError(f"{where}: column {names(missing)}: missing for a {label} trace, found {names(found)}")
+        raise ValueError(f"{where}: column {names(missing)}: missing for the {label} format, found {names(found)}")

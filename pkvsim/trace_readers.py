@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pkvsim.requests import RequestTrace, first_requests, gather_blocks, jitter, scale_rate, spread_ticks
+from pkvsim.shapes import check_int
 from pkvsim.trace_columns import Columns, csv_columns, json_columns
 from pkvsim.tracefile import csv_rows, is_json, json_rows, names, paper_columns, read_text
 
@@ -83,6 +84,7 @@ def load_requests(
 
     Equal seeds give equal arrays. Raises ValueError naming the file or argument.
     """
+    check_int("seed", seed, 0)
     trace = read_requests(path, step_s=step_s)
     if limit is not None:
         trace = first_requests(trace, limit)
@@ -108,14 +110,23 @@ def _read_mooncake(path: Path, text: str) -> RequestTrace:
     prompt, output = columns.integers("input_length"), columns.integers("output_length")
     hashes, offsets = columns.integer_lists("hash_ids")
     counts = np.diff(offsets)
-    sizes = (MOONCAKE_BLOCK_TOKENS,) + OTHER_BLOCK_TOKENS
-    fits = [size for size in sizes if (counts == -(-prompt // size)).all()]
-    if not fits:
-        wrong = int(np.argmax(counts != -(-prompt // MOONCAKE_BLOCK_TOKENS)))
-        want = -(-int(prompt[wrong]) // MOONCAKE_BLOCK_TOKENS)
-        raise columns.error("hash_ids", wrong, f"{want} of them, one per 512 prompt tokens", f"{counts[wrong]}")
+    size, blocks = _block_size(prompt, counts)
+    wrong = counts != blocks
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        raise columns.error(
+            "hash_ids", first, f"{blocks[first]} of them, one per {size} prompt tokens", f"{counts[first]}"
+        )
     arrival = columns.numbers("timestamp") / 1e3
-    return _finish(path, arrival, prompt, output, hashes=hashes, offsets=offsets, block_tokens=fits[0])
+    return _finish(path, arrival, prompt, output, hashes=hashes, offsets=offsets, block_tokens=size)
+
+
+def _block_size(prompt: np.ndarray, counts: np.ndarray) -> tuple[int, np.ndarray]:
+    """The block size (tokens) that explains the most hash counts [n], and what all counts should then be [n]."""
+    sizes = (MOONCAKE_BLOCK_TOKENS,) + OTHER_BLOCK_TOKENS
+    blocks = [-(-prompt // size) for size in sizes]
+    best = max(range(len(sizes)), key=lambda i: int((blocks[i] == counts).sum()))
+    return sizes[best], blocks[best]
 
 
 def _read_paper(path: Path, text: str, step_s: float) -> RequestTrace:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pkvsim.trace_summary import LengthSummary, TraceSummary
@@ -13,7 +14,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 def print_trace(trace: TraceSummary) -> None:
     """What `pkvsim trace` shows."""
     console = Console(highlight=False)
-    console.print(f"[bold]{trace.name}[/]: {trace.requests:,} requests in {_seconds(trace.duration_s)}")
+    console.print(f"[bold]{escape(trace.name)}[/]: {trace.requests:,} requests in {_seconds(trace.duration_s)}")
     if trace.rate_per_s is not None:
         gaps = "" if trace.interarrival_cv is None else f", inter-arrival CV {trace.interarrival_cv:.2f}"
         console.print(f"{trace.rate_per_s:.{2 if trace.rate_per_s >= 0.1 else 5}f} requests/s{gaps}")

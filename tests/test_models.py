@@ -94,7 +94,8 @@ def test_decode_bytes_lie_between_one_token_and_everything(name, batch):
 def test_experts_touched(name, batch):
     model = get_model(name)
     touched = experts_touched(model, batch)
-    assert model.experts_per_token * 0.999999 <= touched <= min(model.num_experts, batch * model.experts_per_token) * 1.000001
+    most = min(model.num_experts, batch * model.experts_per_token)
+    assert model.experts_per_token * (1 - 1e-6) <= touched <= most * (1 + 1e-6)
     assert experts_touched(model, 1) == pytest.approx(model.experts_per_token)
     assert experts_touched(get_model("llama-3.1-8b"), batch) == 1
 
@@ -134,7 +135,8 @@ def test_config_files(tmp_path):
     for given_path in (path, path.parent, str(path)):
         model = get_model(given_path)
         assert model.name == "tiny" and total_weights(model).parameters == PARAMETERS["llama-3.1-8b"]
-    path.write_text(json.dumps(config(tie_word_embeddings=True, architectures=["MistralForCausalLM"], sliding_window=4096)))
+    mistral = config(tie_word_embeddings=True, architectures=["MistralForCausalLM"], sliding_window=4096)
+    path.write_text(json.dumps(mistral))
     model = get_model(path)
     assert total_weights(model).parameters == PARAMETERS["llama-3.1-8b"] - 128256 * 4096
     assert (model.sliding_window, model.num_sliding_layers) == (4096, 32)
@@ -152,13 +154,13 @@ def test_qwen3_dense(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (config(architectures=["BertModel"]), "field architectures: expected one of LlamaForCausalLM, .* got .'BertModel'"),
+        (config(architectures=["BertModel"]), "field architectures: expected one of .* got .'BertModel'"),
         (config(architectures="absent"), "field architectures: expected one of"),
         (config(hidden_size="absent"), "field hidden_size: missing"),
         (config(hidden_size="4096"), "field hidden_size: expected a whole number >= 1, got '4096'"),
         (config(hidden_size=True), "field hidden_size: expected a whole number"),
         (config(num_hidden_layers=0), "field num_hidden_layers: expected a whole number >= 1, got 0"),
-        (config(num_key_value_heads=5), "field num_key_value_heads: expected a divisor of num_attention_heads 32"),
+        (config(num_key_value_heads=5), "field num_key_value_heads: expected a divisor of 32 query heads, got 5"),
         (config(hidden_size=4100), "field head_dim: missing, and hidden_size 4100"),
         (config(kv_lora_rank=512), "field kv_lora_rank: unknown for LlamaForCausalLM"),
         (config(torch_dtype="int3"), "field torch_dtype: expected one of bfloat16, .* got 'int3'"),
