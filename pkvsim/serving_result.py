@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.cost import ROUTES
-from pkvsim.prefix_cache import ALLOCATED, EVICTED, FREED
+from pkvsim.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.serving_state import (
     ATTENTION, BEST, DECODE_ROWS, DURATION, LOG_COLUMNS, LOG_FILL, LOG_STRIDE, LOG_USED, PAGES, PREFILL, PREFILL_TOKENS,
     REST, ROW_COUNT, SERVED, START, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL, WAITING, Limits, State, Work,
@@ -40,16 +40,16 @@ class StepLog:
 
     start_s: np.ndarray  # float64, from the first arrival
     steps: np.ndarray  # int64, steps of the entry
-    duration_us: np.ndarray  # float32, all from here on are means over the entry's steps
-    rows: np.ndarray  # float32, running requests
-    decode_rows: np.ndarray  # float32, output tokens of requests past prefill
-    prefill_tokens: np.ndarray  # float32
-    waiting: np.ndarray  # float32, requests that have arrived and do not run
-    pages: np.ndarray  # float32, KV pages in use
-    attention_us: np.ndarray  # float32, decode attention
-    rest_us: np.ndarray  # float32, the rest of the layers, had the step been without prefill
-    prefill_us: np.ndarray  # float32, what prefill added
-    best_attention_us: np.ndarray  # float32, decode attention on the cheapest route of each step
+    duration_us: np.ndarray  # float64, all from here on are means over the entry's steps
+    rows: np.ndarray  # float64, running requests
+    decode_rows: np.ndarray  # float64, output tokens of requests past prefill
+    prefill_tokens: np.ndarray  # float64
+    waiting: np.ndarray  # float64, requests that have arrived and do not run
+    pages: np.ndarray  # float64, KV pages in use
+    attention_us: np.ndarray  # float64, decode attention
+    rest_us: np.ndarray  # float64, the rest of the layers, had the step been without prefill
+    prefill_us: np.ndarray  # float64, what prefill added
+    best_attention_us: np.ndarray  # float64, decode attention on the cheapest route of each step
     route_steps: np.ndarray  # [m, len(ROUTES)] float32, steps of the entry on each route
 
 
@@ -62,8 +62,9 @@ class ServingResult:
     steps: StepLog
     num_pages: int
     page_size: int
-    allocated_pages: int  # over the run, equal to freed_pages at its end
+    allocated_pages: int  # over the run, equal to freed_pages + cached_pages
     freed_pages: int
+    cached_pages: int  # blocks that the prefix cache still holds at the end
     evicted_blocks: int
     totals: dict[str, float]  # sums over all steps, by LOG_COLUMNS
     routes: dict[str, int]  # decode steps by route of the full-attention layers
@@ -100,6 +101,7 @@ def make_result(policy: str, work: Work, limits: Limits, state: State) -> Servin
         page_size=limits.page_size,
         allocated_pages=int(counts[ALLOCATED]),
         freed_pages=int(counts[FREED]),
+        cached_pages=int(counts[EVICTABLE_PAGES]),
         evicted_blocks=int(counts[EVICTED]),
         totals=totals,
         routes=routes,
@@ -112,7 +114,7 @@ def _step_log(state: State) -> StepLog:
     steps = np.full(used, state.cursor[LOG_STRIDE], np.int64)
     if used:
         steps[-1] = state.cursor[LOG_FILL]
-    means = (state.log[:used] / np.maximum(steps, 1)[:, None]).astype(np.float32)
+    means = state.log[:used] / steps[:, None]
     return StepLog(
         start_s=state.log[:used, START] / 1e6,
         steps=steps,
@@ -165,7 +167,7 @@ def _summary(
     busy_us, num_steps = totals["duration_us"], int(steps.steps.sum())
     best_us = totals["best_attention_us"]
     blocks = int(np.diff(work.blocks.offsets)[served].sum())
-    weight = steps.duration_us.astype(np.float64) * steps.steps  # us of each entry
+    weight = steps.duration_us * steps.steps  # us of each entry
 
     def share(part: float, whole: float) -> float | None:
         return float(part / whole) if whole else None
