@@ -96,7 +96,7 @@ def _integer_list(cell: Any) -> list[int] | None:
 
 
 def csv_columns(path: Path, text: str, wanted: Sequence[str], label: str) -> Columns:
-    """The columns `wanted` of a CSV file, which `label` names in the error for those it lacks."""
+    """The columns `wanted` (two or more) of a CSV file, which `label` names in the error for those it lacks."""
     rows = csv_rows(path, text)
     line, header = next(rows)
     _check_present(f"{path}:{line}", wanted, header, label)
@@ -104,7 +104,7 @@ def csv_columns(path: Path, text: str, wanted: Sequence[str], label: str) -> Col
     lines, cells = [], []
     for line, row in rows:
         lines.append(line)
-        cells.append(pick(row))
+        cells.extend(pick(row))
     return _columns(path, lines, wanted, cells)
 
 
@@ -114,17 +114,18 @@ def json_columns(path: Path, text: str, wanted: Sequence[str], label: str) -> Co
     lines, cells = [], []
     for line, record in json_rows(path, text):
         try:
-            cells.append(pick(record))
+            cells.extend(pick(record))
         except KeyError:
             _check_present(f"{path}:{line}", wanted, record, label)
         lines.append(line)
     return _columns(path, lines, wanted, cells)
 
 
-def _columns(path: Path, lines: list[int], wanted: Sequence[str], cells: list[tuple[Any, ...]]) -> Columns:
-    if not cells:
+def _columns(path: Path, lines: list[int], wanted: Sequence[str], cells: list[Any]) -> Columns:
+    """Columns of the records' wanted cells, record after record."""
+    if not lines:
         raise ValueError(f"{path}: expected at least one request, got none")
-    return Columns(path, lines, dict(zip(wanted, zip(*cells))))
+    return Columns(path, lines, {name: cells[i :: len(wanted)] for i, name in enumerate(wanted)})
 
 
 def _check_present(where: str, wanted: Sequence[str], found: Any, label: str) -> None:
