@@ -117,20 +117,3 @@ def flops_per_token(model: ModelSpec, *, lm_head: bool = True) -> int:
     Prefill needs the LM head for a prompt's last token only.
     """
     return active_weights(model).flops - (0 if lm_head else model.lm_head.flops)
-
-
-def attention_flops(model: ModelSpec, context: int, tokens: int) -> int:
-    """FLOPs of causal attention for `tokens` new tokens after `context` cached ones, all layers of one GPU."""
-    pairs = _causal_pairs(context, tokens, None) * model.num_full_layers
-    if model.num_sliding_layers:
-        pairs += _causal_pairs(context, tokens, model.sliding_window) * model.num_sliding_layers
-    return 4 * model.num_q_heads * model.head_dim * pairs
-
-
-def _causal_pairs(context: int, tokens: int, window: int | None) -> int:
-    """(query, key) pairs of queries at positions context to context + tokens - 1, each with itself and before."""
-    end = context + tokens
-    if window is None or end <= window:
-        return (end * (end + 1) - context * (context + 1)) // 2
-    growing = max(window - context, 0)  # queries that still see everything
-    return _causal_pairs(context, growing, None) + (tokens - growing) * window

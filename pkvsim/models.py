@@ -13,7 +13,6 @@ from pkvsim.model_spec import (
     ModelSpec,
     Weights,
     active_weights,
-    attention_flops,
     decode_weight_bytes,
     experts_touched,
     flops_per_token,
@@ -23,7 +22,7 @@ from pkvsim.model_spec import (
 )
 
 __all__ = [
-    "ModelSpec", "Weights", "active_weights", "attention_flops", "catalogue", "decode_weight_bytes", "experts_touched",
+    "ModelSpec", "Weights", "active_weights", "catalogue", "decode_weight_bytes", "experts_touched",
     "flops_per_token", "get_model", "kv_bytes_per_token", "total_weights", "weight_bytes",
 ]  # fmt: skip
 

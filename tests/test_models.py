@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from pkvsim.models import (
     CATALOGUE,
     active_weights,
-    attention_flops,
     catalogue,
     decode_weight_bytes,
     experts_touched,
@@ -111,15 +110,6 @@ def test_flops_are_twice_the_active_matrices():
     norms = 4096 * (2 * 32 + 1)
     assert flops_per_token(model) == 2 * (active_weights(model).parameters - norms)
     assert flops_per_token(model) - flops_per_token(model, lm_head=False) == 2 * 128256 * 4096
-
-
-@given(MODELS, st.integers(0, 400), st.integers(1, 60))
-def test_attention_flops_count_the_pairs_that_see_each_other(name, context, tokens):
-    model = get_model(name)
-    window = model.sliding_window or 10**9
-    seen = np.arange(context + 1, context + tokens + 1)
-    pairs = model.num_full_layers * seen.sum() + model.num_sliding_layers * np.minimum(seen, window).sum()
-    assert attention_flops(model, context, tokens) == 4 * model.num_q_heads * model.head_dim * pairs
 
 
 def config(preset="llama-3.1-8b", **changes):
