@@ -1,9 +1,10 @@
-"""Tables for people. The only table printer."""
+"""Replays and GPUs as tables on stdout."""
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pkvsim.device import NUMBER_FIELDS, DeviceSpec
@@ -43,17 +44,53 @@ def print_replay(report: dict[str, Any]) -> None:
     console.print(f"adaptive's routes, in steps: {taken}")
 
 
+def print_catalogue(devices: list[DeviceSpec]) -> None:
+    """One line a GPU."""
+    table = Table(title="~ before a number: estimated", title_justify="left")
+    table.add_column("name", no_wrap=True)
+    for name in ("SMs", "GiB", "GB/s\npeak", "GB/s\nreached", "FP16\nTFLOPS"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("route times")
+    numbers = ("num_sms", "memory_gib", "peak_gb_s", "beta_gb_s", "fp16_tflops")
+    for device in devices:
+        table.add_row(escape(device.name), *(_number(device, name) for name in numbers), _routes(device))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("Sources of every number: pkvsim devices NAME")
+
+
 def print_devices(devices: list[DeviceSpec]) -> None:
-    """Every number of every GPU with its status and source, on stdout."""
+    """Every number of every GPU with its status and source."""
     console = Console(highlight=False)
     for device in devices:
-        table = Table(title=f"[bold]{device.name}[/]: {device.label}", title_justify="left")
+        title = f"[bold]{escape(device.name)}[/]: {escape(device.label)}"
+        table = Table(title=title, title_justify="left")
         table.add_column("number", no_wrap=True)
         table.add_column("value", justify="right", no_wrap=True)
         table.add_column("status", no_wrap=True)
-        table.add_column("source")
+        table.add_column("source", overflow="fold")  # addresses are copied whole
         for name in NUMBER_FIELDS:
             value = getattr(device, name)
             shown = ".".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
-            table.add_row(name, shown, device.sources[name].status, device.sources[name].source)
+            table.add_row(name, shown, device.sources[name].status, escape(device.sources[name].source))
+        for name, route in device.calibration.items():
+            error = route.held_out or route.in_sample
+            off = f"{error.median_percent:.1f} % off" if error else ""
+            table.add_row(f"route {name}", off, route.status, escape(f"{route.source}, {route.date}"))
         console.print(table)
+
+
+def _number(device: DeviceSpec, name: str) -> str:
+    return ("~" if device.sources[name].status == "estimated" else "") + f"{getattr(device, name):,g}"
+
+
+def _routes(device: DeviceSpec) -> str:
+    """Where the times of attention's routes come from, and how far they are from measurements."""
+    if not device.calibration:
+        return "datasheet only"
+    fitted = [route for route in device.calibration.values() if route.status == "calibrated"]
+    if not fitted:
+        return "estimated"
+    errors = [route.held_out or route.in_sample for route in fitted]
+    known = [error.median_percent for error in errors if error]
+    return "calibrated" + (f", {max(known):.1f} % off at most (median)" if known else "")

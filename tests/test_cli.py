@@ -55,10 +55,20 @@ def test_tables():
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("bimodal", "24,285 physical pages", "550.5 MiB", "73.1", "4.06", "45.7", "2.54", "workqueue 48"):
         assert text in done.stdout
+
+
+def test_devices():
     done = pkvsim("devices")
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("rtx3060", "h200", "302", "4,548", "b200", "~7,580", "datasheet only"):
+        assert text in done.stdout
+    done = pkvsim("devices", "rtx3060", "h200")
     assert (done.returncode, done.stderr) == (0, "")
     for text in ("rtx3060", "h200", "302", "4548", "calibrated", "datasheet", "2606.26666"):
         assert text in done.stdout
+    done = pkvsim("devices", "l4", "--json")
+    assert [device["name"] for device in json.loads(done.stdout)] == ["l4"]
+    assert pkvsim("devices", "b300").returncode == 2
 
 
 def test_options_reach_the_replay(tmp_path):
