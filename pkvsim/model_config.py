@@ -20,10 +20,11 @@ USED = {
     "tie_word_embeddings", "torch_dtype", "use_sliding_window", "vocab_size",
 }  # fmt: skip
 IGNORED = {  # change neither sizes nor work
-    "attention_dropout", "bos_token_id", "eos_token_id", "hidden_act", "initial_context_length", "initializer_range",
-    "id2label", "label2id", "model_type", "norm_topk_prob", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "swiglu_limit",
-    "transformers_version", "unk_token_id", "use_cache",
+    "attention_dropout", "bos_token_id", "cls_token_id", "eos_token_id", "hidden_act", "id2label",
+    "initial_context_length", "initializer_range", "label2id", "model_type", "norm_topk_prob", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "return_dict", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "sep_token_id", "swiglu_limit",
+    "tokenizer_class", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 TIED_SHARE = 0.1  # part of the requests that must share a timestamp before ticks count as coarse
+FEWEST_TICKS = 16  # distinct timestamps below which equal ones may well be meant
 GRID_TOLERANCE = 0.02  # how far, in ticks, a gap may be from a whole number of ticks
 GRID_SHARE = 0.95  # part of the gaps that must be whole numbers of ticks
 
@@ -117,11 +118,11 @@ def first_requests(trace: RequestTrace, limit: int) -> RequestTrace:
 def tick_s(trace: RequestTrace) -> float | None:
     """The clock tick of timestamps that tick coarsely; None where they do not.
 
-    Coarse means that at least a tenth of the requests share their timestamp with another and that timestamps
-    lie whole numbers of ticks apart. Mooncake's tick every 3 s, give or take 3 ms.
+    Coarse means that there are 16 distinct timestamps or more, that at least a tenth of the requests share theirs
+    with another, and that timestamps lie whole numbers of ticks apart. Mooncake's tick every 3 s, within 3 ms.
     """
     times, counts = np.unique(trace.arrival_s, return_counts=True)
-    if len(times) < 2 or counts[counts > 1].sum() < TIED_SHARE * len(trace):
+    if len(times) < FEWEST_TICKS or counts[counts > 1].sum() < TIED_SHARE * len(trace):
         return None
     gaps = np.diff(times)
     tick = float(np.quantile(gaps, 0.05))

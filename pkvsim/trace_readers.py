@@ -62,7 +62,7 @@ def read_requests(path: str | Path, *, step_s: float = PAPER_STEP_S) -> RequestT
     if not 0 < step_s < np.inf:
         raise ValueError(f"step_s: expected seconds > 0, got {step_s!r}")
     text = read_text(path)
-    if not text.strip():
+    if not text or text.isspace():
         raise ValueError(f"{path}: expected at least one request, got an empty file")
     first = next(json_rows(path, text) if is_json(text) else csv_rows(path, text), None)
     found = set(first[1]) if first else set()

@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
 
 def is_json(text: str) -> bool:
     """Whether a trace is JSON rather than CSV: no CSV header starts with a bracket or brace."""
-    return text.lstrip().startswith(("[", "{"))
+    return re.match(r"\s*[\[{]", text) is not None
 
 
 def names(columns: Iterable[Any]) -> str:

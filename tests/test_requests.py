@@ -61,7 +61,7 @@ def test_first_requests(trace, limit):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=2, max_size=40), st.sampled_from([0.5, 3.0, 60.0]), st.integers(0, 99))
+@given(st.lists(st.integers(1, 9), min_size=16, max_size=40), st.sampled_from([0.5, 3.0, 60.0]), st.integers(0, 99))
 def test_ticks_are_spread_within_themselves(counts, tick, seed):
     wobble = np.random.default_rng(seed).uniform(-0.001, 0.001, len(counts)) * tick
     times = np.repeat(np.arange(len(counts)) * tick + wobble - wobble[0], counts)
@@ -85,8 +85,8 @@ def test_fine_timestamps_stay():
     rng = np.random.default_rng(0)
     poisson = np.cumsum(rng.exponential(0.3, 2000))
     bursts = np.sort(np.repeat(poisson[:200], 5))  # many equal timestamps, on no grid
-    at_once = np.zeros(50)
-    for times in (poisson, bursts, at_once):
+    at_once, by_hand = np.zeros(50), np.repeat(np.arange(10.0), 3)
+    for times in (poisson, bursts, at_once, by_hand):
         trace = RequestTrace("t", times, np.ones(len(times), np.int64), np.ones(len(times), np.int64))
         assert tick_s(trace) is None and spread_ticks(trace) is trace
 

@@ -260,9 +260,9 @@ def test_seven_fractional_digits_are_kept(file):
 
 
 def test_load_requests_applies_every_transform(file):
-    file.write_text(mooncake([(3000 * (i // 10), 600 + i, 5) for i in range(200)]))
+    file.write_text(mooncake([(3000 * (i // 5), 600 + i, 5) for i in range(200)]))
     trace = load_requests(file, rate_scale=2, jitter_s=0.5, limit=100, seed=4)
-    assert len(trace) == 100 and trace.duration_s == pytest.approx(15, abs=2)
+    assert len(trace) == 100 and trace.duration_s == pytest.approx(30, abs=2)
     for note, word in zip(trace.notes, ("first 100 of 200", "tick every 3 s", "scaled by 2", "up to 0.5 s, seed 4")):
         assert word in note
     again = load_requests(file, rate_scale=2, jitter_s=0.5, limit=100, seed=4)
