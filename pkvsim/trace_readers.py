@@ -64,11 +64,11 @@ def read_requests(path: str | Path, *, step_s: float = PAPER_STEP_S) -> RequestT
     text = read_text(path)
     if not text or text.isspace():
         raise ValueError(f"{path}: expected at least one request, got an empty file")
-    first = next(json_rows(path, text) if is_json(text) else csv_rows(path, text), None)
-    found = set(first[1]) if first else set()
+    line, first = next(json_rows(path, text) if is_json(text) else csv_rows(path, text), (1, ()))
+    found = set(first)
     if PAPER_NAMES & found or not found:
         return _read_paper(path, text, step_s)
-    return _read_mooncake(path, text) if is_json(text) else _read_csv(path, text, found)
+    return _read_mooncake(path, text) if is_json(text) else _read_csv(path, text, line, found)
 
 
 def load_requests(
@@ -80,23 +80,23 @@ def load_requests(
     seed: int = 0,
     step_s: float = PAPER_STEP_S,
 ) -> RequestTrace:
-    """A trace file made ready to replay: its first `limit` requests, coarse ticks spread, rate scaled, jittered.
+    """A trace file made ready to replay: coarse ticks spread, its first `limit` requests, rate scaled, jittered.
 
     Equal seeds give equal arrays. Raises ValueError naming the file or argument.
     """
     check_int("seed", seed, 0)
-    trace = read_requests(path, step_s=step_s)
+    trace = spread_ticks(read_requests(path, step_s=step_s), seed=seed)  # before a limit hides that they tick
     if limit is not None:
         trace = first_requests(trace, limit)
-    return jitter(scale_rate(spread_ticks(trace, seed=seed), rate_scale), jitter_s, seed=seed)
+    return jitter(scale_rate(trace, rate_scale), jitter_s, seed=seed)
 
 
-def _read_csv(path: Path, text: str, found: set[str]) -> RequestTrace:
+def _read_csv(path: Path, text: str, line: int, found: set[str]) -> RequestTrace:
     best = max(CSV_FORMATS, key=lambda known: len(found.intersection(known.columns)))
     missing = [name for name in best.columns if name not in found]
     if len(missing) == len(best.columns):
         known = "; ".join(f"{f.label}: {', '.join(f.columns)}" for f in CSV_FORMATS)
-        raise ValueError(f"{path}:1: columns of no known trace (known are {known}), found {names(sorted(found))}")
+        raise ValueError(f"{path}:{line}: columns of no known trace (known are {known}), found {names(sorted(found))}")
     timed = best.arrival in found
     wanted = [name for name in best.columns if timed or name != best.arrival or not best.optional_arrival]
     columns = csv_columns(path, text, wanted, best.label)

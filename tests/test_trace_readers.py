@@ -200,6 +200,7 @@ BURST = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
         ("[]", ": expected at least one request"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", ": expected at least one request, got none"),
         ("a,b\n1,2\n", ":1: columns of no known trace .known are Azure LLM inference: TIMESTAMP, .*, found a, b"),
+        ("\n\na,b\n1,2\n", ":3: columns of no known trace"),
         ("TIMESTAMP,Context\n", ":1: column ContextTokens, GeneratedTokens: missing for the Azure"),
         ("num_prefill_tokens\n3\n", ":1: column num_decode_tokens: missing for the vidur format, found num_"),
         (BURST + "5,ChatGPT,472,18\n", ":2: expected 6 columns, got 4: column Total tokens, Log Type missing"),
@@ -263,7 +264,7 @@ def test_load_requests_applies_every_transform(file):
     file.write_text(mooncake([(3000 * (i // 5), 600 + i, 5) for i in range(200)]))
     trace = load_requests(file, rate_scale=2, jitter_s=0.5, limit=100, seed=4)
     assert len(trace) == 100 and trace.duration_s == pytest.approx(30, abs=2)
-    for note, word in zip(trace.notes, ("first 100 of 200", "tick every 3 s", "scaled by 2", "up to 0.5 s, seed 4")):
+    for note, word in zip(trace.notes, ("tick every 3 s", "first 100 of 200", "scaled by 2", "up to 0.5 s, seed 4")):
         assert word in note
     again = load_requests(file, rate_scale=2, jitter_s=0.5, limit=100, seed=4)
     assert again.arrival_s.tobytes() == trace.arrival_s.tobytes()
