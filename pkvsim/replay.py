@@ -8,7 +8,8 @@ import numpy as np
 
 from pkvsim.cost import MIB, StepCounters, flashinfer_counters, schedule_counters
 from pkvsim.device import DeviceSpec
-from pkvsim.policy import PAPER_TILE_TOKENS, ROUTES, PaperPolicy
+from pkvsim.policy import PAPER_ROUTES as ROUTES
+from pkvsim.policy import PAPER_TILE_TOKENS, PaperPolicy
 from pkvsim.schedule import make_schedule
 from pkvsim.shapes import DecodeShape
 from pkvsim.traces import Trace, pool_pages

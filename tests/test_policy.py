@@ -6,7 +6,7 @@ import pytest
 
 from pkvsim import DecodeShape
 from pkvsim.device import get_device
-from pkvsim.policy import ROUTES, PaperPolicy
+from pkvsim.policy import PAPER_ROUTES, PaperPolicy
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 RTX3060 = get_device("rtx3060")
@@ -31,7 +31,7 @@ RTX3060 = get_device("rtx3060")
 def test_routes(shape, lens, route, reason):
     decision = PaperPolicy().decide(shape, np.array(lens, np.int32), RTX3060)
     assert decision.route == route
-    assert set(decision.prices) == set(ROUTES)
+    assert set(decision.prices) == set(PAPER_ROUTES)
     assert (decision.splits is None) == (route == "flashinfer")
     assert re.search(reason, decision.reason)
 

@@ -1,0 +1,180 @@
+"""Our policy: the cheapest route by the model calibrated on this GPU; and the fixed routes to compare with it."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
+from pkvsim.decision import Decision
+from pkvsim.derive import device_routes
+from pkvsim.device import DeviceSpec
+from pkvsim.pricing import PLAN, price_pinned, row_splits
+from pkvsim.route_model import ROUTES, constants_matrix
+from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
+from pkvsim.timeline import simulate
+
+HOST_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """What pricing needs of one shape and device, made once."""
+
+    constants: np.ndarray  # [len(ROUTES), NUM_CONSTANTS]
+    plan_us: list[float]  # by route in the order of ROUTES
+    pinned: np.ndarray  # [len(ROUTES)] int64
+    head_args: tuple[int, int, int, int, int]  # num_kv_heads, group_size, head_dim, element bytes, SMs
+    prices_us: np.ndarray  # [len(ROUTES)] scratch
+    splits: np.ndarray  # [len(ROUTES)] scratch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibratedPolicy:
+    """The cheapest available route by the closed form, host planning included.
+
+    split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the argument.
+    """
+
+    split_splits: int | None = None
+    workqueue_splits: int | None = None
+    _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...]], _Prepared] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("split_splits", "workqueue_splits"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+
+    def decide(
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
+        available: tuple[str, ...] = ROUTES,
+    ) -> Decision:  # fmt: skip
+        """The cheapest route for seq_lens [batch_size] (zero-length rows are not active), planned once for `layers`.
+
+        available: routes to choose among; leave FlashInfer's out where it is not installed. int32 arrays are taken as
+        they are, with lengths >= 0 taken for granted, because checking would cost as much as deciding; anything else is
+        checked and converted. Raises ValueError naming the argument.
+        """
+        if type(seq_lens) is not np.ndarray or seq_lens.dtype != np.int32 or seq_lens.ndim != 1:
+            seq_lens = check_seq_lens(seq_lens)
+        ready = self._ready(shape, device, available)
+        ready.splits[:] = ready.pinned
+        self._price(shape, seq_lens, device, ready)
+        return self._decision(shape, seq_lens, device, ready, layers)
+
+    def _price(self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared) -> None:
+        """Fills ready.prices_us (kernel time of one layer) and ready.splits."""
+        price_pinned(seq_lens, *ready.head_args, ready.constants, ready.prices_us, ready.splits)
+
+    def _decision(
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, layers: int
+    ) -> Decision:
+        totals = [us * layers + plan for us, plan in zip(ready.prices_us.tolist(), ready.plan_us)]
+        best = min(range(len(totals)), key=totals.__getitem__)
+        route = ROUTES[best]
+        splits = None
+        if route in HOST_ROUTES:
+            splits = self.split_counts(route, shape, seq_lens, device, longest_splits=int(ready.splits[best]))
+        prices = {name: us for name, us in zip(ROUTES, totals) if us != np.inf}
+        host_us = dict(zip(ROUTES, ready.plan_us))
+        return Decision(route, splits, prices, partial(_reason, route, prices, host_us, shape, seq_lens), host_us)
+
+    def split_counts(
+        self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, longest_splits: int | None = None
+    ) -> np.ndarray:
+        """Splits of each row [batch_size] int64 on "split" or "workqueue": pinned, or as the model chooses them."""
+        pinned = self.split_splits if route == "split" else self.workqueue_splits
+        if pinned is not None:
+            return np.full(len(seq_lens), pinned, np.int64)
+        ready = self._ready(shape, device, (route,))
+        index = ROUTES.index(route)
+        if longest_splits is None:
+            ready.splits[:] = 0
+            CalibratedPolicy._price(self, shape, seq_lens, device, ready)
+            longest_splits = int(ready.splits[index])
+        counts = np.empty(len(seq_lens), np.int64)
+        row_splits(seq_lens, shape.num_kv_heads, device.num_sms, ready.constants[index], longest_splits, counts)
+        return counts
+
+    def _ready(self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...]) -> _Prepared:
+        return self._prepared.get((shape, device, available)) or self._prepare(shape, device, available)
+
+    def _prepare(self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...]) -> _Prepared:
+        unknown = [route for route in available if route not in ROUTES]
+        if unknown or not available:
+            raise ValueError(f"available: expected some of {', '.join(ROUTES)}, got {available!r}")
+        constants = constants_matrix(device_routes(device), available)
+        if np.isnan(constants[:, 0]).all():
+            raise ValueError(f"available: expected a route that {device.name} has a model of, got {', '.join(available)}")
+        pinned = np.zeros(len(ROUTES), np.int64)
+        for name, count in (("split", self.split_splits), ("workqueue", self.workqueue_splits)):
+            pinned[ROUTES.index(name)] = count or 0
+        ready = _Prepared(
+            constants=constants,
+            plan_us=np.nan_to_num(constants[:, PLAN]).tolist(),
+            pinned=pinned,
+            head_args=(shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES, device.num_sms),
+            prices_us=np.empty(len(ROUTES)),
+            splits=np.empty(len(ROUTES), np.int64),
+        )
+        self._prepared[shape, device, available] = ready
+        return ready
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OraclePolicy(CalibratedPolicy):
+    """The cheapest route by the simulated timeline of every one: what the closed form is measured against."""
+
+    def _price(self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared) -> None:
+        CalibratedPolicy._price(self, shape, seq_lens, device, ready)  # the splits are the closed form's
+        for index, route in enumerate(ROUTES):
+            if np.isfinite(ready.prices_us[index]):
+                model = device_routes(device)[route]
+                pinned = int(ready.pinned[index]) or None
+                lane = simulate(model, shape, seq_lens, num_sms=device.num_sms, splits=pinned)
+                ready.prices_us[index] = lane.makespan_us
+
+
+class FixedPolicy:
+    """Always one route, priced by the calibrated model."""
+
+    __slots__ = ("route", "_priced")
+
+    def __init__(self, route: str, *, split_splits: int | None = None, workqueue_splits: int | None = None) -> None:
+        """route: one of ROUTES; the pinned splits as CalibratedPolicy's. Raises ValueError naming the argument."""
+        if route not in ROUTES:
+            raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+        self.route = route
+        self._priced = CalibratedPolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
+
+    def decide(
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
+        available: tuple[str, ...] = ROUTES,
+    ) -> Decision:  # fmt: skip
+        """The route, whatever the step; ValueError where it is not available."""
+        if self.route not in available:
+            raise ValueError(f"available: expected {self.route} among them, got {', '.join(available)}")
+        return self._priced.decide(shape, seq_lens, device, layers=layers, available=(self.route,))
+
+
+def _reason(
+    route: str, prices: dict[str, float], host_us: dict[str, float], shape: DecodeShape, seq_lens: np.ndarray
+) -> str:
+    active = int(np.count_nonzero(seq_lens))
+    if not active:
+        return "no active row"
+    others = sorted((us, name) for name, us in prices.items() if name != route)
+    megabytes = useful_kv_bytes(shape, seq_lens) / 1e6
+    step = f"{active} rows, {megabytes:.0f} MB of KV"
+    if not others:
+        return f"{route} alone is available: {prices[route]:.0f} us for {step}"
+    margin = others[0][0] / prices[route] - 1
+    listed = ", ".join(f"{name} {us:.0f} us{_host(host_us[name])}" for us, name in others)
+    return f"{route} {prices[route]:.0f} us{_host(host_us[route])}, {margin:.0%} under the next for {step}: {listed}"
+
+
+def _host(plan_us: float) -> str:
+    return f" ({plan_us:.0f} on the host)" if plan_us else ""

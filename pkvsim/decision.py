@@ -1,0 +1,39 @@
+"""What a policy is, and what it decides."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from pkvsim.device import DeviceSpec
+from pkvsim.route_model import ROUTES
+from pkvsim.shapes import DecodeShape
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """The route of one step. splits [batch_size] int64 for split and workqueue, None for the others."""
+
+    route: str
+    splits: np.ndarray | None
+    prices: dict[str, float]  # us by route for the step, host planning included; every route, candidate or not
+    why: str | Callable[[], str]  # the reason, or what builds it
+    host_us: dict[str, float] = field(default_factory=dict)  # of prices, the host's planning, where a policy knows it
+
+    @property
+    def reason(self) -> str:
+        """Why this route, in words; built when asked for, because a step has no time for it."""
+        return self.why if isinstance(self.why, str) else self.why()
+
+
+class Policy(Protocol):
+    """Chooses a step's route from its lengths alone."""
+
+    def decide(
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
+        available: tuple[str, ...] = ROUTES,
+    ) -> Decision:  # fmt: skip
+        """The route among `available` for seq_lens [batch_size] integers (zero-length rows are not active), planned
+        once for `layers` layers."""

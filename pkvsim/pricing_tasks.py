@@ -1,0 +1,271 @@
+"""The parts of the closed form: what a route's constants give for speeds, merges, and tasks cut in each way. Compiled.
+
+`c` is a row of constants (RouteModel.to_row), `one` the us per token of one CTA alone, `all_` the us per token and running
+CTA where the bandwidth is shared, `sm` the us per token that the arithmetic of one SM takes. Lengths come sorted, longest
+first, without zeros.
+"""
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from pkvsim.route_model import CONSTANTS, RULES
+from pkvsim.schedule import balanced_ranges
+
+PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
+LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
+QUEUE_WAVES = (1, 2, 3, 4)  # tasks per CTA slot among which the workqueue's splits are chosen
+(BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, PLAN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD,
+ CTAS_PER_SM, TILE, MIN_SPLIT, SEGMENT_COST) = range(1, 1 + len(CONSTANTS))  # fmt: skip
+WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
+# Called from compiled code only: no wrappers for Python, no checks for division by zero, so that a first run compiles less.
+inner = numba.njit(cache=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_ranges = inner(balanced_ranges)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def cta_slots(c: np.ndarray, num_sms: int) -> int:
+    """CTAs that run at a time."""
+    return max(1, int(num_sms * c[CTAS_PER_SM]))
+
+
+@numba.njit(cache=True, error_model="numpy")
+def read_speeds(
+    c: np.ndarray, kv_bytes: float, group_size: int, kv_element_bytes: int, num_sms: int
+) -> tuple[float, float]:
+    """Bytes per us of KV: what one CTA reads alone, and all together: memory or, for what it holds, L2; or arithmetic."""
+    memory = c[BANDWIDTH]
+    if c[L2_SIZE] > 0:
+        hit = min(1.0, max(0.0, 2.0 - kv_bytes / (c[L2_SIZE] * 1e6)))
+        memory = 1.0 / (hit / max(memory, c[L2_SPEED]) + (1.0 - hit) / memory)
+    arithmetic = sm_gb_s(c, group_size, kv_element_bytes)
+    shared = min(memory, num_sms * arithmetic)
+    return 1e3 * min(c[CTA_READ], arithmetic, shared), 1e3 * shared
+
+
+@inner
+def sm_gb_s(c: np.ndarray, group_size: int, kv_element_bytes: int) -> float:
+    """GB/s of KV that the arithmetic of one SM keeps up with."""
+    heads = c[BASE_HEADS] + math.ceil(group_size / c[HEAD_PAD]) * c[HEAD_PAD]
+    return c[SM_HEADS] / heads * kv_element_bytes / 2
+
+
+@numba.njit(cache=True, error_model="numpy")
+def query_us(c: np.ndarray, query_heads: int, head_dim: int, element_bytes: int) -> float:
+    """Reading q and writing out of so many query heads over all rows."""
+    return query_heads * head_dim * element_bytes * 2.0 / (c[BANDWIDTH] * 1e3)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def merge_us(c: np.ndarray, splits: float, tasks: float, state_bytes: float, memory: float) -> float:
+    """Merging `tasks` partial states of one KV head's group each, at most `splits` of them of one row and head."""
+    return c[MERGE] + splits * (c[MERGE_SPLIT] + state_bytes / (c[MERGE_SPEED] * 1e3)) + 2 * tasks * state_bytes / memory
+
+
+@inner
+def bucket_splits(heads: int, length: int, slots: int, c: np.ndarray) -> int:
+    """Splits of rows of one length whose (row, KV head) pairs number `heads`: what fills the CTA slots."""
+    return max(1, min(slots // heads, int(length / c[MIN_SPLIT])))
+
+
+@inner
+def even_us(
+    ordered: np.ndarray, num_kv_heads: int, slots: int, splits: int, tile: int, num_sms: int, c: np.ndarray, one: float,
+    all_: float, sm: float,
+) -> float:  # fmt: skip
+    """Rows in `splits` splits each (at most their tiles)."""
+    rows = len(ordered)
+    tokens = 0
+    tasks = 0
+    for length in ordered:
+        tokens += length
+        tasks += num_kv_heads * min(splits, -(-length // tile))
+    longest = ordered[0] / min(splits, -(-ordered[0] // tile))
+    if tasks <= slots:
+        us = c[TASK]
+        fullest = 0.0  # some SM has this many tasks of at least this size
+        running = 0
+        for row in range(rows):
+            row_splits = min(splits, -(-ordered[row] // tile))
+            running += num_kv_heads * row_splits
+            size = ordered[row] / row_splits
+            shorter = 0.0
+            if row + 1 < rows:
+                shorter = min(size, ordered[row + 1] / min(splits, -(-ordered[row + 1] // tile)))
+            us += (size - shorter) * max(one, running * all_)
+            fullest = max(fullest, -(-running // num_sms) * size * sm)
+        return max(us, fullest)
+    if ordered[0] == ordered[rows - 1] and tasks < LOCKSTEP_WAVES * slots:
+        full = tasks // slots
+        rest = tasks - full * slots
+        us = full * max(c[TASK] + longest * one, longest * slots * all_)
+        if rest:
+            us += c[TASK] + longest * max(one, rest * all_)
+        return us
+    return waves_us(tokens * num_kv_heads, tasks, longest, slots, c[TASK], one, all_)
+
+
+@inner
+def waves_us(tokens: float, tasks: float, longest: float, slots: int, task_us: float, one: float, all_: float) -> float:
+    """More tasks than slots: the bandwidth's time or the slots', and a tail in which the tasks run out.
+
+    A slot that is busy with a task's fixed cost reads nothing, so others have more of the bandwidth meanwhile.
+    """
+    tail = 0.5 * (task_us + longest * one) * min(1.0, one / (all_ * slots))
+    busy = max(tokens * all_, (tasks * task_us + tokens * one) / slots)
+    return max(task_us + longest * one, busy + tail)
+
+
+@inner
+def chunk_count(ordered: np.ndarray, chunk: int) -> int:
+    count = 0
+    for length in ordered:
+        count += (length + chunk - 1) // chunk
+    return count
+
+
+@inner
+def chunk_tokens(ordered: np.ndarray, most: int, tile: int, least: float) -> int:
+    """The least chunk, in whole tiles, of which the rows give at most `most`; the longest row's length if none does."""
+    rows = len(ordered)
+    longest = -(-ordered[0] // tile)
+    if rows >= most:
+        return longest * tile
+    low = max(1, int(math.ceil(least / tile)))
+    high = max(low, longest)
+    while low < high:
+        middle = (low + high) // 2
+        if chunk_count(ordered, middle * tile) > most:
+            low = middle + 1
+        else:
+            high = middle
+    return low * tile
+
+
+@inner
+def chunks_us(
+    ordered: np.ndarray, num_kv_heads: int, slots: int, chunk: int, tasks: int, num_sms: int, c: np.ndarray, one: float,
+    all_: float, sm: float,
+) -> float:  # fmt: skip
+    """Rows cut into whole chunks and a rest each; the rests are taken as equally long."""
+    full = 0
+    rests = 0
+    rest_tokens = 0
+    for length in ordered:
+        whole = length // chunk
+        full += whole
+        if length > whole * chunk:
+            rests += 1
+            rest_tokens += length - whole * chunk
+    if tasks > slots:
+        return waves_us((full * chunk + rest_tokens) * num_kv_heads, tasks, chunk, slots, c[TASK], one, all_)
+    rest = rest_tokens / rests if rests else 0.0
+    us = rest * max(one, (full + rests) * num_kv_heads * all_) + c[TASK]
+    if full:
+        us += (chunk - rest) * max(one, full * num_kv_heads * all_)
+    return max(us, -(-full * num_kv_heads // num_sms) * chunk * sm)
+
+
+@inner
+def proportional_count(ordered: np.ndarray, splits: int) -> int:
+    """Tasks of one KV head with row i in ceil(length_i * splits / longest) splits."""
+    longest = ordered[0]
+    count = 0
+    for length in ordered:
+        count += (length * splits + longest - 1) // longest
+    return count
+
+
+@inner
+def best_queue(
+    ordered: np.ndarray, tokens: int, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
+    state: float, memory: float, num_sms: int,
+) -> tuple[float, int]:  # fmt: skip
+    """The workqueue, rows split in proportion to length, at the cheapest of a few task counts that fill whole waves of
+    the slots: (us, splits of the longest row)."""
+    best = math.inf
+    best_splits = 0
+    rows = len(ordered)
+    scale = ordered[0] / tokens  # splits of the longest row by tasks, rounding aside
+    for waves in QUEUE_WAVES:
+        most = waves * slots // num_kv_heads
+        # The most splits that give at most `most` tasks a KV head; rounding up adds fewer tasks than rows.
+        splits = max(1, int((most - rows) * scale))
+        high = max(splits, int(min(most * scale, ordered[0] / c[MIN_SPLIT])))
+        if splits > ordered[0] / c[MIN_SPLIT]:
+            splits = high = max(1, int(ordered[0] / c[MIN_SPLIT]))
+        if rows >= most:
+            splits = high = 1
+        while splits < high:
+            middle = (splits + high + 1) // 2
+            if proportional_count(ordered, middle) <= most:
+                splits = middle
+            else:
+                high = middle - 1
+        if splits == best_splits:
+            continue
+        tasks = num_kv_heads * proportional_count(ordered, splits)
+        chunk = -(-ordered[0] // splits)
+        price = c[LAUNCH] + chunks_us(ordered, num_kv_heads, slots, chunk, tasks, num_sms, c, one, all_, sm)
+        if splits > 1:
+            price += merge_us(c, splits, tasks, state, memory)
+        if price < best:
+            best = price
+            best_splits = splits
+    return best, best_splits
+
+
+@inner
+def buckets_us(
+    ordered: np.ndarray, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
+    state: float, memory: float, num_sms: int, pinned: int,
+) -> tuple[float, int]:  # fmt: skip
+    """The paper's split: one launch after the other for every distinct length; (us, splits of the longest row)."""
+    us = -c[LAUNCH]  # the first launch is in fixed_us
+    longest_splits = 0
+    tile = int(c[TILE])
+    begin = 0
+    while begin < len(ordered):
+        end = begin
+        while end < len(ordered) and ordered[end] == ordered[begin]:
+            end += 1
+        heads = (end - begin) * num_kv_heads
+        splits = pinned
+        if pinned == 0:
+            splits = bucket_splits(heads, ordered[begin], slots, c)
+        splits = min(splits, -(-ordered[begin] // tile))
+        us += c[LAUNCH] + even_us(ordered[begin:end], num_kv_heads, slots, splits, tile, num_sms, c, one, all_, sm)
+        if splits > 1:
+            us += c[LAUNCH] + merge_us(c, splits, heads * splits, state, memory)
+        if begin == 0:
+            longest_splits = splits
+        begin = end
+    return us, longest_splits
+
+
+@numba.njit(cache=True, error_model="numpy")
+def balanced_min_cost(group_size: int) -> int:
+    """Least cost of a range in tiles: a larger group's partial states are dearer to merge."""
+    return min(32, max(8, 4 * group_size - 8))
+
+
+@inner
+def balanced_us(
+    ordered: np.ndarray, tokens: int, num_kv_heads: int, group_size: int, slots: int, c: np.ndarray, one: float,
+    all_: float, state: float, memory: float,
+) -> tuple[float, int]:  # fmt: skip
+    tile = int(c[TILE])
+    tiles = 0
+    for length in ordered:
+        tiles += (length + tile - 1) // tile
+    heads = len(ordered) * num_kv_heads
+    segment_cost = int(c[SEGMENT_COST])
+    total_cost = num_kv_heads * tiles + heads * segment_cost
+    ranges = _ranges(total_cost, heads, slots, segment_cost, balanced_min_cost(group_size))
+    us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
+    if heads % ranges or ordered[0] != ordered[-1]:
+        splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))
+        return us + merge_us(c, splits, min(heads * splits, 2 * ranges), state, memory), splits
+    return us, 1

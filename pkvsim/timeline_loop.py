@@ -1,0 +1,129 @@
+"""The compiled event loop of pkvsim.timeline."""
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+_inner = numba.njit(cache=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+@_inner
+def _push(keys: np.ndarray, slots: np.ndarray, size: int, key: float, slot: int) -> None:
+    """Adds to a heap of `size` entries, least key first; equal keys in the order of slots."""
+    place = size
+    while place > 0:
+        parent = (place - 1) // 2
+        if keys[parent] < key or (keys[parent] == key and slots[parent] < slot):
+            break
+        keys[place] = keys[parent]
+        slots[place] = slots[parent]
+        place = parent
+    keys[place] = key
+    slots[place] = slot
+
+
+@_inner
+def _pop(keys: np.ndarray, slots: np.ndarray, size: int) -> int:
+    """Takes the least entry off a heap of `size` entries and returns its slot."""
+    first = slots[0]
+    key = keys[size - 1]
+    slot = slots[size - 1]
+    size -= 1
+    place = 0
+    while True:
+        child = 2 * place + 1
+        if child >= size:
+            break
+        right = child + 1
+        if right < size and (keys[right] < keys[child] or (keys[right] == keys[child] and slots[right] < slots[child])):
+            child = right
+        if key < keys[child] or (key == keys[child] and slot < slots[child]):
+            break
+        keys[place] = keys[child]
+        slots[place] = slots[child]
+        place = child
+    keys[place] = key
+    slots[place] = slot
+    return first
+
+
+@numba.njit(cache=True, error_model="numpy")
+def run_tasks(
+    order: np.ndarray,  # [num_ctas] int64, CTAs in the order in which slots take them
+    cta_offsets: np.ndarray,  # [num_ctas + 1] int64, CTA i runs tasks [cta_offsets[i], cta_offsets[i + 1])
+    launch_ctas: np.ndarray,  # [num_launches + 1] int64, launch i holds order[launch_ctas[i] : launch_ctas[i + 1]]
+    gaps_us: np.ndarray,  # [num_launches] float64, from a launch's last task to the next launch, or to the end
+    task_bytes: np.ndarray,  # [num_tasks] float64
+    num_slots: int,
+    cta_us: float,  # fixed cost of a CTA, before its first task
+    task_us: float,  # fixed cost of a task
+    alone: float,  # bytes per us of one CTA
+    shared: float,  # bytes per us of all
+    now: float,  # when the first launch's CTAs start
+    slot_of: np.ndarray,  # [num_tasks] int32, out
+    start_us: np.ndarray,  # [num_tasks] float64, out
+    end_us: np.ndarray,  # [num_tasks] float64, out
+) -> float:
+    """Runs every launch after the one before; returns the end of the last gap."""
+    # In their fixed cost, by its end: it is the same for all that start a CTA, and for all that go on with one, so that
+    # two queues are in order as they are. Rings of [2, num_slots].
+    wait_ends, wait_slots = np.empty((2, num_slots)), np.empty((2, num_slots), np.int64)
+    heads, sizes = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    read_keys, read_slots = np.empty(num_slots), np.empty(num_slots, np.int64)  # reading, by the virtual clock's end
+    task_at = np.empty(num_slots, np.int64)
+    last_at = np.empty(num_slots, np.int64)
+    for launch in range(len(gaps_us)):
+        upcoming = launch_ctas[launch]
+        stop = launch_ctas[launch + 1]
+        reading = 0
+        clock = 0.0
+        idle = 0  # slots not yet used by this launch
+        while True:
+            slot = -1
+            if idle < num_slots and upcoming < stop:
+                slot = idle
+                idle += 1
+                task_at[slot] = last_at[slot] = 0
+            elif sizes[0] or sizes[1] or reading:
+                speed = min(alone, shared / max(1, reading))
+                read_end = now + (read_keys[0] - clock) / speed if reading else np.inf
+                queue = 0
+                if not sizes[0] or (sizes[1] and wait_ends[1, heads[1]] < wait_ends[0, heads[0]]):
+                    queue = 1
+                if sizes[queue] and wait_ends[queue, heads[queue]] <= read_end:
+                    wait_end = wait_ends[queue, heads[queue]]
+                    clock += max(0.0, wait_end - now) * speed
+                    now = max(now, wait_end)
+                    ready = wait_slots[queue, heads[queue]]
+                    heads[queue] = (heads[queue] + 1) % num_slots
+                    sizes[queue] -= 1
+                    _push(read_keys, read_slots, reading, clock + task_bytes[task_at[ready]], ready)
+                    reading += 1
+                    continue
+                now = max(now, read_end)
+                clock = read_keys[0]
+                slot = _pop(read_keys, read_slots, reading)
+                reading -= 1
+                end_us[task_at[slot]] = now
+                task_at[slot] += 1
+            else:
+                break
+            fixed = task_us
+            queue = 0
+            if task_at[slot] == last_at[slot]:
+                if upcoming == stop:
+                    continue
+                cta = order[upcoming]
+                upcoming += 1
+                task_at[slot] = cta_offsets[cta]
+                last_at[slot] = cta_offsets[cta + 1]
+                fixed += cta_us
+                queue = 1
+            slot_of[task_at[slot]] = slot
+            start_us[task_at[slot]] = now
+            place = (heads[queue] + sizes[queue]) % num_slots
+            wait_ends[queue, place] = now + fixed
+            wait_slots[queue, place] = slot
+            sizes[queue] += 1
+        now += gaps_us[launch]
+    return now
