@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pkvsim import policy as paper
+from pkvsim import paper_policy as paper
 from pkvsim.cost import KV_ELEMENT_BYTES, MIB, PLAN, ROUTES, constants_matrix
+from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
 from pkvsim.models import ModelSpec, decode_weight_bytes, flops_per_token, kv_bytes_per_token, weight_bytes
 from pkvsim.paper_rules import PaperRules
@@ -81,12 +82,12 @@ def linear_table_us(model: ModelSpec, device: DeviceSpec, config: ServingConfig)
 def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> Attention:
     """Constants of attention. ValueError where the device cannot run the policy."""
     check_policies([policy])
-    constants = constants_matrix(device.routes)
+    constants = constants_matrix(device_routes(device))
     known = ~np.isnan(constants[:, PLAN])
     names = POLICY_ROUTES.get(policy, FLASHINFER_ROUTES if policy == "paper" else (policy,))
     allowed = known & np.isin(ROUTES, names)
     if not allowed.any():
-        raise ValueError(f"policies: {device.name} has no calibrated route for {policy}")
+        raise ValueError(f"policies: {device.name} has no model of a route for {policy}")
     tensor_core, cuda_core, split, workqueue = (
         ROUTES.index(name) for name in ("flashinfer_tensor_core", "flashinfer_cuda_core", "split", "workqueue")
     )

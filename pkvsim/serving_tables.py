@@ -13,7 +13,7 @@ PIPE_COLUMNS = 160
 
 def print_whatif(report: WhatIf) -> None:
     """Every policy a column, and what a reader must know below."""
-    console = _console()
+    console = table_console()
     trace, first = report.trace, next(iter(report.results.values()))
     console.print(
         f"[bold]{report.model.name}[/] on [bold]{report.device.label}[/], {trace.name}: {len(trace):,} requests in "
@@ -38,7 +38,7 @@ def print_whatif(report: WhatIf) -> None:
         console.print(f"- {note}", markup=False, soft_wrap=True)
 
 
-def _console() -> Console:
+def table_console() -> Console:
     """As wide as the terminal; wide enough for every column in a pipe."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)

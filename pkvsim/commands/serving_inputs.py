@@ -40,7 +40,7 @@ def load_model(
 
 
 @contextmanager
-def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar with a rate on stderr; None, and nothing drawn, unless `show` and stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,6 +60,6 @@ def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=total, rate="")
             speed = bar.tasks[bar.task_ids.index(tasks[name])].speed
-            bar.update(tasks[name], completed=done, rate=f"{speed:,.0f} tokens/s" if speed else "")
+            bar.update(tasks[name], completed=done, rate=f"{speed:,.3g} {unit}/s" if speed else "")
 
         yield report

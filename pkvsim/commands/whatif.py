@@ -74,7 +74,7 @@ def whatif(
         requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
         requests = replace(requests, notes=requests.notes + notes)
         names = [name.strip() for name in policies.split(",") if name.strip()]
-        with progress_bar(not as_json) as progress:
+        with progress_bar(not as_json, "tokens") as progress:
             report = run_whatif(requests, chosen, spec, names, config, progress=progress)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))

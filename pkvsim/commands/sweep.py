@@ -1,0 +1,79 @@
+"""pkvsim sweep."""
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+
+from pkvsim.commands.errors import one_line_errors
+
+
+def sweep(
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
+            "splits, group_size, prefix_cache. Without: device, policy, batch, length, group_size, splits."
+        ),
+    ],
+    trace: Annotated[Optional[str], typer.Option(help="Request trace to serve; without one, steps are priced.")] = None,
+    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
+    model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
+    policy: Annotated[str, typer.Option(help="paper, calibrated, flashinfer, oracle, or a route's name.")] = "calibrated",
+    metric: Annotated[
+        Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Only the first N requests of the trace.")] = None,
+    rate_scale: Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's.")] = 1.0,
+    jitter: Annotated[float, typer.Option(help="Move every arrival by up to this many seconds.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of jitter, and of spreading timestamps that tick coarsely.")] = 0,
+    prefix_cache: Annotated[str, typer.Option(help="none, lru, infinite or belady.")] = "none",
+    max_batch: Annotated[int, typer.Option(help="Most requests running at once.")] = 256,
+    page_size: Annotated[int, typer.Option(help="Tokens per KV page.")] = 16,
+    kv_gib: Annotated[Optional[float], typer.Option(help="GiB of KV pages; by default what is left.")] = None,
+    weight_bits: Annotated[
+        Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits --device.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Layers that a step plans once for, without a trace.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Runs every combination of a few settings: two axes make a heat map.
+
+    Examples: pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200;
+    pkvsim sweep --trace requests.csv --over device=rtx3060,l4 --over rate=0.5,1,2 --metric ttft_s.p99
+    """
+    with one_line_errors():
+        from pkvsim.commands.serving_inputs import load_model, progress_bar
+        from pkvsim.device import get_device
+        from pkvsim.models import get_model
+        from pkvsim.serving_config import ServingConfig
+        from pkvsim.shapes import check_int
+        from pkvsim.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
+        from pkvsim.trace_readers import load_requests
+
+        axes = parse_axes(over, STEP_AXES if trace is None else SERVING_AXES)
+        config = ServingConfig(
+            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache
+        )
+        spec = get_device(device)
+        notes: tuple[str, ...] = ()
+        if trace is None:
+            shape = get_model(model).shape(page_size)
+            report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1))
+        else:
+            smallest = [get_device(name) for name in axes.get("device", [])] or [spec]
+            chosen, notes = load_model(model, weight_bits, None, min(smallest, key=lambda d: d.memory_gib), config)
+            requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
+            with progress_bar(not as_json, "cells") as bar:
+                done = None if bar is None else (lambda at, total: bar("sweep", at, total))
+                report = serving_sweep(axes, requests, chosen, spec, policy, config, progress=done)
+            notes = requests.notes + notes
+        metric = metric or ("us" if trace is None else "tokens_per_s")
+        report.values(metric)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict() | {"notes": list(notes)}, indent=2, allow_nan=False))
+        return
+    from pkvsim.sweep_table import print_sweep
+
+    print_sweep(report, metric, notes)
