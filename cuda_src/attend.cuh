@@ -11,14 +11,13 @@ namespace pkv {
 
 constexpr int HEAD_BLOCKS = (GROUP_SIZE + 7) / 8;  // blocks of 8 query heads
 constexpr int K_STEPS = HEAD_DIM / 16;
-constexpr int STATE_ROW = HEAD_DIM + 4;            // floats; 4 more keep the writes of head pairs in different banks
+constexpr int STATE_ROW = HEAD_DIM + 4;            // floats; the 4 more keep the writes of head pairs in different banks
 constexpr float RESCALE_ABOVE = 8.0f;              // p stays below 2^8, so the maximum may lag by that much
 
 struct __align__(16) SharedMemory {
   unsigned char ring[WARPS][STAGES][2][TILE_BYTES];  // K, V
-  float acc[WARPS][GROUP_SIZE][STATE_ROW];
-  float2 ml[WARPS][GROUP_SIZE];
-  Packet kept[STATE_PAIRS];  // balanced only
+  float states[WARPS][GROUP_SIZE][STATE_ROW];        // acc, then m and l
+  float kept[GROUP_SIZE][STATE_ROW];                 // the same, merged (balanced only)
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
@@ -146,37 +145,39 @@ __device__ __forceinline__ void publish(const WarpState& state, SharedMemory& sh
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
       if (head >= GROUP_SIZE) continue;
-      if (lane < 4) shared.ml[warp][head] = make_float2(state.m[b][column], l);
+      float* row = shared.states[warp][head];
+      if (lane < 4) row[HEAD_DIM] = state.m[b][column], row[HEAD_DIM + 1] = l;
       #pragma unroll
       for (int i = 0; i < K_STEPS; ++i) {
-        shared.acc[warp][head][i * 16 + lane / 4] = state.acc[i][b][column];
-        shared.acc[warp][head][i * 16 + lane / 4 + 8] = state.acc[i][b][column + 2];
+        row[i * 16 + lane / 4] = state.acc[i][b][column];
+        row[i * 16 + lane / 4 + 8] = state.acc[i][b][column + 2];
       }
     }
 }
 
-// The WARPS states of a segment merged for one pair of elements.
-__device__ __forceinline__ Packet gather(const SharedMemory& shared, int pair) {
-  const int head = pair / HEAD_PAIRS, element = pair % HEAD_PAIRS * 2;
-  float2 ml[WARPS];
-  float m = __int_as_float(0xff800000);
-  #pragma unroll
-  for (int w = 0; w < WARPS; ++w) ml[w] = shared.ml[w][head], m = fmaxf(m, ml[w].x);
-  Packet p{0.0f, 0.0f, m, 0.0f};
+// The WARPS states of a segment merged for one query head.
+__device__ __forceinline__ HeadState gather(const SharedMemory& shared, int head, int lane) {
+  HeadState sum;
+  sum.reset();
+  float2 ml = make_float2(sum.m, 0.0f);
+  if (lane < WARPS) ml = *reinterpret_cast<const float2*>(&shared.states[lane][head][HEAD_DIM]);
+  const float scale = sum.weigh(ml);
   #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
-    const float scale = exp2_fast(ml[w].x - m);
-    const float2 acc = *reinterpret_cast<const float2*>(&shared.acc[w][head][element]);
-    p.acc0 += acc.x * scale, p.acc1 += acc.y * scale, p.l += ml[w].y * scale;
+    const float4* part = reinterpret_cast<const float4*>(shared.states[w][head]);
+    const float part_scale = __shfl_sync(ALL_LANES, scale, w);
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i)
+      if (lane + i * 32 < HEAD_QUADS) sum.add(i, part[lane + i * 32], part_scale);
   }
-  return p;
+  return sum;
 }
 
-// Runs every segment of `source`. For each, `emit(segment, pair, packet)` is called by the thread that owns the pair;
-// the same thread owns the same pairs in every CTA. `emit.begin(source)` is called once, when the first loads are
-// under way.
+// Runs every segment of `source`. For each, `emit(segment, head, state)` is called by the warp that owns the query head;
+// the same warp owns the same heads in every CTA. `emit.begin(source)` is called once, when the first loads are
+// under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
-__device__ __forceinline__ void attend(const Source& source, const Pages& pages, const half_type* q, int num_kv_heads, float scale_log2, SharedMemory& shared, Emit& emit) {
+__device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const half_type* q, int num_kv_heads, float scale_log2, SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned ring = shared_address(shared.ring[warp][0][0]);
   Loader<Source> loader(source);
@@ -185,7 +186,10 @@ __device__ __forceinline__ void attend(const Source& source, const Pages& pages,
     loader.issue_k(pages, ring + stage * 2 * TILE_BYTES, warp, lane);
     loader.issue_v(pages, ring + (stage * 2 + 1) * TILE_BYTES, lane);
   }
-  emit.begin(source);
+  if (!emit.begin(source)) {
+    copy_wait<0>();
+    return false;
+  }
   Source walk = source;
   Segment segment;
   unsigned slot = ring;
@@ -213,10 +217,12 @@ __device__ __forceinline__ void attend(const Source& source, const Pages& pages,
     }
     publish(state, shared, warp, lane);
     __syncthreads();
-    for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) emit(segment, pair, gather(shared, pair));
+    #pragma unroll 1
+    for (int head = warp; head < GROUP_SIZE; head += WARPS) emit(segment, head, gather(shared, head, lane));
     __syncthreads();
   }
   copy_wait<0>();
+  return true;
 }
 
 }  // namespace pkv

@@ -73,14 +73,26 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Programmatic dependent launch (sm_90): the next kernel of the stream may be set up while this one runs, and this one
-// reads nothing before the previous one's writes are visible. Does nothing in an ordinary launch.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+constexpr bool KERNELS_OVERLAP = true;
+#else
+constexpr bool KERNELS_OVERLAP = false;
+#endif
+
+// Programmatic dependent launch (sm_90). The next kernel may be set up while this one runs; this one's reads count
+// only after the wait, when the previous one's writes are visible. Both do nothing in an ordinary launch.
+__device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

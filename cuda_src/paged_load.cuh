@@ -23,6 +23,7 @@ struct Pages {
   int table_stride;
   long long page_stride;
   int head_stride, token_stride;
+  int num_pages;
 };
 
 // XOR swizzle: the eight rows of an ldmatrix fall into different banks.
@@ -46,7 +47,8 @@ struct Loader {
     const int t = s.tile_begin + warp + (first + index) * WARPS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
-    return __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
+    const int id = __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
+    return min(static_cast<unsigned>(id), static_cast<unsigned>(pages.num_pages - 1));  // a stale plan may meet any id
   }
 
   __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) { now.tile_end = 0; }

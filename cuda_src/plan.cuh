@@ -15,6 +15,7 @@
 
 #define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
 #define PKV_SHORT_RANGE 256   // tiles
+#define PKV_MOST_TILES (1 << 20)
 
 namespace pkv {
 
@@ -26,17 +27,53 @@ PKV_HD int row_cost(int seq_len, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
+// The rows' lengths. A kernel may read them before the one that writes them has ended (see balanced.cu): so reads
+// go past L1, which would keep what it saw, and every length is cut to [0, most], so that a plan made of what is
+// not yet there is wrong but harmless.
+struct Lengths {
+  const int* at;  // [batch_size]
+  int batch_size, most;
+
+  PKV_HD int operator[](int row) const {
+    if (row >= batch_size) return most;
+#ifdef __CUDA_ARCH__
+    int length;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(length) : "l"(at + row));
+#else
+    const int length = at[row];
+#endif
+    return length < 0 ? 0 : length < most ? length : most;
+  }
+};
+
+// floor(sqrt(x)), at least 1.
+PKV_HD int square_root(int x) {
+  int root = static_cast<int>(sqrtf(static_cast<float>(x)));
+  while (root > x / (root > 0 ? root : 1)) --root;  // the estimate is off by one at most, but exact is exact
+  while ((root + 1) <= x / (root + 1)) ++root;
+  return root > 1 ? root : 1;
+}
+
 // How the total cost W is cut. The caller keeps W below 2^31.
 struct Cut {
   int total, num_ranges, quotient, remainder;
 
-  // num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
+  // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
+  // made of the mean head. num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
   // that heads of equal length are cut alike and no range spends its time on two; at most 1/8 of the CTAs idle for it.
-  PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost) : total(total_) {
+  PKV_HD Cut() {}
+  PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost, int part_cost) : total(total_) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = total / least;
     if (num_ranges > num_ctas) num_ranges = num_ctas;
     if (num_ranges < 1) num_ranges = 1;
+    if (part_cost > 0 && num_heads > 0) {
+      int head_cost = total / num_heads;
+      if (head_cost > PKV_MOST_TILES) head_cost = PKV_MOST_TILES;
+      const int part = square_root(part_cost * head_cost), parts = (head_cost + part / 2) / part;
+      if (parts < 2) num_ranges = num_ranges < num_heads ? num_ranges : num_heads;
+      else if (parts <= num_ranges / num_heads) num_ranges = num_heads * parts;
+    }
     if (num_heads > 0 && num_heads <= num_ranges && total / num_ranges < PKV_SHORT_RANGE) {
       const int spare = num_ranges % num_heads;
       if (spare * 8 <= num_ranges) num_ranges -= spare;
@@ -78,12 +115,12 @@ struct Segment {
 
 // Walks the segments of one range.
 struct BalancedWalk {
-  const int* seq_lens;  // [batch_size]
+  Lengths seq_lens;
   int num_kv_heads, segment_cost;
   int row, head, tile, x0, x_end, seq_len;
 
   // row, row_begin: the first non-empty row whose cost interval reaches past x_begin, and where that interval starts.
-  PKV_HD void start(const int* lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
+  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
     seq_lens = lens, num_kv_heads = kv_heads, segment_cost = seg_cost, row = first_row, x_end = end;
     seq_len = lens[row];
     const int span = tiles_of(seq_len) + segment_cost;

@@ -16,27 +16,28 @@ __device__ __forceinline__ int scan(int value, int lane) {
 
 // The costs of one step's rows, as seen by one warp. Rows 0 to 31 stay in registers.
 struct Rows {
-  const int* seq_lens;  // [batch_size]
-  int batch_size, num_kv_heads, segment_cost;
+  Lengths seq_lens;
+  int num_kv_heads, segment_cost;
+  int length;                // of row `lane`
   int cost, through, total;  // of row `lane`: its cost, and that of rows 0..lane; of all rows
   int num_heads;             // non-empty (row, KV head) pairs
 
-  __device__ __forceinline__ Rows(const int* lens, int batch, int kv_heads, int seg_cost, int lane)
-      : seq_lens(lens), batch_size(batch), num_kv_heads(kv_heads), segment_cost(seg_cost) {
-    cost = cost_of(lane);
+  __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane)
+      : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost) {
+    length = length_of(lane);
+    cost = row_cost(length, num_kv_heads, segment_cost);
     int more = 0, live = cost > 0;
-    for (int row = lane + 32; row < batch_size; row += 32) {
+    for (int row = lane + 32; row < seq_lens.batch_size; row += 32) {
       const int next = cost_of(row);
       more += next, live += next > 0;
     }
     through = scan(cost, lane);
     total = __shfl_sync(0xffffffffu, through, 31);
-    if (batch_size > 32) total += __reduce_add_sync(0xffffffffu, more);
+    if (seq_lens.batch_size > 32) total += __reduce_add_sync(0xffffffffu, more);
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
-  __device__ __forceinline__ int cost_of(int row) const {
-    return row < batch_size ? row_cost(seq_lens[row], num_kv_heads, segment_cost) : 0;
-  }
+  __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
+  __device__ __forceinline__ int cost_of(int row) const { return row_cost(length_of(row), num_kv_heads, segment_cost); }
   // Points `walk` at the range [x_begin, x_end). Called by whole warps; x_begin < total.
   __device__ __forceinline__ void start(BalancedWalk& walk, int x_begin, int x_end, int lane) const {
     int before = 0, own = cost, upto = through;  // of the block of 32 rows at `base`

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pkvsim import DecodeShape
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
-PACKET_BYTES = 16  # pkv::Packet in cuda_src/state.cuh
 MAX_GROUP_SIZE = 32
 MAX_ACCUMULATED = 4096  # query heads x head_dim whose FP32 accumulators a warp's registers hold
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
@@ -37,10 +36,9 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings, the warps' states (rows padded by 4 floats), their (m, l), a kept state."""
+        """Bytes of pkv::SharedMemory: rings, the warps' states (rows padded by 4 floats) and a kept one."""
         ring = self.warps * self.stages * 2 * TILE_TOKENS * self.head_dim * 2
-        states = self.warps * self.group_size * ((self.head_dim + 4) * 4 + 8)
-        return (ring + states + 15) // 16 * 16 + self.state_bytes
+        return ring + (self.warps + 1) * self.group_size * (self.head_dim + 4) * 4
 
     @property
     def threads(self) -> int:
@@ -48,8 +46,8 @@ class KernelConfig:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the packets of one (row, KV head) partial state."""
-        return self.group_size * self.head_dim // 2 * PACKET_BYTES
+        """Bytes of pkv::Slot: the partial state of one (row, KV head), acc and (m, l) of each query head."""
+        return (self.group_size * (self.head_dim * 4 + 8) + 15) // 16 * 16
 
     def defines(self) -> dict[str, int]:
         return {"HEAD_DIM": self.head_dim, "GROUP_SIZE": self.group_size, "PAGE_SIZE": self.page_size,

@@ -11,7 +11,8 @@ from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.kernels import load_kernel
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.shapes import check_int, check_seq_lens
+from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST
+from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
 SIZES = "iiiqiif"  # batch_size to scale_log2, the parameters that both decode kernels share
@@ -47,6 +48,7 @@ class _Plan:
     block_table: int  # address, [batch_size, table_stride] int32
     batch_size: int
     table_stride: int
+    max_tokens: int  # that the table has room for; lengths beyond are cut to it
     task_list: _TaskList | None = None
     unchecked_ids: tuple | None = None  # (block_table, seq_lens) on the host, to check at the next run
 
@@ -62,14 +64,13 @@ class DecodeEngine:
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 8, min_cost: int | None = None,
-                 scale: float | None = None) -> None:
+                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int = MIN_COST,
+                 part_cost: int = PART_COST, scale: float | None = None) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
-        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost:
-        fixed cost of a segment and least cost of a CTA in tiles of 16 tokens (balanced); the defaults are from a sweep
-        on an H200 (2026-11-21). scale: of the logits, by default head_dim ** -0.5.
+        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
+        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. scale: of the logits, by default head_dim ** -0.5.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -85,25 +86,25 @@ class DecodeEngine:
         self.num_ctas = device.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
-        # A larger group's partial states are dearer to merge, so its short steps take fewer CTAs.
-        self.min_cost = min(32, max(8, 4 * shape.group_size - 8)) if min_cost is None else check_int(
-            "min_cost", min_cost, 1, 2**20)
+        self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
+        self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
         self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
+        self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
         defines, threads = self.config.defines(), self.config.threads
         shared = self.config.shared_bytes
         overlap = int(device.compute_capability) >= 90
         if self.schedule == "balanced":
-            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", "pppppppp" + SIZES + "ii", defines,
+            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", "pppppppp" + SIZES + "iiiii", defines,
                                        threads=threads, shared_bytes=shared, overlap=overlap)
             self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
         else:
-            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", "ppppppppppii" + SIZES, defines, threads=threads,
+            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", "ppppppppppii" + SIZES + "i", defines, threads=threads,
                                        shared_bytes=shared, overlap=overlap)
             self._merge = load_kernel("merge.cu", "pkv_merge", "ppppp", defines, threads=threads, overlap=overlap)
             self._partials = None
@@ -122,7 +123,7 @@ class DecodeEngine:
         key = lens_key, table_key
         if key == self._checked_plan and not validate:
             old = self._plan  # device arrays of a known layout: only where they are can have changed
-            self._plan = _Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride)
+            self._plan = _Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride, old.max_tokens)
             return
         if isinstance(seq_lens, (list, tuple)):
             seq_lens = check_seq_lens(seq_lens)
@@ -142,7 +143,8 @@ class DecodeEngine:
         with arrays.on_stream(library, self.device_id) as stream:
             lens_array, lens_address = arrays.to_gpu("seq_lens", seq_lens)
             table_array, table_address = arrays.to_gpu("block_table", block_table)
-            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages)
+            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages,
+                         min(MAX_TOKENS, max_pages * self.shape.page_size))
             if self.schedule != "balanced":
                 plan.task_list = self._upload_tasks(host_lens)
             if self._library is None:
@@ -209,13 +211,13 @@ class DecodeEngine:
         common = q_at, k_at, v_at, plan.block_table, plan.seq_lens, out_at, lse_at, self._partials.data.ptr
         sizes = plan.batch_size, self.shape.num_kv_heads, plan.table_stride, *self._page_layout, self._scale_log2
         if plan.task_list is None:
-            self._decode(self.num_ctas, (*common, *sizes, self.segment_cost, self.min_cost), stream)
+            self._decode(self.num_ctas, (*common, *sizes, self.segment_cost, self.min_cost, self.part_cost, plan.max_tokens, self._num_pages), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            self._decode(max(1, min(self.num_ctas, bucket.count)), (*common, *list_args, *sizes), stream)
+            self._decode(max(1, min(self.num_ctas, bucket.count)), (*common, *list_args, *sizes, self._num_pages), stream)
             if bucket.rows is not None:
                 merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at
                 self._merge((self.shape.num_kv_heads, len(bucket.rows)), merge_args, stream)
@@ -227,6 +229,7 @@ class DecodeEngine:
         checks.check_run(self.shape, self.dtype, plan.batch_size, self.device_id, *views)
         pages = views[1]
         self._library = pages.library
+        self._num_pages = pages.shape[0]
         self._page_layout = pages.strides[0], pages.strides[1], self.shape.head_dim  # page, head, token strides
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
@@ -234,10 +237,10 @@ class DecodeEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiipip", {}, threads=32)
+        kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiipip", {}, threads=32)
         listed = cupy.empty((self.num_ctas, max_tasks, 5), dtype=cupy.int32)
         counts = cupy.empty(self.num_ctas, dtype=cupy.int32)
-        kernel(self.num_ctas, (plan.seq_lens, plan.batch_size, self.shape.num_kv_heads, self.segment_cost, self.min_cost,
+        kernel(self.num_ctas, (plan.seq_lens, plan.batch_size, self.shape.num_kv_heads, self.segment_cost, self.min_cost, self.part_cost, plan.max_tokens,
                                listed.data.ptr, max_tasks, counts.data.ptr), cupy.cuda.get_current_stream().ptr)
         counts = counts.get()
         if counts.max(initial=0) > max_tasks:

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from pkvsim.route_model import CONSTANTS, RULES
-from pkvsim.schedule import balanced_ranges
+from pkvsim.schedule import MIN_COST, PART_COST, balanced_ranges
 
 PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
 LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
@@ -245,12 +245,6 @@ def buckets_us(
     return us, longest_splits
 
 
-@numba.njit(cache=True, error_model="numpy")
-def balanced_min_cost(group_size: int) -> int:
-    """Least cost of a range in tiles: a larger group's partial states are dearer to merge."""
-    return min(32, max(8, 4 * group_size - 8))
-
-
 @inner
 def balanced_us(
     ordered: np.ndarray, tokens: int, num_kv_heads: int, group_size: int, slots: int, c: np.ndarray, one: float,
@@ -263,7 +257,7 @@ def balanced_us(
     heads = len(ordered) * num_kv_heads
     segment_cost = int(c[SEGMENT_COST])
     total_cost = num_kv_heads * tiles + heads * segment_cost
-    ranges = _ranges(total_cost, heads, slots, segment_cost, balanced_min_cost(group_size))
+    ranges = _ranges(total_cost, heads, slots, segment_cost, MIN_COST, PART_COST)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

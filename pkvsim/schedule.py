@@ -5,6 +5,7 @@ specification of the device planner, which must equal it task for task.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,12 @@ from pkvsim.planning import fill_balanced, fill_queue
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
 
 SHORT_RANGE_TILES = 256  # PKV_SHORT_RANGE in cuda_src/plan.cuh
+MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
+# The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
+SEGMENT_COST = 10
+MIN_COST = 8
+PART_COST = 3
+MAX_PART_COST = 2**10  # keeps PART_COST * MOST_TILES_PER_HEAD within 31 bits
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
 SCHEDULES = ("split", "workqueue", "balanced")
 TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
@@ -58,13 +65,15 @@ def make_schedule(
     num_ctas: int | None = None,
     segment_cost: int = 0,
     min_cost: int = 1,
+    part_cost: int = 0,
 ) -> Schedule:
     """Plans one step.
 
     name: "split", "workqueue" or "balanced". seq_lens: integers [batch_size], tokens, 0 allowed.
     splits (split and workqueue): one count or one per row, >= 1, cut down to the row's tiles.
     num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
-    min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs.
+    min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs. part_cost: what merging
+    one more part of a head costs, in tiles; heads are cut into no more parts than pay for that.
     Raises ValueError naming the argument.
     """
     lens = check_seq_lens(seq_lens)
@@ -76,7 +85,8 @@ def make_schedule(
         num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         segment_cost = check_int("segment_cost", segment_cost, 0, MAX_TOKENS)
         min_cost = check_int("min_cost", min_cost, 1, MAX_TOKENS)
-        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost)
+        part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
+        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost)
     if name not in SCHEDULES:
         raise ValueError(f"name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_ctas is not None:
@@ -129,13 +139,20 @@ def _queue(
     )
 
 
-def balanced_ranges(total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int) -> int:
+def balanced_ranges(
+    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int
+) -> int:
     """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into.
 
-    Never so many that one could be empty. Short ranges come in multiples of the heads where that idles
+    Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
+    p = sqrt(n / part_cost): no more are made of the mean head. Short ranges come in multiples of the heads where that idles
     at most 1/8 of them: heads of equal length are then cut alike, and no range spends its time on two.
     """
     ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
+    if part_cost > 0 and num_heads > 0:
+        head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
+        part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
+        ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
     if 0 < num_heads <= ranges and total_cost // ranges < SHORT_RANGE_TILES:
         spare = ranges % num_heads
         if spare * 8 <= ranges:
@@ -144,11 +161,12 @@ def balanced_ranges(total_cost: int, num_heads: int, num_ctas: int, segment_cost
 
 
 def _balanced(
-    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int
-) -> Schedule:
+    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int,
+    part_cost: int,
+) -> Schedule:  # fmt: skip
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
-    num_ranges = balanced_ranges(total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost)
+    num_ranges = balanced_ranges(total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost)
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)

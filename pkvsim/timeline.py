@@ -14,9 +14,9 @@ import numpy as np
 
 from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.pricing import price_route, row_splits, sorted_lengths
-from pkvsim.pricing_tasks import PARTIAL_ELEMENT_BYTES, balanced_min_cost, cta_slots, merge_us, query_us, read_speeds
+from pkvsim.pricing_tasks import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
-from pkvsim.schedule import Schedule, make_schedule
+from pkvsim.schedule import MIN_COST, PART_COST, Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import run_tasks
 
@@ -88,7 +88,7 @@ def route_schedule(
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms),
-            segment_cost=int(model.segment_cost_tiles), min_cost=balanced_min_cost(shape.group_size),
+            segment_cost=int(model.segment_cost_tiles), min_cost=MIN_COST, part_cost=PART_COST,
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None:
