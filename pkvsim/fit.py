@@ -30,7 +30,7 @@ class _Steps:
     lengths: np.ndarray  # int64, every step's rows one after the other, longest first
     offsets: np.ndarray  # [num_steps + 1] int64
     owners: np.ndarray  # [num_steps] int64, the measurement that the step belongs to
-    shapes: np.ndarray  # [num_measurements, 4] int64: num_kv_heads, group_size, head_dim, splits (0: free)
+    shapes: np.ndarray  # [num_measurements, 5] int64: num_kv_heads, group_size, head_dim, splits (0: free), planned
     kernel_us: np.ndarray  # [num_measurements] float64
 
 
@@ -40,7 +40,10 @@ def _flatten(measurements: Sequence[Measurement]) -> _Steps:
         lengths=np.concatenate([lens for _, lens in rows]),
         offsets=np.cumsum([0, *(len(lens) for _, lens in rows)]),
         owners=np.array([owner for owner, _ in rows]),
-        shapes=np.array([[m.shape.num_kv_heads, m.shape.group_size, m.shape.head_dim, m.splits or 0] for m in measurements]),
+        shapes=np.array(
+            [(m.shape.num_kv_heads, m.shape.group_size, m.shape.head_dim, m.splits or 0, m.planned) for m in measurements],
+            np.int64,
+        ),
         kernel_us=np.array([m.kernel_us for m in measurements]),
     )
 
@@ -107,6 +110,8 @@ def _fit_candidate(start: RouteModel, free: Sequence[str], steps: _Steps, num_sm
     """(robust loss, model); the logarithm of a constant is what moves, so that all stay positive."""
     log_measured = np.log(steps.kernel_us)
     begin = np.log([max(TINY, getattr(start, name)) for name in free])
+    if not np.isfinite(begin).all():
+        raise ValueError(f"free: expected constants with a limit to start from, got {', '.join(free)} of {start}")
 
     def model_of(logs: np.ndarray) -> RouteModel:
         return replace(start, **{name: float(f"{value:.4g}") for name, value in zip(free, np.exp(logs))})

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-
 from pkvsim.device import DeviceSpec
 from pkvsim.route_model import ROUTES, RouteModel
 
@@ -37,16 +35,17 @@ def free_constants(route: str) -> tuple[str, ...]:
     return ("bandwidth_gb_s", "cta_read_gb_s", "fixed_us", *_FREE.get(route, _PEER_FREE))
 
 
-def fit_starts(route: str, device: DeviceSpec) -> list[RouteModel]:
+def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> list[RouteModel]:
     """Candidates for a fit of `route` on `device`, one for each way it may cut rows.
 
-    A route that the device already has a model of starts there. Any other name is another system's: its rule and slots
-    are searched, and its small steps are taken to find their KV in L2, as benchmarks that repeat one call do.
+    A name that is not one of ROUTES is another system's: its rule and slots are searched, and its small steps are taken
+    to find their KV in L2, as benchmarks that repeat one call do. from_known: start from the device's own model of the
+    route instead, so that what is not fitted stays as it is; ValueError where it has none.
     """
-    if route in device.routes:
-        known = device.routes[route]
-        slots = _RULES[route][1] if route in _RULES else PEER_SLOTS
-        return [replace(known, ctas_per_sm=count) for count in dict.fromkeys((known.ctas_per_sm, *slots))]
+    if from_known:
+        if route not in device.routes:
+            raise ValueError(f"device_base: expected a model of {route} in {device.name} to start from")
+        return [device.routes[route]]
     common = dict(
         bandwidth_gb_s=device.beta_gb_s,
         cta_read_gb_s=min(50.0, device.beta_gb_s / 4),
@@ -65,7 +64,7 @@ def fit_starts(route: str, device: DeviceSpec) -> list[RouteModel]:
                 "segment_cost_tiles": BALANCED_SEGMENT_TILES, "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
             }  # fmt: skip
         return [
-            RouteModel(rule=rule, ctas_per_sm=count, head_pad=pad, min_split_tokens=least, **common | own) for count in slots
+            RouteModel(rule=rule, ctas_per_sm=count, head_pad=pad, tile_tokens=tile, **common | own) for count in slots
         ]
     l2 = dict(l2_gb_s=3 * device.beta_gb_s, l2_mb=device.l2_mib * MIB_IN_MB / 2)
     pad = 1 if route.endswith("/mha") else TENSOR_CORE_ROWS

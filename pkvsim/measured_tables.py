@@ -59,6 +59,7 @@ def _paper_trace(row: Row) -> list[Measurement]:
             shape=PAPER_SHAPE,
             seq_lens=steps[0],
             other_steps=steps[1:],
+            planned=True,
             splits=cell_int(row, "splits") if row["splits"] else None,
             kernel_us=cell_time(row, "gpu_mean_step_ms", scale=1e3),
             wall_us=cell_time(row, "wall_mean_step_ms", scale=1e3),

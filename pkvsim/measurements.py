@@ -27,7 +27,7 @@ class Measurement:
     """One measured time.
 
     seq_lens: tokens by row. kernel_us: of one call, the mean over seq_lens and other_steps where a trace was timed as a
-    whole. device: whose GPU it ran on, in the table's own words; empty where the table is about one GPU.
+    whole; with the host's planning in it where `planned` (events around whole steps see the gap). device: whose GPU it ran on, in the table's own words; empty where the table is about one GPU.
     """
 
     route: str
@@ -38,6 +38,7 @@ class Measurement:
     plan_us: float | None = None
     wall_us: float | None = None
     device: str = ""
+    planned: bool = False
     other_steps: tuple[tuple[int, ...], ...] = ()
 
     @property

@@ -94,15 +94,20 @@ def price_steps(
     lengths: np.ndarray, offsets: np.ndarray, owners: np.ndarray, shapes: np.ndarray, element_bytes: int, num_sms: int,
     constants: np.ndarray, prices_us: np.ndarray,
 ) -> None:  # fmt: skip
-    """The mean price of every measurement's steps, into prices_us [num_measurements]."""
+    """The mean price of every measurement's steps, into prices_us [num_measurements].
+
+    lengths holds all steps' rows, each step's longest first, step i at [offsets[i], offsets[i + 1]); owners [num_steps] is
+    the measurement of each; shapes [num_measurements, 5]: num_kv_heads, group_size, head_dim, pinned splits or 0, and 1
+    where the measurement has the host's planning in it.
+    """
     steps = np.zeros(len(prices_us))
     prices_us[:] = 0.0
     for step in range(len(owners)):
         owner = owners[step]
-        heads, group, head_dim, pinned = shapes[owner]
+        heads, group, head_dim, pinned, planned = shapes[owner]
         rows = lengths[offsets[step] : offsets[step + 1]]
         us, _ = price_route(rows, heads, group, head_dim, element_bytes, num_sms, constants, pinned)
-        prices_us[owner] += us
+        prices_us[owner] += us + planned * constants[PLAN]
         steps[owner] += 1
     prices_us /= steps
 

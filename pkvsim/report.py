@@ -94,3 +94,22 @@ def _routes(device: DeviceSpec) -> str:
     errors = [route.held_out or route.in_sample for route in fitted]
     known = [error.median_percent for error in errors if error]
     return "calibrated" + (f", {max(known):.1f} % off at most (median)" if known else "")
+
+
+def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> None:
+    """How well the fitted routes of a device meet their measurements, on stdout."""
+    table = Table(title=f"[bold]{device.name}[/]: absolute error in % of the measured time", title_justify="left")
+    table.add_column("route", overflow="fold")
+    for name in ("rule", "CTAs\nper SM", "timings", "median", "mean", "held-out\nmedian", "held-out\nmean"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for route in sorted(routes):
+        entry = device.calibration[route]
+        errors = [entry.in_sample, entry.held_out]
+        shown = [f"{value:.1f}" for e in errors if e for value in (e.median_percent, e.mean_percent)]
+        table.add_row(
+            route, entry.model.rule, f"{entry.model.ctas_per_sm:g}", str(entry.in_sample.measurements), *shown
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for route, count in sorted(skipped.items()):
+        console.print(f"{route}: {count} measurements are too few to fit")

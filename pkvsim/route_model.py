@@ -117,8 +117,8 @@ class CalibratedRoute:
 
 def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
     """One entry of a device file's routes; ValueError that starts with `where` and names the field."""
-    if route not in ROUTES:
-        raise ValueError(f"{where}: expected one of {', '.join(ROUTES)}")
+    if route not in ROUTES and "/" not in route:  # system/version/kernel names another system's, which no policy takes
+        raise ValueError(f"{where}: expected one of {', '.join(ROUTES)}, or system/version/kernel")
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), dict):
         raise ValueError(f"{where}: expected an object with status, source, date and model, got {entry!r}")
     known = {"status", "source", "date", "model", "in_sample", "held_out"}
