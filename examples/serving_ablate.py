@@ -9,9 +9,8 @@ import numpy as np
 
 from gpu.timing import capture, graph_time_us, shared_stream, wall_time_us
 from pkvsim.cost import schedule_counters
-from pkvsim.schedule import make_schedule
 from pkvsim.traces import Trace
-from serving_engines import EngineSet, StepInputs
+from serving_engines import EngineSet, StepInputs, own_schedule
 from result_tables import Table, us
 
 if TYPE_CHECKING:
@@ -30,40 +29,58 @@ def ablate(bench: Bench, engines: EngineSet, trace: Trace, *, label: str, quick:
 
     pages = TracePages(bench, engines, trace, rotate=True)
     steps = list(trace.iter_steps())
-    picked = [steps[i] for i in sorted(set(np.linspace(0, len(steps) - 1, 1 if quick else SAMPLED_STEPS).astype(int).tolist()))]
+    picked = [
+        steps[i]
+        for i in sorted(set(np.linspace(0, len(steps) - 1, 1 if quick else SAMPLED_STEPS).astype(int).tolist()))
+    ]
     inputs = [pages.step(bench, engines, step) for step in picked]
     counts = SPLITS[::3] if quick else SPLITS
     routes = [route for route in ("split", "workqueue") if route in engines.engines]
 
     def at(route: str, count: int) -> float:
-        return _mean([_kernel_us(bench, pages, engines, step, route, np.full(len(step.seq_lens), count, np.int64))
-                      for step in inputs])
+        return _mean(
+            [
+                _kernel_us(bench, pages, engines, step, route, np.full(len(step.seq_lens), count, np.int64))
+                for step in inputs
+            ]
+        )
 
     sensitivity = {route: {str(count): at(route, count) for count in counts} for route in routes}
-    return {"label": label, "family": trace.family, "seed": trace.seed, "steps": len(inputs),
-            "splits": sensitivity,
-            "graphs": {name: _graphs(bench, pages, engines, inputs, name) for name in engines.routes},
-            "packing": _packing(bench, pages, engines, inputs)}
+    return {
+        "label": label,
+        "family": trace.family,
+        "seed": trace.seed,
+        "steps": len(inputs),
+        "splits": sensitivity,
+        "graphs": {name: _graphs(bench, pages, engines, inputs, name) for name in engines.routes},
+        "packing": _packing(bench, pages, engines, inputs),
+    }
 
 
 def _mean(values: list[float]) -> float:
     return round(float(np.mean(values)), 2)
 
 
-def _kernel_us(bench: Bench, pages: TracePages, engines: EngineSet, step: StepInputs, route: str,
-               splits: np.ndarray | None) -> float:
+def _kernel_us(
+    bench: Bench, pages: TracePages, engines: EngineSet, step: StepInputs, route: str, splits: np.ndarray | None
+) -> float:
     """Cold kernel time in a CUDA graph."""
     engine, out = engines.engines[route], step.q.clone()
     with shared_stream():
         engine.plan(replace(step, splits={route: splits}))
-    timing = graph_time_us(lambda index: engine.run(step, *pages.caches[index], out), variants=len(pages.caches),
-                           repeats=max(3, bench.repeats))
+    timing = graph_time_us(
+        lambda index: engine.run(step, *pages.caches[index], out),
+        variants=len(pages.caches),
+        repeats=max(3, bench.repeats),
+    )
     return timing.median_us
 
 
-def _graphs(bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[StepInputs], name: str) -> dict[str, float | None]:
+def _graphs(
+    bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[StepInputs], name: str
+) -> dict[str, float | None]:
     """Wall time of a step launched eagerly, and replayed from a graph that holds planning too where it can be captured:
-    balanced's, whose lengths are uploaded before the replay. The others' graph replays a run that is already planned."""
+    balanced's, its lengths uploaded before the replay. The others' graph replays a run already planned."""
     engine, eager, replayed = engines.engines[name], [], []
     plans_in_graph = name == "balanced"
     for step in inputs:
@@ -90,7 +107,9 @@ def _graphs(bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[St
     return {"eager_us": _mean(eager), "graph_us": _mean(replayed), "plans_in_graph": plans_in_graph}
 
 
-def _packing(bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[StepInputs]) -> dict[str, dict[str, float]]:
+def _packing(
+    bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[StepInputs]
+) -> dict[str, dict[str, float]]:
     """Rows to launches in four ways, the first three cutting with BUCKET_SPLITS for the longest row.
 
     masked: one launch whose grid is that of the longest row for all; the CTAs past a row's end find nothing. Our
@@ -102,7 +121,8 @@ def _packing(bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[S
         "single masked bucket": ("workqueue", masked_splits),
         "exact buckets": ("split", lambda lens: np.full(len(lens), BUCKET_SPLITS, np.int64)),
         "workqueue": ("workqueue", lambda lens: np.full(len(lens), BUCKET_SPLITS, np.int64)),
-        "balanced, merge fused": ("balanced", lambda lens: None)}
+        "balanced, merge fused": ("balanced", lambda lens: None),
+    }
     found = {}
     for way, (route, splits_of) in ways.items():
         if route not in engines.engines:
@@ -111,16 +131,21 @@ def _packing(bench: Bench, pages: TracePages, engines: EngineSet, inputs: list[S
         for step in inputs:
             splits = splits_of(step.seq_lens)
             times.append(_kernel_us(bench, pages, engines, step, route, splits))
-            engine = engines.engines[route].engine.engine
-            options = ({"splits": splits, "tile_tokens": TILE_TOKENS} if route != "balanced" else
-                       {"num_ctas": engine.num_ctas, "tile_tokens": 16, "segment_cost": engine.segment_cost, "min_cost": engine.min_cost, "part_cost": engine.part_cost})
-            schedule = make_schedule(route, engines.shape, step.seq_lens, **options)
+            schedule = own_schedule(engines, route, step.seq_lens, splits)
             counters.append(schedule_counters(schedule, engines.shape, step.seq_lens, bench.device))
-        grid = [len(step.seq_lens) * BUCKET_SPLITS * engines.shape.num_kv_heads / one.cta_work_per_sm / bench.device.num_sms
-                for step, one in zip(inputs, counters)]
-        nonempty = 1 / np.mean(grid) if way == "single masked bucket" else np.mean([c.nonempty_cta_fraction for c in counters])
-        found[way] = {"kernel_us": _mean(times), "launches": _mean([c.launches for c in counters]),
-                      "merge_mib": _mean([c.merge_bytes / 2**20 for c in counters]), "nonempty_ctas": round(float(nonempty), 3)}
+        grid = [
+            len(step.seq_lens) * BUCKET_SPLITS * engines.shape.num_kv_heads / one.cta_work_per_sm / bench.device.num_sms
+            for step, one in zip(inputs, counters, strict=True)
+        ]
+        nonempty = (
+            1 / np.mean(grid) if way == "single masked bucket" else np.mean([c.nonempty_cta_fraction for c in counters])
+        )
+        found[way] = {
+            "kernel_us": _mean(times),
+            "launches": _mean([c.launches for c in counters]),
+            "merge_mib": _mean([c.merge_bytes / 2**20 for c in counters]),
+            "nonempty_ctas": round(float(nonempty), 3),
+        }
     return found
 
 
@@ -132,16 +157,49 @@ def masked_splits(seq_lens: np.ndarray) -> np.ndarray:
 
 
 def ablation_tables(records: list[dict]) -> list[Table]:
-    counts = list(dict.fromkeys(count for record in records for by_count in record["splits"].values() for count in by_count))
-    splits = tuple((f"{r['label']} {r['family']}", route, *(us(times.get(count)) for count in counts))
-                   for r in records for route, times in r["splits"].items())
-    graphs = tuple((f"{r['label']} {r['family']}", name, us(t["eager_us"]), us(t["graph_us"]),
-                    "plan and run" if t["plans_in_graph"] else "run alone")
-                   for r in records for name, t in r["graphs"].items())
-    packing = tuple((f"{r['label']} {r['family']}", way, us(t["kernel_us"]), f"{t['launches']:.0f}", f"{t['merge_mib']:.2f}",
-                     f"{t['nonempty_ctas']:.0%}") for r in records for way, t in r["packing"].items())
-    return [Table("kernel us by splits per row", ("run", "route", *counts), splits),
-            Table("plan and run by wall, us, without and with a CUDA graph", ("run", "engine", "eager", "graph", "in the graph"), graphs,
-                  "FlashInfer's and the task lists' plans are made on the host: their graph replays a run already planned."),
-            Table("rows to launches", ("run", "way", "kernel us", "launches", "merge MiB", "non-empty CTAs"), packing,
-                  "single masked bucket is timed without its empty CTAs.")]
+    counts = list(
+        dict.fromkeys(count for record in records for by_count in record["splits"].values() for count in by_count)
+    )
+    splits = tuple(
+        (f"{r['label']} {r['family']}", route, *(us(times.get(count)) for count in counts))
+        for r in records
+        for route, times in r["splits"].items()
+    )
+    graphs = tuple(
+        (
+            f"{r['label']} {r['family']}",
+            name,
+            us(t["eager_us"]),
+            us(t["graph_us"]),
+            "plan and run" if t["plans_in_graph"] else "run alone",
+        )
+        for r in records
+        for name, t in r["graphs"].items()
+    )
+    packing = tuple(
+        (
+            f"{r['label']} {r['family']}",
+            way,
+            us(t["kernel_us"]),
+            f"{t['launches']:.0f}",
+            f"{t['merge_mib']:.2f}",
+            f"{t['nonempty_ctas']:.0%}",
+        )
+        for r in records
+        for way, t in r["packing"].items()
+    )
+    return [
+        Table("kernel us by splits per row", ("run", "route", *counts), splits),
+        Table(
+            "plan and run by wall, us, without and with a CUDA graph",
+            ("run", "engine", "eager", "graph", "in the graph"),
+            graphs,
+            "FlashInfer's and the task lists' plans are made on the host: their graph replays a run already planned.",
+        ),
+        Table(
+            "rows to launches",
+            ("run", "way", "kernel us", "launches", "merge MiB", "non-empty CTAs"),
+            packing,
+            "single masked bucket is timed without its empty CTAs.",
+        ),
+    ]

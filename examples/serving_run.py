@@ -8,10 +8,9 @@ import numpy as np
 
 from gpu.timing import StreamLimit, l2_bytes, rotation_length, shared_stream
 from pkvsim.cost import MIB, StepCounters, flashinfer_counters, schedule_counters, useful_kv_bytes
-from pkvsim.schedule import make_schedule
 from pkvsim.traces import Trace, TraceStep, assign_pages
 from serving_check import TOLERANCE, float64_error, layer_caches
-from serving_engines import ADAPTIVE, BACKENDS, EngineSet, StepInputs, decide, make_step
+from serving_engines import ADAPTIVE, BACKENDS, EngineSet, StepInputs, decide, make_step, own_schedule
 from serving_measure import StepTimer
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class TracePages:
     def step(self, bench: Bench, engines: EngineSet, trace_step: TraceStep) -> StepInputs:
         owned = self.assignment.block_table(trace_step.request_ids)
         table = np.full((len(owned), self._width), -1, np.int32)
-        table[:, :owned.shape[1]] = owned
+        table[:, : owned.shape[1]] = owned
         splits = step_splits(bench, engines, trace_step.seq_lens)
         return make_step(engines.shape, trace_step.seq_lens, table, splits, dtype=bench.pool.flat.dtype)
 
@@ -80,15 +79,30 @@ def run_trace(bench: Bench, engines: EngineSet, trace: Trace, *, label: str) -> 
     named under "wrong" and not timed.
     """
     pages = TracePages(bench, engines, trace, rotate=bench.layers > 1)
-    steps = list(trace.iter_steps())[::bench.stride]
+    steps = list(trace.iter_steps())[:: bench.stride]
     timer = StepTimer(bench.limit, layers=bench.layers, repeats=bench.repeats)
     sampled = set(np.linspace(0, len(steps) - 1, FLOAT64_STEPS).astype(int).tolist())
     router = engines.engines[ADAPTIVE].router if ADAPTIVE in engines.engines else None
     record: dict[str, object] = {
-        "label": label, "family": trace.family, "seed": trace.seed, "layers": bench.layers, "caches": len(pages.caches),
-        "shape": asdict(engines.shape), "max_active": trace.max_active, "physical_pages": pages.assignment.num_pages,
-        "left_out": engines.left_out, "wrong": {}, "baseline": engines.baseline, "active": [], "kv_mib": [], "decisions": [],
-        "prices": {}, "model_plan_us": {}, "engines": {}, "counters": {}}
+        "label": label,
+        "family": trace.family,
+        "seed": trace.seed,
+        "layers": bench.layers,
+        "caches": len(pages.caches),
+        "shape": asdict(engines.shape),
+        "max_active": trace.max_active,
+        "physical_pages": pages.assignment.num_pages,
+        "left_out": engines.left_out,
+        "wrong": {},
+        "baseline": engines.baseline,
+        "active": [],
+        "kv_mib": [],
+        "decisions": [],
+        "prices": {},
+        "model_plan_us": {},
+        "engines": {},
+        "counters": {},
+    }
     counters: dict[str, list[StepCounters]] = {}
     with shared_stream():
         for index, trace_step in enumerate(steps):
@@ -116,8 +130,15 @@ def run_trace(bench: Bench, engines: EngineSet, trace: Trace, *, label: str) -> 
     return record
 
 
-def _check(bench: Bench, engines: EngineSet, step: StepInputs, cache: tuple[torch.Tensor, torch.Tensor], record: dict,
-           *, float64: bool) -> None:
+def _check(
+    bench: Bench,
+    engines: EngineSet,
+    step: StepInputs,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    record: dict,
+    *,
+    float64: bool,
+) -> None:
     """Compares every engine with the baseline engine, and with float64 on sampled steps; notes the largest errors."""
     import torch
 
@@ -147,12 +168,8 @@ def step_counters(bench: Bench, engines: EngineSet, route: str, step: StepInputs
     """What the schedule that this engine just ran does."""
     if route in BACKENDS:
         return flashinfer_counters(engines.shape, step.seq_lens, bench.device)
-    engine = engines.engines[route].engine.engine
-    if route == "balanced":
-        options = {"tile_tokens": 16, "num_ctas": engine.num_ctas, "segment_cost": engine.segment_cost, "min_cost": engine.min_cost, "part_cost": engine.part_cost}
-    else:
-        options = {"tile_tokens": engine.tile_tokens, "splits": step.splits[route]}
-    return schedule_counters(make_schedule(route, engines.shape, step.seq_lens, **options), engines.shape, step.seq_lens, bench.device)
+    schedule = own_schedule(engines, route, step.seq_lens, step.splits.get(route))
+    return schedule_counters(schedule, engines.shape, step.seq_lens, bench.device)
 
 
 def mean_counters(counters: list[StepCounters]) -> dict[str, float]:
