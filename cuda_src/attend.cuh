@@ -1,8 +1,9 @@
 // The decode path of every schedule: a CTA walks a stream of segments and yields one partial softmax state for each.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
-// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles;
-// at a segment's end the WARPS states are merged through shared memory once.
+// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles, leaves
+// it in shared memory at the segment's end and goes on; each query head's states are merged by one warp when it comes
+// to the next segment's end. So no warp stops for another while there is work.
 #pragma once
 #include "paged_load.cuh"
 #include "state.cuh"
@@ -15,9 +16,10 @@ constexpr int STATE_ROW = HEAD_DIM + 4;            // floats; the 4 more keep th
 constexpr float RESCALE_ABOVE = 8.0f;              // p stays below 2^8, so the maximum may lag by that much
 
 struct __align__(16) SharedMemory {
-  unsigned char ring[WARPS][STAGES][2][TILE_BYTES];  // K, V
-  float states[WARPS][GROUP_SIZE][STATE_ROW];        // acc, then m and l
-  float kept[GROUP_SIZE][STATE_ROW];                 // the same, merged (balanced only)
+  unsigned char ring[WARPS][STAGES][2][TILE_BYTES];     // K, V
+  float states[BUFFERS][WARPS][GROUP_SIZE][STATE_ROW];  // acc, then m and l
+  float kept[GROUP_SIZE][STATE_ROW];                    // the same, merged (balanced only)
+  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // by all warps: their states left there, their heads merged
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
@@ -135,7 +137,7 @@ __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)
 }
 
 // Leaves this warp's state in shared memory.
-__device__ __forceinline__ void publish(const WarpState& state, SharedMemory& shared, int warp, int lane) {
+__device__ __forceinline__ void publish(const WarpState& state, float (&to)[GROUP_SIZE][STATE_ROW], int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
     #pragma unroll
@@ -145,7 +147,7 @@ __device__ __forceinline__ void publish(const WarpState& state, SharedMemory& sh
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
       if (head >= GROUP_SIZE) continue;
-      float* row = shared.states[warp][head];
+      float* row = to[head];
       if (lane < 4) row[HEAD_DIM] = state.m[b][column], row[HEAD_DIM + 1] = l;
       #pragma unroll
       for (int i = 0; i < K_STEPS; ++i) {
@@ -156,15 +158,15 @@ __device__ __forceinline__ void publish(const WarpState& state, SharedMemory& sh
 }
 
 // The WARPS states of a segment merged for one query head.
-__device__ __forceinline__ HeadState gather(const SharedMemory& shared, int head, int lane) {
+__device__ __forceinline__ HeadState gather(const float (&states)[WARPS][GROUP_SIZE][STATE_ROW], int head, int lane) {
   HeadState sum;
   sum.reset();
   float2 ml = make_float2(sum.m, 0.0f);
-  if (lane < WARPS) ml = *reinterpret_cast<const float2*>(&shared.states[lane][head][HEAD_DIM]);
+  if (lane < WARPS) ml = *reinterpret_cast<const float2*>(&states[lane][head][HEAD_DIM]);
   const float scale = sum.weigh(ml);
   #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
-    const float4* part = reinterpret_cast<const float4*>(shared.states[w][head]);
+    const float4* part = reinterpret_cast<const float4*>(states[w][head]);
     const float part_scale = __shfl_sync(ALL_LANES, scale, w);
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i)
@@ -190,39 +192,57 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     copy_wait<0>();
     return false;
   }
-  Source walk = source;
-  Segment segment;
+  Dealer<Source> walk(source);
+  Share share;
+  Segment before;  // the segment whose states are to be merged, the (count - 1)-th
   unsigned slot = ring;
   int stage = 0;
-  while (walk.next(segment)) {
+  for (int count = 0;; ++count) {
+    const bool more = walk.next(share, warp);
     WarpState state;
-    state.reset();
-    const Query query(q + static_cast<long long>(segment.row * num_kv_heads + segment.kv_head) * GROUP_SIZE * HEAD_DIM, lane);
-    for (int tile = segment.tile_begin + warp; tile < segment.tile_end; tile += WARPS) {
-      float s[HEAD_BLOCKS][4];
-      unsigned p[HEAD_BLOCKS][2];
-      copy_wait<2 * STAGES - 1>();
-      __syncwarp();
-      score(s, query, slot, lane);
-      __syncwarp();
-      loader.issue_k(pages, slot, warp, lane);
-      weigh(state, p, s, scale_log2, segment.seq_len - tile * PKV_TILE, lane);
-      copy_wait<2 * STAGES - 1>();
-      __syncwarp();
-      accumulate(state, p, slot + TILE_BYTES, lane);
-      __syncwarp();
-      loader.issue_v(pages, slot + TILE_BYTES, lane);
-      if (++stage == STAGES) stage = 0;
-      slot = ring + stage * 2 * TILE_BYTES;
+    if (more) {
+      state.reset();
+      const Query query(q + static_cast<long long>(share.row * num_kv_heads + share.kv_head) * GROUP_SIZE * HEAD_DIM, lane);
+      for (int tile = share.first; tile < share.tile_end; tile += WARPS) {
+        float s[HEAD_BLOCKS][4];
+        unsigned p[HEAD_BLOCKS][2];
+        copy_wait<2 * STAGES - 1>();
+        __syncwarp();
+        score(s, query, slot, lane);
+        __syncwarp();
+        loader.issue_k(pages, slot, warp, lane);
+        weigh(state, p, s, scale_log2, share.seq_len - tile * PKV_TILE, lane);
+        copy_wait<2 * STAGES - 1>();
+        __syncwarp();
+        accumulate(state, p, slot + TILE_BYTES, lane);
+        __syncwarp();
+        loader.issue_v(pages, slot + TILE_BYTES, lane);
+        if (++stage == STAGES) stage = 0;
+        slot = ring + stage * 2 * TILE_BYTES;
+      }
     }
-    publish(state, shared, warp, lane);
-    __syncthreads();
-    #pragma unroll 1
-    for (int head = warp; head < GROUP_SIZE; head += WARPS) emit(segment, head, gather(shared, head, lane));
-    __syncthreads();
+    if (count > 0) {
+      const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
+      shared.left[buffer].wait(phase);
+      #pragma unroll 1
+      for (int head = warp; head < GROUP_SIZE; head += WARPS) emit(before, head, gather(shared.states[buffer], head, lane));
+      shared.merged[buffer].arrive(lane);
+    }
+    if (!more) break;
+    const int buffer = count % BUFFERS, phase = count / BUFFERS;
+    if (phase > 0) shared.merged[buffer].wait(phase - 1);
+    publish(state, shared.states[buffer][warp], lane);
+    shared.left[buffer].arrive(lane);
+    before = share;
   }
   copy_wait<0>();
   return true;
+}
+
+// Called once by the whole CTA, before attend.
+__device__ __forceinline__ void init_barriers(SharedMemory& shared) {
+  if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
+  __syncthreads();
 }
 
 }  // namespace pkv

@@ -26,7 +26,7 @@ struct BalancedEmit {
   float (*kept)[STATE_ROW];  // [GROUP_SIZE] in shared memory: this CTA's part of the segment it will merge
   Cut cut;
   int lane;
-  int stale;     // not 0: the length of a row, this lane's, is not what was planned with
+  int stale;     // not 0: a length that this lane looked at is not what was planned with
   int first;     // the range in which this CTA's first segment begins
   int held_row, held_head;
   bool holds;
@@ -130,22 +130,24 @@ pkv_decode_balanced(const half_type* q, const half_type* k_pages, const half_typ
   const pkv::Lengths lens{seq_lens, batch_size, max_tokens};
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, batch_size);
+  pkv::init_barriers(shared);
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
-  bool early = pkv::KERNELS_OVERLAP && batch_size <= 32;
+  int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
+  bool early = pkv::KERNELS_OVERLAP && batch_size <= GROUP_SIZE * pkv::STATE_ROW;
   if (!early) pkv::wait_for_previous_kernel();
   #pragma unroll 1
   for (;; early = false) {
-    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane);
+    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
     const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = 0;  // nothing
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
-    int length = rows.length;
+    int stale = 0;
     if (early) {
       pkv::wait_for_previous_kernel();
-      length = rows.length_of(lane);
+      stale = rows.changes(noted, lane);
     }
-    pkv::BalancedEmit emit{output, partials, shared.kept, cut, lane, length - rows.length};
+    pkv::BalancedEmit emit{output, partials, shared.kept, cut, lane, stale};
     emit.holds = false;
     if (!pkv::attend(walk, pages, q, num_kv_heads, scale_log2, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[warp][0][0]);

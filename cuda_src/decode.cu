@@ -59,6 +59,7 @@ pkv_decode_tasks(const half_type* q, const half_type* k_pages, const half_type* 
   const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride, num_pages};
   const pkv::Output output{out, lse, num_kv_heads};
   pkv::let_next_kernel_start();
+  pkv::init_barriers(shared);
   pkv::wait_for_previous_kernel();
   const pkv::TaskSource source{tasks, seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks, static_cast<int>(gridDim.x), tile_scale};
   pkv::TaskEmit emit{output, partials, static_cast<int>(threadIdx.x % 32)};

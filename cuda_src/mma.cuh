@@ -48,6 +48,27 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with its `arrivals`-th arrival.
+struct __align__(8) ArrivalBarrier {
+  unsigned long long word;
+
+  __device__ __forceinline__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+  }
+  // Called by whole warps, which count once.
+  __device__ __forceinline__ void arrive(int lane) {
+    __syncwarp();
+    if (lane == 0) asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(this)) : "memory");
+  }
+  __device__ __forceinline__ void wait(int phase) {
+    int done;
+    do {
+      asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                   : "=r"(done) : "r"(shared_address(this)), "r"(phase & 1) : "memory");
+    } while (!done);
+  }
+};
+
 __device__ __forceinline__ void load_matrix(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");

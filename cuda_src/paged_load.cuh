@@ -1,7 +1,7 @@
 // One warp's stream of K,V tiles from pages into its private ring in shared memory.
 //
-// The warps of a CTA share a segment tile by tile (warp w takes tiles w, w + WARPS, ...) and never wait for each
-// other inside it. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
+// A CTA's tiles are dealt to its warps in turn, on across segment ends, so that no warp has more than one tile more
+// than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
 // ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
@@ -31,10 +31,29 @@ __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
   return row * ROW_BYTES + ((vector ^ (row & 7)) << 4);
 }
 
+// A segment and this warp's first tile of it; it has that one and every WARPS-th from there.
+struct Share : Segment {
+  int first;
+};
+
+template <class Source>
+struct Dealer {
+  Source source;
+  int lead = 0;  // the warp that gets the next segment's first tile
+
+  __device__ __forceinline__ explicit Dealer(const Source& range) : source(range) {}
+  __device__ __forceinline__ bool next(Share& s, int warp) {
+    if (!source.next(s)) return false;
+    s.first = s.tile_begin + (warp + WARPS - lead) % WARPS;
+    lead = (lead + s.tile_end - s.tile_begin) % WARPS;
+    return true;
+  }
+};
+
 template <class Source>
 struct Loader {
-  Source source;
-  Segment now, ahead;
+  Dealer<Source> source;
+  Share now, ahead;
   bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
   int count;                         // tiles of this segment already loaded by this warp
@@ -42,9 +61,9 @@ struct Loader {
   long long base;                    // element offset of the pending V tile's page and head (TILE_IN_PAGE)
   int pending_tile, pending_count, pending_rows, pending_head, pending_ids;
 
-  __device__ __forceinline__ int load_ids(const Pages& pages, const Segment& s, bool live, int first, int warp, int lane) {
+  __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
-    const int t = s.tile_begin + warp + (first + index) * WARPS;
+    const int t = s.first + (skip + index) * WARPS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
     const int id = __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
@@ -57,14 +76,14 @@ struct Loader {
   __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane) {
     if (!ahead_known && tile + WARPS >= now.tile_end) {
       // Segments in which this warp has no tile are passed over.
-      do ahead_live = source.next(ahead); while (ahead_live && ahead.tile_begin + warp >= ahead.tile_end);
-      ids_ahead = load_ids(pages, ahead, ahead_live, 0, warp, lane);
+      do ahead_live = source.next(ahead, warp); while (ahead_live && ahead.first >= ahead.tile_end);
+      ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
       ahead_known = true;
     }
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
-    tile = now.tile_begin + warp, count = 0;
-    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, warp, lane);
+    tile = now.first, count = 0;
+    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
   }
 
   // Element offset of this lane's token in copy `step` of the pending tile.
@@ -104,7 +123,7 @@ struct Loader {
       tile += WARPS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
-        ids_next = load_ids(pages, now, true, count + IDS_TILES, warp, lane);
+        ids_next = load_ids(pages, now, true, count + IDS_TILES, lane);
       }
     }
     copy_commit();

@@ -59,8 +59,9 @@ struct Cut {
   int total, num_ranges, quotient, remainder;
 
   // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
-  // that heads of equal length are cut alike and no range spends its time on two; at most 1/8 of the CTAs idle for it.
+  // made of the mean head. num_heads: non-empty (row, KV head) pairs. When the ranges are short, a multiple of the heads is taken, or
+  // so many that each has the same number of heads: heads of equal length are then cut alike, or not at all. At most 1/8
+  // of the CTAs idle for the one and 1/32 for the other.
   PKV_HD Cut() {}
   PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost, int part_cost) : total(total_) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
@@ -74,9 +75,14 @@ struct Cut {
       if (parts < 2) num_ranges = num_ranges < num_heads ? num_ranges : num_heads;
       else if (parts <= num_ranges / num_heads) num_ranges = num_heads * parts;
     }
-    if (num_heads > 0 && num_heads <= num_ranges && total / num_ranges < PKV_SHORT_RANGE) {
-      const int spare = num_ranges % num_heads;
-      if (spare * 8 <= num_ranges) num_ranges -= spare;
+    if (num_heads > 0 && total / num_ranges < PKV_SHORT_RANGE) {
+      if (num_heads <= num_ranges) {
+        const int spare = num_ranges % num_heads;
+        if (spare * 8 <= num_ranges) num_ranges -= spare;
+      } else {
+        const int heads_each = (num_heads + num_ranges - 1) / num_ranges, needed = (num_heads + heads_each - 1) / heads_each;
+        if ((num_ranges - needed) * 32 <= num_ranges) num_ranges = needed;
+      }
     }
     quotient = total / num_ranges;
     remainder = total % num_ranges;

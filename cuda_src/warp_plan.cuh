@@ -14,7 +14,8 @@ __device__ __forceinline__ int scan(int value, int lane) {
   return value;
 }
 
-// The costs of one step's rows, as seen by one warp. Rows 0 to 31 stay in registers.
+// The costs of one step's rows, as seen by one warp. Rows 0 to 31 stay in registers; `noted` [batch_size], if given,
+// keeps the lengths of the others.
 struct Rows {
   Lengths seq_lens;
   int num_kv_heads, segment_cost;
@@ -22,13 +23,14 @@ struct Rows {
   int cost, through, total;  // of row `lane`: its cost, and that of rows 0..lane; of all rows
   int num_heads;             // non-empty (row, KV head) pairs
 
-  __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane)
+  __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int* noted = nullptr)
       : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost) {
     length = length_of(lane);
     cost = row_cost(length, num_kv_heads, segment_cost);
     int more = 0, live = cost > 0;
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) {
-      const int next = cost_of(row);
+      const int next_length = length_of(row), next = row_cost(next_length, num_kv_heads, segment_cost);
+      if (noted) noted[row] = next_length;
       more += next, live += next > 0;
     }
     through = scan(cost, lane);
@@ -38,6 +40,13 @@ struct Rows {
   }
   __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
   __device__ __forceinline__ int cost_of(int row) const { return row_cost(length_of(row), num_kv_heads, segment_cost); }
+  // Not 0 if a length of one of this lane's rows is another than planned with.
+  __device__ __forceinline__ int changes(const int* noted, int lane) const {
+    int found = length_of(lane) ^ length;
+    #pragma unroll 4
+    for (int row = lane + 32; row < seq_lens.batch_size; row += 32) found |= length_of(row) ^ noted[row];
+    return found;
+  }
   // Points `walk` at the range [x_begin, x_end). Called by whole warps; x_begin < total.
   __device__ __forceinline__ void start(BalancedWalk& walk, int x_begin, int x_end, int lane) const {
     int before = 0, own = cost, upto = through;  // of the block of 32 rows at `base`

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pkvsim import DecodeShape
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
+BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
 MAX_GROUP_SIZE = 32
 MAX_ACCUMULATED = 4096  # query heads x head_dim whose FP32 accumulators a warp's registers hold
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
@@ -33,12 +34,14 @@ class KernelConfig:
     dtype: str
     warps: int
     stages: int  # tiles of K and V each warp keeps in its ring
+    buffers: int  # segments whose states can wait for their merge
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings, the warps' states (rows padded by 4 floats) and a kept one."""
+        """Bytes of pkv::SharedMemory: rings, the warps' states (rows padded by 4 floats), a kept one, barriers."""
         ring = self.warps * self.stages * 2 * TILE_TOKENS * self.head_dim * 2
-        return ring + (self.warps + 1) * self.group_size * (self.head_dim + 4) * 4
+        states = (self.buffers * self.warps + 1) * self.group_size * (self.head_dim + 4) * 4
+        return ring + states + self.buffers * 2 * BARRIER_BYTES
 
     @property
     def threads(self) -> int:
@@ -51,7 +54,7 @@ class KernelConfig:
 
     def defines(self) -> dict[str, int]:
         return {"HEAD_DIM": self.head_dim, "GROUP_SIZE": self.group_size, "PAGE_SIZE": self.page_size,
-                "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages,
+                "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
                 "SHARED_BYTES": self.shared_bytes}
 
 
@@ -76,8 +79,9 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int) -> Ke
     # An architecture that is not listed gets the smallest limit of those that are.
     limit = SHARED_LIMIT_BYTES.get(compute_capability, min(SHARED_LIMIT_BYTES.values()))
     for warps, stages in _CHOICES[shape.head_dim]:
-        config = KernelConfig(shape.head_dim, shape.group_size, shape.page_size, dtype, warps, stages)
-        if config.shared_bytes <= limit:
-            return config
+        for buffers in (2, 1):
+            config = KernelConfig(shape.head_dim, shape.group_size, shape.page_size, dtype, warps, stages, buffers)
+            if config.shared_bytes <= limit:
+                return config
     raise ValueError(f"shape: no kernel variant of head_dim {shape.head_dim} and group_size {shape.group_size} fits "
                      f"{limit} bytes of shared memory")

@@ -17,7 +17,7 @@ from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, de
 SHORT_RANGE_TILES = 256  # PKV_SHORT_RANGE in cuda_src/plan.cuh
 MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
 # The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
-SEGMENT_COST = 10
+SEGMENT_COST = 5
 MIN_COST = 8
 PART_COST = 3
 MAX_PART_COST = 2**10  # keeps PART_COST * MOST_TILES_PER_HEAD within 31 bits
@@ -146,17 +146,24 @@ def balanced_ranges(
 
     Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
     p = sqrt(n / part_cost): no more are made of the mean head. Short ranges come in multiples of the heads where that idles
-    at most 1/8 of them: heads of equal length are then cut alike, and no range spends its time on two.
+    at most 1/8 of the CTAs, or with the same number of heads each where that idles at most 1/32: heads of equal length
+    are then cut alike, or not at all.
     """
     ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
     if part_cost > 0 and num_heads > 0:
         head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
         part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
         ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
-    if 0 < num_heads <= ranges and total_cost // ranges < SHORT_RANGE_TILES:
-        spare = ranges % num_heads
-        if spare * 8 <= ranges:
-            ranges -= spare
+    if num_heads > 0 and total_cost // ranges < SHORT_RANGE_TILES:
+        if num_heads <= ranges:
+            spare = ranges % num_heads
+            if spare * 8 <= ranges:
+                ranges -= spare
+        else:
+            heads_each = (num_heads + ranges - 1) // ranges
+            needed = (num_heads + heads_each - 1) // heads_each
+            if (ranges - needed) * 32 <= ranges:
+                ranges = needed
     return ranges
 
 
