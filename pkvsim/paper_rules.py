@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numba
 
-from pkvsim.pricing import PARTIAL_ELEMENT_BYTES
+from pkvsim.pricing_tasks import PARTIAL_ELEMENT_BYTES, inner
 
 FLASHINFER, SPLIT, WORKQUEUE = range(3)
 
@@ -57,6 +57,6 @@ def paper_choice(ordered, num_kv_heads, group_size, head_dim, kv_element_bytes, 
     return FLASHINFER, 1
 
 
-@numba.njit(cache=True)
+@inner
 def _up4(count):
     return -(-count // 4) * 4

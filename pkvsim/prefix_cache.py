@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from pkvsim.pricing_tasks import inner
 from pkvsim.requests import RequestTrace
 
 KINDS = ("none", "lru", "infinite", "belady")
@@ -87,7 +87,7 @@ def page_pool(blocks: PromptBlocks, num_pages: int) -> PagePool:
     )
 
 
-@numba.njit(cache=True)
+@inner
 def _sift(pool, at, block):
     """Puts `block` into the heap near position `at`, where its key belongs."""
     heap, place, key = pool.heap, pool.place, pool.key
@@ -109,7 +109,7 @@ def _sift(pool, at, block):
     place[block] = at
 
 
-@numba.njit(cache=True)
+@inner
 def _leave_heap(pool, block):
     pool.counts[HEAP_SIZE] -= 1
     at, last = pool.place[block], pool.heap[pool.counts[HEAP_SIZE]]
@@ -117,7 +117,7 @@ def _leave_heap(pool, block):
         _sift(pool, at, last)
 
 
-@numba.njit(cache=True)
+@inner
 def allocate(pool, blocks, num_pages):
     """Takes num_pages from the pool, evicting as needed; False, and nothing taken, when it cannot."""
     counts = pool.counts
@@ -136,14 +136,14 @@ def allocate(pool, blocks, num_pages):
     return True
 
 
-@numba.njit(cache=True)
+@inner
 def free(pool, num_pages):
     """Gives back num_pages private pages."""
     pool.counts[FREE_PAGES] += num_pages
     pool.counts[FREED] += num_pages
 
 
-@numba.njit(cache=True)
+@inner
 def resident_prefix(pool, blocks, request):
     """(blocks, tokens) of the request's prompt that are resident, counted from its start."""
     tokens = 0
@@ -155,7 +155,7 @@ def resident_prefix(pool, blocks, request):
     return end - begin, tokens
 
 
-@numba.njit(cache=True)
+@inner
 def acquire(pool, blocks, kind, request, private_pages, keep_free):
     """Takes the request's blocks and private_pages in one go, leaving keep_free pages; False if it cannot."""
     counts = pool.counts
@@ -183,7 +183,7 @@ def acquire(pool, blocks, kind, request, private_pages, keep_free):
     return allocate(pool, blocks, need)
 
 
-@numba.njit(cache=True)
+@inner
 def release(pool, blocks, kind, request, computed_tokens):
     """Ends a request's use of its blocks, deepest first; what was not computed leaves the cache."""
     counts = pool.counts

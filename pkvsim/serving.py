@@ -72,7 +72,8 @@ def _blocks(trace: RequestTrace, config: ServingConfig) -> PromptBlocks:
         raise ValueError(f"prefix_cache: {config.prefix_cache} needs a trace with block hashes, {trace.name} has none")
     if trace.block_tokens % config.page_size:
         raise ValueError(
-            f"page_size: expected a divisor of the trace's blocks of {trace.block_tokens} tokens, got {config.page_size}"
+            f"page_size: expected a divisor of the trace's blocks of {trace.block_tokens} tokens, "
+            f"got {config.page_size}"
         )
     return prompt_blocks(trace, config.page_size)
 

@@ -1,6 +1,7 @@
 """What a simulated run gave: per request, per step, and in sum."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from pkvsim.cost import ROUTES
 from pkvsim.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.serving_state import (
     ATTENTION, BEST, DECODE_ROWS, DURATION, LOG_COLUMNS, LOG_FILL, LOG_STRIDE, LOG_USED, PAGES, PREFILL, PREFILL_TOKENS,
-    REST, ROW_COUNT, SERVED, START, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL, WAITING, Limits, State, Work,
+    REST, ROW_COUNT, SAMPLES_USED, SERVED, START, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL, WAITING, Limits, State, Work,
 )  # fmt: skip
 
 PERCENTILES = (50, 90, 99)
@@ -50,7 +51,22 @@ class StepLog:
     rest_us: np.ndarray  # float64, the rest of the layers, had the step been without prefill
     prefill_us: np.ndarray  # float64, what prefill added
     best_attention_us: np.ndarray  # float64, decode attention on the cheapest route of each step
-    route_steps: np.ndarray  # [m, len(ROUTES)] float32, steps of the entry on each route
+    route_steps: np.ndarray  # [m, len(ROUTES)] float64, steps of the entry on each route
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepSample:
+    """Up to 64 decode steps [k], evenly spread over the run's."""
+
+    lens: np.ndarray  # [k, max_batch] int64, tokens in cache of the first `rows`, longest first
+    rows: np.ndarray  # [k] int64
+    route: np.ndarray  # [k] int64, of the full-attention layers, index into ROUTES
+    splits: np.ndarray  # [k] int64, splits of every row, 0 where the route's own rule chose
+
+    def steps(self) -> Iterator[tuple[np.ndarray, int, int]]:
+        """(lens [rows] int32, route, splits) of each step."""
+        for lens, rows, route, splits in zip(self.lens, self.rows, self.route, self.splits):
+            yield lens[:rows].astype(np.int32), int(route), int(splits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +76,7 @@ class ServingResult:
     policy: str
     requests: RequestLog
     steps: StepLog
+    sample: StepSample
     num_pages: int
     page_size: int
     allocated_pages: int  # over the run, equal to freed_pages + cached_pages
@@ -91,12 +108,13 @@ def make_result(policy: str, work: Work, limits: Limits, state: State) -> Servin
     )
     totals = dict(zip(LOG_COLUMNS, state.totals.tolist()))
     routes = dict(zip(ROUTES, state.route_steps.tolist()))
-    counts = state.pool.counts
+    counts, sampled = state.pool.counts, int(state.cursor[SAMPLES_USED])
     steps = _step_log(state)
     return ServingResult(
         policy=policy,
         requests=requests,
         steps=steps,
+        sample=StepSample(state.sample_lens[:sampled], *state.sample_choice[:sampled].T),
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         allocated_pages=int(counts[ALLOCATED]),

@@ -12,7 +12,9 @@ from pkvsim.paper_rules import PaperRules
 from pkvsim.prefix_cache import PagePool, PromptBlocks
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
-WAITING_AT, NEXT_ARRIVAL, ROWS, DECODING, PREEMPTED, STEP, LOG_USED, LOG_STRIDE, LOG_FILL = range(9)  # of cursor
+SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
+(WAITING_AT, NEXT_ARRIVAL, ROWS, DECODING, PREEMPTED, STEP, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED,
+ SAMPLE_STRIDE) = range(12)  # of cursor  # fmt: skip
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
@@ -71,7 +73,7 @@ class State(NamedTuple):
     """Everything that changes from step to step."""
 
     clock_us: np.ndarray  # [1] float64
-    cursor: np.ndarray  # [9] int64
+    cursor: np.ndarray  # [12] int64
     rows: np.ndarray  # [max_batch] int64, running requests in trace order
     decoding: np.ndarray  # [max_batch] int64, those past prefill, longest first
     preempted: np.ndarray  # [max_batch + 1] int64, waiting to be recomputed, earliest on top
@@ -92,15 +94,17 @@ class State(NamedTuple):
     totals: np.ndarray  # [len(LOG_COLUMNS)] float64, sums over steps
     route_steps: np.ndarray  # [R] int64, decode steps by the route of their full-attention layers
     log: np.ndarray  # [LOG_CAPACITY, len(LOG_COLUMNS)] float64, sums over the steps of an entry
-    log_routes: np.ndarray  # [LOG_CAPACITY, R] float32, steps of the entry on each route
+    log_routes: np.ndarray  # [LOG_CAPACITY, R] float64, steps of the entry on each route
+    sample_lens: np.ndarray  # [SAMPLES, max_batch] int64, lengths of a decode step, longest first
+    sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
     pool: PagePool
 
 
 def new_state(num_requests: int, num_routes: int, limits: Limits, pool: PagePool) -> State:
     """Nothing has arrived."""
     n, most = num_requests, min(limits.max_batch, num_requests)
-    cursor = np.zeros(9, np.int64)
-    cursor[LOG_STRIDE] = 1
+    cursor = np.zeros(12, np.int64)
+    cursor[LOG_STRIDE] = cursor[SAMPLE_STRIDE] = 1
     return State(
         clock_us=np.zeros(1),
         cursor=cursor,
@@ -124,6 +128,8 @@ def new_state(num_requests: int, num_routes: int, limits: Limits, pool: PagePool
         totals=np.zeros(len(LOG_COLUMNS)),
         route_steps=np.zeros(num_routes, np.int64),
         log=np.zeros((LOG_CAPACITY, len(LOG_COLUMNS))),
-        log_routes=np.zeros((LOG_CAPACITY, num_routes), np.float32),
+        log_routes=np.zeros((LOG_CAPACITY, num_routes)),
+        sample_lens=np.zeros((SAMPLES, most), np.int64),
+        sample_choice=np.zeros((SAMPLES, 3), np.int64),
         pool=pool,
     )

@@ -17,8 +17,8 @@ def print_whatif(report: WhatIf) -> None:
     trace, first = report.trace, next(iter(report.results.values()))
     console.print(
         f"[bold]{report.model.name}[/] on [bold]{report.device.label}[/], {trace.name}: {len(trace):,} requests in "
-        f"{seconds(trace.duration_s)}, {int(trace.output_tokens.sum()):,} output tokens; {first.num_pages:,} KV pages of "
-        f"{first.page_size} tokens",
+        f"{seconds(trace.duration_s)}, {int(trace.output_tokens.sum()):,} output tokens; {first.num_pages:,} KV pages "
+        f"of {first.page_size} tokens",
         soft_wrap=True,
     )
     table = Table(show_edge=False)
@@ -26,8 +26,12 @@ def print_whatif(report: WhatIf) -> None:
     summaries = {name: result.summary for name, result in report.results.items()}
     for name in summaries:
         table.add_column(name.replace("_", "\n"), justify="right")
+    checks = [
+        {} if check is None else {"timeline_regret": check.regret, "timeline_error": check.mean_error}
+        for check in report.checks.values()
+    ]
     for label, cell in ROWS:
-        cells = [cell(summary) for summary in summaries.values()]
+        cells = [cell(summary | check) for summary, check in zip(summaries.values(), checks)]
         if any(cells):
             table.add_row(label, *(text or "-" for text in cells))
     console.print(table)
@@ -79,6 +83,8 @@ ROWS = (
     ("rest of decode", lambda s: percent(s["rest_share"])),
     ("prefill", lambda s: percent(s["prefill_share"])),
     ("regret to oracle", lambda s: percent(s["regret"])),
+    ("  by tasks, sampled", lambda s: percent(s.get("timeline_regret"))),
+    ("  prices off tasks", lambda s: percent(s.get("timeline_error"))),
     ("running requests", lambda s: _number(s["mean_rows"])),
     ("KV pages in use", lambda s: percent(s["kv_occupancy"])),
     ("prefix blocks hit", lambda s: percent(s["prefix_hit_share"])),

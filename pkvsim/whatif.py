@@ -13,6 +13,7 @@ from pkvsim.serving_config import ServingConfig
 from pkvsim.serving_costs import check_policies, fit_note, page_budget
 from pkvsim.serving_result import ServingResult
 from pkvsim.serving_state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
+from pkvsim.timeline_check import TimelineCheck, check_timeline
 
 PolicyProgress = Callable[[str, int, int], None]  # policy, output tokens produced, of how many
 
@@ -26,6 +27,7 @@ class WhatIf:
     device: DeviceSpec
     config: ServingConfig
     results: dict[str, ServingResult]  # by policy, in the order asked for
+    checks: dict[str, TimelineCheck | None]  # by policy, a sample of its steps task by task
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,7 +44,10 @@ class WhatIf:
             "device": self.device.name,
             "accuracy": fit_note(self.device),
             "config": asdict(self.config),
-            "policies": {name: result.summary for name, result in self.results.items()},
+            "policies": {
+                name: result.summary | {"timeline": check and asdict(check)}
+                for (name, result), check in zip(self.results.items(), self.checks.values())
+            },
             "notes": list(self.notes),
         }
 
@@ -63,7 +68,8 @@ def whatif(
     for policy in policies:
         report = None if progress is None else (lambda done, total, name=policy: progress(name, done, total))
         results[policy] = simulate(trace, model, device, policy, config, progress=report)
-    return WhatIf(trace, model, device, config, results, _notes(trace, model, device, results))
+    checks = {name: check_timeline(run.sample, model, device, config.page_size) for name, run in results.items()}
+    return WhatIf(trace, model, device, config, results, checks, _notes(trace, model, device, results))
 
 
 def _notes(
@@ -83,7 +89,7 @@ def _notes(
     if saturated:
         notes.append(f"saturated, the queue grows to the end: {', '.join(saturated)}")
     if {"calibrated", "oracle"} <= set(results):
-        notes.append("calibrated and oracle choose by the prices that are charged here, so their regret to them is 0")
+        notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
     if model.tensor_parallel > 1:
         notes.append(f"one GPU's share of tensor parallel {model.tensor_parallel}: all-reduces are left out")
     notes.append(f"attention prices of {device.name}: {fit_note(device)}")

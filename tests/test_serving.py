@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace
 
 from pkvsim.cost import PLAN, ROUTES, constants_matrix, price_routes
+from pkvsim.derive import device_routes
 from pkvsim.serving import simulate
 from pkvsim.serving_config import ServingConfig
 from pkvsim.serving_costs import linear_table_us
@@ -97,7 +98,7 @@ def test_a_step_costs_what_its_parts_cost(model) -> None:
     prompt, output = 1000, 5
     result = simulate(make_trace([(0, prompt, output)]), model, DEVICE, "calibrated", ServingConfig())
     linear_us = linear_table_us(model, DEVICE, ServingConfig())
-    constants = constants_matrix(DEVICE.routes)
+    constants = constants_matrix(device_routes(DEVICE))
     for step, length in enumerate(range(prompt + 1, prompt + output), start=1):
         expected = linear_us[1]
         for layers, seen in (
@@ -105,10 +106,8 @@ def test_a_step_costs_what_its_parts_cost(model) -> None:
             (model.num_sliding_layers, min(length, model.sliding_window)),
         ):
             prices, splits = np.zeros(len(ROUTES)), np.zeros(len(ROUTES), np.int64)
-            group = model.num_q_heads // model.num_kv_heads
-            price_routes(
-                np.array([seen]), model.num_kv_heads, group, model.head_dim, 2, DEVICE.num_sms, constants, prices, splits
-            )
+            heads = (model.num_kv_heads, model.num_q_heads // model.num_kv_heads, model.head_dim)
+            price_routes(np.array([seen]), *heads, 2, DEVICE.num_sms, constants, prices, splits)
             expected += np.nanmin(layers * prices + constants[:, PLAN]) if layers else 0
         assert result.steps.duration_us[step] == pytest.approx(expected, rel=1e-6)
     assert result.summary["routes"] and sum(result.summary["routes"].values()) == output - 1

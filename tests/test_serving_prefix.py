@@ -98,8 +98,8 @@ def test_mooncake() -> None:
     from pkvsim.requests import first_requests
     from pkvsim.trace_readers import load_requests
 
-    trace = load_requests(str(MOONCAKE), rate_scale=1.0, jitter_s=0.0, limit=None, seed=0)
-    blocks = simulate(trace, MODEL, DEVICE, "balanced", ServingConfig(prefix_cache="infinite")).requests.hit_blocks.sum()
+    trace = load_requests(MOONCAKE)
+    blocks = run(trace, ServingConfig(), "infinite").requests.hit_blocks.sum()
     assert blocks == 105_710 and round(blocks / len(trace.block_hashes), 3) == 0.366
     part = first_requests(trace, 3000)
     hits = [int(run(part, ServingConfig(), name).requests.hit_blocks.sum()) for name in ("lru", "belady", "infinite")]

@@ -27,6 +27,7 @@ SUMMARY_KEYS = [
     "tokens_per_s", "requests_per_s", "busy_share", "ttft_s", "tpot_s", "queue_s", "steps", "step_us", "mean_rows",
     "attention_share", "rest_share", "prefill_share", "attention_us_per_decode_step", "routes", "regret", "kv_pages",
     "kv_occupancy", "preemptions", "prefix_hit_share", "prefix_hit_tokens", "saturated",
+    "timeline",
 ]  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def test_json(capsys, monkeypatch, trace_file) -> None:
         assert list(summary) == SUMMARY_KEYS
         assert summary["finished"] == 40 and summary["output_tokens"] == sum(20 + at for at in range(40))
         assert summary["attention_share"] + summary["rest_share"] + summary["prefill_share"] == pytest.approx(1)
+        assert summary["timeline"]["steps"] > 0 and summary["timeline"]["regret"] >= 0
     assert report["policies"]["calibrated"]["regret"] == 0 <= report["policies"]["paper"]["regret"]
     assert pkvsim(capsys, monkeypatch, *args)[1] == out
 

@@ -16,8 +16,8 @@ KV_SHARE = 0.25  # of the GPU's memory, that narrowed weights should leave to KV
 def load_model(
     name: str, weight_bits: Optional[int], tensor_parallel: Optional[int], device: DeviceSpec, config: ServingConfig
 ) -> tuple[ModelSpec, tuple[str, ...]]:
-    """(model, notes). A model that does not fit as it comes is narrowed unless weight_bits says otherwise: to the widest
-    weights that leave KV_SHARE of the memory to KV pages, else the narrowest; a note says so."""
+    """(model, notes). A model that does not fit as it comes is narrowed unless weight_bits says otherwise: to the
+    widest weights that leave KV_SHARE of the memory to KV pages, else the narrowest; a note says so."""
     from pkvsim.models import get_model, weight_bytes
     from pkvsim.serving_costs import GIB, page_budget
     from pkvsim.weight_bits import WEIGHT_BITS, with_weight_bits
@@ -35,8 +35,8 @@ def load_model(
             if weight_bytes(narrow) / GIB <= room:
                 break
     page_budget(narrow, device, config)
-    note = f"{model.name} does not fit {device.name} as it comes: layer weights in {bits} bits (--weight-bits 16 insists)"
-    return narrow, (note,)
+    note = f"{model.name} does not fit {device.name} as it comes: layer weights in {bits} bits"
+    return narrow, (note + " (--weight-bits 16 insists)",)
 
 
 @contextmanager
@@ -55,8 +55,10 @@ def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], No
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         tasks = {}
+        starting = bar.add_task("starting; the first run compiles for a quarter of a minute", total=None, rate="")
 
         def report(name: str, done: int, total: int) -> None:
+            bar.update(starting, visible=False)
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=total, rate="")
             speed = bar.tasks[bar.task_ids.index(tasks[name])].speed

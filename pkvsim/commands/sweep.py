@@ -20,7 +20,9 @@ def sweep(
     trace: Annotated[Optional[str], typer.Option(help="Request trace to serve; without one, steps are priced.")] = None,
     device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
     model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
-    policy: Annotated[str, typer.Option(help="paper, calibrated, flashinfer, oracle, or a route's name.")] = "calibrated",
+    policy: Annotated[
+        str, typer.Option(help="paper, calibrated, flashinfer, oracle, or a route's name.")
+    ] = "calibrated",
     metric: Annotated[
         Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
     ] = None,

@@ -2,9 +2,9 @@
 
     .venv/bin/python -m pytest -n 0 tests/benchmarks/bench_serving.py
 
-Runs on the Mooncake trace where ../shared has it, on one made up like it elsewhere. The first call of each, which compiles
-or loads the cache, is not counted. Peak memory of the process and cost per request are under `extra_info` with
---benchmark-json=FILE.
+Runs on the Mooncake trace where ../shared has it, on one made up like it elsewhere. The first call of each, which
+compiles or loads the cache, is not counted. Peak memory of the process and cost per request are under `extra_info`
+with --benchmark-json=FILE.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODEL = get_model("llama-3.1-8b")
 @pytest.fixture(scope="module")
 def trace() -> RequestTrace:
     if MOONCAKE.exists():
-        return load_requests(str(MOONCAKE), rate_scale=1.0, jitter_s=0.0, limit=None, seed=0)
+        return load_requests(MOONCAKE)
     random = np.random.Generator(np.random.PCG64(0))
     n = 12_031
     prompt = random.lognormal(8.85, 1.1, n).astype(np.int64).clip(1, 120_000)
