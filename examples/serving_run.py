@@ -124,6 +124,8 @@ def run_trace(bench: Bench, engines: EngineSet, trace: Trace, *, label: str) -> 
                 for route, price in decision.prices.items():
                     if np.isfinite(price):
                         record["prices"].setdefault(route, []).append(round(float(price), 2))
+    for name in record["wrong"]:
+        record["engines"].pop(name, None)
     record["counters"] = {name: mean_counters(found) for name, found in counters.items()}
     if not record["engines"]:
         raise RuntimeError(f"{label} {trace.family}: no engine gave the right result: {record['wrong']}")

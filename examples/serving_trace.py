@@ -84,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.seeds = args.seeds[:1]
     if args.exhaustive and "adaptive" not in args.engines:
         parser.error("--exhaustive: expected adaptive among the --engines, whose choices it judges")
+    if not set(args.engines) & set(ROUTES):
+        parser.error(f"--engines: expected at least one of {', '.join(ROUTES)}, got {', '.join(args.engines)}")
     if args.trace_file is not None:
         if not args.trace_file.exists():
             parser.error(f"--trace-file: expected a file, got {args.trace_file}")

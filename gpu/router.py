@@ -1,6 +1,7 @@
 """Routes every step to the engine that the policy prices cheapest, FlashInfer's backends included where installed."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from pkvsim.shapes import check_int, check_seq_lens
 
 LOG = logging.getLogger(__name__)
 KEPT_DECISIONS = 1024
+PAPER_FLASHINFER = "flashinfer"  # of the paper's policy, which ran it on tensor cores
 KEY_TOKENS = 16  # the tile of balanced and the least page: no route's schedule changes within one
 ON_DEVICE = Decision("balanced", None, {}, "lengths are on the GPU, where balanced plans without asking the host")
 
@@ -161,6 +163,10 @@ class Router:
             return decision
         available = self.available if lens.all() else OWN_ROUTES
         decision = self.policy.decide(self.shape, lens, self.device, layers=self.layers, available=available)
+        if decision.route == PAPER_FLASHINFER:
+            decision = dataclasses.replace(decision, route="flashinfer_tensor_core")
+        if decision.route not in available:
+            raise ValueError(f"policy: expected a route among {', '.join(available)}, got {decision.route}")
         self._decisions[key] = decision
         if len(self._decisions) > KEPT_DECISIONS:
             self._decisions.popitem(last=False)

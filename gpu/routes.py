@@ -14,7 +14,7 @@ from pkvsim import DecodeShape
 from pkvsim.route_model import OWN_ROUTES, ROUTES
 
 BACKENDS = {"flashinfer_cuda_core": "cuda_core", "flashinfer_tensor_core": "tensor_core", "xqa": "xqa"}
-PROBE_TOKENS = 3  # length of the one row that shows whether a backend's kernels can be built
+PROBE_TOKENS = 1024  # length of the one row that shows whether a backend's kernels can be built
 
 
 class RouteUnavailable(RuntimeError):
@@ -133,10 +133,8 @@ class FlashInferEngine:
 
         dtype, shape = getattr(torch, self.dtype), self.shape
         q = torch.zeros((1, shape.num_q_heads, shape.head_dim), dtype=dtype, device="cuda")
-        pages = torch.zeros(
-            (2, PROBE_TOKENS, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype=dtype, device="cuda"
-        )
         columns = -(-PROBE_TOKENS // shape.page_size)
+        pages = torch.zeros((2, columns, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype=dtype, device="cuda")
         self.plan(np.array([PROBE_TOKENS], np.int32), np.arange(columns, dtype=np.int32)[None])
         self.run(q, pages[0], pages[1], out=torch.empty_like(q))
         torch.cuda.synchronize()
