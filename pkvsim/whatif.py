@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from pkvsim.device import DeviceSpec
 from pkvsim.models import ModelSpec
 from pkvsim.requests import RequestTrace
@@ -15,6 +17,7 @@ from pkvsim.serving_result import ServingResult
 from pkvsim.serving_state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.timeline_check import TimelineCheck, check_timeline
 
+REJECTIONS = {"too_long_for_pool": TOO_LONG_FOR_POOL, "too_long_for_model": TOO_LONG_FOR_MODEL}
 PolicyProgress = Callable[[str, int, int], None]  # policy, output tokens produced, of how many
 
 
@@ -29,6 +32,11 @@ class WhatIf:
     results: dict[str, ServingResult]  # by policy, in the order asked for
     checks: dict[str, TimelineCheck | None]  # by policy, a sample of its steps task by task
     notes: tuple[str, ...]
+
+    def rejected(self) -> dict[str, np.ndarray]:
+        """Places in the trace of the requests that cannot be served, int64 [k], by reason; the same in every run."""
+        reasons = next(iter(self.results.values())).requests.rejected
+        return {name: (reasons == reason).nonzero()[0] for name, reason in REJECTIONS.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `pkvsim whatif --json` prints."""
@@ -48,6 +56,7 @@ class WhatIf:
                 name: result.summary | {"timeline": check and asdict(check)}
                 for (name, result), check in zip(self.results.items(), self.checks.values())
             },
+            "rejected": {name: ids.tolist() for name, ids in self.rejected().items()},
             "notes": list(self.notes),
         }
 

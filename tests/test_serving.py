@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import serving_reference
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace
 
@@ -13,7 +14,7 @@ from pkvsim.cost import PLAN, ROUTES, constants_matrix, price_routes
 from pkvsim.derive import device_routes
 from pkvsim.serving import simulate
 from pkvsim.serving_config import ServingConfig
-from pkvsim.serving_costs import linear_table_us
+from pkvsim.serving_costs import linear_table_us, page_budget
 from pkvsim.serving_state import LOG_CAPACITY, SERVED, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 
 POLICIES = st.sampled_from(["calibrated", "paper", "flashinfer", "balanced"])
@@ -71,6 +72,25 @@ def test_the_gpu_idles_only_when_nobody_is_there(case) -> None:
         if start > end + 1e-6:
             inside = served & (requests.arrival_s < start - 1e-6) & (requests.finish_s > end + 1e-6)
             assert not inside.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(crowded(), st.sampled_from([MODEL, GPT_OSS]))
+def test_the_incremental_loop_is_the_plain_one(case, model) -> None:
+    trace, config = case
+    longest = page_budget(model, DEVICE, config) * config.page_size
+    fits = trace.prompt_tokens + trace.output_tokens - 1 <= longest
+    assume(fits.any())
+    trace = replace(
+        trace, **{name: getattr(trace, name)[fits] for name in ("arrival_s", "prompt_tokens", "output_tokens")}
+    )
+    result = simulate(trace, model, DEVICE, "balanced", config)
+    expected = serving_reference.serve(trace, model, DEVICE, ROUTES.index("balanced"), "balanced", config)
+    requests = result.requests
+    np.testing.assert_array_equal(requests.preemptions, [request.preemptions for request in expected])
+    np.testing.assert_allclose(requests.finish_s, [request.finish_us / 1e6 for request in expected], rtol=1e-9)
+    first_s = [(request.first_us - request.arrival_us) / 1e6 for request in expected]
+    np.testing.assert_allclose(requests.ttft_s, first_s, rtol=1e-9, atol=1e-12)
 
 
 def test_a_pool_too_small_for_all_preempts_the_latest() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pkvsim import timeline
 from pkvsim.cost import ROUTES, constants_matrix, price_routes
 from pkvsim.derive import device_routes
 from pkvsim.device import get_device
@@ -84,9 +85,20 @@ def test_serving_four_times_the_requests(benchmark, trace, device, bits) -> None
     measure(benchmark, repeated(trace, 4), device, bits)
 
 
+def ragged_rows() -> np.ndarray:
+    """256 lengths up to 64K, longest first."""
+    return np.sort(np.random.Generator(np.random.PCG64(0)).integers(1, 65536, 256))[::-1].astype(np.int32)
+
+
 def test_price_256_rows_on_every_route(benchmark) -> None:
     device = get_device("h200")
-    lens = np.sort(np.random.Generator(np.random.PCG64(0)).integers(1, 65536, 256))[::-1].copy()
     prices, splits = np.zeros(len(ROUTES)), np.zeros(len(ROUTES), np.int64)
     constants = constants_matrix(device_routes(device))
-    benchmark(price_routes, lens, 8, 4, 128, 2, device.num_sms, constants, prices, splits)
+    benchmark(price_routes, ragged_rows(), 8, 4, 128, 2, device.num_sms, constants, prices, splits)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_simulate_256_rows_task_by_task(benchmark, route) -> None:
+    device = get_device("h200")
+    model, shape = device_routes(device)[route], MODEL.shape(16)
+    benchmark(timeline.simulate, model, shape, ragged_rows(), num_sms=device.num_sms)
