@@ -1,7 +1,7 @@
 """DecodeEngine: paged decode attention on the GPU, under any of the schedules of pkvsim.schedule."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cupy
 import numpy as np
@@ -10,8 +10,11 @@ from gpu import arrays
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.kernels import load_kernel
+from gpu.task_list import TaskList, upload_tasks
+from gpu.router import Router
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST
+from pkvsim.device import DeviceSpec
+from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST, Schedule
 from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -19,24 +22,6 @@ SIZES = "iiiqiif"  # batch_size to scale_log2, the parameters that both decode k
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 MAX_COST = 2**31  # the planner counts tiles in 32 bits
-
-
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """One decode launch and its merge: tasks [begin, begin + count) of the list, rows to merge (None: no merge)."""
-
-    begin: int
-    count: int
-    rows: object | None  # [num_rows] int32, CuPy
-
-
-@dataclass(frozen=True, slots=True)
-class _TaskList:
-    """The host-planned schedules on the GPU, as CuPy arrays."""
-
-    tasks: object  # [num_tasks, 5] int32
-    split_offsets: object  # [batch_size + 1] int32
-    buckets: tuple[_Bucket, ...]
 
 
 @dataclass(slots=True)
@@ -49,7 +34,7 @@ class _Plan:
     batch_size: int
     table_stride: int
     max_tokens: int  # that the table has room for; lengths beyond are cut to it
-    task_list: _TaskList | None = None
+    task_list: TaskList | None = None
     unchecked_ids: tuple | None = None  # (block_table, seq_lens) on the host, to check at the next run
 
 
@@ -58,19 +43,24 @@ class DecodeEngine:
 
     schedule "balanced" plans on the GPU: plan() only notes where the arrays are, lengths and tables may change in
     place between runs (also inside a captured CUDA graph), and each run is one launch. "workqueue" and "split" plan
-    on the host as the paper does. "auto" takes balanced, the schedule without a losing regime.
+    on the host as the paper does. "auto" prices every route of the step, FlashInfer's included, and takes the cheapest
+    where the host knows the lengths, balanced where only the GPU does: gpu.router.Router says how.
 
     plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream.
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int = MIN_COST,
-                 part_cost: int = PART_COST, scale: float | None = None) -> None:
+                 part_cost: int = PART_COST, scale: float | None = None, device: DeviceSpec | str | None = None,
+                 layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
-        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. scale: of the logits, by default head_dim ** -0.5.
+        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages) of
+        the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default head_dim ** -0.5.
+        device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
+        splits and costs itself.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -78,12 +68,14 @@ class DecodeEngine:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if tile_tokens <= 0 or tile_tokens % TILE_TOKENS:
             raise ValueError(f"tile_tokens: expected a positive multiple of {TILE_TOKENS}, got {tile_tokens}")
-        device = cupy.cuda.Device()
+        current = cupy.cuda.Device()
         self.shape, self.dtype = shape, dtype
-        self.schedule = "balanced" if schedule == "auto" else schedule
-        self.config = kernel_config(shape, dtype, int(device.compute_capability))
-        self.device_id = device.id
-        self.num_ctas = device.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
+        self.schedule = schedule
+        self.config = kernel_config(shape, dtype, int(current.compute_capability))
+        # What the kernels take for KV heads: the parts of each, where its group is split.
+        self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
+        self.device_id = current.id
+        self.num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
@@ -95,9 +87,12 @@ class DecodeEngine:
         self._page_layout: tuple = ()
         self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
+        self.router = Router(shape, dtype, device=device, layers=layers, scale=scale) if schedule == "auto" else None
+        if self.router is not None:
+            return  # the routes have engines of their own
         defines, threads = self.config.defines(), self.config.threads
         shared = self.config.shared_bytes
-        overlap = int(device.compute_capability) >= 90
+        overlap = int(current.compute_capability) >= 90
         if self.schedule == "balanced":
             self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", "pppppppp" + SIZES + "iiiii", defines,
                                        threads=threads, shared_bytes=shared, overlap=overlap)
@@ -109,15 +104,19 @@ class DecodeEngine:
             self._merge = load_kernel("merge.cu", "pkv_merge", "ppppp", defines, threads=threads, overlap=overlap)
             self._partials = None
 
-    def plan(self, seq_lens: object, block_table: object, *, validate: bool = False) -> None:
+    def plan(self, seq_lens: object, block_table: object, *, validate: bool = False, host_seq_lens: object = None) -> None:
         """Prepares a step.
 
         seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32: NumPy, CuPy or torch. Arrays on the
         GPU are used where they are. Lengths on the host are always checked. validate=True copies arrays on the
         GPU to the host to check every length now, and every page id at the next run, when the pool is known.
+        host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
 
         Raises ValueError naming the argument.
         """
+        if self.router is not None:
+            self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
+            return
         lens_address, lens_key = arrays.fingerprint(seq_lens)
         table_address, table_key = arrays.fingerprint(block_table)
         key = lens_key, table_key
@@ -134,7 +133,7 @@ class DecodeEngine:
         if self.schedule != "balanced" or lens.device < 0 or validate:
             host_lens = arrays.to_host("seq_lens", seq_lens)
             checks.check_lengths(host_lens, self.shape, max_pages)
-        tiles = batch * self.shape.num_kv_heads * (-(-max_pages * self.shape.page_size // TILE_TOKENS) + self.segment_cost)
+        tiles = batch * self._heads.num_kv_heads * (-(-max_pages * self.shape.page_size // TILE_TOKENS) + self.segment_cost)
         if tiles >= MAX_COST:
             raise ValueError(f"block_table: expected room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all "
                              f"rows and KV heads, got {tiles}")
@@ -146,7 +145,9 @@ class DecodeEngine:
             plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages,
                          min(MAX_TOKENS, max_pages * self.shape.page_size))
             if self.schedule != "balanced":
-                plan.task_list = self._upload_tasks(host_lens)
+                schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits, tile_tokens=self.tile_tokens)
+                plan.task_list = upload_tasks(schedule, host_lens)
+                self._reserve_partials(schedule)
             if self._library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
@@ -157,24 +158,10 @@ class DecodeEngine:
             self._checked_run = None
         self._plan = plan
 
-    def _upload_tasks(self, lens: np.ndarray) -> _TaskList:
-        schedule = make_schedule(self.schedule, self.shape, lens, splits=self.splits, tile_tokens=self.tile_tokens)
-        tasks, rows = schedule.tasks, np.arange(len(lens), dtype=np.int32)
-        # The split schedule launches once for every distinct length; the workqueue once for all rows.
-        keys = lens[tasks["row"]] if self.schedule == "split" else np.zeros(len(tasks), np.int32)
-        order = np.argsort(keys, kind="stable")
-        cuts = np.flatnonzero(np.diff(keys[order], prepend=-1, append=-1)) if len(tasks) else np.zeros(1, np.int64)
-        buckets = []
-        for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
-            chosen = rows if self.schedule == "workqueue" else np.unique(tasks["row"][order[begin:end]]).astype(np.int32)
-            merges = (np.diff(schedule.split_offsets)[chosen] > 1).any()
-            buckets.append(_Bucket(begin, end - begin, cupy.asarray(chosen) if merges else None))
-        need = max(1, int(schedule.split_offsets[-1])) * self.shape.num_kv_heads * self.config.state_bytes
+    def _reserve_partials(self, schedule: Schedule) -> None:
+        need = max(1, int(schedule.split_offsets[-1])) * self._heads.num_kv_heads * self.config.state_bytes
         if self._partials is None or self._partials.nbytes < need:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
-        # Without a task one launch still writes the zeros of the empty rows.
-        return _TaskList(cupy.asarray(np.ascontiguousarray(tasks[order]).view(np.int32).reshape(-1, 5)),
-                         cupy.asarray(schedule.split_offsets), tuple(buckets) or (_Bucket(0, 0, None),))
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None) -> tuple[object, object]:
         """Attention of the planned step, on the caller's current stream.
@@ -186,6 +173,8 @@ class DecodeEngine:
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
+        if self.router is not None:
+            return self.router.run(q, k_pages, v_pages, out=out, lse=lse)
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
@@ -209,9 +198,10 @@ class DecodeEngine:
             plan.unchecked_ids = None
         stream = arrays.current_stream(self._library, self.device_id)
         common = q_at, k_at, v_at, plan.block_table, plan.seq_lens, out_at, lse_at, self._partials.data.ptr
-        sizes = plan.batch_size, self.shape.num_kv_heads, plan.table_stride, *self._page_layout, self._scale_log2
+        sizes = plan.batch_size, self._heads.num_kv_heads, plan.table_stride, *self._page_layout, self._scale_log2
         if plan.task_list is None:
-            self._decode(self.num_ctas, (*common, *sizes, self.segment_cost, self.min_cost, self.part_cost, plan.max_tokens, self._num_pages), stream)
+            costs = self.segment_cost, self.min_cost, self.part_cost
+            self._decode(self.num_ctas, (*common, *sizes, *costs, plan.max_tokens, self._num_pages), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
@@ -220,7 +210,7 @@ class DecodeEngine:
             self._decode(max(1, min(self.num_ctas, bucket.count)), (*common, *list_args, *sizes, self._num_pages), stream)
             if bucket.rows is not None:
                 merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at
-                self._merge((self.shape.num_kv_heads, len(bucket.rows)), merge_args, stream)
+                self._merge((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
     def _check_run(self, plan: _Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object) -> None:
@@ -233,14 +223,18 @@ class DecodeEngine:
         self._page_layout = pages.strides[0], pages.strides[1], self.shape.head_dim  # page, head, token strides
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-        """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises."""
+        """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises.
+
+        Where a group is split (config.head_split), its parts count as KV heads.
+        """
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
         kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiipip", {}, threads=32)
         listed = cupy.empty((self.num_ctas, max_tasks, 5), dtype=cupy.int32)
         counts = cupy.empty(self.num_ctas, dtype=cupy.int32)
-        kernel(self.num_ctas, (plan.seq_lens, plan.batch_size, self.shape.num_kv_heads, self.segment_cost, self.min_cost, self.part_cost, plan.max_tokens,
+        costs = self.segment_cost, self.min_cost, self.part_cost
+        kernel(self.num_ctas, (plan.seq_lens, plan.batch_size, self._heads.num_kv_heads, *costs, plan.max_tokens,
                                listed.data.ptr, max_tasks, counts.data.ptr), cupy.cuda.get_current_stream().ptr)
         counts = counts.get()
         if counts.max(initial=0) > max_tasks:
