@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class CalibratedPolicy:
     split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the argument.
     """
 
+    name: ClassVar[str] = "calibrated"
     split_splits: int | None = None
     workqueue_splits: int | None = None
     _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...]], _Prepared] = field(
@@ -128,6 +130,8 @@ class CalibratedPolicy:
 class OraclePolicy(CalibratedPolicy):
     """The cheapest route by the simulated timeline of every one: what the closed form is measured against."""
 
+    name: ClassVar[str] = "oracle"
+
     def _price(self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared) -> None:
         CalibratedPolicy._price(self, shape, seq_lens, device, ready)  # the splits are the closed form's
         for index, route in enumerate(ROUTES):
@@ -141,13 +145,13 @@ class OraclePolicy(CalibratedPolicy):
 class FixedPolicy:
     """Always one route, priced by the calibrated model."""
 
-    __slots__ = ("route", "_priced")
+    __slots__ = ("name", "route", "_priced")
 
     def __init__(self, route: str, *, split_splits: int | None = None, workqueue_splits: int | None = None) -> None:
         """route: one of ROUTES; the pinned splits as CalibratedPolicy's. Raises ValueError naming the argument."""
         if route not in ROUTES:
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-        self.route = route
+        self.name = self.route = route
         self._priced = CalibratedPolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
 
     def decide(
@@ -155,9 +159,11 @@ class FixedPolicy:
         available: tuple[str, ...] = ROUTES,
     ) -> Decision:  # fmt: skip
         """The route, whatever the step; ValueError where it is not available."""
-        if self.route not in available:
-            raise ValueError(f"available: expected {self.route} among them, got {', '.join(available)}")
-        return self._priced.decide(shape, seq_lens, device, layers=layers, available=(self.route,))
+        cheapest = self._priced.decide(shape, seq_lens, device, layers=layers, available=available)
+        if self.route not in cheapest.prices:
+            raise ValueError(f"available: expected {self.route} among them, got {', '.join(cheapest.prices)}")
+        splits = self._priced.split_counts(self.route, shape, seq_lens, device) if self.route in HOST_ROUTES else None
+        return Decision(self.route, splits, cheapest.prices, f"always {self.route}", cheapest.host_us)
 
 
 def _reason(

@@ -31,6 +31,8 @@ class Decision:
 class Policy(Protocol):
     """Chooses a step's route from its lengths alone."""
 
+    name: str
+
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
         available: tuple[str, ...] = ROUTES,

@@ -9,6 +9,7 @@ from pkvsim.device import DEVICES, DeviceSpec
 from pkvsim.route_model import CalibratedRoute, RouteModel
 
 REFERENCE = "h200"  # whose measured efficiencies are carried over
+LEAST_CAPABILITY = {"xqa": (9, 0)}  # FlashInfer's XQA kernels; its other backends and ours serve every GPU listed
 
 
 def device_routes(device: DeviceSpec) -> dict[str, RouteModel]:
@@ -24,8 +25,8 @@ def _all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
 def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) -> dict[str, CalibratedRoute]:
     """Every route of `reference` (the H200 by default) carried over to `device`; status "estimated".
 
-    The rule: memory bandwidth and merge speed scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
-    with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds what the
+    The rule: memory and L2 bandwidth scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
+    capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds what the
     device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept.
     """
     reference = reference or DEVICES[REFERENCE]
@@ -34,13 +35,14 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
     routes = {}
     for name, entry in reference.calibration.items():
         model = entry.model
+        if device.compute_capability < LEAST_CAPABILITY.get(name, (0, 0)):
+            continue
         routes[name] = CalibratedRoute(
             model=replace(
                 model,
                 bandwidth_gb_s=model.bandwidth_gb_s * memory,
                 cta_read_gb_s=min(model.cta_read_gb_s, model.bandwidth_gb_s * memory),
                 sm_heads_gb_s=_scaled(model.sm_heads_gb_s, arithmetic),
-                merge_gb_s=model.merge_gb_s,
                 l2_gb_s=_scaled(model.l2_gb_s, memory),
                 l2_mb=model.l2_mb * device.l2_mib / reference.l2_mib,
             ),

@@ -8,11 +8,11 @@ from pkvsim.route_model import ROUTES, RouteModel
 TENSOR_CORE_ROWS = 16  # of an mma tile: heads of a group are padded to it
 MIB_IN_MB = 2**20 / 1e6
 _RULES = {  # by route: rule, CTA slots per SM to try, padding of the group, tile
-    "flashinfer_cuda_core": ("chunk", (2, 3, 4, 5, 6, 8), 1, 16),
+    "flashinfer_cuda_core": ("chunk", (2, 3, 4, 5, 6, 7, 8), 1, 16),
     "flashinfer_tensor_core": ("chunk", (1, 2, 3), TENSOR_CORE_ROWS, 16),
     "xqa": ("even", (1, 2), TENSOR_CORE_ROWS, 16),
-    "split": ("buckets", (1, 2, 4), 8, 32),
-    "workqueue": ("queue", (1, 2, 4), 8, 32),
+    "split": ("buckets", (1,), 8, 32),  # the engine runs one CTA on each SM
+    "workqueue": ("queue", (1,), 8, 32),
     "balanced": ("balanced", (1,), 8, 16),
 }
 _FREE = {
@@ -57,7 +57,7 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
     )
     if route in ROUTES:
         rule, slots, pad, tile = _RULES[route]
-        own = {"sm_heads_gb_s": 130.0, "base_heads": 1.3} if route == "flashinfer_cuda_core" else {}
+        own = {"sm_heads_gb_s": 130.0, "base_heads": 1.3, "merge_us": 0.0, "merge_split_us": 0.0} if route == "flashinfer_cuda_core" else {}
         if rule == "balanced":
             own = {
                 "segment_us": 1.0, "merge_gb_s": 20.0, "sm_heads_gb_s": 800.0, "base_heads": 3.0,

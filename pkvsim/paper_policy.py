@@ -2,22 +2,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from pkvsim.cost import merge_bytes, paper_price_us, useful_kv_bytes
 from pkvsim.decision import Decision
 from pkvsim.device import DeviceSpec
+from pkvsim.paper_rules import (
+    MAX_SPLITS,
+    MIN_SPLITS,
+    MIN_WORKQUEUE_ROWS,
+    PAPER_GROUP_SIZE,
+    PAPER_TILE_TOKENS,
+    TARGET_CTAS,
+    split_splits,
+    workqueue_splits,
+)
 from pkvsim.route_model import ROUTES
 from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
 
 PAPER_ROUTES = ("flashinfer", "split", "workqueue")
-PAPER_TILE_TOKENS = 32
-PAPER_GROUP_SIZE = 4  # the only group size the paper's engine serves
-TARGET_CTAS = 256  # CTAs that the split counts aim for
-MAX_SPLITS = 48
-MIN_SPLITS = 4
-MIN_WORKQUEUE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class PaperPolicy:
     in the paper's timed runs; None takes the paper's own formulas.
     """
 
+    name: ClassVar[str] = "paper"
     min_context: int = 16384
     split_splits: int | None = None
     workqueue_splits: int | None = None
@@ -45,8 +51,12 @@ class PaperPolicy:
         pinned = self.split_splits if route == "split" else self.workqueue_splits
         if pinned is not None:
             return np.full(len(tiles), pinned, np.int64)
-        counts = _split_formula if route == "split" else _workqueue_formula
-        return counts(tiles, int(np.count_nonzero(tiles)), shape.num_kv_heads)
+        rows, heads = int(np.count_nonzero(tiles)), shape.num_kv_heads
+        if route == "workqueue":
+            return np.array([workqueue_splits(count, rows, heads) for count in tiles.tolist()], np.int64)
+        used = tiles[tiles > 0]
+        shortest = int(used.min(initial=MAX_SPLITS))
+        return np.full(len(tiles), split_splits(int(used.max(initial=0)), shortest, rows, heads), np.int64)
 
     def price_us(self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec) -> float:
         """The paper's price of one step on a route, gates aside."""
@@ -98,30 +108,3 @@ class PaperPolicy:
         reason = "cheapest of " + ", ".join(f"{name} {prices[name]:.0f} us" for name in candidates)
         splits = None if route == "flashinfer" else self.split_counts(route, shape, lens)
         return Decision(route, splits, prices, reason)
-
-
-def _up4(count: int | np.ndarray) -> int | np.ndarray:
-    return -(-count // 4) * 4
-
-
-def _row_target(active: int, num_kv_heads: int) -> int:
-    """Splits per row that give TARGET_CTAS CTAs."""
-    return -(-TARGET_CTAS // (num_kv_heads * max(active, 1)))
-
-
-def _split_formula(tiles: np.ndarray, active: int, num_kv_heads: int) -> np.ndarray:
-    used = tiles[tiles > 0]
-    most, least = int(used.max(initial=0)), int(used.min(initial=MAX_SPLITS))
-    wanted = _up4(max(_row_target(active, num_kv_heads), -(-most // 96)))
-    return np.full(len(tiles), max(MIN_SPLITS, min(wanted, MAX_SPLITS, least)), np.int64)
-
-
-def _workqueue_formula(tiles: np.ndarray, active: int, num_kv_heads: int) -> np.ndarray:
-    if active >= MIN_WORKQUEUE_ROWS:
-        cap = 24
-    elif active >= 4:
-        cap = 32
-    else:
-        cap = 40 if active == 2 else MAX_SPLITS
-    wanted = np.maximum(_up4(_row_target(active, num_kv_heads)), _up4(-(-tiles // 64)))
-    return np.maximum(MIN_SPLITS, np.minimum(np.minimum(wanted, min(cap, MAX_SPLITS)), tiles))

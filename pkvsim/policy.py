@@ -28,15 +28,18 @@ POLICIES = ("calibrated", "paper", "oracle", *ROUTES)
 
 
 def make_policy(
-    name: str, *, min_context: int = 16384, split_splits: int | None = None, workqueue_splits: int | None = None
+    name: str, *, min_context: int | None = None, split_splits: int | None = None, workqueue_splits: int | None = None
 ) -> Policy:
     """The policy of that name: one of POLICIES, a route's name meaning that it is always taken.
 
-    min_context is the paper's gate. split_splits, workqueue_splits: pinned splits of every row, None for the policy's own
+    min_context is the paper's gate (16384 tokens), which the others do not have. split_splits, workqueue_splits: pinned splits of every row, None for the policy's own
     choice. Raises ValueError naming the argument.
     """
     if name == "paper":
-        return PaperPolicy(min_context, split_splits, workqueue_splits)
+        gate = {} if min_context is None else {"min_context": min_context}
+        return PaperPolicy(**gate, split_splits=split_splits, workqueue_splits=workqueue_splits)
+    if min_context is not None:
+        raise ValueError(f"min_context: expected none with the policy {name}, got {min_context}")
     pinned = {"split_splits": split_splits, "workqueue_splits": workqueue_splits}
     if name == "calibrated":
         return CalibratedPolicy(**pinned)
@@ -44,4 +47,4 @@ def make_policy(
         return OraclePolicy(**pinned)
     if name in ROUTES:
         return FixedPolicy(name, **pinned)
-    raise ValueError(f"policy: expected {', '.join(POLICIES)}, got {name!r}")
+    raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {name!r}")

@@ -3,18 +3,21 @@
 A step's tasks share the memory bandwidth: each running CTA gets the lesser of what one CTA can read and its share.
 Tasks that all fit the CTA slots start together and advance alike, so their time follows from the sorted lengths;
 more tasks than slots run in waves. pkvsim.timeline simulates what is summed up here.
+
+Numba's cache of compiled code looks at the file of the function called from Python, not at what that calls: after a change
+of pricing_tasks.py touch this file, and after one of either touch the files whose compiled loops call it.
 """
 from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
 from pkvsim.pricing_tasks import (
     BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN, QUEUE, TILE, WHOLE,
-    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, cta_slots, even_us, merge_us,
-    query_us, read_speeds, sm_gb_s,
+    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, cta_slots, entry, even_us,
+    merge_us,
+    query_us, read_speeds, sm_gb_s, total_tokens,
 )  # fmt: skip
 
 __all__ = [
@@ -23,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def price_routes(
     seq_lens: np.ndarray,  # [batch_size] int32 or int64, zeros allowed
     num_kv_heads: int,
@@ -46,7 +49,7 @@ def price_routes(
     )
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def price_pinned(
     seq_lens: np.ndarray, num_kv_heads: int, group_size: int, head_dim: int, kv_element_bytes: int, num_sms: int,
     constants: np.ndarray, prices_us: np.ndarray, splits: np.ndarray,
@@ -63,7 +66,7 @@ def price_pinned(
             )
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def row_splits(
     seq_lens: np.ndarray,  # [batch_size] int32 or int64
     num_kv_heads: int,
@@ -74,22 +77,24 @@ def row_splits(
 ) -> None:
     """The splits of every row: by each length's own rows in the paper's split, as many in all rows where the rule is so,
     otherwise (workqueue, FlashInfer) in proportion to length. A row of no tokens has 1, which costs nothing."""
+    slots = cta_slots(c, num_sms)
     longest = 1
     for length in seq_lens:
         longest = max(longest, length)
-    slots = cta_slots(c, num_sms)
     for row in range(len(seq_lens)):
+        length = np.int64(seq_lens[row])
         if c[0] == EVEN or c[0] == WHOLE:
             out[row] = longest_splits
         elif c[0] != BUCKETS:
-            out[row] = max(1, -(-seq_lens[row] * longest_splits // longest))
-        elif seq_lens[row] == 0:
-            out[row] = 1
+            out[row] = max(1, (length * longest_splits + longest - 1) // longest)
         else:
-            out[row] = bucket_splits(np.sum(seq_lens == seq_lens[row]) * num_kv_heads, seq_lens[row], slots, c)
+            alike = 0
+            for other in seq_lens:
+                alike += other == length
+            out[row] = bucket_splits(alike * num_kv_heads, length, slots, c)
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def price_steps(
     lengths: np.ndarray, offsets: np.ndarray, owners: np.ndarray, shapes: np.ndarray, element_bytes: int, num_sms: int,
     constants: np.ndarray, prices_us: np.ndarray,
@@ -112,7 +117,7 @@ def price_steps(
     prices_us /= steps
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
     """The lengths above 0, longest first, int64. A shell sort: steps are short, and np.sort takes a second to compile."""
     ordered = np.empty(len(seq_lens), np.int64)
@@ -136,7 +141,7 @@ def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
     return ordered[:used]
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def price_route(
     ordered: np.ndarray,  # [rows] int64 > 0, longest first
     num_kv_heads: int,
@@ -151,9 +156,7 @@ def price_route(
     rows = len(ordered)
     if rows == 0:
         return c[FIXED], 1
-    tokens = 0
-    for length in ordered:
-        tokens += length
+    tokens = total_tokens(ordered)
     token_bytes = 2.0 * head_dim * kv_element_bytes
     kv_bytes = tokens * num_kv_heads * token_bytes
     alone, shared = read_speeds(c, kv_bytes, group_size, kv_element_bytes, num_sms)
@@ -182,7 +185,7 @@ def price_route(
         if splits > 1:
             tasks = num_kv_heads * chunk_count(ordered, chunk)
             us += chunks_us(ordered, num_kv_heads, slots, chunk, tasks, num_sms, c, one, all_, sm)
-            return us + merge_us(c, splits, tasks, state, memory), splits
+            return us + merge_us(c, float(splits), float(tasks), state, memory), splits
     elif rule == EVEN or rule == QUEUE:
         most = max(1, int(ordered[0] / c[MIN_SPLIT]))
         splits = min(most, max(1, slots // heads)) if rule == EVEN else pinned
@@ -190,5 +193,5 @@ def price_route(
     if rule == QUEUE:
         us += c[LAUNCH]
     if splits > 1:
-        us += merge_us(c, splits, heads * splits, state, memory)
+        us += merge_us(c, float(splits), float(heads * splits), state, memory)
     return us, splits

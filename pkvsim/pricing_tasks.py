@@ -15,23 +15,25 @@ from pkvsim.route_model import CONSTANTS, RULES
 from pkvsim.schedule import MIN_COST, PART_COST, balanced_ranges
 
 PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
+FULLEST_SM_SIGMAS = 0.75  # tasks that all start at once: the fullest SM's load over the mean, in standard deviations
 LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
-QUEUE_WAVES = (1, 2, 3, 4)  # tasks per CTA slot among which the workqueue's splits are chosen
+QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
 (BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, PLAN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD,
  CTAS_PER_SM, TILE, MIN_SPLIT, SEGMENT_COST) = range(1, 1 + len(CONSTANTS))  # fmt: skip
 WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
-# Called from compiled code only: no wrappers for Python, no checks for division by zero, so that a first run compiles less.
+# Less to compile on a first run: no checks for division by zero; `inner`, called from compiled code only, has no wrapper.
+entry = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
 inner = numba.njit(cache=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _ranges = inner(balanced_ranges)
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def cta_slots(c: np.ndarray, num_sms: int) -> int:
     """CTAs that run at a time."""
     return max(1, int(num_sms * c[CTAS_PER_SM]))
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def read_speeds(
     c: np.ndarray, kv_bytes: float, group_size: int, kv_element_bytes: int, num_sms: int
 ) -> tuple[float, float]:
@@ -52,16 +54,25 @@ def sm_gb_s(c: np.ndarray, group_size: int, kv_element_bytes: int) -> float:
     return c[SM_HEADS] / heads * kv_element_bytes / 2
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def query_us(c: np.ndarray, query_heads: int, head_dim: int, element_bytes: int) -> float:
     """Reading q and writing out of so many query heads over all rows."""
     return query_heads * head_dim * element_bytes * 2.0 / (c[BANDWIDTH] * 1e3)
 
 
-@numba.njit(cache=True, error_model="numpy")
+@entry
 def merge_us(c: np.ndarray, splits: float, tasks: float, state_bytes: float, memory: float) -> float:
     """Merging `tasks` partial states of one KV head's group each, at most `splits` of them of one row and head."""
     return c[MERGE] + splits * (c[MERGE_SPLIT] + state_bytes / (c[MERGE_SPEED] * 1e3)) + 2 * tasks * state_bytes / memory
+
+
+@inner
+def total_tokens(ordered: np.ndarray) -> int:
+    """The sum. A function of its own, because Numba compiles callers' callees twice for a sum that begins as 0."""
+    tokens = 0
+    for length in ordered:
+        tokens += length
+    return tokens
 
 
 @inner
@@ -77,16 +88,16 @@ def even_us(
 ) -> float:  # fmt: skip
     """Rows in `splits` splits each (at most their tiles)."""
     rows = len(ordered)
-    tokens = 0
+    tokens = float(total_tokens(ordered) * num_kv_heads)
     tasks = 0
     for length in ordered:
-        tokens += length
         tasks += num_kv_heads * min(splits, -(-length // tile))
     longest = ordered[0] / min(splits, -(-ordered[0] // tile))
     if tasks <= slots:
         us = c[TASK]
         fullest = 0.0  # some SM has this many tasks of at least this size
         running = 0
+        squares = 0.0
         for row in range(rows):
             row_splits = min(splits, -(-ordered[row] // tile))
             running += num_kv_heads * row_splits
@@ -96,7 +107,8 @@ def even_us(
                 shorter = min(size, ordered[row + 1] / min(splits, -(-ordered[row + 1] // tile)))
             us += (size - shorter) * max(one, running * all_)
             fullest = max(fullest, -(-running // num_sms) * size * sm)
-        return max(us, fullest)
+            squares += num_kv_heads * row_splits * size * size
+        return max(us, fullest, sm_load(float(tasks), tokens, squares, num_sms) * sm)
     if ordered[0] == ordered[rows - 1] and tasks < LOCKSTEP_WAVES * slots:
         full = tasks // slots
         rest = tasks - full * slots
@@ -104,7 +116,14 @@ def even_us(
         if rest:
             us += c[TASK] + longest * max(one, rest * all_)
         return us
-    return waves_us(tokens * num_kv_heads, tasks, longest, slots, c[TASK], one, all_)
+    return waves_us(tokens, float(tasks), longest, slots, c[TASK], one, all_)
+
+
+@inner
+def sm_load(tasks: float, tokens: float, squares: float, num_sms: int) -> float:
+    """Tokens of the fullest SM, where tasks of this sum and sum of squares fall on the SMs at random."""
+    variance = max(0.0, squares / tasks - (tokens / tasks) ** 2)
+    return tokens / num_sms + FULLEST_SM_SIGMAS * math.sqrt(variance * tasks / num_sms)
 
 
 @inner
@@ -159,13 +178,16 @@ def chunks_us(
         if length > whole * chunk:
             rests += 1
             rest_tokens += length - whole * chunk
+    tokens = float((full * chunk + rest_tokens) * num_kv_heads)
     if tasks > slots:
-        return waves_us((full * chunk + rest_tokens) * num_kv_heads, tasks, chunk, slots, c[TASK], one, all_)
+        return waves_us(tokens, float(tasks), float(chunk), slots, c[TASK], one, all_)
     rest = rest_tokens / rests if rests else 0.0
     us = rest * max(one, (full + rests) * num_kv_heads * all_) + c[TASK]
     if full:
         us += (chunk - rest) * max(one, full * num_kv_heads * all_)
-    return max(us, -(-full * num_kv_heads // num_sms) * chunk * sm)
+    squares = num_kv_heads * (full * float(chunk) * chunk + rests * rest * rest)
+    load = sm_load(float(tasks), tokens, squares, num_sms)
+    return max(us, -(-full * num_kv_heads // num_sms) * chunk * sm, load * sm)
 
 
 @inner
@@ -210,7 +232,7 @@ def best_queue(
         chunk = -(-ordered[0] // splits)
         price = c[LAUNCH] + chunks_us(ordered, num_kv_heads, slots, chunk, tasks, num_sms, c, one, all_, sm)
         if splits > 1:
-            price += merge_us(c, splits, tasks, state, memory)
+            price += merge_us(c, float(splits), float(tasks), state, memory)
         if price < best:
             best = price
             best_splits = splits
@@ -238,7 +260,7 @@ def buckets_us(
         splits = min(splits, -(-ordered[begin] // tile))
         us += c[LAUNCH] + even_us(ordered[begin:end], num_kv_heads, slots, splits, tile, num_sms, c, one, all_, sm)
         if splits > 1:
-            us += c[LAUNCH] + merge_us(c, splits, heads * splits, state, memory)
+            us += c[LAUNCH] + merge_us(c, float(splits), float(heads * splits), state, memory)
         if begin == 0:
             longest_splits = splits
         begin = end
@@ -261,5 +283,5 @@ def balanced_us(
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))
-        return us + merge_us(c, splits, min(heads * splits, 2 * ranges), state, memory), splits
+        return us + merge_us(c, float(splits), float(min(heads * splits, 2 * ranges)), state, memory), splits
     return us, 1

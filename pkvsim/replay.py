@@ -7,71 +7,97 @@ from typing import Any
 import numpy as np
 
 from pkvsim.cost import MIB, StepCounters, flashinfer_counters, schedule_counters
+from pkvsim.decision import Decision, Policy
+from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
-from pkvsim.policy import PAPER_ROUTES as ROUTES
-from pkvsim.policy import PAPER_TILE_TOKENS, PaperPolicy
+from pkvsim.paper_policy import PAPER_ROUTES, PAPER_TILE_TOKENS, PaperPolicy
+from pkvsim.route_model import OWN_ROUTES
 from pkvsim.schedule import make_schedule
 from pkvsim.shapes import DecodeShape
+from pkvsim.timeline import route_schedule
 from pkvsim.traces import Trace, pool_pages
+
+# Engines by the route they take. The paper's FlashInfer ran with tensor cores on, and keeps its name.
+ENGINES = {
+    "flashinfer_tensor_core": "flashinfer", "split": "split", "workqueue": "workqueue", "balanced": "balanced",
+    "flashinfer_cuda_core": "flashinfer_cuda_core", "xqa": "xqa",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
 class _Totals:
     """Running counters of one engine."""
 
-    steps: list[tuple[StepCounters, float]] = field(default_factory=list)  # counters, predicted us
+    steps: list[tuple[StepCounters, float, float]] = field(default_factory=list)  # counters, predicted us, host's part
 
-    def means(self) -> dict[str, float]:
+    def means(self, *, with_host: bool) -> dict[str, float]:
         def mean(values: list[float]) -> float:
             return float(np.mean(values))
 
-        counters = [c for c, _ in self.steps]
-        return {
+        counters = [c for c, _, _ in self.steps]
+        figures = {
             "launches_per_step": mean([c.launches for c in counters]),
             "merge_launches_per_step": mean([c.merge_launches for c in counters]),
             "cta_work_per_sm": mean([c.cta_work_per_sm for c in counters]),
             "useful_kv_mib": mean([c.useful_kv_bytes / MIB for c in counters]),
             "merge_mib": mean([c.merge_bytes / MIB for c in counters]),
             "nonempty_cta_fraction": mean([c.nonempty_cta_fraction for c in counters]),
-            "predicted_step_us": mean([us for _, us in self.steps]),
+            "predicted_step_us": mean([us for _, us, _ in self.steps]),
         }
+        return figures | ({"predicted_host_us": mean([us for _, _, us in self.steps])} if with_host else {})
 
 
 def route_counters(
-    route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, policy: PaperPolicy
+    route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, policy: Policy
 ) -> StepCounters:
     """What one step does on a route, with the policy's split counts."""
-    if route == "flashinfer":
+    if route not in OWN_ROUTES:
         return flashinfer_counters(shape, seq_lens, device)
-    splits = policy.split_counts(route, shape, seq_lens)
-    schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=PAPER_TILE_TOKENS)
+    if isinstance(policy, PaperPolicy):
+        splits = policy.split_counts(route, shape, seq_lens)
+        schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=PAPER_TILE_TOKENS)
+    else:
+        pinned = None if route == "balanced" else getattr(policy, f"{route}_splits")
+        schedule = route_schedule(device_routes(device)[route], shape, seq_lens, num_sms=device.num_sms, splits=pinned)
     return schedule_counters(schedule, shape, seq_lens, device)
 
 
+def _engines(policy: Policy, decision: Decision) -> dict[str, str]:
+    """Engine name by route, of every route that the policy prices."""
+    if isinstance(policy, PaperPolicy):
+        return {route: route for route in PAPER_ROUTES}
+    return {route: name for route, name in ENGINES.items() if route in decision.prices}
+
+
 def replay(
-    trace: Trace, shape: DecodeShape, device: DeviceSpec, policy: PaperPolicy, *, hole_fraction: float = 0.0
+    trace: Trace, shape: DecodeShape, device: DeviceSpec, policy: Policy, *, hole_fraction: float = 0.0, layers: int = 1
 ) -> dict[str, Any]:
     """Every engine over the trace's measured steps, as the object that `pkvsim replay --json` prints.
 
-    Engine figures are means over the steps; times in us. "adaptive" takes the policy's route at each
-    step. Raises ValueError when shape and trace disagree on the page size.
+    Engine figures are means over the steps; times in us, of a step of `layers` attention layers planned once, host
+    planning included. "adaptive" takes the policy's route at each step. Raises ValueError when shape and trace disagree
+    on the page size.
     """
     if shape.page_size != trace.page_size:
         raise ValueError(f"trace: expected page_size {shape.page_size}, got {trace.page_size}")
-    engines = {name: _Totals() for name in (*ROUTES, "adaptive")}
-    routes = dict.fromkeys(ROUTES, 0)
+    totals: dict[str, _Totals] = {}
+    routes: dict[str, int] = {}
     active: list[int] = []
     distinct: list[int] = []
+    adaptive = _Totals()
     for step in trace.iter_steps():
-        decision = policy.decide(shape, step.seq_lens, device)
-        for route in ROUTES:
-            outcome = (route_counters(route, shape, step.seq_lens, device, policy), decision.prices[route])
-            engines[route].steps.append(outcome)
+        decision = policy.decide(shape, step.seq_lens, device, layers=layers)
+        for route, engine in _engines(policy, decision).items():
+            counters = route_counters(route, shape, step.seq_lens, device, policy)
+            outcome = (counters, decision.prices[route], decision.host_us.get(route, 0.0))
+            totals.setdefault(engine, _Totals()).steps.append(outcome)
+            routes.setdefault(engine, 0)
             if route == decision.route:
-                engines["adaptive"].steps.append(outcome)
-        routes[decision.route] += 1
+                adaptive.steps.append(outcome)
+                routes[engine] += 1
         active.append(len(step.seq_lens))
         distinct.append(len(np.unique(step.seq_lens)))
+    with_host = not isinstance(policy, PaperPolicy)
     report: dict[str, Any] = {
         "trace": {
             "family": trace.family,
@@ -85,8 +111,8 @@ def replay(
             "decode_tokens": sum(active),
         },
         "device": device.name,
-        "policy": "paper",
-        "engines": {name: totals.means() for name, totals in engines.items()},
+        "policy": policy.name,
+        "engines": {name: each.means(with_host=with_host) for name, each in (totals | {"adaptive": adaptive}).items()},
     }
     report["engines"]["adaptive"]["routes"] = routes
     return report

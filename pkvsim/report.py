@@ -24,8 +24,8 @@ def print_replay(report: dict[str, Any]) -> None:
         f"{report['engines']['adaptive']['useful_kv_mib']:.1f} MiB of KV"
     )
     table = Table(title=f"{report['device']}, {report['policy']} policy, means per step", title_justify="left")
-    table.add_column("engine", no_wrap=True)
-    for name in ("launches", "of them\nmerges", "CTAs\nper SM", "merge\nMiB", "non-empty\nCTAs", "predicted\nus"):
+    table.add_column("engine", overflow="fold", min_width=max(map(len, report["engines"])))
+    for name in ("laun-\nches", "mer-\nges", "CTAs\nper SM", "merge\nMiB", "non-empty\nCTAs", "predicted\nus"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, engine in report["engines"].items():
         table.add_row(
@@ -100,14 +100,14 @@ def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> 
     """How well the fitted routes of a device meet their measurements, on stdout."""
     table = Table(title=f"[bold]{device.name}[/]: absolute error in % of the measured time", title_justify="left")
     table.add_column("route", overflow="fold")
-    for name in ("rule", "CTAs\nper SM", "timings", "median", "mean", "held-out\nmedian", "held-out\nmean"):
+    for name in ("rule, CTAs\nper SM", "timings", "median", "mean", "held-out\nmedian", "held-out\nmean"):
         table.add_column(name, justify="right", no_wrap=True)
     for route in sorted(routes):
         entry = device.calibration[route]
         errors = [entry.in_sample, entry.held_out]
         shown = [f"{value:.1f}" for e in errors if e for value in (e.median_percent, e.mean_percent)]
         table.add_row(
-            route, entry.model.rule, f"{entry.model.ctas_per_sm:g}", str(entry.in_sample.measurements), *shown
+            route, f"{entry.model.rule} {entry.model.ctas_per_sm:g}", str(entry.in_sample.measurements), *shown
         )
     console = Console(highlight=False)
     console.print(table)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
-from pkvsim.pricing import price_route, row_splits, sorted_lengths
+from pkvsim.pricing import price_pinned, row_splits
 from pkvsim.pricing_tasks import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.schedule import MIN_COST, PART_COST, Schedule, make_schedule
@@ -93,11 +93,12 @@ def route_schedule(
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile)
-    _, most = price_route(
-        sorted_lengths(lens), shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES, num_sms, c, 0
+    prices, most = np.empty(1), np.zeros(1, np.int64)
+    price_pinned(
+        lens, shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES, num_sms, c[None], prices, most
     )
     counts = np.empty(len(lens), np.int64)
-    row_splits(lens, shape.num_kv_heads, num_sms, c, most, counts)
+    row_splits(lens, shape.num_kv_heads, num_sms, c, int(most[0]), counts)
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile)
 
 

@@ -18,10 +18,12 @@ def replay(
     steps: Annotated[int, typer.Option(help="Steps to measure, idle ones not counted.")] = 48,
     seed: Annotated[int, typer.Option(help="Seed of the requests; seed + 99 shuffles the pages.")] = 20260623,
     device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
-    policy: Annotated[str, typer.Option(help="How the adaptive engine routes a step: paper.")] = "paper",
+    policy: Annotated[
+        str, typer.Option(help="How the adaptive engine routes a step: calibrated, paper, oracle or a route.")
+    ] = "calibrated",
     min_context: Annotated[
-        int, typer.Option(help="The paper's gate: shorter steps (tokens) go to FlashInfer.")
-    ] = 16384,
+        Optional[int], typer.Option(help="The paper's gate: shorter steps (tokens) go to FlashInfer; 16384 by default.")
+    ] = None,
     trace_file: Annotated[
         Optional[str], typer.Option(help="CSV or JSON requests to replay in place of a family.")
     ] = None,
@@ -29,6 +31,7 @@ def replay(
     num_kv_heads: Annotated[int, typer.Option()] = 8,
     head_dim: Annotated[int, typer.Option()] = 128,
     page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
+    layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
     hole_fraction: Annotated[float, typer.Option(help="Part of the page pool that nobody owns.")] = 0.0,
     split_splits: Annotated[
         Optional[int], typer.Option(help="Splits per row of the split engine; the policy's own by default.")
@@ -38,19 +41,22 @@ def replay(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Replays a trace and prints what each engine does and costs per step."""
+    """Replays a trace and prints what each engine does and costs per step.
+
+    Example: pkvsim replay --family zipf --max-active 16 --device h200
+    """
     with one_line_errors():
         from pkvsim.device import get_device
-        from pkvsim.policy import PaperPolicy
+        from pkvsim.policy import make_policy
         from pkvsim.replay import replay as run_replay
         from pkvsim.shapes import DecodeShape, check_int
         from pkvsim.tracefile import read_trace
         from pkvsim.traces import paper_trace
 
-        if policy != "paper":
-            raise ValueError(f"policy: expected paper, got {policy!r}")
         shape = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size)
-        rules = PaperPolicy(min_context, split_splits, workqueue_splits)
+        rules = make_policy(
+            policy, min_context=min_context, split_splits=split_splits, workqueue_splits=workqueue_splits
+        )
         spec = get_device(device)
         if requests is not None:
             check_int("requests", requests, 1)
@@ -60,7 +66,7 @@ def replay(
             trace = read_trace(
                 trace_file, seed=seed, requests=requests, max_active=max_active, steps=steps, page_size=page_size
             )
-        report = run_replay(trace, shape, spec, rules, hole_fraction=hole_fraction)
+        report = run_replay(trace, shape, spec, rules, hole_fraction=hole_fraction, layers=check_int("layers", layers, 1))
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
