@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.device import DeviceSpec
+from pkvsim.paper_rules import MIB, paper_time_us
 from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes
 from pkvsim.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
 from pkvsim.schedule import Schedule
@@ -25,7 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 KV_ELEMENT_BYTES = 2  # FP16 and BF16
-MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,7 @@ def flashinfer_counters(shape: DecodeShape, seq_lens: np.ndarray, device: Device
 def paper_price_us(
     *, kv_bytes: int, merge_bytes: int, launches: int, ctas_per_sm: float, device: DeviceSpec
 ) -> float:
-    """The paper's T = KV/beta * max(1, C_min/C) + L*lambda + Merge/beta (arXiv 2606.26666).
-
-    Its bytes are MiB and its beta GB/s, with the quotient read as milliseconds: kept as published, and
-    used by the paper's policy alone. A step without KV costs its launches.
-    """
-    us_per_byte = 1e3 / (MIB * device.beta_gb_s)
-    starved = max(1.0, device.min_ctas_per_sm / ctas_per_sm) if ctas_per_sm else 1.0
-    return kv_bytes * us_per_byte * starved + launches * device.launch_us + merge_bytes * us_per_byte
+    """The paper's price of a step, as pkvsim.paper_rules.paper_time_us; used by the paper's policy alone."""
+    return paper_time_us(
+        kv_bytes, merge_bytes, launches, ctas_per_sm, device.beta_gb_s, device.launch_us, device.min_ctas_per_sm
+    )

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pkvsim import paper_policy as paper
-from pkvsim.cost import KV_ELEMENT_BYTES, MIB, PLAN, ROUTES, constants_matrix
+from pkvsim.cost import KV_ELEMENT_BYTES, PLAN, ROUTES, constants_matrix
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
 from pkvsim.models import ModelSpec, decode_weight_bytes, flops_per_token, kv_bytes_per_token, weight_bytes
+from pkvsim.paper_policy import PaperPolicy
 from pkvsim.paper_rules import PaperRules
 from pkvsim.serving_config import ServingConfig
 from pkvsim.serving_state import CHEAPEST, PAPER, Attention
@@ -105,24 +105,13 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
         rule=PAPER if policy == "paper" else CHEAPEST,
         allowed=allowed,
         pinned=config.splits or 0,
-        paper=_paper_rules(device),
+        paper=PaperRules(
+            min_context=PaperPolicy().min_context,
+            beta_gb_s=float(device.beta_gb_s),
+            launch_us=float(device.launch_us),
+            min_ctas_per_sm=float(device.min_ctas_per_sm),
+        ),
         paper_routes=np.array([tensor_core if known[tensor_core] else cuda_core, split, workqueue]),
         prefill_us_per_pair=4 * model.num_q_heads * model.head_dim / peak,
         prefill_us_per_token=kv_bytes_per_token(model) / model.num_layers / (device.beta_gb_s * 1e3),
-    )
-
-
-def _paper_rules(device: DeviceSpec) -> PaperRules:
-    return PaperRules(
-        group_size=paper.PAPER_GROUP_SIZE,
-        min_context=paper.PaperPolicy().min_context,
-        min_workqueue_rows=paper.MIN_WORKQUEUE_ROWS,
-        tile_tokens=paper.PAPER_TILE_TOKENS,
-        target_ctas=paper.TARGET_CTAS,
-        min_splits=paper.MIN_SPLITS,
-        max_splits=paper.MAX_SPLITS,
-        workqueue_cap=24,
-        beta_bytes_per_us=device.beta_gb_s * MIB / 1e3,
-        launch_us=float(device.launch_us),
-        min_ctas_per_sm=float(device.min_ctas_per_sm),
     )
