@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from gpu import flashinfer as fi
 from gpu import validate as checks
 from pkvsim import DecodeShape
 from pkvsim.route_model import OWN_ROUTES, ROUTES
+
+if TYPE_CHECKING:
+    import torch
 
 BACKENDS = {"flashinfer_cuda_core": "cuda_core", "flashinfer_tensor_core": "tensor_core", "xqa": "xqa"}
 PROBE_TOKENS = 1024  # length of the one row that shows whether a backend's kernels can be built
@@ -115,7 +118,17 @@ class OwnEngine:
 class FlashInferEngine:
     """A FlashInfer backend with DecodeEngine's checks, streams and array libraries."""
 
-    __slots__ = ("shape", "dtype", "backend", "_theirs", "_batch_size", "_unchecked_ids", "_checked_run", "_device")
+    __slots__ = (
+        "shape",
+        "dtype",
+        "backend",
+        "_theirs",
+        "_batch_size",
+        "_unchecked_ids",
+        "_checked_run",
+        "_device",
+        "_library",
+    )
 
     def __init__(self, shape: DecodeShape, dtype: str, backend: str) -> None:
         import torch
@@ -126,6 +139,7 @@ class FlashInferEngine:
         self._unchecked_ids: tuple[np.ndarray, np.ndarray] | None = None
         self._checked_run: tuple | None = None
         self._device = torch.cuda.current_device()
+        self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
 
     def probe(self) -> None:
         """Runs one short row; raises whatever FlashInfer raises."""
@@ -134,10 +148,13 @@ class FlashInferEngine:
         dtype, shape = getattr(torch, self.dtype), self.shape
         q = torch.zeros((1, shape.num_q_heads, shape.head_dim), dtype=dtype, device="cuda")
         columns = -(-PROBE_TOKENS // shape.page_size)
-        pages = torch.zeros((2, columns, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype=dtype, device="cuda")
+        pages = torch.zeros(
+            (2, columns, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype=dtype, device="cuda"
+        )
         self.plan(np.array([PROBE_TOKENS], np.int32), np.arange(columns, dtype=np.int32)[None])
         self.run(q, pages[0], pages[1], out=torch.empty_like(q))
         torch.cuda.synchronize()
+        self._library = None
 
     def plan(
         self,
@@ -153,13 +170,17 @@ class FlashInferEngine:
         if packed is None or validate:
             host_lens = arrays.to_host("seq_lens", seq_lens)
             checks.check_lengths(host_lens, self.shape, table.shape[1])
-        if packed is None:
-            packed = fi.pack_table(host_lens, block_table, page_size=self.shape.page_size)
         self._unchecked_ids = (arrays.to_host("block_table", block_table), host_lens) if validate else None
         if self._batch_size != table.shape[0]:
             self._checked_run = None
         self._batch_size = table.shape[0]
-        self._theirs.plan_packed(packed)
+        libraries = [library for library in ("torch", "cupy") if library in (lens.library, table.library)]
+        with _torch_on_stream(libraries[0] if libraries else self._library, self._device) as stream:
+            if packed is None:
+                packed = fi.pack_table(host_lens, block_table, page_size=self.shape.page_size)
+            self._theirs.plan_packed(packed)
+            if self._library is None:
+                stream.synchronize()  # the first run may be on another stream
 
     def run(
         self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None
@@ -177,22 +198,25 @@ class FlashInferEngine:
         if keys != self._checked_run:
             views = [None if array is None else arrays.view(name, array) for name, array in given]
             checks.check_run(self.shape, self.dtype, self._batch_size, self._device, *views)
-            self._checked_run = keys
+            self._checked_run, self._library = keys, views[0].library
         if self._unchecked_ids is not None:
             checks.check_page_ids(*self._unchecked_ids, self.shape.page_size, k_pages.shape[0])
             self._unchecked_ids = None
-        with _torch_on_stream_of(q):
+        with _torch_on_stream(self._library, self._device):
             _, found = self._theirs.run(q, k_pages, v_pages, fi.as_torch(out), return_lse=lse is not None)
             if lse is not None:
                 fi.as_torch(lse).copy_(found)
         return out, lse
 
 
-def _torch_on_stream_of(array: object) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _torch_on_stream(library: str | None, device: int) -> Iterator[torch.cuda.Stream]:
     """Makes torch work on CuPy's current stream where the caller's arrays are CuPy's."""
     import torch
 
-    if isinstance(array, torch.Tensor):
-        return contextlib.nullcontext()
-    stream = arrays.current_stream("cupy", torch.cuda.current_device())
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream)) if stream else contextlib.nullcontext()
+    handle = arrays.current_stream("cupy", device) if library == "cupy" else 0
+    if not handle:
+        yield torch.cuda.current_stream(device)
+        return
+    with torch.cuda.stream(torch.cuda.ExternalStream(handle)) as stream:
+        yield stream

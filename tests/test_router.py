@@ -89,7 +89,7 @@ def test_the_routed_engine_is_the_policys_choice_among_the_available(lens, layer
         available = tuple(route for route in ROUTES if route != "xqa" or not needs_lse)
     expected = CalibratedPolicy().decide(SHAPE, lens, H200, layers=layers, available=available)
     assert set(build) == {expected.route} and expected.route in available
-    (planned, splits), = build[expected.route].plans
+    ((planned, splits),) = build[expected.route].plans
     assert planned.tolist() == lens.tolist()
     assert (splits is None) == (expected.splits is None)
     if splits is not None:
@@ -137,13 +137,17 @@ def test_a_route_that_cannot_be_built_is_named_and_left_out(installed, caplog):
         router.plan([5000], None)
     assert router.counts == {"split": 2} and set(build) == {"split"}
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert ["flashinfer_cuda_core: no kernel" in warnings[0], "flashinfer_tensor_core: no kernel" in warnings[1]] == [True] * 2
+    assert ["flashinfer_cuda_core: no kernel" in warnings[0], "flashinfer_tensor_core: no kernel" in warnings[1]] == [
+        True
+    ] * 2
     assert len(warnings) == 2
 
 
 def test_lengths_on_the_gpu_alone_take_balanced(monkeypatch, installed):
     on_gpu = [70000] * 3  # stands for an array there
-    monkeypatch.setattr(router_module, "_on_host", lambda seq_lens: None if seq_lens is on_gpu else np.array(seq_lens, np.int32))
+    monkeypatch.setattr(
+        router_module, "_on_host", lambda seq_lens: None if seq_lens is on_gpu else np.array(seq_lens, np.int32)
+    )
     policy, build = CountingPolicy(), Built()
     router = make_router(build, policy=policy)
     router.plan(on_gpu, None)
