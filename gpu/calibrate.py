@@ -5,7 +5,7 @@
     pkvsim replay --device mygpu.json
 
 A few minutes. The measurements are written as they come: a run cut short loses none, and
-`pkvsim fit --measurements FILE` fits what it left.
+`pkvsim fit --measurements mygpu.csv --device-base mygpu.json -o mygpu.json` fits what it left.
 """
 from __future__ import annotations
 
