@@ -84,11 +84,15 @@ class CalibratedPolicy:
         host_us = dict(zip(ROUTES, ready.plan_us))
         return Decision(route, splits, prices, partial(_reason, route, prices, host_us, shape, seq_lens), host_us)
 
+    def pinned_splits(self, route: str) -> int | None:
+        """Splits of every row that the route was pinned to, None where the model or the route chooses."""
+        return {"split": self.split_splits, "workqueue": self.workqueue_splits}.get(route)
+
     def split_counts(
         self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, longest_splits: int | None = None
     ) -> np.ndarray:
         """Splits of each row [batch_size] int64 on "split" or "workqueue": pinned, or as the model chooses them."""
-        pinned = self.split_splits if route == "split" else self.workqueue_splits
+        pinned = self.pinned_splits(route)
         if pinned is not None:
             return np.full(len(seq_lens), pinned, np.int64)
         ready = self._ready(shape, device, (route,))
@@ -112,8 +116,8 @@ class CalibratedPolicy:
         if np.isnan(constants[:, 0]).all():
             raise ValueError(f"available: expected a route that {device.name} has a model of, got {', '.join(available)}")
         pinned = np.zeros(len(ROUTES), np.int64)
-        for name, count in (("split", self.split_splits), ("workqueue", self.workqueue_splits)):
-            pinned[ROUTES.index(name)] = count or 0
+        for route in HOST_ROUTES:
+            pinned[ROUTES.index(route)] = self.pinned_splits(route) or 0
         ready = _Prepared(
             constants=constants,
             plan_us=np.nan_to_num(constants[:, PLAN]).tolist(),
@@ -153,6 +157,10 @@ class FixedPolicy:
             raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
         self.name = self.route = route
         self._priced = CalibratedPolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
+
+    def pinned_splits(self, route: str) -> int | None:
+        """As CalibratedPolicy's."""
+        return self._priced.pinned_splits(route)
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,

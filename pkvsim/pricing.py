@@ -15,9 +15,8 @@ import numpy as np
 
 from pkvsim.pricing_tasks import (
     BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN, QUEUE, TILE, WHOLE,
-    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, cta_slots, entry, even_us,
-    merge_us,
-    query_us, read_speeds, sm_gb_s, total_tokens,
+    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, compiled, cta_slots,
+    even_us, merge_us, query_us, read_speeds, sm_gb_s, total_tokens,
 )  # fmt: skip
 
 __all__ = [
@@ -26,7 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@entry
+@compiled
 def price_routes(
     seq_lens: np.ndarray,  # [batch_size] int32 or int64, zeros allowed
     num_kv_heads: int,
@@ -49,7 +48,7 @@ def price_routes(
     )
 
 
-@entry
+@compiled
 def price_pinned(
     seq_lens: np.ndarray, num_kv_heads: int, group_size: int, head_dim: int, kv_element_bytes: int, num_sms: int,
     constants: np.ndarray, prices_us: np.ndarray, splits: np.ndarray,
@@ -66,7 +65,7 @@ def price_pinned(
             )
 
 
-@entry
+@compiled
 def row_splits(
     seq_lens: np.ndarray,  # [batch_size] int32 or int64
     num_kv_heads: int,
@@ -94,7 +93,7 @@ def row_splits(
             out[row] = bucket_splits(alike * num_kv_heads, length, slots, c)
 
 
-@entry
+@compiled
 def price_steps(
     lengths: np.ndarray, offsets: np.ndarray, owners: np.ndarray, shapes: np.ndarray, element_bytes: int, num_sms: int,
     constants: np.ndarray, prices_us: np.ndarray,
@@ -117,7 +116,7 @@ def price_steps(
     prices_us /= steps
 
 
-@entry
+@compiled
 def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
     """The lengths above 0, longest first, int64. A shell sort: steps are short, and np.sort takes a second to compile."""
     ordered = np.empty(len(seq_lens), np.int64)
@@ -141,7 +140,7 @@ def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
     return ordered[:used]
 
 
-@entry
+@compiled
 def price_route(
     ordered: np.ndarray,  # [rows] int64 > 0, longest first
     num_kv_heads: int,

@@ -57,7 +57,7 @@ def route_counters(
         splits = policy.split_counts(route, shape, seq_lens)
         schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=PAPER_TILE_TOKENS)
     else:
-        pinned = None if route == "balanced" else getattr(policy, f"{route}_splits")
+        pinned = policy.pinned_splits(route)
         schedule = route_schedule(device_routes(device)[route], shape, seq_lens, num_sms=device.num_sms, splits=pinned)
     return schedule_counters(schedule, shape, seq_lens, device)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_inner = numba.njit(cache=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_compiled = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
+_inner = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
 
 
 @_inner
@@ -47,7 +48,7 @@ def _pop(keys: np.ndarray, slots: np.ndarray, size: int) -> int:
     return first
 
 
-@numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
+@_compiled
 def run_tasks(
     order: np.ndarray,  # [num_ctas] int64, CTAs in the order in which slots take them
     cta_offsets: np.ndarray,  # [num_ctas + 1] int64, CTA i runs tasks [cta_offsets[i], cta_offsets[i + 1])
