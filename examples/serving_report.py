@@ -129,6 +129,18 @@ def routes_table(all_groups: list[Group]) -> Table:
     return Table("steps by route, adaptive", ("run", *seen), rows)
 
 
+def adaptive_table(all_groups: list[Group]) -> Table:
+    """One line per run: how many times as fast as FlashInfer the adaptive engine is."""
+    rows = []
+    for group in (group for group in all_groups if ADAPTIVE in group.engines):
+        cells = [us(float(np.mean(group.means(ADAPTIVE, clock)))) for clock in CLOCKS]
+        for over in (DEFAULT, None):
+            cells += [ratio(group.ratios(ADAPTIVE, clock, over or group.best_flashinfer(clock))) for clock in CLOCKS]
+        rows.append((group.title, *cells))
+    columns = ("event us", "wall us", "x default, event", "x default, wall", "x best, event", "x best, wall")
+    return Table("adaptive against FlashInfer", ("run", *columns), tuple(rows))
+
+
 def step_regrets(record: Record, clock: str) -> np.ndarray:
     """Of each step, by how much the chosen route is slower than the fastest one [steps]; empty without decisions."""
     times = {name: row[clock] for name, row in record["engines"].items() if name != ADAPTIVE}
@@ -223,4 +235,5 @@ def all_tables(records: list[Record], *, exhaustive: bool) -> list[Table]:
         tables.append(routes_table(decided))
     if decided and exhaustive:
         tables += [regret_table(decided), prediction_table(decided)]
-    return [*tables, errors_table(records)]
+    tables.append(errors_table(records))
+    return [*tables, adaptive_table(decided)] if decided else tables

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from pkvsim.route_model import ROUTES
 from serving_options import Config, add_trace_options, comma_list, configs, make_trace, positive
 
 if TYPE_CHECKING:
+    from result_tables import Table
     from serving_engines import EngineSet
     from serving_run import Bench
 
@@ -160,11 +161,12 @@ def run_all(args: argparse.Namespace, bench: Bench, document: dict) -> None:
         if args.ablate and run.seed == args.seeds[0]:
             document["ablations"].append(ablate(bench, engines, trace, label=run.config.label, quick=args.quick))
         if args.json is not None:
-            write_json(args.json, document | {"seconds": time.perf_counter() - started})
+            document["seconds"] = time.perf_counter() - started
+            write_json(args.json, document)
 
 
-def print_document(document: dict, *, exhaustive: bool) -> None:
-    """Every table, on stdout."""
+def print_document(document: dict, *, exhaustive: bool) -> list[Table]:
+    """Prints every table on stdout, the one line a run last, and returns them."""
     from rich.console import Console
 
     from serving_ablate import ablation_tables
@@ -172,11 +174,12 @@ def print_document(document: dict, *, exhaustive: bool) -> None:
     from serving_report import all_tables
 
     console = Console(width=None if sys.stdout.isatty() else 190)
-    tables = all_tables(document["runs"], exhaustive=exhaustive) if document["runs"] else []
+    tables = ablation_tables(document["ablations"]) if document["ablations"] else []
     tables += [layers_table(document["layers"])] if document["layers"] else []
-    tables += ablation_tables(document["ablations"]) if document["ablations"] else []
+    tables += all_tables(document["runs"], exhaustive=exhaustive) if document["runs"] else []
     for table in tables:
         table.print(console)
+    return tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,7 +204,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"serving_trace: error: {error}", file=sys.stderr)
         return 2
     finally:
-        print_document(document, exhaustive=args.exhaustive)
+        tables = print_document(document, exhaustive=args.exhaustive)
+        if args.json is not None:
+            write_json(args.json, document | {"tables": [asdict(table) for table in tables]})
     return 0 if document["runs"] else 1
 
 

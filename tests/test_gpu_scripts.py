@@ -293,6 +293,7 @@ def test_every_serving_table_prints(capsys):
         "regret",
         "predicted against measured",
         "largest errors",
+        "adaptive against FlashInfer",
         "33%",
         "833",
         "kernel us by splits",
