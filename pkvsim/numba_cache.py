@@ -1,4 +1,4 @@
-"""Keeps compiled caches honest across files.
+"""How compiled functions that call each other across files are compiled and cached.
 
 Numba recompiles a cached function when its own file changes, not when a file changes that it calls into; the
 result would be last week's prices in today's loop.
@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import numba
+
+# For functions that only compiled ones call: less to compile on a first run.
+inner = numba.njit(cache=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def drop_stale(dispatcher: Any, *modules: Any) -> None:

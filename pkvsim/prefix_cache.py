@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.pricing_tasks import inner
+from pkvsim.numba_cache import inner
 from pkvsim.requests import RequestTrace
 
 KINDS = ("none", "lru", "infinite", "belady")

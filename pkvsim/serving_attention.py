@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from pkvsim.paper_rules import FLASHINFER, paper_choice
-from pkvsim.pricing import price_route, price_routes
-from pkvsim.pricing_tasks import inner
+from pkvsim.pricing import price_route
+from pkvsim.numba_cache import inner
 from pkvsim.serving_state import DECODE_STEPS, DECODING, PAPER, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 
@@ -28,58 +30,55 @@ def attend(attention, state):
     count = state.cursor[DECODING]
     if count == 0:
         return -1, 0.0, 0.0
-    lens, clipped = state.lens[:count], state.clipped[:count]
-    for at in range(count):
-        lens[at] = state.cached[state.decoding[at]] + 1
+    lens = state.lens[:count]
     route, splits = -1, 0
     us, best_us = 0.0, 0.0
-    if attention.layers[1] > 0:
-        for at in range(count):
-            clipped[at] = min(lens[at], attention.window)
-        route, us, best_us, splits = _route(attention, state, clipped, attention.layers[1])
-    if attention.layers[0] > 0:
-        route, full_us, full_best_us, splits = _route(attention, state, lens, attention.layers[0])
-        us += full_us
-        best_us += full_best_us
+    for kind in range(1, -1, -1):  # full layers last, because their route is the step's
+        if attention.layers[kind] > 0:
+            for at in range(count):
+                seen = state.cached[state.decoding[at]] + 1
+                lens[at] = min(seen, attention.window) if kind else seen
+            route, kind_us, kind_best_us, splits = _route(attention, lens, attention.layers[kind])
+            us += kind_us
+            best_us += kind_best_us
     _sample(state, lens, route, splits)
     return route, us, best_us
 
 
 @inner
-def _route(attention, state, lens, layers):
+def _route(attention, lens, layers):
     """(route, us, us of the cheapest route, splits of every row or 0) of `layers` layers that see lens [rows]."""
-    price_routes(
-        lens, attention.num_kv_heads, attention.group_size, attention.head_dim, attention.kv_element_bytes,
-        attention.num_sms, attention.constants, state.prices_us, state.splits,
-    )  # fmt: skip
-    best_us = math.inf
-    for route in range(len(state.prices_us)):
-        best_us = min(best_us, layers * state.prices_us[route] + attention.plan_us[route])
+    taken, taken_us, best_us = -1, math.inf, math.inf
+    for route in range(len(attention.plan_us)):
+        if math.isinf(attention.plan_us[route]):
+            continue
+        us = _price_us(attention, lens, layers, route, np.int64(0))  # a bare 0 would compile all twice
+        best_us = min(best_us, us)
+        if attention.allowed[route]:
+            if attention.pinned:
+                us = _price_us(attention, lens, layers, route, attention.pinned)
+            if us < taken_us:
+                taken, taken_us = route, us
+    splits = attention.pinned
     if attention.rule == PAPER:
         choice, splits = paper_choice(
             lens, attention.num_kv_heads, attention.group_size, attention.head_dim, attention.kv_element_bytes,
             attention.num_sms, attention.paper,
         )  # fmt: skip
-        route = attention.paper_routes[choice]
-        us = state.prices_us[route] if choice == FLASHINFER else _pinned_us(attention, lens, route, splits)
-        return route, layers * us + attention.plan_us[route], best_us, 0 if choice == FLASHINFER else splits
-    taken, taken_us = -1, math.inf
-    for route in range(len(state.prices_us)):
-        if attention.allowed[route]:
-            us = _pinned_us(attention, lens, route, attention.pinned) if attention.pinned else state.prices_us[route]
-            us = layers * us + attention.plan_us[route]
-            if us < taken_us:
-                taken, taken_us = route, us
-    return taken, taken_us, best_us, attention.pinned
+        splits *= choice != FLASHINFER
+        taken = attention.paper_routes[choice]
+        taken_us = _price_us(attention, lens, layers, taken, splits)
+    return taken, taken_us, best_us, splits
 
 
 @inner
-def _pinned_us(attention, lens, route, splits):
-    """Kernel us of one layer on a route whose rows take `splits` splits each."""
-    return price_route(
+def _price_us(attention, lens, layers, route, splits):
+    """What `layers` layers cost on a route, host planning included; splits of every row, 0 for the route's own rule."""
+    us, _ = price_route(
         lens, attention.num_kv_heads, attention.group_size, attention.head_dim, attention.kv_element_bytes,
         attention.num_sms, attention.constants[route], splits,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return layers * us + attention.plan_us[route]
 
 
 @inner

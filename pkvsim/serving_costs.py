@@ -101,7 +101,7 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
         kv_element_bytes=KV_ELEMENT_BYTES,
         num_sms=device.num_sms,
         constants=constants,
-        plan_us=np.where(known, constants[:, PLAN], 0.0),
+        plan_us=np.where(known, constants[:, PLAN], np.inf),
         rule=PAPER if policy == "paper" else CHEAPEST,
         allowed=allowed,
         pinned=config.splits or 0,

@@ -11,9 +11,8 @@ import sys
 import numba
 
 from pkvsim import paper_rules, prefix_cache, pricing, pricing_tasks, schedule, serving_attention, serving_scheduler
-from pkvsim.numba_cache import drop_stale
+from pkvsim.numba_cache import drop_stale, inner
 from pkvsim.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
-from pkvsim.pricing_tasks import inner
 from pkvsim.serving_attention import attend
 from pkvsim.serving_scheduler import admit, give_back, grow, prefill_running
 from pkvsim.serving_state import (

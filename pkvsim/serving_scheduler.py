@@ -6,7 +6,7 @@ that run: `rows` is in trace order, and so is the stack of the preempted with th
 from __future__ import annotations
 
 from pkvsim.prefix_cache import acquire, allocate, free, release, resident_prefix
-from pkvsim.pricing_tasks import inner
+from pkvsim.numba_cache import inner
 from pkvsim.serving_attention import prefill_attention_us
 from pkvsim.serving_state import DECODING, NEXT_ARRIVAL, PREEMPTED, ROWS, SERVED, WAITING_AT
 

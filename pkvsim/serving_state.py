@@ -59,7 +59,7 @@ class Attention(NamedTuple):
     kv_element_bytes: int
     num_sms: int
     constants: np.ndarray  # [R, NUM_CONSTANTS] float64
-    plan_us: np.ndarray  # [R] float64, host planning per step
+    plan_us: np.ndarray  # [R] float64, host planning per step; inf where the GPU has no model of the route
     rule: int  # CHEAPEST of the allowed routes, or PAPER
     allowed: np.ndarray  # [R] bool
     pinned: int  # splits of every row on the allowed routes, 0: what the route's own rule chooses
@@ -88,9 +88,6 @@ class State(NamedTuple):
     hit_blocks: np.ndarray  # [n] int32, at first admission
     hit_tokens: np.ndarray  # [n] int64, at first admission
     lens: np.ndarray  # [max_batch] int64, scratch: lengths of decoding
-    clipped: np.ndarray  # [max_batch] int64, scratch: lengths within the window
-    prices_us: np.ndarray  # [R] float64, scratch
-    splits: np.ndarray  # [R] int64, scratch
     totals: np.ndarray  # [len(LOG_COLUMNS)] float64, sums over steps
     route_steps: np.ndarray  # [R] int64, decode steps by the route of their full-attention layers
     log: np.ndarray  # [LOG_CAPACITY, len(LOG_COLUMNS)] float64, sums over the steps of an entry
@@ -122,9 +119,6 @@ def new_state(num_requests: int, num_routes: int, limits: Limits, pool: PagePool
         hit_blocks=np.zeros(n, np.int32),
         hit_tokens=np.zeros(n, np.int64),
         lens=np.zeros(most, np.int64),
-        clipped=np.zeros(most, np.int64),
-        prices_us=np.zeros(num_routes),
-        splits=np.zeros(num_routes, np.int64),
         totals=np.zeros(len(LOG_COLUMNS)),
         route_steps=np.zeros(num_routes, np.int64),
         log=np.zeros((LOG_CAPACITY, len(LOG_COLUMNS))),
