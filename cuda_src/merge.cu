@@ -5,7 +5,7 @@
 // of the partials.
 #include "state.cuh"
 
-extern "C" __global__ void __launch_bounds__(pkv::THREADS)
+extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
 pkv_merge(const pkv::Slot* partials, const int* split_offsets, const int* rows, half_type* out, float* lse) {
   pkv::let_next_kernel_start();
   pkv::wait_for_previous_kernel();
@@ -23,7 +23,7 @@ pkv_merge(const pkv::Slot* partials, const int* split_offsets, const int* rows, 
       float2 ml = make_float2(__int_as_float(0xff800000), 0.0f);
       if (lane < count) ml = parts[static_cast<long long>(lane) * num_kv_heads].ml[head];
       const float scale = sum.weigh(ml);
-      #pragma unroll 8
+      #pragma unroll 4
       for (int p = 0; p < count; ++p) {
         const float part_scale = __shfl_sync(pkv::ALL_LANES, scale, p);
         #pragma unroll

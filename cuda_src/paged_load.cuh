@@ -16,6 +16,8 @@ constexpr int TILE_BYTES = PKV_TILE * ROW_BYTES;
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
 constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;    // tiles whose page ids one register per lane holds
 
+// Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
+
 // Where the pages are. Strides in elements; K and V share them.
 struct Pages {
   const half_type *k, *v;
@@ -91,7 +93,7 @@ struct Loader {
     const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
     if (TILE_IN_PAGE) return base + static_cast<long long>(row) * pages.token_stride;
     const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
-    return id * pages.page_stride + static_cast<long long>(pending_head) * pages.head_stride +
+    return id * pages.page_stride + static_cast<long long>(pending_head / HEAD_SPLIT) * pages.head_stride +
            static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * pages.token_stride;
   }
 
@@ -116,7 +118,7 @@ struct Loader {
       pending_rows = now.seq_len - tile * PKV_TILE;
       if (TILE_IN_PAGE) {
         const int id = __shfl_sync(0xffffffffu, ids, count % IDS_TILES);
-        base = id * pages.page_stride + static_cast<long long>(now.kv_head) * pages.head_stride +
+        base = id * pages.page_stride + static_cast<long long>(now.kv_head / HEAD_SPLIT) * pages.head_stride +
                static_cast<long long>((tile * PKV_TILE) % PAGE_SIZE) * pages.token_stride;
       }
       copy_tile(pages.k, to, pages, lane);

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpu.tuned import tuned_choice
 from pkvsim import DecodeShape
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
-MAX_GROUP_SIZE = 32
-MAX_ACCUMULATED = 4096  # query heads x head_dim whose FP32 accumulators a warp's registers hold
+MAX_GROUP_SIZE = 128
+MAX_HEADS = 32  # query heads of a group that a warp serves at a time
+MAX_ACCUMULATED = 2048  # query heads x head_dim whose FP32 accumulators its registers hold
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 HEAD_DIMS = (64, 128, 256)
 
@@ -17,11 +19,11 @@ HEAD_DIMS = (64, 128, 256)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
                       100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 
-# (warps, stages) by head_dim, best first; the first that fits is taken. More than 128 KiB in flight gained nothing on
-# an H200 and cost 1 us at 1 x 8K (2026-11-21).
-_CHOICES = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
-            128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
-            256: ((4, 2), (2, 2), (2, 1), (1, 1))}
+# (warps, stages) by head_dim where no table was measured, best first; the first that fits is taken: as many bytes in flight
+# as there is room for, up to 128 KiB, beyond which an H200 gained nothing.
+_CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
+               128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
+               256: ((4, 2), (2, 2), (2, 1), (1, 1))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class KernelConfig:
     """Compile-time constants of one kernel variant."""
 
     head_dim: int
-    group_size: int
+    group_size: int  # query heads a CTA serves at a time: the shape's group_size / head_split
+    head_split: int
     page_size: int
     dtype: str
     warps: int
@@ -53,13 +56,40 @@ class KernelConfig:
         return (self.group_size * (self.head_dim * 4 + 8) + 15) // 16 * 16
 
     def defines(self) -> dict[str, int]:
-        return {"HEAD_DIM": self.head_dim, "GROUP_SIZE": self.group_size, "PAGE_SIZE": self.page_size,
-                "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
+        return {"HEAD_DIM": self.head_dim, "GROUP_SIZE": self.group_size, "HEAD_SPLIT": self.head_split,
+                "PAGE_SIZE": self.page_size, "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
                 "SHARED_BYTES": self.shared_bytes}
 
 
-def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int) -> KernelConfig:
-    """The variant for a shape on a GPU (compute capability as major * 10 + minor).
+def shared_limit_bytes(compute_capability: int) -> int:
+    """Shared memory a CTA may use. An architecture that is not listed gets the smallest limit of those that are."""
+    return SHARED_LIMIT_BYTES.get(compute_capability, min(SHARED_LIMIT_BYTES.values()))
+
+
+def head_split(group_size: int, head_dim: int) -> int:
+    """CTAs' worth of query heads that a group is split into, each reading the KV head's pages: the fewest that fit."""
+    return next(split for split in range(1, group_size + 1) if group_size % split == 0
+                and group_size // split <= MAX_HEADS and group_size // split * head_dim <= MAX_ACCUMULATED)
+
+
+def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...], limit_bytes: int) -> list[KernelConfig]:
+    """The variants of a shape with these (warps, stages) that fit, each with as many buffers as fit."""
+    split = head_split(shape.group_size, shape.head_dim)
+    found = []
+    for warps, stages in choices:
+        for buffers in (2, 1):
+            config = KernelConfig(shape.head_dim, shape.group_size // split, split, shape.page_size, dtype, warps, stages,
+                                  buffers)
+            if config.shared_bytes <= limit_bytes:
+                found.append(config)
+                break
+    return found
+
+
+def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
+                  variant: tuple[int, int] | None = None) -> KernelConfig:
+    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages) as asked for, as tuned,
+    or by calculation.
 
     Raises ValueError naming the argument that no kernel serves.
     """
@@ -69,19 +99,13 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int) -> Ke
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shape.head_dim}")
     if shape.group_size > MAX_GROUP_SIZE:
         raise ValueError(f"group_size: expected at most {MAX_GROUP_SIZE}, got {shape.group_size}")
-    if shape.group_size * shape.head_dim > MAX_ACCUMULATED:
-        raise ValueError(f"group_size: expected at most {MAX_ACCUMULATED // shape.head_dim} with head_dim {shape.head_dim}, "
-                         f"got {shape.group_size}")
     if shape.page_size > 256:
         raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
-    # An architecture that is not listed gets the smallest limit of those that are.
-    limit = SHARED_LIMIT_BYTES.get(compute_capability, min(SHARED_LIMIT_BYTES.values()))
-    for warps, stages in _CHOICES[shape.head_dim]:
-        for buffers in (2, 1):
-            config = KernelConfig(shape.head_dim, shape.group_size, shape.page_size, dtype, warps, stages, buffers)
-            if config.shared_bytes <= limit:
-                return config
-    raise ValueError(f"shape: no kernel variant of head_dim {shape.head_dim} and group_size {shape.group_size} fits "
-                     f"{limit} bytes of shared memory")
+    choices = (variant,) if variant else tuned_choice(shape, dtype, compute_capability) + _CALCULATED[shape.head_dim]
+    fitting = variants(shape, dtype, choices, shared_limit_bytes(compute_capability))
+    if not fitting:
+        raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and group_size {shape.group_size} fits "
+                         f"{shared_limit_bytes(compute_capability)} bytes of shared memory")
+    return fitting[0]

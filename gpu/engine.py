@@ -51,7 +51,8 @@ class DecodeEngine:
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int = MIN_COST,
-                 part_cost: int = PART_COST, scale: float | None = None, device: DeviceSpec | str | None = None,
+                 part_cost: int = PART_COST, variant: tuple[int, int] | None = None,
+                 scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
@@ -71,7 +72,7 @@ class DecodeEngine:
         current = cupy.cuda.Device()
         self.shape, self.dtype = shape, dtype
         self.schedule = schedule
-        self.config = kernel_config(shape, dtype, int(current.compute_capability))
+        self.config = kernel_config(shape, dtype, int(current.compute_capability), variant=variant)
         # What the kernels take for KV heads: the parts of each, where its group is split.
         self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
         self.device_id = current.id
