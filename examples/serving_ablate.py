@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu.timing import capture, graph_time_us, shared_stream, wall_time_us
-from pkvsim.cost import schedule_counters
 from pkvsim.traces import Trace
-from serving_engines import EngineSet, StepInputs, own_schedule
+from serving_engines import EngineSet, StepInputs, own_counters
 from result_tables import Table, us
 
 if TYPE_CHECKING:
@@ -131,8 +130,7 @@ def _packing(
         for step in inputs:
             splits = splits_of(step.seq_lens)
             times.append(_kernel_us(bench, pages, engines, step, route, splits))
-            schedule = own_schedule(engines, route, step.seq_lens, splits)
-            counters.append(schedule_counters(schedule, engines.shape, step.seq_lens, bench.device))
+            counters.append(own_counters(engines, route, step.seq_lens, splits, device=bench.device))
         grid = [
             len(step.seq_lens) * BUCKET_SPLITS * engines.shape.num_kv_heads / one.cta_work_per_sm / bench.device.num_sms
             for step, one in zip(inputs, counters, strict=True)

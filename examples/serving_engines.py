@@ -1,7 +1,7 @@
 """The engines that serving_trace compares, each planning and running the same step on the same pages."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from gpu import flashinfer as fi
 from gpu.config import TILE_TOKENS
 from gpu.routes import BACKENDS, RouteEngine, RouteUnavailable, available_routes, build
-from pkvsim import DecodeShape, Schedule, make_schedule
+from pkvsim import DecodeShape, make_schedule
+from pkvsim.cost import StepCounters, schedule_counters, useful_kv_bytes
 from pkvsim.device import DeviceSpec
 from pkvsim.route_model import OWN_ROUTES
 
@@ -174,21 +175,28 @@ def build_engines(
     return EngineSet(shape=shape, engines=engines, left_out=left_out)
 
 
-def own_schedule(engines: EngineSet, route: str, seq_lens: np.ndarray, splits: np.ndarray | None) -> Schedule:
-    """The schedule that this engine of ours makes of a step, by pkvsim's planner."""
-    engine = engines.engines[route].engine.engine
-    if route != "balanced":
-        return make_schedule(route, engines.shape, seq_lens, splits=splits, tile_tokens=engine.tile_tokens)
-    return make_schedule(
-        route,
-        engines.shape,
-        seq_lens,
-        tile_tokens=TILE_TOKENS,
-        num_ctas=engine.num_ctas,
-        segment_cost=engine.segment_cost,
-        min_cost=engine.min_cost,
-        part_cost=engine.part_cost,
-    )
+def own_counters(
+    engines: EngineSet, route: str, seq_lens: np.ndarray, splits: np.ndarray | None, *, device: DeviceSpec
+) -> StepCounters:
+    """Counters of the schedule that this engine of ours makes of a step, by pkvsim's planner."""
+    engine, shape = engines.engines[route].engine.engine, engines.shape
+    # Where a group is split, its parts are planned as KV heads; the KV is still useful once.
+    heads = replace(shape, num_kv_heads=shape.num_kv_heads * engine.config.head_split)
+    if route == "balanced":
+        schedule = make_schedule(
+            route,
+            heads,
+            seq_lens,
+            tile_tokens=TILE_TOKENS,
+            num_ctas=engine.num_ctas,
+            segment_cost=engine.segment_cost,
+            min_cost=engine.min_cost,
+            part_cost=engine.part_cost,
+        )
+    else:
+        schedule = make_schedule(route, heads, seq_lens, splits=splits, tile_tokens=engine.tile_tokens)
+    counters = schedule_counters(schedule, heads, seq_lens, device)
+    return replace(counters, useful_kv_bytes=useful_kv_bytes(shape, seq_lens))
 
 
 def decide(router: Router, seq_lens: np.ndarray) -> Decision:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu.timing import StreamLimit, l2_bytes, rotation_length, shared_stream
-from pkvsim.cost import MIB, StepCounters, flashinfer_counters, schedule_counters, useful_kv_bytes
+from pkvsim.cost import MIB, StepCounters, flashinfer_counters, useful_kv_bytes
 from pkvsim.traces import Trace, TraceStep, assign_pages
 from serving_check import TOLERANCE, float64_error, layer_caches
-from serving_engines import ADAPTIVE, BACKENDS, EngineSet, StepInputs, decide, make_step, own_schedule
+from serving_engines import ADAPTIVE, BACKENDS, EngineSet, StepInputs, decide, make_step, own_counters
 from serving_measure import StepTimer
 
 if TYPE_CHECKING:
@@ -170,8 +170,7 @@ def step_counters(bench: Bench, engines: EngineSet, route: str, step: StepInputs
     """What the schedule that this engine just ran does."""
     if route in BACKENDS:
         return flashinfer_counters(engines.shape, step.seq_lens, bench.device)
-    schedule = own_schedule(engines, route, step.seq_lens, step.splits.get(route))
-    return schedule_counters(schedule, engines.shape, step.seq_lens, bench.device)
+    return own_counters(engines, route, step.seq_lens, step.splits.get(route), device=bench.device)
 
 
 def mean_counters(counters: list[StepCounters]) -> dict[str, float]:
