@@ -56,3 +56,51 @@ def test_bad_device_files(tmp_path, text, message):
 def test_unknown_device():
     with pytest.raises(ValueError, match="device: expected one of a10, .* or the path of a .json file, got 'b300'"):
         get_device("b300")
+
+
+def change_route(**fields):
+    data = json.loads((CATALOGUE / "h200.json").read_text())
+    model = data["routes"]["balanced"]["model"]
+    for name, value in fields.items():
+        (model if name in model else data["routes"]["balanced"])[name] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (change_route(fixed_us=float("nan")), r"x.json: routes.balanced.model.fixed_us: expected a finite number >= 0, got nan"),
+        (change_route(bandwidth_gb_s=float("inf")), "routes.balanced.model.bandwidth_gb_s: expected a finite number > 0, got inf"),
+        (change_route(plan_us=-1), "routes.balanced.model.plan_us: expected a finite number >= 0, got -1"),
+        (change_route(merge_us="3"), "routes.balanced.model.merge_us: expected a finite number >= 0, got '3'"),
+        (change_route(rule="greedy"), "routes.balanced.model.rule: expected one of whole"),
+        (change_route(warp=1), "routes.balanced: unknown: warp"),
+        (change_route(date=""), "routes.balanced.date: expected text, got ''"),
+        (change_route(status="datasheet"), "routes.balanced.status: expected calibrated or estimated"),
+        (change_route(held_out={"measurements": 1}), "routes.balanced.held_out: expected mean_percent, measurements"),
+        (
+            change_route(held_out={"measurements": 1, "median_percent": 1, "mean_percent": float("nan")}),
+            "routes.balanced.held_out.mean_percent: expected a finite number >= 0, got nan",
+        ),
+        (change_route(model={}), "routes.balanced.model: missing or unknown: bandwidth_gb_s"),
+        (change_route().replace('"xqa"', '"warp"'), "routes.warp: expected one of flashinfer_cuda_core"),
+        (change(l2_mib={"value": float("nan"), "status": "datasheet", "source": "s"}), "l2_mib: expected a number > 0, got nan"),
+        (change(l2_mib={"value": float("inf"), "status": "datasheet", "source": "s"}), "l2_mib: expected a number > 0, got inf"),
+    ],
+)
+def test_bad_numbers_name_file_and_field(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_device(path)
+
+
+@pytest.mark.parametrize("name", ["h200", "rtx3060"])
+def test_calibrated_routes_round_trip_with_source_and_error(name, tmp_path):
+    device = get_device(name)
+    path = tmp_path / "mine.json"
+    path.write_text(device.to_json())
+    assert load_device(path).calibration == device.calibration
+    for entry in device.calibration.values():
+        assert entry.source and entry.date
+    assert any(entry.held_out is not None for entry in device.calibration.values())
