@@ -1,0 +1,62 @@
+"""pkvsim step."""
+from __future__ import annotations
+
+import json
+from typing import Annotated, Optional
+
+import typer
+
+from pkvsim.commands.errors import one_line_errors
+
+
+def step(
+    seq_lens: Annotated[
+        str, typer.Option(help="Tokens in cache of every row: 65536,2048 or, for sixteen rows alike, 2048x16.")
+    ],
+    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
+    num_q_heads: Annotated[int, typer.Option()] = 32,
+    num_kv_heads: Annotated[int, typer.Option()] = 8,
+    head_dim: Annotated[int, typer.Option()] = 128,
+    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
+    routes: Annotated[
+        Optional[str], typer.Option(help="Comma-separated routes; by default all that the device has.")
+    ] = None,
+    splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row (split and workqueue).")] = None,
+    layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
+    plot: Annotated[
+        Optional[str], typer.Option(help="Draw the tasks on their CTA slots to this .png or .svg file.")
+    ] = None,
+    timeline: Annotated[
+        Optional[str], typer.Option(help="Write them to this .json file in Chrome's trace format, for Perfetto.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Explains one decode step: every route's price, its tasks on CTA slots, and what bounds it.
+
+    \b
+    Examples:
+      pkvsim step --seq-lens 65536,2048x15 --device rtx3060
+      pkvsim step --seq-lens 8192x8 --device h200 --routes balanced,workqueue --plot step.png
+      pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
+    """
+    with one_line_errors():
+        from pkvsim.device import get_device
+        from pkvsim.shapes import DecodeShape, check_int
+        from pkvsim.step import explain_step, parse_seq_lens
+
+        if splits is not None:
+            check_int("splits", splits, 1)
+        report = explain_step(
+            DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size),
+            parse_seq_lens(seq_lens),
+            get_device(device),
+            routes=None if routes is None else [name.strip() for name in routes.split(",") if name.strip()],
+            layers=layers,
+            splits=splits,
+        )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+        return
+    from pkvsim.step_table import print_step
+
+    print_step(report)
