@@ -17,7 +17,7 @@ from pkvsim.serving_attention import attend
 from pkvsim.serving_scheduler import admit, give_back, grow, prefill_running
 from pkvsim.serving_state import (
     ATTENTION, BEST, DECODE_ROWS, DECODING, DURATION, LOG_CAPACITY, LOG_FILL, LOG_STRIDE, LOG_USED, NEXT_ARRIVAL, PAGES,
-    PREEMPTED, PREFILL, PREFILL_TOKENS, REST, ROW_COUNT, ROWS, SERVED, START, STEP, WAITING, WAITING_AT,
+    POOL_FULL, PREEMPTED, PREFILL, PREFILL_TOKENS, REST, ROW_COUNT, ROWS, SERVED, START, STEP, WAITING, WAITING_AT,
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def advance(work, limits, attention, linear_us, host_us, state, max_steps):
     """
     cursor = state.cursor
     for _ in range(max_steps):
-        while not _arrive(work, state):
+        while _may_arrive(work, cursor, state.clock_us[0]) and not _arrive(work, state):
             if cursor[NEXT_ARRIVAL] == len(work.arrival_us):
                 return True
             state.clock_us[0] = max(state.clock_us[0], work.arrival_us[cursor[NEXT_ARRIVAL]])
@@ -37,8 +37,10 @@ def advance(work, limits, attention, linear_us, host_us, state, max_steps):
         grow(work, limits, state)
         decode_rows = cursor[DECODING]
         budget = limits.step_tokens - decode_rows
-        prefill_tokens, prefill_us = prefill_running(attention, state, budget)
-        if cursor[PREEMPTED] == preempted_before:
+        prefill_tokens, prefill_us = 0, 0.0
+        if decode_rows < cursor[ROWS]:
+            prefill_tokens, prefill_us = prefill_running(attention, state, budget)
+        if cursor[PREEMPTED] == preempted_before and not cursor[POOL_FULL]:
             more_tokens, more_us = admit(work, limits, attention, state, budget - prefill_tokens)
             prefill_tokens += more_tokens
             prefill_us += more_us
@@ -66,6 +68,13 @@ def advance(work, limits, attention, linear_us, host_us, state, max_steps):
         cursor[STEP] += 1
         _emit(work, limits, state)
     return False
+
+
+@inner
+def _may_arrive(work, cursor, now):
+    """Whether the arrival cursor has to be looked at: most steps are decided here."""
+    at = cursor[NEXT_ARRIVAL]
+    return cursor[ROWS] == 0 or (at < len(work.arrival_us) and work.arrival_us[at] <= now)
 
 
 @inner

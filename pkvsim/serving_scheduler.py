@@ -8,7 +8,7 @@ from __future__ import annotations
 from pkvsim.prefix_cache import acquire, allocate, free, release, resident_prefix
 from pkvsim.numba_cache import inner
 from pkvsim.serving_attention import prefill_attention_us
-from pkvsim.serving_state import DECODING, NEXT_ARRIVAL, PREEMPTED, ROWS, SERVED, WAITING_AT
+from pkvsim.serving_state import DECODING, NEXT_ARRIVAL, POOL_FULL, PREEMPTED, ROWS, SERVED, WAITING_AT
 
 
 @inner
@@ -61,6 +61,7 @@ def _preempt(work, limits, state, request):
 
 @inner
 def give_back(work, limits, state, request):
+    state.cursor[POOL_FULL] = 0
     free(state.pool, state.private_pages[request])
     state.private_pages[request] = 0
     release(state.pool, work.blocks, limits.cache_kind, request, state.cached[request])
@@ -100,6 +101,7 @@ def admit(work, limits, attention, state, budget):
         hit_blocks, hit_tokens = resident_prefix(state.pool, work.blocks, request)
         keep_free = limits.keep_free if cursor[ROWS] > 0 else 0
         if not acquire(state.pool, work.blocks, limits.cache_kind, request, private, keep_free):
+            cursor[POOL_FULL] = 1  # until somebody gives pages back
             break
         hit_tokens = min(hit_tokens, target - 1)
         if again:

@@ -14,7 +14,7 @@ from pkvsim.prefix_cache import PagePool, PromptBlocks
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
 (WAITING_AT, NEXT_ARRIVAL, ROWS, DECODING, PREEMPTED, STEP, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED,
- SAMPLE_STRIDE) = range(12)  # of cursor  # fmt: skip
+ SAMPLE_STRIDE, POOL_FULL) = range(13)  # of cursor  # fmt: skip
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
@@ -73,7 +73,7 @@ class State(NamedTuple):
     """Everything that changes from step to step."""
 
     clock_us: np.ndarray  # [1] float64
-    cursor: np.ndarray  # [12] int64
+    cursor: np.ndarray  # [13] int64
     rows: np.ndarray  # [max_batch] int64, running requests in trace order
     decoding: np.ndarray  # [max_batch] int64, those past prefill, longest first
     preempted: np.ndarray  # [max_batch + 1] int64, waiting to be recomputed, earliest on top
@@ -100,7 +100,7 @@ class State(NamedTuple):
 def new_state(num_requests: int, num_routes: int, limits: Limits, pool: PagePool) -> State:
     """Nothing has arrived."""
     n, most = num_requests, min(limits.max_batch, num_requests)
-    cursor = np.zeros(12, np.int64)
+    cursor = np.zeros(13, np.int64)
     cursor[LOG_STRIDE] = cursor[SAMPLE_STRIDE] = 1
     return State(
         clock_us=np.zeros(1),
