@@ -5,24 +5,27 @@ result would be last week's prices in today's loop.
 """
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
 import numba
+from numba.core.dispatcher import Dispatcher
 
 # For functions that only compiled ones call: less to compile on a first run.
 inner = numba.njit(cache=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-def drop_stale(dispatcher: Any, *modules: Any) -> None:
-    """Removes the cache indices of `modules` that are older than the newest of their sources.
+def drop_stale(package: str) -> None:
+    """Removes the cache indices of the package's compiled functions that are older than the newest of their sources.
 
-    dispatcher: any cached function of theirs, which knows where the cache lies. To be called on import, before the
-    first call; an index that is gone makes Numba compile again.
+    Looks at the modules that are loaded: to be called at the end of a module that calls into others, before its
+    functions are first called. Without an index Numba compiles again.
     """
-    sources = [Path(module.__file__) for module in modules]
-    newest = max(source.stat().st_mtime for source in sources)
-    for source in sources:
-        for index in Path(dispatcher.stats.cache_path).glob(f"{source.stem}.*.nbi"):
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == package]
+    compiled = [value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)]
+    places = {(Path(one.py_func.__code__.co_filename), Path(one.stats.cache_path)) for one in compiled}
+    newest = max((source.stat().st_mtime for source, _ in places), default=0.0)
+    for source, cache in places:
+        for index in cache.glob(f"{source.stem}.*.nbi"):
             if index.stat().st_mtime < newest:
                 index.unlink(missing_ok=True)

@@ -38,11 +38,18 @@ def simulate(
     """Serves the whole trace. policy: one of serving_costs.POLICIES. ValueError where the model does not fit."""
     num_pages = page_budget(model, device, config)
     blocks = _blocks(trace, config)
+    rejected = _rejected(trace, blocks, model, config, num_pages)
+    if rejected.all():
+        raise ValueError(
+            f"{trace.name}: expected a request that fits the KV pool of {num_pages * config.page_size:,} tokens and "
+            f"{model.name}'s context of {model.max_context:,}, the shortest has "
+            f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
+        )
     work = Work(
         arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
         prompt=trace.prompt_tokens,
         output=trace.output_tokens,
-        rejected=_rejected(trace, blocks, model, config, num_pages),
+        rejected=rejected,
         blocks=blocks,
     )
     limits = Limits(

@@ -6,11 +6,9 @@ order of arrival. `decoding` stays sorted by length without sorting, because all
 from __future__ import annotations
 
 import math
-import sys
 
 import numba
 
-from pkvsim import paper_rules, prefix_cache, pricing, pricing_tasks, schedule, serving_attention, serving_scheduler
 from pkvsim.numba_cache import drop_stale, inner
 from pkvsim.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
 from pkvsim.serving_attention import attend
@@ -159,7 +157,4 @@ def _log_entry(state):
     cursor[LOG_FILL] = 1
     return entry
 
-drop_stale(
-    advance, paper_rules, prefix_cache, pricing, pricing_tasks, schedule, serving_attention, serving_scheduler,
-    sys.modules[__name__],
-)  # fmt: skip
+drop_stale("pkvsim")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from pkvsim.device import get_device
@@ -54,12 +55,15 @@ def crowded(draw, *, blocks: bool = False, serial: bool = False):
         request += (st.lists(st.integers(0, 2), min_size=1, max_size=4),)
     rows = draw(st.lists(st.tuples(*request), min_size=1, max_size=30))
     page_size = draw(st.sampled_from([1, 16, 32]))
+    kv_pages = draw(st.integers(1, 800 // page_size + 1))
     max_batch = 1 if serial else draw(st.integers(1, 12))
     config = ServingConfig(
         page_size=page_size,
-        kv_gib=kv_gib(draw(st.integers(1, 800 // page_size + 1)), page_size),
+        kv_gib=kv_gib(kv_pages, page_size),
         max_batch=max_batch,
         step_tokens=draw(st.integers(max_batch, 200)),
         keep_free_fraction=draw(st.sampled_from([0.0, 0.05])),
     )
+    pool = kv_pages * page_size
+    assume(any(row[1] + row[2] + page_size <= pool for row in rows))  # a trace of which nothing fits is refused
     return make_trace(rows, blocks=blocks), config

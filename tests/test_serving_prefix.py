@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, kv_gib, make_trace
 
 from pkvsim.serving import simulate
 from pkvsim.serving_config import ServingConfig
+from pkvsim.serving_costs import page_budget
 from pkvsim.serving_state import SERVED
 
 MOONCAKE = Path(__file__).parents[2] / "shared" / "traces" / "mooncake_conversation.jsonl"
@@ -42,6 +43,8 @@ def test_lru_hits_at_most_belady_hits_at_most_infinite(case) -> None:
     trace, config = case
     whole = np.maximum(BLOCK_TOKENS, trace.prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS)  # blocks of one size
     trace = make_whole(trace, whole)
+    pool_tokens = page_budget(MODEL, DEVICE, config) * config.page_size
+    assume((whole + trace.output_tokens).min() + config.page_size <= pool_tokens)
     lru, belady, infinite = (
         int(run(trace, config, name).requests.hit_blocks.sum()) for name in ("lru", "belady", "infinite")
     )

@@ -79,6 +79,7 @@ def test_table_says_how_far_to_trust_it(capsys, monkeypatch, trace_file) -> None
         (["--model", "llama-3.1-8b", "--weight-bits", "16"], "15.0 GiB of weights"),
         (["--kv-gib", "40"], "kv_gib: expected at most"),
         (["--kv-gib", "0.0001"], "kv_gib: expected at least one page"),
+        (["--kv-gib", "0.004"], "requests: expected a request that fits the KV pool of 32 tokens"),
         (["--kv-gib", "nan"], "kv_gib: expected a number > 0, got nan"),
         (["--weight-bits", "3"], "weight_bits: expected one of 16, 8, 4, got 3"),
         (["--policies", "best"], "policies: expected names of paper, calibrated"),
