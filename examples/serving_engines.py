@@ -167,7 +167,7 @@ def build_engines(
             with shared_stream():
                 engines[name] = FixedEngine(name, shape, dtype)
         except RouteUnavailable as error:
-            left_out[name] = str(error)
+            left_out[name] = str(error).removeprefix(f"{name}: ")
     if ADAPTIVE in wanted:
         router = Router(shape, dtype, device=device, layers=layers, needs_lse=False)
         router.available = tuple(route for route in router.available if route not in left_out)

@@ -91,7 +91,7 @@ def test_a_wrong_engine_of_ours_stops_the_run(bench, trace) -> None:
             out += 0.01
 
     engines.engines["workqueue"].engine = Wrong()
-    with pytest.raises(RuntimeError, match="(workqueue|balanced): (float64_error|difference)"):
+    with pytest.raises(RuntimeError, match="workqueue: .*float64_error"):
         run_trace(bench, engines, trace, label="B2")
 
 
