@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numba
 from numba.extending import register_jitable
 
-from pkvsim.pricing_tasks import PARTIAL_ELEMENT_BYTES
+from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES
 
 PAPER_TILE_TOKENS = 32
 PAPER_GROUP_SIZE = 4  # the only group size the paper's engine serves

@@ -3,9 +3,6 @@
 A step's tasks share the memory bandwidth: each running CTA gets the lesser of what one CTA can read and its share.
 Tasks that all fit the CTA slots start together and advance alike, so their time follows from the sorted lengths;
 more tasks than slots run in waves. pkvsim.timeline simulates what is summed up here.
-
-Numba's cache of compiled code looks at the file of the function called from Python, not at what that calls: after a change
-of pricing_tasks.py touch this file, and after one of either touch the files whose compiled loops call it.
 """
 from __future__ import annotations
 
@@ -13,10 +10,13 @@ import math
 
 import numpy as np
 
-from pkvsim.pricing_tasks import (
+from pkvsim.numba_cache import drop_stale
+from pkvsim.pricing_base import (
     BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN, QUEUE, TILE, WHOLE,
-    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, compiled, cta_slots,
-    even_us, merge_us, query_us, read_speeds, sm_gb_s, total_tokens,
+    compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
+)  # fmt: skip
+from pkvsim.pricing_tasks import (
+    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, even_us, total_tokens,
 )  # fmt: skip
 
 __all__ = [
@@ -194,3 +194,6 @@ def price_route(
     if splits > 1:
         us += merge_us(c, float(splits), float(heads * splits), state, memory)
     return us, splits
+
+
+drop_stale("pkvsim")

@@ -1,4 +1,4 @@
-"""The parts of the closed form: what a route's constants give for speeds, merges, and tasks cut in each way. Compiled.
+"""The time of a step's tasks, cut in each of the ways that routes have. Compiled.
 
 `c` is a row of constants (RouteModel.to_row), `one` the us per token of one CTA alone, `all_` the us per token and running
 CTA where the bandwidth is shared, `sm` the us per token that the arithmetic of one SM takes. Lengths come sorted, longest
@@ -8,65 +8,19 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
-from pkvsim.route_model import CONSTANTS, RULES
+from pkvsim.numba_cache import inner
+from pkvsim.pricing_base import LAUNCH, MIN_SPLIT, SEGMENT, SEGMENT_COST, TASK, TILE, compiled, merge_us
 from pkvsim.schedule import MIN_COST, PART_COST, balanced_ranges
 
-PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
 FULLEST_SM_SIGMAS = 0.75  # tasks that all start at once: the fullest SM's load over the mean, in standard deviations
 LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
 QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
-(BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, PLAN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD,
- CTAS_PER_SM, TILE, MIN_SPLIT, SEGMENT_COST) = range(1, 1 + len(CONSTANTS))  # fmt: skip
-WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
-# Less to compile on a first run: no checks for division by zero, no C callbacks, and no way in from Python for `_inner`.
-compiled = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
-_inner = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
-_ranges = _inner(balanced_ranges)
+_ranges = inner(balanced_ranges)
 
 
-@compiled
-def cta_slots(c: np.ndarray, num_sms: int) -> int:
-    """CTAs that run at a time."""
-    return max(1, int(num_sms * c[CTAS_PER_SM]))
-
-
-@compiled
-def read_speeds(
-    c: np.ndarray, kv_bytes: float, group_size: int, kv_element_bytes: int, num_sms: int
-) -> tuple[float, float]:
-    """Bytes per us of KV: what one CTA reads alone, and all together: memory or, for what it holds, L2; or arithmetic."""
-    memory = c[BANDWIDTH]
-    if c[L2_SIZE] > 0:
-        hit = min(1.0, max(0.0, 2.0 - kv_bytes / (c[L2_SIZE] * 1e6)))
-        memory = 1.0 / (hit / max(memory, c[L2_SPEED]) + (1.0 - hit) / memory)
-    arithmetic = sm_gb_s(c, group_size, kv_element_bytes)
-    shared = min(memory, num_sms * arithmetic)
-    return 1e3 * min(c[CTA_READ], arithmetic, shared), 1e3 * shared
-
-
-@_inner
-def sm_gb_s(c: np.ndarray, group_size: int, kv_element_bytes: int) -> float:
-    """GB/s of KV that the arithmetic of one SM keeps up with."""
-    heads = c[BASE_HEADS] + math.ceil(group_size / c[HEAD_PAD]) * c[HEAD_PAD]
-    return c[SM_HEADS] / heads * kv_element_bytes / 2
-
-
-@compiled
-def query_us(c: np.ndarray, query_heads: int, head_dim: int, element_bytes: int) -> float:
-    """Reading q and writing out of so many query heads over all rows."""
-    return query_heads * head_dim * element_bytes * 2.0 / (c[BANDWIDTH] * 1e3)
-
-
-@compiled
-def merge_us(c: np.ndarray, splits: float, tasks: float, state_bytes: float, memory: float) -> float:
-    """Merging `tasks` partial states of one KV head's group each, at most `splits` of them of one row and head."""
-    return c[MERGE] + splits * (c[MERGE_SPLIT] + state_bytes / (c[MERGE_SPEED] * 1e3)) + 2 * tasks * state_bytes / memory
-
-
-@_inner
+@inner
 def total_tokens(ordered: np.ndarray) -> int:
     """The sum. A function of its own, because Numba compiles callers' callees twice for a sum that begins as 0."""
     tokens = 0
@@ -75,13 +29,13 @@ def total_tokens(ordered: np.ndarray) -> int:
     return tokens
 
 
-@_inner
+@inner
 def bucket_splits(heads: int, length: int, slots: int, c: np.ndarray) -> int:
     """Splits of rows of one length whose (row, KV head) pairs number `heads`: what fills the CTA slots."""
     return max(1, min(slots // heads, int(length / c[MIN_SPLIT])))
 
 
-@_inner
+@inner
 def even_us(
     ordered: np.ndarray, num_kv_heads: int, slots: int, splits: int, tile: int, num_sms: int, c: np.ndarray, one: float,
     all_: float, sm: float,
@@ -119,14 +73,14 @@ def even_us(
     return waves_us(tokens, float(tasks), longest, slots, c[TASK], one, all_)
 
 
-@_inner
+@inner
 def sm_load(tasks: float, tokens: float, squares: float, num_sms: int) -> float:
     """Tokens of the fullest SM, where tasks of this sum and sum of squares fall on the SMs at random."""
     variance = max(0.0, squares / tasks - (tokens / tasks) ** 2)
     return tokens / num_sms + FULLEST_SM_SIGMAS * math.sqrt(variance * tasks / num_sms)
 
 
-@_inner
+@inner
 def waves_us(tokens: float, tasks: float, longest: float, slots: int, task_us: float, one: float, all_: float) -> float:
     """More tasks than slots: the bandwidth's time or the slots', and a tail in which the tasks run out.
 
@@ -137,7 +91,7 @@ def waves_us(tokens: float, tasks: float, longest: float, slots: int, task_us: f
     return max(task_us + longest * one, busy + tail)
 
 
-@_inner
+@inner
 def chunk_count(ordered: np.ndarray, chunk: int) -> int:
     count = 0
     for length in ordered:
@@ -163,7 +117,7 @@ def chunk_tokens(ordered: np.ndarray, most: int, tile: int, least: float) -> int
     return low * tile
 
 
-@_inner
+@inner
 def chunks_us(
     ordered: np.ndarray, num_kv_heads: int, slots: int, chunk: int, tasks: int, num_sms: int, c: np.ndarray, one: float,
     all_: float, sm: float,
@@ -190,7 +144,7 @@ def chunks_us(
     return max(us, -(-full * num_kv_heads // num_sms) * chunk * sm, load * sm)
 
 
-@_inner
+@inner
 def proportional_count(ordered: np.ndarray, splits: int) -> int:
     """Tasks of one KV head with row i in ceil(length_i * splits / longest) splits."""
     longest = ordered[0]
@@ -200,7 +154,7 @@ def proportional_count(ordered: np.ndarray, splits: int) -> int:
     return count
 
 
-@_inner
+@inner
 def best_queue(
     ordered: np.ndarray, tokens: int, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
     state: float, memory: float, num_sms: int,
@@ -239,7 +193,7 @@ def best_queue(
     return best, best_splits
 
 
-@_inner
+@inner
 def buckets_us(
     ordered: np.ndarray, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
     state: float, memory: float, num_sms: int, pinned: int,
@@ -267,7 +221,7 @@ def buckets_us(
     return us, longest_splits
 
 
-@_inner
+@inner
 def balanced_us(
     ordered: np.ndarray, tokens: int, num_kv_heads: int, group_size: int, slots: int, c: np.ndarray, one: float,
     all_: float, state: float, memory: float,

@@ -8,7 +8,7 @@ import numpy as np
 
 from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.device import DeviceSpec
-from pkvsim.pricing_tasks import query_us, read_speeds
+from pkvsim.pricing_base import query_us, read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline import Timeline

@@ -14,7 +14,7 @@ import numpy as np
 
 from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.pricing import price_pinned, row_splits
-from pkvsim.pricing_tasks import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
+from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.schedule import MIN_COST, PART_COST, Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
@@ -122,12 +122,9 @@ def _launches(
     firsts = np.flatnonzero(np.diff(lens[rows], prepend=-1))  # of the rows that share a launch
     ends = np.cumsum(row_counts[rows]) * shape.num_kv_heads
     cuts = np.append(0, ends[np.append(firsts[1:] - 1, len(rows) - 1)]) if len(rows) else np.zeros(1, np.int64)
-    gaps, merges = np.zeros(max(0, len(cuts) - 1)), 0.0
-    for launch, (begin, end) in enumerate(zip(cuts[:-1].tolist(), cuts[1:].tolist())):
-        splits = int(row_counts[rows[firsts[launch]]])
-        if splits > 1:
-            merging = merge_us(c, float(splits), float(end - begin), state, memory)
-            merges += merging
-            gaps[launch] += model.launch_us + merging
-        gaps[launch] += model.launch_us * (launch + 2 < len(cuts))
-    return order, cuts.astype(np.int64), gaps, merges
+    splits = row_counts[rows[firsts]].astype(float)
+    # py_func is the formula without its compiled code, and takes arrays.
+    merging = (splits > 1) * merge_us.py_func(c, splits, np.diff(cuts).astype(float), state, memory)
+    gaps = merging + model.launch_us * (splits > 1)
+    gaps[:-1] += model.launch_us
+    return order, cuts.astype(np.int64), gaps, float(merging.sum())

@@ -1,14 +1,13 @@
 """The compiled event loop of pkvsim.timeline."""
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-_compiled = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
-_inner = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True)
+from pkvsim.numba_cache import inner
+from pkvsim.pricing_base import compiled
 
 
-@_inner
+@inner
 def _push(keys: np.ndarray, slots: np.ndarray, size: int, key: float, slot: int) -> None:
     """Adds to a heap of `size` entries, least key first; equal keys in the order of slots."""
     place = size
@@ -23,7 +22,7 @@ def _push(keys: np.ndarray, slots: np.ndarray, size: int, key: float, slot: int)
     slots[place] = slot
 
 
-@_inner
+@inner
 def _pop(keys: np.ndarray, slots: np.ndarray, size: int) -> int:
     """Takes the least entry off a heap of `size` entries and returns its slot."""
     first = slots[0]
@@ -48,7 +47,7 @@ def _pop(keys: np.ndarray, slots: np.ndarray, size: int) -> int:
     return first
 
 
-@_compiled
+@compiled
 def run_tasks(
     order: np.ndarray,  # [num_ctas] int64, CTAs in the order in which slots take them
     cta_offsets: np.ndarray,  # [num_ctas + 1] int64, CTA i runs tasks [cta_offsets[i], cta_offsets[i + 1])
