@@ -5,37 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
+from pkvsim.plots import picture
 from pkvsim.requests import RequestTrace
 
 TIME_BINS = 120
-SUFFIXES = (".png", ".svg")
 
 
 def plot_trace(trace: RequestTrace, path: str | Path) -> None:
     """Draws to a .png or .svg file. Raises ValueError for another suffix, a place that cannot be written to,
     or without matplotlib."""
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"plot: expected a file ending in {' or '.join(SUFFIXES)}, got {str(path)!r}")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plot: needs matplotlib, pip install 'persistentkv[plot]'") from None
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    rate, lengths = figure.subplots(1, 2)
-    counts, edges = np.histogram(trace.arrival_s, TIME_BINS)
-    width_s = edges[1] - edges[0]
-    rate.stairs(counts / width_s, edges, fill=True)
-    rate.set(xlabel="time, s", ylabel="requests/s", title=f"{trace.name}: {len(trace):,} requests")
-    share = np.arange(1, len(trace) + 1) / len(trace)
-    for name, tokens in (("prompt", trace.prompt_tokens), ("output", trace.output_tokens)):
-        lengths.plot(np.sort(tokens), share, label=name, drawstyle="steps-post")
-    lengths.set(xscale="log", xlabel="tokens", ylabel="share of requests", title="lengths", ylim=(0, 1.02))
-    lengths.legend()
-    try:
-        # A fixed salt and no date: the same trace gives the same file.
-        with rc_context({"svg.hashsalt": "pkvsim"}):
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    except OSError as error:
-        raise ValueError(f"plot: cannot write {path}: {error.strerror or error}") from None
+    with picture(path, width=10, height=3.6) as figure:
+        rate, lengths = figure.subplots(1, 2)
+        counts, edges = np.histogram(trace.arrival_s, TIME_BINS)
+        width_s = edges[1] - edges[0]
+        rate.stairs(counts / width_s, edges, fill=True)
+        rate.set(xlabel="time, s", ylabel="requests/s", title=f"{trace.name}: {len(trace):,} requests")
+        share = np.arange(1, len(trace) + 1) / len(trace)
+        for name, tokens in (("prompt", trace.prompt_tokens), ("output", trace.output_tokens)):
+            lengths.plot(np.sort(tokens), share, label=name, drawstyle="steps-post")
+        lengths.set(xscale="log", xlabel="tokens", ylabel="share of requests", title="lengths", ylim=(0, 1.02))
+        lengths.legend()

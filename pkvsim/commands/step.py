@@ -44,6 +44,10 @@ def step(
         from pkvsim.shapes import DecodeShape, check_int
         from pkvsim.step import explain_step, parse_seq_lens
 
+        if plot is not None:
+            from pkvsim.plots import check_plot_path
+
+            check_plot_path(plot)
         if splits is not None:
             check_int("splits", splits, 1)
         report = explain_step(
@@ -54,6 +58,10 @@ def step(
             layers=layers,
             splits=splits,
         )
+        if plot is not None:
+            from pkvsim.plot_step import plot_step
+
+            plot_step(report, plot)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return

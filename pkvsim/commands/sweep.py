@@ -38,11 +38,16 @@ def sweep(
         Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits --device.")
     ] = None,
     layers: Annotated[int, typer.Option(help="Layers that a step plans once for, without a trace.")] = 1,
+    plot: Annotated[Optional[str], typer.Option(help="Draw the figures to this .png or .svg file.")] = None,
+    route_map: Annotated[
+        Optional[str], typer.Option(help="Draw which route each step takes to this .png or .svg file, without a trace.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Runs every combination of a few settings: two axes make a heat map.
 
     Examples: pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200;
+    pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 --device l4 --route-map routes.png;
     pkvsim sweep --trace requests.csv --over device=rtx3060,l4 --over rate=0.5,1,2 --metric ttft_s.p99
     """
     with one_line_errors():
@@ -55,6 +60,13 @@ def sweep(
         from pkvsim.trace_readers import load_requests
 
         axes = parse_axes(over, STEP_AXES if trace is None else SERVING_AXES)
+        for option, path in (("plot", plot), ("route_map", route_map)):
+            if path is not None:
+                from pkvsim.plot_sweep import check_axes
+                from pkvsim.plots import check_plot_path
+
+                check_plot_path(path, option=option)
+                check_axes(axes, option=option, trace=trace is not None)
         config = ServingConfig(
             page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache
         )
@@ -73,6 +85,14 @@ def sweep(
             notes = requests.notes + notes
         metric = metric or ("us" if trace is None else "tokens_per_s")
         report.values(metric)
+        if plot is not None:
+            from pkvsim.plot_sweep import plot_sweep
+
+            plot_sweep(report, metric, plot)
+        if route_map is not None:
+            from pkvsim.plot_sweep import plot_routes
+
+            plot_routes(report, route_map)
     if as_json:
         typer.echo(json.dumps(report.to_dict() | {"notes": list(notes)}, indent=2, allow_nan=False))
         return

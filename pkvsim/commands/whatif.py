@@ -14,7 +14,8 @@ def whatif(
     device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
     model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
     policies: Annotated[
-        str, typer.Option(help="Comma-separated: paper, calibrated, flashinfer, oracle, or a route's name.")
+        str, typer.Option(help="Comma-separated: paper, calibrated, oracle, flashinfer (the better of its CUDA-core and tensor-core "
+            "kernels), or a route: split, workqueue, balanced, xqa, ...")
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
     rate_scale: Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's.")] = 1.0,
     limit: Annotated[Optional[int], typer.Option(help="Only the first N requests.")] = None,
@@ -41,6 +42,9 @@ def whatif(
     ] = 0.45,
     host_us: Annotated[float, typer.Option(help="Host time per step that the GPU waits for, beside planning.")] = 0.0,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
+    plot: Annotated[
+        Optional[str], typer.Option(help="Draw time splits and latencies to this .png or .svg file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
@@ -56,6 +60,10 @@ def whatif(
         from pkvsim.trace_readers import load_requests
         from pkvsim.whatif import whatif as run_whatif
 
+        if plot is not None:
+            from pkvsim.plots import check_plot_path
+
+            check_plot_path(plot)
         config = ServingConfig(
             page_size=page_size,
             max_batch=max_batch,
@@ -76,6 +84,10 @@ def whatif(
         names = [name.strip() for name in policies.split(",") if name.strip()]
         with progress_bar(not as_json, "tokens") as progress:
             report = run_whatif(requests, chosen, spec, names, config, progress=progress)
+        if plot is not None:
+            from pkvsim.plot_serving import plot_whatif
+
+            plot_whatif(report, plot)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return
