@@ -14,8 +14,11 @@ def whatif(
     device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
     model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
     policies: Annotated[
-        str, typer.Option(help="Comma-separated: paper, calibrated, oracle, flashinfer (the better of its CUDA-core and tensor-core "
-            "kernels), or a route: split, workqueue, balanced, xqa, ...")
+        str,
+        typer.Option(
+            help="Comma-separated: paper, calibrated, oracle, flashinfer (the better of its CUDA-core and tensor-core "
+            "kernels), or a route: split, workqueue, balanced, xqa, ..."
+        ),
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
     rate_scale: Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's.")] = 1.0,
     limit: Annotated[Optional[int], typer.Option(help="Only the first N requests.")] = None,
@@ -49,7 +52,11 @@ def whatif(
 ) -> None:
     """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
 
-    Example: pkvsim whatif --trace requests.csv --device rtx3060 --model llama-3.1-8b --policies paper,calibrated
+    \b
+    Examples:
+      pkvsim whatif --trace conversation_trace.jsonl --device rtx3060 --policies paper,calibrated
+      pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 --model qwen3-30b-a3b --rate-scale 4
+      pkvsim whatif --trace conversation_trace.jsonl --device h200 --prefix-cache lru --json
     """
     with one_line_errors():
         from dataclasses import replace
