@@ -75,20 +75,20 @@ struct BalancedEmit {
         do {
           ml = make_float2(__int_as_float(0xff800000), 0.0f);
           if (lane < count) ml = receive(&parts[lane].ml[head]);
-          #pragma unroll 4
+          #pragma unroll 2
           for (int p = 0; p < count; ++p)
             for (int quad = lane; quad < HEAD_QUADS; quad += 32) copy_async(shared_address(&fetched[p][quad]), &parts[p].acc[head][quad]);
           copy_commit();
           copy_wait<0>();
           complete = arrived(ml.x) & arrived(ml.y);
-          #pragma unroll 4
+          #pragma unroll 2
           for (int p = 0; p < count; ++p)
             for (int quad = lane; quad < HEAD_QUADS; quad += 32) complete &= arrived(fetched[p][quad]);
         } while (!__all_sync(ALL_LANES, complete));
         const float scale = sum.weigh(ml);
         const float empty = __uint_as_float(EMPTY_WORD);
         if (lane < count) send(&parts[lane].ml[head], make_float2(empty, empty));
-        #pragma unroll 4
+        #pragma unroll 2
         for (int p = 0; p < count; ++p) {
           const float part_scale = __shfl_sync(ALL_LANES, scale, p);
           #pragma unroll

@@ -48,17 +48,27 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with its `arrivals`-th arrival.
+#ifndef PKV_RACECHECK
+#define PKV_RACECHECK 0
+#endif
+
+// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's arrival.
 struct __align__(8) ArrivalBarrier {
   unsigned long long word;
 
-  __device__ __forceinline__ void init(int arrivals) {
+  __device__ __forceinline__ void init(int warps) {
+#if PKV_RACECHECK
+    const int arrivals = warps * 32;
+#else
+    const int arrivals = warps;
+#endif
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
   }
-  // Called by whole warps, which count once.
+  // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the lanes'
+  // writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
   __device__ __forceinline__ void arrive(int lane) {
     __syncwarp();
-    if (lane == 0) asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(this)) : "memory");
+    if (PKV_RACECHECK || lane == 0) asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(this)) : "memory");
   }
   __device__ __forceinline__ void wait(int phase) {
     int done;

@@ -14,7 +14,7 @@
 #endif
 
 #define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
-#define PKV_SHORT_RANGE 256   // tiles
+#define PKV_SHORT_RANGE 640   // tiles
 #define PKV_MOST_TILES (1 << 20)
 
 namespace pkv {

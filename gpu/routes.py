@@ -218,5 +218,6 @@ def _torch_on_stream(library: str | None, device: int) -> Iterator[torch.cuda.St
     if not handle:
         yield torch.cuda.current_stream(device)
         return
-    with torch.cuda.stream(torch.cuda.ExternalStream(handle)) as stream:
+    stream = torch.cuda.ExternalStream(handle)
+    with torch.cuda.stream(stream):  # which itself yields nothing
         yield stream

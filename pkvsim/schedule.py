@@ -14,10 +14,10 @@ import numpy as np
 from pkvsim.planning import fill_balanced, fill_queue
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
 
-SHORT_RANGE_TILES = 256  # PKV_SHORT_RANGE in cuda_src/plan.cuh
+SHORT_RANGE_TILES = 640  # PKV_SHORT_RANGE in cuda_src/plan.cuh
 MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
 # The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
-SEGMENT_COST = 5
+SEGMENT_COST = 7
 MIN_COST = 8
 PART_COST = 3
 MAX_PART_COST = 2**10  # keeps PART_COST * MOST_TILES_PER_HEAD within 31 bits

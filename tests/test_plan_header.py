@@ -57,8 +57,8 @@ def list_balanced(tmp_path_factory):
 @example(lens=[8192], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, num_ctas=132)  # heads cut alike: 128 of 132
 @example(lens=[1000], num_kv_heads=7, segment_cost=0, min_cost=1, part_cost=0, num_ctas=132)  # cut alike: 126 of 132
 @example(lens=[1000], num_kv_heads=100, segment_cost=0, min_cost=1, part_cost=0, num_ctas=132)  # a multiple would idle 1/4: not
-@example(lens=[34816], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, num_ctas=17)  # ranges of 256 tiles: not short
-@example(lens=[34800], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, num_ctas=17)  # of 255: short
+@example(lens=[87040], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, num_ctas=17)  # ranges of 640 tiles: not short
+@example(lens=[87024], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, num_ctas=17)  # of 639: short
 @example(lens=[131072] * 64, num_kv_heads=16, segment_cost=12, min_cost=1, part_cost=0, num_ctas=300)
 @example(lens=[1024], num_kv_heads=8, segment_cost=8, min_cost=8, part_cost=3, num_ctas=132)  # five parts of a head
 @example(lens=[2**27], num_kv_heads=1, segment_cost=0, min_cost=1, part_cost=1024, num_ctas=300)  # longer than the root reaches
