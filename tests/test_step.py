@@ -2,15 +2,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+from command import pkvsim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkvsim import cli
 from pkvsim.derive import device_routes
 from pkvsim.device import DEVICES, get_device
 from pkvsim.policy import make_policy
@@ -23,15 +22,6 @@ ROUTE_KEYS = [
     "status", "closed_us", "timeline_us", "plan_us", "launches", "splits", "tasks", "ctas", "slots", "used_slots",
     "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "time_us", "step_us", "timeline_step_us",
 ]  # fmt: skip
-
-
-def pkvsim(capsys, monkeypatch, *args: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["pkvsim", *args])
-    monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code, *capsys.readouterr()
 
 
 @settings(max_examples=120, deadline=None)

@@ -1,4 +1,4 @@
-"""How the commands report what is wrong: one line on stderr, exit code 2."""
+"""What the commands say on stderr: what is wrong (one line, exit code 2), and what a timeline leaves out."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -20,3 +20,9 @@ def one_line_errors() -> Iterator[None]:
 def print_error(message: str) -> None:
     """`message` on one line of stderr."""
     typer.echo("pkvsim: error: " + " ".join(message.split()), err=True)
+
+
+def tell_left_out(left_out: list[str]) -> None:
+    """What a bounded timeline has no events of, a line each on stderr; nothing where it has all."""
+    for what in left_out:
+        typer.echo(f"timeline leaves out {what}", err=True)

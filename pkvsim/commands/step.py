@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from pkvsim.commands.errors import one_line_errors
+from pkvsim.commands.errors import one_line_errors, tell_left_out
 
 
 def step(
@@ -48,6 +48,10 @@ def step(
             from pkvsim.plots import check_plot_path
 
             check_plot_path(plot)
+        if timeline is not None:
+            from pkvsim.chrome_trace import check_timeline_path
+
+            check_timeline_path(timeline)
         if splits is not None:
             check_int("splits", splits, 1)
         report = explain_step(
@@ -62,6 +66,10 @@ def step(
             from pkvsim.plot_step import plot_step
 
             plot_step(report, plot)
+        if timeline is not None:
+            from pkvsim.chrome_trace import step_events, write_timeline
+
+            tell_left_out(write_timeline(step_events(report), timeline))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from pkvsim.commands.errors import one_line_errors
+from pkvsim.commands.errors import one_line_errors, tell_left_out
 
 
 def whatif(
@@ -48,6 +48,9 @@ def whatif(
     plot: Annotated[
         Optional[str], typer.Option(help="Draw time splits and latencies to this .png or .svg file.")
     ] = None,
+    timeline: Annotated[
+        Optional[str], typer.Option(help="Write steps and requests to this .json file in Chrome's format, for Perfetto.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
@@ -71,6 +74,10 @@ def whatif(
             from pkvsim.plots import check_plot_path
 
             check_plot_path(plot)
+        if timeline is not None:
+            from pkvsim.chrome_trace import check_timeline_path
+
+            check_timeline_path(timeline)
         config = ServingConfig(
             page_size=page_size,
             max_batch=max_batch,
@@ -95,6 +102,10 @@ def whatif(
             from pkvsim.plot_serving import plot_whatif
 
             plot_whatif(report, plot)
+        if timeline is not None:
+            from pkvsim.chrome_trace import serving_events, write_timeline
+
+            tell_left_out(write_timeline(serving_events(report), timeline))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return
