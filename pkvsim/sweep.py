@@ -95,9 +95,13 @@ def serving_sweep(
     policy: str,
     config: ServingConfig = ServingConfig(),
     *,
+    metric: str | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
-    """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say."""
+    """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say.
+
+    metric: a figure that the cells will be asked for, so that a wrong one is refused after the first run.
+    """
     _check_axes(axes, SERVING_AXES)
     runs = []
     for place in _places(axes):
@@ -117,6 +121,8 @@ def serving_sweep(
     cells = []
     for run in runs:
         cells.append(simulate(*run).summary)
+        if metric is not None:
+            _figure(cells[0], metric)
         if progress is not None:
             progress(len(cells), len(runs))
     return Sweep({name: tuple(values) for name, values in axes.items()}, tuple(cells))

@@ -180,6 +180,9 @@ def test_sweeps_hold_every_cell_once(capsys, monkeypatch, trace_file) -> None:
         "group-size=4,8", "--metric", "tpot_s.p50",
     )  # fmt: skip
     assert (code, err) == (0, "") and "tpot_s.p50 over rate and group_size" in out
+    assert "attention prices of h200: fit error" in out
+    with pytest.raises(ValueError, match="metric: expected a figure such as requests"):
+        serving_sweep({"rate": (1, 2)}, trace, MODEL, DEVICE, "balanced", metric="tokens")
 
 
 def test_step_sweep(capsys, monkeypatch) -> None:

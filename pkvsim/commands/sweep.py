@@ -46,15 +46,19 @@ def sweep(
 ) -> None:
     """Runs every combination of a few settings: two axes make a heat map.
 
-    Examples: pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200;
-    pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 --device l4 --route-map routes.png;
-    pkvsim sweep --trace requests.csv --over device=rtx3060,l4 --over rate=0.5,1,2 --metric ttft_s.p99
+    \b
+    Examples:
+      pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200
+      pkvsim sweep --over length=8192,65536 --over splits=1,4,16 --policy split
+      pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 --device l4 --route-map routes.png
+      pkvsim sweep --trace requests.csv --over device=rtx3060,l4 --over rate=0.5,1,2 --metric ttft_s.p99
     """
     with one_line_errors():
         from pkvsim.commands.serving_inputs import load_model, progress_bar
         from pkvsim.device import get_device
         from pkvsim.models import get_model
         from pkvsim.serving_config import ServingConfig
+        from pkvsim.serving_costs import fit_note
         from pkvsim.shapes import check_int
         from pkvsim.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
         from pkvsim.trace_readers import load_requests
@@ -71,6 +75,7 @@ def sweep(
             page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache
         )
         spec = get_device(device)
+        metric = metric or ("us" if trace is None else "tokens_per_s")
         notes: tuple[str, ...] = ()
         if trace is None:
             shape = get_model(model).shape(page_size)
@@ -81,10 +86,11 @@ def sweep(
             requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
             with progress_bar(not as_json, "cells") as bar:
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
-                report = serving_sweep(axes, requests, chosen, spec, policy, config, progress=done)
+                report = serving_sweep(axes, requests, chosen, spec, policy, config, metric=metric, progress=done)
             notes = requests.notes + notes
-        metric = metric or ("us" if trace is None else "tokens_per_s")
         report.values(metric)
+        devices = [get_device(name) for name in axes.get("device", [])] or [spec]
+        notes += tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
         if plot is not None:
             from pkvsim.plot_sweep import plot_sweep
 
