@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from pkvsim.plots import DASHES, PART_COLOURS, colour_of, picture, thin_grid, time_unit
-from pkvsim.serving_result import ServingResult, StepLog
+from pkvsim.serving_result import ServingResult
+from pkvsim.serving_series import busy_parts_s, busy_shares, distribution, time_edges
 from pkvsim.whatif import WhatIf
 
 TIME_BINS = 160
-MAX_POINTS = 2000  # of a distribution's curve
-PARTS = dict(zip(PART_COLOURS, ("attention_us", "rest_us", "prefill_us")))
 
 
 def plot_whatif(report: WhatIf, path: str | Path) -> None:
@@ -31,39 +30,6 @@ def plot_whatif(report: WhatIf, path: str | Path) -> None:
             f"{report.model.name} on {report.device.label}; {report.trace.name}, {len(report.trace):,} requests",
             fontsize=11, x=0.01, horizontalalignment="left",
         )  # fmt: skip
-
-
-def busy_parts_s(result: ServingResult) -> dict[str, float]:
-    """Seconds of GPU time by part over the whole run."""
-    return {name: result.totals[column] / 1e6 for name, column in PARTS.items()}
-
-
-def shares_over_time(steps: StepLog, bins: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(edges [bins + 1] in s, the share of the wall time in each bin by part [bins]).
-
-    An entry of the log spreads evenly over its own steps' time; what no part fills is idle.
-    """
-    if not len(steps.start_s):
-        return np.linspace(0, 1, bins + 1), {name: np.zeros(bins) for name in PARTS}
-    ends = steps.start_s + steps.duration_us * steps.steps / 1e6
-    edges = np.linspace(steps.start_s[0], ends[-1], bins + 1)
-    knots = np.stack((steps.start_s, ends), 1).ravel()
-    shares = {}
-    for name, column in PARTS.items():
-        summed = np.cumsum(getattr(steps, column) * steps.steps) / 1e6
-        reached = np.stack((np.append(0.0, summed[:-1]), summed), 1).ravel()
-        shares[name] = np.diff(np.interp(edges, knots, reached)) / np.diff(edges)
-    return edges, shares
-
-
-def distribution(values: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """(values ascending, share of all at or below each) of those that are not NaN, thinned to at most `points`."""
-    known = np.sort(values[~np.isnan(values)])
-    share = np.arange(1, len(known) + 1) / max(1, len(known))
-    if len(known) > points:
-        kept = np.unique(np.linspace(0, len(known) - 1, points).round().astype(int))
-        known, share = known[kept], share[kept]
-    return known, share
 
 
 def _parts_by_policy(axes, report: WhatIf) -> None:
@@ -88,7 +54,8 @@ def _parts_by_policy(axes, report: WhatIf) -> None:
 
 
 def _parts_over_time(axes, result: ServingResult) -> None:
-    edges, shares = shares_over_time(result.steps, TIME_BINS)
+    edges = time_edges([result], TIME_BINS)
+    shares = busy_shares(result.steps, edges)
     unit, scale = time_unit(float(edges[-1]))
     bottom = np.zeros(TIME_BINS)
     for name, share in shares.items():

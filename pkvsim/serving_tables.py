@@ -23,23 +23,27 @@ def print_whatif(report: WhatIf) -> None:
     )
     table = Table(show_edge=False)
     table.add_column("", no_wrap=True)
-    summaries = {name: result.summary for name, result in report.results.items()}
-    for name in summaries:
+    for name in report.results:
         table.add_column(name.replace("_", "\n"), justify="right")
+    for label, cells in table_rows(report):
+        table.add_row(label, *cells)
+    console.print(table)
+    for name, result in report.results.items():
+        if result.summary["routes"]:
+            console.print(f"routes of {name}: {_routes(result.summary)}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"- {note}", markup=False, soft_wrap=True)
+
+
+def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
+    """(label, a cell for every policy) of each row that has a figure; a cell without one is a dash."""
     checks = [
         {} if check is None else {"timeline_regret": check.regret, "timeline_error": check.mean_error}
         for check in report.checks.values()
     ]
-    for label, cell in ROWS:
-        cells = [cell(summary | check) for summary, check in zip(summaries.values(), checks)]
-        if any(cells):
-            table.add_row(label, *(text or "-" for text in cells))
-    console.print(table)
-    for name, summary in summaries.items():
-        if summary["routes"]:
-            console.print(f"routes of {name}: {_routes(summary)}", soft_wrap=True)
-    for note in report.notes:
-        console.print(f"- {note}", markup=False, soft_wrap=True)
+    figures = [result.summary | check for result, check in zip(report.results.values(), checks)]
+    rows = [(label, [cell(figure) for figure in figures]) for label, cell in ROWS]
+    return [(label, [text or "-" for text in cells]) for label, cells in rows if any(cells)]
 
 
 def table_console() -> Console:
