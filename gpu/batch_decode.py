@@ -1,0 +1,241 @@
+"""FlashInfer's BatchDecodeWithPagedKVCacheWrapper over DecodeEngine: a script changes its import and nothing else.
+
+Arguments, order, defaults and return values are those of FlashInfer 0.7.2. What gpu.refusals lists raises
+NotImplementedError naming the argument. Where it differs, on purpose: the workspace is not used, and plan() never
+waits for the GPU.
+"""
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from gpu.page_tables import StepTables
+from gpu.refusals import check_served
+from pkvsim import DecodeShape
+
+LOG2_E = math.log2(math.e)
+POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
+
+
+class BatchDecodeWithPagedKVCacheWrapper:
+    """Decode attention of a batch over a paged KV cache: plan() a step, run() it for every layer.
+
+    plan() and run() belong on one stream. With use_cuda_graph the page tables live in fixed tensors that plan()
+    rewrites in place, so a captured run() follows later plans of the same batch size.
+    """
+
+    def __init__(
+        self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False, paged_kv_indptr_buffer: torch.Tensor | None = None,
+        paged_kv_indices_buffer: torch.Tensor | None = None,
+        paged_kv_last_page_len_buffer: torch.Tensor | None = None, backend: str = "auto",
+        jit_args: list | None = None,
+    ) -> None:
+        """
+        float_workspace_buffer: only its device is used. use_tensor_cores: the engine has one kernel, which uses them.
+        paged_kv_*_buffer: with use_cuda_graph, int32 [batch_size + 1], [most indices], [batch_size].
+
+        Raises KeyError for an unknown kv_layout, ValueError for graph buffers that are missing or do not fit,
+        NotImplementedError for what is not served.
+        """
+        if kv_layout not in ("NHD", "HND"):
+            raise KeyError(f"kv_layout: expected NHD or HND, got {kv_layout!r}")
+        for name, value in (("backend", backend), ("jit_args", jit_args), ("kv_layout", kv_layout)):
+            check_served(name, value)
+        buffers = {"paged_kv_indptr_buffer": paged_kv_indptr_buffer,
+                   "paged_kv_indices_buffer": paged_kv_indices_buffer,
+                   "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer}
+        if use_cuda_graph:
+            for name, buffer in buffers.items():
+                if not isinstance(buffer, torch.Tensor):
+                    raise ValueError(f"{name}: expected a torch.Tensor with use_cuda_graph, got {buffer!r}")
+            batch_size = len(paged_kv_last_page_len_buffer)
+            if len(paged_kv_indptr_buffer) != batch_size + 1:
+                raise ValueError(f"paged_kv_indptr_buffer: expected batch_size + 1 = {batch_size + 1} entries, "
+                                 f"got {len(paged_kv_indptr_buffer)}")
+        self.device = float_workspace_buffer.device
+        self._kv_layout, self._use_cuda_graph, self._use_tensor_cores = kv_layout, use_cuda_graph, use_tensor_cores
+        self._tables = StepTables(tuple(buffers.values()) if use_cuda_graph else None)
+        self._shape: DecodeShape | None = None
+        self._dtype: torch.dtype | None = None
+        self._sm_scale: float | None = None
+        self._window_left = -1
+        self._engines: dict[float, object] = {}  # by scale, all of the planned shape and dtype
+        self._planned: set[float] = set()  # the scales whose engine knows the last plan
+
+    @property
+    def use_tensor_cores(self) -> bool:
+        return self._use_tensor_cores
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        return self._use_cuda_graph
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Only checks the device, as the workspaces are not used. Raises ValueError naming the argument."""
+        for name, buffer in (("float_workspace_buffer", float_workspace_buffer),
+                             ("int_workspace_buffer", int_workspace_buffer)):
+            if buffer.device != self.device:
+                raise ValueError(f"{name}: expected a buffer on {self.device}, got one on {buffer.device}")
+
+    def plan(
+        self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, num_qo_heads: int,
+        num_kv_heads: int, head_dim: int, page_size: int, pos_encoding_mode: str = "NONE", window_left: int = -1,
+        logits_soft_cap: float | None = None, q_data_type: str | torch.dtype | None = "float16",
+        kv_data_type: str | torch.dtype | None = None, o_data_type: str | torch.dtype | None = None,
+        data_type: str | torch.dtype | None = None, sm_scale: float | None = None, rope_scale: float | None = None,
+        rope_theta: float | None = None, non_blocking: bool = True, block_tables: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None, fixed_split_size: int | None = None, disable_split_kv: bool = False,
+        q_len_per_req: int = 1, *, window_right: int = 0, is_causal: bool | None = None,
+    ) -> None:
+        """Prepares a step.
+
+        indptr [batch_size + 1], indices [indptr[-1]], last_page_len [batch_size]: int32, each on the host or the GPU.
+        block_tables [batch_size, max_pages]: where indptr is on the GPU, its width bounds the longest row; without it
+        one row may own all indices. rope_scale, rope_theta, seq_lens: not needed.
+
+        Raises ValueError, NotImplementedError or KeyError naming the argument.
+        """
+        if pos_encoding_mode not in POS_ENCODING_MODES:
+            raise KeyError(f"pos_encoding_mode: expected one of {POS_ENCODING_MODES}, got {pos_encoding_mode!r}")
+        q_dtype = _dtype(q_data_type if q_data_type is not None else data_type)
+        kv_dtype = _dtype(next((given for given in (kv_data_type, data_type) if given is not None), q_dtype))
+        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("window_left", window_left),
+                            ("logits_soft_cap", logits_soft_cap), ("q_data_type", _name(q_dtype)),
+                            ("kv_data_type", _name(kv_dtype)), ("fixed_split_size", fixed_split_size),
+                            ("disable_split_kv", disable_split_kv), ("q_len_per_req", q_len_per_req),
+                            ("window_right", window_right), ("is_causal", is_causal)):
+            check_served(name, value)
+        o_dtype = q_dtype if o_data_type is None else _dtype(o_data_type)
+        for name, given in (("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
+            if given != q_dtype:
+                raise NotImplementedError(f"{name}: expected q_data_type {_name(q_dtype)}, got {_name(given)}")
+        shape = DecodeShape(num_qo_heads, num_kv_heads, head_dim, page_size)
+        self._tables.update(indptr, indices, last_page_len, page_size, device=self.device, non_blocking=non_blocking,
+                            max_pages=None if block_tables is None else block_tables.shape[1])
+        if (shape, q_dtype) != (self._shape, self._dtype):
+            self._shape, self._dtype, self._engines = shape, q_dtype, {}
+        self._sm_scale, self._window_left = sm_scale, window_left
+        self._planned.clear()
+        self._engine(self._scale(None, None))
+
+    begin_forward = plan
+
+    def end_forward(self) -> None:
+        """Nothing to do; kept for scripts that call it."""
+
+    def run(
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *args: object,
+        q_scale: float | None = None, k_scale: float | None = None, v_scale: float | torch.Tensor | None = None,
+        out: torch.Tensor | None = None, lse: torch.Tensor | None = None, return_lse: bool = False,
+        enable_pdl: bool | None = None, window_left: int | None = None, sinks: torch.Tensor | None = None,
+        q_len_per_req: int | None = None, skip_softmax_threshold_scale_factor: float | None = None,
+        kv_cache_sf: object = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the planned step: out, or (out, lse) with return_lse.
+
+        q [batch_size, num_qo_heads, head_dim]; paged_kv_cache: a pair of [num_pages, num_kv_heads, page_size, head_dim]
+        or both in one [num_pages, 2, ...], in the order of kv_layout. out like q; lse [batch_size, num_qo_heads]
+        float32 of base 2. q_scale, k_scale multiply the logits, v_scale the output. enable_pdl: a hint, of no effect.
+
+        Raises ValueError or NotImplementedError naming the argument, RuntimeError when nothing was planned.
+        """
+        if self._shape is None:
+            raise RuntimeError("run: call plan() first")
+        for name, value in (("run args", args), ("sinks", sinks), ("q_len_per_req", q_len_per_req),
+                            ("skip_softmax_threshold_scale_factor", skip_softmax_threshold_scale_factor),
+                            ("kv_cache_sf", kv_cache_sf)):
+            check_served(name, value)
+        if window_left is not None and window_left != self._window_left:
+            raise ValueError(f"window_left: expected plan()'s {self._window_left}, got {window_left}")
+        k_pages, v_pages = _pages(paged_kv_cache, self._kv_layout)
+        for name, array in (("q", q), ("k", k_pages), ("v", v_pages)):
+            if array.dtype != self._dtype:
+                raise ValueError(f"{name}: expected plan()'s {_name(self._dtype)}, got {_name(array.dtype)}")
+        out, lse = self._engine(self._scale(q_scale, k_scale)).run(q, k_pages, v_pages, out=out, lse=lse)
+        if v_scale is not None and not (isinstance(v_scale, float) and v_scale == 1.0):
+            out.mul_(v_scale)
+        return (out, lse.mul_(LOG2_E)) if return_lse else out
+
+    run_return_lse = functools.partialmethod(run, return_lse=True)
+
+    def forward(
+        self, q: torch.Tensor, paged_kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        pos_encoding_mode: str = "NONE", q_scale: float | None = None, k_scale: float | None = None,
+        v_scale: float | torch.Tensor | None = None, window_left: int = -1, logits_soft_cap: float | None = None,
+        sm_scale: float | None = None, rope_scale: float | None = None, rope_theta: float | None = None,
+        *, return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """run() with what older scripts pass here instead of to plan(), sm_scale=None included."""
+        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("window_left", window_left),
+                            ("logits_soft_cap", logits_soft_cap)):
+            check_served(name, value)
+        self._sm_scale = sm_scale
+        return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+
+    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+
+    def _scale(self, q_scale: float | None, k_scale: float | None) -> float:
+        scale = self._shape.head_dim**-0.5 if self._sm_scale is None else self._sm_scale
+        for name, factor in (("q_scale", q_scale), ("k_scale", k_scale)):
+            if factor is None:
+                continue
+            if not isinstance(factor, (int, float)):
+                raise NotImplementedError(f"{name}: expected a number on the host, got {type(factor).__name__}")
+            scale *= factor
+        return float(scale)
+
+    def _engine(self, scale: float) -> object:
+        """The engine of this scale, planned for the current step."""
+        engine = self._engines.get(scale)
+        if engine is None:
+            engine = self._engines[scale] = self._make_engine(self._shape, _name(self._dtype), scale)
+        if scale not in self._planned:
+            engine.plan(self._tables.seq_lens, self._tables.block_table)
+            self._planned.add(scale)
+        return engine
+
+    def _make_engine(self, shape: DecodeShape, dtype: str, scale: float) -> object:
+        from gpu.engine import DecodeEngine
+
+        return DecodeEngine(shape, dtype, "balanced", scale=scale)
+
+
+class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
+    """The same with use_cuda_graph, and its buffers first."""
+
+    def __init__(self, workspace_buffer: torch.Tensor, indptr_buffer: torch.Tensor, indices_buffer: torch.Tensor,
+                 last_page_len_buffer: torch.Tensor, kv_layout: str = "NHD", use_tensor_cores: bool = False) -> None:
+        super().__init__(workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer,
+                         last_page_len_buffer)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype:
+    if isinstance(given, torch.dtype):
+        return given
+    if isinstance(given, str):
+        return getattr(torch, given)
+    raise TypeError(f"q_data_type: expected a string or torch.dtype, got {type(given).__name__}")
+
+
+def _pages(
+    cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor], kv_layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, V) as views [num_pages, num_kv_heads, page_size, head_dim]; pages of one token may leave its axis out."""
+    if not isinstance(cache, (tuple, torch.Tensor)):
+        raise KeyError(f"paged_kv_cache: expected a tensor or a pair of tensors, got {type(cache).__name__}")
+    token_axis = -2 if kv_layout == "HND" else -3
+    views = []
+    for pages in cache if isinstance(cache, tuple) else cache.unbind(1):
+        if pages.dim() not in (3, 4):
+            raise ValueError(f"paged_kv_cache: expected pages of 4 axes each of K and V, got {list(pages.shape)}")
+        pages = pages if pages.dim() == 4 else pages.unsqueeze(token_axis)
+        views.append(pages if kv_layout == "HND" else pages.transpose(-3, -2))
+    k_pages, v_pages = views
+    return k_pages, v_pages
