@@ -17,7 +17,8 @@ HEADS = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 4}
 SHAPE = DecodeShape(4, 2, 8, 4)
 WORKSPACE = torch.empty(0, dtype=torch.uint8)
 RUN_ARGUMENTS = ("q", "paged_kv_cache", "args", "q_scale", "k_scale", "v_scale", "out", "lse", "return_lse",
-                 "enable_pdl", "window_left", "sinks", "q_len_per_req", "skip_softmax_threshold_scale_factor", "kv_cache_sf")
+                 "enable_pdl", "window_left", "sinks", "q_len_per_req",
+                  "skip_softmax_threshold_scale_factor", "kv_cache_sf")
 
 
 class Wrapper(batch_decode.BatchDecodeWithPagedKVCacheWrapper):

@@ -1,5 +1,7 @@
-"""Paged attention in plain torch on any device, and an engine made of it: the drop-ins are tested on it without a GPU."""
+"""Paged attention in plain torch on any device, and an engine made of it, to test the drop-ins on without a GPU."""
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -47,3 +49,11 @@ class TorchEngine:
         self.runs += 1
         found = paged_attention(q, k_pages, v_pages, *self.tables, self.scale)
         return tuple(new if given is None else given.copy_(new) for given, new in zip((out, lse), found))
+
+
+@functools.cache
+def serve_op_on_cpu() -> None:
+    """Gives torch.ops.pkv.decode_attention a CPU kernel, which the package leaves out, for this process."""
+    import gpu.torch_op  # noqa: F401  registers the operator
+
+    torch.library.impl("pkv::decode_attention", "cpu")(paged_attention)

@@ -1,0 +1,127 @@
+"""The operator under torch's own checks, compiled and exported, on a CPU kernel of the tests; its cache of engines."""
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+from torch_paged import TorchEngine, paged_attention, serve_op_on_cpu
+
+from gpu.torch_op import EngineCache, decode_attention
+
+serve_op_on_cpu()
+
+
+def step(lens: list[int], *, dtype: torch.dtype = torch.float16, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """q, k_pages, v_pages, block_table, seq_lens of 6 query and 2 KV heads of 8, pages of 4."""
+    torch.manual_seed(seed)
+    columns = max(1, max(-(-length // 4) for length in lens))
+    table = torch.randperm(len(lens) * columns).to(torch.int32).view(len(lens), columns)
+    pages = (len(lens) * columns, 2, 4, 8)
+    q, k, v = (torch.randn(size).to(dtype) for size in ((len(lens), 6, 8), pages, pages))
+    return q, k, v, table, torch.tensor(lens, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_opcheck(dtype, scale) -> None:
+    torch.library.opcheck(torch.ops.pkv.decode_attention.default, (*step([5, 0, 9], dtype=dtype), scale))
+
+
+class Layer(torch.nn.Module):
+    """Something on either side of the operator, for the graph to hold."""
+
+    def forward(self, q, k_pages, v_pages, block_table, seq_lens):
+        out, lse = decode_attention(q * 2, k_pages, v_pages, block_table, seq_lens, 0.3)
+        return out + 1, lse.exp()
+
+
+def test_compiles_whole_and_for_every_batch_size() -> None:
+    compiled = torch.compile(Layer(), backend="aot_eager", fullgraph=True, dynamic=True)
+    for seed, lens in enumerate(([5, 9], [1, 2, 3], [40, 0, 7, 8])):
+        arguments = step(lens, seed=seed)
+        for found, expected in zip(compiled(*arguments), Layer()(*arguments)):
+            assert torch.equal(found, expected)
+
+
+def test_exports_with_any_batch_size() -> None:
+    batch, pages, columns = (torch.export.Dim(name, min=2) for name in ("batch", "pages", "columns"))
+    dynamic = {"q": {0: batch}, "k_pages": {0: pages}, "v_pages": {0: pages}, "block_table": {0: batch, 1: columns},
+               "seq_lens": {0: batch}}
+    exported = torch.export.export(Layer(), step([5, 9, 2]), dynamic_shapes=dynamic)
+    assert "pkv.decode_attention" in str(exported.graph)
+    arguments = step([3, 20, 7, 1, 6], seed=1)
+    for found, expected in zip(exported.module()(*arguments), Layer()(*arguments)):
+        assert torch.equal(found, expected)
+
+
+def test_fake_kernel_names_what_is_wrong() -> None:
+    q, k, v, table, lens = (array.to("meta") for array in step([5, 9]))
+    out, lse = decode_attention(q, k, v, table, lens)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 6), torch.float32)
+    with pytest.raises(ValueError, match="^q: expected"):
+        decode_attention(q[0], k, v, table, lens)
+    with pytest.raises(ValueError, match="^k_pages: expected"):
+        decode_attention(q, k[0], v, table, lens)
+
+
+def torch_engines() -> EngineCache:
+    return EngineCache(lambda shape, dtype, scale: TorchEngine(shape, dtype, scale=scale))
+
+
+def run(cache: EngineCache, arguments: tuple, *, scale: float | None = None, stream: int = 1, capturing: bool = False):
+    return cache.run(*arguments, scale, stream=stream, capturing=capturing)
+
+
+def test_one_engine_for_each_stream_shape_dtype_and_scale() -> None:
+    made = []
+
+    def make(shape, dtype, scale):
+        made.append((shape, dtype, scale))
+        return TorchEngine(shape, dtype, scale=scale)
+
+    cache = EngineCache(make)
+    for seed in range(3):  # other lengths, pages and batch sizes are the same engine's
+        arguments = step([5] * (seed + 1), seed=seed)
+        out, lse = run(cache, arguments)
+        expected, expected_lse = paged_attention(*arguments)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    assert len(cache) == 1 and made[0][1:] == ("float16", 8**-0.5)
+    run(cache, arguments, stream=2)
+    run(cache, arguments, scale=0.5)
+    run(cache, step([5], dtype=torch.bfloat16))
+    run(cache, (arguments[0][:, :2].contiguous(), *arguments[1:]))
+    assert len(cache) == len(made) == 5
+
+
+def test_queries_that_are_not_contiguous() -> None:
+    q, *rest = step([5, 9])
+    strided = q.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(run(torch_engines(), (strided, *rest))[0], paged_attention(q, *rest)[0])
+
+
+def test_a_capture_may_use_an_engine_but_not_build_one() -> None:
+    cache = torch_engines()
+    arguments = step([5, 9])
+    with pytest.raises(RuntimeError, match="before a CUDA graph"):
+        run(cache, arguments, capturing=True)
+    run(cache, arguments)
+    run(cache, arguments, capturing=True)
+
+
+def test_threads_on_one_stream_get_their_own_results() -> None:
+    cache = torch_engines()
+    cases = [step([5 + seed, 9], seed=seed) for seed in range(6)]
+    wrong = []
+
+    def work(arguments) -> None:
+        expected = paged_attention(*arguments)[0]
+        wrong.extend(1 for _ in range(20) if not torch.equal(run(cache, arguments)[0], expected))
+
+    threads = [threading.Thread(target=work, args=(arguments,)) for arguments in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(cache) == 1
