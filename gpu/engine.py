@@ -14,7 +14,7 @@ from gpu.task_list import TaskList, upload_tasks
 from gpu.router import Router
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
-from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST, Schedule
+from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost
 from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -51,7 +51,7 @@ class DecodeEngine:
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int = MIN_COST,
-                 part_cost: int = PART_COST, variant: tuple[int, int] | None = None,
+                 part_cost: int | None = None, variant: tuple[int, int] | None = None,
                  scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
         """
@@ -80,7 +80,8 @@ class DecodeEngine:
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
-        self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
+        self.part_cost = check_int(
+            "part_cost", engine_part_cost(shape.group_size) if part_cost is None else part_cost, 0, MAX_PART_COST)
         self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None

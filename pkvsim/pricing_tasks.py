@@ -12,12 +12,13 @@ import numpy as np
 
 from pkvsim.numba_cache import inner
 from pkvsim.pricing_base import LAUNCH, MIN_SPLIT, SEGMENT, SEGMENT_COST, TASK, TILE, compiled, merge_us
-from pkvsim.schedule import MIN_COST, PART_COST, balanced_ranges
+from pkvsim.schedule import MIN_COST, balanced_ranges, engine_part_cost
 
 FULLEST_SM_SIGMAS = 0.75  # tasks that all start at once: the fullest SM's load over the mean, in standard deviations
 LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
 QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
 _ranges = inner(balanced_ranges)
+_part_cost = inner(engine_part_cost)
 
 
 @inner
@@ -233,7 +234,7 @@ def balanced_us(
     heads = len(ordered) * num_kv_heads
     segment_cost = int(c[SEGMENT_COST])
     total_cost = num_kv_heads * tiles + heads * segment_cost
-    ranges = _ranges(total_cost, heads, slots, segment_cost, MIN_COST, PART_COST)
+    ranges = _ranges(total_cost, heads, slots, segment_cost, MIN_COST, _part_cost(group_size))
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

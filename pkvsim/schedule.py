@@ -19,8 +19,7 @@ MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer hea
 # The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
 SEGMENT_COST = 7
 MIN_COST = 8
-PART_COST = 3
-MAX_PART_COST = 2**10  # keeps PART_COST * MOST_TILES_PER_HEAD within 31 bits
+MAX_PART_COST = 2**10  # keeps part_cost * MOST_TILES_PER_HEAD within 31 bits
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
 SCHEDULES = ("split", "workqueue", "balanced")
 TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
@@ -137,6 +136,14 @@ def _queue(
         num_ctas=num_tasks,
         grid_ctas=grid_ctas,
     )
+
+
+def engine_part_cost(group_size: int) -> int:
+    """The engine's part_cost, in tiles of 16 tokens: a larger group's partial states are dearer to merge.
+
+    From a sweep on an H200 (2026-11-21): steps back to back would have more, a step alone less.
+    """
+    return 2 if group_size <= 8 else 3
 
 
 def balanced_ranges(
