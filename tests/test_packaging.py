@@ -24,7 +24,7 @@ def test_wheel_ships_every_source(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     shipped = set(zipfile.ZipFile(wheel).namelist())
-    suffixes = {".py", ".cu", ".cuh", ".json"}
+    suffixes = {".py", ".cu", ".cuh", ".json", ".html", ".css", ".js"}
     files = [p for name in PACKAGES for p in (ROOT / name).rglob("*") if p.suffix in suffixes]
     missing = {str(p.relative_to(ROOT)) for p in files} - shipped
     assert not missing

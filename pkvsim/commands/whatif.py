@@ -51,6 +51,9 @@ def whatif(
     timeline: Annotated[
         Optional[str], typer.Option(help="Write steps and requests to this .json file in Chrome's format, for Perfetto.")
     ] = None,
+    report_file: Annotated[
+        Optional[str], typer.Option("--report", help="Write a self-contained .html page of tables and charts.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
@@ -78,6 +81,10 @@ def whatif(
             from pkvsim.chrome_trace import check_timeline_path
 
             check_timeline_path(timeline)
+        if report_file is not None:
+            from pkvsim.html_report import check_report_path
+
+            check_report_path(report_file)
         config = ServingConfig(
             page_size=page_size,
             max_batch=max_batch,
@@ -106,6 +113,10 @@ def whatif(
             from pkvsim.chrome_trace import serving_events, write_timeline
 
             tell_left_out(write_timeline(serving_events(report), timeline))
+        if report_file is not None:
+            from pkvsim.html_report import write_html
+
+            write_html(report, report_file)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return
