@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pkvsim.plots import DASHES, PART_COLOURS, colour_of, picture, thin_grid, time_unit
+from pkvsim.plots import DASHES, PART_COLOURS, colour_of, picture, plain_log, thin_grid, time_unit
 from pkvsim.serving_result import ServingResult
 from pkvsim.serving_series import busy_parts_s, busy_shares, distribution, time_edges
 from pkvsim.whatif import WhatIf
@@ -87,4 +87,4 @@ def _distributions(axes, report: WhatIf, name: str, words: str) -> None:
         lowest = min(values[0] for values, _ in curves.values() if len(values))
         if longest > 20 * lowest:
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
+            plain_log(axes.xaxis)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.plots import ROUTE_COLOURS, picture, thin_grid, unit_of
+from pkvsim.plots import ROUTE_COLOURS, picture, plain_log, thin_grid, unit_of
 from pkvsim.sweep import Sweep
 
 LABELLED_CELLS = 200  # no numbers are written into more
@@ -37,9 +37,12 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path) -> None:
         axes = figure.subplots()
         known = values[~np.isnan(values)]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-        norm = (LogNorm if low > 0 and high > LOG_RATIO * low else Normalize)(low, high if high > low else low + 1)
+        logarithmic = low > 0 and high > LOG_RATIO * low
+        norm = (LogNorm if logarithmic else Normalize)(low, high if high > low else low + 1)
         image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", norm=norm, aspect="auto")
-        figure.colorbar(image, label=unit_of(metric), pad=0.02)
+        bar = figure.colorbar(image, label=unit_of(metric), pad=0.02)
+        if logarithmic:
+            plain_log(bar.ax.yaxis)
         _places(axes, sweep)
         for (row, column), value in np.ndenumerate(values):
             if values.size <= LABELLED_CELLS and not np.isnan(value):
@@ -95,14 +98,22 @@ def _line(sweep: Sweep, metric: str, values: np.ndarray, path: str | Path) -> No
     ((name, places),) = sweep.axes.items()
     with picture(path, width=6.4, height=3.8) as figure:
         axes = figure.subplots()
+        known = values[~np.isnan(values)]
+        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
         if isinstance(places[0], str):
             axes.bar([str(place) for place in places], values, color="#0072B2", width=0.6)
         else:
             order = np.argsort(places)
             axes.plot(np.array(places)[order], values[order], color="#0072B2", marker="o")
             axes.set_xscale("log" if max(places) > LOG_RATIO * min(places) else "linear")
+            axes.set_xticks(np.array(places)[order], [_tick(place) for place in sorted(places)])
+            axes.minorticks_off()
+        if low > 0 and high > LOG_RATIO * low and not isinstance(places[0], str):
+            axes.set_yscale("log")
+            plain_log(axes.yaxis)
+        else:
+            axes.set_ylim(bottom=min(0.0, low))
         axes.set(xlabel=_axis(name), ylabel=unit_of(metric))
-        axes.set_ylim(bottom=min(0.0, float(np.nanmin(values, initial=0.0))))
         thin_grid(axes)
 
 

@@ -13,6 +13,7 @@ from pkvsim.route_model import ROUTES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
@@ -91,6 +92,16 @@ def unit_of(metric: str) -> str:
     for low in ("ttft", "tpot", "kv"):
         words = words.replace(low, low.upper())
     return f"{words}, {unit}" if unit else words
+
+
+def plain_log(axis: Axis) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5, written as numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=16))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def thin_grid(axes: Axes, *, axis: str = "y") -> None:
