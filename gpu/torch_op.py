@@ -40,8 +40,8 @@ class EngineCache:
             engine = self._engines.get(key)
             if engine is None:
                 if capturing:
-                    raise RuntimeError("decode_attention: expected a call with these shapes on this stream before a CUDA "
-                                       "graph captures it, as an engine cannot be built during a capture")
+                    raise RuntimeError("decode_attention: expected a call with these shapes on this stream before a "
+                                       "CUDA graph captures it, as an engine cannot be built during a capture")
                 engine = self._engines[key] = self._build(q, k_pages, scale)
             engine.plan(seq_lens, block_table)
             return engine.run(q.contiguous(), k_pages, v_pages)
