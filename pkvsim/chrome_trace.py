@@ -1,7 +1,7 @@
 """Steps and runs in Chrome's trace event format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-Times are microseconds, rounded to nanoseconds, so that what follows in a lane never begins before its predecessor's end.
-Long runs are thinned to a bounded number of events; what was left out is in otherData.left_out.
+Times are microseconds, rounded to nanoseconds, so that what follows in a lane never begins before its predecessor's
+end. Long runs are thinned to a bounded number of events; what was left out is in otherData.left_out.
 """
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def check_timeline_path(path: str | Path) -> Path:
 
 
 def write_timeline(trace: dict[str, Any], path: str | Path) -> list[str]:
-    """Writes what step_events or serving_events gave, and returns what it leaves out. ValueError as check_timeline_path,
-    or where writing fails."""
+    """Writes what step_events or serving_events gave, and returns what it leaves out. ValueError as
+    check_timeline_path, or where writing fails."""
     path = check_timeline_path(path)
     try:
         with path.open("w", encoding="utf-8") as file:
@@ -108,7 +108,7 @@ def _steps(result: ServingResult, pid: int, most: int, left_out: list[str]) -> I
     if fold > 1 or int(steps.steps[0]) > 1:
         many = fold * int(steps.steps[0])
         total = int(steps.steps.sum())
-        left_out.append(f"{result.policy}: single steps, an event has the means of up to {many:,} ({total:,} steps in all)")
+        left_out.append(f"{result.policy}: single steps, an event has the means of up to {many:,} of {total:,}")
     yield _name("thread_name", pid, STEPS_LANE, "steps, by route")
     yield _sort("thread_sort_index", pid, STEPS_LANE)
     first = np.arange(0, len(steps.start_s), fold)

@@ -48,7 +48,8 @@ def html_page(report: WhatIf) -> str:
         "title": escape(f"{report.model.name} on {report.device.label}"),
         "subtitle": escape(
             f"{trace.name}: {len(trace):,} requests in {seconds(trace.duration_s) or '0 s'}, "
-            f"{int(trace.output_tokens.sum()):,} output tokens; {first.num_pages:,} KV pages of {first.page_size} tokens"
+            f"{int(trace.output_tokens.sum()):,} output tokens; "
+            f"{first.num_pages:,} KV pages of {first.page_size} tokens"
         ),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in report.notes),
         "summary": _table(list(report.results), table_rows(report)),
@@ -100,18 +101,20 @@ def _exact(summary: dict[str, Any], name: str) -> str:
 def _config(report: WhatIf) -> str:
     told = report.to_dict()
     rows = {"model": told["model"], "device": told["device"], "accuracy": told["accuracy"]} | told["config"]
-    cells = (
-        f'<tr><th scope="row">{escape(name)}</th><td class="words">{escape("-" if value is None else str(value))}</td></tr>'
-        for name, value in rows.items()
-    )
-    return f'<table id="config"><tbody>{"".join(cells)}</tbody></table>'
+    texts = {name: "-" if value is None else str(value) for name, value in rows.items()}
+    cells = {escape(name): escape(text) for name, text in texts.items()}
+    body = "".join(f'<tr><th scope="row">{name}</th><td class="words">{text}</td></tr>' for name, text in cells.items())
+    return f'<table id="config"><tbody>{body}</tbody></table>'
 
 
 def _chart_data(report: WhatIf) -> dict[str, Any]:
     """What the page's script draws: times in seconds, shares in percent."""
     results = report.results
     edges = time_edges(list(results.values()), RUN_BINS)
-    runs = {name: over_time(result, edges) for name, result in results.items()}
+    runs = {
+        name: {metric: _numbers(values) for metric, values in over_time(result, edges).items()}
+        for name, result in results.items()
+    }
 
     def curves(field: str) -> dict[str, list[list[float]]]:
         return {name: _curve(getattr(result.requests, field)) for name, result in results.items()}
@@ -129,7 +132,7 @@ def _chart_data(report: WhatIf) -> dict[str, Any]:
         "run": {
             "metrics": list(next(iter(runs.values()))),
             "edges_s": _numbers(edges),
-            "figures": {name: {metric: _numbers(values) for metric, values in run.items()} for name, run in runs.items()},
+            "figures": runs,
         },
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pkvsim.plots import DASHES, PART_COLOURS, colour_of, picture, plain_log, thin_grid, time_unit
+from pkvsim.serving_costs import fit_note
 from pkvsim.serving_result import ServingResult
 from pkvsim.serving_series import busy_parts_s, busy_shares, distribution, time_edges
 from pkvsim.whatif import WhatIf
@@ -15,7 +16,8 @@ TIME_BINS = 160
 
 def plot_whatif(report: WhatIf, path: str | Path) -> None:
     """Draws to a .png or .svg file. ValueError as pkvsim.plots.picture."""
-    with picture(path, width=11, height=7.2) as figure:
+    note = f"attention prices of {report.device.name}: {fit_note(report.device)}"
+    with picture(path, width=11, height=7.4, note=note) as figure:
         panels = figure.subplots(2, 2, width_ratios=(1.15, 1))
         shown = "calibrated" if "calibrated" in report.results else next(iter(report.results))
         _parts_by_policy(panels[0, 0], report)
@@ -61,16 +63,13 @@ def _parts_over_time(axes, result: ServingResult) -> None:
     for name, share in shares.items():
         axes.stairs((bottom + share) * 100, edges * scale, baseline=bottom * 100, fill=True, color=PART_COLOURS[name])
         bottom = bottom + share
-    axes.set(
-        xlabel=f"time from the first arrival, {unit}", ylabel="wall time, %", ylim=(0, 100), xlim=(edges[0] * scale, edges[-1] * scale),
-        title=f"the same over the run, policy {result.policy} (white: idle)",
-    )  # fmt: skip
+    axes.set_xlim(edges[0] * scale, edges[-1] * scale)
+    axes.set(xlabel=f"time from the first arrival, {unit}", ylabel="wall time, %", ylim=(0, 100))
+    axes.set_title(f"the same over the run, policy {result.policy} (white: idle)")
 
 
 def _distributions(axes, report: WhatIf, name: str, words: str) -> None:
-    curves = {
-        policy: distribution(getattr(result.requests, name)) for policy, result in report.results.items()
-    }
+    curves = {policy: distribution(getattr(result.requests, name)) for policy, result in report.results.items()}
     longest = max((values[-1] for values, _ in curves.values() if len(values)), default=0.0)
     unit, scale = time_unit(longest)
     positive = all((values > 0).all() for values, _ in curves.values())

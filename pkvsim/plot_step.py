@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pkvsim.plots import picture
+from pkvsim.serving_costs import fit_note
 from pkvsim.step import RouteStep, StepReport
 
 MAX_SVG_TASKS = 5000  # of a panel; more are drawn as pixels inside the SVG
@@ -16,7 +17,8 @@ OUTLINED_SLOTS = 64  # bars are outlined where so few lie above each other
 def plot_step(report: StepReport, path: str | Path) -> None:
     """Draws every route's timeline to a .png or .svg file, on one scale of time. ValueError as pkvsim.plots.picture."""
     rows = len(report.routes)
-    with picture(path, width=10, height=1.1 + 1.75 * rows) as figure:
+    note = f"attention prices of {report.device.name}: {fit_note(report.device)}"
+    with picture(path, width=10, height=1.3 + 1.75 * rows, note=note) as figure:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, LogNorm
@@ -31,12 +33,11 @@ def plot_step(report: StepReport, path: str | Path) -> None:
             _draw(axes, report, route, colours)
             axes.set_xlim(0, end_us * 1.01)
         panels[-1].set_xlabel("time of one layer, us (black line: its end, merges included)")
-        total = int(report.seq_lens.sum())
-        figure.suptitle(
-            f"{report.device.label}: {len(lens):,} row{'s' * (len(lens) != 1)}, {total:,} tokens", fontsize=11, x=0.01, horizontalalignment="left"
-        )
+        words = f"{len(lens):,} row{'s' * (len(lens) != 1)}, {int(report.seq_lens.sum()):,} tokens"
+        figure.suptitle(f"{report.device.label}: {words}", fontsize=11, x=0.01, horizontalalignment="left")
         if high > low:
-            bar = figure.colorbar(colours, ax=list(panels), label="length of the task's row, tokens", aspect=40, pad=0.01)
+            bar = figure.colorbar(colours, ax=list(panels), aspect=40, pad=0.01)
+            bar.set_label("length of the task's row, tokens")
             ticks = _ticks(lens, low, high)
             bar.set_ticks(ticks, labels=[f"{tick:,}" for tick in ticks])
             bar.minorticks_off()
@@ -56,9 +57,8 @@ def _draw(axes, report: StepReport, route: RouteStep, colours) -> None:
 
     line = route.timeline
     left, right, low = line.start_us, line.end_us, line.slot.astype(float)
-    corners = np.stack(
-        (np.stack((left, low), 1), np.stack((left, low + 1), 1), np.stack((right, low + 1), 1), np.stack((right, low), 1)), 1
-    )  # [num_tasks, 4, 2]
+    across, up = np.stack((left, left, right, right), 1), np.stack((low, low + 1, low + 1, low), 1)
+    corners = np.stack((across, up), 2)  # [num_tasks, 4, 2]
     lengths = report.seq_lens[line.schedule.tasks["row"]]
     outlined = route.used_slots <= OUTLINED_SLOTS and len(corners) <= MAX_SVG_TASKS
     bars = PolyCollection(

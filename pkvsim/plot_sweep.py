@@ -23,15 +23,15 @@ def check_axes(axes: Mapping[str, Sequence[Any]], *, option: str, trace: bool) -
         raise ValueError(f"plot: expected one or two axes, got {', '.join(axes)}")
 
 
-def plot_sweep(sweep: Sweep, metric: str, path: str | Path) -> None:
-    """One figure of every cell: a heat map over two axes, a line or bars over one. ValueError as
+def plot_sweep(sweep: Sweep, metric: str, path: str | Path, *, note: str = "") -> None:
+    """One figure of every cell: a heat map over two axes, a line or bars over one; the note below. ValueError as
     pkvsim.plots.picture, for an unknown metric, or for more than two axes."""
     check_axes(sweep.axes, option="plot", trace=False)
     values = sweep.values(metric)
     if values.ndim == 1:
-        _line(sweep, metric, values, path)
+        _line(sweep, metric, values, path, note)
         return
-    with picture(path, **_size(values.shape)) as figure:
+    with picture(path, note=note, **_size(values.shape)) as figure:
         from matplotlib.colors import LogNorm, Normalize
 
         axes = figure.subplots()
@@ -50,7 +50,7 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path) -> None:
                 axes.text(column, row, _short(value), ha="center", va="center", color=ink, fontsize=8)
 
 
-def plot_routes(sweep: Sweep, path: str | Path) -> None:
+def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     """The route taken at every cell of a step sweep over two axes, and how much longer the next best takes. ValueError
     as pkvsim.plots.picture, for other than two axes, or for a sweep of a trace, whose cells take many routes."""
     check_axes(sweep.axes, option="route_map", trace="route" not in sweep.cells[0])
@@ -58,7 +58,7 @@ def plot_routes(sweep: Sweep, path: str | Path) -> None:
     routes = [cell["route"] for cell in sweep.cells]
     colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"]}  # the paper's, of no backend
     taken = [name for name in colours if name in routes]
-    with picture(path, option="route_map", **_size(shape)) as figure:
+    with picture(path, option="route_map", note=note, **_size(shape)) as figure:
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
@@ -82,7 +82,7 @@ def plot_routes(sweep: Sweep, path: str | Path) -> None:
 
 def _size(shape: list[int] | tuple[int, ...]) -> dict[str, float]:
     rows, columns = shape
-    return {"width": min(14.0, 2.6 + 0.75 * max(columns, 4)), "height": min(11.0, 1.9 + 0.42 * max(rows, 4))}
+    return {"width": min(14.0, 2.6 + 0.75 * max(columns, 4)), "height": min(11.0, 2.1 + 0.42 * max(rows, 4))}
 
 
 def _places(axes, sweep: Sweep) -> None:
@@ -94,9 +94,9 @@ def _places(axes, sweep: Sweep) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _line(sweep: Sweep, metric: str, values: np.ndarray, path: str | Path) -> None:
+def _line(sweep: Sweep, metric: str, values: np.ndarray, path: str | Path, note: str) -> None:
     ((name, places),) = sweep.axes.items()
-    with picture(path, width=6.4, height=3.8) as figure:
+    with picture(path, note=note, width=6.4, height=4) as figure:
         axes = figure.subplots()
         known = values[~np.isnan(values)]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)

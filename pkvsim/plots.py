@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+TIME_UNITS = (("us", 1e6, 1e-3), ("ms", 1e3, 1.0), ("s", 1.0, 600.0), ("min", 1 / 60, 10_800.0))  # per s, below s
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which the colour-blind tell apart (their yellow is too pale for lines on white).
 ROUTE_COLOURS = dict(zip(ROUTES, ("#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2")))
@@ -31,7 +32,8 @@ STYLE = {
 
 
 def check_plot_path(path: str | Path, *, option: str = "plot") -> Path:
-    """`path`, if a picture can be drawn there; ValueError naming the option otherwise. Long work asks before it starts."""
+    """`path`, if a picture can be drawn there; ValueError naming the option otherwise. Long work asks before it
+    starts."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{option}: expected a file ending in {' or '.join(SUFFIXES)}, got {str(path)!r}")
@@ -50,14 +52,19 @@ def check_folder(path: str | Path, *, option: str) -> None:
 
 
 @contextmanager
-def picture(path: str | Path, *, width: float, height: float, option: str = "plot") -> Iterator[Figure]:
-    """An empty figure of so many inches that is saved to `path` at the end. ValueError as check_plot_path."""
+def picture(
+    path: str | Path, *, width: float, height: float, option: str = "plot", note: str = ""
+) -> Iterator[Figure]:
+    """An empty figure of so many inches, the note below it, that is saved to `path` at the end. ValueError as
+    check_plot_path."""
     path = check_plot_path(path, option=option)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
+        if note:
+            figure.supxlabel(note, x=0.01, horizontalalignment="left", fontsize=8, color="#6A6A6A")
         yield figure
         try:
             figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
@@ -72,8 +79,8 @@ def colour_of(index: int) -> str:
 
 def time_unit(longest_s: float) -> tuple[str, float]:
     """(unit, units per second) that suits times up to longest_s."""
-    for limit, unit, per_second in ((1e-3, "us", 1e6), (1.0, "ms", 1e3), (600.0, "s", 1.0), (3 * 3600.0, "min", 1 / 60)):
-        if longest_s < limit:
+    for unit, per_second, limit_s in TIME_UNITS:
+        if longest_s < limit_s:
             return unit, per_second
     return "h", 1 / 3600
 

@@ -36,7 +36,8 @@ def spread(steps: StepLog, totals: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def busy_shares(steps: StepLog, edges: np.ndarray) -> dict[str, np.ndarray]:
     """Share of each bin's wall time [len(edges) - 1] by part; what no part fills is idle."""
     widths_us = np.diff(edges) * 1e6
-    return {name: spread(steps, getattr(steps, column) * steps.steps, edges) / widths_us for name, column in PARTS.items()}
+    sums_us = {name: spread(steps, getattr(steps, column) * steps.steps, edges) for name, column in PARTS.items()}
+    return {name: sum_us / widths_us for name, sum_us in sums_us.items()}
 
 
 def over_time(result: ServingResult, edges: np.ndarray) -> dict[str, np.ndarray]:

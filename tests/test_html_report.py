@@ -80,7 +80,8 @@ def figure_of(summary: dict, name: str):
 def test_the_page_is_whole_and_alone(report) -> None:
     text = html_page(report)
     page = Page(text)
-    assert "http:" not in text and "https:" not in text and "//" not in re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)
+    code = re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)  # without the script's comments
+    assert "http:" not in text and "https:" not in text and "//" not in code
     assert not [value for name, value in page.attributes if name in ("src", "href", "srcset") and value != "data:,"]
     assert "$" not in re.sub(r"\$\{", "", text)  # nothing of the template is left
     assert html_page(report) == text and len(text) < 400_000
@@ -126,14 +127,14 @@ def test_a_page_from_the_command_line(capsys, monkeypatch, tmp_path) -> None:
     args = ("whatif", "--trace", str(trace), "--device", "h200", "--policies", "balanced,split")
     assert pkvsim(capsys, monkeypatch, *args, "--report", str(path))[::2] == (0, "")
     assert set(json.loads(Page(path.read_text()).data)["parts_s"]) == {"balanced", "split"}
-    for name, message in (("page.pdf", "report: expected a file ending in .html"), ("no/page.html", "report: cannot write")):
+    for name, message in (("page.pdf", "report: expected a file ending in .html"), ("no/a.html", "cannot write")):
         code, out, err = pkvsim(capsys, monkeypatch, *args, "--report", str(tmp_path / name))
         assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: Playwright's own, or one on PATH. Its sandbox does not start as root, and opens only our own page here."""
+    """Chromium: Playwright's own, or one on PATH; without its sandbox, which root cannot start: it sees our page only."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install '.[test]'")
     with playwright.sync_playwright() as driver:
         paths = [None, *filter(None, map(shutil.which, BROWSERS))]
@@ -165,7 +166,8 @@ def tab(browser, page_file):
 
 
 def test_the_tables_in_a_browser(tab, report) -> None:
-    rows = tab.eval_on_selector_all("#summary tbody tr", "rows => rows.map(row => [...row.cells].map(c => c.textContent))")
+    cells = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+    rows = tab.eval_on_selector_all("#summary tbody tr", cells)
     assert rows == [[label, *cells] for label, cells in table_rows(report)]
     shown = tab.eval_on_selector_all(
         "#figures td", "cells => cells.map(c => [c.dataset.column, c.dataset.figure, c.textContent])"
@@ -191,7 +193,8 @@ def test_the_toggles(tab) -> None:
         bars = tab.eval_on_selector_all(f"#{chart} .bar", "bars => bars.map(bar => bar.dataset.policy)")
         assert set(bars) == set(POLICIES[1:])
     for table in ("summary", "figures"):
-        hidden = tab.eval_on_selector_all(f"#{table} [data-column]", "all => all.map(c => [c.dataset.column, c.hidden])")
+        cells = "all => all.map(cell => [cell.dataset.column, cell.hidden])"
+        hidden = tab.eval_on_selector_all(f"#{table} [data-column]", cells)
         assert {policy for policy, is_hidden in hidden if is_hidden} == {"paper"}
         assert {policy for policy, is_hidden in hidden if not is_hidden} == set(POLICIES[1:])
     for policy in POLICIES[1:]:

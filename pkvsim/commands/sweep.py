@@ -90,15 +90,16 @@ def sweep(
             notes = requests.notes + notes
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]
-        notes += tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
+        prices = tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
+        notes += prices
         if plot is not None:
             from pkvsim.plot_sweep import plot_sweep
 
-            plot_sweep(report, metric, plot)
+            plot_sweep(report, metric, plot, note="\n".join(prices))
         if route_map is not None:
             from pkvsim.plot_sweep import plot_routes
 
-            plot_routes(report, route_map)
+            plot_routes(report, route_map, note="\n".join(prices))
     if as_json:
         typer.echo(json.dumps(report.to_dict() | {"notes": list(notes)}, indent=2, allow_nan=False))
         return

@@ -49,7 +49,7 @@ def whatif(
         Optional[str], typer.Option(help="Draw time splits and latencies to this .png or .svg file.")
     ] = None,
     timeline: Annotated[
-        Optional[str], typer.Option(help="Write steps and requests to this .json file in Chrome's format, for Perfetto.")
+        Optional[str], typer.Option(help="Write steps and requests to this .json file, for Perfetto.")
     ] = None,
     report_file: Annotated[
         Optional[str], typer.Option("--report", help="Write a self-contained .html page of tables and charts.")

@@ -7,21 +7,21 @@ const tip = document.getElementById("tip");
 const WIDTH = 560, HEIGHT = 270, LEFT = 52, RIGHT = 12, TOP = 8, BOTTOM = 40;
 
 const visible = () => data.policies.filter(policy => shown.has(policy.name));
-const escape = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})[c]);
+const ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"};
+const escape = text => String(text).replace(/[&<>"]/g, character => ENTITIES[character]);
 const number = value => value === null ? "-" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
   : String(Number(value.toPrecision(3)));
-
-function seconds(value) {
-  for (const [limit, scale, unit] of [[1e-3, 1e6, "us"], [1, 1e3, "ms"], [600, 1, "s"], [10800, 1 / 60, "min"]])
-    if (value < limit) return number(value * scale) + " " + unit;
-  return number(value / 3600) + " h";
-}
 
 // The unit that suits times up to `longest` seconds: [name, units per second].
 function unitOf(longest) {
   for (const [limit, scale, unit] of [[1e-3, 1e6, "us"], [1, 1e3, "ms"], [600, 1, "s"], [10800, 1 / 60, "min"]])
     if (longest < limit) return [unit, scale];
   return ["h", 1 / 3600];
+}
+
+function seconds(value) {
+  const [unit, scale] = unitOf(value);
+  return `${number(value * scale)} ${unit}`;
 }
 
 function niceTicks(low, high, count) {
@@ -43,22 +43,23 @@ function logTicks(low, high) {
   return ticks.length > 1 ? ticks : [low, high];
 }
 
-// lines: [{name, colour, dash, xs, ys}], ys may hold nulls. hover(x, y) -> text. Returns nothing; fills the element.
+// Fills the element. lines: [{name, colour, dash, xs, ys}], ys may hold nulls; hover(x, y) -> {lines of text, across}.
 function drawLines(element, {lines, xRange, yRange, logX, xLabel, yLabel, hover, width = WIDTH}) {
   const [x0, x1] = xRange, [y0, y1] = yRange;
   const project = logX ? Math.log : value => value, span = project(x1) - project(x0) || 1;
   const toX = x => LEFT + (project(x) - project(x0)) / span * (width - LEFT - RIGHT);
   const toY = y => HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
-  const parts = [`<svg viewBox="0 0 ${width} ${HEIGHT}" role="img" aria-label="${escape(yLabel)} over ${escape(xLabel)}">`];
+  const label = escape(`${yLabel} over ${xLabel}`), low = HEIGHT - BOTTOM;
+  const parts = [`<svg viewBox="0 0 ${width} ${HEIGHT}" role="img" aria-label="${label}">`];
   for (const tick of niceTicks(y0, y1, 5))
     parts.push(`<line class="gridline" x1="${LEFT}" x2="${width - RIGHT}" y1="${toY(tick)}" y2="${toY(tick)}"/>`,
       `<text x="${LEFT - 6}" y="${toY(tick) + 4}" text-anchor="end">${number(tick)}</text>`);
   for (const tick of logX ? logTicks(x0, x1) : niceTicks(x0, x1, 7))
-    parts.push(`<line class="gridline" x1="${toX(tick)}" x2="${toX(tick)}" y1="${TOP}" y2="${HEIGHT - BOTTOM}"/>`,
-      `<text x="${toX(tick)}" y="${HEIGHT - BOTTOM + 15}" text-anchor="middle">${number(tick)}</text>`);
-  parts.push(`<line class="axis" x1="${LEFT}" x2="${width - RIGHT}" y1="${HEIGHT - BOTTOM}" y2="${HEIGHT - BOTTOM}"/>`,
+    parts.push(`<line class="gridline" x1="${toX(tick)}" x2="${toX(tick)}" y1="${TOP}" y2="${low}"/>`,
+      `<text x="${toX(tick)}" y="${low + 15}" text-anchor="middle">${number(tick)}</text>`);
+  parts.push(`<line class="axis" x1="${LEFT}" x2="${width - RIGHT}" y1="${low}" y2="${low}"/>`,
     `<text x="${(LEFT + width - RIGHT) / 2}" y="${HEIGHT - 6}" text-anchor="middle">${escape(xLabel)}</text>`,
-    `<text transform="translate(11 ${(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">${escape(yLabel)}</text>`);
+    `<text transform="translate(11 ${(TOP + low) / 2}) rotate(-90)" text-anchor="middle">${escape(yLabel)}</text>`);
   lines.forEach((line, order) => {
     // Policies that agree lie on each other: later lines are thinner, so that earlier ones show beside them.
     const thick = Math.max(1.2, 3.4 - 0.45 * order);
@@ -68,7 +69,8 @@ function drawLines(element, {lines, xRange, yRange, logX, xLabel, yLabel, hover,
       path += `${pen}${toX(x).toFixed(1)} ${toY(line.ys[at]).toFixed(1)}`;
       pen = "L";
     });
-    parts.push(`<path class="line" data-policy="${escape(line.name)}" d="${path}" stroke="${line.colour}" stroke-width="${thick}" stroke-dasharray="${line.dash}"/>`);
+    parts.push(`<path class="line" data-policy="${escape(line.name)}" d="${path}" stroke="${line.colour}" ` +
+      `stroke-width="${thick}" stroke-dasharray="${line.dash}"/>`);
   });
   parts.push(`<line class="cursor"/></svg>`);
   element.innerHTML = parts.join("");
@@ -76,10 +78,10 @@ function drawLines(element, {lines, xRange, yRange, logX, xLabel, yLabel, hover,
   svg.addEventListener("mousemove", event => {
     const box = svg.getBoundingClientRect(), scale = width / box.width;
     const px = (event.clientX - box.left) * scale, py = (event.clientY - box.top) * scale;
-    if (px < LEFT || px > width - RIGHT || py < TOP || py > HEIGHT - BOTTOM) return hide(cursor);
-    const u = project(x0) + (px - LEFT) / (width - LEFT - RIGHT) * span;
-    const text = hover(logX ? Math.exp(u) : u, y0 + (HEIGHT - BOTTOM - py) / (HEIGHT - TOP - BOTTOM) * (y1 - y0));
-    const ends = text.across ? {x1: LEFT, x2: width - RIGHT, y1: py, y2: py} : {x1: px, x2: px, y1: TOP, y2: HEIGHT - BOTTOM};
+    if (px < LEFT || px > width - RIGHT || py < TOP || py > low) return hide(cursor);
+    const x = project(x0) + (px - LEFT) / (width - LEFT - RIGHT) * span;
+    const text = hover(logX ? Math.exp(x) : x, y0 + (low - py) / (low - TOP) * (y1 - y0));
+    const ends = text.across ? {x1: LEFT, x2: width - RIGHT, y1: py, y2: py} : {x1: px, x2: px, y1: TOP, y2: low};
     for (const [name, value] of Object.entries(ends)) cursor.setAttribute(name, value);
     cursor.style.visibility = "visible";
     show(event, text.lines);
@@ -94,23 +96,28 @@ function drawBars(element, {rows, scale, unit, text}) {
   const most = Math.max(...sums, 0) || 1, full = rows.length * height + bottom;
   const toX = value => left + value / most * (width - left - RIGHT);
   const parts = [`<svg viewBox="0 0 ${width} ${full}" role="img" aria-label="stacked bars, ${escape(unit)}">`];
-  for (const tick of niceTicks(0, most * scale, 6))
-    parts.push(`<line class="gridline" x1="${toX(tick / scale)}" x2="${toX(tick / scale)}" y1="0" y2="${full - bottom}"/>`,
-      `<text x="${toX(tick / scale)}" y="${full - bottom + 14}" text-anchor="middle">${number(tick)}</text>`);
+  for (const tick of niceTicks(0, most * scale, 6)) {
+    const x = toX(tick / scale);
+    parts.push(`<line class="gridline" x1="${x}" x2="${x}" y1="0" y2="${full - bottom}"/>`,
+      `<text x="${x}" y="${full - bottom + 14}" text-anchor="middle">${number(tick)}</text>`);
+  }
   rows.forEach((row, at) => {
     parts.push(`<text x="${left - 8}" y="${at * height + 19}" text-anchor="end">${escape(row.name)}</text>`);
     let begin = 0;
     for (const [label, value, colour] of row.parts) {
       const wide = toX(begin + value) - toX(begin), share = sums[at] ? value / sums[at] : 0;
+      const told = `${row.name}, ${label}\n${text(value)}, ${(share * 100).toFixed(1)} %`;
       if (value > 0)
-        parts.push(`<rect class="bar" data-policy="${escape(row.name)}" data-tip="${escape(`${row.name}, ${label}\n${text(value)}, ${(share * 100).toFixed(1)} %`)}" ` +
-          `x="${toX(begin)}" y="${at * height + 3}" width="${wide}" height="${height - 6}" fill="${colour}"/>`);
+        parts.push(`<rect class="bar" data-policy="${escape(row.name)}" data-tip="${escape(told)}" fill="${colour}" ` +
+          `x="${toX(begin)}" y="${at * height + 3}" width="${wide}" height="${height - 6}"/>`);
       if (wide > 34)
-        parts.push(`<text class="${dark(colour) ? "light" : ""}" x="${toX(begin) + wide / 2}" y="${at * height + 19}" text-anchor="middle" pointer-events="none">${Math.round(share * 100)}%</text>`);
+        parts.push(`<text class="${dark(colour) ? "light" : ""}" x="${toX(begin) + wide / 2}" ` +
+          `y="${at * height + 19}" text-anchor="middle" pointer-events="none">${Math.round(share * 100)}%</text>`);
       begin += value;
     }
   });
-  parts.push(`<text x="${(left + width - RIGHT) / 2}" y="${full - 4}" text-anchor="middle">${escape(unit)}</text></svg>`);
+  const middle = (left + width - RIGHT) / 2;
+  parts.push(`<text x="${middle}" y="${full - 4}" text-anchor="middle">${escape(unit)}</text></svg>`);
   const labels = new Map(rows.flatMap(row => row.parts.map(([label, , colour]) => [label, colour])));
   parts.push(`<div class="legend">`);
   for (const [label, colour] of labels) parts.push(`<span><i style="background:${colour}"></i>${escape(label)}</span>`);
@@ -153,8 +160,11 @@ function distribution(id, curves, label) {
   const [unit, scale] = unitOf(high), logX = low > 0 && high > 20 * low;
   const room = low === high ? low * 0.1 || 1e-9 : 0;
   drawLines(element, {
-    lines: lines.map(policy => ({...policy, xs: curves[policy.name][0].map(x => x * scale), ys: curves[policy.name][1]})),
-    xRange: [((logX ? low : 0)) * scale, (high + room) * scale], yRange: [0, 100], logX,
+    lines: lines.map(policy => {
+      const [xs, ys] = curves[policy.name];
+      return {...policy, xs: xs.map(x => x * scale), ys};
+    }),
+    xRange: [(logX ? low : 0) * scale, (high + room) * scale], yRange: [0, 100], logX,
     xLabel: `${label}, ${unit}`, yLabel: "requests at or below, %",
     hover: (x, y) => ({across: true, lines: [`${y.toFixed(1)} % of the requests within`, ...padded(lines.map(policy => {
       const [xs, ys] = curves[policy.name], at = ys.findIndex(share => share >= y);
@@ -170,11 +180,13 @@ function overTheRun(metric) {
   const high = values.flat().reduce((a, b) => Math.max(a, b ?? 0), 0);
   drawLines(document.getElementById("run"), {
     lines: lines.map((policy, at) => ({...policy, xs: middles, ys: values[at]})),
-    xRange: [edges[0] * scale, edges[edges.length - 1] * scale], yRange: [0, high * 1.04 || 1], logX: false, width: 1180,
+    xRange: [edges[0] * scale, edges[edges.length - 1] * scale], yRange: [0, high * 1.04 || 1],
+    logX: false, width: 1180,
     xLabel: `time from the first arrival, ${unit}`, yLabel: metric,
     hover: x => {
       const bin = Math.min(middles.length - 1, Math.max(0, edges.findIndex(edge => edge * scale > x) - 1));
-      return {lines: [`${number(x)} ${unit}: ${metric}`, ...padded(lines.map((policy, at) => [policy.name, number(values[at][bin])]))]};
+      const rows = lines.map((policy, at) => [policy.name, number(values[at][bin])]);
+      return {lines: [`${number(x)} ${unit}: ${metric}`, ...padded(rows)]};
     },
   });
 }
@@ -184,13 +196,14 @@ function draw() {
   distribution("tpot", data.tpot_s, "time per output token");
   const policies = visible(), total = name => Object.values(data.parts_s[name]).reduce((a, b) => a + b, 0);
   const [unit, scale] = unitOf(Math.max(0, ...policies.map(policy => total(policy.name))));
+  const bars = (values, colours) => policies.map(({name}) => (
+    {name, parts: Object.entries(values[name]).map(([label, value]) => [label, value, colours[label]])}));
   drawBars(document.getElementById("parts"), {
-    rows: policies.map(({name}) => ({name, parts: Object.entries(data.parts_s[name]).map(([label, s]) => [label, s, data.part_colours[label]])})),
-    scale, unit: `GPU time, ${unit}`, text: seconds,
+    rows: bars(data.parts_s, data.part_colours), scale, unit: `GPU time, ${unit}`, text: seconds,
   });
   drawBars(document.getElementById("routes"), {
-    rows: policies.map(({name}) => ({name, parts: Object.entries(data.routes[name]).map(([label, count]) => [label, count, data.route_colours[label]])})),
-    scale: 1, unit: "decode steps", text: count => `${count.toLocaleString("en")} steps`,
+    rows: bars(data.routes, data.route_colours), scale: 1, unit: "decode steps",
+    text: count => `${count.toLocaleString("en")} steps`,
   });
   overTheRun(document.getElementById("metric").value);
   for (const cell of document.querySelectorAll("[data-column]")) cell.hidden = !shown.has(cell.dataset.column);
@@ -201,7 +214,8 @@ for (const {name, colour, dash} of data.policies) {
   button.type = "button";
   button.dataset.policy = name;
   button.setAttribute("aria-pressed", "true");
-  button.innerHTML = `<svg width="26" height="8"><line x1="0" x2="26" y1="4" y2="4" stroke="${colour}" stroke-width="3" stroke-dasharray="${dash}"/></svg>${escape(name)}`;
+  const sample = `<line x1="0" x2="26" y1="4" y2="4" stroke="${colour}" stroke-width="3" stroke-dasharray="${dash}"/>`;
+  button.innerHTML = `<svg width="26" height="8">${sample}</svg>${escape(name)}`;
   button.addEventListener("click", () => {
     shown.has(name) ? shown.delete(name) : shown.add(name);
     button.setAttribute("aria-pressed", String(shown.has(name)));
