@@ -1,25 +1,26 @@
 // pkv_append: writes new tokens' K and V into their pages, on the way rotated (RoPE) and quantised; rotates their
 // queries in the same pass.
 //
-// Grid: [ceil(num_tokens * chunks / 4)], block: [128]. A warp has one token and every chunks-th step of its heads (K, then
-// V, then queries); LANES lanes share a head and each holds two vectors of 8 elements, placed so that it has both
+// Grid: [ceil(num_tokens * chunks / 4)], block: [128]. A warp has one token and every chunks-th step of its heads (K,
+// then V, then queries); LANES lanes share a head and each holds two vectors of 8 elements, placed so that it has both
 // elements of its pairs.
 //
-//   k_new, v_new  [num_tokens, num_kv_heads, HEAD_DIM or HEAD_DIM_V]; q, q_out [num_tokens, num_q_heads, HEAD_DIM], may be one
-//   k_pages, ...  [num_pages] x heads x tokens x dim by strides, of CACHE_TYPE (quantize.cuh)
-//   k_scales, ... INT8: float32, written, one per token and head by strides. FP8: [1] float32, read, or null for k_scale
-//   seq_lens      [batch_size] int32, with the new tokens; block_table [batch_size, max_pages] int32
+//   k_new, v_new  [num_tokens, num_kv_heads, HEAD_DIM or HEAD_DIM_V]
+//   q, q_out      [num_tokens, num_q_heads, HEAD_DIM], may be one
+//   k_pages, ..   [num_pages] x heads x tokens x dim by strides, of CACHE_TYPE (quantize.cuh)
+//   k_scales, ..  INT8: float32 per token and head by strides, written. FP8: [1] float32, read, or null for k_scale
+//   seq_lens      [batch_size] int32, the new tokens counted in; block_table [batch_size, max_pages] int32
 //   token_offsets [batch_size + 1] int32, or null: token i is row i's. A row's tokens take its last positions
-//   rope          ROPE_TABLE: [max_positions, ROTARY_DIM] float32, cosines then sines. Otherwise [ROTARY_DIM / 2] uint64:
+//   rope          ROPE_TABLE: [max_positions, ROTARY_DIM] float32, cosines then sines; else [ROTARY_DIM / 2] uint64,
 //                 a pair's turns per position, times 2^64
-// Strides in elements. Nothing is done for tokens of empty rows, past the last offset, before position 0, or whose page or
-// position is not there: a graph may have been captured for more.
+// Strides in elements. Passed over are tokens of empty rows, past the last offset, before position 0, and those whose
+// page or position is not there: a graph may have been captured for more than a step has.
 //
-// ROPE_STYLE: 0 none; 1 half, element i with i + ROTARY_DIM / 2 (Llama in Hugging Face's order, GPT-NeoX); 2 interleaved, element
-// 2 i with 2 i + 1 (GPT-J). Elements from ROTARY_DIM on stay.
+// ROPE_STYLE: 0 none; 1 half, element i with i + ROTARY_DIM / 2 (Llama in Hugging Face's order, GPT-NeoX); 2
+// interleaved, element 2 i with 2 i + 1 (GPT-J). Elements from ROTARY_DIM on stay.
 //
-// Bound by HBM when there are many tokens, each input read and each output written once (outputs through L2, where decode
-// finds them); in a decode step by the latency of a row's length, its page's id and one store.
+// Bound by HBM when there are many tokens, each input read and each output written once (outputs through L2, where
+// decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
 #include "mma.cuh"
 #include "quantize.cuh"
 
@@ -28,11 +29,13 @@ namespace pkv {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int WARPS = 4;
 constexpr int WIDEST = HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V;
-constexpr int LANES = WIDEST <= 16 ? 1 : WIDEST <= 32 ? 2 : WIDEST <= 64 ? 4 : WIDEST <= 128 ? 8 : WIDEST <= 256 ? 16 : 32;
+constexpr int LANES =
+    WIDEST <= 16 ? 1 : WIDEST <= 32 ? 2 : WIDEST <= 64 ? 4 : WIDEST <= 128 ? 8 : WIDEST <= 256 ? 16 : 32;
 constexpr int HEADS_PER_STEP = 32 / LANES;
 constexpr int IN_FLIGHT = 4;  // steps whose loads a warp has under way
 constexpr int ROTATING_LANES = ROPE_STYLE ? ROTARY_DIM / 16 : 0;
-static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0 && WIDEST <= 512 && ROTARY_DIM % 16 == 0 && ROTARY_DIM <= HEAD_DIM, "dims");
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0 && WIDEST <= 512, "a warp holds whole vectors of a head");
+static_assert(ROTARY_DIM % 16 == 0 && ROTARY_DIM <= HEAD_DIM, "a lane holds both elements of its pairs");
 
 #if CACHE_TYPE == 0
 typedef half_type cache_type;
@@ -46,7 +49,9 @@ struct Strides {
 struct PageStrides {
   long long page, head, token;
 
-  __device__ __forceinline__ long long at(int id, int kv_head, int slot) const { return id * page + kv_head * head + slot * token; }
+  __device__ __forceinline__ long long at(int id, int kv_head, int slot) const {
+    return id * page + kv_head * head + slot * token;
+  }
 };
 
 __device__ __forceinline__ uint4 load_once(const half_type* at) {
@@ -75,8 +80,10 @@ __device__ __forceinline__ void store_vector(half_type* at, const float (&x)[8])
 __device__ __forceinline__ void store_vector(unsigned char* at, const float (&x)[8], float inverse_scale) {
   unsigned pairs[4];
   #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = quantize_pair(__fmul_rn(x[2 * i], inverse_scale), __fmul_rn(x[2 * i + 1], inverse_scale));
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(pairs[0] | pairs[1] << 16), "r"(pairs[2] | pairs[3] << 16) : "memory");
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = quantize_pair(__fmul_rn(x[2 * i], inverse_scale), __fmul_rn(x[2 * i + 1], inverse_scale));
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(pairs[0] | pairs[1] << 16),
+               "r"(pairs[2] | pairs[3] << 16) : "memory");
 }
 #endif
 
@@ -102,7 +109,8 @@ __device__ __forceinline__ int find_row(const int* token_offsets, int batch_size
 }
 
 #if ROPE_STYLE
-// The lane's cosines and sines: half, of its 8 pairs in order; interleaved, of the 4 in its first vector, then of the 4 in its second.
+// The lane's cosines and sines: half, of its 8 pairs in order; interleaved, of the 4 in its first vector, then of the
+// 4 in its second.
 struct Angles {
   float cosine[8], sine[8];
 
@@ -164,14 +172,15 @@ __device__ __forceinline__ float head_scale(const float (&low)[8], const float (
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::WARPS * 32)
-pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, half_type* q_out, pkv::cache_type* k_pages,
-           pkv::cache_type* v_pages, float* k_scales, float* v_scales, const int* seq_lens, const int* block_table,
-           const int* token_offsets, const void* rope, int num_tokens, int batch_size, int num_kv_heads, int num_q_heads,
-           int page_size, int num_pages, int max_pages, int max_positions, int chunks, long long table_stride,
-           long long rope_stride, long long k_token, long long k_head, long long v_token, long long v_head,
-           long long q_token, long long q_head, long long q_out_token, long long q_out_head, long long k_page,
-           long long k_page_head, long long k_page_token, long long v_page, long long v_page_head, long long v_page_token,
-           long long scale_page, long long scale_head, long long scale_token, float rope_factor, float k_scale, float v_scale) {
+pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, half_type* q_out,
+           pkv::cache_type* k_pages, pkv::cache_type* v_pages, float* k_scales, float* v_scales, const int* seq_lens,
+           const int* block_table, const int* token_offsets, const void* rope, int num_tokens, int batch_size,
+           int num_kv_heads, int num_q_heads, int page_size, int num_pages, int max_pages, int max_positions,
+           int chunks, long long table_stride, long long rope_stride, long long k_token, long long k_head,
+           long long v_token, long long v_head, long long q_token, long long q_head, long long q_out_token,
+           long long q_out_head, long long k_page, long long k_page_head, long long k_page_token, long long v_page,
+           long long v_page_head, long long v_page_token, long long scale_page, long long scale_head,
+           long long scale_token, float rope_factor, float k_scale, float v_scale) {
   using namespace pkv;
   const int lane = threadIdx.x % 32, part = lane % LANES;
   const int warp = blockIdx.x * WARPS + threadIdx.x / 32, token = warp / chunks;
@@ -218,7 +227,8 @@ pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, h
   if (part < ROTATING_LANES) angles.load(rope, position, rope_stride, rope_factor, part);
 #endif
 #if CACHE_TYPE == 1 || CACHE_TYPE == 2
-  const float k_inverse = __frcp_rn(k_scales ? __ldcg(k_scales) : k_scale), v_inverse = __frcp_rn(v_scales ? __ldcg(v_scales) : v_scale);
+  const float k_inverse = __frcp_rn(k_scales ? __ldcg(k_scales) : k_scale);
+  const float v_inverse = __frcp_rn(v_scales ? __ldcg(v_scales) : v_scale);
 #endif
 
   for (;;) {

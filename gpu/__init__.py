@@ -4,6 +4,7 @@ from __future__ import annotations
 _HOMES = {
     "BatchDecodeWithPagedKVCacheWrapper": "gpu.batch_decode",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.batch_decode",
+    "CacheWriter": "gpu.append",
     "DecodeEngine": "gpu.engine",
     "FlashInferDecode": "gpu.flashinfer",
     "PagedKVCache": "gpu.kv_cache",

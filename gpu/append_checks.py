@@ -1,17 +1,19 @@
 """Checks on what reaches CacheWriter. Every failure is a ValueError that names the argument, before any launch."""
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from gpu import validate
-from gpu.append_config import CACHE_TYPES
+from gpu.append_config import CACHE_TYPES, FP8_TYPES, LANE_ELEMENTS, MAX_HEAD_DIM
 from gpu.arrays import ArrayView
+from gpu.config import DTYPES
 from pkvsim import DecodeShape
+from pkvsim.rope import Rope
 
 LAYOUTS = ("HND", "NHD")
-STORED_AS = {"float8_e4m3fn": ("float8_e4m3fn", "uint8"), "float8_e5m2": ("float8_e5m2", "uint8")}  # CuPy has no FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +32,50 @@ class AppendViews:
     k_scales: ArrayView | None  # k_token_scales of INT8 pages; k_scale of FP8 pages where it is on the GPU
     v_scales: ArrayView | None
 
-    def given(self) -> list[tuple[str, ArrayView]]:
-        return [(name, view) for name in self.__slots__ if (view := getattr(self, name)) is not None]
+
+def argument_name(slot: str, kv_dtype: str) -> str:
+    """What CacheWriter.append calls the field `slot` of AppendViews."""
+    return slot.replace("_scales", "_token_scales" if kv_dtype == "int8" else "_scale")
 
 
 def expect(name: str, expected: str, got: object, ok: bool) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_writer(shape: DecodeShape, dtype: str, *, kv_dtype: str, layout: str, head_dim_v: int, rope: Rope | None,
+                 compute_capability: int) -> None:
+    """What a CacheWriter is made with. compute_capability: major * 10 + minor."""
+    kv_dtypes = (dtype, *CACHE_TYPES)
+    expect("dtype", f"one of {', '.join(DTYPES)}", dtype, dtype in DTYPES)
+    expect("kv_dtype", f"one of {', '.join(kv_dtypes)}", kv_dtype, kv_dtype in kv_dtypes)
+    expect("layout", f"one of {', '.join(LAYOUTS)}", layout, layout in LAYOUTS)
+    expect("device", "compute capability 8.0 or newer", compute_capability / 10, compute_capability >= 80)
+    for name, dim in (("head_dim", shape.head_dim), ("head_dim_v", head_dim_v)):
+        expect(name, f"a multiple of {LANE_ELEMENTS} up to {MAX_HEAD_DIM}", dim,
+               0 < dim <= MAX_HEAD_DIM and dim % LANE_ELEMENTS == 0)
+    if rope is not None:
+        expect("rope", f"a rotary_dim of at most head_dim, {shape.head_dim}", rope.rotary_dim,
+               rope.rotary_dim <= shape.head_dim)
+
+
+def check_table(table: ArrayView, device: int) -> None:
+    """Rope.cos_sin on the GPU."""
+    expect("cos_sin", f"float32 on cuda:{device}", table, table.dtype == "float32" and table.device == device)
+    expect("cos_sin", "contiguous rows, on a 16-byte boundary", f"strides {table.strides}",
+           table.strides[1] == 1 and table.strides[0] % 4 == 0 and table.pointer % 16 == 0)
+
+
+def split_scale(name: str, scale: object, kv_dtype: str) -> tuple[float, object]:
+    """(number, None) or (1, array) of k_scale or v_scale."""
+    fp8 = kv_dtype in FP8_TYPES
+    if isinstance(scale, (int, float, np.number)):
+        expect(name, "a positive number" if fp8 else f"1 with pages of {kv_dtype}", scale,
+               0 < scale < math.inf if fp8 else scale == 1)
+        return float(scale), None
+    expect(name, "a number, or one float32 on the GPU" if fp8 else f"1 with pages of {kv_dtype}", type(scale).__name__,
+           fp8 and scale is not None)
+    return 1.0, scale
 
 
 def _check_vectors(name: str, array: ArrayView, element_bytes: int) -> None:
@@ -48,70 +87,79 @@ def _check_vectors(name: str, array: ArrayView, element_bytes: int) -> None:
 
 
 def _check_tokens(name: str, array: ArrayView, dtype: str, tokens: int | None, heads: int, dim: int) -> None:
-    count = "num_tokens" if tokens is None else tokens
-    expect(name, f"{dtype} [{count}, {heads}, {dim}]", array, array.dtype == dtype and len(array.shape) == 3
-           and array.shape[1:] == (heads, dim) and tokens in (None, array.shape[0]))
+    expect(name, f"{dtype} [{'num_tokens' if tokens is None else tokens}, {heads}, {dim}]", array,
+           array.dtype == dtype and len(array.shape) == 3 and array.shape[1:] == (heads, dim)
+           and tokens in (None, array.shape[0]))
     _check_vectors(name, array, 2)
 
 
-def _check_pages(views: AppendViews, shape: DecodeShape, head_dim_v: int, kv_dtype: str, layout: str) -> None:
-    stored = STORED_AS.get(kv_dtype, (kv_dtype,))
-    middle = (shape.num_kv_heads, shape.page_size) if layout == "HND" else (shape.page_size, shape.num_kv_heads)
-    for name, pages, dim in (("k_pages", views.k_pages, shape.head_dim), ("v_pages", views.v_pages, head_dim_v)):
-        expect(name, f"{' or '.join(stored)} [num_pages, {middle[0]}, {middle[1]}, {dim}] ({layout})", pages,
+def _check_pages(views: AppendViews, middle: tuple[int, int], dims: tuple[int, int], kv_dtype: str) -> None:
+    stored = (kv_dtype, "uint8") if kv_dtype in FP8_TYPES else (kv_dtype,)  # CuPy has no FP8
+    for name, pages, dim in (("k_pages", views.k_pages, dims[0]), ("v_pages", views.v_pages, dims[1])):
+        expect(name, f"{' or '.join(stored)} [num_pages, {middle[0]}, {middle[1]}, {dim}]", pages,
                pages.dtype in stored and len(pages.shape) == 4 and pages.shape[1:] == (*middle, dim))
         _check_vectors(name, pages, 1 if kv_dtype in CACHE_TYPES else 2)
-    num_pages = views.k_pages.shape[0]
-    expect("v_pages", f"as many pages as k_pages, {num_pages}", views.v_pages.shape[0], views.v_pages.shape[0] == num_pages)
+    found = views.v_pages.shape[0]
+    expect("v_pages", f"as many pages as k_pages, {views.k_pages.shape[0]}", found, found == views.k_pages.shape[0])
+
+
+def _check_scales(views: AppendViews, middle: tuple[int, int], kv_dtype: str) -> None:
     scales = (("k", views.k_scales), ("v", views.v_scales))
-    if kv_dtype == "int8":
+    if kv_dtype != "int8":
         for side, array in scales:
-            name, want = f"{side}_token_scales", (num_pages, *middle)
-            expect(name, f"float32 {list(want)} beside {side}_pages", array,
-                   array is not None and array.dtype == "float32" and array.shape == want)
-        expect("v_token_scales", f"the strides of k_token_scales, {views.k_scales.strides}", views.v_scales.strides,
-               views.v_scales.strides == views.k_scales.strides)
-    else:
-        for side, array in scales:
-            if array is not None:
-                expect(f"{side}_scale", "a number or one float32 on the GPU", array,
-                       array.dtype == "float32" and int(np.prod(array.shape)) == 1)
+            expect(f"{side}_scale", "a number or one float32 on the GPU", array,
+                   array is None or array.dtype == "float32" and math.prod(array.shape) == 1)
+        return
+    want = (views.k_pages.shape[0], *middle)
+    for side, array in scales:
+        expect(f"{side}_token_scales", f"float32 {list(want)} beside {side}_pages", array,
+               array is not None and array.dtype == "float32" and array.shape == want)
+    found = views.v_scales.strides
+    expect("v_token_scales", f"the strides of k_token_scales, {views.k_scales.strides}", found,
+           found == views.k_scales.strides)
 
 
-def check_append(views: AppendViews, *, shape: DecodeShape, dtype: str, head_dim_v: int, kv_dtype: str, layout: str,
-                 rotary_dim: int, max_positions: int | None, device: int) -> None:
-    """Shapes, dtypes, strides and places of an append's arrays. rotary_dim: 0 without a Rope. max_positions: rows of
-    the Rope's table, None without one."""
-    _check_tokens("k_new", views.k_new, dtype, None, shape.num_kv_heads, shape.head_dim)
-    tokens = views.k_new.shape[0]
-    _check_tokens("v_new", views.v_new, dtype, tokens, shape.num_kv_heads, head_dim_v)
-    _check_pages(views, shape, head_dim_v, kv_dtype, layout)
-    lens, table, offsets = views.seq_lens, views.block_table, views.token_offsets
+def _check_rows(views: AppendViews) -> None:
+    lens, table, offsets, tokens = views.seq_lens, views.block_table, views.token_offsets, views.k_new.shape[0]
     expect("seq_lens", "contiguous int32 [batch_size], at least one row", lens,
-           lens.dtype == "int32" and len(lens.shape) == 1 and lens.shape[0] > 0 and (lens.strides == (1,) or lens.shape == (1,)))
+           lens.dtype == "int32" and len(lens.shape) == 1 and lens.shape[0] > 0
+           and (lens.strides == (1,) or lens.shape == (1,)))
     batch = lens.shape[0]
     expect("block_table", f"int32 [{batch}, max_pages]", table,
            table.dtype == "int32" and len(table.shape) == 2 and table.shape[0] == batch)
     expect("block_table", "contiguous rows", f"strides {table.strides}", table.strides[1] == 1 or table.shape[1] <= 1)
     if offsets is None:
-        expect("k_new", f"one token per row of seq_lens, {batch}, where token_offsets are not given", tokens, tokens == batch)
+        expect("k_new", f"one token per row of seq_lens, {batch}, without token_offsets", tokens, tokens == batch)
     else:
         expect("token_offsets", f"contiguous int32 [{batch + 1}]", offsets,
                offsets.dtype == "int32" and offsets.shape == (batch + 1,) and offsets.strides == (1,))
+
+
+def check_append(views: AppendViews, *, shape: DecodeShape, dtype: str, head_dim_v: int, kv_dtype: str, layout: str,
+                 rotates: bool, max_positions: int | None, device: int) -> None:
+    """Shapes, dtypes, strides and places of an append's arrays. max_positions: rows of the Rope's table, or None."""
+    _check_tokens("k_new", views.k_new, dtype, None, shape.num_kv_heads, shape.head_dim)
+    tokens = views.k_new.shape[0]
+    _check_tokens("v_new", views.v_new, dtype, tokens, shape.num_kv_heads, head_dim_v)
+    middle = (shape.num_kv_heads, shape.page_size) if layout == "HND" else (shape.page_size, shape.num_kv_heads)
+    _check_pages(views, middle, (shape.head_dim, head_dim_v), kv_dtype)
+    _check_scales(views, middle, kv_dtype)
+    _check_rows(views)
     if max_positions is not None:
-        room = (table.shape[1] - 1) * shape.page_size  # the last page may be there for its first tokens only
-        expect("block_table", f"no more pages than the {max_positions} positions of cos_sin need", table, room < max_positions)
+        room = (views.block_table.shape[1] - 1) * shape.page_size  # the last page may be there for its first token
+        expect("block_table", f"no more pages than cos_sin's {max_positions} positions need", views.block_table,
+               room < max_positions)
     for name, array in (("q", views.q), ("q_out", views.q_out)):
         if array is not None:
-            expect(name, "None, since queries are only rotated and the writer has no rope", array, rotary_dim > 0)
+            expect(name, "None, since queries are only rotated and the writer has no rope", array, rotates)
             expect(name, "None where q is not given", array, views.q is not None)
             _check_tokens(name, array, dtype, tokens, shape.num_q_heads, shape.head_dim)
-    scale_name = "_token_scales" if kv_dtype == "int8" else "_scale"
-    for slot, array in views.given():
-        name = slot.replace("_scales", scale_name)
-        expect(name, f"an array on cuda:{device}", array, array.device == device)
-        expect(name, f"an array of the same library as k_new ({views.k_new.library})", array.library,
-               array.library == views.k_new.library)
+    library = views.k_new.library
+    for slot in AppendViews.__slots__:
+        array, name = getattr(views, slot), argument_name(slot, kv_dtype)
+        if array is not None:
+            expect(name, f"an array on cuda:{device}", array, array.device == device)
+            expect(name, f"an array of k_new's library ({library})", array.library, array.library == library)
 
 
 def check_contents(seq_lens: np.ndarray, block_table: np.ndarray, token_offsets: np.ndarray | None, *, num_tokens: int,
@@ -127,7 +175,5 @@ def check_contents(seq_lens: np.ndarray, block_table: np.ndarray, token_offsets:
     counts = np.diff(token_offsets)
     expect("token_offsets", f"offsets that do not fall, from 0 to at most {num_tokens}", token_offsets.tolist(),
            token_offsets[0] == 0 and (counts >= 0).all() and token_offsets[-1] <= num_tokens)
-    short = np.flatnonzero((counts > seq_lens) & (seq_lens > 0))
-    if len(short):
-        row = int(short[0])
-        raise ValueError(f"seq_lens[{row}]: expected the row's {int(counts[row])} new tokens counted in, got {int(seq_lens[row])}")
+    for row in np.flatnonzero((counts > seq_lens) & (seq_lens > 0)):
+        raise ValueError(f"seq_lens[{row}]: expected its {counts[row]} new tokens counted in, got {seq_lens[row]}")

@@ -1,4 +1,5 @@
 """Which variant of the append kernel a writer runs, and how many warps share a token. Needs neither CuPy nor a GPU."""
+
 from __future__ import annotations
 
 from gpu.config import DTYPES
@@ -10,16 +11,22 @@ WARPS_PER_SM = 16  # worth of work, from which on a warp takes several steps of 
 LANE_ELEMENTS = 16  # of a head that a lane holds
 MAX_HEAD_DIM = 32 * LANE_ELEMENTS
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the tokens' own dtype
+FP8_TYPES = ("float8_e4m3fn", "float8_e5m2")
 SIGNATURE = "p" * 12 + "i" * 9 + "q" * 19 + "f" * 3  # parameters of pkv_append, see gpu.launch
 
 
 def defines(shape: DecodeShape, dtype: str, *, kv_dtype: str, head_dim_v: int, rope: Rope | None) -> dict[str, int]:
     """Compile-time constants of append.cu."""
     styles = {style: 1 if style == HALF else 2 for style in ROPE_STYLES}
-    return {"DTYPE_BF16": DTYPES[dtype], "CACHE_TYPE": CACHE_TYPES.get(kv_dtype, 0), "HEAD_DIM": shape.head_dim,
-            "HEAD_DIM_V": head_dim_v, "ROPE_STYLE": 0 if rope is None else styles[rope.style],
-            "ROPE_TABLE": int(rope is not None and rope.inv_freq is None),
-            "ROTARY_DIM": 0 if rope is None else rope.rotary_dim}
+    return {
+        "DTYPE_BF16": DTYPES[dtype],
+        "CACHE_TYPE": CACHE_TYPES.get(kv_dtype, 0),
+        "HEAD_DIM": shape.head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "ROPE_STYLE": 0 if rope is None else styles[rope.style],
+        "ROPE_TABLE": int(rope is not None and rope.inv_freq is None),
+        "ROTARY_DIM": 0 if rope is None else rope.rotary_dim,
+    }
 
 
 def lanes_per_head(widest_head_dim: int) -> int:

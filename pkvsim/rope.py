@@ -1,4 +1,5 @@
 """Rotary position embedding (RoPE): its two element orders, and its angles as a table or as frequencies."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ class Rope:
     """How K and Q are rotated. One of cos_sin and inv_freq is given; a model's context scaling is in either.
 
     style: "half" or "interleaved". Pair i of a token at position p turns by p * inv_freq[i] radians.
-    cos_sin: [max_positions, rotary_dim] float32, each row rotary_dim / 2 cosines, then as many sines; for the GPU a CuPy or
-    torch array there. inv_freq: [rotary_dim / 2] floats on the host or a GPU, radians per position; angles are then exact at
-    every position, while a table keeps whatever rounding it was made with. factor: multiplies the cosines and sines that
-    inv_freq gives (YaRN's attention factor). Elements of a head from rotary_dim on are left as they are.
+    cos_sin: [max_positions, rotary_dim] float32, each row rotary_dim / 2 cosines, then as many sines; for the GPU a
+    CuPy or torch array there. inv_freq: [rotary_dim / 2] floats on the host or a GPU, radians per position; angles
+    are then exact at every position, while a table keeps whatever rounding it was made with. factor: multiplies the
+    cosines and sines that inv_freq gives (YaRN's attention factor). Elements of a head from rotary_dim on are left as
+    they are.
 
     Raises ValueError naming the field.
     """
@@ -35,15 +37,21 @@ class Rope:
         if self.style not in ROPE_STYLES:
             raise ValueError(f"style: expected one of {', '.join(ROPE_STYLES)}, got {self.style!r}")
         if (self.cos_sin is None) == (self.inv_freq is None):
-            raise ValueError("cos_sin, inv_freq: expected exactly one of them, got " + ("none" if self.cos_sin is None else "both"))
+            raise ValueError(
+                "cos_sin, inv_freq: expected exactly one of them, got " + ("none" if self.cos_sin is None else "both")
+            )
         name, rank = ("inv_freq", 1) if self.cos_sin is None else ("cos_sin", 2)
         shape = tuple(getattr(getattr(self, name), "shape", ()))
         if len(shape) != rank or shape[-1] == 0:
-            raise ValueError(f"{name}: expected an array of {rank} dimension{'s' * (rank > 1)}, got shape {list(shape)}")
+            raise ValueError(
+                f"{name}: expected an array of {rank} dimension{'s' * (rank > 1)}, got shape {list(shape)}"
+            )
         if self.rotary_dim % ROTARY_MULTIPLE:
             raise ValueError(f"{name}: expected a rotary_dim in multiples of {ROTARY_MULTIPLE}, got {self.rotary_dim}")
         if not np.isfinite(self.factor) or (self.factor != 1.0 and self.inv_freq is None):
-            raise ValueError(f"factor: expected a finite number, and 1 with cos_sin (scale its entries), got {self.factor}")
+            raise ValueError(
+                f"factor: expected a finite number, and 1 with cos_sin (scale its entries), got {self.factor}"
+            )
 
     @property
     def rotary_dim(self) -> int:

@@ -1,4 +1,6 @@
-"""What the append kernel is held to: addresses, RoPE and rounding of pkvsim.reference_append, and the kernel's own arithmetic."""
+"""What the append kernel is held to: addresses, RoPE and rounding of pkvsim.reference_append, and the kernel's own
+arithmetic."""
+
 from __future__ import annotations
 
 import ctypes
@@ -44,8 +46,14 @@ def steps(draw: st.DrawFn) -> dict:
     for row, count in enumerate(pages):
         table[row, :count] = [next(ids) for _ in range(count)]
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    return {"seq_lens": lens, "block_table": table, "token_offsets": offsets, "num_pages": num_pages, "page_size": page_size,
-            "num_tokens": int(offsets[-1]) + draw(st.integers(0, 2))}
+    return {
+        "seq_lens": lens,
+        "block_table": table,
+        "token_offsets": offsets,
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "num_tokens": int(offsets[-1]) + draw(st.integers(0, 2)),
+    }
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,8 +61,12 @@ def steps(draw: st.DrawFn) -> dict:
 def test_tokens_take_the_last_positions_of_their_rows(step: dict) -> None:
     slots = token_slots(**step)
     lens, table, offsets = step["seq_lens"], step["block_table"], step["token_offsets"]
-    found = {token: (page, slot, position) for token, page, slot, position in
-             zip(slots.token.tolist(), slots.page.tolist(), slots.slot.tolist(), slots.position.tolist())}
+    found = {
+        token: (page, slot, position)
+        for token, page, slot, position in zip(
+            slots.token.tolist(), slots.page.tolist(), slots.slot.tolist(), slots.position.tolist()
+        )
+    }
     expected = {}
     for row, length in enumerate(lens):
         new = range(offsets[row], offsets[row + 1])
@@ -77,8 +89,13 @@ def test_one_token_per_row_by_default_and_nothing_out_of_reach() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(style=st.sampled_from(ROPE_STYLES), dim=st.sampled_from([32, 48, 128]), seed=st.integers(0, 2**32 - 1),
-       positions=st.lists(st.integers(0, 2**20), min_size=1, max_size=4), shift=st.integers(0, 2**20))
+@given(
+    style=st.sampled_from(ROPE_STYLES),
+    dim=st.sampled_from([32, 48, 128]),
+    seed=st.integers(0, 2**32 - 1),
+    positions=st.lists(st.integers(0, 2**20), min_size=1, max_size=4),
+    shift=st.integers(0, 2**20),
+)
 def test_rope_turns_pairs_and_scores_depend_on_distance(style, dim, seed, positions, shift) -> None:
     rng = np.random.default_rng(seed)
     rope = Rope(style=style, inv_freq=INV_FREQ)  # rotary_dim 32
@@ -86,7 +103,9 @@ def test_rope_turns_pairs_and_scores_depend_on_distance(style, dim, seed, positi
     q, k = rng.standard_normal((2, len(position), 2, dim))
     turned = rotate(q, position, rope)
     np.testing.assert_array_equal(turned[..., 32:], q[..., 32:])
-    first, second = (np.arange(16), np.arange(16, 32)) if style == "half" else (np.arange(0, 32, 2), np.arange(1, 32, 2))
+    first, second = (
+        (np.arange(16), np.arange(16, 32)) if style == "half" else (np.arange(0, 32, 2), np.arange(1, 32, 2))
+    )
     as_complex = (q[..., first] + 1j * q[..., second]) * np.exp(1j * position[:, None, None] * INV_FREQ)
     np.testing.assert_allclose(turned[..., first] + 1j * turned[..., second], as_complex, atol=1e-9)
     here = rotate(q, position + 5, rope) * rotate(k, position, rope)
@@ -148,8 +167,13 @@ def test_int8_is_within_half_a_step(seed: int, exponent: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(step=steps(), kind=st.sampled_from(["float16", "bfloat16", *CACHE_TYPES]), style=st.sampled_from([None, *ROPE_STYLES]),
-       nhd=st.booleans(), seed=st.integers(0, 2**32 - 1))
+@given(
+    step=steps(),
+    kind=st.sampled_from(["float16", "bfloat16", *CACHE_TYPES]),
+    style=st.sampled_from([None, *ROPE_STYLES]),
+    nhd=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
 def test_append_changes_the_new_tokens_places_and_nothing_else(step, kind, style, nhd, seed) -> None:
     rng = np.random.default_rng(seed)
     tokens = BFLOAT16 if kind == "bfloat16" else np.dtype(np.float16)
@@ -172,8 +196,12 @@ def test_append_changes_the_new_tokens_places_and_nothing_else(step, kind, style
     written = np.zeros((2, *pages), bool)
     heads_first(written[0])[slots.page, :, slots.slot] = heads_first(written[1])[slots.page, :, slots.slot] = True
     assert (after[~written].view(np.uint8) == before[~written].view(np.uint8)).all()
-    step_of = {"float16": 2**-10, "bfloat16": 2**-7, "float8_e4m3fn": 2**-3, "float8_e5m2": 2**-2, "int8": 2**-6}[kind]
-    turned = rotate(k_new[slots.token].astype(np.float64), slots.position, rope) if rope else k_new[slots.token].astype(np.float64)
+    step_of = {"float16": 2**-10, "bfloat16": 2**-7, "float8_e4m3fn": 2**-3, "float8_e5m2": 2**-2, "int8": 2**-5}[kind]
+    turned = (
+        rotate(k_new[slots.token].astype(np.float64), slots.position, rope)
+        if rope
+        else k_new[slots.token].astype(np.float64)
+    )
     for side, expected, scale in ((0, turned, 0.5), (1, v_new[slots.token].astype(np.float64), 0.25)):
         stored = heads_first(after[side])[slots.page, :, slots.slot].astype(np.float64)
         if kind == "int8":
@@ -192,8 +220,23 @@ def encode(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("quantize") / "quantize_harness.so"
-    subprocess.run([COMPILER, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-I{SOURCE_DIR}",
-                    "-o", built, HARNESS], check=True)
+    subprocess.run(
+        [
+            COMPILER,
+            "-std=c++17",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            f"-I{SOURCE_DIR}",
+            "-o",
+            built,
+            HARNESS,
+        ],
+        check=True,
+    )
     library = ctypes.CDLL(str(built))
 
     def call(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -213,14 +256,20 @@ def test_the_kernels_own_fp8_is_the_references(encode, dtype: str) -> None:
     codes = np.arange(256, dtype=np.uint8).view(FP8_DTYPES[dtype]).astype(np.float32)
     codes = np.sort(codes[np.isfinite(codes)])
     edges = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2])
-    values = np.concatenate([values, edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf))])
+    values = np.concatenate(
+        [values, edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf))]
+    )
     numbers = values[~np.isnan(values)]
     np.testing.assert_array_equal(encode(numbers, dtype), quantize_fp8(numbers, 1.0, dtype).view(np.uint8))
     assert np.isnan(encode(np.array([np.nan, -np.nan]), dtype).view(FP8_DTYPES[dtype]).astype(float)).all()
 
 
-@given(widest=st.integers(1, 32).map(lambda n: 16 * n), heads=st.integers(1, 200), tokens=st.integers(0, 100000),
-       num_sms=st.integers(1, 200))
+@given(
+    widest=st.integers(1, 32).map(lambda n: 16 * n),
+    heads=st.integers(1, 200),
+    tokens=st.integers(1, 100000),
+    num_sms=st.integers(1, 200),
+)
 def test_warps_cover_a_token_and_then_the_gpu(widest: int, heads: int, tokens: int, num_sms: int) -> None:
     lanes = lanes_per_head(widest)
     assert lanes in (1, 2, 4, 8, 16, 32) and lanes * 16 >= widest > lanes * 8
@@ -233,18 +282,32 @@ def test_warps_cover_a_token_and_then_the_gpu(widest: int, heads: int, tokens: i
 def test_the_signature_is_the_kernels() -> None:
     source = (SOURCE_DIR / "append.cu").read_text()
     parameters = re.search(r"pkv_append\(([^)]*)\)", source)[1].split(",")
-    letters = ["p" if "*" in p else "q" if "long long" in p else "i" if " int " in f" {p.strip()} " or p.strip().startswith("int") else "f"
-               for p in parameters]
+    letters = [
+        "p"
+        if "*" in p
+        else "q"
+        if "long long" in p
+        else "i"
+        if " int " in f" {p.strip()} " or p.strip().startswith("int")
+        else "f"
+        for p in parameters
+    ]
     assert "".join(letters) == SIGNATURE
 
 
-@pytest.mark.parametrize(("fields", "said"), [
-    ({"style": "llama", "inv_freq": INV_FREQ}, "style"), ({"style": "half"}, "exactly one"),
-    ({"style": "half", "inv_freq": INV_FREQ, "cos_sin": make_cos_sin(INV_FREQ, 4)}, "exactly one"),
-    ({"style": "half", "inv_freq": INV_FREQ[:5]}, "multiples of 16"), ({"style": "half", "cos_sin": INV_FREQ}, "cos_sin"),
-    ({"style": "half", "inv_freq": 1.0}, "inv_freq"), ({"style": "half", "inv_freq": INV_FREQ, "factor": np.inf}, "factor"),
-    ({"style": "half", "cos_sin": make_cos_sin(INV_FREQ, 4), "factor": 2.0}, "factor"),
-])
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"style": "llama", "inv_freq": INV_FREQ}, "style"),
+        ({"style": "half"}, "exactly one"),
+        ({"style": "half", "inv_freq": INV_FREQ, "cos_sin": make_cos_sin(INV_FREQ, 4)}, "exactly one"),
+        ({"style": "half", "inv_freq": INV_FREQ[:5]}, "multiples of 16"),
+        ({"style": "half", "cos_sin": INV_FREQ}, "cos_sin"),
+        ({"style": "half", "inv_freq": 1.0}, "inv_freq"),
+        ({"style": "half", "inv_freq": INV_FREQ, "factor": np.inf}, "factor"),
+        ({"style": "half", "cos_sin": make_cos_sin(INV_FREQ, 4), "factor": 2.0}, "factor"),
+    ],
+)
 def test_a_bad_rope_is_named(fields: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Rope(**fields)
@@ -254,52 +317,99 @@ SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 
 
 def view(dtype: str, *shape: int, **fields: object) -> ArrayView:
-    strides = tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape)))
+    strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
     return replace(ArrayView(4096, "torch", 0, dtype, shape, strides), **fields)
 
 
 GOOD = append_checks.AppendViews(
-    k_new=view("float16", 5, 2, 128, strides=(1536, 128, 1)), v_new=view("float16", 5, 2, 128, strides=(1536, 128, 1)),
-    k_pages=view("int8", 9, 2, 16, 128), v_pages=view("int8", 9, 2, 16, 128), seq_lens=view("int32", 3), block_table=view("int32", 3, 4),
-    token_offsets=view("int32", 4), q=view("float16", 5, 8, 128), q_out=view("float16", 5, 8, 128),
-    k_scales=view("float32", 9, 2, 16), v_scales=view("float32", 9, 2, 16))
+    k_new=view("float16", 5, 2, 128, strides=(1536, 128, 1)),
+    v_new=view("float16", 5, 2, 128, strides=(1536, 128, 1)),
+    k_pages=view("int8", 9, 2, 16, 128),
+    v_pages=view("int8", 9, 2, 16, 128),
+    seq_lens=view("int32", 3),
+    block_table=view("int32", 3, 4),
+    token_offsets=view("int32", 4),
+    q=view("float16", 5, 8, 128),
+    q_out=view("float16", 5, 8, 128),
+    k_scales=view("float32", 9, 2, 16),
+    v_scales=view("float32", 9, 2, 16),
+)
 
 
 def check(views: append_checks.AppendViews, **options: object) -> None:
-    append_checks.check_append(views, **{"shape": SHAPE, "dtype": "float16", "head_dim_v": 128, "kv_dtype": "int8", "layout": "HND",
-                                         "rotary_dim": 128, "max_positions": 64, "device": 0} | options)
+    append_checks.check_append(
+        views,
+        **{
+            "shape": SHAPE,
+            "dtype": "float16",
+            "head_dim_v": 128,
+            "kv_dtype": "int8",
+            "layout": "HND",
+            "rotates": True,
+            "max_positions": 64,
+            "device": 0,
+        }
+        | options,
+    )
 
 
-@pytest.mark.parametrize(("name", "change", "options"), [
-    ("k_new", {"k_new": view("bfloat16", 5, 2, 128)}, {}), ("k_new", {"k_new": view("float16", 5, 2, 64)}, {}),
-    ("k_new", {"k_new": view("float16", 5, 2, 128, strides=(1540, 128, 1))}, {}), ("k_new", {"k_new": view("float16", 5, 2, 128, pointer=4104)}, {}),
-    ("k_new", {"token_offsets": None}, {}), ("v_new", {"v_new": view("float16", 4, 2, 128)}, {}),
-    ("v_new", {}, {"head_dim_v": 64}), ("k_pages", {}, {"kv_dtype": "float8_e4m3fn"}), ("k_pages", {}, {"layout": "NHD"}),
-    ("k_pages", {"k_pages": view("int8", 9, 2, 16, 128, strides=(4100, 2048, 128, 1))}, {}),
-    ("v_pages", {"v_pages": view("int8", 8, 2, 16, 128)}, {}), ("v_pages", {"v_pages": view("int8", 9, 2, 16, 128, device=-1)}, {}),
-    ("k_token_scales", {"k_scales": None}, {}), ("v_token_scales", {"v_scales": view("float32", 9, 16, 2)}, {}),
-    ("v_token_scales", {"v_scales": view("float32", 9, 2, 16, strides=(64, 32, 1))}, {}),
-    ("k_token_scales", {"k_scales": view("float32", 9, 2, 16, library="cupy"), "v_scales": view("float32", 9, 2, 16)}, {}),
-    ("seq_lens", {"seq_lens": view("int64", 3)}, {}), ("seq_lens", {"seq_lens": view("int32", 3, strides=(2,))}, {}),
-    ("block_table", {"block_table": view("int32", 2, 4)}, {}), ("block_table", {"block_table": view("int32", 3, 4, strides=(1, 3))}, {}),
-    ("block_table", {"block_table": view("int32", 3, 5)}, {}), ("token_offsets", {"token_offsets": view("int32", 3)}, {}),
-    ("q", {"q": view("float16", 5, 4, 128)}, {}), ("q_out", {"q_out": view("float16", 5, 8, 128, strides=(1024, 128, 2))}, {}),
-    ("q", {}, {"rotary_dim": 0, "max_positions": None}), ("q_out", {"q": None}, {}),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "options"),
+    [
+        ("k_new", {"k_new": view("bfloat16", 5, 2, 128)}, {}),
+        ("k_new", {"k_new": view("float16", 5, 2, 64)}, {}),
+        ("k_new", {"k_new": view("float16", 5, 2, 128, strides=(1540, 128, 1))}, {}),
+        ("k_new", {"k_new": view("float16", 5, 2, 128, pointer=4104)}, {}),
+        ("k_new", {"token_offsets": None}, {}),
+        ("v_new", {"v_new": view("float16", 4, 2, 128)}, {}),
+        ("v_new", {}, {"head_dim_v": 64}),
+        ("k_pages", {}, {"kv_dtype": "float8_e4m3fn"}),
+        ("k_pages", {}, {"layout": "NHD"}),
+        ("k_pages", {"k_pages": view("int8", 9, 2, 16, 128, strides=(4100, 2048, 128, 1))}, {}),
+        ("v_pages", {"v_pages": view("int8", 8, 2, 16, 128)}, {}),
+        ("v_pages", {"v_pages": view("int8", 9, 2, 16, 128, device=-1)}, {}),
+        ("k_token_scales", {"k_scales": None}, {}),
+        ("v_token_scales", {"v_scales": view("float32", 9, 16, 2)}, {}),
+        ("v_token_scales", {"v_scales": view("float32", 9, 2, 16, strides=(64, 32, 1))}, {}),
+        (
+            "k_token_scales",
+            {"k_scales": view("float32", 9, 2, 16, library="cupy"), "v_scales": view("float32", 9, 2, 16)},
+            {},
+        ),
+        ("seq_lens", {"seq_lens": view("int64", 3)}, {}),
+        ("seq_lens", {"seq_lens": view("int32", 3, strides=(2,))}, {}),
+        ("block_table", {"block_table": view("int32", 2, 4)}, {}),
+        ("block_table", {"block_table": view("int32", 3, 4, strides=(1, 3))}, {}),
+        ("block_table", {"block_table": view("int32", 3, 5)}, {}),
+        ("token_offsets", {"token_offsets": view("int32", 3)}, {}),
+        ("q", {"q": view("float16", 5, 4, 128)}, {}),
+        ("q_out", {"q_out": view("float16", 5, 8, 128, strides=(1024, 128, 2))}, {}),
+        ("q", {}, {"rotates": False, "max_positions": None}),
+        ("q_out", {"q": None}, {}),
+    ],
+)
 def test_a_bad_array_is_named(name: str, change: dict, options: dict) -> None:
     check(GOOD)
     with pytest.raises(ValueError, match=rf"^{name}: expected"):
         check(replace(GOOD, **change), **options)
 
 
-@pytest.mark.parametrize(("name", "change"), [
-    ("seq_lens", {"seq_lens": [20, -1]}), ("seq_lens", {"seq_lens": [20, 33]}), ("block_table", {"seq_lens": [20, 20]}),
-    ("token_offsets", {"token_offsets": [0, 3, 2]}), ("token_offsets", {"token_offsets": [0, 3, 9]}),
-    (r"seq_lens\[1\]", {"token_offsets": [0, 1, 4]}),
-])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seq_lens", {"seq_lens": [20, -1]}),
+        ("seq_lens", {"seq_lens": [20, 33]}),
+        ("block_table", {"seq_lens": [20, 20]}),
+        ("token_offsets", {"token_offsets": [0, 3, 2]}),
+        ("token_offsets", {"token_offsets": [0, 3, 9]}),
+        (r"seq_lens\[1\]", {"token_offsets": [0, 1, 4]}),
+    ],
+)
 def test_bad_contents_are_named(name: str, change: dict) -> None:
     good = {"seq_lens": [20, 2], "token_offsets": [0, 3, 4], "block_table": [[0, 1], [2, POISON_PAGE]]}
     sizes = {"num_tokens": 4, "page_size": 16, "num_pages": 3}
     append_checks.check_contents(**{key: np.array(value, np.int32) for key, value in good.items()}, **sizes)
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        append_checks.check_contents(**{key: np.array(value, np.int32) for key, value in (good | change).items()}, **sizes)
+        append_checks.check_contents(
+            **{key: np.array(value, np.int32) for key, value in (good | change).items()}, **sizes
+        )
