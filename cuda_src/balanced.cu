@@ -9,9 +9,7 @@
 // CTAs before it, in their order. A CTA waits only for CTAs of lower index, which never wait for it, so progress
 // needs no co-residency; the reader empties the slots again, so the workspace is clean when the kernel ends.
 //
-//   q        [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-//   pages    see Pages; block_table [batch_size, table_stride] int32; seq_lens [batch_size] int32
-//   out      like q; lse [batch_size, num_kv_heads * GROUP_SIZE] float32
+//   given    see DecodeArguments
 //   partials [num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD between launches
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
@@ -23,7 +21,7 @@ namespace pkv {
 struct BalancedEmit {
   Output output;
   Slot* partials;
-  float (*kept)[STATE_ROW];  // [GROUP_SIZE] in shared memory: this CTA's part of the segment it will merge
+  float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   Cut cut;
   int lane;
   int stale;     // not 0: a length that this lane looked at is not what was planned with
@@ -37,35 +35,35 @@ struct BalancedEmit {
     return !__any_sync(ALL_LANES, stale);
   }
 
-  __device__ __forceinline__ void operator()(const Segment& s, int head, const HeadState& state) {
+  __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
     if (s.begins && s.ends) {
-      store_result(output, s.row, s.kv_head, head, state, lane);
+      store_result(output, s.row, s.kv_head, column, state, lane);
     } else if (s.ends) {
-      float4* acc = reinterpret_cast<float4*>(kept[head]);
+      float4* acc = reinterpret_cast<float4*>(kept[column]);
       #pragma unroll
       for (int i = 0; i < LANE_QUADS; ++i)
         if (lane + i * 32 < HEAD_QUADS) acc[lane + i * 32] = state.acc[i];
-      if (lane == 0) kept[head][HEAD_DIM] = state.m, kept[head][HEAD_DIM + 1] = state.l;
+      if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(partials[blockIdx.x], head, state, lane);
+      send_state(partials[blockIdx.x], column, state, lane);
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it. A head's parts are fetched through its warp's
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. A column's parts are fetched through its warp's
   // ring, free by now, all in flight at once, and again while one is missing: most arrive together.
   __device__ __forceinline__ void finish(unsigned char* ring) const {
-    constexpr int RING_BYTES = STAGES * 2 * TILE_BYTES, MOST = RING_BYTES / (HEAD_DIM * 4);
+    constexpr int MOST = STAGES * SLOT_BYTES / (V_DIM * 4);
     constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
     float4 (*fetched)[HEAD_QUADS] = reinterpret_cast<float4 (*)[HEAD_QUADS]>(ring);
     __syncwarp();
     #pragma unroll 1
-    for (int head = threadIdx.x / 32; head < GROUP_SIZE; head += WARPS) {
+    for (int column = threadIdx.x / 32; column < COLUMNS; column += WARPS) {
       HeadState sum;
-      sum.m = kept[head][HEAD_DIM], sum.l = kept[head][HEAD_DIM + 1];
+      sum.m = kept[column][V_DIM], sum.l = kept[column][V_DIM + 1];
       #pragma unroll
       for (int i = 0; i < LANE_QUADS; ++i)
-        if (lane + i * 32 < HEAD_QUADS) sum.acc[i] = reinterpret_cast<const float4*>(kept[head])[lane + i * 32];
+        if (lane + i * 32 < HEAD_QUADS) sum.acc[i] = reinterpret_cast<const float4*>(kept[column])[lane + i * 32];
       #pragma unroll 1
       for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
@@ -73,11 +71,11 @@ struct BalancedEmit {
         float2 ml;
         bool complete;
         do {
-          ml = make_float2(__int_as_float(0xff800000), 0.0f);
-          if (lane < count) ml = receive(&parts[lane].ml[head]);
+          ml = make_float2(LOWEST, 0.0f);
+          if (lane < count) ml = receive(&parts[lane].ml[column]);
           #pragma unroll 2
           for (int p = 0; p < count; ++p)
-            for (int quad = lane; quad < HEAD_QUADS; quad += 32) copy_async(shared_address(&fetched[p][quad]), &parts[p].acc[head][quad]);
+            for (int quad = lane; quad < HEAD_QUADS; quad += 32) copy_async(shared_address(&fetched[p][quad]), &parts[p].acc[column][quad]);
           copy_commit();
           copy_wait<0>();
           complete = arrived(ml.x) & arrived(ml.y);
@@ -87,7 +85,7 @@ struct BalancedEmit {
         } while (!__all_sync(ALL_LANES, complete));
         const float scale = sum.weigh(ml);
         const float empty = __uint_as_float(EMPTY_WORD);
-        if (lane < count) send(&parts[lane].ml[head], make_float2(empty, empty));
+        if (lane < count) send(&parts[lane].ml[column], make_float2(empty, empty));
         #pragma unroll 2
         for (int p = 0; p < count; ++p) {
           const float part_scale = __shfl_sync(ALL_LANES, scale, p);
@@ -96,11 +94,11 @@ struct BalancedEmit {
             const int quad = lane + i * 32;
             if (quad >= HEAD_QUADS) continue;
             sum.add(i, fetched[p][quad], part_scale);
-            send(&parts[p].acc[head][quad], make_float4(empty, empty, empty, empty));
+            send(&parts[p].acc[column][quad], make_float4(empty, empty, empty, empty));
           }
         }
       }
-      store_result(output, held_row, held_head, head, sum, lane);
+      store_result(output, held_row, held_head, column, sum, lane);
     }
   }
 };
@@ -117,23 +115,20 @@ __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_siz
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_balanced(const half_type* q, const half_type* k_pages, const half_type* v_pages, const int* block_table,
-                    const int* seq_lens, half_type* out, float* lse, pkv::Slot* partials, int batch_size,
-                    int num_kv_heads, int table_stride, long long page_stride, int head_stride, int token_stride,
-                    float scale_log2, int segment_cost, int min_cost, int part_cost, int max_tokens, int num_pages) {
+pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int max_tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride, num_pages};
-  const pkv::Output output{out, lse, num_kv_heads};
-
-  const pkv::Lengths lens{seq_lens, batch_size, max_tokens};
+  const pkv::Pages pages = given.pages();
+  const pkv::Output output = given.output();
+  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens, given.reach()};
+  const int num_kv_heads = given.num_kv_heads;
   pkv::let_next_kernel_start();
-  pkv::prefetch_table(pages, batch_size);
+  pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
   int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
-  bool early = pkv::KERNELS_OVERLAP && batch_size <= GROUP_SIZE * pkv::STATE_ROW;
+  bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
   if (!early) pkv::wait_for_previous_kernel();
   #pragma unroll 1
   for (;; early = false) {
@@ -147,11 +142,11 @@ pkv_decode_balanced(const half_type* q, const half_type* k_pages, const half_typ
       pkv::wait_for_previous_kernel();
       stale = rows.changes(noted, lane);
     }
-    pkv::BalancedEmit emit{output, partials, shared.kept, cut, lane, stale};
+    pkv::BalancedEmit emit{output, given.partials, shared.kept, cut, lane, stale};
     emit.holds = false;
-    if (!pkv::attend(walk, pages, q, num_kv_heads, scale_log2, shared, emit)) continue;
-    if (emit.holds) emit.finish(shared.ring[warp][0][0]);
+    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
+    if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;
   }
-  pkv::store_empty_rows(output, seq_lens, batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
+  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
 }

@@ -1,6 +1,20 @@
 // The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type. sm_80 and newer.
 #pragma once
 
+// Compile-time variants, all off where not defined.
+#ifndef V_DIM
+#define V_DIM HEAD_DIM   // head_dim of V
+#endif
+#ifndef QUERY_TOKENS
+#define QUERY_TOKENS 1   // query tokens per row, the row's last ones, each of which sees the tokens up to itself
+#endif
+#ifndef SOFT_CAP
+#define SOFT_CAP 0       // 1: logits go through cap * tanh(logit / cap)
+#endif
+#ifndef SINKS
+#define SINKS 0          // 1: a logit per query head joins the softmax without a value
+#endif
+
 #if DTYPE_BF16
 #include <cuda_bf16.h>
 typedef __nv_bfloat16 half_type;
@@ -124,6 +138,13 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 2.8853900817779268f));  // exp(2 x)
+  return 1.0f - __fdividef(2.0f, e + 1.0f);
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

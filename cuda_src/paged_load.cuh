@@ -9,26 +9,29 @@
 
 namespace pkv {
 
-constexpr int ROW_BYTES = HEAD_DIM * 2;
-constexpr int ROW_VECTORS = ROW_BYTES / 16;         // 16-byte vectors in one token's K or V
-constexpr int ROWS_PER_COPY = 32 / ROW_VECTORS;     // tokens one warp-wide copy instruction covers
-constexpr int TILE_BYTES = PKV_TILE * ROW_BYTES;
+constexpr int K_ROW_BYTES = HEAD_DIM * 2, V_ROW_BYTES = V_DIM * 2;  // of one token
+constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
+constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES;             // of the ring: a tile's K, then its V
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
-constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;    // tiles whose page ids one register per lane holds
+constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
 
-// Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
-
-// Where the pages are. Strides in elements; K and V share them.
-struct Pages {
-  const half_type *k, *v;
-  const int* block_table;  // [batch_size, table_stride]
-  int table_stride;
+// Where pages are; strides in elements.
+struct PagedTensor {
+  const half_type* at;  // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM or V_DIM], in any order
   long long page_stride;
   int head_stride, token_stride;
-  int num_pages;
+};
+
+// Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
+struct Pages {
+  PagedTensor k, v;
+  const int* block_table;  // [batch_size, table_stride]
+  int table_stride, num_pages;
+  int reach;               // tokens at a row's end that are read (WINDOWED)
 };
 
 // XOR swizzle: the eight rows of an ldmatrix fall into different banks.
+template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
   return row * ROW_BYTES + ((vector ^ (row & 7)) << 4);
 }
@@ -60,8 +63,8 @@ struct Loader {
   int tile;                          // the next tile to load
   int count;                         // tiles of this segment already loaded by this warp
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
-  long long base;                    // element offset of the pending V tile's page and head (TILE_IN_PAGE)
-  int pending_tile, pending_count, pending_rows, pending_head, pending_ids;
+  int pending_tile, pending_count, pending_head, pending_ids;  // of the V tile to load
+  int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
 
   __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
@@ -88,40 +91,42 @@ struct Loader {
     if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
   }
 
-  // Element offset of this lane's token in copy `step` of the pending tile.
-  __device__ __forceinline__ long long row_offset(const Pages& pages, int step, int lane) const {
-    const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
-    if (TILE_IN_PAGE) return base + static_cast<long long>(row) * pages.token_stride;
-    const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
-    return id * pages.page_stride + static_cast<long long>(pending_head / HEAD_SPLIT) * pages.head_stride +
-           static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * pages.token_stride;
-  }
-
-  __device__ __forceinline__ void copy_tile(const half_type* from, unsigned to, const Pages& pages, int lane) const {
-    const int vector = lane % ROW_VECTORS;
+  // The pending tile of `tensor` into the ring.
+  template <int ROW_BYTES>
+  __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, unsigned to, int lane) const {
+    constexpr int VECTORS = ROW_BYTES / 16;
+    const int first = pending_tile * PKV_TILE, head = pending_head / HEAD_SPLIT;
+    const half_type* from = tensor.at + static_cast<long long>(head) * tensor.head_stride;
+    if (TILE_IN_PAGE) {
+      const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
+      from += id * tensor.page_stride + static_cast<long long>(first % PAGE_SIZE) * tensor.token_stride;
+    }
     #pragma unroll
-    for (int step = 0; step < PKV_TILE / ROWS_PER_COPY; ++step) {
-      const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
-      const half_type* address = from + row_offset(pages, step, lane) + vector * 8;
-      if (pending_rows >= PKV_TILE) copy_async(to + ring_offset(row, vector), address);
-      else copy_async(to + ring_offset(row, vector), row < pending_rows ? address : from, row < pending_rows ? 16 : 0);
+    for (int step = 0; step < PKV_TILE * VECTORS / 32; ++step) {
+      const int row = (step * 32 + lane) / VECTORS, vector = (step * 32 + lane) % VECTORS;
+      long long offset = static_cast<long long>(row) * tensor.token_stride;
+      if (!TILE_IN_PAGE) {
+        const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
+        offset = id * tensor.page_stride + static_cast<long long>((first + row) % PAGE_SIZE) * tensor.token_stride;
+      }
+      const half_type* address = from + offset + vector * 8;
+      const unsigned slot = to + ring_offset<ROW_BYTES>(row, vector);
+      const bool read = row < pending_rows && row >= pending_skip;
+      if (pending_rows >= PKV_TILE && pending_skip <= 0) copy_async(slot, address);
+      else copy_async(slot, read ? address : from, read ? 16 : 0);
     }
   }
 
-  // Starts the copy of the next tile's K. An empty group is committed at the end of the stream, so that waiting
-  // can count groups.
-  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned to, int warp, int lane) {
+  // Starts the copy of the next tile's K into a slot of the ring. An empty group is committed at the end of the stream,
+  // so that waiting can count groups.
+  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane) {
     if (live) advance(pages, warp, lane);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
       pending_rows = now.seq_len - tile * PKV_TILE;
-      if (TILE_IN_PAGE) {
-        const int id = __shfl_sync(0xffffffffu, ids, count % IDS_TILES);
-        base = id * pages.page_stride + static_cast<long long>(now.kv_head / HEAD_SPLIT) * pages.head_stride +
-               static_cast<long long>((tile * PKV_TILE) % PAGE_SIZE) * pages.token_stride;
-      }
-      copy_tile(pages.k, to, pages, lane);
+      pending_skip = WINDOWED ? pending_rows - pages.reach : 0;
+      copy_tile<K_ROW_BYTES>(pages.k, slot, lane);
       tile += WARPS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
@@ -132,8 +137,8 @@ struct Loader {
   }
 
   // Starts the copy of the V tile that belongs to the last issue_k.
-  __device__ __forceinline__ void issue_v(const Pages& pages, unsigned to, int lane) const {
-    if (pending_rows > 0) copy_tile(pages.v, to, pages, lane);
+  __device__ __forceinline__ void issue_v(const Pages& pages, unsigned slot, int lane) const {
+    if (pending_rows > 0) copy_tile<V_ROW_BYTES>(pages.v, slot + K_TILE_BYTES, lane);
     copy_commit();
   }
 };

@@ -17,13 +17,16 @@
 #define PKV_SHORT_RANGE 640   // tiles
 #define PKV_MOST_TILES (1 << 20)
 
+#ifndef WINDOWED
+#define WINDOWED 0  // 1: a row reads its last `window` tokens only
+#endif
+
 namespace pkv {
 
 PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 
-// Cost of one row over all its KV heads; an empty row costs nothing.
-PKV_HD int row_cost(int seq_len, int num_kv_heads, int segment_cost) {
-  const int tiles = tiles_of(seq_len);
+// Cost of a row of so many tiles over all its KV heads; an empty row costs nothing.
+PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
@@ -33,6 +36,11 @@ PKV_HD int row_cost(int seq_len, int num_kv_heads, int segment_cost) {
 struct Lengths {
   const int* at;  // [batch_size]
   int batch_size, most;
+  int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
+
+  // Tiles of a row that lie before its window: they are neither read nor scheduled.
+  PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
+  PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
 
   PKV_HD int operator[](int row) const {
     if (row >= batch_size) return most;
@@ -123,25 +131,25 @@ struct Segment {
 struct BalancedWalk {
   Lengths seq_lens;
   int num_kv_heads, segment_cost;
-  int row, head, tile, x0, x_end, seq_len;
+  int row, head, tile, x0, x_end, seq_len;  // tile: from the first one not skipped
 
   // row, row_begin: the first non-empty row whose cost interval reaches past x_begin, and where that interval starts.
   PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
     seq_lens = lens, num_kv_heads = kv_heads, segment_cost = seg_cost, row = first_row, x_end = end;
     seq_len = lens[row];
-    const int span = tiles_of(seq_len) + segment_cost;
+    const int span = seq_lens.tiles(seq_len) + segment_cost;
     head = (x_begin - row_begin) / span;
     x0 = row_begin + head * span;
     tile = tile_at(x_begin, x0, segment_cost);
-    if (tile >= tiles_of(seq_len)) step_head();
+    if (tile >= seq_lens.tiles(seq_len)) step_head();
   }
 
   PKV_HD bool next(Segment& s) {
     if (x0 >= x_end) return false;
-    const int tiles = tiles_of(seq_len);
+    const int tiles = seq_lens.tiles(seq_len), skipped = seq_lens.skipped(seq_len);
     int end = tile_at(x_end, x0, segment_cost);
     if (end > tiles) end = tiles;
-    s.row = row, s.kv_head = head, s.tile_begin = tile, s.tile_end = end, s.seq_len = seq_len;
+    s.row = row, s.kv_head = head, s.tile_begin = skipped + tile, s.tile_end = skipped + end, s.seq_len = seq_len;
     s.begins = tile == 0, s.ends = end == tiles, s.slot = x0;
     step_head();
     return true;
@@ -149,7 +157,7 @@ struct BalancedWalk {
 
  private:
   PKV_HD void step_head() {
-    x0 += tiles_of(seq_len) + segment_cost;
+    x0 += seq_lens.tiles(seq_len) + segment_cost;
     tile = 0;
     if (++head < num_kv_heads || x0 >= x_end) return;
     head = 0;

@@ -12,29 +12,32 @@
 namespace pkv {
 
 constexpr int THREADS = WARPS * 32;
-constexpr int HEAD_QUADS = HEAD_DIM / 4;
+// Columns of the product: the query heads of the group, for each of the row's query tokens in turn.
+constexpr int COLUMNS = GROUP_SIZE * QUERY_TOKENS;
+constexpr int HEAD_QUADS = V_DIM / 4;
 constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;
 constexpr unsigned EMPTY_WORD = 0xffffffffu;
-constexpr float LN2 = 0.6931471805599453f;
+constexpr float LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;  // for -inf where differences are taken: exp2(-inf - LOWEST) is 0, no NaN
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// The states of a (row, KV head)'s query heads, as one CTA leaves them for another.
+// The states of a (row, KV head)'s columns, as one CTA leaves them for another.
 struct __align__(16) Slot {
-  float4 acc[GROUP_SIZE][HEAD_QUADS];
-  float2 ml[GROUP_SIZE];
+  float4 acc[COLUMNS][HEAD_QUADS];
+  float2 ml[COLUMNS];
 };
 
-// The state of one query head in a warp's registers; every lane has m and l.
+// The state of one column in a warp's registers; every lane has m and l.
 struct HeadState {
   float m, l;
   float4 acc[LANE_QUADS];
 
   __device__ __forceinline__ void reset() {
-    m = __int_as_float(0xff800000), l = 0.0f;
+    m = LOWEST, l = 0.0f;
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i) acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  // Takes up the (m, l) of parts, lane i's of part i, (-inf, 0) where there is none; each lane gets the scale of its part.
+  // Takes up the (m, l) of parts, lane i's of part i, (LOWEST, 0) where there is none; each lane gets the scale of its part.
   __device__ __forceinline__ float weigh(float2 ml) {
     float top = fmaxf(m, ml.x);
     #pragma unroll
@@ -68,40 +71,50 @@ __device__ __forceinline__ float2 receive(const float2* from) {
   asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
   return v;
 }
-__device__ __forceinline__ void send_state(Slot& to, int head, const HeadState& state, int lane) {
+__device__ __forceinline__ void send_state(Slot& to, int column, const HeadState& state, int lane) {
   #pragma unroll
   for (int i = 0; i < LANE_QUADS; ++i)
-    if (lane + i * 32 < HEAD_QUADS) send(&to.acc[head][lane + i * 32], state.acc[i]);
-  if (lane == 0) send(&to.ml[head], make_float2(state.m, state.l));
+    if (lane + i * 32 < HEAD_QUADS) send(&to.acc[column][lane + i * 32], state.acc[i]);
+  if (lane == 0) send(&to.ml[column], make_float2(state.m, state.l));
 }
 
-// Where results go. out [batch_size, num_q_heads, HEAD_DIM], lse [batch_size, num_q_heads] natural log.
+// Where results go. out [batch_size, QUERY_TOKENS, num_q_heads, V_DIM], lse [batch_size, QUERY_TOKENS, num_q_heads] natural
+// log.
 struct Output {
   half_type* out;
   float* lse;
   int num_kv_heads;
+  const int* query_lens;  // [batch_size] query tokens of each row, or null where all have QUERY_TOKENS
+  const float* sinks;     // [num_q_heads] natural-log logits that take part in the softmax without a value (SINKS)
 };
 
-// Writes a finished query head: `head` of its (row, KV head)'s group.
-__device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int head, const HeadState& state, int lane) {
-  const int q_head = (row * o.num_kv_heads + kv_head) * GROUP_SIZE + head;
-  const float inverse = 1.0f / state.l;
-  uint2* out = reinterpret_cast<uint2*>(o.out + static_cast<long long>(q_head) * HEAD_DIM);
+// Writes a finished column of (row, KV head). Query tokens that the row does not have are left alone.
+__device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int column, const HeadState& state, int lane) {
+  const int token = column / GROUP_SIZE, q_head = kv_head * GROUP_SIZE + column % GROUP_SIZE;
+  if (QUERY_TOKENS > 1 && o.query_lens && token >= o.query_lens[row]) return;
+  const int at = (row * QUERY_TOKENS + token) * o.num_kv_heads * GROUP_SIZE + q_head;
+  float m = state.m, l = state.l, scale = 1.0f;
+  if (SINKS) {
+    const float sink = o.sinks[q_head] * LOG2E;
+    m = fmaxf(m, sink), scale = exp2_fast(state.m - m), l = l * scale + exp2_fast(sink - m);
+  }
+  const float inverse = scale / l;
+  uint2* out = reinterpret_cast<uint2*>(o.out + static_cast<long long>(at) * V_DIM);
   #pragma unroll
   for (int i = 0; i < LANE_QUADS; ++i) {
     const float4& a = state.acc[i];
     if (lane + i * 32 < HEAD_QUADS) out[lane + i * 32] = make_uint2(pack(a.x * inverse, a.y * inverse), pack(a.z * inverse, a.w * inverse));
   }
-  if (lane == 0) o.lse[q_head] = (state.m + log2f(state.l)) * LN2;
+  if (lane == 0) o.lse[at] = (m + log2f(l)) * LN2;
 }
 
 // Zeros and -inf for the rows without tokens; warp `worker` of `workers` takes every workers-th row.
 __device__ __forceinline__ void store_empty_rows(const Output& o, const int* seq_lens, int batch_size, int worker, int workers, int lane) {
   for (int row = worker; row < batch_size; row += workers) {
     if (seq_lens[row] != 0) continue;
-    const int heads = o.num_kv_heads * GROUP_SIZE;
-    unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(row) * heads * HEAD_DIM);
-    for (int i = lane; i < heads * (HEAD_DIM / 2); i += 32) out[i] = 0u;
+    const int heads = QUERY_TOKENS * o.num_kv_heads * GROUP_SIZE;
+    unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(row) * heads * V_DIM);
+    for (int i = lane; i < heads * (V_DIM / 2); i += 32) out[i] = 0u;
     for (int i = lane; i < heads; i += 32) o.lse[row * heads + i] = __int_as_float(0xff800000);
   }
 }

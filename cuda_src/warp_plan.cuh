@@ -26,10 +26,10 @@ struct Rows {
   __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int* noted = nullptr)
       : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost) {
     length = length_of(lane);
-    cost = row_cost(length, num_kv_heads, segment_cost);
+    cost = row_cost(seq_lens.tiles(length), num_kv_heads, segment_cost);
     int more = 0, live = cost > 0;
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) {
-      const int next_length = length_of(row), next = row_cost(next_length, num_kv_heads, segment_cost);
+      const int next_length = length_of(row), next = row_cost(seq_lens.tiles(next_length), num_kv_heads, segment_cost);
       if (noted) noted[row] = next_length;
       more += next, live += next > 0;
     }
@@ -39,7 +39,7 @@ struct Rows {
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
   __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
-  __device__ __forceinline__ int cost_of(int row) const { return row_cost(length_of(row), num_kv_heads, segment_cost); }
+  __device__ __forceinline__ int cost_of(int row) const { return row_cost(seq_lens.tiles(length_of(row)), num_kv_heads, segment_cost); }
   // Not 0 if a length of one of this lane's rows is another than planned with.
   __device__ __forceinline__ int changes(const int* noted, int lane) const {
     int found = length_of(lane) ^ length;

@@ -10,15 +10,16 @@ from gpu import arrays
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.kernels import load_kernel
-from gpu.task_list import TaskList, upload_tasks
+from gpu.task_list import TaskList, read_device_tasks, upload_tasks
 from gpu.router import Router
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost
 from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
-SIZES = "iiiqiif"  # batch_size to scale_log2, the parameters that both decode kernels share
+ARGUMENTS = "[ppppppppppqqiiiiiiiiiff]"  # pkv::DecodeArguments in cuda_src/attend.cuh
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 MAX_COST = 2**31  # the planner counts tiles in 32 bits
@@ -52,7 +53,7 @@ class DecodeEngine:
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int = MIN_COST,
                  part_cost: int | None = None, variant: tuple[int, int] | None = None,
-                 scale: float | None = None, device: DeviceSpec | str | None = None,
+                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
@@ -60,6 +61,8 @@ class DecodeEngine:
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
         part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages) of
         the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default head_dim ** -0.5.
+        options: windows, sinks and the like. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD",
+        [page_size, num_kv_heads, head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
 
@@ -70,9 +73,12 @@ class DecodeEngine:
         if tile_tokens <= 0 or tile_tokens % TILE_TOKENS:
             raise ValueError(f"tile_tokens: expected a positive multiple of {TILE_TOKENS}, got {tile_tokens}")
         current = cupy.cuda.Device()
-        self.shape, self.dtype = shape, dtype
-        self.schedule = schedule
-        self.config = kernel_config(shape, dtype, int(current.compute_capability), variant=variant)
+        if layout not in ("HND", "NHD"):
+            raise ValueError(f"layout: expected HND or NHD, got {layout!r}")
+        self.shape, self.dtype, self.options, self.layout = shape, dtype, options, layout
+        # Only plain attention is routed.
+        self.schedule = "balanced" if schedule == "auto" and (options, layout) != (PLAIN, "HND") else schedule
+        self.config = kernel_config(shape, dtype, int(current.compute_capability), variant=variant, options=options)
         # What the kernels take for KV heads: the parts of each, where its group is split.
         self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
         self.device_id = current.id
@@ -82,28 +88,28 @@ class DecodeEngine:
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
         self.part_cost = check_int(
             "part_cost", engine_part_cost(shape.group_size) if part_cost is None else part_cost, 0, MAX_PART_COST)
-        self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
+        self._scale = scale if scale is not None else shape.head_dim**-0.5
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
         self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
-        self.router = Router(shape, dtype, device=device, layers=layers, scale=scale) if schedule == "auto" else None
+        self.router = Router(shape, dtype, device=device, layers=layers, scale=scale) if self.schedule == "auto" else None
         if self.router is not None:
             return  # the routes have engines of their own
         defines, threads = self.config.defines(), self.config.threads
         shared = self.config.shared_bytes
         overlap = int(current.compute_capability) >= 90
         if self.schedule == "balanced":
-            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", "pppppppp" + SIZES + "iiiii", defines,
+            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", ARGUMENTS + "iiii", defines,
                                        threads=threads, shared_bytes=shared, overlap=overlap)
             self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
         else:
-            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", "ppppppppppii" + SIZES + "i", defines, threads=threads,
+            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", ARGUMENTS + "ppii", defines, threads=threads,
                                        shared_bytes=shared, overlap=overlap)
-            self._merge = load_kernel("merge.cu", "pkv_merge", "ppppp", defines, threads=threads, overlap=overlap)
+            self._merge = load_kernel("merge.cu", "pkv_merge", "ppppppp", defines, threads=threads, overlap=overlap)
             self._partials = None
 
     def plan(self, seq_lens: object, block_table: object, *, validate: bool = False, host_seq_lens: object = None) -> None:
@@ -147,7 +153,8 @@ class DecodeEngine:
             plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages,
                          min(MAX_TOKENS, max_pages * self.shape.page_size))
             if self.schedule != "balanced":
-                schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits, tile_tokens=self.tile_tokens)
+                schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits, tile_tokens=self.tile_tokens,
+                                         window=self.options.reach)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
             if self._library is None:
@@ -165,13 +172,17 @@ class DecodeEngine:
         if self._partials is None or self._partials.nbytes < need:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
 
-    def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None) -> tuple[object, object]:
+    def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
+            scale: float | None = None, sinks: object = None, query_lens: object = None) -> tuple[object, object]:
         """Attention of the planned step, on the caller's current stream.
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
-        k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]. CuPy or torch, all alike. out like q
-        and lse [batch_size, num_q_heads] float32 (natural log) are made when not given. Rows of length 0 give zeros
-        and -inf. Returns (out, lse).
+        k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]; NHD has the axes its way. CuPy or
+        torch, all alike. out like q and lse [batch_size, num_q_heads] float32 (natural log) are made when not given. Rows
+        of length 0 give zeros and -inf. Returns (out, lse).
+        scale: of the logits of this run. sinks [num_q_heads] float32 on the GPU, with options.sinks. With
+        options.query_tokens = n > 1, q, out and lse have an axis [batch_size, n, ..], and query_lens [batch_size] int32
+        on the GPU may say how many of the n a row has, the first ones; outputs of the others are left as they were.
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
@@ -187,42 +198,49 @@ class DecodeEngine:
             k_pages, v_pages = k_pages[:, 0], k_pages[:, 1]
         if out is None or lse is None:
             described = arrays.view("q", q)
-            out = arrays.empty_like(q, described, described.shape, self.dtype) if out is None else out
-            lse = arrays.empty_like(q, described, described.shape[:2], "float32") if lse is None else lse
+            shape = (*described.shape[:-1], self.options.value_dim(self.shape))
+            out = arrays.empty_like(q, described, shape, self.dtype) if out is None else out
+            lse = arrays.empty_like(q, described, shape[:-1], "float32") if lse is None else lse
         (q_at, q_key), (k_at, k_key), (v_at, v_key), (out_at, out_key), (lse_at, lse_key) = map(
             arrays.fingerprint, (q, k_pages, v_pages, out, lse))
-        keys = q_key, k_key, v_key, out_key, lse_key
+        (sinks_at, sinks_key), (counts_at, counts_key) = map(arrays.fingerprint, (sinks, query_lens))
+        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key
         if keys != self._checked_run:
-            self._check_run(plan, q, k_pages, v_pages, out, lse)
+            self._check_run(plan, q, k_pages, v_pages, out, lse, sinks, query_lens)
             self._checked_run = keys
         if plan.unchecked_ids is not None:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
             plan.unchecked_ids = None
         stream = arrays.current_stream(self._library, self.device_id)
-        common = q_at, k_at, v_at, plan.block_table, plan.seq_lens, out_at, lse_at, self._partials.data.ptr
-        sizes = plan.batch_size, self._heads.num_kv_heads, plan.table_stride, *self._page_layout, self._scale_log2
+        scale = self._scale if scale is None else scale
+        cap = self.options.soft_cap
+        scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
+        given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at, self._partials.data.ptr,
+                 *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.table_stride, self._num_pages,
+                 self.options.window or 0, scale, cap)
         if plan.task_list is None:
             costs = self.segment_cost, self.min_cost, self.part_cost
-            self._decode(self.num_ctas, (*common, *sizes, *costs, plan.max_tokens, self._num_pages), stream)
+            self._decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            self._decode(max(1, min(self.num_ctas, bucket.count)), (*common, *list_args, *sizes, self._num_pages), stream)
+            self._decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
             if bucket.rows is not None:
-                merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at
+                merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at, counts_at, sinks_at
                 self._merge((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
-    def _check_run(self, plan: _Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object) -> None:
-        views = [arrays.view(name, array) for name, array in
-                 (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse))]
-        checks.check_run(self.shape, self.dtype, plan.batch_size, self.device_id, *views)
-        pages = views[1]
-        self._library = pages.library
-        self._num_pages = pages.shape[0]
-        self._page_layout = pages.strides[0], pages.strides[1], self.shape.head_dim  # page, head, token strides
+    def _check_run(self, plan: _Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
+                   sinks: object, query_lens: object) -> None:
+        named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks, "query_lens": query_lens}
+        views = {name: arrays.view(name, array) for name, array in named.items() if array is not None}
+        checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
+        k, v = views["k_pages"], views["v_pages"]
+        self._library, self._num_pages = k.library, k.shape[0]
+        head, token = (1, 2) if self.layout == "HND" else (2, 1)
+        self._page_layout = k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head], v.strides[token]
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises.
@@ -232,17 +250,6 @@ class DecodeEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiipip", {}, threads=32)
-        listed = cupy.empty((self.num_ctas, max_tasks, 5), dtype=cupy.int32)
-        counts = cupy.empty(self.num_ctas, dtype=cupy.int32)
         costs = self.segment_cost, self.min_cost, self.part_cost
-        kernel(self.num_ctas, (plan.seq_lens, plan.batch_size, self._heads.num_kv_heads, *costs, plan.max_tokens,
-                               listed.data.ptr, max_tasks, counts.data.ptr), cupy.cuda.get_current_stream().ptr)
-        counts = counts.get()
-        if counts.max(initial=0) > max_tasks:
-            raise ValueError(f"max_tasks: expected at least {int(counts.max())}, got {max_tasks}")
-        counts = counts[:max(1, len(np.trim_zeros(counts, "b")))]  # CTAs past the last range idle
-        rows = np.concatenate([block[:n] for block, n in zip(listed.get(), counts)]) if counts.sum() else np.empty((0, 5), np.int32)
-        names = ("row", "kv_head", "split", "tile_begin", "tile_end")
-        tasks = np.ascontiguousarray(rows).view([(name, np.int32) for name in names]).reshape(-1)
-        return tasks, np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        return read_device_tasks(plan.seq_lens, plan.batch_size, self._heads.num_kv_heads, costs, plan.max_tokens,
+                                 self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks)

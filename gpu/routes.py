@@ -11,6 +11,7 @@ from gpu import arrays
 from gpu import flashinfer as fi
 from gpu import validate as checks
 from pkvsim import DecodeShape
+from pkvsim.options import PLAIN
 from pkvsim.route_model import OWN_ROUTES, ROUTES
 
 if TYPE_CHECKING:
@@ -196,9 +197,9 @@ class FlashInferEngine:
         given = (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse))
         keys = tuple(arrays.fingerprint(array)[1] for _, array in given)
         if keys != self._checked_run:
-            views = [None if array is None else arrays.view(name, array) for name, array in given]
-            checks.check_run(self.shape, self.dtype, self._batch_size, self._device, *views)
-            self._checked_run, self._library = keys, views[0].library
+            views = {name: arrays.view(name, array) for name, array in given if array is not None}
+            checks.check_run(self.shape, self.dtype, PLAIN, "HND", self._batch_size, self._device, views)
+            self._checked_run, self._library = keys, views["q"].library
         if self._unchecked_ids is not None:
             checks.check_page_ids(*self._unchecked_ids, self.shape.page_size, k_pages.shape[0])
             self._unchecked_ids = None

@@ -1,4 +1,4 @@
-"""The schedules planned on the host (split, workqueue) as the GPU reads them."""
+"""Task lists on the GPU: the schedules planned on the host as it reads them, and the one that it plans as it lists it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import cupy
 import numpy as np
 
-from pkvsim.schedule import Schedule
+from gpu.kernels import load_kernel
+from pkvsim.schedule import TASK_DTYPE, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +43,24 @@ def upload_tasks(schedule: Schedule, lens: np.ndarray) -> TaskList:
     # Without a task one launch still writes the zeros of the empty rows.
     return TaskList(cupy.asarray(np.ascontiguousarray(tasks[order]).view(np.int32).reshape(-1, 5)),
                     cupy.asarray(schedule.split_offsets), tuple(buckets) or (Bucket(0, 0, None),))
+
+
+def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: tuple[int, int, int], max_tokens: int,
+                      reach: int | None, *, num_ctas: int, max_tasks: int) -> tuple[np.ndarray, np.ndarray]:
+    """The balanced schedule as the GPU plans it: tasks TASK_DTYPE and cta_offsets [num_ctas + 1]. Synchronises.
+
+    seq_lens: address of [batch_size] int32; costs: segment_cost, min_cost, part_cost; reach: AttentionOptions.reach.
+    Raises ValueError when a range has more than max_tasks.
+    """
+    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiipip", {"WINDOWED": int(reach is not None)}, threads=32)
+    listed = cupy.empty((num_ctas, max_tasks, 5), dtype=cupy.int32)
+    counts = cupy.empty(num_ctas, dtype=cupy.int32)
+    kernel(num_ctas, (seq_lens, batch_size, num_kv_heads, *costs, max_tokens, reach or 0, listed.data.ptr, max_tasks,
+                      counts.data.ptr), cupy.cuda.get_current_stream().ptr)
+    counts = counts.get()
+    if counts.max(initial=0) > max_tasks:
+        raise ValueError(f"max_tasks: expected at least {int(counts.max())}, got {max_tasks}")
+    counts = counts[:max(1, len(np.trim_zeros(counts, "b")))]  # CTAs past the last range idle
+    rows = np.concatenate([block[:n] for block, n in zip(listed.get(), counts)]) if counts.sum() else np.empty((0, 5), np.int32)
+    tasks = np.ascontiguousarray(rows).view(TASK_DTYPE).reshape(-1)
+    return tasks, np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

@@ -5,6 +5,7 @@ import numpy as np
 
 from gpu.arrays import ArrayView
 from pkvsim import DecodeShape
+from pkvsim.options import AttentionOptions
 
 
 def _expect(name: str, expected: str, got: object, ok: bool) -> None:
@@ -45,36 +46,49 @@ def check_page_ids(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int
                          f"at row {row}, column {column}")
 
 
-def check_run(shape: DecodeShape, dtype: str, batch: int, device: int, q: ArrayView, k: ArrayView, v: ArrayView,
-              out: ArrayView | None, lse: ArrayView | None) -> None:
-    """Shapes, dtypes, devices and strides of a run's arrays."""
-    row = (batch, shape.num_q_heads, shape.head_dim)
-    page = (shape.num_kv_heads, shape.page_size, shape.head_dim)
-    _expect("q", f"{dtype} {list(row)}", q, q.dtype == dtype and q.shape == row)
-    for name, pages in (("k_pages", k), ("v_pages", v)):
-        _expect(name, f"{dtype} [num_pages, {', '.join(map(str, page))}]", pages,
-                pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == page)
-        inner = (shape.head_dim, 1)
-        _expect(name, "each page of a head contiguous", f"strides {pages.strides}",
-                pages.strides[2:] == inner or (shape.page_size == 1 and pages.strides[3] == 1))
-        _expect(name, "page and head strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
-                pages.strides[0] % 8 == 0 and pages.strides[1] % 8 == 0 and pages.pointer % 16 == 0)
-        _expect(name, "a head stride of 0 to 2^31 - 1 elements", pages.strides[1], 0 <= pages.strides[1] < 2**31)
-    _expect("v_pages", f"the page count and strides of k_pages, {k.shape[0]} and {k.strides}",
-            f"{v.shape[0]} and {v.strides}", v.shape == k.shape and v.strides == k.strides)
-    arrays = [("q", q), ("k_pages", k), ("v_pages", v)]
-    contiguous = (shape.num_q_heads * shape.head_dim, shape.head_dim, 1)
-    _expect("q", "contiguous", f"strides {q.strides}", q.strides == contiguous or batch == 1 and q.strides[1:] == contiguous[1:])
-    if out is not None:
-        arrays.append(("out", out))
-        _expect("out", f"{dtype} {list(row)}", out, out.dtype == dtype and out.shape == row)
-        _expect("out", "contiguous", f"strides {out.strides}",
-                out.strides == contiguous or batch == 1 and out.strides[1:] == contiguous[1:])
-    if lse is not None:
-        arrays.append(("lse", lse))
-        _expect("lse", f"float32 {list(row[:2])}", lse, lse.dtype == "float32" and lse.shape == row[:2])
-        _expect("lse", "contiguous", f"strides {lse.strides}",
-                lse.strides == (shape.num_q_heads, 1) or batch == 1 and lse.strides[1] == 1)
-    for name, array in arrays:
+def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout: str, batch: int, device: int,
+              given: dict[str, ArrayView]) -> None:
+    """Shapes, dtypes, devices and strides of a run's arrays, by argument name; what was not given is not there."""
+    rows = (batch,) if options.query_tokens == 1 else (batch, options.query_tokens)
+    heads, v_dim = (*rows, shape.num_q_heads), options.value_dim(shape)
+    expected = {"q": (dtype, (*heads, shape.head_dim)), "out": (dtype, (*heads, v_dim)), "lse": ("float32", heads),
+                "sinks": ("float32", (shape.num_q_heads,)), "query_lens": ("int32", (batch,))}
+    for name, (kind, wanted) in expected.items():
+        array = given.get(name)
+        if array is None:
+            continue
+        _expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
+        _expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
+    _expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
+            ("sinks" in given) == options.sinks)
+    _expect("query_lens", "None with one query token per row", given.get("query_lens"),
+            options.query_tokens > 1 or "query_lens" not in given)
+    for name, head_dim in (("k_pages", shape.head_dim), ("v_pages", v_dim)):
+        _check_pages(name, given[name], shape, head_dim, dtype, layout)
+    k, v = given["k_pages"], given["v_pages"]
+    _expect("v_pages", f"the page count of k_pages, {k.shape[0]}", v.shape[0], v.shape[0] == k.shape[0])
+    library = given["q"].library
+    for name, array in given.items():
         _expect(name, f"an array on cuda:{device}", array, array.device == device)
-        _expect(name, f"an array of the same library as q ({q.library})", array.library, array.library == q.library)
+        _expect(name, f"an array of the same library as q ({library})", array.library, array.library == library)
+
+
+def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int, dtype: str, layout: str) -> None:
+    inner = (shape.num_kv_heads, shape.page_size) if layout == "HND" else (shape.page_size, shape.num_kv_heads)
+    _expect(name, f"{dtype} [num_pages, {', '.join(map(str, (*inner, head_dim)))}] ({layout})", pages,
+            pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
+    _expect(name, "a contiguous last axis", f"strides {pages.strides}", pages.strides[3] == 1)
+    _expect(name, "other strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
+            all(stride % 8 == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
+    _expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
+            all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
+
+
+def _contiguous(array: ArrayView) -> bool:
+    """Whether elements lie in order; the strides of axes of one element do not matter."""
+    step = 1
+    for size, stride in zip(reversed(array.shape), reversed(array.strides)):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True

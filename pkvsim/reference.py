@@ -4,10 +4,12 @@ Only tokens that a row owns are read, so NaN elsewhere in the pool never reaches
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.shapes import DecodeShape, StepState, describe
 
 if TYPE_CHECKING:
@@ -23,30 +25,36 @@ def attention(
     seq_lens: np.ndarray,
     *,
     scale: float | None = None,
+    options: AttentionOptions = PLAIN,
+    sinks: np.ndarray | None = None,
+    query_lens: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """softmax(scale * q k^T) v per row, in float64.
 
     q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size,
     head_dim], any float dtype; block_table [batch_size, max_pages], seq_lens [batch_size] integers.
-    scale: 1 / sqrt(head_dim) by default.
+    scale: 1 / sqrt(head_dim) by default. With options.query_tokens = n > 1, q is [batch_size, n, num_q_heads, head_dim]
+    and out, lse gain that axis; query_lens [batch_size] says how many of the n a row has, the first ones (others give
+    zeros and -inf). sinks [num_q_heads]: natural-log logits, with options.sinks.
     Returns out float64 [batch_size, num_q_heads, head_dim] and lse float64 [batch_size, num_q_heads],
     natural log. A zero-length row gives zeros and -inf. Raises ValueError naming the argument.
     """
-    step, scale = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale)
-    out, lse = _empty_outputs(shape, step)
-    for row, seq_len in enumerate(step.seq_lens):
+    given = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale, options, sinks, query_lens)
+    out, lse = _empty_outputs(shape, given)
+    for row, seq_len in enumerate(given.step.seq_lens):
         if seq_len == 0:
             continue
         heads = range(shape.num_kv_heads)
-        k = np.stack([_tokens(k_pages, step.block_table[row], h, 0, int(seq_len), shape.page_size) for h in heads])
-        v = np.stack([_tokens(v_pages, step.block_table[row], h, 0, int(seq_len), shape.page_size) for h in heads])
-        scores = _grouped(shape, q[row]) @ k.transpose(0, 2, 1) * scale  # [num_kv_heads, group_size, seq_len]
+        page_ids = given.step.block_table[row]
+        begin = given.first_token(row)
+        k = np.stack([_tokens(k_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
+        v = np.stack([_tokens(v_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
+        scores = given.logits(row, begin, given.grouped(row) @ k.transpose(0, 2, 1))  # [num_kv_heads, columns, tokens]
         top = scores.max(axis=-1, keepdims=True)
         weights = np.exp(scores - top)
         total = weights.sum(axis=-1, keepdims=True)
-        out[row] = (weights @ v / total).reshape(shape.num_q_heads, shape.head_dim)
-        lse[row] = (top + np.log(total)).reshape(shape.num_q_heads)
-    return out, lse
+        given.store(out, lse, row, weights @ v / total, (top + np.log(total))[..., 0])
+    return given.shaped(out, lse)
 
 
 def run_schedule(
@@ -59,39 +67,42 @@ def run_schedule(
     seq_lens: np.ndarray,
     *,
     scale: float | None = None,
+    options: AttentionOptions = PLAIN,
+    sinks: np.ndarray | None = None,
+    query_lens: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same result by the schedule's tasks: online softmax over tiles, then a merge of the partials.
 
-    Arguments and results as in `attention`; `schedule` must have been made for these seq_lens.
+    Arguments and results as in `attention`; `schedule` must have been made for these seq_lens, with
+    window = options.reach.
     """
-    step, scale = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale)
+    given = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale, options, sinks, query_lens)
+    step = given.step
     if len(schedule.split_offsets) != step.batch_size + 1:
         raise ValueError(f"schedule: expected one of {step.batch_size} rows, got {len(schedule.split_offsets) - 1}")
     slots = int(schedule.split_offsets[-1])
-    group = shape.group_size
+    columns = shape.group_size * options.query_tokens
     # Slots no task writes stay the empty state, which merges as nothing.
-    m = np.full((slots, shape.num_kv_heads, group), -np.inf)
-    l = np.zeros((slots, shape.num_kv_heads, group))
-    acc = np.zeros((slots, shape.num_kv_heads, group, shape.head_dim))
+    m = np.full((slots, shape.num_kv_heads, columns), -np.inf)
+    l = np.zeros((slots, shape.num_kv_heads, columns))
+    acc = np.zeros((slots, shape.num_kv_heads, columns, options.value_dim(shape)))
     for row, kv_head, split, tile_begin, tile_end in schedule.tasks.tolist():
-        state = (np.full(group, -np.inf), np.zeros(group), np.zeros((group, shape.head_dim)))
-        q_group = _grouped(shape, q[row])[kv_head]
+        state = (np.full(columns, -np.inf), np.zeros(columns), np.zeros((columns, options.value_dim(shape))))
+        q_group = given.grouped(row)[kv_head]
         for tile in range(tile_begin, tile_end):
             begin = tile * schedule.tile_tokens
             end = min(begin + schedule.tile_tokens, int(step.seq_lens[row]))
             k = _tokens(k_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
             v = _tokens(v_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
-            state = _add_tile(state, q_group @ k.T * scale, v)
+            state = _add_tile(state, given.logits(row, begin, (q_group @ k.T)[None])[0], v)
         slot = int(schedule.split_offsets[row]) + split
         m[slot, kv_head], l[slot, kv_head], acc[slot, kv_head] = state
-    out, lse = _empty_outputs(shape, step)
+    out, lse = _empty_outputs(shape, given)
     for row in range(step.batch_size):
         begin, end = schedule.split_offsets[row], schedule.split_offsets[row + 1]
         if begin < end:
-            row_out, row_lse = merge_states(m[begin:end], l[begin:end], acc[begin:end])
-            out[row] = row_out.reshape(shape.num_q_heads, shape.head_dim)
-            lse[row] = row_lse.reshape(shape.num_q_heads)
-    return out, lse
+            given.store(out, lse, row, *merge_states(m[begin:end], l[begin:end], acc[begin:end]))
+    return given.shaped(out, lse)
 
 
 def merge_states(m: np.ndarray, l: np.ndarray, acc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,8 +127,9 @@ def _add_tile(
     """One step of online softmax: scores [group_size, tokens], v [tokens, head_dim]."""
     m, l, acc = state
     top = np.maximum(m, scores.max(axis=-1))
-    weights = np.exp(scores - top[:, None])
-    decay = np.exp(m - top)
+    safe = np.where(np.isneginf(top), 0.0, top)  # a tile may be hidden from a query token
+    weights = np.exp(scores - safe[:, None])
+    decay = np.exp(m - safe)
     return top, decay * l + weights.sum(axis=-1), decay[:, None] * acc + weights @ v
 
 
@@ -131,13 +143,61 @@ def _tokens(
     return tokens.astype(np.float64)
 
 
-def _grouped(shape: DecodeShape, q_row: np.ndarray) -> np.ndarray:
-    return q_row.astype(np.float64).reshape(shape.num_kv_heads, shape.group_size, shape.head_dim)
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Checked arguments; a column is a query head of a KV head's group, for each query token in turn."""
+
+    shape: DecodeShape
+    options: AttentionOptions
+    step: StepState
+    q: np.ndarray  # [batch_size, query_tokens, num_q_heads, head_dim]
+    scale: float
+    sinks: np.ndarray | None
+    query_lens: np.ndarray  # [batch_size]
+
+    def first_token(self, row: int) -> int:
+        """The first token that any of the row's query tokens sees."""
+        reach = self.options.reach
+        return 0 if reach is None else max(0, int(self.step.seq_lens[row]) - reach)
+
+    def grouped(self, row: int) -> np.ndarray:
+        """The row's queries, float64 [num_kv_heads, columns, head_dim]."""
+        q = self.q[row].astype(np.float64).reshape(-1, self.shape.num_kv_heads, self.shape.group_size, self.q.shape[-1])
+        return q.swapaxes(0, 1).reshape(self.shape.num_kv_heads, -1, self.q.shape[-1])
+
+    def logits(self, row: int, begin: int, products: np.ndarray) -> np.ndarray:
+        """Scales, caps and masks q k^T [.., columns, tokens] of tokens from `begin` on."""
+        logits = products * self.scale
+        if self.options.soft_cap is not None:
+            logits = self.options.soft_cap * np.tanh(logits / self.options.soft_cap)
+        length, count = int(self.step.seq_lens[row]), int(self.query_lens[row])
+        token = np.arange(products.shape[-2]) // self.shape.group_size
+        end = np.minimum(length, length - count + 1 + token)  # [columns]
+        at = begin + np.arange(products.shape[-1])
+        seen = at[None, :] < end[:, None]
+        if self.options.window is not None:
+            seen &= at[None, :] >= end[:, None] - self.options.window
+        return np.where(seen, logits, -np.inf)
+
+    def store(self, out: np.ndarray, lse: np.ndarray, row: int, values: np.ndarray, row_lse: np.ndarray) -> None:
+        """Writes a row's values [num_kv_heads, columns, v_head_dim] and LSE, sinks folded in."""
+        heads, tokens = self.shape.num_kv_heads, self.options.query_tokens
+        values = values.reshape(heads, tokens, self.shape.group_size, -1).swapaxes(0, 1).reshape(tokens, heads * self.shape.group_size, -1)
+        row_lse = row_lse.reshape(heads, tokens, self.shape.group_size).swapaxes(0, 1).reshape(tokens, -1)
+        if self.sinks is not None:
+            whole = np.logaddexp(row_lse, self.sinks)
+            values, row_lse = values * np.exp(row_lse - whole)[..., None], whole
+        live = int(self.query_lens[row])
+        out[row, :live], lse[row, :live] = values[:live], row_lse[:live]
+
+    def shaped(self, out: np.ndarray, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Without the axis of query tokens where there is one a row."""
+        return (out[:, 0], lse[:, 0]) if self.options.query_tokens == 1 else (out, lse)
 
 
-def _empty_outputs(shape: DecodeShape, step: StepState) -> tuple[np.ndarray, np.ndarray]:
-    out = np.zeros((step.batch_size, shape.num_q_heads, shape.head_dim))
-    return out, np.full((step.batch_size, shape.num_q_heads), -np.inf)
+def _empty_outputs(shape: DecodeShape, given: _Given) -> tuple[np.ndarray, np.ndarray]:
+    outer = (given.step.batch_size, given.options.query_tokens, shape.num_q_heads)
+    return np.zeros((*outer, given.options.value_dim(shape))), np.full(outer, -np.inf)
 
 
 def _check(
@@ -148,17 +208,32 @@ def _check(
     block_table: np.ndarray,
     seq_lens: np.ndarray,
     scale: float | None,
-) -> tuple[StepState, float]:
+    options: AttentionOptions,
+    sinks: np.ndarray | None,
+    query_lens: np.ndarray | None,
+) -> _Given:
     step = StepState(seq_lens, block_table)
-    page_shape = (shape.num_kv_heads, shape.page_size, shape.head_dim)
-    num_pages = len(k_pages)
+    page_shape = (shape.num_kv_heads, shape.page_size)
+    num_pages, tokens = len(k_pages), options.query_tokens
+    tokens_axis = () if tokens == 1 else (tokens,)
     expected = {
-        "q": (q, (step.batch_size, shape.num_q_heads, shape.head_dim)),
-        "k_pages": (k_pages, (num_pages, *page_shape)),
-        "v_pages": (v_pages, (num_pages, *page_shape)),
+        "q": (q, (step.batch_size, *tokens_axis, shape.num_q_heads, shape.head_dim)),
+        "k_pages": (k_pages, (num_pages, *page_shape, shape.head_dim)),
+        "v_pages": (v_pages, (num_pages, *page_shape, options.value_dim(shape))),
     }
+    if options.sinks != (sinks is not None):
+        raise ValueError(f"sinks: expected {'float logits' if options.sinks else 'None'} as options say, got {sinks!r}")
+    if sinks is not None:
+        expected["sinks"] = (sinks, (shape.num_q_heads,))
     for name, (array, want) in expected.items():
         if array.shape != want or array.dtype.kind != "f":
             raise ValueError(f"{name}: expected floats {list(want)}, got {describe(array)}")
     step.check_pages(shape, num_pages=num_pages)
-    return step, shape.head_dim**-0.5 if scale is None else float(scale)
+    counts = np.full(step.batch_size, tokens) if query_lens is None else np.asarray(query_lens)
+    if counts.shape != (step.batch_size,) or (counts.size and (counts.min() < 0 or counts.max() > tokens)):
+        raise ValueError(f"query_lens: expected counts in [0, {tokens}] [{step.batch_size}], got {query_lens!r}")
+    short = np.flatnonzero((step.seq_lens > 0) & (step.seq_lens < counts))
+    if len(short):
+        raise ValueError(f"seq_lens[{short[0]}]: expected at least its {counts[short[0]]} query tokens, got {step.seq_lens[short[0]]}")
+    scale = shape.head_dim**-0.5 if scale is None else float(scale)
+    return _Given(shape, options, step, q.reshape(step.batch_size, tokens, *q.shape[-2:]), scale, sinks, counts)

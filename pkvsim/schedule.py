@@ -65,6 +65,7 @@ def make_schedule(
     segment_cost: int = 0,
     min_cost: int = 1,
     part_cost: int = 0,
+    window: int | None = None,
 ) -> Schedule:
     """Plans one step.
 
@@ -73,11 +74,27 @@ def make_schedule(
     num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
     min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs. part_cost: what merging
     one more part of a head costs, in tiles; heads are cut into no more parts than pay for that.
+    window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
     Raises ValueError naming the argument.
     """
     lens = check_seq_lens(seq_lens)
     tile_tokens = check_int("tile_tokens", tile_tokens, 1, MAX_TOKENS)
     tiles = -(-lens.astype(np.int64) // tile_tokens)  # [batch_size]
+    if window is not None:
+        window = check_int("window", window, 1)
+        skipped = np.maximum(0, lens.astype(np.int64) - window) // tile_tokens  # [batch_size]
+        schedule = _plan(name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
+        for field in ("tile_begin", "tile_end"):
+            schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
+        return schedule
+    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
+
+
+def _plan(
+    name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, tile_tokens: int,
+    splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int, part_cost: int,
+) -> Schedule:  # fmt: skip
+    """As make_schedule, of rows of so many tiles [batch_size]."""
     if name == "balanced":
         if splits is not None:
             raise ValueError(f"splits: expected None for balanced, which cuts by num_ctas, got {splits!r}")

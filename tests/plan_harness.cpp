@@ -11,12 +11,12 @@ struct Task {
 
 // tasks: room for max_tasks; cta_offsets: [num_ctas + 1]. Returns the number of ranges; cta_offsets[ranges] tasks were
 // found, of which at most max_tasks are written. No tokens at all are one range without tasks.
-extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost, int min_cost, int part_cost,
+extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost, int min_cost, int part_cost, int window,
                              int num_ctas, Task* tasks, int max_tasks, int* cta_offsets) {
-  const pkv::Lengths lens{seq_lens, batch_size, INT_MAX};
+  const pkv::Lengths lens{seq_lens, batch_size, INT_MAX, window};
   int total = 0, num_heads = 0;
   for (int row = 0; row < batch_size; ++row) {
-    const int cost = pkv::row_cost(lens[row], num_kv_heads, segment_cost);
+    const int cost = pkv::row_cost(lens.tiles(lens[row]), num_kv_heads, segment_cost);
     total += cost;
     num_heads += cost > 0 ? num_kv_heads : 0;
   }
@@ -27,7 +27,7 @@ extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_hea
     if (total == 0) continue;
     int row = 0, row_begin = 0;
     for (;; ++row) {
-      const int cost = pkv::row_cost(lens[row], num_kv_heads, segment_cost);
+      const int cost = pkv::row_cost(lens.tiles(lens[row]), num_kv_heads, segment_cost);
       if (row_begin + cost > cut.begin(range)) break;
       row_begin += cost;
     }

@@ -7,12 +7,13 @@ import nvrtc
 import pytest
 
 from gpu import append_config
-from gpu.config import DTYPES, HEAD_DIMS, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
+from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.kernels import SOURCE_DIR, compile_options
 from gpu.timing import STREAM_SHAPES
-from pkvsim import DecodeShape
+from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.rope import ROPE_STYLES, Rope
 
+HEAD_DIMS = (64, 128, 256)
 CAPABILITIES = (80, 86, 89, 90, 120)
 GROUP_SIZES = (1, 4, 5, 8, 16)
 PAGE_SIZES = (16, 1, 64, 3)
@@ -26,6 +27,10 @@ VARIANTS = [(*case, PAGE_SIZES[index // 2 % 4], tuple(DTYPES)[index % 2])
 
 def variant(capability: int, head_dim: int, group_size: int, page_size: int, dtype: str) -> KernelConfig:
     return kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability)
+
+
+OPTIONS = (AttentionOptions(window=4096, soft_cap=30.0, sinks=True), AttentionOptions(query_tokens=4, window=128),
+           AttentionOptions(v_head_dim=128))
 
 
 def assert_fits(file_name, kernel_name, defines, capability, *, threads, dynamic_shared=0):
@@ -60,6 +65,14 @@ def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtyp
                                            ("decode.cu", "pkv_decode_tasks", config.shared_bytes),
                                            ("merge.cu", "pkv_merge", 0)):
         assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=shared)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+@pytest.mark.parametrize("capability", (86, 90))
+def test_options_fit(capability, options):
+    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options)
+    for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
+        assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
