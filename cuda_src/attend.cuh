@@ -221,7 +221,8 @@ struct DecodeArguments {
   __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
   __device__ __forceinline__ Pages pages() const {
     return {{k_pages, k_page_stride, k_head_stride, k_token_stride}, {v_pages, v_page_stride, v_head_stride, v_token_stride},
-            block_table, table_stride, num_pages, reach()};
+            block_table, table_stride, num_pages, reach(),
+            k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride};
   }
   __device__ __forceinline__ Output output() const { return {out, lse, num_kv_heads, query_lens, sinks}; }
 };

@@ -73,20 +73,20 @@ struct BalancedEmit {
         do {
           ml = make_float2(LOWEST, 0.0f);
           if (lane < count) ml = receive(&parts[lane].ml[column]);
-          #pragma unroll 2
+          #pragma unroll 4
           for (int p = 0; p < count; ++p)
             for (int quad = lane; quad < HEAD_QUADS; quad += 32) copy_async(shared_address(&fetched[p][quad]), &parts[p].acc[column][quad]);
           copy_commit();
           copy_wait<0>();
           complete = arrived(ml.x) & arrived(ml.y);
-          #pragma unroll 2
+          #pragma unroll 4
           for (int p = 0; p < count; ++p)
             for (int quad = lane; quad < HEAD_QUADS; quad += 32) complete &= arrived(fetched[p][quad]);
         } while (!__all_sync(ALL_LANES, complete));
         const float scale = sum.weigh(ml);
         const float empty = __uint_as_float(EMPTY_WORD);
         if (lane < count) send(&parts[lane].ml[column], make_float2(empty, empty));
-        #pragma unroll 2
+        #pragma unroll 4
         for (int p = 0; p < count; ++p) {
           const float part_scale = __shfl_sync(ALL_LANES, scale, p);
           #pragma unroll
@@ -133,7 +133,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   #pragma unroll 1
   for (;; early = false) {
     const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
-    const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost, part_cost);
+    const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = 0;  // nothing
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);

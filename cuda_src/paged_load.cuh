@@ -28,6 +28,7 @@ struct Pages {
   const int* block_table;  // [batch_size, table_stride]
   int table_stride, num_pages;
   int reach;               // tokens at a row's end that are read (WINDOWED)
+  bool alike;              // K and V have the same strides
 };
 
 // XOR swizzle: the eight rows of an ldmatrix fall into different banks.
@@ -65,6 +66,7 @@ struct Loader {
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
   int pending_tile, pending_count, pending_head, pending_ids;  // of the V tile to load
   int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
+  long long pending_base;          // element offset of its page and head in K (TILE_IN_PAGE)
 
   __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
@@ -91,16 +93,20 @@ struct Loader {
     if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
   }
 
+  // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
+  __device__ __forceinline__ long long offset_in(const PagedTensor& tensor) const {
+    const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
+    if (!TILE_IN_PAGE) return head;
+    const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
+    return head + id * tensor.page_stride + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
+  }
+
   // The pending tile of `tensor` into the ring.
   template <int ROW_BYTES>
-  __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, unsigned to, int lane) const {
+  __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
     constexpr int VECTORS = ROW_BYTES / 16;
-    const int first = pending_tile * PKV_TILE, head = pending_head / HEAD_SPLIT;
-    const half_type* from = tensor.at + static_cast<long long>(head) * tensor.head_stride;
-    if (TILE_IN_PAGE) {
-      const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
-      from += id * tensor.page_stride + static_cast<long long>(first % PAGE_SIZE) * tensor.token_stride;
-    }
+    const int first = pending_tile * PKV_TILE;
+    const half_type* from = tensor.at + base;
     #pragma unroll
     for (int step = 0; step < PKV_TILE * VECTORS / 32; ++step) {
       const int row = (step * 32 + lane) / VECTORS, vector = (step * 32 + lane) % VECTORS;
@@ -126,7 +132,8 @@ struct Loader {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
       pending_rows = now.seq_len - tile * PKV_TILE;
       pending_skip = WINDOWED ? pending_rows - pages.reach : 0;
-      copy_tile<K_ROW_BYTES>(pages.k, slot, lane);
+      pending_base = offset_in(pages.k);
+      copy_tile<K_ROW_BYTES>(pages.k, pending_base, slot, lane);
       tile += WARPS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
@@ -138,7 +145,10 @@ struct Loader {
 
   // Starts the copy of the V tile that belongs to the last issue_k.
   __device__ __forceinline__ void issue_v(const Pages& pages, unsigned slot, int lane) const {
-    if (pending_rows > 0) copy_tile<V_ROW_BYTES>(pages.v, slot + K_TILE_BYTES, lane);
+    if (pending_rows > 0) {
+      const long long base = HEAD_DIM == V_DIM && pages.alike ? pending_base : offset_in(pages.v);
+      copy_tile<V_ROW_BYTES>(pages.v, base, slot + K_TILE_BYTES, lane);
+    }
     copy_commit();
   }
 };

@@ -67,11 +67,11 @@ struct Cut {
   int total, num_ranges, quotient, remainder;
 
   // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. When the ranges are short, a multiple of the heads is taken, or
-  // so many that each has the same number of heads: heads of equal length are then cut alike, or not at all. At most 1/8
-  // of the CTAs idle for the one and 1/32 for the other.
+  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles. If they do, and the
+  // ranges are short, a multiple of the heads is taken, or so many that each has the same number of heads, so that heads
+  // are cut alike, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for the other.
   PKV_HD Cut() {}
-  PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost, int part_cost) : total(total_) {
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int segment_cost, int min_cost, int part_cost) : total(total_) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = total / least;
     if (num_ranges > num_ctas) num_ranges = num_ctas;
@@ -83,7 +83,7 @@ struct Cut {
       if (parts < 2) num_ranges = num_ranges < num_heads ? num_ranges : num_heads;
       else if (parts <= num_ranges / num_heads) num_ranges = num_heads * parts;
     }
-    if (num_heads > 0 && total / num_ranges < PKV_SHORT_RANGE) {
+    if (num_heads > 0 && even && total / num_ranges < PKV_SHORT_RANGE) {
       if (num_heads <= num_ranges) {
         const int spare = num_ranges % num_heads;
         if (spare * 8 <= num_ranges) num_ranges -= spare;

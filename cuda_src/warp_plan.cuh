@@ -22,20 +22,22 @@ struct Rows {
   int length;                // of row `lane`
   int cost, through, total;  // of row `lane`: its cost, and that of rows 0..lane; of all rows
   int num_heads;             // non-empty (row, KV head) pairs
+  bool even;                 // all non-empty rows cost the same
 
   __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int* noted = nullptr)
       : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost) {
     length = length_of(lane);
     cost = row_cost(seq_lens.tiles(length), num_kv_heads, segment_cost);
-    int more = 0, live = cost > 0;
+    int more = 0, live = cost > 0, most = cost, least = cost > 0 ? cost : 0x7fffffff;
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) {
       const int next_length = length_of(row), next = row_cost(seq_lens.tiles(next_length), num_kv_heads, segment_cost);
       if (noted) noted[row] = next_length;
-      more += next, live += next > 0;
+      more += next, live += next > 0, most = max(most, next), least = next > 0 ? min(least, next) : least;
     }
     through = scan(cost, lane);
     total = __shfl_sync(0xffffffffu, through, 31);
     if (seq_lens.batch_size > 32) total += __reduce_add_sync(0xffffffffu, more);
+    even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
   __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }

@@ -164,21 +164,21 @@ def engine_part_cost(group_size: int) -> int:
 
 
 def balanced_ranges(
-    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int
+    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool
 ) -> int:
     """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into.
 
     Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
-    p = sqrt(n / part_cost): no more are made of the mean head. Short ranges come in multiples of the heads where that idles
-    at most 1/8 of the CTAs, or with the same number of heads each where that idles at most 1/32: heads of equal length
-    are then cut alike, or not at all.
+    p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so, short
+    ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of heads each
+    where that idles at most 1/32: heads are then cut alike, or not at all.
     """
     ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
     if part_cost > 0 and num_heads > 0:
         head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
         part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
         ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
-    if num_heads > 0 and total_cost // ranges < SHORT_RANGE_TILES:
+    if num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES:
         if num_heads <= ranges:
             spare = ranges % num_heads
             if spare * 8 <= ranges:
@@ -197,7 +197,10 @@ def _balanced(
 ) -> Schedule:  # fmt: skip
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
-    num_ranges = balanced_ranges(total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost)
+    even = used > 0 and len(np.unique(tiles[tiles > 0])) == 1
+    num_ranges = balanced_ranges(
+        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even
+    )
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)

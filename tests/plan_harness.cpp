@@ -14,13 +14,15 @@ struct Task {
 extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost, int min_cost, int part_cost, int window,
                              int num_ctas, Task* tasks, int max_tasks, int* cta_offsets) {
   const pkv::Lengths lens{seq_lens, batch_size, INT_MAX, window};
-  int total = 0, num_heads = 0;
+  int total = 0, num_heads = 0, most = 0, least = INT_MAX;
   for (int row = 0; row < batch_size; ++row) {
     const int cost = pkv::row_cost(lens.tiles(lens[row]), num_kv_heads, segment_cost);
     total += cost;
     num_heads += cost > 0 ? num_kv_heads : 0;
+    if (cost > most) most = cost;
+    if (cost > 0 && cost < least) least = cost;
   }
-  const pkv::Cut cut(total, num_heads, num_ctas, segment_cost, min_cost, part_cost);
+  const pkv::Cut cut(total, num_heads, most == least, num_ctas, segment_cost, min_cost, part_cost);
   int count = 0;
   for (int range = 0; range < cut.num_ranges; ++range) {
     cta_offsets[range] = count;
