@@ -4,7 +4,7 @@
 // Order of work: rows, then KV heads, then tiles of PKV_TILE tokens, laid end to end on a cost axis.
 // A (row, KV head) of n tiles starts at x0 and spans n + c: tile 0 at x0, tile t >= 1 at x0 + c + t, where c
 // is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
-// [i*W/N, (i+1)*W/N).
+// [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
 
 #ifdef __CUDACC__
@@ -64,41 +64,47 @@ PKV_HD int square_root(int x) {
 
 // How the total cost W is cut. The caller keeps W below 2^31.
 struct Cut {
-  int total, num_ranges, quotient, remainder;
+  int total, num_ranges, quotient, remainder;  // of total / num_ranges, or of a head's tiles / parts
+  int parts;  // of every head, when all are cut alike; else 0
+  int head_cost, segment_cost;
 
   // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles. If they do, and the
-  // ranges are short, a multiple of the heads is taken, or so many that each has the same number of heads, so that heads
-  // are cut alike, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for the other.
-  PKV_HD Cut() {}
-  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int segment_cost, int min_cost, int part_cost) : total(total_) {
+  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles. If
+  // they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of heads:
+  // heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for the other.
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost)
+      : total(total_), parts(0), head_cost(num_heads > 0 ? total_ / num_heads : 1), segment_cost(seg_cost) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = total / least;
     if (num_ranges > num_ctas) num_ranges = num_ctas;
     if (num_ranges < 1) num_ranges = 1;
     if (part_cost > 0 && num_heads > 0) {
-      int head_cost = total / num_heads;
-      if (head_cost > PKV_MOST_TILES) head_cost = PKV_MOST_TILES;
-      const int part = square_root(part_cost * head_cost), parts = (head_cost + part / 2) / part;
-      if (parts < 2) num_ranges = num_ranges < num_heads ? num_ranges : num_heads;
-      else if (parts <= num_ranges / num_heads) num_ranges = num_heads * parts;
+      const int mean = head_cost < PKV_MOST_TILES ? head_cost : PKV_MOST_TILES;
+      const int part = square_root(part_cost * mean), most = (mean + part / 2) / part;
+      if (most < 2) num_ranges = num_ranges < num_heads ? num_ranges : num_heads;
+      else if (most <= num_ranges / num_heads) num_ranges = num_heads * most;
     }
     if (num_heads > 0 && even && total / num_ranges < PKV_SHORT_RANGE) {
       if (num_heads <= num_ranges) {
         const int spare = num_ranges % num_heads;
-        if (spare * 8 <= num_ranges) num_ranges -= spare;
+        if (spare * 8 <= num_ranges) num_ranges -= spare, parts = num_ranges / num_heads;
       } else {
         const int heads_each = (num_heads + num_ranges - 1) / num_ranges, needed = (num_heads + heads_each - 1) / heads_each;
         if ((num_ranges - needed) * 32 <= num_ranges) num_ranges = needed;
       }
     }
-    quotient = total / num_ranges;
-    remainder = total % num_ranges;
+    quotient = parts > 0 ? (head_cost - segment_cost) / parts : total / num_ranges;
+    remainder = parts > 0 ? head_cost - segment_cost - quotient * parts : total - quotient * num_ranges;
   }
-  // floor(i * W / N) without a 64-bit product.
-  PKV_HD int begin(int i) const { return i * quotient + i * remainder / num_ranges; }
-  // The range that holds the tile at position x: the largest j with begin(j) <= x.
+  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile.
+  PKV_HD int begin(int i) const {
+    if (parts == 0) return i * quotient + i * remainder / num_ranges;
+    const int head = i / parts, part = i - head * parts, tile = part * quotient + part * remainder / parts;
+    return head * head_cost + (tile > 0 ? segment_cost + tile : 0);
+  }
+  // The range that holds the first tile of the head that starts at x: the largest j with begin(j) <= x.
   PKV_HD int range_of(int x) const {
+    if (parts > 0) return x / head_cost * parts;
     int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(total) * static_cast<float>(num_ranges));
     if (j >= num_ranges) j = num_ranges - 1;
     while (begin(j) > x) --j;  // the estimate is off by one at most, but exact is exact

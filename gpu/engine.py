@@ -87,7 +87,7 @@ class DecodeEngine:
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
         self.part_cost = check_int(
-            "part_cost", engine_part_cost(shape.group_size) if part_cost is None else part_cost, 0, MAX_PART_COST)
+            "part_cost", engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost, 0, MAX_PART_COST)
         self._scale = scale if scale is not None else shape.head_dim**-0.5
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None

@@ -155,23 +155,24 @@ def _queue(
     )
 
 
-def engine_part_cost(group_size: int) -> int:
-    """The engine's part_cost, in tiles of 16 tokens: a larger group's partial states are dearer to merge.
+def engine_part_cost(num_kv_heads: int) -> int:
+    """The engine's part_cost, in tiles of 16 tokens. With few heads more parts pay, for only they fill the GPU.
 
-    From a sweep on an H200 (2026-11-21): steps back to back would have more, a step alone less.
+    From a sweep on an H200 (2026-11-21), steps back to back and alone.
     """
-    return 2 if group_size <= 8 else 3
+    return 3 if num_kv_heads >= 8 else 2
 
 
 def balanced_ranges(
     total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool
-) -> int:
-    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into.
+) -> tuple[int, int]:
+    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head where
+    all are cut into parts of equal tiles, else 0.
 
     Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
     p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so, short
     ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of heads each
-    where that idles at most 1/32: heads are then cut alike, or not at all.
+    where that idles at most 1/32: heads are then cut into equal parts, or not at all.
     """
     ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
     if part_cost > 0 and num_heads > 0:
@@ -183,12 +184,13 @@ def balanced_ranges(
             spare = ranges % num_heads
             if spare * 8 <= ranges:
                 ranges -= spare
+                return ranges, ranges // num_heads
         else:
             heads_each = (num_heads + ranges - 1) // ranges
             needed = (num_heads + heads_each - 1) // heads_each
             if (ranges - needed) * 32 <= ranges:
                 ranges = needed
-    return ranges
+    return ranges, 0
 
 
 def _balanced(
@@ -198,14 +200,14 @@ def _balanced(
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
     even = used > 0 and len(np.unique(tiles[tiles > 0])) == 1
-    num_ranges = balanced_ranges(
+    num_ranges, parts = balanced_ranges(
         total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even
     )
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)
     num_tasks, partial_tasks = fill_balanced(
-        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, tasks, cta_offsets, row_splits
+        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, parts, tasks, cta_offsets, row_splits
     )
     return Schedule(
         name="balanced",

@@ -88,7 +88,7 @@ def route_schedule(
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms),
-            segment_cost=int(model.segment_cost_tiles), min_cost=MIN_COST, part_cost=engine_part_cost(shape.group_size),
+            segment_cost=int(model.segment_cost_tiles), min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None:
