@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NEAR_TIE = {"float16": 0.02, "bfloat16": 0.15}  # share of the logits' standard deviation that rounding may shift
+NEAR_TIE = {"float16": 0.05, "bfloat16": 0.4}  # share of the logits' standard deviation that rounding may shift
 
 
 def random_batch(model: PreTrainedModel, args: argparse.Namespace) -> Batch:
