@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from pkvsim.calibrated_policy import HOST_ROUTES, CalibratedPolicy, OraclePolicy
-from pkvsim.cost import KV_ELEMENT_BYTES, ROUTES, constants_matrix, useful_kv_bytes
+from pkvsim.cost import ROUTES, useful_kv_bytes
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
-from pkvsim.pricing import price_pinned
 from pkvsim.route_model import RouteModel
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 from pkvsim.step_split import TimeSplit, saturated_by, time_split
@@ -31,7 +30,7 @@ class RouteStep:
     closed_us: float  # kernel time by the closed form
     step_us: float  # of all layers by the closed form, the host's part included: what the calibrated policy compares
     timeline_step_us: float  # the same by the timeline: what the oracle compares
-    host_us: float  # the host's part of step_us, planning above all
+    host_us: float  # of step_us, what the wall clock sees beside the GPU: planning, issuing, synchronising
     launches: int
     splits: tuple[int, int]  # fewest and most of a row that has tokens
     used_slots: int
@@ -165,7 +164,6 @@ def explain_step(
     pinned = {"split_splits": splits, "workqueue_splits": splits}
     taken = CalibratedPolicy(**pinned).decide(shape, lens, device, layers=layers, available=names)
     oracle = OraclePolicy(**pinned).decide(shape, lens, device, layers=layers, available=names)
-    closed_us = _closed_us(models, names, shape, lens, device, splits)
     return StepReport(
         shape=shape,
         seq_lens=lens,
@@ -176,26 +174,12 @@ def explain_step(
         routes=tuple(
             _route_step(
                 name, models[name], shape, lens, device, splits if name in HOST_ROUTES else None,
-                closed_us=closed_us[name], step_us=taken.prices[name], timeline_step_us=oracle.prices[name],
+                closed_us=taken.layer_us[name], step_us=taken.prices[name], timeline_step_us=oracle.prices[name],
                 host_us=taken.host_us[name],
             )
             for name in names  # fmt: skip
         ),
     )
-
-
-def _closed_us(
-    models: dict[str, RouteModel], names: tuple[str, ...], shape: DecodeShape, lens: np.ndarray, device: DeviceSpec,
-    splits: int | None,
-) -> dict[str, float]:  # fmt: skip
-    """One layer's kernel time by route."""
-    prices_us = np.empty(len(ROUTES))
-    pinned = np.array([splits or 0 if name in HOST_ROUTES else 0 for name in ROUTES], np.int64)
-    price_pinned(
-        lens, shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES, device.num_sms,
-        constants_matrix(models, names), prices_us, pinned,
-    )  # fmt: skip
-    return dict(zip(ROUTES, prices_us.tolist()))
 
 
 def _route_step(
