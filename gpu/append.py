@@ -78,7 +78,7 @@ class CacheWriter:
         k_scale, v_scale: of FP8 pages, which hold x / scale, saturated; numbers, or one float32 each on the GPU.
         k_token_scales, v_token_scales: of int8 pages, float32 of the pages' shape less the last axis; written.
         validate=True copies lengths, table and offsets to the host and checks them. Without it a token whose row, page
-        or position is not there is passed over, its query too.
+        or position is not there is passed over: its query is not rotated, its place in q_out keeps what it held.
 
         Returns q_out, or None without q. Raises ValueError naming the argument, before any launch.
         """
@@ -122,8 +122,7 @@ class CacheWriter:
         """Checks a step's arrays and notes what the launches of all such steps have in common."""
         shape, table_only = self.shape, self.rope is not None and self.rope.inv_freq is None
         names = [argument_name(slot, self.kv_dtype) for slot in AppendViews.__slots__]
-        views = AppendViews(*(None if array is None else arrays.view(name, array)
-                                     for name, array in zip(names, given)))
+        views = AppendViews(*(None if array is None else arrays.view(name, array) for name, array in zip(names, given)))
         checks.check_append(views, shape=shape, dtype=self.dtype, head_dim_v=self.head_dim_v, kv_dtype=self.kv_dtype,
                             layout=self.layout, rotates=self.rope is not None, device=self.device_id,
                             max_positions=self._max_positions if table_only else None)
