@@ -23,6 +23,7 @@
 // decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
 #include "mma.cuh"
 #include "quantize.cuh"
+#include "vectors.cuh"
 
 namespace pkv {
 
@@ -54,13 +55,6 @@ struct PageStrides {
   }
 };
 
-__device__ __forceinline__ uint4 load_once(const half_type* at) {
-  uint4 value;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "l"(at));
-  return value;
-}
-
 __device__ __forceinline__ void unpack_vector(uint4 vector, float (&x)[8]) {
   const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
   #pragma unroll
@@ -70,10 +64,8 @@ __device__ __forceinline__ void unpack_vector(uint4 vector, float (&x)[8]) {
   }
 }
 
-// Stores in so many words: the compiler is not above making four of a uint4.
 __device__ __forceinline__ void store_vector(half_type* at, const float (&x)[8]) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(pack(x[0], x[1])), "r"(pack(x[2], x[3])),
-               "r"(pack(x[4], x[5])), "r"(pack(x[6], x[7])) : "memory");
+  store(at, make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])));
 }
 
 #if CACHE_TYPE != 0
@@ -82,8 +74,7 @@ __device__ __forceinline__ void store_vector(unsigned char* at, const float (&x)
   #pragma unroll
   for (int i = 0; i < 4; ++i)
     pairs[i] = quantize_pair(__fmul_rn(x[2 * i], inverse_scale), __fmul_rn(x[2 * i + 1], inverse_scale));
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(pairs[0] | pairs[1] << 16),
-               "r"(pairs[2] | pairs[3] << 16) : "memory");
+  store(at, make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16));
 }
 #endif
 

@@ -1,21 +1,16 @@
 """Times one step on one engine: the GPU's time by CUDA events and the whole step by the wall clock, from cold L2."""
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gpu.step_timing import step_event_us, step_host_times
 from gpu.timing import StreamLimit
 
 if TYPE_CHECKING:
     import torch
 
     from serving_engines import Engine, StepInputs
-
-CYCLES_PER_US = 2000  # of the fastest GPU clocks: a wait is never shorter than asked for
-LEAD_US = 40.0  # how much longer the GPU is kept waiting than the host needs to issue a step
-
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -46,41 +41,20 @@ class StepTimer:
             engine.run(step, *caches[layer % len(caches)], out)
 
     def event_us(self, engine: Engine, step: StepInputs, caches: Caches, out: torch.Tensor) -> float:
-        import torch
-
         engine.plan(step)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.run_layers(engine, step, caches, out)
-        lead_us = (time.perf_counter() - start) * 1e6 + LEAD_US
-        marks = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(self.repeats)
-        ]
-        for begin, end in marks:
-            self.limit.flush()
-            torch.cuda._sleep(int(lead_us * CYCLES_PER_US))
-            begin.record()
-            self.run_layers(engine, step, caches, out)
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in marks)
+        return step_event_us(
+            lambda: self.run_layers(engine, step, caches, out), flush=self.limit.flush, repeats=self.repeats
+        )
 
     def wall_us(self, engine: Engine, step: StepInputs, caches: Caches, out: torch.Tensor) -> tuple[float, float]:
         """(wall_us, plan_us)."""
-        import torch
-
-        walls, plans = [], []
-        for _ in range(self.repeats):
-            self.limit.flush()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            engine.plan(step)
-            planned = time.perf_counter()
-            self.run_layers(engine, step, caches, out)
-            torch.cuda.synchronize()
-            walls.append((time.perf_counter() - start) * 1e6)
-            plans.append((planned - start) * 1e6)
-        return statistics.median(walls), statistics.median(plans)
+        times = step_host_times(
+            lambda: engine.plan(step),
+            lambda: self.run_layers(engine, step, caches, out),
+            flush=self.limit.flush,
+            repeats=self.repeats,
+        )
+        return times.wall_us, times.plan_us
 
     def measure(
         self, engines: list[Engine], step: StepInputs, caches: Caches, out: torch.Tensor

@@ -5,7 +5,7 @@ import cupy
 
 from gpu import append_checks as checks
 from gpu import arrays
-from gpu.append_config import FP8_TYPES, SIGNATURE, WARPS, chunks_per_token, defines
+from gpu.append_config import SIGNATURE, WARPS, AppendViews, argument_name, defines, launch_sizes
 from gpu.kernels import load_kernel
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope, turns_per_position
@@ -78,7 +78,7 @@ class CacheWriter:
         k_scale, v_scale: of FP8 pages, which hold x / scale, saturated; numbers, or one float32 each on the GPU.
         k_token_scales, v_token_scales: of int8 pages, float32 of the pages' shape less the last axis; written.
         validate=True copies lengths, table and offsets to the host and checks them. Without it a token whose row, page
-        or position is not there is passed over, its query too.
+        or position is not there is passed over: its query is not rotated, its place in q_out keeps what it held.
 
         Returns q_out, or None without q. Raises ValueError naming the argument, before any launch.
         """
@@ -121,24 +121,12 @@ class CacheWriter:
     def _check(self, *given: object) -> None:
         """Checks a step's arrays and notes what the launches of all such steps have in common."""
         shape, table_only = self.shape, self.rope is not None and self.rope.inv_freq is None
-        names = [checks.argument_name(slot, self.kv_dtype) for slot in checks.AppendViews.__slots__]
-        views = checks.AppendViews(*(None if array is None else arrays.view(name, array)
-                                     for name, array in zip(names, given)))
+        names = [argument_name(slot, self.kv_dtype) for slot in AppendViews.__slots__]
+        views = AppendViews(*(None if array is None else arrays.view(name, array) for name, array in zip(names, given)))
         checks.check_append(views, shape=shape, dtype=self.dtype, head_dim_v=self.head_dim_v, kv_dtype=self.kv_dtype,
                             layout=self.layout, rotates=self.rope is not None, device=self.device_id,
                             max_positions=self._max_positions if table_only else None)
-        tokens, num_q_heads = views.k_new.shape[0], 0 if views.q is None else shape.num_q_heads
-        chunks = chunks_per_token(2 * shape.num_kv_heads + num_q_heads, max(shape.head_dim, self.head_dim_v), tokens,
-                                  self._num_sms)
-        strides = [*views.k_new.strides[:2], *views.v_new.strides[:2]]
-        for array in (views.q, views.q_out):
-            strides += (0, 0) if array is None else array.strides[:2]
-        page_head_token = (0, 1, 2) if self.layout == "HND" else (0, 2, 1)
-        scales = views.k_scales.strides if self.kv_dtype == "int8" else (0, 0, 0)
-        for pool in (views.k_pages.strides, views.v_pages.strides, scales):
-            strides += (pool[axis] for axis in page_head_token)
-        self._grid = -(-tokens * chunks // WARPS)
-        self._sizes = (tokens, views.seq_lens.shape[0], shape.num_kv_heads, num_q_heads, shape.page_size,
-                       views.k_pages.shape[0], views.block_table.shape[1], self._max_positions, chunks,
-                       views.block_table.strides[0], self._rope_stride, *strides)
+        self._grid, self._sizes = launch_sizes(views, shape, head_dim_v=self.head_dim_v, layout=self.layout,
+                                               max_positions=self._max_positions, rope_stride=self._rope_stride,
+                                               num_sms=self._num_sms)
         self._library = views.k_new.library

@@ -2,40 +2,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from gpu import validate
-from gpu.append_config import CACHE_TYPES, FP8_TYPES, LANE_ELEMENTS, MAX_HEAD_DIM
+from gpu.append_config import CACHE_TYPES, FP8_TYPES, LANE_ELEMENTS, LAYOUTS, MAX_HEAD_DIM, AppendViews, argument_name
 from gpu.arrays import ArrayView
 from gpu.config import DTYPES
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope
-
-LAYOUTS = ("HND", "NHD")
-
-
-@dataclass(frozen=True, slots=True)
-class AppendViews:
-    """The arrays of one append, described; None where one was not given."""
-
-    k_new: ArrayView
-    v_new: ArrayView
-    k_pages: ArrayView
-    v_pages: ArrayView
-    seq_lens: ArrayView
-    block_table: ArrayView
-    token_offsets: ArrayView | None
-    q: ArrayView | None
-    q_out: ArrayView | None
-    k_scales: ArrayView | None  # k_token_scales of INT8 pages; k_scale of FP8 pages where it is on the GPU
-    v_scales: ArrayView | None
-
-
-def argument_name(slot: str, kv_dtype: str) -> str:
-    """What CacheWriter.append calls the field `slot` of AppendViews."""
-    return slot.replace("_scales", "_token_scales" if kv_dtype == "int8" else "_scale")
 
 
 def expect(name: str, expected: str, got: object, ok: bool) -> None:

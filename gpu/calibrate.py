@@ -20,7 +20,11 @@ from gpu.environment import environment, gpu_slug, missing, write_json
 from gpu.progress import note, tracked
 
 if TYPE_CHECKING:
+    from gpu.calibration_cells import CalibrationCell
+    from gpu.calibration_measure import Calibrator, StepTimes, Timed
     from pkvsim.measurements import Measurement
+
+    Steps = dict[Timed, StepTimes]
 
 POOL_GIB = 24.0  # the largest cells want two cold copies of 4 GiB of KV in half of it
 
@@ -53,27 +57,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def measure_cells(args: argparse.Namespace, calibrator: object, csv_path: Path, started: float) -> list[Measurement]:
-    """Times every cell, rewriting the CSV after each."""
+def time_steps(args: argparse.Namespace, calibrator: Calibrator, started: float) -> list[Steps]:
+    """Whole steps of every cell, as far as half of --time-limit goes, in the order of calibration_cells."""
+    from gpu.calibration_cells import calibration_cells
+
+    found: list[Steps] = []
+    cells = calibration_cells(quick=args.quick)
+    for done, cell in enumerate(tracked(cells, "whole steps", cell_name)):
+        if args.time_limit is not None and time.perf_counter() - started > args.time_limit / 2:
+            note(f"--time-limit: {len(cells) - done} of {len(cells)} whole steps left out")
+            break
+        try:
+            found.append(calibrator.steps(cell))
+        except ValueError as error:
+            if not str(error).startswith("pool-gib"):
+                raise
+            found.append({})  # measure_cells names it
+    return found
+
+
+def measure_cells(
+    args: argparse.Namespace, calibrator: Calibrator, steps: list[Steps], csv_path: Path, started: float
+) -> list[Measurement]:
+    """Times every cell's kernels, rewriting the CSV after each; steps: what time_steps gave."""
     from gpu.calibration_cells import calibration_cells
     from pkvsim.measurements import write_measurements
 
     measurements: list[Measurement] = []
     cells = calibration_cells(quick=args.quick)
-
-    def name(cell: object) -> str:
-        return f"{cell.shape.num_q_heads}/{cell.shape.num_kv_heads} {cell.group} x {len(cell.seq_lens)}"
-
-    for done, cell in enumerate(tracked(cells, "calibrating", name)):
+    for done, cell in enumerate(tracked(cells, "kernels", cell_name)):
         if args.time_limit is not None and time.perf_counter() - started > args.time_limit:
             note(f"--time-limit: {len(cells) - done} of {len(cells)} steps left out")
             break
         try:
-            measurements += calibrator.measure(cell)
+            measurements += calibrator.measure(cell, steps[done] if done < len(steps) else None)
         except ValueError as error:
             if not str(error).startswith("pool-gib"):
                 raise
-            note(f"left out {name(cell)}: {error}")
+            note(f"left out {cell_name(cell)}: {error}")
             continue
         partial = csv_path.with_name(csv_path.name + ".part")
         write_measurements(partial, measurements)
@@ -81,14 +102,18 @@ def measure_cells(args: argparse.Namespace, calibrator: object, csv_path: Path, 
     return measurements
 
 
+def cell_name(cell: CalibrationCell) -> str:
+    return f"{cell.shape.num_q_heads}/{cell.shape.num_kv_heads} {cell.group} x {len(cell.seq_lens)}"
+
+
 def calibrate(args: argparse.Namespace) -> None:
-    """The whole run: constants, cells, fit."""
+    """The whole run: steps, constants, kernels, fit."""
     import torch
 
     from gpu.bench_pool import BenchPool, fitting_gib
     from gpu.calibration_constants import calibration_source, device_spec, measure_constants
     from gpu.calibration_measure import Calibrator
-    from gpu.timing import StreamLimit
+    from gpu.timing import StreamLimit, shared_stream
     from pkvsim.fit_device import fit_device
     from pkvsim.report import print_fit
 
@@ -101,6 +126,9 @@ def calibrate(args: argparse.Namespace) -> None:
     note(", ".join(f"{key} {value}" for key, value in about.items()))
     pool = BenchPool(pool_gib=args.pool_gib or fitting_gib(POOL_GIB), dtype=torch.float16, seed=20260622)
     limit = StreamLimit(pool.flat)
+    calibrator = Calibrator(pool, limit, repeats=args.repeats, say=note)
+    with shared_stream():
+        steps = time_steps(args, calibrator, started)
     constants = measure_constants(pool.flat, limit, quick=args.quick, say=lambda what: note(f"constants: {what}"))
     base = device_spec(constants, environment=about, name=args.name or out.stem)
     if not out.exists():
@@ -113,8 +141,8 @@ def calibrate(args: argparse.Namespace) -> None:
     }
     if args.json is not None:
         write_json(args.json, document)
-    calibrator = Calibrator(pool, limit, repeats=args.repeats, say=note)
-    measurements = measure_cells(args, calibrator, csv_path, started)
+    with shared_stream():
+        measurements = measure_cells(args, calibrator, steps, csv_path, started)
     note(f"{len(measurements)} timings in {csv_path}, {time.perf_counter() - started:.0f} s; fitting")
     source = f"{len(measurements)} timings by {calibration_source(about)}"
     fitted, skipped = fit_device(base, measurements, source=source, date=about["date"][:10])

@@ -1,25 +1,46 @@
-"""Times every route on a calibration cell: the kernel cold in a CUDA graph, planning on the host, the whole step."""
+"""Times every route on a calibration cell: the kernel cold in a CUDA graph, and the step alone with its planning."""
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from gpu import flashinfer as fi
 from gpu.bench_pool import BenchPool
 from gpu.calibration_cells import SEED, CalibrationCell
 from gpu.routes import BACKENDS, RouteEngine, RouteUnavailable, available_routes, build
-from gpu.timing import StreamLimit, graph_time_us, l2_bytes, shared_stream, wall_time_us
+from gpu.step_timing import HostTimes, step_event_us, step_host_times
+from gpu.timing import StreamLimit, graph_time_us, l2_bytes
 from pkvsim import DecodeShape
 from pkvsim.measurements import Measurement
 from pkvsim.route_model import OWN_ROUTES
 
 TOLERANCE = 2e-3  # FP16 outputs of different engines on the same values
-WALL_REPEATS = 7
+STEP_REPEATS = 5
+
+Timed = tuple[str, "int | None"]  # route and pinned splits
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """One step alone on the GPU, us."""
+
+    event_us: float
+    host: HostTimes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Case:
+    """One route on a cell; run(layer) reads that layer's cache, of num_layers."""
+
+    route: str
+    splits: int | None
+    plan: Callable[[], None]
+    run: Callable[[int], None]
+    num_layers: int
 
 
 class Calibrator:
-    """The pool, and the engines of the shape being measured."""
+    """The pool, and the engines of the shape being measured. Use inside gpu.timing.shared_stream()."""
 
     __slots__ = ("pool", "limit", "repeats", "unavailable", "_say", "_shape", "_engines")
 
@@ -31,12 +52,44 @@ class Calibrator:
         self._shape: DecodeShape | None = None
         self._engines: dict[str, RouteEngine] = {}
 
-    def measure(self, cell: CalibrationCell) -> Iterator[Measurement]:
-        """Every timing of the cell, each checked against the first route's result beforehand.
+    def steps(self, cell: CalibrationCell) -> dict[Timed, StepTimes]:
+        """Whole steps of everything that the cell times, alone on the GPU, by (route, splits). Raises as measure does.
+
+        To be called of all cells before any is measured: FlashInfer's planning grew from 180 to 530 us over the
+        graphs of a whole calibration, and stayed at 200 in as long a process that captured none.
+        """
+        found = {}
+        for case in self._cases(cell):
+            case.plan()
+            event_us = step_event_us(lambda: case.run(0), flush=self.limit.flush, repeats=STEP_REPEATS)
+            host = step_host_times(case.plan, lambda: case.run(0), flush=self.limit.flush, repeats=STEP_REPEATS)
+            found[case.route, case.splits] = StepTimes(event_us, host)
+        return found
+
+    def measure(self, cell: CalibrationCell, steps: dict[Timed, StepTimes] | None = None) -> Iterator[Measurement]:
+        """Every timing of the cell, each checked against the first route's result beforehand. steps: what steps() gave
+        for it, put beside.
 
         Raises ValueError starting with "pool-gib" when the pool is too small, RuntimeError when one of our own routes
         gives another result.
         """
+        for case in self._cases(cell):
+            kernel = graph_time_us(case.run, variants=case.num_layers, repeats=self.repeats)
+            step = steps.get((case.route, case.splits)) if steps else None
+            yield Measurement(
+                route=case.route,
+                shape=cell.shape,
+                seq_lens=cell.seq_lens,
+                splits=case.splits,
+                kernel_us=kernel.median_us,
+                plan_us=step and step.host.plan_us,
+                wall_us=step and step.host.wall_us,
+                event_us=step and step.event_us,
+                run_us=step and step.host.run_us,
+            )
+
+    def _cases(self, cell: CalibrationCell) -> Iterator[_Case]:
+        """Everything that the cell times, once its result is found right."""
         import torch
 
         shape, lens = cell.shape, cell.lengths()
@@ -64,30 +117,17 @@ class Calibrator:
             def run(layer: int) -> None:
                 engine.run(q, *pages.layers[layer], out=out, lse=lse if route in OWN_ROUTES else None)
 
-            with shared_stream():
-                out.fill_(float("nan"))
-                plan()
-                run(0)
-                torch.cuda.synchronize()
+            out.fill_(float("nan"))
+            plan()
+            run(0)
+            torch.cuda.synchronize()
             if expected is None:
                 expected = out.clone()
             difference = float((out.float() - expected.float()).abs().max())
             if not difference < TOLERANCE:
                 self._differs(route, cell, difference)
                 continue
-            kernel = graph_time_us(run, variants=len(pages.layers), repeats=self.repeats)
-            with shared_stream():
-                plan_us = _host_time_us(plan)
-                wall_us = wall_time_us(lambda: (plan(), run(0)), WALL_REPEATS, before=self.limit.flush)
-            yield Measurement(
-                route=route,
-                shape=shape,
-                seq_lens=cell.seq_lens,
-                splits=splits,
-                plan_us=plan_us,
-                kernel_us=kernel.median_us,
-                wall_us=wall_us,
-            )
+            yield _Case(route, splits, plan, run, len(pages.layers))
 
     def _engine(self, route: str, shape: DecodeShape) -> RouteEngine | None:
         """The route's engine, or None where it cannot run the shape; engines of other shapes are let go."""
@@ -96,8 +136,7 @@ class Calibrator:
             self._shape = shape
         if route not in self._engines and (route, shape) not in self.unavailable:
             try:
-                with shared_stream():
-                    self._engines[route] = build(route, shape)
+                self._engines[route] = build(route, shape)
             except RouteUnavailable as error:
                 self._drop(route, shape, str(error))
         return self._engines.get(route)
@@ -113,16 +152,3 @@ class Calibrator:
         self._engines.pop(route, None)
         self._say(f"left out at {shape.num_q_heads}/{shape.num_kv_heads} heads: {reason}")
 
-
-def _host_time_us(plan: Callable[[], None]) -> float:
-    """Median time for which planning holds the host."""
-    import torch
-
-    times = []
-    for _ in range(WALL_REPEATS + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        plan()
-        times.append((time.perf_counter() - start) * 1e6)
-    torch.cuda.synchronize()
-    return statistics.median(times[2:])  # the first calls allocate

@@ -52,8 +52,9 @@ def block_table_of(indptr: torch.Tensor, indices: torch.Tensor, *, out: torch.Te
     row, column, owned = _places(indptr, len(indices))
     keep = owned & (column < out.shape[1])
     # Picking the owned ones would wait for the GPU, so all are scattered: the others repeat the first that is owned.
-    flat, place, first = out.view(-1), row * out.shape[1] + column, keep.byte().argmax()
-    value = torch.where(keep[first], indices[first], flat[0])
+    flat, place = out.view(-1), row * out.shape[1] + column
+    first = keep.byte().argmax(0, keepdim=True)  # of one axis: torch would read an index of none on the host
+    value = torch.where(keep[first], indices[first], flat[:1])
     place = torch.where(keep, place, torch.where(keep[first], place[first], 0))
     flat.index_copy_(0, place, torch.where(keep, indices, value))
     return out

@@ -56,8 +56,9 @@ class PagedRows:
         self._bounds = np.zeros(0, np.int64)
 
     def extend(self, kept: torch.Tensor | None, batch_size: int, new_tokens: int, device: torch.device) -> None:
-        """Makes room for a step's tokens, which `step` then describes. kept [batch_size, new_tokens] bool: those that are no padding; None: all.
+        """Makes room for a step's tokens, which `step` then describes.
 
+        kept [batch_size, new_tokens] bool: those that are no padding; None: all.
         Waits for the GPU where kept is given for several tokens a row. Raises ValueError where the rows, their
         lengths or the pages do not fit.
         """

@@ -11,11 +11,12 @@ from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.decision import Decision
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
-from pkvsim.pricing import PLAN, price_pinned, row_splits
+from pkvsim.pricing import price_pinned, row_splits, step_times
 from pkvsim.route_model import ROUTES, constants_matrix
 from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
 from pkvsim.timeline import simulate
 
+INFINITE = float("inf")
 HOST_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row
 
 
@@ -24,16 +25,17 @@ class _Prepared:
     """What pricing needs of one shape and device, made once."""
 
     constants: np.ndarray  # [len(ROUTES), NUM_CONSTANTS]
-    plan_us: list[float]  # by route in the order of ROUTES
     pinned: np.ndarray  # [len(ROUTES)] int64
     head_args: tuple[int, int, int, int, int]  # num_kv_heads, group_size, head_dim, element bytes, SMs
-    prices_us: np.ndarray  # [len(ROUTES)] scratch
+    prices_us: np.ndarray  # [len(ROUTES)] scratch: a layer's kernel time
     splits: np.ndarray  # [len(ROUTES)] scratch
+    gpu_us: np.ndarray  # [len(ROUTES)] scratch: all layers
+    host_us: np.ndarray  # [len(ROUTES)] scratch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedPolicy:
-    """The cheapest available route by the closed form, host planning included.
+    """The cheapest available route by the closed form of what a step takes by the wall clock.
 
     split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the argument.
     """
@@ -56,6 +58,11 @@ class CalibratedPolicy:
     ) -> Decision:  # fmt: skip
         """The cheapest route for seq_lens [batch_size] (zero-length rows are not active), planned once for `layers`.
 
+        A price is the wall time of the step: planning, issuing the first layer and synchronising, which the GPU waits
+        for, and all layers' kernels; or the host's time to issue the layers after the first, where their kernels take
+        less. Inside a captured graph nothing is issued or planned layer by layer: there, and with many layers, the
+        kernels decide, and a choice that hangs on the host's part matters little.
+
         available: routes to choose among; leave FlashInfer's out where it is not installed. int32 arrays are taken as
         they are, with lengths >= 0 taken for granted, because checking would cost as much as deciding; anything else is
         checked and converted. Raises ValueError naming the argument.
@@ -74,15 +81,18 @@ class CalibratedPolicy:
     def _decision(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, layers: int
     ) -> Decision:
-        totals = [us * layers + plan for us, plan in zip(ready.prices_us.tolist(), ready.plan_us)]
+        step_times(seq_lens, layers, ready.constants, ready.prices_us, ready.gpu_us, ready.host_us)
+        host = ready.host_us.tolist()
+        totals = [gpu + host_us for gpu, host_us in zip(ready.gpu_us.tolist(), host)]
         best = min(range(len(totals)), key=totals.__getitem__)
         route = ROUTES[best]
         splits = None
         if route in HOST_ROUTES:
             splits = self.split_counts(route, shape, seq_lens, device, longest_splits=int(ready.splits[best]))
-        prices = {name: us for name, us in zip(ROUTES, totals) if us != np.inf}
-        host_us = dict(zip(ROUTES, ready.plan_us))
-        return Decision(route, splits, prices, partial(_reason, route, prices, host_us, shape, seq_lens), host_us)
+        prices = {name: us for name, us in zip(ROUTES, totals) if us != INFINITE}
+        host_us, layer_us = dict(zip(ROUTES, host)), dict(zip(ROUTES, ready.prices_us.tolist()))
+        why = partial(_reason, route, prices, host_us, shape, seq_lens)
+        return Decision(route, splits, prices, why, host_us, layer_us)
 
     def pinned_splits(self, route: str) -> int | None:
         """Splits of every row that the route was pinned to, None where the model or the route chooses."""
@@ -120,11 +130,12 @@ class CalibratedPolicy:
             pinned[ROUTES.index(route)] = self.pinned_splits(route) or 0
         ready = _Prepared(
             constants=constants,
-            plan_us=np.nan_to_num(constants[:, PLAN]).tolist(),
             pinned=pinned,
             head_args=(shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES, device.num_sms),
             prices_us=np.empty(len(ROUTES)),
             splits=np.empty(len(ROUTES), np.int64),
+            gpu_us=np.empty(len(ROUTES)),
+            host_us=np.empty(len(ROUTES)),
         )
         self._prepared[shape, device, available] = ready
         return ready
@@ -171,7 +182,7 @@ class FixedPolicy:
         if self.route not in cheapest.prices:
             raise ValueError(f"available: expected {self.route} among them, got {', '.join(cheapest.prices)}")
         splits = self._priced.split_counts(self.route, shape, seq_lens, device) if self.route in HOST_ROUTES else None
-        return Decision(self.route, splits, cheapest.prices, f"always {self.route}", cheapest.host_us)
+        return Decision(self.route, splits, cheapest.prices, f"always {self.route}", cheapest.host_us, cheapest.layer_us)
 
 
 def _reason(
@@ -190,5 +201,5 @@ def _reason(
     return f"{route} {prices[route]:.0f} us{_host(host_us[route])}, {margin:.0%} under the next for {step}: {listed}"
 
 
-def _host(plan_us: float) -> str:
-    return f" ({plan_us:.0f} on the host)" if plan_us else ""
+def _host(host_us: float) -> str:
+    return f" ({host_us:.0f} on the host)" if host_us else ""

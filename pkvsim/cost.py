@@ -2,9 +2,10 @@
 
 Our model in Numba code: `price_routes(seq_lens, num_kv_heads, group_size, head_dim, kv_element_bytes, num_sms,
 constants, prices_us, splits)` with `constants = constants_matrix(device.routes)` (float64 [len(ROUTES), NUM_CONSTANTS],
-rows in the order of ROUTES) fills the kernel time of one layer and the longest row's splits by route. A step of L
-layers takes L * prices_us[r] + constants[r, PLAN] us, PLAN being the host's planning. Nothing is allocated by the
-caller per step but the two outputs, which may be reused.
+rows in the order of ROUTES) fills the kernel time of one layer and the longest row's splits by route. Nothing is
+allocated by the caller per step but the two outputs, which may be reused. `step_times` gives the GPU's and the host's
+part of a step of L layers that Python issues; with the layers inside a CUDA graph a step takes L * prices_us[r] +
+constants[r, PLAN] us, PLAN being the host's planning.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from pkvsim.device import DeviceSpec
 from pkvsim.paper_rules import MIB, paper_time_us
-from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes
+from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes, step_times
 from pkvsim.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
 from pkvsim.schedule import Schedule
 from pkvsim.shapes import DecodeShape
@@ -22,7 +23,7 @@ from pkvsim.shapes import DecodeShape
 __all__ = [
     "KV_ELEMENT_BYTES", "MIB", "NUM_CONSTANTS", "OWN_ROUTES", "PLAN", "ROUTES", "RouteModel", "StepCounters",
     "constants_matrix", "flashinfer_counters", "merge_bytes", "paper_price_us", "price_route", "price_routes",
-    "schedule_counters", "useful_kv_bytes",
+    "schedule_counters", "step_times", "useful_kv_bytes",
 ]  # fmt: skip
 
 KV_ELEMENT_BYTES = 2  # FP16 and BF16

@@ -18,9 +18,11 @@ class Decision:
 
     route: str
     splits: np.ndarray | None
-    prices: dict[str, float]  # us by route for the step, host planning included; every route, candidate or not
+    prices: dict[str, float]  # us by route for the step by the wall clock; every route, candidate or not
     why: str | Callable[[], str]  # the reason, or what builds it
-    host_us: dict[str, float] = field(default_factory=dict)  # of prices, the host's planning, where a policy knows it
+    # Where a policy knows them, by route:
+    host_us: dict[str, float] = field(default_factory=dict)  # of prices, what is not the GPU's: planning, issuing
+    layer_us: dict[str, float] = field(default_factory=dict)  # kernel time of a layer that follows another
 
     @property
     def reason(self) -> str:

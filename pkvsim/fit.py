@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from pkvsim.cost import KV_ELEMENT_BYTES
+from pkvsim.fit_steps import step_constants
 from pkvsim.measurements import Measurement
 from pkvsim.pricing import price_steps, sorted_lengths
 from pkvsim.route_model import CalibratedRoute, FitError, RouteModel
@@ -143,9 +144,7 @@ def calibrate(
 ) -> CalibratedRoute:  # fmt: skip
     """fit_route on all measurements, with its error on them and that of halves' fits on the other halves."""
     model = fit_route(measurements, candidates, free, num_sms=num_sms)
-    plans = [m.plan_us for m in measurements if m.plan_us is not None]
-    if plans:
-        model = replace(model, plan_us=float(f"{np.median(plans):.4g}"))
+    model = replace(model, **step_constants(measurements, by_length=model.rule == "buckets"))
     held_out = None
     if len(measurements) >= 2 * MIN_MEASUREMENTS:
         held_out = held_out_error(measurements, candidates, free, num_sms=num_sms)

@@ -11,23 +11,23 @@ _RULES = {  # by route: rule, CTA slots per SM to try, padding of the group, til
     "flashinfer_cuda_core": ("chunk", (2, 3, 4, 5, 6, 7, 8), 1, 16),
     "flashinfer_tensor_core": ("chunk", (1, 2, 3), TENSOR_CORE_ROWS, 16),
     "xqa": ("even", (1, 2), TENSOR_CORE_ROWS, 16),
-    "split": ("buckets", (1,), 8, 32),  # the engine runs one CTA on each SM
+    "split": ("buckets", (1,), 8, 32),
     "workqueue": ("queue", (1,), 8, 32),
     "balanced": ("balanced", (1,), 8, 16),
 }
+_STRIDED = ("split", "workqueue")  # the engine launches one CTA on each SM at most
 _FREE = {
     "flashinfer_cuda_core": ("task_us", "sm_heads_gb_s", "base_heads"),
     "flashinfer_tensor_core": ("merge_us", "merge_split_us"),
     "xqa": ("merge_us", "merge_split_us"),
-    "split": ("launch_us", "task_us", "merge_us"),
-    "workqueue": ("task_us", "merge_us"),
+    "split": ("launch_us", "task_us", "merge_us", "merge_gb_s"),
+    "workqueue": ("launch_us", "task_us", "merge_us", "merge_gb_s"),
     "balanced": ("segment_us", "merge_us", "merge_gb_s", "sm_heads_gb_s", "base_heads"),
 }
 PEER_RULES = ("whole", "even", "chunk")  # tried for a system whose scheduling is not known
 PEER_SLOTS = (1, 2, 4, 8)
 PEER_LEAST_SPLITS = (128, 1024)  # tokens
 _PEER_FREE = ("task_us", "merge_us", "merge_split_us", "l2_gb_s", "l2_mb")
-BALANCED_SEGMENT_TILES = 8  # segment_cost of the engine's balanced planner
 
 
 def free_constants(route: str) -> tuple[str, ...]:
@@ -61,8 +61,10 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
         if rule == "balanced":
             own = {
                 "segment_us": 1.0, "merge_gb_s": 20.0, "sm_heads_gb_s": 800.0, "base_heads": 3.0,
-                "segment_cost_tiles": BALANCED_SEGMENT_TILES, "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
+                "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
             }  # fmt: skip
+        if route in _STRIDED:
+            own = {"strided": 1.0, "merge_gb_s": 25.0, "launch_us": 1.0, "merge_split_us": 0.0}
         return [
             RouteModel(rule=rule, ctas_per_sm=count, head_pad=pad, tile_tokens=tile, **common | own) for count in slots
         ]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.plots import PART_COLOURS, ROUTE_COLOURS, check_folder, colour_of
-from pkvsim.serving_series import PARTS, busy_parts_s, distribution, over_time, time_edges
+from pkvsim.serving_series import PARTS, busy_parts_s, distribution, is_wide, over_time, time_edges
 from pkvsim.serving_tables import seconds, table_rows
 from pkvsim.sweep import figures
 from pkvsim.whatif import WhatIf
@@ -116,8 +116,10 @@ def _chart_data(report: WhatIf) -> dict[str, Any]:
         for name, result in results.items()
     }
 
-    def curves(field: str) -> dict[str, list[list[float]]]:
-        return {name: _curve(getattr(result.requests, field)) for name, result in results.items()}
+    def curves(field: str) -> dict[str, Any]:
+        values = {name: distribution(getattr(run.requests, field), CURVE_POINTS) for name, run in results.items()}
+        lines = {name: [_numbers(value), _numbers(share * 100)] for name, (value, share) in values.items()}
+        return {"log": is_wide(value for value, _ in values.values()), "lines": lines}
 
     return {
         "policies": [
@@ -135,11 +137,6 @@ def _chart_data(report: WhatIf) -> dict[str, Any]:
             "figures": runs,
         },
     }
-
-
-def _curve(values: np.ndarray) -> list[list[float]]:
-    value, share = distribution(values, CURVE_POINTS)
-    return [_numbers(value), _numbers(share * 100)]
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -1,8 +1,9 @@
 """Measured step times: what one is, and the native CSV that `python -m gpu.calibrate` writes and `pkvsim fit` reads.
 
 Columns: route, num_q_heads, num_kv_heads, head_dim, page_size, seq_lens (tokens, space-separated, `8192x64` for 64 rows
-of 8192), splits (of every row, one number; empty where the route has none to pin), kernel_us (one call), plan_us (host
-time of planning) and wall_us (plan, run and synchronise); the last two may be empty.
+of 8192), splits (of every row, one number; empty where the route has none to pin), kernel_us (of one call among others,
+back to back), plan_us (host time of planning), wall_us (plan, run and synchronise), event_us (the GPU's time of the
+step alone) and run_us (host time of issuing it). The last four may be empty, and the last two columns missing.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 HEADER = (
     "route", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "seq_lens", "splits", "kernel_us", "plan_us", "wall_us",
 )  # fmt: skip
+STEP_COLUMNS = ("event_us", "run_us")
 MAX_ROWS = 2**20
 
 
@@ -26,8 +28,10 @@ MAX_ROWS = 2**20
 class Measurement:
     """One measured time.
 
-    seq_lens: tokens by row. kernel_us: of one call, the mean over seq_lens and other_steps where a trace was timed as a
-    whole; with the host's planning in it where `planned` (events around whole steps see the gap). device: whose GPU it ran on, in the table's own words; empty where the table is about one GPU.
+    seq_lens: tokens by row. kernel_us: of one call among others, the mean over seq_lens and other_steps where a trace
+    was timed as a whole; with the host's planning in it where `planned` (events around whole steps see the gap).
+    event_us, wall_us: of the step alone. device: whose GPU it ran on, in the table's own words; empty where the table
+    is about one GPU.
     """
 
     route: str
@@ -37,6 +41,8 @@ class Measurement:
     splits: int | None = None
     plan_us: float | None = None
     wall_us: float | None = None
+    event_us: float | None = None
+    run_us: float | None = None
     device: str = ""
     planned: bool = False
     other_steps: tuple[tuple[int, ...], ...] = ()
@@ -126,6 +132,7 @@ def parse_native(row: Row) -> list[Measurement]:
             kernel_us=cell_time(row, "kernel_us"),
             plan_us=cell_time(row, "plan_us", optional=True),
             wall_us=cell_time(row, "wall_us", optional=True),
+            **{name: cell_time(row, name, optional=True) for name in STEP_COLUMNS if name in row},
         )
     ]
 
@@ -134,10 +141,10 @@ def write_measurements(path: str | Path, measurements: Iterable[Measurement]) ->
     """Writes the native table; measurements of whole traces have no place in it (ValueError)."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(HEADER)
+        writer.writerow((*HEADER, *STEP_COLUMNS))
         for m in measurements:
             if m.other_steps:
                 raise ValueError("measurements: expected single steps, got the mean of a trace")
-            times = ["" if us is None else f"{us:.3f}" for us in (m.kernel_us, m.plan_us, m.wall_us)]
+            times = ["" if us is None else f"{us:.3f}" for us in (m.kernel_us, m.plan_us, m.wall_us, m.event_us, m.run_us)]
             shape = (m.shape.num_q_heads, m.shape.num_kv_heads, m.shape.head_dim, m.shape.page_size)
             writer.writerow([m.route, *shape, format_seq_lens(m.seq_lens), "" if m.splits is None else m.splits, *times])

@@ -8,7 +8,7 @@ import numpy as np
 from pkvsim.plots import DASHES, PART_COLOURS, colour_of, picture, plain_log, thin_grid, time_unit
 from pkvsim.serving_costs import fit_note
 from pkvsim.serving_result import ServingResult
-from pkvsim.serving_series import busy_parts_s, busy_shares, distribution, time_edges
+from pkvsim.serving_series import busy_parts_s, busy_shares, distribution, is_wide, time_edges
 from pkvsim.whatif import WhatIf
 
 TIME_BINS = 160
@@ -72,7 +72,6 @@ def _distributions(axes, report: WhatIf, name: str, words: str) -> None:
     curves = {policy: distribution(getattr(result.requests, name)) for policy, result in report.results.items()}
     longest = max((values[-1] for values, _ in curves.values() if len(values)), default=0.0)
     unit, scale = time_unit(longest)
-    positive = all((values > 0).all() for values, _ in curves.values())
     for at, (policy, (values, share)) in enumerate(curves.items()):
         # Policies that agree lie on each other: later lines are thinner and dashed, so that earlier ones show through.
         axes.plot(
@@ -82,8 +81,6 @@ def _distributions(axes, report: WhatIf, name: str, words: str) -> None:
     thin_grid(axes, axis="both")
     axes.set(xlabel=f"{words}, {unit}", ylabel="requests at or below, %", ylim=(0, 101))
     axes.set_title(f"{words.partition(',')[0]} by policy")
-    if positive and longest > 0:
-        lowest = min(values[0] for values, _ in curves.values() if len(values))
-        if longest > 20 * lowest:
-            axes.set_xscale("log")
-            plain_log(axes.xaxis)
+    if is_wide(values for values, _ in curves.values()):
+        axes.set_xscale("log")
+        plain_log(axes.xaxis)

@@ -58,7 +58,8 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     routes = [cell["route"] for cell in sweep.cells]
     colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"]}  # the paper's, of no backend
     taken = [name for name in colours if name in routes]
-    with picture(path, option="route_map", note=note, **_size(shape)) as figure:
+    size = _size(shape)
+    with picture(path, option="route_map", note=note, width=size["width"] + 2, height=size["height"]) as figure:
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
@@ -77,7 +78,7 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
                 axes.text(at % shape[1], at // shape[1], _margin(cell), ha="center", va="center", color=ink, fontsize=8)
         axes.set_title("route taken; numbers: how much longer the best other route takes")
         patches = [Patch(color=colours[name], label=f"{name} ({routes.count(name)})") for name in taken]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(3, len(patches)), title="route (cells)")
+        figure.legend(handles=patches, loc="outside right upper", title="route (cells)", alignment="left")
 
 
 def _size(shape: list[int] | tuple[int, ...]) -> dict[str, float]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TIME_UNITS = (("us", 1e6, 1e-3), ("ms", 1e3, 1.0), ("s", 1.0, 600.0), ("min", 1 / 60, 10_800.0))  # per s, below s
+MANY_DECADES = 5e3  # highest over lowest value of an axis
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which the colour-blind tell apart (their yellow is too pale for lines on white).
 ROUTE_COLOURS = dict(zip(ROUTES, ("#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2")))
@@ -102,10 +103,11 @@ def unit_of(metric: str) -> str:
 
 
 def plain_log(axis: Axis) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5, written as numbers."""
+    """A logarithmic axis with ticks at 1, 2 and 5, or at 1 alone over many decades, written as numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=16))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < MANY_DECADES * low else (1,), numticks=16))
     axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())

@@ -12,16 +12,17 @@ import numpy as np
 
 from pkvsim.numba_cache import drop_stale
 from pkvsim.pricing_base import (
-    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN, QUEUE, TILE, WHOLE,
-    compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
+    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, HOST, ISOLATED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN,
+    PLAN_LENGTH, PLAN_ROW, QUEUE, RUN, STRIDED, TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
 )  # fmt: skip
 from pkvsim.pricing_tasks import (
-    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, even_us, total_tokens,
+    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, even_us, sort_descending,
+    strided_us, total_tokens,
 )  # fmt: skip
 
 __all__ = [
     "PARTIAL_ELEMENT_BYTES", "PLAN", "price_pinned", "price_route", "price_routes", "price_steps", "row_splits",
-    "sorted_lengths",
+    "sorted_lengths", "step_times",
 ]  # fmt: skip
 
 
@@ -39,8 +40,8 @@ def price_routes(
 ) -> None:
     """Prices one step on every route; a row of NaN costs infinity with 0 splits.
 
-    Host planning is no part of it: a step of L layers takes L * prices_us[r] + constants[r, PLAN]. row_splits turns
-    splits[r] into the splits of every row.
+    That is of a layer that follows another; step_times makes a step of it. row_splits turns splits[r] into the splits of
+    every row.
     """
     splits[:] = 0
     price_pinned(
@@ -63,6 +64,40 @@ def price_pinned(
             prices_us[route], splits[route] = price_route(
                 ordered, num_kv_heads, group_size, head_dim, kv_element_bytes, num_sms, constants[route], splits[route]
             )
+
+
+@compiled
+def step_times(
+    seq_lens: np.ndarray,  # [batch_size] int32 or int64, zeros allowed
+    layers: int,
+    constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
+    layer_us: np.ndarray,  # [num_routes] float64, as price_routes gives it
+    gpu_us: np.ndarray,  # [num_routes] float64, out: from the first layer's start to the last one's end on a GPU that never waits
+    host_us: np.ndarray,  # [num_routes] float64, out: what the step takes by the wall clock above gpu_us
+) -> None:
+    """A step of `layers` layers planned once: planning, then the layers, issued one after the other by the host.
+
+    Where the GPU ends layers sooner than the host issues them, the host's time to issue counts for all but the last.
+    A route of NaN takes infinity on the GPU and nothing on the host.
+    """
+    rows = 0
+    lengths = 0  # distinct ones
+    for row in range(len(seq_lens)):
+        rows += seq_lens[row] > 0
+    for route in range(len(constants)):
+        c = constants[route]
+        if math.isnan(c[BANDWIDTH]):
+            gpu_us[route] = math.inf
+            host_us[route] = 0.0
+            continue
+        if c[PLAN_LENGTH] > 0.0 and lengths == 0:
+            ordered = sorted_lengths(seq_lens)
+            for row in range(len(ordered)):
+                lengths += row == 0 or ordered[row] != ordered[row - 1]
+        gpu_us[route] = c[ISOLATED] + layers * layer_us[route]
+        waits = max(0.0, (layers - 1) * (c[RUN] - layer_us[route]))
+        plan = c[PLAN] + rows * c[PLAN_ROW] + max(0, lengths - 1) * c[PLAN_LENGTH]
+        host_us[route] = plan + c[HOST] + waits
 
 
 @compiled
@@ -102,7 +137,7 @@ def price_steps(
 
     lengths holds all steps' rows, each step's longest first, step i at [offsets[i], offsets[i + 1]); owners [num_steps] is
     the measurement of each; shapes [num_measurements, 5]: num_kv_heads, group_size, head_dim, pinned splits or 0, and 1
-    where the measurement has the host's planning in it.
+    where events around whole steps saw the host's planning too.
     """
     steps = np.zeros(len(prices_us))
     prices_us[:] = 0.0
@@ -118,25 +153,14 @@ def price_steps(
 
 @compiled
 def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
-    """The lengths above 0, longest first, int64. A shell sort: steps are short, and np.sort takes a second to compile."""
+    """The lengths above 0, longest first, int64."""
     ordered = np.empty(len(seq_lens), np.int64)
     used = 0
     for length in seq_lens:
         if length > 0:
             ordered[used] = length
             used += 1
-    gap = 1
-    while gap < used:
-        gap = 3 * gap + 1
-    while gap > 0:
-        for index in range(gap, used):
-            length = ordered[index]
-            place = index
-            while place >= gap and ordered[place - gap] < length:
-                ordered[place] = ordered[place - gap]
-                place -= gap
-            ordered[place] = length
-        gap //= 3
+    sort_descending(ordered, used)
     return ordered[:used]
 
 
@@ -188,7 +212,10 @@ def price_route(
     elif rule == EVEN or rule == QUEUE:
         most = max(1, int(ordered[0] / c[MIN_SPLIT]))
         splits = min(most, max(1, slots // heads)) if rule == EVEN else pinned
-    us += even_us(ordered, num_kv_heads, slots, splits, int(c[TILE]), num_sms, c, one, all_, sm)
+    if rule == QUEUE and c[STRIDED]:
+        us += strided_us(ordered, num_kv_heads, splits, False, slots, c, one, all_)
+    else:
+        us += even_us(ordered, num_kv_heads, slots, splits, int(c[TILE]), num_sms, c, one, all_, sm)
     if rule == QUEUE:
         us += c[LAUNCH]
     if splits > 1:

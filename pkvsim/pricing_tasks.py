@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from pkvsim.numba_cache import inner
-from pkvsim.pricing_base import LAUNCH, MIN_SPLIT, SEGMENT, SEGMENT_COST, TASK, TILE, compiled, merge_us
-from pkvsim.schedule import MIN_COST, balanced_ranges, engine_part_cost
+from pkvsim.pricing_base import LAUNCH, MIN_SPLIT, SEGMENT, STRIDED, TASK, TILE, compiled, merge_us
+from pkvsim.schedule import MIN_COST, SEGMENT_COST, balanced_ranges, engine_part_cost
 
 FULLEST_SM_SIGMAS = 0.75  # tasks that all start at once: the fullest SM's load over the mean, in standard deviations
 LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
@@ -90,6 +90,70 @@ def waves_us(tokens: float, tasks: float, longest: float, slots: int, task_us: f
     tail = 0.5 * (task_us + longest * one) * min(1.0, one / (all_ * slots))
     busy = max(tokens * all_, (tasks * task_us + tokens * one) / slots)
     return max(task_us + longest * one, busy + tail)
+
+
+@inner
+def strided_us(
+    ordered: np.ndarray, num_kv_heads: int, splits: int, proportional: bool, slots: int, c: np.ndarray, one: float,
+    all_: float,
+) -> float:  # fmt: skip
+    """A CTA on every slot, CTA b taking tasks b, b + CTAs, ..: all start together and end by what each has to read.
+
+    A row's num_kv_heads * splits tasks are alike, so that it gives every CTA the same number of them and a few
+    neighbours, round the ring, one more: differences in `loads` say where these begin and end. splits: of the longest
+    row where proportional, of every row otherwise.
+    """
+    tile = int(c[TILE])
+    tasks = 0
+    for length in ordered:
+        tasks += num_kv_heads * _row_splits(length, ordered[0], splits, proportional, tile)
+    ctas = min(slots, tasks)
+    loads = np.zeros(ctas + 1)  # tokens
+    first = 0
+    for length in ordered:
+        own = _row_splits(length, ordered[0], splits, proportional, tile)
+        size = length / own
+        rounds = num_kv_heads * own // ctas
+        end = first + num_kv_heads * own - rounds * ctas
+        loads[0] += rounds * size
+        loads[first] += size
+        if end >= ctas:
+            end -= ctas
+            loads[0] += size
+        loads[end] -= size
+        first = end
+    for cta in range(1, ctas):
+        loads[cta] += loads[cta - 1]
+    sort_descending(loads, ctas)
+    us = c[TASK] * tasks / ctas
+    for cta in range(ctas):
+        less = loads[cta + 1] if cta + 1 < ctas else 0.0
+        us += (loads[cta] - less) * max(one, (cta + 1) * all_)
+    return us
+
+
+@inner
+def _row_splits(length: int, longest: int, splits: int, proportional: bool, tile: int) -> int:
+    if proportional:
+        splits = (length * splits + longest - 1) // longest
+    return min(splits, (length + tile - 1) // tile)
+
+
+@inner
+def sort_descending(values: np.ndarray, used: int) -> None:
+    """Sorts values[:used] in place. A shell sort: arrays are short, and np.sort takes a second to compile."""
+    gap = 1
+    while gap < used:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for index in range(gap, used):
+            value = values[index]
+            place = index
+            while place >= gap and values[place - gap] < value:
+                values[place] = values[place - gap]
+                place -= gap
+            values[place] = value
+        gap //= 3
 
 
 @inner
@@ -185,7 +249,11 @@ def best_queue(
             continue
         tasks = num_kv_heads * proportional_count(ordered, splits)
         chunk = -(-ordered[0] // splits)
-        price = c[LAUNCH] + chunks_us(ordered, num_kv_heads, slots, chunk, tasks, num_sms, c, one, all_, sm)
+        price = c[LAUNCH]
+        if c[STRIDED]:
+            price += strided_us(ordered, num_kv_heads, splits, True, slots, c, one, all_)
+        else:
+            price += chunks_us(ordered, num_kv_heads, slots, chunk, tasks, num_sms, c, one, all_, sm)
         if splits > 1:
             price += merge_us(c, float(splits), float(tasks), state, memory)
         if price < best:
@@ -213,7 +281,11 @@ def buckets_us(
         if pinned == 0:
             splits = bucket_splits(heads, ordered[begin], slots, c)
         splits = min(splits, -(-ordered[begin] // tile))
-        us += c[LAUNCH] + even_us(ordered[begin:end], num_kv_heads, slots, splits, tile, num_sms, c, one, all_, sm)
+        us += c[LAUNCH]
+        if c[STRIDED]:
+            us += strided_us(ordered[begin:end], num_kv_heads, splits, False, slots, c, one, all_)
+        else:
+            us += even_us(ordered[begin:end], num_kv_heads, slots, splits, tile, num_sms, c, one, all_, sm)
         if splits > 1:
             us += c[LAUNCH] + merge_us(c, float(splits), float(heads * splits), state, memory)
         if begin == 0:
@@ -232,10 +304,9 @@ def balanced_us(
     for length in ordered:
         tiles += (length + tile - 1) // tile
     heads = len(ordered) * num_kv_heads
-    segment_cost = int(c[SEGMENT_COST])
-    total_cost = num_kv_heads * tiles + heads * segment_cost
+    total_cost = num_kv_heads * tiles + heads * SEGMENT_COST
     even = (ordered[0] + tile - 1) // tile == (ordered[-1] + tile - 1) // tile
-    ranges, _ = _ranges(total_cost, heads, slots, segment_cost, MIN_COST, _part_cost(num_kv_heads), even)
+    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, _part_cost(num_kv_heads), even)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

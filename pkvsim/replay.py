@@ -44,7 +44,10 @@ class _Totals:
             "nonempty_cta_fraction": mean([c.nonempty_cta_fraction for c in counters]),
             "predicted_step_us": mean([us for _, us, _ in self.steps]),
         }
-        return figures | ({"predicted_host_us": mean([us for _, _, us in self.steps])} if with_host else {})
+        if not with_host:
+            return figures
+        host_us = mean([us for _, _, us in self.steps])
+        return figures | {"predicted_gpu_us": figures["predicted_step_us"] - host_us, "predicted_host_us": host_us}
 
 
 def route_counters(
@@ -74,8 +77,9 @@ def replay(
 ) -> dict[str, Any]:
     """Every engine over the trace's measured steps, as the object that `pkvsim replay --json` prints.
 
-    Engine figures are means over the steps; times in us, of a step of `layers` attention layers planned once, host
-    planning included. "adaptive" takes the policy's route at each step. Raises ValueError when shape and trace disagree
+    Engine figures are means over the steps; times in us, of a step of `layers` attention layers planned once:
+    predicted_step_us by the wall clock, predicted_gpu_us by CUDA events around the layers on a GPU that never waits, and
+    predicted_host_us what lies between (where the device's constants tell them apart). "adaptive" takes the policy's route at each step. Raises ValueError when shape and trace disagree
     on the page size.
     """
     if shape.page_size != trace.page_size:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import MISSING, asdict, astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,9 @@ RULES = (
 class RouteModel:
     """What one route costs on one GPU; drives the closed form (pkvsim.cost) and the timeline (pkvsim.timeline).
 
-    GB = 1e9 bytes, MB = 1e6 bytes. A route's kernel time for one layer is fixed_us, plus launch_us for every launch
-    after the first, plus the time its tasks take on num_sms * ctas_per_sm slots, plus the merge where rows are cut.
-    Raises ValueError naming the field.
+    GB = 1e9 bytes, MB = 1e6 bytes. A route's kernel time for one layer after another is fixed_us, plus launch_us for
+    every launch after the first, plus the time its tasks take on num_sms * ctas_per_sm slots, plus the merge where rows
+    are cut. pkvsim.pricing.step_times puts layers and the host's part together. Raises ValueError naming the field.
     """
 
     rule: str  # one of RULES
@@ -40,7 +40,12 @@ class RouteModel:
     merge_us: float = 0.0  # merging rows that are cut, whatever their number of splits
     merge_split_us: float = 0.0  # merging, for every split of the longest row: they are read one after the other
     merge_gb_s: float = math.inf  # what merges one KV head's partial states reads, its splits times group_size states
+    isolated_us: float = 0.0  # GPU: what the first layer of a step takes above one that follows another
     plan_us: float = 0.0  # host time of planning, per step whatever the layers
+    plan_row_us: float = 0.0  # planning, for every row
+    plan_length_us: float = 0.0  # planning, for every distinct length after the first (split: one launch each)
+    host_us: float = 0.0  # a step's wall time beside planning and the GPU's: issuing the first layer, synchronising
+    run_us: float = 0.0  # host time of issuing one layer, which limits layers that the GPU ends sooner
     l2_gb_s: float = math.inf  # what all CTAs read from L2, for KV that a warm l2_mb holds
     l2_mb: float = 0.0  # KV that is found in L2 at the start of a step; 0: cold
     sm_heads_gb_s: float = math.inf  # arithmetic: GB/s of KV one SM serves, times the query heads it serves them to
@@ -49,7 +54,7 @@ class RouteModel:
     ctas_per_sm: float = 1.0  # CTA slots of an SM
     tile_tokens: float = 16.0  # splits are cut at multiples of this
     min_split_tokens: float = 128.0  # no split is shorter
-    segment_cost_tiles: float = 0.0  # balanced: the planner's own idea of a segment's cost
+    strided: float = 0.0  # buckets, queue: 1: a CTA a slot, CTA b taking tasks b, b + CTAs, ..; 0: a CTA a task, as slots fall free
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -69,6 +74,7 @@ class RouteModel:
 
 CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name != "rule")
 NUM_CONSTANTS = 1 + len(CONSTANTS)
+_REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name != "rule" and f.default is MISSING)  # others may be left out
 NO_LIMIT = "no limit"  # infinity in a device file, which is strict JSON
 _UNLIMITED = ("merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
 _POSITIVE = ("bandwidth_gb_s", "cta_read_gb_s", "head_pad", "ctas_per_sm", "tile_tokens", "min_split_tokens", *_UNLIMITED)
@@ -131,7 +137,7 @@ def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
         raise ValueError(f"{where}.status: expected calibrated or estimated, got {entry['status']!r}")
     errors = {name: _read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
     constants = entry["model"]
-    odd = set(constants) ^ {"rule", *CONSTANTS}
+    odd = ({"rule", *_REQUIRED} - set(constants)) | (set(constants) - {"rule", *CONSTANTS})
     if odd:
         raise ValueError(f"{where}.model: missing or unknown: {', '.join(sorted(odd))}")
     try:

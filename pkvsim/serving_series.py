@@ -1,12 +1,13 @@
 """What pictures and pages of a run show: time by part, distributions, and figures over the run."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from pkvsim.serving_result import ServingResult, StepLog
 
+WIDE_RATIO = 20
 MAX_POINTS = 2000  # of a distribution's curve
 PARTS = {"decode attention": "attention_us", "rest of decode": "rest_us", "prefill": "prefill_us"}
 
@@ -61,6 +62,15 @@ def over_time(result: ServingResult, edges: np.ndarray) -> dict[str, np.ndarray]
         "decode attention, % of the time": attention * 100,
         "mean step, ms": step_ms,
     }
+
+
+def is_wide(curves: Iterable[np.ndarray]) -> bool:
+    """Whether the middle nine tenths of all values together span so much that an axis of them should be logarithmic."""
+    values = np.concatenate([*curves, np.empty(0)])
+    if not len(values) or values.min() <= 0:
+        return False
+    low, high = np.percentile(values, (5, 95))
+    return bool(high > WIDE_RATIO * low)
 
 
 def distribution(values: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:

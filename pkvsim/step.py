@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.calibrated_policy import CalibratedPolicy
+from pkvsim.calibrated_policy import HOST_ROUTES, CalibratedPolicy, OraclePolicy
 from pkvsim.cost import ROUTES, useful_kv_bytes
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
@@ -28,7 +28,9 @@ class RouteStep:
     model: RouteModel
     timeline: Timeline
     closed_us: float  # kernel time by the closed form
-    plan_us: float  # host planning, once for all layers
+    step_us: float  # of all layers by the closed form, the host's part included: what the calibrated policy compares
+    timeline_step_us: float  # the same by the timeline: what the oracle compares
+    host_us: float  # of step_us, what the wall clock sees beside the GPU: planning, issuing, synchronising
     launches: int
     splits: tuple[int, int]  # fewest and most of a row that has tokens
     used_slots: int
@@ -75,7 +77,9 @@ class RouteStep:
             "status": self.status,
             "closed_us": self.closed_us,
             "timeline_us": self.timeline_us,
-            "plan_us": self.plan_us,
+            "step_us": self.step_us,
+            "timeline_step_us": self.timeline_step_us,
+            "host_us": self.host_us,
             "launches": self.launches,
             "splits": list(self.splits),
             "tasks": len(line.schedule.tasks),
@@ -104,10 +108,6 @@ class StepReport:
     reason: str
     routes: tuple[RouteStep, ...]
 
-    def step_us(self, route: RouteStep, *, timeline: bool = False) -> float:
-        """All layers on a route with the host's planning."""
-        return self.layers * (route.timeline_us if timeline else route.closed_us) + route.plan_us
-
     def to_dict(self) -> dict[str, Any]:
         """The object that `pkvsim step --json` prints."""
         return {
@@ -118,11 +118,7 @@ class StepReport:
             "layers": self.layers,
             "taken": self.taken,
             "reason": self.reason,
-            "routes": {
-                route.route: route.to_dict()
-                | {"step_us": self.step_us(route), "timeline_step_us": self.step_us(route, timeline=True)}
-                for route in self.routes
-            },
+            "routes": {route.route: route.to_dict() for route in self.routes},
         }
 
 
@@ -165,9 +161,9 @@ def explain_step(
         have = ", ".join(name for name in ROUTES if name in models)
         raise ValueError(f"routes: expected some of {have} ({device.name}), got {', '.join(unknown) or 'none'}")
     names = tuple(name for name in ROUTES if name in names)
-    policy = CalibratedPolicy(split_splits=splits, workqueue_splits=splits)
-    taken = policy.decide(shape, lens, device, layers=layers, available=names)
-    layer = policy.decide(shape, lens, device, available=names)
+    pinned = {"split_splits": splits, "workqueue_splits": splits}
+    taken = CalibratedPolicy(**pinned).decide(shape, lens, device, layers=layers, available=names)
+    oracle = OraclePolicy(**pinned).decide(shape, lens, device, layers=layers, available=names)
     return StepReport(
         shape=shape,
         seq_lens=lens,
@@ -177,16 +173,18 @@ def explain_step(
         reason=taken.reason,
         routes=tuple(
             _route_step(
-                name, models[name], shape, lens, device, splits, closed_us=layer.prices[name] - layer.host_us[name]
+                name, models[name], shape, lens, device, splits if name in HOST_ROUTES else None,
+                closed_us=taken.layer_us[name], step_us=taken.prices[name], timeline_step_us=oracle.prices[name],
+                host_us=taken.host_us[name],
             )
-            for name in names
+            for name in names  # fmt: skip
         ),
     )
 
 
 def _route_step(
     name: str, model: RouteModel, shape: DecodeShape, lens: np.ndarray, device: DeviceSpec, splits: int | None, *,
-    closed_us: float,
+    closed_us: float, step_us: float, timeline_step_us: float, host_us: float,
 ) -> RouteStep:  # fmt: skip
     line = simulate(model, shape, lens, num_sms=device.num_sms, splits=splits)
     counts = np.diff(line.schedule.split_offsets)[lens > 0]
@@ -200,7 +198,9 @@ def _route_step(
         model=model,
         timeline=line,
         closed_us=closed_us,
-        plan_us=model.plan_us,
+        step_us=step_us,
+        timeline_step_us=timeline_step_us,
+        host_us=host_us,
         launches=_launches(model, line),
         splits=(int(counts.min()), int(counts.max())) if len(counts) else (0, 0),
         used_slots=len(np.unique(line.slot)),

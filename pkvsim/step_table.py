@@ -23,13 +23,13 @@ def print_step(report: StepReport) -> None:
     table = Table(show_edge=False)
     table.add_column("route", no_wrap=True)
     columns = (
-        "closed\nus", "timeline\nus", "planning\nus", f"{report.layers} layer{'s' * (report.layers > 1)}\nus",
+        "closed\nus", "timeline\nus", "host\nus", f"{report.layers} layer{'s' * (report.layers > 1)}\nus",
         "splits", "launches", "tasks", "slots\nused", "busy", "longest\ntask us",
     )  # fmt: skip
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for route in report.routes:
-        table.add_row(*_cells(report, route), style="bold" if route.route == report.taken else None)
+        table.add_row(*_cells(route), style="bold" if route.route == report.taken else None)
     console.print(table)
     for route in report.routes:
         console.print(f"{route.route}: {route.why()}", markup=False, soft_wrap=True)
@@ -41,14 +41,14 @@ def print_step(report: StepReport) -> None:
     )
 
 
-def _cells(report: StepReport, route: RouteStep) -> list[str]:
+def _cells(route: RouteStep) -> list[str]:
     low, high = route.splits
     return [
         route.route,
         f"{route.closed_us:,.1f}",
         f"{route.timeline_us:,.1f}",
-        f"{route.plan_us:,.1f}",
-        f"{report.step_us(route):,.1f}",
+        f"{route.host_us:,.1f}",
+        f"{route.step_us:,.1f}",
         str(high) if low == high else f"{low}-{high}",
         str(route.launches),
         f"{len(route.timeline.schedule.tasks):,}",

@@ -16,7 +16,7 @@ from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.pricing import price_pinned, row_splits
 from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
-from pkvsim.schedule import MIN_COST, Schedule, engine_part_cost, make_schedule
+from pkvsim.schedule import MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import run_tasks
 
@@ -58,13 +58,22 @@ def simulate(
     tokens -= tasks["tile_begin"].astype(np.int64) * schedule.tile_tokens
     task_bytes = tokens * (2.0 * shape.head_dim * KV_ELEMENT_BYTES)
     order, launch_ctas, gaps, merges = _launches(model, c, schedule, shape, lens)
-    balanced = model.rule == "balanced"
-    slot, start, end = np.empty(len(tasks), np.int32), np.empty(len(tasks)), np.empty(len(tasks))
+    offsets = schedule.cta_offsets.astype(np.int64)
+    places = np.arange(len(tasks))  # the tasks, CTA by CTA
+    cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0
+    if model.strided and len(tasks):
+        places, offsets, launch_ctas = _stride(order, launch_ctas, slots)
+        order = np.arange(len(offsets) - 1)
+        cta_us, task_us = 0.0, model.task_us
+    found = np.empty(len(tasks), np.int32), np.empty(len(tasks)), np.empty(len(tasks))
     ramp = model.fixed_us + query_us(c, np.count_nonzero(lens) * shape.num_q_heads, shape.head_dim, KV_ELEMENT_BYTES)
     finish = run_tasks(
-        order, schedule.cta_offsets.astype(np.int64), launch_ctas, gaps, task_bytes, slots,
-        model.task_us, model.segment_us if balanced else 0.0, alone, shared, ramp, slot, start, end,
+        order, offsets, launch_ctas, gaps, task_bytes[places], slots,
+        cta_us, task_us, alone, shared, ramp, *found,
     )  # fmt: skip
+    slot, start, end = (np.empty_like(values) for values in found)
+    for by_task, values in zip((slot, start, end), found):
+        by_task[places] = values
     return Timeline(
         makespan_us=finish,
         schedule=schedule,
@@ -88,7 +97,7 @@ def route_schedule(
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms),
-            segment_cost=int(model.segment_cost_tiles), min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
+            segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None:
@@ -100,6 +109,20 @@ def route_schedule(
     counts = np.empty(len(lens), np.int64)
     row_splits(lens, shape.num_kv_heads, num_sms, c, int(most[0]), counts)
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile)
+
+
+def _stride(order: np.ndarray, launch_tasks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every launch's tasks dealt out to at most `slots` CTAs: (tasks, CTA by CTA; their CTA offsets; the launches').
+
+    order [num_tasks] and launch_tasks [num_launches + 1]: tasks in launch order, int64.
+    """
+    places, counts, ctas = [], [], [0]
+    for begin, end in zip(launch_tasks[:-1].tolist(), launch_tasks[1:].tolist()):
+        cta = np.arange(end - begin) % slots
+        places.append(order[begin:end][np.argsort(cta, kind="stable")])
+        counts.append(np.bincount(cta))
+        ctas.append(ctas[-1] + len(counts[-1]))
+    return np.concatenate(places), np.append(0, np.cumsum(np.concatenate(counts))), np.array(ctas)
 
 
 def _launches(

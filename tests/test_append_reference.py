@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from strategies import POISON_PAGE
 
 from gpu import append_checks
-from gpu.append_config import CACHE_TYPES, SIGNATURE, WARPS_PER_SM, chunks_per_token, lanes_per_head
+from gpu.append_config import CACHE_TYPES, SIGNATURE, WARPS_PER_SM, AppendViews, chunks_per_token, lanes_per_head
 from gpu.arrays import ArrayView
 from gpu.kernels import SOURCE_DIR
 from pkvsim import DecodeShape
@@ -321,7 +321,7 @@ def view(dtype: str, *shape: int, **fields: object) -> ArrayView:
     return replace(ArrayView(4096, "torch", 0, dtype, shape, strides), **fields)
 
 
-GOOD = append_checks.AppendViews(
+GOOD = AppendViews(
     k_new=view("float16", 5, 2, 128, strides=(1536, 128, 1)),
     v_new=view("float16", 5, 2, 128, strides=(1536, 128, 1)),
     k_pages=view("int8", 9, 2, 16, 128),
@@ -336,7 +336,7 @@ GOOD = append_checks.AppendViews(
 )
 
 
-def check(views: append_checks.AppendViews, **options: object) -> None:
+def check(views: AppendViews, **options: object) -> None:
     append_checks.check_append(
         views,
         **{

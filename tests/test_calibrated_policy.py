@@ -1,4 +1,6 @@
 """The calibrated policy, its oracle and the fixed routes."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import get_device
 from pkvsim.policy import POLICIES, CalibratedPolicy, FixedPolicy, OraclePolicy, PaperPolicy, make_policy
+from pkvsim.pricing import step_times
 from pkvsim.replay import replay
 from pkvsim.route_model import OWN_ROUTES, ROUTES
 from pkvsim.timeline import simulate
@@ -31,12 +34,27 @@ def test_takes_the_cheapest_of_what_is_available(lens, layers, available):
     assert decision.reason
 
 
-def test_layers_multiply_the_kernel_and_not_the_plan():
-    lens = np.array([8192] * 8, np.int32)
-    one, many = (CalibratedPolicy().decide(SHAPE, lens, H200, layers=n) for n in (1, 32))
+@settings(max_examples=40, deadline=None)
+@given(lens=lengths.filter(any), layers=st.integers(1, 64))
+def test_layers_multiply_the_kernel_and_not_the_plan(lens, layers):
+    """By the wall clock; where the host issues layers more slowly than the GPU ends them, that is what they take."""
+    one, many = (CalibratedPolicy().decide(SHAPE, lens, H200, layers=n) for n in (1, layers))
     for route, us in one.prices.items():
-        assert many.prices[route] == pytest.approx(32 * (us - one.host_us[route]) + one.host_us[route])
-    assert one.host_us["flashinfer_tensor_core"] > 50 and one.host_us["balanced"] == 0
+        model = H200.routes[route]
+        assert one.layer_us[route] == many.layer_us[route]
+        further = (layers - 1) * max(one.layer_us[route], model.run_us)
+        assert many.prices[route] == pytest.approx(us + further)
+        gpu_us = many.prices[route] - many.host_us[route]
+        assert gpu_us == pytest.approx(model.isolated_us + layers * one.layer_us[route])
+    assert one.host_us["flashinfer_tensor_core"] > 100 and one.host_us["balanced"] < 50
+
+
+def test_planning_grows_with_rows_and_distinct_lengths():
+    model = replace(H200.routes["split"], plan_us=100.0, plan_row_us=2.0, plan_length_us=30.0, host_us=7.0, run_us=0.0)
+    constants, gpu_us, host_us = model.to_row()[None], np.empty(1), np.empty(1)
+    for lens, plan_us in (([9, 9, 9], 106), ([9, 8, 9, 0], 136), ([3, 2, 1], 166), ([0], 100)):
+        step_times(np.array(lens, np.int32), 3, constants, np.full(1, 11.0), gpu_us, host_us)
+        assert host_us == plan_us + 7 and gpu_us == model.isolated_us + 33
 
 
 def test_reasons():
@@ -62,7 +80,8 @@ def test_oracle_prices_are_the_timelines(lens):
     decision = OraclePolicy().decide(SHAPE, lens, H200, available=OWN_ROUTES)
     for route in OWN_ROUTES:
         lane = simulate(H200.routes[route], SHAPE, lens, num_sms=H200.num_sms)
-        assert decision.prices[route] == pytest.approx(lane.makespan_us + decision.host_us[route])
+        kernel_us = decision.prices[route] - decision.host_us[route] - H200.routes[route].isolated_us
+        assert kernel_us == pytest.approx(lane.makespan_us)
 
 
 def test_the_model_regrets_little_by_its_own_oracle():

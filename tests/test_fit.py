@@ -12,6 +12,7 @@ from pkvsim.device import get_device
 from pkvsim.fit import fit_error, fit_route, halves, predict_us
 from pkvsim.fit_device import fit_device, select
 from pkvsim.fit_starts import fit_starts, free_constants
+from pkvsim.fit_steps import step_constants
 from pkvsim.measured_tables import read_measurements
 from pkvsim.measurements import HEADER, Measurement, format_seq_lens, parse_seq_lens, write_measurements
 from pkvsim.pricing import price_route, sorted_lengths
@@ -79,10 +80,14 @@ def test_native_table_round_trip(tmp_path):
     some = [
         Measurement(route="workqueue", shape=shape, seq_lens=(8192,) * 64 + (17,), kernel_us=12.5, splits=20, plan_us=3.0, wall_us=40.0),
         Measurement(route="xqa", shape=shape, seq_lens=(0, 5), kernel_us=7.25),
+        Measurement(route="xqa", shape=shape, seq_lens=(5,), kernel_us=7.25, event_us=9.5, run_us=3.25),
     ]
     path = tmp_path / "m.csv"
     write_measurements(path, some)
     assert "8192x64 17,20," in path.read_text() and read_measurements(path) == some
+    old = "".join(",".join(line.split(",")[:-2]) + "\n" for line in path.read_text().splitlines())
+    path.write_text(old)  # of before steps were timed alone
+    assert read_measurements(path) == [replace(m, event_us=None, run_us=None) for m in some]
     with pytest.raises(ValueError, match="expected single steps"):
         write_measurements(path, [replace(some[0], other_steps=((1,),))])
 
@@ -142,10 +147,32 @@ def test_fit_device():
         fit_device(H200, table[20:], source="s", date="d")
 
 
-def test_plan_is_the_median():
-    table = [replace(m, plan_us=float(i)) for i, m in enumerate(synthetic("xqa", 9))]
-    fitted, _ = fit_device(H200, table, source="s", date="d")
-    assert fitted.routes["xqa"].plan_us == 4
+def with_step_times(measurement, *, plan_us, isolated_us=5.0, host_us=20.0, run_us=9.0):
+    event_us = measurement.kernel_us + isolated_us
+    return replace(measurement, plan_us=plan_us, event_us=event_us, run_us=run_us, wall_us=plan_us + event_us + host_us)
+
+
+def test_a_steps_constants_come_back():
+    """Planning by rows, the first layer's and the host's part, from steps of which one in ten is far off."""
+    table = synthetic("xqa", 60, 0.01)
+    for layer in range(0, 60, 10):
+        table[layer] = replace(table[layer], kernel_us=1.5 * table[layer].kernel_us)
+    steps = [with_step_times(m, plan_us=(30 + 0.5 * len(m.seq_lens)) * (3 if i % 10 == 5 else 1)) for i, m in enumerate(table)]
+    model = fit_device(H200, steps, source="s", date="d")[0].routes["xqa"]
+    assert (model.isolated_us, model.host_us, model.run_us) == (pytest.approx(5), pytest.approx(20), 9)
+    assert model.plan_us == pytest.approx(30, rel=0.02) and model.plan_row_us == pytest.approx(0.5, rel=0.1)
+
+
+def test_split_plans_by_distinct_lengths():
+    table = [replace(m, splits=4) for m in synthetic("split", 40)]
+    steps = [with_step_times(m, plan_us=300 + 25 * (len(set(m.seq_lens)) - 1)) for m in table]
+    found = step_constants(steps, by_length=True)
+    assert found["plan_length_us"] == pytest.approx(25, rel=0.01) and found["plan_us"] == pytest.approx(300, rel=0.01)
+
+
+def test_without_event_times_the_step_keeps_its_wall_time():
+    table = [replace(m, plan_us=float(i), wall_us=m.kernel_us + i + 30) for i, m in enumerate(synthetic("xqa", 7))]
+    assert step_constants(table, by_length=False) == {"plan_us": 3.5, "host_us": 30}
 
 
 def test_select():

@@ -97,8 +97,8 @@ def test_the_numbers_are_the_json_s(report) -> None:
             text = exact[name, policy]
             assert (json.loads(text) if text else None) == figure_of(summary, name), (name, policy)
     data = json.loads(page.data)
-    assert [policy["name"] for policy in data["policies"]] == POLICIES == list(data["ttft_s"])
-    for policy, (values, shares) in data["ttft_s"].items():
+    assert [policy["name"] for policy in data["policies"]] == POLICIES == list(data["ttft_s"]["lines"])
+    for policy, (values, shares) in data["ttft_s"]["lines"].items():
         assert values == sorted(values) and shares == sorted(shares) and shares[-1] == 100
         median = min(value for value, share in zip(values, shares) if share >= 50)
         assert median == pytest.approx(told[policy]["ttft_s"]["p50"], rel=0.02)
@@ -134,7 +134,7 @@ def test_a_page_from_the_command_line(capsys, monkeypatch, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: Playwright's own, or one on PATH; without its sandbox, which root cannot start: it sees our page only."""
+    """Chromium: Playwright's own, or one on PATH; without its sandbox, as root cannot start it: it sees our page only."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install '.[test]'")
     with playwright.sync_playwright() as driver:
         paths = [None, *filter(None, map(shutil.which, BROWSERS))]

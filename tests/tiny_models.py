@@ -17,7 +17,7 @@ def make_model(family: str, *, head_dim: int = 8, dtype: torch.dtype = torch.flo
     torch.manual_seed(1)
     config = make_config(vocab_size=VOCABULARY, hidden_size=6 * head_dim, intermediate_size=64, num_hidden_layers=3,
                          num_attention_heads=6, num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512,
-                         initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+                         initializer_range=2 / (6 * head_dim) ** 0.5, pad_token_id=0, bos_token_id=1, eos_token_id=None,
                          **{"sliding_window": None, **options})
     return make(config).to(device=device, dtype=dtype).eval()
 

@@ -54,7 +54,7 @@ function drawLines(element, {lines, xRange, yRange, logX, xLabel, yLabel, hover,
   for (const tick of niceTicks(y0, y1, 5))
     parts.push(`<line class="gridline" x1="${LEFT}" x2="${width - RIGHT}" y1="${toY(tick)}" y2="${toY(tick)}"/>`,
       `<text x="${LEFT - 6}" y="${toY(tick) + 4}" text-anchor="end">${number(tick)}</text>`);
-  for (const tick of logX ? logTicks(x0, x1) : niceTicks(x0, x1, 7))
+  for (const tick of logX ? logTicks(x0, x1) : niceTicks(x0, x1, width / 90))
     parts.push(`<line class="gridline" x1="${toX(tick)}" x2="${toX(tick)}" y1="${TOP}" y2="${low}"/>`,
       `<text x="${toX(tick)}" y="${low + 15}" text-anchor="middle">${number(tick)}</text>`);
   parts.push(`<line class="axis" x1="${LEFT}" x2="${width - RIGHT}" y1="${low}" y2="${low}"/>`,
@@ -151,13 +151,13 @@ function padded(rows) {
   return rows.map(([name, value]) => `${name.padEnd(wide)}  ${value}`);
 }
 
-function distribution(id, curves, label) {
+function distribution(id, {log: logX, lines: curves}, label) {
   const lines = visible().filter(policy => curves[policy.name][0].length);
   const all = lines.flatMap(policy => curves[policy.name][0]);
   const element = document.getElementById(id);
   if (!all.length) { element.textContent = "No request has one."; return; }
   const low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce((a, b) => Math.max(a, b));
-  const [unit, scale] = unitOf(high), logX = low > 0 && high > 20 * low;
+  const [unit, scale] = unitOf(high);
   const room = low === high ? low * 0.1 || 1e-9 : 0;
   drawLines(element, {
     lines: lines.map(policy => {

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from decode_ref import Case, attention, check, make_table
+from decode_ref import Case, check, make_table
 
 from gpu import CacheWriter, DecodeEngine
 from pkvsim import DecodeShape, reference_append

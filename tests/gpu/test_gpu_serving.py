@@ -24,7 +24,7 @@ from gpu.calibration_constants import device_spec, measure_constants
 from gpu.calibration_measure import Calibrator
 from gpu.environment import environment
 from gpu.routes import available_routes
-from gpu.timing import StreamLimit
+from gpu.timing import StreamLimit, shared_stream
 from pkvsim import DecodeShape
 from pkvsim.device import get_device, load_device
 from pkvsim.route_model import OWN_ROUTES
@@ -112,7 +112,8 @@ def test_constants_and_cells_of_the_calibration(tmp_path) -> None:
     assert spec.cta_read_gb_s < spec.beta_gb_s and measured.graph_kernel_us < measured.graph_replay_us
     calibrator = Calibrator(pool, limit, repeats=1, say=said.append)
     cell = CalibrationCell("test", SHAPE, (3000, 40, 900), splits=(1, 4))
-    found = list(calibrator.measure(cell))
+    with shared_stream():
+        found = list(calibrator.measure(cell, calibrator.steps(cell)))
     assert {(m.route, m.splits) for m in found if m.route in OWN_ROUTES} == {
         ("balanced", None),
         ("split", 1),
@@ -120,7 +121,7 @@ def test_constants_and_cells_of_the_calibration(tmp_path) -> None:
         ("workqueue", 1),
         ("workqueue", 4),
     }
-    assert all(m.kernel_us > 0 and m.plan_us > 0 and m.wall_us > m.kernel_us for m in found)
+    assert all(m.kernel_us > 0 and m.plan_us > 0 and m.run_us > 0 and m.wall_us > m.event_us > 0 for m in found)
     with pytest.raises(ValueError, match="^pool-gib"):
         list(calibrator.measure(CalibrationCell("test", SHAPE, (65536,) * 32)))
 

@@ -1,0 +1,149 @@
+"""The operator on the GPU: torch's own checks, compiled by Inductor, exported, captured, on several streams."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from decode_ref import Case, check, make_case
+
+from gpu.torch_op import ENGINES, decode_attention
+from pkvsim import DecodeShape
+
+SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
+LENS = [5, 900, 0, 77, 4000, 1]
+
+
+def arguments(case: Case) -> tuple[torch.Tensor, ...]:
+    return case.q, case.k_pages, case.v_pages, case.block_table, case.seq_lens
+
+
+def finite(case: Case) -> tuple[torch.Tensor, ...]:
+    """Without the NaN of unowned pages, which torch's checks do not expect in an input."""
+    q, k_pages, v_pages, table, lens = arguments(case)
+    return q, k_pages.nan_to_num(), v_pages.nan_to_num(), table, lens
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_against_float64(dtype: str, head_dim: int) -> None:
+    shape = DecodeShape(8, 2, head_dim, 16)
+    for seed, lens in enumerate((LENS, [3000], [100] * 70)):
+        case = make_case(shape, lens, dtype=dtype, seed=seed)
+        out, lse = decode_attention(*arguments(case))
+        check(out, lse, case, dtype=dtype)
+
+
+def test_opcheck() -> None:
+    for scale in (None, 0.1):
+        torch.library.opcheck(torch.ops.pkv.decode_attention.default, (*finite(make_case(SHAPE, LENS)), scale))
+
+
+class Layer(torch.nn.Module):
+    """Something on either side of the operator, for the graph to hold and Inductor to fuse."""
+
+    def forward(self, q, k_pages, v_pages, block_table, seq_lens):
+        out, lse = decode_attention(q * 0.5, k_pages, v_pages, block_table, seq_lens)
+        return out * 2 + 1, lse.exp()
+
+
+def close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_whole(mode: str) -> None:
+    compiled = torch.compile(Layer(), fullgraph=True, mode=mode)
+    for seed in range(4):  # reduce-overhead warms up, records and replays
+        given = finite(make_case(SHAPE, np.random.default_rng(seed).permutation(LENS), seed=0))
+        close(compiled(*given), Layer()(*given))
+
+
+def test_compiles_for_every_batch_size() -> None:
+    compiled = torch.compile(Layer(), fullgraph=True, dynamic=True)
+    for seed, lens in enumerate((LENS, [100, 3], [64] * 33)):
+        given = finite(make_case(SHAPE, lens, seed=seed))
+        close(compiled(*given), Layer()(*given))
+
+
+def test_exports_with_any_batch_size() -> None:
+    batch, pages, columns = (torch.export.Dim(name, min=2) for name in ("batch", "pages", "columns"))
+    dynamic = {"q": {0: batch}, "k_pages": {0: pages}, "v_pages": {0: pages}, "block_table": {0: batch, 1: columns},
+               "seq_lens": {0: batch}}
+    exported = torch.export.export(Layer(), finite(make_case(SHAPE, LENS)), dynamic_shapes=dynamic)
+    given = finite(make_case(SHAPE, [30, 500, 20], seed=1))
+    close(exported.module()(*given), Layer()(*given))
+
+
+def test_a_captured_call_reads_lengths_that_changed_in_place() -> None:
+    cases = [make_case(SHAPE, np.random.default_rng(seed).permutation(LENS), seed=seed) for seed in range(4)]
+    fixed = tuple(array.clone() for array in arguments(cases[0]))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        decode_attention(*fixed)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        out, lse = decode_attention(*fixed)
+    for case in cases:
+        for array, new in zip(fixed, arguments(case)):
+            array.copy_(new)
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        check(out, lse, case, dtype="float16")
+
+
+def test_a_capture_on_a_new_stream_says_what_it_needs() -> None:
+    given = arguments(make_case(DecodeShape(24, 8, 128, 16), LENS))  # no other test has an engine of this shape
+    decode_attention(*given)
+    with pytest.raises(RuntimeError, match="before a CUDA graph captures it"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
+            decode_attention(*given)
+    torch.cuda.synchronize()
+    decode_attention(*given)
+
+
+def test_streams_at_the_same_time() -> None:
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    cases = [make_case(SHAPE, np.random.default_rng(seed).integers(0, 3000, 8), seed=seed) for seed in range(12)]
+    torch.cuda.synchronize()
+    results = []
+    for index, case in enumerate(cases):
+        with torch.cuda.stream(streams[index % 3]):
+            if index < 3:
+                torch.cuda._sleep(50_000_000)
+            results.append(decode_attention(*arguments(case)))
+    torch.cuda.synchronize()
+    for case, (out, lse) in zip(cases, results):
+        check(out, lse, case, dtype="float16")
+
+
+def test_calls_share_an_engine_and_never_wait() -> None:
+    cases = [make_case(SHAPE, [50 + seed] * (seed + 1), seed=seed) for seed in range(4)]
+    decode_attention(*arguments(cases[0]))
+    before = len(ENGINES)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [decode_attention(*arguments(case)) for case in cases]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(ENGINES) == before
+    torch.cuda.synchronize()
+    for case, (out, lse) in zip(cases, results):
+        check(out, lse, case, dtype="float16")
+
+
+@pytest.mark.parametrize("at, change, name", [
+    (0, lambda q: q.float(), "dtype"), (0, lambda q: q[0], "q"), (1, lambda k: k[0], "k_pages"),
+    (2, lambda v: v[:1], "v_pages"), (3, lambda table: table.long(), "block_table"),
+    (4, lambda lens: lens[:-1], "block_table"), (4, lambda lens: lens.long(), "seq_lens"),
+])
+def test_wrong_arrays_are_named(at: int, change, name: str) -> None:
+    given = list(arguments(make_case(SHAPE, LENS)))
+    given[at] = change(given[at])
+    with pytest.raises(ValueError, match=f"^({name}): expected"):
+        decode_attention(*given)
+    case = make_case(SHAPE, LENS)
+    check(*decode_attention(*arguments(case)), case, dtype="float16")
