@@ -11,11 +11,11 @@ from gpu.page_allocator import PageAllocator
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """Where a step's tokens go, and what each may see."""
+    """Where a step's tokens go, as append_tokens() wants it told, and what each may see."""
 
-    kept: torch.Tensor | None  # [batch_size, new_tokens] bool, those to store; None: all
-    pages: torch.Tensor  # [kept tokens] int64
-    slots: torch.Tensor  # [kept tokens] int64, within the page
+    kept: torch.Tensor | None  # [batch_size, new_tokens] bool, those to append; None: all
+    lens: torch.Tensor  # [batch_size] int32: the last of a row's appended tokens is at lens - 1
+    offsets: torch.Tensor | None  # [batch_size + 1] int32, of the rows in the appended tokens; None: one each
     ends: torch.Tensor  # [batch_size, new_tokens] int64, tokens of the row up to and including this one
 
 
@@ -66,27 +66,19 @@ class PagedRows:
             self._open(batch_size, device)
         elif batch_size != len(self.lens):
             raise ValueError(f"past_key_values: expected its {len(self.lens)} rows, got a batch of {batch_size}")
-        counts = np.full(batch_size, new_tokens, np.int64)
-        if kept is not None and new_tokens > 1:
-            counts = kept.sum(1).cpu().numpy()
-        self._reserve(self._bounds + counts)
-        old = self.lens.long()[:, None]
-        if kept is None:
-            ends = old + torch.arange(1, new_tokens + 1, device=device)
-        else:
-            ends = old + kept.cumsum(1)
-        # A lone token that is padding goes behind the row's end, where the next token will overwrite it.
-        places = old if new_tokens == 1 else ends - 1
-        if kept is not None and new_tokens > 1:
-            rows, _ = kept.nonzero(as_tuple=True)
-            places = places[kept]
-        else:
-            kept, places = None, places.flatten()
-            rows = torch.arange(batch_size, device=device).repeat_interleave(new_tokens)
+        several = kept is not None and new_tokens > 1
+        self._reserve(self._bounds + (kept.sum(1).cpu().numpy() if several else new_tokens))
+        old = self.lens.long()
+        ends = old[:, None] + (torch.arange(1, new_tokens + 1, device=device) if kept is None else kept.cumsum(1))
         self.lens.copy_(ends[:, -1])
         self.seen += new_tokens
-        pages = self.table[rows, places // self.page_size].long()
-        self.step = NewTokens(kept, pages, places % self.page_size, ends)
+        if new_tokens == 1:
+            # A token that is padding goes behind the row's end, where the row's next one will overwrite it.
+            self.step = NewTokens(None, self.lens if kept is None else (old + 1).int(), None, ends)
+            return
+        offsets = torch.zeros(batch_size + 1, dtype=torch.int32, device=device)
+        torch.cumsum(ends[:, -1] - old, 0, dtype=torch.int32, out=offsets[1:])
+        self.step = NewTokens(kept, self.lens, offsets, ends)
 
     def _open(self, batch_size: int, device: torch.device) -> None:
         room, columns = self._pages.block_table.shape

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpu.paged_rows import NewTokens, PagedRows
+from gpu.torch_append import append_tokens
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -68,9 +69,9 @@ class PagedLayer(CacheLayerMixin):
             raise RuntimeError(f"past_key_values: expected a layer that saw {self.rows.seen - new_tokens} tokens, got "
                                f"one that saw {self.seen}; reset() a cache after a step that failed")
         step = self.rows.step
-        for pages, new in ((self.keys, keys), (self.values, values)):
-            new = new.transpose(1, 2)  # [batch_size, new_tokens, num_kv_heads, head_dim]
-            pages[step.pages, :, step.slots] = new.flatten(0, 1) if step.kept is None else new[step.kept]
+        by_token = [new.transpose(1, 2) for new in (keys, values)]
+        new = [all_of.flatten(0, 1) if step.kept is None else all_of[step.kept] for all_of in by_token]
+        append_tokens(*new, self.keys, self.values, self.rows.table, step.lens, step.offsets)
         self.seen += new_tokens
         return step
 

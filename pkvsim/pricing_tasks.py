@@ -108,6 +108,11 @@ def strided_us(
     for length in ordered:
         tasks += num_kv_heads * _row_splits(length, ordered[0], splits, proportional, tile)
     ctas = min(slots, tasks)
+    us = c[TASK] * tasks / ctas
+    if ordered[0] == ordered[-1]:
+        size = ordered[0] * num_kv_heads * len(ordered) / tasks
+        more = tasks % ctas  # CTAs with one task more than the others
+        return us + size * (tasks // ctas * max(one, ctas * all_) + (max(one, more * all_) if more else 0.0))
     loads = np.zeros(ctas + 1)  # tokens
     first = 0
     for length in ordered:
@@ -125,7 +130,6 @@ def strided_us(
     for cta in range(1, ctas):
         loads[cta] += loads[cta - 1]
     sort_descending(loads, ctas)
-    us = c[TASK] * tasks / ctas
     for cta in range(ctas):
         less = loads[cta + 1] if cta + 1 < ctas else 0.0
         us += (loads[cta] - less) * max(one, (cta + 1) * all_)

@@ -6,8 +6,9 @@ import threading
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from torch_paged import TorchEngine, paged_attention, serve_op_on_cpu
+from torch_paged import TorchEngine, append_tokens as append_reference, paged_attention, serve_op_on_cpu
 
+from gpu.torch_append import WriterCache, append_tokens
 from gpu.torch_op import EngineCache, decode_attention
 
 serve_op_on_cpu()
@@ -125,3 +126,67 @@ def test_threads_on_one_stream_get_their_own_results() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and len(cache) == 1
+
+
+def append_step(lens: list[int], new: list[int] | None, *, dtype: torch.dtype = torch.float16) -> tuple:
+    """k_new, v_new, k_pages, v_pages, block_table, seq_lens, token_offsets; without `new` one token a row."""
+    _, k_pages, v_pages, table, seq_lens = step(lens, dtype=dtype)
+    offsets = None if new is None else torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    tokens = torch.randn(2, len(lens) if new is None else sum(new), 2, 8).to(dtype)
+    return *tokens, k_pages, v_pages, table, seq_lens, offsets
+
+
+@pytest.mark.parametrize("new", [None, [1, 4, 0]])
+def test_append_opcheck(new) -> None:
+    torch.library.opcheck(torch.ops.pkv.append_tokens.default, append_step([5, 4, 9], new))
+
+
+class DecodeStep(torch.nn.Module):
+    """Append, then attend to what was appended: the order must survive compilation."""
+
+    def forward(self, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens):
+        append_tokens(k_new * 2, v_new, k_pages, v_pages, block_table, seq_lens)
+        return decode_attention(q, k_pages, v_pages, block_table, seq_lens)[0] + 1
+
+
+def test_append_and_decode_compile_whole_and_export() -> None:
+    def arguments() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        return torch.randn(3, 6, 8).half(), *append_step([5, 4, 9], None)[:-1]
+
+    expected_step = arguments()
+    expected = DecodeStep()(*expected_step)
+    exported = torch.export.export(DecodeStep(), arguments()).module()
+    for run_step in (torch.compile(DecodeStep(), backend="aot_eager", fullgraph=True), exported):
+        found_step = arguments()
+        assert torch.equal(run_step(*found_step), expected)
+        for found, pages in zip(found_step, expected_step):
+            assert torch.equal(found, pages)
+    assert not torch.equal(arguments()[3], expected_step[3]), "nothing was appended"
+
+
+def test_one_writer_for_each_shape_and_dtype() -> None:
+    made = []
+
+    class Writer:
+        def append(self, k_new, v_new, k_pages, v_pages, *, seq_lens, block_table, token_offsets):
+            append_reference(k_new, v_new, k_pages, v_pages, block_table, seq_lens, token_offsets)
+
+    def make(shape, dtype):
+        made.append((shape.num_kv_heads, shape.page_size, shape.head_dim, dtype))
+        return Writer()
+
+    cache = WriterCache(make)
+    with pytest.raises(RuntimeError, match="before a CUDA graph"):
+        cache.append(*append_step([5, 4], None), capturing=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        for lens, new in (([5, 4], None), ([9, 9, 9], [0, 9, 2])):
+            found, expected = (append_step(lens, new, dtype=dtype) for _ in range(2))
+            for one, other in zip(found[:2], expected[:2]):
+                other.copy_(one)
+            cache.append(*found, capturing=bool(new))
+            append_reference(*expected)
+            assert torch.equal(found[2], expected[2]) and torch.equal(found[3], expected[3])
+    assert made == [(2, 4, 8, "float16"), (2, 4, 8, "bfloat16")]
+    with pytest.raises(ValueError, match="^k_pages: expected"):
+        cache.append(*append_step([5], None)[:2], torch.zeros(3), *append_step([5], None)[3:], capturing=False)

@@ -172,7 +172,10 @@ def test_every_place_is_one_token_and_belongs_to_its_row(lens, steps, page_size)
     for step in range(steps + 1):
         new = kept if step == 0 else None
         rows.extend(new, len(lens), max(lens) if step == 0 else 1, torch.device("cpu"))
-        taken += zip(rows.step.pages.tolist(), rows.step.slots.tolist())
+        for row, end in enumerate(rows.step.lens.tolist()):
+            count = 1 if rows.step.offsets is None else int(rows.step.offsets.diff()[row])
+            places = range(end - count, end)
+            taken += [(int(rows.table[row, at // page_size]), at % page_size) for at in places]
     assert len(set(taken)) == len(taken) == sum(lens) + steps * len(lens)
     assert rows.lens.tolist() == [length + steps for length in lens]
     owned = {(int(rows.table[row, at // page_size]), at % page_size) for row, length in enumerate(rows.lens.tolist())

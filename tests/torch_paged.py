@@ -29,6 +29,20 @@ def paged_attention(
     return out, lse
 
 
+def append_tokens(
+    k_new: torch.Tensor, v_new: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
+    seq_lens: torch.Tensor, token_offsets: torch.Tensor | None = None,
+) -> None:
+    """What gpu.torch_append.append_tokens does; tokens before a row's first position are passed over."""
+    offsets = range(len(seq_lens) + 1) if token_offsets is None else token_offsets.tolist()
+    for row, length in enumerate(seq_lens.tolist()):
+        begin, end = offsets[row], offsets[row + 1]
+        places = torch.arange(max(0, length - (end - begin)), length)
+        pages, slots = block_table[row, places // k_pages.shape[2]].long(), places % k_pages.shape[2]
+        for pool, new in ((k_pages, k_new), (v_pages, v_new)):
+            pool[pages, :, slots] = new[end - len(places):end]
+
+
 class TorchEngine:
     """DecodeEngine's plan() and run() by paged_attention. As there, run() reads the planned tensors, not copies."""
 
@@ -53,7 +67,9 @@ class TorchEngine:
 
 @functools.cache
 def serve_op_on_cpu() -> None:
-    """Gives torch.ops.pkv.decode_attention a CPU kernel, which the package leaves out, for this process."""
-    import gpu.torch_op  # noqa: F401  registers the operator
+    """Gives our operators CPU kernels, which the package leaves out, for this process."""
+    import gpu.torch_append  # noqa: F401  registers the operator
+    import gpu.torch_op  # noqa: F401
 
     torch.library.impl("pkv::decode_attention", "cpu")(paged_attention)
+    torch.library.impl("pkv::append_tokens", "cpu")(append_tokens)

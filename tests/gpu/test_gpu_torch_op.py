@@ -1,4 +1,4 @@
-"""The operator on the GPU: torch's own checks, compiled by Inductor, exported, captured, on several streams."""
+"""The operators on the GPU: torch's own checks, compiled by Inductor, exported, captured, on several streams."""
 from __future__ import annotations
 
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import torch
 from decode_ref import Case, check, make_case
 
+from gpu.torch_append import append_tokens
 from gpu.torch_op import ENGINES, decode_attention
 from pkvsim import DecodeShape
 
@@ -133,6 +134,73 @@ def test_calls_share_an_engine_and_never_wait() -> None:
     torch.cuda.synchronize()
     for case, (out, lse) in zip(cases, results):
         check(out, lse, case, dtype="float16")
+
+
+def new_tokens(count: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return tuple(torch.randn(2, count, SHAPE.num_kv_heads, SHAPE.head_dim, device="cuda").half())
+
+
+def test_append_opcheck() -> None:
+    _, k_pages, v_pages, table, lens = finite(make_case(SHAPE, LENS))
+    offsets = torch.tensor([0, 2, 100, 100, 101, 104, 105], dtype=torch.int32, device="cuda")
+    for tokens, given in ((len(LENS), None), (105, offsets)):
+        torch.library.opcheck(torch.ops.pkv.append_tokens.default,
+                              (*new_tokens(tokens), k_pages, v_pages, table, lens, given))
+
+
+def test_tokens_appended_at_offsets_are_the_rows_last() -> None:
+    counts = torch.tensor([5, 100, 0, 1, 4000, 0])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int().cuda()
+    case = make_case(SHAPE, LENS)
+    k_new, v_new = new_tokens(int(offsets[-1]))
+    append_tokens(k_new, v_new, case.k_pages, case.v_pages, case.block_table, case.seq_lens, offsets)
+    for row, (count, length) in enumerate(zip(counts.tolist(), LENS)):
+        places = torch.arange(length - count, length, device="cuda")
+        pages, slots = case.block_table[row, places // 16].long(), places % 16
+        for pool, new in ((case.k_pages, k_new), (case.v_pages, v_new)):
+            assert torch.equal(pool[pages, :, slots], new[int(offsets[row]):int(offsets[row + 1])])
+    check(*decode_attention(*arguments(case)), case, dtype="float16")
+
+
+class DecodeStep(torch.nn.Module):
+    """Append, then attend to what was appended: the order must survive compilation and capture."""
+
+    def forward(self, q, k_new, v_new, k_pages, v_pages, block_table, seq_lens):
+        append_tokens(k_new * 1, v_new, k_pages, v_pages, block_table, seq_lens)
+        return decode_attention(q, k_pages, v_pages, block_table, seq_lens)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+def test_append_and_decode_step_after_step(compiled: bool, graph: bool) -> None:
+    lens = [5, 900, 33, 77, 4001, 1]  # every row's last page has room for the steps
+    case = make_case(SHAPE, lens)
+    model = torch.compile(DecodeStep(), fullgraph=True) if compiled else DecodeStep()
+    fixed = (case.q, *new_tokens(len(lens)), case.k_pages, case.v_pages, case.block_table, case.seq_lens)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.seq_lens.add_(1)
+        model(*fixed)  # builds the kernels; the first step overwrites what it appended
+        case.seq_lens.sub_(1)
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        if graph:
+            with torch.cuda.graph(captured, stream=stream):
+                case.seq_lens.add_(1)
+                out, lse = model(*fixed)
+        for step in range(4):
+            for array, new in zip(fixed, (torch.randn_like(case.q), *new_tokens(len(lens), seed=step + 1))):
+                array.copy_(new)
+            if graph:
+                captured.replay()
+            else:
+                case.seq_lens.add_(1)
+                out, lse = model(*fixed)
+            torch.cuda.synchronize()
+            check(out, lse, case, dtype="float16")
+    assert case.seq_lens.tolist() == [length + 4 for length in lens]
 
 
 @pytest.mark.parametrize("at, change, name", [
