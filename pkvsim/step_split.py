@@ -57,9 +57,10 @@ def time_split(model: RouteModel, line: Timeline, shape: DecodeShape, lens: np.n
     reads = np.minimum(line.start_us + fixed, line.end_us)
     # The paper's split launches rows of one length at a time, longest first; the others launch once.
     launch = -lens[tasks["row"]].astype(np.int64) if model.rule == "buckets" else np.zeros(len(tasks), np.int64)
-    for one in np.unique(launch):
-        mine = launch == one
-        _add_launch(parts, line, mine, reads[mine])
+    by_launch = np.argsort(launch, kind="stable")
+    for mine in np.split(by_launch, np.flatnonzero(np.diff(launch[by_launch])) + 1):
+        if len(mine):
+            _add_launch(parts, line, mine, reads[mine])
     saturated = parts.pop("saturated")
     compute = limit == "arithmetic"
     return TimeSplit(
@@ -74,11 +75,11 @@ def time_split(model: RouteModel, line: Timeline, shape: DecodeShape, lens: np.n
 
 
 def _add_launch(parts: dict[str, float], line: Timeline, mine: np.ndarray, reads: np.ndarray) -> None:
-    """Adds the time of one launch's tasks to the parts; reads [tasks of mine] float64: when each begins to read."""
+    """Adds the time of one launch's tasks `mine` (indices) to the parts; reads float64: when each begins to read."""
     starts, ends, slots = line.start_us[mine], line.end_us[mine], line.slot[mine]
     last_end = np.zeros(line.num_slots)
     np.maximum.at(last_end, slots, ends)
-    dry = last_end[np.unique(slots)].min()  # when the first slot has nothing left to take
+    dry = last_end[slots].min()  # when the first slot has nothing left to take
     times = np.concatenate((reads, ends, starts.min(keepdims=True), [dry]))
     change = np.concatenate((np.ones(len(reads)), -np.ones(len(ends)), [0.0, 0.0]))
     order = np.argsort(times, kind="stable")
