@@ -99,7 +99,7 @@ def run_trace(bench: Bench, engines: EngineSet, trace: Trace, *, label: str) -> 
         "kv_mib": [],
         "decisions": [],
         "prices": {},
-        "model_plan_us": {},
+        "model_host_us": {},
         "engines": {},
         "counters": {},
     }
@@ -120,10 +120,9 @@ def run_trace(bench: Bench, engines: EngineSet, trace: Trace, *, label: str) -> 
             if router is not None:
                 decision = decide(router, step.seq_lens)
                 record["decisions"].append(decision.route)
-                record["model_plan_us"] = {route: float(us) for route, us in decision.host_us.items()}
                 for route, price in decision.prices.items():
-                    if np.isfinite(price):
-                        record["prices"].setdefault(route, []).append(round(float(price), 2))
+                    record["prices"].setdefault(route, []).append(round(price, 2))
+                    record["model_host_us"].setdefault(route, []).append(round(decision.host_us[route], 2))
     for name in record["wrong"]:
         record["engines"].pop(name, None)
     record["counters"] = {name: mean_counters(found) for name, found in counters.items()}

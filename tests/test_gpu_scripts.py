@@ -210,7 +210,7 @@ def record(seed: int, **engines: list[float]) -> dict:
         "kv_mib": [1.0, 1.0],
         "decisions": ["balanced", "workqueue"],
         "prices": {"balanced": [20.0, 22.0]},
-        "model_plan_us": {"balanced": 2.0},
+        "model_host_us": {"balanced": [2.0, 2.0]},
         "engines": rows,
         "counters": {"split": counters, "workqueue": counters},
         "errors": {name: {"difference": 1e-4, "float64_error": 2e-4} for name in rows},
