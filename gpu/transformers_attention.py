@@ -5,7 +5,8 @@
 
     register()
     model.set_attn_implementation("pkv")
-    model.generate(**inputs, past_key_values=PagedCache(model.config, max_batch_size=8, max_seq_len=4096))
+    cache = PagedCache(model.config, max_batch_size=8, max_seq_len=4096)
+    model.generate(**inputs, max_new_tokens=20, past_key_values=cache)
 """
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class PagedCache(Cache):
     >>> register()  # of gpu.transformers_attention
     >>> model.set_attn_implementation("pkv")
     >>> cache = PagedCache(model.config, max_batch_size=8, max_seq_len=4096)
-    >>> model.generate(**inputs, past_key_values=cache)
+    >>> model.generate(**inputs, max_new_tokens=20, past_key_values=cache)
 
     The mask may pad a row's tokens anywhere; it must not change for tokens that were stored. reset() empties the cache
     for another batch.

@@ -1,6 +1,8 @@
 """Models under "pkv" with a PagedCache do as under Transformers' own attention; on the CPU, in float32."""
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,12 +10,13 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
+from readme import README
 from tiny_models import FAMILIES, make_model, prompts
 from torch_paged import serve_op_on_cpu
 from transformers import DynamicCache
 
 from gpu.paged_rows import PagedRows
-from gpu.transformers_attention import register
+from gpu.transformers_attention import attention, register
 from gpu.transformers_cache import PagedCache
 
 serve_op_on_cpu()
@@ -146,6 +149,24 @@ def test_windows_are_refused_only_where_a_row_can_outgrow_them() -> None:
     assert torch.equal(generate(model, inputs, "pkv", past_key_values=fits, new_tokens=7), expected)
     with pytest.raises(NotImplementedError, match="^sliding_window"):
         generate(model, inputs, "pkv", past_key_values=PagedCache(model.config, max_batch_size=2, max_seq_len=17))
+
+
+@pytest.mark.parametrize("argument, value, name", [
+    ("softcap", 30.0, "logits_soft_cap"), ("s_aux", torch.zeros(6), "sinks"), ("dropout", 0.1, "dropout"),
+    ("position_bias", torch.zeros(1), "position_bias"),
+])
+def test_what_is_not_served_is_refused_by_name(argument, value, name) -> None:
+    new = torch.zeros(2, 6, 3, 8)
+    with pytest.raises(NotImplementedError, match=f"^{name}: expected"):
+        attention(torch.nn.Module(), new, new[:, :2], new[:, :2], None, **{argument: value})
+
+
+def test_readme_example() -> None:
+    model, inputs = MODELS["qwen2"], prompts([9, 3], "left")
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text().split("\n## Drop-ins\n", 1)[1], re.DOTALL)
+    example = next(block for block in blocks if "generate" in block)
+    exec(example.replace("model.generate", "found = model.generate"), names := {"model": model, "inputs": inputs})
+    assert torch.equal(names["found"], generate(model, inputs, "sdpa", new_tokens=20))
 
 
 def test_a_cache_after_a_failed_step_asks_for_a_reset() -> None:
