@@ -24,7 +24,6 @@ from generate_ways import WAYS, Batch, compare, reference_logits, run_way
 from gpu.environment import environment, missing, write_json
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 NEAR_TIE = {"float16": 0.05, "bfloat16": 0.4}  # share of the logits' standard deviation that rounding may shift

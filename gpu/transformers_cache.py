@@ -30,8 +30,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, rows: PagedRows) -> None:
         super().__init__()
         self.rows = rows
-        self.seen = 0
-        self._step: NewTokens | None = None
+        self.seen = 0  # tokens a row that went through, padding included
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         _, heads, _, head_dim = key_states.shape
