@@ -232,6 +232,11 @@ class DecodeEngine:
                 self._merge((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
+    def release_arrays(self) -> None:
+        """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""
+        if self._plan is not None:
+            self._plan.arrays = ()
+
     def _check_run(self, plan: _Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
                    sinks: object, query_lens: object) -> None:
         named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks, "query_lens": query_lens}

@@ -44,7 +44,9 @@ class EngineCache:
                                        "CUDA graph captures it, as an engine cannot be built during a capture")
                 engine = self._engines[key] = self._build(q, k_pages, scale)
             engine.plan(seq_lens, block_table)
-            return engine.run(q.contiguous(), k_pages, v_pages)
+            found = engine.run(q.contiguous(), k_pages, v_pages)
+            engine.release_arrays()  # else they would outlive their call, in a pool that a captured graph owns
+            return found
 
     def _build(self, q: torch.Tensor, k_pages: torch.Tensor, scale: float | None) -> object:
         check_shapes(q, k_pages)

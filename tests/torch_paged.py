@@ -55,6 +55,9 @@ class TorchEngine:
         self.tables = block_table, seq_lens
         self.plans += 1
 
+    def release_arrays(self) -> None:
+        pass
+
     def run(self, q, k_pages, v_pages, *, out=None, lse=None):
         shape = self.shape
         assert q.shape[1:] == (shape.num_q_heads, shape.head_dim) and q.is_contiguous()
