@@ -10,6 +10,7 @@ from pkvsim.measurements import Measurement
 
 ROBUST_SCALE = 0.05  # relative residuals beyond this lose weight
 MIN_PLANS = 8  # fewer plans give a median alone
+TINY_US = 1e-3  # what is less is nothing
 
 
 def step_constants(measurements: Sequence[Measurement], *, by_length: bool) -> dict[str, float]:
@@ -35,7 +36,7 @@ def step_constants(measurements: Sequence[Measurement], *, by_length: bool) -> d
     runs = [m.run_us for m in measurements if m.run_us is not None]
     if runs:
         found["run_us"] = float(np.median(runs))
-    return {name: float(f"{us:.4g}") for name, us in found.items()}
+    return {name: float(f"{us:.4g}") if us > TINY_US else 0.0 for name, us in found.items()}
 
 
 def _plan_constants(plans: Sequence[Measurement], *, by_length: bool) -> dict[str, float]:
@@ -53,6 +54,7 @@ def _plan_constants(plans: Sequence[Measurement], *, by_length: bool) -> dict[st
     start = np.zeros(len(columns))
     start[0] = np.median(measured)
     fitted = least_squares(
-        lambda x: table @ x - 1, start, bounds=(0, np.inf), loss="soft_l1", f_scale=ROBUST_SCALE, x_scale=np.maximum(start, 0.1)
-    )
+        lambda x: table @ x - 1, start, bounds=(0, np.inf), loss="soft_l1", f_scale=ROBUST_SCALE,
+        x_scale=np.maximum(start, 0.1),
+    )  # fmt: skip
     return dict(zip(columns, fitted.x.tolist()))

@@ -25,7 +25,8 @@ def test_numbers_agree_with_one_another(name):
     assert device.label.startswith("NVIDIA ")
     assert device.smem_per_sm_kib == SMEM_KIB[device.compute_capability]
     assert 0.75 < device.beta_gb_s / device.peak_gb_s < 1
-    assert device.cta_read_gb_s * device.num_sms <= device.peak_gb_s
+    if device.sources["cta_read_gb_s"].status == "estimated":  # as the least that one CTA must read
+        assert device.cta_read_gb_s * device.num_sms <= device.peak_gb_s
     geforce = 2 if "GeForce" in device.label else 1
     clock_ghz = device.fp16_tflops * 1e3 * geforce / (device.num_sms * FLOP_PER_CLOCK[device.compute_capability])
     assert 1.3 < clock_ghz < 2.6

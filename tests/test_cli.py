@@ -60,11 +60,11 @@ def test_tables():
 def test_devices():
     done = pkvsim("devices")
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("rtx3060", "h200", "302", "4,548", "b200", "~7,580", "datasheet only"):
+    for text in ("rtx3060", "h200", "302", "4,634", "b200", "~7,580", "datasheet only"):
         assert text in done.stdout
     done = pkvsim("devices", "rtx3060", "h200")
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("rtx3060", "h200", "302", "4548", "calibrated", "datasheet", "2606.26666"):
+    for text in ("rtx3060", "h200", "302", "4634", "calibrated", "datasheet", "2606.26666"):
         assert text in done.stdout
     done = pkvsim("devices", "l4", "--json")
     assert [device["name"] for device in json.loads(done.stdout)] == ["l4"]
