@@ -120,10 +120,10 @@ class Router:
     ) -> None:
         """Chooses the step's route and plans it there; arguments as DecodeEngine.plan.
 
-        host_seq_lens: the same lengths on the host, where seq_lens are on the GPU; an int32 array is taken as it is, since
-        checking it would cost as much as choosing by it. packed: the block table in
-        FlashInfer's form, where the caller keeps one; without it FlashInfer's routes make it, which copies a block
-        table that is on the GPU to the host.
+        host_seq_lens: the same lengths on the host, where seq_lens are on the GPU; an int32 array is taken as it is,
+        since checking it would cost as much as choosing by it. packed: the block table in FlashInfer's form, where the
+        caller keeps one; without it FlashInfer's routes make it, which copies a block table that is on the GPU to the
+        host.
         """
         if host_seq_lens is None:
             lens = _on_host(seq_lens)

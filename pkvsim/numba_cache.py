@@ -5,6 +5,7 @@ result would be last week's prices in today's loop.
 """
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -27,5 +28,6 @@ def drop_stale(package: str) -> None:
     newest = max((source.stat().st_mtime for source, _ in places), default=0.0)
     for source, cache in places:
         for index in cache.glob(f"{source.stem}.*.nbi"):
-            if index.stat().st_mtime < newest:
-                index.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process drops the same
+                if index.stat().st_mtime < newest:
+                    index.unlink()

@@ -40,8 +40,8 @@ def price_routes(
 ) -> None:
     """Prices one step on every route; a row of NaN costs infinity with 0 splits.
 
-    That is of a layer that follows another; step_times makes a step of it. row_splits turns splits[r] into the splits of
-    every row.
+    That is of a layer that follows another; step_times makes a step of it. row_splits turns splits[r] into the splits
+    of every row.
     """
     splits[:] = 0
     price_pinned(
@@ -72,7 +72,7 @@ def step_times(
     layers: int,
     constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
     layer_us: np.ndarray,  # [num_routes] float64, as price_routes gives it
-    gpu_us: np.ndarray,  # [num_routes] float64, out: from the first layer's start to the last one's end on a GPU that never waits
+    gpu_us: np.ndarray,  # [num_routes] float64, out: all layers on a GPU that never waits for the host
     host_us: np.ndarray,  # [num_routes] float64, out: what the step takes by the wall clock above gpu_us
 ) -> None:
     """A step of `layers` layers planned once: planning, then the layers, issued one after the other by the host.
@@ -193,7 +193,7 @@ def price_route(
     us = c[FIXED] + query_us(c, heads * group_size, head_dim, kv_element_bytes)
     rule = int(c[0])
     if rule == BALANCED:
-        busy, splits = balanced_us(ordered, tokens, num_kv_heads, group_size, slots, c, one, all_, state, memory)
+        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory)
         return us + busy, splits
     if rule == BUCKETS:
         busy, splits = buckets_us(ordered, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms, pinned)

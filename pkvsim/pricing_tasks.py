@@ -300,8 +300,8 @@ def buckets_us(
 
 @inner
 def balanced_us(
-    ordered: np.ndarray, tokens: int, num_kv_heads: int, group_size: int, slots: int, c: np.ndarray, one: float,
-    all_: float, state: float, memory: float,
+    ordered: np.ndarray, tokens: int, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float,
+    state: float, memory: float,
 ) -> tuple[float, int]:  # fmt: skip
     tile = int(c[TILE])
     tiles = 0

@@ -78,9 +78,9 @@ def replay(
     """Every engine over the trace's measured steps, as the object that `pkvsim replay --json` prints.
 
     Engine figures are means over the steps; times in us, of a step of `layers` attention layers planned once:
-    predicted_step_us by the wall clock, predicted_gpu_us by CUDA events around the layers on a GPU that never waits, and
-    predicted_host_us what lies between (where the device's constants tell them apart). "adaptive" takes the policy's route at each step. Raises ValueError when shape and trace disagree
-    on the page size.
+    predicted_step_us by the wall clock, predicted_gpu_us by CUDA events around the layers on a GPU that never waits,
+    and predicted_host_us what lies between (where the device's constants tell them apart). "adaptive" takes the
+    policy's route at each step. Raises ValueError when shape and trace disagree on the page size.
     """
     if shape.page_size != trace.page_size:
         raise ValueError(f"trace: expected page_size {shape.page_size}, got {trace.page_size}")

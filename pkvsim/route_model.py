@@ -54,7 +54,8 @@ class RouteModel:
     ctas_per_sm: float = 1.0  # CTA slots of an SM
     tile_tokens: float = 16.0  # splits are cut at multiples of this
     min_split_tokens: float = 128.0  # no split is shorter
-    strided: float = 0.0  # buckets, queue: 1: a CTA a slot, CTA b taking tasks b, b + CTAs, ..; 0: a CTA a task, as slots fall free
+    # buckets and queue. 1: a CTA a slot, CTA b taking tasks b, b + CTAs, ..; 0: a CTA a task, as slots fall free.
+    strided: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -74,7 +75,7 @@ class RouteModel:
 
 CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name != "rule")
 NUM_CONSTANTS = 1 + len(CONSTANTS)
-_REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name != "rule" and f.default is MISSING)  # others may be left out
+_REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name != "rule" and f.default is MISSING)
 NO_LIMIT = "no limit"  # infinity in a device file, which is strict JSON
 _UNLIMITED = ("merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
 _POSITIVE = ("bandwidth_gb_s", "cta_read_gb_s", "head_pad", "ctas_per_sm", "tile_tokens", "min_split_tokens", *_UNLIMITED)

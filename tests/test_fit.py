@@ -157,7 +157,8 @@ def test_a_steps_constants_come_back():
     table = synthetic("xqa", 60, 0.01)
     for layer in range(0, 60, 10):
         table[layer] = replace(table[layer], kernel_us=1.5 * table[layer].kernel_us)
-    steps = [with_step_times(m, plan_us=(30 + 0.5 * len(m.seq_lens)) * (3 if i % 10 == 5 else 1)) for i, m in enumerate(table)]
+    plans_us = [(30 + 0.5 * len(m.seq_lens)) * (3 if i % 10 == 5 else 1) for i, m in enumerate(table)]
+    steps = [with_step_times(m, plan_us=us) for m, us in zip(table, plans_us)]
     model = fit_device(H200, steps, source="s", date="d")[0].routes["xqa"]
     assert (model.isolated_us, model.host_us, model.run_us) == (pytest.approx(5), pytest.approx(20), 9)
     assert model.plan_us == pytest.approx(30, rel=0.02) and model.plan_row_us == pytest.approx(0.5, rel=0.1)
