@@ -14,6 +14,7 @@ import torch
 from gpu.page_tables import StepTables
 from gpu.refusals import check_served
 from pkvsim import DecodeShape
+from pkvsim.options import AttentionOptions
 
 LOG2_E = math.log2(math.e)
 POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
@@ -42,8 +43,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """
         if kv_layout not in ("NHD", "HND"):
             raise KeyError(f"kv_layout: expected NHD or HND, got {kv_layout!r}")
-        for name, value in (("backend", backend), ("jit_args", jit_args), ("kv_layout", kv_layout)):
-            check_served(name, value)
+        check_served("backend", backend)
+        check_served("jit_args", jit_args)
         buffers = {"paged_kv_indptr_buffer": paged_kv_indptr_buffer,
                    "paged_kv_indices_buffer": paged_kv_indices_buffer,
                    "paged_kv_last_page_len_buffer": paged_kv_last_page_len_buffer}
@@ -61,9 +62,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._shape: DecodeShape | None = None
         self._dtype: torch.dtype | None = None
         self._sm_scale: float | None = None
-        self._window_left = -1
-        self._engines: dict[float, object] = {}  # by scale, all of the planned shape and dtype
-        self._planned: set[float] = set()  # the scales whose engine knows the last plan
+        self._window_left, self._logits_soft_cap, self._q_len = -1, None, None
+        self._engines: dict[AttentionOptions, object] = {}  # all of the planned shape and dtype
+        self._planned: set[AttentionOptions] = set()  # those whose engine knows the last plan
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -102,12 +103,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
             raise KeyError(f"pos_encoding_mode: expected one of {POS_ENCODING_MODES}, got {pos_encoding_mode!r}")
         q_dtype = _dtype(q_data_type if q_data_type is not None else data_type)
         kv_dtype = _dtype(next((given for given in (kv_data_type, data_type) if given is not None), q_dtype))
-        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("window_left", window_left),
-                            ("logits_soft_cap", logits_soft_cap), ("q_data_type", _name(q_dtype)),
+        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("q_data_type", _name(q_dtype)),
                             ("kv_data_type", _name(kv_dtype)), ("fixed_split_size", fixed_split_size),
                             ("disable_split_kv", disable_split_kv), ("q_len_per_req", q_len_per_req),
-                            ("window_right", window_right), ("is_causal", is_causal)):
+                            ("window_right", window_right)):
             check_served(name, value)
+        self._check_q_len(q_len_per_req, is_causal)
         o_dtype = q_dtype if o_data_type is None else _dtype(o_data_type)
         for name, given in (("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
             if given != q_dtype:
@@ -117,9 +118,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
                             max_pages=None if block_tables is None else block_tables.shape[1])
         if (shape, q_dtype) != (self._shape, self._dtype):
             self._shape, self._dtype, self._engines = shape, q_dtype, {}
-        self._sm_scale, self._window_left = sm_scale, window_left
+        self._sm_scale, self._window_left, self._logits_soft_cap = sm_scale, window_left, logits_soft_cap
+        self._q_len = q_len_per_req
         self._planned.clear()
-        self._engine(self._scale(None, None))
+        self._engine(sinks=False)
 
     begin_forward = plan
 
@@ -136,25 +138,36 @@ class BatchDecodeWithPagedKVCacheWrapper:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of the planned step: out, or (out, lse) with return_lse.
 
-        q [batch_size, num_qo_heads, head_dim]; paged_kv_cache: a pair of [num_pages, num_kv_heads, page_size, head_dim]
-        or both in one [num_pages, 2, ...], in the order of kv_layout. out like q; lse [batch_size, num_qo_heads]
-        float32 of base 2. q_scale, k_scale multiply the logits, v_scale the output. enable_pdl: a hint, of no effect.
+        q [batch_size * q_len_per_req, num_qo_heads, head_dim]. paged_kv_cache: a pair of pools [num_pages,
+        num_kv_heads, page_size, head_dim], with NHD [num_pages, page_size, num_kv_heads, head_dim], or both in one
+        [num_pages, 2, ..]. out like q; lse [batch_size * q_len_per_req, num_qo_heads] float32 of base 2. q_scale,
+        k_scale multiply the logits, v_scale the output. sinks [num_qo_heads] float32. enable_pdl: a hint, of no effect.
 
         Raises ValueError or NotImplementedError naming the argument, RuntimeError when nothing was planned.
         """
         if self._shape is None:
             raise RuntimeError("run: call plan() first")
-        for name, value in (("run args", args), ("sinks", sinks), ("q_len_per_req", q_len_per_req),
-                            ("skip_softmax_threshold_scale_factor", skip_softmax_threshold_scale_factor),
-                            ("kv_cache_sf", kv_cache_sf)):
+        for name, value in (("run args", args), ("kv_cache_sf", kv_cache_sf),
+                            ("skip_softmax_threshold_scale_factor", skip_softmax_threshold_scale_factor)):
             check_served(name, value)
-        if window_left is not None and window_left != self._window_left:
-            raise ValueError(f"window_left: expected plan()'s {self._window_left}, got {window_left}")
+        for name, given, planned in (("window_left", window_left, self._window_left),
+                                     ("q_len_per_req", q_len_per_req, self._q_len)):
+            if given is not None and given != planned:
+                raise ValueError(f"{name}: expected plan()'s {planned}, got {given}")
         k_pages, v_pages = _pages(paged_kv_cache, self._kv_layout)
         for name, array in (("q", q), ("k", k_pages), ("v", v_pages)):
             if array.dtype != self._dtype:
                 raise ValueError(f"{name}: expected plan()'s {_name(self._dtype)}, got {_name(array.dtype)}")
-        out, lse = self._engine(self._scale(q_scale, k_scale)).run(q, k_pages, v_pages, out=out, lse=lse)
+        rows = len(self._tables.seq_lens), self._q_len
+        if q.shape[0] != rows[0] * rows[1]:
+            raise ValueError(f"q: expected {rows[0]} rows of {rows[1]} tokens, got {q.shape[0]} tokens")
+        one = rows[1] == 1  # else the engine has an axis of tokens
+        by_row = (array if array is None or one else array.unflatten(0, rows) for array in (q, out, lse))
+        engine_q, engine_out, engine_lse = by_row
+        engine, scale = self._engine(sinks=sinks is not None), self._scale(q_scale, k_scale)
+        found = engine.run(engine_q, k_pages, v_pages, out=engine_out, lse=engine_lse, scale=scale, sinks=sinks)
+        out, lse = (given if given is not None else new if one else new.flatten(0, 1)
+                    for given, new in zip((out, lse), found))
         if v_scale is not None and not (isinstance(v_scale, float) and v_scale == 1.0):
             out.mul_(v_scale)
         return (out, lse.mul_(LOG2_E)) if return_lse else out
@@ -168,11 +181,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         sm_scale: float | None = None, rope_scale: float | None = None, rope_theta: float | None = None,
         *, return_lse: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """run() with what older scripts pass here instead of to plan(), sm_scale=None included."""
-        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("window_left", window_left),
-                            ("logits_soft_cap", logits_soft_cap)):
-            check_served(name, value)
-        self._sm_scale = sm_scale
+        """run() with what older scripts pass here instead of to plan(), the defaults included."""
+        check_served("pos_encoding_mode", pos_encoding_mode)
+        self._sm_scale, self._window_left, self._logits_soft_cap = sm_scale, window_left, logits_soft_cap
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)
@@ -187,20 +198,34 @@ class BatchDecodeWithPagedKVCacheWrapper:
             scale *= factor
         return float(scale)
 
-    def _engine(self, scale: float) -> object:
-        """The engine of this scale, planned for the current step."""
-        engine = self._engines.get(scale)
+    def _check_q_len(self, q_len_per_req: int, is_causal: bool | None) -> None:
+        if q_len_per_req < 1:
+            raise ValueError(f"q_len_per_req: expected at least 1, got {q_len_per_req}")
+        if q_len_per_req > 1 and not self._use_tensor_cores:
+            raise ValueError(f"q_len_per_req: expected 1 without use_tensor_cores, got {q_len_per_req}")
+        if self._use_cuda_graph and self._q_len not in (None, q_len_per_req):
+            raise ValueError(f"q_len_per_req: expected the first plan's {self._q_len}, got {q_len_per_req}")
+        if is_causal not in (None, q_len_per_req > 1):
+            raise NotImplementedError(f"is_causal: expected None or {q_len_per_req > 1} with {q_len_per_req} query "
+                                      f"tokens per row, got {is_causal}")
+
+    def _engine(self, *, sinks: bool) -> object:
+        """The engine of the step's options, planned for the current step."""
+        cap = self._logits_soft_cap
+        options = AttentionOptions(window=None if self._window_left < 0 else self._window_left + 1, sinks=sinks,
+                                   soft_cap=cap if cap is not None and cap > 0 else None, query_tokens=self._q_len)
+        engine = self._engines.get(options)
         if engine is None:
-            engine = self._engines[scale] = self._make_engine(self._shape, _name(self._dtype), scale)
-        if scale not in self._planned:
+            engine = self._engines[options] = self._make_engine(self._shape, _name(self._dtype), options)
+        if options not in self._planned:
             engine.plan(self._tables.seq_lens, self._tables.block_table)
-            self._planned.add(scale)
+            self._planned.add(options)
         return engine
 
-    def _make_engine(self, shape: DecodeShape, dtype: str, scale: float) -> object:
+    def _make_engine(self, shape: DecodeShape, dtype: str, options: AttentionOptions) -> object:
         from gpu.engine import DecodeEngine
 
-        return DecodeEngine(shape, dtype, "balanced", scale=scale)
+        return DecodeEngine(shape, dtype, "balanced", options=options)
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):

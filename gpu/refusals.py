@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pkvsim.options import MAX_QUERY_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -22,21 +24,17 @@ REFUSALS = {
     "disable_split_kv": Refusal(lambda v: not v, "False: rows are split wherever that balances the CTAs"),
     "dropout": Refusal(lambda v: not v, "0: decode is for inference"),
     "fixed_split_size": Refusal(_none, "None: rows are split wherever that balances the CTAs"),
-    "is_causal": Refusal(lambda v: not v, "None or False: there is one query token per row"),
     "jit_args": Refusal(_none, "None: no kernels of the caller's"),
     "kv_cache_sf": Refusal(_none, "None: no NVFP4 pages"),
     "kv_data_type": Refusal(lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16: no quantised pages"),
-    "kv_layout": Refusal(lambda v: v == "HND", "HND: pages of [num_kv_heads, page_size, head_dim]"),
-    "logits_soft_cap": Refusal(lambda v: not v, "None or 0: no soft cap"),
     "pos_encoding_mode": Refusal(lambda v: v == "NONE", "NONE: positions are encoded before attention"),
     "position_bias": Refusal(_none, "None: no additive bias"),
     "q_data_type": Refusal(lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
-    "q_len_per_req": Refusal(lambda v: v in (None, 1), "1 query token per row"),
+    "q_len_per_req": Refusal(lambda v: v <= MAX_QUERY_TOKENS, f"at most {MAX_QUERY_TOKENS} query tokens per row"),
     "run args": Refusal(lambda v: not v, "none: no kernels of the caller's"),
-    "sinks": Refusal(_none, "None: no attention sinks"),
+    "s_aux": Refusal(_none, "None: no attention sinks"),
     "skip_softmax_threshold_scale_factor": Refusal(_none, "None: every token is read"),
-    "sliding_window": Refusal(_none, "None, or a window that no row can grow beyond"),
-    "window_left": Refusal(lambda v: v is None or v < 0, "-1: no sliding window"),
+    "softcap": Refusal(_none, "None: no soft cap"),
     "window_right": Refusal(lambda v: v == 0, "0"),
 }
 

@@ -53,8 +53,7 @@ def attention(
 
     Raises ValueError or NotImplementedError naming the argument.
     """
-    for name, given in (("dropout", dropout), ("logits_soft_cap", softcap), ("sinks", s_aux),
-                        ("position_bias", position_bias)):
+    for name, given in (("dropout", dropout), ("softcap", softcap), ("s_aux", s_aux), ("position_bias", position_bias)):
         check_served(name, given)
     if not isinstance(key, PagedKeys):
         if key.shape[2] != query.shape[2]:
@@ -62,16 +61,15 @@ def attention(
                              "make by itself, got another cache")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer, key = key.layer, key.as_subclass(torch.Tensor)
-    if sliding_window is not None and layer.rows.max_seq_len > sliding_window:
-        check_served("sliding_window", sliding_window)
     new_tokens, seen = key.shape[2], layer.seen
     step = layer.store(key, value, _kept(attention_mask, new_tokens, seen))
     if new_tokens == 1:
         rows = layer.rows
-        out, _ = decode_attention(query[:, :, 0], layer.keys, layer.values, rows.table, rows.lens, scaling)
+        out, _ = decode_attention(query[:, :, 0], layer.keys, layer.values, rows.table, rows.lens, scaling,
+                                  sliding_window)
         return out[:, None], None
     if seen:
-        key, value, attention_mask = _with_past(layer, step)
+        key, value, attention_mask = _with_past(layer, step, sliding_window)
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -86,8 +84,12 @@ def _kept(mask: torch.Tensor | None, new_tokens: int, seen: int) -> torch.Tensor
     return mask[:, 0].diagonal(width - new_tokens, 1, 2)
 
 
-def _with_past(layer: PagedLayer, step: NewTokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _with_past(
+    layer: PagedLayer, step: NewTokens, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(keys, values, mask) of the rows as stored, for several new tokens on a cache that is not empty."""
     key, value = layer.dense(layer.rows.columns_in_use)
     place = torch.arange(key.shape[2], device=key.device)
-    return key, value, (place < step.ends[:, :, None])[:, None]
+    ends = step.ends[:, :, None]
+    seen = place < ends if window is None else (place < ends) & (place >= ends - window)
+    return key, value, seen[:, None]

@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 from torch_paged import TorchEngine, paged_attention
 
-from gpu import batch_decode, refusals
+from gpu import batch_decode
 from pkvsim import DecodeShape
+from pkvsim.options import AttentionOptions
 
 HEADS = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 4}
 SHAPE = DecodeShape(4, 2, 8, 4)
@@ -22,8 +23,8 @@ RUN_ARGUMENTS = ("q", "paged_kv_cache", "args", "q_scale", "k_scale", "v_scale",
 
 
 class Wrapper(batch_decode.BatchDecodeWithPagedKVCacheWrapper):
-    def _make_engine(self, shape: DecodeShape, dtype: str, scale: float) -> TorchEngine:
-        return TorchEngine(shape, dtype, scale=scale)
+    def _make_engine(self, shape: DecodeShape, dtype: str, options: AttentionOptions) -> TorchEngine:
+        return TorchEngine(shape, dtype, options)
 
 
 class Step:
@@ -45,9 +46,9 @@ class Step:
         self.k, self.v = torch.randn(page).to(dtype), torch.randn(page).to(dtype)
         self.q = torch.randn(len(lens), SHAPE.num_q_heads, SHAPE.head_dim).to(dtype)
 
-    def expected(self, scale: float = 8**-0.5) -> tuple[torch.Tensor, torch.Tensor]:
+    def expected(self, scale: float = 8**-0.5, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse of base 2)."""
-        out, lse = paged_attention(self.q, self.k, self.v, *self.tables, scale)
+        out, lse = paged_attention(self.q, self.k, self.v, *self.tables, scale, **options)
         return out, lse / math.log(2)
 
 
@@ -96,8 +97,42 @@ def test_one_plan_serves_every_layer_and_every_scale() -> None:
             expected = step.expected(8**-0.5 * (scale or 1))[0]
             assert torch.equal(wrapper.run(step.q, (step.k, step.v), q_scale=scale), expected)
         wrapper.end_forward()
-    engines = wrapper._engines.values()
-    assert [engine.plans for engine in engines] == [3, 3] and [engine.runs for engine in engines] == [6, 6]
+    (engine,) = wrapper._engines.values()
+    assert (engine.plans, engine.runs) == (3, 12)
+
+
+def test_window_soft_cap_and_sinks() -> None:
+    step = Step([5, 0, 40, 12])
+    cache, sinks = (step.k, step.v), torch.linspace(-2, 4, 4)
+    wrapper = planned(step, window_left=6, logits_soft_cap=3.0)
+    expected = step.expected(window=7, soft_cap=3.0)
+    for options in ({}, {"window_left": 6}):
+        found = wrapper.run(step.q, cache, return_lse=True, **options)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1])
+    found = wrapper.run(step.q, cache, sinks=sinks)
+    assert torch.equal(found, step.expected(window=7, soft_cap=3.0, sinks=sinks)[0])
+    assert torch.equal(wrapper.forward(step.q, cache, window_left=2), step.expected(window=3)[0])
+    assert torch.equal(wrapper.forward(step.q, cache, logits_soft_cap=9.0), step.expected(soft_cap=9.0)[0])
+    assert torch.equal(planned(step, logits_soft_cap=0.0).run(step.q, cache), step.expected()[0])
+
+
+def test_several_query_tokens() -> None:
+    step = Step([5, 40, 12])
+    queries = torch.randn(3, 4, 4, 8).half()
+    wrapper = Wrapper(WORKSPACE, "HND", use_tensor_cores=True)
+    wrapper.plan(*step.csr, *HEADS.values(), q_len_per_req=4, is_causal=True)
+    out, lse = paged_attention(queries, step.k, step.v, *step.tables)
+    found = wrapper.run(queries.flatten(0, 1), (step.k, step.v), return_lse=True)
+    assert torch.equal(found[0], out.flatten(0, 1))
+    torch.testing.assert_close(found[1], lse.flatten(0, 1) / math.log(2))
+    mine, my_lse = torch.empty(12, 4, 8).half(), torch.empty(12, 4)
+    given = wrapper.run(queries.flatten(0, 1), (step.k, step.v), out=mine, lse=my_lse, return_lse=True, q_len_per_req=4)
+    assert given[0] is mine and given[1] is my_lse and torch.equal(mine, found[0]) and torch.equal(my_lse, found[1])
+    with pytest.raises(ValueError, match="^q: expected 3 rows of 4 tokens"):
+        wrapper.run(step.q, (step.k, step.v))
+    with pytest.raises(ValueError, match="^q_len_per_req: expected plan"):
+        wrapper.run(step.q, (step.k, step.v), q_len_per_req=1)
 
 
 @pytest.mark.parametrize("dtypes", [
@@ -117,10 +152,12 @@ def test_a_graph_wrapper_rewrites_its_buffers_in_place() -> None:
     for seed, lens in enumerate(([5, 0, 17], [30, 30, 40], [1, 2, 3])):
         step = Step(lens, seed=seed)
         wrapper.plan(*step.csr, *HEADS.values())
-        engines.add(id(wrapper._engine(8**-0.5).tables[0]))
+        engines.add(wrapper._engine(sinks=False).tables[0].data_ptr())
         assert torch.equal(wrapper.run(step.q, (step.k, step.v)), step.expected()[0])
         assert all(torch.equal(buffer[:len(array)], array) for buffer, array in zip(buffers, step.csr))
     assert len(engines) == 1
+    with pytest.raises(ValueError, match="^q_len_per_req"):
+        wrapper.plan(*step.csr, *HEADS.values(), q_len_per_req=2)
     with pytest.raises(ValueError, match="^last_page_len: expected the fixed batch size 3"):
         wrapper.plan(*Step([1, 2]).csr, *HEADS.values())
     with pytest.raises(ValueError, match="^indices: expected at most the buffer's 30"):
@@ -141,12 +178,12 @@ def test_constructor_refuses(options, error, name) -> None:
 
 
 @pytest.mark.parametrize("options, error", [
-    ({"window_left": 128}, NotImplementedError), ({"window_right": 1}, NotImplementedError),
-    ({"logits_soft_cap": 30.0}, NotImplementedError), ({"pos_encoding_mode": "ALIBI"}, NotImplementedError),
+    ({"window_right": 1}, NotImplementedError), ({"pos_encoding_mode": "ALIBI"}, NotImplementedError),
     ({"pos_encoding_mode": "ROPE_NEOX"}, KeyError), ({"q_data_type": "float32"}, NotImplementedError),
     ({"kv_data_type": torch.float8_e4m3fn}, NotImplementedError), ({"kv_data_type": "bfloat16"}, NotImplementedError),
     ({"o_data_type": "bfloat16"}, NotImplementedError), ({"fixed_split_size": 4}, NotImplementedError),
-    ({"disable_split_kv": True}, NotImplementedError), ({"q_len_per_req": 2}, NotImplementedError),
+    ({"disable_split_kv": True}, NotImplementedError), ({"q_len_per_req": 2}, ValueError),
+    ({"q_len_per_req": 9}, NotImplementedError), ({"q_len_per_req": 0}, ValueError),
     ({"is_causal": True}, NotImplementedError), ({"num_qo_heads": 3}, ValueError),
 ])
 def test_plan_refuses_by_name_and_stays_usable(options, error) -> None:
@@ -159,8 +196,7 @@ def test_plan_refuses_by_name_and_stays_usable(options, error) -> None:
 
 
 @pytest.mark.parametrize("options, error, name", [
-    ({"sinks": torch.zeros(4)}, NotImplementedError, "sinks"),
-    ({"q_len_per_req": 2}, NotImplementedError, "q_len_per_req"),
+    ({"q_len_per_req": 2}, ValueError, "q_len_per_req"),
     ({"kv_cache_sf": torch.zeros(1)}, NotImplementedError, "kv_cache_sf"),
     ({"skip_softmax_threshold_scale_factor": 1.0}, NotImplementedError, "skip_softmax"),
     ({"window_left": 5}, ValueError, "window_left"),
@@ -186,11 +222,7 @@ def test_run_refuses_other_arrays_and_an_unplanned_step() -> None:
         wrapper.run(step.q, (step.k, step.v), 1.0)
 
 
-def test_nhd_pages_reach_the_engine_as_views(monkeypatch) -> None:
-    """The layout is refused until the kernels take it; what will be handed to them is right already."""
-    with pytest.raises(NotImplementedError, match="^kv_layout"):
-        Wrapper(WORKSPACE)
-    monkeypatch.setitem(refusals.REFUSALS, "kv_layout", refusals.Refusal(lambda layout: True, ""))
+def test_nhd_pages_reach_the_engine_as_views() -> None:
     step = Step([5, 9])
     wrapper = Wrapper(WORKSPACE)
     wrapper.plan(*step.csr, *HEADS.values())

@@ -10,6 +10,7 @@ from torch_paged import TorchEngine, append_tokens as append_reference, paged_at
 
 from gpu.torch_append import WriterCache, append_tokens
 from gpu.torch_op import EngineCache, decode_attention
+from pkvsim.options import PLAIN
 
 serve_op_on_cpu()
 
@@ -24,10 +25,30 @@ def step(lens: list[int], *, dtype: torch.dtype = torch.float16, seed: int = 0) 
     return q, k, v, table, torch.tensor(lens, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [None, 0.25])
-def test_opcheck(dtype, scale) -> None:
-    torch.library.opcheck(torch.ops.pkv.decode_attention.default, (*step([5, 0, 9], dtype=dtype), scale))
+VARIANTS = [{}, {"scale": 0.25}, {"window": 3, "soft_cap": 5.0}, {"sinks": torch.linspace(-1, 3, 6)}]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_opcheck(options) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.library.opcheck(torch.ops.pkv.decode_attention.default, step([5, 0, 9], dtype=dtype), options)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("query_tokens", [1, 3])
+@pytest.mark.parametrize("value_dim", [8, 5])
+def test_variants_reach_the_engine_and_the_fake_kernel(options, query_tokens, value_dim) -> None:
+    q, k, v, table, lens = step([5, 30, 9])
+    v = v[..., :value_dim].contiguous()
+    q = q if query_tokens == 1 else torch.stack([q] * query_tokens, 1)
+    arguments = q, k, v, table, lens
+    expected = paged_attention(*arguments, **options)
+    found = run(torch_engines(), arguments, **options)
+    sinks = {"sinks": options["sinks"].to("meta")} if "sinks" in options else {}
+    fake = decode_attention(*(array.to("meta") for array in arguments), **options | sinks)
+    for one, other, shape_only in zip(found, expected, fake, strict=True):
+        assert torch.equal(one, other)
+        assert (one.shape, one.dtype) == (shape_only.shape, shape_only.dtype)
 
 
 class Layer(torch.nn.Module):
@@ -68,19 +89,19 @@ def test_fake_kernel_names_what_is_wrong() -> None:
 
 
 def torch_engines() -> EngineCache:
-    return EngineCache(lambda shape, dtype, scale: TorchEngine(shape, dtype, scale=scale))
+    return EngineCache(TorchEngine)
 
 
-def run(cache: EngineCache, arguments: tuple, *, scale: float | None = None, stream: int = 1, capturing: bool = False):
-    return cache.run(*arguments, scale, stream=stream, capturing=capturing)
+def run(cache: EngineCache, arguments: tuple, *, stream: int = 1, capturing: bool = False, **options: object):
+    return cache.run(*arguments, **options, stream=stream, capturing=capturing)
 
 
-def test_one_engine_for_each_stream_shape_dtype_and_scale() -> None:
+def test_one_engine_for_each_stream_shape_dtype_and_option() -> None:
     made = []
 
-    def make(shape, dtype, scale):
-        made.append((shape, dtype, scale))
-        return TorchEngine(shape, dtype, scale=scale)
+    def make(shape, dtype, options):
+        made.append((shape, dtype, options))
+        return TorchEngine(shape, dtype, options)
 
     cache = EngineCache(make)
     for seed in range(3):  # other lengths, pages and batch sizes are the same engine's
@@ -88,9 +109,10 @@ def test_one_engine_for_each_stream_shape_dtype_and_scale() -> None:
         out, lse = run(cache, arguments)
         expected, expected_lse = paged_attention(*arguments)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
-    assert len(cache) == 1 and made[0][1:] == ("float16", 8**-0.5)
+    assert torch.equal(run(cache, arguments, scale=0.5)[0], paged_attention(*arguments, 0.5)[0])
+    assert len(cache) == 1 and made[0][1:] == ("float16", PLAIN)
     run(cache, arguments, stream=2)
-    run(cache, arguments, scale=0.5)
+    run(cache, arguments, window=4)
     run(cache, step([5], dtype=torch.bfloat16))
     run(cache, (arguments[0][:, :2].contiguous(), *arguments[1:]))
     assert len(cache) == len(made) == 5

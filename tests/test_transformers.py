@@ -142,22 +142,42 @@ def test_other_caches_and_other_batches_are_refused() -> None:
         generate(model, inputs, "pkv", past_key_values=cache, num_beams=2)
 
 
-def test_windows_are_refused_only_where_a_row_can_outgrow_them() -> None:
-    model, inputs = make_model("mistral", sliding_window=16), prompts([9, 3], "left")
-    expected = generate(model, inputs, "sdpa", new_tokens=7)
-    fits = PagedCache(model.config, max_batch_size=2, max_seq_len=16)
-    assert torch.equal(generate(model, inputs, "pkv", past_key_values=fits, new_tokens=7), expected)
-    with pytest.raises(NotImplementedError, match="^sliding_window"):
-        generate(model, inputs, "pkv", past_key_values=PagedCache(model.config, max_batch_size=2, max_seq_len=17))
+WINDOWED = {"mistral": make_model("mistral", sliding_window=6),
+            "qwen2, some layers": make_model("qwen2", sliding_window=5, use_sliding_window=True, max_window_layers=1)}
 
 
-@pytest.mark.parametrize("argument, value, name", [
-    ("softcap", 30.0, "logits_soft_cap"), ("s_aux", torch.zeros(6), "sinks"), ("dropout", 0.1, "dropout"),
-    ("position_bias", torch.zeros(1), "position_bias"),
+@pytest.mark.parametrize("name", WINDOWED)
+def test_sliding_windows(name) -> None:
+    model, inputs = WINDOWED[name], prompts([11, 2, 7, 1], "left")
+    expected = generate(model, inputs, "sdpa", new_tokens=20)
+    assert torch.equal(generate(model, inputs, "pkv", new_tokens=20,
+                                past_key_values=cache_for(model, inputs, new_tokens=20)), expected)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_turns_under_a_sliding_window(name) -> None:
+    model, inputs = WINDOWED[name], prompts([11, 4], "left")
+    caches = {"sdpa": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for tokens in (1, 4, 1, 9, 1):
+        logits = {}
+        for implementation, cache in caches.items():
+            model.set_attn_implementation(implementation)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+            with torch.no_grad():
+                found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            logits[implementation] = found.logits[mask[:, -ids.shape[1]:].bool()]
+        torch.testing.assert_close(logits["pkv"], logits["sdpa"], rtol=1e-4, atol=1e-4)
+        ids = torch.randint(2, 97, (2, tokens))
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("softcap", 30.0), ("s_aux", torch.zeros(6)), ("dropout", 0.1), ("position_bias", torch.zeros(1)),
 ])
-def test_what_is_not_served_is_refused_by_name(argument, value, name) -> None:
+def test_what_is_not_served_is_refused_by_name(argument, value) -> None:
     new = torch.zeros(2, 6, 3, 8)
-    with pytest.raises(NotImplementedError, match=f"^{name}: expected"):
+    with pytest.raises(NotImplementedError, match=f"^{argument}: expected"):
         attention(torch.nn.Module(), new, new[:, :2], new[:, :2], None, **{argument: value})
 
 

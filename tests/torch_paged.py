@@ -6,27 +6,36 @@ import functools
 import torch
 
 from pkvsim import DecodeShape
+from pkvsim.options import PLAIN, AttentionOptions
 
 
 def paged_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float | None = None,
+    scale: float | None = None, window: int | None = None, soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out like q, lse [batch_size, num_q_heads] float32), computed in float64; zeros and -inf for empty rows."""
+    """What gpu.torch_op.decode_attention gives, computed in float64."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k_pages.shape[1]
-    out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
+    queries = q if q.dim() == 4 else q[:, None]  # [batch_size, query_tokens, num_q_heads, head_dim]
+    count, heads = queries.shape[1:3]
+    out = q.new_zeros((*queries.shape[:-1], v_pages.shape[-1]))
+    lse = torch.full(queries.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
     for row, length in enumerate(seq_lens.tolist()):
-        if length == 0:
-            continue
         ids = block_table[row, :-(-length // k_pages.shape[2])].long()
+        group = heads // k_pages.shape[1]
         k, v = (pages[ids].transpose(0, 1).flatten(1, 2)[:, :length].double().repeat_interleave(group, 0)
                 for pages in (k_pages, v_pages))  # [num_q_heads, length, head_dim]
-        logits = torch.einsum("hd,htd->ht", q[row].double(), k) * scale
-        lse[row] = logits.logsumexp(-1)
-        out[row] = torch.einsum("ht,htd->hd", logits.softmax(-1), v).to(q.dtype)
-    return out, lse
+        for token, end in enumerate(range(length - count + 1, length + 1)):
+            seen = slice(0 if window is None else max(0, end - window), max(0, end))
+            if end <= 0:
+                continue
+            logits = torch.einsum("hd,htd->ht", queries[row, token].double(), k[:, seen]) * scale
+            logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+            total = logits.logsumexp(-1)
+            total = total if sinks is None else torch.logaddexp(total, sinks.double())
+            lse[row, token] = total
+            out[row, token] = torch.einsum("ht,htd->hd", (logits - total[:, None]).exp(), v[:, seen]).to(q.dtype)
+    return out.view(*q.shape[:-1], -1), lse.view(q.shape[:-1])
 
 
 def append_tokens(
@@ -46,8 +55,8 @@ def append_tokens(
 class TorchEngine:
     """DecodeEngine's plan() and run() by paged_attention. As there, run() reads the planned tensors, not copies."""
 
-    def __init__(self, shape: DecodeShape, dtype: str, *, scale: float | None = None) -> None:
-        self.shape, self.dtype, self.scale = shape, dtype, scale
+    def __init__(self, shape: DecodeShape, dtype: str, options: AttentionOptions = PLAIN) -> None:
+        self.shape, self.dtype, self.options = shape, dtype, options
         self.plans = self.runs = 0
 
     def plan(self, seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
@@ -58,13 +67,14 @@ class TorchEngine:
     def release_arrays(self) -> None:
         pass
 
-    def run(self, q, k_pages, v_pages, *, out=None, lse=None):
-        shape = self.shape
-        assert q.shape[1:] == (shape.num_q_heads, shape.head_dim) and q.is_contiguous()
-        assert k_pages.shape[1:] == v_pages.shape[1:] == (shape.num_kv_heads, shape.page_size, shape.head_dim)
+    def run(self, q, k_pages, v_pages, *, out=None, lse=None, scale=None, sinks=None):
+        shape, options = self.shape, self.options
+        assert q.shape[-2:] == (shape.num_q_heads, shape.head_dim) and q.is_contiguous()
+        assert (q.shape[1] if q.dim() == 4 else 1) == options.query_tokens and options.sinks == (sinks is not None)
+        assert k_pages.shape[1:] == (shape.num_kv_heads, shape.page_size, shape.head_dim)
         assert str(q.dtype) == str(k_pages.dtype) == f"torch.{self.dtype}"
         self.runs += 1
-        found = paged_attention(q, k_pages, v_pages, *self.tables, self.scale)
+        found = paged_attention(q, k_pages, v_pages, *self.tables, scale, options.window, options.soft_cap, sinks)
         return tuple(new if given is None else given.copy_(new) for given, new in zip((out, lse), found))
 
 

@@ -161,6 +161,45 @@ for indptr, indices, last_page_len, new_q, _ in steps:
 """
 
 
+# The same for what a plan may ask for. `variants` comes from the test.
+VARIANTS_SCRIPT = """
+import torch
+from {module} import BatchDecodeWithPagedKVCacheWrapper
+
+workspace_buffer = torch.zeros(128 * 1024 * 1024, dtype=torch.uint8, device="cuda")
+results = []
+for kv_layout, q, kv_cache, options in variants:
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace_buffer, kv_layout, use_tensor_cores=True)
+    wrapper.plan(*csr, 32, 8, 128, 16, q_data_type=torch.float16, **options)
+    results.append(wrapper.run(q, kv_cache, return_lse=True))
+"""
+
+
+@has_flashinfer
+def test_variants_by_import_alone() -> None:
+    lens = [5, 900, 16, 77, 4000, 8]
+    case = make_case(SHAPE, lens, num_pages=1500)
+    hnd = tuple(torch.randn_like(pages) for pages in (case.k_pages, case.v_pages))
+    nhd = tuple(pages.transpose(1, 2).contiguous() for pages in hnd)
+    both = torch.stack(nhd, 1)
+    many = torch.randn(len(lens) * 4, 32, 128, device="cuda").half()
+    variants = [("NHD", case.q, nhd, {}), ("NHD", case.q, both, {}), ("HND", case.q, hnd, {"window_left": 100}),
+                ("NHD", case.q, nhd, {"window_left": 0}), ("HND", case.q, hnd, {"logits_soft_cap": 5.0}),
+                ("NHD", case.q, both, {"logits_soft_cap": 30.0, "window_left": 15, "sm_scale": 0.2}),
+                ("HND", many, hnd, {"q_len_per_req": 4}),
+                ("NHD", many, nhd, {"q_len_per_req": 4, "window_left": 33, "is_causal": True})]
+    found = {}
+    for module in ("flashinfer", "gpu"):
+        names = {"variants": variants, "csr": csr(case)}
+        exec(VARIANTS_SCRIPT.format(module=module), names)
+        torch.cuda.synchronize()
+        found[module] = names["results"]
+    for variant, mine, theirs in zip(variants, found["gpu"], found["flashinfer"], strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=4e-3, msg=lambda text: f"{variant[0::3]}: {text}")
+
+
 @has_flashinfer
 @pytest.mark.parametrize("tensor_cores", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,14 +1,20 @@
 """The operators on the GPU: torch's own checks, compiled by Inductor, exported, captured, on several streams."""
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from decode_ref import Case, check, make_case
 
-from gpu.torch_append import append_tokens
-from gpu.torch_op import ENGINES, decode_attention
-from pkvsim import DecodeShape
+sys.path.append(str(Path(__file__).parents[1]))
+from torch_paged import paged_attention  # noqa: E402
+
+from gpu.torch_append import append_tokens  # noqa: E402
+from gpu.torch_op import ENGINES, decode_attention  # noqa: E402
+from pkvsim import DecodeShape  # noqa: E402
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 LENS = [5, 900, 0, 77, 4000, 1]
@@ -32,6 +38,29 @@ def test_against_float64(dtype: str, head_dim: int) -> None:
         case = make_case(shape, lens, dtype=dtype, seed=seed)
         out, lse = decode_attention(*arguments(case))
         check(out, lse, case, dtype=dtype)
+
+
+VARIANTS = ({"window": 100}, {"soft_cap": 5.0}, {"sinks": True},
+            {"scale": 0.3, "window": 17, "soft_cap": 9.0, "sinks": True})
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("query_tokens", [1, 4])
+@pytest.mark.parametrize("nhd", [False, True])
+def test_variants_against_float64(options: dict, query_tokens: int, nhd: bool) -> None:
+    case = make_case(SHAPE, [5, 900, 64, 77, 4000, 4])
+    q, k_pages, v_pages, table, lens = finite(case)
+    if query_tokens > 1:
+        q = torch.randn(len(lens), query_tokens, *q.shape[1:], device="cuda").half()
+    if nhd:
+        k_pages, v_pages = (pages.transpose(1, 2).contiguous().transpose(1, 2) for pages in (k_pages, v_pages))
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.linspace(-3, 5, SHAPE.num_q_heads, device="cuda")
+    out, lse = decode_attention(q, k_pages, v_pages, table, lens, **options)
+    expected, expected_lse = paged_attention(q, k_pages, v_pages, table, lens, **options)
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=2e-3)
 
 
 def test_opcheck() -> None:

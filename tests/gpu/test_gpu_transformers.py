@@ -43,11 +43,14 @@ def test_generate_gives_the_same_tokens(family: str, dtype: str) -> None:
         cache.reset()
 
 
-@pytest.mark.parametrize("padding", ["left", "right", "both", "holes"])
+@pytest.mark.parametrize("family, window, padding", [
+    *(("llama", None, padding) for padding in ("left", "right", "both", "holes")), ("mistral", 50, "left"),
+])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_logits_step_by_step_on_the_same_tokens(padding: str, head_dim: int) -> None:
+def test_logits_step_by_step_on_the_same_tokens(family: str, window: int | None, padding: str, head_dim: int) -> None:
     """Prefill, decode steps, several tokens on a cache that is not empty, decode steps again."""
-    model = make_model("llama", head_dim=head_dim, dtype=torch.float16, device="cuda")
+    options = {} if window is None else {"sliding_window": window}
+    model = make_model(family, head_dim=head_dim, dtype=torch.float16, device="cuda", **options)
     inputs = prompts(LENS, padding, device="cuda")
     mask, generator = inputs["attention_mask"], torch.Generator().manual_seed(3)
     caches = {"sdpa": DynamicCache(config=model.config),
