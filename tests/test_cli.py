@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pkvsim.device import DEVICES
+
 ROOT = Path(__file__).parents[1]
 PAPER_RUN = (
     "replay --family bimodal --requests 24 --max-active 8 --steps 48 --seed 20260623 --device rtx3060 "
@@ -60,7 +62,7 @@ def test_tables():
 def test_devices():
     done = pkvsim("devices")
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("rtx3060", "h200", "302", "4,634", "b200", "~7,580", "datasheet only"):
+    for text in ("rtx3060", "h200", "302", f"{DEVICES['h200'].beta_gb_s:,.0f}", "b200", "~7,580", "datasheet only"):
         assert text in done.stdout
     done = pkvsim("devices", "rtx3060", "h200")
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,10 +22,6 @@ STEPS = Path(__file__).parent / "data" / "h200_steps.csv"
 H200 = get_device("h200")
 CLOCKS = ("event", "wall")
 
-pytestmark = pytest.mark.skipif(
-    not H200.routes["balanced"].isolated_us, reason="needs an H200 calibrated on steps timed alone"
-)
-
 
 @cache
 def held_out():
