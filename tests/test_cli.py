@@ -66,7 +66,7 @@ def test_devices():
         assert text in done.stdout
     done = pkvsim("devices", "rtx3060", "h200")
     assert (done.returncode, done.stderr) == (0, "")
-    for text in ("rtx3060", "h200", "302", "4634", "calibrated", "datasheet", "2606.26666"):
+    for text in ("rtx3060", "h200", "302", f"{DEVICES['h200'].beta_gb_s:g}", "calibrated", "datasheet", "2606.26666"):
         assert text in done.stdout
     done = pkvsim("devices", "l4", "--json")
     assert [device["name"] for device in json.loads(done.stdout)] == ["l4"]
