@@ -83,7 +83,7 @@ class CacheWriter:
         Returns q_out, or None without q. Raises ValueError naming the argument, before any launch.
         """
         if v_pages is None:
-            k_pages, v_pages = self._split(k_pages)
+            k_pages, v_pages = arrays.split_combined(k_pages)
         k_number, k_scales = checks.split_scale("k_scale", k_scale, self.kv_dtype)
         v_number, v_scales = checks.split_scale("v_scale", v_scale, self.kv_dtype)
         if self.kv_dtype == "int8":
@@ -93,8 +93,7 @@ class CacheWriter:
         q_out = q if q_out is None else q_out
         given = k_new, v_new, k_pages, v_pages, seq_lens, block_table, token_offsets, q, q_out, k_scales, v_scales
         marks = [arrays.fingerprint(array) for array in given]
-        # An array that is not on a GPU has no key: its type keeps it apart from None.
-        keys = [type(array) if key is None else key for array, (_, key) in zip(given, marks)]
+        keys = [key for _, key in marks]
         if keys != self._checked:
             self._check(*given)
             self._checked = keys
@@ -110,13 +109,6 @@ class CacheWriter:
             self._kernel(self._grid, (*pointers, *self._sizes, factor, k_number, v_number),
                          arrays.current_stream(self._library, self.device_id))
         return q_out
-
-    def _split(self, combined: object) -> tuple[object, object]:
-        arrays.view("k_pages", combined)
-        if len(combined.shape) != 5 or combined.shape[1] != 2:
-            raise ValueError(f"v_pages: expected pages, or a combined k_pages [num_pages, 2, ...], got None and "
-                             f"{list(combined.shape)}")
-        return combined[:, 0], combined[:, 1]
 
     def _check(self, *given: object) -> None:
         """Checks a step's arrays and notes what the launches of all such steps have in common."""

@@ -22,7 +22,6 @@ SCHEDULES = ("balanced", "workqueue", "split", "auto")
 ARGUMENTS = "[ppppppppppqqiiiiiiiiiff]"  # pkv::DecodeArguments in cuda_src/attend.cuh
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
-MAX_COST = 2**31  # the planner counts tiles in 32 bits
 
 
 @dataclass(slots=True)
@@ -51,10 +50,10 @@ class DecodeEngine:
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int = MIN_COST,
-                 part_cost: int | None = None, variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
-                 layers: int = 1) -> None:
+                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
+                 min_cost: int = MIN_COST, part_cost: int | None = None, variant: tuple[int, int] | None = None,
+                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None,
+                 device: DeviceSpec | str | None = None, layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
@@ -88,7 +87,7 @@ class DecodeEngine:
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
         self.part_cost = check_int(
             "part_cost", engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost, 0, MAX_PART_COST)
-        self._scale = scale if scale is not None else shape.head_dim**-0.5
+        self._scale = checks.check_scale(scale) if scale is not None else shape.head_dim**-0.5
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
@@ -141,16 +140,15 @@ class DecodeEngine:
         if self.schedule != "balanced" or lens.device < 0 or validate:
             host_lens = arrays.to_host("seq_lens", seq_lens)
             checks.check_lengths(host_lens, self.shape, max_pages)
-        tiles = batch * self._heads.num_kv_heads * (-(-max_pages * self.shape.page_size // TILE_TOKENS) + self.segment_cost)
-        if tiles >= MAX_COST:
-            raise ValueError(f"block_table: expected room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all "
-                             f"rows and KV heads, got {tiles}")
+        checks.check_room(table, self._heads, segment_cost=self.segment_cost)
         library = "torch" if "torch" in (lens.library, table.library) else self._library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
             lens_array, lens_address = arrays.to_gpu("seq_lens", seq_lens)
             table_array, table_address = arrays.to_gpu("block_table", block_table)
-            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages,
+            # A copy of a table on the host is contiguous, whatever the table was a view of.
+            stride = table.strides[0] if table.device >= 0 and batch > 1 else max_pages
+            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, stride,
                          min(MAX_TOKENS, max_pages * self.shape.page_size))
             if self.schedule != "balanced":
                 schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits, tile_tokens=self.tile_tokens,
@@ -180,22 +178,21 @@ class DecodeEngine:
         k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]; NHD has the axes its way. CuPy or
         torch, all alike. out like q and lse [batch_size, num_q_heads] float32 (natural log) are made when not given. Rows
         of length 0 give zeros and -inf. Returns (out, lse).
-        scale: of the logits of this run. sinks [num_q_heads] float32 on the GPU, with options.sinks. With
-        options.query_tokens = n > 1, q, out and lse have an axis [batch_size, n, ..], and query_lens [batch_size] int32
-        on the GPU may say how many of the n a row has, the first ones; outputs of the others are left as they were.
+        scale: of the logits of this run, a finite number. With a routed schedule="auto" all runs have the constructor's.
+        sinks [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse
+        have an axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row
+        has, the first ones; outputs of the others are left as they were.
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
         if self.router is not None:
+            checks.check_routed(scale=scale, sinks=sinks, query_lens=query_lens)
             return self.router.run(q, k_pages, v_pages, out=out, lse=lse)
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
         if v_pages is None:
-            arrays.view("k_pages", k_pages)
-            if len(k_pages.shape) != 5 or k_pages.shape[1] != 2:
-                raise ValueError(f"v_pages: expected pages, or a combined k_pages [num_pages, 2, ...], got None and {list(k_pages.shape)}")
-            k_pages, v_pages = k_pages[:, 0], k_pages[:, 1]
+            k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:
             described = arrays.view("q", q)
             shape = (*described.shape[:-1], self.options.value_dim(self.shape))
@@ -212,7 +209,7 @@ class DecodeEngine:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
             plan.unchecked_ids = None
         stream = arrays.current_stream(self._library, self.device_id)
-        scale = self._scale if scale is None else scale
+        scale = self._scale if scale is None else checks.check_scale(scale)
         cap = self.options.soft_cap
         scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
         given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at, self._partials.data.ptr,

@@ -190,7 +190,7 @@ class FlashInferEngine:
         if lse is not None and self.backend == "xqa":
             raise ValueError("lse: expected None on route xqa, which gives no LSE")
         if v_pages is None:
-            k_pages, v_pages = k_pages[:, 0], k_pages[:, 1]
+            k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None:
             described = arrays.view("q", q)
             out = arrays.empty_like(q, described, described.shape, self.dtype)
@@ -215,10 +215,11 @@ def _torch_on_stream(library: str | None, device: int) -> Iterator[torch.cuda.St
     """Makes torch work on CuPy's current stream where the caller's arrays are CuPy's."""
     import torch
 
-    handle = arrays.current_stream("cupy", device) if library == "cupy" else 0
-    if not handle:
+    if library != "cupy":
         yield torch.cuda.current_stream(device)
         return
-    stream = torch.cuda.ExternalStream(handle)
+    handle = arrays.current_stream("cupy", device)
+    # CuPy's null stream is torch's default one, which need not be torch's current one.
+    stream = torch.cuda.ExternalStream(handle, device=device) if handle else torch.cuda.default_stream(device)
     with torch.cuda.stream(stream):  # which itself yields nothing
         yield stream

@@ -1,11 +1,18 @@
 """Checks on what reaches the engine. Every failure is a ValueError that names the argument, before any launch."""
 from __future__ import annotations
 
+import math
+import numbers
+
 import numpy as np
 
 from gpu.arrays import ArrayView
+from gpu.config import TILE_TOKENS
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
+
+
+MAX_COST = 2**31  # the planner counts tiles in 32 bits
 
 
 def _expect(name: str, expected: str, got: object, ok: bool) -> None:
@@ -34,6 +41,27 @@ def check_plan(seq_lens: ArrayView, block_table: ArrayView, device: int) -> None
             block_table.strides[1] == 1 or block_table.shape[1] <= 1)
     for name, array in (("seq_lens", seq_lens), ("block_table", block_table)):
         _expect(name, f"an array on the host or on cuda:{device}", array, array.device in (-1, device))
+
+
+def check_room(block_table: ArrayView, heads: DecodeShape, *, segment_cost: int) -> None:
+    """Rows as long as the table has room for are a cost that the planner can count."""
+    batch, max_pages = block_table.shape
+    tiles = batch * heads.num_kv_heads * (-(-max_pages * heads.page_size // TILE_TOKENS) + segment_cost)
+    _expect("block_table", f"room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all rows and KV heads",
+            tiles, tiles < MAX_COST)
+
+
+def check_scale(scale: object) -> float:
+    """The scale of the logits: a finite number on the host."""
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    return float(scale)
+
+
+def check_routed(**given: object) -> None:
+    """Arguments of run() that a route need not serve, by name."""
+    for name, value in given.items():
+        _expect(name, "None with schedule='auto', whose routes need not serve it", type(value).__name__, value is None)
 
 
 def check_page_ids(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, num_pages: int) -> None:

@@ -139,6 +139,17 @@ def test_device_plan_with_a_window() -> None:
     np.testing.assert_array_equal(offsets, wanted.cta_offsets)
 
 
+def test_what_is_not_on_the_gpu_is_refused_after_a_step_without_it() -> None:
+    shape, options = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16), AttentionOptions(query_tokens=2)
+    arrays = step(shape, options, "float16")
+    engine = DecodeEngine(shape, options=options)
+    run(engine, arrays)
+    for counts in (np.ones(len(LENGTHS), np.int32), torch.ones(len(LENGTHS), dtype=torch.int32), [1] * len(LENGTHS)):
+        with pytest.raises(ValueError, match="^query_lens"):
+            run(engine, arrays, query_lens=counts)
+    run(engine, arrays)
+
+
 @pytest.mark.parametrize("options,more,named", [
     (AttentionOptions(), {"sinks": True}, "sinks"), (AttentionOptions(sinks=True), {}, "sinks"), (AttentionOptions(), {"query_lens": True}, "query_lens")])
 def test_what_the_options_do_not_say_is_refused(options, more, named) -> None:

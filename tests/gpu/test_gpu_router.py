@@ -99,6 +99,23 @@ def test_auto_takes_the_policys_route(case: Case) -> None:
     agrees(case, *engine.run(case.q, case.k_pages, case.v_pages))
 
 
+def test_auto_refuses_what_its_routes_need_not_serve(case: Case) -> None:
+    engine = DecodeEngine(SHAPE, schedule="auto", device=H200)
+    engine.plan(case.seq_lens, case.block_table)
+    for name, given in (("scale", 0.5), ("sinks", torch.zeros(SHAPE.num_q_heads, device="cuda"))):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            engine.run(case.q, case.k_pages, case.v_pages, **{name: given})
+    agrees(case, *engine.run(case.q, case.k_pages, case.v_pages))
+
+
+def test_cupys_null_stream_is_not_torchs_current_one() -> None:
+    cupy = pytest.importorskip("cupy")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        with cupy.cuda.Stream.null, routes._torch_on_stream("cupy", 0) as stream:
+            assert stream.cuda_stream == 0 and torch.cuda.current_stream().cuda_stream == 0
+        assert torch.cuda.current_stream().cuda_stream != 0
+
+
 def test_auto_keeps_empty_rows_on_our_routes() -> None:
     """With poison everywhere else, which our routes never read."""
     made = make_case(SHAPE, (0, 5000, 0, 17, 900))
