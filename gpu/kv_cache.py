@@ -69,7 +69,10 @@ class PagedKVCache:
         self._stale = True
 
     def reserve(self, rows: object, counts: object) -> np.ndarray:
-        """Lengthens rows [n] by counts [n] tokens, which CacheWriter.append then writes. Returns the old lengths [n]."""
+        """Lengthens rows [n] by counts [n] tokens, which CacheWriter.append then writes; returns the old lengths [n].
+
+        Raises ValueError and changes nothing where rows or pages do not fit.
+        """
         old = self._pages.extend(np.asarray(rows), np.asarray(counts))
         self._stale = True
         return old

@@ -65,7 +65,7 @@ class Device:
         engine.run(self.q, self.cache.k_pages, self.cache.v_pages, out=self.out, lse=self.lse)
 
     def graph(self, kind: str, window: int | None) -> object:
-        """The captured step: "decode", or "append" before it. To be called with the step's tables and tokens in place."""
+        """The captured step: "decode", or "append" before it. The step's tables and tokens must be in place."""
         def body() -> None:
             if kind == "append":
                 self.append(ragged=False)
