@@ -13,7 +13,7 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
-    """Imports CuPy or torch only when what needs them is asked for, so that CPU tools can use the rest of the package."""
+    """Imports CuPy or torch only when what needs them is asked for: CPU tools use the rest of the package."""
     if name not in _HOMES:
         raise AttributeError(f"module 'gpu' has no attribute {name!r}")
     import importlib

@@ -9,13 +9,9 @@ from gpu import validate
 from gpu.append_config import CACHE_TYPES, FP8_TYPES, LANE_ELEMENTS, LAYOUTS, MAX_HEAD_DIM, AppendViews, argument_name
 from gpu.arrays import ArrayView
 from gpu.config import DTYPES
+from gpu.validate import expect
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope
-
-
-def expect(name: str, expected: str, got: object, ok: bool) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_writer(shape: DecodeShape, dtype: str, *, kv_dtype: str, layout: str, head_dim_v: int, rope: Rope | None,

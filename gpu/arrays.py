@@ -54,7 +54,8 @@ def view(name: str, array: object) -> ArrayView:
                          array.stride())
     if isinstance(array, np.ndarray):
         size = array.itemsize
-        return ArrayView(array.ctypes.data, "numpy", -1, array.dtype.name, array.shape, tuple(s // size for s in array.strides))
+        return ArrayView(array.ctypes.data, "numpy", -1, array.dtype.name, array.shape,
+                         tuple(s // size for s in array.strides))
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         size = array.itemsize

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from gpu.flashinfer_arguments import dtype_of, name_of, pages_of
 from gpu.page_tables import StepTables
 from gpu.refusals import check_served
 from pkvsim import DecodeShape
@@ -101,18 +102,18 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """
         if pos_encoding_mode not in POS_ENCODING_MODES:
             raise KeyError(f"pos_encoding_mode: expected one of {POS_ENCODING_MODES}, got {pos_encoding_mode!r}")
-        q_dtype = _dtype(q_data_type if q_data_type is not None else data_type)
-        kv_dtype = _dtype(next((given for given in (kv_data_type, data_type) if given is not None), q_dtype))
-        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("q_data_type", _name(q_dtype)),
-                            ("kv_data_type", _name(kv_dtype)), ("fixed_split_size", fixed_split_size),
+        q_dtype = dtype_of(q_data_type if q_data_type is not None else data_type)
+        kv_dtype = dtype_of(next((given for given in (kv_data_type, data_type) if given is not None), q_dtype))
+        for name, value in (("pos_encoding_mode", pos_encoding_mode), ("q_data_type", name_of(q_dtype)),
+                            ("kv_data_type", name_of(kv_dtype)), ("fixed_split_size", fixed_split_size),
                             ("disable_split_kv", disable_split_kv), ("q_len_per_req", q_len_per_req),
                             ("window_right", window_right)):
             check_served(name, value)
         self._check_q_len(q_len_per_req, is_causal)
-        o_dtype = q_dtype if o_data_type is None else _dtype(o_data_type)
+        o_dtype = q_dtype if o_data_type is None else dtype_of(o_data_type)
         for name, given in (("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
             if given != q_dtype:
-                raise NotImplementedError(f"{name}: expected q_data_type {_name(q_dtype)}, got {_name(given)}")
+                raise NotImplementedError(f"{name}: expected q_data_type {name_of(q_dtype)}, got {name_of(given)}")
         shape = DecodeShape(num_qo_heads, num_kv_heads, head_dim, page_size)
         self._tables.update(indptr, indices, last_page_len, page_size, device=self.device, non_blocking=non_blocking,
                             max_pages=None if block_tables is None else block_tables.shape[1])
@@ -154,10 +155,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
                                      ("q_len_per_req", q_len_per_req, self._q_len)):
             if given is not None and given != planned:
                 raise ValueError(f"{name}: expected plan()'s {planned}, got {given}")
-        k_pages, v_pages = _pages(paged_kv_cache, self._kv_layout)
+        k_pages, v_pages = pages_of(paged_kv_cache, self._kv_layout)
         for name, array in (("q", q), ("k", k_pages), ("v", v_pages)):
             if array.dtype != self._dtype:
-                raise ValueError(f"{name}: expected plan()'s {_name(self._dtype)}, got {_name(array.dtype)}")
+                raise ValueError(f"{name}: expected plan()'s {name_of(self._dtype)}, got {name_of(array.dtype)}")
         rows = len(self._tables.seq_lens), self._q_len
         if q.shape[0] != rows[0] * rows[1]:
             raise ValueError(f"q: expected {rows[0]} rows of {rows[1]} tokens, got {q.shape[0]} tokens")
@@ -216,7 +217,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                                    soft_cap=cap if cap is not None and cap > 0 else None, query_tokens=self._q_len)
         engine = self._engines.get(options)
         if engine is None:
-            engine = self._engines[options] = self._make_engine(self._shape, _name(self._dtype), options)
+            engine = self._engines[options] = self._make_engine(self._shape, name_of(self._dtype), options)
         if options not in self._planned:
             engine.plan(self._tables.seq_lens, self._tables.block_table)
             self._planned.add(options)
@@ -235,32 +236,3 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
                  last_page_len_buffer: torch.Tensor, kv_layout: str = "NHD", use_tensor_cores: bool = False) -> None:
         super().__init__(workspace_buffer, kv_layout, True, use_tensor_cores, indptr_buffer, indices_buffer,
                          last_page_len_buffer)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype(given: str | torch.dtype | None) -> torch.dtype:
-    if isinstance(given, torch.dtype):
-        return given
-    if isinstance(given, str):
-        return getattr(torch, given)
-    raise TypeError(f"q_data_type: expected a string or torch.dtype, got {type(given).__name__}")
-
-
-def _pages(
-    cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor], kv_layout: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(K, V) as views [num_pages, num_kv_heads, page_size, head_dim]; pages of one token may leave its axis out."""
-    if not isinstance(cache, (tuple, torch.Tensor)):
-        raise KeyError(f"paged_kv_cache: expected a tensor or a pair of tensors, got {type(cache).__name__}")
-    token_axis = -2 if kv_layout == "HND" else -3
-    views = []
-    for pages in cache if isinstance(cache, tuple) else cache.unbind(1):
-        if pages.dim() not in (3, 4):
-            raise ValueError(f"paged_kv_cache: expected pages of 4 axes each of K and V, got {list(pages.shape)}")
-        pages = pages if pages.dim() == 4 else pages.unsqueeze(token_axis)
-        views.append(pages if kv_layout == "HND" else pages.transpose(-3, -2))
-    k_pages, v_pages = views
-    return k_pages, v_pages

@@ -55,8 +55,8 @@ class Calibrator:
     def steps(self, cell: CalibrationCell) -> dict[Timed, StepTimes]:
         """Whole steps of everything that the cell times, alone on the GPU, by (route, splits). Raises as measure does.
 
-        To be called of all cells before any is measured: FlashInfer's planning grew from 180 to 530 us over the
-        graphs of a whole calibration, and stayed at 200 in as long a process that captured none.
+        To be called of all cells before any is measured: FlashInfer's planning takes 530 us, not 180, in a process
+        that captured the graphs of a whole calibration.
         """
         found = {}
         for case in self._cases(cell):

@@ -1,7 +1,7 @@
 """DecodeEngine: paged decode attention on the GPU, under any of the schedules of pkvsim.schedule."""
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import cupy
 import numpy as np
@@ -10,8 +10,9 @@ from gpu import arrays
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.kernels import load_kernel
-from gpu.task_list import TaskList, read_device_tasks, upload_tasks
+from gpu.plan import Plan
 from gpu.router import Router
+from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
@@ -22,20 +23,6 @@ SCHEDULES = ("balanced", "workqueue", "split", "auto")
 ARGUMENTS = "[ppppppppppqqiiiiiiiiiff]"  # pkv::DecodeArguments in cuda_src/attend.cuh
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What plan() leaves for run(). `arrays` keeps seq_lens and block_table alive behind their addresses."""
-
-    arrays: tuple
-    seq_lens: int  # address, [batch_size] int32
-    block_table: int  # address, [batch_size, table_stride] int32
-    batch_size: int
-    table_stride: int
-    max_tokens: int  # that the table has room for; lengths beyond are cut to it
-    task_list: TaskList | None = None
-    unchecked_ids: tuple | None = None  # (block_table, seq_lens) on the host, to check at the next run
 
 
 class DecodeEngine:
@@ -58,8 +45,9 @@ class DecodeEngine:
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
-        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages) of
-        the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default head_dim ** -0.5.
+        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
+        of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
+        head_dim ** -0.5.
         options: windows, sinks and the like. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD",
         [page_size, num_kv_heads, head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
@@ -81,21 +69,23 @@ class DecodeEngine:
         # What the kernels take for KV heads: the parts of each, where its group is split.
         self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
         self.device_id = current.id
-        self.num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
+        num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else num_ctas
+        self.num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
-        self.part_cost = check_int(
-            "part_cost", engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost, 0, MAX_PART_COST)
+        part_cost = engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost
+        self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
         self._scale = checks.check_scale(scale) if scale is not None else shape.head_dim**-0.5
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
         self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
-        self.router = Router(shape, dtype, device=device, layers=layers, scale=scale) if self.schedule == "auto" else None
-        if self.router is not None:
+        self.router: Router | None = None
+        if self.schedule == "auto":
+            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale)
             return  # the routes have engines of their own
         defines, threads = self.config.defines(), self.config.threads
         shared = self.config.shared_bytes
@@ -111,7 +101,8 @@ class DecodeEngine:
             self._merge = load_kernel("merge.cu", "pkv_merge", "ppppppp", defines, threads=threads, overlap=overlap)
             self._partials = None
 
-    def plan(self, seq_lens: object, block_table: object, *, validate: bool = False, host_seq_lens: object = None) -> None:
+    def plan(self, seq_lens: object, block_table: object, *, validate: bool = False,
+             host_seq_lens: object = None) -> None:
         """Prepares a step.
 
         seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32: NumPy, CuPy or torch. Arrays on the
@@ -129,7 +120,8 @@ class DecodeEngine:
         key = lens_key, table_key
         if key == self._checked_plan and not validate:
             old = self._plan  # device arrays of a known layout: only where they are can have changed
-            self._plan = _Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride, old.max_tokens)
+            self._plan = Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride,
+                              old.max_tokens)
             return
         if isinstance(seq_lens, (list, tuple)):
             seq_lens = check_seq_lens(seq_lens)
@@ -148,11 +140,11 @@ class DecodeEngine:
             table_array, table_address = arrays.to_gpu("block_table", block_table)
             # A copy of a table on the host is contiguous, whatever the table was a view of.
             stride = table.strides[0] if table.device >= 0 and batch > 1 else max_pages
-            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, stride,
-                         min(MAX_TOKENS, max_pages * self.shape.page_size))
+            plan = Plan((lens_array, table_array), lens_address, table_address, batch, stride,
+                        min(MAX_TOKENS, max_pages * self.shape.page_size))
             if self.schedule != "balanced":
-                schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits, tile_tokens=self.tile_tokens,
-                                         window=self.options.reach)
+                schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits,
+                                         tile_tokens=self.tile_tokens, window=self.options.reach)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
             if self._library is None:
@@ -176,12 +168,12 @@ class DecodeEngine:
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
         k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]; NHD has the axes its way. CuPy or
-        torch, all alike. out like q and lse [batch_size, num_q_heads] float32 (natural log) are made when not given. Rows
-        of length 0 give zeros and -inf. Returns (out, lse).
-        scale: of the logits of this run, a finite number. With a routed schedule="auto" all runs have the constructor's.
-        sinks [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse
-        have an axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row
-        has, the first ones; outputs of the others are left as they were.
+        torch, all alike. out like q and lse [batch_size, num_q_heads] float32 (natural log) are made when not given.
+        Rows of length 0 give zeros and -inf. Returns (out, lse).
+        scale: of the logits of this run, a finite number; a routed schedule="auto" has the constructor's alone. sinks
+        [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse have an
+        axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row has, the
+        first ones; outputs of the others are left as they were.
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
@@ -212,8 +204,8 @@ class DecodeEngine:
         scale = self._scale if scale is None else checks.check_scale(scale)
         cap = self.options.soft_cap
         scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
-        given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at, self._partials.data.ptr,
-                 *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.table_stride, self._num_pages,
+        given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at,
+                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.table_stride, self._num_pages,
                  self.options.window or 0, scale, cap)
         if plan.task_list is None:
             costs = self.segment_cost, self.min_cost, self.part_cost
@@ -234,15 +226,17 @@ class DecodeEngine:
         if self._plan is not None:
             self._plan.arrays = ()
 
-    def _check_run(self, plan: _Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
+    def _check_run(self, plan: Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
                    sinks: object, query_lens: object) -> None:
-        named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks, "query_lens": query_lens}
+        named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
+                 "query_lens": query_lens}
         views = {name: arrays.view(name, array) for name, array in named.items() if array is not None}
         checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
         k, v = views["k_pages"], views["v_pages"]
         self._library, self._num_pages = k.library, k.shape[0]
         head, token = (1, 2) if self.layout == "HND" else (2, 1)
-        self._page_layout = k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head], v.strides[token]
+        self._page_layout = (k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head],
+                             v.strides[token])
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises.

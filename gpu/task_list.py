@@ -1,4 +1,4 @@
-"""Task lists on the GPU: the schedules planned on the host as it reads them, and the one that it plans as it lists it."""
+"""Task lists on the GPU: host-planned schedules as it reads them, and the one that it plans as it lists it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -52,7 +52,8 @@ def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: 
     seq_lens: address of [batch_size] int32; costs: segment_cost, min_cost, part_cost; reach: AttentionOptions.reach.
     Raises ValueError when a range has more than max_tasks.
     """
-    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiipip", {"WINDOWED": int(reach is not None)}, threads=32)
+    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiipip", {"WINDOWED": int(reach is not None)},
+                         threads=32)
     listed = cupy.empty((num_ctas, max_tasks, 5), dtype=cupy.int32)
     counts = cupy.empty(num_ctas, dtype=cupy.int32)
     kernel(num_ctas, (seq_lens, batch_size, num_kv_heads, *costs, max_tokens, reach or 0, listed.data.ptr, max_tasks,
@@ -61,6 +62,6 @@ def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: 
     if counts.max(initial=0) > max_tasks:
         raise ValueError(f"max_tasks: expected at least {int(counts.max())}, got {max_tasks}")
     counts = counts[:max(1, len(np.trim_zeros(counts, "b")))]  # CTAs past the last range idle
-    rows = np.concatenate([block[:n] for block, n in zip(listed.get(), counts)]) if counts.sum() else np.empty((0, 5), np.int32)
+    rows = np.concatenate([np.empty((0, 5), np.int32), *(block[:n] for block, n in zip(listed.get(), counts))])
     tasks = np.ascontiguousarray(rows).view(TASK_DTYPE).reshape(-1)
     return tasks, np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

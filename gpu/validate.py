@@ -15,7 +15,8 @@ from pkvsim.options import AttentionOptions
 MAX_COST = 2**31  # the planner counts tiles in 32 bits
 
 
-def _expect(name: str, expected: str, got: object, ok: bool) -> None:
+def expect(name: str, expected: str, got: object, ok: bool) -> None:
+    """Raises ValueError naming the argument unless ok."""
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -25,30 +26,31 @@ def check_lengths(seq_lens: np.ndarray, shape: DecodeShape, max_pages: int) -> N
     if seq_lens.size == 0:
         return
     low, high, limit = int(seq_lens.min()), int(seq_lens.max()), max_pages * shape.page_size
-    _expect("seq_lens", "no negative length", low, low >= 0)
-    _expect("seq_lens", f"at most {limit} tokens (block_table has {max_pages} pages of {shape.page_size})", high, high <= limit)
+    expect("seq_lens", "no negative length", low, low >= 0)
+    expect("seq_lens", f"at most {limit} tokens (block_table has {max_pages} pages of {shape.page_size})", high,
+           high <= limit)
 
 
 def check_plan(seq_lens: ArrayView, block_table: ArrayView, device: int) -> None:
     """Shapes and dtypes of the plan's two arrays."""
-    _expect("seq_lens", "int32 [batch_size]", seq_lens, seq_lens.dtype == "int32" and len(seq_lens.shape) == 1)
+    expect("seq_lens", "int32 [batch_size]", seq_lens, seq_lens.dtype == "int32" and len(seq_lens.shape) == 1)
     batch = seq_lens.shape[0]
-    _expect("seq_lens", "at least one row", seq_lens, batch > 0)
-    _expect("block_table", f"int32 [{batch}, max_pages]", block_table,
-            block_table.dtype == "int32" and len(block_table.shape) == 2 and block_table.shape[0] == batch)
-    _expect("seq_lens", "contiguous", f"strides {seq_lens.strides}", seq_lens.strides == (1,) or batch == 1)
-    _expect("block_table", "contiguous rows", f"strides {block_table.strides}",
-            block_table.strides[1] == 1 or block_table.shape[1] <= 1)
+    expect("seq_lens", "at least one row", seq_lens, batch > 0)
+    expect("block_table", f"int32 [{batch}, max_pages]", block_table,
+           block_table.dtype == "int32" and len(block_table.shape) == 2 and block_table.shape[0] == batch)
+    expect("seq_lens", "contiguous", f"strides {seq_lens.strides}", seq_lens.strides == (1,) or batch == 1)
+    expect("block_table", "contiguous rows", f"strides {block_table.strides}",
+           block_table.strides[1] == 1 or block_table.shape[1] <= 1)
     for name, array in (("seq_lens", seq_lens), ("block_table", block_table)):
-        _expect(name, f"an array on the host or on cuda:{device}", array, array.device in (-1, device))
+        expect(name, f"an array on the host or on cuda:{device}", array, array.device in (-1, device))
 
 
 def check_room(block_table: ArrayView, heads: DecodeShape, *, segment_cost: int) -> None:
     """Rows as long as the table has room for are a cost that the planner can count."""
     batch, max_pages = block_table.shape
     tiles = batch * heads.num_kv_heads * (-(-max_pages * heads.page_size // TILE_TOKENS) + segment_cost)
-    _expect("block_table", f"room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all rows and KV heads",
-            tiles, tiles < MAX_COST)
+    expect("block_table", f"room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all rows and KV heads",
+           tiles, tiles < MAX_COST)
 
 
 def check_scale(scale: object) -> float:
@@ -61,7 +63,7 @@ def check_scale(scale: object) -> float:
 def check_routed(**given: object) -> None:
     """Arguments of run() that a route need not serve, by name."""
     for name, value in given.items():
-        _expect(name, "None with schedule='auto', whose routes need not serve it", type(value).__name__, value is None)
+        expect(name, "None with schedule='auto', whose routes need not serve it", type(value).__name__, value is None)
 
 
 def check_page_ids(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, num_pages: int) -> None:
@@ -85,31 +87,31 @@ def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout:
         array = given.get(name)
         if array is None:
             continue
-        _expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
-        _expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
-    _expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
-            ("sinks" in given) == options.sinks)
-    _expect("query_lens", "None with one query token per row", given.get("query_lens"),
-            options.query_tokens > 1 or "query_lens" not in given)
+        expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
+        expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
+    expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
+           ("sinks" in given) == options.sinks)
+    expect("query_lens", "None with one query token per row", given.get("query_lens"),
+           options.query_tokens > 1 or "query_lens" not in given)
     for name, head_dim in (("k_pages", shape.head_dim), ("v_pages", v_dim)):
         _check_pages(name, given[name], shape, head_dim, dtype, layout)
     k, v = given["k_pages"], given["v_pages"]
-    _expect("v_pages", f"the page count of k_pages, {k.shape[0]}", v.shape[0], v.shape[0] == k.shape[0])
+    expect("v_pages", f"the page count of k_pages, {k.shape[0]}", v.shape[0], v.shape[0] == k.shape[0])
     library = given["q"].library
     for name, array in given.items():
-        _expect(name, f"an array on cuda:{device}", array, array.device == device)
-        _expect(name, f"an array of the same library as q ({library})", array.library, array.library == library)
+        expect(name, f"an array on cuda:{device}", array, array.device == device)
+        expect(name, f"an array of the same library as q ({library})", array.library, array.library == library)
 
 
 def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int, dtype: str, layout: str) -> None:
     inner = (shape.num_kv_heads, shape.page_size) if layout == "HND" else (shape.page_size, shape.num_kv_heads)
-    _expect(name, f"{dtype} [num_pages, {', '.join(map(str, (*inner, head_dim)))}] ({layout})", pages,
-            pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
-    _expect(name, "a contiguous last axis", f"strides {pages.strides}", pages.strides[3] == 1)
-    _expect(name, "other strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
-            all(stride % 8 == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
-    _expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
-            all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
+    expect(name, f"{dtype} [num_pages, {', '.join(map(str, (*inner, head_dim)))}] ({layout})", pages,
+           pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
+    expect(name, "a contiguous last axis", f"strides {pages.strides}", pages.strides[3] == 1)
+    expect(name, "other strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
+           all(stride % 8 == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
+    expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
+           all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
 
 
 def _contiguous(array: ArrayView) -> bool:

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 from torch_paged import TorchEngine, paged_attention
 
-from gpu import batch_decode
+from gpu import batch_decode, flashinfer_arguments
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
@@ -228,14 +228,14 @@ def test_nhd_pages_reach_the_engine_as_views() -> None:
     wrapper.plan(*step.csr, *HEADS.values())
     nhd = tuple(pages.transpose(1, 2).contiguous() for pages in (step.k, step.v))
     assert torch.equal(wrapper.run(step.q, nhd), step.expected()[0])
-    k_view, _ = batch_decode._pages(nhd, "NHD")
+    k_view, _ = flashinfer_arguments.pages_of(nhd, "NHD")
     assert k_view.data_ptr() == nhd[0].data_ptr() and k_view.shape == step.k.shape
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 def test_pages_of_one_token_may_leave_its_axis_out(layout) -> None:
     pages = torch.randn(5, 2, 8)
-    k, v = batch_decode._pages((pages, pages), layout)
+    k, v = flashinfer_arguments.pages_of((pages, pages), layout)
     assert k.shape == v.shape == (5, 2, 1, 8) and torch.equal(k[:, :, 0], pages)
 
 
