@@ -15,7 +15,7 @@ import numpy as np
 
 from pkvsim.device import DeviceSpec
 from pkvsim.paper_rules import MIB, paper_time_us
-from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes, step_times
+from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes, step_time, step_times
 from pkvsim.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
 from pkvsim.schedule import Schedule
 from pkvsim.shapes import DecodeShape
@@ -23,7 +23,7 @@ from pkvsim.shapes import DecodeShape
 __all__ = [
     "KV_ELEMENT_BYTES", "MIB", "NUM_CONSTANTS", "OWN_ROUTES", "PLAN", "ROUTES", "RouteModel", "StepCounters",
     "constants_matrix", "flashinfer_counters", "merge_bytes", "paper_price_us", "price_route", "price_routes",
-    "schedule_counters", "step_times", "useful_kv_bytes",
+    "schedule_counters", "step_time", "step_times", "useful_kv_bytes",
 ]  # fmt: skip
 
 KV_ELEMENT_BYTES = 2  # FP16 and BF16

@@ -22,7 +22,7 @@ from pkvsim.pricing_tasks import (
 
 __all__ = [
     "PARTIAL_ELEMENT_BYTES", "PLAN", "price_pinned", "price_route", "price_routes", "price_steps", "row_splits",
-    "sorted_lengths", "step_times",
+    "sorted_lengths", "step_time", "step_times",
 ]  # fmt: skip
 
 
@@ -94,10 +94,16 @@ def step_times(
             ordered = sorted_lengths(seq_lens)
             for row in range(len(ordered)):
                 lengths += row == 0 or ordered[row] != ordered[row - 1]
-        gpu_us[route] = c[ISOLATED] + layers * layer_us[route]
-        waits = max(0.0, (layers - 1) * (c[RUN] - layer_us[route]))
-        plan = c[PLAN] + rows * c[PLAN_ROW] + max(0, lengths - 1) * c[PLAN_LENGTH]
-        host_us[route] = plan + c[HOST] + waits
+        gpu_us[route], host_us[route] = step_time(c, rows, lengths, layers, layer_us[route])
+
+
+@compiled
+def step_time(c: np.ndarray, rows: int, lengths: int, layers: int, layer_us: float) -> tuple[float, float]:
+    """step_times of one route: (gpu_us, host_us). rows: those with tokens; lengths: distinct ones among them, which only
+    a route with plan_length_us looks at; layer_us: kernel time of a layer that follows another."""
+    waits = max(0.0, (layers - 1) * (c[RUN] - layer_us))
+    plan = c[PLAN] + rows * c[PLAN_ROW] + max(0, lengths - 1) * c[PLAN_LENGTH]
+    return c[ISOLATED] + layers * layer_us, plan + c[HOST] + waits
 
 
 @compiled

@@ -62,7 +62,7 @@ def simulate(
     )
     attention = attention_costs(model, device, policy, config)
     linear_us = linear_table_us(model, device, config)
-    state = new_state(len(trace), len(attention.plan_us), limits, page_pool(blocks, num_pages))
+    state = new_state(len(trace), len(attention.constants), limits, page_pool(blocks, num_pages))
     total = int(trace.output_tokens[work.rejected == SERVED].sum())
     done = False
     while not done:

@@ -1,4 +1,9 @@
-"""Attention in the serving loop: which route decode takes and what it costs, and what prefill costs. Compiled."""
+"""Attention in the serving loop: which route decode takes and what it costs, and what prefill costs. Compiled.
+
+A decode step's layers cost what CalibratedPolicy.decide(layers=) says of them, by the wall clock: planning, the first
+layer alone, and for every further one its kernel or the host's time to issue it, whichever is longer. The rest of the
+layer, which would hide some of that time, does not: see ServingConfig.graphs for a server that issues nothing.
+"""
 from __future__ import annotations
 
 import math
@@ -6,8 +11,9 @@ import math
 import numpy as np
 
 from pkvsim.paper_rules import FLASHINFER, paper_choice
-from pkvsim.pricing import price_route
+from pkvsim.pricing import price_route, step_time
 from pkvsim.numba_cache import inner
+from pkvsim.pricing_base import BANDWIDTH
 from pkvsim.serving_state import DECODE_STEPS, DECODING, PAPER, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 
@@ -49,14 +55,17 @@ def attend(attention, state):
 def _route(attention, lens, layers):
     """(route, us, us of the cheapest route, splits of every row or 0) of `layers` layers that see lens [rows]."""
     taken, taken_us, best_us = -1, math.inf, math.inf
-    for route in range(len(attention.plan_us)):
-        if math.isinf(attention.plan_us[route]):
+    lengths = 0  # distinct ones: lens are sorted
+    for row in range(len(lens)):
+        lengths += row == 0 or lens[row] != lens[row - 1]
+    for route in range(len(attention.constants)):
+        if math.isnan(attention.constants[route, BANDWIDTH]):
             continue
-        us = _price_us(attention, lens, layers, route, np.int64(0))  # a bare 0 would compile all twice
+        us = _price_us(attention, lens, lengths, layers, route, np.int64(0))  # a bare 0 would compile all twice
         best_us = min(best_us, us)
         if attention.allowed[route]:
             if attention.pinned:
-                us = _price_us(attention, lens, layers, route, attention.pinned)
+                us = _price_us(attention, lens, lengths, layers, route, attention.pinned)
             if us < taken_us:
                 taken, taken_us = route, us
     splits = attention.pinned
@@ -67,18 +76,19 @@ def _route(attention, lens, layers):
         )  # fmt: skip
         splits *= choice != FLASHINFER
         taken = attention.paper_routes[choice]
-        taken_us = _price_us(attention, lens, layers, taken, splits)
+        taken_us = _price_us(attention, lens, lengths, layers, taken, splits)
     return taken, taken_us, best_us, splits
 
 
 @inner
-def _price_us(attention, lens, layers, route, splits):
-    """What `layers` layers cost on a route, host planning included; splits of every row, 0 for the route's own rule."""
-    us, _ = price_route(
+def _price_us(attention, lens, lengths, layers, route, splits):
+    """What `layers` layers cost on a route, the host's part included; splits of every row, 0 for the route's own rule."""
+    layer_us, _ = price_route(
         lens, attention.num_kv_heads, attention.group_size, attention.head_dim, attention.kv_element_bytes,
         attention.num_sms, attention.constants[route], splits,
     )  # fmt: skip
-    return layers * us + attention.plan_us[route]
+    gpu_us, host_us = step_time(attention.constants[route], len(lens), lengths, layers, layer_us)
+    return gpu_us + host_us
 
 
 @inner

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,12 +12,14 @@ from pkvsim.device import DeviceSpec
 from pkvsim.models import ModelSpec, decode_weight_bytes, flops_per_token, kv_bytes_per_token, weight_bytes
 from pkvsim.paper_policy import PaperPolicy
 from pkvsim.paper_rules import PaperRules
+from pkvsim.route_model import RouteModel
 from pkvsim.serving_config import ServingConfig
 from pkvsim.serving_state import CHEAPEST, PAPER, Attention
 
 GIB = 2**30
 FLASHINFER_ROUTES = ("flashinfer_cuda_core", "flashinfer_tensor_core")
 POLICY_ROUTES = {"calibrated": ROUTES, "oracle": ROUTES, "flashinfer": FLASHINFER_ROUTES}
+GRAPH_PLANNED = ("xqa", "balanced")  # read seq_lens on the GPU, so that a captured graph needs no new plan
 POLICIES = ("paper", *POLICY_ROUTES, *ROUTES)
 
 
@@ -79,10 +82,26 @@ def linear_table_us(model: ModelSpec, device: DeviceSpec, config: ServingConfig)
     return np.append(0.0, np.maximum(read_us, flops / (device.fp16_tflops * config.compute_efficiency * 1e6)))
 
 
+def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteModel]:
+    """The device's routes as the server runs them, by name.
+
+    A captured graph issues no layer and waits for nothing but the host's planning, and has none where a route plans on
+    the GPU (balanced) or has nothing to plan (XQA).
+    """
+    models = device_routes(device)
+    if not config.graphs:
+        return models
+    no_plan = {"plan_us": 0.0, "plan_row_us": 0.0, "plan_length_us": 0.0}
+    return {
+        name: replace(model, host_us=0.0, run_us=0.0, **(no_plan if name in GRAPH_PLANNED else {}))
+        for name, model in models.items()
+    }
+
+
 def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> Attention:
     """Constants of attention. ValueError where the device cannot run the policy."""
     check_policies([policy])
-    constants = constants_matrix(device_routes(device))
+    constants = constants_matrix(step_models(device, config))
     known = ~np.isnan(constants[:, PLAN])
     names = POLICY_ROUTES.get(policy, FLASHINFER_ROUTES if policy == "paper" else (policy,))
     allowed = known & np.isin(ROUTES, names)
@@ -101,7 +120,6 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
         kv_element_bytes=KV_ELEMENT_BYTES,
         num_sms=device.num_sms,
         constants=constants,
-        plan_us=np.where(known, constants[:, PLAN], np.inf),
         rule=PAPER if policy == "paper" else CHEAPEST,
         allowed=allowed,
         pinned=config.splits or 0,

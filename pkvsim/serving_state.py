@@ -58,8 +58,7 @@ class Attention(NamedTuple):
     head_dim: int
     kv_element_bytes: int
     num_sms: int
-    constants: np.ndarray  # [R, NUM_CONSTANTS] float64
-    plan_us: np.ndarray  # [R] float64, host planning per step; inf where the GPU has no model of the route
+    constants: np.ndarray  # [R, NUM_CONSTANTS] float64, NaN where the GPU has no model of the route
     rule: int  # CHEAPEST of the allowed routes, or PAPER
     allowed: np.ndarray  # [R] bool
     pinned: int  # splits of every row on the allowed routes, 0: what the route's own rule chooses

@@ -21,6 +21,9 @@ from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import run_tasks
 
 
+PINNABLE = ("buckets", "queue")  # the rules that take pinned splits, as in pricing.price_pinned
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Timeline:
     """One layer's decode kernels of one step on one route.
@@ -44,7 +47,7 @@ class Timeline:
 def simulate(
     model: RouteModel, shape: DecodeShape, seq_lens: Sequence[int] | np.ndarray, *, num_sms: int, splits: int | None = None
 ) -> Timeline:
-    """Runs one step. splits: pinned splits of every row (split and workqueue); None lets the model choose.
+    """Runs one step. splits: pinned splits of every row, which only split and workqueue take; None: the model chooses.
 
     Raises ValueError naming the argument.
     """
@@ -100,7 +103,7 @@ def route_schedule(
             segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
-    if splits is not None:
+    if splits is not None and model.rule in PINNABLE:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile)
     prices, most = np.empty(1), np.zeros(1, np.int64)
     price_pinned(

@@ -7,11 +7,12 @@ import numpy as np
 
 from pkvsim import timeline
 from pkvsim.cost import KV_ELEMENT_BYTES
-from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
 from pkvsim.models import ModelSpec
-from pkvsim.pricing import price_route
-from pkvsim.route_model import ROUTES
+from pkvsim.pricing import price_route, step_times
+from pkvsim.route_model import ROUTES, constants_matrix
+from pkvsim.serving_config import ServingConfig
+from pkvsim.serving_costs import step_models
 from pkvsim.serving_result import StepSample
 
 
@@ -21,30 +22,39 @@ class TimelineCheck:
 
     steps: int
     mean_error: float  # mean of |closed form / timeline - 1|
-    regret: float  # what the routes taken cost above each step's cheapest route, all by timeline, planning included
+    regret: float  # what the routes taken cost above each step's cheapest route, all by timeline, the host's part included
 
 
-def check_timeline(sample: StepSample, model: ModelSpec, device: DeviceSpec, page_size: int) -> TimelineCheck | None:
+def check_timeline(
+    sample: StepSample, model: ModelSpec, device: DeviceSpec, config: ServingConfig
+) -> TimelineCheck | None:
     """Simulates every route of every sampled step; None for a run that never decoded."""
     if not len(sample.rows):
         return None
-    shape, routes = model.shape(page_size), device_routes(device)
-    layers = max(1, model.num_full_layers)
+    shape, routes = model.shape(config.page_size), step_models(device, config)
+    constants = constants_matrix(routes)
+    layers = model.num_full_layers or model.num_sliding_layers
     errors, taken_us, best_us = [], 0.0, 0.0
     for lens, index, splits in sample.steps():
-        step_us = {
-            name: timeline.simulate(entry, shape, lens, num_sms=device.num_sms).makespan_us * layers + entry.plan_us
-            for name, entry in routes.items()
-        }
-        name = ROUTES[index]
-        kernel_us = timeline.simulate(
-            routes[name], shape, lens, num_sms=device.num_sms, splits=splits or None
-        ).makespan_us
+        kernels = np.full(len(ROUTES), np.inf)
+        for name, route in routes.items():
+            kernels[ROUTES.index(name)] = timeline.simulate(route, shape, lens, num_sms=device.num_sms).makespan_us
+        best_us += _step_us(lens, layers, constants, kernels).min()
+        if splits:
+            kernels[index] = timeline.simulate(
+                routes[ROUTES[index]], shape, lens, num_sms=device.num_sms, splits=splits
+            ).makespan_us
+        taken_us += _step_us(lens, layers, constants, kernels)[index]
         closed_us, _ = price_route(
             lens.astype(np.int64), shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES,
-            device.num_sms, routes[name].to_row(), splits,
+            device.num_sms, constants[index], splits,
         )  # fmt: skip
-        errors.append(abs(closed_us / kernel_us - 1))
-        taken_us += kernel_us * layers + routes[name].plan_us
-        best_us += min(step_us.values())
+        errors.append(abs(closed_us / kernels[index] - 1))
     return TimelineCheck(steps=len(errors), mean_error=float(np.mean(errors)), regret=taken_us / best_us - 1)
+
+
+def _step_us(lens: np.ndarray, layers: int, constants: np.ndarray, layer_us: np.ndarray) -> np.ndarray:
+    """A step of `layers` layers on every route, float64 [R], from a layer's kernel time on each; inf where unknown."""
+    gpu_us, host_us = np.empty((2, len(ROUTES)))
+    step_times(lens, layers, constants, layer_us, gpu_us, host_us)
+    return gpu_us + host_us

@@ -77,12 +77,12 @@ def whatif(
     for policy in policies:
         report = None if progress is None else (lambda done, total, name=policy: progress(name, done, total))
         results[policy] = simulate(trace, model, device, policy, config, progress=report)
-    checks = {name: check_timeline(run.sample, model, device, config.page_size) for name, run in results.items()}
-    return WhatIf(trace, model, device, config, results, checks, _notes(trace, model, device, results))
+    checks = {name: check_timeline(run.sample, model, device, config) for name, run in results.items()}
+    return WhatIf(trace, model, device, config, results, checks, _notes(trace, model, device, config, results))
 
 
 def _notes(
-    trace: RequestTrace, model: ModelSpec, device: DeviceSpec, results: dict[str, ServingResult]
+    trace: RequestTrace, model: ModelSpec, device: DeviceSpec, config: ServingConfig, results: dict[str, ServingResult]
 ) -> tuple[str, ...]:
     notes = list(trace.notes)
     first = next(iter(results.values()))
@@ -101,5 +101,9 @@ def _notes(
         notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
     if model.tensor_parallel > 1:
         notes.append(f"one GPU's share of tensor parallel {model.tensor_parallel}: all-reduces are left out")
+    if config.graphs:
+        notes.append("decode in captured graphs: of the host, attention pays only for planning (--eager: for each layer)")
+    else:
+        notes.append("decode layer by layer: an attention layer takes at least as long as the host needs to issue it")
     notes.append(f"attention prices of {device.name}: {fit_note(device)}")
     return tuple(notes)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.cost import KV_ELEMENT_BYTES, price_routes
+from pkvsim.cost import KV_ELEMENT_BYTES, price_routes, step_times
 from pkvsim.models import kv_bytes_per_token
 from pkvsim.serving_costs import attention_costs, linear_table_us, page_budget
 
@@ -94,12 +94,14 @@ def serve(trace, model, device, route: int, policy: str, config) -> list[Request
                 (model.num_sliding_layers, np.minimum(seen, model.sliding_window)),
             ):
                 if layers:
-                    prices, splits = np.zeros(len(costs.plan_us)), np.zeros(len(costs.plan_us), np.int64)
+                    prices, splits = np.zeros(len(costs.constants)), np.zeros(len(costs.constants), np.int64)
                     price_routes(
                         lens, costs.num_kv_heads, costs.group_size, costs.head_dim, KV_ELEMENT_BYTES, costs.num_sms,
                         costs.constants, prices, splits,
                     )  # fmt: skip
-                    us += layers * prices[route] + costs.plan_us[route]
+                    gpu_us, host_us = np.empty((2, len(prices)))
+                    step_times(lens, layers, costs.constants, prices, gpu_us, host_us)
+                    us += gpu_us[route] + host_us[route]
         now += us + linear_us[len(decoders) + prefilled] + config.host_us
         for i in sorted(running):
             request = requests[i]

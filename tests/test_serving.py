@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace
 
-from pkvsim.cost import PLAN, ROUTES, constants_matrix, price_routes
+from pkvsim.calibrated_policy import CalibratedPolicy
+from pkvsim.cost import ROUTES, constants_matrix, price_routes, step_times
 from pkvsim.derive import device_routes
 from pkvsim.serving import simulate
 from pkvsim.serving_config import ServingConfig
@@ -128,9 +129,36 @@ def test_a_step_costs_what_its_parts_cost(model) -> None:
             prices, splits = np.zeros(len(ROUTES)), np.zeros(len(ROUTES), np.int64)
             heads = (model.num_kv_heads, model.num_q_heads // model.num_kv_heads, model.head_dim)
             price_routes(np.array([seen]), *heads, 2, DEVICE.num_sms, constants, prices, splits)
-            expected += np.nanmin(layers * prices + constants[:, PLAN]) if layers else 0
+            gpu_us, host_us = np.empty((2, len(ROUTES)))
+            step_times(np.array([seen]), layers, constants, prices, gpu_us, host_us)
+            expected += (gpu_us + host_us).min() if layers else 0
         assert result.steps.duration_us[step] == pytest.approx(expected, rel=1e-6)
     assert result.summary["routes"] and sum(result.summary["routes"].values()) == output - 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(lens=st.lists(st.integers(1, 40_000), min_size=1, max_size=12))
+def test_a_step_costs_what_the_calibrated_policy_says(lens) -> None:
+    """Requests that all come at once and fit one prefill step: the first decode step is decide(layers=)."""
+    config = ServingConfig(step_tokens=1 << 19, kv_gib=60)
+    result = simulate(make_trace([(0, length, 2) for length in lens]), MODEL, DEVICE, "calibrated", config)
+    decision = CalibratedPolicy().decide(MODEL.shape(16), np.array(lens) + 1, DEVICE, layers=MODEL.num_layers)
+    assert result.steps.attention_us[1] == pytest.approx(min(decision.prices.values()), rel=1e-9)
+    assert result.summary["routes"] == {decision.route: 1}
+
+
+def test_graphs_leave_the_host_its_planning_alone() -> None:
+    trace = make_trace([(0, 500, 3)] * 4)
+    for route, planned in (("balanced", 0), ("xqa", 0), ("flashinfer_tensor_core", 1), ("workqueue", 1)):
+        eager, graph = (
+            simulate(trace, MODEL, DEVICE, route, ServingConfig(graphs=graphs)).steps.attention_us[-1]
+            for graphs in (False, True)
+        )
+        model = device_routes(DEVICE)[route]
+        decision = CalibratedPolicy().decide(MODEL.shape(16), np.full(4, 502), DEVICE, available=(route,))
+        kernels_us = MODEL.num_layers * decision.layer_us[route] + model.isolated_us
+        plan_us = planned * (model.plan_us + 4 * model.plan_row_us)
+        assert graph == pytest.approx(kernels_us + plan_us, rel=1e-9) and graph < eager
 
 
 def test_a_long_run_keeps_a_log_of_bounded_length() -> None:

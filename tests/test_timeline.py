@@ -76,6 +76,16 @@ def test_by_hand():
     assert lane.slot.tolist() == [0, 1, 0] and lane.makespan_us == pytest.approx(lane.end_us[2])
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_pinned_splits_reach_those_that_the_closed_form_pins(route):
+    lens = [9000, 9000, 300]
+    ours, pinned = (simulate(H200.routes[route], SHAPE, lens, num_sms=132, splits=splits) for splits in (None, 3))
+    if route in ("split", "workqueue"):
+        assert np.diff(pinned.schedule.split_offsets).tolist() == [3, 3, 3]
+    else:
+        assert pinned.makespan_us == ours.makespan_us and len(pinned.bytes) == len(ours.bytes)
+
+
 @settings(max_examples=40, deadline=None)
 @given(route=st.sampled_from(["split", "workqueue"]), lens=lengths, num_sms=sms)
 def test_strided_ctas_take_every_so_manieth_task(route, lens, num_sms):
