@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, asdict, astuple, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class RouteModel:
 
     def to_row(self) -> np.ndarray:
         """The constants as float64 [NUM_CONSTANTS], rule first, in field order."""
-        return np.array([RULES.index(self.rule), *astuple(self)[1:]], np.float64)
+        return np.array([RULES.index(self.rule), *(getattr(self, name) for name in CONSTANTS)], np.float64)
 
 
 CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name != "rule")

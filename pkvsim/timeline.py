@@ -18,7 +18,7 @@ from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, quer
 from pkvsim.route_model import RouteModel
 from pkvsim.schedule import MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
-from pkvsim.timeline_loop import run_tasks
+from pkvsim.timeline_loop import run_tasks, stride_tasks
 
 
 PINNABLE = ("buckets", "queue")  # the rules that take pinned splits, as in pricing.price_pinned
@@ -119,13 +119,9 @@ def _stride(order: np.ndarray, launch_tasks: np.ndarray, slots: int) -> tuple[np
 
     order [num_tasks] and launch_tasks [num_launches + 1]: tasks in launch order, int64.
     """
-    places, counts, ctas = [], [], [0]
-    for begin, end in zip(launch_tasks[:-1].tolist(), launch_tasks[1:].tolist()):
-        cta = np.arange(end - begin) % slots
-        places.append(order[begin:end][np.argsort(cta, kind="stable")])
-        counts.append(np.bincount(cta))
-        ctas.append(ctas[-1] + len(counts[-1]))
-    return np.concatenate(places), np.append(0, np.cumsum(np.concatenate(counts))), np.array(ctas)
+    places, offsets, launch_ctas = np.empty_like(order), np.empty(len(order) + 1, np.int64), np.empty_like(launch_tasks)
+    ctas = stride_tasks(order, launch_tasks, slots, places, offsets, launch_ctas)
+    return places, offsets[: ctas + 1], launch_ctas
 
 
 def _launches(
@@ -144,9 +140,10 @@ def _launches(
         return np.arange(num_ctas), np.array([0, num_ctas]), np.array([gap + merging]), merging
     rows = np.argsort(-lens.astype(np.int64), kind="stable")[: np.count_nonzero(lens)]
     row_ctas = schedule.split_offsets.astype(np.int64) * shape.num_kv_heads  # of split, CTA i runs task i
-    order = np.concatenate([np.arange(row_ctas[row], row_ctas[row + 1]) for row in rows] or [np.arange(0)])
     firsts = np.flatnonzero(np.diff(lens[rows], prepend=-1))  # of the rows that share a launch
-    ends = np.cumsum(row_counts[rows]) * shape.num_kv_heads
+    counts = row_counts[rows] * shape.num_kv_heads
+    ends = np.cumsum(counts)
+    order = np.arange(num_ctas) + np.repeat(row_ctas[rows] - ends + counts, counts)
     cuts = np.append(0, ends[np.append(firsts[1:] - 1, len(rows) - 1)]) if len(rows) else np.zeros(1, np.int64)
     splits = row_counts[rows[firsts]].astype(float)
     # py_func is the formula without its compiled code, and takes arrays.

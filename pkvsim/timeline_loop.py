@@ -6,6 +6,8 @@ import numpy as np
 from pkvsim.numba_cache import inner
 from pkvsim.pricing_base import compiled
 
+FEW_ENDS = 8  # a launch with no more distinct task sizes needs no heap
+
 
 @inner
 def _push(keys: np.ndarray, slots: np.ndarray, size: int, key: float, slot: int) -> None:
@@ -48,6 +50,67 @@ def _pop(keys: np.ndarray, slots: np.ndarray, size: int) -> int:
 
 
 @compiled
+def stride_tasks(
+    order: np.ndarray,  # [num_tasks] int64, tasks in launch order
+    launch_tasks: np.ndarray,  # [num_launches + 1] int64, launch i holds order[launch_tasks[i] : launch_tasks[i + 1]]
+    num_slots: int,
+    places: np.ndarray,  # [num_tasks] int64, out: tasks, CTA by CTA
+    offsets: np.ndarray,  # [num_tasks + 1] int64, out: the CTAs' into places
+    launch_ctas: np.ndarray,  # [num_launches + 1] int64, out: the launches' into the CTAs
+) -> int:
+    """Deals every launch's tasks out to at most num_slots CTAs in turn; returns the number of CTAs."""
+    ctas, used = 0, 0
+    offsets[0] = launch_ctas[0] = 0
+    for launch in range(len(launch_tasks) - 1):
+        begin, end = launch_tasks[launch], launch_tasks[launch + 1]
+        for cta in range(min(num_slots, end - begin)):
+            task = begin + cta
+            while task < end:  # a range would divide to find its length
+                places[used] = order[task]
+                used += 1
+                task += num_slots
+            ctas += 1
+            offsets[ctas] = used
+        launch_ctas[launch + 1] = ctas
+    return ctas
+
+
+@inner
+def _run_side_by_side(
+    order: np.ndarray, cta_offsets: np.ndarray, task_bytes: np.ndarray, num_slots: int, fixed_us: float, alone: float,
+    shared: float, now: float, slot_of: np.ndarray, start_us: np.ndarray, end_us: np.ndarray,
+) -> float:  # fmt: skip
+    """run_tasks of one launch, all of whose CTAs (order) start at once with a task each, of at most FEW_ENDS sizes.
+
+    Returns the end of the last task, -1 for any other launch. Rows of equal length, one launch of split, are such.
+    """
+    left = len(order)
+    if left == 0 or left > num_slots:
+        return -1.0
+    least = np.inf
+    for cta in order:
+        if cta_offsets[cta + 1] - cta_offsets[cta] != 1:
+            return -1.0
+        least = min(least, task_bytes[cta_offsets[cta]])
+    start, read = now, 0.0
+    now += fixed_us
+    for _ in range(FEW_ENDS):
+        now += (least - read) / min(alone, shared / left)
+        read, least = least, np.inf
+        for slot in range(len(order)):
+            task = cta_offsets[order[slot]]
+            size = task_bytes[task]
+            if size == read:
+                slot_of[task], start_us[task], end_us[task] = slot, start, now
+                left -= 1
+            elif size > read:
+                least = min(least, size)
+        if left == 0:
+            return now
+    return -1.0
+
+
+@compiled
 def run_tasks(
     order: np.ndarray,  # [num_ctas] int64, CTAs in the order in which slots take them
     cta_offsets: np.ndarray,  # [num_ctas + 1] int64, CTA i runs tasks [cta_offsets[i], cta_offsets[i + 1])
@@ -75,6 +138,13 @@ def run_tasks(
     for launch in range(len(gaps_us)):
         upcoming = launch_ctas[launch]
         stop = launch_ctas[launch + 1]
+        done = _run_side_by_side(
+            order[upcoming:stop], cta_offsets, task_bytes, num_slots, cta_us + task_us, alone, shared, now,
+            slot_of, start_us, end_us,
+        )  # fmt: skip
+        if done >= 0.0:
+            now = done + gaps_us[launch]
+            continue
         reading = 0
         clock = 0.0
         idle = 0  # slots not yet used by this launch

@@ -11,6 +11,7 @@ from pkvsim.device import get_device
 from pkvsim.pricing import price_routes
 from pkvsim.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.timeline import simulate
+from pkvsim.timeline_loop import run_tasks
 
 H200 = get_device("h200")
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -74,6 +75,33 @@ def test_by_hand():
     # Two read 6 MB each at 50 GB/s; the third then reads 12 MB alone at 60.
     np.testing.assert_allclose(lane.end_us, [start + 1 + 120, start + 1 + 120, start + 1 + 120 + 1 + 200])
     assert lane.slot.tolist() == [0, 1, 0] and lane.makespan_us == pytest.approx(lane.end_us[2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=12), launches=st.integers(1, 3))
+def test_tasks_that_start_together_end_by_size(sizes, launches):
+    """Whether they have few sizes, which takes no heap, or many."""
+    task_bytes = np.array(sizes * launches, float) * 1e6
+    slot, start, end = np.empty(len(task_bytes), np.int32), np.empty(len(task_bytes)), np.empty(len(task_bytes))
+    ctas = np.arange(len(task_bytes) + 1)
+    finish = run_tasks(
+        ctas[:-1], ctas, np.arange(launches + 1) * len(sizes), np.full(launches, 3.0), task_bytes, 12,
+        1.0, 0.5, 60e3, 200e3, 5.0, slot, start, end,
+    )  # fmt: skip
+    assert slot.tolist() == list(range(len(sizes))) * launches
+    now = 5.0
+    for launch in range(launches):
+        mine = slice(launch * len(sizes), (launch + 1) * len(sizes))
+        np.testing.assert_allclose(start[mine], now)
+        now += 1.5
+        read = 0.0
+        for place, task in enumerate(np.argsort(sizes, kind="stable")):
+            size = sizes[task] * 1e6
+            now += (size - read) / min(60e3, 200e3 / (len(sizes) - place))
+            read = size
+            assert end[mine][task] == pytest.approx(now, rel=1e-9)
+        now += 3.0
+    assert finish == pytest.approx(now, rel=1e-9)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -102,3 +102,9 @@ def test_simulate_256_rows_task_by_task(benchmark, route) -> None:
     device = get_device("h200")
     model, shape = device_routes(device)[route], MODEL.shape(16)
     benchmark(timeline.simulate, model, shape, ragged_rows(), num_sms=device.num_sms)
+
+
+def test_simulate_256_rows_on_every_route(benchmark) -> None:
+    device, shape = get_device("h200"), MODEL.shape(16)
+    models, rows = list(device_routes(device).values()), ragged_rows()
+    benchmark(lambda: [timeline.simulate(model, shape, rows, num_sms=device.num_sms) for model in models])
