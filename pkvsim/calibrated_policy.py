@@ -11,8 +11,11 @@ from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.decision import Decision
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
-from pkvsim.pricing import price_pinned, row_splits, step_times
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.pricing import price_variant, row_splits, step_times
+from pkvsim.pricing_base import TILE
 from pkvsim.route_model import ROUTES, constants_matrix
+from pkvsim.route_options import asked, read_lens, route_reach, serving_routes
 from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
 from pkvsim.timeline import simulate
 
@@ -22,11 +25,13 @@ HOST_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """What pricing needs of one shape and device, made once."""
+    """What pricing needs of one shape, device and set of options, made once."""
 
     constants: np.ndarray  # [len(ROUTES), NUM_CONSTANTS]
     pinned: np.ndarray  # [len(ROUTES)] int64
-    head_args: tuple[int, int, int, int, int]  # num_kv_heads, group_size, head_dim, element bytes, SMs
+    # num_kv_heads, query heads and tokens of each, head_dim, V's head_dim, element bytes, SMs
+    head_args: tuple[int, int, int, int, int, int]
+    reaches: np.ndarray  # [len(ROUTES)] int64: tokens at a row's end that the route reads, 0 for all
     prices_us: np.ndarray  # [len(ROUTES)] scratch: a layer's kernel time
     splits: np.ndarray  # [len(ROUTES)] scratch
     gpu_us: np.ndarray  # [len(ROUTES)] scratch: all layers
@@ -37,13 +42,14 @@ class _Prepared:
 class CalibratedPolicy:
     """The cheapest available route by the closed form of what a step takes by the wall clock.
 
-    split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the argument.
+    split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the
+    argument.
     """
 
     name: ClassVar[str] = "calibrated"
     split_splits: int | None = None
     workqueue_splits: int | None = None
-    _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...]], _Prepared] = field(
+    _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...], AttentionOptions], _Prepared] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -54,7 +60,7 @@ class CalibratedPolicy:
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
-        available: tuple[str, ...] = ROUTES,
+        available: tuple[str, ...] = ROUTES, options: AttentionOptions = PLAIN,
     ) -> Decision:  # fmt: skip
         """The cheapest route for seq_lens [batch_size] (zero-length rows are not active), planned once for `layers`.
 
@@ -65,22 +71,29 @@ class CalibratedPolicy:
 
         available: routes to choose among; leave FlashInfer's out where it is not installed. int32 arrays are taken as
         they are, with lengths >= 0 taken for granted, because checking would cost as much as deciding; anything else is
-        checked and converted. Raises ValueError naming the argument.
+        checked and converted.
+        options: routes that do not serve them (pkvsim.route_options) take no part. A window is priced by the tiles that
+        a route reads, query tokens as further query heads, V's head_dim by its bytes; soft cap and sinks, a few
+        instructions a logit, as nothing. The constants are fitted to plain attention.
+        Raises ValueError naming the argument.
         """
         if type(seq_lens) is not np.ndarray or seq_lens.dtype != np.int32 or seq_lens.ndim != 1:
             seq_lens = check_seq_lens(seq_lens)
-        ready = self._ready(shape, device, available)
+        ready = self._ready(shape, device, available, options)
         ready.splits[:] = ready.pinned
-        self._price(shape, seq_lens, device, ready)
-        return self._decision(shape, seq_lens, device, ready, layers)
+        self._price(shape, seq_lens, device, ready, options)
+        return self._decision(shape, seq_lens, device, ready, layers, options)
 
-    def _price(self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared) -> None:
+    def _price(
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, options: AttentionOptions
+    ) -> None:
         """Fills ready.prices_us (kernel time of one layer) and ready.splits."""
-        price_pinned(seq_lens, *ready.head_args, ready.constants, ready.prices_us, ready.splits)
+        price_variant(seq_lens, *ready.head_args, ready.reaches, ready.constants, ready.prices_us, ready.splits)
 
     def _decision(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, layers: int
-    ) -> Decision:
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, layers: int,
+        options: AttentionOptions,
+    ) -> Decision:  # fmt: skip
         step_times(seq_lens, layers, ready.constants, ready.prices_us, ready.gpu_us, ready.host_us)
         host = ready.host_us.tolist()
         totals = [gpu + host_us for gpu, host_us in zip(ready.gpu_us.tolist(), host)]
@@ -88,10 +101,11 @@ class CalibratedPolicy:
         route = ROUTES[best]
         splits = None
         if route in HOST_ROUTES:
-            splits = self.split_counts(route, shape, seq_lens, device, longest_splits=int(ready.splits[best]))
+            longest = int(ready.splits[best])
+            splits = self.split_counts(route, shape, seq_lens, device, longest_splits=longest, options=options)
         prices = {name: us for name, us in zip(ROUTES, totals) if us != INFINITE}
         host_us, layer_us = dict(zip(ROUTES, host)), dict(zip(ROUTES, ready.prices_us.tolist()))
-        why = partial(_reason, route, prices, host_us, shape, seq_lens)
+        why = partial(_reason, route, prices, host_us, shape, seq_lens, options)
         return Decision(route, splits, prices, why, host_us, layer_us)
 
     def pinned_splits(self, route: str) -> int | None:
@@ -99,45 +113,69 @@ class CalibratedPolicy:
         return {"split": self.split_splits, "workqueue": self.workqueue_splits}.get(route)
 
     def split_counts(
-        self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, longest_splits: int | None = None
-    ) -> np.ndarray:
+        self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *,
+        longest_splits: int | None = None, options: AttentionOptions = PLAIN,
+    ) -> np.ndarray:  # fmt: skip
         """Splits of each row [batch_size] int64 on "split" or "workqueue": pinned, or as the model chooses them."""
         pinned = self.pinned_splits(route)
         if pinned is not None:
             return np.full(len(seq_lens), pinned, np.int64)
-        ready = self._ready(shape, device, (route,))
+        ready = self._ready(shape, device, (route,), options)
         index = ROUTES.index(route)
         if longest_splits is None:
             ready.splits[:] = 0
-            CalibratedPolicy._price(self, shape, seq_lens, device, ready)
+            CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)
             longest_splits = int(ready.splits[index])
+        c = ready.constants[index]
+        reads = read_lens(route, seq_lens, options, int(c[TILE]))
         counts = np.empty(len(seq_lens), np.int64)
-        row_splits(seq_lens, shape.num_kv_heads, device.num_sms, ready.constants[index], longest_splits, counts)
+        # Rows of one length share a launch of split, whatever other rows read as much.
+        groups = np.unique(seq_lens) if route == "split" and reads is not seq_lens else ()
+        for length in groups:
+            alike = seq_lens == length
+            group = np.empty(np.count_nonzero(alike), np.int64)
+            row_splits(reads[alike], shape.num_kv_heads, device.num_sms, c, longest_splits, group)
+            counts[alike] = group
+        if not len(groups):
+            row_splits(reads, shape.num_kv_heads, device.num_sms, c, longest_splits, counts)
         return counts
 
-    def _ready(self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...]) -> _Prepared:
-        return self._prepared.get((shape, device, available)) or self._prepare(shape, device, available)
+    def _ready(
+        self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions
+    ) -> _Prepared:
+        ready = self._prepared.get((shape, device, available, options))
+        return ready or self._prepare(shape, device, available, options)
 
-    def _prepare(self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...]) -> _Prepared:
+    def _prepare(
+        self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions
+    ) -> _Prepared:
         unknown = [route for route in available if route not in ROUTES]
         if unknown or not available:
             raise ValueError(f"available: expected some of {', '.join(ROUTES)}, got {available!r}")
-        constants = constants_matrix(device_routes(device), available)
+        serving = serving_routes(shape, options, available)
+        if not serving:
+            needs = ", ".join(asked(shape, options))
+            raise ValueError(f"available: expected a route that serves {needs}, got {', '.join(available)}")
+        constants = constants_matrix(device_routes(device), serving)
         if np.isnan(constants[:, 0]).all():
-            raise ValueError(f"available: expected a route that {device.name} has a model of, got {', '.join(available)}")
+            raise ValueError(f"available: expected a route that {device.name} has a model of, got {', '.join(serving)}")
         pinned = np.zeros(len(ROUTES), np.int64)
         for route in HOST_ROUTES:
             pinned[ROUTES.index(route)] = self.pinned_splits(route) or 0
         ready = _Prepared(
             constants=constants,
             pinned=pinned,
-            head_args=(shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES, device.num_sms),
+            head_args=(
+                shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
+                KV_ELEMENT_BYTES, device.num_sms,
+            ),  # fmt: skip
+            reaches=np.array([route_reach(route, options) or 0 for route in ROUTES], np.int64),
             prices_us=np.empty(len(ROUTES)),
             splits=np.empty(len(ROUTES), np.int64),
             gpu_us=np.empty(len(ROUTES)),
             host_us=np.empty(len(ROUTES)),
         )
-        self._prepared[shape, device, available] = ready
+        self._prepared[shape, device, available, options] = ready
         return ready
 
 
@@ -147,8 +185,12 @@ class OraclePolicy(CalibratedPolicy):
 
     name: ClassVar[str] = "oracle"
 
-    def _price(self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared) -> None:
-        CalibratedPolicy._price(self, shape, seq_lens, device, ready)  # the splits are the closed form's
+    def _price(
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, options: AttentionOptions
+    ) -> None:
+        if asked(shape, options):
+            raise ValueError(f"options: expected plain attention with the policy {self.name}, got {options}")
+        CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)  # the splits are the closed form's
         for index, route in enumerate(ROUTES):
             if np.isfinite(ready.prices_us[index]):
                 model = device_routes(device)[route]
@@ -169,30 +211,38 @@ class FixedPolicy:
         self.name = self.route = route
         self._priced = CalibratedPolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
 
-    def pinned_splits(self, route: str) -> int | None:
+    def split_counts(
+        self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *,
+        options: AttentionOptions = PLAIN,
+    ) -> np.ndarray:  # fmt: skip
         """As CalibratedPolicy's."""
-        return self._priced.pinned_splits(route)
+        return self._priced.split_counts(route, shape, seq_lens, device, options=options)
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
-        available: tuple[str, ...] = ROUTES,
+        available: tuple[str, ...] = ROUTES, options: AttentionOptions = PLAIN,
     ) -> Decision:  # fmt: skip
         """The route, whatever the step; ValueError where it is not available."""
-        cheapest = self._priced.decide(shape, seq_lens, device, layers=layers, available=available)
+        cheapest = self._priced.decide(
+            shape, seq_lens, device, layers=layers, available=available, options=options
+        )
         if self.route not in cheapest.prices:
             raise ValueError(f"available: expected {self.route} among them, got {', '.join(cheapest.prices)}")
-        splits = self._priced.split_counts(self.route, shape, seq_lens, device) if self.route in HOST_ROUTES else None
+        splits = None
+        if self.route in HOST_ROUTES:
+            splits = self.split_counts(self.route, shape, seq_lens, device, options=options)
         return Decision(self.route, splits, cheapest.prices, f"always {self.route}", cheapest.host_us, cheapest.layer_us)
 
 
 def _reason(
-    route: str, prices: dict[str, float], host_us: dict[str, float], shape: DecodeShape, seq_lens: np.ndarray
-) -> str:
+    route: str, prices: dict[str, float], host_us: dict[str, float], shape: DecodeShape, seq_lens: np.ndarray,
+    options: AttentionOptions,
+) -> str:  # fmt: skip
     active = int(np.count_nonzero(seq_lens))
     if not active:
         return "no active row"
     others = sorted((us, name) for name, us in prices.items() if name != route)
-    megabytes = useful_kv_bytes(shape, seq_lens) / 1e6
+    megabytes = useful_kv_bytes(shape, seq_lens, options) / 1e6
     step = f"{active} rows, {megabytes:.0f} MB of KV"
     if not others:
         return f"{route} alone is available: {prices[route]:.0f} us for {step}"

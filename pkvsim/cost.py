@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.device import DeviceSpec
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.paper_rules import MIB, paper_time_us
 from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes, step_time, step_times
 from pkvsim.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
@@ -41,42 +42,46 @@ class StepCounters:
     nonempty_cta_fraction: float  # CTAs with a task over CTAs launched
 
 
-def useful_kv_bytes(shape: DecodeShape, seq_lens: np.ndarray) -> int:
-    """Bytes of K and V that a step must read once: 2 * tokens * Hkv * d * 2."""
-    tokens = int(np.sum(seq_lens, dtype=np.int64))
-    return 2 * tokens * shape.num_kv_heads * shape.head_dim * KV_ELEMENT_BYTES
+def useful_kv_bytes(shape: DecodeShape, seq_lens: np.ndarray, options: AttentionOptions = PLAIN) -> int:
+    """Bytes of K and V that a step must read once: tokens * Hkv * (d + V's d) * 2; with a window, of its tokens."""
+    seen = seq_lens if options.reach is None else np.minimum(seq_lens, options.reach)
+    tokens = int(np.sum(seen, dtype=np.int64))
+    return tokens * shape.num_kv_heads * (shape.head_dim + options.value_dim(shape)) * KV_ELEMENT_BYTES
 
 
-def merge_bytes(shape: DecodeShape, num_partial_tasks: int) -> int:
-    """Bytes of partial states: per task (2 + d) FP32 numbers for each query head of its KV head.
+def merge_bytes(shape: DecodeShape, num_partial_tasks: int, options: AttentionOptions = PLAIN) -> int:
+    """Bytes of partial states: per task (2 + V's d) FP32 numbers for each query head and token of its KV head.
 
-    Equal to slots * Hq * (2 + d) * 4 where every KV head of a row has the same splits.
+    Equal to slots * Hq * query tokens * (2 + d) * 4 where every KV head of a row has the same splits.
     """
-    return num_partial_tasks * shape.group_size * (2 + shape.head_dim) * PARTIAL_ELEMENT_BYTES
+    columns = shape.group_size * options.query_tokens
+    return num_partial_tasks * columns * (2 + options.value_dim(shape)) * PARTIAL_ELEMENT_BYTES
 
 
 def schedule_counters(
-    schedule: Schedule, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec
+    schedule: Schedule, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, options: AttentionOptions = PLAIN
 ) -> StepCounters:
     """Counters of a PersistentKV schedule of these seq_lens [batch_size]."""
     return StepCounters(
         launches=schedule.num_launches,
         merge_launches=schedule.merge_launches,
         cta_work_per_sm=schedule.num_ctas / device.num_sms,
-        useful_kv_bytes=useful_kv_bytes(shape, seq_lens),
-        merge_bytes=merge_bytes(shape, schedule.num_partial_tasks),
+        useful_kv_bytes=useful_kv_bytes(shape, seq_lens, options),
+        merge_bytes=merge_bytes(shape, schedule.num_partial_tasks, options),
         nonempty_cta_fraction=schedule.num_ctas / schedule.grid_ctas if schedule.grid_ctas else 1.0,
     )
 
 
-def flashinfer_counters(shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec) -> StepCounters:
+def flashinfer_counters(
+    shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, options: AttentionOptions = PLAIN
+) -> StepCounters:
     """FlashInfer as the paper models it: one launch, one CTA per (row, KV head), no merge traffic."""
     active = int(np.count_nonzero(seq_lens))
     return StepCounters(
         launches=1,
         merge_launches=0,
         cta_work_per_sm=active * shape.num_kv_heads / device.num_sms,
-        useful_kv_bytes=useful_kv_bytes(shape, seq_lens),
+        useful_kv_bytes=useful_kv_bytes(shape, seq_lens, options),
         merge_bytes=0,
         nonempty_cta_fraction=1.0,
     )

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from pkvsim.device import DeviceSpec
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.route_model import ROUTES
 from pkvsim.shapes import DecodeShape
 
@@ -37,7 +38,7 @@ class Policy(Protocol):
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
-        available: tuple[str, ...] = ROUTES,
+        available: tuple[str, ...] = ROUTES, options: AttentionOptions = PLAIN,
     ) -> Decision:  # fmt: skip
         """The route among `available` for seq_lens [batch_size] integers (zero-length rows are not active), planned
-        once for `layers` layers."""
+        once for `layers` layers of attention with these options."""

@@ -1,7 +1,7 @@
 """Variants of decode attention that a model may ask for, beyond its shape."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
@@ -35,6 +35,10 @@ class AttentionOptions:
         check_int("query_tokens", self.query_tokens, 1, MAX_QUERY_TOKENS)
         if self.v_head_dim is not None:
             check_int("v_head_dim", self.v_head_dim, 1, MAX_TOKENS)
+
+    def query_shape(self, shape: DecodeShape) -> DecodeShape:
+        """`shape` with a row's query tokens as further query heads of each KV head, which is how kernels take them."""
+        return replace(shape, num_q_heads=shape.num_q_heads * self.query_tokens)
 
     def value_dim(self, shape: DecodeShape) -> int:
         """head_dim of V."""

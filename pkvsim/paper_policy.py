@@ -19,7 +19,9 @@ from pkvsim.paper_rules import (
     split_splits,
     workqueue_splits,
 )
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.route_model import ROUTES
+from pkvsim.route_options import asked
 from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
 
 PAPER_ROUTES = ("flashinfer", "split", "workqueue")
@@ -80,13 +82,16 @@ class PaperPolicy:
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
-        available: tuple[str, ...] = ROUTES,
+        available: tuple[str, ...] = ROUTES, options: AttentionOptions = PLAIN,
     ) -> Decision:  # fmt: skip
         """The cheapest candidate route for seq_lens [batch_size] (zero-length rows are not active).
 
         The paper's formula knows no planning, so `layers` multiplies every price alike; and it knows one FlashInfer,
-        without which (none of its routes in `available`) the cheaper of split and workqueue is taken.
+        without which (none of its routes in `available`) the cheaper of split and workqueue is taken. Nor does it know
+        attention options: a ValueError names them.
         """
+        if asked(shape, options):
+            raise ValueError(f"options: expected plain attention with the policy {self.name}, got {options}")
         lens = check_seq_lens(seq_lens)
         prices = {route: layers * self.price_us(route, shape, lens, device) for route in PAPER_ROUTES}
         active, longest = int(np.count_nonzero(lens)), int(lens.max(initial=0))

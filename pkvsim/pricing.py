@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from pkvsim.numba_cache import drop_stale
+from pkvsim.numba_cache import drop_stale, inner
 from pkvsim.pricing_base import (
     BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, HOST, ISOLATED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN,
     PLAN_LENGTH, PLAN_ROW, QUEUE, RUN, STRIDED, TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
@@ -19,11 +19,14 @@ from pkvsim.pricing_tasks import (
     balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, even_us, sort_descending,
     strided_us, total_tokens,
 )  # fmt: skip
+from pkvsim.schedule import skipped_tiles
 
 __all__ = [
-    "PARTIAL_ELEMENT_BYTES", "PLAN", "price_pinned", "price_route", "price_routes", "price_steps", "row_splits",
-    "sorted_lengths", "step_time", "step_times",
+    "PARTIAL_ELEMENT_BYTES", "PLAN", "price_pinned", "price_route", "price_routes", "price_steps", "price_variant",
+    "row_splits", "sorted_lengths", "step_time", "step_times",
 ]  # fmt: skip
+
+_skipped_tiles = inner(skipped_tiles)
 
 
 @compiled
@@ -55,15 +58,53 @@ def price_pinned(
     constants: np.ndarray, prices_us: np.ndarray, splits: np.ndarray,
 ) -> None:  # fmt: skip
     """price_routes where splits also come in: of every row, 0 to choose them. Routes that cut by themselves ignore it."""
+    reaches = np.zeros(len(constants), np.int64)
+    price_variant(
+        seq_lens, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, reaches, constants, prices_us, splits
+    )
+
+
+@compiled
+def price_variant(
+    seq_lens: np.ndarray,  # [batch_size] int32 or int64, zeros allowed
+    num_kv_heads: int,
+    group_size: int,  # query heads of a KV head, times the query tokens of a row
+    head_dim: int,  # of K
+    v_head_dim: int,
+    kv_element_bytes: int,
+    num_sms: int,
+    reaches: np.ndarray,  # [num_routes] int64, tokens at a row's end that the route reads, 0 for all (AttentionOptions.reach)
+    constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
+    prices_us: np.ndarray,  # [num_routes] float64, out
+    splits: np.ndarray,  # [num_routes] int64, in and out
+) -> None:
+    """price_pinned for any attention options: a route reads the tiles that its reach touches."""
     ordered = sorted_lengths(seq_lens)
     for route in range(len(constants)):
         if math.isnan(constants[route, BANDWIDTH]):
             prices_us[route] = math.inf
             splits[route] = 0
         else:
-            prices_us[route], splits[route] = price_route(
-                ordered, num_kv_heads, group_size, head_dim, kv_element_bytes, num_sms, constants[route], splits[route]
-            )
+            reads = ordered
+            if reaches[route] > 0:
+                reads = _reads(ordered, reaches[route], constants[route])
+            prices_us[route], splits[route] = _price(
+                ordered, reads, num_kv_heads, group_size, head_dim, v_head_dim, kv_element_bytes, num_sms,
+                constants[route], splits[route],
+            )  # fmt: skip
+
+
+@inner
+def _reads(ordered: np.ndarray, reach: int, c: np.ndarray) -> np.ndarray:
+    """Tokens that rows of these lengths read, whole tiles but for the row's end; longest first, but in the order of the
+    rows for the paper's split, whose launches go by the rows' lengths."""
+    reads = np.empty_like(ordered)
+    tile = int(c[TILE])
+    for row in range(len(ordered)):
+        reads[row] = ordered[row] - _skipped_tiles(ordered[row], reach, tile) * tile
+    if c[0] != BUCKETS:
+        sort_descending(reads, len(reads))
+    return reads
 
 
 @compiled
@@ -182,27 +223,38 @@ def price_route(
     pinned: int,
 ) -> tuple[float, int]:
     """(kernel us of one layer, splits of the longest row). pinned: splits of every row, 0 to choose."""
+    return _price(
+        ordered, ordered, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, c, pinned
+    )
+
+
+@inner
+def _price(
+    lengths: np.ndarray, ordered: np.ndarray, num_kv_heads: int, group_size: int, head_dim: int, v_head_dim: int,
+    kv_element_bytes: int, num_sms: int, c: np.ndarray, pinned: int,
+) -> tuple[float, int]:  # fmt: skip
+    """price_route of rows of these lengths [rows] that read the tokens of `ordered` [rows], as _reads gives them."""
     rows = len(ordered)
     if rows == 0:
         return c[FIXED], 1
     tokens = total_tokens(ordered)
-    token_bytes = 2.0 * head_dim * kv_element_bytes
+    token_bytes = float((head_dim + v_head_dim) * kv_element_bytes)
     kv_bytes = tokens * num_kv_heads * token_bytes
     alone, shared = read_speeds(c, kv_bytes, group_size, kv_element_bytes, num_sms)
     one = token_bytes / alone  # us a token, one CTA alone
     all_ = token_bytes / shared  # us a token and running CTA, bandwidth shared
-    state = group_size * (2 + head_dim) * float(PARTIAL_ELEMENT_BYTES)  # bytes of a task's partial state
+    state = group_size * (2 + v_head_dim) * float(PARTIAL_ELEMENT_BYTES)  # bytes of a task's partial state
     slots = cta_slots(c, num_sms)
     heads = rows * num_kv_heads
     memory = c[BANDWIDTH] * 1e3  # bytes per us, whatever the arithmetic
     sm = token_bytes / (sm_gb_s(c, group_size, kv_element_bytes) * 1e3)  # us a token, by the arithmetic of one SM
-    us = c[FIXED] + query_us(c, heads * group_size, head_dim, kv_element_bytes)
+    us = c[FIXED] + query_us(c, heads * group_size, 0.5 * (head_dim + v_head_dim), kv_element_bytes)
     rule = int(c[0])
     if rule == BALANCED:
         busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory)
         return us + busy, splits
     if rule == BUCKETS:
-        busy, splits = buckets_us(ordered, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms, pinned)
+        busy, splits = buckets_us(lengths, ordered, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms, pinned)
         return us + busy, splits
     if rule == QUEUE and pinned == 0:
         busy, splits = best_queue(ordered, tokens, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms)

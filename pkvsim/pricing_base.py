@@ -48,8 +48,8 @@ def sm_gb_s(c: np.ndarray, group_size: int, kv_element_bytes: int) -> float:
 
 
 @compiled
-def query_us(c: np.ndarray, query_heads: int, head_dim: int, element_bytes: int) -> float:
-    """Reading q and writing out of so many query heads over all rows."""
+def query_us(c: np.ndarray, query_heads: int, head_dim: float, element_bytes: int) -> float:
+    """Reading q and writing out of so many query heads over all rows; head_dim: the mean of q's and out's."""
     return query_heads * head_dim * element_bytes * 2.0 / (c[BANDWIDTH] * 1e3)
 
 

@@ -268,17 +268,20 @@ def best_queue(
 
 @inner
 def buckets_us(
-    ordered: np.ndarray, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
+    lengths: np.ndarray, ordered: np.ndarray, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
     state: float, memory: float, num_sms: int, pinned: int,
 ) -> tuple[float, int]:  # fmt: skip
-    """The paper's split: one launch after the other for every distinct length; (us, splits of the longest row)."""
+    """The paper's split: one launch after the other for every distinct length; (us, splits of the longest row).
+
+    lengths [rows], longest first; ordered [rows]: the tokens that each of these rows reads, alike where lengths are.
+    """
     us = -c[LAUNCH]  # the first launch is in fixed_us
     longest_splits = 0
     tile = int(c[TILE])
     begin = 0
     while begin < len(ordered):
         end = begin
-        while end < len(ordered) and ordered[end] == ordered[begin]:
+        while end < len(ordered) and lengths[end] == lengths[begin]:
             end += 1
         heads = (end - begin) * num_kv_heads
         splits = pinned

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from pkvsim.calibrated_policy import HOST_ROUTES
 from pkvsim.cost import MIB, StepCounters, flashinfer_counters, schedule_counters
 from pkvsim.decision import Decision, Policy
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.paper_policy import PAPER_ROUTES, PAPER_TILE_TOKENS, PaperPolicy
 from pkvsim.route_model import OWN_ROUTES
+from pkvsim.route_options import read_lens
 from pkvsim.schedule import make_schedule
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline import route_schedule
@@ -51,18 +54,25 @@ class _Totals:
 
 
 def route_counters(
-    route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, policy: Policy
-) -> StepCounters:
+    route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, policy: Policy,
+    options: AttentionOptions = PLAIN,
+) -> StepCounters:  # fmt: skip
     """What one step does on a route, with the policy's split counts."""
     if route not in OWN_ROUTES:
-        return flashinfer_counters(shape, seq_lens, device)
+        return flashinfer_counters(shape, seq_lens, device, options)
     if isinstance(policy, PaperPolicy):
         splits = policy.split_counts(route, shape, seq_lens)
         schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=PAPER_TILE_TOKENS)
     else:
-        pinned = policy.pinned_splits(route)
-        schedule = route_schedule(device_routes(device)[route], shape, seq_lens, num_sms=device.num_sms, splits=pinned)
-    return schedule_counters(schedule, shape, seq_lens, device)
+        model = device_routes(device)[route]
+        tile = int(model.tile_tokens)
+        if route in HOST_ROUTES:
+            splits = policy.split_counts(route, shape, seq_lens, device, options=options)
+            schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=tile, window=options.reach)
+        else:
+            reads = read_lens(route, seq_lens, options, tile)
+            schedule = route_schedule(model, shape, reads, num_sms=device.num_sms)
+    return schedule_counters(schedule, shape, seq_lens, device, options)
 
 
 def _engines(policy: Policy, decision: Decision) -> dict[str, str]:
@@ -73,14 +83,17 @@ def _engines(policy: Policy, decision: Decision) -> dict[str, str]:
 
 
 def replay(
-    trace: Trace, shape: DecodeShape, device: DeviceSpec, policy: Policy, *, hole_fraction: float = 0.0, layers: int = 1
-) -> dict[str, Any]:
+    trace: Trace, shape: DecodeShape, device: DeviceSpec, policy: Policy, *, hole_fraction: float = 0.0, layers: int = 1,
+    options: AttentionOptions = PLAIN,
+) -> dict[str, Any]:  # fmt: skip
     """Every engine over the trace's measured steps, as the object that `pkvsim replay --json` prints.
 
     Engine figures are means over the steps; times in us, of a step of `layers` attention layers planned once:
     predicted_step_us by the wall clock, predicted_gpu_us by CUDA events around the layers on a GPU that never waits,
     and predicted_host_us what lies between (where the device's constants tell them apart). "adaptive" takes the
-    policy's route at each step. Raises ValueError when shape and trace disagree on the page size.
+    policy's route at each step. options: of every layer's attention; engines that do not serve them are left out, and
+    with query_tokens the rows decode one token a step all the same, as if every draft but its first token were refused.
+    Raises ValueError when shape and trace disagree on the page size, or the policy knows no options.
     """
     if shape.page_size != trace.page_size:
         raise ValueError(f"trace: expected page_size {shape.page_size}, got {trace.page_size}")
@@ -90,9 +103,9 @@ def replay(
     distinct: list[int] = []
     adaptive = _Totals()
     for step in trace.iter_steps():
-        decision = policy.decide(shape, step.seq_lens, device, layers=layers)
+        decision = policy.decide(shape, step.seq_lens, device, layers=layers, options=options)
         for route, engine in _engines(policy, decision).items():
-            counters = route_counters(route, shape, step.seq_lens, device, policy)
+            counters = route_counters(route, shape, step.seq_lens, device, policy, options)
             outcome = (counters, decision.prices[route], decision.host_us.get(route, 0.0))
             totals.setdefault(engine, _Totals()).steps.append(outcome)
             routes.setdefault(engine, 0)

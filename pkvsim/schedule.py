@@ -82,12 +82,17 @@ def make_schedule(
     tiles = -(-lens.astype(np.int64) // tile_tokens)  # [batch_size]
     if window is not None:
         window = check_int("window", window, 1)
-        skipped = np.maximum(0, lens.astype(np.int64) - window) // tile_tokens  # [batch_size]
+        skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
         schedule = _plan(name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
         for field in ("tile_begin", "tile_end"):
             schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
         return schedule
     return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
+
+
+def skipped_tiles(lengths, reach: int, tile_tokens: int):
+    """Tiles at the start of rows of these lengths (an int, or int64 [batch_size]) that lie before the last `reach` tokens."""
+    return (lengths > reach) * (lengths - reach) // tile_tokens
 
 
 def _plan(

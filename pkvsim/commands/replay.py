@@ -32,6 +32,10 @@ def replay(
     head_dim: Annotated[int, typer.Option()] = 128,
     page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
     layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
+    window: Annotated[
+        Optional[int], typer.Option(help="Sliding window: tokens that a query token sees, itself among them.")
+    ] = None,
+    query_tokens: Annotated[int, typer.Option(help="Query tokens per row and step (speculative decoding), 1 to 8.")] = 1,
     hole_fraction: Annotated[float, typer.Option(help="Part of the page pool that nobody owns.")] = 0.0,
     split_splits: Annotated[
         Optional[int], typer.Option(help="Splits per row of the split engine; the policy's own by default.")
@@ -43,16 +47,19 @@ def replay(
 ) -> None:
     """Replays a trace and prints what each engine does and costs per step.
 
-    Example: pkvsim replay --family zipf --max-active 16 --device h200
+    Examples: pkvsim replay --family zipf --max-active 16 --device h200,
+    pkvsim replay --device h200 --window 4096 --query-tokens 4
     """
     with one_line_errors():
         from pkvsim.device import get_device
+        from pkvsim.options import AttentionOptions
         from pkvsim.policy import make_policy
         from pkvsim.replay import replay as run_replay
         from pkvsim.shapes import DecodeShape, check_int
         from pkvsim.tracefile import read_trace
         from pkvsim.traces import paper_trace
 
+        options = AttentionOptions(window=window, query_tokens=query_tokens)
         shape = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size)
         rules = make_policy(
             policy, min_context=min_context, split_splits=split_splits, workqueue_splits=workqueue_splits
@@ -66,7 +73,8 @@ def replay(
             trace = read_trace(
                 trace_file, seed=seed, requests=requests, max_active=max_active, steps=steps, page_size=page_size
             )
-        report = run_replay(trace, shape, spec, rules, hole_fraction=hole_fraction, layers=check_int("layers", layers, 1))
+        check_int("layers", layers, 1)
+        report = run_replay(trace, shape, spec, rules, hole_fraction=hole_fraction, layers=layers, options=options)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return

@@ -1,0 +1,54 @@
+"""Which routes serve which attention options, and what each reads of rows under a window."""
+from __future__ import annotations
+
+import numpy as np
+
+from pkvsim.options import AttentionOptions
+from pkvsim.route_model import OWN_ROUTES, ROUTES
+from pkvsim.schedule import skipped_tiles
+from pkvsim.shapes import DecodeShape
+
+# FlashInfer 0.7.2, https://github.com/flashinfer-ai/flashinfer: BatchDecodeWithPagedKVCacheWrapper.plan in
+# flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it takes
+# one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
+SERVED = {
+    "flashinfer_cuda_core": ("window", "soft_cap"),
+    "flashinfer_tensor_core": ("window", "soft_cap", "query_tokens"),
+    "xqa": ("window", "sinks", "query_tokens"),
+} | dict.fromkeys(OWN_ROUTES, ("window", "soft_cap", "sinks", "query_tokens", "v_head_dim"))
+# The CUDA-core kernel masks what lies before the window but walks all of the row (BatchDecodeWithPagedKVCacheDevice in
+# include/flashinfer/attention/decode.cuh); the others start at the window's first tile.
+WALKS_ALL = ("flashinfer_cuda_core",)
+
+
+def asked(shape: DecodeShape, options: AttentionOptions) -> tuple[str, ...]:
+    """The options that differ from plain attention, by field name."""
+    on = {
+        "window": options.window is not None,
+        "soft_cap": options.soft_cap is not None,
+        "sinks": options.sinks,
+        "query_tokens": options.query_tokens > 1,
+        "v_head_dim": options.value_dim(shape) != shape.head_dim,
+    }
+    return tuple(name for name, differs in on.items() if differs)
+
+
+def serving_routes(shape: DecodeShape, options: AttentionOptions, available: tuple[str, ...] = ROUTES) -> tuple[str, ...]:
+    """Those of the available routes that serve the options."""
+    needs = set(asked(shape, options))
+    return tuple(route for route in available if needs <= set(SERVED[route]))
+
+
+def route_reach(route: str, options: AttentionOptions) -> int | None:
+    """Tokens at a row's end that the route reads; None for all of them."""
+    return None if route in WALKS_ALL else options.reach
+
+
+def read_lens(route: str, seq_lens: np.ndarray, options: AttentionOptions, tile_tokens: int) -> np.ndarray:
+    """Tokens [batch_size] that the route reads of rows seq_lens [batch_size], from the first tile that its reach touches;
+    seq_lens themselves without a window."""
+    reach = route_reach(route, options)
+    if reach is None:
+        return seq_lens
+    lens = seq_lens.astype(np.int64)
+    return (lens - skipped_tiles(lens, reach, tile_tokens) * tile_tokens).astype(np.int32)
