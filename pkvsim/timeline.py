@@ -18,7 +18,7 @@ from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, quer
 from pkvsim.route_model import RouteModel
 from pkvsim.schedule import MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
-from pkvsim.timeline_loop import run_tasks, stride_tasks
+from pkvsim.timeline_loop import read_bytes, run_tasks, stride_tasks
 
 
 PINNABLE = ("buckets", "queue")  # the rules that take pinned splits, as in pricing.price_pinned
@@ -57,9 +57,9 @@ def simulate(
     schedule = route_schedule(model, shape, lens, num_sms=num_sms, splits=splits)
     alone, shared = read_speeds(c, useful_kv_bytes(shape, lens), shape.group_size, KV_ELEMENT_BYTES, num_sms)
     tasks = schedule.tasks
-    tokens = np.minimum(tasks["tile_end"].astype(np.int64) * schedule.tile_tokens, lens[tasks["row"]])
-    tokens -= tasks["tile_begin"].astype(np.int64) * schedule.tile_tokens
-    task_bytes = tokens * (2.0 * shape.head_dim * KV_ELEMENT_BYTES)
+    task_bytes = np.empty(len(tasks))
+    fields = tasks.view(np.int32).reshape(-1, len(tasks.dtype))
+    read_bytes(fields, lens, schedule.tile_tokens, 2.0 * shape.head_dim * KV_ELEMENT_BYTES, task_bytes)
     order, launch_ctas, gaps, merges = _launches(model, c, schedule, shape, lens)
     offsets = schedule.cta_offsets.astype(np.int64)
     places = np.arange(len(tasks))  # the tasks, CTA by CTA
@@ -68,15 +68,12 @@ def simulate(
         places, offsets, launch_ctas = _stride(order, launch_ctas, slots)
         order = np.arange(len(offsets) - 1)
         cta_us, task_us = 0.0, model.task_us
-    found = np.empty(len(tasks), np.int32), np.empty(len(tasks)), np.empty(len(tasks))
+    slot, start, end = np.empty(len(tasks), np.int32), np.empty(len(tasks)), np.empty(len(tasks))
     ramp = model.fixed_us + query_us(c, np.count_nonzero(lens) * shape.num_q_heads, shape.head_dim, KV_ELEMENT_BYTES)
     finish = run_tasks(
-        order, offsets, launch_ctas, gaps, task_bytes[places], slots,
-        cta_us, task_us, alone, shared, ramp, *found,
+        order, offsets, places, launch_ctas, gaps, task_bytes, slots,
+        cta_us, task_us, alone, shared, ramp, slot, start, end,
     )  # fmt: skip
-    slot, start, end = (np.empty_like(values) for values in found)
-    for by_task, values in zip((slot, start, end), found):
-        by_task[places] = values
     return Timeline(
         makespan_us=finish,
         schedule=schedule,

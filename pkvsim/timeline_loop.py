@@ -75,10 +75,24 @@ def stride_tasks(
     return ctas
 
 
+@compiled
+def read_bytes(
+    tasks: np.ndarray,  # [num_tasks, 5] int32, schedule.TASK_DTYPE's fields
+    lens: np.ndarray,  # [batch_size] int32
+    tile_tokens: int,
+    token_bytes: float,
+    out: np.ndarray,  # [num_tasks] float64, out
+) -> None:
+    """The bytes of KV that every task reads."""
+    for task in range(len(tasks)):
+        row, begin, end = tasks[task, 0], np.int64(tasks[task, 3]), np.int64(tasks[task, 4])
+        out[task] = (min(end * tile_tokens, lens[row]) - begin * tile_tokens) * token_bytes
+
+
 @inner
 def _run_side_by_side(
-    order: np.ndarray, cta_offsets: np.ndarray, task_bytes: np.ndarray, num_slots: int, fixed_us: float, alone: float,
-    shared: float, now: float, slot_of: np.ndarray, start_us: np.ndarray, end_us: np.ndarray,
+    order: np.ndarray, cta_offsets: np.ndarray, places: np.ndarray, task_bytes: np.ndarray, num_slots: int,
+    fixed_us: float, alone: float, shared: float, now: float, slot_of: np.ndarray, start_us: np.ndarray, end_us: np.ndarray,
 ) -> float:  # fmt: skip
     """run_tasks of one launch, all of whose CTAs (order) start at once with a task each, of at most FEW_ENDS sizes.
 
@@ -91,14 +105,14 @@ def _run_side_by_side(
     for cta in order:
         if cta_offsets[cta + 1] - cta_offsets[cta] != 1:
             return -1.0
-        least = min(least, task_bytes[cta_offsets[cta]])
+        least = min(least, task_bytes[places[cta_offsets[cta]]])
     start, read = now, 0.0
     now += fixed_us
     for _ in range(FEW_ENDS):
         now += (least - read) / min(alone, shared / left)
         read, least = least, np.inf
         for slot in range(len(order)):
-            task = cta_offsets[order[slot]]
+            task = places[cta_offsets[order[slot]]]
             size = task_bytes[task]
             if size == read:
                 slot_of[task], start_us[task], end_us[task] = slot, start, now
@@ -113,7 +127,8 @@ def _run_side_by_side(
 @compiled
 def run_tasks(
     order: np.ndarray,  # [num_ctas] int64, CTAs in the order in which slots take them
-    cta_offsets: np.ndarray,  # [num_ctas + 1] int64, CTA i runs tasks [cta_offsets[i], cta_offsets[i + 1])
+    cta_offsets: np.ndarray,  # [num_ctas + 1] int64, CTA i runs places[cta_offsets[i] : cta_offsets[i + 1]]
+    places: np.ndarray,  # [num_tasks] int64, the tasks, CTA by CTA
     launch_ctas: np.ndarray,  # [num_launches + 1] int64, launch i holds order[launch_ctas[i] : launch_ctas[i + 1]]
     gaps_us: np.ndarray,  # [num_launches] float64, from a launch's last task to the next launch, or to the end
     task_bytes: np.ndarray,  # [num_tasks] float64
@@ -139,7 +154,7 @@ def run_tasks(
         upcoming = launch_ctas[launch]
         stop = launch_ctas[launch + 1]
         done = _run_side_by_side(
-            order[upcoming:stop], cta_offsets, task_bytes, num_slots, cta_us + task_us, alone, shared, now,
+            order[upcoming:stop], cta_offsets, places, task_bytes, num_slots, cta_us + task_us, alone, shared, now,
             slot_of, start_us, end_us,
         )  # fmt: skip
         if done >= 0.0:
@@ -167,14 +182,14 @@ def run_tasks(
                     ready = wait_slots[queue, heads[queue]]
                     heads[queue] = (heads[queue] + 1) % num_slots
                     sizes[queue] -= 1
-                    _push(read_keys, read_slots, reading, clock + task_bytes[task_at[ready]], ready)
+                    _push(read_keys, read_slots, reading, clock + task_bytes[places[task_at[ready]]], ready)
                     reading += 1
                     continue
                 now = max(now, read_end)
                 clock = read_keys[0]
                 slot = _pop(read_keys, read_slots, reading)
                 reading -= 1
-                end_us[task_at[slot]] = now
+                end_us[places[task_at[slot]]] = now
                 task_at[slot] += 1
             else:
                 break
@@ -189,8 +204,8 @@ def run_tasks(
                 last_at[slot] = cta_offsets[cta + 1]
                 fixed += cta_us
                 queue = 1
-            slot_of[task_at[slot]] = slot
-            start_us[task_at[slot]] = now
+            slot_of[places[task_at[slot]]] = slot
+            start_us[places[task_at[slot]]] = now
             place = (heads[queue] + sizes[queue]) % num_slots
             wait_ends[queue, place] = now + fixed
             wait_slots[queue, place] = slot

@@ -21,10 +21,11 @@ def print_trace(trace: TraceSummary) -> None:
     if trace.prefix_reuse is not None:
         console.print(
             f"{trace.prefix_reuse:.1%} of {trace.prompt_blocks:,} prompt blocks of {trace.block_tokens} tokens "
-            "came before: hits of an infinite prefix cache"
+            "came before: hits of an infinite prefix cache",
+            soft_wrap=True,
         )
     for note in trace.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(_percentiles(trace))
     cells = max(4, min(32, (console.width - TEXT_CELLS) // 2))
     console.print(_histogram(trace, cells=cells, blocks="utf" in console.encoding.lower()))

@@ -85,7 +85,7 @@ def test_tasks_that_start_together_end_by_size(sizes, launches):
     slot, start, end = np.empty(len(task_bytes), np.int32), np.empty(len(task_bytes)), np.empty(len(task_bytes))
     ctas = np.arange(len(task_bytes) + 1)
     finish = run_tasks(
-        ctas[:-1], ctas, np.arange(launches + 1) * len(sizes), np.full(launches, 3.0), task_bytes, 12,
+        ctas[:-1], ctas, ctas[:-1], np.arange(launches + 1) * len(sizes), np.full(launches, 3.0), task_bytes, 12,
         1.0, 0.5, 60e3, 200e3, 5.0, slot, start, end,
     )  # fmt: skip
     assert slot.tolist() == list(range(len(sizes))) * launches

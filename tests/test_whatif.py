@@ -206,7 +206,7 @@ def test_step_sweep(capsys, monkeypatch) -> None:
     [
         (["--over", "batsh=1"], "over: expected NAME=VALUE,VALUE,... with a name of device, policy, batch"),
         (["--over", "batch"], "over: expected NAME=VALUE"),
-        (["--over", "batch=1,x"], "over: batch: expected numbers, got 'x'"),
+        (["--over", "batch=1,x"], "over: batch: expected integers, got 'x'"),
         (["--over", "batch=1,0"], "over: batch: expected numbers > 0, got 0"),
         (["--over", "batch=1,1"], "over: batch: expected each value once"),
         (["--over", "batch=1", "--over", "batch=2"], "over: expected each name once"),
