@@ -82,7 +82,7 @@ def _route(attention, lens, layers):
 
 @inner
 def _price_us(attention, lens, lengths, layers, route, splits):
-    """What `layers` layers cost on a route, the host's part included; splits of every row, 0 for the route's own rule."""
+    """What `layers` layers cost on a route, the host's part included; splits of every row, 0: the route's rule."""
     layer_us, _ = price_route(
         lens, attention.num_kv_heads, attention.group_size, attention.head_dim, attention.kv_element_bytes,
         attention.num_sms, attention.constants[route], splits,

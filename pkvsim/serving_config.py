@@ -23,7 +23,7 @@ class ServingConfig:
     compute_efficiency: float = 0.6  # of fp16_tflops that matrix products reach
     prefill_attention_efficiency: float = 0.45  # of fp16_tflops that prefill attention reaches
     host_us: float = 0.0  # host time of a step that the GPU waits for, beside attention's
-    graphs: bool = False  # decode in a captured graph: attention's host part is FlashInfer's and the queues' planning alone
+    graphs: bool = False  # decode in captured graphs: attention waits for no host but its planning
     prefix_cache: str = "none"  # one of prefix_cache.KINDS
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
 

@@ -55,8 +55,8 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
         room = device.memory_gib * GIB - weight_bytes(model)
         if config.kv_gib * GIB > room:
             raise ValueError(
-                f"kv_gib: expected at most the {max(0.0, room / GIB):.1f} GiB that the weights of {model.name} leave of "
-                f"the {device.memory_gib:g} of {device.name}, got {config.kv_gib:g}"
+                f"kv_gib: expected at most the {max(0.0, room / GIB):.1f} GiB that the weights of {model.name} leave "
+                f"of the {device.memory_gib:g} of {device.name}, got {config.kv_gib:g}"
             )
         return int(config.kv_gib * GIB // page_bytes)
     left = device.memory_gib * config.memory_fraction * GIB - weight_bytes(model) - config.workspace_gib * GIB

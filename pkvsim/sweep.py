@@ -73,7 +73,8 @@ def _value(name: str, text: str) -> Any:
     try:
         number = float(text) if name == "rate" else int(text)
     except ValueError:
-        raise ValueError(f"over: {name}: expected {'numbers' if name == 'rate' else 'integers'}, got {text!r}") from None
+        kind = "numbers" if name == "rate" else "integers"
+        raise ValueError(f"over: {name}: expected {kind}, got {text!r}") from None
     if not 0 < number < np.inf:
         raise ValueError(f"over: {name}: expected numbers > 0, got {text}")
     return number

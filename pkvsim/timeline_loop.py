@@ -92,7 +92,8 @@ def read_bytes(
 @inner
 def _run_side_by_side(
     order: np.ndarray, cta_offsets: np.ndarray, places: np.ndarray, task_bytes: np.ndarray, num_slots: int,
-    fixed_us: float, alone: float, shared: float, now: float, slot_of: np.ndarray, start_us: np.ndarray, end_us: np.ndarray,
+    fixed_us: float, alone: float, shared: float, now: float,
+    slot_of: np.ndarray, start_us: np.ndarray, end_us: np.ndarray,
 ) -> float:  # fmt: skip
     """run_tasks of one launch, all of whose CTAs (order) start at once with a task each, of at most FEW_ENDS sizes.
 

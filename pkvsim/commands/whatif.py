@@ -43,11 +43,13 @@ def whatif(
     prefill_attention_efficiency: Annotated[
         float, typer.Option(help="Part of the FP16 peak that prefill attention reaches.")
     ] = 0.45,
-    host_us: Annotated[float, typer.Option(help="Host time per step that the GPU waits for, beside attention's.")] = 0.0,
+    host_us: Annotated[
+        float, typer.Option(help="Host time per step that the GPU waits for, beside attention's.")
+    ] = 0.0,
     graphs: Annotated[
         bool,
         typer.Option(
-            "--graphs/--eager", help="Decode in captured graphs, or layer by layer as the host issues it (what replay prices)."
+            "--graphs/--eager", help="Decode in captured graphs, or layer by layer as the host issues it (as in replay)."
         ),
     ] = False,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
