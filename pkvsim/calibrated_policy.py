@@ -16,7 +16,7 @@ from pkvsim.pricing import price_variant, row_splits, step_times
 from pkvsim.pricing_base import TILE
 from pkvsim.route_model import ROUTES, constants_matrix
 from pkvsim.route_options import asked, read_lens, route_reach, serving_routes
-from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
+from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 from pkvsim.timeline import simulate
 
 INFINITE = float("inf")
@@ -56,7 +56,7 @@ class CalibratedPolicy:
     def __post_init__(self) -> None:
         for name in ("split_splits", "workqueue_splits"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
+                check_int(name, getattr(self, name), 1, MAX_TOKENS)
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
@@ -158,7 +158,8 @@ class CalibratedPolicy:
             raise ValueError(f"available: expected a route that serves {needs}, got {', '.join(available)}")
         constants = constants_matrix(device_routes(device), serving)
         if np.isnan(constants[:, 0]).all():
-            raise ValueError(f"available: expected a route that {device.name} has a model of, got {', '.join(serving)}")
+            got = ", ".join(serving)
+            raise ValueError(f"available: expected a route that {device.name} has a model of, got {got}")
         pinned = np.zeros(len(ROUTES), np.int64)
         for route in HOST_ROUTES:
             pinned[ROUTES.index(route)] = self.pinned_splits(route) or 0

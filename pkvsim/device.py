@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,9 @@ def load_device(path: str | Path) -> DeviceSpec:
     """Reads one GPU's JSON file; ValueError naming the file and what is wrong in it."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read a device: {error.strerror}") from None
+    except (RecursionError, ValueError) as error:  # not UTF-8, not JSON, nested too deeply, or a number of many digits
         raise ValueError(f"{path}: cannot read a device: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("numbers"), dict):
         raise ValueError(f"{path}: expected an object with name, label and numbers")
@@ -98,7 +100,7 @@ def _number(where: str, name: str, entry: Any) -> Any:
         raise ValueError(f"{where}: expected a number, got {value!r}")
     if name == "compute_capability":
         return tuple(parts)
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:
         raise ValueError(f"{where}: expected a number > 0, got {value!r}")
     return value
 

@@ -14,6 +14,7 @@ PAPER_TRACES = ("family", "seed", "requests", "max_active", "steps", "splits", "
 PEERS = ("device", "system", "version", "kernel", "batch_size", "context_len", "num_q_heads", "num_kv_heads", "time_us")
 FLASHINFER = ("num_q_heads", "num_kv_heads", "case", "draw", "batch_size", "backend", "kernel_us", "plan_us", "plan_run_sync_us")
 FLASHINFER_ROUTES = {"cuda_core": "flashinfer_cuda_core", "tensor_core": "flashinfer_tensor_core", "xqa": "xqa"}
+MAX_SHOWN = 500  # characters of a wrong header in an error
 RAGGED_CELLS = "h200_ragged_cells.csv"  # beside the FlashInfer table: the lengths of its ragged cells
 
 
@@ -32,7 +33,8 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     if set(FLASHINFER) <= header:
         lengths = _ragged_lengths(path.parent / RAGGED_CELLS)
         return read_table(path, text, FLASHINFER, lambda row: _flashinfer(row, lengths))
-    raise ValueError(f"{path}: expected the columns {', '.join(HEADER)} or those of a published table, got {', '.join(sorted(header))}")
+    got = ", ".join(sorted(header))[:MAX_SHOWN] or "an empty line"
+    raise ValueError(f"{path}: expected the columns {', '.join(HEADER)} or those of a published table, got {got}")
 
 
 def _paper_kernel(row: Row) -> list[Measurement]:

@@ -22,7 +22,7 @@ from pkvsim.paper_rules import (
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.route_model import ROUTES
 from pkvsim.route_options import asked
-from pkvsim.shapes import DecodeShape, check_int, check_seq_lens
+from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 
 PAPER_ROUTES = ("flashinfer", "split", "workqueue")
 
@@ -45,7 +45,7 @@ class PaperPolicy:
         check_int("min_context", self.min_context, 0)
         for name in ("split_splits", "workqueue_splits"):
             if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 1)
+                check_int(name, getattr(self, name), 1, MAX_TOKENS)
 
     def split_counts(self, route: str, shape: DecodeShape, seq_lens: np.ndarray) -> np.ndarray:
         """Splits to ask of each row [batch_size] int64; make_schedule cuts them down to a row's tiles."""

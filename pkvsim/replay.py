@@ -16,7 +16,7 @@ from pkvsim.paper_policy import PAPER_ROUTES, PAPER_TILE_TOKENS, PaperPolicy
 from pkvsim.route_model import OWN_ROUTES
 from pkvsim.route_options import read_lens
 from pkvsim.schedule import make_schedule
-from pkvsim.shapes import DecodeShape
+from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.timeline import route_schedule
 from pkvsim.traces import Trace, pool_pages
 
@@ -93,8 +93,9 @@ def replay(
     and predicted_host_us what lies between (where the device's constants tell them apart). "adaptive" takes the
     policy's route at each step. options: of every layer's attention; engines that do not serve them are left out, and
     with query_tokens the rows decode one token a step all the same, as if every draft but its first token were refused.
-    Raises ValueError when shape and trace disagree on the page size, or the policy knows no options.
+    Raises ValueError naming the argument, when shape and trace disagree on the page size, or the policy knows no options.
     """
+    layers = check_int("layers", layers, 1, MAX_TOKENS)
     if shape.page_size != trace.page_size:
         raise ValueError(f"trace: expected page_size {shape.page_size}, got {trace.page_size}")
     totals: dict[str, _Totals] = {}

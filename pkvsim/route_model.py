@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -62,10 +63,9 @@ class RouteModel:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
         for name in CONSTANTS:
             value = getattr(self, name)
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-            if name in _POSITIVE:
-                good = good and value > 0
-            if not good or value < 0 or (math.isinf(value) and name not in _UNLIMITED):
+            good = isinstance(value, (int, float)) and not isinstance(value, bool)
+            most = math.inf if name in _UNLIMITED else sys.float_info.max
+            if not good or not 0 <= value <= most or (name in _POSITIVE and value == 0):
                 raise ValueError(f"{name}: expected a finite number {'> 0' if name in _POSITIVE else '>= 0'}, got {value!r}")
 
     def to_row(self) -> np.ndarray:

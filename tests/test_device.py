@@ -71,6 +71,9 @@ def change_route(**fields):
     [
         (change_route(fixed_us=float("nan")), r"x.json: routes.balanced.model.fixed_us: expected a finite number >= 0, got nan"),
         (change_route(bandwidth_gb_s=float("inf")), "routes.balanced.model.bandwidth_gb_s: expected a finite number > 0, got inf"),
+        (change_route(plan_us=10**400), "routes.balanced.model.plan_us: expected a finite number >= 0, got 1000"),
+        ("[" * 100000, "x.json: cannot read a device: maximum recursion depth"),
+        ("9" * 5000, "x.json: cannot read a device: Exceeds the limit"),
         (change_route(plan_us=-1), "routes.balanced.model.plan_us: expected a finite number >= 0, got -1"),
         (change_route(merge_us="3"), "routes.balanced.model.merge_us: expected a finite number >= 0, got '3'"),
         (change_route(rule="greedy"), "routes.balanced.model.rule: expected one of whole"),
@@ -85,6 +88,7 @@ def change_route(**fields):
         (change_route(model={}), "routes.balanced.model: missing or unknown: bandwidth_gb_s"),
         (change_route().replace('"xqa"', '"warp"'), "routes.warp: expected one of flashinfer_cuda_core"),
         (change(l2_mib={"value": float("nan"), "status": "datasheet", "source": "s"}), "l2_mib: expected a number > 0, got nan"),
+        (change(l2_mib={"value": 10**400, "status": "datasheet", "source": "s"}), "l2_mib: expected a number > 0, got 1000"),
         (change(l2_mib={"value": float("inf"), "status": "datasheet", "source": "s"}), "l2_mib: expected a number > 0, got inf"),
     ],
 )

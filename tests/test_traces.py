@@ -110,7 +110,7 @@ def test_shuffle_by_hand():
     [
         ({"family": "normal"}, "family: expected one of uniform, .* got 'normal'"),
         ({"seed": -1}, "seed: expected an integer"),
-        ({"requests": 0}, "requests: expected an integer >= 1, got 0"),
+        ({"requests": 0}, r"requests: expected an integer in \[1, 1000000\], got 0"),
         ({"max_active": 0}, "max_active: expected"),
         ({"steps": 0}, "steps: expected"),
         ({"page_size": 0}, "page_size: expected"),

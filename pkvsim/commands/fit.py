@@ -27,7 +27,10 @@ def fit(
 ) -> None:
     """Fits the model's constants to measured times and writes a device file.
 
-    Example: pkvsim fit --measurements peer.csv --table-device l40s --device-base l40s -o l40s_fitted.json
+    \b
+    Examples:
+      pkvsim fit --measurements mygpu.csv --device-base rtx4090 -o mygpu.json
+      pkvsim fit --measurements peer.csv --table-device l40s --device-base l40s -o l40s_fitted.json
     """
     with one_line_errors():
         from datetime import date

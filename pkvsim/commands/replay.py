@@ -27,15 +27,17 @@ def replay(
     trace_file: Annotated[
         Optional[str], typer.Option(help="CSV or JSON requests to replay in place of a family.")
     ] = None,
-    num_q_heads: Annotated[int, typer.Option()] = 32,
-    num_kv_heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 128,
+    num_q_heads: Annotated[int, typer.Option(help="A multiple of the KV heads.")] = 32,
+    num_kv_heads: Annotated[int, typer.Option(help="Of one layer on one GPU.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Elements of a K or V vector of one head.")] = 128,
     page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
     layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
     window: Annotated[
         Optional[int], typer.Option(help="Sliding window: tokens that a query token sees, itself among them.")
     ] = None,
-    query_tokens: Annotated[int, typer.Option(help="Query tokens per row and step (speculative decoding), 1 to 8.")] = 1,
+    query_tokens: Annotated[
+        int, typer.Option(help="Query tokens per row and step (speculative decoding), 1 to 8.")
+    ] = 1,
     hole_fraction: Annotated[float, typer.Option(help="Part of the page pool that nobody owns.")] = 0.0,
     split_splits: Annotated[
         Optional[int], typer.Option(help="Splits per row of the split engine; the policy's own by default.")
@@ -47,8 +49,11 @@ def replay(
 ) -> None:
     """Replays a trace and prints what each engine does and costs per step.
 
-    Examples: pkvsim replay --family zipf --max-active 16 --device h200,
-    pkvsim replay --device h200 --window 4096 --query-tokens 4
+    \b
+    Examples:
+      pkvsim replay --family zipf --max-active 16 --device h200
+      pkvsim replay --trace-file requests.csv --policy paper --json
+      pkvsim replay --device h200 --window 4096 --query-tokens 4
     """
     with one_line_errors():
         from pkvsim.device import get_device
@@ -73,7 +78,6 @@ def replay(
             trace = read_trace(
                 trace_file, seed=seed, requests=requests, max_active=max_active, steps=steps, page_size=page_size
             )
-        check_int("layers", layers, 1)
         report = run_replay(trace, shape, spec, rules, hole_fraction=hole_fraction, layers=layers, options=options)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
