@@ -32,8 +32,8 @@ def make_policy(
 ) -> Policy:
     """The policy of that name: one of POLICIES, a route's name meaning that it is always taken.
 
-    min_context is the paper's gate (16384 tokens), which the others do not have. split_splits, workqueue_splits: pinned splits of every row, None for the policy's own
-    choice. Raises ValueError naming the argument.
+    min_context is the paper's gate (16384 tokens), which the others do not have. split_splits, workqueue_splits: pinned
+    splits of every row, None for the policy's own choice. Raises ValueError naming the argument.
     """
     if name == "paper":
         gate = {} if min_context is None else {"min_context": min_context}

@@ -12,13 +12,13 @@ import numpy as np
 
 from pkvsim.numba_cache import drop_stale, inner
 from pkvsim.pricing_base import (
-    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, HOST, ISOLATED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN,
-    PLAN_LENGTH, PLAN_ROW, QUEUE, RUN, STRIDED, TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
+    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN, QUEUE, STRIDED,
+    TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
 )  # fmt: skip
-from pkvsim.pricing_tasks import (
-    balanced_us, best_queue, bucket_splits, buckets_us, chunk_count, chunk_tokens, chunks_us, even_us, sort_descending,
-    strided_us, total_tokens,
-)  # fmt: skip
+from pkvsim.pricing_rows import bucket_splits, chunk_count, chunk_tokens, sort_descending, sorted_lengths, total_tokens
+from pkvsim.pricing_rules import balanced_us, best_queue, buckets_us
+from pkvsim.pricing_steps import step_time, step_times
+from pkvsim.pricing_tasks import chunks_us, even_us, strided_us
 from pkvsim.schedule import skipped_tiles
 
 __all__ = [
@@ -60,8 +60,9 @@ def price_pinned(
     """price_routes where splits also come in: of every row, 0 to choose them. Routes that cut by themselves ignore it."""
     reaches = np.zeros(len(constants), np.int64)
     price_variant(
-        seq_lens, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, reaches, constants, prices_us, splits
-    )
+        seq_lens, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, reaches, constants,
+        prices_us, splits,
+    )  # fmt: skip
 
 
 @compiled
@@ -73,7 +74,7 @@ def price_variant(
     v_head_dim: int,
     kv_element_bytes: int,
     num_sms: int,
-    reaches: np.ndarray,  # [num_routes] int64, tokens at a row's end that the route reads, 0 for all (AttentionOptions.reach)
+    reaches: np.ndarray,  # [num_routes] int64, tokens at a row's end that the route reads (AttentionOptions.reach), 0: all
     constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
     prices_us: np.ndarray,  # [num_routes] float64, out
     splits: np.ndarray,  # [num_routes] int64, in and out
@@ -105,46 +106,6 @@ def _reads(ordered: np.ndarray, reach: int, c: np.ndarray) -> np.ndarray:
     if c[0] != BUCKETS:
         sort_descending(reads, len(reads))
     return reads
-
-
-@compiled
-def step_times(
-    seq_lens: np.ndarray,  # [batch_size] int32 or int64, zeros allowed
-    layers: int,
-    constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
-    layer_us: np.ndarray,  # [num_routes] float64, as price_routes gives it
-    gpu_us: np.ndarray,  # [num_routes] float64, out: all layers on a GPU that never waits for the host
-    host_us: np.ndarray,  # [num_routes] float64, out: what the step takes by the wall clock above gpu_us
-) -> None:
-    """A step of `layers` layers planned once: planning, then the layers, issued one after the other by the host.
-
-    Where the GPU ends layers sooner than the host issues them, the host's time to issue counts for all but the last.
-    A route of NaN takes infinity on the GPU and nothing on the host.
-    """
-    rows = 0
-    lengths = 0  # distinct ones
-    for row in range(len(seq_lens)):
-        rows += seq_lens[row] > 0
-    for route in range(len(constants)):
-        c = constants[route]
-        if math.isnan(c[BANDWIDTH]):
-            gpu_us[route] = math.inf
-            host_us[route] = 0.0
-            continue
-        if c[PLAN_LENGTH] > 0.0 and lengths == 0:
-            ordered = sorted_lengths(seq_lens)
-            for row in range(len(ordered)):
-                lengths += row == 0 or ordered[row] != ordered[row - 1]
-        gpu_us[route], host_us[route] = step_time(c, rows, lengths, layers, layer_us[route])
-
-
-@compiled
-def step_time(c: np.ndarray, rows: int, lengths: int, layers: int, layer_us: float) -> tuple[float, float]:
-    """step_times of one route: (gpu_us, host_us). rows: those with tokens; lengths: distinct ones among them, which only
-    a route with plan_length_us looks at; layer_us: kernel time of a layer that follows another."""
-    waits = max(0.0, (layers - 1) * (c[RUN] - layer_us))
-    plan = c[PLAN] + rows * c[PLAN_ROW] + max(0, lengths - 1) * c[PLAN_LENGTH]
-    return c[ISOLATED] + layers * layer_us, plan + c[HOST] + waits
 
 
 @compiled
@@ -196,19 +157,6 @@ def price_steps(
         prices_us[owner] += us + planned * constants[PLAN]
         steps[owner] += 1
     prices_us /= steps
-
-
-@compiled
-def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
-    """The lengths above 0, longest first, int64."""
-    ordered = np.empty(len(seq_lens), np.int64)
-    used = 0
-    for length in seq_lens:
-        if length > 0:
-            ordered[used] = length
-            used += 1
-    sort_descending(ordered, used)
-    return ordered[:used]
 
 
 @compiled

@@ -33,7 +33,9 @@ def asked(shape: DecodeShape, options: AttentionOptions) -> tuple[str, ...]:
     return tuple(name for name, differs in on.items() if differs)
 
 
-def serving_routes(shape: DecodeShape, options: AttentionOptions, available: tuple[str, ...] = ROUTES) -> tuple[str, ...]:
+def serving_routes(
+    shape: DecodeShape, options: AttentionOptions, available: tuple[str, ...] = ROUTES
+) -> tuple[str, ...]:
     """Those of the available routes that serve the options."""
     needs = set(asked(shape, options))
     return tuple(route for route in available if needs <= set(SERVED[route]))

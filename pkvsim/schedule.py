@@ -90,8 +90,8 @@ def make_schedule(
     return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
 
 
-def skipped_tiles(lengths, reach: int, tile_tokens: int):
-    """Tiles at the start of rows of these lengths (an int, or int64 [batch_size]) that lie before the last `reach` tokens."""
+def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
+    """Tiles at the start of rows of these lengths (int64, one or [batch_size]) that lie before the last `reach` tokens."""
     return (lengths > reach) * (lengths - reach) // tile_tokens
 
 

@@ -8,7 +8,7 @@ from pkvsim.derive import derive_routes, device_routes
 from pkvsim.device import DEVICES, get_device
 from pkvsim.pricing import PLAN, price_routes, row_splits, sorted_lengths
 from pkvsim.pricing_base import MERGE
-from pkvsim.pricing_tasks import chunk_tokens
+from pkvsim.pricing_rows import chunk_tokens
 from pkvsim.route_model import CONSTANTS, NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
 
 H200 = get_device("h200")
