@@ -1,7 +1,7 @@
 """Our policy: the cheapest route by the model calibrated on this GPU; and the fixed routes to compare with it."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -232,7 +232,7 @@ class FixedPolicy:
         splits = None
         if self.route in HOST_ROUTES:
             splits = self.split_counts(self.route, shape, seq_lens, device, options=options)
-        return Decision(self.route, splits, cheapest.prices, f"always {self.route}", cheapest.host_us, cheapest.layer_us)
+        return replace(cheapest, route=self.route, splits=splits, why=f"always {self.route}")
 
 
 def _reason(

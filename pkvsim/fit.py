@@ -36,7 +36,8 @@ class _Steps:
 
 
 def _flatten(measurements: Sequence[Measurement]) -> _Steps:
-    rows = [(owner, sorted_lengths(np.array(step, np.int64))) for owner, m in enumerate(measurements) for step in m.steps]
+    owned = [(owner, step) for owner, m in enumerate(measurements) for step in m.steps]
+    rows = [(owner, sorted_lengths(np.array(step, np.int64))) for owner, step in owned]
     return _Steps(
         lengths=np.concatenate([lens for _, lens in rows]),
         offsets=np.cumsum([0, *(len(lens) for _, lens in rows)]),
@@ -68,8 +69,9 @@ def fit_error(model: RouteModel, measurements: Sequence[Measurement], *, num_sms
 
 
 def held_out_error(
-    measurements: Sequence[Measurement], candidates: Sequence[RouteModel], free: Sequence[str], *, num_sms: int, seeds: Sequence[int] = range(HALVES)
-) -> FitError:
+    measurements: Sequence[Measurement], candidates: Sequence[RouteModel], free: Sequence[str], *, num_sms: int,
+    seeds: Sequence[int] = range(HALVES),
+) -> FitError:  # fmt: skip
     """Errors on one random half of a fit to the other, over one pair of halves for each seed."""
     errors = []
     for seed in seeds:
@@ -127,7 +129,8 @@ def _fit_candidate(start: RouteModel, free: Sequence[str], steps: _Steps, num_sm
 
     span = np.log(1e3)
     best = least_squares(
-        residuals, begin, bounds=(begin - span, begin + span), loss="soft_l1", f_scale=ROBUST_SCALE, x_scale=0.3, diff_step=1e-4,
+        residuals, begin, bounds=(begin - span, begin + span), loss="soft_l1", f_scale=ROBUST_SCALE, x_scale=0.3,
+        diff_step=1e-4,
         max_nfev=200,
     )  # fmt: skip
     return float(best.cost), model_of(best.x)
@@ -140,7 +143,8 @@ def halves(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def calibrate(
-    measurements: Sequence[Measurement], candidates: Sequence[RouteModel], free: Sequence[str], *, num_sms: int, source: str, date: str
+    measurements: Sequence[Measurement], candidates: Sequence[RouteModel], free: Sequence[str], *, num_sms: int,
+    source: str, date: str,
 ) -> CalibratedRoute:  # fmt: skip
     """fit_route on all measurements, with its error on them and that of halves' fits on the other halves."""
     model = fit_route(measurements, candidates, free, num_sms=num_sms)

@@ -57,7 +57,9 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
     )
     if route in ROUTES:
         rule, slots, pad, tile = _RULES[route]
-        own = {"sm_heads_gb_s": 130.0, "base_heads": 1.3, "merge_us": 0.0, "merge_split_us": 0.0} if route == "flashinfer_cuda_core" else {}
+        own = {}
+        if route == "flashinfer_cuda_core":
+            own = {"sm_heads_gb_s": 130.0, "base_heads": 1.3, "merge_us": 0.0, "merge_split_us": 0.0}
         if rule == "balanced":
             own = {
                 "segment_us": 1.0, "merge_gb_s": 20.0, "sm_heads_gb_s": 800.0, "base_heads": 3.0,

@@ -10,9 +10,13 @@ from pkvsim.traces import paper_trace
 
 PAPER_SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 PAPER_KERNELS = ("measurement", "batch_size", "seq_len", "splits", "kernel", "time_ms")
-PAPER_TRACES = ("family", "seed", "requests", "max_active", "steps", "splits", "engine", "gpu_mean_step_ms", "wall_mean_step_ms")
+PAPER_TRACES = (
+    "family", "seed", "requests", "max_active", "steps", "splits", "engine", "gpu_mean_step_ms", "wall_mean_step_ms",
+)  # fmt: skip
 PEERS = ("device", "system", "version", "kernel", "batch_size", "context_len", "num_q_heads", "num_kv_heads", "time_us")
-FLASHINFER = ("num_q_heads", "num_kv_heads", "case", "draw", "batch_size", "backend", "kernel_us", "plan_us", "plan_run_sync_us")
+FLASHINFER = (
+    "num_q_heads", "num_kv_heads", "case", "draw", "batch_size", "backend", "kernel_us", "plan_us", "plan_run_sync_us",
+)  # fmt: skip
 FLASHINFER_ROUTES = {"cuda_core": "flashinfer_cuda_core", "tensor_core": "flashinfer_tensor_core", "xqa": "xqa"}
 MAX_SHOWN = 500  # characters of a wrong header in an error
 RAGGED_CELLS = "h200_ragged_cells.csv"  # beside the FlashInfer table: the lengths of its ragged cells
@@ -40,7 +44,8 @@ def read_measurements(path: str | Path) -> list[Measurement]:
 def _paper_kernel(row: Row) -> list[Measurement]:
     """The paper's single calls: its split kernel over split counts, and FlashInfer's. Other rows are other systems'."""
     kernel = row["kernel"].rsplit(" ", 1)[-1]
-    route = {"persistentkv": "split", "cuda-core": "flashinfer_cuda_core", "tensor-core": "flashinfer_tensor_core"}.get(kernel)
+    routes = {"persistentkv": "split", "cuda-core": "flashinfer_cuda_core", "tensor-core": "flashinfer_tensor_core"}
+    route = routes.get(kernel)
     if route is None:
         return []
     lens = (cell_int(row, "seq_len"),) * cell_int(row, "batch_size")

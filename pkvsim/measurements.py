@@ -56,7 +56,9 @@ class Measurement:
 Row = dict[str, str]
 
 
-def read_table(path: str | Path, text: str, columns: Iterable[str], parse: Callable[[Row], list[Measurement]]) -> list[Measurement]:
+def read_table(
+    path: str | Path, text: str, columns: Iterable[str], parse: Callable[[Row], list[Measurement]]
+) -> list[Measurement]:
     """The measurements of a CSV, `parse` reading one row; ValueError naming file, line and what is wrong."""
     measurements: list[Measurement] = []
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)

@@ -182,7 +182,8 @@ class _Given:
     def store(self, out: np.ndarray, lse: np.ndarray, row: int, values: np.ndarray, row_lse: np.ndarray) -> None:
         """Writes a row's values [num_kv_heads, columns, v_head_dim] and LSE, sinks folded in."""
         heads, tokens = self.shape.num_kv_heads, self.options.query_tokens
-        values = values.reshape(heads, tokens, self.shape.group_size, -1).swapaxes(0, 1).reshape(tokens, heads * self.shape.group_size, -1)
+        values = values.reshape(heads, tokens, self.shape.group_size, -1).swapaxes(0, 1)
+        values = values.reshape(tokens, heads * self.shape.group_size, -1)
         row_lse = row_lse.reshape(heads, tokens, self.shape.group_size).swapaxes(0, 1).reshape(tokens, -1)
         if self.sinks is not None:
             whole = np.logaddexp(row_lse, self.sinks)
@@ -234,6 +235,7 @@ def _check(
         raise ValueError(f"query_lens: expected counts in [0, {tokens}] [{step.batch_size}], got {query_lens!r}")
     short = np.flatnonzero((step.seq_lens > 0) & (step.seq_lens < counts))
     if len(short):
-        raise ValueError(f"seq_lens[{short[0]}]: expected at least its {counts[short[0]]} query tokens, got {step.seq_lens[short[0]]}")
+        row = short[0]
+        raise ValueError(f"seq_lens[{row}]: expected at least its {counts[row]} query tokens, got {step.seq_lens[row]}")
     scale = shape.head_dim**-0.5 if scale is None else float(scale)
     return _Given(shape, options, step, q.reshape(step.batch_size, tokens, *q.shape[-2:]), scale, sinks, counts)
