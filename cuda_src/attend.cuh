@@ -1,38 +1,37 @@
 // The decode path of every schedule: a CTA walks a stream of segments and yields one partial softmax state for each.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
-// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles, leaves
-// it in shared memory at the segment's end and goes on; each query head's states are merged by one warp when it comes
-// to the next segment's end. So no warp stops for another while there is work.
+// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles;
+// at a segment's end the WARPS states are merged through shared memory once.
 #pragma once
 #include "paged_load.cuh"
 #include "state.cuh"
 
 namespace pkv {
 
-constexpr int HEAD_BLOCKS = (COLUMNS + 7) / 8;     // blocks of 8 columns
-constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
-constexpr int STATE_ROW = V_DIM + 4;               // floats; the 4 more keep the writes of head pairs in different banks
+constexpr int HEAD_BLOCKS = (GROUP_SIZE + 7) / 8;  // blocks of 8 query heads
+constexpr int K_STEPS = HEAD_DIM / 16;
+constexpr int STATE_ROW = HEAD_DIM + 4;            // floats; 4 more keep the writes of head pairs in different banks
 constexpr float RESCALE_ABOVE = 8.0f;              // p stays below 2^8, so the maximum may lag by that much
 
 struct __align__(16) SharedMemory {
-  unsigned char ring[WARPS][STAGES][SLOT_BYTES];
-  float states[BUFFERS][WARPS][COLUMNS][STATE_ROW];  // acc, then m and l
-  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only)
-  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // by all warps: their states left there, their heads merged
+  unsigned char ring[WARPS][STAGES][2][TILE_BYTES];  // K, V
+  float acc[WARPS][GROUP_SIZE][STATE_ROW];
+  float2 ml[WARPS][GROUP_SIZE];
+  Packet kept[STATE_PAIRS];  // balanced only
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
 
 struct WarpState {
   float m[HEAD_BLOCKS][2], l[HEAD_BLOCKS][2];
-  float acc[V_STEPS][HEAD_BLOCKS][4];
+  float acc[K_STEPS][HEAD_BLOCKS][4];
 
   __device__ __forceinline__ void reset() {
     #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b) m[b][0] = m[b][1] = LOWEST, l[b][0] = l[b][1] = 0.0f;
+    for (int b = 0; b < HEAD_BLOCKS; ++b) m[b][0] = m[b][1] = __int_as_float(0xff800000), l[b][0] = l[b][1] = 0.0f;
     #pragma unroll
-    for (int i = 0; i < V_STEPS; ++i)
+    for (int i = 0; i < K_STEPS; ++i)
       #pragma unroll
       for (int b = 0; b < HEAD_BLOCKS; ++b) acc[i][b][0] = acc[i][b][1] = acc[i][b][2] = acc[i][b][3] = 0.0f;
   }
@@ -49,7 +48,7 @@ struct WarpState {
       m[b][column] = top;
       l[b][column] *= scale;
       #pragma unroll
-      for (int i = 0; i < V_STEPS; ++i) acc[i][b][column] *= scale, acc[i][b][column + 2] *= scale;
+      for (int i = 0; i < K_STEPS; ++i) acc[i][b][column] *= scale, acc[i][b][column + 2] *= scale;
     }
   }
 };
@@ -59,16 +58,14 @@ struct WarpState {
 constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
 
 struct Query {
-  const half_type* rows;  // the (row, KV head)'s first query head of the first token
-  int token_stride;       // elements
+  const half_type* rows;  // [GROUP_SIZE, HEAD_DIM]
   unsigned fragment[QUERY_IN_REGISTERS ? K_STEPS : 1][HEAD_BLOCKS][2];
 
   __device__ __forceinline__ void read(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
     #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) {
-      const int column = min(b * 8 + lane / 4, COLUMNS - 1);  // columns past the last repeat it, unused
-      const int head = column % GROUP_SIZE, token = column / GROUP_SIZE;
-      const unsigned* row = reinterpret_cast<const unsigned*>(rows + token * token_stride + head * HEAD_DIM) + step * 8 + lane % 4;
+      const int head = min(b * 8 + lane / 4, GROUP_SIZE - 1);  // heads past the group repeat its last one, unused
+      const unsigned* row = reinterpret_cast<const unsigned*>(rows + head * HEAD_DIM) + step * 8 + lane % 4;
       to[b][0] = __ldg(row), to[b][1] = __ldg(row + 4);
     }
   }
@@ -80,9 +77,7 @@ struct Query {
       read(to, step, lane);
     }
   }
-  // q [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-  __device__ __forceinline__ Query(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) : token_stride(num_kv_heads * GROUP_SIZE * HEAD_DIM) {
-    rows = q + static_cast<long long>(row) * QUERY_TOKENS * token_stride + kv_head * GROUP_SIZE * HEAD_DIM;
+  __device__ __forceinline__ Query(const half_type* group, int lane) : rows(group) {
     if constexpr (QUERY_IN_REGISTERS) {
       #pragma unroll
       for (int i = 0; i < K_STEPS; ++i) read(fragment[i], i, lane);
@@ -97,7 +92,7 @@ __device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& q
   #pragma unroll
   for (int i = 0; i < K_STEPS; ++i) {
     unsigned k[4];
-    load_matrix(k, tile + ring_offset<K_ROW_BYTES>(lane & 15, 2 * i + (lane >> 4)));
+    load_matrix(k, tile + ring_offset(lane & 15, 2 * i + (lane >> 4)));
     unsigned q[HEAD_BLOCKS][2];
     query.get(q, i, lane);
     #pragma unroll
@@ -105,38 +100,17 @@ __device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& q
   }
 }
 
-// What the columns see of a row's tokens.
-struct Mask {
-  int seq_len;
-  int query_len;  // the row's query tokens, the last of its tokens
-  int window;     // tokens that a query token sees, itself among them (WINDOWED)
-
-  // Hides what a column does not see of the tile of logits s that begins at token `first`.
-  __device__ __forceinline__ void hide(float (&s)[HEAD_BLOCKS][4], int first, int lane) const {
-    const bool ends = first + PKV_TILE > seq_len - (QUERY_TOKENS > 1 ? query_len - 1 : 0);
-    if (!ends && !(WINDOWED && first < seq_len - window)) return;
-    const float none = __int_as_float(0xff800000);
-    #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b)
-      #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = first + lane / 4 + i / 2 * 8, token = (b * 8 + lane % 4 * 2 + i % 2) / GROUP_SIZE;
-        const int end = QUERY_TOKENS > 1 ? min(seq_len, seq_len - (query_len - 1 - token)) : seq_len;
-        if (at >= end || (WINDOWED && at < end - window)) s[b][i] = none;
-      }
-  }
-};
-
-// Turns logits into weights p (B operands of O^T = V^T P^T) and updates m and l. scale: to logits in base 2, or with
-// SOFT_CAP to the argument of the tanh, whose height in base 2 is cap.
-__device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4], float scale, float cap, const Mask& mask, int first, int lane) {
-  #pragma unroll
-  for (int b = 0; b < HEAD_BLOCKS; ++b)
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) s[b][i] = SOFT_CAP ? cap * hyperbolic_tangent(s[b][i] * scale) : s[b][i] * scale;
-  mask.hide(s, first, lane);
+// Turns logits into weights p (B operands of O^T = V^T P^T) and updates m and l.
+__device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4], float scale_log2, int rows, int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b) {
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) s[b][i] *= scale_log2;
+    if (rows < PKV_TILE) {
+      const float none = __int_as_float(0xff800000);
+      if (lane / 4 >= rows) s[b][0] = s[b][1] = none;
+      if (lane / 4 + 8 >= rows) s[b][2] = s[b][3] = none;
+    }
     const bool above = fmaxf(s[b][0], s[b][2]) > state.m[b][0] + RESCALE_ABOVE || fmaxf(s[b][1], s[b][3]) > state.m[b][1] + RESCALE_ABOVE;
     if (__any_sync(0xffffffffu, above)) state.raise(b, s[b]);
     #pragma unroll
@@ -153,16 +127,16 @@ __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCK
 
 __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile, int lane) {
   #pragma unroll
-  for (int i = 0; i < V_STEPS; ++i) {
+  for (int i = 0; i < K_STEPS; ++i) {
     unsigned v[4];
-    load_matrix_transposed(v, tile + ring_offset<V_ROW_BYTES>((lane & 7) + ((lane >> 4) << 3), 2 * i + ((lane >> 3) & 1)));
+    load_matrix_transposed(v, tile + ring_offset((lane & 7) + ((lane >> 4) << 3), 2 * i + ((lane >> 3) & 1)));
     #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
   }
 }
 
 // Leaves this warp's state in shared memory.
-__device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLUMNS][STATE_ROW], int lane) {
+__device__ __forceinline__ void publish(const WarpState& state, SharedMemory& shared, int warp, int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
     #pragma unroll
@@ -171,132 +145,78 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
       #pragma unroll
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
-      if (head >= COLUMNS) continue;
-      float* row = to[head];
-      if (lane < 4) row[V_DIM] = state.m[b][column], row[V_DIM + 1] = l;
+      if (head >= GROUP_SIZE) continue;
+      if (lane < 4) shared.ml[warp][head] = make_float2(state.m[b][column], l);
       #pragma unroll
-      for (int i = 0; i < V_STEPS; ++i) {
-        row[i * 16 + lane / 4] = state.acc[i][b][column];
-        row[i * 16 + lane / 4 + 8] = state.acc[i][b][column + 2];
+      for (int i = 0; i < K_STEPS; ++i) {
+        shared.acc[warp][head][i * 16 + lane / 4] = state.acc[i][b][column];
+        shared.acc[warp][head][i * 16 + lane / 4 + 8] = state.acc[i][b][column + 2];
       }
     }
 }
 
-// The WARPS states of a segment merged for one column.
-__device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS][STATE_ROW], int column, int lane) {
-  HeadState sum;
-  sum.reset();
-  float2 ml = make_float2(sum.m, 0.0f);
-  if (lane < WARPS) ml = *reinterpret_cast<const float2*>(&states[lane][column][V_DIM]);
-  const float scale = sum.weigh(ml);
+// The WARPS states of a segment merged for one pair of elements.
+__device__ __forceinline__ Packet gather(const SharedMemory& shared, int pair) {
+  const int head = pair / HEAD_PAIRS, element = pair % HEAD_PAIRS * 2;
+  float2 ml[WARPS];
+  float m = __int_as_float(0xff800000);
+  #pragma unroll
+  for (int w = 0; w < WARPS; ++w) ml[w] = shared.ml[w][head], m = fmaxf(m, ml[w].x);
+  Packet p{0.0f, 0.0f, m, 0.0f};
   #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
-    const float4* part = reinterpret_cast<const float4*>(states[w][column]);
-    const float part_scale = __shfl_sync(ALL_LANES, scale, w);
-    #pragma unroll
-    for (int i = 0; i < LANE_QUADS; ++i)
-      if (lane + i * 32 < HEAD_QUADS) sum.add(i, part[lane + i * 32], part_scale);
+    const float scale = exp2_fast(ml[w].x - m);
+    const float2 acc = *reinterpret_cast<const float2*>(&shared.acc[w][head][element]);
+    p.acc0 += acc.x * scale, p.acc1 += acc.y * scale, p.l += ml[w].y * scale;
   }
-  return sum;
+  return p;
 }
 
-// What both decode kernels are given, as gpu/engine.py lays it out (gpu.engine.ARGUMENTS).
-struct DecodeArguments {
-  const half_type *q;      // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-  const half_type *k_pages, *v_pages;
-  const int *block_table;  // [batch_size, table_stride]
-  const int *seq_lens;     // [batch_size]
-  const int *query_lens;   // see Output
-  const float* sinks;      // see Output
-  half_type* out;          // like q, with V_DIM
-  float* lse;              // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE]
-  Slot* partials;
-  long long k_page_stride, v_page_stride;
-  int k_head_stride, k_token_stride, v_head_stride, v_token_stride;
-  int batch_size, num_kv_heads, table_stride, num_pages;
-  int window;              // see Mask
-  float scale, cap;        // see weigh
-
-  // A window reaches back from the first query token, lengths count to the last.
-  __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
-  __device__ __forceinline__ Pages pages() const {
-    return {{k_pages, k_page_stride, k_head_stride, k_token_stride}, {v_pages, v_page_stride, v_head_stride, v_token_stride},
-            block_table, table_stride, num_pages, reach(),
-            k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride};
-  }
-  __device__ __forceinline__ Output output() const { return {out, lse, num_kv_heads, query_lens, sinks}; }
-};
-
-// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by the warp that owns the column;
-// the same warp owns the same columns in every CTA. `emit.begin(source)` is called once, when the first loads are
-// under way; if it returns false nothing is done, and attend returns false.
+// Runs every segment of `source`. For each, `emit(segment, pair, packet)` is called by the thread that owns the pair;
+// the same thread owns the same pairs in every CTA. `emit.begin(source)` is called once, when the first loads are
+// under way.
 template <class Source, class Emit>
-__device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given, SharedMemory& shared, Emit& emit) {
+__device__ __forceinline__ void attend(const Source& source, const Pages& pages, const half_type* q, int num_kv_heads, float scale_log2, SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned ring = shared_address(shared.ring[warp][0]);
+  const unsigned ring = shared_address(shared.ring[warp][0][0]);
   Loader<Source> loader(source);
   #pragma unroll 1  // one copy of the loader's code: instruction fetches show in short steps
   for (int stage = 0; stage < STAGES; ++stage) {
-    loader.issue_k(pages, ring + stage * SLOT_BYTES, warp, lane);
-    loader.issue_v(pages, ring + stage * SLOT_BYTES, lane);
+    loader.issue_k(pages, ring + stage * 2 * TILE_BYTES, warp, lane);
+    loader.issue_v(pages, ring + (stage * 2 + 1) * TILE_BYTES, lane);
   }
-  if (!emit.begin(source)) {
-    copy_wait<0>();
-    return false;
-  }
-  Dealer<Source> walk(source);
-  Share share;
-  Segment before;  // the segment whose states are to be merged, the (count - 1)-th
+  emit.begin(source);
+  Source walk = source;
+  Segment segment;
   unsigned slot = ring;
   int stage = 0;
-  for (int count = 0;; ++count) {
-    const bool more = walk.next(share, warp);
+  while (walk.next(segment)) {
     WarpState state;
-    if (more) {
-      state.reset();
-      const Query query(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
-      Mask mask{share.seq_len, QUERY_TOKENS, given.window};
-      if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[share.row];
-      for (int tile = share.first; tile < share.tile_end; tile += WARPS) {
-        float s[HEAD_BLOCKS][4];
-        unsigned p[HEAD_BLOCKS][2];
-        copy_wait<2 * STAGES - 1>();
-        __syncwarp();
-        score(s, query, slot, lane);
-        __syncwarp();
-        loader.issue_k(pages, slot, warp, lane);
-        weigh(state, p, s, given.scale, given.cap, mask, tile * PKV_TILE, lane);
-        copy_wait<2 * STAGES - 1>();
-        __syncwarp();
-        accumulate(state, p, slot + K_TILE_BYTES, lane);
-        __syncwarp();
-        loader.issue_v(pages, slot, lane);
-        if (++stage == STAGES) stage = 0;
-        slot = ring + stage * SLOT_BYTES;
-      }
+    state.reset();
+    const Query query(q + static_cast<long long>(segment.row * num_kv_heads + segment.kv_head) * GROUP_SIZE * HEAD_DIM, lane);
+    for (int tile = segment.tile_begin + warp; tile < segment.tile_end; tile += WARPS) {
+      float s[HEAD_BLOCKS][4];
+      unsigned p[HEAD_BLOCKS][2];
+      copy_wait<2 * STAGES - 1>();
+      __syncwarp();
+      score(s, query, slot, lane);
+      __syncwarp();
+      loader.issue_k(pages, slot, warp, lane);
+      weigh(state, p, s, scale_log2, segment.seq_len - tile * PKV_TILE, lane);
+      copy_wait<2 * STAGES - 1>();
+      __syncwarp();
+      accumulate(state, p, slot + TILE_BYTES, lane);
+      __syncwarp();
+      loader.issue_v(pages, slot + TILE_BYTES, lane);
+      if (++stage == STAGES) stage = 0;
+      slot = ring + stage * 2 * TILE_BYTES;
     }
-    if (count > 0) {
-      const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
-      shared.left[buffer].wait(phase);
-      #pragma unroll 1
-      for (int column = warp; column < COLUMNS; column += WARPS) emit(before, column, gather(shared.states[buffer], column, lane));
-      shared.merged[buffer].arrive(lane);
-    }
-    if (!more) break;
-    const int buffer = count % BUFFERS, phase = count / BUFFERS;
-    if (phase > 0) shared.merged[buffer].wait(phase - 1);
-    publish(state, shared.states[buffer][warp], lane);
-    shared.left[buffer].arrive(lane);
-    before = share;
+    publish(state, shared, warp, lane);
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) emit(segment, pair, gather(shared, pair));
+    __syncthreads();
   }
   copy_wait<0>();
-  return true;
-}
-
-// Called once by the whole CTA, before attend.
-__device__ __forceinline__ void init_barriers(SharedMemory& shared) {
-  if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
-  __syncthreads();
 }
 
 }  // namespace pkv

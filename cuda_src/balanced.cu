@@ -9,8 +9,10 @@
 // CTAs before it, in their order. A CTA waits only for CTAs of lower index, which never wait for it, so progress
 // needs no co-residency; the reader empties the slots again, so the workspace is clean when the kernel ends.
 //
-//   given    see DecodeArguments
-//   partials [num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD between launches
+//   q        [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
+//   pages    see Pages; block_table [batch_size, table_stride] int32; seq_lens [batch_size] int32
+//   out      like q; lse [batch_size, num_kv_heads * GROUP_SIZE] float32
+//   partials [num_ctas][STATE_PAIRS] Packet: the CTAs' slots, all words EMPTY_WORD between launches
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
 #include "attend.cuh"
@@ -20,85 +22,63 @@ namespace pkv {
 
 struct BalancedEmit {
   Output output;
-  Slot* partials;
-  float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
+  Packet* partials;
+  Packet* kept;  // [STATE_PAIRS] in shared memory: this CTA's part of the segment it will merge
   Cut cut;
-  int lane;
-  int stale;     // not 0: a length that this lane looked at is not what was planned with
   int first;     // the range in which this CTA's first segment begins
   int held_row, held_head;
   bool holds;
 
-  // Called once the first loads are under way; whether the plan holds.
-  __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
-    first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
-    return !__any_sync(ALL_LANES, stale);
-  }
+  __device__ __forceinline__ Packet* slot(int range) const { return partials + static_cast<long long>(range) * STATE_PAIRS; }
+  // Called once the first loads are under way.
+  __device__ __forceinline__ void begin(const BalancedWalk& walk) { first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x; }
 
-  __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
+  __device__ __forceinline__ void operator()(const Segment& s, int pair, const Packet& p) {
     if (s.begins && s.ends) {
-      store_result(output, s.row, s.kv_head, column, state, lane);
+      store_result(output, s.row, s.kv_head, pair, p);
     } else if (s.ends) {
-      float4* acc = reinterpret_cast<float4*>(kept[column]);
-      #pragma unroll
-      for (int i = 0; i < LANE_QUADS; ++i)
-        if (lane + i * 32 < HEAD_QUADS) acc[lane + i * 32] = state.acc[i];
-      if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
+      kept[pair] = p;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(partials[blockIdx.x], column, state, lane);
+      send(slot(blockIdx.x) + pair, p);
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it. A column's parts are fetched through its warp's
-  // ring, free by now, all in flight at once, and again while one is missing: most arrive together.
-  __device__ __forceinline__ void finish(unsigned char* ring) const {
-    constexpr int MOST = STAGES * SLOT_BYTES / (V_DIM * 4);
-    constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
-    float4 (*fetched)[HEAD_QUADS] = reinterpret_cast<float4 (*)[HEAD_QUADS]>(ring);
-    __syncwarp();
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. The parts are fetched through the ring, free
+  // by now, all in flight at once, and again while one is missing: most arrive together.
+  __device__ __forceinline__ void finish(SharedMemory& shared) const {
+    constexpr int IN_FLIGHT = sizeof(shared.ring) / (STATE_PAIRS * sizeof(Packet));
+    Packet* fetched = reinterpret_cast<Packet*>(shared.ring);
     #pragma unroll 1
-    for (int column = threadIdx.x / 32; column < COLUMNS; column += WARPS) {
-      HeadState sum;
-      sum.m = kept[column][V_DIM], sum.l = kept[column][V_DIM + 1];
-      #pragma unroll
-      for (int i = 0; i < LANE_QUADS; ++i)
-        if (lane + i * 32 < HEAD_QUADS) sum.acc[i] = reinterpret_cast<const float4*>(kept[column])[lane + i * 32];
+    for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) {
+      Packet sum = kept[pair];
       #pragma unroll 1
       for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
-        Slot* parts = partials + j;
-        float2 ml;
+        Packet* parts = slot(j) + pair;
+        Packet* copies = fetched + pair;
+        float m;
         bool complete;
         do {
-          ml = make_float2(LOWEST, 0.0f);
-          if (lane < count) ml = receive(&parts[lane].ml[column]);
           #pragma unroll 4
-          for (int p = 0; p < count; ++p)
-            for (int quad = lane; quad < HEAD_QUADS; quad += 32) copy_async(shared_address(&fetched[p][quad]), &parts[p].acc[column][quad]);
+          for (int i = 0; i < count; ++i) copy_async(shared_address(copies + i * STATE_PAIRS), parts + i * STATE_PAIRS);
           copy_commit();
           copy_wait<0>();
-          complete = arrived(ml.x) & arrived(ml.y);
+          m = sum.m, complete = true;
           #pragma unroll 4
-          for (int p = 0; p < count; ++p)
-            for (int quad = lane; quad < HEAD_QUADS; quad += 32) complete &= arrived(fetched[p][quad]);
-        } while (!__all_sync(ALL_LANES, complete));
-        const float scale = sum.weigh(ml);
-        const float empty = __uint_as_float(EMPTY_WORD);
-        if (lane < count) send(&parts[lane].ml[column], make_float2(empty, empty));
-        #pragma unroll 4
-        for (int p = 0; p < count; ++p) {
-          const float part_scale = __shfl_sync(ALL_LANES, scale, p);
-          #pragma unroll
-          for (int i = 0; i < LANE_QUADS; ++i) {
-            const int quad = lane + i * 32;
-            if (quad >= HEAD_QUADS) continue;
-            sum.add(i, fetched[p][quad], part_scale);
-            send(&parts[p].acc[column][quad], make_float4(empty, empty, empty, empty));
+          for (int i = 0; i < count; ++i) {
+            const Packet part = copies[i * STATE_PAIRS];
+            complete &= arrived(part), m = fmaxf(m, part.m);
           }
+        } while (!complete);
+        rescale(sum, m);
+        #pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          add(sum, copies[i * STATE_PAIRS]);
+          clear(parts + i * STATE_PAIRS);
         }
       }
-      store_result(output, held_row, held_head, column, sum, lane);
+      store_result(output, held_row, held_head, pair, sum);
     }
   }
 };
@@ -109,44 +89,33 @@ __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_siz
   constexpr int LINE = 128 / sizeof(int), MOST = 1 << 16;
   const int entries = max(1, batch_size - 1) * pages.table_stride;
   const int at = (threadIdx.x * gridDim.x + blockIdx.x) * LINE;
-  if (entries <= MOST && at < entries) prefetch_l2(pages.block_table + at);
+  if (entries <= MOST && at < entries) asm volatile("prefetch.global.L2 [%0];" ::"l"(pages.block_table + at));
 }
 
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int max_tokens) {
+pkv_decode_balanced(const half_type* q, const half_type* k_pages, const half_type* v_pages, const int* block_table,
+                    const int* seq_lens, half_type* out, float* lse, pkv::Packet* partials, int batch_size,
+                    int num_kv_heads, int table_stride, long long page_stride, int head_stride, int token_stride,
+                    float scale_log2, int segment_cost, int min_cost) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const pkv::Pages pages = given.pages();
-  const pkv::Output output = given.output();
-  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens, given.reach()};
-  const int num_kv_heads = given.num_kv_heads;
-  pkv::let_next_kernel_start();
-  pkv::prefetch_table(pages, given.batch_size);
-  pkv::init_barriers(shared);
-  // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
-  int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
-  bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
-  if (!early) pkv::wait_for_previous_kernel();
-  #pragma unroll 1
-  for (;; early = false) {
-    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
-    const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
+  const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride};
+  const pkv::Output output{out, lse, num_kv_heads};
+
+  pkv::prefetch_table(pages, batch_size);
+  pkv::wait_for_previous_kernel();
+  const pkv::Rows rows(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+  const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost);
+  if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) {
     pkv::BalancedWalk walk;
-    walk.x0 = walk.x_end = 0;  // nothing
-    if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
-    int stale = 0;
-    if (early) {
-      pkv::wait_for_previous_kernel();
-      stale = rows.changes(noted, lane);
-    }
-    pkv::BalancedEmit emit{output, given.partials, shared.kept, cut, lane, stale};
+    rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
+    pkv::BalancedEmit emit{output, partials, shared.kept, cut};
     emit.holds = false;
-    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
-    if (emit.holds) emit.finish(shared.ring[warp][0]);
-    break;
+    pkv::attend(walk, pages, q, num_kv_heads, scale_log2, shared, emit);
+    if (emit.holds) emit.finish(shared);
   }
-  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
+  pkv::store_empty_rows(output, seq_lens, batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
 }

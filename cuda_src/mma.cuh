@@ -1,20 +1,6 @@
 // The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type. sm_80 and newer.
 #pragma once
 
-// Compile-time variants, all off where not defined.
-#ifndef V_DIM
-#define V_DIM HEAD_DIM   // head_dim of V
-#endif
-#ifndef QUERY_TOKENS
-#define QUERY_TOKENS 1   // query tokens per row, the row's last ones, each of which sees the tokens up to itself
-#endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0       // 1: logits go through cap * tanh(logit / cap)
-#endif
-#ifndef SINKS
-#define SINKS 0          // 1: a logit per query head joins the softmax without a value
-#endif
-
 #if DTYPE_BF16
 #include <cuda_bf16.h>
 typedef __nv_bfloat16 half_type;
@@ -62,37 +48,6 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-#ifndef PKV_RACECHECK
-#define PKV_RACECHECK 0
-#endif
-
-// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's arrival.
-struct __align__(8) ArrivalBarrier {
-  unsigned long long word;
-
-  __device__ __forceinline__ void init(int warps) {
-#if PKV_RACECHECK
-    const int arrivals = warps * 32;
-#else
-    const int arrivals = warps;
-#endif
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
-  }
-  // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the lanes'
-  // writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
-  __device__ __forceinline__ void arrive(int lane) {
-    __syncwarp();
-    if (PKV_RACECHECK || lane == 0) asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(this)) : "memory");
-  }
-  __device__ __forceinline__ void wait(int phase) {
-    int done;
-    do {
-      asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-                   : "=r"(done) : "r"(shared_address(this)), "r"(phase & 1) : "memory");
-    } while (!done);
-  }
-};
-
 __device__ __forceinline__ void load_matrix(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -118,32 +73,13 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#if __CUDA_ARCH__ >= 900
-constexpr bool KERNELS_OVERLAP = true;
-#else
-constexpr bool KERNELS_OVERLAP = false;
-#endif
-
-// Programmatic dependent launch (sm_90). The next kernel may be set up while this one runs; this one's reads count
-// only after the wait, when the previous one's writes are visible. Both do nothing in an ordinary launch.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
+// Programmatic dependent launch (sm_90): the next kernel of the stream may be set up while this one runs, and this one
+// reads nothing before the previous one's writes are visible. Does nothing in an ordinary launch.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
-// tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.
-__device__ __forceinline__ float hyperbolic_tangent(float x) {
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 2.8853900817779268f));  // exp(2 x)
-  return 1.0f - __fdividef(2.0f, e + 1.0f);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -1,7 +1,7 @@
 // One warp's stream of K,V tiles from pages into its private ring in shared memory.
 //
-// A CTA's tiles are dealt to its warps in turn, on across segment ends, so that no warp has more than one tile more
-// than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
+// The warps of a CTA share a segment tile by tile (warp w takes tiles w, w + WARPS, ...) and never wait for each
+// other inside it. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
 // ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
@@ -9,72 +9,44 @@
 
 namespace pkv {
 
-constexpr int K_ROW_BYTES = HEAD_DIM * 2, V_ROW_BYTES = V_DIM * 2;  // of one token
-constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
-constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES;             // of the ring: a tile's K, then its V
+constexpr int ROW_BYTES = HEAD_DIM * 2;
+constexpr int ROW_VECTORS = ROW_BYTES / 16;         // 16-byte vectors in one token's K or V
+constexpr int ROWS_PER_COPY = 32 / ROW_VECTORS;     // tokens one warp-wide copy instruction covers
+constexpr int TILE_BYTES = PKV_TILE * ROW_BYTES;
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
-constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
+constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;    // tiles whose page ids one register per lane holds
 
-// Where pages are; strides in elements.
-struct PagedTensor {
-  const half_type* at;  // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM or V_DIM], in any order
+// Where the pages are. Strides in elements; K and V share them.
+struct Pages {
+  const half_type *k, *v;
+  const int* block_table;  // [batch_size, table_stride]
+  int table_stride;
   long long page_stride;
   int head_stride, token_stride;
 };
 
-// Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
-struct Pages {
-  PagedTensor k, v;
-  const int* block_table;  // [batch_size, table_stride]
-  int table_stride, num_pages;
-  int reach;               // tokens at a row's end that are read (WINDOWED)
-  bool alike;              // K and V have the same strides
-};
-
 // XOR swizzle: the eight rows of an ldmatrix fall into different banks.
-template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
   return row * ROW_BYTES + ((vector ^ (row & 7)) << 4);
 }
 
-// A segment and this warp's first tile of it; it has that one and every WARPS-th from there.
-struct Share : Segment {
-  int first;
-};
-
-template <class Source>
-struct Dealer {
-  Source source;
-  int lead = 0;  // the warp that gets the next segment's first tile
-
-  __device__ __forceinline__ explicit Dealer(const Source& range) : source(range) {}
-  __device__ __forceinline__ bool next(Share& s, int warp) {
-    if (!source.next(s)) return false;
-    s.first = s.tile_begin + (warp + WARPS - lead) % WARPS;
-    lead = (lead + s.tile_end - s.tile_begin) % WARPS;
-    return true;
-  }
-};
-
 template <class Source>
 struct Loader {
-  Dealer<Source> source;
-  Share now, ahead;
+  Source source;
+  Segment now, ahead;
   bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
   int count;                         // tiles of this segment already loaded by this warp
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
-  int pending_tile, pending_count, pending_head, pending_ids;  // of the V tile to load
-  int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
-  long long pending_base;          // element offset of its page and head in K (TILE_IN_PAGE)
+  long long base;                    // element offset of the pending V tile's page and head (TILE_IN_PAGE)
+  int pending_tile, pending_count, pending_rows, pending_head, pending_ids;
 
-  __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
+  __device__ __forceinline__ int load_ids(const Pages& pages, const Segment& s, bool live, int first, int warp, int lane) {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
-    const int t = s.first + (skip + index) * WARPS;
+    const int t = s.tile_begin + warp + (first + index) * WARPS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
-    const int id = __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
-    return min(static_cast<unsigned>(id), static_cast<unsigned>(pages.num_pages - 1));  // a stale plan may meet any id
+    return __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
   }
 
   __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) { now.tile_end = 0; }
@@ -83,72 +55,62 @@ struct Loader {
   __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane) {
     if (!ahead_known && tile + WARPS >= now.tile_end) {
       // Segments in which this warp has no tile are passed over.
-      do ahead_live = source.next(ahead, warp); while (ahead_live && ahead.first >= ahead.tile_end);
-      ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
+      do ahead_live = source.next(ahead); while (ahead_live && ahead.tile_begin + warp >= ahead.tile_end);
+      ids_ahead = load_ids(pages, ahead, ahead_live, 0, warp, lane);
       ahead_known = true;
     }
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
-    tile = now.first, count = 0;
-    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
+    tile = now.tile_begin + warp, count = 0;
+    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, warp, lane);
   }
 
-  // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
-  __device__ __forceinline__ long long offset_in(const PagedTensor& tensor) const {
-    const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
-    if (!TILE_IN_PAGE) return head;
-    const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
-    return head + id * tensor.page_stride + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
+  // Element offset of this lane's token in copy `step` of the pending tile.
+  __device__ __forceinline__ long long row_offset(const Pages& pages, int step, int lane) const {
+    const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
+    if (TILE_IN_PAGE) return base + static_cast<long long>(row) * pages.token_stride;
+    const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
+    return id * pages.page_stride + static_cast<long long>(pending_head) * pages.head_stride +
+           static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * pages.token_stride;
   }
 
-  // The pending tile of `tensor` into the ring.
-  template <int ROW_BYTES>
-  __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
-    constexpr int VECTORS = ROW_BYTES / 16;
-    const int first = pending_tile * PKV_TILE;
-    const half_type* from = tensor.at + base;
+  __device__ __forceinline__ void copy_tile(const half_type* from, unsigned to, const Pages& pages, int lane) const {
+    const int vector = lane % ROW_VECTORS;
     #pragma unroll
-    for (int step = 0; step < PKV_TILE * VECTORS / 32; ++step) {
-      const int row = (step * 32 + lane) / VECTORS, vector = (step * 32 + lane) % VECTORS;
-      long long offset = static_cast<long long>(row) * tensor.token_stride;
-      if (!TILE_IN_PAGE) {
-        const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
-        offset = id * tensor.page_stride + static_cast<long long>((first + row) % PAGE_SIZE) * tensor.token_stride;
-      }
-      const half_type* address = from + offset + vector * 8;
-      const unsigned slot = to + ring_offset<ROW_BYTES>(row, vector);
-      const bool read = row < pending_rows && row >= pending_skip;
-      if (pending_rows >= PKV_TILE && pending_skip <= 0) copy_async(slot, address);
-      else copy_async(slot, read ? address : from, read ? 16 : 0);
+    for (int step = 0; step < PKV_TILE / ROWS_PER_COPY; ++step) {
+      const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
+      const half_type* address = from + row_offset(pages, step, lane) + vector * 8;
+      if (pending_rows >= PKV_TILE) copy_async(to + ring_offset(row, vector), address);
+      else copy_async(to + ring_offset(row, vector), row < pending_rows ? address : from, row < pending_rows ? 16 : 0);
     }
   }
 
-  // Starts the copy of the next tile's K into a slot of the ring. An empty group is committed at the end of the stream,
-  // so that waiting can count groups.
-  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane) {
+  // Starts the copy of the next tile's K. An empty group is committed at the end of the stream, so that waiting
+  // can count groups.
+  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned to, int warp, int lane) {
     if (live) advance(pages, warp, lane);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
       pending_rows = now.seq_len - tile * PKV_TILE;
-      pending_skip = WINDOWED ? pending_rows - pages.reach : 0;
-      pending_base = offset_in(pages.k);
-      copy_tile<K_ROW_BYTES>(pages.k, pending_base, slot, lane);
+      if (TILE_IN_PAGE) {
+        const int id = __shfl_sync(0xffffffffu, ids, count % IDS_TILES);
+        base = id * pages.page_stride + static_cast<long long>(now.kv_head) * pages.head_stride +
+               static_cast<long long>((tile * PKV_TILE) % PAGE_SIZE) * pages.token_stride;
+      }
+      copy_tile(pages.k, to, pages, lane);
       tile += WARPS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
-        ids_next = load_ids(pages, now, true, count + IDS_TILES, lane);
+        ids_next = load_ids(pages, now, true, count + IDS_TILES, warp, lane);
       }
     }
     copy_commit();
   }
 
   // Starts the copy of the V tile that belongs to the last issue_k.
-  __device__ __forceinline__ void issue_v(const Pages& pages, unsigned slot, int lane) const {
-    if (pending_rows > 0) {
-      const long long base = HEAD_DIM == V_DIM && pages.alike ? pending_base : offset_in(pages.v);
-      copy_tile<V_ROW_BYTES>(pages.v, base, slot + K_TILE_BYTES, lane);
-    }
+  __device__ __forceinline__ void issue_v(const Pages& pages, unsigned to, int lane) const {
+    if (pending_rows > 0) copy_tile(pages.v, to, pages, lane);
     copy_commit();
   }
 };

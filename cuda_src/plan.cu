@@ -6,11 +6,11 @@
 #include "warp_plan.cuh"
 
 extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
-                                             int min_cost, int part_cost, int max_tokens, int window, pkv::Task* tasks, int max_tasks, int* counts) {
+                                             int min_cost, pkv::Task* tasks, int max_tasks, int* counts) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
-  const pkv::Rows rows({seq_lens, batch_size, max_tokens, window}, num_kv_heads, segment_cost, lane);
-  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
+  const pkv::Rows rows(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
+  const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost);
   if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
     rows.start(walk, cut.begin(range), cut.begin(range + 1), lane);

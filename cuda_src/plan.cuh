@@ -4,7 +4,7 @@
 // Order of work: rows, then KV heads, then tiles of PKV_TILE tokens, laid end to end on a cost axis.
 // A (row, KV head) of n tiles starts at x0 and spans n + c: tile 0 at x0, tile t >= 1 at x0 + c + t, where c
 // is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
-// [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
+// [i*W/N, (i+1)*W/N).
 #pragma once
 
 #ifdef __CUDACC__
@@ -14,97 +14,40 @@
 #endif
 
 #define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
-#define PKV_SHORT_RANGE 640   // tiles
-#define PKV_MOST_TILES (1 << 20)
-
-#ifndef WINDOWED
-#define WINDOWED 0  // 1: a row reads its last `window` tokens only
-#endif
+#define PKV_SHORT_RANGE 256   // tiles
 
 namespace pkv {
 
 PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 
-// Cost of a row of so many tiles over all its KV heads; an empty row costs nothing.
-PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
+// Cost of one row over all its KV heads; an empty row costs nothing.
+PKV_HD int row_cost(int seq_len, int num_kv_heads, int segment_cost) {
+  const int tiles = tiles_of(seq_len);
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
-}
-
-// The rows' lengths. A kernel may read them before the one that writes them has ended (see balanced.cu): so reads
-// go past L1, which would keep what it saw, and every length is cut to [0, most], so that a plan made of what is
-// not yet there is wrong but harmless.
-struct Lengths {
-  const int* at;  // [batch_size]
-  int batch_size, most;
-  int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
-
-  // Tiles of a row that lie before its window: they are neither read nor scheduled.
-  PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
-  PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
-
-  PKV_HD int operator[](int row) const {
-    if (row >= batch_size) return most;
-#ifdef __CUDA_ARCH__
-    int length;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(length) : "l"(at + row));
-#else
-    const int length = at[row];
-#endif
-    return length < 0 ? 0 : length < most ? length : most;
-  }
-};
-
-// floor(sqrt(x)), at least 1.
-PKV_HD int square_root(int x) {
-  int root = static_cast<int>(sqrtf(static_cast<float>(x)));
-  while (root > x / (root > 0 ? root : 1)) --root;  // the estimate is off by one at most, but exact is exact
-  while ((root + 1) <= x / (root + 1)) ++root;
-  return root > 1 ? root : 1;
 }
 
 // How the total cost W is cut. The caller keeps W below 2^31.
 struct Cut {
-  int total, num_ranges, quotient, remainder;  // of total / num_ranges, or of a head's tiles / parts
-  int parts;  // of every head, when all are cut alike; else 0
-  int head_cost, segment_cost;
+  int total, num_ranges, quotient, remainder;
 
-  // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles. If
-  // they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of heads:
-  // heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for the other.
-  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost)
-      : total(total_), parts(0), head_cost(num_heads > 0 ? total_ / num_heads : 1), segment_cost(seg_cost) {
+  // num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
+  // that heads of equal length are cut alike and no range spends its time on two; at most 1/8 of the CTAs idle for it.
+  PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost) : total(total_) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = total / least;
     if (num_ranges > num_ctas) num_ranges = num_ctas;
     if (num_ranges < 1) num_ranges = 1;
-    if (part_cost > 0 && num_heads > 0) {
-      const int mean = head_cost < PKV_MOST_TILES ? head_cost : PKV_MOST_TILES;
-      const int part = square_root(part_cost * mean), most = (mean + part / 2) / part;
-      if (most < 2) num_ranges = num_ranges < num_heads ? num_ranges : num_heads;
-      else if (most <= num_ranges / num_heads) num_ranges = num_heads * most;
+    if (num_heads > 0 && num_heads <= num_ranges && total / num_ranges < PKV_SHORT_RANGE) {
+      const int spare = num_ranges % num_heads;
+      if (spare * 8 <= num_ranges) num_ranges -= spare;
     }
-    if (num_heads > 0 && even && total / num_ranges < PKV_SHORT_RANGE) {
-      if (num_heads <= num_ranges) {
-        const int spare = num_ranges % num_heads;
-        if (spare * 8 <= num_ranges) num_ranges -= spare, parts = num_ranges / num_heads;
-      } else {
-        const int heads_each = (num_heads + num_ranges - 1) / num_ranges, needed = (num_heads + heads_each - 1) / heads_each;
-        if ((num_ranges - needed) * 32 <= num_ranges) num_ranges = needed;
-      }
-    }
-    quotient = parts > 0 ? (head_cost - segment_cost) / parts : total / num_ranges;
-    remainder = parts > 0 ? head_cost - segment_cost - quotient * parts : total - quotient * num_ranges;
+    quotient = total / num_ranges;
+    remainder = total % num_ranges;
   }
-  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile.
-  PKV_HD int begin(int i) const {
-    if (parts == 0) return i * quotient + i * remainder / num_ranges;
-    const int head = i / parts, part = i - head * parts, tile = part * quotient + part * remainder / parts;
-    return head * head_cost + (tile > 0 ? segment_cost + tile : 0);
-  }
-  // The range that holds the first tile of the head that starts at x: the largest j with begin(j) <= x.
+  // floor(i * W / N) without a 64-bit product.
+  PKV_HD int begin(int i) const { return i * quotient + i * remainder / num_ranges; }
+  // The range that holds the tile at position x: the largest j with begin(j) <= x.
   PKV_HD int range_of(int x) const {
-    if (parts > 0) return x / head_cost * parts;
     int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(total) * static_cast<float>(num_ranges));
     if (j >= num_ranges) j = num_ranges - 1;
     while (begin(j) > x) --j;  // the estimate is off by one at most, but exact is exact
@@ -135,27 +78,27 @@ struct Segment {
 
 // Walks the segments of one range.
 struct BalancedWalk {
-  Lengths seq_lens;
+  const int* seq_lens;  // [batch_size]
   int num_kv_heads, segment_cost;
-  int row, head, tile, x0, x_end, seq_len;  // tile: from the first one not skipped
+  int row, head, tile, x0, x_end, seq_len;
 
   // row, row_begin: the first non-empty row whose cost interval reaches past x_begin, and where that interval starts.
-  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
+  PKV_HD void start(const int* lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
     seq_lens = lens, num_kv_heads = kv_heads, segment_cost = seg_cost, row = first_row, x_end = end;
     seq_len = lens[row];
-    const int span = seq_lens.tiles(seq_len) + segment_cost;
+    const int span = tiles_of(seq_len) + segment_cost;
     head = (x_begin - row_begin) / span;
     x0 = row_begin + head * span;
     tile = tile_at(x_begin, x0, segment_cost);
-    if (tile >= seq_lens.tiles(seq_len)) step_head();
+    if (tile >= tiles_of(seq_len)) step_head();
   }
 
   PKV_HD bool next(Segment& s) {
     if (x0 >= x_end) return false;
-    const int tiles = seq_lens.tiles(seq_len), skipped = seq_lens.skipped(seq_len);
+    const int tiles = tiles_of(seq_len);
     int end = tile_at(x_end, x0, segment_cost);
     if (end > tiles) end = tiles;
-    s.row = row, s.kv_head = head, s.tile_begin = skipped + tile, s.tile_end = skipped + end, s.seq_len = seq_len;
+    s.row = row, s.kv_head = head, s.tile_begin = tile, s.tile_end = end, s.seq_len = seq_len;
     s.begins = tile == 0, s.ends = end == tiles, s.slot = x0;
     step_head();
     return true;
@@ -163,7 +106,7 @@ struct BalancedWalk {
 
  private:
   PKV_HD void step_head() {
-    x0 += seq_lens.tiles(seq_len) + segment_cost;
+    x0 += tiles_of(seq_len) + segment_cost;
     tile = 0;
     if (++head < num_kv_heads || x0 >= x_end) return;
     head = 0;

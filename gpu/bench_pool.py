@@ -79,10 +79,3 @@ class BenchPool:
             starts = (rng.integers(0, strides, layers) * layers + np.arange(layers)).tolist()
         return CellPages(block_table=block_table,
                          layers=tuple((k_all[at:at + span], v_all[at:at + span]) for at in starts))
-
-
-def fitting_gib(most: float) -> float:
-    """`most` GiB, or two thirds of the GPU's free memory where that is less."""
-    import torch
-
-    return min(most, torch.cuda.mem_get_info()[0] * 2 / 3 / 2**30)

@@ -68,15 +68,6 @@ class PagedKVCache:
         self._pages.free(row)
         self._stale = True
 
-    def reserve(self, rows: object, counts: object) -> np.ndarray:
-        """Lengthens rows [n] by counts [n] tokens, which CacheWriter.append then writes; returns the old lengths [n].
-
-        Raises ValueError and changes nothing where rows or pages do not fit.
-        """
-        old = self._pages.extend(np.asarray(rows), np.asarray(counts))
-        self._stale = True
-        return old
-
     def append(self, rows, k: cupy.ndarray, v: cupy.ndarray) -> None:
         """One new token for each of rows [n]; k, v [n, num_kv_heads, head_dim]."""
         rows = np.asarray(rows, dtype=np.int64)

@@ -1,22 +1,13 @@
 """Checks on what reaches the engine. Every failure is a ValueError that names the argument, before any launch."""
 from __future__ import annotations
 
-import math
-import numbers
-
 import numpy as np
 
 from gpu.arrays import ArrayView
-from gpu.config import TILE_TOKENS
 from pkvsim import DecodeShape
-from pkvsim.options import AttentionOptions
 
 
-MAX_COST = 2**31  # the planner counts tiles in 32 bits
-
-
-def expect(name: str, expected: str, got: object, ok: bool) -> None:
-    """Raises ValueError naming the argument unless ok."""
+def _expect(name: str, expected: str, got: object, ok: bool) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -26,44 +17,22 @@ def check_lengths(seq_lens: np.ndarray, shape: DecodeShape, max_pages: int) -> N
     if seq_lens.size == 0:
         return
     low, high, limit = int(seq_lens.min()), int(seq_lens.max()), max_pages * shape.page_size
-    expect("seq_lens", "no negative length", low, low >= 0)
-    expect("seq_lens", f"at most {limit} tokens (block_table has {max_pages} pages of {shape.page_size})", high,
-           high <= limit)
+    _expect("seq_lens", "no negative length", low, low >= 0)
+    _expect("seq_lens", f"at most {limit} tokens (block_table has {max_pages} pages of {shape.page_size})", high, high <= limit)
 
 
 def check_plan(seq_lens: ArrayView, block_table: ArrayView, device: int) -> None:
     """Shapes and dtypes of the plan's two arrays."""
-    expect("seq_lens", "int32 [batch_size]", seq_lens, seq_lens.dtype == "int32" and len(seq_lens.shape) == 1)
+    _expect("seq_lens", "int32 [batch_size]", seq_lens, seq_lens.dtype == "int32" and len(seq_lens.shape) == 1)
     batch = seq_lens.shape[0]
-    expect("seq_lens", "at least one row", seq_lens, batch > 0)
-    expect("block_table", f"int32 [{batch}, max_pages]", block_table,
-           block_table.dtype == "int32" and len(block_table.shape) == 2 and block_table.shape[0] == batch)
-    expect("seq_lens", "contiguous", f"strides {seq_lens.strides}", seq_lens.strides == (1,) or batch == 1)
-    expect("block_table", "contiguous rows", f"strides {block_table.strides}",
-           block_table.strides[1] == 1 or block_table.shape[1] <= 1)
+    _expect("seq_lens", "at least one row", seq_lens, batch > 0)
+    _expect("block_table", f"int32 [{batch}, max_pages]", block_table,
+            block_table.dtype == "int32" and len(block_table.shape) == 2 and block_table.shape[0] == batch)
+    _expect("seq_lens", "contiguous", f"strides {seq_lens.strides}", seq_lens.strides == (1,) or batch == 1)
+    _expect("block_table", "contiguous rows", f"strides {block_table.strides}",
+            block_table.strides[1] == 1 or block_table.shape[1] <= 1)
     for name, array in (("seq_lens", seq_lens), ("block_table", block_table)):
-        expect(name, f"an array on the host or on cuda:{device}", array, array.device in (-1, device))
-
-
-def check_room(block_table: ArrayView, heads: DecodeShape, *, segment_cost: int) -> None:
-    """Rows as long as the table has room for are a cost that the planner can count."""
-    batch, max_pages = block_table.shape
-    tiles = batch * heads.num_kv_heads * (-(-max_pages * heads.page_size // TILE_TOKENS) + segment_cost)
-    expect("block_table", f"room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all rows and KV heads",
-           tiles, tiles < MAX_COST)
-
-
-def check_scale(scale: object) -> float:
-    """The scale of the logits: a finite number on the host."""
-    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
-    return float(scale)
-
-
-def check_routed(**given: object) -> None:
-    """Arguments of run() that a route need not serve, by name."""
-    for name, value in given.items():
-        expect(name, "None with schedule='auto', whose routes need not serve it", type(value).__name__, value is None)
+        _expect(name, f"an array on the host or on cuda:{device}", array, array.device in (-1, device))
 
 
 def check_page_ids(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int, num_pages: int) -> None:
@@ -76,49 +45,36 @@ def check_page_ids(block_table: np.ndarray, seq_lens: np.ndarray, page_size: int
                          f"at row {row}, column {column}")
 
 
-def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout: str, batch: int, device: int,
-              given: dict[str, ArrayView]) -> None:
-    """Shapes, dtypes, devices and strides of a run's arrays, by argument name; what was not given is not there."""
-    rows = (batch,) if options.query_tokens == 1 else (batch, options.query_tokens)
-    heads, v_dim = (*rows, shape.num_q_heads), options.value_dim(shape)
-    expected = {"q": (dtype, (*heads, shape.head_dim)), "out": (dtype, (*heads, v_dim)), "lse": ("float32", heads),
-                "sinks": ("float32", (shape.num_q_heads,)), "query_lens": ("int32", (batch,))}
-    for name, (kind, wanted) in expected.items():
-        array = given.get(name)
-        if array is None:
-            continue
-        expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
-        expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
-    expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
-           ("sinks" in given) == options.sinks)
-    expect("query_lens", "None with one query token per row", given.get("query_lens"),
-           options.query_tokens > 1 or "query_lens" not in given)
-    for name, head_dim in (("k_pages", shape.head_dim), ("v_pages", v_dim)):
-        _check_pages(name, given[name], shape, head_dim, dtype, layout)
-    k, v = given["k_pages"], given["v_pages"]
-    expect("v_pages", f"the page count of k_pages, {k.shape[0]}", v.shape[0], v.shape[0] == k.shape[0])
-    library = given["q"].library
-    for name, array in given.items():
-        expect(name, f"an array on cuda:{device}", array, array.device == device)
-        expect(name, f"an array of the same library as q ({library})", array.library, array.library == library)
-
-
-def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int, dtype: str, layout: str) -> None:
-    inner = (shape.num_kv_heads, shape.page_size) if layout == "HND" else (shape.page_size, shape.num_kv_heads)
-    expect(name, f"{dtype} [num_pages, {', '.join(map(str, (*inner, head_dim)))}] ({layout})", pages,
-           pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
-    expect(name, "a contiguous last axis", f"strides {pages.strides}", pages.strides[3] == 1)
-    expect(name, "other strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
-           all(stride % 8 == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
-    expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
-           all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
-
-
-def _contiguous(array: ArrayView) -> bool:
-    """Whether elements lie in order; the strides of axes of one element do not matter."""
-    step = 1
-    for size, stride in zip(reversed(array.shape), reversed(array.strides)):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
+def check_run(shape: DecodeShape, dtype: str, batch: int, device: int, q: ArrayView, k: ArrayView, v: ArrayView,
+              out: ArrayView | None, lse: ArrayView | None) -> None:
+    """Shapes, dtypes, devices and strides of a run's arrays."""
+    row = (batch, shape.num_q_heads, shape.head_dim)
+    page = (shape.num_kv_heads, shape.page_size, shape.head_dim)
+    _expect("q", f"{dtype} {list(row)}", q, q.dtype == dtype and q.shape == row)
+    for name, pages in (("k_pages", k), ("v_pages", v)):
+        _expect(name, f"{dtype} [num_pages, {', '.join(map(str, page))}]", pages,
+                pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == page)
+        inner = (shape.head_dim, 1)
+        _expect(name, "each page of a head contiguous", f"strides {pages.strides}",
+                pages.strides[2:] == inner or (shape.page_size == 1 and pages.strides[3] == 1))
+        _expect(name, "page and head strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
+                pages.strides[0] % 8 == 0 and pages.strides[1] % 8 == 0 and pages.pointer % 16 == 0)
+        _expect(name, "a head stride of 0 to 2^31 - 1 elements", pages.strides[1], 0 <= pages.strides[1] < 2**31)
+    _expect("v_pages", f"the page count and strides of k_pages, {k.shape[0]} and {k.strides}",
+            f"{v.shape[0]} and {v.strides}", v.shape == k.shape and v.strides == k.strides)
+    arrays = [("q", q), ("k_pages", k), ("v_pages", v)]
+    contiguous = (shape.num_q_heads * shape.head_dim, shape.head_dim, 1)
+    _expect("q", "contiguous", f"strides {q.strides}", q.strides == contiguous or batch == 1 and q.strides[1:] == contiguous[1:])
+    if out is not None:
+        arrays.append(("out", out))
+        _expect("out", f"{dtype} {list(row)}", out, out.dtype == dtype and out.shape == row)
+        _expect("out", "contiguous", f"strides {out.strides}",
+                out.strides == contiguous or batch == 1 and out.strides[1:] == contiguous[1:])
+    if lse is not None:
+        arrays.append(("lse", lse))
+        _expect("lse", f"float32 {list(row[:2])}", lse, lse.dtype == "float32" and lse.shape == row[:2])
+        _expect("lse", "contiguous", f"strides {lse.strides}",
+                lse.strides == (shape.num_q_heads, 1) or batch == 1 and lse.strides[1] == 1)
+    for name, array in arrays:
+        _expect(name, f"an array on cuda:{device}", array, array.device == device)
+        _expect(name, f"an array of the same library as q ({q.library})", array.library, array.library == q.library)

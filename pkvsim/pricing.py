@@ -199,7 +199,7 @@ def _price(
     us = c[FIXED] + query_us(c, heads * group_size, 0.5 * (head_dim + v_head_dim), kv_element_bytes)
     rule = int(c[0])
     if rule == BALANCED:
-        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory)
+        busy, splits = balanced_us(ordered, tokens, num_kv_heads, group_size, slots, c, one, all_, state, memory)
         return us + busy, splits
     if rule == BUCKETS:
         busy, splits = buckets_us(lengths, ordered, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms, pinned)

@@ -16,7 +16,7 @@ from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
 from pkvsim.pricing import price_pinned, row_splits
 from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
-from pkvsim.schedule import MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, make_schedule
+from pkvsim.schedule import SEGMENT_COST, Schedule, engine_min_cost, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import read_bytes, run_tasks, stride_tasks
 
@@ -97,7 +97,7 @@ def route_schedule(
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms),
-            segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
+            segment_cost=SEGMENT_COST, min_cost=engine_min_cost(shape.group_size),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:

@@ -1,19 +1,14 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
 import itertools
-import re
 
-import numpy as np
 import nvrtc
 import pytest
 
-from gpu import append_config
-from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
+from gpu.config import DTYPES, HEAD_DIMS, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.kernels import SOURCE_DIR, compile_options
 from gpu.timing import STREAM_SHAPES
-from pkvsim import AttentionOptions, DecodeShape
-from pkvsim.rope import ROPE_STYLES, Rope
+from pkvsim import DecodeShape
 
-HEAD_DIMS = (64, 128, 256)
 CAPABILITIES = (80, 86, 89, 90, 120)
 GROUP_SIZES = (1, 4, 5, 8, 16)
 PAGE_SIZES = (16, 1, 64, 3)
@@ -27,10 +22,6 @@ VARIANTS = [(*case, PAGE_SIZES[index // 2 % 4], tuple(DTYPES)[index % 2])
 
 def variant(capability: int, head_dim: int, group_size: int, page_size: int, dtype: str) -> KernelConfig:
     return kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability)
-
-
-OPTIONS = (AttentionOptions(window=4096, soft_cap=30.0, sinks=True), AttentionOptions(query_tokens=4, window=128),
-           AttentionOptions(v_head_dim=128))
 
 
 def assert_fits(file_name, kernel_name, defines, capability, *, threads, dynamic_shared=0):
@@ -67,14 +58,6 @@ def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtyp
         assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=shared)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=repr)
-@pytest.mark.parametrize("capability", (86, 90))
-def test_options_fit(capability, options):
-    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options)
-    for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
-        assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
-
-
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_plan_kernel_fits(capability):
     assert_fits("plan.cu", "pkv_list_balanced", {}, capability, threads=32)
@@ -85,39 +68,6 @@ def test_plan_kernel_fits(capability):
 def test_stream_kernel_fits(unroll, capability):
     threads = max(threads for _, threads, other in STREAM_SHAPES if other == unroll)
     assert_fits("stream.cu", "pkv_stream_read", {"UNROLL": unroll}, capability, threads=threads)
-
-
-# Every cache type with every way of rotating, and with every architecture; dims (K, V, rotated) and dtypes take turns.
-APPEND_DIMS = ((128, 128, 128), (64, 64, 32), (192, 128, 64), (256, 256, 256), (80, 80, 32))
-APPEND_ROPES = (None, *itertools.product(ROPE_STYLES, ("cos_sin", "inv_freq")))
-APPEND_VARIANTS = [(CAPABILITIES[(i + j) % 5], kv_dtype, way, APPEND_DIMS[(i + 2 * j) % 5], tuple(DTYPES)[(i + j) % 2])
-                   for i, kv_dtype in enumerate((None, *append_config.CACHE_TYPES)) for j, way in enumerate(APPEND_ROPES)]
-
-
-def append_defines(kv_dtype, way, dims, dtype):
-    head_dim, head_dim_v, rotary_dim = dims
-    angles = {"cos_sin": np.zeros((1, rotary_dim), np.float32), "inv_freq": np.zeros(rotary_dim // 2)}
-    rope = None if way is None else Rope(style=way[0], **{way[1]: angles[way[1]]})
-    return append_config.defines(DecodeShape(4, 1, head_dim, 16), dtype, kv_dtype=kv_dtype or dtype, head_dim_v=head_dim_v,
-                                 rope=rope)
-
-
-@pytest.mark.parametrize(("capability", "kv_dtype", "way", "dims", "dtype"), APPEND_VARIANTS)
-def test_append_kernel_fits(capability, kv_dtype, way, dims, dtype):
-    assert_fits("append.cu", "pkv_append", append_defines(kv_dtype, way, dims, dtype), capability,
-                threads=append_config.WARPS * 32)
-
-
-@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
-def test_new_tokens_move_sixteen_bytes_at_a_time(kv_dtype):
-    options = compile_options(append_defines(kv_dtype, (ROPE_STYLES[0], "cos_sin"), APPEND_DIMS[0], "float16"))
-    text = nvrtc.ptx(SOURCE_DIR / "append.cu", 90, options)
-    loads = [line.split()[0] for line in text.splitlines() if line.strip().startswith("ld.global.L1::no_allocate")]
-    assert len(loads) % 8 == 0 and set(loads) == {"ld.global.L1::no_allocate.v4.u32"}
-    stores = {int(count) * int(bits) // 8 for count, bits in re.findall(r"st\.global\.v(\d)\.[a-z](\d+)", text)}
-    assert stores == ({16} if kv_dtype is None else {16, 8})  # queries stay 16-bit
-    assert text.count("st.global") == text.count("st.global.v")
-    assert ("cvt.rn.satfinite.e4m3x2.f32" in text) == (kv_dtype is not None)
 
 
 @pytest.mark.parametrize("file_name", ["balanced.cu", "decode.cu"])
@@ -131,7 +81,7 @@ def test_tiles_are_copied_sixteen_bytes_at_a_time(file_name):
 
 
 def test_every_source_is_compiled_here():
-    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {"append.cu", "balanced.cu", "decode.cu", "merge.cu", "plan.cu", "stream.cu"}
+    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {"balanced.cu", "decode.cu", "merge.cu", "plan.cu", "stream.cu"}
 
 
 def test_an_error_carries_the_compilers_words(tmp_path):
