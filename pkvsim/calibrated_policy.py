@@ -15,9 +15,9 @@ from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing import price_variant, row_splits, step_times
 from pkvsim.pricing_base import TILE
 from pkvsim.route_model import ROUTES, constants_matrix
-from pkvsim.route_options import asked, read_lens, route_reach, serving_routes
+from pkvsim.route_options import as_read, asked, read_lens, serving_routes
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
-from pkvsim.timeline import simulate
+from pkvsim.timeline import makespan_us
 
 INFINITE = float("inf")
 HOST_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row
@@ -127,17 +127,9 @@ class CalibratedPolicy:
             CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)
             longest_splits = int(ready.splits[index])
         c = ready.constants[index]
-        reads = read_lens(route, seq_lens, options, int(c[TILE]))
+        reads = read_lens(seq_lens, as_read(route, options).reach, int(c[TILE]))
         counts = np.empty(len(seq_lens), np.int64)
-        # Rows of one length share a launch of split, whatever other rows read as much.
-        groups = np.unique(seq_lens) if route == "split" and reads is not seq_lens else ()
-        for length in groups:
-            alike = seq_lens == length
-            group = np.empty(np.count_nonzero(alike), np.int64)
-            row_splits(reads[alike], shape.num_kv_heads, device.num_sms, c, longest_splits, group)
-            counts[alike] = group
-        if not len(groups):
-            row_splits(reads, shape.num_kv_heads, device.num_sms, c, longest_splits, counts)
+        row_splits(seq_lens, reads, shape.num_kv_heads, device.num_sms, c, longest_splits, counts)
         return counts
 
     def _ready(
@@ -170,7 +162,7 @@ class CalibratedPolicy:
                 shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
                 KV_ELEMENT_BYTES, device.num_sms,
             ),  # fmt: skip
-            reaches=np.array([route_reach(route, options) or 0 for route in ROUTES], np.int64),
+            reaches=np.array([as_read(route, options).reach or 0 for route in ROUTES], np.int64),
             prices_us=np.empty(len(ROUTES)),
             splits=np.empty(len(ROUTES), np.int64),
             gpu_us=np.empty(len(ROUTES)),
@@ -189,15 +181,13 @@ class OraclePolicy(CalibratedPolicy):
     def _price(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, options: AttentionOptions
     ) -> None:
-        if asked(shape, options):
-            raise ValueError(f"options: expected plain attention with the policy {self.name}, got {options}")
         CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)  # the splits are the closed form's
         for index, route in enumerate(ROUTES):
             if np.isfinite(ready.prices_us[index]):
-                model = device_routes(device)[route]
-                pinned = int(ready.pinned[index]) or None
-                lane = simulate(model, shape, seq_lens, num_sms=device.num_sms, splits=pinned)
-                ready.prices_us[index] = lane.makespan_us
+                ready.prices_us[index] = makespan_us(
+                    device_routes(device)[route], shape, seq_lens, num_sms=device.num_sms,
+                    splits=int(ready.pinned[index]) or None, options=as_read(route, options),
+                )  # fmt: skip
 
 
 class FixedPolicy:

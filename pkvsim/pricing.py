@@ -111,6 +111,7 @@ def _reads(ordered: np.ndarray, reach: int, c: np.ndarray) -> np.ndarray:
 @compiled
 def row_splits(
     seq_lens: np.ndarray,  # [batch_size] int32 or int64
+    reads: np.ndarray,  # [batch_size] int32 or int64, tokens that each row reads; seq_lens without a window
     num_kv_heads: int,
     num_sms: int,
     c: np.ndarray,  # [NUM_CONSTANTS] float64, of split or workqueue
@@ -121,10 +122,10 @@ def row_splits(
     otherwise (workqueue, FlashInfer) in proportion to length. A row of no tokens has 1, which costs nothing."""
     slots = cta_slots(c, num_sms)
     longest = 1
-    for length in seq_lens:
+    for length in reads:
         longest = max(longest, length)
     for row in range(len(seq_lens)):
-        length = np.int64(seq_lens[row])
+        length = np.int64(reads[row])
         if c[0] == EVEN or c[0] == WHOLE:
             out[row] = longest_splits
         elif c[0] != BUCKETS:
@@ -132,7 +133,7 @@ def row_splits(
         else:
             alike = 0
             for other in seq_lens:
-                alike += other == length
+                alike += other == seq_lens[row]
             out[row] = bucket_splits(alike * num_kv_heads, length, slots, c)
 
 

@@ -14,7 +14,6 @@ from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.paper_policy import PAPER_ROUTES, PAPER_TILE_TOKENS, PaperPolicy
 from pkvsim.route_model import OWN_ROUTES
-from pkvsim.route_options import read_lens
 from pkvsim.schedule import make_schedule
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.timeline import route_schedule
@@ -70,8 +69,7 @@ def route_counters(
             splits = policy.split_counts(route, shape, seq_lens, device, options=options)
             schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=tile, window=options.reach)
         else:
-            reads = read_lens(route, seq_lens, options, tile)
-            schedule = route_schedule(model, shape, reads, num_sms=device.num_sms)
+            schedule = route_schedule(model, shape, seq_lens, num_sms=device.num_sms, options=options)
     return schedule_counters(schedule, shape, seq_lens, device, options)
 
 

@@ -141,9 +141,10 @@ def _queue(
     grid_ctas, num_launches, merge_launches = num_tasks, 2, 1
     if name == "split":
         used = tiles > 0
-        buckets = np.unique(np.stack((lens[used], row_splits[used])), axis=1)  # rows of a bucket share launches
-        merge_launches = int(np.count_nonzero(buckets[1] > 1))
-        num_launches = buckets.shape[1] + merge_launches
+        # Rows of one length and split count share launches; both fit 31 bits.
+        buckets = np.unique(lens[used].astype(np.int64) << 32 | row_splits[used])
+        merge_launches = int(np.count_nonzero((buckets & 0xFFFFFFFF) > 1))
+        num_launches = len(buckets) + merge_launches
         grid_ctas = int(asked[used].sum()) * shape.num_kv_heads
     return Schedule(
         name=name,
@@ -204,7 +205,7 @@ def _balanced(
 ) -> Schedule:  # fmt: skip
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
-    even = used > 0 and len(np.unique(tiles[tiles > 0])) == 1
+    even = used > 0 and bool((tiles[tiles > 0] == tiles.max()).all())
     num_ranges, parts = balanced_ranges(
         total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even
     )

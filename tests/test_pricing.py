@@ -76,7 +76,7 @@ def test_row_splits():
     def counts(route, lens, longest_splits, num_sms=132):
         out = np.empty(len(lens), np.int64)
         constants = H200.routes[route].to_row()
-        row_splits(np.array(lens, np.int32), 8, num_sms, constants, longest_splits, out)
+        row_splits(np.array(lens, np.int32), np.array(lens, np.int32), 8, num_sms, constants, longest_splits, out)
         return out.tolist()
 
     assert counts("workqueue", [8000, 4000, 1000, 1, 0], 8) == [8, 4, 1, 1, 1]

@@ -65,7 +65,7 @@ def test_what_is_read_is_what_is_scheduled(lens, window, query_tokens):
         splits = CalibratedPolicy().split_counts(route, SHAPE, lens, H200, options=options)
         tasks = make_schedule(route, SHAPE, lens, splits=splits, tile_tokens=tile, window=options.reach).tasks
         tokens = np.minimum(tasks["tile_end"] * tile, lens[tasks["row"]]) - tasks["tile_begin"] * tile
-        assert tokens.sum() == SHAPE.num_kv_heads * read_lens(route, lens, options, tile).sum()
+        assert tokens.sum() == SHAPE.num_kv_heads * read_lens(lens, options.reach, tile).sum()
         alike = {length: set(splits[lens == length].tolist()) for length in lens.tolist()}
         assert all(len(counts) == 1 for counts in alike.values()) and splits.min() >= 1
 
