@@ -1,8 +1,8 @@
 """A step's tasks on CTA slots that share the memory bandwidth: who runs where and when, and how long all of it takes.
 
 Every running CTA reads at the lesser of its own speed and an equal share of what all read, so all that read advance
-alike and one virtual clock (bytes read by a CTA that has read all along) orders their ends: two heaps, O(tasks log
-slots). A task's fixed cost comes before its bytes and takes no bandwidth. The constants are the closed form's
+alike and one virtual clock (bytes read by a CTA that has read all along) orders their ends: a heap, O(tasks log slots)
+or less, for equal tasks that start together are one entry. A task's fixed cost comes before its bytes and takes no bandwidth. The constants are the closed form's
 (pkvsim.pricing), which sums up what is simulated here.
 """
 from __future__ import annotations
@@ -58,9 +58,9 @@ def simulate(
     """
     run = _prepare(model, shape, seq_lens, num_sms, splits, options)
     num_tasks = len(run.schedule.tasks)
-    # One block: as several, the C library hands the memory of a large step back to the system after each call, and the
-    # next one's page faults take longer than the simulation.
-    block = np.empty((4, num_tasks))
+    # One block, and twice as long as what is used of it: glibc keeps freed memory for the next call up to twice the
+    # longest block it has seen, and page faults of memory got anew take longer than the simulation.
+    block = np.empty((8, num_tasks))
     start, end, read, slot = block[0], block[1], block[2], block[3].view(np.int32)[:num_tasks]
     finish = run_tasks(*run.args, slot, start, end, read)
     return Timeline(

@@ -128,12 +128,16 @@ def run_tasks(
             count += spans[span, 1] - spans[span, 0]
         most = max(most, count)
     order, sizes = np.empty(most, np.int32), np.empty(most)  # of the running launch
-    # In their fixed cost, by its end: it is the same for all that start a CTA, and for all that go on with one, so that
-    # two queues are in order as they are. Rings of [2, num_slots].
-    wait_ends, wait_slots = np.empty((2, num_slots)), np.empty((2, num_slots), np.int32)
+    # Slots that start tasks of one size at the same moment end them together: such a group is one entry of a queue, by its
+    # first slot, and a list of slots from there.
+    next_of, members = np.empty(num_slots, np.int32), np.empty(num_slots, np.int32)
+    # Groups in their fixed cost, by its end: it is the same for all that start a CTA, and for all that go on with one, so
+    # that two queues are in order as they are. Rings of [2, num_slots].
+    wait_ends, wait_groups = np.empty((2, num_slots)), np.empty((2, num_slots), np.int32)
     heads, waiting = np.zeros(2, np.int64), np.zeros(2, np.int64)
-    read_keys, read_slots = np.empty(num_slots), np.empty(num_slots, np.int32)  # reading, by the virtual clock's end
+    read_keys, read_groups = np.empty(num_slots), np.empty(num_slots, np.int32)  # reading, by the virtual clock's end
     place_of, stop_of = np.empty(num_slots, np.int32), np.empty(num_slots, np.int32)  # a slot's places in order
+    free = np.empty(num_slots, np.int32)  # slots that have ended a task now, ascending
     stride = num_slots if strided else 1
     for launch in range(len(gaps_us)):
         count = _fill_launch(
@@ -154,65 +158,85 @@ def run_tasks(
             if done >= 0.0:
                 now = done + gaps_us[launch]
                 continue
+        num_free = min(ctas, num_slots)
+        for slot in range(num_free):
+            free[slot] = slot
+            place_of[slot] = stop_of[slot] = 0
         upcoming = 0  # CTA
-        reading = 0
+        reading, groups = 0, 0  # slots, and groups of them
         clock = 0.0
-        idle = 0  # slots not yet used by this launch
         while True:
-            slot = -1
-            if idle < num_slots and upcoming < ctas:
-                slot = idle
-                idle += 1
-                place_of[slot] = stop_of[slot] = 0
-            elif waiting[0] or waiting[1] or reading:
-                speed = min(alone, shared / max(1, reading))
-                read_end = now + (read_keys[0] - clock) / speed if reading else np.inf
+            group, last, last_queue = 0, -1, 0
+            for index in range(num_free):
+                slot = free[index]
+                fixed = task_us
                 queue = 0
-                if not waiting[0] or (waiting[1] and wait_ends[1, heads[1]] < wait_ends[0, heads[0]]):
+                if place_of[slot] >= stop_of[slot]:
+                    if upcoming == ctas:
+                        continue
+                    if strided:
+                        place_of[slot], stop_of[slot] = upcoming, count
+                    elif len(cta_offsets) > 0:
+                        place_of[slot], stop_of[slot] = cta_offsets[upcoming], cta_offsets[upcoming + 1]
+                    else:
+                        place_of[slot], stop_of[slot] = upcoming, upcoming + 1
+                    upcoming += 1
+                    fixed += cta_us
                     queue = 1
-                if waiting[queue] and wait_ends[queue, heads[queue]] <= read_end:
-                    wait_end = wait_ends[queue, heads[queue]]
-                    clock += max(0.0, wait_end - now) * speed
-                    now = max(now, wait_end)
-                    ready = wait_slots[queue, heads[queue]]
-                    heads[queue] += 1
-                    if heads[queue] == num_slots:
-                        heads[queue] = 0
-                    waiting[queue] -= 1
-                    _push(read_keys, read_slots, reading, clock + sizes[place_of[ready]], ready)
-                    reading += 1
-                    continue
-                now = max(now, read_end)
-                clock = read_keys[0]
-                slot = _pop(read_keys, read_slots, reading)
-                reading -= 1
                 if record:
-                    end_us[order[place_of[slot]]] = now
-                place_of[slot] += stride
-            else:
-                break
-            fixed = task_us
-            queue = 0
-            if place_of[slot] >= stop_of[slot]:
-                if upcoming == ctas:
-                    continue
-                if strided:
-                    place_of[slot], stop_of[slot] = upcoming, count
-                elif len(cta_offsets) > 0:
-                    place_of[slot], stop_of[slot] = cta_offsets[upcoming], cta_offsets[upcoming + 1]
+                    slot_of[order[place_of[slot]]] = slot
+                    start_us[order[place_of[slot]]] = now
+                if last >= 0 and queue == last_queue and sizes[place_of[slot]] == sizes[place_of[last]]:
+                    next_of[last] = slot
+                    members[group] += 1
                 else:
-                    place_of[slot], stop_of[slot] = upcoming, upcoming + 1
-                upcoming += 1
-                fixed += cta_us
+                    group = slot
+                    members[group] = 1
+                    ring = heads[queue] + waiting[queue]
+                    if ring >= num_slots:
+                        ring -= num_slots
+                    wait_ends[queue, ring] = now + fixed
+                    wait_groups[queue, ring] = group
+                    waiting[queue] += 1
+                next_of[slot] = -1
+                last, last_queue = slot, queue
+            num_free = 0
+            if not (waiting[0] or waiting[1] or groups):
+                break
+            speed = min(alone, shared / max(1, reading))
+            read_end = now + (read_keys[0] - clock) / speed if groups else np.inf
+            queue = 0
+            if not waiting[0] or (waiting[1] and wait_ends[1, heads[1]] < wait_ends[0, heads[0]]):
                 queue = 1
-            if record:
-                slot_of[order[place_of[slot]]] = slot
-                start_us[order[place_of[slot]]] = now
-            ring = heads[queue] + waiting[queue]
-            if ring >= num_slots:
-                ring -= num_slots
-            wait_ends[queue, ring] = now + fixed
-            wait_slots[queue, ring] = slot
-            waiting[queue] += 1
+            if waiting[queue] and wait_ends[queue, heads[queue]] <= read_end:
+                wait_end = wait_ends[queue, heads[queue]]
+                clock += max(0.0, wait_end - now) * speed
+                now = max(now, wait_end)
+                group = wait_groups[queue, heads[queue]]
+                heads[queue] += 1
+                if heads[queue] == num_slots:
+                    heads[queue] = 0
+                waiting[queue] -= 1
+                _push(read_keys, read_groups, groups, clock + sizes[place_of[group]], group)
+                groups += 1
+                reading += members[group]
+                continue
+            now = max(now, read_end)
+            clock = read_keys[0]
+            while groups and read_keys[0] == clock:
+                slot = _pop(read_keys, read_groups, groups)
+                groups -= 1
+                while slot >= 0:
+                    if record:
+                        end_us[order[place_of[slot]]] = now
+                    place_of[slot] += stride
+                    place = num_free
+                    while place > 0 and free[place - 1] > slot:
+                        free[place] = free[place - 1]
+                        place -= 1
+                    free[place] = slot
+                    num_free += 1
+                    slot = next_of[slot]
+            reading -= num_free
         now += gaps_us[launch]
     return now
