@@ -106,9 +106,10 @@ def test_refusals():
         decide([9], available=("flashinfer_cuda_core",), sinks=True)
     with pytest.raises(ValueError, match="available: expected flashinfer_tensor_core among them"):
         FixedPolicy("flashinfer_tensor_core").decide(SHAPE, [9], H200, options=sinks)
-    for policy in (PaperPolicy(), OraclePolicy()):
-        with pytest.raises(ValueError, match="options: expected plain attention with the policy"):
-            policy.decide(SHAPE, [9], H200, options=sinks)
+    with pytest.raises(ValueError, match="options: expected plain attention with the policy paper, got"):
+        PaperPolicy().decide(SHAPE, [9], H200, options=sinks)
+    with pytest.raises(ValueError, match="available: expected a route that serves sinks, got flashinfer_cuda_core"):
+        OraclePolicy().decide(SHAPE, [9], H200, available=("flashinfer_cuda_core",), options=sinks)
 
 
 def test_replay_counts_what_a_window_leaves():
