@@ -42,7 +42,7 @@ class PaperPolicy:
     workqueue_splits: int | None = None
 
     def __post_init__(self) -> None:
-        check_int("min_context", self.min_context, 0)
+        check_int("min_context", self.min_context, 0, MAX_TOKENS)
         for name in ("split_splits", "workqueue_splits"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1, MAX_TOKENS)

@@ -115,6 +115,12 @@ def route_schedule(
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile, window=window)
 
 
+def queries_us(model: RouteModel, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
+    """Reading q and writing the output of lens [batch_size]: part of the ramp-up before any task."""
+    heads = int(np.count_nonzero(lens)) * options.query_shape(shape).num_q_heads
+    return query_us(model.to_row(), heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """A step ready to run: run_tasks' arguments but for its outputs, and what a Timeline says of them."""
@@ -144,8 +150,7 @@ def _prepare(
     cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0
     if model.strided:
         cta_us, task_us = 0.0, model.task_us
-    query_heads = np.count_nonzero(lens) * queries.num_q_heads
-    ramp = model.fixed_us + query_us(c, query_heads, 0.5 * (shape.head_dim + value_dim), KV_ELEMENT_BYTES)
+    ramp = model.fixed_us + queries_us(model, shape, lens, options)
     args = (
         schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype)), lens, schedule.tile_tokens, float(width),
         spans, launch_spans, schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),

@@ -14,8 +14,9 @@ import numpy as np
 from pkvsim.shapes import MAX_TOKENS
 from pkvsim.tracefile import csv_rows, json_rows, names
 
-INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
-NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*")
+# ASCII: int() and float() refuse some of what \s takes for white space elsewhere.
+INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
+NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*", re.ASCII)
 DATETIME = re.compile(r"\s*((?:19|20)[0-9]{2}-[0-9]{2}-[0-9]{2}[ T][0-9:]{8}(?:\.[0-9]{1,9})?)(?:Z|\+00:?00)?\s*")
 
 

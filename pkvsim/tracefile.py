@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pkvsim.shapes import MAX_TOKENS
-from pkvsim.traces import Trace, make_trace
+from pkvsim.shapes import MAX_TOKENS, check_int
+from pkvsim.traces import MAX_SEED, Trace, make_trace
 
 COLUMNS = {  # name: (its spellings, least value)
     "prompt": (("prompt_len", "prompt"), 1),
@@ -30,6 +30,7 @@ def read_trace(
     Without an arrival column request i arrives at step i // max_active. seed shuffles the pages.
     Raises ValueError naming the file, and where it applies the line and column.
     """
+    check_int("seed", seed, 0, MAX_SEED)
     path = Path(path)
     prompts, decodes, arrivals = paper_columns(path, read_text(path), requests=requests)
     return make_trace(

@@ -139,7 +139,7 @@ COLUMNS = {
     paper_csv: ("prompt_len", "decode_len", "arrival"),
 }
 BAD_CELLS = st.sampled_from(
-    ["", " ", "-1", "nan", "NaN", "inf", "1e400", "x", "1_0", "0x10", "--1", "\u0661", "1\u00a02", "None"]
+    ["", " ", "-1", "nan", "NaN", "inf", "1e400", "x", "1_0", "0x10", "--1", "\u0661", "1\u00a02", "\x1c1", "None"]
 )
 
 
@@ -335,10 +335,10 @@ def test_plots_repeat(tmp_path, suffix):
     ("args", "message"),
     [
         (["none.csv"], "none.csv: cannot read: No such file"),
-        (["GOOD", "--rate-scale", "0"], "rate_scale: expected a number > 0, got 0.0"),
-        (["GOOD", "--jitter", "nan"], "jitter_s: expected seconds >= 0, got nan"),
-        (["GOOD", "--limit", "0"], "limit: expected an integer >= 1, got 0"),
-        (["GOOD", "--seed", "-1"], "seed: expected an integer >= 0, got -1"),
+        (["GOOD", "--rate-scale", "0"], "rate_scale: expected a number in [1e-09, 1e+09], got 0.0"),
+        (["GOOD", "--jitter", "nan"], "jitter_s: expected seconds in [0, 1e+09], got nan"),
+        (["GOOD", "--limit", "0"], "limit: expected an integer in [1, 2147483647], got 0"),
+        (["GOOD", "--seed", "-1"], "seed: expected an integer in [0, 18446744073709551615], got -1"),
         (["GOOD", "--plot", "x.gif"], "plot: expected a file ending in .png or .svg, got 'x.gif'"),
         ([], "FILE"),
     ],

@@ -62,7 +62,7 @@ def replay(
         from pkvsim.replay import replay as run_replay
         from pkvsim.shapes import DecodeShape, check_int
         from pkvsim.tracefile import read_trace
-        from pkvsim.traces import paper_trace
+        from pkvsim.traces import MAX_REQUESTS, paper_trace
 
         options = AttentionOptions(window=window, query_tokens=query_tokens)
         shape = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size)
@@ -71,7 +71,7 @@ def replay(
         )
         spec = get_device(device)
         if requests is not None:
-            check_int("requests", requests, 1)
+            check_int("requests", requests, 1, MAX_REQUESTS)
         if trace_file is None:
             trace = paper_trace(family, seed, requests or 24, max_active, steps, page_size=page_size)
         else:

@@ -23,6 +23,12 @@ def step(
     ] = None,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row (split and workqueue).")] = None,
     layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
+    window: Annotated[
+        Optional[int], typer.Option(help="Sliding window: tokens that a query token sees, itself among them.")
+    ] = None,
+    query_tokens: Annotated[
+        int, typer.Option(help="Query tokens per row (speculative decoding), the row's last ones; 1 to 8.")
+    ] = 1,
     plot: Annotated[
         Optional[str], typer.Option(help="Draw the tasks on their CTA slots to this .png or .svg file.")
     ] = None,
@@ -37,11 +43,13 @@ def step(
     Examples:
       pkvsim step --seq-lens 65536,2048x15 --device rtx3060
       pkvsim step --seq-lens 8192x8 --device h200 --routes balanced,workqueue --plot step.png
+      pkvsim step --seq-lens 65536x8 --device h200 --window 4096 --query-tokens 4
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
     """
     with one_line_errors():
         from pkvsim.device import get_device
-        from pkvsim.shapes import DecodeShape, check_int
+        from pkvsim.options import AttentionOptions
+        from pkvsim.shapes import DecodeShape
         from pkvsim.step import explain_step, parse_seq_lens
 
         if plot is not None:
@@ -52,8 +60,6 @@ def step(
             from pkvsim.chrome_trace import check_timeline_path
 
             check_timeline_path(timeline)
-        if splits is not None:
-            check_int("splits", splits, 1)
         report = explain_step(
             DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size),
             parse_seq_lens(seq_lens),
@@ -61,6 +67,7 @@ def step(
             routes=None if routes is None else [name.strip() for name in routes.split(",") if name.strip()],
             layers=layers,
             splits=splits,
+            options=AttentionOptions(window=window, query_tokens=query_tokens),
         )
         if plot is not None:
             from pkvsim.plot_step import plot_step

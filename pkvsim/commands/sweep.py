@@ -59,7 +59,7 @@ def sweep(
         from pkvsim.models import get_model
         from pkvsim.serving_config import ServingConfig
         from pkvsim.serving_costs import fit_note
-        from pkvsim.shapes import check_int
+        from pkvsim.shapes import MAX_TOKENS, check_int
         from pkvsim.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
         from pkvsim.trace_readers import load_requests
 
@@ -79,7 +79,7 @@ def sweep(
         notes: tuple[str, ...] = ()
         if trace is None:
             shape = get_model(model).shape(page_size)
-            report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1))
+            report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1, MAX_TOKENS))
         else:
             smallest = [get_device(name) for name in axes.get("device", [])] or [spec]
             chosen, notes = load_model(model, weight_bits, None, min(smallest, key=lambda d: d.memory_gib), config)
