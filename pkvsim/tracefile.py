@@ -15,6 +15,8 @@ from typing import Any
 from pkvsim.shapes import MAX_TOKENS, check_int
 from pkvsim.traces import MAX_SEED, Trace, make_trace
 
+# ASCII: int() and float() refuse some of what \s takes for white space elsewhere.
+INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
 COLUMNS = {  # name: (its spellings, least value)
     "prompt": (("prompt_len", "prompt"), 1),
     "decode": (("decode_len", "decode"), 1),
@@ -87,7 +89,7 @@ def _field(path: Path, line: int, record: dict[str, Any], name: str) -> int | No
             f"{path}:{line}: column {' or '.join(spellings)}: expected one of them, found {names(record)}"
         )
     value = record[present[0]]
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", value):
+    if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_TOKENS:
         raise ValueError(
