@@ -7,35 +7,34 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
+from pkvsim.commands.shared_options import (
+    AsJson, Device, HeadDim, Layers, NumKVHeads, NumQHeads, PageSize, QueryTokens, Window,
+)  # fmt: skip
 
 
 def step(
     seq_lens: Annotated[
         str, typer.Option(help="Tokens in cache of every row: 65536,2048 or, for sixteen rows alike, 2048x16.")
     ],
-    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
-    num_q_heads: Annotated[int, typer.Option()] = 32,
-    num_kv_heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 128,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
+    device: Device = "rtx3060",
+    num_q_heads: NumQHeads = 32,
+    num_kv_heads: NumKVHeads = 8,
+    head_dim: HeadDim = 128,
+    page_size: PageSize = 16,
     routes: Annotated[
         Optional[str], typer.Option(help="Comma-separated routes; by default all that the device has.")
     ] = None,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row (split and workqueue).")] = None,
-    layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
-    window: Annotated[
-        Optional[int], typer.Option(help="Sliding window: tokens that a query token sees, itself among them.")
-    ] = None,
-    query_tokens: Annotated[
-        int, typer.Option(help="Query tokens per row (speculative decoding), the row's last ones; 1 to 8.")
-    ] = 1,
+    layers: Layers = 1,
+    window: Window = None,
+    query_tokens: QueryTokens = 1,
     plot: Annotated[
         Optional[str], typer.Option(help="Draw the tasks on their CTA slots to this .png or .svg file.")
     ] = None,
     timeline: Annotated[
         Optional[str], typer.Option(help="Write them to this .json file in Chrome's trace format, for Perfetto.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explains one decode step: every route's price, its tasks on CTA slots, and what bounds it.
 
