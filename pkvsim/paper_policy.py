@@ -11,11 +11,9 @@ from pkvsim.decision import Decision
 from pkvsim.device import DeviceSpec
 from pkvsim.paper_rules import (
     MAX_SPLITS,
-    MIN_SPLITS,
     MIN_WORKQUEUE_ROWS,
     PAPER_GROUP_SIZE,
     PAPER_TILE_TOKENS,
-    TARGET_CTAS,
     split_splits,
     workqueue_splits,
 )

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.calibrated_policy import HOST_ROUTES, CalibratedPolicy, OraclePolicy
+from pkvsim.calibrated_policy import HOST_ROUTES, CalibratedPolicy
 from pkvsim.cost import ROUTES, useful_kv_bytes
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.oracle_policy import OraclePolicy
 from pkvsim.route_model import RouteModel
 from pkvsim.route_options import as_read, asked, serving_routes
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
@@ -155,8 +156,8 @@ def explain_step(
 ) -> StepReport:
     """Prices and simulates one step, planned once for `layers` layers, on the routes named, or on all the device has.
 
-    splits: pinned splits of every row (split and workqueue). options: of every layer's attention; by default only routes
-    that serve them are looked at. Raises ValueError naming the argument.
+    splits: pinned splits of every row (split and workqueue). options: of every layer's attention; by default only
+    routes that serve them are looked at. Raises ValueError naming the argument.
     """
     lens = check_seq_lens(seq_lens)
     check_int("layers", layers, 1, MAX_TOKENS)
@@ -185,9 +186,9 @@ def explain_step(
         reason=taken.reason,
         routes=tuple(
             _route_step(
-                name, models[name], shape, lens, device, splits if name in HOST_ROUTES else None, as_read(name, options),
-                closed_us=taken.layer_us[name], step_us=taken.prices[name], timeline_step_us=oracle.prices[name],
-                host_us=taken.host_us[name],
+                name, models[name], shape, lens, device, splits if name in HOST_ROUTES else None,
+                as_read(name, options), closed_us=taken.layer_us[name], step_us=taken.prices[name],
+                timeline_step_us=oracle.prices[name], host_us=taken.host_us[name],
             )
             for name in names  # fmt: skip
         ),
