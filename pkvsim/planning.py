@@ -60,8 +60,8 @@ def fill_balanced(
     cta_offsets: np.ndarray,  # [num_ranges + 1] int32
     row_splits: np.ndarray,  # [batch_size] int64, out: most pieces of any head of the row
 ) -> tuple[int, int]:
-    """Cuts all tiles, laid end to end, at i * total_cost // num_ranges, or every head into `parts` of equal tiles; returns
-    (tasks, partial tasks).
+    """Cuts all tiles, laid end to end, at i * total_cost // num_ranges, or every head into `parts` of equal tiles;
+    returns (tasks, partial tasks).
 
     A head's tile 0 sits at the head's first cost, tile t >= 1 at segment_cost + t past it; a range
     holds the tiles whose position lies between its cuts.

@@ -11,8 +11,8 @@ from pkvsim.schedule import skipped_tiles
 from pkvsim.shapes import DecodeShape
 
 # FlashInfer 0.7.2, https://github.com/flashinfer-ai/flashinfer: BatchDecodeWithPagedKVCacheWrapper.plan in
-# flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it takes
-# one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
+# flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it
+# takes one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
 SERVED = {
     "flashinfer_cuda_core": ("window", "soft_cap"),
     "flashinfer_tensor_core": ("window", "soft_cap", "query_tokens"),

@@ -83,7 +83,9 @@ def make_schedule(
     if window is not None:
         window = check_int("window", window, 1)
         skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
-        schedule = _plan(name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
+        schedule = _plan(
+            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost
+        )
         for field in ("tile_begin", "tile_end"):
             schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
         return schedule
@@ -91,13 +93,14 @@ def make_schedule(
 
 
 def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
-    """Tiles at the start of rows of these lengths (int64, one or [batch_size]) that lie before the last `reach` tokens."""
+    """Tiles at the start of rows of these lengths (int64, one or [batch_size]) before the last `reach` tokens."""
     return (lengths > reach) * (lengths - reach) // tile_tokens
 
 
 def _plan(
     name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, tile_tokens: int,
-    splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int, part_cost: int,
+    splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int,
+    part_cost: int,
 ) -> Schedule:  # fmt: skip
     """As make_schedule, of rows of so many tiles [batch_size]."""
     if name == "balanced":
@@ -172,13 +175,13 @@ def engine_part_cost(num_kv_heads: int) -> int:
 def balanced_ranges(
     total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool
 ) -> tuple[int, int]:
-    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head where
-    all are cut into parts of equal tiles, else 0.
+    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head
+    where all are cut into parts of equal tiles, else 0.
 
     Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
-    p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so, short
-    ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of heads each
-    where that idles at most 1/32: heads are then cut into equal parts, or not at all.
+    p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so,
+    short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
+    heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
     """
     ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
     if part_cost > 0 and num_heads > 0:

@@ -2,8 +2,8 @@
 
 Every running CTA reads at the lesser of its own speed and an equal share of what all read, so all that read advance
 alike and one virtual clock (bytes read by a CTA that has read all along) orders their ends: a heap, O(tasks log slots)
-or less, for equal tasks that start together are one entry. A task's fixed cost comes before its bytes and takes no bandwidth. The constants are the closed form's
-(pkvsim.pricing), which sums up what is simulated here.
+or less, for equal tasks that start together are one entry. A task's fixed cost comes before its bytes and takes no
+bandwidth. The constants are the closed form's (pkvsim.pricing), which sums up what is simulated here.
 """
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def simulate(
     """Runs one step.
 
     splits: pinned splits of every row, which only split and workqueue take; None: the model chooses. options: as the
-    route reads them (route_options.as_read); whether it serves them is not looked at. They change what is read, computed
-    and merged as in CalibratedPolicy.decide. Raises ValueError naming the argument.
+    route reads them (route_options.as_read); whether it serves them is not looked at. They change what is read,
+    computed and merged as in CalibratedPolicy.decide. Raises ValueError naming the argument.
     """
     run = _prepare(model, shape, seq_lens, num_sms, splits, options)
     num_tasks = len(run.schedule.tasks)

@@ -22,7 +22,8 @@ class TimelineCheck:
 
     steps: int
     mean_error: float  # mean of |closed form / timeline - 1|
-    regret: float  # what the routes taken cost above each step's cheapest route, all by timeline, the host's part included
+    # What the routes taken cost above each step's cheapest route, all by timeline, the host's part included.
+    regret: float
 
 
 def check_timeline(

@@ -54,7 +54,8 @@ def _fill_launch(
     tasks: np.ndarray, lens: np.ndarray, tile_tokens: int, token_bytes: float, spans: np.ndarray, order: np.ndarray,
     sizes: np.ndarray,
 ) -> int:  # fmt: skip
-    """Lists the tasks of the launch of these spans [num_spans, 2] and the bytes that each reads; returns their number."""
+    """Lists the tasks of the launch of these spans [num_spans, 2] and the bytes that each reads; returns their
+    number."""
     count = 0
     for span in range(len(spans)):
         for task in range(spans[span, 0], spans[span, 1]):
@@ -128,11 +129,11 @@ def run_tasks(
             count += spans[span, 1] - spans[span, 0]
         most = max(most, count)
     order, sizes = np.empty(most, np.int32), np.empty(most)  # of the running launch
-    # Slots that start tasks of one size at the same moment end them together: such a group is one entry of a queue, by its
-    # first slot, and a list of slots from there.
+    # Slots that start tasks of one size at the same moment end them together: such a group is one entry of a queue, by
+    # its first slot, and a list of slots from there.
     next_of, members = np.empty(num_slots, np.int32), np.empty(num_slots, np.int32)
-    # Groups in their fixed cost, by its end: it is the same for all that start a CTA, and for all that go on with one, so
-    # that two queues are in order as they are. Rings of [2, num_slots].
+    # Groups in their fixed cost, by its end: it is the same for all that start a CTA, and for all that go on with one,
+    # so that two queues are in order as they are. Rings of [2, num_slots].
     wait_ends, wait_groups = np.empty((2, num_slots)), np.empty((2, num_slots), np.int32)
     heads, waiting = np.zeros(2, np.int64), np.zeros(2, np.int64)
     read_keys, read_groups = np.empty(num_slots), np.empty(num_slots, np.int32)  # reading, by the virtual clock's end

@@ -106,7 +106,8 @@ def test_every_device_has_routes(name):
 def test_bad_models():
     good = {"rule": "whole", "bandwidth_gb_s": 1.0, "cta_read_gb_s": 1.0, "fixed_us": 0.0}
     assert RouteModel(**good)
-    for name, value in [("bandwidth_gb_s", 0), ("fixed_us", -1), ("task_us", float("nan")), ("cta_read_gb_s", float("inf"))]:
+    nan, infinity = float("nan"), float("inf")
+    for name, value in [("bandwidth_gb_s", 0), ("fixed_us", -1), ("task_us", nan), ("cta_read_gb_s", infinity)]:
         with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
             RouteModel(**good | {name: value})
     with pytest.raises(ValueError, match="rule: expected one of whole, chunk"):

@@ -26,7 +26,8 @@ def decide(lens, available=ROUTES, shape=SHAPE, **options):
 @given(lens=lengths, more=st.integers(0, 1000))
 def test_options_that_ask_for_nothing_change_nothing(lens, more):
     plain = CalibratedPolicy().decide(SHAPE, lens, H200)
-    for options in ({}, {"window": max(1, *lens, 0) + more}, {"query_tokens": 1}, {"v_head_dim": 128}, {"soft_cap": 30.0}):
+    window = max(1, *lens, 0) + more
+    for options in ({}, {"window": window}, {"query_tokens": 1}, {"v_head_dim": 128}, {"soft_cap": 30.0}):
         same = decide(lens, **options)
         assert same.prices == {route: plain.prices[route] for route in same.prices}
         assert options.keys() <= {"soft_cap"} or same.prices.keys() == plain.prices.keys()
@@ -35,7 +36,8 @@ def test_options_that_ask_for_nothing_change_nothing(lens, more):
 @settings(max_examples=40, deadline=None)
 @given(lens=lengths, windows=st.tuples(st.integers(1, 70000), st.integers(1, 70000)).map(sorted))
 def test_a_wider_window_costs_no_less(lens, windows):
-    """Exactly so on balanced; the others cut by rules of their own, which happen to suit longer rows better at times."""
+    """Exactly so on balanced; the others cut by rules of their own, which happen to suit longer rows better at
+    times."""
     narrow, wide = (decide(lens, window=window).layer_us for window in windows)
     for route in ROUTES:
         assert narrow[route] <= wide[route] * (1 + 1e-12 if route == "balanced" else 1.06)
@@ -82,7 +84,8 @@ def test_query_tokens_are_query_heads(lens, query_tokens):
 @settings(max_examples=30, deadline=None)
 @given(lens=lengths.filter(any))
 def test_a_smaller_head_of_v_saves_its_bytes(lens):
-    full, less = (decide(lens, shape=DecodeShape(32, 8, 192, 16), v_head_dim=dim, available=OWN_ROUTES) for dim in (192, 128))
+    wide = DecodeShape(32, 8, 192, 16)
+    full, less = (decide(lens, shape=wide, v_head_dim=dim, available=OWN_ROUTES) for dim in (192, 128))
     assert all(less.layer_us[route] < full.layer_us[route] for route in OWN_ROUTES)
 
 

@@ -87,7 +87,8 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
     tiles = [-(-n // 32) for n in lens]
     weights = [shape.num_kv_heads * (n + segment_cost) if n else 0 for n in tiles]
     total, ranges = sum(weights), schedule.num_ctas
-    most, heads = max(1, min(total // max(min_cost, 1 + segment_cost), num_ctas)), shape.num_kv_heads * sum(map(bool, tiles))
+    most = max(1, min(total // max(min_cost, 1 + segment_cost), num_ctas))
+    heads = shape.num_kv_heads * sum(map(bool, tiles))
     assert most - most // 8 <= ranges <= most
     if ranges < most:  # given up so that heads of equal length are cut alike
         assert len(set(filter(None, tiles))) == 1 and total // most < SHORT_RANGE_TILES
@@ -99,7 +100,8 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
         assert len(schedule.tasks) == 0 and schedule.cta_offsets.tolist() == [0, 0]
         return
     costs = range_costs(schedule, segment_cost)
-    alike = heads <= ranges and ranges % heads == 0 and len(set(filter(None, tiles))) == 1 and total // most < SHORT_RANGE_TILES
+    even = len(set(filter(None, tiles))) == 1 and total // most < SHORT_RANGE_TILES
+    alike = even and heads <= ranges and ranges % heads == 0
     if alike:  # parts of equal tiles
         sizes = schedule.tasks["tile_end"] - schedule.tasks["tile_begin"]
         assert len(schedule.tasks) == ranges and sizes.max() - sizes.min() <= 1
@@ -136,7 +138,8 @@ def test_parts_that_pay(tiles, num_kv_heads, num_ctas, part_cost):
 
 def test_equal_rows_are_not_cut():
     """More heads than CTAs: each takes as many whole ones, 128 of 132 CTAs four each."""
-    schedule = make_schedule("balanced", DecodeShape(32, 8, 128, 16), [1024] * 64, num_ctas=132, tile_tokens=16, segment_cost=7)
+    shape = DecodeShape(32, 8, 128, 16)
+    schedule = make_schedule("balanced", shape, [1024] * 64, num_ctas=132, tile_tokens=16, segment_cost=7)
     assert schedule.num_ctas == 128 and schedule.num_partial_tasks == 0
     ragged = make_schedule("balanced", DecodeShape(32, 8, 128, 16), [1024] * 63 + [900], num_ctas=132, tile_tokens=16)
     assert ragged.num_ctas == 132

@@ -22,8 +22,8 @@ from pkvsim.timeline import simulate
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 ROUTE_KEYS = [
-    "status", "closed_us", "timeline_us", "step_us", "timeline_step_us", "host_us", "launches", "splits", "tasks", "ctas",
-    "slots", "used_slots", "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "time_us",
+    "status", "closed_us", "timeline_us", "step_us", "timeline_step_us", "host_us", "launches", "splits", "tasks",
+    "ctas", "slots", "used_slots", "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "time_us",
 ]  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from pkvsim.timeline import Timeline
 def step_through(
     model: RouteModel, shape: DecodeShape, lane: Timeline, lens: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(start_us, end_us), float64 [num_tasks], of lane's tasks on a route of one launch that takes no time of its own."""
+    """(start_us, end_us), float64 [num_tasks], of lane's tasks on a route of one launch that takes no time of its
+    own."""
     schedule, slots = lane.schedule, lane.num_slots
     count = len(lane.bytes)
     if model.strided:
