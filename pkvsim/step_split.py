@@ -54,7 +54,7 @@ def time_split(
 ) -> TimeSplit:  # fmt: skip
     """Sums up a route's timeline of lens [batch_size] int32, simulated with options; limit as saturated_by gives it."""
     tasks, cta_offsets = line.schedule.tasks, line.schedule.cta_offsets
-    queries = queries_us(model, shape, lens, options)
+    queries = queries_us(model.to_row(), shape, lens, options)
     parts = {"saturated": 0.0, "cta_rate": 0.0, "tail": 0.0, "task_starts": 0.0}
     fixed = np.full(len(tasks), model.segment_us if model.rule == "balanced" else 0.0)
     fixed[cta_offsets[:-1][np.diff(cta_offsets) > 0]] += model.task_us

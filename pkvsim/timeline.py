@@ -95,8 +95,14 @@ def route_schedule(
 
     splits and options as simulate's.
     """
+    return _schedule(model, model.to_row(), shape, lens, num_sms, splits, options)
+
+
+def _schedule(
+    model: RouteModel, c: np.ndarray, shape: DecodeShape, lens: np.ndarray, num_sms: int, splits: int | None,
+    options: AttentionOptions,
+) -> Schedule:  # fmt: skip
     tile, window = int(model.tile_tokens), options.reach
-    c = model.to_row()
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
@@ -107,7 +113,7 @@ def route_schedule(
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
     prices, most, reaches = np.empty(1), np.zeros(1, np.int64), np.full(1, window or 0)
     price_variant(
-        lens, shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
+        lens, shape.num_kv_heads, shape.group_size * options.query_tokens, shape.head_dim, options.value_dim(shape),
         KV_ELEMENT_BYTES, num_sms, reaches, c[None], prices, most,
     )  # fmt: skip
     counts = np.empty(len(lens), np.int64)
@@ -115,10 +121,10 @@ def route_schedule(
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile, window=window)
 
 
-def queries_us(model: RouteModel, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
-    """Reading q and writing the output of lens [batch_size]: part of the ramp-up before any task."""
-    heads = int(np.count_nonzero(lens)) * options.query_shape(shape).num_q_heads
-    return query_us(model.to_row(), heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
+def queries_us(c: np.ndarray, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
+    """Reading q and writing the output of lens [batch_size], part of the ramp-up; c: RouteModel.to_row."""
+    heads = int(np.count_nonzero(lens)) * shape.num_q_heads * options.query_tokens
+    return query_us(c, heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +144,18 @@ def _prepare(
     options: AttentionOptions,
 ) -> _Run:  # fmt: skip
     lens = check_seq_lens(seq_lens)
-    c, queries = model.to_row(), options.query_shape(shape)
+    c, columns = model.to_row(), shape.group_size * options.query_tokens
     slots, width = cta_slots(c, num_sms), token_bytes(shape, options)
-    schedule = route_schedule(model, shape, lens, num_sms=num_sms, splits=splits, options=options)
+    schedule = _schedule(model, c, shape, lens, num_sms, splits, options)
     reads = read_lens(lens, options.reach, schedule.tile_tokens)
     kv_bytes = int(reads.sum(dtype=np.int64)) * shape.num_kv_heads * width
-    alone, shared = read_speeds(c, kv_bytes, queries.group_size, KV_ELEMENT_BYTES, num_sms)
-    value_dim = options.value_dim(shape)
-    state = queries.group_size * (2 + value_dim) * float(PARTIAL_ELEMENT_BYTES)
+    alone, shared = read_speeds(c, kv_bytes, columns, KV_ELEMENT_BYTES, num_sms)
+    state = columns * (2 + options.value_dim(shape)) * float(PARTIAL_ELEMENT_BYTES)
     spans, launch_spans, gaps, merges = _launches(model, c, schedule, shape, lens, state)
     cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0
     if model.strided:
         cta_us, task_us = 0.0, model.task_us
-    ramp = model.fixed_us + queries_us(model, shape, lens, options)
+    ramp = model.fixed_us + queries_us(c, shape, lens, options)
     args = (
         schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype)), lens, schedule.tile_tokens, float(width),
         spans, launch_spans, schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),

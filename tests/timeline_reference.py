@@ -3,53 +3,43 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkvsim import DecodeShape
-from pkvsim.pricing_base import query_us
-from pkvsim.route_model import RouteModel
-from pkvsim.timeline import Timeline
+NOTHING = 1e-9  # us or bytes that are left by rounding
 
 
 def step_through(
-    model: RouteModel, shape: DecodeShape, lane: Timeline, lens: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """(start_us, end_us), float64 [num_tasks], of lane's tasks on a route of one launch that takes no time of its
-    own."""
-    schedule, slots = lane.schedule, lane.num_slots
-    count = len(lane.bytes)
-    if model.strided:
-        ctas = [list(range(cta, count, slots)) for cta in range(min(slots, count))]
-    else:
-        cuts = schedule.cta_offsets.tolist() if count else [0]
-        ctas = [list(range(begin, end)) for begin, end in zip(cuts, cuts[1:])]
-    new_cta_us = (0.0 if model.strided else model.task_us) + (model.segment_us if model.rule == "balanced" else 0.0)
-    next_us = model.task_us if model.strided else new_cta_us - model.task_us
-    queues, running = [[] for _ in range(slots)], [None] * slots  # running: [task, fixed us left, bytes left]
-    start, end = np.zeros(count), np.zeros(count)
-    c = model.to_row()
-    now = query_us(c, np.count_nonzero(lens) * shape.num_q_heads, shape.head_dim, 2)
+    ctas: list[list[int]], sizes: list[float], *, num_slots: int, cta_us: float, task_us: float, alone: float,
+    shared: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(slot, start_us, end_us) [num_tasks] of one launch from time 0.
+
+    ctas: the tasks of each, in the order in which slots take them; sizes: bytes of each task; the rest as run_tasks'.
+    """
+    waiting, queues = [list(cta) for cta in ctas], [[] for _ in range(num_slots)]
+    running = [None] * num_slots  # [task, fixed us left, bytes left]
+    slot_of, start, end = np.zeros(len(sizes), int), np.zeros(len(sizes)), np.zeros(len(sizes))
+    now = 0.0
     while True:
-        for slot in range(slots):
-            if running[slot] is None:
-                fixed = next_us
-                if not queues[slot] and ctas:
-                    queues[slot], fixed = ctas.pop(0), next_us if model.strided else new_cta_us
-                if queues[slot]:
-                    task = queues[slot].pop(0)
-                    start[task] = now
-                    running[slot] = [task, fixed, lane.bytes[task]]
+        for slot in range(num_slots):
+            fixed = task_us
+            if running[slot] is None and not queues[slot] and waiting:
+                queues[slot], fixed = waiting.pop(0), cta_us + task_us
+            if running[slot] is None and queues[slot]:
+                task = queues[slot].pop(0)
+                slot_of[task], start[task] = slot, now
+                running[slot] = [task, fixed, float(sizes[task])]
         alive = [state for state in running if state is not None]
         if not alive:
-            return start, end
-        reading = [state for state in alive if state[1] <= 1e-9]
-        speed = min(lane.cta_gb_s, lane.shared_gb_s / max(1, len(reading))) * 1e3
-        dt = min([state[1] for state in alive if state[1] > 1e-9] + [state[2] / speed for state in reading])
+            return slot_of, start, end
+        reading = [state for state in alive if state[1] <= NOTHING]
+        speed = min(alone, shared / max(1, len(reading)))
+        dt = min([state[1] for state in alive if state[1] > NOTHING] + [state[2] / speed for state in reading])
         now += dt
         for slot, state in enumerate(running):
             if state is None:
                 continue
-            if state[1] > 1e-9:
+            if state[1] > NOTHING:
                 state[1] -= dt
             else:
                 state[2] -= dt * speed
-                if state[2] <= 1e-3:
+                if state[2] <= NOTHING:
                     end[state[0]], running[slot] = now, None
