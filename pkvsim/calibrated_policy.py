@@ -1,7 +1,7 @@
-"""Our policy: the cheapest route by the model calibrated on this GPU; and the fixed routes to compare with it."""
+"""Our policy: the cheapest route by the model calibrated on this GPU."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -15,16 +15,15 @@ from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing import price_variant, row_splits, step_times
 from pkvsim.pricing_base import TILE
 from pkvsim.route_model import ROUTES, constants_matrix
-from pkvsim.route_options import asked, read_lens, route_reach, serving_routes
+from pkvsim.route_options import as_read, asked, read_lens, serving_routes
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
-from pkvsim.timeline import simulate
 
 INFINITE = float("inf")
 HOST_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prepared:
+class Prepared:
     """What pricing needs of one shape, device and set of options, made once."""
 
     constants: np.ndarray  # [len(ROUTES), NUM_CONSTANTS]
@@ -49,7 +48,7 @@ class CalibratedPolicy:
     name: ClassVar[str] = "calibrated"
     split_splits: int | None = None
     workqueue_splits: int | None = None
-    _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...], AttentionOptions], _Prepared] = field(
+    _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...], AttentionOptions], Prepared] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -85,13 +84,13 @@ class CalibratedPolicy:
         return self._decision(shape, seq_lens, device, ready, layers, options)
 
     def _price(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, options: AttentionOptions
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: Prepared, options: AttentionOptions
     ) -> None:
         """Fills ready.prices_us (kernel time of one layer) and ready.splits."""
         price_variant(seq_lens, *ready.head_args, ready.reaches, ready.constants, ready.prices_us, ready.splits)
 
     def _decision(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, layers: int,
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: Prepared, layers: int,
         options: AttentionOptions,
     ) -> Decision:  # fmt: skip
         step_times(seq_lens, layers, ready.constants, ready.prices_us, ready.gpu_us, ready.host_us)
@@ -127,28 +126,20 @@ class CalibratedPolicy:
             CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)
             longest_splits = int(ready.splits[index])
         c = ready.constants[index]
-        reads = read_lens(route, seq_lens, options, int(c[TILE]))
+        reads = read_lens(seq_lens, as_read(route, options).reach, int(c[TILE]))
         counts = np.empty(len(seq_lens), np.int64)
-        # Rows of one length share a launch of split, whatever other rows read as much.
-        groups = np.unique(seq_lens) if route == "split" and reads is not seq_lens else ()
-        for length in groups:
-            alike = seq_lens == length
-            group = np.empty(np.count_nonzero(alike), np.int64)
-            row_splits(reads[alike], shape.num_kv_heads, device.num_sms, c, longest_splits, group)
-            counts[alike] = group
-        if not len(groups):
-            row_splits(reads, shape.num_kv_heads, device.num_sms, c, longest_splits, counts)
+        row_splits(seq_lens, reads, shape.num_kv_heads, device.num_sms, c, longest_splits, counts)
         return counts
 
     def _ready(
         self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions
-    ) -> _Prepared:
+    ) -> Prepared:
         ready = self._prepared.get((shape, device, available, options))
         return ready or self._prepare(shape, device, available, options)
 
     def _prepare(
         self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions
-    ) -> _Prepared:
+    ) -> Prepared:
         unknown = [route for route in available if route not in ROUTES]
         if unknown or not available:
             raise ValueError(f"available: expected some of {', '.join(ROUTES)}, got {available!r}")
@@ -163,14 +154,14 @@ class CalibratedPolicy:
         pinned = np.zeros(len(ROUTES), np.int64)
         for route in HOST_ROUTES:
             pinned[ROUTES.index(route)] = self.pinned_splits(route) or 0
-        ready = _Prepared(
+        ready = Prepared(
             constants=constants,
             pinned=pinned,
             head_args=(
                 shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
                 KV_ELEMENT_BYTES, device.num_sms,
             ),  # fmt: skip
-            reaches=np.array([route_reach(route, options) or 0 for route in ROUTES], np.int64),
+            reaches=np.array([as_read(route, options).reach or 0 for route in ROUTES], np.int64),
             prices_us=np.empty(len(ROUTES)),
             splits=np.empty(len(ROUTES), np.int64),
             gpu_us=np.empty(len(ROUTES)),
@@ -178,61 +169,6 @@ class CalibratedPolicy:
         )
         self._prepared[shape, device, available, options] = ready
         return ready
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OraclePolicy(CalibratedPolicy):
-    """The cheapest route by the simulated timeline of every one: what the closed form is measured against."""
-
-    name: ClassVar[str] = "oracle"
-
-    def _price(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: _Prepared, options: AttentionOptions
-    ) -> None:
-        if asked(shape, options):
-            raise ValueError(f"options: expected plain attention with the policy {self.name}, got {options}")
-        CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)  # the splits are the closed form's
-        for index, route in enumerate(ROUTES):
-            if np.isfinite(ready.prices_us[index]):
-                model = device_routes(device)[route]
-                pinned = int(ready.pinned[index]) or None
-                lane = simulate(model, shape, seq_lens, num_sms=device.num_sms, splits=pinned)
-                ready.prices_us[index] = lane.makespan_us
-
-
-class FixedPolicy:
-    """Always one route, priced by the calibrated model."""
-
-    __slots__ = ("name", "route", "_priced")
-
-    def __init__(self, route: str, *, split_splits: int | None = None, workqueue_splits: int | None = None) -> None:
-        """route: one of ROUTES; the pinned splits as CalibratedPolicy's. Raises ValueError naming the argument."""
-        if route not in ROUTES:
-            raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-        self.name = self.route = route
-        self._priced = CalibratedPolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
-
-    def split_counts(
-        self, route: str, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *,
-        options: AttentionOptions = PLAIN,
-    ) -> np.ndarray:  # fmt: skip
-        """As CalibratedPolicy's."""
-        return self._priced.split_counts(route, shape, seq_lens, device, options=options)
-
-    def decide(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,
-        available: tuple[str, ...] = ROUTES, options: AttentionOptions = PLAIN,
-    ) -> Decision:  # fmt: skip
-        """The route, whatever the step; ValueError where it is not available."""
-        cheapest = self._priced.decide(
-            shape, seq_lens, device, layers=layers, available=available, options=options
-        )
-        if self.route not in cheapest.prices:
-            raise ValueError(f"available: expected {self.route} among them, got {', '.join(cheapest.prices)}")
-        splits = None
-        if self.route in HOST_ROUTES:
-            splits = self.split_counts(self.route, shape, seq_lens, device, options=options)
-        return replace(cheapest, route=self.route, splits=splits, why=f"always {self.route}")
 
 
 def _reason(

@@ -15,7 +15,7 @@ import numpy as np
 
 from pkvsim.cost import ROUTES
 from pkvsim.plots import check_folder
-from pkvsim.serving_result import ServingResult, StepLog
+from pkvsim.serving_result import ServingResult
 from pkvsim.step import RouteStep, StepReport
 from pkvsim.whatif import WhatIf
 

@@ -26,8 +26,8 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
     """Every route of `reference` (the H200 by default) carried over to `device`; status "estimated".
 
     The rule: memory and L2 bandwidth scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
-    capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds what the
-    device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept.
+    capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds
+    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept.
     """
     reference = reference or DEVICES[REFERENCE]
     memory = device.beta_gb_s / reference.beta_gb_s

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,7 @@ class DeviceSpec:
 
     def to_json(self) -> str:
         """The catalogue's file format, which `load_device` reads back."""
-        numbers = {
-            name: {"value": getattr(self, name), "status": self.sources[name].status, "source": self.sources[name].source}
-            for name in NUMBER_FIELDS
-        }
+        numbers = {name: {"value": getattr(self, name)} | asdict(self.sources[name]) for name in NUMBER_FIELDS}
         data: dict[str, Any] = {"name": self.name, "label": self.label, "numbers": numbers}
         if self.calibration:
             data["routes"] = {name: entry.to_dict() for name, entry in self.calibration.items()}

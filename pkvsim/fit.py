@@ -43,7 +43,10 @@ def _flatten(measurements: Sequence[Measurement]) -> _Steps:
         offsets=np.cumsum([0, *(len(lens) for _, lens in rows)]),
         owners=np.array([owner for owner, _ in rows]),
         shapes=np.array(
-            [(m.shape.num_kv_heads, m.shape.group_size, m.shape.head_dim, m.splits or 0, m.planned) for m in measurements],
+            [
+                (m.shape.num_kv_heads, m.shape.group_size, m.shape.head_dim, m.splits or 0, m.planned)
+                for m in measurements
+            ],
             np.int64,
         ),
         kernel_us=np.array([m.kernel_us for m in measurements]),

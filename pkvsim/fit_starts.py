@@ -73,7 +73,9 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
     l2 = dict(l2_gb_s=3 * device.beta_gb_s, l2_mb=device.l2_mib * MIB_IN_MB / 2)
     pad = 1 if route.endswith("/mha") else TENSOR_CORE_ROWS
     return [
-        RouteModel(rule=rule, ctas_per_sm=count, head_pad=pad, min_split_tokens=least, sm_heads_gb_s=math.inf, **common | l2)
+        RouteModel(
+            rule=rule, ctas_per_sm=count, head_pad=pad, min_split_tokens=least, sm_heads_gb_s=math.inf, **common | l2
+        )
         for rule in PEER_RULES
         for count in PEER_SLOTS
         for least in PEER_LEAST_SPLITS

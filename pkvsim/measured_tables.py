@@ -80,7 +80,9 @@ def _peer(row: Row) -> list[Measurement]:
     shape = DecodeShape(cell_int(row, "num_q_heads"), cell_int(row, "num_kv_heads"), 128, 16)
     return [
         Measurement(
-            route="/".join([*(row[name] for name in ("system", "version", "kernel")), *["mha"][: shape.group_size == 1]]),
+            route="/".join(
+                [*(row[name] for name in ("system", "version", "kernel")), *["mha"][: shape.group_size == 1]]
+            ),
             shape=shape,
             seq_lens=(cell_int(row, "context_len"),) * cell_int(row, "batch_size"),
             kernel_us=cell_time(row, "time_us"),

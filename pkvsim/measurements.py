@@ -18,7 +18,8 @@ from pathlib import Path
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
 HEADER = (
-    "route", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "seq_lens", "splits", "kernel_us", "plan_us", "wall_us",
+    "route", "num_q_heads", "num_kv_heads", "head_dim", "page_size", "seq_lens", "splits", "kernel_us", "plan_us",
+    "wall_us",
 )  # fmt: skip
 STEP_COLUMNS = ("event_us", "run_us")
 MAX_ROWS = 2**20
@@ -147,6 +148,8 @@ def write_measurements(path: str | Path, measurements: Iterable[Measurement]) ->
         for m in measurements:
             if m.other_steps:
                 raise ValueError("measurements: expected single steps, got the mean of a trace")
-            times = ["" if us is None else f"{us:.3f}" for us in (m.kernel_us, m.plan_us, m.wall_us, m.event_us, m.run_us)]
+            all_us = (m.kernel_us, m.plan_us, m.wall_us, m.event_us, m.run_us)
+            times = ["" if us is None else f"{us:.3f}" for us in all_us]
             shape = (m.shape.num_q_heads, m.shape.num_kv_heads, m.shape.head_dim, m.shape.page_size)
-            writer.writerow([m.route, *shape, format_seq_lens(m.seq_lens), "" if m.splits is None else m.splits, *times])
+            splits = "" if m.splits is None else m.splits
+            writer.writerow([m.route, *shape, format_seq_lens(m.seq_lens), splits, *times])

@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from pkvsim.model_spec import ModelSpec, Weights
-from pkvsim.shapes import check_int
+from pkvsim.shapes import MAX_TOKENS, check_int
 
 LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
 QWEN3, QWEN3_MOE, GPT_OSS = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"
@@ -76,7 +76,7 @@ def model_from_config(config: Any, *, name: str, source: str, where: str, tensor
     Raises ValueError naming the field that is missing, unknown or does not fit.
     """
     fields = _Fields(config, where)
-    parallel = check_int("tensor_parallel", tensor_parallel, 1)
+    parallel = check_int("tensor_parallel", tensor_parallel, 1, MAX_TOKENS)
     layers, hidden = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
     q_heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
     if q_heads % kv_heads:

@@ -11,11 +11,9 @@ from pkvsim.decision import Decision
 from pkvsim.device import DeviceSpec
 from pkvsim.paper_rules import (
     MAX_SPLITS,
-    MIN_SPLITS,
     MIN_WORKQUEUE_ROWS,
     PAPER_GROUP_SIZE,
     PAPER_TILE_TOKENS,
-    TARGET_CTAS,
     split_splits,
     workqueue_splits,
 )
@@ -42,7 +40,7 @@ class PaperPolicy:
     workqueue_splits: int | None = None
 
     def __post_init__(self) -> None:
-        check_int("min_context", self.min_context, 0)
+        check_int("min_context", self.min_context, 0, MAX_TOKENS)
         for name in ("split_splits", "workqueue_splits"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1, MAX_TOKENS)

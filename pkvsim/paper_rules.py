@@ -1,4 +1,5 @@
-"""The paper's formulas (arXiv 2606.26666) in plain numbers: called as they are by PaperPolicy, compiled by serving loops."""
+"""The paper's formulas (arXiv 2606.26666) in plain numbers: called as they are by PaperPolicy, compiled by serving
+loops."""
 from __future__ import annotations
 
 from typing import NamedTuple

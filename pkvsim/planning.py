@@ -17,10 +17,18 @@ def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: 
     """
     task = 0
     for row in range(len(tiles)):
+        count = splits[row]
+        whole = tiles[row] // max(1, count)
+        rest = tiles[row] - whole * count
         for kv_head in range(num_kv_heads):
             begin = 0
-            for split in range(splits[row]):
-                end = tiles[row] * (split + 1) // splits[row]
+            carry = 0  # tiles * split % count, so that split s ends at tiles * (s + 1) // count without dividing
+            for split in range(count):
+                end = begin + whole
+                carry += rest
+                if carry >= count:
+                    carry -= count
+                    end += 1
                 tasks[task, 0] = row
                 tasks[task, 1] = kv_head
                 tasks[task, 2] = split

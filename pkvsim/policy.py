@@ -5,23 +5,25 @@ PaperPolicy is the paper's.
 """
 from __future__ import annotations
 
-from pkvsim.calibrated_policy import CalibratedPolicy, FixedPolicy, OraclePolicy
+from pkvsim.calibrated_policy import CalibratedPolicy
 from pkvsim.decision import Decision, Policy
-from pkvsim.paper_policy import (
+from pkvsim.fixed_policy import FixedPolicy
+from pkvsim.oracle_policy import OraclePolicy
+from pkvsim.paper_policy import PAPER_ROUTES, PaperPolicy
+from pkvsim.paper_rules import (
     MAX_SPLITS,
     MIN_SPLITS,
     MIN_WORKQUEUE_ROWS,
     PAPER_GROUP_SIZE,
-    PAPER_ROUTES,
     PAPER_TILE_TOKENS,
     TARGET_CTAS,
-    PaperPolicy,
 )
 from pkvsim.route_model import ROUTES
 
 __all__ = [
-    "MAX_SPLITS", "MIN_SPLITS", "MIN_WORKQUEUE_ROWS", "PAPER_GROUP_SIZE", "PAPER_ROUTES", "PAPER_TILE_TOKENS", "POLICIES",
-    "TARGET_CTAS", "CalibratedPolicy", "Decision", "FixedPolicy", "OraclePolicy", "PaperPolicy", "Policy", "make_policy",
+    "MAX_SPLITS", "MIN_SPLITS", "MIN_WORKQUEUE_ROWS", "PAPER_GROUP_SIZE", "PAPER_ROUTES", "PAPER_TILE_TOKENS",
+    "POLICIES", "TARGET_CTAS", "CalibratedPolicy", "Decision", "FixedPolicy", "OraclePolicy", "PaperPolicy", "Policy",
+    "make_policy",
 ]  # fmt: skip
 
 POLICIES = ("calibrated", "paper", "oracle", *ROUTES)

@@ -57,7 +57,7 @@ def price_pinned(
     seq_lens: np.ndarray, num_kv_heads: int, group_size: int, head_dim: int, kv_element_bytes: int, num_sms: int,
     constants: np.ndarray, prices_us: np.ndarray, splits: np.ndarray,
 ) -> None:  # fmt: skip
-    """price_routes where splits also come in: of every row, 0 to choose them. Routes that cut by themselves ignore it."""
+    """price_routes where splits also come in: of every row, 0 to choose them. Routes that cut themselves ignore it."""
     reaches = np.zeros(len(constants), np.int64)
     price_variant(
         seq_lens, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, reaches, constants,
@@ -74,7 +74,7 @@ def price_variant(
     v_head_dim: int,
     kv_element_bytes: int,
     num_sms: int,
-    reaches: np.ndarray,  # [num_routes] int64, tokens at a row's end that the route reads (AttentionOptions.reach), 0: all
+    reaches: np.ndarray,  # [num_routes] int64, tokens at a row's end that are read (AttentionOptions.reach), 0: all
     constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
     prices_us: np.ndarray,  # [num_routes] float64, out
     splits: np.ndarray,  # [num_routes] int64, in and out
@@ -111,20 +111,21 @@ def _reads(ordered: np.ndarray, reach: int, c: np.ndarray) -> np.ndarray:
 @compiled
 def row_splits(
     seq_lens: np.ndarray,  # [batch_size] int32 or int64
+    reads: np.ndarray,  # [batch_size] int32 or int64, tokens that each row reads; seq_lens without a window
     num_kv_heads: int,
     num_sms: int,
     c: np.ndarray,  # [NUM_CONSTANTS] float64, of split or workqueue
     longest_splits: int,  # as price_routes gives it
     out: np.ndarray,  # [batch_size] int64, out
 ) -> None:
-    """The splits of every row: by each length's own rows in the paper's split, as many in all rows where the rule is so,
-    otherwise (workqueue, FlashInfer) in proportion to length. A row of no tokens has 1, which costs nothing."""
+    """The splits of every row: by each length's own rows in the paper's split, as many in all rows where the rule is
+    so, otherwise (workqueue, FlashInfer) in proportion to length. A row of no tokens has 1, which costs nothing."""
     slots = cta_slots(c, num_sms)
     longest = 1
-    for length in seq_lens:
+    for length in reads:
         longest = max(longest, length)
     for row in range(len(seq_lens)):
-        length = np.int64(seq_lens[row])
+        length = np.int64(reads[row])
         if c[0] == EVEN or c[0] == WHOLE:
             out[row] = longest_splits
         elif c[0] != BUCKETS:
@@ -132,7 +133,7 @@ def row_splits(
         else:
             alike = 0
             for other in seq_lens:
-                alike += other == length
+                alike += other == seq_lens[row]
             out[row] = bucket_splits(alike * num_kv_heads, length, slots, c)
 
 
@@ -143,9 +144,9 @@ def price_steps(
 ) -> None:  # fmt: skip
     """The mean price of every measurement's steps, into prices_us [num_measurements].
 
-    lengths holds all steps' rows, each step's longest first, step i at [offsets[i], offsets[i + 1]); owners [num_steps] is
-    the measurement of each; shapes [num_measurements, 5]: num_kv_heads, group_size, head_dim, pinned splits or 0, and 1
-    where events around whole steps saw the host's planning too.
+    lengths holds all steps' rows, each step's longest first, step i at [offsets[i], offsets[i + 1]); owners [num_steps]
+    is the measurement of each; shapes [num_measurements, 5]: num_kv_heads, group_size, head_dim, pinned splits or 0,
+    and 1 where events around whole steps saw the host's planning too.
     """
     steps = np.zeros(len(prices_us))
     prices_us[:] = 0.0
@@ -202,7 +203,9 @@ def _price(
         busy, splits = balanced_us(ordered, tokens, num_kv_heads, group_size, slots, c, one, all_, state, memory)
         return us + busy, splits
     if rule == BUCKETS:
-        busy, splits = buckets_us(lengths, ordered, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms, pinned)
+        busy, splits = buckets_us(
+            lengths, ordered, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms, pinned
+        )
         return us + busy, splits
     if rule == QUEUE and pinned == 0:
         busy, splits = best_queue(ordered, tokens, num_kv_heads, slots, c, one, all_, sm, state, memory, num_sms)

@@ -13,8 +13,10 @@ from pkvsim.numba_cache import inner
 from pkvsim.route_model import CONSTANTS, RULES
 
 PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
-(BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, ISOLATED, PLAN, PLAN_ROW,
- PLAN_LENGTH, HOST, RUN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD, CTAS_PER_SM, TILE, MIN_SPLIT, STRIDED) = range(1, 1 + len(CONSTANTS))  # fmt: skip
+(
+    BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, ISOLATED, PLAN, PLAN_ROW,
+    PLAN_LENGTH, HOST, RUN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD, CTAS_PER_SM, TILE, MIN_SPLIT, STRIDED,
+) = range(1, 1 + len(CONSTANTS))  # fmt: skip
 WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
 # As pkvsim.numba_cache.inner, and with a way in from Python.
 compiled = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
@@ -30,7 +32,8 @@ def cta_slots(c: np.ndarray, num_sms: int) -> int:
 def read_speeds(
     c: np.ndarray, kv_bytes: float, group_size: int, kv_element_bytes: int, num_sms: int
 ) -> tuple[float, float]:
-    """Bytes per us of KV: what one CTA reads alone, and all together: memory or, for what it holds, L2; or arithmetic."""
+    """Bytes per us of KV: what one CTA reads alone, and all together: memory or, for what it holds, L2; or
+    arithmetic."""
     memory = c[BANDWIDTH]
     if c[L2_SIZE] > 0:
         hit = min(1.0, max(0.0, 2.0 - kv_bytes / (c[L2_SIZE] * 1e6)))
@@ -56,4 +59,5 @@ def query_us(c: np.ndarray, query_heads: int, head_dim: float, element_bytes: in
 @compiled
 def merge_us(c: np.ndarray, splits: float, tasks: float, state_bytes: float, memory: float) -> float:
     """Merging `tasks` partial states of one KV head's group each, at most `splits` of them of one row and head."""
-    return c[MERGE] + splits * (c[MERGE_SPLIT] + state_bytes / (c[MERGE_SPEED] * 1e3)) + 2 * tasks * state_bytes / memory
+    one_split = c[MERGE_SPLIT] + state_bytes / (c[MERGE_SPEED] * 1e3)
+    return c[MERGE] + splits * one_split + 2 * tasks * state_bytes / memory

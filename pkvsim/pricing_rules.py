@@ -64,8 +64,8 @@ def best_queue(
 
 @inner
 def buckets_us(
-    lengths: np.ndarray, ordered: np.ndarray, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float, sm: float,
-    state: float, memory: float, num_sms: int, pinned: int,
+    lengths: np.ndarray, ordered: np.ndarray, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float,
+    sm: float, state: float, memory: float, num_sms: int, pinned: int,
 ) -> tuple[float, int]:  # fmt: skip
     """The paper's split: one launch after the other for every distinct length; (us, splits of the longest row).
 

@@ -42,8 +42,8 @@ def step_times(
 
 @compiled
 def step_time(c: np.ndarray, rows: int, lengths: int, layers: int, layer_us: float) -> tuple[float, float]:
-    """step_times of one route: (gpu_us, host_us). rows: those with tokens; lengths: distinct ones among them, which only
-    a route with plan_length_us looks at; layer_us: kernel time of a layer that follows another."""
+    """step_times of one route: (gpu_us, host_us). rows: those with tokens; lengths: distinct ones among them, which
+    only a route with plan_length_us looks at; layer_us: kernel time of a layer that follows another."""
     waits = max(0.0, (layers - 1) * (c[RUN] - layer_us))
     plan = c[PLAN] + rows * c[PLAN_ROW] + max(0, lengths - 1) * c[PLAN_LENGTH]
     return c[ISOLATED] + layers * layer_us, plan + c[HOST] + waits

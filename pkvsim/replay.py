@@ -14,7 +14,6 @@ from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.paper_policy import PAPER_ROUTES, PAPER_TILE_TOKENS, PaperPolicy
 from pkvsim.route_model import OWN_ROUTES
-from pkvsim.route_options import read_lens
 from pkvsim.schedule import make_schedule
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.timeline import route_schedule
@@ -70,8 +69,7 @@ def route_counters(
             splits = policy.split_counts(route, shape, seq_lens, device, options=options)
             schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=tile, window=options.reach)
         else:
-            reads = read_lens(route, seq_lens, options, tile)
-            schedule = route_schedule(model, shape, reads, num_sms=device.num_sms)
+            schedule = route_schedule(model, shape, seq_lens, num_sms=device.num_sms, options=options)
     return schedule_counters(schedule, shape, seq_lens, device, options)
 
 
@@ -83,8 +81,8 @@ def _engines(policy: Policy, decision: Decision) -> dict[str, str]:
 
 
 def replay(
-    trace: Trace, shape: DecodeShape, device: DeviceSpec, policy: Policy, *, hole_fraction: float = 0.0, layers: int = 1,
-    options: AttentionOptions = PLAIN,
+    trace: Trace, shape: DecodeShape, device: DeviceSpec, policy: Policy, *, hole_fraction: float = 0.0,
+    layers: int = 1, options: AttentionOptions = PLAIN,
 ) -> dict[str, Any]:  # fmt: skip
     """Every engine over the trace's measured steps, as the object that `pkvsim replay --json` prints.
 
@@ -93,7 +91,8 @@ def replay(
     and predicted_host_us what lies between (where the device's constants tell them apart). "adaptive" takes the
     policy's route at each step. options: of every layer's attention; engines that do not serve them are left out, and
     with query_tokens the rows decode one token a step all the same, as if every draft but its first token were refused.
-    Raises ValueError naming the argument, when shape and trace disagree on the page size, or the policy knows no options.
+    Raises ValueError naming the argument, when shape and trace disagree on the page size, or the policy knows no
+    options.
     """
     layers = check_int("layers", layers, 1, MAX_TOKENS)
     if shape.page_size != trace.page_size:

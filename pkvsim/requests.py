@@ -12,6 +12,9 @@ TIED_SHARE = 0.1  # part of the requests that must share a timestamp before tick
 FEWEST_TICKS = 16  # distinct timestamps below which equal ones may well be meant
 GRID_TOLERANCE = 0.02  # how far, in ticks, a gap may be from a whole number of ticks
 GRID_SHARE = 0.95  # part of the gaps that must be whole numbers of ticks
+MAX_SEED = 2**64 - 1
+MAX_RATE_SCALE = 1e9  # and the least is its reciprocal
+MAX_JITTER_S = 1e9  # thirty years
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,8 +86,9 @@ def _column(name: str, values: Any, dtype: type, length: int | None) -> np.ndarr
 
 def scale_rate(trace: RequestTrace, rate_scale: float) -> RequestTrace:
     """The same requests arriving rate_scale times as fast (2 halves every gap)."""
-    if not 0 < rate_scale < np.inf:
-        raise ValueError(f"rate_scale: expected a number > 0, got {rate_scale!r}")
+    if not 1 / MAX_RATE_SCALE <= rate_scale <= MAX_RATE_SCALE:
+        span = f"[{1 / MAX_RATE_SCALE:g}, {MAX_RATE_SCALE:g}]"
+        raise ValueError(f"rate_scale: expected a number in {span}, got {rate_scale!r}")
     if rate_scale == 1:
         return trace
     start = trace.arrival_s[0]
@@ -94,8 +98,8 @@ def scale_rate(trace: RequestTrace, rate_scale: float) -> RequestTrace:
 
 def jitter(trace: RequestTrace, jitter_s: float, *, seed: int = 0) -> RequestTrace:
     """Every arrival moved by a uniform draw from [-jitter_s, jitter_s], not before the first, and sorted again."""
-    if not 0 <= jitter_s < np.inf:
-        raise ValueError(f"jitter_s: expected seconds >= 0, got {jitter_s!r}")
+    if not 0 <= jitter_s <= MAX_JITTER_S:
+        raise ValueError(f"jitter_s: expected seconds in [0, {MAX_JITTER_S:g}], got {jitter_s!r}")
     if jitter_s == 0:
         return trace
     moves = _generator(seed).uniform(-jitter_s, jitter_s, len(trace))
@@ -108,7 +112,7 @@ def jitter(trace: RequestTrace, jitter_s: float, *, seed: int = 0) -> RequestTra
 
 def first_requests(trace: RequestTrace, limit: int) -> RequestTrace:
     """The first `limit` requests."""
-    check_int("limit", limit, 1)
+    check_int("limit", limit, 1, MAX_TOKENS)
     if limit >= len(trace):
         return trace
     first = reorder(trace, np.arange(limit), trace.arrival_s[:limit])
@@ -176,4 +180,4 @@ def with_note(trace: RequestTrace, note: str) -> RequestTrace:
 
 
 def _generator(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(check_int("seed", seed, 0)))
+    return np.random.Generator(np.random.PCG64(check_int("seed", seed, 0, MAX_SEED)))

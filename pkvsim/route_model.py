@@ -66,7 +66,8 @@ class RouteModel:
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
             most = math.inf if name in _UNLIMITED else sys.float_info.max
             if not good or not 0 <= value <= most or (name in _POSITIVE and value == 0):
-                raise ValueError(f"{name}: expected a finite number {'> 0' if name in _POSITIVE else '>= 0'}, got {value!r}")
+                least = "> 0" if name in _POSITIVE else ">= 0"
+                raise ValueError(f"{name}: expected a finite number {least}, got {value!r}")
 
     def to_row(self) -> np.ndarray:
         """The constants as float64 [NUM_CONSTANTS], rule first, in field order."""
@@ -78,7 +79,9 @@ NUM_CONSTANTS = 1 + len(CONSTANTS)
 _REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name != "rule" and f.default is MISSING)
 NO_LIMIT = "no limit"  # infinity in a device file, which is strict JSON
 _UNLIMITED = ("merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
-_POSITIVE = ("bandwidth_gb_s", "cta_read_gb_s", "head_pad", "ctas_per_sm", "tile_tokens", "min_split_tokens", *_UNLIMITED)
+_POSITIVE = (
+    "bandwidth_gb_s", "cta_read_gb_s", "head_pad", "ctas_per_sm", "tile_tokens", "min_split_tokens", *_UNLIMITED,
+)  # fmt: skip
 
 
 def constants_matrix(models: dict[str, RouteModel], available: tuple[str, ...] = ROUTES) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Which routes serve which attention options, and what each reads of rows under a window."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from pkvsim.options import AttentionOptions
@@ -9,8 +11,8 @@ from pkvsim.schedule import skipped_tiles
 from pkvsim.shapes import DecodeShape
 
 # FlashInfer 0.7.2, https://github.com/flashinfer-ai/flashinfer: BatchDecodeWithPagedKVCacheWrapper.plan in
-# flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it takes
-# one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
+# flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it
+# takes one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
 SERVED = {
     "flashinfer_cuda_core": ("window", "soft_cap"),
     "flashinfer_tensor_core": ("window", "soft_cap", "query_tokens"),
@@ -41,15 +43,14 @@ def serving_routes(
     return tuple(route for route in available if needs <= set(SERVED[route]))
 
 
-def route_reach(route: str, options: AttentionOptions) -> int | None:
-    """Tokens at a row's end that the route reads; None for all of them."""
-    return None if route in WALKS_ALL else options.reach
+def as_read(route: str, options: AttentionOptions) -> AttentionOptions:
+    """The options by what the route reads for them: without the window where it walks all of a row all the same."""
+    return replace(options, window=None) if route in WALKS_ALL and options.window is not None else options
 
 
-def read_lens(route: str, seq_lens: np.ndarray, options: AttentionOptions, tile_tokens: int) -> np.ndarray:
-    """Tokens [batch_size] that the route reads of rows seq_lens [batch_size], from the first tile that its reach touches;
-    seq_lens themselves without a window."""
-    reach = route_reach(route, options)
+def read_lens(seq_lens: np.ndarray, reach: int | None, tile_tokens: int) -> np.ndarray:
+    """Tokens [batch_size] read of rows seq_lens [batch_size], from the first tile that holds one of the last `reach`
+    tokens (AttentionOptions.reach) on; seq_lens themselves for None."""
     if reach is None:
         return seq_lens
     lens = seq_lens.astype(np.int64)

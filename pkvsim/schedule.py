@@ -84,7 +84,7 @@ def make_schedule(
 
 
 def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
-    """Tiles at the start of rows of these lengths (int64, one or [batch_size]) that lie before the last `reach` tokens."""
+    """Tiles at the start of rows of these lengths (int64, one or [batch_size]) before the last `reach` tokens."""
     return (lengths > reach) * (lengths - reach) // tile_tokens
 
 
@@ -133,9 +133,10 @@ def _queue(
     grid_ctas, num_launches, merge_launches = num_tasks, 2, 1
     if name == "split":
         used = tiles > 0
-        buckets = np.unique(np.stack((lens[used], row_splits[used])), axis=1)  # rows of a bucket share launches
-        merge_launches = int(np.count_nonzero(buckets[1] > 1))
-        num_launches = buckets.shape[1] + merge_launches
+        # Rows of one length and split count share launches; both fit 31 bits.
+        buckets = np.unique(lens[used].astype(np.int64) << 32 | row_splits[used])
+        merge_launches = int(np.count_nonzero((buckets & 0xFFFFFFFF) > 1))
+        num_launches = len(buckets) + merge_launches
         grid_ctas = int(asked[used].sum()) * shape.num_kv_heads
     return Schedule(
         name=name,

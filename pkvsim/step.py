@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.calibrated_policy import HOST_ROUTES, CalibratedPolicy, OraclePolicy
+from pkvsim.calibrated_policy import HOST_ROUTES, CalibratedPolicy
 from pkvsim.cost import ROUTES, useful_kv_bytes
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.oracle_policy import OraclePolicy
 from pkvsim.route_model import RouteModel
+from pkvsim.route_options import as_read, asked, serving_routes
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 from pkvsim.step_split import TimeSplit, saturated_by, time_split
 from pkvsim.timeline import Timeline, simulate
@@ -104,6 +107,7 @@ class StepReport:
     seq_lens: np.ndarray  # [batch_size] int32
     device: DeviceSpec
     layers: int
+    options: AttentionOptions  # of every layer's attention
     taken: str  # the cheapest by the closed form, planning included: what the calibrated policy does
     reason: str
     routes: tuple[RouteStep, ...]
@@ -114,8 +118,9 @@ class StepReport:
             "device": self.device.name,
             "shape": asdict(self.shape),
             "seq_lens": self.seq_lens.tolist(),
-            "kv_bytes": useful_kv_bytes(self.shape, self.seq_lens),
+            "kv_bytes": useful_kv_bytes(self.shape, self.seq_lens, self.options),
             "layers": self.layers,
+            "options": asdict(self.options),
             "taken": self.taken,
             "reason": self.reason,
             "routes": {route.route: route.to_dict() for route in self.routes},
@@ -147,35 +152,43 @@ def explain_step(
     routes: Sequence[str] | None = None,
     layers: int = 1,
     splits: int | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> StepReport:
     """Prices and simulates one step, planned once for `layers` layers, on the routes named, or on all the device has.
 
-    splits: pinned splits of every row (split and workqueue). Raises ValueError naming the argument.
+    splits: pinned splits of every row (split and workqueue). options: of every layer's attention; by default only
+    routes that serve them are looked at. Raises ValueError naming the argument.
     """
     lens = check_seq_lens(seq_lens)
-    check_int("layers", layers, 1)
+    check_int("layers", layers, 1, MAX_TOKENS)
+    if splits is not None:
+        check_int("splits", splits, 1, MAX_TOKENS)
     models = device_routes(device)
-    names = tuple(name for name in ROUTES if name in models) if routes is None else tuple(routes)
-    unknown = [name for name in names if name not in models or name not in ROUTES]
+    have = serving_routes(shape, options, tuple(name for name in ROUTES if name in models))
+    names = have if routes is None else tuple(routes)
+    unknown = [name for name in names if name not in have]
     if unknown or not names:
-        have = ", ".join(name for name in ROUTES if name in models)
-        raise ValueError(f"routes: expected some of {have} ({device.name}), got {', '.join(unknown) or 'none'}")
+        needs = "".join(f", {name}" for name in asked(shape, options))
+        got = ", ".join(unknown) or "none"
+        raise ValueError(f"routes: expected some of {', '.join(have)} ({device.name}{needs}), got {got}")
     names = tuple(name for name in ROUTES if name in names)
     pinned = {"split_splits": splits, "workqueue_splits": splits}
-    taken = CalibratedPolicy(**pinned).decide(shape, lens, device, layers=layers, available=names)
-    oracle = OraclePolicy(**pinned).decide(shape, lens, device, layers=layers, available=names)
+    step = {"layers": layers, "available": names, "options": options}
+    taken = CalibratedPolicy(**pinned).decide(shape, lens, device, **step)
+    oracle = OraclePolicy(**pinned).decide(shape, lens, device, **step)
     return StepReport(
         shape=shape,
         seq_lens=lens,
         device=device,
         layers=layers,
+        options=options,
         taken=taken.route,
         reason=taken.reason,
         routes=tuple(
             _route_step(
                 name, models[name], shape, lens, device, splits if name in HOST_ROUTES else None,
-                closed_us=taken.layer_us[name], step_us=taken.prices[name], timeline_step_us=oracle.prices[name],
-                host_us=taken.host_us[name],
+                as_read(name, options), closed_us=taken.layer_us[name], step_us=taken.prices[name],
+                timeline_step_us=oracle.prices[name], host_us=taken.host_us[name],
             )
             for name in names  # fmt: skip
         ),
@@ -183,14 +196,14 @@ def explain_step(
 
 
 def _route_step(
-    name: str, model: RouteModel, shape: DecodeShape, lens: np.ndarray, device: DeviceSpec, splits: int | None, *,
-    closed_us: float, step_us: float, timeline_step_us: float, host_us: float,
+    name: str, model: RouteModel, shape: DecodeShape, lens: np.ndarray, device: DeviceSpec, splits: int | None,
+    options: AttentionOptions, *, closed_us: float, step_us: float, timeline_step_us: float, host_us: float,
 ) -> RouteStep:  # fmt: skip
-    line = simulate(model, shape, lens, num_sms=device.num_sms, splits=splits)
+    line = simulate(model, shape, lens, num_sms=device.num_sms, splits=splits, options=options)
     counts = np.diff(line.schedule.split_offsets)[lens > 0]
     took = line.end_us - line.start_us
     area = line.num_slots * line.makespan_us
-    limit = saturated_by(model, shape, lens, device)
+    limit = saturated_by(model, shape, line, device, options)
     calibrated = device.calibration.get(name)
     return RouteStep(
         route=name,
@@ -207,7 +220,7 @@ def _route_step(
         busy_share=float(took.sum() / area) if area else 0.0,
         longest_task=int(np.argmax(took)) if len(took) else None,
         saturated_by=limit,
-        split=time_split(model, line, shape, lens, limit=limit),
+        split=time_split(model, line, shape, lens, limit=limit, options=options),
     )
 
 

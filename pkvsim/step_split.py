@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
+from pkvsim.cost import KV_ELEMENT_BYTES
 from pkvsim.device import DeviceSpec
-from pkvsim.pricing_base import query_us, read_speeds
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.pricing_base import read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.shapes import DecodeShape
-from pkvsim.timeline import Timeline
+from pkvsim.timeline import Timeline, queries_us
 
 SATURATED = 1 - 1e-9  # of the shared speed, at which rounding does not matter
 
@@ -35,9 +36,11 @@ class TimeSplit:
         return max(parts, key=parts.__getitem__).removesuffix("_us")
 
 
-def saturated_by(model: RouteModel, shape: DecodeShape, lens: np.ndarray, device: DeviceSpec) -> str:
-    """What caps all CTAs together: "memory", "L2" (for the KV that it holds) or "arithmetic"."""
-    args = useful_kv_bytes(shape, lens), shape.group_size, KV_ELEMENT_BYTES, device.num_sms
+def saturated_by(
+    model: RouteModel, shape: DecodeShape, line: Timeline, device: DeviceSpec, options: AttentionOptions = PLAIN
+) -> str:
+    """What caps all CTAs of a route's timeline together: "memory", "L2" (for the KV that it holds) or "arithmetic"."""
+    args = line.bytes.sum(), options.query_shape(shape).group_size, KV_ELEMENT_BYTES, device.num_sms
     _, shared = read_speeds(model.to_row(), *args)
     _, memory = read_speeds(replace(model, sm_heads_gb_s=math.inf).to_row(), *args)
     if shared < memory:
@@ -45,12 +48,13 @@ def saturated_by(model: RouteModel, shape: DecodeShape, lens: np.ndarray, device
     return "L2" if memory > model.bandwidth_gb_s * 1e3 else "memory"
 
 
-def time_split(model: RouteModel, line: Timeline, shape: DecodeShape, lens: np.ndarray, *, limit: str) -> TimeSplit:
-    """Sums up a route's timeline of lens [batch_size] int32; limit as saturated_by gives it."""
+def time_split(
+    model: RouteModel, line: Timeline, shape: DecodeShape, lens: np.ndarray, *, limit: str,
+    options: AttentionOptions = PLAIN,
+) -> TimeSplit:  # fmt: skip
+    """Sums up a route's timeline of lens [batch_size] int32, simulated with options; limit as saturated_by gives it."""
     tasks, cta_offsets = line.schedule.tasks, line.schedule.cta_offsets
-    queries = query_us(
-        model.to_row(), int(np.count_nonzero(lens)) * shape.num_q_heads, shape.head_dim, KV_ELEMENT_BYTES
-    )
+    queries = queries_us(model.to_row(), shape, lens, options)
     parts = {"saturated": 0.0, "cta_rate": 0.0, "tail": 0.0, "task_starts": 0.0}
     fixed = np.full(len(tasks), model.segment_us if model.rule == "balanced" else 0.0)
     fixed[cta_offsets[:-1][np.diff(cta_offsets) > 0]] += model.task_us

@@ -16,7 +16,7 @@ def print_step(report: StepReport) -> None:
     active = int((lens > 0).sum())
     console.print(
         f"[bold]{report.device.label}[/]: {active:,} rows of {int(lens.sum()):,} tokens, "
-        f"{useful_kv_bytes(shape, lens) / 1e6:,.1f} MB of KV a layer; {shape.num_q_heads} query and "
+        f"{useful_kv_bytes(shape, lens, report.options) / 1e6:,.1f} MB of KV a layer; {shape.num_q_heads} query and "
         f"{shape.num_kv_heads} KV heads of {shape.head_dim}",
         soft_wrap=True,
     )

@@ -22,7 +22,8 @@ class TimelineCheck:
 
     steps: int
     mean_error: float  # mean of |closed form / timeline - 1|
-    regret: float  # what the routes taken cost above each step's cheapest route, all by timeline, the host's part included
+    # What the routes taken cost above each step's cheapest route, all by timeline, the host's part included.
+    regret: float
 
 
 def check_timeline(
@@ -38,12 +39,12 @@ def check_timeline(
     for lens, index, splits in sample.steps():
         kernels = np.full(len(ROUTES), np.inf)
         for name, route in routes.items():
-            kernels[ROUTES.index(name)] = timeline.simulate(route, shape, lens, num_sms=device.num_sms).makespan_us
+            kernels[ROUTES.index(name)] = timeline.makespan_us(route, shape, lens, num_sms=device.num_sms)
         best_us += _step_us(lens, layers, constants, kernels).min()
         if splits:
-            kernels[index] = timeline.simulate(
+            kernels[index] = timeline.makespan_us(
                 routes[ROUTES[index]], shape, lens, num_sms=device.num_sms, splits=splits
-            ).makespan_us
+            )
         taken_us += _step_us(lens, layers, constants, kernels)[index]
         closed_us, _ = price_route(
             lens.astype(np.int64), shape.num_kv_heads, shape.group_size, shape.head_dim, KV_ELEMENT_BYTES,

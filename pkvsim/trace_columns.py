@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from pkvsim.shapes import MAX_TOKENS
-from pkvsim.tracefile import csv_rows, json_rows, names
+from pkvsim.tracefile import INTEGER, csv_rows, json_rows, names
 
-INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
-NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*")
+NUMBER = re.compile(r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\s*", re.ASCII)
 DATETIME = re.compile(r"\s*((?:19|20)[0-9]{2}-[0-9]{2}-[0-9]{2}[ T][0-9:]{8}(?:\.[0-9]{1,9})?)(?:Z|\+00:?00)?\s*")
 
 

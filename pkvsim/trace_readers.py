@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pkvsim.requests import RequestTrace, first_requests, gather_blocks, jitter, scale_rate, spread_ticks
+from pkvsim.requests import MAX_SEED, RequestTrace, first_requests, gather_blocks, jitter, scale_rate, spread_ticks
 from pkvsim.shapes import check_int
 from pkvsim.trace_columns import Columns, csv_columns, json_columns
 from pkvsim.tracefile import csv_rows, is_json, json_rows, names, paper_columns, read_text
@@ -84,7 +84,7 @@ def load_requests(
 
     Equal seeds give equal arrays. Raises ValueError naming the file or argument.
     """
-    check_int("seed", seed, 0)
+    check_int("seed", seed, 0, MAX_SEED)
     trace = spread_ticks(read_requests(path, step_s=step_s), seed=seed)  # before a limit hides that they tick
     if limit is not None:
         trace = first_requests(trace, limit)

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pkvsim.shapes import MAX_TOKENS
-from pkvsim.traces import Trace, make_trace
+from pkvsim.shapes import MAX_TOKENS, check_int
+from pkvsim.traces import MAX_SEED, Trace, make_trace
 
+# ASCII: int() and float() refuse some of what \s takes for white space elsewhere.
+INTEGER = re.compile(r"\s*[+-]?[0-9]{1,18}\s*", re.ASCII)
 COLUMNS = {  # name: (its spellings, least value)
     "prompt": (("prompt_len", "prompt"), 1),
     "decode": (("decode_len", "decode"), 1),
@@ -30,6 +32,7 @@ def read_trace(
     Without an arrival column request i arrives at step i // max_active. seed shuffles the pages.
     Raises ValueError naming the file, and where it applies the line and column.
     """
+    check_int("seed", seed, 0, MAX_SEED)
     path = Path(path)
     prompts, decodes, arrivals = paper_columns(path, read_text(path), requests=requests)
     return make_trace(
@@ -86,7 +89,7 @@ def _field(path: Path, line: int, record: dict[str, Any], name: str) -> int | No
             f"{path}:{line}: column {' or '.join(spellings)}: expected one of them, found {names(record)}"
         )
     value = record[present[0]]
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", value):
+    if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_TOKENS:
         raise ValueError(

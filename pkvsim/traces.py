@@ -18,6 +18,7 @@ FAMILIES = ("uniform", "bimodal", "zipf", "bucketed", "homogeneous")
 BUCKETS = (8192, 16384, 32768, 65536)
 PAGE_SEED_OFFSET = 99  # the page shuffle has its own stream
 UNUSED_PAGE = -1
+MAX_SEED = 2**32 - 1  # of MT19937
 MAX_REQUESTS = 10**6  # of a family: each is drawn one by one
 
 
@@ -102,8 +103,8 @@ def make_trace(
 ) -> Trace:
     """A Trace of these requests: prompts rounded up to whole pages, request i arriving at
     i // max_active where no arrivals are given."""
-    max_active = check_int("max_active", max_active, 1)
-    steps = check_int("steps", steps, 1)
+    max_active = check_int("max_active", max_active, 1, MAX_TOKENS)
+    steps = check_int("steps", steps, 1, MAX_TOKENS)
     page_size = check_int("page_size", page_size, 1, MAX_TOKENS)
     prompts = -(-np.array(prompt_tokens, np.int64) // page_size) * page_size
     decodes = np.array(decode_tokens, np.int64)
@@ -135,7 +136,7 @@ def paper_trace(
     """
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
-    draws = Draws(check_int("seed", seed, 0, 2**32 - 1))
+    draws = Draws(check_int("seed", seed, 0, MAX_SEED))
     pairs = [_draw_request(family, index, draws) for index in range(check_int("requests", requests, 1, MAX_REQUESTS))]
     prompts, decodes = zip(*pairs)
     return make_trace(

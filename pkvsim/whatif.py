@@ -102,7 +102,9 @@ def _notes(
     if model.tensor_parallel > 1:
         notes.append(f"one GPU's share of tensor parallel {model.tensor_parallel}: all-reduces are left out")
     if config.graphs:
-        notes.append("decode in captured graphs: attention waits for the host's planning alone (--eager: for each layer)")
+        notes.append(
+            "decode in captured graphs: attention waits for the host's planning alone (--eager: for each layer)"
+        )
     else:
         notes.append("decode layer by layer: attention takes at least as long as the host needs to issue it")
     notes.append(f"attention prices of {device.name}: {fit_note(device)}")

@@ -16,7 +16,10 @@ from pkvsim.traces import paper_trace
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared/reference")
 
-PAPER_RUNS = [("bimodal", 24, 8, 48, 32, 20), ("uniform", 24, 8, 48, 32, 24), ("zipf", 24, 8, 48, 32, 28), ("bucketed", 16, 1, 64, 32, 24)]
+PAPER_RUNS = [
+    ("bimodal", 24, 8, 48, 32, 20), ("uniform", 24, 8, 48, 32, 24), ("zipf", 24, 8, 48, 32, 28),
+    ("bucketed", 16, 1, 64, 32, 24),
+]  # fmt: skip
 PEER_DEVICES = {"a100_sxm": "a100_80gb", "h100_sxm": "h100_sxm", "h200_sxm": "h200", "l40s": "l40s"}
 
 
@@ -24,7 +27,8 @@ def paper_times():
     """(family, engine): (predicted us, measured us); the constants come from elsewhere than these traces."""
     measured = read_measurements(REFERENCE / "rtx3060_paper_seed20260623.csv")
     times = {}
-    for (family, requests, active, steps, split, queue), rows in zip(PAPER_RUNS, np.reshape(np.array(measured, object), (4, 3))):
+    by_run = np.reshape(np.array(measured, object), (4, 3))
+    for (family, requests, active, steps, split, queue), rows in zip(PAPER_RUNS, by_run):
         trace = paper_trace(family, 20260623, requests, active, steps)
         policy = make_policy("calibrated", split_splits=split, workqueue_splits=queue)
         engines = replay(trace, PAPER_SHAPE, get_device("rtx3060"), policy)["engines"]
@@ -52,7 +56,8 @@ def test_other_systems():
     for (name, route), group in groups.items():
         device = get_device(PEER_DEVICES[name])
         train, test = halves(len(group))
-        model = fit_route([group[i] for i in train], fit_starts(route, device), free_constants(route), num_sms=device.num_sms)
+        seen = [group[i] for i in train]
+        model = fit_route(seen, fit_starts(route, device), free_constants(route), num_sms=device.num_sms)
         other = [group[i] for i in test]
         predicted = predict_us(model, other, num_sms=device.num_sms)
         errors[name, route.split("/")[0]].extend(abs(predicted / [m.kernel_us for m in other] - 1))

@@ -134,7 +134,8 @@ def test_a_page_from_the_command_line(capsys, monkeypatch, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium: Playwright's own, or one on PATH; without its sandbox, as root cannot start it: it sees our page only."""
+    """Chromium: Playwright's own, or one on PATH; without its sandbox, as root cannot start it: it sees our page
+    only."""
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install '.[test]'")
     with playwright.sync_playwright() as driver:
         paths = [None, *filter(None, map(shutil.which, BROWSERS))]

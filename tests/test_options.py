@@ -56,7 +56,9 @@ def test_query_tokens_are_steps_one_after_the_other(lens, query_tokens, window, 
     for token in range(query_tokens):
         live = token < counts
         earlier = np.where(lens > 0, lens - (counts - 1 - token), 0).clip(0).astype(np.int32)
-        want = reference.attention(SHAPE, q[:, token], k, v, table, np.minimum(earlier, lens), options=AttentionOptions(window=window))
+        want = reference.attention(
+            SHAPE, q[:, token], k, v, table, np.minimum(earlier, lens), options=AttentionOptions(window=window)
+        )
         close((out[live, token], lse[live, token]), (want[0][live], want[1][live]))
         assert (out[~live, token] == 0).all()
 
@@ -81,12 +83,16 @@ def test_a_high_soft_cap_changes_nothing_and_a_low_one_evens_out(lens):
     np.testing.assert_allclose(high[0], plain[0], atol=1e-9)
     low = reference.attention(SHAPE, q, k, v, table, lens, options=AttentionOptions(soft_cap=1e-9))
     live = lens > 0
-    np.testing.assert_allclose(low[1][live], np.broadcast_to(np.log(lens[live])[:, None], low[1][live].shape), atol=1e-6)
+    counts = np.broadcast_to(np.log(lens[live])[:, None], low[1][live].shape)
+    np.testing.assert_allclose(low[1][live], counts, atol=1e-6)
 
 
 @settings(deadline=None)
-@given(lens=lengths, name=st.sampled_from(["balanced", "workqueue", "split"]), window=st.one_of(st.none(), st.integers(1, 80)),
-       soft_cap=st.sampled_from([None, 2.0]), sinks=st.booleans(), query_tokens=st.integers(1, 3), v_head_dim=st.sampled_from([8, 4]))
+@given(
+    lens=lengths, name=st.sampled_from(["balanced", "workqueue", "split"]),
+    window=st.one_of(st.none(), st.integers(1, 80)), soft_cap=st.sampled_from([None, 2.0]), sinks=st.booleans(),
+    query_tokens=st.integers(1, 3), v_head_dim=st.sampled_from([8, 4]),
+)  # fmt: skip
 def test_every_schedule_gives_the_same(lens, name, window, soft_cap, sinks, query_tokens, v_head_dim):
     options = AttentionOptions(window, soft_cap, sinks, query_tokens, v_head_dim)
     step = make_step([n + query_tokens if n else 0 for n in lens], query_tokens=query_tokens, v_head_dim=v_head_dim)
@@ -97,18 +103,24 @@ def test_every_schedule_gives_the_same(lens, name, window, soft_cap, sinks, quer
           reference.attention(SHAPE, *step, options=options, sinks=logits))
 
 
-@given(lens=st.lists(st.integers(0, 5000), min_size=1, max_size=6), window=st.integers(1, 6000), num_ctas=st.integers(1, 40))
+@given(
+    lens=st.lists(st.integers(0, 5000), min_size=1, max_size=6), window=st.integers(1, 6000),
+    num_ctas=st.integers(1, 40),
+)  # fmt: skip
 def test_tiles_before_the_window_are_not_scheduled(lens, window, num_ctas):
-    tasks = make_schedule("balanced", SHAPE, lens, tile_tokens=16, num_ctas=num_ctas, segment_cost=2, window=window).tasks
+    how = {"tile_tokens": 16, "num_ctas": num_ctas, "segment_cost": 2, "window": window}
+    tasks = make_schedule("balanced", SHAPE, lens, **how).tasks
     for row, length in enumerate(lens):
         for head in range(SHAPE.num_kv_heads):
             mine = tasks[(tasks["row"] == row) & (tasks["kv_head"] == head)]
-            covered = np.concatenate([np.arange(t["tile_begin"], t["tile_end"]) for t in mine]) if len(mine) else np.zeros(0)
+            covered = np.concatenate([np.zeros(0), *(np.arange(t["tile_begin"], t["tile_end"]) for t in mine)])
             np.testing.assert_array_equal(covered, np.arange(max(0, length - window) // 16, -(-length // 16)))
 
 
-@pytest.mark.parametrize("bad", [{"window": 0}, {"window": True}, {"soft_cap": 0.0}, {"soft_cap": float("inf")}, {"query_tokens": 9},
-                                 {"query_tokens": 0}, {"v_head_dim": 0}])
+@pytest.mark.parametrize("bad", [
+    {"window": 0}, {"window": True}, {"soft_cap": 0.0}, {"soft_cap": float("inf")}, {"query_tokens": 9},
+    {"query_tokens": 0}, {"v_head_dim": 0},
+])  # fmt: skip
 def test_bad_options_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AttentionOptions(**bad)

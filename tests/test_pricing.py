@@ -76,7 +76,7 @@ def test_row_splits():
     def counts(route, lens, longest_splits, num_sms=132):
         out = np.empty(len(lens), np.int64)
         constants = H200.routes[route].to_row()
-        row_splits(np.array(lens, np.int32), 8, num_sms, constants, longest_splits, out)
+        row_splits(np.array(lens, np.int32), np.array(lens, np.int32), 8, num_sms, constants, longest_splits, out)
         return out.tolist()
 
     assert counts("workqueue", [8000, 4000, 1000, 1, 0], 8) == [8, 4, 1, 1, 1]
@@ -106,7 +106,8 @@ def test_every_device_has_routes(name):
 def test_bad_models():
     good = {"rule": "whole", "bandwidth_gb_s": 1.0, "cta_read_gb_s": 1.0, "fixed_us": 0.0}
     assert RouteModel(**good)
-    for name, value in [("bandwidth_gb_s", 0), ("fixed_us", -1), ("task_us", float("nan")), ("cta_read_gb_s", float("inf"))]:
+    nan, infinity = float("nan"), float("inf")
+    for name, value in [("bandwidth_gb_s", 0), ("fixed_us", -1), ("task_us", nan), ("cta_read_gb_s", infinity)]:
         with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
             RouteModel(**good | {name: value})
     with pytest.raises(ValueError, match="rule: expected one of whole, chunk"):

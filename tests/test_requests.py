@@ -163,12 +163,12 @@ def test_bad_traces(changes, message):
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
-        (lambda t: scale_rate(t, 0), "rate_scale: expected a number > 0, got 0"),
+        (lambda t: scale_rate(t, 0), "rate_scale: expected a number in .1e-09, 1e.09., got 0"),
         (lambda t: scale_rate(t, float("nan")), "rate_scale: expected"),
-        (lambda t: jitter(t, -1), "jitter_s: expected seconds >= 0, got -1"),
-        (lambda t: jitter(t, 1.0, seed=-1), "seed: expected an integer >= 0, got -1"),
+        (lambda t: jitter(t, -1), "jitter_s: expected seconds in .0, 1e.09., got -1"),
+        (lambda t: jitter(t, 1.0, seed=-1), "seed: expected an integer in .0, 18446744073709551615., got -1"),
         (lambda t: jitter(t, float("inf")), "jitter_s: expected"),
-        (lambda t: first_requests(t, 0), "limit: expected an integer >= 1, got 0"),
+        (lambda t: first_requests(t, 0), "limit: expected an integer in .1, 2147483647., got 0"),
     ],
 )
 def test_bad_transforms(transform, message):

@@ -26,7 +26,8 @@ def decide(lens, available=ROUTES, shape=SHAPE, **options):
 @given(lens=lengths, more=st.integers(0, 1000))
 def test_options_that_ask_for_nothing_change_nothing(lens, more):
     plain = CalibratedPolicy().decide(SHAPE, lens, H200)
-    for options in ({}, {"window": max(1, *lens, 0) + more}, {"query_tokens": 1}, {"v_head_dim": 128}, {"soft_cap": 30.0}):
+    window = max(1, *lens, 0) + more
+    for options in ({}, {"window": window}, {"query_tokens": 1}, {"v_head_dim": 128}, {"soft_cap": 30.0}):
         same = decide(lens, **options)
         assert same.prices == {route: plain.prices[route] for route in same.prices}
         assert options.keys() <= {"soft_cap"} or same.prices.keys() == plain.prices.keys()
@@ -35,7 +36,8 @@ def test_options_that_ask_for_nothing_change_nothing(lens, more):
 @settings(max_examples=40, deadline=None)
 @given(lens=lengths, windows=st.tuples(st.integers(1, 70000), st.integers(1, 70000)).map(sorted))
 def test_a_wider_window_costs_no_less(lens, windows):
-    """Exactly so on balanced; the others cut by rules of their own, which happen to suit longer rows better at times."""
+    """Exactly so on balanced; the others cut by rules of their own, which happen to suit longer rows better at
+    times."""
     narrow, wide = (decide(lens, window=window).layer_us for window in windows)
     for route in ROUTES:
         assert narrow[route] <= wide[route] * (1 + 1e-12 if route == "balanced" else 1.06)
@@ -65,7 +67,7 @@ def test_what_is_read_is_what_is_scheduled(lens, window, query_tokens):
         splits = CalibratedPolicy().split_counts(route, SHAPE, lens, H200, options=options)
         tasks = make_schedule(route, SHAPE, lens, splits=splits, tile_tokens=tile, window=options.reach).tasks
         tokens = np.minimum(tasks["tile_end"] * tile, lens[tasks["row"]]) - tasks["tile_begin"] * tile
-        assert tokens.sum() == SHAPE.num_kv_heads * read_lens(route, lens, options, tile).sum()
+        assert tokens.sum() == SHAPE.num_kv_heads * read_lens(lens, options.reach, tile).sum()
         alike = {length: set(splits[lens == length].tolist()) for length in lens.tolist()}
         assert all(len(counts) == 1 for counts in alike.values()) and splits.min() >= 1
 
@@ -82,7 +84,8 @@ def test_query_tokens_are_query_heads(lens, query_tokens):
 @settings(max_examples=30, deadline=None)
 @given(lens=lengths.filter(any))
 def test_a_smaller_head_of_v_saves_its_bytes(lens):
-    full, less = (decide(lens, shape=DecodeShape(32, 8, 192, 16), v_head_dim=dim, available=OWN_ROUTES) for dim in (192, 128))
+    wide = DecodeShape(32, 8, 192, 16)
+    full, less = (decide(lens, shape=wide, v_head_dim=dim, available=OWN_ROUTES) for dim in (192, 128))
     assert all(less.layer_us[route] < full.layer_us[route] for route in OWN_ROUTES)
 
 
@@ -106,9 +109,10 @@ def test_refusals():
         decide([9], available=("flashinfer_cuda_core",), sinks=True)
     with pytest.raises(ValueError, match="available: expected flashinfer_tensor_core among them"):
         FixedPolicy("flashinfer_tensor_core").decide(SHAPE, [9], H200, options=sinks)
-    for policy in (PaperPolicy(), OraclePolicy()):
-        with pytest.raises(ValueError, match="options: expected plain attention with the policy"):
-            policy.decide(SHAPE, [9], H200, options=sinks)
+    with pytest.raises(ValueError, match="options: expected plain attention with the policy paper, got"):
+        PaperPolicy().decide(SHAPE, [9], H200, options=sinks)
+    with pytest.raises(ValueError, match="available: expected a route that serves sinks, got flashinfer_cuda_core"):
+        OraclePolicy().decide(SHAPE, [9], H200, available=("flashinfer_cuda_core",), options=sinks)
 
 
 def test_replay_counts_what_a_window_leaves():

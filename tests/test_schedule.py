@@ -85,7 +85,8 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
     tiles = [-(-n // 32) for n in lens]
     weights = [shape.num_kv_heads * (n + segment_cost) if n else 0 for n in tiles]
     total, ranges = sum(weights), schedule.num_ctas
-    most, heads = max(1, min(total // max(min_cost, 1 + segment_cost), num_ctas)), shape.num_kv_heads * sum(map(bool, tiles))
+    most = max(1, min(total // max(min_cost, 1 + segment_cost), num_ctas))
+    heads = shape.num_kv_heads * sum(map(bool, tiles))
     assert most - most // 8 <= ranges <= most
     if ranges < most:  # given up for a multiple of the heads, the largest there is
         assert ranges % heads == 0 and ranges + heads > most and total // most < SHORT_RANGE_TILES

@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 
 from pkvsim.derive import device_routes
 from pkvsim.device import DEVICES, get_device
+from pkvsim.options import AttentionOptions
 from pkvsim.policy import make_policy
+from pkvsim.route_model import ROUTES
+from pkvsim.route_options import as_read, serving_routes
 from pkvsim.shapes import DecodeShape
 from pkvsim.step import explain_step, parse_seq_lens
 from pkvsim.timeline import simulate
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 ROUTE_KEYS = [
-    "status", "closed_us", "timeline_us", "step_us", "timeline_step_us", "host_us", "launches", "splits", "tasks", "ctas",
-    "slots", "used_slots", "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "time_us",
+    "status", "closed_us", "timeline_us", "step_us", "timeline_step_us", "host_us", "launches", "splits", "tasks",
+    "ctas", "slots", "used_slots", "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "time_us",
 ]  # fmt: skip
 
 
@@ -31,17 +34,22 @@ ROUTE_KEYS = [
     kv_heads=st.sampled_from([1, 2, 8, 32]),
     layers=st.integers(1, 80),
     splits=st.sampled_from([None, None, 1, 7, 64]),
+    options=st.builds(
+        AttentionOptions, window=st.sampled_from([None, None, 1, 5000]), query_tokens=st.sampled_from([1, 1, 8])
+    ),
 )
-def test_the_parts_of_the_time_add_up(seq_lens, device, kv_heads, layers, splits) -> None:
+def test_the_parts_of_the_time_add_up(seq_lens, device, kv_heads, layers, splits, options) -> None:
     shape, gpu = DecodeShape(32, kv_heads, 128, 16), get_device(device)
-    report = explain_step(shape, np.array(seq_lens, np.int32), gpu, layers=layers, splits=splits)
-    assert [route.route for route in report.routes] == [name for name in device_routes(gpu) if "/" not in name]
+    report = explain_step(shape, np.array(seq_lens, np.int32), gpu, layers=layers, splits=splits, options=options)
+    models = [name for name in ROUTES if name in device_routes(gpu)]
+    assert [route.route for route in report.routes] == list(serving_routes(shape, options, tuple(models)))
     for route in report.routes:
         parts = asdict(route.split)
         assert min(parts.values()) >= 0 and sum(parts.values()) == pytest.approx(route.timeline_us, rel=1e-9, abs=1e-9)
         assert parts[f"{route.split.bound}_us"] == max(parts.values())
         pinned = splits if route.route in ("split", "workqueue") else None
-        line = simulate(route.model, shape, report.seq_lens, num_sms=gpu.num_sms, splits=pinned)
+        read = as_read(route.route, options)
+        line = simulate(route.model, shape, report.seq_lens, num_sms=gpu.num_sms, splits=pinned, options=read)
         assert line.makespan_us == route.timeline_us
         assert 0 <= route.busy_share <= 1 + 1e-9 and route.used_slots <= line.num_slots
         assert route.longest_task_us() == pytest.approx((line.end_us - line.start_us).max(initial=0.0))
@@ -50,7 +58,9 @@ def test_the_parts_of_the_time_add_up(seq_lens, device, kv_heads, layers, splits
         unsaturated = parts["cta_rate_us"] + parts["tail_us"]  # ...and where they are not
         assert read_us <= parts["bandwidth_us"] + parts["compute_us"] + unsaturated + 1e-6 * route.timeline_us
     decision, oracle = (
-        make_policy(name, split_splits=splits, workqueue_splits=splits).decide(shape, report.seq_lens, gpu, layers=layers)
+        make_policy(name, split_splits=splits, workqueue_splits=splits).decide(
+            shape, report.seq_lens, gpu, layers=layers, available=tuple(models), options=options
+        )
         for name in ("calibrated", "oracle")
     )
     assert report.taken == decision.route and report.reason == decision.reason
@@ -89,7 +99,8 @@ def test_json(capsys, monkeypatch) -> None:
     code, out, err = pkvsim(capsys, monkeypatch, *args)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert list(report) == ["device", "shape", "seq_lens", "kv_bytes", "layers", "taken", "reason", "routes"]
+    assert list(report) == ["device", "shape", "seq_lens", "kv_bytes", "layers", "options", "taken", "reason",
+                            "routes"]
     assert report["taken"] == min(report["routes"], key=lambda name: report["routes"][name]["step_us"])
     for route in report["routes"].values():
         assert list(route) == ROUTE_KEYS
@@ -116,7 +127,12 @@ def test_tables(capsys, monkeypatch) -> None:
         (["--seq-lens", "8", "--routes", "xqa"], "routes: expected some of flashinfer_cuda_core"),
         (["--seq-lens", "8", "--routes", ","], "got none"),
         (["--seq-lens", "8", "--splits", "0"], "splits: expected"),
+        (["--seq-lens", "8", "--splits", str(10**20)], f"splits: expected an integer in [1, 2147483647], got {10**20}"),
         (["--seq-lens", "8", "--layers", "0"], "layers: expected"),
+        (["--seq-lens", "8", "--layers", str(10**20)], f"layers: expected an integer in [1, 2147483647], got {10**20}"),
+        (["--seq-lens", "8", "--window", "0"], "window: expected an integer in [1, 2147483647], got 0"),
+        (["--seq-lens", "8", "--query-tokens", "2", "--routes", "flashinfer_cuda_core"],
+         "(rtx3060, query_tokens), got flashinfer_cuda_core"),
         (["--seq-lens", "8", "--device", "b300"], "device: expected one of"),
         (["--seq-lens", "8", "--num-kv-heads", "5"], "num_q_heads: expected a multiple"),
         ([], "--seq-lens"),

@@ -4,14 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkvsim import DecodeShape
+from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.cost import useful_kv_bytes
 from pkvsim.derive import device_routes
 from pkvsim.device import get_device
 from pkvsim.pricing import price_routes
 from pkvsim.route_model import ROUTES, RouteModel, constants_matrix
-from pkvsim.timeline import simulate
+from pkvsim.timeline import makespan_us, simulate
 from pkvsim.timeline_loop import run_tasks
+from timeline_reference import step_through
 
 H200 = get_device("h200")
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -66,6 +67,55 @@ def test_nobody_waits_while_work_is_left(route, lens):
     assert min(ends) >= last_start - 1e-6
 
 
+few_lengths = st.lists(st.sampled_from([0, 100, 4096, 4097, 30000]), min_size=1, max_size=40)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    route=routes, lens=st.one_of(lengths, few_lengths), num_sms=sms, splits=st.sampled_from([None, None, 1, 9]),
+    options=st.builds(AttentionOptions, window=st.sampled_from([None, 1, 700, 9000]), query_tokens=st.integers(1, 8)),
+)  # fmt: skip
+def test_the_makespan_alone_is_the_simulations(route, lens, num_sms, splits, options):
+    how = {"num_sms": num_sms, "splits": splits, "options": options}
+    lane = simulate(H200.routes[route], SHAPE, lens, **how)
+    assert makespan_us(H200.routes[route], SHAPE, lens, **how) == lane.makespan_us
+    assert lane.makespan_us >= lane.end_us.max(initial=0.0)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    drawn=st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=40), num_slots=st.integers(1, 7),
+    rule=st.sampled_from(["a task each", "ranges", "strided"]), cta_us=st.sampled_from([0.0, 1.0]),
+    task_us=st.sampled_from([0.0, 1.0, 2.0]), shared=st.sampled_from([1e9, 2.0]),
+)  # fmt: skip
+def test_equal_tasks_that_start_together_run_as_one_by_one(drawn, num_slots, rule, cta_us, task_us, shared):
+    """Groups of slots in the event loop against the same laws slot by slot; slots too where no rounding tells ties."""
+    count = len(drawn)
+    sizes = [size for size, _ in drawn]
+    bounds = np.arange(0)
+    if rule == "ranges":
+        bounds = np.array(sorted({0, count} | {task for task, (_, starts_a_cta) in enumerate(drawn) if starts_a_cta}))
+    ctas = [list(range(task, count, num_slots)) for task in range(min(num_slots, count))]
+    if rule != "strided":
+        edges = bounds if rule == "ranges" else np.arange(count + 1)
+        ctas = [list(range(begin, end)) for begin, end in zip(edges, edges[1:])]
+    want_slot, want_start, want_end = step_through(
+        ctas, sizes, num_slots=num_slots, cta_us=cta_us, task_us=task_us, alone=1.0, shared=shared
+    )
+    tasks = np.zeros((count, 5), np.int32)
+    tasks[:, 0], tasks[:, 4] = np.arange(count), 1
+    slot, start, end, read = np.empty(count, np.int32), *np.empty((3, count))
+    finish = run_tasks(
+        tasks, np.array(sizes, np.int32), 16, 1.0, np.array([[0, count]]), np.array([0, 1]), bounds.astype(np.int32),
+        rule == "strided", np.zeros(1), num_slots, cta_us, task_us, 1.0, shared, 0.0, slot, start, end, read,
+    )  # fmt: skip
+    np.testing.assert_allclose(start, want_start, atol=1e-6)
+    np.testing.assert_allclose(end, want_end, atol=1e-6)
+    assert finish == end.max()
+    if shared == 1e9:
+        np.testing.assert_array_equal(slot, want_slot)
+
+
 def test_by_hand():
     model = RouteModel(rule="whole", bandwidth_gb_s=100, cta_read_gb_s=60, fixed_us=5, task_us=1)
     shape = DecodeShape(1, 1, 125, 16)  # 500 bytes a token
@@ -78,16 +128,19 @@ def test_by_hand():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=12), launches=st.integers(1, 3))
-def test_tasks_that_start_together_end_by_size(sizes, launches):
+@given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=12), launches=st.integers(1, 3), strided=st.booleans())
+def test_tasks_that_start_together_end_by_size(sizes, launches, strided):
     """Whether they have few sizes, which takes no heap, or many."""
-    task_bytes = np.array(sizes * launches, float) * 1e6
-    slot, start, end = np.empty(len(task_bytes), np.int32), np.empty(len(task_bytes)), np.empty(len(task_bytes))
-    ctas = np.arange(len(task_bytes) + 1)
+    lens = np.array(sizes * launches, np.int32)  # a row a task, of 1 MB a token
+    tasks = np.zeros((len(lens), 5), np.int32)
+    tasks[:, 0], tasks[:, 4] = np.arange(len(lens)), 1
+    bounds = np.arange(launches + 1) * len(sizes)
+    slot, start, end, read = np.empty(len(lens), np.int32), *np.empty((3, len(lens)))
     finish = run_tasks(
-        ctas[:-1], ctas, ctas[:-1], np.arange(launches + 1) * len(sizes), np.full(launches, 3.0), task_bytes, 12,
-        1.0, 0.5, 60e3, 200e3, 5.0, slot, start, end,
+        tasks, lens, 16, 1e6, np.stack((bounds[:-1], bounds[1:]), axis=1), np.arange(launches + 1),
+        np.empty(0, np.int32), strided, np.full(launches, 3.0), 12, 1.0, 0.5, 60e3, 200e3, 5.0, slot, start, end, read,
     )  # fmt: skip
+    np.testing.assert_array_equal(read, lens * 1e6)
     assert slot.tolist() == list(range(len(sizes))) * launches
     now = 5.0
     for launch in range(launches):

@@ -9,11 +9,12 @@ import typer
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError of the block into one line on stderr and exit code 2."""
+    """Turns a ValueError of the block, or a lack of memory for what it was asked, into one line on stderr and exit
+    code 2."""
     try:
         yield
-    except ValueError as error:
-        print_error(str(error))
+    except (ValueError, MemoryError) as error:
+        print_error(str(error) or "not enough memory")
         raise typer.Exit(2) from None
 
 

@@ -7,6 +7,9 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
+from pkvsim.commands.shared_options import (
+    AsJson, Device, HeadDim, Layers, NumKVHeads, NumQHeads, PageSize, QueryTokens, Window,
+)  # fmt: skip
 
 
 def replay(
@@ -17,7 +20,7 @@ def replay(
     max_active: Annotated[int, typer.Option(help="Most rows decoded at once.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps to measure, idle ones not counted.")] = 48,
     seed: Annotated[int, typer.Option(help="Seed of the requests; seed + 99 shuffles the pages.")] = 20260623,
-    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
+    device: Device = "rtx3060",
     policy: Annotated[
         str, typer.Option(help="How the adaptive engine routes a step: calibrated, paper, oracle or a route.")
     ] = "calibrated",
@@ -27,17 +30,13 @@ def replay(
     trace_file: Annotated[
         Optional[str], typer.Option(help="CSV or JSON requests to replay in place of a family.")
     ] = None,
-    num_q_heads: Annotated[int, typer.Option(help="A multiple of the KV heads.")] = 32,
-    num_kv_heads: Annotated[int, typer.Option(help="Of one layer on one GPU.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Elements of a K or V vector of one head.")] = 128,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
-    layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
-    window: Annotated[
-        Optional[int], typer.Option(help="Sliding window: tokens that a query token sees, itself among them.")
-    ] = None,
-    query_tokens: Annotated[
-        int, typer.Option(help="Query tokens per row and step (speculative decoding), 1 to 8.")
-    ] = 1,
+    num_q_heads: NumQHeads = 32,
+    num_kv_heads: NumKVHeads = 8,
+    head_dim: HeadDim = 128,
+    page_size: PageSize = 16,
+    layers: Layers = 1,
+    window: Window = None,
+    query_tokens: QueryTokens = 1,
     hole_fraction: Annotated[float, typer.Option(help="Part of the page pool that nobody owns.")] = 0.0,
     split_splits: Annotated[
         Optional[int], typer.Option(help="Splits per row of the split engine; the policy's own by default.")
@@ -45,7 +44,7 @@ def replay(
     workqueue_splits: Annotated[
         Optional[int], typer.Option(help="Splits per row of the workqueue engine; the policy's own by default.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Replays a trace and prints what each engine does and costs per step.
 
@@ -62,7 +61,7 @@ def replay(
         from pkvsim.replay import replay as run_replay
         from pkvsim.shapes import DecodeShape, check_int
         from pkvsim.tracefile import read_trace
-        from pkvsim.traces import paper_trace
+        from pkvsim.traces import MAX_REQUESTS, paper_trace
 
         options = AttentionOptions(window=window, query_tokens=query_tokens)
         shape = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size)
@@ -71,7 +70,7 @@ def replay(
         )
         spec = get_device(device)
         if requests is not None:
-            check_int("requests", requests, 1)
+            check_int("requests", requests, 1, MAX_REQUESTS)
         if trace_file is None:
             trace = paper_trace(family, seed, requests or 24, max_active, steps, page_size=page_size)
         else:

@@ -7,29 +7,34 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
+from pkvsim.commands.shared_options import (
+    AsJson, Device, HeadDim, Layers, NumKVHeads, NumQHeads, PageSize, QueryTokens, Window,
+)  # fmt: skip
 
 
 def step(
     seq_lens: Annotated[
         str, typer.Option(help="Tokens in cache of every row: 65536,2048 or, for sixteen rows alike, 2048x16.")
     ],
-    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
-    num_q_heads: Annotated[int, typer.Option()] = 32,
-    num_kv_heads: Annotated[int, typer.Option()] = 8,
-    head_dim: Annotated[int, typer.Option()] = 128,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 16,
+    device: Device = "rtx3060",
+    num_q_heads: NumQHeads = 32,
+    num_kv_heads: NumKVHeads = 8,
+    head_dim: HeadDim = 128,
+    page_size: PageSize = 16,
     routes: Annotated[
         Optional[str], typer.Option(help="Comma-separated routes; by default all that the device has.")
     ] = None,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row (split and workqueue).")] = None,
-    layers: Annotated[int, typer.Option(help="Attention layers that one plan serves.")] = 1,
+    layers: Layers = 1,
+    window: Window = None,
+    query_tokens: QueryTokens = 1,
     plot: Annotated[
         Optional[str], typer.Option(help="Draw the tasks on their CTA slots to this .png or .svg file.")
     ] = None,
     timeline: Annotated[
         Optional[str], typer.Option(help="Write them to this .json file in Chrome's trace format, for Perfetto.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explains one decode step: every route's price, its tasks on CTA slots, and what bounds it.
 
@@ -37,11 +42,13 @@ def step(
     Examples:
       pkvsim step --seq-lens 65536,2048x15 --device rtx3060
       pkvsim step --seq-lens 8192x8 --device h200 --routes balanced,workqueue --plot step.png
+      pkvsim step --seq-lens 65536x8 --device h200 --window 4096 --query-tokens 4
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
     """
     with one_line_errors():
         from pkvsim.device import get_device
-        from pkvsim.shapes import DecodeShape, check_int
+        from pkvsim.options import AttentionOptions
+        from pkvsim.shapes import DecodeShape
         from pkvsim.step import explain_step, parse_seq_lens
 
         if plot is not None:
@@ -52,8 +59,6 @@ def step(
             from pkvsim.chrome_trace import check_timeline_path
 
             check_timeline_path(timeline)
-        if splits is not None:
-            check_int("splits", splits, 1)
         report = explain_step(
             DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size),
             parse_seq_lens(seq_lens),
@@ -61,6 +66,7 @@ def step(
             routes=None if routes is None else [name.strip() for name in routes.split(",") if name.strip()],
             layers=layers,
             splits=splits,
+            options=AttentionOptions(window=window, query_tokens=query_tokens),
         )
         if plot is not None:
             from pkvsim.plot_step import plot_step

@@ -7,6 +7,9 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
+from pkvsim.commands.shared_options import (
+    AsJson, Device, Jitter, KVGib, Limit, MaxBatch, Model, PageSize, PrefixCache, RateScale, Seed, WeightBits,
+)  # fmt: skip
 
 
 def sweep(
@@ -18,31 +21,29 @@ def sweep(
         ),
     ],
     trace: Annotated[Optional[str], typer.Option(help="Request trace to serve; without one, steps are priced.")] = None,
-    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
-    model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
+    device: Device = "rtx3060",
+    model: Model = "llama-3.1-8b",
     policy: Annotated[
         str, typer.Option(help="paper, calibrated, flashinfer, oracle, or a route's name.")
     ] = "calibrated",
     metric: Annotated[
         Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
     ] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first N requests of the trace.")] = None,
-    rate_scale: Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's.")] = 1.0,
-    jitter: Annotated[float, typer.Option(help="Move every arrival by up to this many seconds.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of jitter, and of spreading timestamps that tick coarsely.")] = 0,
-    prefix_cache: Annotated[str, typer.Option(help="none, lru, infinite or belady.")] = "none",
-    max_batch: Annotated[int, typer.Option(help="Most requests running at once.")] = 256,
-    page_size: Annotated[int, typer.Option(help="Tokens per KV page.")] = 16,
-    kv_gib: Annotated[Optional[float], typer.Option(help="GiB of KV pages; by default what is left.")] = None,
-    weight_bits: Annotated[
-        Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits --device.")
-    ] = None,
+    limit: Limit = None,
+    rate_scale: RateScale = 1.0,
+    jitter: Jitter = 0.0,
+    seed: Seed = 0,
+    prefix_cache: PrefixCache = "none",
+    max_batch: MaxBatch = 256,
+    page_size: PageSize = 16,
+    kv_gib: KVGib = None,
+    weight_bits: WeightBits = None,
     layers: Annotated[int, typer.Option(help="Layers that a step plans once for, without a trace.")] = 1,
     plot: Annotated[Optional[str], typer.Option(help="Draw the figures to this .png or .svg file.")] = None,
     route_map: Annotated[
         Optional[str], typer.Option(help="Draw which route each step takes to this .png or .svg file, without a trace.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Runs every combination of a few settings: two axes make a heat map.
 
@@ -59,7 +60,7 @@ def sweep(
         from pkvsim.models import get_model
         from pkvsim.serving_config import ServingConfig
         from pkvsim.serving_costs import fit_note
-        from pkvsim.shapes import check_int
+        from pkvsim.shapes import MAX_TOKENS, check_int
         from pkvsim.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
         from pkvsim.trace_readers import load_requests
 
@@ -79,7 +80,7 @@ def sweep(
         notes: tuple[str, ...] = ()
         if trace is None:
             shape = get_model(model).shape(page_size)
-            report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1))
+            report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1, MAX_TOKENS))
         else:
             smallest = [get_device(name) for name in axes.get("device", [])] or [spec]
             chosen, notes = load_model(model, weight_bits, None, min(smallest, key=lambda d: d.memory_gib), config)

@@ -7,16 +7,17 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
+from pkvsim.commands.shared_options import AsJson, Jitter, Limit, RateScale, Seed
 
 
 def trace(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A request trace; its format is seen from its content.")],
-    rate_scale: Annotated[float, typer.Option(help="Arrival rate times this; 2 halves every gap.")] = 1.0,
-    jitter: Annotated[float, typer.Option(help="Seconds by which each arrival moves at most, at random.")] = 0.0,
-    limit: Annotated[Optional[int], typer.Option(help="First requests only.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of jitter, and of spreading coarse timestamps.")] = 0,
+    rate_scale: RateScale = 1.0,
+    jitter: Jitter = 0.0,
+    limit: Limit = None,
+    seed: Seed = 0,
     plot: Annotated[Optional[str], typer.Option(help="Draw rate and lengths to this .png or .svg file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Shows what is in a request trace: rates, lengths and how many prompt blocks repeat.
 

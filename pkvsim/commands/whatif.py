@@ -7,12 +7,15 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
+from pkvsim.commands.shared_options import (
+    AsJson, Device, Jitter, KVGib, Limit, MaxBatch, Model, PageSize, PrefixCache, RateScale, Seed, WeightBits,
+)  # fmt: skip
 
 
 def whatif(
     trace: Annotated[str, typer.Option(help="Request trace: Azure, Mooncake, BurstGPT, vidur or the paper's format.")],
-    device: Annotated[str, typer.Option(help="A name that `pkvsim devices` lists, or a .json file.")] = "rtx3060",
-    model: Annotated[str, typer.Option(help="A preset, or a Hugging Face config.json.")] = "llama-3.1-8b",
+    device: Device = "rtx3060",
+    model: Model = "llama-3.1-8b",
     policies: Annotated[
         str,
         typer.Option(
@@ -20,24 +23,18 @@ def whatif(
             "kernels), or a route: split, workqueue, balanced, xqa, ..."
         ),
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
-    rate_scale: Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's.")] = 1.0,
-    limit: Annotated[Optional[int], typer.Option(help="Only the first N requests.")] = None,
-    jitter: Annotated[float, typer.Option(help="Move every arrival by up to this many seconds.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of jitter, and of spreading timestamps that tick coarsely.")] = 0,
-    prefix_cache: Annotated[
-        str, typer.Option(help="Reuse of prompt blocks: none, lru, or the bounds infinite and belady.")
-    ] = "none",
-    max_batch: Annotated[int, typer.Option(help="Most requests running at once.")] = 256,
+    rate_scale: RateScale = 1.0,
+    limit: Limit = None,
+    jitter: Jitter = 0.0,
+    seed: Seed = 0,
+    prefix_cache: PrefixCache = "none",
+    max_batch: MaxBatch = 256,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
-    page_size: Annotated[int, typer.Option(help="Tokens per KV page.")] = 16,
-    kv_gib: Annotated[
-        Optional[float], typer.Option(help="GiB of KV pages; by default what weights and workspace leave.")
-    ] = None,
+    page_size: PageSize = 16,
+    kv_gib: KVGib = None,
     memory_fraction: Annotated[float, typer.Option(help="Part of the GPU's memory that the server uses.")] = 0.9,
     workspace_gib: Annotated[float, typer.Option(help="Activations, context and graphs.")] = 1.0,
-    weight_bits: Annotated[
-        Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits.")
-    ] = None,
+    weight_bits: WeightBits = None,
     tensor_parallel: Annotated[Optional[int], typer.Option(help="GPUs that share each layer.")] = None,
     compute_efficiency: Annotated[float, typer.Option(help="Part of the FP16 peak that matrix products reach.")] = 0.6,
     prefill_attention_efficiency: Annotated[
@@ -49,7 +46,8 @@ def whatif(
     graphs: Annotated[
         bool,
         typer.Option(
-            "--graphs/--eager", help="Decode in captured graphs, or layer by layer as the host issues it (as in replay)."
+            "--graphs/--eager",
+            help="Decode in captured graphs, or layer by layer as the host issues it (as in replay).",
         ),
     ] = False,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
@@ -62,7 +60,7 @@ def whatif(
     report_file: Annotated[
         Optional[str], typer.Option("--report", help="Write a self-contained .html page of tables and charts.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
 

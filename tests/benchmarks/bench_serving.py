@@ -86,7 +86,7 @@ def test_serving_four_times_the_requests(benchmark, trace, device, bits) -> None
 
 
 def ragged_rows() -> np.ndarray:
-    """256 lengths up to 64K, longest first."""
+    """256 lengths up to 64K, all different, longest first."""
     return np.sort(np.random.Generator(np.random.PCG64(0)).integers(1, 65536, 256))[::-1].astype(np.int32)
 
 
@@ -108,3 +108,10 @@ def test_simulate_256_rows_on_every_route(benchmark) -> None:
     device, shape = get_device("h200"), MODEL.shape(16)
     models, rows = list(device_routes(device).values()), ragged_rows()
     benchmark(lambda: [timeline.simulate(model, shape, rows, num_sms=device.num_sms) for model in models])
+
+
+def test_makespan_of_256_rows_on_every_route(benchmark) -> None:
+    """What the oracle pays for a step: no task's slot and times are kept."""
+    device, shape = get_device("h200"), MODEL.shape(16)
+    models, rows = list(device_routes(device).values()), ragged_rows()
+    benchmark(lambda: [timeline.makespan_us(model, shape, rows, num_sms=device.num_sms) for model in models])
