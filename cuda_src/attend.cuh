@@ -228,8 +228,8 @@ struct DecodeArguments {
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by the warp that owns the column;
-// the same warp owns the same columns in every CTA. `emit.begin(source)` is called once, when the first loads are
-// under way; if it returns false nothing is done, and attend returns false.
+// the same warp owns the same columns in every CTA. Where there is a segment, `emit.begin(source)` is called once, when the
+// first loads are under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given, SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -243,7 +243,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   int stage = 0;
   for (int count = 0;; ++count) {
     const bool more = walk.next(share, warp);
-    if (!more && unused > 0) return emit.begin(source);  // nothing to do for this CTA
+    if (!more && count == 0) return true;
     WarpState state;
     if (more) {
       state.reset();

@@ -150,7 +150,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     }
     pkv::BalancedEmit emit{output, given.partials, shared.kept, cut, lane, stale};
     emit.holds = false;
-    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
+    const bool idle = walk.x0 >= walk.x_end;
+    if (idle ? __any_sync(pkv::ALL_LANES, stale) : !pkv::attend(walk, pages, given, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;
   }
