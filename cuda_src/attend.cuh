@@ -228,51 +228,54 @@ struct DecodeArguments {
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by the warp that owns the column;
-// the same warp owns the same columns in every CTA. `emit.begin(source)` is called once, when the first loads are
-// under way; if it returns false nothing is done, and attend returns false.
+// the same warp owns the same columns in every CTA. Where there is a segment, `emit.begin(source)` is called once, when the
+// first loads are under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given, SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned ring = shared_address(shared.ring[warp][0]);
   Loader<Source> loader(source);
-  #pragma unroll 1  // one copy of the loader's code: instruction fetches show in short steps
-  for (int stage = 0; stage < STAGES; ++stage) {
-    loader.issue_k(pages, ring + stage * SLOT_BYTES, warp, lane);
-    loader.issue_v(pages, ring + stage * SLOT_BYTES, lane);
-  }
-  if (!emit.begin(source)) {
-    copy_wait<0>();
-    return false;
-  }
   Dealer<Source> walk(source);
+  int unused = STAGES;  // slots of the ring to be filled before there is anything to compute
   Share share;
   Segment before;  // the segment whose states are to be merged, the (count - 1)-th
   unsigned slot = ring;
   int stage = 0;
   for (int count = 0;; ++count) {
     const bool more = walk.next(share, warp);
+    if (!more && count == 0) return true;
     WarpState state;
     if (more) {
       state.reset();
       const Query query(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
       Mask mask{share.seq_len, QUERY_TOKENS, given.window};
       if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[share.row];
-      for (int tile = share.first; tile < share.tile_end; tile += WARPS) {
+      // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose fetching
+      // shows in short steps.
+      for (int tile = share.first - unused * WARPS; tile < share.tile_end || unused > 0; tile += WARPS) {
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
-        copy_wait<2 * STAGES - 1>();
-        __syncwarp();
-        score(s, query, slot, lane);
-        __syncwarp();
+        if (unused == 0) {
+          copy_wait<2 * STAGES - 1>();
+          __syncwarp();
+          score(s, query, slot, lane);
+          __syncwarp();
+        }
         loader.issue_k(pages, slot, warp, lane);
-        weigh(state, p, s, given.scale, given.cap, mask, tile * PKV_TILE, lane);
-        copy_wait<2 * STAGES - 1>();
-        __syncwarp();
-        accumulate(state, p, slot + K_TILE_BYTES, lane);
-        __syncwarp();
+        if (unused == 0) {
+          weigh(state, p, s, given.scale, given.cap, mask, tile * PKV_TILE, lane);
+          copy_wait<2 * STAGES - 1>();
+          __syncwarp();
+          accumulate(state, p, slot + K_TILE_BYTES, lane);
+          __syncwarp();
+        }
         loader.issue_v(pages, slot, lane);
         if (++stage == STAGES) stage = 0;
         slot = ring + stage * SLOT_BYTES;
+        if (unused > 0 && --unused == 0 && !emit.begin(source)) {
+          copy_wait<0>();
+          return false;
+        }
       }
     }
     if (count > 0) {

@@ -73,28 +73,34 @@ struct BalancedEmit {
         do {
           ml = make_float2(LOWEST, 0.0f);
           if (lane < count) ml = receive(&parts[lane].ml[column]);
-          #pragma unroll 4
-          for (int p = 0; p < count; ++p)
-            for (int quad = lane; quad < HEAD_QUADS; quad += 32) copy_async(shared_address(&fetched[p][quad]), &parts[p].acc[column][quad]);
+          unsigned to = shared_address(&fetched[0][lane]);
+          const Slot* from = parts;
+          #pragma unroll 1
+          for (int p = 0; p < count; ++p, ++from, to += sizeof(fetched[0]))
+            #pragma unroll
+            for (int i = 0; i < LANE_QUADS; ++i)
+              if (lane + i * 32 < HEAD_QUADS) copy_async(to + i * 512, &from->acc[column][lane + i * 32]);
           copy_commit();
           copy_wait<0>();
           complete = arrived(ml.x) & arrived(ml.y);
-          #pragma unroll 4
+          #pragma unroll 2
           for (int p = 0; p < count; ++p)
-            for (int quad = lane; quad < HEAD_QUADS; quad += 32) complete &= arrived(fetched[p][quad]);
+            #pragma unroll
+            for (int i = 0; i < LANE_QUADS; ++i)
+              if (lane + i * 32 < HEAD_QUADS) complete &= arrived(fetched[p][lane + i * 32]);
         } while (!__all_sync(ALL_LANES, complete));
         const float scale = sum.weigh(ml);
         const float empty = __uint_as_float(EMPTY_WORD);
         if (lane < count) send(&parts[lane].ml[column], make_float2(empty, empty));
-        #pragma unroll 4
-        for (int p = 0; p < count; ++p) {
+        #pragma unroll 2
+        for (int p = 0; p < count; ++p, ++parts) {
           const float part_scale = __shfl_sync(ALL_LANES, scale, p);
           #pragma unroll
           for (int i = 0; i < LANE_QUADS; ++i) {
             const int quad = lane + i * 32;
             if (quad >= HEAD_QUADS) continue;
             sum.add(i, fetched[p][quad], part_scale);
-            send(&parts[p].acc[column][quad], make_float4(empty, empty, empty, empty));
+            send(&parts->acc[column][quad], make_float4(empty, empty, empty, empty));
           }
         }
       }
@@ -136,7 +142,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = 0;  // nothing
-    if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
+    if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
     int stale = 0;
     if (early) {
       pkv::wait_for_previous_kernel();
@@ -144,7 +150,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     }
     pkv::BalancedEmit emit{output, given.partials, shared.kept, cut, lane, stale};
     emit.holds = false;
-    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
+    const bool idle = walk.x0 >= walk.x_end;
+    if (idle ? __any_sync(pkv::ALL_LANES, stale) : !pkv::attend(walk, pages, given, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;
   }

@@ -13,7 +13,7 @@ extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size
   const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
   if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
-    rows.start(walk, cut.begin(range), cut.begin(range + 1), lane);
+    rows.start(walk, cut, range, lane);
     for (pkv::Segment s; walk.next(s); ++count)
       if (lane == 0 && count < max_tasks)
         tasks[static_cast<long long>(range) * max_tasks + count] = {s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};

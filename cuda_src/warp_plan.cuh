@@ -49,8 +49,10 @@ struct Rows {
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) found |= length_of(row) ^ noted[row];
     return found;
   }
-  // Points `walk` at the range [x_begin, x_end). Called by whole warps; x_begin < total.
-  __device__ __forceinline__ void start(BalancedWalk& walk, int x_begin, int x_end, int lane) const {
+  // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it ends.
+  __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {
+    const int edge = cut.begin(range + (lane & 1));
+    const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);
     int before = 0, own = cost, upto = through;  // of the block of 32 rows at `base`
     for (int base = 0;; base += 32) {
       const unsigned reached = __ballot_sync(0xffffffffu, before + upto > x_begin);
