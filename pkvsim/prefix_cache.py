@@ -27,7 +27,7 @@ class PromptBlocks(NamedTuple):
 
     offsets: np.ndarray  # [n + 1] int64, request i has blocks [offsets[i], offsets[i + 1])
     ids: np.ndarray  # [total] int32
-    next_request: np.ndarray  # [total] int64, next request that has this block, n if none
+    next_request: np.ndarray  # [total] int64, next served request that has this block, n if none
     tokens: np.ndarray  # [num_ids] int32, tokens in a block
     pages: np.ndarray  # [num_ids] int32, pages a block takes
 
@@ -43,8 +43,11 @@ class PagePool(NamedTuple):
     counts: np.ndarray  # [7] int64
 
 
-def prompt_blocks(trace: RequestTrace, page_size: int) -> PromptBlocks:
-    """Numbers a trace's block hashes; the last block of a prompt holds what is left of it."""
+def prompt_blocks(trace: RequestTrace, page_size: int, served: np.ndarray) -> PromptBlocks:
+    """Numbers a trace's block hashes; the last block of a prompt holds what is left of it.
+
+    served [n] bool: requests that are not rejected; what only the others have has no next request.
+    """
     lengths = np.diff(trace.block_offsets)
     n, total = len(lengths), len(trace.block_hashes)
     _, first, ids = np.unique(trace.block_hashes, return_index=True, return_inverse=True)
@@ -53,6 +56,7 @@ def prompt_blocks(trace: RequestTrace, page_size: int) -> PromptBlocks:
     tokens = np.minimum(trace.block_tokens, trace.prompt_tokens[request] - depth * trace.block_tokens)
     next_request = np.full(total, n, np.int64)
     order = np.argsort(ids, kind="stable")
+    order = order[served[request[order]]]
     same = ids[order][1:] == ids[order][:-1]
     next_request[order[:-1][same]] = request[order[1:][same]]
     return PromptBlocks(

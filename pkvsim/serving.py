@@ -37,14 +37,14 @@ def simulate(
 ) -> ServingResult:
     """Serves the whole trace. policy: one of serving_costs.POLICIES. ValueError where the model does not fit."""
     num_pages = page_budget(model, device, config)
-    blocks = _blocks(trace, config)
-    rejected = _rejected(trace, blocks, model, config, num_pages)
+    rejected = _rejected(trace, model, config, num_pages)
     if rejected.all():
         raise ValueError(
             f"{trace.name}: expected a request that fits the KV pool of {num_pages * config.page_size:,} tokens and "
             f"{model.name}'s context of {model.max_context:,}, the shortest has "
             f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
         )
+    blocks = _blocks(trace, config, rejected == SERVED)
     work = Work(
         arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
         prompt=trace.prompt_tokens,
@@ -72,7 +72,7 @@ def simulate(
     return make_result(policy, work, limits, state)
 
 
-def _blocks(trace: RequestTrace, config: ServingConfig) -> PromptBlocks:
+def _blocks(trace: RequestTrace, config: ServingConfig, served: np.ndarray) -> PromptBlocks:
     if config.prefix_cache == "none":
         return no_blocks(len(trace))
     if trace.block_hashes is None:
@@ -82,16 +82,14 @@ def _blocks(trace: RequestTrace, config: ServingConfig) -> PromptBlocks:
             f"page_size: expected a divisor of the trace's blocks of {trace.block_tokens} tokens, "
             f"got {config.page_size}"
         )
-    return prompt_blocks(trace, config.page_size)
+    return prompt_blocks(trace, config.page_size, served)
 
 
-def _rejected(
-    trace: RequestTrace, blocks: PromptBlocks, model: ModelSpec, config: ServingConfig, num_pages: int
-) -> np.ndarray:
+def _rejected(trace: RequestTrace, model: ModelSpec, config: ServingConfig, num_pages: int) -> np.ndarray:
     """Why a request cannot be served, int8 [n]: SERVED, TOO_LONG_FOR_POOL or TOO_LONG_FOR_MODEL."""
     cached = trace.prompt_tokens + trace.output_tokens - 1  # the last token is never cached
     pages = -(-cached // config.page_size)
-    if len(blocks.ids):  # generated tokens start on a page of their own, as a prompt's pages may be shared
+    if config.prefix_cache != "none":  # generated tokens start on a page of their own, as a prompt's pages may be shared
         pages = -(-trace.prompt_tokens // config.page_size) + -(-(trace.output_tokens - 1) // config.page_size)
     reasons = np.where(pages > num_pages, TOO_LONG_FOR_POOL, SERVED)
     return np.where(cached + 1 > model.max_context, TOO_LONG_FOR_MODEL, reasons).astype(np.int8)

@@ -51,6 +51,15 @@ def test_lru_hits_at_most_belady_hits_at_most_infinite(case) -> None:
     assert lru <= belady <= infinite
 
 
+def test_belady_expects_nothing_of_requests_that_are_rejected() -> None:
+    """Five prompts of one block on a pool of two; the fourth, which shares the first's, is too long to be served."""
+    rows = [(0.0, 32, 1, [0]), (0.0, 32, 1, [1]), (0.0, 32, 1, [2]), (0.0, 32, 34, [0]), (0.0, 32, 1, [1])]
+    config = ServingConfig(max_batch=1, kv_gib=kv_gib(4), keep_free_fraction=0.0)
+    result = run(make_trace(rows, blocks=True), config, "belady")
+    assert (result.requests.rejected != SERVED).tolist() == [False, False, False, True, False]
+    assert result.requests.hit_blocks.tolist() == [0, 0, 0, 0, 1]
+
+
 def make_whole(trace, prompt):
     """The same trace with every prompt a whole number of blocks."""
     offsets = np.append(0, np.cumsum(prompt // BLOCK_TOKENS))
