@@ -89,7 +89,8 @@ def _rejected(trace: RequestTrace, model: ModelSpec, config: ServingConfig, num_
     """Why a request cannot be served, int8 [n]: SERVED, TOO_LONG_FOR_POOL or TOO_LONG_FOR_MODEL."""
     cached = trace.prompt_tokens + trace.output_tokens - 1  # the last token is never cached
     pages = -(-cached // config.page_size)
-    if config.prefix_cache != "none":  # generated tokens start on a page of their own, as a prompt's pages may be shared
+    # Generated tokens start on a page of their own, as a prompt's pages may be shared.
+    if config.prefix_cache != "none":
         pages = -(-trace.prompt_tokens // config.page_size) + -(-(trace.output_tokens - 1) // config.page_size)
     reasons = np.where(pages > num_pages, TOO_LONG_FOR_POOL, SERVED)
     return np.where(cached + 1 > model.max_context, TOO_LONG_FOR_MODEL, reasons).astype(np.int8)

@@ -78,7 +78,8 @@ def test_query_tokens_are_query_heads(lens, query_tokens):
     wide = DecodeShape(SHAPE.num_q_heads * query_tokens, SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.page_size)
     many, heads = decide(lens, query_tokens=query_tokens), decide(lens, shape=wide)
     assert many.prices == {route: heads.prices[route] for route in many.prices}
-    assert many.prices["workqueue"] > decide(lens).prices["workqueue"]  # balanced may cut a larger group into fewer parts
+    # Of balanced this need not hold, which may cut a larger group into fewer parts.
+    assert many.prices["workqueue"] > decide(lens).prices["workqueue"]
 
 
 @settings(max_examples=30, deadline=None)
