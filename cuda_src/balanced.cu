@@ -7,10 +7,14 @@
 // A CTA holds at most two partial segments. One that its range cuts at the end goes to the CTA's slot in
 // `partials`; one that an earlier CTA began and this CTA ends is merged here, last of all, with the slots of the
 // CTAs before it, in their order. A CTA waits only for CTAs of lower index, which never wait for it, so progress
-// needs no co-residency; the reader empties the slots again, so the workspace is clean when the kernel ends.
+// needs no co-residency.
+//
+// A slot must be empty before it is written. Launches take turns with two sets of slots, and each CTA empties its own
+// slot of the set that is not in use: long before anyone waits, and not in one CTA that has merged them all.
 //
 //   given    see DecodeArguments
-//   partials [num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD between launches
+//   partials [2][num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD before the first launch
+//   after those [num_ctas][WARPS] int: whose turn it is, in bit 0, noted by each warp for itself; all equal at first
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
 #include "attend.cuh"
@@ -20,7 +24,7 @@ namespace pkv {
 
 struct BalancedEmit {
   Output output;
-  Slot* partials;
+  Slot* partials;            // [num_ctas], the set in use
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   Cut cut;
   int lane;
@@ -50,64 +54,96 @@ struct BalancedEmit {
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it. A column's parts are fetched through its warp's
-  // ring, free by now, all in flight at once, and again while one is missing: most arrive together.
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's ring, free by
+  // now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched again.
   __device__ __forceinline__ void finish(unsigned char* ring) const {
-    constexpr int MOST = STAGES * SLOT_BYTES / (V_DIM * 4);
+    constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
+    constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
     constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
-    float4 (*fetched)[HEAD_QUADS] = reinterpret_cast<float4 (*)[HEAD_QUADS]>(ring);
+    float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
     __syncwarp();
     #pragma unroll 1
-    for (int column = threadIdx.x / 32; column < COLUMNS; column += WARPS) {
-      HeadState sum;
-      sum.m = kept[column][V_DIM], sum.l = kept[column][V_DIM + 1];
+    for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
+      // A last column without a partner goes twice.
+      const int columns[2] = {column, TOGETHER > 1 && column + WARPS < COLUMNS ? column + WARPS : column};
+      HeadState sum[TOGETHER];
       #pragma unroll
-      for (int i = 0; i < LANE_QUADS; ++i)
-        if (lane + i * 32 < HEAD_QUADS) sum.acc[i] = reinterpret_cast<const float4*>(kept[column])[lane + i * 32];
+      for (int c = 0; c < TOGETHER; ++c) {
+        const float* own = kept[columns[c]];
+        sum[c].m = own[V_DIM], sum[c].l = own[V_DIM + 1];
+        #pragma unroll
+        for (int i = 0; i < LANE_QUADS; ++i)
+          if (lane + i * 32 < HEAD_QUADS) sum[c].acc[i] = reinterpret_cast<const float4*>(own)[lane + i * 32];
+      }
       #pragma unroll 1
       for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
-        Slot* parts = partials + j;
-        float2 ml;
-        bool complete;
+        const Slot* parts = partials + j;
+        float2 ml[TOGETHER];
+        unsigned missing = ALL_LANES >> (32 - count);
         do {
-          ml = make_float2(LOWEST, 0.0f);
-          if (lane < count) ml = receive(&parts[lane].ml[column]);
-          unsigned to = shared_address(&fetched[0][lane]);
-          const Slot* from = parts;
+          bool known = true;
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) {
+            ml[c] = make_float2(LOWEST, 0.0f);
+            if (lane < count) ml[c] = receive(&parts[lane].ml[columns[c]]);
+          }
           #pragma unroll 1
-          for (int p = 0; p < count; ++p, ++from, to += sizeof(fetched[0]))
+          for (unsigned rest = missing; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
             #pragma unroll
-            for (int i = 0; i < LANE_QUADS; ++i)
-              if (lane + i * 32 < HEAD_QUADS) copy_async(to + i * 512, &from->acc[column][lane + i * 32]);
+            for (int c = 0; c < TOGETHER; ++c)
+              #pragma unroll
+              for (int i = 0; i < LANE_QUADS; ++i)
+                if (lane + i * 32 < HEAD_QUADS)
+                  copy_async(shared_address(&fetched[p][c][lane + i * 32]), &parts[p].acc[columns[c]][lane + i * 32]);
+          }
           copy_commit();
           copy_wait<0>();
-          complete = arrived(ml.x) & arrived(ml.y);
-          #pragma unroll 2
-          for (int p = 0; p < count; ++p)
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) known &= arrived(ml[c].x) & arrived(ml[c].y);
+          #pragma unroll 1
+          for (unsigned rest = missing; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
+            bool whole = lane != p || known;
+            #pragma unroll
+            for (int c = 0; c < TOGETHER; ++c)
+              #pragma unroll
+              for (int i = 0; i < LANE_QUADS; ++i)
+                if (lane + i * 32 < HEAD_QUADS) whole &= arrived(fetched[p][c][lane + i * 32]);
+            if (__all_sync(ALL_LANES, whole)) missing &= ~(1u << p);
+          }
+        } while (missing);
+        float scale[TOGETHER];
+        #pragma unroll
+        for (int c = 0; c < TOGETHER; ++c) scale[c] = sum[c].weigh(ml[c]);
+        #pragma unroll 2
+        for (int p = 0; p < count; ++p)
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) {
+            const float part_scale = __shfl_sync(ALL_LANES, scale[c], p);
             #pragma unroll
             for (int i = 0; i < LANE_QUADS; ++i)
-              if (lane + i * 32 < HEAD_QUADS) complete &= arrived(fetched[p][lane + i * 32]);
-        } while (!__all_sync(ALL_LANES, complete));
-        const float scale = sum.weigh(ml);
-        const float empty = __uint_as_float(EMPTY_WORD);
-        if (lane < count) send(&parts[lane].ml[column], make_float2(empty, empty));
-        #pragma unroll 2
-        for (int p = 0; p < count; ++p, ++parts) {
-          const float part_scale = __shfl_sync(ALL_LANES, scale, p);
-          #pragma unroll
-          for (int i = 0; i < LANE_QUADS; ++i) {
-            const int quad = lane + i * 32;
-            if (quad >= HEAD_QUADS) continue;
-            sum.add(i, fetched[p][quad], part_scale);
-            send(&parts->acc[column][quad], make_float4(empty, empty, empty, empty));
+              if (lane + i * 32 < HEAD_QUADS) sum[c].add(i, fetched[p][c][lane + i * 32], part_scale);
           }
-        }
       }
-      store_result(output, held_row, held_head, column, sum, lane);
+      #pragma unroll
+      for (int c = 0; c < TOGETHER; ++c) store_result(output, held_row, held_head, columns[c], sum[c], lane);
     }
   }
 };
+
+// A warp's columns of a slot.
+__device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
+  const float empty = __uint_as_float(EMPTY_WORD);
+  #pragma unroll 1
+  for (int column = warp; column < COLUMNS; column += WARPS) {
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i)
+      if (lane + i * 32 < HEAD_QUADS) slot.acc[column][lane + i * 32] = make_float4(empty, empty, empty, empty);
+    if (lane == 0) slot.ml[column] = make_float2(empty, empty);
+  }
+}
 
 // Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
 // one may be mostly unused. The last of several rows is left out, since it may end before its stride does.
@@ -132,6 +168,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
+  int* turns = reinterpret_cast<int*>(given.partials + 2 * gridDim.x) + blockIdx.x * WARPS + warp;
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
   int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
@@ -148,10 +185,14 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
       pkv::wait_for_previous_kernel();
       stale = rows.changes(noted, lane);
     }
-    pkv::BalancedEmit emit{output, given.partials, shared.kept, cut, lane, stale};
+    const int turn = __ldcg(turns);
+    pkv::Slot* in_use = given.partials + (turn & 1) * gridDim.x;
+    pkv::BalancedEmit emit{output, in_use, shared.kept, cut, lane, stale};
     emit.holds = false;
     const bool idle = walk.x0 >= walk.x_end;
     if (idle ? __any_sync(pkv::ALL_LANES, stale) : !pkv::attend(walk, pages, given, shared, emit)) continue;
+    pkv::empty_slot(given.partials[(~turn & 1) * gridDim.x + blockIdx.x], warp, lane);
+    if (lane == 0) *turns = ~turn;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;
   }

@@ -149,6 +149,7 @@ struct BalancedWalk {
     seq_len = lens[row];
     const int span = seq_lens.tiles(seq_len) + segment_cost;
     head = divide(x_begin - row_begin, span);
+    if (head >= num_kv_heads) head = num_kv_heads - 1;  // lengths that change meanwhile: see Lengths
     x0 = row_begin + head * span;
     tile = tile_at(x_begin, x0, segment_cost);
     if (tile >= seq_lens.tiles(seq_len)) step_head();
@@ -172,6 +173,7 @@ struct BalancedWalk {
     if (++head < num_kv_heads || x0 >= x_end) return;
     head = 0;
     do seq_len = seq_lens[++row]; while (seq_len == 0);
+    if (row >= seq_lens.batch_size) x_end = x0;  // past the last row only where lengths change meanwhile
   }
 };
 

@@ -93,7 +93,7 @@ class DecodeEngine:
         if self.schedule == "balanced":
             self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", ARGUMENTS + "iiii", defines,
                                        threads=threads, shared_bytes=shared, overlap=overlap)
-            self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
+            self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
         else:
             self._decode = load_kernel("decode.cu", "pkv_decode_tasks", ARGUMENTS + "ppii", defines, threads=threads,
