@@ -9,6 +9,7 @@ from gpu import validate
 from gpu.append_config import CACHE_TYPES, FP8_TYPES, LANE_ELEMENTS, LAYOUTS, MAX_HEAD_DIM, AppendViews, argument_name
 from gpu.arrays import ArrayView
 from gpu.config import DTYPES
+from gpu.step_tables import StepTables
 from gpu.validate import expect
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope
@@ -140,7 +141,7 @@ def check_contents(seq_lens: np.ndarray, block_table: np.ndarray, token_offsets:
     expect("seq_lens", "no negative length", int(seq_lens.min()), seq_lens.min() >= 0)
     expect("seq_lens", f"at most {columns * page_size} tokens (block_table has {columns} pages of {page_size})",
            int(seq_lens.max()), seq_lens.max() <= columns * page_size)
-    validate.check_page_ids(block_table, seq_lens, page_size, num_pages)
+    validate.check_page_ids(StepTables(seq_lens, block_table), seq_lens, page_size, num_pages)
     if token_offsets is None:
         return
     counts = np.diff(token_offsets)

@@ -111,7 +111,7 @@ def test_auto_refuses_what_its_routes_need_not_serve(case: Case) -> None:
 def test_cupys_null_stream_is_not_torchs_current_one() -> None:
     cupy = pytest.importorskip("cupy")
     with torch.cuda.stream(torch.cuda.Stream()):
-        with cupy.cuda.Stream.null, routes._torch_on_stream("cupy", 0) as stream:
+        with cupy.cuda.Stream.null, flashinfer_route._torch_on_stream("cupy", 0) as stream:
             assert stream.cuda_stream == 0 and torch.cuda.current_stream().cuda_stream == 0
         assert torch.cuda.current_stream().cuda_stream != 0
 
