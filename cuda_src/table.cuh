@@ -32,7 +32,7 @@ struct PageTable {
   // The id of a row's page, cut to [0, num_pages): a stale plan may meet any id, and with CSR any row.
   __device__ __forceinline__ int load(int row, int column) const {
 #if TABLE_CSR
-    const unsigned at = static_cast<unsigned>(__ldg(row_begins + min(row, num_rows)) + column);
+    const unsigned at = static_cast<unsigned>(__ldg(row_begins + min(row, num_rows))) + column;
     const page_id id = __ldg(ids + min(at, static_cast<unsigned>(stride - 1)));
 #else
     const page_id id = __ldg(ids + static_cast<long long>(row) * stride + column);

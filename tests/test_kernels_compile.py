@@ -9,6 +9,7 @@ import pytest
 from gpu import append_config
 from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.kernels import SOURCE_DIR, compile_options
+from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.rope import ROPE_STYLES, Rope
@@ -73,6 +74,20 @@ def test_options_fit(capability, options):
     config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options)
     for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
         assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+
+
+# Ids of both types, both ways of telling lengths; capabilities and page sizes take turns.
+TABLES = ((86, 16, "balanced.cu", TableLayout(int64=True)), (90, 16, "balanced.cu", TableLayout(csr=True)),
+          (90, 1, "balanced.cu", TableLayout(int64=True, csr=True, last_page=True)),
+          (86, 16, "balanced.cu", TableLayout(csr=True, last_page=True)), (90, 3, "decode.cu", TableLayout(csr=True)))
+
+
+@pytest.mark.parametrize(("capability", "page_size", "file_name", "layout"), TABLES)
+def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
+    config = variant(capability, 128, 4, page_size, "float16")
+    kernel_name = "pkv_decode_balanced" if file_name == "balanced.cu" else "pkv_decode_tasks"
+    assert_fits(file_name, kernel_name, config.defines() | layout.defines(), capability, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
