@@ -13,13 +13,22 @@ from gpu.step_tables import StepTables
 from gpu.validate import expect
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope
+from pkvsim.shapes import check_int
+
+
+def check_kinds(shape: object, head_dim_v: object, rope: object) -> None:
+    """That what a CacheWriter is made with is of the right kind, before anything is asked of it."""
+    expect("shape", "a DecodeShape", repr(shape), isinstance(shape, DecodeShape))
+    expect("rope", "a pkvsim.rope.Rope or None", repr(rope), rope is None or isinstance(rope, Rope))
+    if head_dim_v is not None:
+        check_int("head_dim_v", head_dim_v, 1)
 
 
 def check_writer(shape: DecodeShape, dtype: str, *, kv_dtype: str, layout: str, head_dim_v: int, rope: Rope | None,
                  compute_capability: int) -> None:
     """What a CacheWriter is made with. compute_capability: major * 10 + minor."""
     kv_dtypes = (dtype, *CACHE_TYPES)
-    expect("dtype", f"one of {', '.join(DTYPES)}", dtype, dtype in DTYPES)
+    expect("dtype", f"one of {', '.join(DTYPES)}", repr(dtype), isinstance(dtype, str) and dtype in DTYPES)
     expect("kv_dtype", f"one of {', '.join(kv_dtypes)}", kv_dtype, kv_dtype in kv_dtypes)
     expect("layout", f"one of {', '.join(LAYOUTS)}", layout, layout in LAYOUTS)
     expect("device", "compute capability 8.0 or newer", compute_capability / 10, compute_capability >= 80)

@@ -227,7 +227,9 @@ class DecodeEngine:
                    sinks: object, query_lens: object) -> None:
         named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
                  "query_lens": query_lens}
-        views = {name: arrays.view(name, array) for name, array in named.items() if array is not None}
+        optional = ("sinks", "query_lens")
+        views = {name: arrays.view(name, array) for name, array in named.items()
+                 if array is not None or name not in optional}
         checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
         k, v = views["k_pages"], views["v_pages"]
         self._library, self._num_pages = k.library, k.shape[0]

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from decode_ref import Case, check, make_case
+from decode_ref import Case, check, csr_of, make_case
 
-from gpu import BatchDecodeWithPagedKVCacheWrapper, page_tables
+from gpu import BatchDecodeWithPagedKVCacheWrapper
 from pkvsim import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -25,7 +25,7 @@ def workspace() -> torch.Tensor:
 
 def csr(case: Case, *, on_host: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(indptr, indices, last_page_len)."""
-    arrays = page_tables.csr_of(case.seq_lens, case.block_table, case.shape.page_size)
+    arrays = csr_of(case)
     return tuple(array.cpu() for array in arrays) if on_host else arrays
 
 
