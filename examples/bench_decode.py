@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 
-from gpu.environment import environment, missing, write_json
+from gpu.environment import environment, lacks_gpu, write_json
 
 OURS = ("balanced", "workqueue", "split")
 FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
@@ -83,9 +83,7 @@ def run_cells(args: argparse.Namespace, console) -> list:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"bench_decode needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("bench_decode"):
         return 1
     from rich.console import Console
 

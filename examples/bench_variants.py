@@ -15,7 +15,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from gpu.environment import environment, missing, write_json
+from gpu.environment import environment, lacks_gpu, options_of, write_json
 from variant_cells import VARIANTS, Result, cells, jobs, table, window_cost
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -81,9 +81,7 @@ def run(args: argparse.Namespace) -> list[Result]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"bench_variants needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("bench_variants"):
         return 1
     from rich.console import Console
 
@@ -92,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(results).print(console)
     if args.json is not None:
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        write_json(args.json, {"environment": about, "options": options, "window_over_short_rows": window_cost(results),
+        write_json(args.json, {"environment": about, "options": options_of(args), "window_over_short_rows": window_cost(results),
                                "results": [dataclasses.asdict(result) for result in results]})
         console.print(f"wrote {args.json}")
     return 0

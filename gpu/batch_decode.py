@@ -12,7 +12,9 @@ import math
 import torch
 
 from gpu.csr_buffers import CsrBuffers
-from gpu.flashinfer_arguments import dtype_of, name_of, pages_of
+from gpu.flashinfer_arguments import (
+    check_number, check_numbers, check_tensor, check_tokens, dtype_of, name_of, pages_of,
+)
 from gpu.refusals import check_served
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
@@ -42,6 +44,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         Raises KeyError for an unknown kv_layout, ValueError for graph buffers that are missing or do not fit,
         NotImplementedError for what is not served.
         """
+        check_tensor("float_workspace_buffer", float_workspace_buffer)
         if kv_layout not in ("NHD", "HND"):
             raise KeyError(f"kv_layout: expected NHD or HND, got {kv_layout!r}")
         check_served("backend", backend)
@@ -101,6 +104,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """
         if pos_encoding_mode not in POS_ENCODING_MODES:
             raise KeyError(f"pos_encoding_mode: expected one of {POS_ENCODING_MODES}, got {pos_encoding_mode!r}")
+        check_number("q_len_per_req", q_len_per_req, whole=True, or_none=False)
+        check_numbers(window_left, logits_soft_cap, sm_scale)
         q_dtype = dtype_of(q_data_type if q_data_type is not None else data_type)
         kv_dtype = dtype_of(next((given for given in (kv_data_type, data_type) if given is not None), q_dtype))
         for name, value in (("pos_encoding_mode", pos_encoding_mode), ("q_data_type", name_of(q_dtype)),
@@ -155,12 +160,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
             if given is not None and given != planned:
                 raise ValueError(f"{name}: expected plan()'s {planned}, got {given}")
         k_pages, v_pages = pages_of(paged_kv_cache, self._kv_layout)
+        rows = len(self._tables.last_page_len), self._q_len
+        check_tokens(q, out, lse, rows)
+        if not isinstance(v_scale, torch.Tensor):
+            check_number("v_scale", v_scale)
         for name, array in (("q", q), ("k", k_pages), ("v", v_pages)):
             if array.dtype != self._dtype:
                 raise ValueError(f"{name}: expected plan()'s {name_of(self._dtype)}, got {name_of(array.dtype)}")
-        rows = len(self._tables.last_page_len), self._q_len
-        if q.shape[0] != rows[0] * rows[1]:
-            raise ValueError(f"q: expected {rows[0]} rows of {rows[1]} tokens, got {q.shape[0]} tokens")
         one = rows[1] == 1  # else the engine has an axis of tokens
         by_row = (array if array is None or one else array.unflatten(0, rows) for array in (q, out, lse))
         engine_q, engine_out, engine_lse = by_row
@@ -185,6 +191,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """run() with what older scripts pass here instead of to plan(), the defaults included."""
         check_served("pos_encoding_mode", pos_encoding_mode)
+        check_numbers(window_left, logits_soft_cap, sm_scale)
         self._sm_scale, self._window_left, self._logits_soft_cap = sm_scale, window_left, logits_soft_cap
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
@@ -197,6 +204,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 continue
             if not isinstance(factor, (int, float)):
                 raise NotImplementedError(f"{name}: expected a number on the host, got {type(factor).__name__}")
+            check_number(name, factor)
             scale *= factor
         return float(scale)
 
