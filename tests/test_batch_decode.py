@@ -232,11 +232,11 @@ class CheckingEngine(TorchEngine):
     """With the real engine's way of naming arrays that are of no use."""
 
     def run(self, q, k_pages, v_pages, *, out=None, lse=None, scale=None, sinks=None):
-        for name, given in (("out", out), ("lse", lse), ("sinks", sinks)):
-            if given is not None:
-                arrays.view(name, given)
-        for name, given, shape in (("q", q, (*q.shape[:-2], *HEADS_AND_DIM)), ("out", out, q.shape), ("lse", lse, q.shape[:-1])):
-            if given is not None and given.shape != shape:
+        for name, array in (("out", out), ("lse", lse), ("sinks", sinks)):
+            if array is not None:
+                arrays.view(name, array)
+        for name, array, shape in (("q", q, (*q.shape[:-2], *HEADS_AND_DIM)), ("out", out, q.shape), ("lse", lse, q.shape[:-1])):
+            if array is not None and array.shape != shape:
                 raise ValueError(f"{name}: expected {list(shape)}")
         return super().run(q, k_pages, v_pages, out=out, lse=lse, scale=validate.check_scale(scale), sinks=sinks)
 
