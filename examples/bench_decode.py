@@ -24,7 +24,9 @@ FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", default="default", choices=("default", "uniform", "ragged", "short", "groups", "all"))
+    parser.add_argument(
+        "--cells", default="default", choices=("default", "uniform", "ragged", "short", "groups", "all")
+    )
     parser.add_argument("--backends", default=",".join(("balanced", *FLASHINFER)),
                         help=f"comma-separated, of {', '.join(OURS + FLASHINFER)}")
     parser.add_argument("--pool-gib", type=float, default=40.0, help="K and V pages together")

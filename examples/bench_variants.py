@@ -90,8 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(results).print(console)
     if args.json is not None:
-        write_json(args.json, {"environment": about, "options": options_of(args), "window_over_short_rows": window_cost(results),
-                               "results": [dataclasses.asdict(result) for result in results]})
+        write_json(
+            args.json,
+            {
+                "environment": about,
+                "options": options_of(args),
+                "window_over_short_rows": window_cost(results),
+                "results": [dataclasses.asdict(result) for result in results],
+            },
+        )
         console.print(f"wrote {args.json}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What bench_variants measures: variants of attention and of their arrays, on which steps, and the bytes each must read.
+"""What bench_variants measures: variants of attention and of its arrays, on which steps, and the bytes each must read.
 
 A further kind of cache is a line of VARIANTS: its element size here, how it is made in variant_measure.py.
 """
@@ -15,7 +15,9 @@ from result_tables import Table, us
 
 WINDOW = 4096
 TABLES = ("block table", "csr and lengths", "csr and last pages")
-MOST_OVER_SHORT_ROWS = 1.05  # a window's time over long rows, as a multiple of plain attention's over rows of its length
+MOST_OVER_SHORT_ROWS = (
+    1.05  # a window's time over long rows, as a multiple of plain attention's over rows of its length
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def jobs(variants: tuple[Variant, ...], names: list[str]) -> list[tuple[Variant,
 
 
 def window_cost(results: list[Result]) -> float | None:
-    """Balanced over long rows with a window, as a multiple of plain attention over short rows; None where not measured."""
+    """Balanced over long rows with a window, as a multiple of plain attention over short rows; None if not measured."""
     times = {(r.variant, r.case, r.batch_size): r.kernel_us for r in results if r.route == "balanced"}
     pair = [times.get((variant.name, cell.case, cell.batch_size)) for variant, cell in window_cells()]
     return None if None in pair else pair[0] / pair[1]
@@ -112,7 +114,11 @@ def window_cost(results: list[Result]) -> float | None:
 def table(results: list[Result]) -> Table:
     rows = []
     for r in results:
-        same = [other for other in results if (other.variant, other.case, other.batch_size) == (r.variant, r.case, r.batch_size)]
+        same = [
+            other
+            for other in results
+            if (other.variant, other.case, other.batch_size) == (r.variant, r.case, r.batch_size)
+        ]
         theirs = [other.kernel_us for other in same if other.route != "balanced" and other.kernel_us is not None]
         ours = r.route == "balanced" and r.kernel_us is not None
         rows.append((r.variant, r.case, str(r.batch_size), str(r.num_kv_heads), r.route, us(r.kernel_us),
@@ -120,9 +126,14 @@ def table(results: list[Result]) -> Table:
                      "-" if r.kernel_us is None else f"{r.kernel_us / r.limit_us:.2f}",
                      f"{min(theirs) / r.kernel_us:.2f}" if ours and theirs else "-"))
     cost = window_cost(results)
-    note = "" if cost is None else (
-        f"window of {WINDOW} tokens over {32 * WINDOW // 1024}K rows: {cost:.3f} x plain attention over rows of {WINDOW} "
-        f"({'within' if cost <= MOST_OVER_SHORT_ROWS else 'above'} {MOST_OVER_SHORT_ROWS})")
+    note = (
+        ""
+        if cost is None
+        else (
+            f"window of {WINDOW} tokens over {32 * WINDOW // 1024}K rows: {cost:.3f} x plain over rows of {WINDOW} "
+            f"({'within' if cost <= MOST_OVER_SHORT_ROWS else 'above'} {MOST_OVER_SHORT_ROWS})"
+        )
+    )
     notes = sorted({f"not timed: {r.variant}, {r.route}: {r.note}" for r in results if r.note})
     return Table("variants of decode attention, cold L2, kernel time in a CUDA graph",
                  ("variant", "case", "batch", "kv_heads", "route", "us", "GB/s", "limit us", "x limit", "x FlashInfer"),

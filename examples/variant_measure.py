@@ -52,22 +52,30 @@ class VariantBench:
         for route, build in self._routes(variant, shape).items():
             try:
                 run = build(q, lens, pages.block_table, sinks)
-                out = torch.full((*q.shape[:-1], variant.options.value_dim(shape)), float("nan"), dtype=q.dtype, device="cuda")
+                out = torch.full(
+                    (*q.shape[:-1], variant.options.value_dim(shape)), float("nan"), dtype=q.dtype, device="cuda"
+                )
                 run(*layers[0], out)
                 torch.cuda.synchronize()
             except Exception as error:  # a backend whose kernels cannot be built here: named in the table
                 if route == OURS:
                     raise
-                results.append(Result(**row, route=route, note=f"{type(error).__name__}: {error}".splitlines()[0][:160]))
+                results.append(
+                    Result(**row, route=route, note=f"{type(error).__name__}: {error}".splitlines()[0][:160])
+                )
                 continue
             error = max(float((out[r].float() - want).abs().max()) for r, want in zip(rows, expected))
             if not error < TOLERANCE[self.dtype] * (1 if route == OURS else FLASHINFER_TOLERANCE):
                 if route == OURS:
-                    raise SystemExit(f"bench_variants: {variant.name}, {cell.case}: differs from float32 by {error:.2g}")
+                    raise SystemExit(
+                        f"bench_variants: {variant.name}, {cell.case}: differs from float32 by {error:.2g}"
+                    )
                 results.append(Result(**row, route=route, max_abs_error=error, note=f"differs by {error:.2g}"))
                 continue
             timing = graph_time_us(lambda i: run(*layers[i], out), variants=len(layers), repeats=self.repeats)
-            results.append(Result(**row, route=route, kernel_us=timing.median_us, spread=timing.spread, max_abs_error=error))
+            results.append(
+                Result(**row, route=route, kernel_us=timing.median_us, spread=timing.spread, max_abs_error=error)
+            )
         return results
 
     def _routes(self, variant: Variant, shape: DecodeShape) -> dict[str, Callable[..., Run]]:
@@ -96,9 +104,11 @@ class VariantBench:
 def layers_of(
     pool: BenchPool, variant: Variant, shape: DecodeShape, pages: CellPages
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pool's layers with V pages of their own head_dim, in the variant's layout: other readings of random values."""
+    """The pool's layers with V pages of their own head_dim, in the variant's layout: the same random values."""
     k_all, _ = pool.pages(shape)
-    v_all = pool.pages(DecodeShape(shape.num_q_heads, shape.num_kv_heads, variant.options.value_dim(shape), shape.page_size))[1]
+    v_all = pool.pages(
+        DecodeShape(shape.num_q_heads, shape.num_kv_heads, variant.options.value_dim(shape), shape.page_size)
+    )[1]
     found = []
     for k, v in pages.layers:
         at = (k.storage_offset() - k_all.storage_offset()) // k_all.stride(0)

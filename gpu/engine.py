@@ -81,7 +81,8 @@ class DecodeEngine:
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
         self.router: Router | None = None
         if schedule == "auto":
-            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options, layout=layout)
+            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
+                                 layout=layout)
             return  # the routes have engines of their own
         self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
         self._partials = None
@@ -96,14 +97,14 @@ class DecodeEngine:
 
         seq_lens [batch_size] int32 and block_table [batch_size, max_pages] int32 or int64; or CSR: indptr
         [batch_size + 1] int32 and indices [num_indices] int32 or int64, row r owning indices[indptr[r]:indptr[r + 1]],
-        with seq_lens or with last_page_len [batch_size] int32, the tokens in each row's last page. A captured run reads
-        of CSR no more indices than there were when it was captured: capture with a buffer that holds every step's.
+        with seq_lens or with last_page_len [batch_size] int32, the tokens in each row's last page. A captured run never
+        reads more indices than there were at its capture: capture with a buffer that holds every step's.
         Lengths on the host are always checked, of CSR where indptr is there too. validate=True copies arrays on the
-        GPU to the host to check every length and offset now, and every page id at the next run, when the pool is known.
+        GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
         host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
 
-        Raises ValueError naming the argument, and then leaves the last plan as it was. The first plan of each kind of
-        table compiles its kernel, and must not be under capture.
+        Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
+        compiles its kernel, and must not be under capture.
         """
         if self.router is not None:
             checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)

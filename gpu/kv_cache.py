@@ -23,7 +23,10 @@ class PagedKVCache:
 
     def __init__(self, shape: DecodeShape, *, num_pages: int, max_batch: int, max_seq_len: int,
                  dtype: str = "float16", combined: bool = False, library: str = "cupy") -> None:
-        """library: "cupy" or "torch", whichever the arrays of the runs come from. Raises ValueError naming the argument."""
+        """library: "cupy" or "torch", whichever the arrays of the runs come from.
+
+        Raises ValueError naming the argument.
+        """
         if library not in ("cupy", "torch"):
             raise ValueError(f"library: expected cupy or torch, got {library!r}")
         self._library, self._device = library, cupy.cuda.Device().id

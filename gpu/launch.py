@@ -13,8 +13,14 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):  # CUlaunchConfig
-    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
-                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint)]
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
 
 
 @functools.cache
@@ -53,7 +59,9 @@ class Kernel:
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap))
+        self._config = _Config(
+            (0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)
+        )
         self._config_ref = ctypes.byref(self._config)
         self._values, parameters = _arguments(signature)
         self._pointers = (ctypes.c_void_p * len(parameters))(*parameters)

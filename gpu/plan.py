@@ -16,8 +16,8 @@ from pkvsim.shapes import MAX_TOKENS
 class Plan:
     """A planned step.
 
-    `arrays` are the caller's, kept alive behind their addresses. `copies` are the engine's own, of what was on the host:
-    as task_list, nothing but the plan keeps them.
+    `arrays` are the caller's, kept alive behind their addresses. `copies` are the engine's own, of what was on the
+    host: as task_list, nothing but the plan keeps them.
     """
 
     arrays: StepTables

@@ -124,7 +124,14 @@ class OwnEngine:
     __slots__ = ("engine",)
 
     def __init__(
-        self, shape: DecodeShape, dtype: str, schedule: str, *, scale: float | None, options: AttentionOptions, layout: str
+        self,
+        shape: DecodeShape,
+        dtype: str,
+        schedule: str,
+        *,
+        scale: float | None,
+        options: AttentionOptions,
+        layout: str,
     ) -> None:
         from gpu.engine import DecodeEngine
 

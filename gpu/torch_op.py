@@ -134,9 +134,9 @@ def decode_attention(
 
     q [batch_size, num_q_heads, head_dim] float16 or bfloat16, or [batch_size, query_tokens, ..]: the rows' last tokens;
     k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], views too, so NHD pages are transpose(1, 2);
-    block_table [batch_size, max_pages] int32 or int64, seq_lens [batch_size] int32; all on one GPU. scale: of the logits, by default
-    head_dim ** -0.5. window, soft_cap, sinks [num_q_heads] float32: see pkvsim.options. Rows of length 0 give zeros and
-    -inf. There is no backward.
+    block_table [batch_size, max_pages] int32 or int64, seq_lens [batch_size] int32; all on one GPU. scale: of the
+    logits, by default head_dim ** -0.5. window, soft_cap, sinks [num_q_heads] float32: see pkvsim.options. Rows of
+    length 0 give zeros and -inf. There is no backward.
 
     Raises ValueError naming the argument. The first call with a shape on a stream builds its engine, and must not be
     under capture.

@@ -68,8 +68,12 @@ def check_contents(host: StepTables, page_size: int) -> None:
         check_lengths(host.seq_lens, page_size, host.block_table.shape[1])
         return
     pages, last = np.diff(host.indptr.astype(np.int64)), int(host.indptr[-1])
-    expect("indptr", f"offsets that do not fall, from 0 on to at most {host.indices.shape[0]} indices", host.indptr.tolist(),
-           host.indptr[0] >= 0 and bool((pages >= 0).all()) and last <= host.indices.shape[0])
+    expect(
+        "indptr",
+        f"offsets that do not fall, from 0 on to at most {host.indices.shape[0]} indices",
+        host.indptr.tolist(),
+        host.indptr[0] >= 0 and bool((pages >= 0).all()) and last <= host.indices.shape[0],
+    )
     name = "seq_lens" if host.last_page_len is None else "last_page_len"
     given = host.seq_lens if host.last_page_len is None else host.last_page_len
     low, high = (0, pages * page_size) if host.last_page_len is None else (1, page_size)
@@ -78,8 +82,10 @@ def check_contents(host: StepTables, page_size: int) -> None:
         wrong &= pages > 0  # rows without pages have no last one
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise ValueError(f"{name}: expected {low} to {int(np.broadcast_to(high, pages.shape)[row])} tokens in row {row} "
-                         f"of {int(pages[row])} pages of {page_size}, got {int(given[row])}")
+        raise ValueError(
+            f"{name}: expected {low} to {int(np.broadcast_to(high, pages.shape)[row])} tokens in row {row} "
+            f"of {int(pages[row])} pages of {page_size}, got {int(given[row])}"
+        )
 
 
 def check_room(views: dict[str, ArrayView], heads: DecodeShape, *, segment_cost: int) -> None:

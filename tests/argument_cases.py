@@ -1,4 +1,4 @@
-"""Ways to get the engine's arguments wrong: for every array of plan(), run() and append(), and for every plain value."""
+"""Ways to get the engine's arguments wrong: every array of plan(), run() and append(), and every plain value."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -45,8 +45,13 @@ WRONG = {
 }
 # What is right after all, by (kind of array, way).
 HARMLESS = {
-    ("table", "on the host"), ("pages", "a row more"), ("indices", "a row more"), ("indices", "no elements"), ("indices", "an axis less"),
-    ("block_table", "no elements"), ("optional", "no elements"),
+    ("table", "on the host"),
+    ("pages", "a row more"),
+    ("indices", "a row more"),
+    ("indices", "no elements"),
+    ("indices", "an axis less"),
+    ("block_table", "no elements"),
+    ("optional", "no elements"),
 }
 
 BAD_ENGINES = {
@@ -80,8 +85,16 @@ def names_of(name: str, method: str) -> tuple[str, ...]:
     if method == "plan":
         return ("seq_lens", "block_table", "indptr", "indices", "last_page_len")
     if method == "append":
-        return (name, *{"k_pages": ("v_pages",), "k_new": ("v_new", "token_offsets"), "seq_lens": ("block_table", "k_new"),
-                        "block_table": ("seq_lens",), "q": ("q_out",)}.get(name, ()))
+        return (
+            name,
+            *{
+                "k_pages": ("v_pages",),
+                "k_new": ("v_new", "token_offsets"),
+                "seq_lens": ("block_table", "k_new"),
+                "block_table": ("seq_lens",),
+                "q": ("q_out",),
+            }.get(name, ()),
+        )
     return (name, *{"k_pages": ("v_pages",), "q": ("out", "lse")}.get(name, ()))
 
 

@@ -77,8 +77,32 @@ class FakeKernel:
 
 def decode(defines: dict[str, int], args: tuple, *, tasks: bool) -> None:
     """What the decode kernels leave in out and lse: of all rows, or of those that the tasks name and the empty ones."""
-    (q_at, k_at, v_at, table_at, lens_at, counts_at, sinks_at, out_at, lse_at, _partials, k_page, v_page, k_head, k_token,
-     v_head, v_token, batch, heads, stride, num_pages, window, scale, cap, *own) = args
+    (
+        q_at,
+        k_at,
+        v_at,
+        table_at,
+        lens_at,
+        counts_at,
+        sinks_at,
+        out_at,
+        lse_at,
+        _partials,
+        k_page,
+        v_page,
+        k_head,
+        k_token,
+        v_head,
+        v_token,
+        batch,
+        heads,
+        stride,
+        num_pages,
+        window,
+        scale,
+        cap,
+        *own,
+    ) = args
     split, tokens, dim = defines["HEAD_SPLIT"], defines["QUERY_TOKENS"], FLOATS[defines["DTYPE_BF16"]]
     page_size, widths = defines["PAGE_SIZE"], (defines["HEAD_DIM"], defines["V_DIM"])
     kv_heads, q_heads = heads // split, heads * defines["GROUP_SIZE"]
@@ -91,15 +115,22 @@ def decode(defines: dict[str, int], args: tuple, *, tasks: bool) -> None:
         rows = [memory(table_at + row * stride * np.dtype(ids).itemsize, ids, (stride,)) for row in range(batch)]
     lens = memory(lens_at, np.int32, (batch,)).copy()
     if defines.get("LAST_PAGE_LENGTHS"):
-        lens = np.array([(len(row) - 1) * page_size + last if len(row) else 0 for row, last in zip(rows, lens)], np.int32)
+        lens = np.array(
+            [(len(row) - 1) * page_size + last if len(row) else 0 for row, last in zip(rows, lens)], np.int32
+        )
     if not tasks:
         lens = np.minimum(lens, own[3])
     table = np.zeros((batch, max(1, int((-(-lens // page_size)).max()))), np.int64)
     for line, row, length in zip(table, rows, lens):
         owned = -(-int(length) // page_size)
         line[:owned] = row[:owned]
-    pools = [memory(at, dim, (num_pages, kv_heads, page_size, width), (page, head, token, 1)) for at, width, page, head, token
-             in ((k_at, widths[0], k_page, k_head, k_token), (v_at, widths[1], v_page, v_head, v_token))]
+    pools = [
+        memory(at, dim, (num_pages, kv_heads, page_size, width), (page, head, token, 1))
+        for at, width, page, head, token in (
+            (k_at, widths[0], k_page, k_head, k_token),
+            (v_at, widths[1], v_page, v_head, v_token),
+        )
+    ]
     axes = (batch, q_heads) if tokens == 1 else (batch, tokens, q_heads)
     soft_cap = cap / LOG2_E if defines["SOFT_CAP"] else None
     options = AttentionOptions(window=window if defines["WINDOWED"] else None, soft_cap=soft_cap,

@@ -28,8 +28,16 @@ class Step:
     def expected(self, *, scale: float | None = None, query_lens: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
         """float64 (out, lse)."""
         wide = (array.astype(np.float64) for array in (self.q, self.k_pages, self.v_pages))
-        return reference.attention(self.shape, *wide, self.block_table, self.seq_lens, scale=scale, options=self.options,
-                                   sinks=self.sinks, query_lens=query_lens)
+        return reference.attention(
+            self.shape,
+            *wide,
+            self.block_table,
+            self.seq_lens,
+            scale=scale,
+            options=self.options,
+            sinks=self.sinks,
+            query_lens=query_lens,
+        )
 
     def csr(self) -> dict[str, np.ndarray]:
         """indptr, indices, last_page_len."""

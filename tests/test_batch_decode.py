@@ -235,20 +235,46 @@ class CheckingEngine(TorchEngine):
         for name, array in (("out", out), ("lse", lse), ("sinks", sinks)):
             if array is not None:
                 arrays.view(name, array)
-        for name, array, shape in (("q", q, (*q.shape[:-2], *HEADS_AND_DIM)), ("out", out, q.shape), ("lse", lse, q.shape[:-1])):
+        for name, array, shape in (
+            ("q", q, (*q.shape[:-2], *HEADS_AND_DIM)),
+            ("out", out, q.shape),
+            ("lse", lse, q.shape[:-1]),
+        ):
             if array is not None and array.shape != shape:
                 raise ValueError(f"{name}: expected {list(shape)}")
         return super().run(q, k_pages, v_pages, out=out, lse=lse, scale=validate.check_scale(scale), sinks=sinks)
 
 
-JUNK = st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers(-(2**40), -2), st.binary(max_size=2),
-                 st.lists(st.integers(), max_size=2), st.just(object()), st.builds(lambda n: torch.zeros((n,) * n), st.integers(0, 3)))
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.floats(),
+    st.integers(-(2**40), -2),
+    st.binary(max_size=2),
+    st.lists(st.integers(), max_size=2),
+    st.just(object()),
+    st.builds(lambda n: torch.zeros((n,) * n), st.integers(0, 3)),
+)
 NAMED = {"num_qo_heads": "num_q", "num_kv_heads": "num_"}
 # What FlashInfer takes or ignores, and so do we.
-TAKEN = {"pos_encoding_mode": (), "window_left": (int,), "logits_soft_cap": (int, float, type(None)), "sm_scale": (int, float, type(None)),
-         "data_type": (type(None),), "q_data_type": (type(None),), "kv_data_type": (type(None),), "o_data_type": (type(None),),
-         "fixed_split_size": (type(None),), "v_scale": (int, float, type(None), torch.Tensor), "q_scale": (int, float, type(None)),
-         "k_scale": (int, float, type(None)), "out": (type(None),), "lse": (type(None),), "sinks": (type(None),)}
+TAKEN = {
+    "pos_encoding_mode": (),
+    "window_left": (int,),
+    "logits_soft_cap": (int, float, type(None)),
+    "sm_scale": (int, float, type(None)),
+    "data_type": (type(None),),
+    "q_data_type": (type(None),),
+    "kv_data_type": (type(None),),
+    "o_data_type": (type(None),),
+    "fixed_split_size": (type(None),),
+    "v_scale": (int, float, type(None), torch.Tensor),
+    "q_scale": (int, float, type(None)),
+    "k_scale": (int, float, type(None)),
+    "out": (type(None),),
+    "lse": (type(None),),
+    "sinks": (type(None),),
+}
 
 
 def wrapper_for_junk() -> tuple[Step, Wrapper]:
@@ -265,24 +291,51 @@ def takes(name: str, value: object) -> bool:
 
 
 @settings(deadline=None, max_examples=300)
-@given(name=st.sampled_from(("indptr", "indices", "last_page_len", *HEADS, "pos_encoding_mode", "window_left", "logits_soft_cap",
-                             "q_data_type", "kv_data_type", "sm_scale", "q_len_per_req", "fixed_split_size")), value=JUNK)
+@given(
+    name=st.sampled_from(
+        (
+            "indptr",
+            "indices",
+            "last_page_len",
+            *HEADS,
+            "pos_encoding_mode",
+            "window_left",
+            "logits_soft_cap",
+            "q_data_type",
+            "kv_data_type",
+            "sm_scale",
+            "q_len_per_req",
+            "fixed_split_size",
+        )
+    ),
+    value=JUNK,
+)
 def test_junk_in_plan_is_refused_by_name_and_leaves_the_wrapper_usable(name, value) -> None:
     step, wrapper = wrapper_for_junk()
     good = dict(zip(("indptr", "indices", "last_page_len"), step.csr)) | HEADS
     if not takes(name, value) and not (isinstance(value, torch.Tensor) and value.dim() == 1):
-        with pytest.raises((ValueError, TypeError, NotImplementedError, KeyError), match=NAMED.get(name, name.removeprefix("kv_").removeprefix("q_d"))):
+        with pytest.raises(
+            (ValueError, TypeError, NotImplementedError, KeyError),
+            match=NAMED.get(name, name.removeprefix("kv_").removeprefix("q_d")),
+        ):
             wrapper.plan(**good | {name: value})
     wrapper.plan(**good)
     assert torch.equal(wrapper.run(step.q, (step.k, step.v)), step.expected()[0])
 
 
 @settings(deadline=None, max_examples=300)
-@given(name=st.sampled_from(("q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse", "sinks")), value=JUNK)
+@given(
+    name=st.sampled_from(("q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse", "sinks")), value=JUNK
+)
 def test_junk_in_run_is_refused_by_name_and_leaves_the_wrapper_usable(name, value) -> None:
     step, wrapper = wrapper_for_junk()
     good = {"q": step.q, "paged_kv_cache": (step.k, step.v)}
-    if not takes(name, value) and name != "sinks" or name == "sinks" and not isinstance(value, (torch.Tensor, type(None))):
+    if (
+        not takes(name, value)
+        and name != "sinks"
+        or name == "sinks"
+        and not isinstance(value, (torch.Tensor, type(None)))
+    ):
         with pytest.raises((ValueError, TypeError, NotImplementedError, KeyError), match=f"^'?(scale|{name})"):
             wrapper.run(**good | {name: value})
     assert torch.equal(wrapper.run(**good), step.expected()[0])

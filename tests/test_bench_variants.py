@@ -76,7 +76,10 @@ def test_the_table_has_ratios_to_the_limit_and_to_flashinfers_best() -> None:
                result("plain", "4K", "flashinfer_cuda_core", 40.0), result("sinks", "4K", "balanced", 30.0),
                result("sinks", "4K", "xqa", None, note="differs by 1")]
     made = table(results)
-    assert [row[-5:] for row in made.rows[:2]] == [("25.0", "4000", "20.0", "1.25", "1.60"), ("50.0", "2000", "20.0", "2.50", "-")]
+    assert [row[-5:] for row in made.rows[:2]] == [
+        ("25.0", "4000", "20.0", "1.25", "1.60"),
+        ("50.0", "2000", "20.0", "2.50", "-"),
+    ]
     assert made.rows[3][-1] == "-" and made.rows[4][-5:] == ("-", "-", "20.0", "-", "-")
     assert "not timed: sinks, xqa: differs by 1" in made.note and window_cost(results) is None
     made.print(Console(file=io.StringIO(), width=130))
@@ -93,13 +96,23 @@ def test_the_reference_of_a_row_is_pkvsims() -> None:
     from variant_reference import attention_of_row
 
     rng = np.random.default_rng(0)
-    for variant in (*VARIANTS, variant_cells.Variant("all", AttentionOptions(window=9, soft_cap=2.0, sinks=True, query_tokens=3))):
+    for variant in (
+        *VARIANTS,
+        variant_cells.Variant("all", AttentionOptions(window=9, soft_cap=2.0, sinks=True, query_tokens=3)),
+    ):
         options, shape = variant.options, variant.shape(4)
-        k, v = (rng.standard_normal((12, shape.num_kv_heads, 4, width)) for width in (shape.head_dim, options.value_dim(shape)))
+        k, v = (
+            rng.standard_normal((12, shape.num_kv_heads, 4, width))
+            for width in (shape.head_dim, options.value_dim(shape))
+        )
         tokens = () if options.query_tokens == 1 else (options.query_tokens,)
-        q, ids = rng.standard_normal((1, *tokens, shape.num_q_heads, shape.head_dim)), rng.permutation(12).astype(np.int32)
+        q, ids = rng.standard_normal((1, *tokens, shape.num_q_heads, shape.head_dim)), rng.permutation(12).astype(
+            np.int32
+        )
         sinks = rng.standard_normal(shape.num_q_heads).astype(np.float32) if options.sinks else None
-        wanted, _ = reference.attention(shape, q, k, v, ids[None], np.array([42], np.int32), options=options, sinks=sinks)
+        wanted, _ = reference.attention(
+            shape, q, k, v, ids[None], np.array([42], np.int32), options=options, sinks=sinks
+        )
         pages = [torch.from_numpy(pool if variant.layout == "HND" else pool.swapaxes(1, 2).copy()) for pool in (k, v)]
         found = attention_of_row(torch.from_numpy(q[0]), *pages, variant.layout, ids, 42, options,
                                  None if sinks is None else torch.from_numpy(sinks))

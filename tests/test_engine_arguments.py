@@ -106,7 +106,9 @@ def test_every_array_of_run_in_every_wrong_way(gpu) -> None:
     step = make_step(SHAPE, [30, 9, 17], options=OPTIONS)
     engine = make_engine()
     right_run(gpu, engine, step, "block table")
-    good = {name: array.host for name, array in run_arguments(gpu, step).items()} | {"query_lens": np.full(3, 2, np.int32)}
+    good = {name: array.host for name, array in run_arguments(gpu, step).items()} | {
+        "query_lens": np.full(3, 2, np.int32)
+    }
     for name, way in itertools.product(good, WRONG):
         if is_harmless(name, "run", way):
             continue
@@ -164,11 +166,17 @@ def test_wrong_contents_are_found_where_they_are_looked_at(gpu, form, ids, data,
 
 def writer_arguments(rng) -> dict[str, np.ndarray]:
     pages = (20, 2, 4, 64)
-    return {"k_new": rng.standard_normal((3, 2, 64)).astype(np.float16), "v_new": rng.standard_normal((3, 2, 64)).astype(np.float16),
-            "k_pages": np.zeros(pages, np.float16), "v_pages": np.zeros(pages, np.float16),
-            "seq_lens": np.array([30, 9, 17], np.int32), "block_table": np.arange(24, dtype=np.int32).reshape(3, 8) % 20,
-            "token_offsets": np.arange(4, dtype=np.int32), "q": rng.standard_normal((3, 4, 64)).astype(np.float16),
-            "q_out": np.zeros((3, 4, 64), np.float16)}
+    return {
+        "k_new": rng.standard_normal((3, 2, 64)).astype(np.float16),
+        "v_new": rng.standard_normal((3, 2, 64)).astype(np.float16),
+        "k_pages": np.zeros(pages, np.float16),
+        "v_pages": np.zeros(pages, np.float16),
+        "seq_lens": np.array([30, 9, 17], np.int32),
+        "block_table": np.arange(24, dtype=np.int32).reshape(3, 8) % 20,
+        "token_offsets": np.arange(4, dtype=np.int32),
+        "q": rng.standard_normal((3, 4, 64)).astype(np.float16),
+        "q_out": np.zeros((3, 4, 64), np.float16),
+    }
 
 
 def test_every_array_of_append_in_every_wrong_way(gpu) -> None:

@@ -37,13 +37,23 @@ def placed(gpu, tables: dict, place: str) -> dict:
 
 
 @settings(max_examples=150, deadline=None)
-@given(form=st.sampled_from(FORMS), ids=st.sampled_from(["int32", "int64"]), place=st.sampled_from(["gpu", "host", "mixed"]),
-       schedule=st.sampled_from(SCHEDULES), page_size=st.sampled_from([1, 3, 16, 64]),
-       layout=st.sampled_from(["HND", "NHD"]), spread=st.integers(1, 3), options=st.sampled_from(OPTIONS),
-       lens=st.lists(st.integers(0, 90), min_size=1, max_size=4), dtype=st.sampled_from(["float16", "bfloat16"]),
-       validate=st.booleans(), seed=st.integers(0, 99))
-def test_every_form_of_tables_and_pages(gpu, form, ids, place, schedule, page_size, layout, spread, options, lens, dtype,
-                                        validate, seed) -> None:
+@given(
+    form=st.sampled_from(FORMS),
+    ids=st.sampled_from(["int32", "int64"]),
+    place=st.sampled_from(["gpu", "host", "mixed"]),
+    schedule=st.sampled_from(SCHEDULES),
+    page_size=st.sampled_from([1, 3, 16, 64]),
+    layout=st.sampled_from(["HND", "NHD"]),
+    spread=st.integers(1, 3),
+    options=st.sampled_from(OPTIONS),
+    lens=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    validate=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_form_of_tables_and_pages(
+    gpu, form, ids, place, schedule, page_size, layout, spread, options, lens, dtype, validate, seed
+) -> None:
     shape = DecodeShape(4, 2, 64, page_size)
     lens = [length if length >= options.query_tokens else 0 for length in lens]
     step = make_step(shape, lens, dtype=dtype, seed=seed, options=options)
@@ -93,7 +103,10 @@ def test_one_kernel_for_each_layout_of_tables(gpu) -> None:
         for form in FORMS:
             for ids in ("int32", "int64"):
                 engine.plan(**placed(gpu, step.tables(form, ids=ids), "gpu"))
-    made = [frozenset(name for name in kernel.defines if name.startswith(("TABLE", "LAST"))) for kernel in gpu.kernels[before:]]
+    made = [
+        frozenset(name for name in kernel.defines if name.startswith(("TABLE", "LAST")))
+        for kernel in gpu.kernels[before:]
+    ]
     assert len(made) == len(set(made)) == 6 and frozenset() in made
     host = make_engine(shape, schedule="workqueue")
     before = len(gpu.kernels)
@@ -118,7 +131,10 @@ def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
     finally:
         gpu.capturing = False
     plan = engine._plan
-    kept = [weakref.ref(array) for array in (workspace_of(engine), plan.task_list.tasks.host, *(c.host for c in plan.copies))]
+    kept = [
+        weakref.ref(array)
+        for array in (workspace_of(engine), plan.task_list.tasks.host, *(c.host for c in plan.copies))
+    ]
     del plan
     big = make_step(shape, [80] * 12, seed=3)
     for _ in range(2):

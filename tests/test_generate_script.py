@@ -22,7 +22,9 @@ def test_help_and_a_machine_without_a_gpu() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 set()") and "--json" in done.stdout and "--model" in done.stdout
-    assert done.stderr.startswith("generate needs a CUDA GPU with CuPy, PyTorch and Transformers; torch is not installed")
+    assert done.stderr.startswith(
+        "generate needs a CUDA GPU with CuPy, PyTorch and Transformers; torch is not installed"
+    )
 
 
 @pytest.mark.parametrize("words, said", [

@@ -39,7 +39,8 @@ def test_help_and_a_machine_without_a_gpu(script):
     code = (
         f"import sys; sys.path[:0] = ['.', 'examples']; import importlib.util as u; real = u.find_spec\n"
         f"u.find_spec = lambda name, *a: None if name in ('torch', 'cupy') else real(name, *a)\n"
-        f"import {module} as script\nprint(script.main([]), {{'torch', 'cupy'}} & set(sys.modules))\nscript.main(['--help'])"
+        f"import {module} as script\nprint(script.main([]), {{'torch', 'cupy'}} & set(sys.modules))\n"
+        f"script.main(['--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -71,9 +71,18 @@ def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtyp
 @pytest.mark.parametrize("options", OPTIONS, ids=repr)
 @pytest.mark.parametrize("capability", (86, 90))
 def test_options_fit(capability, options):
-    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options)
+    config = kernel_config(
+        DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options
+    )
     for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
-        assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+        assert_fits(
+            file_name,
+            kernel_name,
+            config.defines(),
+            capability,
+            threads=config.threads,
+            dynamic_shared=config.shared_bytes,
+        )
 
 
 # Ids of both types, both ways of telling lengths; capabilities and page sizes take turns.
@@ -105,16 +114,20 @@ def test_stream_kernel_fits(unroll, capability):
 # Every cache type with every way of rotating, and with every architecture; dims (K, V, rotated) and dtypes take turns.
 APPEND_DIMS = ((128, 128, 128), (64, 64, 32), (192, 128, 64), (256, 256, 256), (80, 80, 32))
 APPEND_ROPES = (None, *itertools.product(ROPE_STYLES, ("cos_sin", "inv_freq")))
-APPEND_VARIANTS = [(CAPABILITIES[(i + j) % 5], kv_dtype, way, APPEND_DIMS[(i + 2 * j) % 5], tuple(DTYPES)[(i + j) % 2])
-                   for i, kv_dtype in enumerate((None, *append_config.CACHE_TYPES)) for j, way in enumerate(APPEND_ROPES)]
+APPEND_VARIANTS = [
+    (CAPABILITIES[(i + j) % 5], kv_dtype, way, APPEND_DIMS[(i + 2 * j) % 5], tuple(DTYPES)[(i + j) % 2])
+    for i, kv_dtype in enumerate((None, *append_config.CACHE_TYPES))
+    for j, way in enumerate(APPEND_ROPES)
+]
 
 
 def append_defines(kv_dtype, way, dims, dtype):
     head_dim, head_dim_v, rotary_dim = dims
     angles = {"cos_sin": np.zeros((1, rotary_dim), np.float32), "inv_freq": np.zeros(rotary_dim // 2)}
     rope = None if way is None else Rope(style=way[0], **{way[1]: angles[way[1]]})
-    return append_config.defines(DecodeShape(4, 1, head_dim, 16), dtype, kv_dtype=kv_dtype or dtype, head_dim_v=head_dim_v,
-                                 rope=rope)
+    return append_config.defines(
+        DecodeShape(4, 1, head_dim, 16), dtype, kv_dtype=kv_dtype or dtype, head_dim_v=head_dim_v, rope=rope
+    )
 
 
 @pytest.mark.parametrize(("capability", "kv_dtype", "way", "dims", "dtype"), APPEND_VARIANTS)
@@ -146,7 +159,14 @@ def test_tiles_are_copied_sixteen_bytes_at_a_time(file_name):
 
 
 def test_every_source_is_compiled_here():
-    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {"append.cu", "balanced.cu", "decode.cu", "merge.cu", "plan.cu", "stream.cu"}
+    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {
+        "append.cu",
+        "balanced.cu",
+        "decode.cu",
+        "merge.cu",
+        "plan.cu",
+        "stream.cu",
+    }
 
 
 def test_an_error_carries_the_compilers_words(tmp_path):

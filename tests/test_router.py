@@ -153,7 +153,9 @@ def test_decisions_are_kept_for_lengths_alike_and_no_further():
 
 
 @settings(max_examples=60, deadline=None)
-@given(lens=st.lists(st.integers(1, 100000), min_size=1, max_size=40), seed=st.integers(0, 9), layers=st.integers(1, 40))
+@given(
+    lens=st.lists(st.integers(1, 100000), min_size=1, max_size=40), seed=st.integers(0, 9), layers=st.integers(1, 40)
+)
 def test_a_kept_decision_costs_little_where_lengths_differ(lens, seed, layers):
     """By the model itself, the route of other lengths alike in their first bits is at most 7 % above the cheapest."""
     lens = np.array(lens, np.int32)

@@ -1,4 +1,4 @@
-"""tests/gpu/sanitize.py as far as no GPU is needed: its options, and that it lists what the kernels are compiled for."""
+"""tests/gpu/sanitize.py as far as no GPU is needed: its options, and that it lists what kernels are compiled for."""
 from __future__ import annotations
 
 import inspect
@@ -44,5 +44,7 @@ def test_options(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_help_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.gpu.sanitize", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.sanitize", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "compute-sanitizer" in done.stdout and "--list" in done.stdout

@@ -14,7 +14,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import soak  # noqa: E402
 
-GOOD = soak.Mark(step=1, tokens=100, checksum=7, repeats=True, error=1e-4, gpu_bytes=1000, host_bytes=10**9, seconds=1.0)
+GOOD = soak.Mark(
+    step=1, tokens=100, checksum=7, repeats=True, error=1e-4, gpu_bytes=1000, host_bytes=10**9, seconds=1.0
+)
 
 
 def test_help_and_a_machine_without_a_gpu() -> None:

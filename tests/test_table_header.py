@@ -1,4 +1,4 @@
-"""Where the kernels look for page ids and lengths: cuda_src/table.cuh and plan.cuh, built for the CPU, against NumPy."""
+"""Where kernels look for page ids and lengths: cuda_src/table.cuh and plan.cuh, built for the CPU, against NumPy."""
 from __future__ import annotations
 
 import ctypes
@@ -58,7 +58,9 @@ def test_ids_are_those_of_the_table_cut_to_the_pool(built, layout, pages, seed, 
     columns = np.concatenate([np.arange(n) for n in pages] or [[]]).astype(np.int32)
     out = np.empty(len(rows), np.int32)
     stride = len(ids) if layout.csr else width
-    built[layout].load_ids(at(ids), stride, NUM_PAGES, at(begins), len(pages), at(rows), at(columns), len(rows), at(out))
+    built[layout].load_ids(
+        at(ids), stride, NUM_PAGES, at(begins), len(pages), at(rows), at(columns), len(rows), at(out)
+    )
     raw = ids[begins[rows] + columns if layout.csr else rows * width + columns]
     assert out.tolist() == [int(i) if 0 <= i < NUM_PAGES else NUM_PAGES - 1 for i in raw]
 

@@ -1,4 +1,4 @@
-"""Random appends and what pkvsim.reference_append makes of them: bit for bit, over the whole pool, so a stray byte shows."""
+"""Random appends and what pkvsim.reference_append makes of them: bit for bit, over the whole pool."""
 
 from __future__ import annotations
 

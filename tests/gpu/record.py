@@ -20,7 +20,9 @@ from gpu.kernels import source_hash
 def count_tests(junit: pathlib.Path) -> dict[str, int]:
     """Totals over the suites of a junit file."""
     suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
-    totals = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
+    totals = {
+        name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    }
     totals["passed"] = totals["tests"] - totals["failures"] - totals["errors"] - totals["skipped"]
     return totals
 

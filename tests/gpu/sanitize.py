@@ -51,7 +51,9 @@ def plain(schedule: str, page_size: int = 16, head_dim: int = 128) -> None:
         check(*run_poisoned(engine, case), case, dtype="float16")
 
 
-def with_options(options: AttentionOptions, schedule: str = "balanced", *, head_dim: int = 128, layout: str = "HND") -> None:
+def with_options(
+    options: AttentionOptions, schedule: str = "balanced", *, head_dim: int = 128, layout: str = "HND"
+) -> None:
     import torch
     from test_gpu_options import agree, expected, run, step
 
@@ -86,11 +88,23 @@ def append(kv_dtype: str | None, style: str | None) -> None:
 
     from gpu import CacheWriter
 
-    for seed, (dims, layout, ragged) in enumerate((((128, 128, 128, 8, 2, 16), "HND", True), ((192, 128, 64, 8, 2, 3), "NHD", False))):
+    for seed, (dims, layout, ragged) in enumerate(
+        (((128, 128, 128, 8, 2, 16), "HND", True), ((192, 128, 64, 8, 2, 3), "NHD", False))
+    ):
         step = make_step(dims, kv_dtype=kv_dtype, layout=layout, ragged=ragged, seed=seed)
         want = expected(step, rope_of(style, dims[2], on_gpu=False), layout)
-        writer = CacheWriter(step.shape, kv_dtype=kv_dtype, layout=layout, head_dim_v=dims[1], rope=rope_of(style, dims[2], on_gpu=True))
-        writer.append(step.k_new, step.v_new, step.k_pages, step.v_pages, q=step.q if style else None, **step.where(), **step.options)
+        writer = CacheWriter(
+            step.shape, kv_dtype=kv_dtype, layout=layout, head_dim_v=dims[1], rope=rope_of(style, dims[2], on_gpu=True)
+        )
+        writer.append(
+            step.k_new,
+            step.v_new,
+            step.k_pages,
+            step.v_pages,
+            q=step.q if style else None,
+            **step.where(),
+            **step.options,
+        )
         assert_same_bits(step, step.q, want)
 
 

@@ -1,4 +1,4 @@
-"""Arguments wrong in every way on a real GPU, in random order on one engine: named, nothing launched, and it goes on."""
+"""Arguments wrong in every way on a real GPU, in random order on one engine: named, nothing launched, it goes on."""
 from __future__ import annotations
 
 import functools
@@ -47,7 +47,9 @@ def tables(form: str) -> dict[str, np.ndarray]:
     if form == "block table":
         return {"seq_lens": lens, "block_table": table}
     indptr, indices, last = (array.cpu().numpy() for array in csr_of(case()))
-    return {"indptr": indptr, "indices": indices} | ({"seq_lens": lens} if form.endswith("lengths") else {"last_page_len": last})
+    return {"indptr": indptr, "indices": indices} | (
+        {"seq_lens": lens} if form.endswith("lengths") else {"last_page_len": last}
+    )
 
 
 def run_arrays() -> dict[str, np.ndarray]:
@@ -65,7 +67,9 @@ def right_run(schedule: str, form: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(schedule=st.sampled_from(SCHEDULES), form=st.sampled_from(FORMS), data=st.data(), way=st.sampled_from(sorted(WRONG)))
+@given(
+    schedule=st.sampled_from(SCHEDULES), form=st.sampled_from(FORMS), data=st.data(), way=st.sampled_from(sorted(WRONG))
+)
 def test_wrong_tables(schedule: str, form: str, data: st.DataObject, way: str) -> None:
     good = tables(form)
     name = data.draw(st.sampled_from(sorted(good)))
@@ -149,18 +153,28 @@ def test_wrong_arrays_of_an_append(data: st.DataObject, way: str) -> None:
 def writer_and_arrays() -> tuple[CacheWriter, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     tokens, pages = (3, 2, 64), (20, 2, 16, 64)
-    arrays = {"k_new": rng.standard_normal(tokens).astype(np.float16), "v_new": rng.standard_normal(tokens).astype(np.float16),
-              "k_pages": np.zeros(pages, np.float16), "v_pages": np.zeros(pages, np.float16),
-              "seq_lens": np.array([30, 9, 17], np.int32), "block_table": np.arange(24, dtype=np.int32).reshape(3, 8) % 20,
-              "token_offsets": np.arange(4, dtype=np.int32), "q": rng.standard_normal((3, 8, 64)).astype(np.float16),
-              "q_out": np.zeros((3, 8, 64), np.float16)}
+    arrays = {
+        "k_new": rng.standard_normal(tokens).astype(np.float16),
+        "v_new": rng.standard_normal(tokens).astype(np.float16),
+        "k_pages": np.zeros(pages, np.float16),
+        "v_pages": np.zeros(pages, np.float16),
+        "seq_lens": np.array([30, 9, 17], np.int32),
+        "block_table": np.arange(24, dtype=np.int32).reshape(3, 8) % 20,
+        "token_offsets": np.arange(4, dtype=np.int32),
+        "q": rng.standard_normal((3, 8, 64)).astype(np.float16),
+        "q_out": np.zeros((3, 8, 64), np.float16),
+    }
     return CacheWriter(SHAPE, rope=Rope(style="half", inv_freq=np.ones(32))), arrays
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(("indptr", "indices", "last_page_len")), way=st.sampled_from(sorted(WRONG)), graph=st.booleans())
+@given(
+    name=st.sampled_from(("indptr", "indices", "last_page_len")),
+    way=st.sampled_from(sorted(WRONG)),
+    graph=st.booleans(),
+)
 def test_wrong_tables_of_flashinfers_wrapper(name: str, way: str, graph: bool) -> None:
-    """What has no dtype of its own may be taken and cast in the graph's buffers, as FlashInfer does; a result is then right."""
+    """But for other dtypes and strides, which FlashInfer's fixed buffers take up too, by copying."""
     good = tables("csr and last pages")
     workspace = torch.zeros(16, dtype=torch.uint8, device="cuda")
     buffers = tuple(torch.zeros(size, dtype=torch.int32, device="cuda") for size in (4, 200, 3)) if graph else ()
@@ -168,7 +182,9 @@ def test_wrong_tables_of_flashinfers_wrapper(name: str, way: str, graph: bool) -
     heads = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "page_size": 16}
     wrong = WRONG[way].make(good[name], cuda)
     arrays = {other: cuda(array) for other, array in good.items()}
-    if isinstance(wrong, torch.Tensor) and (wrong.dim() == 1 and way in ("another dtype", "16-bit integers", "elements apart")):
+    if isinstance(wrong, torch.Tensor) and (
+        wrong.dim() == 1 and way in ("another dtype", "16-bit integers", "elements apart")
+    ):
         return  # cast or copied
     if is_harmless(name, "plan", way) or isinstance(wrong, np.ndarray):
         return

@@ -101,13 +101,18 @@ def test_threads_with_an_engine_each() -> None:
 
 def test_the_operator_has_a_workspace_for_every_stream() -> None:
     work = cases(7)[0]
-    expected = [part.clone() for part in decode_attention(work.q, work.k_pages, work.v_pages, work.block_table, work.seq_lens)]
+    expected = [
+        part.clone() for part in decode_attention(work.q, work.k_pages, work.v_pages, work.block_table, work.seq_lens)
+    ]
     torch.cuda.synchronize()
     found = []
     for stream in [torch.cuda.Stream() for _ in range(STREAMS)]:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(5_000_000)
-            found += [decode_attention(work.q, work.k_pages, work.v_pages, work.block_table, work.seq_lens) for _ in range(STEPS)]
+            found += [
+                decode_attention(work.q, work.k_pages, work.v_pages, work.block_table, work.seq_lens)
+                for _ in range(STEPS)
+            ]
     torch.cuda.synchronize()
     same(found, [expected] * len(found))
 

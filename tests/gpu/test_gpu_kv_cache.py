@@ -19,7 +19,9 @@ def test_tokens_come_back(combined: bool) -> None:
     for step in range(120):
         if len(kept) < 4:
             row = cache.allocate()
-            tokens = rng.standard_normal((int(rng.integers(1, 12)), 2, 2, 64)).astype(np.float16)  # [T, k and v, Hkv, d]
+            tokens = rng.standard_normal((int(rng.integers(1, 12)), 2, 2, 64)).astype(
+                np.float16
+            )  # [T, k and v, Hkv, d]
             cache.fill(row, cupy.asarray(tokens[:, 0]), cupy.asarray(tokens[:, 1]))
             kept[row] = list(tokens)
         rows = sorted(kept)

@@ -46,7 +46,9 @@ def test_every_form(form: str, ids: torch.dtype, page_size: int, layout: str) ->
         for spread in (1, 3):
             engine.plan(**tables(case, form, ids), validate=spread == 3)
             out, lse = torch.full_like(case.q, float("nan")), torch.full(case.q.shape[:2], float("nan"), device="cuda")
-            engine.run(case.q, *(moved(pool, layout, spread) for pool in (case.k_pages, case.v_pages)), out=out, lse=lse)
+            engine.run(
+                case.q, *(moved(pool, layout, spread) for pool in (case.k_pages, case.v_pages)), out=out, lse=lse
+            )
             torch.cuda.synchronize()
             check(out, lse, case, dtype="float16")
 
