@@ -28,14 +28,14 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
 
 
 def _arguments(signature: str) -> tuple[list, list[int]]:
     """The values of a signature in order, each a ctypes object to set, and the addresses of its parameters."""
     values, parameters = [], []
     for part in re.findall(r"\[[piqf]+\]|[piqf]", signature):
-        fields = [(f"field{index}", _C_TYPES[letter]) for index, letter in enumerate(part.strip("[]"))]
+        fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(part.strip("[]"))]
         structure = type("_Parameter", (ctypes.Structure,), {"_fields_": fields})
         memory = structure()
         start = ctypes.addressof(memory)

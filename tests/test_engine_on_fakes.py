@@ -166,3 +166,30 @@ def test_a_captured_copy_of_host_tables_outlives_later_plans(gpu) -> None:
     kept = [weakref.ref(copy.host) for copy in engine._plan.copies]
     engine.plan(step.seq_lens, step.block_table)
     assert len(kept) == 2 and all(ref() is not None for ref in kept)
+
+
+def test_the_pools_tables_go_to_the_stream_of_its_library(gpu, monkeypatch) -> None:
+    import contextlib
+
+    from gpu import arrays
+    from gpu.kv_cache import PagedKVCache
+
+    current = []
+
+    @contextlib.contextmanager
+    def on_stream(library, device):
+        current.append(library)
+        yield None
+        current.pop()
+
+    monkeypatch.setattr(arrays, "on_stream", on_stream)
+    copied = []
+    for library in ("cupy", "torch"):
+        cache = PagedKVCache(DecodeShape(4, 2, 64, 4), num_pages=8, max_batch=2, max_seq_len=16, library=library)
+        row = cache.allocate()
+        cache.reserve([row], [5])
+        monkeypatch.setattr(type(cache._lens), "set", lambda array, host: copied.append(current[-1]), raising=False)
+        cache.device_tables()
+    assert copied == ["cupy"] * 2 + ["torch"] * 2 and not current
+    with pytest.raises(ValueError, match="^library: expected cupy or torch"):
+        PagedKVCache(DecodeShape(4, 2, 64, 4), num_pages=8, max_batch=2, max_seq_len=16, library="numpy")

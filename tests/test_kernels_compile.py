@@ -1,4 +1,5 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
+import ctypes
 import itertools
 import re
 
@@ -8,7 +9,9 @@ import pytest
 
 from gpu import append_config
 from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
+from gpu.decode_kernels import ARGUMENTS, CSR_ARGUMENTS
 from gpu.kernels import SOURCE_DIR, compile_options
+from gpu.launch import C_TYPES
 from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
@@ -97,6 +100,15 @@ def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
     kernel_name = "pkv_decode_balanced" if file_name == "balanced.cu" else "pkv_decode_tasks"
     assert_fits(file_name, kernel_name, config.defines() | layout.defines(), capability, threads=config.threads,
                 dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize(("signature", "layout"), [(ARGUMENTS, TableLayout()), (CSR_ARGUMENTS, TableLayout(csr=True))])
+def test_the_hosts_structure_is_the_kernels(signature, layout):
+    options = compile_options(variant(90, 128, 4, 16, "float16").defines() | layout.defines())
+    size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
+    fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(signature)]
+    structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+    assert int(size[1]) == ctypes.sizeof(structure)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -131,6 +131,9 @@ for indptr, indices, last_page_len, q, kv_cache in steps:
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
     wrapper.run(q, kv_cache, out=out, lse=lse, return_lse=True, enable_pdl=False)
     results.append((out, lse))
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
+    wrapper.run(q, kv_cache, out=out, lse=lse)
+    results.append((out, lse))
     results.append(wrapper.forward_return_lse(q, kv_cache, sm_scale=0.2))
 wrapper.begin_forward(*steps[0][:3], 32, 8, 128, 16, data_type=torch.float16, kv_data_type=steps[0][3].dtype,
                       q_data_type=steps[0][3].dtype, sm_scale=0.05)
@@ -217,7 +220,7 @@ def test_one_script_by_import_alone(tensor_cores: bool, dtype: str, on_host: boo
         exec(SCRIPT.format(module=module), names)
         torch.cuda.synchronize()
         found[module] = names["results"]
-    assert len(found["gpu"]) == len(found["flashinfer"]) == 5 * 5 + 1 + 3
+    assert len(found["gpu"]) == len(found["flashinfer"]) == 5 * 6 + 1 + 3
     tolerance = {"float16": 4e-3, "bfloat16": 3.2e-2}[dtype]
     for mine, theirs in zip(found["gpu"], found["flashinfer"]):
         assert type(mine) is type(theirs)
