@@ -204,8 +204,8 @@ __device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS
 struct DecodeArguments {
   const half_type *q;      // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
   const half_type *k_pages, *v_pages;
-  const int *block_table;  // [batch_size, table_stride]
-  const int *seq_lens;     // [batch_size]
+  const page_id* block_table;  // [batch_size, table_stride]; with TABLE_CSR the indices, [table_stride]
+  const int *seq_lens;     // [batch_size]; with LAST_PAGE_LENGTHS see Lengths
   const int *query_lens;   // see Output
   const float* sinks;      // see Output
   half_type* out;          // like q, with V_DIM
@@ -216,12 +216,13 @@ struct DecodeArguments {
   int batch_size, num_kv_heads, table_stride, num_pages;
   int window;              // see Mask
   float scale, cap;        // see weigh
+  PKV_CSR(const int* row_begins;)  // see PageTable
 
   // A window reaches back from the first query token, lengths count to the last.
   __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
   __device__ __forceinline__ Pages pages() const {
     return {{k_pages, k_page_stride, k_head_stride, k_token_stride}, {v_pages, v_page_stride, v_head_stride, v_token_stride},
-            block_table, table_stride, num_pages, reach(),
+            {block_table, table_stride, num_pages PKV_CSR(, row_begins, batch_size)}, reach(),
             k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride};
   }
   __device__ __forceinline__ Output output() const { return {out, lse, num_kv_heads, query_lens, sinks}; }

@@ -148,10 +148,11 @@ __device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
 // Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
 // one may be mostly unused. The last of several rows is left out, since it may end before its stride does.
 __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_size) {
-  constexpr int LINE = 128 / sizeof(int), MOST = 1 << 16;
-  const int entries = max(1, batch_size - 1) * pages.table_stride;
+  constexpr int LINE = 128 / sizeof(page_id), MOST = 1 << 16;
+  const int entries = TABLE_CSR ? pages.table.stride : max(1, batch_size - 1) * pages.table.stride;
   const int at = (threadIdx.x * gridDim.x + blockIdx.x) * LINE;
-  if (entries <= MOST && at < entries) prefetch_l2(pages.block_table + at);
+  if (entries <= MOST && at < entries) prefetch_l2(pages.table.ids + at);
+  PKV_CSR(if (at <= batch_size) prefetch_l2(pages.table.row_begins + at);)
 }
 
 }  // namespace pkv
@@ -163,7 +164,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const pkv::Pages pages = given.pages();
   const pkv::Output output = given.output();
-  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens, given.reach()};
+  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens, given.reach() PKV_LAST_PAGE(, given.row_begins)};
   const int num_kv_heads = given.num_kv_heads;
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);
@@ -196,5 +197,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;
   }
-  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
+  const int worker = blockIdx.x * WARPS + warp, workers = gridDim.x * WARPS;
+  if constexpr (LAST_PAGE_LENGTHS) pkv::store_empty_rows(output, lens, given.batch_size, worker, workers, lane);
+  else pkv::store_empty_rows(output, given.seq_lens, given.batch_size, worker, workers, lane);
 }

@@ -6,6 +6,7 @@
 #pragma once
 #include "mma.cuh"
 #include "plan.cuh"
+#include "table.cuh"
 
 namespace pkv {
 
@@ -25,8 +26,7 @@ struct PagedTensor {
 // Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
 struct Pages {
   PagedTensor k, v;
-  const int* block_table;  // [batch_size, table_stride]
-  int table_stride, num_pages;
+  PageTable table;
   int reach;               // tokens at a row's end that are read (WINDOWED)
   bool alike;              // K and V have the same strides
 };
@@ -73,8 +73,7 @@ struct Loader {
     const int t = s.first + (skip + index) * WARPS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
-    const int id = __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
-    return min(static_cast<unsigned>(id), static_cast<unsigned>(pages.num_pages - 1));  // a stale plan may meet any id
+    return pages.table.load(s.row, token / PAGE_SIZE);
   }
 
   __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) { now.tile_end = 0; }

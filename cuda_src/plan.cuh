@@ -20,6 +20,14 @@
 #ifndef WINDOWED
 #define WINDOWED 0  // 1: a row reads its last `window` tokens only
 #endif
+#ifndef LAST_PAGE_LENGTHS
+#define LAST_PAGE_LENGTHS 0  // 1: lengths are told by the rows' pages, of PAGE_SIZE tokens, and the tokens in their last ones
+#endif
+#if LAST_PAGE_LENGTHS
+#define PKV_LAST_PAGE(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
+#else
+#define PKV_LAST_PAGE(...)
+#endif
 
 namespace pkv {
 
@@ -34,9 +42,10 @@ PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
 // go past L1, which would keep what it saw, and every length is cut to [0, most], so that a plan made of what is
 // not yet there is wrong but harmless.
 struct Lengths {
-  const int* at;  // [batch_size]
+  const int* at;  // [batch_size]; with LAST_PAGE_LENGTHS the tokens in the rows' last pages
   int batch_size, most;
   int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
+  PKV_LAST_PAGE(const int* row_begins;)  // [batch_size + 1] the rows' first pages
 
   // Tiles of a row that lie before its window: they are neither read nor scheduled.
   PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
@@ -44,13 +53,23 @@ struct Lengths {
 
   PKV_HD int operator[](int row) const {
     if (row >= batch_size) return most;
-#ifdef __CUDA_ARCH__
-    int length;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(length) : "l"(at + row));
-#else
-    const int length = at[row];
+    int length = read(at + row);
+#if LAST_PAGE_LENGTHS
+    const int full = read(row_begins + row + 1) - read(row_begins + row) - 1;  // pages before the last
+    length = full < 0 ? 0 : full <= most / PAGE_SIZE ? full * PAGE_SIZE + length : most;
 #endif
     return length < 0 ? 0 : length < most ? length : most;
+  }
+
+ private:
+  PKV_HD static int read(const int* from) {
+#ifdef __CUDA_ARCH__
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+#else
+    return *from;
+#endif
   }
 };
 

@@ -109,7 +109,8 @@ __device__ __forceinline__ void store_result(const Output& o, int row, int kv_he
 }
 
 // Zeros and -inf for the rows without tokens; warp `worker` of `workers` takes every workers-th row.
-__device__ __forceinline__ void store_empty_rows(const Output& o, const int* seq_lens, int batch_size, int worker, int workers, int lane) {
+template <class Lengths>
+__device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker, int workers, int lane) {
   for (int row = worker; row < batch_size; row += workers) {
     if (seq_lens[row] != 0) continue;
     const int heads = QUERY_TOKENS * o.num_kv_heads * GROUP_SIZE;

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu.environment import environment, missing, write_json
+from gpu.environment import environment, lacks_gpu, write_json
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope, make_cos_sin
 from result_tables import Table, us
@@ -235,9 +235,7 @@ def table(results: list[Result]) -> Table:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"bench_append needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("bench_append"):
         return 1
     import torch
     from rich.console import Console

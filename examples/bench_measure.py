@@ -162,7 +162,9 @@ class CellBench:
         return times
 
 
-def reference_rows(q: torch.Tensor, pages: CellPages, seq_lens: np.ndarray, page_size: int) -> tuple[list[int], torch.Tensor]:
+def reference_rows(
+    q: torch.Tensor, pages: CellPages, seq_lens: np.ndarray, page_size: int
+) -> tuple[list[int], torch.Tensor]:
     """Float32 attention of a few rows (longest, shortest, first, last): (rows, [rows, Hq, d])."""
     order = np.argsort(seq_lens, kind="stable")
     rows = sorted({int(order[0]), int(order[-1]), 0, len(seq_lens) - 1})[:CHECKED_ROWS]

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from generate_ways import WAYS, Batch, compare, reference_logits, run_way
-from gpu.environment import environment, missing, write_json
+from gpu.environment import environment, missing, options_of, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     records = run_all(model, batch, args.ways, page_size=args.page_size, tolerance=NEAR_TIE[args.dtype])
     print_records(records, batch, Console())
     if args.json is not None:
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        write_json(args.json, {"environment": environment(), "options": options, "results": records})
+        write_json(args.json, {"environment": environment(), "options": options_of(args), "results": records})
     return 1 if any(record["wrong"] for record in records) else 0
 
 

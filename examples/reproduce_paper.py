@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu.environment import environment, gpu_slug, missing, write_json
+from gpu.environment import environment, gpu_slug, lacks_gpu, write_json
 from gpu.progress import note, tracked
 from serving_options import EQUAL_BUCKETS, HELD_OUT_SEEDS, Config, equal_buckets, positive
 
@@ -166,9 +166,7 @@ def _pool_gib() -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"reproduce_paper needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("reproduce_paper"):
         return 1
     about = environment()
     note(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -53,7 +53,9 @@ def make_step(
     """table: [batch_size, max_pages of the trace] int32, entries past a row's end anything."""
     import torch
 
-    narrow = np.maximum(table[:, : max(1, int(-(-seq_lens.max() // shape.page_size)))], 0)  # XQA may prefetch past a row
+    narrow = np.maximum(
+        table[:, : max(1, int(-(-seq_lens.max() // shape.page_size)))], 0
+    )  # XQA may prefetch past a row
     pinned = torch.from_numpy(seq_lens.astype(np.int32)).pin_memory()
     q = torch.randn(len(seq_lens), shape.num_q_heads, shape.head_dim, device="cuda").to(dtype)
     return StepInputs(

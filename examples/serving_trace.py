@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu.environment import environment, missing, write_json
+from gpu.environment import environment, lacks_gpu, write_json
 from gpu.progress import note, tracked
 from pkvsim.route_model import ROUTES
 from serving_options import Config, add_trace_options, comma_list, configs, make_trace, positive
@@ -184,9 +184,7 @@ def print_document(document: dict, *, exhaustive: bool) -> list[Table]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"serving_trace needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("serving_trace"):
         return 1
     about = environment()
     note(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from gpu.environment import environment, missing, write_json
+from gpu.environment import environment, lacks_gpu, write_json
 from gpu.progress import note, tracked
 from pkvsim import DecodeShape, reference
 from result_tables import Table
@@ -180,9 +180,7 @@ def soak(args: argparse.Namespace) -> list[Mark]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"soak needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("soak"):
         return 1
     about = environment()
     marks = soak(args)

@@ -36,6 +36,7 @@ class CacheWriter:
         """
         current = cupy.cuda.Device()
         capability = int(current.compute_capability)
+        checks.check_kinds(shape, head_dim_v, rope)
         self.shape, self.dtype, self.layout, self.rope = shape, dtype, layout, rope
         self.kv_dtype = dtype if kv_dtype is None else kv_dtype
         self.head_dim_v = shape.head_dim if head_dim_v is None else head_dim_v

@@ -9,16 +9,26 @@ from gpu import validate
 from gpu.append_config import CACHE_TYPES, FP8_TYPES, LANE_ELEMENTS, LAYOUTS, MAX_HEAD_DIM, AppendViews, argument_name
 from gpu.arrays import ArrayView
 from gpu.config import DTYPES
+from gpu.step_tables import StepTables
 from gpu.validate import expect
 from pkvsim import DecodeShape
 from pkvsim.rope import Rope
+from pkvsim.shapes import check_int
+
+
+def check_kinds(shape: object, head_dim_v: object, rope: object) -> None:
+    """That what a CacheWriter is made with is of the right kind, before anything is asked of it."""
+    expect("shape", "a DecodeShape", repr(shape), isinstance(shape, DecodeShape))
+    expect("rope", "a pkvsim.rope.Rope or None", repr(rope), rope is None or isinstance(rope, Rope))
+    if head_dim_v is not None:
+        check_int("head_dim_v", head_dim_v, 1)
 
 
 def check_writer(shape: DecodeShape, dtype: str, *, kv_dtype: str, layout: str, head_dim_v: int, rope: Rope | None,
                  compute_capability: int) -> None:
     """What a CacheWriter is made with. compute_capability: major * 10 + minor."""
     kv_dtypes = (dtype, *CACHE_TYPES)
-    expect("dtype", f"one of {', '.join(DTYPES)}", dtype, dtype in DTYPES)
+    expect("dtype", f"one of {', '.join(DTYPES)}", repr(dtype), isinstance(dtype, str) and dtype in DTYPES)
     expect("kv_dtype", f"one of {', '.join(kv_dtypes)}", kv_dtype, kv_dtype in kv_dtypes)
     expect("layout", f"one of {', '.join(LAYOUTS)}", layout, layout in LAYOUTS)
     expect("device", "compute capability 8.0 or newer", compute_capability / 10, compute_capability >= 80)
@@ -140,7 +150,7 @@ def check_contents(seq_lens: np.ndarray, block_table: np.ndarray, token_offsets:
     expect("seq_lens", "no negative length", int(seq_lens.min()), seq_lens.min() >= 0)
     expect("seq_lens", f"at most {columns * page_size} tokens (block_table has {columns} pages of {page_size})",
            int(seq_lens.max()), seq_lens.max() <= columns * page_size)
-    validate.check_page_ids(block_table, seq_lens, page_size, num_pages)
+    validate.check_page_ids(StepTables(seq_lens, block_table), seq_lens, page_size, num_pages)
     if token_offsets is None:
         return
     counts = np.diff(token_offsets)

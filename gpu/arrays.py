@@ -29,8 +29,10 @@ def fingerprint(array: object) -> tuple:
     """(address, what validation depends on) of an array on the GPU, without describing it; (0, its type) otherwise.
 
     Two arguments of equal second parts pass or fail the same checks: the cheap test of a step's every call. None has
-    a type of its own, so an array that is not on a GPU never passes for one that was not given.
+    a second part of its own, so an array that is not on a GPU never passes for one that was not given.
     """
+    if array is None:
+        return 0, None
     if _is_torch(array):
         address = array.data_ptr()
         return address, (array.dtype, array.device, array.shape, array.stride(), address % 16)
@@ -114,6 +116,13 @@ def current_stream(library: str | None, device: int) -> int:
     import cupy
 
     return cupy.cuda.get_current_stream().ptr
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether what is launched on the stream of that handle goes into a CUDA graph."""
+    import cupy
+
+    return bool(cupy.cuda.runtime.streamIsCapturing(stream))
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ import math
 
 import torch
 
-from gpu.flashinfer_arguments import dtype_of, name_of, pages_of
-from gpu.page_tables import StepTables
+from gpu.csr_buffers import CsrBuffers
+from gpu.flashinfer_arguments import (
+    check_number, check_numbers, check_tensor, check_tokens, dtype_of, name_of, pages_of,
+)
 from gpu.refusals import check_served
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
@@ -24,8 +26,8 @@ POS_ENCODING_MODES = ("NONE", "ROPE_LLAMA", "ALIBI")
 class BatchDecodeWithPagedKVCacheWrapper:
     """Decode attention of a batch over a paged KV cache: plan() a step, run() it for every layer.
 
-    plan() and run() belong on one stream. With use_cuda_graph the page tables live in fixed tensors that plan()
-    rewrites in place, so a captured run() follows later plans of the same batch size.
+    plan() and run() belong on one stream. With use_cuda_graph plan() copies the page tables into the caller's buffers,
+    so a captured run() follows later plans of the same batch size.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         Raises KeyError for an unknown kv_layout, ValueError for graph buffers that are missing or do not fit,
         NotImplementedError for what is not served.
         """
+        check_tensor("float_workspace_buffer", float_workspace_buffer)
         if kv_layout not in ("NHD", "HND"):
             raise KeyError(f"kv_layout: expected NHD or HND, got {kv_layout!r}")
         check_served("backend", backend)
@@ -59,7 +62,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                                  f"got {len(paged_kv_indptr_buffer)}")
         self.device = float_workspace_buffer.device
         self._kv_layout, self._use_cuda_graph, self._use_tensor_cores = kv_layout, use_cuda_graph, use_tensor_cores
-        self._tables = StepTables(tuple(buffers.values()) if use_cuda_graph else None)
+        self._tables = CsrBuffers(tuple(buffers.values()) if use_cuda_graph else None)
         self._shape: DecodeShape | None = None
         self._dtype: torch.dtype | None = None
         self._sm_scale: float | None = None
@@ -94,14 +97,15 @@ class BatchDecodeWithPagedKVCacheWrapper:
     ) -> None:
         """Prepares a step.
 
-        indptr [batch_size + 1], indices [indptr[-1]], last_page_len [batch_size]: int32, each on the host or the GPU.
-        block_tables [batch_size, max_pages]: where indptr is on the GPU, its width bounds the longest row; without it
-        one row may own all indices. rope_scale, rope_theta, seq_lens: not needed.
+        indptr [batch_size + 1], indices [indptr[-1]], last_page_len [batch_size]: int32, indices int64 too, each on the
+        host or the GPU. rope_scale, rope_theta, block_tables, seq_lens: not needed.
 
         Raises ValueError, NotImplementedError or KeyError naming the argument.
         """
         if pos_encoding_mode not in POS_ENCODING_MODES:
             raise KeyError(f"pos_encoding_mode: expected one of {POS_ENCODING_MODES}, got {pos_encoding_mode!r}")
+        check_number("q_len_per_req", q_len_per_req, whole=True, or_none=False)
+        check_numbers(window_left, logits_soft_cap, sm_scale)
         q_dtype = dtype_of(q_data_type if q_data_type is not None else data_type)
         kv_dtype = dtype_of(next((given for given in (kv_data_type, data_type) if given is not None), q_dtype))
         for name, value in (("pos_encoding_mode", pos_encoding_mode), ("q_data_type", name_of(q_dtype)),
@@ -115,8 +119,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             if given != q_dtype:
                 raise NotImplementedError(f"{name}: expected q_data_type {name_of(q_dtype)}, got {name_of(given)}")
         shape = DecodeShape(num_qo_heads, num_kv_heads, head_dim, page_size)
-        self._tables.update(indptr, indices, last_page_len, page_size, device=self.device, non_blocking=non_blocking,
-                            max_pages=None if block_tables is None else block_tables.shape[1])
+        self._tables.update(indptr, indices, last_page_len, device=self.device, non_blocking=non_blocking)
         if (shape, q_dtype) != (self._shape, self._dtype):
             self._shape, self._dtype, self._engines = shape, q_dtype, {}
         self._sm_scale, self._window_left, self._logits_soft_cap = sm_scale, window_left, logits_soft_cap
@@ -141,7 +144,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
 
         q [batch_size * q_len_per_req, num_qo_heads, head_dim]. paged_kv_cache: a pair of pools [num_pages,
         num_kv_heads, page_size, head_dim], with NHD [num_pages, page_size, num_kv_heads, head_dim], or both in one
-        [num_pages, 2, ..]. out like q; lse [batch_size * q_len_per_req, num_qo_heads] float32 of base 2. q_scale,
+        [num_pages, 2, ..]. out like q; lse [batch_size * q_len_per_req, num_qo_heads] float32 of base 2, written where
+        it is given, as FlashInfer does, even if it is not returned. q_scale,
         k_scale multiply the logits, v_scale the output. sinks [num_qo_heads] float32. enable_pdl: a hint, of no effect.
 
         Raises ValueError or NotImplementedError naming the argument, RuntimeError when nothing was planned.
@@ -156,12 +160,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
             if given is not None and given != planned:
                 raise ValueError(f"{name}: expected plan()'s {planned}, got {given}")
         k_pages, v_pages = pages_of(paged_kv_cache, self._kv_layout)
+        rows = len(self._tables.last_page_len), self._q_len
+        check_tokens(q, out, lse, rows)
+        if not isinstance(v_scale, torch.Tensor):
+            check_number("v_scale", v_scale)
         for name, array in (("q", q), ("k", k_pages), ("v", v_pages)):
             if array.dtype != self._dtype:
                 raise ValueError(f"{name}: expected plan()'s {name_of(self._dtype)}, got {name_of(array.dtype)}")
-        rows = len(self._tables.seq_lens), self._q_len
-        if q.shape[0] != rows[0] * rows[1]:
-            raise ValueError(f"q: expected {rows[0]} rows of {rows[1]} tokens, got {q.shape[0]} tokens")
         one = rows[1] == 1  # else the engine has an axis of tokens
         by_row = (array if array is None or one else array.unflatten(0, rows) for array in (q, out, lse))
         engine_q, engine_out, engine_lse = by_row
@@ -171,7 +176,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
                     for given, new in zip((out, lse), found))
         if v_scale is not None and not (isinstance(v_scale, float) and v_scale == 1.0):
             out.mul_(v_scale)
-        return (out, lse.mul_(LOG2_E)) if return_lse else out
+        if return_lse or engine_lse is not None:
+            lse.mul_(LOG2_E)
+        return (out, lse) if return_lse else out
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
@@ -184,6 +191,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """run() with what older scripts pass here instead of to plan(), the defaults included."""
         check_served("pos_encoding_mode", pos_encoding_mode)
+        check_numbers(window_left, logits_soft_cap, sm_scale)
         self._sm_scale, self._window_left, self._logits_soft_cap = sm_scale, window_left, logits_soft_cap
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
@@ -196,6 +204,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
                 continue
             if not isinstance(factor, (int, float)):
                 raise NotImplementedError(f"{name}: expected a number on the host, got {type(factor).__name__}")
+            check_number(name, factor)
             scale *= factor
         return float(scale)
 
@@ -219,7 +228,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         if engine is None:
             engine = self._engines[options] = self._make_engine(self._shape, name_of(self._dtype), options)
         if options not in self._planned:
-            engine.plan(self._tables.seq_lens, self._tables.block_table)
+            tables = self._tables
+            engine.plan(indptr=tables.indptr, indices=tables.indices, last_page_len=tables.last_page_len)
             self._planned.add(options)
         return engine
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu.environment import environment, gpu_slug, missing, write_json
+from gpu.environment import environment, gpu_slug, lacks_gpu, write_json
 from gpu.progress import note, tracked
 
 if TYPE_CHECKING:
@@ -162,9 +162,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    lack = missing()
-    if lack is not None:
-        print(f"calibration needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    if lacks_gpu("calibration"):
         return 1
     calibrate(args)
     return 0

@@ -9,18 +9,18 @@ import numpy as np
 from gpu import arrays
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
-from gpu.kernels import load_kernel
-from gpu.plan import Plan
+from gpu.decode_kernels import DecodeKernels
+from gpu.plan import Plan, place
 from gpu.router import Router
+from gpu.step_tables import StepTables
 from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost
-from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
+from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
-ARGUMENTS = "[ppppppppppqqiiiiiiiiiff]"  # pkv::DecodeArguments in cuda_src/attend.cuh
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 
@@ -33,7 +33,8 @@ class DecodeEngine:
     on the host as the paper does. "auto" prices every route of the step, FlashInfer's included, and takes the cheapest
     where the host knows the lengths, balanced where only the GPU does: gpu.router.Router says how.
 
-    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream.
+    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine must
+    live as long as the graphs that captured its runs; it keeps for them what it copied or allocated itself.
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
@@ -55,17 +56,11 @@ class DecodeEngine:
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        if tile_tokens <= 0 or tile_tokens % TILE_TOKENS:
-            raise ValueError(f"tile_tokens: expected a positive multiple of {TILE_TOKENS}, got {tile_tokens}")
         current = cupy.cuda.Device()
-        if layout not in ("HND", "NHD"):
-            raise ValueError(f"layout: expected HND or NHD, got {layout!r}")
-        self.shape, self.dtype, self.options, self.layout = shape, dtype, options, layout
-        # Only plain attention is routed.
-        self.schedule = "balanced" if schedule == "auto" and (options, layout) != (PLAIN, "HND") else schedule
-        self.config = kernel_config(shape, dtype, int(current.compute_capability), variant=variant, options=options)
+        capability = int(current.compute_capability)
+        checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
+        self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
+        self.config = kernel_config(shape, dtype, capability, variant=variant, options=options)
         # What the kernels take for KV heads: the parts of each, where its group is split.
         self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
         self.device_id = current.id
@@ -83,77 +78,72 @@ class DecodeEngine:
         self._page_layout: tuple = ()
         self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
+        self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
         self.router: Router | None = None
-        if self.schedule == "auto":
-            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale)
+        if schedule == "auto":
+            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
+                                 layout=layout)
             return  # the routes have engines of their own
-        defines, threads = self.config.defines(), self.config.threads
-        shared = self.config.shared_bytes
-        overlap = int(current.compute_capability) >= 90
-        if self.schedule == "balanced":
-            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", ARGUMENTS + "iiii", defines,
-                                       threads=threads, shared_bytes=shared, overlap=overlap)
+        self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
+        self._partials = None
+        if schedule == "balanced":
             self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
-        else:
-            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", ARGUMENTS + "ppii", defines, threads=threads,
-                                       shared_bytes=shared, overlap=overlap)
-            self._merge = load_kernel("merge.cu", "pkv_merge", "ppppppp", defines, threads=threads, overlap=overlap)
-            self._partials = None
 
-    def plan(self, seq_lens: object, block_table: object, *, validate: bool = False,
+    def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
+             indices: object = None, last_page_len: object = None, validate: bool = False,
              host_seq_lens: object = None) -> None:
-        """Prepares a step.
+        """Prepares a step. Arrays are NumPy, CuPy or torch; those on the GPU are used where they are.
 
-        seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32: NumPy, CuPy or torch. Arrays on the
-        GPU are used where they are. Lengths on the host are always checked. validate=True copies arrays on the
-        GPU to the host to check every length now, and every page id at the next run, when the pool is known.
+        seq_lens [batch_size] int32 and block_table [batch_size, max_pages] int32 or int64; or CSR: indptr
+        [batch_size + 1] int32 and indices [num_indices] int32 or int64, row r owning indices[indptr[r]:indptr[r + 1]],
+        with seq_lens or with last_page_len [batch_size] int32, the tokens in each row's last page. A captured run never
+        reads more indices than there were at its capture: capture with a buffer that holds every step's.
+        Lengths on the host are always checked, of CSR where indptr is there too. validate=True copies arrays on the
+        GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
         host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
 
-        Raises ValueError naming the argument.
+        Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
+        compiles its kernel, and must not be under capture.
         """
         if self.router is not None:
+            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
             self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
             return
-        lens_address, lens_key = arrays.fingerprint(seq_lens)
-        table_address, table_key = arrays.fingerprint(block_table)
-        key = lens_key, table_key
-        if key == self._checked_plan and not validate:
-            old = self._plan  # device arrays of a known layout: only where they are can have changed
-            self._plan = Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride,
-                              old.max_tokens)
+        given = StepTables(seq_lens, block_table, indptr, indices, last_page_len)
+        addresses, key = given.fingerprint()
+        if key == self._checked_plan and not validate and self._plan.has_room(given):
+            self._plan.move(given, addresses, self.shape.page_size)
             return
         if isinstance(seq_lens, (list, tuple)):
-            seq_lens = check_seq_lens(seq_lens)
-        lens, table = arrays.view("seq_lens", seq_lens), arrays.view("block_table", block_table)
-        checks.check_plan(lens, table, self.device_id)
-        batch, max_pages = table.shape
-        host_lens = None
-        if self.schedule != "balanced" or lens.device < 0 or validate:
-            host_lens = arrays.to_host("seq_lens", seq_lens)
-            checks.check_lengths(host_lens, self.shape, max_pages)
-        checks.check_room(table, self._heads, segment_cost=self.segment_cost)
-        library = "torch" if "torch" in (lens.library, table.library) else self._library
+            given = given._replace(seq_lens=check_seq_lens(seq_lens))
+        views = given.views()
+        checks.check_plan(views, self.device_id)
+        checks.check_room(views, self._heads, segment_cost=self.segment_cost)
+        host = host_lens = None
+        if self.schedule != "balanced" or validate or given.lengths_on_host(views):
+            host = given.on_host(page_ids=validate)
+            checks.check_contents(host, self.shape.page_size)
+            host_lens = host.lengths(self.shape.page_size)
+        library = "torch" if any(array.library == "torch" for array in views.values()) else self._library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
-            lens_array, lens_address = arrays.to_gpu("seq_lens", seq_lens)
-            table_array, table_address = arrays.to_gpu("block_table", block_table)
-            # A copy of a table on the host is contiguous, whatever the table was a view of.
-            stride = table.strides[0] if table.device >= 0 and batch > 1 else max_pages
-            plan = Plan((lens_array, table_array), lens_address, table_address, batch, stride,
-                        min(MAX_TOKENS, max_pages * self.shape.page_size))
-            if self.schedule != "balanced":
+            if self.schedule == "balanced":
+                plan = place(given, views, self.shape.page_size)
+            else:
                 schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits,
                                          tile_tokens=self.tile_tokens, window=self.options.reach)
+                plan = place(*given.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
+            self._kernels.decode(plan.layout)
             if self._library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
-            plan.unchecked_ids = arrays.to_host("block_table", block_table), host_lens
-        on_gpu = lens.device >= 0 and table.device >= 0
+            plan.unchecked_ids = host, host_lens
+        on_gpu = all(array.device >= 0 for array in views.values())
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
-        if self._plan is None or self._plan.batch_size != batch:
+        if self._plan is None or self._plan.batch_size != plan.batch_size:
             self._checked_run = None
         self._plan = plan
 
@@ -178,8 +168,8 @@ class DecodeEngine:
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
         if self.router is not None:
-            checks.check_routed(scale=scale, sinks=sinks, query_lens=query_lens)
-            return self.router.run(q, k_pages, v_pages, out=out, lse=lse)
+            checks.check_routed(scale=scale, query_lens=query_lens)
+            return self.router.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
@@ -201,36 +191,46 @@ class DecodeEngine:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
             plan.unchecked_ids = None
         stream = arrays.current_stream(self._library, self.device_id)
+        if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
+            self._in_graphs.append((plan.copies, plan.task_list, self._partials))
+            plan.in_graph = True
         scale = self._scale if scale is None else checks.check_scale(scale)
         cap = self.options.soft_cap
         scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
-        given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at,
-                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.table_stride, self._num_pages,
-                 self.options.window or 0, scale, cap)
+        given = (q_at, k_at, v_at, plan.page_ids, plan.lengths, counts_at, sinks_at, out_at, lse_at,
+                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.stride,
+                 self._num_pages, self.options.window or 0, scale, cap, *plan.row_begins)
+        decode = self._kernels.decode(plan.layout)
         if plan.task_list is None:
             costs = self.segment_cost, self.min_cost, self.part_cost
-            self._decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
+            decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            self._decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
+            decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
             if bucket.rows is not None:
                 merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at, counts_at, sinks_at
-                self._merge((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
+                self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
     def release_arrays(self) -> None:
         """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""
         if self._plan is not None:
-            self._plan.arrays = ()
+            self._plan.arrays = StepTables()
+
+    def drain(self) -> None:
+        """Waits for the GPU, after which the engine may be dropped whatever stream it ran on."""
+        cupy.cuda.Device(self.device_id).synchronize()
 
     def _check_run(self, plan: Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
                    sinks: object, query_lens: object) -> None:
         named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
                  "query_lens": query_lens}
-        views = {name: arrays.view(name, array) for name, array in named.items() if array is not None}
+        optional = ("sinks", "query_lens")
+        views = {name: arrays.view(name, array) for name, array in named.items()
+                 if array is not None or name not in optional}
         checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
         k, v = views["k_pages"], views["v_pages"]
         self._library, self._num_pages = k.library, k.shape[0]
@@ -247,5 +247,6 @@ class DecodeEngine:
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
         costs = self.segment_cost, self.min_cost, self.part_cost
-        return read_device_tasks(plan.seq_lens, plan.batch_size, self._heads.num_kv_heads, costs, plan.max_tokens,
-                                 self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks)
+        pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
+        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, costs, plan.max_tokens,
+                                 self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

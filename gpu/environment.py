@@ -1,6 +1,7 @@
 """What a measurement was made on and with, and whether this machine can make one."""
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.util
 import json
@@ -19,6 +20,19 @@ def missing() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device answers"
+
+
+def lacks_gpu(program: str) -> bool:
+    """Whether this machine cannot run the program, which is then said on stderr."""
+    lack = missing()
+    if lack is not None:
+        print(f"{program} needs a CUDA GPU with CuPy and PyTorch; {lack}.", file=sys.stderr)
+    return lack is not None
+
+
+def options_of(args: argparse.Namespace) -> dict[str, object]:
+    """A script's options as JSON takes them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
+from gpu import arrays
 from gpu.page_allocator import PageAllocator
 from pkvsim import DecodeShape
 
@@ -13,12 +14,22 @@ class PagedKVCache:
 
     combined=True keeps both in one tensor [num_pages, 2, ...], of which k_pages and v_pages are views.
     block_table and seq_lens are host arrays with device copies that device_tables() brings up to date.
+
+    Everything the pool does on the GPU goes to the current stream of one library, which must be the one that the runs
+    reading its pages and tables go to.
     """
 
-    __slots__ = ("shape", "k_pages", "v_pages", "_pages", "_table", "_lens", "_stale")
+    __slots__ = ("shape", "k_pages", "v_pages", "_pages", "_table", "_lens", "_stale", "_library", "_device")
 
     def __init__(self, shape: DecodeShape, *, num_pages: int, max_batch: int, max_seq_len: int,
-                 dtype: str = "float16", combined: bool = False) -> None:
+                 dtype: str = "float16", combined: bool = False, library: str = "cupy") -> None:
+        """library: "cupy" or "torch", whichever the arrays of the runs come from.
+
+        Raises ValueError naming the argument.
+        """
+        if library not in ("cupy", "torch"):
+            raise ValueError(f"library: expected cupy or torch, got {library!r}")
+        self._library, self._device = library, cupy.cuda.Device().id
         if dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype: expected float16 or bfloat16, got {dtype!r}")
         try:
@@ -29,14 +40,15 @@ class PagedKVCache:
         self._pages = PageAllocator(num_pages=num_pages, page_size=shape.page_size, max_batch=max_batch,
                                     max_seq_len=max_seq_len)
         page = (shape.num_kv_heads, shape.page_size, shape.head_dim)
-        if combined:
-            both = cupy.zeros((num_pages, 2, *page), dtype=element)
-            self.k_pages, self.v_pages = both[:, 0], both[:, 1]
-        else:
-            self.k_pages = cupy.zeros((num_pages, *page), dtype=element)
-            self.v_pages = cupy.zeros((num_pages, *page), dtype=element)
-        self._table = cupy.asarray(self.block_table)
-        self._lens = cupy.asarray(self.seq_lens)
+        with arrays.on_stream(library, self._device):
+            if combined:
+                both = cupy.zeros((num_pages, 2, *page), dtype=element)
+                self.k_pages, self.v_pages = both[:, 0], both[:, 1]
+            else:
+                self.k_pages = cupy.zeros((num_pages, *page), dtype=element)
+                self.v_pages = cupy.zeros((num_pages, *page), dtype=element)
+            self._table = cupy.asarray(self.block_table)
+            self._lens = cupy.asarray(self.seq_lens)
         self._stale = False
 
     @property
@@ -54,8 +66,9 @@ class PagedKVCache:
     def device_tables(self) -> tuple[cupy.ndarray, cupy.ndarray]:
         """(seq_lens, block_table) on the device; the same two arrays on every call."""
         if self._stale:
-            self._table.set(self.block_table)
-            self._lens.set(self.seq_lens)
+            with arrays.on_stream(self._library, self._device):
+                self._table.set(self.block_table)
+                self._lens.set(self.seq_lens)
             self._stale = False
         return self._lens, self._table
 
@@ -94,9 +107,10 @@ class PagedKVCache:
         # 64-bit page ids: the element offsets that CuPy makes of them pass 2^32 in a large pool.
         pages = self.block_table[rows, positions // self.shape.page_size].astype(np.int64)
         slots = (positions % self.shape.page_size).astype(np.int64)
-        pages, slots = cupy.asarray(pages), cupy.asarray(slots)
-        self.k_pages[pages, :, slots] = k
-        self.v_pages[pages, :, slots] = v
+        with arrays.on_stream(self._library, self._device):
+            pages, slots = cupy.asarray(pages), cupy.asarray(slots)
+            self.k_pages[pages, :, slots] = k
+            self.v_pages[pages, :, slots] = v
         self._stale = True
 
     def _check_tokens(self, k: cupy.ndarray, v: cupy.ndarray, tokens: int) -> None:

@@ -13,8 +13,14 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):  # CUlaunchConfig
-    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
-                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint)]
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
 
 
 @functools.cache
@@ -22,14 +28,14 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
 
 
 def _arguments(signature: str) -> tuple[list, list[int]]:
     """The values of a signature in order, each a ctypes object to set, and the addresses of its parameters."""
     values, parameters = [], []
     for part in re.findall(r"\[[piqf]+\]|[piqf]", signature):
-        fields = [(f"field{index}", _C_TYPES[letter]) for index, letter in enumerate(part.strip("[]"))]
+        fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(part.strip("[]"))]
         structure = type("_Parameter", (ctypes.Structure,), {"_fields_": fields})
         memory = structure()
         start = ctypes.addressof(memory)
@@ -53,7 +59,9 @@ class Kernel:
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap))
+        self._config = _Config(
+            (0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)
+        )
         self._config_ref = ctypes.byref(self._config)
         self._values, parameters = _arguments(signature)
         self._pointers = (ctypes.c_void_p * len(parameters))(*parameters)

@@ -6,7 +6,6 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -14,7 +13,8 @@ from gpu import arrays, routes
 from gpu import flashinfer as fi
 from pkvsim import DecodeShape
 from pkvsim.device import DEVICES, DeviceSpec, get_device
-from pkvsim.policy import CalibratedPolicy, Decision
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.policy import CalibratedPolicy, Decision, Policy
 from pkvsim.route_model import OWN_ROUTES
 from pkvsim.shapes import check_int, check_seq_lens
 
@@ -25,14 +25,6 @@ KEY_SHIFT = 23 - 5  # a kept decision stands for lengths alike in the first 6 bi
 ON_DEVICE = Decision("balanced", None, {}, "lengths are on the GPU, where balanced plans without asking the host")
 
 
-class Policy(Protocol):
-    """What a Router asks."""
-
-    def decide(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int, available: tuple[str, ...]
-    ) -> Decision: ...
-
-
 class Router:
     """DecodeEngine's plan() and run() over every route.
 
@@ -41,7 +33,8 @@ class Router:
     captured CUDA graph whose lengths change under it, take `balanced`: asking for them would stop the host until the
     GPU is idle, which costs more than any route gains, and a captured choice could not follow them.
 
-    A step with an empty row stays on our own routes, which define its result (zeros and -inf). FlashInfer's engines
+    A step with an empty row, or one of fewer tokens than it has query tokens, stays on our own routes, which define its
+    result (zeros and -inf). FlashInfer's engines
     are built, and their kernels with them, when a step first chooses them; one that cannot be built is named in a
     warning and left out from then on. Every first choice for a batch size is logged with its reason (INFO).
 
@@ -51,6 +44,7 @@ class Router:
     __slots__ = (
         "shape",
         "dtype",
+        "options",
         "device",
         "policy",
         "layers",
@@ -75,23 +69,28 @@ class Router:
         layers: int = 1,
         needs_lse: bool = True,
         scale: float | None = None,
+        options: AttentionOptions = PLAIN,
+        layout: str = "HND",
         build: Callable[..., routes.RouteEngine] = routes.build,
     ) -> None:
         """
         policy: CalibratedPolicy() by default. device: the calibrated GPU to price for, by name or path; by default the
         one of the catalogue that this GPU is. layers: runs of every plan. needs_lse: whether run() must return an LSE
         whatever the route; without it XQA takes part and FlashInfer's routes return None for it. scale: of the logits;
-        FlashInfer's routes serve the default only.
+        FlashInfer's routes serve the default only. options, layout: as DecodeEngine's; FlashInfer's routes take part
+        where they serve them.
 
         Raises ValueError naming the argument.
         """
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.options = shape, dtype, options
         self.layers = check_int("layers", layers, 1)
         self.policy = CalibratedPolicy() if policy is None else policy
         self.device = this_device() if device is None else get_device(device) if isinstance(device, str) else device
         self._needs_lse = needs_lse
-        self._build = functools.partial(build, scale=scale)
-        self.available = routes.available_routes(shape, needs_lse=needs_lse) if scale is None else OWN_ROUTES
+        self._build = functools.partial(build, scale=scale, options=options, layout=layout)
+        self.available = OWN_ROUTES
+        if scale is None:
+            self.available = routes.available_routes(shape, needs_lse=needs_lse, options=options, layout=layout)
         self.decision: Decision | None = None
         self.counts: dict[str, int] = {}  # steps planned, by route
         self._engines: dict[str, routes.RouteEngine] = {}
@@ -150,15 +149,22 @@ class Router:
             LOG.info("%s, %d rows: %s (%s)", self.shape, batch_size, decision.route, decision.reason)
 
     def run(
-        self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None
+        self,
+        q: object,
+        k_pages: object,
+        v_pages: object = None,
+        *,
+        out: object = None,
+        lse: object = None,
+        sinks: object = None,
     ) -> tuple[object, object | None]:
         """Attention of the planned step, as DecodeEngine.run. Raises RuntimeError when nothing was planned."""
         if self._active is None:
             raise RuntimeError("run: call plan() first")
         if lse is None and self._needs_lse and self.decision.route not in OWN_ROUTES:
             described = arrays.view("q", q)
-            lse = arrays.empty_like(q, described, described.shape[:2], "float32")
-        return self._active.run(q, k_pages, v_pages, out=out, lse=lse)
+            lse = arrays.empty_like(q, described, described.shape[:-1], "float32")
+        return self._active.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
 
     def _decide(self, lens: np.ndarray | None) -> Decision:
         if lens is None or self.device is None or not self.device.routes:
@@ -169,8 +175,10 @@ class Router:
         if decision is not None:
             self._decisions.move_to_end(key)
             return decision
-        available = self.available if lens.all() else OWN_ROUTES
-        decision = self.policy.decide(self.shape, lens, self.device, layers=self.layers, available=available)
+        available = self.available if (lens >= self.options.query_tokens).all() else OWN_ROUTES
+        decision = self.policy.decide(
+            self.shape, lens, self.device, layers=self.layers, available=available, options=self.options
+        )
         if decision.route == PAPER_FLASHINFER:
             decision = dataclasses.replace(decision, route="flashinfer_tensor_core")
         if decision.route not in available:

@@ -5,26 +5,34 @@ Importing this module registers it. It is the other half of a decode step, besid
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 
 from pkvsim import DecodeShape
 
+MAX_WRITERS = 64
 SCHEMA = ("(Tensor k_new, Tensor v_new, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor seq_lens,"
           " Tensor? token_offsets=None) -> ()")
 
 
 class WriterCache:
-    """One writer for each (device, shape, dtype); a writer has no workspace, so streams share it."""
+    """One writer for each (device, shape, dtype), the MAX_WRITERS last used; without a workspace, so streams share it.
+
+    A captured graph needs no writer: kernels stay loaded for the life of the process.
+    """
 
     __slots__ = ("_make", "_writers", "_lock")
 
     def __init__(self, make: Callable[[DecodeShape, str], object]) -> None:
         """make(shape, dtype): builds a writer on the current device."""
         self._make = make
-        self._writers: dict[tuple, object] = {}
+        self._writers: OrderedDict[tuple, object] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._writers)
 
     def append(
         self, k_new: torch.Tensor, v_new: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor,
@@ -44,6 +52,9 @@ class WriterCache:
                 _, heads, page_size, head_dim = k_pages.shape
                 shape = DecodeShape(heads, heads, head_dim, page_size)
                 writer = self._writers[key] = self._make(shape, str(k_new.dtype).removeprefix("torch."))
+            self._writers.move_to_end(key)
+            if len(self._writers) > MAX_WRITERS:
+                self._writers.popitem(last=False)
             writer.append(k_new, v_new, k_pages, v_pages, seq_lens=seq_lens, block_table=block_table,
                           token_offsets=token_offsets)
 

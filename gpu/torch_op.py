@@ -6,6 +6,7 @@ steps: lengths and tables may change in place under a captured CUDA graph.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -13,23 +14,28 @@ import torch
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
+MAX_ENGINES = 64  # a model's layers share a few; each holds some MB of workspace
 SCHEMA = ("(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor seq_lens, float? scale=None,"
           " int? window=None, float? soft_cap=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)")
 
 
 class EngineCache:
-    """One engine for each (device, stream, shape, dtype, options): an engine's runs share its workspace."""
+    """One engine for each (device, stream, shape, dtype, kind of table, options): its runs share its workspace.
 
-    __slots__ = ("_make", "_engines", "_lock")
+    The MAX_ENGINES last used are kept, and for good those that a captured graph uses.
+    """
+
+    __slots__ = ("_make", "_engines", "_captured", "_lock")
 
     def __init__(self, make: Callable[[DecodeShape, str, AttentionOptions], object]) -> None:
         """make(shape, dtype, options): builds an engine on the current device."""
         self._make = make
-        self._engines: dict[tuple, object] = {}
+        self._engines: OrderedDict[tuple, object] = OrderedDict()
+        self._captured: dict[tuple, object] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._engines)
+        return len(self._engines) + len(self._captured)
 
     def run(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
@@ -38,18 +44,30 @@ class EngineCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention on `stream`, which must be the current one of q's device. (out, lse) are new tensors."""
         sizes = q.shape[1:], k_pages.shape[1:], v_pages.shape[-1]
-        key = q.device, stream, sizes, q.dtype, window, soft_cap, sinks is None
+        key = q.device, stream, sizes, q.dtype, block_table.dtype, window, soft_cap, sinks is None
         with self._lock:  # between plan() and run() no other thread may plan
-            engine = self._engines.get(key)
+            engine = self._captured.get(key) or self._engines.get(key)
             if engine is None:
                 if capturing:
                     raise RuntimeError("decode_attention: expected a call with these shapes on this stream before a "
                                        "CUDA graph captures it, as an engine cannot be built during a capture")
-                engine = self._engines[key] = self._build(q, k_pages, v_pages, window, soft_cap, sinks)
+                engine = self._build(q, k_pages, v_pages, window, soft_cap, sinks)
+            self._keep(key, engine, capturing)
             engine.plan(seq_lens, block_table)
             found = engine.run(q.contiguous(), k_pages, v_pages, scale=scale, sinks=sinks)
             engine.release_arrays()  # else they would outlive their call, in a pool that a captured graph owns
             return found
+
+    def _keep(self, key: tuple, engine: object, capturing: bool) -> None:
+        if capturing or key in self._captured:
+            self._engines.pop(key, None)
+            self._captured[key] = engine
+            return
+        self._engines[key] = engine
+        self._engines.move_to_end(key)
+        if len(self._engines) > MAX_ENGINES:
+            _, oldest = self._engines.popitem(last=False)
+            oldest.drain()  # its last run may be under way on another stream
 
     def _build(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, window: int | None,
                soft_cap: float | None, sinks: torch.Tensor | None) -> object:
@@ -116,9 +134,9 @@ def decode_attention(
 
     q [batch_size, num_q_heads, head_dim] float16 or bfloat16, or [batch_size, query_tokens, ..]: the rows' last tokens;
     k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], views too, so NHD pages are transpose(1, 2);
-    block_table [batch_size, max_pages], seq_lens [batch_size], int32; all on one GPU. scale: of the logits, by default
-    head_dim ** -0.5. window, soft_cap, sinks [num_q_heads] float32: see pkvsim.options. Rows of length 0 give zeros and
-    -inf. There is no backward.
+    block_table [batch_size, max_pages] int32 or int64, seq_lens [batch_size] int32; all on one GPU. scale: of the
+    logits, by default head_dim ** -0.5. window, soft_cap, sinks [num_q_heads] float32: see pkvsim.options. Rows of
+    length 0 give zeros and -inf. There is no backward.
 
     Raises ValueError naming the argument. The first call with a shape on a stream builds its engine, and must not be
     under capture.

@@ -38,9 +38,13 @@ def calculated_table(compute_capability: int) -> dict:
                 shape = DecodeShape(group_size, 1, head_dim, PAGE_SIZE)
                 config = kernel_config(shape, dtype, compute_capability)
                 entries.append(entry_of(group_size, config))
-    return {"compute_capability": compute_capability, "gpu": f"any of compute capability {compute_capability / 10:.1f}",
-            "source": f"calculated: most bytes in flight within {shared_limit_bytes(compute_capability)} bytes of shared "
-                      "memory; not measured", "entries": entries}
+    return {
+        "compute_capability": compute_capability,
+        "gpu": f"any of compute capability {compute_capability / 10:.1f}",
+        "source": f"calculated: most bytes in flight within {shared_limit_bytes(compute_capability)} bytes of shared "
+        "memory; not measured",
+        "entries": entries,
+    }
 
 
 def entry_of(group_size: int, config: KernelConfig, **measured: float) -> dict:
@@ -87,7 +91,9 @@ def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple
         engine.plan(torch.from_numpy(lens).cuda(), torch.from_numpy(pages.block_table).cuda())
         q = torch.randn(rows, shape.num_q_heads, shape.head_dim, device="cuda", dtype=pool.flat.dtype)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
-        timing = graph_time_us(lambda i: engine.run(q, *pages.layers[i], out=out, lse=lse), variants=len(pages.layers), repeats=3)
+        timing = graph_time_us(
+            lambda i: engine.run(q, *pages.layers[i], out=out, lse=lse), variants=len(pages.layers), repeats=3
+        )
         times.append(timing.median_us)
     return times
 
@@ -119,17 +125,29 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
         entries.append(entry_of(group, best, geomean_us=round(best_us, 2)))
         progress(None)
         others = ", ".join(f"({c.warps}, {c.stages}) {us:.1f}" for us, c in found[1:])
-        print(f"head_dim {shape.head_dim:3d}  group {group:2d}  {dtype:8s}  ({best.warps}, {best.stages}) {best_us:.1f} us; {others}", flush=True)
+        print(
+            f"head_dim {shape.head_dim:3d}  group {group:2d}  {dtype:8s}  "
+            f"({best.warps}, {best.stages}) {best_us:.1f} us; {others}",
+            flush=True,
+        )
     gpu = torch.cuda.get_device_name()
-    return {"compute_capability": capability, "gpu": gpu, "entries": entries,
-            "source": f"python -m gpu.tune on one {gpu}, {datetime.date.today()}, CuPy {cupy.__version__}: least geometric mean "
-                      f"of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens"}
+    return {
+        "compute_capability": capability,
+        "gpu": gpu,
+        "entries": entries,
+        "source": f"python -m gpu.tune on one {gpu}, {datetime.date.today()}, CuPy {cupy.__version__}: least geometric "
+        f"mean of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens",
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpu.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--out", required=True, help="where to write the table, JSON")
-    parser.add_argument("--calculate", type=int, metavar="CC", help="compute capability x 10 of a GPU not at hand, such as 86")
+    parser.add_argument(
+        "--calculate", type=int, metavar="CC", help="compute capability x 10 of a GPU not at hand, such as 86"
+    )
     parser.add_argument("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), choices=HEAD_DIMS)
     parser.add_argument("--group-sizes", type=int, nargs="+", default=list(GROUP_SIZES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))

@@ -25,11 +25,15 @@ def read_table(path: Path) -> dict:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot read a table of tuned variants: {error}") from None
     entries = table.get("entries") if isinstance(table, dict) else None
-    if not isinstance(table.get("compute_capability") if entries is not None else None, int) or not isinstance(entries, list):
+    if not isinstance(table.get("compute_capability") if entries is not None else None, int) or not isinstance(
+        entries, list
+    ):
         raise ValueError(f"{path}: expected an object with compute_capability and entries")
     for index, entry in enumerate(entries):
         numbers = [entry.get(name) if isinstance(entry, dict) else None for name in ENTRY_FIELDS if name != "dtype"]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers) or not isinstance(entry.get("dtype"), str):
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers) or not isinstance(
+            entry.get("dtype"), str
+        ):
             raise ValueError(f"{path}: entries[{index}]: expected {', '.join(ENTRY_FIELDS)}, got {entry!r}")
     return table
 
@@ -44,7 +48,7 @@ def _table(compute_capability: int) -> dict | None:
 
 
 def tuned_choice(shape: DecodeShape, dtype: str, compute_capability: int) -> tuple[tuple[int, int], ...]:
-    """The (warps, stages) of the tuned group size next above the shape's, or below where there is none; () if untuned."""
+    """The (warps, stages) of the tuned group size next above the shape's, or below where there is none; else ()."""
     table = _table(compute_capability)
     entries = [e for e in table["entries"] if (e["head_dim"], e["dtype"]) == (shape.head_dim, dtype)] if table else []
     if not entries:

@@ -50,8 +50,8 @@ def test_arguments_that_routes_need_not_serve_are_refused(name) -> None:
 
 
 def test_a_table_that_the_planner_cannot_count_is_refused() -> None:
-    def table(rows: int, columns: int) -> ArrayView:
-        return ArrayView(0, "cupy", 0, "int32", (rows, columns), (columns, 1))
+    def table(rows: int, columns: int) -> dict[str, ArrayView]:
+        return {"block_table": ArrayView(0, "cupy", 0, "int32", (rows, columns), (columns, 1))}
 
     fits = (2**31 - 1) // (2 * SHAPE.num_kv_heads)  # columns of two rows, a tile each
     validate.check_room(table(2, fits), SHAPE, segment_cost=0)

@@ -1,4 +1,5 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
+import ctypes
 import itertools
 import re
 
@@ -8,7 +9,10 @@ import pytest
 
 from gpu import append_config
 from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
+from gpu.decode_kernels import ARGUMENTS, CSR_ARGUMENTS
 from gpu.kernels import SOURCE_DIR, compile_options
+from gpu.launch import C_TYPES
+from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.rope import ROPE_STYLES, Rope
@@ -70,9 +74,41 @@ def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtyp
 @pytest.mark.parametrize("options", OPTIONS, ids=repr)
 @pytest.mark.parametrize("capability", (86, 90))
 def test_options_fit(capability, options):
-    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options)
+    config = kernel_config(
+        DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options
+    )
     for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
-        assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+        assert_fits(
+            file_name,
+            kernel_name,
+            config.defines(),
+            capability,
+            threads=config.threads,
+            dynamic_shared=config.shared_bytes,
+        )
+
+
+# Ids of both types, both ways of telling lengths; capabilities and page sizes take turns.
+TABLES = ((86, 16, "balanced.cu", TableLayout(int64=True)), (90, 16, "balanced.cu", TableLayout(csr=True)),
+          (90, 1, "balanced.cu", TableLayout(int64=True, csr=True, last_page=True)),
+          (86, 16, "balanced.cu", TableLayout(csr=True, last_page=True)), (90, 3, "decode.cu", TableLayout(csr=True)))
+
+
+@pytest.mark.parametrize(("capability", "page_size", "file_name", "layout"), TABLES)
+def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
+    config = variant(capability, 128, 4, page_size, "float16")
+    kernel_name = "pkv_decode_balanced" if file_name == "balanced.cu" else "pkv_decode_tasks"
+    assert_fits(file_name, kernel_name, config.defines() | layout.defines(), capability, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize(("signature", "layout"), [(ARGUMENTS, TableLayout()), (CSR_ARGUMENTS, TableLayout(csr=True))])
+def test_the_hosts_structure_is_the_kernels(signature, layout):
+    options = compile_options(variant(90, 128, 4, 16, "float16").defines() | layout.defines())
+    size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
+    fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(signature)]
+    structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+    assert int(size[1]) == ctypes.sizeof(structure)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -90,16 +126,20 @@ def test_stream_kernel_fits(unroll, capability):
 # Every cache type with every way of rotating, and with every architecture; dims (K, V, rotated) and dtypes take turns.
 APPEND_DIMS = ((128, 128, 128), (64, 64, 32), (192, 128, 64), (256, 256, 256), (80, 80, 32))
 APPEND_ROPES = (None, *itertools.product(ROPE_STYLES, ("cos_sin", "inv_freq")))
-APPEND_VARIANTS = [(CAPABILITIES[(i + j) % 5], kv_dtype, way, APPEND_DIMS[(i + 2 * j) % 5], tuple(DTYPES)[(i + j) % 2])
-                   for i, kv_dtype in enumerate((None, *append_config.CACHE_TYPES)) for j, way in enumerate(APPEND_ROPES)]
+APPEND_VARIANTS = [
+    (CAPABILITIES[(i + j) % 5], kv_dtype, way, APPEND_DIMS[(i + 2 * j) % 5], tuple(DTYPES)[(i + j) % 2])
+    for i, kv_dtype in enumerate((None, *append_config.CACHE_TYPES))
+    for j, way in enumerate(APPEND_ROPES)
+]
 
 
 def append_defines(kv_dtype, way, dims, dtype):
     head_dim, head_dim_v, rotary_dim = dims
     angles = {"cos_sin": np.zeros((1, rotary_dim), np.float32), "inv_freq": np.zeros(rotary_dim // 2)}
     rope = None if way is None else Rope(style=way[0], **{way[1]: angles[way[1]]})
-    return append_config.defines(DecodeShape(4, 1, head_dim, 16), dtype, kv_dtype=kv_dtype or dtype, head_dim_v=head_dim_v,
-                                 rope=rope)
+    return append_config.defines(
+        DecodeShape(4, 1, head_dim, 16), dtype, kv_dtype=kv_dtype or dtype, head_dim_v=head_dim_v, rope=rope
+    )
 
 
 @pytest.mark.parametrize(("capability", "kv_dtype", "way", "dims", "dtype"), APPEND_VARIANTS)
@@ -131,7 +171,14 @@ def test_tiles_are_copied_sixteen_bytes_at_a_time(file_name):
 
 
 def test_every_source_is_compiled_here():
-    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {"append.cu", "balanced.cu", "decode.cu", "merge.cu", "plan.cu", "stream.cu"}
+    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {
+        "append.cu",
+        "balanced.cu",
+        "decode.cu",
+        "merge.cu",
+        "plan.cu",
+        "stream.cu",
+    }
 
 
 def test_an_error_carries_the_compilers_words(tmp_path):

@@ -15,7 +15,9 @@ from pkvsim import DecodeShape
 from pkvsim.decision import Decision
 from pkvsim.device import get_device
 from pkvsim.policy import CalibratedPolicy, FixedPolicy, PaperPolicy
+from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.route_model import OWN_ROUTES, ROUTES
+from pkvsim.route_options import serving_routes
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 H200 = get_device("h200")
@@ -31,7 +33,8 @@ class FakeEngine:
     def plan(self, seq_lens, block_table, *, splits=None, packed=None, validate=False) -> None:
         self.plans.append((seq_lens, splits))
 
-    def run(self, q, k_pages, v_pages=None, *, out=None, lse=None):
+    def run(self, q, k_pages, v_pages=None, *, out=None, lse=None, sinks=None):
+        self.sinks = sinks
         return self.route, lse
 
 
@@ -42,7 +45,7 @@ class Built(dict):
         super().__init__()
         self.broken = broken
 
-    def __call__(self, route, shape, dtype, *, scale):
+    def __call__(self, route, shape, dtype, *, scale, options, layout):
         if route in self.broken:
             raise routes.RouteUnavailable(f"{route}: no kernel")
         assert route not in self, "engines are built once"
@@ -97,6 +100,46 @@ def test_the_routed_engine_is_the_policys_choice_among_the_available(lens, layer
     assert router.counts == {expected.route: 1} and router.run(None, None, lse=0)[0] == expected.route
 
 
+OPTIONS = (PLAIN, AttentionOptions(window=4096), AttentionOptions(soft_cap=30.0), AttentionOptions(sinks=True),
+           AttentionOptions(query_tokens=4), AttentionOptions(v_head_dim=64),
+           AttentionOptions(window=128, sinks=True, query_tokens=2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lens=LENGTHS, options=st.sampled_from(OPTIONS), needs_lse=st.booleans(), layout=st.sampled_from(["HND", "NHD"]))
+def test_options_reach_the_policy_and_leave_out_who_does_not_serve_them(lens, options, needs_lse, layout):
+    lens, build = np.array(lens, np.int32), Built()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routes.fi, "installed", lambda: True)
+        router = make_router(build, options=options, layout=layout, needs_lse=needs_lse)
+        router.plan(lens, np.zeros((len(lens), 1), np.int32))
+    served = serving_routes(SHAPE, options)
+    assert set(router.available) <= set(served) and set(OWN_ROUTES) <= set(router.available)
+    if layout == "HND" and options.query_tokens == 1:
+        assert set(router.available) == {route for route in served if route != "xqa" or not needs_lse}
+    if layout == "NHD":
+        assert router.available == OWN_ROUTES
+    available = router.available if (lens >= options.query_tokens).all() else OWN_ROUTES
+    expected = CalibratedPolicy().decide(SHAPE, lens, H200, available=available, options=options)
+    assert set(build) == {expected.route}
+    sinks = object()
+    router.run(None, None, lse=0, sinks=sinks)
+    assert build[expected.route].sinks is sinks
+
+
+@pytest.mark.parametrize("options, unserved", [
+    (AttentionOptions(sinks=True), {"flashinfer_cuda_core": "sinks", "flashinfer_tensor_core": "sinks"}),
+    (AttentionOptions(soft_cap=1.0), {"xqa": "soft_cap"}),
+    (AttentionOptions(query_tokens=2), {"flashinfer_cuda_core": "query_tokens", "xqa": "query_tokens"}),
+    (AttentionOptions(v_head_dim=64), dict.fromkeys(routes.BACKENDS, "v_head_dim")),
+])
+def test_the_reason_names_the_option(installed, options, unserved):
+    missing = routes.missing_routes(SHAPE, options=options)
+    assert set(missing) == set(unserved)
+    assert all(option in missing[route] for route, option in unserved.items())
+    assert all("NHD" in reason for reason in routes.missing_routes(SHAPE, layout="NHD").values())
+
+
 def test_decisions_are_kept_for_lengths_alike_and_no_further():
     policy = CountingPolicy()
     router = make_router(Built(), policy=policy)
@@ -110,7 +153,9 @@ def test_decisions_are_kept_for_lengths_alike_and_no_further():
 
 
 @settings(max_examples=60, deadline=None)
-@given(lens=st.lists(st.integers(1, 100000), min_size=1, max_size=40), seed=st.integers(0, 9), layers=st.integers(1, 40))
+@given(
+    lens=st.lists(st.integers(1, 100000), min_size=1, max_size=40), seed=st.integers(0, 9), layers=st.integers(1, 40)
+)
 def test_a_kept_decision_costs_little_where_lengths_differ(lens, seed, layers):
     """By the model itself, the route of other lengths alike in their first bits is at most 7 % above the cheapest."""
     lens = np.array(lens, np.int32)

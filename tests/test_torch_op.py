@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 from torch_paged import TorchEngine, append_tokens as append_reference, paged_attention, serve_op_on_cpu
 
+from gpu import torch_append, torch_op
 from gpu.torch_append import WriterCache, append_tokens
 from gpu.torch_op import EngineCache, decode_attention
 from pkvsim.options import PLAIN
@@ -115,7 +116,31 @@ def test_one_engine_for_each_stream_shape_dtype_and_option() -> None:
     run(cache, arguments, window=4)
     run(cache, step([5], dtype=torch.bfloat16))
     run(cache, (arguments[0][:, :2].contiguous(), *arguments[1:]))
-    assert len(cache) == len(made) == 5
+    run(cache, (*arguments[:3], arguments[3].long(), arguments[4]))  # whose kernel is another
+    assert len(cache) == len(made) == 6
+
+
+def test_the_last_used_engines_are_kept_and_those_of_captured_graphs(monkeypatch) -> None:
+    monkeypatch.setattr(torch_op, "MAX_ENGINES", 3)
+    made, drained = [], []
+
+    class Engine(TorchEngine):
+        def drain(self) -> None:
+            drained.append(self.options.window)
+
+    def make(shape, dtype, options):
+        made.append(options.window)
+        return Engine(shape, dtype, options)
+
+    cache, arguments = EngineCache(make), step([5, 9])
+    run(cache, arguments, window=1)
+    run(cache, arguments, window=1, capturing=True)
+    for window in (2, 3, 4, 2, 5, 6, 1):
+        run(cache, arguments, window=window)
+    assert drained == [3, 4] and made == [1, 2, 3, 4, 5, 6]  # 2 was used again, 1 is captured
+    assert len(cache) == 3 + 1
+    run(cache, arguments, window=3)
+    assert made[-1] == 3 and drained == [3, 4, 2]
 
 
 def test_queries_that_are_not_contiguous() -> None:
@@ -187,7 +212,7 @@ def test_append_and_decode_compile_whole_and_export() -> None:
     assert not torch.equal(arguments()[3], expected_step[3]), "nothing was appended"
 
 
-def test_one_writer_for_each_shape_and_dtype() -> None:
+def test_one_writer_for_each_shape_and_dtype(monkeypatch) -> None:
     made = []
 
     class Writer:
@@ -210,5 +235,9 @@ def test_one_writer_for_each_shape_and_dtype() -> None:
             append_reference(*expected)
             assert torch.equal(found[2], expected[2]) and torch.equal(found[3], expected[3])
     assert made == [(2, 4, 8, "float16"), (2, 4, 8, "bfloat16")]
+    monkeypatch.setattr(torch_append, "MAX_WRITERS", 1)
+    for dtype in (torch.float16, torch.bfloat16, torch.float16):
+        cache.append(*append_step([5, 4], None, dtype=dtype), capturing=False)
+    assert len(cache) == 1 and [kind for *_, kind in made[2:]] == ["bfloat16", "float16"]
     with pytest.raises(ValueError, match="^k_pages: expected"):
         cache.append(*append_step([5], None)[:2], torch.zeros(3), *append_step([5], None)[3:], capturing=False)

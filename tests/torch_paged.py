@@ -52,6 +52,18 @@ def append_tokens(
             pool[pages, :, slots] = new[end - len(places):end]
 
 
+def table_of_csr(
+    indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(block_table, seq_lens) of the same rows."""
+    rows = [indices[begin:end] for begin, end in zip(indptr[:-1].tolist(), indptr[1:].tolist())]
+    table = torch.zeros((len(rows), max(1, *map(len, rows))), dtype=indices.dtype)
+    for row, ids in zip(table, rows):
+        row[:len(ids)] = ids
+    lens = [(len(ids) - 1) * page_size + last if len(ids) else 0 for ids, last in zip(rows, last_page_len.tolist())]
+    return table, torch.tensor(lens, dtype=torch.int32)
+
+
 class TorchEngine:
     """DecodeEngine's plan() and run() by paged_attention. As there, run() reads the planned tensors, not copies."""
 
@@ -59,12 +71,16 @@ class TorchEngine:
         self.shape, self.dtype, self.options = shape, dtype, options
         self.plans = self.runs = 0
 
-    def plan(self, seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
-        assert seq_lens.dtype == block_table.dtype == torch.int32
-        self.tables = block_table, seq_lens
+    def plan(self, seq_lens=None, block_table=None, *, indptr=None, indices=None, last_page_len=None) -> None:
+        for array in (seq_lens, indptr, last_page_len):
+            assert array is None or array.dtype == torch.int32
+        self.tables = (block_table, seq_lens) if indptr is None else (indptr, indices, last_page_len)
         self.plans += 1
 
     def release_arrays(self) -> None:
+        pass
+
+    def drain(self) -> None:
         pass
 
     def run(self, q, k_pages, v_pages, *, out=None, lse=None, scale=None, sinks=None):
@@ -74,7 +90,8 @@ class TorchEngine:
         assert k_pages.shape[1:] == (shape.num_kv_heads, shape.page_size, shape.head_dim)
         assert str(q.dtype) == str(k_pages.dtype) == f"torch.{self.dtype}"
         self.runs += 1
-        found = paged_attention(q, k_pages, v_pages, *self.tables, scale, options.window, options.soft_cap, sinks)
+        tables = self.tables if len(self.tables) == 2 else table_of_csr(*self.tables, shape.page_size)
+        found = paged_attention(q, k_pages, v_pages, *tables, scale, options.window, options.soft_cap, sinks)
         return tuple(new if given is None else given.copy_(new) for given, new in zip((out, lse), found))
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from decode_ref import Case, check, make_case
+from decode_ref import Case, check, csr_of, make_case
 
-from gpu import BatchDecodeWithPagedKVCacheWrapper, page_tables
+from gpu import BatchDecodeWithPagedKVCacheWrapper
 from pkvsim import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -25,7 +25,7 @@ def workspace() -> torch.Tensor:
 
 def csr(case: Case, *, on_host: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(indptr, indices, last_page_len)."""
-    arrays = page_tables.csr_of(case.seq_lens, case.block_table, case.shape.page_size)
+    arrays = csr_of(case)
     return tuple(array.cpu() for array in arrays) if on_host else arrays
 
 
@@ -131,6 +131,9 @@ for indptr, indices, last_page_len, q, kv_cache in steps:
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
     wrapper.run(q, kv_cache, out=out, lse=lse, return_lse=True, enable_pdl=False)
     results.append((out, lse))
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
+    wrapper.run(q, kv_cache, out=out, lse=lse)
+    results.append((out, lse))
     results.append(wrapper.forward_return_lse(q, kv_cache, sm_scale=0.2))
 wrapper.begin_forward(*steps[0][:3], 32, 8, 128, 16, data_type=torch.float16, kv_data_type=steps[0][3].dtype,
                       q_data_type=steps[0][3].dtype, sm_scale=0.05)
@@ -217,7 +220,7 @@ def test_one_script_by_import_alone(tensor_cores: bool, dtype: str, on_host: boo
         exec(SCRIPT.format(module=module), names)
         torch.cuda.synchronize()
         found[module] = names["results"]
-    assert len(found["gpu"]) == len(found["flashinfer"]) == 5 * 5 + 1 + 3
+    assert len(found["gpu"]) == len(found["flashinfer"]) == 5 * 6 + 1 + 3
     tolerance = {"float16": 4e-3, "bfloat16": 3.2e-2}[dtype]
     for mine, theirs in zip(found["gpu"], found["flashinfer"]):
         assert type(mine) is type(theirs)

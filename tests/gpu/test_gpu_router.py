@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import test_gpu_options
 import torch
 from decode_ref import UNUSED_ENTRY, Case, attention, check, make_case
 
-from gpu import DecodeEngine, router, routes
+from gpu import DecodeEngine, flashinfer_route, router, routes
 from gpu.timing import capture, shared_stream
-from pkvsim import DecodeShape
+from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.device import get_device
 from pkvsim.policy import CalibratedPolicy, FixedPolicy
 from pkvsim.route_model import OWN_ROUTES, ROUTES
@@ -56,7 +57,7 @@ def test_every_route_through_the_router(case: Case, route: str, lengths_on: str)
     built = engine_of(route)
     needs_lse = route != "xqa"
     chosen = router.Router(
-        SHAPE, policy=FixedPolicy(route), device=H200, needs_lse=needs_lse, build=lambda *args, scale: built
+        SHAPE, policy=FixedPolicy(route), device=H200, needs_lse=needs_lse, build=lambda *args, **options: built
     )
     lens = case.seq_lens.cpu().numpy()
     for validate in (False, True):
@@ -68,6 +69,32 @@ def test_every_route_through_the_router(case: Case, route: str, lengths_on: str)
         found = chosen.run(case.q, case.k_pages, case.v_pages, out=out)
         assert chosen.decision.route == route and found[0] is out and (found[1] is not None) == (route != "xqa")
         agrees(case, *found)
+
+
+@pytest.mark.parametrize("options", [
+    AttentionOptions(window=333), AttentionOptions(soft_cap=5.0), AttentionOptions(sinks=True),
+    AttentionOptions(query_tokens=4), AttentionOptions(window=100, sinks=True)], ids=repr)
+@pytest.mark.parametrize("route", ROUTES)
+def test_routes_serve_the_options_that_they_say_they_serve(route: str, options: AttentionOptions) -> None:
+    shape = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
+    chosen = router.Router(shape, policy=FixedPolicy(route), device=H200, needs_lse=False, options=options)
+    if route not in chosen.available:
+        pytest.skip(f"{route}: {routes.missing_routes(shape, options=options)[route]}")
+    q, k, v, table, lens = test_gpu_options.step(shape, options, "float16")
+    for pool in (k, v):
+        pool.nan_to_num_()
+    table = torch.where(table == UNUSED_ENTRY, 0, table)
+    arrays = q[1:].contiguous(), k, v, table[1:].contiguous(), lens[1:].contiguous()  # row 0 is empty
+    sinks = torch.randn(8, device="cuda") if options.sinks else None
+    more = {"sinks": sinks.double().cpu().numpy()} if options.sinks else {}
+    wanted = test_gpu_options.expected(shape, options, arrays, **more)
+    try:
+        chosen.plan(arrays[4].cpu().numpy(), arrays[3])
+    except ValueError as error:  # what could not be built is left out, which this policy cannot follow
+        pytest.skip(str(error))
+    out, _ = chosen.run(*arrays[:3], sinks=sinks)
+    torch.cuda.synchronize()
+    assert np.abs(out.double().cpu().numpy() - wanted[0]).max() < 4e-3
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -111,7 +138,7 @@ def test_auto_refuses_what_its_routes_need_not_serve(case: Case) -> None:
 def test_cupys_null_stream_is_not_torchs_current_one() -> None:
     cupy = pytest.importorskip("cupy")
     with torch.cuda.stream(torch.cuda.Stream()):
-        with cupy.cuda.Stream.null, routes._torch_on_stream("cupy", 0) as stream:
+        with cupy.cuda.Stream.null, flashinfer_route._torch_on_stream("cupy", 0) as stream:
             assert stream.cuda_stream == 0 and torch.cuda.current_stream().cuda_stream == 0
         assert torch.cuda.current_stream().cuda_stream != 0
 
