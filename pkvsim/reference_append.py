@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from pkvsim.kv_types import FP8_DTYPES
 from pkvsim.rope import HALF, Rope
 from pkvsim.shapes import describe
 
-FP8_DTYPES = {"float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2)}
 INT8_STEPS = 127  # between 0 and a head's largest magnitude
 
 
