@@ -46,9 +46,8 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
       if (lane < 4) row[V_DIM] = state.m[b][column], row[V_DIM + 1] = l;
       #pragma unroll
       for (int i = 0; i < V_STEPS; ++i) {
-        float* at = row + i * 16 + first_row(lane);
-        at[0] = state.acc[i][b][column];
-        at[ROWS_APART] = state.acc[i][b][column + 2];
+        row[i * 16 + lane / 4 * LANES_APART] = state.acc[i][b][column];
+        row[i * 16 + lane / 4 * LANES_APART + ROWS_APART] = state.acc[i][b][column + 2];
       }
     }
 }

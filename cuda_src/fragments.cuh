@@ -12,9 +12,8 @@
 
 namespace pkv {
 
-// Element (of 16) of acc's first and second row of this lane.
-__device__ __forceinline__ int first_row(int lane) { return CACHE_TYPE ? lane / 4 * 2 : lane / 4; }
-constexpr int ROWS_APART = CACHE_TYPE ? 1 : 8;
+// Of 16 elements of the output: how far apart those of neighbouring rows of lanes are, and a lane's two.
+constexpr int LANES_APART = CACHE_TYPE ? 2 : 1, ROWS_APART = CACHE_TYPE ? 1 : 8;
 
 #if CACHE_TYPE
 // Selectors that make halves of bytes a and b: as their upper byte, as their lower one (the other comes from the second

@@ -6,10 +6,10 @@ from dataclasses import replace
 import cupy
 import numpy as np
 
-from gpu import arrays
+from gpu import arrays, cache_scales
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
-from gpu.kernels import load_kernel
+from gpu.decode_kernels import load_decode
 from gpu.plan import Plan
 from gpu.router import Router
 from gpu.task_list import read_device_tasks, upload_tasks
@@ -20,7 +20,6 @@ from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, eng
 from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
-ARGUMENTS = "[ppppppppppqqiiiiiiiiiff]"  # pkv::DecodeArguments in cuda_src/attend.cuh
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 
@@ -39,8 +38,9 @@ class DecodeEngine:
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
                  min_cost: int = MIN_COST, part_cost: int | None = None, variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None,
-                 device: DeviceSpec | str | None = None, layers: int = 1) -> None:
+                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
+                 layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
+                 layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
@@ -48,7 +48,8 @@ class DecodeEngine:
         part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
         of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
         head_dim ** -0.5.
-        options: windows, sinks and the like. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD",
+        options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where they have
+        none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD",
         [page_size, num_kv_heads, head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
@@ -62,6 +63,7 @@ class DecodeEngine:
         current = cupy.cuda.Device()
         if layout not in ("HND", "NHD"):
             raise ValueError(f"layout: expected HND or NHD, got {layout!r}")
+        options = options.with_cache(kv_dtype, kv_scales)
         self.shape, self.dtype, self.options, self.layout = shape, dtype, options, layout
         # Only plain attention is routed.
         self.schedule = "balanced" if schedule == "auto" and (options, layout) != (PLAIN, "HND") else schedule
@@ -81,25 +83,19 @@ class DecodeEngine:
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
+        self._scale_strides = cache_scales.NO_STRIDES
         self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
         self.router: Router | None = None
         if self.schedule == "auto":
             self.router = Router(shape, dtype, device=device, layers=layers, scale=scale)
             return  # the routes have engines of their own
-        defines, threads = self.config.defines(), self.config.threads
-        shared = self.config.shared_bytes
-        overlap = int(current.compute_capability) >= 90
-        if self.schedule == "balanced":
-            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", ARGUMENTS + "iiii", defines,
-                                       threads=threads, shared_bytes=shared, overlap=overlap)
+        balanced = self.schedule == "balanced"
+        self._kernels = load_decode(self.config, balanced=balanced, overlap=int(current.compute_capability) >= 90)
+        self._partials = None
+        if balanced:
             self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
-        else:
-            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", ARGUMENTS + "ppii", defines, threads=threads,
-                                       shared_bytes=shared, overlap=overlap)
-            self._merge = load_kernel("merge.cu", "pkv_merge", "ppppppp", defines, threads=threads, overlap=overlap)
-            self._partials = None
 
     def plan(self, seq_lens: object, block_table: object, *, validate: bool = False,
              host_seq_lens: object = None) -> None:
@@ -163,7 +159,8 @@ class DecodeEngine:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
-            scale: float | None = None, sinks: object = None, query_lens: object = None) -> tuple[object, object]:
+            scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
+            v_scale: object = None) -> tuple[object, object]:
         """Attention of the planned step, on the caller's current stream.
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
@@ -174,11 +171,15 @@ class DecodeEngine:
         [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse have an
         axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row has, the
         first ones; outputs of the others are left as they were.
+        k_scale, v_scale: of an 8-bit cache, which holds value / scale (FP8 pages may be uint8). With options.kv_scales
+        "tensor" a positive number or one float32 on the GPU each, by default 1; with "page" float32 [num_pages,
+        num_kv_heads], with "token" float32 of the pages' shape less the last axis, none of them negative. As CacheWriter
+        takes and writes them.
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
         if self.router is not None:
-            checks.check_routed(scale=scale, sinks=sinks, query_lens=query_lens)
+            checks.check_routed(scale=scale, sinks=sinks, query_lens=query_lens, k_scale=k_scale, v_scale=v_scale)
             return self.router.run(q, k_pages, v_pages, out=out, lse=lse)
         plan = self._plan
         if plan is None:
@@ -193,32 +194,37 @@ class DecodeEngine:
         (q_at, q_key), (k_at, k_key), (v_at, v_key), (out_at, out_key), (lse_at, lse_key) = map(
             arrays.fingerprint, (q, k_pages, v_pages, out, lse))
         (sinks_at, sinks_key), (counts_at, counts_key) = map(arrays.fingerprint, (sinks, query_lens))
-        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key
+        plain = self.options.kv_dtype is None and k_scale is None and v_scale is None
+        scales = cache_scales.NONE if plain else cache_scales.take(k_scale, v_scale, self.options)
+        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key, scales.key
         if keys != self._checked_run:
-            self._check_run(plan, q, k_pages, v_pages, out, lse, sinks, query_lens)
+            self._check_run(plan, {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
+                                   "query_lens": query_lens, "k_scale": scales.k, "v_scale": scales.v})
             self._checked_run = keys
         if plan.unchecked_ids is not None:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
             plan.unchecked_ids = None
         stream = arrays.current_stream(self._library, self.device_id)
-        scale = self._scale if scale is None else checks.check_scale(scale)
+        scale = (self._scale if scale is None else checks.check_scale(scale)) * scales.k_number
         cap = self.options.soft_cap
         scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
         given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at,
                  self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.table_stride, self._num_pages,
                  self.options.window or 0, scale, cap)
+        if not plain:
+            given += scales.k_at, scales.v_at, *self._scale_strides, scales.v_number
         if plan.task_list is None:
             costs = self.segment_cost, self.min_cost, self.part_cost
-            self._decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
+            self._kernels.decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            self._decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
+            self._kernels.decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
             if bucket.rows is not None:
                 merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at, counts_at, sinks_at
-                self._merge((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
+                self._kernels.merge((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
     def release_arrays(self) -> None:
@@ -226,13 +232,12 @@ class DecodeEngine:
         if self._plan is not None:
             self._plan.arrays = ()
 
-    def _check_run(self, plan: Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
-                   sinks: object, query_lens: object) -> None:
-        named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
-                 "query_lens": query_lens}
+    def _check_run(self, plan: Plan, named: dict[str, object]) -> None:
         views = {name: arrays.view(name, array) for name, array in named.items() if array is not None}
         checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
         k, v = views["k_pages"], views["v_pages"]
+        self._scale_strides = cache_scales.check(views.get("k_scale"), views.get("v_scale"), self.shape, self.options,
+                                                 self.layout, k.shape[0])
         self._library, self._num_pages = k.library, k.shape[0]
         head, token = (1, 2) if self.layout == "HND" else (2, 1)
         self._page_layout = (k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head],

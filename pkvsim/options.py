@@ -51,6 +51,16 @@ class AttentionOptions:
         if self.kv_dtype is not None and self.kv_scales is None:
             object.__setattr__(self, "kv_scales", default_scales(self.kv_dtype))
 
+    def with_cache(self, kv_dtype: str | None, kv_scales: str | None = None) -> AttentionOptions:
+        """The same with these where they are not None. Raises ValueError where the options say otherwise already."""
+        for name, value in (("kv_dtype", kv_dtype), ("kv_scales", kv_scales)):
+            own = getattr(self, name)
+            if value is not None and own not in (None, value):
+                raise ValueError(f"{name}: expected that of the options, {own}, or None, got {value!r}")
+        if kv_dtype is None and kv_scales is None:
+            return self
+        return replace(self, kv_dtype=kv_dtype or self.kv_dtype, kv_scales=kv_scales or self.kv_scales)
+
     def query_shape(self, shape: DecodeShape) -> DecodeShape:
         """`shape` with a row's query tokens as further query heads of each KV head, which is how kernels take them."""
         return replace(shape, num_q_heads=shape.num_q_heads * self.query_tokens)

@@ -2,7 +2,7 @@
 //
 // Stands in for mma.cuh, which is nothing but instructions; the test puts an empty file in its place. Whatever a warp
 // does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the layouts
-// of the PTX manual. A copy arrives when it is waited for, no sooner.
+// of the PTX manual. A copy arrives when it is waited for, no sooner; or, with copies_hurry, the moment it is started.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -218,22 +218,31 @@ struct Copy {
   const void* from;
   int bytes, valid;
 };
+extern "C" {
+int copies_hurry = 0;
+}
 static std::vector<Copy> open_group[CTA_THREADS];
 static std::deque<std::vector<Copy>> groups[CTA_THREADS];
 static unsigned shared_address(const void* at) { return static_cast<unsigned>(static_cast<const unsigned char*>(at) - memory); }
-static void copy_async(unsigned to, const void* from, int valid = 16) {
-  if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::fputs("a copy is not aligned\n", stderr), std::abort();
-  open_group[threadIdx.x].push_back({to, from, 16, valid});
+static void arrive(const Copy& copy) {
+  std::memset(memory + copy.to, 0, copy.bytes);
+  std::memcpy(memory + copy.to, copy.from, copy.valid);
 }
-[[maybe_unused]] static void copy_float_async(unsigned to, const float* from, int valid) { open_group[threadIdx.x].push_back({to, from, 4, valid}); }
+static void start_copy(const Copy& copy) {
+  if (copy.to % copy.bytes || reinterpret_cast<uintptr_t>(copy.from) % copy.bytes)
+    std::fputs("a copy is not aligned\n", stderr), std::abort();
+  if (copies_hurry) arrive(copy);
+  else open_group[threadIdx.x].push_back(copy);
+}
+static void copy_async(unsigned to, const void* from, int valid = 16) { start_copy({to, from, 16, valid}); }
+[[maybe_unused]] static void copy_float_async(unsigned to, const float* from, int valid) {
+  start_copy({to, from, 4, valid});
+}
 static void copy_commit() { groups[threadIdx.x].push_back(std::exchange(open_group[threadIdx.x], {})); }
 template <int PENDING>
 static void copy_wait() {
   for (auto& mine = groups[threadIdx.x]; mine.size() > PENDING; mine.pop_front())
-    for (const Copy& copy : mine.front()) {
-      std::memset(memory + copy.to, 0, copy.bytes);
-      std::memcpy(memory + copy.to, copy.from, copy.valid);
-    }
+    for (const Copy& copy : mine.front()) arrive(copy);
 }
 [[maybe_unused]] static float2 load_shared(unsigned at) { return *reinterpret_cast<const float2*>(memory + at); }
 
@@ -324,25 +333,48 @@ static float exp2_fast(float x) { return std::exp2(x); }
 #include "balanced.cu"
 #else
 #include "decode.cu"
+#include "merge.cu"
 #endif
 
+// The parameters of the kernel that runs.
 static pkv::DecodeArguments given;
 static const pkv::Task* tasks;
-static const int* split_offsets;
+static const int *split_offsets, *rows;
 static int numbers[4];
+
+static void run_grid(int x, int y) {
+  gridDim = {x, y, 1};
+  for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_cta();
+}
+
+#if CACHE_TYPE
+// Bytes 0, 1 and 2, 3 of each word as FP16 pairs; alternate: 0, 2 and 1, 3.
+extern "C" void widen(const unsigned* words, int count, int alternate, unsigned* pairs) {
+  for (; count > 0; --count, ++words, pairs += 2)
+    alternate ? pkv::widen<true>(pairs[0], pairs[1], *words) : pkv::widen<false>(pairs[0], pairs[1], *words);
+}
+#endif
 
 extern "C" int arguments_bytes() { return sizeof given; }
 
-// The kernel's parameters: DecodeArguments; balanced: four integers; else tasks, split_offsets, two integers.
-extern "C" void run(int num_ctas, const void* arguments, const void* task_list, const int* offsets, const int* integers) {
-  std::memcpy(&given, arguments, sizeof given);
-  tasks = static_cast<const pkv::Task*>(task_list), split_offsets = offsets;
-  std::copy_n(integers, BALANCED ? 4 : 2, numbers);
-  gridDim.x = num_ctas;
 #if BALANCED
+extern "C" void run(int num_ctas, const void* arguments, const int* integers) {
+  std::memcpy(&given, arguments, sizeof given);
+  std::copy_n(integers, 4, numbers);
   body = [] { pkv_decode_balanced(given, numbers[0], numbers[1], numbers[2], numbers[3]); };
-#else
-  body = [] { pkv_decode_tasks(given, tasks, split_offsets, numbers[0], numbers[1]); };
-#endif
-  for (blockIdx.x = 0; blockIdx.x < num_ctas; ++blockIdx.x) run_cta();
+  run_grid(num_ctas, 1);
 }
+#else
+// And the merge of all rows.
+extern "C" void run(int num_ctas, const void* arguments, const void* task_list, const int* offsets, const int* integers,
+                    const int* all_rows) {
+  std::memcpy(&given, arguments, sizeof given);
+  tasks = static_cast<const pkv::Task*>(task_list), split_offsets = offsets, rows = all_rows;
+  std::copy_n(integers, 2, numbers);
+  body = [] { pkv_decode_tasks(given, tasks, split_offsets, numbers[0], numbers[1]); };
+  run_grid(num_ctas, 1);
+  body = [] { pkv_merge(given.partials, split_offsets, rows, given.out, given.lse, given.query_lens, given.sinks); };
+  run_grid(given.num_kv_heads, given.batch_size);
+}
+#endif
