@@ -11,6 +11,7 @@ from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.kernels import SOURCE_DIR, compile_options
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.kv_types import KV_DTYPES
 from pkvsim.rope import ROPE_STYLES, Rope
 
 HEAD_DIMS = (64, 128, 256)
@@ -73,6 +74,62 @@ def test_options_fit(capability, options):
     config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options)
     for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
         assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+
+
+# 8-bit pages: every capability meets every type; kinds of scales, head_dims, group sizes, page sizes and dtypes take
+# turns, such that every type meets all of each. A page's scales are a token's with a stride of 0.
+KV_VARIANTS = [(capability, kv_dtype, ("tensor", "token")[(i // 2 + j) % 2], (64, 128, 192, 256)[(i + j) % 4],
+                (1, 4, 8, 16)[(i + 2 * j) % 4], PAGE_SIZES[(3 * i + j) % 4], tuple(DTYPES)[(i + j) % 2])
+               for i, capability in enumerate(CAPABILITIES) for j, kv_dtype in enumerate(KV_DTYPES)]
+
+
+def test_kv_variants_cover_what_they_claim():
+    assert {v[:2] for v in KV_VARIANTS} == set(itertools.product(CAPABILITIES, KV_DTYPES))
+    for place, values in ((2, ("tensor", "token")), (3, (64, 128, 192, 256)), (4, (1, 4, 8, 16)), (5, PAGE_SIZES), (6, DTYPES)):
+        assert {(v[1], v[place]) for v in KV_VARIANTS} == set(itertools.product(KV_DTYPES, values))
+
+
+@pytest.mark.parametrize(("capability", "kv_dtype", "kv_scales", "head_dim", "group_size", "page_size", "dtype"), KV_VARIANTS)
+def test_kernels_of_8_bit_pages_fit(capability, kv_dtype, kv_scales, head_dim, group_size, page_size, dtype):
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
+    config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
+    names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
+    assert_fits(*names[(capability + head_dim // 64) % 2], config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=repr)
+def test_options_of_8_bit_pages_fit(options):
+    options = options.with_cache("int8")
+    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", 90, options=options)
+    assert_fits("balanced.cu", "pkv_decode_balanced", config.defines(), 90, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+def test_every_shape_has_a_variant_for_8_bit_pages(capability):
+    kinds = itertools.product((64, 128, 192, 256), range(1, 33), (1, 8), ("tensor", "token"))
+    for head_dim, group_size, tokens, kv_scales in kinds:
+        options = AttentionOptions(kv_dtype="int8", kv_scales=kv_scales, query_tokens=tokens)
+        config = kernel_config(DecodeShape(group_size, 1, head_dim, 16), "float16", capability, options=options)
+        assert config.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+
+
+def test_a_ring_of_8_bit_pages_keeps_as_many_bytes_in_flight():
+    for head_dim in (64, 128, 192, 256):
+        shape, options = DecodeShape(4, 1, head_dim, 16), AttentionOptions(kv_dtype="float8_e4m3fn")
+        config = kernel_config(shape, "float16", 90, options=options)
+        assert 96 * 1024 <= config.warps * config.stages * 16 * 2 * head_dim <= 144 * 1024
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_8_bit_pages_stay_bytes_up_to_the_registers(kv_dtype):
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales="token")
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "bfloat16", 90, options=options)
+    text = nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, compile_options(config.defines()))
+    assert ("cvt.rn.f16x2.e4m3x2" in text) == (kv_dtype == "float8_e4m3fn")
+    assert "m16n8k16.row.col.f32.f16.f16.f32" in text and "m16n8k16.row.col.f32.bf16" not in text
+    # A tile's 4 KiB of K and V, half a KiB by each ldmatrix.
+    assert text.count("ldmatrix.") == 8 and text.count("ldmatrix.sync.aligned.m8n8.x4.trans") == 4
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
