@@ -5,8 +5,10 @@
 namespace pkv {
 
 constexpr float RESCALE_ABOVE = 8.0f;        // p stays below 2^8, so the maximum may lag by that much
-constexpr float SMALLEST_SCALE = 0x1p-96f;   // of V: smaller ones, 0 among them, count as this one, so that l stays finite
-constexpr float SMALLEST_ROUNDED = 0x1p-14f; // smaller weights lose bits in FP16
+// Of V: smaller ones count as 0. From there to 2^60 scales may differ within a row: factors from one maximum to another,
+// 2^120 apart at most, are then floats.
+constexpr float SMALLEST_SCALE = 0x1p-60f;
+constexpr float SMALLEST_ROUNDED = -14.0f;   // log2 of the weights below which FP16 loses bits
 
 #if CACHE_SCALES
 // What the tokens lane / 4 and lane / 4 + 8 of a tile have scales for.
@@ -16,20 +18,22 @@ constexpr float SMALLEST_ROUNDED = 0x1p-14f; // smaller weights lose bits in FP1
 // m + log2 l are what they were.
 struct TileScales {
   float key[2], value_log2[2], value_inverse[2];
+  bool valued[2];  // not 0 or so small that it counts as 0
 
   __device__ __forceinline__ void read(unsigned at, int lane) {
     #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float2 both = load_shared(at + (lane / 4 + i * 8) * sizeof(float2));
       key[i] = both.x;
+      valued[i] = !(both.y < SMALLEST_SCALE);  // a NaN is, and shows
       value_log2[i] = log2_fast(max_or_nan(both.y, SMALLEST_SCALE));
       value_inverse[i] = exp2_fast(-value_log2[i]);
     }
   }
-  // A weight for l: as rounded, or, where FP16 has too few bits left of it for that, as it was. V's part is small then,
-  // the token's part of l need not be.
-  __device__ __forceinline__ float without_value(float weight, float rounded, int i) const {
-    return (weight < SMALLEST_ROUNDED ? weight : rounded) * value_inverse[i];
+  // 2^exponent, a weight of token i, for l: as rounded for V, or, where FP16 has too few bits left for that, as it was. V's
+  // part is small then, the token's part of l need not be.
+  __device__ __forceinline__ float without_value(float exponent, float rounded, int i) const {
+    return exponent < SMALLEST_ROUNDED || !valued[i] ? exp2_fast(exponent - value_log2[i]) : rounded * value_inverse[i];
   }
 };
 #endif
@@ -116,14 +120,25 @@ __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCK
   for (int b = 0; b < HEAD_BLOCKS; ++b) {
     const bool above = fmaxf(s[b][0], s[b][2]) > state.m[b][0] + RESCALE_ABOVE || fmaxf(s[b][1], s[b][3]) > state.m[b][1] + RESCALE_ABOVE;
     if (__any_sync(0xffffffffu, above)) state.raise(b, s[b]);
+#if CACHE_SCALES
+    float exponent[4];
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) exponent[i] = s[b][i] - state.m[b][i & 1];
+#endif
     #pragma unroll
     for (int i = 0; i < 4; ++i) s[b][i] = exp2_fast(s[b][i] - state.m[b][i & 1]);
+#if CACHE_SCALES
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) s[b][i] = state.scales.valued[i / 2] ? s[b][i] : 0.0f;
+#endif
     // l sums the weights as rounded, the ones V is multiplied with, so that they add up to one.
     const unsigned low = pack_operands(s[b][0], s[b][1]), high = pack_operands(s[b][2], s[b][3]);
     float2 first = unpack_operands(low), second = unpack_operands(high);
 #if CACHE_SCALES
-    first.x = state.scales.without_value(s[b][0], first.x, 0), first.y = state.scales.without_value(s[b][1], first.y, 0);
-    second.x = state.scales.without_value(s[b][2], second.x, 1), second.y = state.scales.without_value(s[b][3], second.y, 1);
+    first.x = state.scales.without_value(exponent[0], first.x, 0);
+    first.y = state.scales.without_value(exponent[1], first.y, 0);
+    second.x = state.scales.without_value(exponent[2], second.x, 1);
+    second.y = state.scales.without_value(exponent[3], second.y, 1);
 #endif
     state.l[b][0] += first.x + second.x;
     state.l[b][1] += first.y + second.y;

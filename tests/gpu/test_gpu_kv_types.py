@@ -155,7 +155,7 @@ def test_a_captured_step_follows_pages_and_scales(kind: tuple[str, str]) -> None
 
 
 @pytest.mark.parametrize("kind", [("float8_e4m3fn", "token"), ("int8", "token"), ("int8", "page")], ids="-".join)
-@pytest.mark.parametrize("power", (-80, -20, 60))
+@pytest.mark.parametrize("power", (-50, -20, 50))
 def test_scales_of_any_magnitude(power: int, kind: tuple[str, str]) -> None:
     """Outputs in BF16, which holds them; a token without values keeps its weight."""
     step = make_quantised(shape_of(), EDGES, AttentionOptions(kv_dtype=kind[0], kv_scales=kind[1]), dtype="bfloat16")
