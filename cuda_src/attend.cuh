@@ -53,7 +53,8 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
 }
 
 // The WARPS states of a segment merged for one column. value_scale: V's, of 8-bit pages that have one.
-__device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS][STATE_ROW], int column, float value_scale, int lane) {
+__device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS][STATE_ROW], int column,
+                                            float value_scale, int lane) {
   HeadState sum;
   sum.reset();
   float2 ml = make_float2(sum.m, 0.0f);
@@ -70,7 +71,7 @@ __device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS
   return sum;
 }
 
-// What both decode kernels are given, as gpu/engine.py lays it out (gpu.engine.ARGUMENTS).
+// What both decode kernels are given, as gpu/engine.py lays it out (gpu.decode_kernels.arguments).
 struct DecodeArguments {
   const half_type *q;      // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
   const cache_type *k_pages, *v_pages;
@@ -180,7 +181,8 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
       shared.left[buffer].wait(phase);
       #pragma unroll 1
-      for (int column = warp; column < COLUMNS; column += WARPS) emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
+      for (int column = warp; column < COLUMNS; column += WARPS)
+        emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
       shared.merged[buffer].arrive(lane);
     }
     if (!more) break;

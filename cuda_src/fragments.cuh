@@ -1,12 +1,12 @@
 // From bytes in the ring to A operands of the products: 16-bit elements as they are, 8-bit ones widened to FP16, which
 // holds every value of every 8-bit type exactly. A NaN stays one.
 //
-// An ldmatrix of 8-bit rows moves pairs of bytes where the product wants pairs of 16-bit elements. What it puts into the
-// wrong place is put right for nothing at the other end:
+// An ldmatrix of 8-bit rows moves pairs of bytes where the product wants pairs of 16-bit elements. What it puts into
+// the wrong place is put right for nothing at the other end:
 //   K    A lane gets elements 4 c to 4 c + 3 of its token (c = lane % 4), the product wants 2 c, 2 c + 1, 2 c + 8 and
 //        2 c + 9. A sum of products has no order: Query deals its elements out alike.
-//   V    Transposed, a lane gets elements 2 r, 2 r + 1 (r = lane / 4) of two tokens; the product wants both tokens of one
-//        element. Taken as rows r and r + 8 they permute the rows of the output: publish() knows.
+//   V    Transposed, a lane gets elements 2 r, 2 r + 1 (r = lane / 4) of two tokens; the product wants both tokens of
+//        one element. Taken as rows r and r + 8 they permute the rows of the output: publish() knows.
 #pragma once
 #include "paged_load.cuh"
 
@@ -82,7 +82,8 @@ struct ValueFragments {
     widen<true>(v[0], v[1], x[step % 2 * 2]);
     widen<true>(v[2], v[3], x[step % 2 * 2 + 1]);
 #else
-    load_matrix_transposed(v, tile + ring_offset<V_ROW_BYTES>((lane & 7) + ((lane >> 4) << 3), 2 * step + ((lane >> 3) & 1)));
+    const int row = (lane & 7) + ((lane >> 4) << 3);
+    load_matrix_transposed(v, tile + ring_offset<V_ROW_BYTES>(row, 2 * step + ((lane >> 3) & 1)));
 #endif
   }
 };

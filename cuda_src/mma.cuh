@@ -88,8 +88,8 @@ __device__ __forceinline__ unsigned multiply_add_pair(unsigned a, unsigned b, un
   return sum;
 }
 
-// Byte i of the result is the one of {low, high} that nibble i of the selector numbers, or, with its bit 3 set, 8 copies
-// of that byte's sign.
+// Byte i of the result is the one of {low, high} that nibble i of the selector numbers, or, with its bit 3 set, 8
+// copies of that byte's sign.
 __device__ __forceinline__ unsigned permute(unsigned low, unsigned high, unsigned selector) {
   unsigned result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
@@ -207,7 +207,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 
 // Between CTAs, word by word: no order is promised.
 __device__ __forceinline__ void send(float4* to, const float4& v) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};"
+               ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ void send(float2* to, const float2& v) {
   asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");

@@ -10,8 +10,8 @@ constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
 
 // In registers while they fit beside the accumulators, else read again for every tile: they stay in L1.
 constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
-// BF16 queries of FP16 products: a power of two brings each column's largest magnitude to 2^14, below FP16's largest number.
-// What FP16 then cannot hold is 2^-39 of that magnitude.
+// BF16 queries of FP16 products: a power of two brings each column's largest magnitude to 2^14, below FP16's largest
+// number. What FP16 then cannot hold is 2^-39 of that magnitude.
 #define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)
 
 struct Query {
@@ -40,13 +40,6 @@ struct Query {
     for (int b = 0; b < HEAD_BLOCKS; ++b) {
       const uint2 pairs = stored(b, step, lane);
       to[b][0] = pairs.x, to[b][1] = pairs.y;
-#if QUERY_SCALED
-      #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float2 pair = unpack(to[b][i]);
-        to[b][i] = pack_operands(pair.x * factor[b], pair.y * factor[b]);
-      }
-#endif
     }
   }
   __device__ __forceinline__ void get(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
@@ -55,16 +48,31 @@ struct Query {
       for (int b = 0; b < HEAD_BLOCKS; ++b) to[b][0] = fragment[step][b][0], to[b][1] = fragment[step][b][1];
     } else {
       read(to, step, lane);
+#if QUERY_SCALED
+      scale(to);
+#endif
     }
   }
 #if QUERY_SCALED
+  __device__ __forceinline__ void scale(unsigned (&to)[HEAD_BLOCKS][2]) const {
+    #pragma unroll
+    for (int b = 0; b < HEAD_BLOCKS; ++b)
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 pair = unpack(to[b][i]);
+        to[b][i] = pack_operands(pair.x * factor[b], pair.y * factor[b]);
+      }
+  }
+  // Of fragments that are not scaled yet.
   __device__ __forceinline__ void find_factors(int lane) {
     #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) {
       float largest = 0.0f;
-      #pragma unroll 4
+      #pragma unroll
       for (int step = 0; step < K_STEPS; ++step) {
-        const uint2 pairs = stored(b, step, lane);
+        uint2 pairs;
+        if constexpr (QUERY_IN_REGISTERS) pairs = make_uint2(fragment[step][b][0], fragment[step][b][1]);
+        else pairs = stored(b, step, lane);
         const float2 low = unpack(pairs.x), high = unpack(pairs.y);
         largest = fmaxf(fmaxf(fmaxf(largest, fabsf(low.x)), fmaxf(fabsf(low.y), fabsf(high.x))), fabsf(high.y));
       }
@@ -75,20 +83,25 @@ struct Query {
       factor[b] = __uint_as_float(exponent << 23);
       const float undone = __uint_as_float((254u - exponent) << 23);
       #pragma unroll
-      for (int column = 0; column < 2; ++column) inverse[b][column] = __shfl_sync(ALL_LANES, undone, lane % 4 * 8 + column * 4);
+      for (int column = 0; column < 2; ++column)
+        inverse[b][column] = __shfl_sync(ALL_LANES, undone, lane % 4 * 8 + column * 4);
     }
   }
 #endif
   // q [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
   __device__ __forceinline__ Query(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) : token_stride(num_kv_heads * GROUP_SIZE * HEAD_DIM) {
     rows = q + static_cast<long long>(row) * QUERY_TOKENS * token_stride + kv_head * GROUP_SIZE * HEAD_DIM;
-#if QUERY_SCALED
-    find_factors(lane);
-#endif
     if constexpr (QUERY_IN_REGISTERS) {
       #pragma unroll
       for (int i = 0; i < K_STEPS; ++i) read(fragment[i], i, lane);
     }
+#if QUERY_SCALED
+    find_factors(lane);
+    if constexpr (QUERY_IN_REGISTERS) {
+      #pragma unroll
+      for (int i = 0; i < K_STEPS; ++i) scale(fragment[i]);
+    }
+#endif
   }
 };
 

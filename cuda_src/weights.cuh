@@ -5,8 +5,8 @@
 namespace pkv {
 
 constexpr float RESCALE_ABOVE = 8.0f;        // p stays below 2^8, so the maximum may lag by that much
-// Of V: smaller ones count as 0. From there to 2^60 scales may differ within a row: factors from one maximum to another,
-// 2^120 apart at most, are then floats.
+// Of V: smaller ones count as 0. From there to 2^60 scales may differ within a row: factors from one maximum to
+// another, 2^120 apart at most, are then floats.
 constexpr float SMALLEST_SCALE = 0x1p-60f;
 constexpr float SMALLEST_ROUNDED = -14.0f;   // log2 of the weights below which FP16 loses bits
 
@@ -14,8 +14,8 @@ constexpr float SMALLEST_ROUNDED = -14.0f;   // log2 of the weights below which 
 // What the tokens lane / 4 and lane / 4 + 8 of a tile have scales for.
 //
 // V's scale goes into the weights. Small ones would then be lost in FP16, so the running maximum is that of the weights
-// with their scales, m of the states is its logarithm, and l still sums weights without: whatever the scales, acc / l and
-// m + log2 l are what they were.
+// with their scales, m of the states is its logarithm, and l still sums weights without: whatever the scales, acc / l
+// and m + log2 l are what they were.
 struct TileScales {
   float key[2], value_log2[2], value_inverse[2];
   bool valued[2];  // not 0 or so small that it counts as 0
@@ -30,8 +30,8 @@ struct TileScales {
       value_inverse[i] = exp2_fast(-value_log2[i]);
     }
   }
-  // 2^exponent, a weight of token i, for l: as rounded for V, or, where FP16 has too few bits left for that, as it was. V's
-  // part is small then, the token's part of l need not be.
+  // 2^exponent, a weight of token i, for l: as rounded for V, or, where FP16 has too few bits left for that, as it was.
+  // V's part is small then, the token's part of l need not be.
   __device__ __forceinline__ float without_value(float exponent, float rounded, int i) const {
     return exponent < SMALLEST_ROUNDED || !valued[i] ? exp2_fast(exponent - value_log2[i]) : rounded * value_inverse[i];
   }
@@ -95,7 +95,9 @@ struct Mask {
 
 // Turns logits into weights p (B operands of O^T = V^T P^T) and updates m and l. scale: to logits in base 2, or with
 // SOFT_CAP to the argument of the tanh, whose height in base 2 is cap.
-__device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4], const Query& query, float scale, float cap, const Mask& mask, int first, int lane) {
+__device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4],
+                                      const Query& query, float scale, float cap, const Mask& mask, int first,
+                                      int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
     #pragma unroll

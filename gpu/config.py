@@ -62,7 +62,8 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings (with their scales), the warps' states (rows padded by 4 floats), a kept one, barriers."""
+        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), a kept
+        one, barriers."""
         element = 2 if self.kv_dtype is None else 1
         tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
         states = (self.buffers * self.warps + 1) * self.columns * (self.v_dim + 4) * 4

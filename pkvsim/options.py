@@ -20,9 +20,9 @@ class AttentionOptions:
     query_tokens: query tokens per row (speculative decoding). They are the row's last tokens, counted in its length;
     each sees the tokens up to itself.
     v_head_dim: head_dim of V and of the output where it is not K's.
-    kv_dtype: of the cache, one of pkvsim.kv_types.KV_DTYPES; None is the queries' own 16-bit type. kv_scales: what has a
-    scale of its own, one of KV_SCALES; by default what gpu.CacheWriter gives the type, "tensor" for FP8 and "token" for
-    int8.
+    kv_dtype: of the cache, one of pkvsim.kv_types.KV_DTYPES; None is the queries' own 16-bit type. kv_scales: what has
+    a scale of its own, one of KV_SCALES; by default what gpu.CacheWriter gives the type, "tensor" for FP8 and "token"
+    for int8.
     Raises ValueError naming the field.
     """
 
@@ -74,7 +74,8 @@ class AttentionOptions:
         elements = shape.head_dim + self.value_dim(shape)
         if self.kv_dtype is None:
             return elements * KV_ELEMENT_BYTES
-        return elements + {"tensor": 0, "page": 2 * SCALE_BYTES / shape.page_size, "token": 2 * SCALE_BYTES}[self.kv_scales]
+        both = 2 * SCALE_BYTES
+        return elements + {"tensor": 0, "page": both / shape.page_size, "token": both}[self.kv_scales]
 
     @property
     def reach(self) -> int | None:

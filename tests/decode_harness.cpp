@@ -1,150 +1,12 @@
 // cuda_src/decode.cu or balanced.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 //
 // Stands in for mma.cuh, which is nothing but instructions; the test puts an empty file in its place. Whatever a warp
-// does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the layouts
-// of the PTX manual. A copy arrives when it is waited for, no sooner; or, with copies_hurry, the moment it is started.
-#include <ucontext.h>
+// does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the
+// layouts of the PTX manual. A copy arrives when it is waited for, no sooner; or, with copies_hurry, the moment it is started.
+#include "cuda_on_cpu.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <utility>
-#include <vector>
-
-#define __device__
-#define __host__
-#define __global__
-#define __shared__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __align__(bytes) __attribute__((aligned(bytes)))
-using std::max;
-using std::min;
-
-struct int3 { int x, y, z; };
-struct uint2 { unsigned x, y; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-static float2 make_float2(float x, float y) { return {x, y}; }
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
-template <class To, class From>
-static To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
-static float __uint_as_float(unsigned x) { return bits<float>(x); }
-static float __int_as_float(int x) { return bits<float>(x); }
-static int __ffs(unsigned x) { return __builtin_ffs(x); }
-template <class T>
-static T __ldg(const T* at) { return *at; }
-
-// Fibers.
-constexpr int CTA_THREADS = WARPS * 32;
-static int3 threadIdx, blockIdx, gridDim;
-unsigned char memory[256 << 10] __align__(128);  // the CTA's shared memory
-
-struct Warp {
-  int arrived = 0, meetings = 0;
-  uint64_t brought[32][8];
-};
-static Warp warps[WARPS];
-static ucontext_t scheduler, fibers[CTA_THREADS];
-static std::vector<char> stacks[CTA_THREADS];
-static bool ended[CTA_THREADS];
-static void (*body)();
-
-static void yield() {
-  const int mine = threadIdx.x;
-  swapcontext(&fibers[mine], &scheduler);
-}
-static void start() {
-  body();
-  ended[threadIdx.x] = true;
-}
-static void run_cta() {
-  std::memset(memory, 0xff, sizeof memory);
-  for (int i = 0; i < CTA_THREADS; ++i) {
-    stacks[i].resize(256 << 10);
-    ended[i] = false;
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = stacks[i].data(), fibers[i].uc_stack.ss_size = stacks[i].size();
-    fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], start, 0);
-  }
-  long rounds = 0;
-  for (bool live = true; live;) {
-    live = false;
-    if (++rounds > 20'000'000) std::fputs("the CTA hangs\n", stderr), std::abort();
-    for (int i = 0; i < CTA_THREADS; ++i)
-      if (!ended[i]) threadIdx.x = i, live = true, swapcontext(&scheduler, &fibers[i]);
-  }
-}
-
-// All lanes of a warp bring `mine`; `look` then sees what each brought.
-static Warp& my_warp() { return warps[threadIdx.x / 32]; }
-static int my_lane() { return threadIdx.x % 32; }
-static void meet() {
-  Warp& warp = my_warp();
-  const int meeting = warp.meetings;
-  if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings;
-  else while (warp.meetings == meeting) yield();
-}
-template <class T, class Look>
-static auto together(const T& mine, Look look) {
-  static_assert(sizeof(T) <= sizeof(Warp::brought[0]));
-  Warp& warp = my_warp();
-  std::memcpy(warp.brought[my_lane()], &mine, sizeof mine);
-  meet();
-  const auto result = look([&](int lane) {
-    T theirs;
-    std::memcpy(&theirs, warp.brought[lane], sizeof theirs);
-    return theirs;
-  });
-  meet();
-  return result;
-}
-static void __syncwarp() { meet(); }
-static int cta_arrived = 0, cta_meetings = 0;
-static void __syncthreads() {
-  const int meeting = cta_meetings;
-  if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings;
-  else while (cta_meetings == meeting) yield();
-}
-template <class T>
-static T __shfl_sync(unsigned, T value, int from) { return together(value, [&](auto of) { return of(from % 32); }); }
-template <class T>
-static T __shfl_xor_sync(unsigned, T value, int mask) { return together(value, [&](auto of) { return of(my_lane() ^ mask); }); }
-template <class T>
-static T __shfl_up_sync(unsigned, T value, int by) { return together(value, [&](auto of) { return of(max(0, my_lane() - by)); }); }
-static unsigned __ballot_sync(unsigned, bool vote) {
-  return together(vote, [](auto of) {
-    unsigned votes = 0;
-    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(of(lane)) << lane;
-    return votes;
-  });
-}
-static bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-static bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
-template <class Fold>
-static int folded(int value, Fold fold) {
-  return together(value, [&](auto of) {
-    int all = of(0);
-    for (int lane = 1; lane < 32; ++lane) all = fold(all, of(lane));
-    return all;
-  });
-}
-[[maybe_unused]] static int __reduce_add_sync(unsigned, int x) { return folded(x, [](int a, int b) { return a + b; }); }
-[[maybe_unused]] static int __reduce_max_sync(unsigned, int x) { return folded(x, [](int a, int b) { return max(a, b); }); }
-[[maybe_unused]] static int __reduce_min_sync(unsigned, int x) { return folded(x, [](int a, int b) { return min(a, b); }); }
 
 // The 16-bit types.
 struct bfloat16 {
@@ -177,18 +39,24 @@ static unsigned pair_of(float low, float high) {
   return bits<uint16_t>(static_cast<T>(low)) | static_cast<unsigned>(bits<uint16_t>(static_cast<T>(high))) << 16;
 }
 static unsigned pack(float low, float high) { return pair_of<half_type>(low, high); }
-[[maybe_unused]] static float2 unpack(unsigned pair) { return {half_of<half_type>(pair, 0), half_of<half_type>(pair, 1)}; }
+inline float2 unpack(unsigned pair) { return {half_of<half_type>(pair, 0), half_of<half_type>(pair, 1)}; }
 static unsigned pack_operands(float low, float high) { return pair_of<operand_type>(low, high); }
-static float2 unpack_operands(unsigned pair) { return {half_of<operand_type>(pair, 0), half_of<operand_type>(pair, 1)}; }
+inline float2 unpack_operands(unsigned pair) {
+  return {half_of<operand_type>(pair, 0), half_of<operand_type>(pair, 1)};
+}
 template <class F>
 static unsigned by_halves(F f) {
-  return bits<uint16_t>(static_cast<_Float16>(f(0))) | static_cast<unsigned>(bits<uint16_t>(static_cast<_Float16>(f(1)))) << 16;
+  return pair_of<_Float16>(f(0), f(1));
 }
 static float fp16(unsigned pair, int which) { return half_of<_Float16>(pair, which); }
 // Sums and products of two FP16 numbers, and a product with 0 added to a third, are exact in float: one rounding.
-[[maybe_unused]] static unsigned add_pair(unsigned a, unsigned b) { return by_halves([=](int i) { return fp16(a, i) + fp16(b, i); }); }
-[[maybe_unused]] static unsigned multiply_pair(unsigned a, unsigned b) { return by_halves([=](int i) { return fp16(a, i) * fp16(b, i); }); }
-[[maybe_unused]] static unsigned multiply_add_pair(unsigned a, unsigned b, unsigned c) {
+inline unsigned add_pair(unsigned a, unsigned b) {
+  return by_halves([=](int i) { return fp16(a, i) + fp16(b, i); });
+}
+inline unsigned multiply_pair(unsigned a, unsigned b) {
+  return by_halves([=](int i) { return fp16(a, i) * fp16(b, i); });
+}
+inline unsigned multiply_add_pair(unsigned a, unsigned b, unsigned c) {
   return by_halves([=](int i) { return fp16(a, i) * fp16(b, i) + fp16(c, i); });
 }
 [[maybe_unused]] static unsigned permute(unsigned low, unsigned high, unsigned selector) {
@@ -203,7 +71,8 @@ static float fp16(unsigned pair, int which) { return half_of<_Float16>(pair, whi
 #if CONVERTS_E4M3
 static float of_e4m3(unsigned code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
-  const float magnitude = (code & 0x7f) == 0x7f ? NAN : exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  const float finite = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  const float magnitude = (code & 0x7f) == 0x7f ? NAN : finite;
   return code & 0x80 ? -magnitude : magnitude;
 }
 static void convert_e4m3(unsigned& first, unsigned& second, unsigned x) {
@@ -223,7 +92,9 @@ int copies_hurry = 0;
 }
 static std::vector<Copy> open_group[CTA_THREADS];
 static std::deque<std::vector<Copy>> groups[CTA_THREADS];
-static unsigned shared_address(const void* at) { return static_cast<unsigned>(static_cast<const unsigned char*>(at) - memory); }
+static unsigned shared_address(const void* at) {
+  return static_cast<unsigned>(static_cast<const unsigned char*>(at) - memory);
+}
 static void arrive(const Copy& copy) {
   std::memset(memory + copy.to, 0, copy.bytes);
   std::memcpy(memory + copy.to, copy.from, copy.valid);
@@ -294,8 +165,9 @@ static unsigned transpose(unsigned value) {
     return pair;
   });
 }
-// m16n8k16: a's registers are (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8) with row = lane / 4, k = 2 (lane % 4);
-// b's (k, n), (k + 8, n) with n = lane / 4; d's (row, n), (row, n + 1), (row + 8, n), (row + 8, n + 1), n = 2 (lane % 4).
+// m16n8k16: a's registers are (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8) with row = lane / 4 and
+// k = 2 (lane % 4); b's (k, n), (k + 8, n) with n = lane / 4; d's (row, n), (row, n + 1), (row + 8, n), (row + 8, n + 1)
+// with n = 2 (lane % 4). Each k is a pair.
 static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Operands { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   struct Sums { float of[4]; };
@@ -306,7 +178,7 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
       double sum = 0;
       for (int k = 0; k < 16; ++k) {
         const unsigned x = of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], y = of(n * 4 + k % 8 / 2).b[k / 8];
-        sum += static_cast<double>(half_of<operand_type>(x, k % 2)) * static_cast<double>(half_of<operand_type>(y, k % 2));
+        sum += double(half_of<operand_type>(x, k % 2)) * double(half_of<operand_type>(y, k % 2));
       }
       s.of[i] = static_cast<float>(sum);
     }

@@ -39,7 +39,7 @@ def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.C
             shutil.copy(path, folder)
         (folder / "mma.cuh").write_text("")
         defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
-        command = [COMPILER, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}",
+        command = [COMPILER, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{HARNESS.parent}",
                    *(f"-D{name}={value}" for name, value in defines.items()), "-o", folder / "decode.so", HARNESS]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
