@@ -100,8 +100,7 @@ static void arrive(const Copy& copy) {
   std::memcpy(memory + copy.to, copy.from, copy.valid);
 }
 static void start_copy(const Copy& copy) {
-  if (copy.to % copy.bytes || reinterpret_cast<uintptr_t>(copy.from) % copy.bytes)
-    std::fputs("a copy is not aligned\n", stderr), std::abort();
+  if (copy.to % copy.bytes || reinterpret_cast<uintptr_t>(copy.from) % copy.bytes) complain("a copy is not aligned");
   if (copies_hurry) arrive(copy);
   else open_group[threadIdx.x].push_back(copy);
 }
@@ -147,7 +146,7 @@ static void load_matrices(unsigned (&r)[4], unsigned address) {
     for (int i = 0; i < 4; ++i) {
       unsigned groups_of_banks = 0;
       for (int row = 0; row < 8; ++row) groups_of_banks |= 1u << (of(8 * i + row) / 16 % 8);
-      if (groups_of_banks != 0xff) std::fputs("ldmatrix meets a bank conflict\n", stderr), std::abort();
+      if (groups_of_banks != 0xff) complain("an ldmatrix meets a bank conflict");
     }
     return four;
   });
@@ -208,7 +207,7 @@ static float exp2_fast(float x) { return std::exp2(x); }
 #include "merge.cu"
 #endif
 
-// The parameters of the kernel that runs.
+// The parameters of the kernel that runs; a run returns what there is to complain of, or null.
 static pkv::DecodeArguments given;
 static const pkv::Task* tasks;
 static const int *split_offsets, *rows;
@@ -231,15 +230,16 @@ extern "C" void widen(const unsigned* words, int count, int alternate, unsigned*
 extern "C" int arguments_bytes() { return sizeof given; }
 
 #if BALANCED
-extern "C" void run(int num_ctas, const void* arguments, const int* integers) {
+extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 4, numbers);
   body = [] { pkv_decode_balanced(given, numbers[0], numbers[1], numbers[2], numbers[3]); };
   run_grid(num_ctas, 1);
+  return complaint;
 }
 #else
 // And the merge of all rows.
-extern "C" void run(int num_ctas, const void* arguments, const void* task_list, const int* offsets, const int* integers,
+extern "C" const char* run(int num_ctas, const void* arguments, const void* task_list, const int* offsets, const int* integers,
                     const int* all_rows) {
   std::memcpy(&given, arguments, sizeof given);
   tasks = static_cast<const pkv::Task*>(task_list), split_offsets = offsets, rows = all_rows;
@@ -248,5 +248,6 @@ extern "C" void run(int num_ctas, const void* arguments, const void* task_list, 
   run_grid(num_ctas, 1);
   body = [] { pkv_merge(given.partials, split_offsets, rows, given.out, given.lse, given.query_lens, given.sinks); };
   run_grid(given.num_kv_heads, given.batch_size);
+  return complaint;
 }
 #endif

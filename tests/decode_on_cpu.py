@@ -123,6 +123,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
     library = build(config, balanced, converts_e4m3)
+    library.run.restype = ctypes.c_char_p
     ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
     out = np.full((*step.q.shape[:-1], options.value_dim(shape)), np.nan, step.q.dtype)
     lse = np.full(step.q.shape[:-1], np.nan, np.float32)
@@ -149,12 +150,14 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
     end = ctypes.addressof(fields[-1]) - start + ctypes.sizeof(fields[-1])
     assert library.arguments_bytes() == -(-end // 8) * 8
     if balanced:
-        library.run(CTAS, ctypes.c_void_p(start), (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size))
+        sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
+        complaint = library.run(CTAS, ctypes.c_void_p(start), sizes)
         assert (partials == 0xFF).all()  # clean for the next run
     else:
         rows = np.arange(len(step.lens), dtype=np.int32)
-        library.run(CTAS, ctypes.c_void_p(start), *map(ctypes.c_void_p, map(address, (tasks, offsets))),
-                    (ctypes.c_int * 2)(len(tasks), 2), ctypes.c_void_p(address(rows)))
+        complaint = library.run(CTAS, ctypes.c_void_p(start), *map(ctypes.c_void_p, map(address, (tasks, offsets))),
+                                (ctypes.c_int * 2)(len(tasks), 2), ctypes.c_void_p(address(rows)))
+    assert complaint is None, complaint
     return out.astype(np.float64), lse.astype(np.float64)
 
 
