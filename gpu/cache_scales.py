@@ -18,7 +18,7 @@ NO_STRIDES = (0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class GivenScales:
-    """A run's k_scale and v_scale: a number each, 1 beside an array, and arrays with their addresses, None and 0 else."""
+    """A run's k_scale and v_scale: a number each, 1 beside an array; arrays and their addresses, None and 0 without."""
 
     k_number: float
     v_number: float
@@ -61,8 +61,8 @@ def check(k: ArrayView | None, v: ArrayView | None, shape: DecodeShape, options:
     Raises ValueError naming the argument.
     """
     heads, slots = shape.num_kv_heads, shape.page_size
-    wanted = {"page": (num_pages, heads), "token": (num_pages, heads, slots) if layout == "HND" else (num_pages, slots, heads)}
-    shaped = wanted.get(options.kv_scales)
+    inner = (heads, slots) if layout == "HND" else (slots, heads)
+    shaped = {"page": (num_pages, heads), "token": (num_pages, *inner)}.get(options.kv_scales)
     for name, array in (("k_scale", k), ("v_scale", v)):
         if shaped is not None:
             expect(name, f"float32 {list(shaped)}", array, array.dtype == "float32" and array.shape == shaped)

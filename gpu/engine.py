@@ -48,9 +48,9 @@ class DecodeEngine:
         part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
         of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
         head_dim ** -0.5.
-        options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where they have
-        none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD",
-        [page_size, num_kv_heads, head_dim]; pages may be any view with those axes whose last one is contiguous.
+        options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
+        have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
+        head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
 
@@ -173,8 +173,8 @@ class DecodeEngine:
         first ones; outputs of the others are left as they were.
         k_scale, v_scale: of an 8-bit cache, which holds value / scale (FP8 pages may be uint8). With options.kv_scales
         "tensor" a positive number or one float32 on the GPU each, by default 1; with "page" float32 [num_pages,
-        num_kv_heads], with "token" float32 of the pages' shape less the last axis, none of them negative. As CacheWriter
-        takes and writes them.
+        num_kv_heads], with "token" float32 of the pages' shape less the last axis, as CacheWriter writes them, none
+        negative and V's at most 2^60 (below 2^-60 they count as 0).
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
@@ -198,8 +198,8 @@ class DecodeEngine:
         scales = cache_scales.NONE if plain else cache_scales.take(k_scale, v_scale, self.options)
         keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key, scales.key
         if keys != self._checked_run:
-            self._check_run(plan, {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
-                                   "query_lens": query_lens, "k_scale": scales.k, "v_scale": scales.v})
+            self._check_run(plan, {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse,
+                                   "sinks": sinks, "query_lens": query_lens, "k_scale": scales.k, "v_scale": scales.v})
             self._checked_run = keys
         if plan.unchecked_ids is not None:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
@@ -209,8 +209,8 @@ class DecodeEngine:
         cap = self.options.soft_cap
         scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
         given = (q_at, k_at, v_at, plan.block_table, plan.seq_lens, counts_at, sinks_at, out_at, lse_at,
-                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.table_stride, self._num_pages,
-                 self.options.window or 0, scale, cap)
+                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads,
+                 plan.table_stride, self._num_pages, self.options.window or 0, scale, cap)
         if not plain:
             given += scales.k_at, scales.v_at, *self._scale_strides, scales.v_number
         if plan.task_list is None:

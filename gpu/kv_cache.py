@@ -24,7 +24,7 @@ class PagedKVCache:
 
     def __init__(self, shape: DecodeShape, *, num_pages: int, max_batch: int, max_seq_len: int,
                  dtype: str = "float16", kv_scales: str | None = None, combined: bool = False) -> None:
-        """dtype, kv_scales: of the pages; kv_scales as AttentionOptions has it. Raises ValueError naming the argument."""
+        """dtype: of the pages; kv_scales: as AttentionOptions has it. Raises ValueError naming the argument."""
         if dtype in ("float16", "bfloat16"):
             kind = AttentionOptions(kv_scales=kv_scales).kv_scales
             try:

@@ -117,7 +117,8 @@ def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int,
            pages.dtype in dtypes and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
     expect(name, "a contiguous last axis", f"strides {pages.strides}", pages.strides[3] == 1)
     multiple = 8 if dtypes[0] in DTYPES else 16
-    expect(name, f"other strides in multiples of {multiple} elements, on a 16-byte boundary", f"strides {pages.strides}",
+    wanted = f"other strides in multiples of {multiple} elements, on a 16-byte boundary"
+    expect(name, wanted, f"strides {pages.strides}",
            all(stride % multiple == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
     expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
            all(0 <= stride < 2**31 for stride in pages.strides[1:3]))

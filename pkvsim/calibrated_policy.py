@@ -74,7 +74,7 @@ class CalibratedPolicy:
         checked and converted.
         options: routes that do not serve them (pkvsim.route_options) take no part. A window is priced by the tiles that
         a route reads, query tokens as further query heads, V's head_dim by its bytes; soft cap and sinks, a few
-        instructions a logit, as nothing; an 8-bit cache by its bytes and its scales', at the arithmetic of a 16-bit one.
+        instructions a logit, as nothing; an 8-bit cache by its bytes and its scales', with a 16-bit one's arithmetic.
         The constants are fitted to plain attention.
         Raises ValueError naming the argument.
         """

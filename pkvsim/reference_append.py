@@ -107,8 +107,8 @@ def quantize_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def dequantize(pages: np.ndarray, kv_dtype: str, scales: np.ndarray | float) -> np.ndarray:
     """Pages as float64, stored * scale: what pkvsim.reference attends to.
 
-    pages [num_pages, num_kv_heads, page_size, dim] of kv_dtype, or their bytes as uint8. scales: a number or float32 [1];
-    of pages and KV heads float32 [num_pages, num_kv_heads]; of tokens float32 [num_pages, num_kv_heads, page_size].
+    pages [num_pages, num_kv_heads, page_size, dim] of kv_dtype, or their bytes as uint8. scales: a number or float32
+    [1]; of pages and KV heads float32 [num_pages, num_kv_heads]; of tokens [num_pages, num_kv_heads, page_size].
     Raises ValueError naming the argument.
     """
     if kv_dtype not in KV_DTYPES:

@@ -75,14 +75,16 @@ class Step:
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """(K, V) as float64; 0 for NaN, which only tokens without a row may hold."""
         kv_dtype, pairs = self.options.kv_dtype, ((self.k, self.k_scales), (self.v, self.v_scales))
-        return tuple(np.nan_to_num(pages.astype(np.float64) if kv_dtype is None else dequantize(pages, kv_dtype, scales))
-                     for pages, scales in pairs)
+        if kv_dtype is None:
+            return tuple(np.nan_to_num(pages.astype(np.float64)) for pages, _ in pairs)
+        return tuple(np.nan_to_num(dequantize(pages, kv_dtype, scales)) for pages, scales in pairs)
 
 
 def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed: int, lens: tuple[int, ...] = LENGTHS,
               spread: float = 1.0) -> Step:
     """spread: the scales' powers of two reach so far up and down."""
-    rng, lens, slots, kv_dtype = np.random.default_rng(seed), np.array(lens, np.int32), shape.page_size, options.kv_dtype
+    rng, slots, kv_dtype = np.random.default_rng(seed), shape.page_size, options.kv_dtype
+    lens = np.array(lens, np.int32)
     pages = -(-lens // slots)
     count = int(pages.sum()) + 3
     table = np.full((len(lens), int(pages.max()) + 1), 0x7FFFFFFF, np.int32)
@@ -99,7 +101,8 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
             stored = x.astype(dtype)
         else:
             int8 = kv_dtype == "int8"
-            codes = np.clip(np.rint(x * 64), -128, 127).astype(np.int8) if int8 else (x * 8).astype(FP8_DTYPES[kv_dtype])
+            steps = np.clip(np.rint(x * 64), -128, 127) if int8 else x * 8
+            codes = steps.astype(np.int8 if int8 else FP8_DTYPES[kv_dtype])
             stored = codes.view(np.uint8)
             sized = {"tensor": (1,), "page": (count, heads), "token": (count, heads, slots)}[options.kv_scales]
             unit = 1 / 64 if int8 else 1 / 8
@@ -139,8 +142,8 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
     scale, height = (base * LOG2_E, 0.0) if cap is None else (base / cap, cap * LOG2_E)
     order = (step.k, 0), (step.v, 0), (step.k, 1), (step.k, 2), (step.v, 1), (step.v, 2)
     layout = [pool.strides[axis] // pool.itemsize for pool, axis in order]
-    values = [*map(address, (step.q, step.k, step.v, step.table, step.lens, None, step.sinks, out, lse, partials)), *layout,
-              len(step.lens), heads.num_kv_heads, step.table.shape[1], len(step.k), options.window or 0, scale, height]
+    given = step.q, step.k, step.v, step.table, step.lens, None, step.sinks, out, lse, partials
+    values = [*map(address, given), *layout, len(step.lens), heads.num_kv_heads, step.table.shape[1], len(step.k), options.window or 0, scale, height]
     if options.kv_dtype is not None:
         strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
         values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]

@@ -27,8 +27,8 @@ CASES = [
 
 def expected(step) -> tuple[np.ndarray, np.ndarray]:
     sinks = None if step.sinks is None else step.sinks.astype(np.float64)
-    return reference.attention(step.shape, step.q.astype(np.float64), *step.values(), step.table, step.lens, sinks=sinks,
-                               options=step.options)
+    return reference.attention(step.shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
+                               sinks=sinks, options=step.options)
 
 
 def assert_close(got, want, dtype) -> None:

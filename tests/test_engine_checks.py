@@ -93,7 +93,8 @@ def test_numbers_are_scales_of_a_tensor(scale) -> None:
 
 
 @pytest.mark.parametrize("kind,given,named", [
-    (None, {"k_scale": 1.0}, "k_scale"), (None, {"v_scale": np.ones(1)}, "v_scale"), ("tensor", {"k_scale": 0.0}, "k_scale"),
+    (None, {"k_scale": 1.0}, "k_scale"), (None, {"v_scale": np.ones(1)}, "v_scale"),
+    ("tensor", {"k_scale": 0.0}, "k_scale"),
     ("tensor", {"v_scale": float("inf")}, "v_scale"), ("tensor", {"v_scale": float("nan")}, "v_scale"),
     ("page", {"k_scale": 1.0}, "k_scale"), ("token", {}, "k_scale")])
 def test_what_is_no_scale_is_named(kind, given, named) -> None:

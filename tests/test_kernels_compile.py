@@ -85,16 +85,19 @@ KV_VARIANTS = [(capability, kv_dtype, ("tensor", "token")[(i // 2 + j) % 2], (64
 
 def test_kv_variants_cover_what_they_claim():
     assert {v[:2] for v in KV_VARIANTS} == set(itertools.product(CAPABILITIES, KV_DTYPES))
-    for place, values in ((2, ("tensor", "token")), (3, (64, 128, 192, 256)), (4, (1, 4, 8, 16)), (5, PAGE_SIZES), (6, DTYPES)):
+    places = {2: ("tensor", "token"), 3: (64, 128, 192, 256), 4: (1, 4, 8, 16), 5: PAGE_SIZES, 6: DTYPES}
+    for place, values in places.items():
         assert {(v[1], v[place]) for v in KV_VARIANTS} == set(itertools.product(KV_DTYPES, values))
 
 
-@pytest.mark.parametrize(("capability", "kv_dtype", "kv_scales", "head_dim", "group_size", "page_size", "dtype"), KV_VARIANTS)
+@pytest.mark.parametrize(("capability", "kv_dtype", "kv_scales", "head_dim", "group_size", "page_size", "dtype"),
+                         KV_VARIANTS)
 def test_kernels_of_8_bit_pages_fit(capability, kv_dtype, kv_scales, head_dim, group_size, page_size, dtype):
     options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
     config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
     names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
-    assert_fits(*names[(capability + head_dim // 64) % 2], config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+    assert_fits(*names[(capability + head_dim // 64) % 2], config.defines(), capability, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=repr)

@@ -110,15 +110,16 @@ def test_tiles_before_the_window_are_not_scheduled(lens, window, num_ctas):
 
 
 @pytest.mark.parametrize("bad", [{"window": 0}, {"window": True}, {"soft_cap": 0.0}, {"soft_cap": float("inf")}, {"query_tokens": 9},
-                                 {"query_tokens": 0}, {"v_head_dim": 0}, {"kv_dtype": "float8"}, {"kv_dtype": "float16"},
-                                 {"kv_scales": "token"}, {"kv_scales": "head", "kv_dtype": "int8"}])
+                                 {"query_tokens": 0}, {"v_head_dim": 0}, {"kv_dtype": "float8"},
+                                 {"kv_dtype": "float16"}, {"kv_scales": "token"}, {"kv_scales": "head", "kv_dtype": "int8"}])
 def test_bad_options_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AttentionOptions(**bad)
 
 
 def test_a_cache_has_the_scales_that_a_writer_gives_it():
-    assert [AttentionOptions(kv_dtype=name).kv_scales for name in (None, *KV_DTYPES)] == [None, "tensor", "tensor", "token"]
+    found = [AttentionOptions(kv_dtype=name).kv_scales for name in (None, *KV_DTYPES)]
+    assert found == [None, "tensor", "tensor", "token"]
     options = AttentionOptions(window=5).with_cache("int8", "page")
     assert options == AttentionOptions(window=5, kv_dtype="int8", kv_scales="page")
     assert options.with_cache(None) is options and options.with_cache("int8") == options
@@ -136,7 +137,8 @@ def test_what_is_dequantised_is_what_was_stored(name, data):
     size = data.draw(st.sampled_from([(1,), (3, 2), (3, 2, 4)]))
     scales = np.exp2(rng.uniform(-9, -4, size)).astype(np.float32)
     steps = pages / dequantize(np.full(pages.shape, 1).astype(FP8_DTYPES.get(name, np.int8)), name, scales)
-    stored = np.clip(np.rint(steps), -127, 127).astype(np.int8) if name == "int8" else np.clip(steps, -400, 400).astype(FP8_DTYPES[name])
+    rounded = np.clip(np.rint(steps), -127, 127) if name == "int8" else np.clip(steps, -400, 400)
+    stored = rounded.astype(FP8_DTYPES.get(name, np.int8))
     got, by_bytes = dequantize(stored, name, scales), dequantize(stored.view(np.uint8), name, scales)
     np.testing.assert_array_equal(got, by_bytes)
     kept = np.abs(steps) < (127 if name == "int8" else 400)
@@ -146,7 +148,8 @@ def test_what_is_dequantised_is_what_was_stored(name, data):
     assert (np.abs(got - pages)[kept] <= bound[kept]).all()
 
 
-@pytest.mark.parametrize("bad,named", [(("int4", 1.0), "kv_dtype"), (("int8", np.ones(2)), "scales"), (("float8_e5m2", 1.0), "pages")])
+@pytest.mark.parametrize("bad,named", [(("int4", 1.0), "kv_dtype"), (("int8", np.ones(2)), "scales"),
+                                       (("float8_e5m2", 1.0), "pages")])
 def test_what_cannot_be_dequantised_is_named(bad, named):
     with pytest.raises(ValueError, match=f"^{named}: expected"):
         dequantize(np.zeros((1, 2, 3, 4), np.int8), *bad)

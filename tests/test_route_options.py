@@ -92,11 +92,13 @@ def test_a_smaller_head_of_v_saves_its_bytes(lens):
 def test_a_cache_of_bytes_is_priced_by_its_bytes(lens, kv_dtype, page_size):
     shape = DecodeShape(32, 8, 128, page_size)
     plain = useful_kv_bytes(shape, np.array(lens))
-    sizes = [useful_kv_bytes(shape, np.array(lens), AttentionOptions(kv_dtype=kv_dtype, kv_scales=kind)) for kind in KV_SCALES]
+    kinds = [AttentionOptions(kv_dtype=kv_dtype, kv_scales=kind) for kind in KV_SCALES]
+    sizes = [useful_kv_bytes(shape, np.array(lens), options) for options in kinds]
     assert 2 * sizes[0] == plain
     assert sizes[2] == sizes[0] + sum(lens) * 8 * 2 * 4  # a float for K and one for V
     assert sizes[1] == sizes[0] + int(sum(lens) * 8 * 2 * 4 / page_size)
-    prices = [decide(lens, shape=shape, available=OWN_ROUTES, kv_dtype=kv_dtype, kv_scales=kind).layer_us for kind in KV_SCALES]
+    prices = [decide(lens, shape=shape, available=OWN_ROUTES, kv_dtype=kv_dtype, kv_scales=kind).layer_us
+              for kind in KV_SCALES]
     whole = decide(lens, shape=shape, available=OWN_ROUTES).layer_us
     assert prices[0]["balanced"] < prices[2]["balanced"] < whole["balanced"]
     assert prices[0]["balanced"] < prices[1]["balanced"] <= prices[2]["balanced"]
