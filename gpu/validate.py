@@ -89,6 +89,8 @@ def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout:
             continue
         expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
         expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
+    if options.kv_dtype is not None:  # read two pairs at a time
+        expect("q", "an 8-byte boundary", f"address % 8 = {given['q'].pointer % 8}", given["q"].pointer % 8 == 0)
     expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
            ("sinks" in given) == options.sinks)
     expect("query_lens", "None with one query token per row", given.get("query_lens"),

@@ -1,6 +1,8 @@
 """What the engine's checks refuse by name, and what may stand for a step that was checked before."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -115,6 +117,13 @@ def test_pages_are_of_the_options_type(kv_dtype, dtype, passes) -> None:
         return
     with pytest.raises(ValueError, match="^k_pages: expected"):
         validate.check_run(SHAPE, "float16", options, "HND", 1, 0, given)
+
+
+def test_queries_of_bytes_start_on_8() -> None:
+    pages = array(9, 2, 16, 64, dtype="int8")
+    given = {"q": replace(array(1, 8, 64, dtype="float16"), pointer=4), "k_pages": pages, "v_pages": pages}
+    with pytest.raises(ValueError, match="^q: expected an 8-byte boundary"):
+        validate.check_run(SHAPE, "float16", AttentionOptions(kv_dtype="int8"), "HND", 1, 0, given)
 
 
 def test_rows_of_bytes_start_on_16() -> None:

@@ -1,4 +1,4 @@
-"""One small ragged step of every schedule and option, checked, for compute-sanitizer to watch.
+"""One small ragged step of every schedule, option and type of cache, checked, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitize
     compute-sanitizer --tool racecheck python -m tests.gpu.sanitize --racecheck
@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import test_gpu_kv_types as kv_types  # noqa: E402
 from decode_ref import check, make_case, run_poisoned  # noqa: E402
 from test_gpu_options import OPTIONS, agree, expected, run, step  # noqa: E402
 
 from gpu import DecodeEngine  # noqa: E402
 from gpu.config import KernelConfig  # noqa: E402
-from pkvsim import DecodeShape  # noqa: E402
+from pkvsim import AttentionOptions, DecodeShape  # noqa: E402
 
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 SCHEDULES = ("balanced", "workqueue", "split")
@@ -40,6 +41,11 @@ def main() -> int:
             continue
         arrays = step(SHAPE, options, "float16")
         agree(run(DecodeEngine(SHAPE, options=options), arrays), expected(SHAPE, options, arrays), "float16")
+        print(options, "ok", flush=True)
+    for kv_dtype, kv_scales in kv_types.KINDS:
+        options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
+        quantised = kv_types.make_quantised(SHAPE, (0, 1, 700, 33, 2100), options, seed=1)
+        check(*kv_types.run(DecodeEngine(SHAPE, options=options), quantised), quantised.case(), dtype="float16")
         print(options, "ok", flush=True)
     return 0
 
