@@ -136,6 +136,9 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = 0;  // nothing
+#if CACHE_TYPE
+    walk.tile = 0;  // begin() looks at it; 16-bit kernels, whose code stays as measured, leave it to the compiler
+#endif
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
     int stale = 0;
     if (early) {
