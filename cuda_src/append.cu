@@ -22,6 +22,7 @@
 // Bound by HBM when there are many tokens, each input read and each output written once (outputs through L2, where
 // decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
 #include "mma.cuh"
+#include "cache_type.cuh"
 #include "quantize.cuh"
 #include "vectors.cuh"
 
@@ -37,12 +38,6 @@ constexpr int IN_FLIGHT = 4;  // steps whose loads a warp has under way
 constexpr int ROTATING_LANES = ROPE_STYLE ? ROTARY_DIM / 16 : 0;
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0 && WIDEST <= 512, "a warp holds whole vectors of a head");
 static_assert(ROTARY_DIM % 16 == 0 && ROTARY_DIM <= HEAD_DIM, "a lane holds both elements of its pairs");
-
-#if CACHE_TYPE == 0
-typedef half_type cache_type;
-#else
-typedef unsigned char cache_type;
-#endif
 
 struct Strides {
   long long token, head;

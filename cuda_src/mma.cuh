@@ -25,6 +25,11 @@ typedef __half half_type;
 typedef __half2 half_pair;
 #endif
 
+#include "cache_type.cuh"
+
+// Whether the GPU has an instruction from e4m3 to FP16.
+#define CONVERTS_E4M3 (__CUDA_ARCH__ >= 890)
+
 namespace pkv {
 
 __device__ __forceinline__ unsigned pack(float low, float high) {
@@ -45,6 +50,60 @@ __device__ __forceinline__ float2 unpack(unsigned value) {
 #endif
 }
 
+// Pairs of operands.
+__device__ __forceinline__ unsigned pack_operands(float low, float high) {
+#if DTYPE_BF16 && FP16_OPERANDS
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return pack(low, high);
+#endif
+}
+__device__ __forceinline__ float2 unpack_operands(unsigned pair) {
+#if DTYPE_BF16 && FP16_OPERANDS
+  float2 value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(value.x), "=f"(value.y) : "r"(pair));
+  return value;
+#else
+  return unpack(pair);
+#endif
+}
+
+// FP16 pairs, whatever half_type is.
+__device__ __forceinline__ unsigned add_pair(unsigned a, unsigned b) {
+  unsigned sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+__device__ __forceinline__ unsigned multiply_pair(unsigned a, unsigned b) {
+  unsigned product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+__device__ __forceinline__ unsigned multiply_add_pair(unsigned a, unsigned b, unsigned c) {
+  unsigned sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// Byte i of the result is the one of {low, high} that nibble i of the selector numbers, or, with its bit 3 set, 8
+// copies of that byte's sign.
+__device__ __forceinline__ unsigned permute(unsigned low, unsigned high, unsigned selector) {
+  unsigned result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+#if CONVERTS_E4M3
+// Bytes 0 and 1 of x as FP16 pair `first`, 2 and 3 as `second`.
+__device__ __forceinline__ void convert_e4m3(unsigned& first, unsigned& second, unsigned x) {
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(first), "=r"(second) : "r"(x));
+}
+#endif
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
@@ -55,6 +114,15 @@ __device__ __forceinline__ void copy_async(unsigned destination, const void* sou
 }
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source));
+}
+// One float, through L1: smaller copies than 16 bytes have no other way.
+__device__ __forceinline__ void copy_float_async(unsigned destination, const float* source, int valid_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes));
+}
+__device__ __forceinline__ float2 load_shared(unsigned address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -109,7 +177,7 @@ __device__ __forceinline__ unsigned transpose(unsigned value) {
 
 // d[16x8] += a[16x16] * b[16x8], FP32 accumulators.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if DTYPE_BF16
+#if !FP16_OPERANDS
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #else
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -137,6 +205,20 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Between CTAs, word by word: no order is promised.
+__device__ __forceinline__ void send(float4* to, const float4& v) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};"
+               ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void send(float2* to, const float2& v) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
+}
+__device__ __forceinline__ float2 receive(const float2* from) {
+  float2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.
@@ -144,6 +226,18 @@ __device__ __forceinline__ float hyperbolic_tangent(float x) {
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 2.8853900817779268f));  // exp(2 x)
   return 1.0f - __fdividef(2.0f, e + 1.0f);
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The larger of the two; NaN where one is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

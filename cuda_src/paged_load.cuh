@@ -10,15 +10,24 @@
 
 namespace pkv {
 
-constexpr int K_ROW_BYTES = HEAD_DIM * 2, V_ROW_BYTES = V_DIM * 2;  // of one token
+constexpr int ELEMENT_BYTES = sizeof(cache_type);
+constexpr int K_ROW_BYTES = HEAD_DIM * ELEMENT_BYTES, V_ROW_BYTES = V_DIM * ELEMENT_BYTES;  // of one token
 constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
-constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES;             // of the ring: a tile's K, then its V
+constexpr int SCALE_BYTES = CACHE_SCALES ? PKV_TILE * 2 * sizeof(float) : 0;  // of a tile's tokens, K's and V's in turn
+constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES + SCALE_BYTES;         // of the ring: a tile's K, V and scales
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
 constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
 
 // Where pages are; strides in elements.
 struct PagedTensor {
-  const half_type* at;  // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM or V_DIM], in any order
+  const cache_type* at;  // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM or V_DIM], in any order
+  long long page_stride;
+  int head_stride, token_stride;
+};
+
+// The scales of K and V, float32, with the same strides; those of a page have a token_stride of 0.
+struct PagedScales {
+  const float *k, *v;  // [num_pages, num_kv_heads, PAGE_SIZE]
   long long page_stride;
   int head_stride, token_stride;
 };
@@ -29,12 +38,16 @@ struct Pages {
   PageTable table;
   int reach;               // tokens at a row's end that are read (WINDOWED)
   bool alike;              // K and V have the same strides
+#if CACHE_SCALES
+  PagedScales scales;
+#endif
 };
 
-// XOR swizzle: the eight rows of an ldmatrix fall into different banks.
+// XOR swizzle: the eight rows of an ldmatrix fall into different banks. Where rows are an odd number of half bank rows
+// (64 or 192 bytes), two neighbours fill both halves and pairs of them are told apart.
 template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
-  return row * ROW_BYTES + ((vector ^ (row & 7)) << 4);
+  return row * ROW_BYTES + ((vector ^ (ROW_BYTES % 128 ? row >> 1 & 3 : row & 7)) << 4);
 }
 
 // A segment and this warp's first tile of it; it has that one and every WARPS-th from there.
@@ -93,7 +106,8 @@ struct Loader {
   }
 
   // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
-  __device__ __forceinline__ long long offset_in(const PagedTensor& tensor) const {
+  template <class Tensor>
+  __device__ __forceinline__ long long offset_in(const Tensor& tensor) const {
     const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
     if (!TILE_IN_PAGE) return head;
     const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
@@ -105,7 +119,7 @@ struct Loader {
   __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
     constexpr int VECTORS = ROW_BYTES / 16;
     const int first = pending_tile * PKV_TILE;
-    const half_type* from = tensor.at + base;
+    const cache_type* from = tensor.at + base;
     #pragma unroll
     for (int step = 0; step < PKV_TILE * VECTORS / 32; ++step) {
       const int row = (step * 32 + lane) / VECTORS, vector = (step * 32 + lane) % VECTORS;
@@ -114,7 +128,7 @@ struct Loader {
         const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
         offset = id * tensor.page_stride + static_cast<long long>((first + row) % PAGE_SIZE) * tensor.token_stride;
       }
-      const half_type* address = from + offset + vector * 8;
+      const cache_type* address = from + offset + vector * (16 / ELEMENT_BYTES);
       const unsigned slot = to + ring_offset<ROW_BYTES>(row, vector);
       const bool read = row < pending_rows && row >= pending_skip;
       if (pending_rows >= PKV_TILE && pending_skip <= 0) copy_async(slot, address);
@@ -122,7 +136,23 @@ struct Loader {
     }
   }
 
-  // Starts the copy of the next tile's K into a slot of the ring. An empty group is committed at the end of the stream,
+#if CACHE_SCALES
+  // The scales of the pending tile's tokens into the ring, a lane each: zero for tokens that are not read.
+  __device__ __forceinline__ void copy_scales(const PagedScales& scales, unsigned to, int lane) const {
+    const int row = lane & 15;
+    long long offset = offset_in(scales) + static_cast<long long>(row) * scales.token_stride;
+    if (!TILE_IN_PAGE) {
+      const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
+      offset = offset_in(scales) + id * scales.page_stride
+               + static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * scales.token_stride;
+    }
+    const bool read = row < pending_rows && row >= pending_skip;
+    const float* from = lane < PKV_TILE ? scales.k : scales.v;
+    copy_float_async(to + row * 8 + lane / PKV_TILE * 4, read ? from + offset : from, read ? 4 : 0);
+  }
+#endif
+
+  // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed at the end of the stream,
   // so that waiting can count groups.
   __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane) {
     if (live) advance(pages, warp, lane);
@@ -133,6 +163,9 @@ struct Loader {
       pending_skip = WINDOWED ? pending_rows - pages.reach : 0;
       pending_base = offset_in(pages.k);
       copy_tile<K_ROW_BYTES>(pages.k, pending_base, slot, lane);
+#if CACHE_SCALES
+      copy_scales(pages.scales, slot + K_TILE_BYTES + V_TILE_BYTES, lane);
+#endif
       tile += WARPS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;

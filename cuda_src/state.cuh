@@ -60,17 +60,6 @@ __device__ __forceinline__ bool arrived(float word) { return __float_as_uint(wor
 __device__ __forceinline__ bool arrived(const float4& v) {
   return arrived(v.x) & arrived(v.y) & arrived(v.z) & arrived(v.w);  // bitwise: a short circuit would be a branch a word
 }
-__device__ __forceinline__ void send(float4* to, const float4& v) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-__device__ __forceinline__ void send(float2* to, const float2& v) {
-  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
-}
-__device__ __forceinline__ float2 receive(const float2* from) {
-  float2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
-  return v;
-}
 __device__ __forceinline__ void send_state(Slot& to, int column, const HeadState& state, int lane) {
   #pragma unroll
   for (int i = 0; i < LANE_QUADS; ++i)

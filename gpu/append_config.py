@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu.arrays import ArrayView
-from gpu.config import DTYPES
+from gpu.config import CACHE_TYPES, DTYPES
 from pkvsim import DecodeShape
 from pkvsim.rope import HALF, ROPE_STYLES, Rope
 
@@ -13,7 +13,6 @@ WARPS_PER_SM = 16  # worth of work, from which on a warp takes several steps of 
 LANE_ELEMENTS = 16  # of a head that a lane holds
 MAX_HEAD_DIM = 32 * LANE_ELEMENTS
 LAYOUTS = {"HND": (0, 1, 2), "NHD": (0, 2, 1)}  # where in a pool's shape pages, heads and tokens are
-CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the tokens' own dtype
 FP8_TYPES = ("float8_e4m3fn", "float8_e5m2")
 SIGNATURE = "p" * 12 + "i" * 9 + "q" * 19 + "f" * 3  # parameters of pkv_append, see gpu.launch
 

@@ -65,6 +65,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._tables = CsrBuffers(tuple(buffers.values()) if use_cuda_graph else None)
         self._shape: DecodeShape | None = None
         self._dtype: torch.dtype | None = None
+        self._kv_dtype: str | None = None  # of FP8 pages
         self._sm_scale: float | None = None
         self._window_left, self._logits_soft_cap, self._q_len = -1, None, None
         self._engines: dict[AttentionOptions, object] = {}  # all of the planned shape and dtype
@@ -115,13 +116,15 @@ class BatchDecodeWithPagedKVCacheWrapper:
             check_served(name, value)
         self._check_q_len(q_len_per_req, is_causal)
         o_dtype = q_dtype if o_data_type is None else dtype_of(o_data_type)
-        for name, given in (("kv_data_type", kv_dtype), ("o_data_type", o_dtype)):
+        fp8 = kv_dtype.itemsize == 1
+        for name, given in (("kv_data_type", q_dtype if fp8 else kv_dtype), ("o_data_type", o_dtype)):
             if given != q_dtype:
                 raise NotImplementedError(f"{name}: expected q_data_type {name_of(q_dtype)}, got {name_of(given)}")
         shape = DecodeShape(num_qo_heads, num_kv_heads, head_dim, page_size)
         self._tables.update(indptr, indices, last_page_len, device=self.device, non_blocking=non_blocking)
         if (shape, q_dtype) != (self._shape, self._dtype):
             self._shape, self._dtype, self._engines = shape, q_dtype, {}
+        self._kv_dtype = name_of(kv_dtype) if fp8 else None
         self._sm_scale, self._window_left, self._logits_soft_cap = sm_scale, window_left, logits_soft_cap
         self._q_len = q_len_per_req
         self._planned.clear()
@@ -145,8 +148,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         q [batch_size * q_len_per_req, num_qo_heads, head_dim]. paged_kv_cache: a pair of pools [num_pages,
         num_kv_heads, page_size, head_dim], with NHD [num_pages, page_size, num_kv_heads, head_dim], or both in one
         [num_pages, 2, ..]. out like q; lse [batch_size * q_len_per_req, num_qo_heads] float32 of base 2, written where
-        it is given, as FlashInfer does, even if it is not returned. q_scale,
-        k_scale multiply the logits, v_scale the output. sinks [num_qo_heads] float32. enable_pdl: a hint, of no effect.
+        it is given, as FlashInfer does, even if it is not returned. q_scale, k_scale multiply the logits, v_scale the
+        output: of FP8 pages, what they were stored with. sinks [num_qo_heads] float32. enable_pdl: a hint, of no effect.
 
         Raises ValueError or NotImplementedError naming the argument, RuntimeError when nothing was planned.
         """
@@ -164,14 +167,18 @@ class BatchDecodeWithPagedKVCacheWrapper:
         check_tokens(q, out, lse, rows)
         if not isinstance(v_scale, torch.Tensor):
             check_number("v_scale", v_scale)
-        for name, array in (("q", q), ("k", k_pages), ("v", v_pages)):
-            if array.dtype != self._dtype:
-                raise ValueError(f"{name}: expected plan()'s {name_of(self._dtype)}, got {name_of(array.dtype)}")
+        kv_dtype = name_of(self._dtype) if self._kv_dtype is None else self._kv_dtype
+        for name, array, wanted in (("q", q, name_of(self._dtype)), ("k", k_pages, kv_dtype), ("v", v_pages, kv_dtype)):
+            if name_of(array.dtype) != wanted:
+                raise ValueError(f"{name}: expected plan()'s {wanted}, got {name_of(array.dtype)}")
         one = rows[1] == 1  # else the engine has an axis of tokens
         by_row = (array if array is None or one else array.unflatten(0, rows) for array in (q, out, lse))
         engine_q, engine_out, engine_lse = by_row
         engine, scale = self._engine(sinks=sinks is not None), self._scale(q_scale, k_scale)
-        found = engine.run(engine_q, k_pages, v_pages, out=engine_out, lse=engine_lse, scale=scale, sinks=sinks)
+        more = {}
+        if self._kv_dtype is not None and isinstance(v_scale, float) and v_scale > 0:
+            more, v_scale = {"v_scale": v_scale}, None  # before the output is rounded
+        found = engine.run(engine_q, k_pages, v_pages, out=engine_out, lse=engine_lse, scale=scale, sinks=sinks, **more)
         out, lse = (given if given is not None else new if one else new.flatten(0, 1)
                     for given, new in zip((out, lse), found))
         if v_scale is not None and not (isinstance(v_scale, float) and v_scale == 1.0):
@@ -223,7 +230,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         """The engine of the step's options, planned for the current step."""
         cap = self._logits_soft_cap
         options = AttentionOptions(window=None if self._window_left < 0 else self._window_left + 1, sinks=sinks,
-                                   soft_cap=cap if cap is not None and cap > 0 else None, query_tokens=self._q_len)
+                                   soft_cap=cap if cap is not None and cap > 0 else None, query_tokens=self._q_len,
+                                   kv_dtype=self._kv_dtype)
         engine = self._engines.get(options)
         if engine is None:
             engine = self._engines[options] = self._make_engine(self._shape, name_of(self._dtype), options)

@@ -13,6 +13,8 @@ MAX_GROUP_SIZE = 128
 MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
 MAX_ACCUMULATED = 2048  # query heads x head_dim whose FP32 accumulators its registers hold
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
+CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
+SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/paged_load.cuh, with CACHE_SCALES
 HEAD_DIMS = (64, 128, 192, 256)
 
 # Shared memory a CTA may use, bytes, by compute capability (CUDA C++ programming guide, table of technical
@@ -26,6 +28,11 @@ _CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
                128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
                192: ((4, 3), (4, 2), (2, 2), (2, 1)),
                256: ((4, 2), (2, 2), (2, 1), (1, 1))}
+# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Not measured.
+_CALCULATED_8BIT = {64: ((8, 8), (8, 6), (8, 4), (4, 8), (4, 4), (4, 2), (2, 2)),
+                    128: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
+                    192: ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2), (2, 1)),
+                    256: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (1, 1))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ class KernelConfig:
     windowed: bool
     soft_cap: bool
     sinks: bool
+    kv_dtype: str | None  # of the pages; None: dtype
+    tile_scales: bool  # tokens or pages have scales of their own, which travel with their tiles
 
     @property
     def columns(self) -> int:
@@ -53,10 +62,12 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings, the warps' states (rows padded by 4 floats), a kept one, barriers."""
-        ring = self.warps * self.stages * TILE_TOKENS * (self.head_dim + self.v_dim) * 2
+        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), a kept
+        one, barriers."""
+        element = 2 if self.kv_dtype is None else 1
+        tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
         states = (self.buffers * self.warps + 1) * self.columns * (self.v_dim + 4) * 4
-        return ring + states + self.buffers * 2 * BARRIER_BYTES
+        return self.warps * self.stages * tile + states + self.buffers * 2 * BARRIER_BYTES
 
     @property
     def threads(self) -> int:
@@ -76,7 +87,8 @@ class KernelConfig:
                 "WINDOWED": int(self.windowed), "SOFT_CAP": int(self.soft_cap), "SINKS": int(self.sinks),
                 "GROUP_SIZE": self.group_size, "HEAD_SPLIT": self.head_split,
                 "PAGE_SIZE": self.page_size, "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
-                "SHARED_BYTES": self.shared_bytes}
+                "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
+                "CACHE_SCALES": int(self.tile_scales)}
 
 
 def shared_limit_bytes(compute_capability: int) -> int:
@@ -102,7 +114,8 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
             config = KernelConfig(
                 head_dim=shape.head_dim, v_dim=v_dim, group_size=shape.group_size // split, query_tokens=options.query_tokens,
                 head_split=split, page_size=shape.page_size, dtype=dtype, warps=warps, stages=stages, buffers=buffers,
-                windowed=options.window is not None, soft_cap=options.soft_cap is not None, sinks=options.sinks)
+                windowed=options.window is not None, soft_cap=options.soft_cap is not None, sinks=options.sinks,
+                kv_dtype=options.kv_dtype, tile_scales=options.kv_scales in ("page", "token"))
             if config.shared_bytes <= limit_bytes:
                 found.append(config)
                 break
@@ -129,7 +142,12 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
-    choices = (variant,) if variant else tuned_choice(shape, dtype, compute_capability) + _CALCULATED[shape.head_dim]
+    if variant:
+        choices = (variant,)
+    elif options.kv_dtype is not None:
+        choices = _CALCULATED_8BIT[shape.head_dim]
+    else:
+        choices = tuned_choice(shape, dtype, compute_capability) + _CALCULATED[shape.head_dim]
     fitting = variants(shape, dtype, choices, shared_limit_bytes(compute_capability), options)
     if not fitting:
         raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and group_size {shape.group_size} fits "

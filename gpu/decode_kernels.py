@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gpu import cache_scales
 from gpu.config import KernelConfig
 from gpu.kernels import load_kernel
 from gpu.step_tables import TableLayout
@@ -10,8 +11,13 @@ from gpu.step_tables import TableLayout
 if TYPE_CHECKING:
     from gpu.launch import Kernel
 
-ARGUMENTS = "ppppppppppqqiiiiiiiiiff"  # pkv::DecodeArguments in cuda_src/attend.cuh
-CSR_ARGUMENTS = ARGUMENTS + "p"  # with TABLE_CSR
+ARGUMENTS = "ppppppppppqqiiiiiiiiiff"  # pkv::DecodeArguments in cuda_src/attend.cuh, of 16-bit pages and block tables
+
+
+def arguments(config: KernelConfig, layout: TableLayout) -> str:
+    """pkv::DecodeArguments of a variant, as gpu.launch writes a structure."""
+    scales = "" if config.kv_dtype is None else cache_scales.SIGNATURE
+    return f"[{ARGUMENTS}{scales}{'p' if layout.csr else ''}]"
 
 
 class DecodeKernels:
@@ -29,9 +35,8 @@ class DecodeKernels:
         if layout not in self._decode:
             file, name, own = ("balanced.cu", "pkv_decode_balanced", "iiii") if self._planned_on_gpu else (
                 "decode.cu", "pkv_decode_tasks", "ppii")
-            signature = f"[{CSR_ARGUMENTS if layout.csr else ARGUMENTS}]{own}"
             self._decode[layout] = load_kernel(
-                file, name, signature, self._config.defines() | layout.defines(), threads=self._config.threads,
+                file, name, arguments(self._config, layout) + own, self._config.defines() | layout.defines(), threads=self._config.threads,
                 shared_bytes=self._config.shared_bytes, overlap=self._overlap)
         return self._decode[layout]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import cupy
 import numpy as np
 
-from gpu import arrays
+from gpu import arrays, cache_scales
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.decode_kernels import DecodeKernels
@@ -40,8 +40,9 @@ class DecodeEngine:
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
                  min_cost: int = MIN_COST, part_cost: int | None = None, variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None,
-                 device: DeviceSpec | str | None = None, layers: int = 1) -> None:
+                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
+                 layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
+                 layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
@@ -49,8 +50,9 @@ class DecodeEngine:
         part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
         of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
         head_dim ** -0.5.
-        options: windows, sinks and the like. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD",
-        [page_size, num_kv_heads, head_dim]; pages may be any view with those axes whose last one is contiguous.
+        options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
+        have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
+        head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
 
@@ -59,6 +61,7 @@ class DecodeEngine:
         current = cupy.cuda.Device()
         capability = int(current.compute_capability)
         checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
+        options = options.with_cache(kv_dtype, kv_scales)
         self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
         self.config = kernel_config(shape, dtype, capability, variant=variant, options=options)
         # What the kernels take for KV heads: the parts of each, where its group is split.
@@ -76,6 +79,7 @@ class DecodeEngine:
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
+        self._scale_strides = cache_scales.NO_STRIDES
         self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
@@ -153,7 +157,8 @@ class DecodeEngine:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
-            scale: float | None = None, sinks: object = None, query_lens: object = None) -> tuple[object, object]:
+            scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
+            v_scale: object = None) -> tuple[object, object]:
         """Attention of the planned step, on the caller's current stream.
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
@@ -164,11 +169,15 @@ class DecodeEngine:
         [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse have an
         axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row has, the
         first ones; outputs of the others are left as they were.
+        k_scale, v_scale: of an 8-bit cache, which holds value / scale (FP8 pages may be uint8). With options.kv_scales
+        "tensor" a positive number or one float32 on the GPU each, by default 1; with "page" float32 [num_pages,
+        num_kv_heads], with "token" float32 of the pages' shape less the last axis, as CacheWriter writes them, none
+        negative and V's at most 2^60 (below 2^-60 they count as 0).
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
         if self.router is not None:
-            checks.check_routed(scale=scale, query_lens=query_lens)
+            checks.check_routed(scale=scale, query_lens=query_lens, k_scale=k_scale, v_scale=v_scale)
             return self.router.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
         plan = self._plan
         if plan is None:
@@ -183,9 +192,12 @@ class DecodeEngine:
         (q_at, q_key), (k_at, k_key), (v_at, v_key), (out_at, out_key), (lse_at, lse_key) = map(
             arrays.fingerprint, (q, k_pages, v_pages, out, lse))
         (sinks_at, sinks_key), (counts_at, counts_key) = map(arrays.fingerprint, (sinks, query_lens))
-        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key
+        plain = self.options.kv_dtype is None and k_scale is None and v_scale is None
+        scales = cache_scales.NONE if plain else cache_scales.take(k_scale, v_scale, self.options)
+        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key, scales.key
         if keys != self._checked_run:
-            self._check_run(plan, q, k_pages, v_pages, out, lse, sinks, query_lens)
+            self._check_run(plan, {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse,
+                                   "sinks": sinks, "query_lens": query_lens, "k_scale": scales.k, "v_scale": scales.v})
             self._checked_run = keys
         if plan.unchecked_ids is not None:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
@@ -194,12 +206,15 @@ class DecodeEngine:
         if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
             self._in_graphs.append((plan.copies, plan.task_list, self._partials))
             plan.in_graph = True
-        scale = self._scale if scale is None else checks.check_scale(scale)
+        scale = (self._scale if scale is None else checks.check_scale(scale)) * scales.k_number
         cap = self.options.soft_cap
         scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
         given = (q_at, k_at, v_at, plan.page_ids, plan.lengths, counts_at, sinks_at, out_at, lse_at,
                  self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.stride,
-                 self._num_pages, self.options.window or 0, scale, cap, *plan.row_begins)
+                 self._num_pages, self.options.window or 0, scale, cap)
+        if not plain:
+            given += scales.k_at, scales.v_at, *self._scale_strides, scales.v_number
+        given += plan.row_begins
         decode = self._kernels.decode(plan.layout)
         if plan.task_list is None:
             costs = self.segment_cost, self.min_cost, self.part_cost
@@ -224,15 +239,14 @@ class DecodeEngine:
         """Waits for the GPU, after which the engine may be dropped whatever stream it ran on."""
         cupy.cuda.Device(self.device_id).synchronize()
 
-    def _check_run(self, plan: Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object,
-                   sinks: object, query_lens: object) -> None:
-        named = {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse, "sinks": sinks,
-                 "query_lens": query_lens}
-        optional = ("sinks", "query_lens")
+    def _check_run(self, plan: Plan, named: dict[str, object]) -> None:
+        optional = ("sinks", "query_lens", "k_scale", "v_scale")
         views = {name: arrays.view(name, array) for name, array in named.items()
                  if array is not None or name not in optional}
         checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
         k, v = views["k_pages"], views["v_pages"]
+        self._scale_strides = cache_scales.check(views.get("k_scale"), views.get("v_scale"), self.shape, self.options,
+                                                 self.layout, k.shape[0])
         self._library, self._num_pages = k.library, k.shape[0]
         head, token = (1, 2) if self.layout == "HND" else (2, 1)
         self._page_layout = (k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head],

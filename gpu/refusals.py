@@ -19,6 +19,7 @@ def _none(value: object) -> bool:
     return value is None
 
 
+KV_DATA_TYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 REFUSALS = {
     "backend": Refusal(lambda v: v in ("auto", "fa2", "fa3"), "auto, fa2 or fa3"),
     "disable_split_kv": Refusal(lambda v: not v, "False: rows are split wherever that balances the CTAs"),
@@ -26,7 +27,7 @@ REFUSALS = {
     "fixed_split_size": Refusal(_none, "None: rows are split wherever that balances the CTAs"),
     "jit_args": Refusal(_none, "None: no kernels of the caller's"),
     "kv_cache_sf": Refusal(_none, "None: no NVFP4 pages"),
-    "kv_data_type": Refusal(lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16: no quantised pages"),
+    "kv_data_type": Refusal(lambda v: v in KV_DATA_TYPES, " or ".join(KV_DATA_TYPES)),
     "pos_encoding_mode": Refusal(lambda v: v == "NONE", "NONE: positions are encoded before attention"),
     "position_bias": Refusal(_none, "None: no additive bias"),
     "q_data_type": Refusal(lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),

@@ -155,12 +155,14 @@ def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout:
             continue
         expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
         expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
+    if options.kv_dtype is not None:  # read two pairs at a time
+        expect("q", "an 8-byte boundary", f"address % 8 = {given['q'].pointer % 8}", given["q"].pointer % 8 == 0)
     expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
            ("sinks" in given) == options.sinks)
     expect("query_lens", "None with one query token per row", given.get("query_lens"),
            options.query_tokens > 1 or "query_lens" not in given)
     for name, head_dim in (("k_pages", shape.head_dim), ("v_pages", v_dim)):
-        _check_pages(name, given[name], shape, head_dim, dtype, layout)
+        _check_pages(name, given[name], shape, head_dim, page_dtypes(dtype, options), layout)
     k, v = given["k_pages"], given["v_pages"]
     expect("v_pages", f"the page count of k_pages, {k.shape[0]}", v.shape[0], v.shape[0] == k.shape[0])
     library = given["q"].library
@@ -169,13 +171,23 @@ def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout:
         expect(name, f"an array of the same library as q ({library})", array.library, array.library == library)
 
 
-def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int, dtype: str, layout: str) -> None:
+def page_dtypes(dtype: str, options: AttentionOptions) -> tuple[str, ...]:
+    """What the arrays of the cache may say they are of: CuPy has no FP8, so that its bytes serve as well."""
+    if options.kv_dtype is None:
+        return (dtype,)
+    return (options.kv_dtype,) if options.kv_dtype == "int8" else (options.kv_dtype, "uint8")
+
+
+def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int, dtypes: tuple[str, ...],
+                 layout: str) -> None:
     inner = (shape.num_kv_heads, shape.page_size) if layout == "HND" else (shape.page_size, shape.num_kv_heads)
-    expect(name, f"{dtype} [num_pages, {', '.join(map(str, (*inner, head_dim)))}] ({layout})", pages,
-           pages.dtype == dtype and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
+    expect(name, f"{' or '.join(dtypes)} [num_pages, {', '.join(map(str, (*inner, head_dim)))}] ({layout})", pages,
+           pages.dtype in dtypes and len(pages.shape) == 4 and pages.shape[1:] == (*inner, head_dim))
     expect(name, "a contiguous last axis", f"strides {pages.strides}", pages.strides[3] == 1)
-    expect(name, "other strides in multiples of 8 elements, on a 16-byte boundary", f"strides {pages.strides}",
-           all(stride % 8 == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
+    multiple = 8 if dtypes[0] in DTYPES else 16
+    wanted = f"other strides in multiples of {multiple} elements, on a 16-byte boundary"
+    expect(name, wanted, f"strides {pages.strides}",
+           all(stride % multiple == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
     expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
            all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from pkvsim.kv_types import KV_DTYPES
 from pkvsim.rope import HALF, Rope
 from pkvsim.shapes import describe
 
@@ -101,6 +102,27 @@ def quantize_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     positive = np.where(scale > 0, scale, x.dtype.type(1))[..., None]
     steps = x * (np.float32(1) / positive) if x.dtype == np.float32 else x / positive
     return np.clip(np.rint(steps), -INT8_STEPS, INT8_STEPS).astype(np.int8), scale.astype(np.float32)
+
+
+def dequantize(pages: np.ndarray, kv_dtype: str, scales: np.ndarray | float) -> np.ndarray:
+    """Pages as float64, stored * scale: what pkvsim.reference attends to.
+
+    pages [num_pages, num_kv_heads, page_size, dim] of kv_dtype, or their bytes as uint8. scales: a number or float32
+    [1]; of pages and KV heads float32 [num_pages, num_kv_heads]; of tokens [num_pages, num_kv_heads, page_size].
+    Raises ValueError naming the argument.
+    """
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    stored = FP8_DTYPES.get(kv_dtype, np.dtype(np.int8))
+    if pages.ndim != 4 or pages.dtype not in (stored, np.dtype(np.uint8)):
+        raise ValueError(f"pages: expected {stored} or uint8 of 4 axes, got {describe(pages)}")
+    factors = np.asarray(scales, dtype=np.float64)
+    if factors.size == 1:
+        factors = factors.reshape(())
+    elif factors.shape not in (pages.shape[:2], pages.shape[:3]):
+        wanted = f"one, {list(pages.shape[:2])} or {list(pages.shape[:3])}"
+        raise ValueError(f"scales: expected {wanted}, got {list(factors.shape)}")
+    return pages.view(stored).astype(np.float64) * factors.reshape(factors.shape + (1,) * (4 - factors.ndim))
 
 
 def append(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.cost import KV_ELEMENT_BYTES, token_bytes
+from pkvsim.cost import KV_ELEMENT_BYTES
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing import price_variant, row_splits
 from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
@@ -114,7 +114,7 @@ def _schedule(
     prices, most, reaches = np.empty(1), np.zeros(1, np.int64), np.full(1, window or 0)
     price_variant(
         lens, shape.num_kv_heads, shape.group_size * options.query_tokens, shape.head_dim, options.value_dim(shape),
-        KV_ELEMENT_BYTES, num_sms, reaches, c[None], prices, most,
+        options.kv_element_bytes(shape), num_sms, reaches, c[None], prices, most,
     )  # fmt: skip
     counts = np.empty(len(lens), np.int64)
     row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, c, int(most[0]), counts)
@@ -145,11 +145,11 @@ def _prepare(
 ) -> _Run:  # fmt: skip
     lens = check_seq_lens(seq_lens)
     c, columns = model.to_row(), shape.group_size * options.query_tokens
-    slots, width = cta_slots(c, num_sms), token_bytes(shape, options)
+    slots, width = cta_slots(c, num_sms), options.kv_token_bytes(shape)
     schedule = _schedule(model, c, shape, lens, num_sms, splits, options)
     reads = read_lens(lens, options.reach, schedule.tile_tokens)
     kv_bytes = int(reads.sum(dtype=np.int64)) * shape.num_kv_heads * width
-    alone, shared = read_speeds(c, kv_bytes, columns, KV_ELEMENT_BYTES, num_sms)
+    alone, shared = read_speeds(c, kv_bytes, columns, options.kv_element_bytes(shape), num_sms)
     state = columns * (2 + options.value_dim(shape)) * float(PARTIAL_ELEMENT_BYTES)
     spans, launch_spans, gaps, merges = _launches(model, c, schedule, shape, lens, state)
     cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0

@@ -36,7 +36,7 @@ VARIANTS = (
 def build(folder: Path, constants: dict[str, int]) -> ctypes.CDLL:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    for name in ("append.cu", "quantize.cuh"):
+    for name in ("append.cu", "cache_type.cuh", "quantize.cuh"):
         shutil.copy(SOURCE_DIR / name, folder)
     for name in ("mma.cuh", "vectors.cuh"):
         (folder / name).write_text("")

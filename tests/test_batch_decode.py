@@ -147,6 +147,23 @@ def test_dtypes_by_any_argument(dtypes) -> None:
     assert torch.equal(planned(step, **dtypes).run(step.q, (step.k, step.v)), step.expected()[0])
 
 
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", torch.float8_e5m2])
+def test_fp8_pages_with_their_scales(kv_dtype) -> None:
+    step = Step([5, 0, 17])
+    wrapper = planned(step, kv_data_type=kv_dtype)
+    stored = tuple(pages.to(flashinfer_arguments.dtype_of(kv_dtype)) for pages in (step.k, step.v))
+    step.k, step.v = (pages.half() for pages in stored)
+    assert torch.equal(wrapper.run(step.q, stored), step.expected()[0])
+    want = step.expected(8**-0.5 * 0.25)[0]
+    for v_scale in (0.5, torch.tensor(0.5)):
+        torch.testing.assert_close(wrapper.run(step.q, stored, k_scale=0.25, v_scale=v_scale), want * 0.5)
+    for pages in ((step.k, step.v), (stored[0], step.v)):
+        with pytest.raises(ValueError, match="^[kv]: expected plan.*float8"):
+            wrapper.run(step.q, pages)
+    wrapper.plan(*step.csr, *HEADS.values())
+    assert torch.equal(wrapper.run(step.q, (step.k, step.v)), step.expected()[0])
+
+
 def test_a_graph_wrapper_rewrites_its_buffers_in_place() -> None:
     buffers = tuple(torch.zeros(size, dtype=torch.int32) for size in (4, 30, 3))
     wrapper = Wrapper(WORKSPACE, "HND", True, False, *buffers)
@@ -183,7 +200,7 @@ def test_constructor_refuses(options, error, name) -> None:
 @pytest.mark.parametrize("options, error", [
     ({"window_right": 1}, NotImplementedError), ({"pos_encoding_mode": "ALIBI"}, NotImplementedError),
     ({"pos_encoding_mode": "ROPE_NEOX"}, KeyError), ({"q_data_type": "float32"}, NotImplementedError),
-    ({"kv_data_type": torch.float8_e4m3fn}, NotImplementedError), ({"kv_data_type": "bfloat16"}, NotImplementedError),
+    ({"kv_data_type": torch.int8}, NotImplementedError), ({"kv_data_type": "bfloat16"}, NotImplementedError),
     ({"o_data_type": "bfloat16"}, NotImplementedError), ({"fixed_split_size": 4}, NotImplementedError),
     ({"disable_split_kv": True}, NotImplementedError), ({"q_len_per_req": 2}, ValueError),
     ({"q_len_per_req": 9}, NotImplementedError), ({"q_len_per_req": 0}, ValueError),

@@ -9,12 +9,13 @@ import pytest
 
 from gpu import append_config
 from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
-from gpu.decode_kernels import ARGUMENTS, CSR_ARGUMENTS
+from gpu.decode_kernels import arguments
 from gpu.kernels import SOURCE_DIR, compile_options
 from gpu.launch import C_TYPES
 from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.kv_types import KV_DTYPES
 from pkvsim.rope import ROPE_STYLES, Rope
 
 HEAD_DIMS = (64, 128, 256)
@@ -102,13 +103,75 @@ def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
                 dynamic_shared=config.shared_bytes)
 
 
-@pytest.mark.parametrize(("signature", "layout"), [(ARGUMENTS, TableLayout()), (CSR_ARGUMENTS, TableLayout(csr=True))])
-def test_the_hosts_structure_is_the_kernels(signature, layout):
-    options = compile_options(variant(90, 128, 4, 16, "float16").defines() | layout.defines())
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("layout", [TableLayout(), TableLayout(csr=True)])
+def test_the_hosts_structure_is_the_kernels(layout, kv_dtype):
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90, options=AttentionOptions(kv_dtype=kv_dtype))
+    signature = arguments(config, layout).strip("[]")
+    options = compile_options(config.defines() | layout.defines())
     size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
     fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(signature)]
     structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
     assert int(size[1]) == ctypes.sizeof(structure)
+
+
+# 8-bit pages: every capability meets every type; kinds of scales, head_dims, group sizes, page sizes and dtypes take
+# turns, such that every type meets all of each. A page's scales are a token's with a stride of 0.
+KV_VARIANTS = [(capability, kv_dtype, ("tensor", "token")[(i // 2 + j) % 2], (64, 128, 192, 256)[(i + j) % 4],
+                (1, 4, 8, 16)[(i + 2 * j) % 4], PAGE_SIZES[(3 * i + j) % 4], tuple(DTYPES)[(i + j) % 2])
+               for i, capability in enumerate(CAPABILITIES) for j, kv_dtype in enumerate(KV_DTYPES)]
+
+
+def test_kv_variants_cover_what_they_claim():
+    assert {v[:2] for v in KV_VARIANTS} == set(itertools.product(CAPABILITIES, KV_DTYPES))
+    places = {2: ("tensor", "token"), 3: (64, 128, 192, 256), 4: (1, 4, 8, 16), 5: PAGE_SIZES, 6: DTYPES}
+    for place, values in places.items():
+        assert {(v[1], v[place]) for v in KV_VARIANTS} == set(itertools.product(KV_DTYPES, values))
+
+
+@pytest.mark.parametrize(("capability", "kv_dtype", "kv_scales", "head_dim", "group_size", "page_size", "dtype"),
+                         KV_VARIANTS)
+def test_kernels_of_8_bit_pages_fit(capability, kv_dtype, kv_scales, head_dim, group_size, page_size, dtype):
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
+    config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
+    names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
+    assert_fits(*names[(capability + head_dim // 64) % 2], config.defines(), capability, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=repr)
+def test_options_of_8_bit_pages_fit(options):
+    options = options.with_cache("int8")
+    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", 90, options=options)
+    assert_fits("balanced.cu", "pkv_decode_balanced", config.defines(), 90, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+def test_every_shape_has_a_variant_for_8_bit_pages(capability):
+    kinds = itertools.product((64, 128, 192, 256), range(1, 33), (1, 8), ("tensor", "token"))
+    for head_dim, group_size, tokens, kv_scales in kinds:
+        options = AttentionOptions(kv_dtype="int8", kv_scales=kv_scales, query_tokens=tokens)
+        config = kernel_config(DecodeShape(group_size, 1, head_dim, 16), "float16", capability, options=options)
+        assert config.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+
+
+def test_a_ring_of_8_bit_pages_keeps_as_many_bytes_in_flight():
+    for head_dim in (64, 128, 192, 256):
+        shape, options = DecodeShape(4, 1, head_dim, 16), AttentionOptions(kv_dtype="float8_e4m3fn")
+        config = kernel_config(shape, "float16", 90, options=options)
+        assert 96 * 1024 <= config.warps * config.stages * 16 * 2 * head_dim <= 144 * 1024
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_8_bit_pages_stay_bytes_up_to_the_registers(kv_dtype):
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales="token")
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "bfloat16", 90, options=options)
+    text = nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, compile_options(config.defines()))
+    assert ("cvt.rn.f16x2.e4m3x2" in text) == (kv_dtype == "float8_e4m3fn")
+    assert "m16n8k16.row.col.f32.f16.f16.f32" in text and "m16n8k16.row.col.f32.bf16" not in text
+    # A tile's 4 KiB of K and V, half a KiB by each ldmatrix.
+    assert text.count("ldmatrix.") == 8 and text.count("ldmatrix.sync.aligned.m8n8.x4.trans") == 4
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

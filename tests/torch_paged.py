@@ -83,15 +83,16 @@ class TorchEngine:
     def drain(self) -> None:
         pass
 
-    def run(self, q, k_pages, v_pages, *, out=None, lse=None, scale=None, sinks=None):
+    def run(self, q, k_pages, v_pages, *, out=None, lse=None, scale=None, sinks=None, v_scale=None):
         shape, options = self.shape, self.options
         assert q.shape[-2:] == (shape.num_q_heads, shape.head_dim) and q.is_contiguous()
         assert (q.shape[1] if q.dim() == 4 else 1) == options.query_tokens and options.sinks == (sinks is not None)
         assert k_pages.shape[1:] == (shape.num_kv_heads, shape.page_size, shape.head_dim)
-        assert str(q.dtype) == str(k_pages.dtype) == f"torch.{self.dtype}"
+        assert str(q.dtype) == f"torch.{self.dtype}" and str(k_pages.dtype) == f"torch.{options.kv_dtype or self.dtype}"
         self.runs += 1
         tables = self.tables if len(self.tables) == 2 else table_of_csr(*self.tables, shape.page_size)
-        found = paged_attention(q, k_pages, v_pages, *tables, scale, options.window, options.soft_cap, sinks)
+        v_pages = v_pages.to(q.dtype) * (1.0 if v_scale is None else v_scale)
+        found = paged_attention(q, k_pages.to(q.dtype), v_pages, *tables, scale, options.window, options.soft_cap, sinks)
         return tuple(new if given is None else given.copy_(new) for given, new in zip((out, lse), found))
 
 

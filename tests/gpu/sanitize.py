@@ -1,4 +1,4 @@
-"""One small checked step of every schedule, option, layout and kind of append, for compute-sanitizer to watch.
+"""One small checked step of every schedule, option, layout, type of cache and kind of append, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitize
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitize "csr and last pages" "append int8 half"
@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from pkvsim import AttentionOptions, DecodeShape  # noqa: E402
+from pkvsim.kv_types import KV_DTYPES, KV_SCALES  # noqa: E402
 
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 LENS = (0, 1, 700, 33, 2100)
@@ -34,7 +35,7 @@ OPTIONS = {
     "query tokens under a window": AttentionOptions(query_tokens=5, window=20),
 }
 FORMS = ("block table", "csr and lengths", "csr and last pages")
-APPEND_TYPES = (None, "float8_e4m3fn", "float8_e5m2", "int8")
+APPEND_TYPES = (None, *KV_DTYPES)
 APPEND_ROPES = (None, "half", "interleaved")
 
 
@@ -83,6 +84,17 @@ def with_tables(form: str, ids: str, page_size: int = 16) -> None:
         check(*run_poisoned(engine, case), case, dtype="float16")
 
 
+def with_cache(kv_dtype: str, kv_scales: str) -> None:
+    import test_gpu_kv_types as kv_types
+    from decode_ref import check
+
+    from gpu import DecodeEngine
+
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
+    step = kv_types.make_quantised(SHAPE, LENS, options, seed=1)
+    check(*kv_types.run(DecodeEngine(SHAPE, options=options), step), step.case(), dtype="float16")
+
+
 def append(kv_dtype: str | None, style: str | None) -> None:
     from append_ref import assert_same_bits, expected, make_step, rope_of
 
@@ -120,6 +132,8 @@ def checks() -> dict[str, Callable[[], None]]:
     found |= {form if ids == "int32" else f"{form}, {ids}": partial(with_tables, form, ids)
               for form in FORMS for ids in ("int32", "int64")}
     found["csr and last pages, page size 1"] = partial(with_tables, FORMS[2], "int64", 1)
+    found |= {f"{kv_dtype} by {kv_scales}": partial(with_cache, kv_dtype, kv_scales)
+              for kv_dtype in KV_DTYPES for kv_scales in KV_SCALES}
     found |= {" ".join(filter(None, ("append", kv_dtype or "float16", style))): partial(append, kv_dtype, style)
               for kv_dtype in APPEND_TYPES for style in APPEND_ROPES}
     return found
