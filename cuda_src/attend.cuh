@@ -126,8 +126,8 @@ struct TensorScales {
 #endif
 };
 
-// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by the warp that owns the column;
-// the same warp owns the same columns in every CTA. Where there is a segment, `emit.begin(source)` is called once, when the
+// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of the
+// first segment by warp column % WARPS. Where there is a segment, `emit.begin(source)` is called once, when the
 // first loads are under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given, SharedMemory& shared, Emit& emit) {
@@ -137,19 +137,17 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   const TensorScales tensor_scales(given);
   Dealer<Source> walk(source);
   int unused = STAGES;  // slots of the ring to be filled before there is anything to compute
-  Share share;
-  Segment before;  // the segment whose states are to be merged, the (count - 1)-th
+  Share share, next;
+  bool live = false;  // whether `share` is a segment to compute
+  Query query;
+  Mask mask;
+  Segment before;     // the segment whose states are to be merged, the (count - 1)-th
   unsigned slot = ring;
   int stage = 0;
-  for (int count = 0;; ++count) {
-    const bool more = walk.next(share, warp);
-    if (!more && count == 0) return true;
+  for (int count = -1;; ++count) {
     WarpState state;
-    if (more) {
+    if (live) {
       state.reset();
-      const Query query(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
-      Mask mask{share.seq_len, QUERY_TOKENS, given.window};
-      if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[share.row];
       // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose fetching
       // shows in short steps.
       for (int tile = share.first - unused * WARPS; tile < share.tile_end || unused > 0; tile += WARPS) {
@@ -181,20 +179,33 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         }
       }
     }
+    // The next segment's queries are on their way while this one's states are merged.
+    const bool more = (live || count < 0) && walk.next(next, warp);
+    if (more) {
+      query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
+      mask = {next.seq_len, QUERY_TOKENS, given.window};
+      if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
+    } else if (count < 0) {
+      return true;
+    }
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
       shared.left[buffer].wait(phase);
+      // Fewer columns than warps go to other warps each time.
       #pragma unroll 1
-      for (int column = warp; column < COLUMNS; column += WARPS)
+      for (int column = (warp + (count - 1) * (WARPS - COLUMNS % WARPS)) % WARPS; column < COLUMNS; column += WARPS)
         emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
       shared.merged[buffer].arrive(lane);
     }
-    if (!more) break;
-    const int buffer = count % BUFFERS, phase = count / BUFFERS;
-    if (phase > 0) shared.merged[buffer].wait(phase - 1);
-    publish(state, shared.states[buffer][warp], lane);
-    shared.left[buffer].arrive(lane);
-    before = share;
+    if (count >= 0) {
+      if (!live) break;
+      const int buffer = count % BUFFERS, phase = count / BUFFERS;
+      if (phase > 0) shared.merged[buffer].wait(phase - 1);
+      publish(state, shared.states[buffer][warp], lane);
+      shared.left[buffer].arrive(lane);
+      before = share;
+    }
+    share = next, live = more;
   }
   copy_wait<0>();
   return true;

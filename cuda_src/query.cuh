@@ -89,7 +89,8 @@ struct Query {
   }
 #endif
   // q [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-  __device__ __forceinline__ Query(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) : token_stride(num_kv_heads * GROUP_SIZE * HEAD_DIM) {
+  __device__ __forceinline__ void load(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) {
+    token_stride = num_kv_heads * GROUP_SIZE * HEAD_DIM;
     rows = q + static_cast<long long>(row) * QUERY_TOKENS * token_stride + kv_head * GROUP_SIZE * HEAD_DIM;
     if constexpr (QUERY_IN_REGISTERS) {
       #pragma unroll
