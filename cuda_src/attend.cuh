@@ -148,6 +148,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     WarpState state;
     if (live) {
       state.reset();
+      if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
       // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose fetching
       // shows in short steps.
       for (int tile = share.first - unused * WARPS; tile < share.tile_end || unused > 0; tile += WARPS) {
@@ -182,7 +183,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     // The next segment's queries are on their way while this one's states are merged.
     const bool more = (live || count < 0) && walk.next(next, warp);
     if (more) {
-      query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
+      if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
       mask = {next.seq_len, QUERY_TOKENS, given.window};
       if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
     } else if (count < 0) {
