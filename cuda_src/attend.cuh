@@ -1,15 +1,15 @@
 // The decode path of every schedule: a CTA walks a stream of segments and yields one partial softmax state for each.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
-// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles, leaves
-// it in shared memory at the segment's end and goes on; each query head's states are merged by one warp when it comes
-// to the next segment's end. So no warp stops for another while there is work.
+// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles,
+// leaves it in shared memory at the segment's end and goes on; each query head's states are merged by one warp when it
+// comes to the next segment's end. So no warp stops for another while there is work.
 #pragma once
 #include "weights.cuh"
 
 namespace pkv {
 
-constexpr int STATE_ROW = V_DIM + 4;               // floats; the 4 more keep the writes of head pairs in different banks
+constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of head pairs in different banks
 
 struct __align__(16) SharedMemory {
   unsigned char ring[WARPS][STAGES][SLOT_BYTES];
@@ -20,7 +20,8 @@ struct __align__(16) SharedMemory {
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
 
-__device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile, int lane) {
+__device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
+                                           int lane) {
   ValueFragments values;
   #pragma unroll
   for (int i = 0; i < V_STEPS; ++i) {
@@ -99,7 +100,8 @@ struct DecodeArguments {
   // A window reaches back from the first query token, lengths count to the last.
   __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
   __device__ __forceinline__ Pages pages() const {
-    return {{k_pages, k_page_stride, k_head_stride, k_token_stride}, {v_pages, v_page_stride, v_head_stride, v_token_stride},
+    return {{k_pages, k_page_stride, k_head_stride, k_token_stride},
+            {v_pages, v_page_stride, v_head_stride, v_token_stride},
             {block_table, table_stride, num_pages PKV_CSR(, row_begins, batch_size)}, reach(),
             k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride,
 #if CACHE_SCALES
@@ -126,11 +128,12 @@ struct TensorScales {
 #endif
 };
 
-// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of the
-// first segment by warp column % WARPS. Where there is a segment, `emit.begin(source)` is called once, when the
+// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
+// the first segment by warp column % WARPS. Where there is a segment, `emit.begin(source)` is called once, when the
 // first loads are under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
-__device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given, SharedMemory& shared, Emit& emit) {
+__device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
+                                       SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned ring = shared_address(shared.ring[warp][0]);
   Loader<Source> loader(source);
@@ -149,8 +152,8 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (live) {
       state.reset();
       if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
-      // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose fetching
-      // shows in short steps.
+      // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose
+      // fetching shows in short steps.
       for (int tile = share.first - unused * WARPS; tile < share.tile_end || unused > 0; tile += WARPS) {
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];

@@ -54,8 +54,9 @@ struct BalancedEmit {
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's ring, free by
-  // now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched again.
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's ring,
+  // free by now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched
+  // again.
   __device__ __forceinline__ void finish(unsigned char* ring) const {
     constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
     constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
@@ -164,7 +165,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const pkv::Pages pages = given.pages();
   const pkv::Output output = given.output();
-  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens, given.reach() PKV_LAST_PAGE(, given.row_begins)};
+  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens,
+                          given.reach() PKV_LAST_PAGE(, given.row_begins)};
   const int num_kv_heads = given.num_kv_heads;
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);

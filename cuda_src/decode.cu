@@ -50,15 +50,18 @@ struct TaskEmit {
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_tasks(const pkv::DecodeArguments given, const pkv::Task* tasks, const int* split_offsets, int num_tasks, int tile_scale) {
+pkv_decode_tasks(const pkv::DecodeArguments given, const pkv::Task* tasks, const int* split_offsets, int num_tasks,
+                 int tile_scale) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const pkv::Output output = given.output();
   pkv::let_next_kernel_start();
   pkv::init_barriers(shared);
   pkv::wait_for_previous_kernel();
-  const pkv::TaskSource source{tasks, given.seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks, static_cast<int>(gridDim.x), tile_scale};
+  const pkv::TaskSource source{tasks, given.seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks,
+                               static_cast<int>(gridDim.x), tile_scale};
   pkv::TaskEmit emit{output, given.partials, static_cast<int>(threadIdx.x % 32)};
   pkv::attend(source, given.pages(), given, shared, emit);
-  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32, gridDim.x * WARPS, threadIdx.x % 32);
+  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
+                        gridDim.x * WARPS, threadIdx.x % 32);
 }

@@ -29,7 +29,8 @@ pkv_merge(const pkv::Slot* partials, const int* split_offsets, const int* rows, 
         const float part_scale = __shfl_sync(pkv::ALL_LANES, scale, p);
         #pragma unroll
         for (int i = 0; i < pkv::LANE_QUADS; ++i)
-          if (lane + i * 32 < pkv::HEAD_QUADS) sum.add(i, parts[static_cast<long long>(p) * num_kv_heads].acc[column][lane + i * 32], part_scale);
+          if (lane + i * 32 < pkv::HEAD_QUADS)
+            sum.add(i, parts[static_cast<long long>(p) * num_kv_heads].acc[column][lane + i * 32], part_scale);
       }
     }
     pkv::store_result(output, row, kv_head, column, sum, lane);

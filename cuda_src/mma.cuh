@@ -1,4 +1,5 @@
-// The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type. sm_80 and newer.
+// The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type.
+// sm_80 and newer.
 #pragma once
 
 // Compile-time variants, all off where not defined.
@@ -110,7 +111,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 
 // 16 bytes to shared memory past L1; bytes beyond `valid_bytes` are filled with zero and not read.
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source, int valid_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(destination), "l"(source), "r"(valid_bytes));
 }
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source));
@@ -134,7 +136,8 @@ __device__ __forceinline__ void copy_wait() {
 #define PKV_RACECHECK 0
 #endif
 
-// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's arrival.
+// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's
+// arrival.
 struct __align__(8) ArrivalBarrier {
   unsigned long long word;
 
@@ -146,11 +149,13 @@ struct __align__(8) ArrivalBarrier {
 #endif
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
   }
-  // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the lanes'
-  // writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
+  // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the
+  // lanes' writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
   __device__ __forceinline__ void arrive(int lane) {
     __syncwarp();
-    if (PKV_RACECHECK || lane == 0) asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(this)) : "memory");
+    if (PKV_RACECHECK || lane == 0)
+      asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                   ::"r"(shared_address(this)) : "memory");
   }
   __device__ __forceinline__ void wait(int phase) {
     int done;
@@ -178,10 +183,11 @@ __device__ __forceinline__ unsigned transpose(unsigned value) {
 // d[16x8] += a[16x16] * b[16x8], FP32 accumulators.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #if !FP16_OPERANDS
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #endif
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

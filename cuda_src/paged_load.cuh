@@ -89,7 +89,9 @@ struct Loader {
     return pages.table.load(s.row, token / PAGE_SIZE);
   }
 
-  __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) { now.tile_end = 0; }
+  __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) {
+    now.tile_end = 0;
+  }
 
   // Points at the next tile; looks the next segment up while two tiles of this one are left.
   __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane) {
@@ -111,7 +113,8 @@ struct Loader {
     const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
     if (!TILE_IN_PAGE) return head;
     const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
-    return head + id * tensor.page_stride + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
+    return head + id * tensor.page_stride
+           + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
   }
 
   // The pending tile of `tensor` into the ring.
@@ -152,8 +155,8 @@ struct Loader {
   }
 #endif
 
-  // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed at the end of the stream,
-  // so that waiting can count groups.
+  // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed
+  // at the end of the stream, so that waiting can count groups.
   __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane) {
     if (live) advance(pages, warp, lane);
     pending_rows = 0;

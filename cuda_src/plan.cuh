@@ -21,7 +21,8 @@
 #define WINDOWED 0  // 1: a row reads its last `window` tokens only
 #endif
 #ifndef LAST_PAGE_LENGTHS
-#define LAST_PAGE_LENGTHS 0  // 1: lengths are told by the rows' pages, of PAGE_SIZE tokens, and the tokens in their last ones
+// 1: lengths are told by the rows' pages, of PAGE_SIZE tokens, and the tokens in their last ones
+#define LAST_PAGE_LENGTHS 0
 #endif
 #if LAST_PAGE_LENGTHS
 #define PKV_LAST_PAGE(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
@@ -92,9 +93,10 @@ struct Cut {
   int head_cost, segment_cost;
 
   // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles. If
-  // they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of heads:
-  // heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for the other.
+  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
+  // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
+  // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
+  // the other.
   PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost)
       : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
@@ -151,9 +153,9 @@ struct Task {
 // A contiguous run of tiles of one (row, KV head).
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
-  int seq_len;                             // tokens of the row
-  int slot;                                // partial-state slot (task list), or position of the head's tile 0 (balanced)
-  int begins, ends;                        // whether it holds the first, the last tile of its (row, KV head)
+  int seq_len;       // tokens of the row
+  int slot;          // partial-state slot (task list), or position of the head's tile 0 (balanced)
+  int begins, ends;  // whether it holds the first, the last tile of its (row, KV head)
 };
 
 // Walks the segments of one range.
@@ -163,7 +165,8 @@ struct BalancedWalk {
   int row, head, tile, x0, x_end, seq_len;  // tile: from the first one not skipped
 
   // row, row_begin: the first non-empty row whose cost interval reaches past x_begin, and where that interval starts.
-  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
+  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin,
+                    int end) {
     seq_lens = lens, num_kv_heads = kv_heads, segment_cost = seg_cost, row = first_row, x_end = end;
     seq_len = lens[row];
     const int span = seq_lens.tiles(seq_len) + segment_cost;

@@ -13,8 +13,8 @@ constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
 // BF16 queries of FP16 products: a power of two brings each column's largest magnitude to 2^14, below FP16's largest
 // number. What FP16 then cannot hold is 2^-39 of that magnitude.
 #define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)
-// Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them, and
-// takes the registers of the merge.
+// Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
+// and takes the registers of the merge.
 constexpr bool QUERY_EARLY = !QUERY_SCALED;
 
 struct Query {

@@ -37,7 +37,8 @@ struct HeadState {
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i) acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  // Takes up the (m, l) of parts, lane i's of part i, (LOWEST, 0) where there is none; each lane gets the scale of its part.
+  // Takes up the (m, l) of parts, lane i's of part i, (LOWEST, 0) where there is none; each lane gets the scale of its
+  // part.
   __device__ __forceinline__ float weigh(float2 ml) {
     float top = fmaxf(m, ml.x);
     #pragma unroll
@@ -58,7 +59,8 @@ struct HeadState {
 
 __device__ __forceinline__ bool arrived(float word) { return __float_as_uint(word) != EMPTY_WORD; }
 __device__ __forceinline__ bool arrived(const float4& v) {
-  return arrived(v.x) & arrived(v.y) & arrived(v.z) & arrived(v.w);  // bitwise: a short circuit would be a branch a word
+  // Bitwise: a short circuit would be a branch a word.
+  return arrived(v.x) & arrived(v.y) & arrived(v.z) & arrived(v.w);
 }
 __device__ __forceinline__ void send_state(Slot& to, int column, const HeadState& state, int lane) {
   #pragma unroll
@@ -67,8 +69,8 @@ __device__ __forceinline__ void send_state(Slot& to, int column, const HeadState
   if (lane == 0) send(&to.ml[column], make_float2(state.m, state.l));
 }
 
-// Where results go. out [batch_size, QUERY_TOKENS, num_q_heads, V_DIM], lse [batch_size, QUERY_TOKENS, num_q_heads] natural
-// log.
+// Where results go. out [batch_size, QUERY_TOKENS, num_q_heads, V_DIM], lse [batch_size, QUERY_TOKENS, num_q_heads]
+// natural log.
 struct Output {
   half_type* out;
   float* lse;
@@ -78,7 +80,8 @@ struct Output {
 };
 
 // Writes a finished column of (row, KV head). Query tokens that the row does not have are left alone.
-__device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int column, const HeadState& state, int lane) {
+__device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int column, const HeadState& state,
+                                             int lane) {
   const int token = column / GROUP_SIZE, q_head = kv_head * GROUP_SIZE + column % GROUP_SIZE;
   if (QUERY_TOKENS > 1 && o.query_lens && token >= o.query_lens[row]) return;
   const int at = (row * QUERY_TOKENS + token) * o.num_kv_heads * GROUP_SIZE + q_head;
@@ -92,14 +95,16 @@ __device__ __forceinline__ void store_result(const Output& o, int row, int kv_he
   #pragma unroll
   for (int i = 0; i < LANE_QUADS; ++i) {
     const float4& a = state.acc[i];
-    if (lane + i * 32 < HEAD_QUADS) out[lane + i * 32] = make_uint2(pack(a.x * inverse, a.y * inverse), pack(a.z * inverse, a.w * inverse));
+    if (lane + i * 32 < HEAD_QUADS)
+      out[lane + i * 32] = make_uint2(pack(a.x * inverse, a.y * inverse), pack(a.z * inverse, a.w * inverse));
   }
   if (lane == 0) o.lse[at] = (m + log2f(l)) * LN2;
 }
 
 // Zeros and -inf for the rows without tokens; warp `worker` of `workers` takes every workers-th row.
 template <class Lengths>
-__device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker, int workers, int lane) {
+__device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker,
+                                                 int workers, int lane) {
   for (int row = worker; row < batch_size; row += workers) {
     if (seq_lens[row] != 0) continue;
     const int heads = QUERY_TOKENS * o.num_kv_heads * GROUP_SIZE;

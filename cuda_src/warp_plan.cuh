@@ -41,7 +41,9 @@ struct Rows {
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
   __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
-  __device__ __forceinline__ int cost_of(int row) const { return row_cost(seq_lens.tiles(length_of(row)), num_kv_heads, segment_cost); }
+  __device__ __forceinline__ int cost_of(int row) const {
+    return row_cost(seq_lens.tiles(length_of(row)), num_kv_heads, segment_cost);
+  }
   // Not 0 if a length of one of this lane's rows is another than planned with.
   __device__ __forceinline__ int changes(const int* noted, int lane) const {
     int found = length_of(lane) ^ length;
@@ -49,7 +51,8 @@ struct Rows {
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) found |= length_of(row) ^ noted[row];
     return found;
   }
-  // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it ends.
+  // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it
+  // ends.
   __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {
     const int edge = cut.begin(range + (lane & 1));
     const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);

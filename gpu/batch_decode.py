@@ -149,7 +149,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         num_kv_heads, page_size, head_dim], with NHD [num_pages, page_size, num_kv_heads, head_dim], or both in one
         [num_pages, 2, ..]. out like q; lse [batch_size * q_len_per_req, num_qo_heads] float32 of base 2, written where
         it is given, as FlashInfer does, even if it is not returned. q_scale, k_scale multiply the logits, v_scale the
-        output: of FP8 pages, what they were stored with. sinks [num_qo_heads] float32. enable_pdl: a hint, of no effect.
+        output: of FP8 pages, what they were stored with. sinks [num_qo_heads] float32. enable_pdl: a hint, of no
+        effect.
 
         Raises ValueError or NotImplementedError naming the argument, RuntimeError when nothing was planned.
         """

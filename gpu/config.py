@@ -22,8 +22,8 @@ HEAD_DIMS = (64, 128, 192, 256)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
                       100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 
-# (warps, stages) by head_dim where no table was measured, best first; the first that fits is taken: as many bytes in flight
-# as there is room for, up to 128 KiB, beyond which an H200 gained nothing.
+# (warps, stages) by head_dim where no table was measured, best first; the first that fits is taken: as many bytes in
+# flight as there is room for, up to 128 KiB, beyond which an H200 gained nothing.
 _CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
                128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
                192: ((4, 3), (4, 2), (2, 2), (2, 1)),
@@ -62,8 +62,8 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), a kept
-        one, barriers."""
+        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), a
+        kept one, barriers."""
         element = 2 if self.kv_dtype is None else 1
         tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
         states = (self.buffers * self.warps + 1) * self.columns * (self.v_dim + 4) * 4
@@ -86,7 +86,8 @@ class KernelConfig:
         return {"HEAD_DIM": self.head_dim, "V_DIM": self.v_dim, "QUERY_TOKENS": self.query_tokens,
                 "WINDOWED": int(self.windowed), "SOFT_CAP": int(self.soft_cap), "SINKS": int(self.sinks),
                 "GROUP_SIZE": self.group_size, "HEAD_SPLIT": self.head_split,
-                "PAGE_SIZE": self.page_size, "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
+                "PAGE_SIZE": self.page_size, "DTYPE_BF16": DTYPES[self.dtype],
+                "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
                 "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
                 "CACHE_SCALES": int(self.tile_scales)}
 
@@ -112,8 +113,9 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
     for warps, stages in choices:
         for buffers in (2, 1):
             config = KernelConfig(
-                head_dim=shape.head_dim, v_dim=v_dim, group_size=shape.group_size // split, query_tokens=options.query_tokens,
-                head_split=split, page_size=shape.page_size, dtype=dtype, warps=warps, stages=stages, buffers=buffers,
+                head_dim=shape.head_dim, v_dim=v_dim, group_size=shape.group_size // split,
+                query_tokens=options.query_tokens, head_split=split, page_size=shape.page_size, dtype=dtype,
+                warps=warps, stages=stages, buffers=buffers,
                 windowed=options.window is not None, soft_cap=options.soft_cap is not None, sinks=options.sinks,
                 kv_dtype=options.kv_dtype, tile_scales=options.kv_scales in ("page", "token"))
             if config.shared_bytes <= limit_bytes:
@@ -124,8 +126,8 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
 
 def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
                   variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN) -> KernelConfig:
-    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages) as asked for, as tuned,
-    or by calculation.
+    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages) as asked for, as
+    tuned, or by calculation.
 
     Raises ValueError naming the argument that no kernel serves.
     """
@@ -150,6 +152,7 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         choices = tuned_choice(shape, dtype, compute_capability) + _CALCULATED[shape.head_dim]
     fitting = variants(shape, dtype, choices, shared_limit_bytes(compute_capability), options)
     if not fitting:
-        raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and group_size {shape.group_size} fits "
-                         f"{shared_limit_bytes(compute_capability)} bytes of shared memory")
+        raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and "
+                         f"group_size {shape.group_size} fits {shared_limit_bytes(compute_capability)} bytes of "
+                         "shared memory")
     return fitting[0]

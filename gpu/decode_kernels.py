@@ -36,8 +36,8 @@ class DecodeKernels:
             file, name, own = ("balanced.cu", "pkv_decode_balanced", "iiii") if self._planned_on_gpu else (
                 "decode.cu", "pkv_decode_tasks", "ppii")
             self._decode[layout] = load_kernel(
-                file, name, arguments(self._config, layout) + own, self._config.defines() | layout.defines(), threads=self._config.threads,
-                shared_bytes=self._config.shared_bytes, overlap=self._overlap)
+                file, name, arguments(self._config, layout) + own, self._config.defines() | layout.defines(),
+                threads=self._config.threads, shared_bytes=self._config.shared_bytes, overlap=self._overlap)
         return self._decode[layout]
 
     def merge(self) -> Kernel:

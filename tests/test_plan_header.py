@@ -26,7 +26,8 @@ equal_rows = st.builds(lambda length, rows: [length] * rows, lengths, st.integer
 
 @pytest.fixture(scope="session")
 def list_balanced(tmp_path_factory):
-    """(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas) -> the header's (tasks, cta_offsets)."""
+    """(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas)
+    -> the header's (tasks, cta_offsets)."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("plan") / "plan_harness.so"

@@ -12,7 +12,8 @@ from pkvsim import reference
 def test_cpu_example(capsys) -> None:
     names: dict = {}
     exec(example("Without a GPU"), names)
-    expected, expected_lse = reference.attention(*(names[name] for name in ("shape", "q", "k_pages", "v_pages", "block_table", "seq_lens")))
+    arguments = [names[name] for name in ("shape", "q", "k_pages", "v_pages", "block_table", "seq_lens")]
+    expected, expected_lse = reference.attention(*arguments)
     np.testing.assert_allclose(names["out"], expected, atol=1e-12)
     np.testing.assert_allclose(names["lse"], expected_lse, atol=1e-12)
     assert "1 launch" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""One small checked step of every schedule, option, layout, type of cache and kind of append, for compute-sanitizer to watch.
+"""One small checked step of every schedule, option, layout, type of cache and kind of append, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitize
     compute-sanitizer --tool memcheck python -m tests.gpu.sanitize "csr and last pages" "append int8 half"
