@@ -3,15 +3,19 @@
     python examples/bench_variants.py                                  # every variant on three steps
     python examples/bench_variants.py --variants "plain,window 4K" --json variants.json
     python examples/bench_variants.py --cells 64x2K --pool-gib 8
+    python examples/bench_variants.py --variants "plain,int8 by token" --variant 8x4    # an 8-bit cache, and 16 bits
 
 A limit is the time in which a kernel that only reads streams the bytes that the variant must read: with a window, those
-of the rows' last tokens. Every result is checked before it is timed. Times are per call inside a CUDA graph whose calls
+of the rows' last tokens; of an 8-bit cache, the scales too. Every result is checked before it is timed, those over
+8-bit caches against 16-bit pages of the same values as well. x FP16: over the time of plain attention on the same step,
+where that is measured too, which 8-bit pages should about halve. Times are per call inside a CUDA graph whose calls
 read distinct pages, over four times the L2, before any page comes back.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +41,13 @@ def _chosen(parser: argparse.ArgumentParser, option: str, given: str | None, kno
     return found
 
 
+def _kernel(given: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", given, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected positive WARPSxSTAGES, got {given!r}")
+    return int(match[1]), int(match[2])
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", help=f"comma-separated, of: {'; '.join(BY_NAME)}")
@@ -45,7 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="time FlashInfer's backends where it is installed and has the variant")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--pool-gib", type=float, default=24.0, help="K and V pages together, GiB of GPU memory")
+    parser.add_argument("--variant", type=_kernel, metavar="WARPSxSTAGES",
+                        help="of the kernels of 8-bit caches, in place of the default")
+    parser.add_argument("--pool-gib", type=float, default=24.0, help="16-bit K and V pages together, GiB; less where "
+                        "memory is short. Codes of 8-bit caches take half as much beside them")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args(argv)
@@ -60,14 +74,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[Result]:
     import torch
 
-    from gpu.bench_pool import BenchPool
+    from gpu.bench_pool import BenchPool, fitting_gib
     from gpu.progress import note, tracked
     from variant_measure import VariantBench
 
-    pool = BenchPool(pool_gib=args.pool_gib, dtype=getattr(torch, args.dtype), seed=20260623)
-    bench = VariantBench(pool=pool, dtype=args.dtype, page_size=args.page_size, repeats=args.repeats,
-                         flashinfer=args.flashinfer)
     todo = jobs(tuple(BY_NAME[name] for name in args.variants), args.cells)
+    beside = 1.5 if any(variant.options.kv_dtype for variant, _ in todo) else 1.0  # codes take half as much again
+    pool = BenchPool(pool_gib=fitting_gib(args.pool_gib * beside) / beside, dtype=getattr(torch, args.dtype),
+                     seed=20260623)
+    bench = VariantBench(pool=pool, dtype=args.dtype, page_size=args.page_size, repeats=args.repeats,
+                         flashinfer=args.flashinfer, kernel=args.variant)
     results = []
     for variant, cell in tracked(todo, "measuring", lambda job: f"{job[0].name}, {job[1].batch_size} x {job[1].case}"):
         try:
@@ -86,9 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     about, results = environment(), run(args)
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    table(results).print(console)
+    table(results, args.dtype).print(console)
     if args.json is not None:
         write_json(
             args.json,

@@ -1,6 +1,6 @@
 """What bench_variants measures: variants of attention and of its arrays, on which steps, and the bytes each must read.
 
-A further kind of cache is a line of VARIANTS: its element size here, how it is made in variant_measure.py.
+A further kind of cache is a line of VARIANTS; how its pages are made is in variant_caches.py.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from bench_cells import Cell, ragged_cells, uniform_cells
 from pkvsim import AttentionOptions, DecodeShape
-from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
+from pkvsim.cost import useful_kv_bytes
 from result_tables import Table, us
 
 WINDOW = 4096
@@ -32,16 +32,21 @@ class Variant:
     layout: str = "HND"
     ids: str = "int32"
     tables: str = TABLES[0]
-    element_bytes: int = KV_ELEMENT_BYTES
     against_flashinfer: bool = True
 
     def shape(self, page_size: int) -> DecodeShape:
         return DecodeShape(self.num_q_heads, self.num_kv_heads, self.head_dim, page_size)
 
     def kv_bytes(self, seq_lens: np.ndarray, page_size: int) -> int:
-        """Bytes of K and V that a step of rows seq_lens [batch_size] must read."""
-        useful = useful_kv_bytes(self.shape(page_size), seq_lens, self.options)
-        return useful * self.element_bytes // KV_ELEMENT_BYTES
+        """Bytes of K, V and scales that a step of rows seq_lens [batch_size] must read."""
+        return useful_kv_bytes(self.shape(page_size), seq_lens, self.options)
+
+
+def _cache(name: str, kv_dtype: str, kv_scales: str) -> Variant:
+    """An 8-bit cache; gpu.flashinfer drives none."""
+    return Variant(
+        f"{name} by {kv_scales}", AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales), against_flashinfer=False
+    )
 
 
 VARIANTS = (
@@ -56,6 +61,10 @@ VARIANTS = (
     Variant("int64 table", ids="int64", against_flashinfer=False),
     Variant("CSR", tables=TABLES[1], against_flashinfer=False),
     Variant("CSR, last pages", tables=TABLES[2], against_flashinfer=False),
+    _cache("e4m3", "float8_e4m3fn", "tensor"),
+    _cache("e4m3", "float8_e4m3fn", "page"),
+    _cache("e5m2", "float8_e5m2", "tensor"),
+    _cache("int8", "int8", "token"),
 )
 PLAIN, WINDOWED = VARIANTS[:2]
 
@@ -75,6 +84,7 @@ class Result:
     spread: float | None = None
     layers: int = 0
     max_abs_error: float | None = None  # against float32 on sampled rows
+    kernel: str = ""  # warps x stages, of ours
     note: str = ""
 
 
@@ -111,7 +121,9 @@ def window_cost(results: list[Result]) -> float | None:
     return None if None in pair else pair[0] / pair[1]
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result], dtype: str = "float16") -> Table:
+    """dtype: of queries and 16-bit pages. x FP16 (or BF16): over plain attention's time on the same step."""
+    plain = {(r.case, r.batch_size): r.kernel_us for r in results if (r.variant, r.route) == (PLAIN.name, "balanced")}
     rows = []
     for r in results:
         same = [
@@ -121,9 +133,12 @@ def table(results: list[Result]) -> Table:
         ]
         theirs = [other.kernel_us for other in same if other.route != "balanced" and other.kernel_us is not None]
         ours = r.route == "balanced" and r.kernel_us is not None
-        rows.append((r.variant, r.case, str(r.batch_size), str(r.num_kv_heads), r.route, us(r.kernel_us),
+        over = plain.get((r.case, r.batch_size)) if ours else None
+        rows.append((r.variant, r.case, str(r.batch_size), str(r.num_kv_heads), r.route, r.kernel or "-",
+                     us(r.kernel_us),
                      "-" if r.kernel_us is None else f"{r.kv_bytes / r.kernel_us / 1e3:.0f}", us(r.limit_us),
                      "-" if r.kernel_us is None else f"{r.kernel_us / r.limit_us:.2f}",
+                     "-" if over is None else f"{r.kernel_us / over:.3f}",
                      f"{min(theirs) / r.kernel_us:.2f}" if ours and theirs else "-"))
     cost = window_cost(results)
     note = (
@@ -136,5 +151,6 @@ def table(results: list[Result]) -> Table:
     )
     notes = sorted({f"not timed: {r.variant}, {r.route}: {r.note}" for r in results if r.note})
     return Table("variants of decode attention, cold L2, kernel time in a CUDA graph",
-                 ("variant", "case", "batch", "kv_heads", "route", "us", "GB/s", "limit us", "x limit", "x FlashInfer"),
+                 ("variant", "case", "batch", "kv_heads", "route", "kernel", "us", "GB/s", "limit us", "x limit",
+                  {"float16": "x FP16", "bfloat16": "x BF16"}[dtype], "x FlashInfer"),
                  tuple(rows), "\n".join(filter(None, [note, *notes])))

@@ -12,6 +12,7 @@ from gpu import flashinfer as fi
 from gpu.bench_pool import BenchPool, CellPages
 from gpu.timing import StreamLimit, graph_time_us, l2_bytes
 from pkvsim import DecodeShape
+from variant_caches import MAX_ERROR, Layer, coded_pool, error_over_16_bit, scales_of, values_of
 from variant_cells import Result, Variant
 from variant_reference import attention_of_row
 
@@ -19,17 +20,22 @@ TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}
 FLASHINFER_TOLERANCE = 2  # times as much: its soft cap and its sums are in other precisions
 OURS = "balanced"
 
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]  # k_pages, v_pages, out
+Run = Callable[[Layer, torch.Tensor], object]  # into an output
+Build = Callable[[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor | None], tuple[Run, str]]  # and the kernel's name
 
 
 class VariantBench:
     """Everything that outlives a step: the pool, the streaming limit, the options."""
 
-    __slots__ = ("pool", "limit", "dtype", "page_size", "repeats", "flashinfer")
+    __slots__ = ("pool", "limit", "dtype", "page_size", "repeats", "flashinfer", "kernel", "_coded")
 
-    def __init__(self, *, pool: BenchPool, dtype: str, page_size: int, repeats: int, flashinfer: bool) -> None:
+    def __init__(self, *, pool: BenchPool, dtype: str, page_size: int, repeats: int, flashinfer: bool,
+                 kernel: tuple[int, int] | None = None) -> None:
+        """kernel: (warps, stages) of 8-bit caches, by default the engine's choice."""
         self.pool, self.limit = pool, StreamLimit(pool.flat)
         self.dtype, self.page_size, self.repeats, self.flashinfer = dtype, page_size, repeats, flashinfer
+        self.kernel = kernel
+        self._coded: tuple[str | None, BenchPool] = None, pool
 
     def measure(self, variant: Variant, cell: Cell) -> list[Result]:
         """Ours first, then FlashInfer's backends that have the variant.
@@ -38,24 +44,24 @@ class VariantBench:
         """
         shape, lens = variant.shape(self.page_size), cell.lengths()
         kv_bytes = variant.kv_bytes(lens, self.page_size)
-        pages = self.pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
-        layers = layers_of(self.pool, variant, shape, pages)
+        pool = self._pool_of(variant.options.kv_dtype)
+        pages = pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
+        layers = layers_of(pool, variant, shape, pages)
         tokens = () if variant.options.query_tokens == 1 else (variant.options.query_tokens,)
         q = torch.randn(len(lens), *tokens, shape.num_q_heads, shape.head_dim, device="cuda").to(self.pool.flat.dtype)
         sinks = torch.randn(shape.num_q_heads, device="cuda") if variant.options.sinks else None
         row = {"variant": variant.name, "case": cell.case, "batch_size": len(lens), "num_kv_heads": shape.num_kv_heads,
                "kv_bytes": kv_bytes, "limit_us": self.limit.time_us(kv_bytes), "layers": len(layers)}
         rows = sorted({int(lens.argmin()), int(lens.argmax())})
-        expected = [attention_of_row(q[r], *layers[0], variant.layout, pages.block_table[r], int(lens[r]),
-                                     variant.options, sinks) for r in rows]
+        expected = [self._expected(variant, layers[0], q[r], pages.block_table[r], int(lens[r]), sinks) for r in rows]
         results = []
         for route, build in self._routes(variant, shape).items():
             try:
-                run = build(q, lens, pages.block_table, sinks)
+                run, kernel = build(q, lens, pages.block_table, sinks)
                 out = torch.full(
                     (*q.shape[:-1], variant.options.value_dim(shape)), float("nan"), dtype=q.dtype, device="cuda"
                 )
-                run(*layers[0], out)
+                run(layers[0], out)
                 torch.cuda.synchronize()
             except Exception as error:  # a backend whose kernels cannot be built here: named in the table
                 if route == OURS:
@@ -72,25 +78,55 @@ class VariantBench:
                     )
                 results.append(Result(**row, route=route, max_abs_error=error, note=f"differs by {error:.2g}"))
                 continue
-            timing = graph_time_us(lambda i: run(*layers[i], out), variants=len(layers), repeats=self.repeats)
-            results.append(
-                Result(**row, route=route, kernel_us=timing.median_us, spread=timing.spread, max_abs_error=error)
-            )
+            if variant.options.kv_dtype is not None:
+                over = error_over_16_bit(shape, variant.options, q, out, lens, pages.block_table, layers[0])
+                if not over <= MAX_ERROR:
+                    raise SystemExit(f"bench_variants: {variant.name}, {cell.case}: differs by {over:.3g} from a "
+                                     f"16-bit cache of the same values, expected at most {MAX_ERROR}")
+            timing = graph_time_us(lambda i: run(layers[i], out), variants=len(layers), repeats=self.repeats)
+            results.append(Result(**row, route=route, kernel_us=timing.median_us, spread=timing.spread,
+                                  max_abs_error=error, kernel=kernel))
         return results
 
-    def _routes(self, variant: Variant, shape: DecodeShape) -> dict[str, Callable[..., Run]]:
-        def ours(q: torch.Tensor, lens: np.ndarray, table: np.ndarray, sinks: torch.Tensor | None) -> Run:
-            engine = DecodeEngine(shape, self.dtype, OURS, options=variant.options, layout=variant.layout)
+    def _pool_of(self, kv_dtype: str | None) -> BenchPool:
+        """The pool, or its values as codes, which are kept for the variants that follow."""
+        if kv_dtype is None:
+            return self.pool
+        if self._coded[0] != kv_dtype:
+            self._coded = None, self.pool  # lets go of the last type's codes first: memory may not hold both
+            self._coded = kv_dtype, coded_pool(self.pool, kv_dtype)
+        return self._coded[1]
+
+    def _expected(self, variant: Variant, layer: Layer, q: torch.Tensor, page_ids: np.ndarray, length: int,
+                  sinks: torch.Tensor | None) -> torch.Tensor:
+        own = page_ids[:-(-length // self.page_size)].astype(np.int64)
+        ids = torch.from_numpy(own).cuda()
+        k, v = (values_of(pages[ids], variant.options.kv_dtype, q.dtype) for pages in (layer.k, layer.v))
+        return attention_of_row(q, k, v, variant.layout, np.arange(len(own)), length, variant.options, sinks)
+
+    def _routes(self, variant: Variant, shape: DecodeShape) -> dict[str, Build]:
+        def ours(
+            q: torch.Tensor, lens: np.ndarray, table: np.ndarray, sinks: torch.Tensor | None
+        ) -> tuple[Run, str]:
+            engine = DecodeEngine(shape, self.dtype, OURS, options=variant.options, layout=variant.layout,
+                                  variant=None if variant.options.kv_dtype is None else self.kernel)
             tables = tables_of(variant, lens, table, self.page_size)
             engine.plan(**tables)
             lse = torch.empty(q.shape[:-1], dtype=torch.float32, device="cuda")
-            return lambda k, v, out: engine.run(q, k, v, out=out, lse=lse, sinks=sinks)
+            name = f"{engine.config.warps}x{engine.config.stages}"
+            return lambda layer, out: engine.run(
+                q, layer.k, layer.v, out=out, lse=lse, sinks=sinks, **layer.scales
+            ), name
 
-        def theirs(backend: str) -> Callable[..., Run]:
-            def build(q: torch.Tensor, lens: np.ndarray, table: np.ndarray, sinks: torch.Tensor | None) -> Run:
+        def theirs(backend: str) -> Build:
+            def build(
+                q: torch.Tensor, lens: np.ndarray, table: np.ndarray, sinks: torch.Tensor | None
+            ) -> tuple[Run, str]:
                 engine = fi.FlashInferDecode(shape, self.dtype, backend, variant.options)
                 engine.plan_packed(fi.pack_table(lens, table, page_size=self.page_size))
-                return lambda k, v, out: engine.run(q, k, v, out=out, return_lse=False, sinks=sinks)
+                return lambda layer, out: engine.run(
+                    q, layer.k, layer.v, out=out, return_lse=False, sinks=sinks
+                ), ""
 
             return build
 
@@ -101,9 +137,7 @@ class VariantBench:
         return found
 
 
-def layers_of(
-    pool: BenchPool, variant: Variant, shape: DecodeShape, pages: CellPages
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def layers_of(pool: BenchPool, variant: Variant, shape: DecodeShape, pages: CellPages) -> list[Layer]:
     """The pool's layers with V pages of their own head_dim, in the variant's layout: the same random values."""
     k_all, _ = pool.pages(shape)
     v_all = pool.pages(
@@ -115,7 +149,7 @@ def layers_of(
         layer = k, v_all[at:at + len(v)]
         if variant.layout == "NHD":
             layer = tuple(part.view(len(part), shape.page_size, shape.num_kv_heads, -1) for part in layer)
-        found.append(layer)
+        found.append(Layer(*layer, scales_of(k, shape, variant.options)))
     return found
 
 
