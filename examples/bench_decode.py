@@ -86,8 +86,8 @@ def run_cells(args: argparse.Namespace, console) -> list:
 
     from bench_cells import GRIDS
     from bench_measure import CellBench
+    from bench_pool import BenchPool
     from gpu import flashinfer as fi
-    from gpu.bench_pool import BenchPool
 
     routes = args.backends.split(",")
     if not fi.installed():

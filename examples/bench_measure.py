@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from bench_cells import Cell
+from bench_pool import BenchPool, CellPages
 from gpu import DecodeEngine
 from gpu import flashinfer as fi
-from gpu.bench_pool import BenchPool, CellPages
 from gpu.timing import StreamLimit, capture, graph_time_us, l2_bytes, shared_stream, wall_time_us
 from pkvsim import DecodeShape
 

@@ -11,7 +11,6 @@ from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
 from gpu.kernels import load_kernel
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.schedule import SEGMENT_COST, engine_min_cost
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -63,13 +62,14 @@ class DecodeEngine:
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST, min_cost: int | None = None,
+                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 8, min_cost: int | None = None,
                  scale: float | None = None) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost:
-        fixed cost of a segment and least cost of a CTA in tiles of 16 tokens (balanced). scale: of the logits, by default head_dim ** -0.5.
+        fixed cost of a segment and least cost of a CTA in tiles of 16 tokens (balanced); the defaults are from a sweep
+        on an H200 (2026-11-21). scale: of the logits, by default head_dim ** -0.5.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -85,7 +85,9 @@ class DecodeEngine:
         self.num_ctas = device.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
-        self.min_cost = engine_min_cost(shape.group_size) if min_cost is None else check_int("min_cost", min_cost, 1, 2**20)
+        # A larger group's partial states are dearer to merge, so its short steps take fewer CTAs.
+        self.min_cost = min(32, max(8, 4 * shape.group_size - 8)) if min_cost is None else check_int(
+            "min_cost", min_cost, 1, 2**20)
         self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
         self._plan: _Plan | None = None
         self._checked_plan: tuple | None = None

@@ -1,4 +1,5 @@
 """The device's schedule is pkvsim's, task for task: cuda_src/plan.cuh, built for the CPU, against make_schedule."""
+import ast
 import ctypes
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from gpu.config import TILE_TOKENS
 from gpu.kernels import SOURCE_DIR
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.schedule import TASK_DTYPE
+from pkvsim.schedule import SEGMENT_COST, TASK_DTYPE, engine_min_cost
 
 HARNESS = Path(__file__).with_name("plan_harness.cpp")
 COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
@@ -66,3 +67,17 @@ def test_header_lists_the_tasks_of_pkvsim(list_balanced, lens, num_kv_heads, seg
                              segment_cost=segment_cost, min_cost=min_cost, tile_tokens=TILE_TOKENS)
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)
     np.testing.assert_array_equal(tasks, expected.tasks)
+
+
+def test_the_engine_balances_by_the_costs_that_pkvsim_prices() -> None:
+    """gpu/engine.py, which only imports where there is CuPy, read as text."""
+    tree = ast.parse((SOURCE_DIR.parent / "gpu" / "engine.py").read_text())
+    (init,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    defaults = {arg.arg: value for arg, value in zip(init.args.kwonlyargs, init.args.kw_defaults)}
+    assert ast.literal_eval(defaults["segment_cost"]) == SEGMENT_COST
+    (given,) = (node.value for node in ast.walk(init) if isinstance(node, ast.Assign)
+                and ast.unparse(node.targets[0]) == "self.min_cost")
+    rule = compile(ast.Expression(given.body), "engine.py", "eval")
+    for group_size in range(1, 65):
+        shape = DecodeShape(group_size, 1, 128, 16)
+        assert eval(rule, {"shape": shape, "min": min, "max": max}) == engine_min_cost(group_size)

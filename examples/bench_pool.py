@@ -1,16 +1,13 @@
-"""A pool of random pages, and for every measured step as many disjoint copies of its KV as keep the L2 cold."""
+"""A pool of random pages, and for every cell as many disjoint copies of its KV as keep the L2 cold."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from gpu.timing import rotation_length
 from pkvsim import DecodeShape
-
-if TYPE_CHECKING:
-    import torch
 
 FILL_ELEMENTS = 1 << 30
 
@@ -29,8 +26,6 @@ class BenchPool:
     __slots__ = ("flat",)
 
     def __init__(self, *, pool_gib: float, dtype: torch.dtype, seed: int) -> None:
-        import torch
-
         elements = int(pool_gib * 2**30) // 2
         self.flat = torch.empty(elements // 2 * 2, dtype=dtype, device="cuda")
         generator = torch.Generator(device="cuda").manual_seed(seed)
