@@ -95,25 +95,27 @@ def route_schedule(
 
     splits and options as simulate's.
     """
-    return _schedule(model, model.to_row(), shape, lens, num_sms, splits, options)
+    columns = options.query_shape(shape).group_size
+    return _schedule(model, model.to_row(), shape, lens, columns, num_sms, splits, options)
 
 
 def _schedule(
-    model: RouteModel, c: np.ndarray, shape: DecodeShape, lens: np.ndarray, num_sms: int, splits: int | None,
-    options: AttentionOptions,
+    model: RouteModel, c: np.ndarray, shape: DecodeShape, lens: np.ndarray, columns: int, num_sms: int,
+    splits: int | None, options: AttentionOptions,
 ) -> Schedule:  # fmt: skip
+    """columns: query heads of a KV head, times the query tokens of a row."""
     tile, window = int(model.tile_tokens), options.reach
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
-            segment_cost=SEGMENT_COST, min_cost=engine_min_cost(shape.group_size * options.query_tokens),
+            segment_cost=SEGMENT_COST, min_cost=engine_min_cost(columns),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
     prices, most, reaches = np.empty(1), np.zeros(1, np.int64), np.full(1, window or 0)
     price_variant(
-        lens, shape.num_kv_heads, shape.group_size * options.query_tokens, shape.head_dim, options.value_dim(shape),
+        lens, shape.num_kv_heads, columns, shape.head_dim, options.value_dim(shape),
         KV_ELEMENT_BYTES, num_sms, reaches, c[None], prices, most,
     )  # fmt: skip
     counts = np.empty(len(lens), np.int64)
@@ -123,7 +125,7 @@ def _schedule(
 
 def queries_us(c: np.ndarray, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
     """Reading q and writing the output of lens [batch_size], part of the ramp-up; c: RouteModel.to_row."""
-    heads = int(np.count_nonzero(lens)) * shape.num_q_heads * options.query_tokens
+    heads = int(np.count_nonzero(lens)) * options.query_shape(shape).num_q_heads
     return query_us(c, heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
 
 
@@ -144,9 +146,9 @@ def _prepare(
     options: AttentionOptions,
 ) -> _Run:  # fmt: skip
     lens = check_seq_lens(seq_lens)
-    c, columns = model.to_row(), shape.group_size * options.query_tokens
+    c, columns = model.to_row(), options.query_shape(shape).group_size
     slots, width = cta_slots(c, num_sms), token_bytes(shape, options)
-    schedule = _schedule(model, c, shape, lens, num_sms, splits, options)
+    schedule = _schedule(model, c, shape, lens, columns, num_sms, splits, options)
     reads = read_lens(lens, options.reach, schedule.tile_tokens)
     kv_bytes = int(reads.sum(dtype=np.int64)) * shape.num_kv_heads * width
     alone, shared = read_speeds(c, kv_bytes, columns, KV_ELEMENT_BYTES, num_sms)
