@@ -113,7 +113,7 @@ def _schedule(
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
     prices, most, reaches = np.empty(1), np.zeros(1, np.int64), np.full(1, window or 0)
     price_variant(
-        lens, shape.num_kv_heads, shape.group_size * options.query_tokens, shape.head_dim, options.value_dim(shape),
+        lens, shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
         options.kv_element_bytes(shape), num_sms, reaches, c[None], prices, most,
     )  # fmt: skip
     counts = np.empty(len(lens), np.int64)
@@ -123,7 +123,7 @@ def _schedule(
 
 def queries_us(c: np.ndarray, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
     """Reading q and writing the output of lens [batch_size], part of the ramp-up; c: RouteModel.to_row."""
-    heads = int(np.count_nonzero(lens)) * shape.num_q_heads * options.query_tokens
+    heads = int(np.count_nonzero(lens)) * options.query_shape(shape).num_q_heads
     return query_us(c, heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
 
 
@@ -144,7 +144,7 @@ def _prepare(
     options: AttentionOptions,
 ) -> _Run:  # fmt: skip
     lens = check_seq_lens(seq_lens)
-    c, columns = model.to_row(), shape.group_size * options.query_tokens
+    c, columns = model.to_row(), options.query_shape(shape).group_size
     slots, width = cta_slots(c, num_sms), options.kv_token_bytes(shape)
     schedule = _schedule(model, c, shape, lens, num_sms, splits, options)
     reads = read_lens(lens, options.reach, schedule.tile_tokens)
