@@ -1,142 +1,39 @@
 // The decode path of every schedule: a CTA walks a stream of segments and yields one partial softmax state for each.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
-// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles;
-// at a segment's end the WARPS states are merged through shared memory once.
+// heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles,
+// leaves it in shared memory at the segment's end and goes on; each query head's states are merged by one warp when it
+// comes to the next segment's end. So no warp stops for another while there is work.
 #pragma once
-#include "paged_load.cuh"
-#include "state.cuh"
+#include "weights.cuh"
 
 namespace pkv {
 
-constexpr int HEAD_BLOCKS = (GROUP_SIZE + 7) / 8;  // blocks of 8 query heads
-constexpr int K_STEPS = HEAD_DIM / 16;
-constexpr int STATE_ROW = HEAD_DIM + 4;            // floats; 4 more keep the writes of head pairs in different banks
-constexpr float RESCALE_ABOVE = 8.0f;              // p stays below 2^8, so the maximum may lag by that much
+constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of head pairs in different banks
 
 struct __align__(16) SharedMemory {
-  unsigned char ring[WARPS][STAGES][2][TILE_BYTES];  // K, V
-  float acc[WARPS][GROUP_SIZE][STATE_ROW];
-  float2 ml[WARPS][GROUP_SIZE];
-  Packet kept[STATE_PAIRS];  // balanced only
+  unsigned char ring[WARPS][STAGES][SLOT_BYTES];
+  float states[BUFFERS][WARPS][COLUMNS][STATE_ROW];  // acc, then m and l
+  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only)
+  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // by all warps: their states left there, their heads merged
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
 
-struct WarpState {
-  float m[HEAD_BLOCKS][2], l[HEAD_BLOCKS][2];
-  float acc[K_STEPS][HEAD_BLOCKS][4];
-
-  __device__ __forceinline__ void reset() {
-    #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b) m[b][0] = m[b][1] = __int_as_float(0xff800000), l[b][0] = l[b][1] = 0.0f;
-    #pragma unroll
-    for (int i = 0; i < K_STEPS; ++i)
-      #pragma unroll
-      for (int b = 0; b < HEAD_BLOCKS; ++b) acc[i][b][0] = acc[i][b][1] = acc[i][b][2] = acc[i][b][3] = 0.0f;
-  }
-
-  // Raises the running maximum of block b to cover the logits s of this tile.
-  __device__ __forceinline__ void raise(int b, const float (&s)[4]) {
-    #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      float top = fmaxf(s[column], s[column + 2]);
-      #pragma unroll
-      for (int hop = 4; hop < 32; hop <<= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, hop));
-      top = fmaxf(top, m[b][column]);
-      const float scale = exp2_fast(m[b][column] - top);
-      m[b][column] = top;
-      l[b][column] *= scale;
-      #pragma unroll
-      for (int i = 0; i < K_STEPS; ++i) acc[i][b][column] *= scale, acc[i][b][column + 2] *= scale;
-    }
-  }
-};
-
-// Query fragments of the group, B operands of S^T = K Q^T. In registers while they fit beside the accumulators,
-// else read again for every tile: they stay in L1.
-constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
-
-struct Query {
-  const half_type* rows;  // [GROUP_SIZE, HEAD_DIM]
-  unsigned fragment[QUERY_IN_REGISTERS ? K_STEPS : 1][HEAD_BLOCKS][2];
-
-  __device__ __forceinline__ void read(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
-    #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b) {
-      const int head = min(b * 8 + lane / 4, GROUP_SIZE - 1);  // heads past the group repeat its last one, unused
-      const unsigned* row = reinterpret_cast<const unsigned*>(rows + head * HEAD_DIM) + step * 8 + lane % 4;
-      to[b][0] = __ldg(row), to[b][1] = __ldg(row + 4);
-    }
-  }
-  __device__ __forceinline__ void get(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
-    if constexpr (QUERY_IN_REGISTERS) {
-      #pragma unroll
-      for (int b = 0; b < HEAD_BLOCKS; ++b) to[b][0] = fragment[step][b][0], to[b][1] = fragment[step][b][1];
-    } else {
-      read(to, step, lane);
-    }
-  }
-  __device__ __forceinline__ Query(const half_type* group, int lane) : rows(group) {
-    if constexpr (QUERY_IN_REGISTERS) {
-      #pragma unroll
-      for (int i = 0; i < K_STEPS; ++i) read(fragment[i], i, lane);
-    }
-  }
-};
-
-// Logits of one K tile: s[b] holds tokens lane/4, lane/4 + 8 by heads 2*(lane%4), + 1 of block b.
-__device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& query, unsigned tile, int lane) {
+__device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
+                                           int lane) {
+  ValueFragments values;
   #pragma unroll
-  for (int b = 0; b < HEAD_BLOCKS; ++b) s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0.0f;
-  #pragma unroll
-  for (int i = 0; i < K_STEPS; ++i) {
-    unsigned k[4];
-    load_matrix(k, tile + ring_offset(lane & 15, 2 * i + (lane >> 4)));
-    unsigned q[HEAD_BLOCKS][2];
-    query.get(q, i, lane);
-    #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(s[b], k, q[b][0], q[b][1]);
-  }
-}
-
-// Turns logits into weights p (B operands of O^T = V^T P^T) and updates m and l.
-__device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4], float scale_log2, int rows, int lane) {
-  #pragma unroll
-  for (int b = 0; b < HEAD_BLOCKS; ++b) {
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) s[b][i] *= scale_log2;
-    if (rows < PKV_TILE) {
-      const float none = __int_as_float(0xff800000);
-      if (lane / 4 >= rows) s[b][0] = s[b][1] = none;
-      if (lane / 4 + 8 >= rows) s[b][2] = s[b][3] = none;
-    }
-    const bool above = fmaxf(s[b][0], s[b][2]) > state.m[b][0] + RESCALE_ABOVE || fmaxf(s[b][1], s[b][3]) > state.m[b][1] + RESCALE_ABOVE;
-    if (__any_sync(0xffffffffu, above)) state.raise(b, s[b]);
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) s[b][i] = exp2_fast(s[b][i] - state.m[b][i & 1]);
-    // l sums the weights as rounded, the ones V is multiplied with, so that they add up to one.
-    const unsigned low = pack(s[b][0], s[b][1]), high = pack(s[b][2], s[b][3]);
-    const float2 first = unpack(low), second = unpack(high);
-    state.l[b][0] += first.x + second.x;
-    state.l[b][1] += first.y + second.y;
-    p[b][0] = transpose(low);
-    p[b][1] = transpose(high);
-  }
-}
-
-__device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile, int lane) {
-  #pragma unroll
-  for (int i = 0; i < K_STEPS; ++i) {
+  for (int i = 0; i < V_STEPS; ++i) {
     unsigned v[4];
-    load_matrix_transposed(v, tile + ring_offset((lane & 7) + ((lane >> 4) << 3), 2 * i + ((lane >> 3) & 1)));
+    values.get(v, tile, i, lane);
     #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
   }
 }
 
 // Leaves this warp's state in shared memory.
-__device__ __forceinline__ void publish(const WarpState& state, SharedMemory& shared, int warp, int lane) {
+__device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLUMNS][STATE_ROW], int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
     #pragma unroll
@@ -145,78 +42,183 @@ __device__ __forceinline__ void publish(const WarpState& state, SharedMemory& sh
       #pragma unroll
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
-      if (head >= GROUP_SIZE) continue;
-      if (lane < 4) shared.ml[warp][head] = make_float2(state.m[b][column], l);
+      if (head >= COLUMNS) continue;
+      float* row = to[head];
+      if (lane < 4) row[V_DIM] = state.m[b][column], row[V_DIM + 1] = l;
       #pragma unroll
-      for (int i = 0; i < K_STEPS; ++i) {
-        shared.acc[warp][head][i * 16 + lane / 4] = state.acc[i][b][column];
-        shared.acc[warp][head][i * 16 + lane / 4 + 8] = state.acc[i][b][column + 2];
+      for (int i = 0; i < V_STEPS; ++i) {
+        row[i * 16 + lane / 4 * LANES_APART] = state.acc[i][b][column];
+        row[i * 16 + lane / 4 * LANES_APART + ROWS_APART] = state.acc[i][b][column + 2];
       }
     }
 }
 
-// The WARPS states of a segment merged for one pair of elements.
-__device__ __forceinline__ Packet gather(const SharedMemory& shared, int pair) {
-  const int head = pair / HEAD_PAIRS, element = pair % HEAD_PAIRS * 2;
-  float2 ml[WARPS];
-  float m = __int_as_float(0xff800000);
-  #pragma unroll
-  for (int w = 0; w < WARPS; ++w) ml[w] = shared.ml[w][head], m = fmaxf(m, ml[w].x);
-  Packet p{0.0f, 0.0f, m, 0.0f};
+// The WARPS states of a segment merged for one column. value_scale: V's, of 8-bit pages that have one.
+__device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS][STATE_ROW], int column,
+                                            float value_scale, int lane) {
+  HeadState sum;
+  sum.reset();
+  float2 ml = make_float2(sum.m, 0.0f);
+  if (lane < WARPS) ml = *reinterpret_cast<const float2*>(&states[lane][column][V_DIM]);
+  const float scale = sum.weigh(ml);
   #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
-    const float scale = exp2_fast(ml[w].x - m);
-    const float2 acc = *reinterpret_cast<const float2*>(&shared.acc[w][head][element]);
-    p.acc0 += acc.x * scale, p.acc1 += acc.y * scale, p.l += ml[w].y * scale;
+    const float4* part = reinterpret_cast<const float4*>(states[w][column]);
+    const float part_scale = __shfl_sync(ALL_LANES, scale, w) * value_scale;
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i)
+      if (lane + i * 32 < HEAD_QUADS) sum.add(i, part[lane + i * 32], part_scale);
   }
-  return p;
+  return sum;
 }
 
-// Runs every segment of `source`. For each, `emit(segment, pair, packet)` is called by the thread that owns the pair;
-// the same thread owns the same pairs in every CTA. `emit.begin(source)` is called once, when the first loads are
-// under way.
-template <class Source, class Emit>
-__device__ __forceinline__ void attend(const Source& source, const Pages& pages, const half_type* q, int num_kv_heads, float scale_log2, SharedMemory& shared, Emit& emit) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned ring = shared_address(shared.ring[warp][0][0]);
-  Loader<Source> loader(source);
-  #pragma unroll 1  // one copy of the loader's code: instruction fetches show in short steps
-  for (int stage = 0; stage < STAGES; ++stage) {
-    loader.issue_k(pages, ring + stage * 2 * TILE_BYTES, warp, lane);
-    loader.issue_v(pages, ring + (stage * 2 + 1) * TILE_BYTES, lane);
+// What both decode kernels are given, as gpu/engine.py lays it out (gpu.decode_kernels.arguments).
+struct DecodeArguments {
+  const half_type *q;      // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
+  const cache_type *k_pages, *v_pages;
+  const page_id* block_table;  // [batch_size, table_stride]; with TABLE_CSR the indices, [table_stride]
+  const int *seq_lens;     // [batch_size]; with LAST_PAGE_LENGTHS see Lengths
+  const int *query_lens;   // see Output
+  const float* sinks;      // see Output
+  half_type* out;          // like q, with V_DIM
+  float* lse;              // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE]
+  Slot* partials;
+  long long k_page_stride, v_page_stride;
+  int k_head_stride, k_token_stride, v_head_stride, v_token_stride;
+  int batch_size, num_kv_heads, table_stride, num_pages;
+  int window;              // see Mask
+  float scale, cap;        // see weigh
+#if CACHE_TYPE
+  // [1] float32 each or null; with CACHE_SCALES see PagedScales, of whose elements the strides are.
+  const float *k_scales, *v_scales;
+  long long scale_page_stride;
+  int scale_head_stride, scale_token_stride;
+  float v_scale;           // where v_scales is null
+#endif
+  PKV_CSR(const int* row_begins;)  // see PageTable
+
+  // A window reaches back from the first query token, lengths count to the last.
+  __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
+  __device__ __forceinline__ Pages pages() const {
+    return {{k_pages, k_page_stride, k_head_stride, k_token_stride},
+            {v_pages, v_page_stride, v_head_stride, v_token_stride},
+            {block_table, table_stride, num_pages PKV_CSR(, row_begins, batch_size)}, reach(),
+            k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride,
+#if CACHE_SCALES
+            {k_scales, v_scales, scale_page_stride, scale_head_stride, scale_token_stride},
+#endif
+    };
   }
-  emit.begin(source);
-  Source walk = source;
-  Segment segment;
+  __device__ __forceinline__ Output output() const { return {out, lse, num_kv_heads, query_lens, sinks}; }
+};
+
+// The scales of all of K and all of V, where those are all. Read from memory, for a captured graph to follow.
+struct TensorScales {
+#if CACHE_TYPE && !CACHE_SCALES
+  float k, v;
+
+  __device__ __forceinline__ explicit TensorScales(const DecodeArguments& given)
+      : k(given.k_scales ? __ldg(given.k_scales) : 1.0f), v(given.v_scales ? __ldg(given.v_scales) : given.v_scale) {}
+  __device__ __forceinline__ float of_logits(const DecodeArguments& given) const { return given.scale * k; }
+  __device__ __forceinline__ float of_values() const { return v; }
+#else
+  __device__ __forceinline__ explicit TensorScales(const DecodeArguments&) {}
+  __device__ __forceinline__ float of_logits(const DecodeArguments& given) const { return given.scale; }
+  __device__ __forceinline__ float of_values() const { return 1.0f; }
+#endif
+};
+
+// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
+// the first segment by warp column % WARPS. Where there is a segment, `emit.begin(source)` is called once, when the
+// first loads are under way; if it returns false nothing is done, and attend returns false.
+template <class Source, class Emit>
+__device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
+                                       SharedMemory& shared, Emit& emit) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned ring = shared_address(shared.ring[warp][0]);
+  Loader<Source> loader(source);
+  const TensorScales tensor_scales(given);
+  Dealer<Source> walk(source);
+  int unused = STAGES;  // slots of the ring to be filled before there is anything to compute
+  Share share, next;
+  bool live = false;  // whether `share` is a segment to compute
+  Query query;
+  Mask mask;
+  Segment before;     // the segment whose states are to be merged, the (count - 1)-th
   unsigned slot = ring;
   int stage = 0;
-  while (walk.next(segment)) {
+  for (int count = -1;; ++count) {
     WarpState state;
-    state.reset();
-    const Query query(q + static_cast<long long>(segment.row * num_kv_heads + segment.kv_head) * GROUP_SIZE * HEAD_DIM, lane);
-    for (int tile = segment.tile_begin + warp; tile < segment.tile_end; tile += WARPS) {
-      float s[HEAD_BLOCKS][4];
-      unsigned p[HEAD_BLOCKS][2];
-      copy_wait<2 * STAGES - 1>();
-      __syncwarp();
-      score(s, query, slot, lane);
-      __syncwarp();
-      loader.issue_k(pages, slot, warp, lane);
-      weigh(state, p, s, scale_log2, segment.seq_len - tile * PKV_TILE, lane);
-      copy_wait<2 * STAGES - 1>();
-      __syncwarp();
-      accumulate(state, p, slot + TILE_BYTES, lane);
-      __syncwarp();
-      loader.issue_v(pages, slot + TILE_BYTES, lane);
-      if (++stage == STAGES) stage = 0;
-      slot = ring + stage * 2 * TILE_BYTES;
+    if (live) {
+      state.reset();
+      if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
+      // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose
+      // fetching shows in short steps.
+      for (int tile = share.first - unused * WARPS; tile < share.tile_end || unused > 0; tile += WARPS) {
+        float s[HEAD_BLOCKS][4];
+        unsigned p[HEAD_BLOCKS][2];
+        if (unused == 0) {
+          copy_wait<2 * STAGES - 1>();
+          __syncwarp();
+          score(s, query, slot, lane);
+#if CACHE_SCALES
+          state.scales.read(slot + K_TILE_BYTES + V_TILE_BYTES, lane);
+#endif
+          __syncwarp();
+        }
+        loader.issue_k(pages, slot, warp, lane);
+        if (unused == 0) {
+          weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
+          copy_wait<2 * STAGES - 1>();
+          __syncwarp();
+          accumulate(state, p, slot + K_TILE_BYTES, lane);
+          __syncwarp();
+        }
+        loader.issue_v(pages, slot, lane);
+        if (++stage == STAGES) stage = 0;
+        slot = ring + stage * SLOT_BYTES;
+        if (unused > 0 && --unused == 0 && !emit.begin(source)) {
+          copy_wait<0>();
+          return false;
+        }
+      }
     }
-    publish(state, shared, warp, lane);
-    __syncthreads();
-    for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) emit(segment, pair, gather(shared, pair));
-    __syncthreads();
+    // The next segment's queries are on their way while this one's states are merged.
+    const bool more = (live || count < 0) && walk.next(next, warp);
+    if (more) {
+      if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
+      mask = {next.seq_len, QUERY_TOKENS, given.window};
+      if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
+    } else if (count < 0) {
+      return true;
+    }
+    if (count > 0) {
+      const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
+      shared.left[buffer].wait(phase);
+      // Fewer columns than warps go to other warps each time.
+      #pragma unroll 1
+      for (int column = (warp + (count - 1) * (WARPS - COLUMNS % WARPS)) % WARPS; column < COLUMNS; column += WARPS)
+        emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
+      shared.merged[buffer].arrive(lane);
+    }
+    if (count >= 0) {
+      if (!live) break;
+      const int buffer = count % BUFFERS, phase = count / BUFFERS;
+      if (phase > 0) shared.merged[buffer].wait(phase - 1);
+      publish(state, shared.states[buffer][warp], lane);
+      shared.left[buffer].arrive(lane);
+      before = share;
+    }
+    share = next, live = more;
   }
   copy_wait<0>();
+  return true;
+}
+
+// Called once by the whole CTA, before attend.
+__device__ __forceinline__ void init_barriers(SharedMemory& shared) {
+  if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
+  __syncthreads();
 }
 
 }  // namespace pkv

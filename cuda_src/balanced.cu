@@ -7,12 +7,14 @@
 // A CTA holds at most two partial segments. One that its range cuts at the end goes to the CTA's slot in
 // `partials`; one that an earlier CTA began and this CTA ends is merged here, last of all, with the slots of the
 // CTAs before it, in their order. A CTA waits only for CTAs of lower index, which never wait for it, so progress
-// needs no co-residency; the reader empties the slots again, so the workspace is clean when the kernel ends.
+// needs no co-residency.
 //
-//   q        [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-//   pages    see Pages; block_table [batch_size, table_stride] int32; seq_lens [batch_size] int32
-//   out      like q; lse [batch_size, num_kv_heads * GROUP_SIZE] float32
-//   partials [num_ctas][STATE_PAIRS] Packet: the CTAs' slots, all words EMPTY_WORD between launches
+// A slot must be empty before it is written. Launches take turns with two sets of slots, and each CTA empties its own
+// slot of the set that is not in use: long before anyone waits, and not in one CTA that has merged them all.
+//
+//   given    see DecodeArguments
+//   partials [2][num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD before the first launch
+//   after those [num_ctas][WARPS] int: whose turn it is, in bit 0, noted by each warp for itself; all equal at first
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
 #include "attend.cuh"
@@ -22,100 +24,182 @@ namespace pkv {
 
 struct BalancedEmit {
   Output output;
-  Packet* partials;
-  Packet* kept;  // [STATE_PAIRS] in shared memory: this CTA's part of the segment it will merge
+  Slot* partials;            // [num_ctas], the set in use
+  float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   Cut cut;
+  int lane;
+  int stale;     // not 0: a length that this lane looked at is not what was planned with
   int first;     // the range in which this CTA's first segment begins
   int held_row, held_head;
   bool holds;
 
-  __device__ __forceinline__ Packet* slot(int range) const { return partials + static_cast<long long>(range) * STATE_PAIRS; }
-  // Called once the first loads are under way.
-  __device__ __forceinline__ void begin(const BalancedWalk& walk) { first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x; }
+  // Called once the first loads are under way; whether the plan holds.
+  __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
+    first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
+    return !__any_sync(ALL_LANES, stale);
+  }
 
-  __device__ __forceinline__ void operator()(const Segment& s, int pair, const Packet& p) {
+  __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
     if (s.begins && s.ends) {
-      store_result(output, s.row, s.kv_head, pair, p);
+      store_result(output, s.row, s.kv_head, column, state, lane);
     } else if (s.ends) {
-      kept[pair] = p;
+      float4* acc = reinterpret_cast<float4*>(kept[column]);
+      #pragma unroll
+      for (int i = 0; i < LANE_QUADS; ++i)
+        if (lane + i * 32 < HEAD_QUADS) acc[lane + i * 32] = state.acc[i];
+      if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send(slot(blockIdx.x) + pair, p);
+      send_state(partials[blockIdx.x], column, state, lane);
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it. The parts are fetched through the ring, free
-  // by now, all in flight at once, and again while one is missing: most arrive together.
-  __device__ __forceinline__ void finish(SharedMemory& shared) const {
-    constexpr int IN_FLIGHT = sizeof(shared.ring) / (STATE_PAIRS * sizeof(Packet));
-    Packet* fetched = reinterpret_cast<Packet*>(shared.ring);
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's ring,
+  // free by now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched
+  // again.
+  __device__ __forceinline__ void finish(unsigned char* ring) const {
+    constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
+    constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
+    constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
+    float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
+    __syncwarp();
     #pragma unroll 1
-    for (int pair = threadIdx.x; pair < STATE_PAIRS; pair += THREADS) {
-      Packet sum = kept[pair];
+    for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
+      // A last column without a partner goes twice.
+      const int columns[2] = {column, TOGETHER > 1 && column + WARPS < COLUMNS ? column + WARPS : column};
+      HeadState sum[TOGETHER];
+      #pragma unroll
+      for (int c = 0; c < TOGETHER; ++c) {
+        const float* own = kept[columns[c]];
+        sum[c].m = own[V_DIM], sum[c].l = own[V_DIM + 1];
+        #pragma unroll
+        for (int i = 0; i < LANE_QUADS; ++i)
+          if (lane + i * 32 < HEAD_QUADS) sum[c].acc[i] = reinterpret_cast<const float4*>(own)[lane + i * 32];
+      }
       #pragma unroll 1
       for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
-        Packet* parts = slot(j) + pair;
-        Packet* copies = fetched + pair;
-        float m;
-        bool complete;
+        const Slot* parts = partials + j;
+        float2 ml[TOGETHER];
+        unsigned missing = ALL_LANES >> (32 - count);
         do {
-          #pragma unroll 4
-          for (int i = 0; i < count; ++i) copy_async(shared_address(copies + i * STATE_PAIRS), parts + i * STATE_PAIRS);
+          bool known = true;
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) {
+            ml[c] = make_float2(LOWEST, 0.0f);
+            if (lane < count) ml[c] = receive(&parts[lane].ml[columns[c]]);
+          }
+          #pragma unroll 1
+          for (unsigned rest = missing; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
+            #pragma unroll
+            for (int c = 0; c < TOGETHER; ++c)
+              #pragma unroll
+              for (int i = 0; i < LANE_QUADS; ++i)
+                if (lane + i * 32 < HEAD_QUADS)
+                  copy_async(shared_address(&fetched[p][c][lane + i * 32]), &parts[p].acc[columns[c]][lane + i * 32]);
+          }
           copy_commit();
           copy_wait<0>();
-          m = sum.m, complete = true;
-          #pragma unroll 4
-          for (int i = 0; i < count; ++i) {
-            const Packet part = copies[i * STATE_PAIRS];
-            complete &= arrived(part), m = fmaxf(m, part.m);
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) known &= arrived(ml[c].x) & arrived(ml[c].y);
+          #pragma unroll 1
+          for (unsigned rest = missing; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
+            bool whole = lane != p || known;
+            #pragma unroll
+            for (int c = 0; c < TOGETHER; ++c)
+              #pragma unroll
+              for (int i = 0; i < LANE_QUADS; ++i)
+                if (lane + i * 32 < HEAD_QUADS) whole &= arrived(fetched[p][c][lane + i * 32]);
+            if (__all_sync(ALL_LANES, whole)) missing &= ~(1u << p);
           }
-        } while (!complete);
-        rescale(sum, m);
-        #pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-          add(sum, copies[i * STATE_PAIRS]);
-          clear(parts + i * STATE_PAIRS);
-        }
+        } while (missing);
+        float scale[TOGETHER];
+        #pragma unroll
+        for (int c = 0; c < TOGETHER; ++c) scale[c] = sum[c].weigh(ml[c]);
+        #pragma unroll 2
+        for (int p = 0; p < count; ++p)
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) {
+            const float part_scale = __shfl_sync(ALL_LANES, scale[c], p);
+            #pragma unroll
+            for (int i = 0; i < LANE_QUADS; ++i)
+              if (lane + i * 32 < HEAD_QUADS) sum[c].add(i, fetched[p][c][lane + i * 32], part_scale);
+          }
       }
-      store_result(output, held_row, held_head, pair, sum);
+      #pragma unroll
+      for (int c = 0; c < TOGETHER; ++c) store_result(output, held_row, held_head, columns[c], sum[c], lane);
     }
   }
 };
 
+// A warp's columns of a slot.
+__device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
+  const float empty = __uint_as_float(EMPTY_WORD);
+  #pragma unroll 1
+  for (int column = warp; column < COLUMNS; column += WARPS) {
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i)
+      if (lane + i * 32 < HEAD_QUADS) slot.acc[column][lane + i * 32] = make_float4(empty, empty, empty, empty);
+    if (lane == 0) slot.ml[column] = make_float2(empty, empty);
+  }
+}
+
 // Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
 // one may be mostly unused. The last of several rows is left out, since it may end before its stride does.
 __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_size) {
-  constexpr int LINE = 128 / sizeof(int), MOST = 1 << 16;
-  const int entries = max(1, batch_size - 1) * pages.table_stride;
+  constexpr int LINE = 128 / sizeof(page_id), MOST = 1 << 16;
+  const int entries = TABLE_CSR ? pages.table.stride : max(1, batch_size - 1) * pages.table.stride;
   const int at = (threadIdx.x * gridDim.x + blockIdx.x) * LINE;
-  if (entries <= MOST && at < entries) asm volatile("prefetch.global.L2 [%0];" ::"l"(pages.block_table + at));
+  if (entries <= MOST && at < entries) prefetch_l2(pages.table.ids + at);
+  PKV_CSR(if (at <= batch_size) prefetch_l2(pages.table.row_begins + at);)
 }
 
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_balanced(const half_type* q, const half_type* k_pages, const half_type* v_pages, const int* block_table,
-                    const int* seq_lens, half_type* out, float* lse, pkv::Packet* partials, int batch_size,
-                    int num_kv_heads, int table_stride, long long page_stride, int head_stride, int token_stride,
-                    float scale_log2, int segment_cost, int min_cost) {
+pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int max_tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride};
-  const pkv::Output output{out, lse, num_kv_heads};
-
-  pkv::prefetch_table(pages, batch_size);
-  pkv::wait_for_previous_kernel();
-  const pkv::Rows rows(seq_lens, batch_size, num_kv_heads, segment_cost, lane);
-  const pkv::Cut cut(rows.total, rows.num_heads, gridDim.x, segment_cost, min_cost);
-  if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) {
+  const pkv::Pages pages = given.pages();
+  const pkv::Output output = given.output();
+  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens,
+                          given.reach() PKV_LAST_PAGE(, given.row_begins)};
+  const int num_kv_heads = given.num_kv_heads;
+  pkv::let_next_kernel_start();
+  pkv::prefetch_table(pages, given.batch_size);
+  pkv::init_barriers(shared);
+  int* turns = reinterpret_cast<int*>(given.partials + 2 * gridDim.x) + blockIdx.x * WARPS + warp;
+  // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
+  int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
+  bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
+  if (!early) pkv::wait_for_previous_kernel();
+  #pragma unroll 1
+  for (;; early = false) {
+    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
+    const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
-    rows.start(walk, cut.begin(blockIdx.x), cut.begin(blockIdx.x + 1), lane);
-    pkv::BalancedEmit emit{output, partials, shared.kept, cut};
+    walk.x0 = walk.x_end = 0;  // nothing
+    if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
+    int stale = 0;
+    if (early) {
+      pkv::wait_for_previous_kernel();
+      stale = rows.changes(noted, lane);
+    }
+    const int turn = __ldcg(turns);
+    pkv::Slot* in_use = given.partials + (turn & 1) * gridDim.x;
+    pkv::BalancedEmit emit{output, in_use, shared.kept, cut, lane, stale};
     emit.holds = false;
-    pkv::attend(walk, pages, q, num_kv_heads, scale_log2, shared, emit);
-    if (emit.holds) emit.finish(shared);
+    const bool idle = walk.x0 >= walk.x_end;
+    if (idle ? __any_sync(pkv::ALL_LANES, stale) : !pkv::attend(walk, pages, given, shared, emit)) continue;
+    pkv::empty_slot(given.partials[(~turn & 1) * gridDim.x + blockIdx.x], warp, lane);
+    if (lane == 0) *turns = ~turn;
+    if (emit.holds) emit.finish(shared.ring[warp][0]);
+    break;
   }
-  pkv::store_empty_rows(output, seq_lens, batch_size, blockIdx.x * WARPS + warp, gridDim.x * WARPS, lane);
+  const int worker = blockIdx.x * WARPS + warp, workers = gridDim.x * WARPS;
+  if constexpr (LAST_PAGE_LENGTHS) pkv::store_empty_rows(output, lens, given.batch_size, worker, workers, lane);
+  else pkv::store_empty_rows(output, given.seq_lens, given.batch_size, worker, workers, lane);
 }

@@ -6,8 +6,8 @@
 //
 //   tasks         [num_tasks] Task, queue order; tiles of tile_tokens (a multiple of PKV_TILE), end exclusive
 //   split_offsets [batch_size + 1] int32: row r's slots are split_offsets[r] .. split_offsets[r + 1]
-//   partials      [num_slots][num_kv_heads][STATE_PAIRS] Packet
-//   the rest as in balanced.cu
+//   partials      [num_slots][num_kv_heads] Slot
+//   given         see DecodeArguments
 //
 // Bound by HBM, plus the tail of the CTA with the most work: the queue is not cut to equal cost.
 #include "attend.cuh"
@@ -37,29 +37,31 @@ struct TaskSource {
 
 struct TaskEmit {
   Output output;
-  Packet* partials;
+  Slot* partials;
+  int lane;
 
-  __device__ __forceinline__ void operator()(const Segment& s, int pair, const Packet& p) {
-    if (s.begins && s.ends) store_result(output, s.row, s.kv_head, pair, p);
-    else partials[(static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head) * STATE_PAIRS + pair] = p;
+  __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) const {
+    if (s.begins && s.ends) store_result(output, s.row, s.kv_head, column, state, lane);
+    else send_state(partials[static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head], column, state, lane);
   }
-  __device__ __forceinline__ void begin(const TaskSource&) const {}
+  __device__ __forceinline__ bool begin(const TaskSource&) const { return true; }
 };
 
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_tasks(const half_type* q, const half_type* k_pages, const half_type* v_pages, const int* block_table,
-                 const int* seq_lens, half_type* out, float* lse, pkv::Packet* partials, const pkv::Task* tasks,
-                 const int* split_offsets, int num_tasks, int tile_scale, int batch_size, int num_kv_heads,
-                 int table_stride, long long page_stride, int head_stride, int token_stride, float scale_log2) {
+pkv_decode_tasks(const pkv::DecodeArguments given, const pkv::Task* tasks, const int* split_offsets, int num_tasks,
+                 int tile_scale) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
-  const pkv::Pages pages{k_pages, v_pages, block_table, table_stride, page_stride, head_stride, token_stride};
-  const pkv::Output output{out, lse, num_kv_heads};
+  const pkv::Output output = given.output();
+  pkv::let_next_kernel_start();
+  pkv::init_barriers(shared);
   pkv::wait_for_previous_kernel();
-  const pkv::TaskSource source{tasks, seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks, static_cast<int>(gridDim.x), tile_scale};
-  pkv::TaskEmit emit{output, partials};
-  pkv::attend(source, pages, q, num_kv_heads, scale_log2, shared, emit);
-  pkv::store_empty_rows(output, seq_lens, batch_size, blockIdx.x * WARPS + threadIdx.x / 32, gridDim.x * WARPS, threadIdx.x % 32);
+  const pkv::TaskSource source{tasks, given.seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks,
+                               static_cast<int>(gridDim.x), tile_scale};
+  pkv::TaskEmit emit{output, given.partials, static_cast<int>(threadIdx.x % 32)};
+  pkv::attend(source, given.pages(), given, shared, emit);
+  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
+                        gridDim.x * WARPS, threadIdx.x % 32);
 }

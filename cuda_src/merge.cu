@@ -5,21 +5,34 @@
 // of the partials.
 #include "state.cuh"
 
-extern "C" __global__ void __launch_bounds__(pkv::THREADS)
-pkv_merge(const pkv::Packet* partials, const int* split_offsets, const int* rows, half_type* out, float* lse) {
+extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
+pkv_merge(const pkv::Slot* partials, const int* split_offsets, const int* rows, half_type* out, float* lse,
+          const int* query_lens, const float* sinks) {
+  pkv::let_next_kernel_start();
   pkv::wait_for_previous_kernel();
   const int kv_head = blockIdx.x, row = rows[blockIdx.y], num_kv_heads = gridDim.x;
   const int first = split_offsets[row], last = split_offsets[row + 1];
   if (last - first < 2) return;
-  const pkv::Output output{out, lse, num_kv_heads};
-  for (int pair = threadIdx.x; pair < pkv::STATE_PAIRS; pair += pkv::THREADS) {
-    const pkv::Packet* parts = partials + (static_cast<long long>(first) * num_kv_heads + kv_head) * pkv::STATE_PAIRS + pair;
-    const long long stride = static_cast<long long>(num_kv_heads) * pkv::STATE_PAIRS;
-    pkv::Packet sum{0.0f, 0.0f, __int_as_float(0xff800000), 0.0f};
-    #pragma unroll 8
-    for (int i = 0; i < last - first; ++i) sum.m = fmaxf(sum.m, parts[i * stride].m);
-    #pragma unroll 8
-    for (int i = 0; i < last - first; ++i) pkv::add(sum, parts[i * stride]);
-    pkv::store_result(output, row, kv_head, pair, sum);
+  const pkv::Output output{out, lse, num_kv_heads, query_lens, sinks};
+  const int lane = threadIdx.x % 32;
+  for (int column = threadIdx.x / 32; column < pkv::COLUMNS; column += WARPS) {
+    pkv::HeadState sum;
+    sum.reset();
+    for (int begin = 0; begin < last - first; begin += 32) {
+      const pkv::Slot* parts = partials + static_cast<long long>(first + begin) * num_kv_heads + kv_head;
+      const int count = min(32, last - first - begin);
+      float2 ml = make_float2(pkv::LOWEST, 0.0f);
+      if (lane < count) ml = parts[static_cast<long long>(lane) * num_kv_heads].ml[column];
+      const float scale = sum.weigh(ml);
+      #pragma unroll 4
+      for (int p = 0; p < count; ++p) {
+        const float part_scale = __shfl_sync(pkv::ALL_LANES, scale, p);
+        #pragma unroll
+        for (int i = 0; i < pkv::LANE_QUADS; ++i)
+          if (lane + i * 32 < pkv::HEAD_QUADS)
+            sum.add(i, parts[static_cast<long long>(p) * num_kv_heads].acc[column][lane + i * 32], part_scale);
+      }
+    }
+    pkv::store_result(output, row, kv_head, column, sum, lane);
   }
 }

@@ -1,5 +1,20 @@
-// The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type. sm_80 and newer.
+// The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type.
+// sm_80 and newer.
 #pragma once
+
+// Compile-time variants, all off where not defined.
+#ifndef V_DIM
+#define V_DIM HEAD_DIM   // head_dim of V
+#endif
+#ifndef QUERY_TOKENS
+#define QUERY_TOKENS 1   // query tokens per row, the row's last ones, each of which sees the tokens up to itself
+#endif
+#ifndef SOFT_CAP
+#define SOFT_CAP 0       // 1: logits go through cap * tanh(logit / cap)
+#endif
+#ifndef SINKS
+#define SINKS 0          // 1: a logit per query head joins the softmax without a value
+#endif
 
 #if DTYPE_BF16
 #include <cuda_bf16.h>
@@ -10,6 +25,11 @@ typedef __nv_bfloat162 half_pair;
 typedef __half half_type;
 typedef __half2 half_pair;
 #endif
+
+#include "cache_type.cuh"
+
+// Whether the GPU has an instruction from e4m3 to FP16.
+#define CONVERTS_E4M3 (__CUDA_ARCH__ >= 890)
 
 namespace pkv {
 
@@ -31,22 +51,120 @@ __device__ __forceinline__ float2 unpack(unsigned value) {
 #endif
 }
 
+// Pairs of operands.
+__device__ __forceinline__ unsigned pack_operands(float low, float high) {
+#if DTYPE_BF16 && FP16_OPERANDS
+  unsigned pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return pack(low, high);
+#endif
+}
+__device__ __forceinline__ float2 unpack_operands(unsigned pair) {
+#if DTYPE_BF16 && FP16_OPERANDS
+  float2 value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(value.x), "=f"(value.y) : "r"(pair));
+  return value;
+#else
+  return unpack(pair);
+#endif
+}
+
+// FP16 pairs, whatever half_type is.
+__device__ __forceinline__ unsigned add_pair(unsigned a, unsigned b) {
+  unsigned sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+__device__ __forceinline__ unsigned multiply_pair(unsigned a, unsigned b) {
+  unsigned product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+__device__ __forceinline__ unsigned multiply_add_pair(unsigned a, unsigned b, unsigned c) {
+  unsigned sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+// Byte i of the result is the one of {low, high} that nibble i of the selector numbers, or, with its bit 3 set, 8
+// copies of that byte's sign.
+__device__ __forceinline__ unsigned permute(unsigned low, unsigned high, unsigned selector) {
+  unsigned result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
+#if CONVERTS_E4M3
+// Bytes 0 and 1 of x as FP16 pair `first`, 2 and 3 as `second`.
+__device__ __forceinline__ void convert_e4m3(unsigned& first, unsigned& second, unsigned x) {
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(first), "=r"(second) : "r"(x));
+}
+#endif
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
 // 16 bytes to shared memory past L1; bytes beyond `valid_bytes` are filled with zero and not read.
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source, int valid_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               ::"r"(destination), "l"(source), "r"(valid_bytes));
 }
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source));
+}
+// One float, through L1: smaller copies than 16 bytes have no other way.
+__device__ __forceinline__ void copy_float_async(unsigned destination, const float* source, int valid_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes));
+}
+__device__ __forceinline__ float2 load_shared(unsigned address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+#ifndef PKV_RACECHECK
+#define PKV_RACECHECK 0
+#endif
+
+// A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's
+// arrival.
+struct __align__(8) ArrivalBarrier {
+  unsigned long long word;
+
+  __device__ __forceinline__ void init(int warps) {
+#if PKV_RACECHECK
+    const int arrivals = warps * 32;
+#else
+    const int arrivals = warps;
+#endif
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+  }
+  // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the
+  // lanes' writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
+  __device__ __forceinline__ void arrive(int lane) {
+    __syncwarp();
+    if (PKV_RACECHECK || lane == 0)
+      asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                   ::"r"(shared_address(this)) : "memory");
+  }
+  __device__ __forceinline__ void wait(int phase) {
+    int done;
+    do {
+      asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                   : "=r"(done) : "r"(shared_address(this)), "r"(phase & 1) : "memory");
+    } while (!done);
+  }
+};
 
 __device__ __forceinline__ void load_matrix(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -64,22 +182,68 @@ __device__ __forceinline__ unsigned transpose(unsigned value) {
 
 // d[16x8] += a[16x16] * b[16x8], FP32 accumulators.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if DTYPE_BF16
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#if !FP16_OPERANDS
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
 #else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #endif
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Programmatic dependent launch (sm_90): the next kernel of the stream may be set up while this one runs, and this one
-// reads nothing before the previous one's writes are visible. Does nothing in an ordinary launch.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+constexpr bool KERNELS_OVERLAP = true;
+#else
+constexpr bool KERNELS_OVERLAP = false;
+#endif
+
+// Programmatic dependent launch (sm_90). The next kernel may be set up while this one runs; this one's reads count
+// only after the wait, when the previous one's writes are visible. Both do nothing in an ordinary launch.
+__device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Between CTAs, word by word: no order is promised.
+__device__ __forceinline__ void send(float4* to, const float4& v) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};"
+               ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void send(float2* to, const float2& v) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
+}
+__device__ __forceinline__ float2 receive(const float2* from) {
+  float2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 2.8853900817779268f));  // exp(2 x)
+  return 1.0f - __fdividef(2.0f, e + 1.0f);
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The larger of the two; NaN where one is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

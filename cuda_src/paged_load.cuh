@@ -1,116 +1,189 @@
 // One warp's stream of K,V tiles from pages into its private ring in shared memory.
 //
-// The warps of a CTA share a segment tile by tile (warp w takes tiles w, w + WARPS, ...) and never wait for each
-// other inside it. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
+// A CTA's tiles are dealt to its warps in turn, on across segment ends, so that no warp has more than one tile more
+// than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
 // ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
 #include "plan.cuh"
+#include "table.cuh"
 
 namespace pkv {
 
-constexpr int ROW_BYTES = HEAD_DIM * 2;
-constexpr int ROW_VECTORS = ROW_BYTES / 16;         // 16-byte vectors in one token's K or V
-constexpr int ROWS_PER_COPY = 32 / ROW_VECTORS;     // tokens one warp-wide copy instruction covers
-constexpr int TILE_BYTES = PKV_TILE * ROW_BYTES;
+constexpr int ELEMENT_BYTES = sizeof(cache_type);
+constexpr int K_ROW_BYTES = HEAD_DIM * ELEMENT_BYTES, V_ROW_BYTES = V_DIM * ELEMENT_BYTES;  // of one token
+constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
+constexpr int SCALE_BYTES = CACHE_SCALES ? PKV_TILE * 2 * sizeof(float) : 0;  // of a tile's tokens, K's and V's in turn
+constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES + SCALE_BYTES;         // of the ring: a tile's K, V and scales
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
-constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;    // tiles whose page ids one register per lane holds
+constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
 
-// Where the pages are. Strides in elements; K and V share them.
-struct Pages {
-  const half_type *k, *v;
-  const int* block_table;  // [batch_size, table_stride]
-  int table_stride;
+// Where pages are; strides in elements.
+struct PagedTensor {
+  const cache_type* at;  // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM or V_DIM], in any order
   long long page_stride;
   int head_stride, token_stride;
 };
 
-// XOR swizzle: the eight rows of an ldmatrix fall into different banks.
+// The scales of K and V, float32, with the same strides; those of a page have a token_stride of 0.
+struct PagedScales {
+  const float *k, *v;  // [num_pages, num_kv_heads, PAGE_SIZE]
+  long long page_stride;
+  int head_stride, token_stride;
+};
+
+// Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
+struct Pages {
+  PagedTensor k, v;
+  PageTable table;
+  int reach;               // tokens at a row's end that are read (WINDOWED)
+  bool alike;              // K and V have the same strides
+#if CACHE_SCALES
+  PagedScales scales;
+#endif
+};
+
+// XOR swizzle: the eight rows of an ldmatrix fall into different banks. Where rows are an odd number of half bank rows
+// (64 or 192 bytes), two neighbours fill both halves and pairs of them are told apart.
+template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
-  return row * ROW_BYTES + ((vector ^ (row & 7)) << 4);
+  return row * ROW_BYTES + ((vector ^ (ROW_BYTES % 128 ? row >> 1 & 3 : row & 7)) << 4);
 }
+
+// A segment and this warp's first tile of it; it has that one and every WARPS-th from there.
+struct Share : Segment {
+  int first;
+};
+
+template <class Source>
+struct Dealer {
+  Source source;
+  int lead = 0;  // the warp that gets the next segment's first tile
+
+  __device__ __forceinline__ explicit Dealer(const Source& range) : source(range) {}
+  __device__ __forceinline__ bool next(Share& s, int warp) {
+    if (!source.next(s)) return false;
+    s.first = s.tile_begin + (warp + WARPS - lead) % WARPS;
+    lead = (lead + s.tile_end - s.tile_begin) % WARPS;
+    return true;
+  }
+};
 
 template <class Source>
 struct Loader {
-  Source source;
-  Segment now, ahead;
+  Dealer<Source> source;
+  Share now, ahead;
   bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
   int count;                         // tiles of this segment already loaded by this warp
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
-  long long base;                    // element offset of the pending V tile's page and head (TILE_IN_PAGE)
-  int pending_tile, pending_count, pending_rows, pending_head, pending_ids;
+  int pending_tile, pending_count, pending_head, pending_ids;  // of the V tile to load
+  int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
+  long long pending_base;          // element offset of its page and head in K (TILE_IN_PAGE)
 
-  __device__ __forceinline__ int load_ids(const Pages& pages, const Segment& s, bool live, int first, int warp, int lane) {
+  __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
-    const int t = s.tile_begin + warp + (first + index) * WARPS;
+    const int t = s.first + (skip + index) * WARPS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
-    return __ldg(pages.block_table + static_cast<long long>(s.row) * pages.table_stride + token / PAGE_SIZE);
+    return pages.table.load(s.row, token / PAGE_SIZE);
   }
 
-  __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) { now.tile_end = 0; }
+  __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) {
+    now.tile_end = 0;
+  }
 
   // Points at the next tile; looks the next segment up while two tiles of this one are left.
   __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane) {
     if (!ahead_known && tile + WARPS >= now.tile_end) {
       // Segments in which this warp has no tile are passed over.
-      do ahead_live = source.next(ahead); while (ahead_live && ahead.tile_begin + warp >= ahead.tile_end);
-      ids_ahead = load_ids(pages, ahead, ahead_live, 0, warp, lane);
+      do ahead_live = source.next(ahead, warp); while (ahead_live && ahead.first >= ahead.tile_end);
+      ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
       ahead_known = true;
     }
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
-    tile = now.tile_begin + warp, count = 0;
-    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, warp, lane);
+    tile = now.first, count = 0;
+    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
   }
 
-  // Element offset of this lane's token in copy `step` of the pending tile.
-  __device__ __forceinline__ long long row_offset(const Pages& pages, int step, int lane) const {
-    const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
-    if (TILE_IN_PAGE) return base + static_cast<long long>(row) * pages.token_stride;
-    const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
-    return id * pages.page_stride + static_cast<long long>(pending_head) * pages.head_stride +
-           static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * pages.token_stride;
+  // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
+  template <class Tensor>
+  __device__ __forceinline__ long long offset_in(const Tensor& tensor) const {
+    const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
+    if (!TILE_IN_PAGE) return head;
+    const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
+    return head + id * tensor.page_stride
+           + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
   }
 
-  __device__ __forceinline__ void copy_tile(const half_type* from, unsigned to, const Pages& pages, int lane) const {
-    const int vector = lane % ROW_VECTORS;
+  // The pending tile of `tensor` into the ring.
+  template <int ROW_BYTES>
+  __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
+    constexpr int VECTORS = ROW_BYTES / 16;
+    const int first = pending_tile * PKV_TILE;
+    const cache_type* from = tensor.at + base;
     #pragma unroll
-    for (int step = 0; step < PKV_TILE / ROWS_PER_COPY; ++step) {
-      const int row = step * ROWS_PER_COPY + lane / ROW_VECTORS;
-      const half_type* address = from + row_offset(pages, step, lane) + vector * 8;
-      if (pending_rows >= PKV_TILE) copy_async(to + ring_offset(row, vector), address);
-      else copy_async(to + ring_offset(row, vector), row < pending_rows ? address : from, row < pending_rows ? 16 : 0);
+    for (int step = 0; step < PKV_TILE * VECTORS / 32; ++step) {
+      const int row = (step * 32 + lane) / VECTORS, vector = (step * 32 + lane) % VECTORS;
+      long long offset = static_cast<long long>(row) * tensor.token_stride;
+      if (!TILE_IN_PAGE) {
+        const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
+        offset = id * tensor.page_stride + static_cast<long long>((first + row) % PAGE_SIZE) * tensor.token_stride;
+      }
+      const cache_type* address = from + offset + vector * (16 / ELEMENT_BYTES);
+      const unsigned slot = to + ring_offset<ROW_BYTES>(row, vector);
+      const bool read = row < pending_rows && row >= pending_skip;
+      if (pending_rows >= PKV_TILE && pending_skip <= 0) copy_async(slot, address);
+      else copy_async(slot, read ? address : from, read ? 16 : 0);
     }
   }
 
-  // Starts the copy of the next tile's K. An empty group is committed at the end of the stream, so that waiting
-  // can count groups.
-  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned to, int warp, int lane) {
+#if CACHE_SCALES
+  // The scales of the pending tile's tokens into the ring, a lane each: zero for tokens that are not read.
+  __device__ __forceinline__ void copy_scales(const PagedScales& scales, unsigned to, int lane) const {
+    const int row = lane & 15;
+    long long offset = offset_in(scales) + static_cast<long long>(row) * scales.token_stride;
+    if (!TILE_IN_PAGE) {
+      const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
+      offset = offset_in(scales) + id * scales.page_stride
+               + static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * scales.token_stride;
+    }
+    const bool read = row < pending_rows && row >= pending_skip;
+    const float* from = lane < PKV_TILE ? scales.k : scales.v;
+    copy_float_async(to + row * 8 + lane / PKV_TILE * 4, read ? from + offset : from, read ? 4 : 0);
+  }
+#endif
+
+  // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed
+  // at the end of the stream, so that waiting can count groups.
+  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane) {
     if (live) advance(pages, warp, lane);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
       pending_rows = now.seq_len - tile * PKV_TILE;
-      if (TILE_IN_PAGE) {
-        const int id = __shfl_sync(0xffffffffu, ids, count % IDS_TILES);
-        base = id * pages.page_stride + static_cast<long long>(now.kv_head) * pages.head_stride +
-               static_cast<long long>((tile * PKV_TILE) % PAGE_SIZE) * pages.token_stride;
-      }
-      copy_tile(pages.k, to, pages, lane);
+      pending_skip = WINDOWED ? pending_rows - pages.reach : 0;
+      pending_base = offset_in(pages.k);
+      copy_tile<K_ROW_BYTES>(pages.k, pending_base, slot, lane);
+#if CACHE_SCALES
+      copy_scales(pages.scales, slot + K_TILE_BYTES + V_TILE_BYTES, lane);
+#endif
       tile += WARPS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
-        ids_next = load_ids(pages, now, true, count + IDS_TILES, warp, lane);
+        ids_next = load_ids(pages, now, true, count + IDS_TILES, lane);
       }
     }
     copy_commit();
   }
 
   // Starts the copy of the V tile that belongs to the last issue_k.
-  __device__ __forceinline__ void issue_v(const Pages& pages, unsigned to, int lane) const {
-    if (pending_rows > 0) copy_tile(pages.v, to, pages, lane);
+  __device__ __forceinline__ void issue_v(const Pages& pages, unsigned slot, int lane) const {
+    if (pending_rows > 0) {
+      const long long base = HEAD_DIM == V_DIM && pages.alike ? pending_base : offset_in(pages.v);
+      copy_tile<V_ROW_BYTES>(pages.v, base, slot + K_TILE_BYTES, lane);
+    }
     copy_commit();
   }
 };

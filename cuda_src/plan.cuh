@@ -4,7 +4,7 @@
 // Order of work: rows, then KV heads, then tiles of PKV_TILE tokens, laid end to end on a cost axis.
 // A (row, KV head) of n tiles starts at x0 and spans n + c: tile 0 at x0, tile t >= 1 at x0 + c + t, where c
 // is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
-// [i*W/N, (i+1)*W/N).
+// [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
 
 #ifdef __CUDACC__
@@ -14,44 +14,126 @@
 #endif
 
 #define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
-#define PKV_SHORT_RANGE 256   // tiles
+#define PKV_SHORT_RANGE 640   // tiles
+#define PKV_MOST_TILES (1 << 20)
+
+#ifndef WINDOWED
+#define WINDOWED 0  // 1: a row reads its last `window` tokens only
+#endif
+#ifndef LAST_PAGE_LENGTHS
+// 1: lengths are told by the rows' pages, of PAGE_SIZE tokens, and the tokens in their last ones
+#define LAST_PAGE_LENGTHS 0
+#endif
+#if LAST_PAGE_LENGTHS
+#define PKV_LAST_PAGE(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
+#else
+#define PKV_LAST_PAGE(...)
+#endif
 
 namespace pkv {
 
 PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 
-// Cost of one row over all its KV heads; an empty row costs nothing.
-PKV_HD int row_cost(int seq_len, int num_kv_heads, int segment_cost) {
-  const int tiles = tiles_of(seq_len);
+// Cost of a row of so many tiles over all its KV heads; an empty row costs nothing.
+PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
-// How the total cost W is cut. The caller keeps W below 2^31.
-struct Cut {
-  int total, num_ranges, quotient, remainder;
+// The rows' lengths. A kernel may read them before the one that writes them has ended (see balanced.cu): so reads
+// go past L1, which would keep what it saw, and every length is cut to [0, most], so that a plan made of what is
+// not yet there is wrong but harmless.
+struct Lengths {
+  const int* at;  // [batch_size]; with LAST_PAGE_LENGTHS the tokens in the rows' last pages
+  int batch_size, most;
+  int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
+  PKV_LAST_PAGE(const int* row_begins;)  // [batch_size + 1] the rows' first pages
 
-  // num_heads: non-empty (row, KV head) pairs. When they are few and the ranges short, a multiple of them is taken, so
-  // that heads of equal length are cut alike and no range spends its time on two; at most 1/8 of the CTAs idle for it.
-  PKV_HD Cut(int total_, int num_heads, int num_ctas, int segment_cost, int min_cost) : total(total_) {
+  // Tiles of a row that lie before its window: they are neither read nor scheduled.
+  PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
+  PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
+
+  PKV_HD int operator[](int row) const {
+    if (row >= batch_size) return most;
+    int length = read(at + row);
+#if LAST_PAGE_LENGTHS
+    const int full = read(row_begins + row + 1) - read(row_begins + row) - 1;  // pages before the last
+    length = full < 0 ? 0 : full <= most / PAGE_SIZE ? full * PAGE_SIZE + length : most;
+#endif
+    return length < 0 ? 0 : length < most ? length : most;
+  }
+
+ private:
+  PKV_HD static int read(const int* from) {
+#ifdef __CUDA_ARCH__
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+#else
+    return *from;
+#endif
+  }
+};
+
+// floor(a / b) of a >= 0, b > 0: without signs a division takes a third fewer instructions.
+PKV_HD int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
+
+// floor(sqrt(x)), at least 1, of x up to 2^30.
+PKV_HD int square_root(int x) {
+  int root = static_cast<int>(sqrtf(static_cast<float>(x)));
+  while (root * root > x) --root;  // the estimate is off by one at most, but exact is exact
+  while ((root + 1) * (root + 1) <= x) ++root;
+  return root > 1 ? root : 1;
+}
+
+// How the total cost W is cut. The caller keeps W below 2^31. Every division is a place in the code that a step alone
+// fetches from a cold L2 and waits for, so there is one where two would read more plainly.
+struct Cut {
+  int total, num_ranges, quotient, remainder;  // of total / num_ranges, or of a head's tiles / parts
+  int parts;  // of every head, when all are cut alike; else 0
+  int head_cost, segment_cost;
+
+  // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
+  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
+  // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
+  // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
+  // the other.
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost)
+      : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
-    num_ranges = total / least;
+    num_ranges = divide(total, least);
     if (num_ranges > num_ctas) num_ranges = num_ctas;
     if (num_ranges < 1) num_ranges = 1;
-    if (num_heads > 0 && num_heads <= num_ranges && total / num_ranges < PKV_SHORT_RANGE) {
-      const int spare = num_ranges % num_heads;
-      if (spare * 8 <= num_ranges) num_ranges -= spare;
+    if (part_cost > 0 && num_heads > 0) {
+      const int mean = head_cost < PKV_MOST_TILES ? head_cost : PKV_MOST_TILES;
+      const int part = square_root(part_cost * mean), most = divide(mean + part / 2, part);
+      const long long wanted = static_cast<long long>(num_heads) * (most > 1 ? most : 1);
+      if (wanted < num_ranges) num_ranges = static_cast<int>(wanted);
     }
-    quotient = total / num_ranges;
-    remainder = total % num_ranges;
+    if (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges) {
+      const bool few = num_heads <= num_ranges;
+      // Ranges of each head, rounded down, or heads of each range, rounded up.
+      const int each = few ? divide(num_ranges, num_heads) : divide(num_heads + num_ranges - 1, num_ranges);
+      const int needed = few ? num_heads * each : divide(num_heads + each - 1, each);
+      if ((num_ranges - needed) * (few ? 8 : 32) <= num_ranges) num_ranges = needed, parts = few ? each : 0;
+    }
+    const int whole = parts > 0 ? head_cost - segment_cost : total, pieces = parts > 0 ? parts : num_ranges;
+    quotient = divide(whole, pieces);
+    remainder = whole - quotient * pieces;
   }
-  // floor(i * W / N) without a 64-bit product.
-  PKV_HD int begin(int i) const { return i * quotient + i * remainder / num_ranges; }
-  // The range that holds the tile at position x: the largest j with begin(j) <= x.
+  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile.
+  PKV_HD int begin(int i) const {
+    const int upto = divide(parts > 0 ? i : i * remainder, parts > 0 ? parts : num_ranges);
+    if (parts == 0) return i * quotient + upto;
+    const int part = i - upto * parts, tile = part * quotient + divide(part * remainder, parts);
+    return upto * head_cost + (tile > 0 ? segment_cost + tile : 0);
+  }
+  // The range that holds the first tile of the head that starts at x: the largest j with begin(j) <= x.
   PKV_HD int range_of(int x) const {
-    int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(total) * static_cast<float>(num_ranges));
+    if (parts > 0) return divide(x, head_cost) * parts;
+    // The estimate is off by one at most, but exact is exact.
+    int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(total) * static_cast<float>(num_ranges)) + 1;
     if (j >= num_ranges) j = num_ranges - 1;
-    while (begin(j) > x) --j;  // the estimate is off by one at most, but exact is exact
-    while (j + 1 < num_ranges && begin(j + 1) <= x) ++j;
+    while (begin(j) > x) --j;
     return j;
   }
 };
@@ -71,34 +153,36 @@ struct Task {
 // A contiguous run of tiles of one (row, KV head).
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
-  int seq_len;                             // tokens of the row
-  int slot;                                // partial-state slot (task list), or position of the head's tile 0 (balanced)
-  int begins, ends;                        // whether it holds the first, the last tile of its (row, KV head)
+  int seq_len;       // tokens of the row
+  int slot;          // partial-state slot (task list), or position of the head's tile 0 (balanced)
+  int begins, ends;  // whether it holds the first, the last tile of its (row, KV head)
 };
 
 // Walks the segments of one range.
 struct BalancedWalk {
-  const int* seq_lens;  // [batch_size]
+  Lengths seq_lens;
   int num_kv_heads, segment_cost;
-  int row, head, tile, x0, x_end, seq_len;
+  int row, head, tile, x0, x_end, seq_len;  // tile: from the first one not skipped
 
   // row, row_begin: the first non-empty row whose cost interval reaches past x_begin, and where that interval starts.
-  PKV_HD void start(const int* lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin, int end) {
+  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin,
+                    int end) {
     seq_lens = lens, num_kv_heads = kv_heads, segment_cost = seg_cost, row = first_row, x_end = end;
     seq_len = lens[row];
-    const int span = tiles_of(seq_len) + segment_cost;
-    head = (x_begin - row_begin) / span;
+    const int span = seq_lens.tiles(seq_len) + segment_cost;
+    head = divide(x_begin - row_begin, span);
+    if (head >= num_kv_heads) head = num_kv_heads - 1;  // lengths that change meanwhile: see Lengths
     x0 = row_begin + head * span;
     tile = tile_at(x_begin, x0, segment_cost);
-    if (tile >= tiles_of(seq_len)) step_head();
+    if (tile >= seq_lens.tiles(seq_len)) step_head();
   }
 
   PKV_HD bool next(Segment& s) {
     if (x0 >= x_end) return false;
-    const int tiles = tiles_of(seq_len);
+    const int tiles = seq_lens.tiles(seq_len), skipped = seq_lens.skipped(seq_len);
     int end = tile_at(x_end, x0, segment_cost);
     if (end > tiles) end = tiles;
-    s.row = row, s.kv_head = head, s.tile_begin = tile, s.tile_end = end, s.seq_len = seq_len;
+    s.row = row, s.kv_head = head, s.tile_begin = skipped + tile, s.tile_end = skipped + end, s.seq_len = seq_len;
     s.begins = tile == 0, s.ends = end == tiles, s.slot = x0;
     step_head();
     return true;
@@ -106,11 +190,12 @@ struct BalancedWalk {
 
  private:
   PKV_HD void step_head() {
-    x0 += tiles_of(seq_len) + segment_cost;
+    x0 += seq_lens.tiles(seq_len) + segment_cost;
     tile = 0;
     if (++head < num_kv_heads || x0 >= x_end) return;
     head = 0;
     do seq_len = seq_lens[++row]; while (seq_len == 0);
+    if (row >= seq_lens.batch_size) x_end = x0;  // past the last row only where lengths change meanwhile
   }
 };
 

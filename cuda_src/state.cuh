@@ -1,71 +1,115 @@
 // Partial softmax states (m, l, acc): m the running maximum of the scaled logits in base 2, l the sum of 2^(s - m),
 // acc the weighted sum of V. Two states merge exactly: scale both to the larger m and add.
 //
-// Between CTAs a state travels as packets of 16 bytes, one per pair of head_dim elements: {acc0, acc1, m, l}. The
-// thread that reads a packet is the one that computed its own, so no thread waits for another thread's packets,
-// and a packet is its own arrival flag: an empty word holds EMPTY_WORD, a bit pattern no arithmetic produces.
+// A warp merges the states of one query head: lane i adds elements 4 i to 4 i + 3 of acc, 128 further on, ..., and
+// weighs part i, whose scale it hands to the others.
+//
+// Between CTAs a state travels in a slot of global memory. An empty word holds EMPTY_WORD, a bit pattern no arithmetic
+// produces, so every word is its own arrival flag.
 #pragma once
 #include "mma.cuh"
 
 namespace pkv {
 
 constexpr int THREADS = WARPS * 32;
-constexpr int HEAD_PAIRS = HEAD_DIM / 2;
-constexpr int STATE_PAIRS = GROUP_SIZE * HEAD_PAIRS;                       // packets of one (row, KV head) state
+// Columns of the product: the query heads of the group, for each of the row's query tokens in turn.
+constexpr int COLUMNS = GROUP_SIZE * QUERY_TOKENS;
+constexpr int HEAD_QUADS = V_DIM / 4;
+constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;
 constexpr unsigned EMPTY_WORD = 0xffffffffu;
-constexpr float LN2 = 0.6931471805599453f;
+constexpr float LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;  // for -inf where differences are taken: exp2(-inf - LOWEST) is 0, no NaN
+constexpr unsigned ALL_LANES = 0xffffffffu;
 
-struct __align__(16) Packet {
-  float acc0, acc1, m, l;
+// The states of a (row, KV head)'s columns, as one CTA leaves them for another.
+struct __align__(16) Slot {
+  float4 acc[COLUMNS][HEAD_QUADS];
+  float2 ml[COLUMNS];
 };
 
-// Scales a state to a maximum m >= its own.
-__device__ __forceinline__ void rescale(Packet& p, float m) {
-  const float scale = exp2_fast(p.m - m);
-  p.acc0 *= scale, p.acc1 *= scale, p.l *= scale, p.m = m;
+// The state of one column in a warp's registers; every lane has m and l.
+struct HeadState {
+  float m, l;
+  float4 acc[LANE_QUADS];
+
+  __device__ __forceinline__ void reset() {
+    m = LOWEST, l = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i) acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+  // Takes up the (m, l) of parts, lane i's of part i, (LOWEST, 0) where there is none; each lane gets the scale of its
+  // part.
+  __device__ __forceinline__ float weigh(float2 ml) {
+    float top = fmaxf(m, ml.x);
+    #pragma unroll
+    for (int hop = 1; hop < 32; hop <<= 1) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, hop));
+    const float own = exp2_fast(m - top), scale = exp2_fast(ml.x - top);
+    float sum = ml.y * scale;
+    #pragma unroll
+    for (int hop = 1; hop < 32; hop <<= 1) sum += __shfl_xor_sync(ALL_LANES, sum, hop);
+    m = top, l = l * own + sum;
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i) acc[i].x *= own, acc[i].y *= own, acc[i].z *= own, acc[i].w *= own;
+    return scale;
+  }
+  __device__ __forceinline__ void add(int i, const float4& part, float scale) {
+    acc[i].x += part.x * scale, acc[i].y += part.y * scale, acc[i].z += part.z * scale, acc[i].w += part.w * scale;
+  }
+};
+
+__device__ __forceinline__ bool arrived(float word) { return __float_as_uint(word) != EMPTY_WORD; }
+__device__ __forceinline__ bool arrived(const float4& v) {
+  // Bitwise: a short circuit would be a branch a word.
+  return arrived(v.x) & arrived(v.y) & arrived(v.z) & arrived(v.w);
 }
-// Adds a state whose maximum is at most into.m.
-__device__ __forceinline__ void add(Packet& into, const Packet& from) {
-  const float scale = exp2_fast(from.m - into.m);
-  into.acc0 += from.acc0 * scale, into.acc1 += from.acc1 * scale, into.l += from.l * scale;
+__device__ __forceinline__ void send_state(Slot& to, int column, const HeadState& state, int lane) {
+  #pragma unroll
+  for (int i = 0; i < LANE_QUADS; ++i)
+    if (lane + i * 32 < HEAD_QUADS) send(&to.acc[column][lane + i * 32], state.acc[i]);
+  if (lane == 0) send(&to.ml[column], make_float2(state.m, state.l));
 }
 
-__device__ __forceinline__ void send(Packet* to, const Packet& p) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(p.acc0), "f"(p.acc1), "f"(p.m), "f"(p.l) : "memory");
-}
-__device__ __forceinline__ bool arrived(const Packet& p) {
-  // Bitwise: a short circuit would be a branch for every word.
-  return (__float_as_uint(p.acc0) != EMPTY_WORD) & (__float_as_uint(p.acc1) != EMPTY_WORD) &
-         (__float_as_uint(p.m) != EMPTY_WORD) & (__float_as_uint(p.l) != EMPTY_WORD);
-}
-__device__ __forceinline__ void clear(Packet* at) {
-  const float empty = __uint_as_float(EMPTY_WORD);
-  send(at, Packet{empty, empty, empty, empty});
-}
-
-// Where results go. out [batch_size, num_q_heads, HEAD_DIM], lse [batch_size, num_q_heads] natural log.
+// Where results go. out [batch_size, QUERY_TOKENS, num_q_heads, V_DIM], lse [batch_size, QUERY_TOKENS, num_q_heads]
+// natural log.
 struct Output {
   half_type* out;
   float* lse;
   int num_kv_heads;
+  const int* query_lens;  // [batch_size] query tokens of each row, or null where all have QUERY_TOKENS
+  const float* sinks;     // [num_q_heads] natural-log logits that take part in the softmax without a value (SINKS)
 };
 
-// Writes pair `pair` of a finished (row, KV head).
-__device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int pair, const Packet& p) {
-  const int head = (row * o.num_kv_heads + kv_head) * GROUP_SIZE + pair / HEAD_PAIRS;
-  const float inverse = 1.0f / p.l;
-  unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(head) * HEAD_DIM) + pair % HEAD_PAIRS;
-  *out = pack(p.acc0 * inverse, p.acc1 * inverse);
-  if (pair % HEAD_PAIRS == 0) o.lse[head] = (p.m + log2f(p.l)) * LN2;
+// Writes a finished column of (row, KV head). Query tokens that the row does not have are left alone.
+__device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int column, const HeadState& state,
+                                             int lane) {
+  const int token = column / GROUP_SIZE, q_head = kv_head * GROUP_SIZE + column % GROUP_SIZE;
+  if (QUERY_TOKENS > 1 && o.query_lens && token >= o.query_lens[row]) return;
+  const int at = (row * QUERY_TOKENS + token) * o.num_kv_heads * GROUP_SIZE + q_head;
+  float m = state.m, l = state.l, scale = 1.0f;
+  if (SINKS) {
+    const float sink = o.sinks[q_head] * LOG2E;
+    m = fmaxf(m, sink), scale = exp2_fast(state.m - m), l = l * scale + exp2_fast(sink - m);
+  }
+  const float inverse = scale / l;
+  uint2* out = reinterpret_cast<uint2*>(o.out + static_cast<long long>(at) * V_DIM);
+  #pragma unroll
+  for (int i = 0; i < LANE_QUADS; ++i) {
+    const float4& a = state.acc[i];
+    if (lane + i * 32 < HEAD_QUADS)
+      out[lane + i * 32] = make_uint2(pack(a.x * inverse, a.y * inverse), pack(a.z * inverse, a.w * inverse));
+  }
+  if (lane == 0) o.lse[at] = (m + log2f(l)) * LN2;
 }
 
 // Zeros and -inf for the rows without tokens; warp `worker` of `workers` takes every workers-th row.
-__device__ __forceinline__ void store_empty_rows(const Output& o, const int* seq_lens, int batch_size, int worker, int workers, int lane) {
+template <class Lengths>
+__device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker,
+                                                 int workers, int lane) {
   for (int row = worker; row < batch_size; row += workers) {
     if (seq_lens[row] != 0) continue;
-    const int heads = o.num_kv_heads * GROUP_SIZE;
-    unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(row) * heads * HEAD_DIM);
-    for (int i = lane; i < heads * HEAD_PAIRS; i += 32) out[i] = 0u;
+    const int heads = QUERY_TOKENS * o.num_kv_heads * GROUP_SIZE;
+    unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(row) * heads * V_DIM);
+    for (int i = lane; i < heads * (V_DIM / 2); i += 32) out[i] = 0u;
     for (int i = lane; i < heads; i += 32) o.lse[row * heads + i] = __int_as_float(0xff800000);
   }
 }

@@ -14,31 +14,48 @@ __device__ __forceinline__ int scan(int value, int lane) {
   return value;
 }
 
-// The costs of one step's rows, as seen by one warp. Rows 0 to 31 stay in registers.
+// The costs of one step's rows, as seen by one warp. Rows 0 to 31 stay in registers; `noted` [batch_size], if given,
+// keeps the lengths of the others.
 struct Rows {
-  const int* seq_lens;  // [batch_size]
-  int batch_size, num_kv_heads, segment_cost;
+  Lengths seq_lens;
+  int num_kv_heads, segment_cost;
+  int length;                // of row `lane`
   int cost, through, total;  // of row `lane`: its cost, and that of rows 0..lane; of all rows
   int num_heads;             // non-empty (row, KV head) pairs
+  bool even;                 // all non-empty rows cost the same
 
-  __device__ __forceinline__ Rows(const int* lens, int batch, int kv_heads, int seg_cost, int lane)
-      : seq_lens(lens), batch_size(batch), num_kv_heads(kv_heads), segment_cost(seg_cost) {
-    cost = cost_of(lane);
-    int more = 0, live = cost > 0;
-    for (int row = lane + 32; row < batch_size; row += 32) {
-      const int next = cost_of(row);
-      more += next, live += next > 0;
+  __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int* noted = nullptr)
+      : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost) {
+    length = length_of(lane);
+    cost = row_cost(seq_lens.tiles(length), num_kv_heads, segment_cost);
+    int more = 0, live = cost > 0, most = cost, least = cost > 0 ? cost : 0x7fffffff;
+    for (int row = lane + 32; row < seq_lens.batch_size; row += 32) {
+      const int next_length = length_of(row), next = row_cost(seq_lens.tiles(next_length), num_kv_heads, segment_cost);
+      if (noted) noted[row] = next_length;
+      more += next, live += next > 0, most = max(most, next), least = next > 0 ? min(least, next) : least;
     }
     through = scan(cost, lane);
     total = __shfl_sync(0xffffffffu, through, 31);
-    if (batch_size > 32) total += __reduce_add_sync(0xffffffffu, more);
+    if (seq_lens.batch_size > 32) total += __reduce_add_sync(0xffffffffu, more);
+    even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
+  __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
   __device__ __forceinline__ int cost_of(int row) const {
-    return row < batch_size ? row_cost(seq_lens[row], num_kv_heads, segment_cost) : 0;
+    return row_cost(seq_lens.tiles(length_of(row)), num_kv_heads, segment_cost);
   }
-  // Points `walk` at the range [x_begin, x_end). Called by whole warps; x_begin < total.
-  __device__ __forceinline__ void start(BalancedWalk& walk, int x_begin, int x_end, int lane) const {
+  // Not 0 if a length of one of this lane's rows is another than planned with.
+  __device__ __forceinline__ int changes(const int* noted, int lane) const {
+    int found = length_of(lane) ^ length;
+    #pragma unroll 4
+    for (int row = lane + 32; row < seq_lens.batch_size; row += 32) found |= length_of(row) ^ noted[row];
+    return found;
+  }
+  // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it
+  // ends.
+  __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {
+    const int edge = cut.begin(range + (lane & 1));
+    const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);
     int before = 0, own = cost, upto = through;  // of the block of 32 rows at `base`
     for (int base = 0;; base += 32) {
       const unsigned reached = __ballot_sync(0xffffffffu, before + upto > x_begin);

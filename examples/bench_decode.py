@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import importlib.util
-import json
 import pathlib
 import statistics
 import sys
 import time
 
+from gpu.environment import environment, lacks_gpu, write_json
+
 OURS = ("balanced", "workqueue", "split")
 FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", default="default", choices=("default", "uniform", "ragged", "short", "groups", "all"))
+    parser.add_argument(
+        "--cells", default="default", choices=("default", "uniform", "ragged", "short", "groups", "all")
+    )
     parser.add_argument("--backends", default=",".join(("balanced", *FLASHINFER)),
                         help=f"comma-separated, of {', '.join(OURS + FLASHINFER)}")
     parser.add_argument("--pool-gib", type=float, default=40.0, help="K and V pages together")
@@ -38,39 +39,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--wall-repeats", type=int, default=10, help="0 skips wall time")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.backends.split(",")) - set(OURS + FLASHINFER)
     if unknown:
         parser.error(f"--backends: expected of {', '.join(OURS + FLASHINFER)}, got {', '.join(sorted(unknown))}")
     return args
-
-
-def missing() -> str | None:
-    """What this machine lacks, in a sentence, or None."""
-    for module, extra in (("torch", "gpu"), ("cupy", "gpu")):
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed: pip install '.[{extra}]'"
-    import torch
-
-    return None if torch.cuda.is_available() else "no CUDA device answers"
-
-
-def environment() -> dict[str, str]:
-    import cupy
-    import torch
-
-    from gpu import flashinfer as fi
-    from gpu import kernels
-
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": str(torch.version.cuda),
-             "cupy": cupy.__version__, "driver_cuda": str(cupy.cuda.runtime.driverGetVersion()),
-             "flashinfer": "not installed", "source_hash": kernels.source_hash(),
-             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-    if fi.installed():
-        import flashinfer
-
-        found["flashinfer"] = flashinfer.__version__
-    return found
 
 
 def median_of_seeds(runs: list) -> object:
@@ -82,12 +55,12 @@ def median_of_seeds(runs: list) -> object:
 
 def run_cells(args: argparse.Namespace, console) -> list:
     import torch
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, BarColumn, TimeElapsedColumn
 
     from bench_cells import GRIDS
     from bench_measure import CellBench
-    from bench_pool import BenchPool
     from gpu import flashinfer as fi
+    from gpu.bench_pool import BenchPool
+    from gpu.progress import tracked
 
     routes = args.backends.split(",")
     if not fi.installed():
@@ -98,28 +71,21 @@ def run_cells(args: argparse.Namespace, console) -> list:
     bench = CellBench(pool=pool, dtype=args.dtype, head_dim=args.head_dim, page_size=args.page_size,
                       repeats=args.repeats, wall_repeats=args.wall_repeats, check=args.check, min_layers=args.layers)
     results = []
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(cells))
-        for cell in cells:
-            progress.update(task, description=f"{cell.case} x {cell.batch_size}")
-            try:
-                seeds = [bench.measure(cell, routes, seed=seed) for seed in range(args.seeds)]
-            except ValueError as error:
-                if not str(error).startswith("pool-gib"):
-                    raise
-                console.print(f"{cell.case} batch {cell.batch_size}: left out, {error}")
-                seeds = []
-            results += [median_of_seeds(list(runs)) for runs in zip(*seeds)]
-            progress.advance(task)
+    for cell in tracked(cells, "measuring", lambda cell: f"{cell.case} x {cell.batch_size}"):
+        try:
+            seeds = [bench.measure(cell, routes, seed=seed) for seed in range(args.seeds)]
+        except ValueError as error:
+            if not str(error).startswith("pool-gib"):
+                raise
+            console.print(f"{cell.case} batch {cell.batch_size}: left out, {error}")
+            seeds = []
+        results += [median_of_seeds(list(runs)) for runs in zip(*seeds)]
     return results
 
 
-def main() -> int:
-    args = parse_args()
-    lack = missing()
-    if lack is not None:
-        print(f"bench_decode needs a CUDA GPU with CuPy and PyTorch; {lack}.")
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if lacks_gpu("bench_decode"):
         return 1
     from rich.console import Console
 
@@ -138,10 +104,9 @@ def main() -> int:
         console.print(f"not timed: {note}", markup=False)
     if args.json is not None:
         document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()},
-                    "command": " ".join(["python", *sys.argv]), "summary": bench_report.summary(results),
+                    "summary": bench_report.summary(results),
                     "results": [dataclasses.asdict(result) for result in results]}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
         console.print(f"wrote {args.json}")
     return 0
 

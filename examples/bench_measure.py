@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from bench_cells import Cell
-from bench_pool import BenchPool, CellPages
 from gpu import DecodeEngine
 from gpu import flashinfer as fi
+from gpu.bench_pool import BenchPool, CellPages
 from gpu.timing import StreamLimit, capture, graph_time_us, l2_bytes, shared_stream, wall_time_us
 from pkvsim import DecodeShape
 
@@ -162,7 +162,9 @@ class CellBench:
         return times
 
 
-def reference_rows(q: torch.Tensor, pages: CellPages, seq_lens: np.ndarray, page_size: int) -> tuple[list[int], torch.Tensor]:
+def reference_rows(
+    q: torch.Tensor, pages: CellPages, seq_lens: np.ndarray, page_size: int
+) -> tuple[list[int], torch.Tensor]:
     """Float32 attention of a few rows (longest, shortest, first, last): (rows, [rows, Hq, d])."""
     order = np.argsort(seq_lens, kind="stable")
     rows = sorted({int(order[0]), int(order[-1]), 0, len(seq_lens) - 1})[:CHECKED_ROWS]

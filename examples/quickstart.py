@@ -7,7 +7,6 @@ Without a GPU it says what is missing and runs the CPU reference on a small case
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 
 import numpy as np
@@ -16,26 +15,12 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from gpu.environment import missing
 from pkvsim import DecodeShape, make_schedule, reference
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 ROWS, MAX_SEQ_LEN, PROMPTS, DECODES = 16, 16384 + 512, (2048, 16384), (40, 160)
 TOLERANCE = 2e-3
-
-
-def missing() -> str | None:
-    """What this machine lacks for the GPU engine, or None."""
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed (pip install '.[gpu]', with CUDA 13 '.[gpu-cuda13]')"
-    if importlib.util.find_spec("torch") is None:
-        return "PyTorch is not installed (pip install '.[gpu]')"
-    import cupy
-
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no CUDA device answers ({error})"
-    return None if count else "no CUDA device answers"
 
 
 def run_on_cpu(console: Console, reason: str) -> None:

@@ -26,10 +26,13 @@ class ArrayView:
 
 
 def fingerprint(array: object) -> tuple:
-    """(address, what validation depends on) of an array on the GPU, without describing it; (0, None) otherwise.
+    """(address, what validation depends on) of an array on the GPU, without describing it; (0, its type) otherwise.
 
-    Two arrays of equal fingerprints pass or fail the same checks: the cheap test of a step's every call.
+    Two arguments of equal second parts pass or fail the same checks: the cheap test of a step's every call. None has
+    a second part of its own, so an array that is not on a GPU never passes for one that was not given.
     """
+    if array is None:
+        return 0, None
     if _is_torch(array):
         address = array.data_ptr()
         return address, (array.dtype, array.device, array.shape, array.stride(), address % 16)
@@ -37,7 +40,7 @@ def fingerprint(array: object) -> tuple:
     if cupy is not None and isinstance(array, cupy.ndarray):
         address = array.data.ptr
         return address, (array.dtype, array.device.id, array.shape, array.strides, address % 16)
-    return 0, None
+    return 0, type(array)
 
 
 def _is_torch(array: object) -> bool:
@@ -53,7 +56,8 @@ def view(name: str, array: object) -> ArrayView:
                          array.stride())
     if isinstance(array, np.ndarray):
         size = array.itemsize
-        return ArrayView(array.ctypes.data, "numpy", -1, array.dtype.name, array.shape, tuple(s // size for s in array.strides))
+        return ArrayView(array.ctypes.data, "numpy", -1, array.dtype.name, array.shape,
+                         tuple(s // size for s in array.strides))
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         size = array.itemsize
@@ -94,6 +98,15 @@ def empty_like(model: object, described: ArrayView, shape: tuple[int, ...], dtyp
     return cupy.empty(shape, dtype=dtype)
 
 
+def split_combined(k_pages: object) -> tuple[object, object]:
+    """(K, V) as views of a combined cache [num_pages, 2, ...]. Raises ValueError naming v_pages."""
+    described = view("k_pages", k_pages)
+    if len(described.shape) != 5 or described.shape[1] != 2:
+        raise ValueError(f"v_pages: expected pages, or a combined k_pages [num_pages, 2, ...], got None and "
+                         f"{list(described.shape)}")
+    return k_pages[:, 0], k_pages[:, 1]
+
+
 def current_stream(library: str | None, device: int) -> int:
     """Handle of the caller's current stream in the library its arrays come from (CuPy's when that is not known)."""
     if library == "torch":
@@ -103,6 +116,13 @@ def current_stream(library: str | None, device: int) -> int:
     import cupy
 
     return cupy.cuda.get_current_stream().ptr
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether what is launched on the stream of that handle goes into a CUDA graph."""
+    import cupy
+
+    return bool(cupy.cuda.runtime.streamIsCapturing(stream))
 
 
 @contextlib.contextmanager

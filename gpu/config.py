@@ -3,25 +3,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpu.tuned import tuned_choice
 from pkvsim import DecodeShape
+from pkvsim.options import PLAIN, AttentionOptions
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
-PACKET_BYTES = 16  # pkv::Packet in cuda_src/state.cuh
-MAX_GROUP_SIZE = 32
-MAX_ACCUMULATED = 4096  # query heads x head_dim whose FP32 accumulators a warp's registers hold
+BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
+MAX_GROUP_SIZE = 128
+MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
+MAX_ACCUMULATED = 2048  # query heads x head_dim whose FP32 accumulators its registers hold
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
-HEAD_DIMS = (64, 128, 256)
+CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
+SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/paged_load.cuh, with CACHE_SCALES
+HEAD_DIMS = (64, 128, 192, 256)
 
 # Shared memory a CTA may use, bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications: 1 KiB less than the SM's maximum).
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
                       100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 
-# (warps, stages) by head_dim, best first; the first that fits is taken. More than 128 KiB in flight gained nothing on
-# an H200 and cost 1 us at 1 x 8K (2026-11-21).
-_CHOICES = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
-            128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
-            256: ((4, 2), (2, 2), (2, 1), (1, 1))}
+# (warps, stages) by head_dim where no table was measured, best first; the first that fits is taken: as many bytes in
+# flight as there is room for, up to 128 KiB, beyond which an H200 gained nothing.
+_CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
+               128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
+               192: ((4, 3), (4, 2), (2, 2), (2, 1)),
+               256: ((4, 2), (2, 2), (2, 1), (1, 1))}
+# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Not measured.
+_CALCULATED_8BIT = {64: ((8, 8), (8, 6), (8, 4), (4, 8), (4, 4), (4, 2), (2, 2)),
+                    128: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
+                    192: ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2), (2, 1)),
+                    256: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (1, 1))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +40,34 @@ class KernelConfig:
     """Compile-time constants of one kernel variant."""
 
     head_dim: int
-    group_size: int
+    v_dim: int
+    group_size: int  # query heads a CTA serves at a time: the shape's group_size / head_split
+    query_tokens: int
+    head_split: int
     page_size: int
     dtype: str
     warps: int
     stages: int  # tiles of K and V each warp keeps in its ring
+    buffers: int  # segments whose states can wait for their merge
+    windowed: bool
+    soft_cap: bool
+    sinks: bool
+    kv_dtype: str | None  # of the pages; None: dtype
+    tile_scales: bool  # tokens or pages have scales of their own, which travel with their tiles
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tensor-core product: query heads of each of the row's query tokens."""
+        return self.group_size * self.query_tokens
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings, the warps' states (rows padded by 4 floats), their (m, l), a kept state."""
-        ring = self.warps * self.stages * 2 * TILE_TOKENS * self.head_dim * 2
-        states = self.warps * self.group_size * ((self.head_dim + 4) * 4 + 8)
-        return (ring + states + 15) // 16 * 16 + self.state_bytes
+        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), a
+        kept one, barriers."""
+        element = 2 if self.kv_dtype is None else 1
+        tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
+        states = (self.buffers * self.warps + 1) * self.columns * (self.v_dim + 4) * 4
+        return self.warps * self.stages * tile + states + self.buffers * 2 * BARRIER_BYTES
 
     @property
     def threads(self) -> int:
@@ -48,17 +75,59 @@ class KernelConfig:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the packets of one (row, KV head) partial state."""
-        return self.group_size * self.head_dim // 2 * PACKET_BYTES
+        """Bytes of pkv::Slot: the partial state of one (row, KV head), acc and (m, l) of each column."""
+        return (self.columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
+
+    def workspace_bytes(self, num_ctas: int) -> int:
+        """Bytes of the balanced kernel's workspace: two sets of slots, and whose turn it is (cuda_src/balanced.cu)."""
+        return num_ctas * (2 * self.state_bytes + self.warps * 4)
 
     def defines(self) -> dict[str, int]:
-        return {"HEAD_DIM": self.head_dim, "GROUP_SIZE": self.group_size, "PAGE_SIZE": self.page_size,
-                "DTYPE_BF16": DTYPES[self.dtype], "WARPS": self.warps, "STAGES": self.stages,
-                "SHARED_BYTES": self.shared_bytes}
+        return {"HEAD_DIM": self.head_dim, "V_DIM": self.v_dim, "QUERY_TOKENS": self.query_tokens,
+                "WINDOWED": int(self.windowed), "SOFT_CAP": int(self.soft_cap), "SINKS": int(self.sinks),
+                "GROUP_SIZE": self.group_size, "HEAD_SPLIT": self.head_split,
+                "PAGE_SIZE": self.page_size, "DTYPE_BF16": DTYPES[self.dtype],
+                "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
+                "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
+                "CACHE_SCALES": int(self.tile_scales)}
 
 
-def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int) -> KernelConfig:
-    """The variant for a shape on a GPU (compute capability as major * 10 + minor).
+def shared_limit_bytes(compute_capability: int) -> int:
+    """Shared memory a CTA may use. An architecture that is not listed gets the smallest limit of those that are."""
+    return SHARED_LIMIT_BYTES.get(compute_capability, min(SHARED_LIMIT_BYTES.values()))
+
+
+def head_split(group_size: int, v_dim: int, query_tokens: int = 1) -> int:
+    """CTAs' worth of query heads that a group is split into, each reading the KV head's pages: the fewest that fit."""
+    return next((split for split in range(1, group_size + 1) if group_size % split == 0
+                 and group_size // split * query_tokens <= MAX_COLUMNS
+                 and group_size // split * query_tokens * v_dim <= MAX_ACCUMULATED), group_size)
+
+
+def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...], limit_bytes: int,
+             options: AttentionOptions = PLAIN) -> list[KernelConfig]:
+    """The variants of a shape with these (warps, stages) that fit, each with as many buffers as fit."""
+    v_dim = options.value_dim(shape)
+    split = head_split(shape.group_size, v_dim, options.query_tokens)
+    found = []
+    for warps, stages in choices:
+        for buffers in (2, 1):
+            config = KernelConfig(
+                head_dim=shape.head_dim, v_dim=v_dim, group_size=shape.group_size // split,
+                query_tokens=options.query_tokens, head_split=split, page_size=shape.page_size, dtype=dtype,
+                warps=warps, stages=stages, buffers=buffers,
+                windowed=options.window is not None, soft_cap=options.soft_cap is not None, sinks=options.sinks,
+                kv_dtype=options.kv_dtype, tile_scales=options.kv_scales in ("page", "token"))
+            if config.shared_bytes <= limit_bytes:
+                found.append(config)
+                break
+    return found
+
+
+def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
+                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN) -> KernelConfig:
+    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages) as asked for, as
+    tuned, or by calculation.
 
     Raises ValueError naming the argument that no kernel serves.
     """
@@ -66,20 +135,24 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int) -> Ke
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     if shape.head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shape.head_dim}")
+    v_dim = options.value_dim(shape)
+    if v_dim not in HEAD_DIMS:
+        raise ValueError(f"v_head_dim: expected one of {HEAD_DIMS}, got {v_dim}")
     if shape.group_size > MAX_GROUP_SIZE:
         raise ValueError(f"group_size: expected at most {MAX_GROUP_SIZE}, got {shape.group_size}")
-    if shape.group_size * shape.head_dim > MAX_ACCUMULATED:
-        raise ValueError(f"group_size: expected at most {MAX_ACCUMULATED // shape.head_dim} with head_dim {shape.head_dim}, "
-                         f"got {shape.group_size}")
     if shape.page_size > 256:
         raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
-    # An architecture that is not listed gets the smallest limit of those that are.
-    limit = SHARED_LIMIT_BYTES.get(compute_capability, min(SHARED_LIMIT_BYTES.values()))
-    for warps, stages in _CHOICES[shape.head_dim]:
-        config = KernelConfig(shape.head_dim, shape.group_size, shape.page_size, dtype, warps, stages)
-        if config.shared_bytes <= limit:
-            return config
-    raise ValueError(f"shape: no kernel variant of head_dim {shape.head_dim} and group_size {shape.group_size} fits "
-                     f"{limit} bytes of shared memory")
+    if variant:
+        choices = (variant,)
+    elif options.kv_dtype is not None:
+        choices = _CALCULATED_8BIT[shape.head_dim]
+    else:
+        choices = tuned_choice(shape, dtype, compute_capability) + _CALCULATED[shape.head_dim]
+    fitting = variants(shape, dtype, choices, shared_limit_bytes(compute_capability), options)
+    if not fitting:
+        raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and "
+                         f"group_size {shape.group_size} fits {shared_limit_bytes(compute_capability)} bytes of "
+                         "shared memory")
+    return fitting[0]

@@ -1,54 +1,28 @@
 """DecodeEngine: paged decode attention on the GPU, under any of the schedules of pkvsim.schedule."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import cupy
 import numpy as np
 
-from gpu import arrays
+from gpu import arrays, cache_scales
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
-from gpu.kernels import load_kernel
+from gpu.decode_kernels import DecodeKernels
+from gpu.plan import Plan, place
+from gpu.router import Router
+from gpu.step_tables import StepTables
+from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
+from pkvsim.device import DeviceSpec
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
-SIZES = "iiiqiif"  # batch_size to scale_log2, the parameters that both decode kernels share
 LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
-MAX_COST = 2**31  # the planner counts tiles in 32 bits
-
-
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """One decode launch and its merge: tasks [begin, begin + count) of the list, rows to merge (None: no merge)."""
-
-    begin: int
-    count: int
-    rows: object | None  # [num_rows] int32, CuPy
-
-
-@dataclass(frozen=True, slots=True)
-class _TaskList:
-    """The host-planned schedules on the GPU, as CuPy arrays."""
-
-    tasks: object  # [num_tasks, 5] int32
-    split_offsets: object  # [batch_size + 1] int32
-    buckets: tuple[_Bucket, ...]
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What plan() leaves for run(). `arrays` keeps seq_lens and block_table alive behind their addresses."""
-
-    arrays: tuple
-    seq_lens: int  # address, [batch_size] int32
-    block_table: int  # address, [batch_size, table_stride] int32
-    batch_size: int
-    table_stride: int
-    task_list: _TaskList | None = None
-    unchecked_ids: tuple | None = None  # (block_table, seq_lens) on the host, to check at the next run
 
 
 class DecodeEngine:
@@ -56,194 +30,237 @@ class DecodeEngine:
 
     schedule "balanced" plans on the GPU: plan() only notes where the arrays are, lengths and tables may change in
     place between runs (also inside a captured CUDA graph), and each run is one launch. "workqueue" and "split" plan
-    on the host as the paper does. "auto" takes balanced, the schedule without a losing regime.
+    on the host as the paper does. "auto" prices every route of the step, FlashInfer's included, and takes the cheapest
+    where the host knows the lengths, balanced where only the GPU does: gpu.router.Router says how.
 
-    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream.
+    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine must
+    live as long as the graphs that captured its runs; it keeps for them what it copied or allocated itself.
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = 8, min_cost: int | None = None,
-                 scale: float | None = None) -> None:
+                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
+                 min_cost: int = MIN_COST, part_cost: int | None = None, variant: tuple[int, int] | None = None,
+                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
+                 layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
+                 layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
-        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost:
-        fixed cost of a segment and least cost of a CTA in tiles of 16 tokens (balanced); the defaults are from a sweep
-        on an H200 (2026-11-21). scale: of the logits, by default head_dim ** -0.5.
+        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
+        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
+        of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
+        head_dim ** -0.5.
+        options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
+        have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
+        head_dim]; pages may be any view with those axes whose last one is contiguous.
+        device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
+        splits and costs itself.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        if tile_tokens <= 0 or tile_tokens % TILE_TOKENS:
-            raise ValueError(f"tile_tokens: expected a positive multiple of {TILE_TOKENS}, got {tile_tokens}")
-        device = cupy.cuda.Device()
-        self.shape, self.dtype = shape, dtype
-        self.schedule = "balanced" if schedule == "auto" else schedule
-        self.config = kernel_config(shape, dtype, int(device.compute_capability))
-        self.device_id = device.id
-        self.num_ctas = device.attributes["MultiProcessorCount"] if num_ctas is None else check_int("num_ctas", num_ctas, 1, MAX_CTAS)
+        current = cupy.cuda.Device()
+        capability = int(current.compute_capability)
+        checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
+        options = options.with_cache(kv_dtype, kv_scales)
+        self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
+        self.config = kernel_config(shape, dtype, capability, variant=variant, options=options)
+        # What the kernels take for KV heads: the parts of each, where its group is split.
+        self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
+        self.device_id = current.id
+        num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else num_ctas
+        self.num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
-        # A larger group's partial states are dearer to merge, so its short steps take fewer CTAs.
-        self.min_cost = min(32, max(8, 4 * shape.group_size - 8)) if min_cost is None else check_int(
-            "min_cost", min_cost, 1, 2**20)
-        self._scale_log2 = (scale if scale is not None else shape.head_dim**-0.5) * LOG2_E
-        self._plan: _Plan | None = None
+        self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
+        part_cost = engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost
+        self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
+        self._scale = checks.check_scale(scale) if scale is not None else shape.head_dim**-0.5
+        self._plan: Plan | None = None
         self._checked_plan: tuple | None = None
         self._checked_run: tuple | None = None
         self._page_layout: tuple = ()
+        self._scale_strides = cache_scales.NO_STRIDES
+        self._num_pages = 0
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
-        defines, threads = self.config.defines(), self.config.threads
-        shared = self.config.shared_bytes
-        overlap = int(device.compute_capability) >= 90
-        if self.schedule == "balanced":
-            self._decode = load_kernel("balanced.cu", "pkv_decode_balanced", "pppppppp" + SIZES + "ii", defines,
-                                       threads=threads, shared_bytes=shared, overlap=overlap)
-            self._partials = cupy.full(self.num_ctas * self.config.state_bytes, 0xFF, dtype=cupy.uint8)
+        self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
+        self.router: Router | None = None
+        if schedule == "auto":
+            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
+                                 layout=layout)
+            return  # the routes have engines of their own
+        self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
+        self._partials = None
+        if schedule == "balanced":
+            self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
-        else:
-            self._decode = load_kernel("decode.cu", "pkv_decode_tasks", "ppppppppppii" + SIZES, defines, threads=threads,
-                                       shared_bytes=shared, overlap=overlap)
-            self._merge = load_kernel("merge.cu", "pkv_merge", "ppppp", defines, threads=threads, overlap=overlap)
-            self._partials = None
 
-    def plan(self, seq_lens: object, block_table: object, *, validate: bool = False) -> None:
-        """Prepares a step.
+    def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
+             indices: object = None, last_page_len: object = None, validate: bool = False,
+             host_seq_lens: object = None) -> None:
+        """Prepares a step. Arrays are NumPy, CuPy or torch; those on the GPU are used where they are.
 
-        seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32: NumPy, CuPy or torch. Arrays on the
-        GPU are used where they are. Lengths on the host are always checked. validate=True copies arrays on the
-        GPU to the host to check every length now, and every page id at the next run, when the pool is known.
+        seq_lens [batch_size] int32 and block_table [batch_size, max_pages] int32 or int64; or CSR: indptr
+        [batch_size + 1] int32 and indices [num_indices] int32 or int64, row r owning indices[indptr[r]:indptr[r + 1]],
+        with seq_lens or with last_page_len [batch_size] int32, the tokens in each row's last page. A captured run never
+        reads more indices than there were at its capture: capture with a buffer that holds every step's.
+        Lengths on the host are always checked, of CSR where indptr is there too. validate=True copies arrays on the
+        GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
+        host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
 
-        Raises ValueError naming the argument.
+        Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
+        compiles its kernel, and must not be under capture.
         """
-        lens_address, lens_key = arrays.fingerprint(seq_lens)
-        table_address, table_key = arrays.fingerprint(block_table)
-        key = lens_key, table_key
-        if key == self._checked_plan and not validate:
-            old = self._plan  # device arrays of a known layout: only where they are can have changed
-            self._plan = _Plan((seq_lens, block_table), lens_address, table_address, old.batch_size, old.table_stride)
+        if self.router is not None:
+            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
+            self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
+            return
+        given = StepTables(seq_lens, block_table, indptr, indices, last_page_len)
+        addresses, key = given.fingerprint()
+        if key == self._checked_plan and not validate and self._plan.has_room(given):
+            self._plan.move(given, addresses, self.shape.page_size)
             return
         if isinstance(seq_lens, (list, tuple)):
-            seq_lens = check_seq_lens(seq_lens)
-        lens, table = arrays.view("seq_lens", seq_lens), arrays.view("block_table", block_table)
-        checks.check_plan(lens, table, self.device_id)
-        batch, max_pages = table.shape
-        host_lens = None
-        if self.schedule != "balanced" or lens.device < 0 or validate:
-            host_lens = arrays.to_host("seq_lens", seq_lens)
-            checks.check_lengths(host_lens, self.shape, max_pages)
-        tiles = batch * self.shape.num_kv_heads * (-(-max_pages * self.shape.page_size // TILE_TOKENS) + self.segment_cost)
-        if tiles >= MAX_COST:
-            raise ValueError(f"block_table: expected room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all "
-                             f"rows and KV heads, got {tiles}")
-        library = "torch" if "torch" in (lens.library, table.library) else self._library
+            given = given._replace(seq_lens=check_seq_lens(seq_lens))
+        views = given.views()
+        checks.check_plan(views, self.device_id)
+        checks.check_room(views, self._heads, segment_cost=self.segment_cost)
+        host = host_lens = None
+        if self.schedule != "balanced" or validate or given.lengths_on_host(views):
+            host = given.on_host(page_ids=validate)
+            checks.check_contents(host, self.shape.page_size)
+            host_lens = host.lengths(self.shape.page_size)
+        library = "torch" if any(array.library == "torch" for array in views.values()) else self._library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
-            lens_array, lens_address = arrays.to_gpu("seq_lens", seq_lens)
-            table_array, table_address = arrays.to_gpu("block_table", block_table)
-            plan = _Plan((lens_array, table_array), lens_address, table_address, batch, table.strides[0] if batch > 1 else max_pages)
-            if self.schedule != "balanced":
-                plan.task_list = self._upload_tasks(host_lens)
+            if self.schedule == "balanced":
+                plan = place(given, views, self.shape.page_size)
+            else:
+                schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits,
+                                         tile_tokens=self.tile_tokens, window=self.options.reach)
+                plan = place(*given.with_lengths(views, host_lens), self.shape.page_size)
+                plan.task_list = upload_tasks(schedule, host_lens)
+                self._reserve_partials(schedule)
+            self._kernels.decode(plan.layout)
             if self._library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
-            plan.unchecked_ids = arrays.to_host("block_table", block_table), host_lens
-        on_gpu = lens.device >= 0 and table.device >= 0
+            plan.unchecked_ids = host, host_lens
+        on_gpu = all(array.device >= 0 for array in views.values())
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
-        if self._plan is None or self._plan.batch_size != batch:
+        if self._plan is None or self._plan.batch_size != plan.batch_size:
             self._checked_run = None
         self._plan = plan
 
-    def _upload_tasks(self, lens: np.ndarray) -> _TaskList:
-        schedule = make_schedule(self.schedule, self.shape, lens, splits=self.splits, tile_tokens=self.tile_tokens)
-        tasks, rows = schedule.tasks, np.arange(len(lens), dtype=np.int32)
-        # The split schedule launches once for every distinct length; the workqueue once for all rows.
-        keys = lens[tasks["row"]] if self.schedule == "split" else np.zeros(len(tasks), np.int32)
-        order = np.argsort(keys, kind="stable")
-        cuts = np.flatnonzero(np.diff(keys[order], prepend=-1, append=-1)) if len(tasks) else np.zeros(1, np.int64)
-        buckets = []
-        for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
-            chosen = rows if self.schedule == "workqueue" else np.unique(tasks["row"][order[begin:end]]).astype(np.int32)
-            merges = (np.diff(schedule.split_offsets)[chosen] > 1).any()
-            buckets.append(_Bucket(begin, end - begin, cupy.asarray(chosen) if merges else None))
-        need = max(1, int(schedule.split_offsets[-1])) * self.shape.num_kv_heads * self.config.state_bytes
+    def _reserve_partials(self, schedule: Schedule) -> None:
+        need = max(1, int(schedule.split_offsets[-1])) * self._heads.num_kv_heads * self.config.state_bytes
         if self._partials is None or self._partials.nbytes < need:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
-        # Without a task one launch still writes the zeros of the empty rows.
-        return _TaskList(cupy.asarray(np.ascontiguousarray(tasks[order]).view(np.int32).reshape(-1, 5)),
-                         cupy.asarray(schedule.split_offsets), tuple(buckets) or (_Bucket(0, 0, None),))
 
-    def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None) -> tuple[object, object]:
+    def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
+            scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
+            v_scale: object = None) -> tuple[object, object]:
         """Attention of the planned step, on the caller's current stream.
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
-        k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]. CuPy or torch, all alike. out like q
-        and lse [batch_size, num_q_heads] float32 (natural log) are made when not given. Rows of length 0 give zeros
-        and -inf. Returns (out, lse).
+        k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]; NHD has the axes its way. CuPy or
+        torch, all alike. out like q and lse [batch_size, num_q_heads] float32 (natural log) are made when not given.
+        Rows of length 0 give zeros and -inf. Returns (out, lse).
+        scale: of the logits of this run, a finite number; a routed schedule="auto" has the constructor's alone. sinks
+        [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse have an
+        axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row has, the
+        first ones; outputs of the others are left as they were.
+        k_scale, v_scale: of an 8-bit cache, which holds value / scale (FP8 pages may be uint8). With options.kv_scales
+        "tensor" a positive number or one float32 on the GPU each, by default 1; with "page" float32 [num_pages,
+        num_kv_heads], with "token" float32 of the pages' shape less the last axis, as CacheWriter writes them, none
+        negative and V's at most 2^60 (below 2^-60 they count as 0).
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
+        if self.router is not None:
+            checks.check_routed(scale=scale, query_lens=query_lens, k_scale=k_scale, v_scale=v_scale)
+            return self.router.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
         if v_pages is None:
-            arrays.view("k_pages", k_pages)
-            if len(k_pages.shape) != 5 or k_pages.shape[1] != 2:
-                raise ValueError(f"v_pages: expected pages, or a combined k_pages [num_pages, 2, ...], got None and {list(k_pages.shape)}")
-            k_pages, v_pages = k_pages[:, 0], k_pages[:, 1]
+            k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:
             described = arrays.view("q", q)
-            out = arrays.empty_like(q, described, described.shape, self.dtype) if out is None else out
-            lse = arrays.empty_like(q, described, described.shape[:2], "float32") if lse is None else lse
+            shape = (*described.shape[:-1], self.options.value_dim(self.shape))
+            out = arrays.empty_like(q, described, shape, self.dtype) if out is None else out
+            lse = arrays.empty_like(q, described, shape[:-1], "float32") if lse is None else lse
         (q_at, q_key), (k_at, k_key), (v_at, v_key), (out_at, out_key), (lse_at, lse_key) = map(
             arrays.fingerprint, (q, k_pages, v_pages, out, lse))
-        keys = q_key, k_key, v_key, out_key, lse_key
+        (sinks_at, sinks_key), (counts_at, counts_key) = map(arrays.fingerprint, (sinks, query_lens))
+        plain = self.options.kv_dtype is None and k_scale is None and v_scale is None
+        scales = cache_scales.NONE if plain else cache_scales.take(k_scale, v_scale, self.options)
+        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key, scales.key
         if keys != self._checked_run:
-            self._check_run(plan, q, k_pages, v_pages, out, lse)
+            self._check_run(plan, {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse,
+                                   "sinks": sinks, "query_lens": query_lens, "k_scale": scales.k, "v_scale": scales.v})
             self._checked_run = keys
         if plan.unchecked_ids is not None:
             checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
             plan.unchecked_ids = None
         stream = arrays.current_stream(self._library, self.device_id)
-        common = q_at, k_at, v_at, plan.block_table, plan.seq_lens, out_at, lse_at, self._partials.data.ptr
-        sizes = plan.batch_size, self.shape.num_kv_heads, plan.table_stride, *self._page_layout, self._scale_log2
+        if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
+            self._in_graphs.append((plan.copies, plan.task_list, self._partials))
+            plan.in_graph = True
+        scale = (self._scale if scale is None else checks.check_scale(scale)) * scales.k_number
+        cap = self.options.soft_cap
+        scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
+        given = (q_at, k_at, v_at, plan.page_ids, plan.lengths, counts_at, sinks_at, out_at, lse_at,
+                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.stride,
+                 self._num_pages, self.options.window or 0, scale, cap)
+        if not plain:
+            given += scales.k_at, scales.v_at, *self._scale_strides, scales.v_number
+        given += plan.row_begins
+        decode = self._kernels.decode(plan.layout)
         if plan.task_list is None:
-            self._decode(self.num_ctas, (*common, *sizes, self.segment_cost, self.min_cost), stream)
+            costs = self.segment_cost, self.min_cost, self.part_cost
+            decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            self._decode(max(1, min(self.num_ctas, bucket.count)), (*common, *list_args, *sizes), stream)
+            decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
             if bucket.rows is not None:
-                merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at
-                self._merge((self.shape.num_kv_heads, len(bucket.rows)), merge_args, stream)
+                merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at, counts_at, sinks_at
+                self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
-    def _check_run(self, plan: _Plan, q: object, k_pages: object, v_pages: object, out: object, lse: object) -> None:
-        views = [arrays.view(name, array) for name, array in
-                 (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse))]
-        checks.check_run(self.shape, self.dtype, plan.batch_size, self.device_id, *views)
-        pages = views[1]
-        self._library = pages.library
-        self._page_layout = pages.strides[0], pages.strides[1], self.shape.head_dim  # page, head, token strides
+    def release_arrays(self) -> None:
+        """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""
+        if self._plan is not None:
+            self._plan.arrays = StepTables()
+
+    def drain(self) -> None:
+        """Waits for the GPU, after which the engine may be dropped whatever stream it ran on."""
+        cupy.cuda.Device(self.device_id).synchronize()
+
+    def _check_run(self, plan: Plan, named: dict[str, object]) -> None:
+        optional = ("sinks", "query_lens", "k_scale", "v_scale")
+        views = {name: arrays.view(name, array) for name, array in named.items()
+                 if array is not None or name not in optional}
+        checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
+        k, v = views["k_pages"], views["v_pages"]
+        self._scale_strides = cache_scales.check(views.get("k_scale"), views.get("v_scale"), self.shape, self.options,
+                                                 self.layout, k.shape[0])
+        self._library, self._num_pages = k.library, k.shape[0]
+        head, token = (1, 2) if self.layout == "HND" else (2, 1)
+        self._page_layout = (k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head],
+                             v.strides[token])
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-        """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises."""
+        """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises.
+
+        Where a group is split (config.head_split), its parts count as KV heads.
+        """
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiipip", {}, threads=32)
-        listed = cupy.empty((self.num_ctas, max_tasks, 5), dtype=cupy.int32)
-        counts = cupy.empty(self.num_ctas, dtype=cupy.int32)
-        kernel(self.num_ctas, (plan.seq_lens, plan.batch_size, self.shape.num_kv_heads, self.segment_cost, self.min_cost,
-                               listed.data.ptr, max_tasks, counts.data.ptr), cupy.cuda.get_current_stream().ptr)
-        counts = counts.get()
-        if counts.max(initial=0) > max_tasks:
-            raise ValueError(f"max_tasks: expected at least {int(counts.max())}, got {max_tasks}")
-        counts = counts[:max(1, len(np.trim_zeros(counts, "b")))]  # CTAs past the last range idle
-        rows = np.concatenate([block[:n] for block, n in zip(listed.get(), counts)]) if counts.sum() else np.empty((0, 5), np.int32)
-        names = ("row", "kv_head", "split", "tile_begin", "tile_end")
-        tasks = np.ascontiguousarray(rows).view([(name, np.int32) for name in names]).reshape(-1)
-        return tasks, np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        costs = self.segment_cost, self.min_cost, self.part_cost
+        pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
+        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, costs, plan.max_tokens,
+                                 self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

@@ -13,6 +13,7 @@ import numpy as np
 
 from gpu.arrays import to_host
 from pkvsim import DecodeShape
+from pkvsim.options import PLAIN, AttentionOptions
 
 BACKENDS = ("cuda_core", "tensor_core", "xqa", "batch_attention")
 WORKSPACE_BYTES = 384 << 20
@@ -75,9 +76,11 @@ def pack_table(seq_lens, block_table, *, page_size: int, device: str = "cuda") -
 class FlashInferDecode:
     """One FlashInfer backend for one shape: plan() a step, run() it for every layer."""
 
-    __slots__ = ("shape", "backend", "_dtype", "_workspace", "_wrapper", "_packed")
+    __slots__ = ("shape", "backend", "options", "_dtype", "_workspace", "_wrapper", "_packed")
 
-    def __init__(self, shape: DecodeShape, dtype: str = "float16", backend: str = "tensor_core") -> None:
+    def __init__(self, shape: DecodeShape, dtype: str = "float16", backend: str = "tensor_core",
+                 options: AttentionOptions = PLAIN) -> None:
+        """options: such as the backend serves (gpu.routes.missing_routes)."""
         import torch
 
         reason = supports(shape, backend)
@@ -87,6 +90,7 @@ class FlashInferDecode:
             raise ValueError(f"dtype: expected float16 or bfloat16, got {dtype!r}")
         self.shape = shape
         self.backend = backend
+        self.options = options
         self._dtype = getattr(torch, dtype)
         self._packed: PackedTable | None = None
         # XQA keeps its semaphores here and resets them itself: they must start at zero.
@@ -122,34 +126,46 @@ class FlashInferDecode:
         elif self._wrapper is not None:
             self._wrapper.plan(packed.indptr, packed.indices, packed.last_page_len, shape.num_q_heads,
                                shape.num_kv_heads, shape.head_dim, shape.page_size, q_data_type=self._dtype,
-                               kv_data_type=self._dtype)
+                               kv_data_type=self._dtype, window_left=self._window_left,
+                               logits_soft_cap=self.options.soft_cap, q_len_per_req=self.options.query_tokens)
 
-    def run(self, q, k_pages, v_pages, out=None, *, return_lse: bool = True):
-        """q [batch_size, num_q_heads, head_dim] -> (out alike, lse [batch_size, num_q_heads] or None)."""
+    @property
+    def _window_left(self) -> int:
+        """Tokens before a query token that it sees; FlashInfer does not count the token itself."""
+        return -1 if self.options.window is None else self.options.window - 1
+
+    def run(self, q, k_pages, v_pages, out=None, *, return_lse: bool = True, sinks=None):
+        """q [batch_size, num_q_heads, head_dim] -> (out alike, lse [batch_size, num_q_heads] or None).
+
+        Of several query tokens q, out and lse have an axis [batch_size, query_tokens, ..]. sinks [num_q_heads] float32.
+        """
         import torch
 
         if self._packed is None:
             raise ValueError("run: expected plan() first")
         q, k_pages, v_pages = as_torch(q), as_torch(k_pages), as_torch(v_pages)
         out = torch.empty_like(q) if out is None else as_torch(out)
+        rows = q.shape[:-1]
+        q, given = q.flatten(0, -3), out
+        out = out.view(q.shape)  # FlashInfer has the rows' query tokens end to end
         if self.backend == "xqa":
-            self._run_xqa(q, k_pages, v_pages, out)
-            return out, None
+            self._run_xqa(q, k_pages, v_pages, out, None if sinks is None else as_torch(sinks))
+            return given, None
         if self.backend == "batch_attention":
             _, lse = self._wrapper.run(q, (k_pages, v_pages), out=out)
         elif return_lse:
             _, lse = self._wrapper.run(q, (k_pages, v_pages), out=out, return_lse=True)
         else:
             self._wrapper.run(q, (k_pages, v_pages), out=out)
-            return out, None
+            return given, None
         # FlashInfer's LSE has base 2.
-        return out, lse * math.log(2.0) if return_lse else None
+        return given, (lse * math.log(2.0)).view(rows) if return_lse else None
 
-    def _run_xqa(self, q, k_pages, v_pages, out) -> None:
+    def _run_xqa(self, q, k_pages, v_pages, out, sinks) -> None:
         from flashinfer.decode import xqa_batch_decode_with_kv_cache
 
         packed = self._packed
         max_seq_len = packed.block_table.shape[1] * self.shape.page_size
         xqa_batch_decode_with_kv_cache(q, (k_pages, v_pages), self._workspace, packed.block_table, packed.seq_lens,
                                        max_seq_len, bmm1_scale=1.0 / math.sqrt(self.shape.head_dim), bmm2_scale=1.0,
-                                       out=out, kv_layout="HND")
+                                       window_left=self._window_left, out=out, sinks=sinks, kv_layout="HND")

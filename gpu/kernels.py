@@ -47,7 +47,8 @@ def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[
                 shared_bytes: int = 0, overlap: bool = False) -> "Kernel":
     """A kernel of `file_name`, ready to launch in CTAs of `threads` with `shared_bytes` of dynamic shared memory.
 
-    signature: the parameters' types, see gpu.launch. overlap: programmatic dependent launch, for kernels that wait for the previous one themselves (sm_90 and newer).
+    signature: the parameters' types, see gpu.launch. overlap: programmatic dependent launch, for kernels that wait for
+    the previous one themselves (sm_90 and newer).
     """
     from gpu.launch import Kernel
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*, cuda.h
 
@@ -12,8 +13,14 @@ class _Attribute(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):  # CUlaunchConfig
-    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
-                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("num_attributes", ctypes.c_uint)]
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
 
 
 @functools.cache
@@ -21,14 +28,29 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+
+
+def _arguments(signature: str) -> tuple[list, list[int]]:
+    """The values of a signature in order, each a ctypes object to set, and the addresses of its parameters."""
+    values, parameters = [], []
+    for part in re.findall(r"\[[piqf]+\]|[piqf]", signature):
+        fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(part.strip("[]"))]
+        structure = type("_Parameter", (ctypes.Structure,), {"_fields_": fields})
+        memory = structure()
+        start = ctypes.addressof(memory)
+        parameters.append(start)
+        for name, kind in fields:
+            value = kind.from_buffer(memory, getattr(structure, name).offset)  # keeps the memory alive
+            values.append(value)
+    return values, parameters
 
 
 class Kernel:
     """One kernel and its launch configuration.
 
-    signature: a letter per parameter, p address, i int32, q int64, f float32. The argument buffers are made once,
-    since a step's host time is mostly this call.
+    signature: a letter per value, p address, i int32, q int64, f float32; those in brackets are one parameter, a C
+    structure. The argument buffers are made once, since a step's host time is mostly this call.
     """
 
     __slots__ = ("_function", "_handle", "_config", "_config_ref", "_attribute", "_values", "_pointers", "_launch")
@@ -37,10 +59,12 @@ class Kernel:
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap))
+        self._config = _Config(
+            (0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)
+        )
         self._config_ref = ctypes.byref(self._config)
-        self._values = [_C_TYPES[letter]() for letter in signature]
-        self._pointers = (ctypes.c_void_p * len(signature))(*(ctypes.addressof(v) for v in self._values))
+        self._values, parameters = _arguments(signature)
+        self._pointers = (ctypes.c_void_p * len(parameters))(*parameters)
         self._launch = _driver().cuLaunchKernelEx
 
     def __call__(self, grid: int | tuple[int, int], args: tuple[int | float, ...], stream: int) -> None:

@@ -171,7 +171,9 @@ class StreamLimit:
                 raise ValueError(f"num_bytes: expected at most the buffer's size, got {num_bytes}")
             needed = rotation_length(num_bytes, l2_size=self._l2)
             if room < needed:
-                raise ValueError(f"buffer: expected {needed} x {num_bytes} bytes for a cold rotation, got room for {room}")
+                raise ValueError(
+                    f"buffer: expected {needed} x {num_bytes} bytes for a cold rotation, got room for {room}"
+                )
             variants = max(needed, min(room, 2))
             self._known[num_bytes] = min(
                 graph_time_us(lambda i, s=shape: self.launch(num_bytes, offset=i * num_bytes, launch_shape=s),

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pkvsim.cost import KV_ELEMENT_BYTES, useful_kv_bytes
+from pkvsim.cost import useful_kv_bytes
 from pkvsim.decision import Decision
 from pkvsim.derive import device_routes
 from pkvsim.device import DeviceSpec
@@ -29,7 +29,7 @@ class Prepared:
     constants: np.ndarray  # [len(ROUTES), NUM_CONSTANTS]
     pinned: np.ndarray  # [len(ROUTES)] int64
     # num_kv_heads, query heads and tokens of each, head_dim, V's head_dim, element bytes, SMs
-    head_args: tuple[int, int, int, int, int, int]
+    head_args: tuple[int, int, int, int, float, int]
     reaches: np.ndarray  # [len(ROUTES)] int64: tokens at a row's end that the route reads, 0 for all
     prices_us: np.ndarray  # [len(ROUTES)] scratch: a layer's kernel time
     splits: np.ndarray  # [len(ROUTES)] scratch
@@ -73,7 +73,8 @@ class CalibratedPolicy:
         checked and converted.
         options: routes that do not serve them (pkvsim.route_options) take no part. A window is priced by the tiles that
         a route reads, query tokens as further query heads, V's head_dim by its bytes; soft cap and sinks, a few
-        instructions a logit, as nothing. The constants are fitted to plain attention.
+        instructions a logit, as nothing; an 8-bit cache by its bytes and its scales', with a 16-bit one's arithmetic.
+        The constants are fitted to plain attention.
         Raises ValueError naming the argument.
         """
         if type(seq_lens) is not np.ndarray or seq_lens.dtype != np.int32 or seq_lens.ndim != 1:
@@ -159,7 +160,7 @@ class CalibratedPolicy:
             pinned=pinned,
             head_args=(
                 shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
-                KV_ELEMENT_BYTES, device.num_sms,
+                options.kv_element_bytes(shape), device.num_sms,
             ),  # fmt: skip
             reaches=np.array([as_read(route, options).reach or 0 for route in ROUTES], np.int64),
             prices_us=np.empty(len(ROUTES)),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.device import DeviceSpec
-from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.options import KV_ELEMENT_BYTES, PLAIN, AttentionOptions
 from pkvsim.paper_rules import MIB, paper_time_us
 from pkvsim.pricing import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes, step_time, step_times
 from pkvsim.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
@@ -24,10 +24,8 @@ from pkvsim.shapes import DecodeShape
 __all__ = [
     "KV_ELEMENT_BYTES", "MIB", "NUM_CONSTANTS", "OWN_ROUTES", "PLAN", "ROUTES", "RouteModel", "StepCounters",
     "constants_matrix", "flashinfer_counters", "merge_bytes", "paper_price_us", "price_route", "price_routes",
-    "schedule_counters", "step_time", "step_times", "token_bytes", "useful_kv_bytes",
+    "schedule_counters", "step_time", "step_times", "useful_kv_bytes",
 ]  # fmt: skip
-
-KV_ELEMENT_BYTES = 2  # FP16 and BF16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +40,12 @@ class StepCounters:
     nonempty_cta_fraction: float  # CTAs with a task over CTAs launched
 
 
-def token_bytes(shape: DecodeShape, options: AttentionOptions = PLAIN) -> int:
-    """Bytes of K and V of one token and KV head: (d + V's d) * 2."""
-    return (shape.head_dim + options.value_dim(shape)) * KV_ELEMENT_BYTES
-
-
 def useful_kv_bytes(shape: DecodeShape, seq_lens: np.ndarray, options: AttentionOptions = PLAIN) -> int:
-    """Bytes of K and V that a step must read once: tokens * Hkv * (d + V's d) * 2; with a window, of its tokens."""
+    """Bytes of K and V that a step must read once: tokens * Hkv * (d + V's d) * 2, or * 1 and those of the scales where
+    the cache is 8-bit; with a window, of its tokens."""
     seen = seq_lens if options.reach is None else np.minimum(seq_lens, options.reach)
     tokens = int(np.sum(seen, dtype=np.int64))
-    return tokens * shape.num_kv_heads * token_bytes(shape, options)
+    return int(tokens * shape.num_kv_heads * options.kv_token_bytes(shape))
 
 
 def merge_bytes(shape: DecodeShape, num_partial_tasks: int, options: AttentionOptions = PLAIN) -> int:

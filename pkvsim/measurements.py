@@ -1,4 +1,4 @@
-"""Measured step times: what one is, and the native CSV that `pkvsim fit` reads.
+"""Measured step times: what one is, and the native CSV that `python -m gpu.calibrate` writes and `pkvsim fit` reads.
 
 Columns: route, num_q_heads, num_kv_heads, head_dim, page_size, seq_lens (tokens, space-separated, `8192x64` for 64 rows
 of 8192), splits (of every row, one number; empty where the route has none to pin), kernel_us (of one call among others,

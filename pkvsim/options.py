@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pkvsim.kv_types import KV_DTYPES, KV_SCALES, SCALE_BYTES, default_scales
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
 MAX_QUERY_TOKENS = 8
+KV_ELEMENT_BYTES = 2  # FP16 and BF16
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,9 @@ class AttentionOptions:
     query_tokens: query tokens per row (speculative decoding). They are the row's last tokens, counted in its length;
     each sees the tokens up to itself.
     v_head_dim: head_dim of V and of the output where it is not K's.
+    kv_dtype: of the cache, one of pkvsim.kv_types.KV_DTYPES; None is the queries' own 16-bit type. kv_scales: what has
+    a scale of its own, one of KV_SCALES; by default what gpu.CacheWriter gives the type, "tensor" for FP8 and "token"
+    for int8.
     Raises ValueError naming the field.
     """
 
@@ -26,6 +31,8 @@ class AttentionOptions:
     sinks: bool = False
     query_tokens: int = 1
     v_head_dim: int | None = None
+    kv_dtype: str | None = None
+    kv_scales: str | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None:
@@ -35,6 +42,24 @@ class AttentionOptions:
         check_int("query_tokens", self.query_tokens, 1, MAX_QUERY_TOKENS)
         if self.v_head_dim is not None:
             check_int("v_head_dim", self.v_head_dim, 1, MAX_TOKENS)
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype: expected None or one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        kinds = (None,) if self.kv_dtype is None else (None, *KV_SCALES)
+        if self.kv_scales not in kinds:
+            expected = "None without kv_dtype" if self.kv_dtype is None else f"one of {', '.join(KV_SCALES)}"
+            raise ValueError(f"kv_scales: expected {expected}, got {self.kv_scales!r}")
+        if self.kv_dtype is not None and self.kv_scales is None:
+            object.__setattr__(self, "kv_scales", default_scales(self.kv_dtype))
+
+    def with_cache(self, kv_dtype: str | None, kv_scales: str | None = None) -> AttentionOptions:
+        """The same with these where they are not None. Raises ValueError where the options say otherwise already."""
+        for name, value in (("kv_dtype", kv_dtype), ("kv_scales", kv_scales)):
+            own = getattr(self, name)
+            if value is not None and own not in (None, value):
+                raise ValueError(f"{name}: expected that of the options, {own}, or None, got {value!r}")
+        if kv_dtype is None and kv_scales is None:
+            return self
+        return replace(self, kv_dtype=kv_dtype or self.kv_dtype, kv_scales=kv_scales or self.kv_scales)
 
     def query_shape(self, shape: DecodeShape) -> DecodeShape:
         """`shape` with a row's query tokens as further query heads of each KV head, which is how kernels take them."""
@@ -43,6 +68,18 @@ class AttentionOptions:
     def value_dim(self, shape: DecodeShape) -> int:
         """head_dim of V."""
         return shape.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    def kv_token_bytes(self, shape: DecodeShape) -> float:
+        """Bytes of a token's K, V and scales in one KV head; of the scales of a page, its share."""
+        elements = shape.head_dim + self.value_dim(shape)
+        if self.kv_dtype is None:
+            return elements * KV_ELEMENT_BYTES
+        both = 2 * SCALE_BYTES
+        return elements + {"tensor": 0, "page": both / shape.page_size, "token": both}[self.kv_scales]
+
+    def kv_element_bytes(self, shape: DecodeShape) -> float:
+        """Bytes of an element of K or V, those of the scales shared out."""
+        return self.kv_token_bytes(shape) / (shape.head_dim + self.value_dim(shape))
 
     @property
     def reach(self) -> int | None:

@@ -39,17 +39,29 @@ def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: 
 
 
 @numba.njit(cache=True)
+def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int, tiles: np.ndarray) -> int:
+    """Where range i begins on the cost axis."""
+    if parts == 0:
+        return i * total_cost // num_ranges
+    head_tiles = tiles.max()
+    tile = i % parts * head_tiles // parts
+    return i // parts * (head_tiles + segment_cost) + (segment_cost + tile if tile > 0 else 0)
+
+
+@numba.njit(cache=True)
 def fill_balanced(
     tiles: np.ndarray,  # [batch_size] int64
     num_kv_heads: int,
     segment_cost: int,
     total_cost: int,
     num_ranges: int,
+    parts: int,  # of every head, all of the same tiles; 0: cuts as below
     tasks: np.ndarray,  # [>= batch_size * num_kv_heads + num_ranges, 5] int32
     cta_offsets: np.ndarray,  # [num_ranges + 1] int32
     row_splits: np.ndarray,  # [batch_size] int64, out: most pieces of any head of the row
 ) -> tuple[int, int]:
-    """Cuts all tiles, laid end to end, at i * total_cost // num_ranges; returns (tasks, partial tasks).
+    """Cuts all tiles, laid end to end, at i * total_cost // num_ranges, or every head into `parts` of equal tiles;
+    returns (tasks, partial tasks).
 
     A head's tile 0 sits at the head's first cost, tile t >= 1 at segment_cost + t past it; a range
     holds the tiles whose position lies between its cuts.
@@ -57,7 +69,7 @@ def fill_balanced(
     num_tasks = 0
     num_partial_tasks = 0
     current = 0  # range being filled
-    next_cut = total_cost // num_ranges
+    next_cut = _cut(1, total_cost, num_ranges, parts, segment_cost, tiles)
     head_cost = 0  # position of the head's tile 0
     for row in range(len(tiles)):
         row_splits[row] = 0
@@ -71,7 +83,7 @@ def fill_balanced(
                 while next_cut <= position:
                     current += 1
                     cta_offsets[current] = num_tasks
-                    next_cut = (current + 1) * total_cost // num_ranges
+                    next_cut = _cut(current + 1, total_cost, num_ranges, parts, segment_cost, tiles)
                 end = min(tiles[row], max(1, next_cut - head_cost - segment_cost))
                 tasks[num_tasks, 0] = row
                 tasks[num_tasks, 1] = kv_head

@@ -12,8 +12,8 @@ import numpy as np
 
 from pkvsim.numba_cache import drop_stale, inner
 from pkvsim.pricing_base import (
-    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN, QUEUE, STRIDED,
-    TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
+    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN,
+    QUERY_ELEMENT_BYTES, QUEUE, STRIDED, TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
 )  # fmt: skip
 from pkvsim.pricing_rows import bucket_splits, chunk_count, chunk_tokens, sort_descending, sorted_lengths, total_tokens
 from pkvsim.pricing_rules import balanced_us, best_queue, buckets_us
@@ -60,7 +60,7 @@ def price_pinned(
     """price_routes where splits also come in: of every row, 0 to choose them. Routes that cut themselves ignore it."""
     reaches = np.zeros(len(constants), np.int64)
     price_variant(
-        seq_lens, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, reaches, constants,
+        seq_lens, num_kv_heads, group_size, head_dim, head_dim, float(kv_element_bytes), num_sms, reaches, constants,
         prices_us, splits,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def price_variant(
     group_size: int,  # query heads of a KV head, times the query tokens of a row
     head_dim: int,  # of K
     v_head_dim: int,
-    kv_element_bytes: int,
+    kv_element_bytes: float,  # of K and V, the bytes of their scales shared out
     num_sms: int,
     reaches: np.ndarray,  # [num_routes] int64, tokens at a row's end that are read (AttentionOptions.reach), 0: all
     constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
@@ -173,21 +173,21 @@ def price_route(
 ) -> tuple[float, int]:
     """(kernel us of one layer, splits of the longest row). pinned: splits of every row, 0 to choose."""
     return _price(
-        ordered, ordered, num_kv_heads, group_size, head_dim, head_dim, kv_element_bytes, num_sms, c, pinned
+        ordered, ordered, num_kv_heads, group_size, head_dim, head_dim, float(kv_element_bytes), num_sms, c, pinned
     )
 
 
 @inner
 def _price(
     lengths: np.ndarray, ordered: np.ndarray, num_kv_heads: int, group_size: int, head_dim: int, v_head_dim: int,
-    kv_element_bytes: int, num_sms: int, c: np.ndarray, pinned: int,
+    kv_element_bytes: float, num_sms: int, c: np.ndarray, pinned: int,
 ) -> tuple[float, int]:  # fmt: skip
     """price_route of rows of these lengths [rows] that read the tokens of `ordered` [rows], as _reads gives them."""
     rows = len(ordered)
     if rows == 0:
         return c[FIXED], 1
     tokens = total_tokens(ordered)
-    token_bytes = float((head_dim + v_head_dim) * kv_element_bytes)
+    token_bytes = (head_dim + v_head_dim) * kv_element_bytes
     kv_bytes = tokens * num_kv_heads * token_bytes
     alone, shared = read_speeds(c, kv_bytes, group_size, kv_element_bytes, num_sms)
     one = token_bytes / alone  # us a token, one CTA alone
@@ -197,10 +197,10 @@ def _price(
     heads = rows * num_kv_heads
     memory = c[BANDWIDTH] * 1e3  # bytes per us, whatever the arithmetic
     sm = token_bytes / (sm_gb_s(c, group_size, kv_element_bytes) * 1e3)  # us a token, by the arithmetic of one SM
-    us = c[FIXED] + query_us(c, heads * group_size, 0.5 * (head_dim + v_head_dim), kv_element_bytes)
+    us = c[FIXED] + query_us(c, heads * group_size, 0.5 * (head_dim + v_head_dim), QUERY_ELEMENT_BYTES)
     rule = int(c[0])
     if rule == BALANCED:
-        busy, splits = balanced_us(ordered, tokens, num_kv_heads, group_size, slots, c, one, all_, state, memory)
+        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory)
         return us + busy, splits
     if rule == BUCKETS:
         busy, splits = buckets_us(

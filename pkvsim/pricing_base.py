@@ -12,6 +12,7 @@ import numpy as np
 from pkvsim.numba_cache import inner
 from pkvsim.route_model import CONSTANTS, RULES
 
+QUERY_ELEMENT_BYTES = 2  # queries and outputs are FP16 or BF16, whatever the cache is
 PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
 (
     BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, ISOLATED, PLAN, PLAN_ROW,
@@ -30,7 +31,7 @@ def cta_slots(c: np.ndarray, num_sms: int) -> int:
 
 @compiled
 def read_speeds(
-    c: np.ndarray, kv_bytes: float, group_size: int, kv_element_bytes: int, num_sms: int
+    c: np.ndarray, kv_bytes: float, group_size: int, kv_element_bytes: float, num_sms: int
 ) -> tuple[float, float]:
     """Bytes per us of KV: what one CTA reads alone, and all together: memory or, for what it holds, L2; or
     arithmetic."""
@@ -44,7 +45,7 @@ def read_speeds(
 
 
 @inner
-def sm_gb_s(c: np.ndarray, group_size: int, kv_element_bytes: int) -> float:
+def sm_gb_s(c: np.ndarray, group_size: int, kv_element_bytes: float) -> float:
     """GB/s of KV that the arithmetic of one SM keeps up with."""
     heads = c[BASE_HEADS] + math.ceil(group_size / c[HEAD_PAD]) * c[HEAD_PAD]
     return c[SM_HEADS] / heads * kv_element_bytes / 2

@@ -12,11 +12,11 @@ from pkvsim.numba_cache import inner
 from pkvsim.pricing_base import LAUNCH, MIN_SPLIT, SEGMENT, STRIDED, TASK, TILE, merge_us
 from pkvsim.pricing_rows import bucket_splits, proportional_count
 from pkvsim.pricing_tasks import chunks_us, even_us, strided_us
-from pkvsim.schedule import SEGMENT_COST, balanced_ranges, engine_min_cost
+from pkvsim.schedule import MIN_COST, SEGMENT_COST, balanced_ranges, engine_part_cost
 
 QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
 _ranges = inner(balanced_ranges)
-_min_cost = inner(engine_min_cost)
+_part_cost = inner(engine_part_cost)
 
 
 @inner
@@ -99,8 +99,8 @@ def buckets_us(
 
 @inner
 def balanced_us(
-    ordered: np.ndarray, tokens: int, num_kv_heads: int, group_size: int, slots: int, c: np.ndarray, one: float,
-    all_: float, state: float, memory: float,
+    ordered: np.ndarray, tokens: int, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float,
+    state: float, memory: float,
 ) -> tuple[float, int]:  # fmt: skip
     tile = int(c[TILE])
     tiles = 0
@@ -108,7 +108,8 @@ def balanced_us(
         tiles += (length + tile - 1) // tile
     heads = len(ordered) * num_kv_heads
     total_cost = num_kv_heads * tiles + heads * SEGMENT_COST
-    ranges = _ranges(total_cost, heads, slots, SEGMENT_COST, _min_cost(group_size))
+    even = (ordered[0] + tile - 1) // tile == (ordered[-1] + tile - 1) // tile
+    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, _part_cost(num_kv_heads), even)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

@@ -13,11 +13,12 @@ from pkvsim.shapes import DecodeShape
 # FlashInfer 0.7.2, https://github.com/flashinfer-ai/flashinfer: BatchDecodeWithPagedKVCacheWrapper.plan in
 # flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it
 # takes one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
+# All take FP8 pages with one scale each of K and V, but gpu.flashinfer does not and their speed was not measured.
 SERVED = {
     "flashinfer_cuda_core": ("window", "soft_cap"),
     "flashinfer_tensor_core": ("window", "soft_cap", "query_tokens"),
     "xqa": ("window", "sinks", "query_tokens"),
-} | dict.fromkeys(OWN_ROUTES, ("window", "soft_cap", "sinks", "query_tokens", "v_head_dim"))
+} | dict.fromkeys(OWN_ROUTES, ("window", "soft_cap", "sinks", "query_tokens", "v_head_dim", "kv_dtype"))
 # The CUDA-core kernel masks what lies before the window but walks all of the row (BatchDecodeWithPagedKVCacheDevice in
 # include/flashinfer/attention/decode.cuh); the others start at the window's first tile.
 WALKS_ALL = ("flashinfer_cuda_core",)
@@ -31,6 +32,7 @@ def asked(shape: DecodeShape, options: AttentionOptions) -> tuple[str, ...]:
         "sinks": options.sinks,
         "query_tokens": options.query_tokens > 1,
         "v_head_dim": options.value_dim(shape) != shape.head_dim,
+        "kv_dtype": options.kv_dtype is not None,
     }
     return tuple(name for name, differs in on.items() if differs)
 

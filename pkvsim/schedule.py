@@ -5,6 +5,7 @@ specification of the device planner, which must equal it task for task.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,12 @@ import numpy as np
 from pkvsim.planning import fill_balanced, fill_queue
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
 
-SHORT_RANGE_TILES = 256  # PKV_SHORT_RANGE in cuda_src/plan.cuh
-SEGMENT_COST = 8  # what the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21)
+SHORT_RANGE_TILES = 640  # PKV_SHORT_RANGE in cuda_src/plan.cuh
+MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
+# The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
+SEGMENT_COST = 7
+MIN_COST = 8
+MAX_PART_COST = 2**10  # keeps part_cost * MOST_TILES_PER_HEAD within 31 bits
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
 SCHEDULES = ("split", "workqueue", "balanced")
 TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
@@ -59,6 +64,7 @@ def make_schedule(
     num_ctas: int | None = None,
     segment_cost: int = 0,
     min_cost: int = 1,
+    part_cost: int = 0,
     window: int | None = None,
 ) -> Schedule:
     """Plans one step.
@@ -66,7 +72,8 @@ def make_schedule(
     name: "split", "workqueue" or "balanced". seq_lens: integers [batch_size], tokens, 0 allowed.
     splits (split and workqueue): one count or one per row, >= 1, cut down to the row's tiles.
     num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
-    min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs.
+    min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs. part_cost: what merging
+    one more part of a head costs, in tiles; heads are cut into no more parts than pay for that.
     window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
     Raises ValueError naming the argument.
     """
@@ -76,11 +83,13 @@ def make_schedule(
     if window is not None:
         window = check_int("window", window, 1)
         skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
-        schedule = _plan(name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost)
+        schedule = _plan(
+            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost
+        )
         for field in ("tile_begin", "tile_end"):
             schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
         return schedule
-    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost)
+    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
 
 
 def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
@@ -91,6 +100,7 @@ def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> in
 def _plan(
     name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, tile_tokens: int,
     splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int,
+    part_cost: int,
 ) -> Schedule:  # fmt: skip
     """As make_schedule, of rows of so many tiles [batch_size]."""
     if name == "balanced":
@@ -99,7 +109,8 @@ def _plan(
         num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         segment_cost = check_int("segment_cost", segment_cost, 0, MAX_TOKENS)
         min_cost = check_int("min_cost", min_cost, 1, MAX_TOKENS)
-        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost)
+        part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
+        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost)
     if name not in SCHEDULES:
         raise ValueError(f"name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_ctas is not None:
@@ -153,39 +164,59 @@ def _queue(
     )
 
 
-def engine_min_cost(group_size: int) -> int:
-    """The engine's min_cost, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
+def engine_part_cost(num_kv_heads: int) -> int:
+    """The engine's part_cost, in tiles of 16 tokens. With few heads more parts pay, for only they fill the GPU.
 
-    A larger group's partial states are dearer to merge, so its short steps take fewer CTAs.
+    From a sweep on an H200 (2026-11-21), steps back to back and alone.
     """
-    return min(32, max(8, 4 * group_size - 8))
+    return 3 if num_kv_heads >= 8 else 2
 
 
-def balanced_ranges(total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int) -> int:
-    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into.
+def balanced_ranges(
+    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool
+) -> tuple[int, int]:
+    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head
+    where all are cut into parts of equal tiles, else 0.
 
-    Never so many that one could be empty. Short ranges come in multiples of the heads where that idles
-    at most 1/8 of them: heads of equal length are then cut alike, and no range spends its time on two.
+    Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
+    p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so,
+    short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
+    heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
     """
     ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
-    if 0 < num_heads <= ranges and total_cost // ranges < SHORT_RANGE_TILES:
-        spare = ranges % num_heads
-        if spare * 8 <= ranges:
-            ranges -= spare
-    return ranges
+    if part_cost > 0 and num_heads > 0:
+        head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
+        part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
+        ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
+    if num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES:
+        if num_heads <= ranges:
+            spare = ranges % num_heads
+            if spare * 8 <= ranges:
+                ranges -= spare
+                return ranges, ranges // num_heads
+        else:
+            heads_each = (num_heads + ranges - 1) // ranges
+            needed = (num_heads + heads_each - 1) // heads_each
+            if (ranges - needed) * 32 <= ranges:
+                ranges = needed
+    return ranges, 0
 
 
 def _balanced(
-    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int
-) -> Schedule:
+    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int,
+    part_cost: int,
+) -> Schedule:  # fmt: skip
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
-    num_ranges = balanced_ranges(total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost)
+    even = used > 0 and bool((tiles[tiles > 0] == tiles.max()).all())
+    num_ranges, parts = balanced_ranges(
+        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even
+    )
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)
     num_tasks, partial_tasks = fill_balanced(
-        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, tasks, cta_offsets, row_splits
+        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, parts, tasks, cta_offsets, row_splits
     )
     return Schedule(
         name="balanced",

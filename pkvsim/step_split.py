@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from pkvsim.cost import KV_ELEMENT_BYTES
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing_base import read_speeds
@@ -40,7 +39,7 @@ def saturated_by(
     model: RouteModel, shape: DecodeShape, line: Timeline, device: DeviceSpec, options: AttentionOptions = PLAIN
 ) -> str:
     """What caps all CTAs of a route's timeline together: "memory", "L2" (for the KV that it holds) or "arithmetic"."""
-    args = line.bytes.sum(), options.query_shape(shape).group_size, KV_ELEMENT_BYTES, device.num_sms
+    args = line.bytes.sum(), options.query_shape(shape).group_size, options.kv_element_bytes(shape), device.num_sms
     _, shared = read_speeds(model.to_row(), *args)
     _, memory = read_speeds(replace(model, sm_heads_gb_s=math.inf).to_row(), *args)
     if shared < memory:

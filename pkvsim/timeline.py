@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.cost import KV_ELEMENT_BYTES, token_bytes
+from pkvsim.cost import KV_ELEMENT_BYTES
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing import price_variant, row_splits
 from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.route_options import read_lens
-from pkvsim.schedule import SEGMENT_COST, Schedule, engine_min_cost, make_schedule
+from pkvsim.schedule import MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import run_tasks
 
@@ -95,28 +95,26 @@ def route_schedule(
 
     splits and options as simulate's.
     """
-    columns = options.query_shape(shape).group_size
-    return _schedule(model, model.to_row(), shape, lens, columns, num_sms, splits, options)
+    return _schedule(model, model.to_row(), shape, lens, num_sms, splits, options)
 
 
 def _schedule(
-    model: RouteModel, c: np.ndarray, shape: DecodeShape, lens: np.ndarray, columns: int, num_sms: int,
-    splits: int | None, options: AttentionOptions,
+    model: RouteModel, c: np.ndarray, shape: DecodeShape, lens: np.ndarray, num_sms: int, splits: int | None,
+    options: AttentionOptions,
 ) -> Schedule:  # fmt: skip
-    """columns: query heads of a KV head, times the query tokens of a row."""
     tile, window = int(model.tile_tokens), options.reach
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
-            segment_cost=SEGMENT_COST, min_cost=engine_min_cost(columns),
+            segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
     prices, most, reaches = np.empty(1), np.zeros(1, np.int64), np.full(1, window or 0)
     price_variant(
-        lens, shape.num_kv_heads, columns, shape.head_dim, options.value_dim(shape),
-        KV_ELEMENT_BYTES, num_sms, reaches, c[None], prices, most,
+        lens, shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
+        options.kv_element_bytes(shape), num_sms, reaches, c[None], prices, most,
     )  # fmt: skip
     counts = np.empty(len(lens), np.int64)
     row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, c, int(most[0]), counts)
@@ -147,11 +145,11 @@ def _prepare(
 ) -> _Run:  # fmt: skip
     lens = check_seq_lens(seq_lens)
     c, columns = model.to_row(), options.query_shape(shape).group_size
-    slots, width = cta_slots(c, num_sms), token_bytes(shape, options)
-    schedule = _schedule(model, c, shape, lens, columns, num_sms, splits, options)
+    slots, width = cta_slots(c, num_sms), options.kv_token_bytes(shape)
+    schedule = _schedule(model, c, shape, lens, num_sms, splits, options)
     reads = read_lens(lens, options.reach, schedule.tile_tokens)
     kv_bytes = int(reads.sum(dtype=np.int64)) * shape.num_kv_heads * width
-    alone, shared = read_speeds(c, kv_bytes, columns, KV_ELEMENT_BYTES, num_sms)
+    alone, shared = read_speeds(c, kv_bytes, columns, options.kv_element_bytes(shape), num_sms)
     state = columns * (2 + options.value_dim(shape)) * float(PARTIAL_ELEMENT_BYTES)
     spans, launch_spans, gaps, merges = _launches(model, c, schedule, shape, lens, state)
     cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0

@@ -98,4 +98,6 @@ def _resources(text: str) -> Resources:
             raise ValueError(f"no {name} in the log of ptxas: {text!r}")
         found[name] = int(match[1])
     shared = re.search(r"(\d+) bytes smem", text)
-    return Resources(found["registers"], found["stack"], found["stores"] + found["loads"], int(shared[1]) if shared else 0)
+    return Resources(
+        found["registers"], found["stack"], found["stores"] + found["loads"], int(shared[1]) if shared else 0
+    )

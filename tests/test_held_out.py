@@ -1,8 +1,8 @@
 """The H200's model against steps it never saw: the paper's families at the held-out seeds, every route timed alone.
 
-data/h200_steps.csv is a third of every eighth step for 32/8, 32/32 and 32/4 heads and 1 to 32 active rows, one layer
-a plan: event_us by CUDA events around the layer, wall_us planning, running and synchronising. The model is calibrated
-on seed 20260622 alone.
+data/h200_steps.csv is a third of the steps of `examples/serving_trace.py --heads 32/8,32/32,32/4 --max-active
+1,2,4,8,16,32 --stride 8 --exhaustive`, one layer a plan: event_us by CUDA events around the layer, wall_us planning,
+running and synchronising. The model is calibrated on seed 20260622 alone.
 """
 import csv
 from collections import defaultdict

@@ -1,14 +1,24 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
+import ctypes
 import itertools
+import re
 
+import numpy as np
 import nvrtc
 import pytest
 
-from gpu.config import DTYPES, HEAD_DIMS, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
+from gpu import append_config
+from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
+from gpu.decode_kernels import arguments
 from gpu.kernels import SOURCE_DIR, compile_options
+from gpu.launch import C_TYPES
+from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
-from pkvsim import DecodeShape
+from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.kv_types import KV_DTYPES
+from pkvsim.rope import ROPE_STYLES, Rope
 
+HEAD_DIMS = (64, 128, 256)
 CAPABILITIES = (80, 86, 89, 90, 120)
 GROUP_SIZES = (1, 4, 5, 8, 16)
 PAGE_SIZES = (16, 1, 64, 3)
@@ -22,6 +32,10 @@ VARIANTS = [(*case, PAGE_SIZES[index // 2 % 4], tuple(DTYPES)[index % 2])
 
 def variant(capability: int, head_dim: int, group_size: int, page_size: int, dtype: str) -> KernelConfig:
     return kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability)
+
+
+OPTIONS = (AttentionOptions(window=4096, soft_cap=30.0, sinks=True), AttentionOptions(query_tokens=4, window=128),
+           AttentionOptions(v_head_dim=128))
 
 
 def assert_fits(file_name, kernel_name, defines, capability, *, threads, dynamic_shared=0):
@@ -58,6 +72,108 @@ def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtyp
         assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=shared)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=repr)
+@pytest.mark.parametrize("capability", (86, 90))
+def test_options_fit(capability, options):
+    config = kernel_config(
+        DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options
+    )
+    for file_name, kernel_name in (("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")):
+        assert_fits(
+            file_name,
+            kernel_name,
+            config.defines(),
+            capability,
+            threads=config.threads,
+            dynamic_shared=config.shared_bytes,
+        )
+
+
+# Ids of both types, both ways of telling lengths; capabilities and page sizes take turns.
+TABLES = ((86, 16, "balanced.cu", TableLayout(int64=True)), (90, 16, "balanced.cu", TableLayout(csr=True)),
+          (90, 1, "balanced.cu", TableLayout(int64=True, csr=True, last_page=True)),
+          (86, 16, "balanced.cu", TableLayout(csr=True, last_page=True)), (90, 3, "decode.cu", TableLayout(csr=True)))
+
+
+@pytest.mark.parametrize(("capability", "page_size", "file_name", "layout"), TABLES)
+def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
+    config = variant(capability, 128, 4, page_size, "float16")
+    kernel_name = "pkv_decode_balanced" if file_name == "balanced.cu" else "pkv_decode_tasks"
+    assert_fits(file_name, kernel_name, config.defines() | layout.defines(), capability, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("layout", [TableLayout(), TableLayout(csr=True)])
+def test_the_hosts_structure_is_the_kernels(layout, kv_dtype):
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90, options=AttentionOptions(kv_dtype=kv_dtype))
+    signature = arguments(config, layout).strip("[]")
+    options = compile_options(config.defines() | layout.defines())
+    size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
+    fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(signature)]
+    structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+    assert int(size[1]) == ctypes.sizeof(structure)
+
+
+# 8-bit pages: every capability meets every type; kinds of scales, head_dims, group sizes, page sizes and dtypes take
+# turns, such that every type meets all of each. A page's scales are a token's with a stride of 0.
+KV_VARIANTS = [(capability, kv_dtype, ("tensor", "token")[(i // 2 + j) % 2], (64, 128, 192, 256)[(i + j) % 4],
+                (1, 4, 8, 16)[(i + 2 * j) % 4], PAGE_SIZES[(3 * i + j) % 4], tuple(DTYPES)[(i + j) % 2])
+               for i, capability in enumerate(CAPABILITIES) for j, kv_dtype in enumerate(KV_DTYPES)]
+
+
+def test_kv_variants_cover_what_they_claim():
+    assert {v[:2] for v in KV_VARIANTS} == set(itertools.product(CAPABILITIES, KV_DTYPES))
+    places = {2: ("tensor", "token"), 3: (64, 128, 192, 256), 4: (1, 4, 8, 16), 5: PAGE_SIZES, 6: DTYPES}
+    for place, values in places.items():
+        assert {(v[1], v[place]) for v in KV_VARIANTS} == set(itertools.product(KV_DTYPES, values))
+
+
+@pytest.mark.parametrize(("capability", "kv_dtype", "kv_scales", "head_dim", "group_size", "page_size", "dtype"),
+                         KV_VARIANTS)
+def test_kernels_of_8_bit_pages_fit(capability, kv_dtype, kv_scales, head_dim, group_size, page_size, dtype):
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
+    config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
+    names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
+    assert_fits(*names[(capability + head_dim // 64) % 2], config.defines(), capability, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=repr)
+def test_options_of_8_bit_pages_fit(options):
+    options = options.with_cache("int8")
+    config = kernel_config(DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", 90, options=options)
+    assert_fits("balanced.cu", "pkv_decode_balanced", config.defines(), 90, threads=config.threads,
+                dynamic_shared=config.shared_bytes)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+def test_every_shape_has_a_variant_for_8_bit_pages(capability):
+    kinds = itertools.product((64, 128, 192, 256), range(1, 33), (1, 8), ("tensor", "token"))
+    for head_dim, group_size, tokens, kv_scales in kinds:
+        options = AttentionOptions(kv_dtype="int8", kv_scales=kv_scales, query_tokens=tokens)
+        config = kernel_config(DecodeShape(group_size, 1, head_dim, 16), "float16", capability, options=options)
+        assert config.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+
+
+def test_a_ring_of_8_bit_pages_keeps_as_many_bytes_in_flight():
+    for head_dim in (64, 128, 192, 256):
+        shape, options = DecodeShape(4, 1, head_dim, 16), AttentionOptions(kv_dtype="float8_e4m3fn")
+        config = kernel_config(shape, "float16", 90, options=options)
+        assert 96 * 1024 <= config.warps * config.stages * 16 * 2 * head_dim <= 144 * 1024
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_8_bit_pages_stay_bytes_up_to_the_registers(kv_dtype):
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales="token")
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "bfloat16", 90, options=options)
+    text = nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, compile_options(config.defines()))
+    assert ("cvt.rn.f16x2.e4m3x2" in text) == (kv_dtype == "float8_e4m3fn")
+    assert "m16n8k16.row.col.f32.f16.f16.f32" in text and "m16n8k16.row.col.f32.bf16" not in text
+    # A tile's 4 KiB of K and V, half a KiB by each ldmatrix.
+    assert text.count("ldmatrix.") == 8 and text.count("ldmatrix.sync.aligned.m8n8.x4.trans") == 4
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_plan_kernel_fits(capability):
     assert_fits("plan.cu", "pkv_list_balanced", {}, capability, threads=32)
@@ -68,6 +184,43 @@ def test_plan_kernel_fits(capability):
 def test_stream_kernel_fits(unroll, capability):
     threads = max(threads for _, threads, other in STREAM_SHAPES if other == unroll)
     assert_fits("stream.cu", "pkv_stream_read", {"UNROLL": unroll}, capability, threads=threads)
+
+
+# Every cache type with every way of rotating, and with every architecture; dims (K, V, rotated) and dtypes take turns.
+APPEND_DIMS = ((128, 128, 128), (64, 64, 32), (192, 128, 64), (256, 256, 256), (80, 80, 32))
+APPEND_ROPES = (None, *itertools.product(ROPE_STYLES, ("cos_sin", "inv_freq")))
+APPEND_VARIANTS = [
+    (CAPABILITIES[(i + j) % 5], kv_dtype, way, APPEND_DIMS[(i + 2 * j) % 5], tuple(DTYPES)[(i + j) % 2])
+    for i, kv_dtype in enumerate((None, *append_config.CACHE_TYPES))
+    for j, way in enumerate(APPEND_ROPES)
+]
+
+
+def append_defines(kv_dtype, way, dims, dtype):
+    head_dim, head_dim_v, rotary_dim = dims
+    angles = {"cos_sin": np.zeros((1, rotary_dim), np.float32), "inv_freq": np.zeros(rotary_dim // 2)}
+    rope = None if way is None else Rope(style=way[0], **{way[1]: angles[way[1]]})
+    return append_config.defines(
+        DecodeShape(4, 1, head_dim, 16), dtype, kv_dtype=kv_dtype or dtype, head_dim_v=head_dim_v, rope=rope
+    )
+
+
+@pytest.mark.parametrize(("capability", "kv_dtype", "way", "dims", "dtype"), APPEND_VARIANTS)
+def test_append_kernel_fits(capability, kv_dtype, way, dims, dtype):
+    assert_fits("append.cu", "pkv_append", append_defines(kv_dtype, way, dims, dtype), capability,
+                threads=append_config.WARPS * 32)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "float8_e4m3fn"])
+def test_new_tokens_move_sixteen_bytes_at_a_time(kv_dtype):
+    options = compile_options(append_defines(kv_dtype, (ROPE_STYLES[0], "cos_sin"), APPEND_DIMS[0], "float16"))
+    text = nvrtc.ptx(SOURCE_DIR / "append.cu", 90, options)
+    loads = [line.split()[0] for line in text.splitlines() if line.strip().startswith("ld.global.L1::no_allocate")]
+    assert len(loads) % 8 == 0 and set(loads) == {"ld.global.L1::no_allocate.v4.u32"}
+    stores = {int(count) * int(bits) // 8 for count, bits in re.findall(r"st\.global\.v(\d)\.[a-z](\d+)", text)}
+    assert stores == ({16} if kv_dtype is None else {16, 8})  # queries stay 16-bit
+    assert text.count("st.global") == text.count("st.global.v")
+    assert ("cvt.rn.satfinite.e4m3x2.f32" in text) == (kv_dtype is not None)
 
 
 @pytest.mark.parametrize("file_name", ["balanced.cu", "decode.cu"])
@@ -81,7 +234,14 @@ def test_tiles_are_copied_sixteen_bytes_at_a_time(file_name):
 
 
 def test_every_source_is_compiled_here():
-    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {"balanced.cu", "decode.cu", "merge.cu", "plan.cu", "stream.cu"}
+    assert {path.name for path in SOURCE_DIR.glob("*.cu")} == {
+        "append.cu",
+        "balanced.cu",
+        "decode.cu",
+        "merge.cu",
+        "plan.cu",
+        "stream.cu",
+    }
 
 
 def test_an_error_carries_the_compilers_words(tmp_path):

@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape, make_schedule, reference
+from pkvsim.kv_types import KV_DTYPES
+from pkvsim.reference_append import FP8_DTYPES, dequantize
 
 SHAPE = DecodeShape(num_q_heads=4, num_kv_heads=2, head_dim=8, page_size=4)
 lengths = st.lists(st.integers(0, 70), min_size=1, max_size=4)
@@ -119,8 +121,47 @@ def test_tiles_before_the_window_are_not_scheduled(lens, window, num_ctas):
 
 @pytest.mark.parametrize("bad", [
     {"window": 0}, {"window": True}, {"soft_cap": 0.0}, {"soft_cap": float("inf")}, {"query_tokens": 9},
-    {"query_tokens": 0}, {"v_head_dim": 0},
+    {"query_tokens": 0}, {"v_head_dim": 0}, {"kv_dtype": "float8"}, {"kv_dtype": "float16"}, {"kv_scales": "token"},
+    {"kv_scales": "head", "kv_dtype": "int8"},
 ])  # fmt: skip
 def test_bad_options_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AttentionOptions(**bad)
+
+
+def test_a_cache_has_the_scales_that_a_writer_gives_it():
+    found = [AttentionOptions(kv_dtype=name).kv_scales for name in (None, *KV_DTYPES)]
+    assert found == [None, "tensor", "tensor", "token"]
+    options = AttentionOptions(window=5).with_cache("int8", "page")
+    assert options == AttentionOptions(window=5, kv_dtype="int8", kv_scales="page")
+    assert options.with_cache(None) is options and options.with_cache("int8") == options
+    for other, name in ((("float8_e5m2",), "kv_dtype"), (("int8", "token"), "kv_scales")):
+        with pytest.raises(ValueError, match=f"^{name}: expected that of the options"):
+            options.with_cache(*other)
+
+
+@pytest.mark.parametrize("name", KV_DTYPES)
+@given(data=st.data())
+def test_what_is_dequantised_is_what_was_stored(name, data):
+    """Within half a step of the type, with any kind of scales."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    pages = rng.normal(size=(3, 2, 4, 16))
+    size = data.draw(st.sampled_from([(1,), (3, 2), (3, 2, 4)]))
+    scales = np.exp2(rng.uniform(-9, -4, size)).astype(np.float32)
+    steps = pages / dequantize(np.full(pages.shape, 1).astype(FP8_DTYPES.get(name, np.int8)), name, scales)
+    rounded = np.clip(np.rint(steps), -127, 127) if name == "int8" else np.clip(steps, -400, 400)
+    stored = rounded.astype(FP8_DTYPES.get(name, np.int8))
+    got, by_bytes = dequantize(stored, name, scales), dequantize(stored.view(np.uint8), name, scales)
+    np.testing.assert_array_equal(got, by_bytes)
+    kept = np.abs(steps) < (127 if name == "int8" else 400)
+    unit = np.abs(got / np.where(stored.astype(float) == 0, np.inf, stored.astype(float)))
+    relative = {"float8_e4m3fn": 2**-4, "float8_e5m2": 2**-3, "int8": 0}[name]
+    bound = np.abs(pages) * relative + (0.5 if name == "int8" else 2**-9) * np.broadcast_to(unit.max(), pages.shape)
+    assert (np.abs(got - pages)[kept] <= bound[kept]).all()
+
+
+@pytest.mark.parametrize("bad,named", [(("int4", 1.0), "kv_dtype"), (("int8", np.ones(2)), "scales"),
+                                       (("float8_e5m2", 1.0), "pages")])
+def test_what_cannot_be_dequantised_is_named(bad, named):
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        dequantize(np.zeros((1, 2, 3, 4), np.int8), *bad)

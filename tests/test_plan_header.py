@@ -1,5 +1,4 @@
 """The device's schedule is pkvsim's, task for task: cuda_src/plan.cuh, built for the CPU, against make_schedule."""
-import ast
 import ctypes
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from gpu.config import TILE_TOKENS
 from gpu.kernels import SOURCE_DIR
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.schedule import SEGMENT_COST, TASK_DTYPE, engine_min_cost
+from pkvsim.schedule import TASK_DTYPE
 
 HARNESS = Path(__file__).with_name("plan_harness.cpp")
 COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
@@ -27,22 +26,51 @@ equal_rows = st.builds(lambda length, rows: [length] * rows, lengths, st.integer
 
 @pytest.fixture(scope="session")
 def list_balanced(tmp_path_factory):
-    """(lens, num_kv_heads, segment_cost, min_cost, num_ctas) -> (tasks, cta_offsets), by the header."""
+    """(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas)
+    -> the header's (tasks, cta_offsets)."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("plan") / "plan_harness.so"
     # Signed overflow is caught rather than wrapped: the header's sums must stay within 32 bits.
-    subprocess.run([COMPILER, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ftrapv", "-shared", "-fPIC",
-                    f"-I{SOURCE_DIR}", "-o", built, HARNESS], check=True)
+    subprocess.run(
+        [
+            COMPILER,
+            "-std=c++17",
+            "-O2",
+            "-DWINDOWED=1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-ftrapv",
+            "-shared",
+            "-fPIC",
+            f"-I{SOURCE_DIR}",
+            "-o",
+            built,
+            HARNESS,
+        ],
+        check=True,
+    )
     function = ctypes.CDLL(str(built)).list_balanced
 
-    def call(lens, num_kv_heads, segment_cost, min_cost, num_ctas):
+    def call(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas):
         lens = np.array(lens, np.int32)
         tasks = np.zeros(len(lens) * num_kv_heads + num_ctas, TASK_DTYPE)
         offsets = np.zeros(num_ctas + 1, np.int32)
         pointer = ctypes.c_void_p
-        ranges = function(pointer(lens.ctypes.data), len(lens), num_kv_heads, segment_cost, min_cost, num_ctas,
-                          pointer(tasks.ctypes.data), len(tasks), pointer(offsets.ctypes.data))
+        ranges = function(
+            pointer(lens.ctypes.data),
+            len(lens),
+            num_kv_heads,
+            segment_cost,
+            min_cost,
+            part_cost,
+            2**31 - 1 if window is None else window,
+            num_ctas,
+            pointer(tasks.ctypes.data),
+            len(tasks),
+            pointer(offsets.ctypes.data),
+        )
         assert offsets[ranges] <= len(tasks)
         return tasks[: offsets[ranges]], offsets[: ranges + 1]
 
@@ -50,34 +78,54 @@ def list_balanced(tmp_path_factory):
 
 
 @settings(max_examples=1000, deadline=None)
-@given(lens=st.one_of(few_rows, many_rows, equal_rows), num_kv_heads=st.sampled_from([1, 2, 3, 4, 8, 16]),
-       segment_cost=st.integers(0, 12), min_cost=st.integers(1, 40), num_ctas=st.integers(1, 300))
-@example(lens=[], num_kv_heads=8, segment_cost=2, min_cost=4, num_ctas=132)
-@example(lens=[0, 0, 0], num_kv_heads=8, segment_cost=2, min_cost=4, num_ctas=132)
-@example(lens=[8192], num_kv_heads=8, segment_cost=2, min_cost=4, num_ctas=132)  # heads cut alike: 128 of 132
-@example(lens=[1000], num_kv_heads=7, segment_cost=0, min_cost=1, num_ctas=132)  # cut alike: 126 of 132
-@example(lens=[1000], num_kv_heads=100, segment_cost=0, min_cost=1, num_ctas=132)  # a multiple would idle 1/4: not
-@example(lens=[34816], num_kv_heads=2, segment_cost=0, min_cost=1, num_ctas=17)  # ranges of 256 tiles: not short
-@example(lens=[34800], num_kv_heads=2, segment_cost=0, min_cost=1, num_ctas=17)  # of 255: short
-@example(lens=[131072] * 64, num_kv_heads=16, segment_cost=12, min_cost=1, num_ctas=300)
-@example(lens=[0, 16, 0, 131072, 0], num_kv_heads=8, segment_cost=3, min_cost=1, num_ctas=300)
-def test_header_lists_the_tasks_of_pkvsim(list_balanced, lens, num_kv_heads, segment_cost, min_cost, num_ctas):
-    tasks, cta_offsets = list_balanced(lens, num_kv_heads, segment_cost, min_cost, num_ctas)
-    expected = make_schedule("balanced", DecodeShape(num_kv_heads, num_kv_heads, 128, 16), lens, num_ctas=num_ctas,
-                             segment_cost=segment_cost, min_cost=min_cost, tile_tokens=TILE_TOKENS)
+@given(
+    lens=st.one_of(few_rows, many_rows, equal_rows),
+    num_kv_heads=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    segment_cost=st.integers(0, 12),
+    min_cost=st.integers(1, 40),
+    part_cost=st.integers(0, 12),
+    window=st.one_of(st.none(), st.sampled_from([1, 16, 17, 4096]), st.integers(1, 300)),
+    num_ctas=st.integers(1, 300),
+)
+@example(lens=[], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, window=None, num_ctas=132)
+@example(lens=[0, 0, 0], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, window=None, num_ctas=132)
+@example(
+    lens=[8192], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, window=None, num_ctas=132
+)  # heads cut alike: 128 of 132
+@example(
+    lens=[1000], num_kv_heads=7, segment_cost=0, min_cost=1, part_cost=0, window=None, num_ctas=132
+)  # cut alike: 126 of 132
+@example(
+    lens=[1000], num_kv_heads=100, segment_cost=0, min_cost=1, part_cost=0, window=None, num_ctas=132
+)  # a multiple would idle 1/4: not
+@example(
+    lens=[87040], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, window=None, num_ctas=17
+)  # ranges of 640 tiles: not short
+@example(
+    lens=[87024], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, window=None, num_ctas=17
+)  # of 639: short
+@example(lens=[131072] * 64, num_kv_heads=16, segment_cost=12, min_cost=1, part_cost=0, window=None, num_ctas=300)
+@example(
+    lens=[1024], num_kv_heads=8, segment_cost=8, min_cost=8, part_cost=3, window=None, num_ctas=132
+)  # five parts of a head
+@example(
+    lens=[2**27], num_kv_heads=1, segment_cost=0, min_cost=1, part_cost=1024, window=None, num_ctas=300
+)  # longer than the root reaches
+@example(lens=[0, 16, 0, 131072, 0], num_kv_heads=8, segment_cost=3, min_cost=1, part_cost=0, window=None, num_ctas=300)
+def test_header_lists_the_tasks_of_pkvsim(
+    list_balanced, lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas
+):
+    tasks, cta_offsets = list_balanced(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas)
+    expected = make_schedule(
+        "balanced",
+        DecodeShape(num_kv_heads, num_kv_heads, 128, 16),
+        lens,
+        num_ctas=num_ctas,
+        segment_cost=segment_cost,
+        min_cost=min_cost,
+        part_cost=part_cost,
+        window=window,
+        tile_tokens=TILE_TOKENS,
+    )
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)
     np.testing.assert_array_equal(tasks, expected.tasks)
-
-
-def test_the_engine_balances_by_the_costs_that_pkvsim_prices() -> None:
-    """gpu/engine.py, which only imports where there is CuPy, read as text."""
-    tree = ast.parse((SOURCE_DIR.parent / "gpu" / "engine.py").read_text())
-    (init,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    defaults = {arg.arg: value for arg, value in zip(init.args.kwonlyargs, init.args.kw_defaults)}
-    assert ast.literal_eval(defaults["segment_cost"]) == SEGMENT_COST
-    (given,) = (node.value for node in ast.walk(init) if isinstance(node, ast.Assign)
-                and ast.unparse(node.targets[0]) == "self.min_cost")
-    rule = compile(ast.Expression(given.body), "engine.py", "eval")
-    for group_size in range(1, 65):
-        shape = DecodeShape(group_size, 1, 128, 16)
-        assert eval(rule, {"shape": shape, "min": min, "max": max}) == engine_min_cost(group_size)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.cost import merge_bytes, useful_kv_bytes
 from pkvsim.device import get_device
+from pkvsim.kv_types import KV_DTYPES, KV_SCALES
 from pkvsim.policy import CalibratedPolicy, FixedPolicy, OraclePolicy, PaperPolicy
 from pkvsim.replay import replay
 from pkvsim.route_model import OWN_ROUTES, ROUTES
@@ -90,6 +91,30 @@ def test_a_smaller_head_of_v_saves_its_bytes(lens):
     assert all(less.layer_us[route] < full.layer_us[route] for route in OWN_ROUTES)
 
 
+@settings(max_examples=30, deadline=None)
+@given(lens=lengths.filter(any), kv_dtype=st.sampled_from(KV_DTYPES), page_size=st.sampled_from([1, 16, 64]))
+def test_a_cache_of_bytes_is_priced_by_its_bytes(lens, kv_dtype, page_size):
+    shape = DecodeShape(32, 8, 128, page_size)
+    plain = useful_kv_bytes(shape, np.array(lens))
+    kinds = [AttentionOptions(kv_dtype=kv_dtype, kv_scales=kind) for kind in KV_SCALES]
+    sizes = [useful_kv_bytes(shape, np.array(lens), options) for options in kinds]
+    assert 2 * sizes[0] == plain
+    assert sizes[2] == sizes[0] + sum(lens) * 8 * 2 * 4  # a float for K and one for V
+    assert sizes[1] == sizes[0] + int(sum(lens) * 8 * 2 * 4 / page_size)
+    prices = [decide(lens, shape=shape, available=OWN_ROUTES, kv_dtype=kv_dtype, kv_scales=kind).layer_us
+              for kind in KV_SCALES]
+    whole = decide(lens, shape=shape, available=OWN_ROUTES).layer_us
+    assert prices[0]["balanced"] < prices[2]["balanced"] < whole["balanced"]
+    assert prices[0]["balanced"] < prices[1]["balanced"] <= prices[2]["balanced"]
+    assert prices[0]["balanced"] >= whole["balanced"] / 2
+
+
+def test_a_long_step_of_bytes_takes_about_half_the_time():
+    lens = [65536] * 32
+    ratio = decide(lens, kv_dtype="float8_e4m3fn").layer_us["balanced"] / decide(lens).layer_us["balanced"]
+    assert 0.5 <= ratio < 0.52
+
+
 def test_bytes():
     options = AttentionOptions(window=100, query_tokens=3, v_head_dim=64)
     assert useful_kv_bytes(SHAPE, np.array([50, 5000]), options) == (50 + 102) * 8 * (128 + 64) * 2
@@ -99,7 +124,7 @@ def test_bytes():
 @pytest.mark.parametrize(("options", "routes"), [
     ({"window": 99, "soft_cap": 5.0}, {"flashinfer_cuda_core", "flashinfer_tensor_core"}),
     ({"sinks": True}, {"xqa"}), ({"sinks": True, "soft_cap": 5.0}, set()), ({"v_head_dim": 64}, set()),
-    ({"query_tokens": 2}, {"flashinfer_tensor_core", "xqa"})])  # fmt: skip
+    ({"query_tokens": 2}, {"flashinfer_tensor_core", "xqa"}), ({"kv_dtype": "float8_e4m3fn"}, set())])  # fmt: skip
 def test_routes_that_do_not_serve_an_option_take_no_part(options, routes):
     assert set(decide([5000, 100], **options).prices) == set(OWN_ROUTES) | routes
 

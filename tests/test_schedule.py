@@ -2,6 +2,8 @@
 import time
 
 import numba
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,12 +90,22 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
     most = max(1, min(total // max(min_cost, 1 + segment_cost), num_ctas))
     heads = shape.num_kv_heads * sum(map(bool, tiles))
     assert most - most // 8 <= ranges <= most
-    if ranges < most:  # given up for a multiple of the heads, the largest there is
-        assert ranges % heads == 0 and ranges + heads > most and total // most < SHORT_RANGE_TILES
+    if ranges < most:  # given up so that heads of equal length are cut alike
+        assert len(set(filter(None, tiles))) == 1 and total // most < SHORT_RANGE_TILES
+        if heads <= most:
+            assert ranges % heads == 0 and ranges + heads > most
+        else:
+            assert ranges == -(-heads // -(-heads // most)) and (most - ranges) * 32 <= most
     if total == 0:
         assert len(schedule.tasks) == 0 and schedule.cta_offsets.tolist() == [0, 0]
         return
     costs = range_costs(schedule, segment_cost)
+    even = len(set(filter(None, tiles))) == 1 and total // most < SHORT_RANGE_TILES
+    alike = even and heads <= ranges and ranges % heads == 0
+    if alike:  # parts of equal tiles
+        sizes = schedule.tasks["tile_end"] - schedule.tasks["tile_begin"]
+        assert len(schedule.tasks) == ranges and sizes.max() - sizes.min() <= 1
+        return
     assert costs.sum() == total and (np.diff(schedule.cta_offsets) > 0).all()
     assert (np.abs(costs - total / ranges) <= 1 + segment_cost).all()
     if segment_cost == 0:
@@ -109,6 +121,28 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
             assert cuts[i] <= first and (start + segment_cost + end - 1 if end > 1 else start) < cuts[i + 1]
             partial += (begin, end) != (0, tiles[row])
         assert partial <= 2
+
+
+@given(st.integers(1, 60000), st.integers(1, 16), st.integers(1, 400), st.integers(1, 12))
+def test_parts_that_pay(tiles, num_kv_heads, num_ctas, part_cost):
+    """Parts of a head are near the least of tiles / p + part_cost * p, as far as there are CTAs."""
+    shape = DecodeShape(num_kv_heads, num_kv_heads, 64, 16)
+    schedule = make_schedule("balanced", shape, [tiles * 16], num_ctas=num_ctas, tile_tokens=16, part_cost=part_cost)
+    parts = schedule.num_ctas / num_kv_heads
+    best = max(1.0, math.sqrt(tiles / part_cost))
+    assert parts <= max(1, 1.5 * best + 1)
+    if num_ctas >= num_kv_heads * (2 * best + 2) and tiles > best:
+        assert parts >= 0.5 * best
+        assert tiles / parts + part_cost * parts <= 1.15 * (tiles / best + part_cost * best) + part_cost
+
+
+def test_equal_rows_are_not_cut():
+    """More heads than CTAs: each takes as many whole ones, 128 of 132 CTAs four each."""
+    shape = DecodeShape(32, 8, 128, 16)
+    schedule = make_schedule("balanced", shape, [1024] * 64, num_ctas=132, tile_tokens=16, segment_cost=7)
+    assert schedule.num_ctas == 128 and schedule.num_partial_tasks == 0
+    ragged = make_schedule("balanced", DecodeShape(32, 8, 128, 16), [1024] * 63 + [900], num_ctas=132, tile_tokens=16)
+    assert ragged.num_ctas == 132
 
 
 def test_balanced_ranges_hold_whole_positions():
@@ -186,7 +220,14 @@ def _fuzz(seed, count):
         ranges = max(1, min(total // (1 + cost), np.random.randint(1, 40)))
         tasks = np.full((used * heads + ranges, 5), -1, np.int32)
         offsets, pieces = np.zeros(ranges + 1, np.int32), np.zeros(batch, np.int64)
-        made, _ = fill_balanced(tiles, heads, cost, total, ranges, tasks, offsets, pieces)
+        parts = 0
+        if used > 0 and step % 4 == 0:  # equal rows, cut into equal parts
+            tiles[:] = np.where(tiles > 0, top, 0)
+            total = heads * used * (top + cost)
+            parts = np.random.randint(1, min(top, 8) + 1)
+            ranges = heads * used * parts
+            tasks, offsets = np.full((ranges, 5), -1, np.int32), np.zeros(ranges + 1, np.int32)
+        made, _ = fill_balanced(tiles, heads, cost, total, ranges, parts, tasks, offsets, pieces)
         if not _covers(tasks[:made], tiles, pieces, heads) or offsets[ranges] != made:
             return step
         for i in range(ranges):

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape
-from pkvsim.cost import token_bytes
 from pkvsim.device import get_device
 from pkvsim.policy import CalibratedPolicy, FixedPolicy, OraclePolicy
 from pkvsim.route_model import OWN_ROUTES, ROUTES
@@ -40,7 +39,7 @@ def test_options_that_ask_for_nothing_change_nothing(route, lens, more):
 def test_the_bytes_are_those_of_the_tiles_that_the_window_touches(route, lens, options, splits):
     model = H200.routes[route]
     lane = simulate(model, SHAPE, lens, num_sms=132, splits=splits, options=options)
-    tile, width = int(model.tile_tokens), token_bytes(SHAPE, options)
+    tile, width = int(model.tile_tokens), options.kv_token_bytes(SHAPE)
     reads = read_lens(lens, options.reach, tile)
     rows = np.bincount(lane.schedule.tasks["row"], lane.bytes, minlength=len(lens))
     np.testing.assert_allclose(rows, reads * float(SHAPE.num_kv_heads * width))

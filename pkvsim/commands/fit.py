@@ -10,7 +10,7 @@ from pkvsim.commands.errors import one_line_errors
 
 def fit(
     measurements: Annotated[
-        list[str], typer.Option(help="CSV of measured step times, native or a published table; repeatable.")
+        list[str], typer.Option(help="CSV of measured step times, of gpu.calibrate or a published table; repeatable.")
     ],
     device_base: Annotated[str, typer.Option(help="The GPU they ran on: a name of `pkvsim devices`, or a .json file.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Device file to write.")],

@@ -78,6 +78,17 @@ def make_case(shape: DecodeShape, seq_lens, *, dtype: str = "float16", seed: int
                 seq_lens=torch.from_numpy(lens).cuda())
 
 
+def csr_of(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(indptr [batch_size + 1], indices, last_page_len [batch_size]) of the case's rows, int32 on the GPU."""
+    lens, table = case.seq_lens.cpu().numpy(), case.block_table.cpu().numpy()
+    page_size = case.shape.page_size
+    pages = pages_of(lens, page_size)
+    indices = table[np.arange(table.shape[1])[None, :] < pages[:, None]]
+    last = np.where(lens > 0, (lens - 1) % page_size + 1, 0)
+    arrays = np.concatenate([[0], np.cumsum(pages)]), indices, last
+    return tuple(torch.from_numpy(array.astype(np.int32)).cuda() for array in arrays)
+
+
 def attention(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Float64 (out [batch_size, Hq, d], lse [batch_size, Hq]); zeros and -inf for empty rows."""
     shape, rows = case.shape, case.q.shape[0]

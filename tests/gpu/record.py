@@ -11,7 +11,6 @@ import datetime
 import json
 import pathlib
 import platform
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -21,14 +20,11 @@ from gpu.kernels import source_hash
 def count_tests(junit: pathlib.Path) -> dict[str, int]:
     """Totals over the suites of a junit file."""
     suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
-    totals = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")}
+    totals = {
+        name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
+    }
     totals["passed"] = totals["tests"] - totals["failures"] - totals["errors"] - totals["skipped"]
     return totals
-
-
-def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
 
 
 def main() -> int:
@@ -50,12 +46,12 @@ def main() -> int:
     record = {
         "source_hash": source_hash(),
         "gpu": environment["gpu"],
-        "driver": driver(),
+        "driver": environment["driver"],
         "versions": {"python": platform.python_version(),
                      **{name: environment[name] for name in ("torch", "cuda", "cupy", "flashinfer")}},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "tests": tests,
-        "command": bench["command"],
+        "command": environment["command"],
         "summary": bench["summary"],
         "timings": [{name: result[name] for name in fields} for result in bench["results"]],
     }

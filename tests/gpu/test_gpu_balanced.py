@@ -64,7 +64,16 @@ def test_device_plan_equals_the_simulators(case: int) -> None:
     engine = DecodeEngine(SHAPE, schedule="balanced")
     engine.plan(torch.from_numpy(lens).cuda(), torch.zeros((batch, pages), dtype=torch.int32, device="cuda"))
     tasks, cta_offsets = engine.device_tasks()
-    expected = make_schedule("balanced", SHAPE, lens, tile_tokens=TILE_TOKENS, num_ctas=engine.num_ctas,
-                             segment_cost=engine.segment_cost, min_cost=engine.min_cost)
+    expected = make_schedule(
+        "balanced",
+        SHAPE,
+        lens,
+        tile_tokens=TILE_TOKENS,
+        num_ctas=engine.num_ctas,
+        segment_cost=engine.segment_cost,
+        min_cost=engine.min_cost,
+        part_cost=engine.part_cost,
+        window=engine.options.reach,
+    )
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)
     np.testing.assert_array_equal(tasks, expected.tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import cupy
 import numpy as np
 import pytest
+import torch
 
 from gpu import PagedKVCache
 from pkvsim import DecodeShape
@@ -19,7 +20,9 @@ def test_tokens_come_back(combined: bool) -> None:
     for step in range(120):
         if len(kept) < 4:
             row = cache.allocate()
-            tokens = rng.standard_normal((int(rng.integers(1, 12)), 2, 2, 64)).astype(np.float16)  # [T, k and v, Hkv, d]
+            tokens = rng.standard_normal((int(rng.integers(1, 12)), 2, 2, 64)).astype(
+                np.float16
+            )  # [T, k and v, Hkv, d]
             cache.fill(row, cupy.asarray(tokens[:, 0]), cupy.asarray(tokens[:, 1]))
             kept[row] = list(tokens)
         rows = sorted(kept)
@@ -50,3 +53,28 @@ def test_errors_leave_the_pool_as_it_was() -> None:
     assert cache.seq_lens[row] == 4 and cache.num_free_pages == 0
     cache.free(row)
     assert cache.num_free_pages == 2
+
+
+def test_tables_are_ordered_with_torchs_stream() -> None:
+    """A read queued before a change sees what was there, one queued after it what is there now, none waited for."""
+    cache = PagedKVCache(SHAPE, num_pages=40, max_batch=2, max_seq_len=300, library="torch")
+    row = cache.allocate()
+    lens, table = (torch.from_dlpack(array) for array in cache.device_tables())
+    torch.cuda.synchronize()
+    seen, expected = [], []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        for count in (3, 1, 40):
+            cache.reserve([row], [count])
+            cache.device_tables()
+            seen.append((lens.clone(), table.clone()))
+            expected.append((cache.seq_lens.copy(), cache.block_table.copy()))
+    torch.cuda.synchronize()
+    for got, wanted in zip(seen, expected):
+        for array, host in zip(got, wanted):
+            assert (array.cpu().numpy() == host).all()
+
+
+def test_an_unknown_library_is_named() -> None:
+    with pytest.raises(ValueError, match="^library: expected cupy or torch"):
+        PagedKVCache(SHAPE, num_pages=4, max_batch=1, max_seq_len=30, library="numpy")

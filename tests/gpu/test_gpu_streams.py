@@ -11,7 +11,16 @@ from pkvsim import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 SCHEDULES = ("split", "workqueue", "balanced")
-PLACES = {"numpy": lambda t: t.cpu().numpy(), "torch on the host": lambda t: t.cpu(), "torch on the GPU": lambda t: t,
+
+
+def _within_wider(table: torch.Tensor) -> torch.Tensor:
+    """The same values as a view whose rows, where there are rows of several, lie further apart."""
+    return torch.cat([table, table], -1)[..., :table.shape[-1]] if table.dim() == 2 else table
+
+
+PLACES = {"numpy": lambda t: t.cpu().numpy(), "numpy in a wider one": lambda t: _within_wider(t.cpu()).numpy(),
+          "host in a wider one": lambda t: _within_wider(t.cpu()), "GPU in a wider one": _within_wider,
+          "torch on the host": lambda t: t.cpu(), "torch on the GPU": lambda t: t,
           "mixed": None}
 
 

@@ -1,13 +1,16 @@
-"""A pool of random pages, and for every cell as many disjoint copies of its KV as keep the L2 cold."""
+"""A pool of random pages, and for every measured step as many disjoint copies of its KV as keep the L2 cold."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from gpu.timing import rotation_length
 from pkvsim import DecodeShape
+
+if TYPE_CHECKING:
+    import torch
 
 FILL_ELEMENTS = 1 << 30
 
@@ -26,6 +29,8 @@ class BenchPool:
     __slots__ = ("flat",)
 
     def __init__(self, *, pool_gib: float, dtype: torch.dtype, seed: int) -> None:
+        import torch
+
         elements = int(pool_gib * 2**30) // 2
         self.flat = torch.empty(elements // 2 * 2, dtype=dtype, device="cuda")
         generator = torch.Generator(device="cuda").manual_seed(seed)
@@ -74,3 +79,10 @@ class BenchPool:
             starts = (rng.integers(0, strides, layers) * layers + np.arange(layers)).tolist()
         return CellPages(block_table=block_table,
                          layers=tuple((k_all[at:at + span], v_all[at:at + span]) for at in starts))
+
+
+def fitting_gib(most: float) -> float:
+    """`most` GiB, or two thirds of the GPU's free memory where that is less."""
+    import torch
+
+    return min(most, torch.cuda.mem_get_info()[0] * 2 / 3 / 2**30)

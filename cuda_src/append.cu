@@ -1,0 +1,263 @@
+// pkv_append: writes new tokens' K and V into their pages, on the way rotated (RoPE) and quantised; rotates their
+// queries in the same pass.
+//
+// Grid: [ceil(num_tokens * chunks / 4)], block: [128]. A warp has one token and every chunks-th step of its heads (K,
+// then V, then queries); LANES lanes share a head and each holds two vectors of 8 elements, placed so that it has both
+// elements of its pairs.
+//
+//   k_new, v_new  [num_tokens, num_kv_heads, HEAD_DIM or HEAD_DIM_V]
+//   q, q_out      [num_tokens, num_q_heads, HEAD_DIM], may be one
+//   k_pages, ..   [num_pages] x heads x tokens x dim by strides, of CACHE_TYPE (quantize.cuh)
+//   k_scales, ..  INT8: float32 per token and head by strides, written. FP8: [1] float32, read, or null for k_scale
+//   seq_lens      [batch_size] int32, the new tokens counted in; block_table [batch_size, max_pages] int32
+//   token_offsets [batch_size + 1] int32, or null: token i is row i's. A row's tokens take its last positions
+//   rope          ROPE_TABLE: [max_positions, ROTARY_DIM] float32, cosines then sines; else [ROTARY_DIM / 2] uint64,
+//                 a pair's turns per position, times 2^64
+// Strides in elements. Passed over are tokens of empty rows, past the last offset, before position 0, and those whose
+// page or position is not there: a graph may have been captured for more than a step has.
+//
+// ROPE_STYLE: 0 none; 1 half, element i with i + ROTARY_DIM / 2 (Llama in Hugging Face's order, GPT-NeoX); 2
+// interleaved, element 2 i with 2 i + 1 (GPT-J). Elements from ROTARY_DIM on stay.
+//
+// Bound by HBM when there are many tokens, each input read and each output written once (outputs through L2, where
+// decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
+#include "mma.cuh"
+#include "cache_type.cuh"
+#include "quantize.cuh"
+#include "vectors.cuh"
+
+namespace pkv {
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int WARPS = 4;
+constexpr int WIDEST = HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V;
+constexpr int LANES =
+    WIDEST <= 16 ? 1 : WIDEST <= 32 ? 2 : WIDEST <= 64 ? 4 : WIDEST <= 128 ? 8 : WIDEST <= 256 ? 16 : 32;
+constexpr int HEADS_PER_STEP = 32 / LANES;
+constexpr int IN_FLIGHT = 4;  // steps whose loads a warp has under way
+constexpr int ROTATING_LANES = ROPE_STYLE ? ROTARY_DIM / 16 : 0;
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0 && WIDEST <= 512, "a warp holds whole vectors of a head");
+static_assert(ROTARY_DIM % 16 == 0 && ROTARY_DIM <= HEAD_DIM, "a lane holds both elements of its pairs");
+
+struct Strides {
+  long long token, head;
+};
+struct PageStrides {
+  long long page, head, token;
+
+  __device__ __forceinline__ long long at(int id, int kv_head, int slot) const {
+    return id * page + kv_head * head + slot * token;
+  }
+};
+
+__device__ __forceinline__ void unpack_vector(uint4 vector, float (&x)[8]) {
+  const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack(words[i]);
+    x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ __forceinline__ void store_vector(half_type* at, const float (&x)[8]) {
+  store(at, make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])));
+}
+
+#if CACHE_TYPE != 0
+__device__ __forceinline__ void store_vector(unsigned char* at, const float (&x)[8], float inverse_scale) {
+  unsigned pairs[4];
+  #pragma unroll
+  for (int i = 0; i < 4; ++i)
+    pairs[i] = quantize_pair(__fmul_rn(x[2 * i], inverse_scale), __fmul_rn(x[2 * i + 1], inverse_scale));
+  store(at, make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16));
+}
+#endif
+
+// Where in a head a lane's two vectors begin: half a region apart, the rotated region first.
+template <int DIM, int ROTATED>
+__device__ __forceinline__ int2 place(int part) {
+  constexpr int LANES_IN = ROTATED / 16;
+  if (part < LANES_IN) return make_int2(part * 8, ROTATED / 2 + part * 8);
+  const int first = ROTATED + (part - LANES_IN) * 8;
+  return make_int2(first, first + (DIM - ROTATED) / 2);
+}
+
+// The row of a token: the last one that begins at or before it. All lanes agree; each looks at another row.
+__device__ __forceinline__ int find_row(const int* token_offsets, int batch_size, int token, int lane) {
+  int begin = 0, end = batch_size;
+  while (end - begin > 1) {
+    const int step = (end - begin + 31) / 32, row = begin + lane * step;
+    const unsigned before = __ballot_sync(ALL_LANES, row < end && __ldcg(token_offsets + row) <= token);
+    begin += max(__popc(before) - 1, 0) * step;
+    end = min(end, begin + step);
+  }
+  return begin;
+}
+
+#if ROPE_STYLE
+// The lane's cosines and sines: half, of its 8 pairs in order; interleaved, of the 4 in its first vector, then of the
+// 4 in its second.
+struct Angles {
+  float cosine[8], sine[8];
+
+  __device__ __forceinline__ static int pair(int i, int part) {
+    return ROPE_STYLE == 1 ? part * 8 + i : part * 4 + i % 4 + i / 4 * (ROTARY_DIM / 4);
+  }
+
+  __device__ __forceinline__ void load(const void* rope, int position, long long row_stride, float factor, int part) {
+#if ROPE_TABLE
+    const float* row = static_cast<const float*>(rope) + position * row_stride;
+    #pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const float4 c = *reinterpret_cast<const float4*>(row + pair(i, part));
+      const float4 s = *reinterpret_cast<const float4*>(row + ROTARY_DIM / 2 + pair(i, part));
+      cosine[i] = c.x, cosine[i + 1] = c.y, cosine[i + 2] = c.z, cosine[i + 3] = c.w;
+      sine[i] = s.x, sine[i + 1] = s.y, sine[i + 2] = s.z, sine[i + 3] = s.w;
+    }
+#else
+    const unsigned long long* turns = static_cast<const unsigned long long*>(rope);
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      // Whole turns overflow away, so the angle is as exact at position 2^30 as at 1.
+      const unsigned long long angle = turns[pair(i, part)] * static_cast<unsigned>(position);
+      sincospif(static_cast<float>(static_cast<int>(angle >> 32)) * 0x1p-31f, &sine[i], &cosine[i]);
+      cosine[i] = __fmul_rn(cosine[i], factor), sine[i] = __fmul_rn(sine[i], factor);
+    }
+#endif
+  }
+
+  // Each operation rounded for itself, as the reference does it, bit for bit.
+  __device__ __forceinline__ static void turn(float& x, float& y, float c, float s) {
+    const float turned = __fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s));
+    y = __fadd_rn(__fmul_rn(y, c), __fmul_rn(x, s));
+    x = turned;
+  }
+
+  __device__ __forceinline__ void rotate(float (&low)[8], float (&high)[8]) const {
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (ROPE_STYLE == 1) turn(low[i], high[i], cosine[i], sine[i]);
+      else if (i < 4) turn(low[2 * i], low[2 * i + 1], cosine[i], sine[i]);
+      else turn(high[2 * i - 8], high[2 * i - 7], cosine[i], sine[i]);
+    }
+  }
+};
+#endif
+
+// Scale of a head whose largest magnitude is 127 steps; LANES lanes hold the head and get the same. A NaN makes it NaN.
+__device__ __forceinline__ float head_scale(const float (&low)[8], const float (&high)[8]) {
+  unsigned largest = 0;  // as bits, which order magnitudes and put NaN above all
+  #pragma unroll
+  for (int i = 0; i < 8; ++i)
+    largest = max(largest, max(__float_as_uint(low[i]) & 0x7fffffffu, __float_as_uint(high[i]) & 0x7fffffffu));
+  #pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask /= 2) largest = max(largest, __shfl_xor_sync(ALL_LANES, largest, mask));
+  return __fdiv_rn(__uint_as_float(largest), 127.0f);
+}
+
+}  // namespace pkv
+
+extern "C" __global__ void __launch_bounds__(pkv::WARPS * 32)
+pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, half_type* q_out,
+           pkv::cache_type* k_pages, pkv::cache_type* v_pages, float* k_scales, float* v_scales, const int* seq_lens,
+           const int* block_table, const int* token_offsets, const void* rope, int num_tokens, int batch_size,
+           int num_kv_heads, int num_q_heads, int page_size, int num_pages, int max_pages, int max_positions,
+           int chunks, long long table_stride, long long rope_stride, long long k_token, long long k_head,
+           long long v_token, long long v_head, long long q_token, long long q_head, long long q_out_token,
+           long long q_out_head, long long k_page, long long k_page_head, long long k_page_token, long long v_page,
+           long long v_page_head, long long v_page_token, long long scale_page, long long scale_head,
+           long long scale_token, float rope_factor, float k_scale, float v_scale) {
+  using namespace pkv;
+  const int lane = threadIdx.x % 32, part = lane % LANES;
+  const int warp = blockIdx.x * WARPS + threadIdx.x / 32, token = warp / chunks;
+  const int num_heads = 2 * num_kv_heads + num_q_heads, num_steps = (num_heads + HEADS_PER_STEP - 1) / HEADS_PER_STEP;
+  const PageStrides k_strides{k_page, k_page_head, k_page_token}, v_strides{v_page, v_page_head, v_page_token};
+  const int2 rotated = place<HEAD_DIM, ROTATING_LANES * 16>(part), plain = place<HEAD_DIM_V, 0>(part);
+
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  if (token >= num_tokens) return;
+
+  uint4 held[IN_FLIGHT][2];
+  const auto load = [&](int first_step) {
+    #pragma unroll
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      held[i][0] = held[i][1] = make_uint4(0, 0, 0, 0);
+      const int head = (first_step + i * chunks) * HEADS_PER_STEP + lane / LANES;
+      const bool is_v = head >= num_kv_heads && head < 2 * num_kv_heads;
+      if (head >= num_heads || part >= (is_v ? HEAD_DIM_V : HEAD_DIM) / 16) continue;
+      const half_type* from = head < num_kv_heads ? k_new + token * k_token + head * k_head
+                              : is_v ? v_new + token * v_token + (head - num_kv_heads) * v_head
+                                     : q + token * q_token + (head - 2 * num_kv_heads) * q_head;
+      held[i][0] = load_once(from + (is_v ? plain.x : rotated.x));
+      held[i][1] = load_once(from + (is_v ? plain.y : rotated.y));
+    }
+  };
+  int step = warp % chunks;
+  load(step);  // under way while the token's place is looked up
+
+  int row = token, after = 1;  // tokens of the row from this one on
+  if (token_offsets) {
+    row = find_row(token_offsets, batch_size, token, lane);
+    if (token < __ldcg(token_offsets + row)) return;
+    after = __ldcg(token_offsets + row + 1) - token;
+    if (after <= 0) return;
+  }
+  const int position = __ldcg(seq_lens + row) - after;
+  if (position < 0 || position >= max_positions || position / page_size >= max_pages) return;
+  const int id = __ldcg(block_table + row * table_stride + position / page_size), slot = position % page_size;
+  if (id < 0 || id >= num_pages) return;
+
+#if ROPE_STYLE
+  Angles angles;
+  if (part < ROTATING_LANES) angles.load(rope, position, rope_stride, rope_factor, part);
+#endif
+#if CACHE_TYPE == 1 || CACHE_TYPE == 2
+  const float k_inverse = __frcp_rn(k_scales ? __ldcg(k_scales) : k_scale);
+  const float v_inverse = __frcp_rn(v_scales ? __ldcg(v_scales) : v_scale);
+#endif
+
+  for (;;) {
+    #pragma unroll
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      const int head = (step + i * chunks) * HEADS_PER_STEP + lane / LANES;
+      const bool is_k = head < num_kv_heads, is_v = !is_k && head < 2 * num_kv_heads;
+      const int2 at = is_v ? plain : rotated;
+      float low[8], high[8];
+      unpack_vector(held[i][0], low);
+      unpack_vector(held[i][1], high);
+#if ROPE_STYLE
+      if (!is_v && part < ROTATING_LANES) angles.rotate(low, high);
+#endif
+#if CACHE_TYPE == 3
+      const float scale = head_scale(low, high);  // by all lanes, whatever they hold
+      const float inverse = scale > 0.0f ? __frcp_rn(scale) : 0.0f;
+#endif
+      if (head >= num_heads || part >= (is_v ? HEAD_DIM_V : HEAD_DIM) / 16) continue;
+      if (!is_k && !is_v) {
+        half_type* to = q_out + token * q_out_token + (head - 2 * num_kv_heads) * q_out_head;
+        store_vector(to + at.x, low);
+        store_vector(to + at.y, high);
+        continue;
+      }
+      const int kv_head = is_k ? head : head - num_kv_heads;
+      cache_type* to = is_k ? k_pages + k_strides.at(id, kv_head, slot) : v_pages + v_strides.at(id, kv_head, slot);
+#if CACHE_TYPE == 0
+      store_vector(to + at.x, low);
+      store_vector(to + at.y, high);
+#else
+#if CACHE_TYPE == 3
+      const PageStrides scale_strides{scale_page, scale_head, scale_token};
+      if (part == 0) (is_k ? k_scales : v_scales)[scale_strides.at(id, kv_head, slot)] = scale;
+#else
+      const float inverse = is_k ? k_inverse : v_inverse;
+#endif
+      store_vector(to + at.x, low, inverse);
+      store_vector(to + at.y, high, inverse);
+#endif
+    }
+    step += IN_FLIGHT * chunks;
+    if (step >= num_steps) break;
+    load(step);
+  }
+}

@@ -1,0 +1,128 @@
+// A group's queries as B operands of S^T = K Q^T.
+#pragma once
+#include "fragments.cuh"
+#include "state.cuh"
+
+namespace pkv {
+
+constexpr int HEAD_BLOCKS = (COLUMNS + 7) / 8;     // blocks of 8 columns
+constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
+
+// In registers while they fit beside the accumulators, else read again for every tile: they stay in L1.
+constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
+// BF16 queries of FP16 products: a power of two brings each column's largest magnitude to 2^14, below FP16's largest
+// number. What FP16 then cannot hold is 2^-39 of that magnitude.
+#define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)
+// Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
+// and takes the registers of the merge.
+constexpr bool QUERY_EARLY = !QUERY_SCALED;
+
+struct Query {
+  const half_type* rows;  // the (row, KV head)'s first query head of the first token
+  int token_stride;       // elements
+  unsigned fragment[QUERY_IN_REGISTERS ? K_STEPS : 1][HEAD_BLOCKS][2];
+#if QUERY_SCALED
+  float factor[HEAD_BLOCKS];      // of the column that this lane reads
+  float inverse[HEAD_BLOCKS][2];  // 1 / factor of the columns whose logits it gets
+#endif
+
+  // The lane's 4 elements of a step's 16, as stored.
+  __device__ __forceinline__ uint2 stored(int b, int step, int lane) const {
+    const int column = min(b * 8 + lane / 4, COLUMNS - 1);  // columns past the last repeat it, unused
+    const int head = column % GROUP_SIZE, token = column / GROUP_SIZE;
+    const half_type* row = rows + token * token_stride + head * HEAD_DIM;
+#if CACHE_TYPE
+    return __ldg(reinterpret_cast<const uint2*>(row) + step * 4 + lane % 4);  // as K's elements are dealt out
+#else
+    const unsigned* pairs = reinterpret_cast<const unsigned*>(row) + step * 8 + lane % 4;
+    return make_uint2(__ldg(pairs), __ldg(pairs + 4));
+#endif
+  }
+  __device__ __forceinline__ void read(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
+    #pragma unroll
+    for (int b = 0; b < HEAD_BLOCKS; ++b) {
+      const uint2 pairs = stored(b, step, lane);
+      to[b][0] = pairs.x, to[b][1] = pairs.y;
+    }
+  }
+  __device__ __forceinline__ void get(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
+    if constexpr (QUERY_IN_REGISTERS) {
+      #pragma unroll
+      for (int b = 0; b < HEAD_BLOCKS; ++b) to[b][0] = fragment[step][b][0], to[b][1] = fragment[step][b][1];
+    } else {
+      read(to, step, lane);
+#if QUERY_SCALED
+      scale(to);
+#endif
+    }
+  }
+#if QUERY_SCALED
+  __device__ __forceinline__ void scale(unsigned (&to)[HEAD_BLOCKS][2]) const {
+    #pragma unroll
+    for (int b = 0; b < HEAD_BLOCKS; ++b)
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float2 pair = unpack(to[b][i]);
+        to[b][i] = pack_operands(pair.x * factor[b], pair.y * factor[b]);
+      }
+  }
+  // Of fragments that are not scaled yet.
+  __device__ __forceinline__ void find_factors(int lane) {
+    #pragma unroll
+    for (int b = 0; b < HEAD_BLOCKS; ++b) {
+      float largest = 0.0f;
+      #pragma unroll
+      for (int step = 0; step < K_STEPS; ++step) {
+        uint2 pairs;
+        if constexpr (QUERY_IN_REGISTERS) pairs = make_uint2(fragment[step][b][0], fragment[step][b][1]);
+        else pairs = stored(b, step, lane);
+        const float2 low = unpack(pairs.x), high = unpack(pairs.y);
+        largest = fmaxf(fmaxf(fmaxf(largest, fabsf(low.x)), fmaxf(fabsf(low.y), fabsf(high.x))), fabsf(high.y));
+      }
+      largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+      // Exponents of 2^x are x + 127: 2^14 over the power of two at or below the largest, and at most 2^127.
+      const unsigned exponent = min(268u - (__float_as_uint(largest) >> 23), 254u);
+      factor[b] = __uint_as_float(exponent << 23);
+      const float undone = __uint_as_float((254u - exponent) << 23);
+      #pragma unroll
+      for (int column = 0; column < 2; ++column)
+        inverse[b][column] = __shfl_sync(ALL_LANES, undone, lane % 4 * 8 + column * 4);
+    }
+  }
+#endif
+  // q [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
+  __device__ __forceinline__ void load(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) {
+    token_stride = num_kv_heads * GROUP_SIZE * HEAD_DIM;
+    rows = q + static_cast<long long>(row) * QUERY_TOKENS * token_stride + kv_head * GROUP_SIZE * HEAD_DIM;
+    if constexpr (QUERY_IN_REGISTERS) {
+      #pragma unroll
+      for (int i = 0; i < K_STEPS; ++i) read(fragment[i], i, lane);
+    }
+#if QUERY_SCALED
+    find_factors(lane);
+    if constexpr (QUERY_IN_REGISTERS) {
+      #pragma unroll
+      for (int i = 0; i < K_STEPS; ++i) scale(fragment[i]);
+    }
+#endif
+  }
+};
+
+// Logits of one K tile: s[b] holds tokens lane/4, lane/4 + 8 by heads 2*(lane%4), + 1 of block b.
+__device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& query, unsigned tile, int lane) {
+  #pragma unroll
+  for (int b = 0; b < HEAD_BLOCKS; ++b) s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0.0f;
+  KeyFragments keys;
+  #pragma unroll
+  for (int i = 0; i < K_STEPS; ++i) {
+    unsigned k[4];
+    keys.get(k, tile, i, lane);
+    unsigned q[HEAD_BLOCKS][2];
+    query.get(q, i, lane);
+    #pragma unroll
+    for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(s[b], k, q[b][0], q[b][1]);
+  }
+}
+
+}  // namespace pkv

@@ -1,0 +1,137 @@
+"""Text generation by Transformers on our kernels: a ragged batch under pkv, SDPA and Transformers' own paged attention.
+
+    python examples/generate.py                              # a small random-weight Llama
+    python examples/generate.py --model ~/Llama-3.2-1B       # a local checkpoint
+    python examples/generate.py --rows 64 --prompts 512 8192 --new-tokens 256 --json generate.json
+
+Every way decodes greedily from the same random prompts. Tokens are compared with SDPA's: a row may leave them only
+where SDPA's two best logits lie so close that rounding decides, and what follows in that row is not compared.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from generate_ways import WAYS, Batch, compare, reference_logits, run_way
+from gpu.environment import environment, missing, options_of, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NEAR_TIE = {"float16": 0.05, "bfloat16": 0.4}  # share of the logits' standard deviation that rounding may shift
+
+
+def random_batch(model: PreTrainedModel, args: argparse.Namespace) -> Batch:
+    import torch
+
+    generator = torch.Generator().manual_seed(args.seed)
+    lens = torch.randint(args.prompts[0], args.prompts[1] + 1, (args.rows,), generator=generator)
+    width = int(lens.max())
+    mask = torch.arange(width) >= width - lens[:, None]
+    ids = torch.randint(3, model.config.vocab_size, mask.shape, generator=generator) * mask
+    return Batch(ids.to(model.device), mask.long().to(model.device), args.new_tokens)
+
+
+def load_model(args: argparse.Namespace, device: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    dtype = getattr(torch, args.dtype)
+    if args.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, local_files_only=True)
+    else:
+        torch.manual_seed(args.seed)
+        config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=12,
+                             num_attention_heads=16, num_key_value_heads=4, head_dim=128, initializer_range=0.05,
+                             max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.generation_config.eos_token_id = None  # rows of equal length, so that tokens per second mean the same
+    model.generation_config.pad_token_id = 0
+    return model.to(device).eval()
+
+
+def run_all(model: PreTrainedModel, batch: Batch, ways: list[str], *, page_size: int, tolerance: float) -> list[dict]:
+    """One record a way, SDPA's first."""
+    from gpu.transformers_attention import register
+
+    register()
+    ways = [WAYS[0], *(way for way in ways if way != WAYS[0])]
+    results = [run_way(way, model, batch, page_size=page_size) for way in ways]
+    expected, records = results[0].tokens, []
+    for result in results:
+        agreement = compare(result.tokens, expected, partial(reference_logits, model, batch, expected), tolerance)
+        speed = {"tokens_per_s": expected.numel() / result.total_s, "decode_tokens_per_s": result.decode_tokens_per_s()}
+        times = {"prefill_s": result.prefill_s, "total_s": result.total_s}
+        records.append({"way": result.way, **speed, **times, **asdict(agreement)})
+    return records
+
+
+def print_records(records: list[dict], batch: Batch, console: Console) -> None:
+    lens = batch.attention_mask.sum(1)
+    table = Table("attention", "tokens/s", "decode tokens/s", "prefill s", "whole s", "equal", "near ties", "wrong",
+                  title=f"{len(lens)} rows, prompts of {int(lens.min())} to {int(lens.max())} tokens, "
+                        f"{batch.new_tokens} new tokens each; the last three in rows")
+    for record in records:
+        numbers = (("tokens_per_s", 0), ("decode_tokens_per_s", 0), ("prefill_s", 3), ("total_s", 3))
+        cells = ["-" if record[name] is None else f"{record[name]:.{digits}f}" for name, digits in numbers]
+        table.add_row(record["way"], *cells, str(record["same_rows"]), str(record["near_ties"]),
+                      str(len(record["wrong"])))
+    console.print(table)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a local checkpoint; by default a small Llama of random weights")
+    parser.add_argument("--dtype", choices=tuple(NEAR_TIE), default="float16")
+    parser.add_argument("--rows", type=int, default=16, help="sequences in the batch (16)")
+    parser.add_argument("--prompts", type=int, nargs=2, default=(64, 2048), metavar=("LEAST", "MOST"),
+                        help="tokens of a prompt, drawn evenly (64 2048)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate for each row (128)")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens of a page of ours (16)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated, of %(default)s; sdpa is always run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write what was measured, and on what")
+    args = parser.parse_args(argv)
+    args.ways = args.ways.split(",")
+    for way in args.ways:
+        if way not in WAYS:
+            parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {way!r}")
+    for name, value in (("rows", args.rows), ("new-tokens", args.new_tokens), ("page-size", args.page_size),
+                        ("prompts", args.prompts[0])):
+        if value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}")
+    if args.prompts[0] > args.prompts[1]:
+        parser.error(f"--prompts: expected LEAST <= MOST, got {args.prompts[0]} {args.prompts[1]}")
+    if args.model is not None and not args.model.is_dir():
+        parser.error(f"--model: expected a folder, got {args.model}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    reason = missing()
+    if reason is None and importlib.util.find_spec("transformers") is None:
+        reason = "transformers is not installed: pip install '.[transformers]'"
+    if reason is not None:
+        print(f"generate needs a CUDA GPU with CuPy, PyTorch and Transformers; {reason}", file=sys.stderr)
+        return 1
+    model = load_model(args, "cuda")
+    batch = random_batch(model, args)
+    records = run_all(model, batch, args.ways, page_size=args.page_size, tolerance=NEAR_TIE[args.dtype])
+    print_records(records, batch, Console())
+    if args.json is not None:
+        write_json(args.json, {"environment": environment(), "options": options_of(args), "results": records})
+    return 1 if any(record["wrong"] for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

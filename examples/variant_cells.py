@@ -1,0 +1,156 @@
+"""What bench_variants measures: variants of attention and of its arrays, on which steps, and the bytes each must read.
+
+A further kind of cache is a line of VARIANTS; how its pages are made is in variant_caches.py.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bench_cells import Cell, ragged_cells, uniform_cells
+from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.cost import useful_kv_bytes
+from result_tables import Table, us
+
+WINDOW = 4096
+TABLES = ("block table", "csr and lengths", "csr and last pages")
+MOST_OVER_SHORT_ROWS = (
+    1.05  # a window's time over long rows, as a multiple of plain attention's over rows of its length
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way of attention, its arrays' layout, and whether FlashInfer's backends that have it are timed beside it."""
+
+    name: str
+    options: AttentionOptions = AttentionOptions()
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    layout: str = "HND"
+    ids: str = "int32"
+    tables: str = TABLES[0]
+    against_flashinfer: bool = True
+
+    def shape(self, page_size: int) -> DecodeShape:
+        return DecodeShape(self.num_q_heads, self.num_kv_heads, self.head_dim, page_size)
+
+    def kv_bytes(self, seq_lens: np.ndarray, page_size: int) -> int:
+        """Bytes of K, V and scales that a step of rows seq_lens [batch_size] must read."""
+        return useful_kv_bytes(self.shape(page_size), seq_lens, self.options)
+
+
+def _cache(name: str, kv_dtype: str, kv_scales: str) -> Variant:
+    """An 8-bit cache; gpu.flashinfer drives none."""
+    return Variant(
+        f"{name} by {kv_scales}", AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales), against_flashinfer=False
+    )
+
+
+VARIANTS = (
+    Variant("plain"),
+    Variant("window 4K", AttentionOptions(window=WINDOW)),
+    Variant("sinks", AttentionOptions(sinks=True)),
+    Variant("soft cap", AttentionOptions(soft_cap=30.0)),
+    *(Variant(f"{count} query tokens", AttentionOptions(query_tokens=count)) for count in (2, 4, 8)),
+    Variant("head_dim 192/128", AttentionOptions(v_head_dim=128), head_dim=192),
+    Variant("group size 8", num_q_heads=64),
+    Variant("NHD", layout="NHD", against_flashinfer=False),
+    Variant("int64 table", ids="int64", against_flashinfer=False),
+    Variant("CSR", tables=TABLES[1], against_flashinfer=False),
+    Variant("CSR, last pages", tables=TABLES[2], against_flashinfer=False),
+    _cache("e4m3", "float8_e4m3fn", "tensor"),
+    _cache("e4m3", "float8_e4m3fn", "page"),
+    _cache("e5m2", "float8_e5m2", "tensor"),
+    _cache("int8", "int8", "token"),
+)
+PLAIN, WINDOWED = VARIANTS[:2]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One row of the table; times of a route that was not timed are None and `note` says why."""
+
+    variant: str
+    case: str
+    batch_size: int
+    num_kv_heads: int
+    route: str
+    kv_bytes: int
+    limit_us: float
+    kernel_us: float | None = None
+    spread: float | None = None
+    layers: int = 0
+    max_abs_error: float | None = None  # against float32 on sampled rows
+    kernel: str = ""  # warps x stages, of ours
+    note: str = ""
+
+
+def _named(cells: list[Cell], batch_size: int, case: str) -> Cell:
+    return next(cell for cell in cells if (cell.batch_size, cell.case) == (batch_size, case))
+
+
+def cells() -> dict[str, Cell]:
+    """The steps that every variant is measured on, by name."""
+    uniform = uniform_cells()
+    return {"8x32K": _named(uniform, 8, "32K"),
+            "64x2K": Cell(case="2K", num_q_heads=32, num_kv_heads=8, seq_lens=(2048,) * 64),
+            "bimodal": _named(ragged_cells(), 32, "bimodal")}
+
+
+def window_cells() -> list[tuple[Variant, Cell]]:
+    """A window over long rows, and plain attention over rows as long as the window: as many bytes, as much time."""
+    long, short = (Cell(case=f"{length // 1024}K", num_q_heads=32, num_kv_heads=8, seq_lens=(length,) * 8)
+                   for length in (32 * WINDOW, WINDOW))
+    return [(WINDOWED, long), (PLAIN, short)]
+
+
+def jobs(variants: tuple[Variant, ...], names: list[str]) -> list[tuple[Variant, Cell]]:
+    """What to measure; the window's comparison is there where both its variants are asked for."""
+    every = cells()
+    found = [(variant, every[name]) for variant in variants for name in names]
+    return found + (window_cells() if PLAIN in variants and WINDOWED in variants else [])
+
+
+def window_cost(results: list[Result]) -> float | None:
+    """Balanced over long rows with a window, as a multiple of plain attention over short rows; None if not measured."""
+    times = {(r.variant, r.case, r.batch_size): r.kernel_us for r in results if r.route == "balanced"}
+    pair = [times.get((variant.name, cell.case, cell.batch_size)) for variant, cell in window_cells()]
+    return None if None in pair else pair[0] / pair[1]
+
+
+def table(results: list[Result], dtype: str = "float16") -> Table:
+    """dtype: of queries and 16-bit pages. x FP16 (or BF16): over plain attention's time on the same step."""
+    plain = {(r.case, r.batch_size): r.kernel_us for r in results if (r.variant, r.route) == (PLAIN.name, "balanced")}
+    rows = []
+    for r in results:
+        same = [
+            other
+            for other in results
+            if (other.variant, other.case, other.batch_size) == (r.variant, r.case, r.batch_size)
+        ]
+        theirs = [other.kernel_us for other in same if other.route != "balanced" and other.kernel_us is not None]
+        ours = r.route == "balanced" and r.kernel_us is not None
+        over = plain.get((r.case, r.batch_size)) if ours else None
+        rows.append((r.variant, r.case, str(r.batch_size), str(r.num_kv_heads), r.route, r.kernel or "-",
+                     us(r.kernel_us),
+                     "-" if r.kernel_us is None else f"{r.kv_bytes / r.kernel_us / 1e3:.0f}", us(r.limit_us),
+                     "-" if r.kernel_us is None else f"{r.kernel_us / r.limit_us:.2f}",
+                     "-" if over is None else f"{r.kernel_us / over:.3f}",
+                     f"{min(theirs) / r.kernel_us:.2f}" if ours and theirs else "-"))
+    cost = window_cost(results)
+    note = (
+        ""
+        if cost is None
+        else (
+            f"window of {WINDOW} tokens over {32 * WINDOW // 1024}K rows: {cost:.3f} x plain over rows of {WINDOW} "
+            f"({'within' if cost <= MOST_OVER_SHORT_ROWS else 'above'} {MOST_OVER_SHORT_ROWS})"
+        )
+    )
+    notes = sorted({f"not timed: {r.variant}, {r.route}: {r.note}" for r in results if r.note})
+    return Table("variants of decode attention, cold L2, kernel time in a CUDA graph",
+                 ("variant", "case", "batch", "kv_heads", "route", "kernel", "us", "GB/s", "limit us", "x limit",
+                  {"float16": "x FP16", "bfloat16": "x BF16"}[dtype], "x FlashInfer"),
+                 tuple(rows), "\n".join(filter(None, [note, *notes])))

@@ -1,0 +1,173 @@
+"""python -m gpu.tune: measures which (warps, stages) is fastest for each shape on this GPU and writes the table.
+
+Examples:
+  python -m gpu.tune -o mygpu.json            then PKV_TUNED=mygpu.json for every program that uses DecodeEngine
+  python -m gpu.tune --calculate 86 -o t.json the table of a GPU that is not at hand, by what fits its shared memory
+"""
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import math
+import multiprocessing
+import sys
+
+from gpu.config import DTYPES, HEAD_DIMS, KernelConfig, kernel_config, shared_limit_bytes, variants
+from pkvsim import DecodeShape
+
+CANDIDATES = ((8, 2), (8, 3), (8, 4), (4, 2), (4, 3), (4, 4), (4, 6), (2, 4))
+GROUP_SIZES = (1, 4, 8, 16, 32)
+PAGE_SIZE, KV_HEADS = 16, 8
+CELLS = ((1, 8192), (8, 4096), (32, 2048), (8, 32768))  # rows, tokens of the first; the others are ragged, down to half
+POOL_GIB = 12.0
+
+
+def cell_lengths(rows: int, longest: int) -> list[int]:
+    """A ragged step: lengths fall evenly from `longest` to half of it."""
+    return [longest - row * longest // (2 * rows) for row in range(rows)]
+
+
+def calculated_table(compute_capability: int) -> dict:
+    """The table by calculation: for every shape the variant with most bytes in flight that fits."""
+    entries = []
+    for head_dim in HEAD_DIMS:
+        for group_size in GROUP_SIZES:
+            for dtype in DTYPES:
+                shape = DecodeShape(group_size, 1, head_dim, PAGE_SIZE)
+                config = kernel_config(shape, dtype, compute_capability)
+                entries.append(entry_of(group_size, config))
+    return {
+        "compute_capability": compute_capability,
+        "gpu": f"any of compute capability {compute_capability / 10:.1f}",
+        "source": f"calculated: most bytes in flight within {shared_limit_bytes(compute_capability)} bytes of shared "
+        "memory; not measured",
+        "entries": entries,
+    }
+
+
+def entry_of(group_size: int, config: KernelConfig, **measured: float) -> dict:
+    """One line of a table."""
+    return {"head_dim": config.head_dim, "group_size": group_size, "dtype": config.dtype, "warps": config.warps,
+            "stages": config.stages, **measured}
+
+
+def _compile(defines: dict) -> None:
+    from gpu.kernels import load_module
+
+    load_module("balanced.cu", defines).get_function("pkv_decode_balanced")
+
+
+def compile_all(configs: list[KernelConfig], jobs: int) -> None:
+    """Compiles into CuPy's disk cache, in processes of their own since a compilation holds one core."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for done, _ in enumerate(pool.map(_compile, [config.defines() for config in configs]), 1):
+            progress(f"compiled {done} of {len(configs)}")
+    progress(None)
+
+
+def progress(line: str | None) -> None:
+    """One changing line on a terminal, nothing in a pipe; None ends it."""
+    if sys.stderr.isatty():
+        print("\n" if line is None else f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple) -> list[float]:
+    """Kernel time of every cell, us, cold L2, inside a CUDA graph."""
+    import numpy as np
+    import torch
+
+    from gpu.engine import DecodeEngine
+    from gpu.timing import graph_time_us, l2_bytes
+
+    engine = DecodeEngine(shape, config.dtype, variant=(config.warps, config.stages))
+    times = []
+    for rows, longest in cells:
+        lens = np.array(cell_lengths(rows, longest), np.int32)
+        kv_bytes = int(lens.sum()) * shape.num_kv_heads * shape.head_dim * 4
+        pages = pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
+        engine.plan(torch.from_numpy(lens).cuda(), torch.from_numpy(pages.block_table).cuda())
+        q = torch.randn(rows, shape.num_q_heads, shape.head_dim, device="cuda", dtype=pool.flat.dtype)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
+        timing = graph_time_us(
+            lambda i: engine.run(q, *pages.layers[i], out=out, lse=lse), variants=len(pages.layers), repeats=3
+        )
+        times.append(timing.median_us)
+    return times
+
+
+def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str], jobs: int, pool_gib: float) -> dict:
+    """Measures every candidate of every shape on the current GPU; the least geometric mean over CELLS wins."""
+    import cupy
+    import torch
+
+    from gpu.bench_pool import BenchPool
+
+    capability = int(cupy.cuda.Device().compute_capability)
+    shapes = [(DecodeShape(KV_HEADS * group, KV_HEADS, head_dim, PAGE_SIZE), group, dtype)
+              for dtype in dtypes for head_dim in head_dims for group in group_sizes]
+    candidates = [variants(shape, dtype, CANDIDATES, shared_limit_bytes(capability)) for shape, _, dtype in shapes]
+    compile_all([config for configs in candidates for config in configs], jobs)
+    entries, pool, pool_dtype = [], None, None
+    for (shape, group, dtype), configs in zip(shapes, candidates):
+        if dtype != pool_dtype:
+            del pool
+            pool, pool_dtype = BenchPool(pool_gib=pool_gib, dtype=getattr(torch, dtype), seed=1), dtype
+        found = []
+        for config in configs:
+            progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.warps} warps, {config.stages} stages")
+            times = measure(shape, config, pool, CELLS)
+            found.append((math.exp(sum(map(math.log, times)) / len(times)), config))
+        found.sort(key=lambda pair: pair[0])
+        best_us, best = found[0]
+        entries.append(entry_of(group, best, geomean_us=round(best_us, 2)))
+        progress(None)
+        others = ", ".join(f"({c.warps}, {c.stages}) {us:.1f}" for us, c in found[1:])
+        print(
+            f"head_dim {shape.head_dim:3d}  group {group:2d}  {dtype:8s}  "
+            f"({best.warps}, {best.stages}) {best_us:.1f} us; {others}",
+            flush=True,
+        )
+    gpu = torch.cuda.get_device_name()
+    return {
+        "compute_capability": capability,
+        "gpu": gpu,
+        "entries": entries,
+        "source": f"python -m gpu.tune on one {gpu}, {datetime.date.today()}, CuPy {cupy.__version__}: least geometric "
+        f"mean of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens",
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--out", required=True, help="where to write the table, JSON")
+    parser.add_argument(
+        "--calculate", type=int, metavar="CC", help="compute capability x 10 of a GPU not at hand, such as 86"
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), choices=HEAD_DIMS)
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=list(GROUP_SIZES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--jobs", type=int, default=8, help="compilations at a time")
+    parser.add_argument("--pool-gib", type=float, default=POOL_GIB, help="page pool, GiB of GPU memory")
+    args = parser.parse_args(argv)
+    try:
+        if args.calculate is not None:
+            table = calculated_table(args.calculate)
+        else:
+            table = tuned_table(args.head_dims, args.group_sizes, args.dtypes, args.jobs, args.pool_gib)
+        with open(args.out, "w", encoding="utf-8") as file:
+            lines = ",\n    ".join(json.dumps(entry) for entry in table.pop("entries"))
+            file.write(json.dumps(table, indent=2)[:-2] + f',\n  "entries": [\n    {lines}\n  ]\n}}\n')
+    except (ValueError, OSError, ImportError) as error:
+        print(f"gpu.tune: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

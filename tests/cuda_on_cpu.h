@@ -1,0 +1,153 @@
+// What a kernel takes for granted of CUDA, on a CPU: a CTA of WARPS warps whose threads are fibers, which meet where
+// lanes do, at shuffles, votes and barriers.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define __device__
+#define __host__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+using std::max;
+using std::min;
+
+struct int3 { int x, y, z; };
+struct uint2 { unsigned x, y; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+template <class To, class From>
+static To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
+static float __uint_as_float(unsigned x) { return bits<float>(x); }
+static float __int_as_float(int x) { return bits<float>(x); }
+static int __ffs(unsigned x) { return __builtin_ffs(x); }
+template <class T>
+static T __ldg(const T* at) { return *at; }
+template <class T>
+[[maybe_unused]] static T __ldcg(const T* at) { return *at; }
+
+// What a GPU would not have said, or only by hanging or by being slow.
+static const char* complaint = nullptr;
+static void complain(const char* words) { complaint = complaint ? complaint : words; }
+
+// Fibers.
+constexpr int CTA_THREADS = WARPS * 32;
+static int3 threadIdx, blockIdx, gridDim;
+unsigned char memory[256 << 10] __align__(128);  // the CTA's shared memory
+
+struct Warp {
+  int arrived = 0, meetings = 0;
+  uint64_t brought[32][8];
+};
+static Warp warps[WARPS];
+static ucontext_t scheduler, fibers[CTA_THREADS];
+static std::vector<char> stacks[CTA_THREADS];
+static bool ended[CTA_THREADS];
+static void (*body)();
+
+static void yield() {
+  const int mine = threadIdx.x;
+  swapcontext(&fibers[mine], &scheduler);
+}
+static void start() {
+  body();
+  ended[threadIdx.x] = true;
+}
+static void run_cta() {
+  std::memset(memory, 0xff, sizeof memory);
+  for (int i = 0; i < CTA_THREADS; ++i) {
+    stacks[i].resize(256 << 10);
+    ended[i] = false;
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = stacks[i].data(), fibers[i].uc_stack.ss_size = stacks[i].size();
+    fibers[i].uc_link = &scheduler;
+    makecontext(&fibers[i], start, 0);
+  }
+  long rounds = 0;
+  for (bool live = true; live;) {
+    live = false;
+    if (++rounds > 20'000'000) return complain("the CTA hangs");
+    for (int i = 0; i < CTA_THREADS; ++i)
+      if (!ended[i]) threadIdx.x = i, live = true, swapcontext(&scheduler, &fibers[i]);
+  }
+}
+
+// All lanes of a warp bring `mine`; `look` then sees what each brought.
+static Warp& my_warp() { return warps[threadIdx.x / 32]; }
+static int my_lane() { return threadIdx.x % 32; }
+static void meet() {
+  Warp& warp = my_warp();
+  const int meeting = warp.meetings;
+  if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings;
+  else while (warp.meetings == meeting) yield();
+}
+template <class T, class Look>
+static auto together(const T& mine, Look look) {
+  static_assert(sizeof(T) <= sizeof(Warp::brought[0]));
+  Warp& warp = my_warp();
+  std::memcpy(warp.brought[my_lane()], &mine, sizeof mine);
+  meet();
+  const auto result = look([&](int lane) {
+    T theirs;
+    std::memcpy(&theirs, warp.brought[lane], sizeof theirs);
+    return theirs;
+  });
+  meet();
+  return result;
+}
+static void __syncwarp() { meet(); }
+static int cta_arrived = 0, cta_meetings = 0;
+static void __syncthreads() {
+  const int meeting = cta_meetings;
+  if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings;
+  else while (cta_meetings == meeting) yield();
+}
+template <class T>
+static T __shfl_sync(unsigned, T value, int from) { return together(value, [&](auto of) { return of(from % 32); }); }
+template <class T>
+static T __shfl_xor_sync(unsigned, T value, int mask) {
+  return together(value, [&](auto of) { return of(my_lane() ^ mask); });
+}
+template <class T>
+static T __shfl_up_sync(unsigned, T value, int by) {
+  return together(value, [&](auto of) { return of(max(0, my_lane() - by)); });
+}
+static unsigned __ballot_sync(unsigned, bool vote) {
+  return together(vote, [](auto of) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(of(lane)) << lane;
+    return votes;
+  });
+}
+static bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+static bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
+template <class Fold>
+static int folded(int value, Fold fold) {
+  return together(value, [&](auto of) {
+    int all = of(0);
+    for (int lane = 1; lane < 32; ++lane) all = fold(all, of(lane));
+    return all;
+  });
+}
+inline int __reduce_add_sync(unsigned, int x) { return folded(x, [](int a, int b) { return a + b; }); }
+inline int __reduce_max_sync(unsigned, int x) { return folded(x, [](int a, int b) { return max(a, b); }); }
+inline int __reduce_min_sync(unsigned, int x) { return folded(x, [](int a, int b) { return min(a, b); }); }

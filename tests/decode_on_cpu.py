@@ -1,0 +1,184 @@
+"""Decode kernels built for the CPU (decode_harness.cpp), and steps for them with poison wherever no row reads."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gpu.config import KernelConfig, kernel_config
+from gpu.decode_kernels import arguments
+from gpu.kernels import SOURCE_DIR
+from gpu.launch import _arguments
+from gpu.step_tables import TableLayout
+from pkvsim import AttentionOptions, DecodeShape, make_schedule
+from pkvsim.reference_append import FP8_DTYPES, dequantize
+
+HARNESS = Path(__file__).with_name("decode_harness.cpp")
+COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+LENGTHS = (0, 1, 15, 16, 17, 33, 70, 200)
+CTAS = 3
+LOG2_E = 1.4426950408889634
+NAN_CODES = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0x7F}  # int8 has none: its largest number
+
+
+@functools.cache
+def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.CDLL:
+    """converts_e4m3: whether the GPU that is played has the instruction, as those from sm_89 on."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    folder = Path(tempfile.mkdtemp(prefix="pkv_decode_"))
+    try:
+        for path in SOURCE_DIR.glob("*.cu*"):
+            shutil.copy(path, folder)
+        (folder / "mma.cuh").write_text("")
+        defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
+        command = [COMPILER, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{HARNESS.parent}",
+                   *(f"-D{name}={value}" for name, value in defines.items()), "-o", folder / "decode.so", HARNESS]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(folder / "decode.so"))
+    finally:
+        shutil.rmtree(folder)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy on a 16-byte boundary."""
+    whole = np.zeros(array.nbytes + 16, np.uint8)
+    start = -whole.ctypes.data % 16
+    placed = whole[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    placed[...] = array
+    return placed
+
+
+@dataclass(slots=True)
+class Step:
+    """Arrays of a decode step; k, v and their scales as stored, k_values, v_values float64 as meant."""
+
+    shape: DecodeShape
+    options: AttentionOptions
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    k_scales: np.ndarray | None
+    v_scales: np.ndarray | None
+    table: np.ndarray
+    lens: np.ndarray
+    sinks: np.ndarray | None
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """(K, V) as float64; 0 for NaN, which only tokens without a row may hold."""
+        kv_dtype, pairs = self.options.kv_dtype, ((self.k, self.k_scales), (self.v, self.v_scales))
+        if kv_dtype is None:
+            return tuple(np.nan_to_num(pages.astype(np.float64)) for pages, _ in pairs)
+        return tuple(np.nan_to_num(dequantize(pages, kv_dtype, scales)) for pages, scales in pairs)
+
+
+def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed: int, lens: tuple[int, ...] = LENGTHS,
+              spread: float = 1.0) -> Step:
+    """spread: the scales' powers of two reach so far up and down."""
+    rng, slots, kv_dtype = np.random.default_rng(seed), shape.page_size, options.kv_dtype
+    lens = np.array(lens, np.int32)
+    pages = -(-lens // slots)
+    count = int(pages.sum()) + 3
+    table = np.full((len(lens), int(pages.max()) + 1), 0x7FFFFFFF, np.int32)
+    table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(count)[:pages.sum()]
+    owned = np.zeros((count, slots), bool)
+    for row, length in enumerate(lens):
+        at = np.arange(length)
+        owned[table[row, at // slots], at % slots] = True
+    pools, dtype = [], np.dtype(getattr(ml_dtypes, dtype, dtype))
+    heads = shape.num_kv_heads
+    for width in (shape.head_dim, options.value_dim(shape)):
+        x, scales = rng.standard_normal((count, heads, slots, width)) * 0.5, None
+        if kv_dtype is None:
+            stored = x.astype(dtype)
+        else:
+            int8 = kv_dtype == "int8"
+            steps = np.clip(np.rint(x * 64), -128, 127) if int8 else x * 8
+            codes = steps.astype(np.int8 if int8 else FP8_DTYPES[kv_dtype])
+            stored = codes.view(np.uint8)
+            sized = {"tensor": (1,), "page": (count, heads), "token": (count, heads, slots)}[options.kv_scales]
+            unit = 1 / 64 if int8 else 1 / 8
+            scales = aligned((unit * np.exp2(rng.uniform(-spread, spread, sized))).astype(np.float32))
+            if options.kv_scales == "page":
+                scales[~owned.any(axis=1)] = np.nan
+            if options.kv_scales == "token":
+                scales.swapaxes(1, 2)[~owned] = np.nan
+        stored.swapaxes(1, 2)[~owned] = np.nan if kv_dtype is None else NAN_CODES[kv_dtype]
+        pools += [aligned(stored), scales]
+    tokens = () if options.query_tokens == 1 else (options.query_tokens,)
+    q = aligned(rng.standard_normal((len(lens), *tokens, shape.num_q_heads, shape.head_dim)).astype(dtype))
+    sinks = rng.standard_normal(shape.num_q_heads).astype(np.float32) if options.sinks else None
+    return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks)
+
+
+def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), converts_e4m3: bool = True,
+        hurry: bool = False, ctas: int = CTAS) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started."""
+    shape, options, balanced = step.shape, step.options, schedule == "balanced"
+    dtype = step.q.dtype.name
+    config = kernel_config(shape, dtype, 90, variant=variant, options=options)
+    library = build(config, balanced, converts_e4m3)
+    library.run.restype = ctypes.c_char_p
+    ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
+    out = np.full((*step.q.shape[:-1], options.value_dim(shape)), np.nan, step.q.dtype)
+    lse = np.full(step.q.shape[:-1], np.nan, np.float32)
+    heads = DecodeShape(shape.num_q_heads, shape.num_kv_heads * config.head_split, shape.head_dim, shape.page_size)
+    if balanced:
+        partials = aligned(np.full(config.workspace_bytes(ctas), 0xFF, np.uint8))
+    else:
+        queue = make_schedule("workqueue", heads, step.lens, splits=3, tile_tokens=32, window=options.reach)
+        tasks, offsets = np.ascontiguousarray(queue.tasks), queue.split_offsets.astype(np.int32)
+        partials = aligned(np.zeros(max(1, int(offsets[-1])) * heads.num_kv_heads * config.state_bytes, np.uint8))
+    base = shape.head_dim**-0.5
+    cap = options.soft_cap
+    scale, height = (base * LOG2_E, 0.0) if cap is None else (base / cap, cap * LOG2_E)
+    order = (step.k, 0), (step.v, 0), (step.k, 1), (step.k, 2), (step.v, 1), (step.v, 2)
+    layout = [pool.strides[axis] // pool.itemsize for pool, axis in order]
+    given = step.q, step.k, step.v, step.table, step.lens, None, step.sinks, out, lse, partials
+    values = [*map(address, given), *layout, len(step.lens), heads.num_kv_heads, step.table.shape[1], len(step.k),
+              options.window or 0, scale, height]
+    if options.kv_dtype is not None:
+        strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
+        values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]
+    fields, (start,) = _arguments(arguments(config, TableLayout()))
+    for field, value in zip(fields, values, strict=True):
+        field.value = value
+    end = ctypes.addressof(fields[-1]) - start + ctypes.sizeof(fields[-1])
+    assert library.arguments_bytes() == -(-end // 8) * 8
+    if balanced:
+        sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
+        first = None
+        for _ in range(2):  # the sets of slots take turns
+            complaint = library.run(ctas, ctypes.c_void_p(start), sizes)
+            assert complaint is None, complaint
+            assert_next_set_is_empty(partials, config, ctas)
+            if first is None:
+                first = out.tobytes(), lse.tobytes()
+                out[...], lse[...] = np.nan, np.nan
+        assert first == (out.tobytes(), lse.tobytes())
+    else:
+        rows = np.arange(len(step.lens), dtype=np.int32)
+        complaint = library.run(ctas, ctypes.c_void_p(start), *map(ctypes.c_void_p, map(address, (tasks, offsets))),
+                                (ctypes.c_int * 2)(len(tasks), 2), ctypes.c_void_p(address(rows)))
+    assert complaint is None, complaint
+    return out.astype(np.float64), lse.astype(np.float64)
+
+
+def assert_next_set_is_empty(partials: np.ndarray, config: KernelConfig, ctas: int) -> None:
+    sets = partials[:2 * ctas * config.state_bytes].reshape(2, -1)
+    turns = partials[sets.size:].view(np.int32)
+    assert len(turns) == ctas * config.warps and (turns == turns[0]).all()
+    assert (sets[turns[0] & 1] == 0xFF).all()
+
+
+def address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data

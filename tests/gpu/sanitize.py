@@ -1,0 +1,184 @@
+"""One small checked step of every schedule, option, layout, type of cache and kind of append, for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python -m tests.gpu.sanitize
+    compute-sanitizer --tool memcheck python -m tests.gpu.sanitize "csr and last pages" "append int8 half"
+    compute-sanitizer --tool racecheck python -m tests.gpu.sanitize --racecheck --only decode
+    python -m tests.gpu.sanitize --list
+
+Each check is meant to end within two minutes under the sanitizer. racecheck does not see that __syncwarp orders the
+lanes' writes before one lane's arrival at a barrier; with --racecheck the kernels are compiled such that every lane
+arrives (PKV_RACECHECK in cuda_src/mma.cuh).
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pkvsim import AttentionOptions, DecodeShape  # noqa: E402
+from pkvsim.kv_types import KV_DTYPES, KV_SCALES  # noqa: E402
+
+SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
+LENS = (0, 1, 700, 33, 2100)
+SCHEDULES = ("balanced", "workqueue", "split")
+OPTIONS = {
+    "window": AttentionOptions(window=100), "window of one token": AttentionOptions(window=1),
+    "soft cap": AttentionOptions(soft_cap=5.0), "sinks": AttentionOptions(sinks=True),
+    "window, soft cap and sinks": AttentionOptions(window=333, soft_cap=5.0, sinks=True),
+    **{f"{n} query tokens": AttentionOptions(query_tokens=n) for n in (2, 4, 8)},
+    "query tokens under a window": AttentionOptions(query_tokens=5, window=20),
+}
+FORMS = ("block table", "csr and lengths", "csr and last pages")
+APPEND_TYPES = (None, *KV_DTYPES)
+APPEND_ROPES = (None, "half", "interleaved")
+
+
+def plain(schedule: str, page_size: int = 16, head_dim: int = 128) -> None:
+    from decode_ref import check, make_case, run_poisoned
+
+    from gpu import DecodeEngine
+
+    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, head_dim, page_size)
+    case = make_case(shape, LENS, seed=1)
+    engine = DecodeEngine(shape, schedule=schedule, splits=4)
+    engine.plan(case.seq_lens, case.block_table)
+    for _ in range(2):  # the workspace is left clean
+        check(*run_poisoned(engine, case), case, dtype="float16")
+
+
+def with_options(
+    options: AttentionOptions, schedule: str = "balanced", *, head_dim: int = 128, layout: str = "HND"
+) -> None:
+    import torch
+    from test_gpu_options import agree, expected, run, step
+
+    from gpu import DecodeEngine
+
+    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, head_dim, 16)
+    arrays = step(shape, options, "float16", layout=layout)
+    sinks = torch.randn(SHAPE.num_q_heads, device="cuda") if options.sinks else None
+    given = {"sinks": sinks} if options.sinks else {}
+    wanted = {"sinks": sinks.double().cpu().numpy()} if options.sinks else {}
+    engine = DecodeEngine(shape, schedule=schedule, options=options, layout=layout, splits=4)
+    agree(run(engine, arrays, **given), expected(shape, options, arrays, layout, **wanted), "float16")
+
+
+def with_tables(form: str, ids: str, page_size: int = 16) -> None:
+    import torch
+    from decode_ref import check, make_case, run_poisoned
+    from test_gpu_layouts import tables
+
+    from gpu import DecodeEngine
+
+    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, SHAPE.head_dim, page_size)
+    case = make_case(shape, LENS, seed=2)
+    for schedule in SCHEDULES[:2]:
+        engine = DecodeEngine(shape, schedule=schedule, splits=4)
+        engine.plan(**tables(case, form, getattr(torch, ids)))
+        check(*run_poisoned(engine, case), case, dtype="float16")
+
+
+def with_cache(kv_dtype: str, kv_scales: str) -> None:
+    import test_gpu_kv_types as kv_types
+    from decode_ref import check
+
+    from gpu import DecodeEngine
+
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
+    step = kv_types.make_quantised(SHAPE, LENS, options, seed=1)
+    check(*kv_types.run(DecodeEngine(SHAPE, options=options), step), step.case(), dtype="float16")
+
+
+def append(kv_dtype: str | None, style: str | None) -> None:
+    from append_ref import assert_same_bits, expected, make_step, rope_of
+
+    from gpu import CacheWriter
+
+    for seed, (dims, layout, ragged) in enumerate(
+        (((128, 128, 128, 8, 2, 16), "HND", True), ((192, 128, 64, 8, 2, 3), "NHD", False))
+    ):
+        step = make_step(dims, kv_dtype=kv_dtype, layout=layout, ragged=ragged, seed=seed)
+        want = expected(step, rope_of(style, dims[2], on_gpu=False), layout)
+        writer = CacheWriter(
+            step.shape, kv_dtype=kv_dtype, layout=layout, head_dim_v=dims[1], rope=rope_of(style, dims[2], on_gpu=True)
+        )
+        writer.append(
+            step.k_new,
+            step.v_new,
+            step.k_pages,
+            step.v_pages,
+            q=step.q if style else None,
+            **step.where(),
+            **step.options,
+        )
+        assert_same_bits(step, step.q, want)
+
+
+def checks() -> dict[str, Callable[[], None]]:
+    """Every check by its name; those of appends begin with "append"."""
+    found: dict[str, Callable[[], None]] = {schedule: partial(plain, schedule) for schedule in SCHEDULES}
+    found |= {f"page size {size}": partial(plain, "balanced", size) for size in (1, 3, 256)}
+    found |= {f"head_dim {dim}": partial(plain, "balanced", 16, dim) for dim in (64, 256)}
+    found |= {name: partial(with_options, options) for name, options in OPTIONS.items()}
+    found |= {f"window, {schedule}": partial(with_options, OPTIONS["window"], schedule) for schedule in SCHEDULES[1:]}
+    found["head_dim 192/128"] = partial(with_options, AttentionOptions(v_head_dim=128), head_dim=192)
+    found["NHD"] = partial(with_options, AttentionOptions(), layout="NHD")
+    found |= {form if ids == "int32" else f"{form}, {ids}": partial(with_tables, form, ids)
+              for form in FORMS for ids in ("int32", "int64")}
+    found["csr and last pages, page size 1"] = partial(with_tables, FORMS[2], "int64", 1)
+    found |= {f"{kv_dtype} by {kv_scales}": partial(with_cache, kv_dtype, kv_scales)
+              for kv_dtype in KV_DTYPES for kv_scales in KV_SCALES}
+    found |= {" ".join(filter(None, ("append", kv_dtype or "float16", style))): partial(append, kv_dtype, style)
+              for kv_dtype in APPEND_TYPES for style in APPEND_ROPES}
+    return found
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.sanitize", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="CHECK", help="those to run, of --list; by default all")
+    parser.add_argument("--list", action="store_true", help="print the checks' names and stop")
+    parser.add_argument("--only", choices=("decode", "append"), help="leave out the others")
+    parser.add_argument("--racecheck", action="store_true", help="compile for the sanitizer's racecheck")
+    args = parser.parse_args(argv)
+    unknown = [name for name in args.names if name not in checks()]
+    if unknown:
+        parser.error(f"CHECK: expected some of --list, got {', '.join(map(repr, unknown))}")
+    return args
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    every = checks()
+    names = args.names or every
+    return {name: every[name] for name in names
+            if args.only is None or name.startswith("append") == (args.only == "append")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.list:
+        print("\n".join(chosen(args)))
+        return 0
+    if any(importlib.util.find_spec(module) is None for module in ("torch", "cupy")):
+        print("sanitize needs a CUDA GPU with CuPy and PyTorch", file=sys.stderr)
+        return 1
+    if args.racecheck:
+        from gpu.config import KernelConfig
+
+        without = KernelConfig.defines
+        KernelConfig.defines = lambda config: without(config) | {"PKV_RACECHECK": 1}
+    for name, check in chosen(args).items():
+        start = time.perf_counter()
+        check()
+        print(f"{name}: ok, {time.perf_counter() - start:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
