@@ -129,7 +129,7 @@ struct TensorScales {
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. Where there is a segment, `emit.begin(source)` is called once, when the
+// the first segment by warp column % WARPS. `emit.begin(source)` is called once before, when the
 // first loads are under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
@@ -139,8 +139,10 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   Loader<Source> loader(source);
   const TensorScales tensor_scales(given);
   Dealer<Source> walk(source);
-  int unused = STAGES;  // slots of the ring to be filled before there is anything to compute
+  // Begins as a segment of nothing, whose rounds only fill the ring: the first loads are the main loop's too, since a
+  // second copy of the loader's code is fetched from a cold L2 by short steps.
   Share share, next;
+  share.first = -STAGES * WARPS, share.tile_end = 0;
   bool live = false;  // whether `share` is a segment to compute
   Query query;
   Mask mask;
@@ -152,12 +154,12 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (live) {
       state.reset();
       if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
-      // The first loads are this loop's too, in rounds without arithmetic: one copy of the loader's code, whose
-      // fetching shows in short steps.
-      for (int tile = share.first - unused * WARPS; tile < share.tile_end || unused > 0; tile += WARPS) {
+    }
+    if (live || count < 0) {
+      for (int tile = share.first; tile < share.tile_end; tile += WARPS) {
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
-        if (unused == 0) {
+        if (live) {
           copy_wait<2 * STAGES - 1>();
           __syncwarp();
           score(s, query, slot, lane);
@@ -167,7 +169,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
           __syncwarp();
         }
         loader.issue_k(pages, slot, warp, lane);
-        if (unused == 0) {
+        if (live) {
           weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
           copy_wait<2 * STAGES - 1>();
           __syncwarp();
@@ -177,11 +179,11 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         loader.issue_v(pages, slot, lane);
         if (++stage == STAGES) stage = 0;
         slot = ring + stage * SLOT_BYTES;
-        if (unused > 0 && --unused == 0 && !emit.begin(source)) {
-          copy_wait<0>();
-          return false;
-        }
       }
+    }
+    if (count < 0 && !emit.begin(source)) {
+      copy_wait<0>();
+      return false;
     }
     // The next segment's queries are on their way while this one's states are merged.
     const bool more = (live || count < 0) && walk.next(next, warp);
@@ -189,8 +191,6 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
       if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
       mask = {next.seq_len, QUERY_TOKENS, given.window};
       if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
-    } else if (count < 0) {
-      return true;
     }
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
@@ -201,8 +201,8 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
       shared.merged[buffer].arrive(lane);
     }
-    if (count >= 0) {
-      if (!live) break;
+    if (!live && !more) break;
+    if (live) {
       const int buffer = count % BUFFERS, phase = count / BUFFERS;
       if (phase > 0) shared.merged[buffer].wait(phase - 1);
       publish(state, shared.states[buffer][warp], lane);

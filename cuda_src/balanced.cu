@@ -24,20 +24,26 @@ namespace pkv {
 
 struct BalancedEmit {
   Output output;
-  Slot* partials;            // [num_ctas], the set in use
+  Slot* partials;            // [2][num_ctas]
+  int turn;                  // whose bit 0 says which set is in use
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
-  Cut cut;
+  const Rows& rows;
+  const Cut& cut;
+  bool early;                // lengths may have changed since the plan was made
+  const int* noted;          // [batch_size] the lengths that it was made with, but for the first 32
   int lane;
-  int stale;     // not 0: a length that this lane looked at is not what was planned with
-  int first;     // the range in which this CTA's first segment begins
+  int first;                 // the range in which this CTA's first segment begins
   int held_row, held_head;
   bool holds;
 
   // Called once the first loads are under way; whether the plan holds.
   __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
     first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
-    return !__any_sync(ALL_LANES, stale);
+    return !(early && __any_sync(ALL_LANES, rows.changes(noted, lane)));
   }
+
+  // The slots in use. Asked for where they are, not before the first loads: `turn` is then still on its way.
+  __device__ __forceinline__ Slot* slots() const { return partials + (opaque(turn) & 1) * gridDim.x; }
 
   __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
     if (s.begins && s.ends) {
@@ -50,7 +56,7 @@ struct BalancedEmit {
       if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(partials[blockIdx.x], column, state, lane);
+      send_state(slots()[blockIdx.x], column, state, lane);
     }
   }
 
@@ -62,6 +68,7 @@ struct BalancedEmit {
     constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
     constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
     float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
+    const Slot* sent = slots();
     __syncwarp();
     #pragma unroll 1
     for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
@@ -79,7 +86,7 @@ struct BalancedEmit {
       #pragma unroll 1
       for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
-        const Slot* parts = partials + j;
+        const Slot* parts = sent + j;
         float2 ml[TOGETHER];
         unsigned missing = ALL_LANES >> (32 - count);
         do {
@@ -181,19 +188,13 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
     const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
-    walk.x0 = walk.x_end = 0;  // nothing
+    walk.x0 = walk.x_end = walk.tile = 0;  // nothing
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
-    int stale = 0;
-    if (early) {
-      pkv::wait_for_previous_kernel();
-      stale = rows.changes(noted, lane);
-    }
+    if (early) pkv::wait_for_previous_kernel();
     const int turn = __ldcg(turns);
-    pkv::Slot* in_use = given.partials + (turn & 1) * gridDim.x;
-    pkv::BalancedEmit emit{output, in_use, shared.kept, cut, lane, stale};
+    pkv::BalancedEmit emit{output, given.partials, turn, shared.kept, rows, cut, early, noted, lane};
     emit.holds = false;
-    const bool idle = walk.x0 >= walk.x_end;
-    if (idle ? __any_sync(pkv::ALL_LANES, stale) : !pkv::attend(walk, pages, given, shared, emit)) continue;
+    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
     pkv::empty_slot(given.partials[(~turn & 1) * gridDim.x + blockIdx.x], warp, lane);
     if (lane == 0) *turns = ~turn;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
