@@ -11,20 +11,11 @@ namespace pkv {
 
 constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of head pairs in different banks
 
-// A segment that its range ends and an earlier one began.
-struct Held {
-  int row, kv_head;  // row -1: there is none
-  int first, range;  // in which it begins, in which it ends
-};
-
 struct __align__(16) SharedMemory {
   unsigned char ring[WARPS][STAGES][SLOT_BYTES];
   float states[BUFFERS][WARPS][COLUMNS][STATE_ROW];  // acc, then m and l
-  ArrivalBarrier left[BUFFERS], merged[BUFFERS];     // by all warps: their states left there, their heads merged
-  // Of the balanced schedule, whose CTAs have up to two ranges.
-  float kept[2][COLUMNS][STATE_ROW];  // each range's part of the segment that it holds, merged
-  Held held[2][WARPS];                // noted by each warp for itself
-  int ticket;
+  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only)
+  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // by all warps: their states left there, their heads merged
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
@@ -138,9 +129,8 @@ struct TensorScales {
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. `emit.begin(source)` is called once before, when the first loads are under
-// way; if it returns false nothing is done, and attend returns false. `emit.ending()` is called when the last segment's
-// tiles are done, its states not yet merged.
+// the first segment by warp column % WARPS. `emit.begin(source)` is called once before, when the
+// first loads are under way; if it returns false nothing is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
                                        SharedMemory& shared, Emit& emit) {
@@ -201,8 +191,6 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
       if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
       mask = {next.seq_len, QUERY_TOKENS, given.window};
       if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
-    } else if (live) {
-      emit.ending();
     }
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
@@ -227,12 +215,9 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   return true;
 }
 
-// Called by the whole CTA before each attend. again: not for the first time, and no warp is still in the last attend.
-__device__ __forceinline__ void init_barriers(SharedMemory& shared, bool again = false) {
-  if (threadIdx.x < BUFFERS) {
-    if (again) shared.left[threadIdx.x].end(), shared.merged[threadIdx.x].end();
-    shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
-  }
+// Called once by the whole CTA, before attend.
+__device__ __forceinline__ void init_barriers(SharedMemory& shared) {
+  if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
   __syncthreads();
 }
 

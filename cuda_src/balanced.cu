@@ -2,25 +2,19 @@
 //
 // Computes softmax(q K^T * scale) V for one query token per row over paged K,V, rows of any length.
 // Grid: [num_ctas]; block: [WARPS * 32]; dynamic shared memory: SharedMemory.
-// Every CTA reads seq_lens itself and finds its own equal-cost range of tiles (plan.cuh): no planner, no host. In long
-// steps those that are done first then run one of the tail ranges each, in the order of the tickets that they draw.
+// Every CTA reads seq_lens itself and finds its own equal-cost range of tiles (plan.cuh): no planner, no host.
 //
-// A range holds at most two partial segments. One that is cut at its end goes to the range's slot in `partials`; one
-// that an earlier range began and this range ends is merged here, last of all, with the slots of the ranges before it,
-// in their order.
-//
-// So a CTA waits only when it has run all it will run, and only for ranges before its own: those of CTAs of lower index,
-// and tail ranges whose CTAs have drawn lower tickets. All of these run and do not wait for it first. One tail range
-// alone, in which the head ends that the first one begins in, may wait for CTAs that are yet to start: progress needs
-// room for two CTAs at a time.
+// A CTA holds at most two partial segments. One that its range cuts at the end goes to the CTA's slot in
+// `partials`; one that an earlier CTA began and this CTA ends is merged here, last of all, with the slots of the
+// CTAs before it, in their order. A CTA waits only for CTAs of lower index, which never wait for it, so progress
+// needs no co-residency.
 //
 // A slot must be empty before it is written. Launches take turns with two sets of slots, and each CTA empties its own
-// slots of the set that is not in use: long before anyone waits, and not in one CTA that has merged them all.
+// slot of the set that is not in use: long before anyone waits, and not in one CTA that has merged them all.
 //
 //   given    see DecodeArguments
-//   partials [2][num_ctas + tail_ranges] Slot: the ranges' slots, all words EMPTY_WORD before the first launch
+//   partials [2][num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD before the first launch
 //   after those [num_ctas][WARPS] int: whose turn it is, in bit 0, noted by each warp for itself; all equal at first
-//   after those [2] int: tickets drawn, less one
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
 #include "attend.cuh"
@@ -30,36 +24,26 @@ namespace pkv {
 
 struct BalancedEmit {
   Output output;
-  Slot* partials;            // [2][num_ctas + tail_ranges]
-  int tail_ranges;
-  int* tickets;              // [2]
-  float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: the range's part of the segment that it holds
+  Slot* partials;            // [2][num_ctas]
   int turn;                  // whose bit 0 says which set is in use
+  float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   const Rows& rows;
   const Cut& cut;
   bool early;                // lengths may have changed since the plan was made
   const int* noted;          // [batch_size] the lengths that it was made with, but for the first 32
   int lane;
-  int range;
-  Held& held;                // in shared memory
-  int ticket;                // of thread 0
+  int first;                 // the range in which this CTA's first segment begins
+  int held_row, held_head;
+  bool holds;
 
   // Called once the first loads are under way; whether the plan holds.
   __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
-    if (lane == 0) held = {-1, 0, walk.tile > 0 ? cut.range_of(walk.x0) : range, range};
+    first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
     return !(early && __any_sync(ALL_LANES, rows.changes(noted, lane)));
   }
 
-  // The ticket is on its way while the last states are merged.
-  __device__ __forceinline__ void ending() {
-    if (cut.tails > 0 && range < cut.num_ranges && threadIdx.x == 0)
-      ticket = atomicAdd(tickets + (opaque(turn) & 1), 1) + 1;
-  }
-
   // The slots in use. Asked for where they are, not before the first loads: `turn` is then still on its way.
-  __device__ __forceinline__ Slot* slots() const {
-    return partials + (opaque(turn) & 1) * (gridDim.x + tail_ranges);
-  }
+  __device__ __forceinline__ Slot* slots() const { return partials + (opaque(turn) & 1) * gridDim.x; }
 
   __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
     if (s.begins && s.ends) {
@@ -69,94 +53,93 @@ struct BalancedEmit {
       #pragma unroll
       for (int i = 0; i < LANE_QUADS; ++i)
         if (lane + i * 32 < HEAD_QUADS) acc[lane + i * 32] = state.acc[i];
-      if (lane == 0) {
-        kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
-        held.row = s.row, held.kv_head = s.kv_head;
-      }
+      if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
+      held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(slots()[range], column, state, lane);
+      send_state(slots()[blockIdx.x], column, state, lane);
+    }
+  }
+
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's ring,
+  // free by now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched
+  // again.
+  __device__ __forceinline__ void finish(unsigned char* ring) const {
+    constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
+    constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
+    constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
+    float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
+    const Slot* sent = slots();
+    __syncwarp();
+    #pragma unroll 1
+    for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
+      // A last column without a partner goes twice.
+      const int columns[2] = {column, TOGETHER > 1 && column + WARPS < COLUMNS ? column + WARPS : column};
+      HeadState sum[TOGETHER];
+      #pragma unroll
+      for (int c = 0; c < TOGETHER; ++c) {
+        const float* own = kept[columns[c]];
+        sum[c].m = own[V_DIM], sum[c].l = own[V_DIM + 1];
+        #pragma unroll
+        for (int i = 0; i < LANE_QUADS; ++i)
+          if (lane + i * 32 < HEAD_QUADS) sum[c].acc[i] = reinterpret_cast<const float4*>(own)[lane + i * 32];
+      }
+      #pragma unroll 1
+      for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
+        const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
+        const Slot* parts = sent + j;
+        float2 ml[TOGETHER];
+        unsigned missing = ALL_LANES >> (32 - count);
+        do {
+          bool known = true;
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) {
+            ml[c] = make_float2(LOWEST, 0.0f);
+            if (lane < count) ml[c] = receive(&parts[lane].ml[columns[c]]);
+          }
+          #pragma unroll 1
+          for (unsigned rest = missing; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
+            #pragma unroll
+            for (int c = 0; c < TOGETHER; ++c)
+              #pragma unroll
+              for (int i = 0; i < LANE_QUADS; ++i)
+                if (lane + i * 32 < HEAD_QUADS)
+                  copy_async(shared_address(&fetched[p][c][lane + i * 32]), &parts[p].acc[columns[c]][lane + i * 32]);
+          }
+          copy_commit();
+          copy_wait<0>();
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) known &= arrived(ml[c].x) & arrived(ml[c].y);
+          #pragma unroll 1
+          for (unsigned rest = missing; rest; rest &= rest - 1) {
+            const int p = __ffs(rest) - 1;
+            bool whole = lane != p || known;
+            #pragma unroll
+            for (int c = 0; c < TOGETHER; ++c)
+              #pragma unroll
+              for (int i = 0; i < LANE_QUADS; ++i)
+                if (lane + i * 32 < HEAD_QUADS) whole &= arrived(fetched[p][c][lane + i * 32]);
+            if (__all_sync(ALL_LANES, whole)) missing &= ~(1u << p);
+          }
+        } while (missing);
+        float scale[TOGETHER];
+        #pragma unroll
+        for (int c = 0; c < TOGETHER; ++c) scale[c] = sum[c].weigh(ml[c]);
+        #pragma unroll 2
+        for (int p = 0; p < count; ++p)
+          #pragma unroll
+          for (int c = 0; c < TOGETHER; ++c) {
+            const float part_scale = __shfl_sync(ALL_LANES, scale[c], p);
+            #pragma unroll
+            for (int i = 0; i < LANE_QUADS; ++i)
+              if (lane + i * 32 < HEAD_QUADS) sum[c].add(i, fetched[p][c][lane + i * 32], part_scale);
+          }
+      }
+      #pragma unroll
+      for (int c = 0; c < TOGETHER; ++c) store_result(output, held_row, held_head, columns[c], sum[c], lane);
     }
   }
 };
-
-// Merges a held segment, of which this CTA's part is in `kept`, with the earlier ranges' parts. They are fetched
-// through the warp's ring, free by now, those of both its columns where it has two, all in flight at once; what has
-// not arrived is fetched again.
-__device__ __forceinline__ void finish(const Held& held, const float (*kept)[STATE_ROW], const Slot* slots,
-                                       const Output& output, unsigned char* ring, int lane) {
-  constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
-  constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
-  constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
-  float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
-  #pragma unroll 1
-  for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
-    // A last column without a partner goes twice.
-    const int columns[2] = {column, TOGETHER > 1 && column + WARPS < COLUMNS ? column + WARPS : column};
-    HeadState sum[TOGETHER];
-    #pragma unroll
-    for (int c = 0; c < TOGETHER; ++c) {
-      const float* own = kept[columns[c]];
-      sum[c].m = own[V_DIM], sum[c].l = own[V_DIM + 1];
-      #pragma unroll
-      for (int i = 0; i < LANE_QUADS; ++i)
-        if (lane + i * 32 < HEAD_QUADS) sum[c].acc[i] = reinterpret_cast<const float4*>(own)[lane + i * 32];
-    }
-    #pragma unroll 1
-    for (int j = held.first; j < held.range; j += IN_FLIGHT) {
-      const int count = min(IN_FLIGHT, held.range - j);
-      const Slot* parts = slots + j;
-      float2 ml[TOGETHER];
-      unsigned missing = ALL_LANES >> (32 - count);
-      do {
-        bool known = true;
-        #pragma unroll
-        for (int c = 0; c < TOGETHER; ++c) {
-          ml[c] = make_float2(LOWEST, 0.0f);
-          if (lane < count) ml[c] = receive(&parts[lane].ml[columns[c]]);
-        }
-        #pragma unroll 1
-        for (unsigned rest = missing; rest; rest &= rest - 1) {
-          const int p = __ffs(rest) - 1;
-          #pragma unroll
-          for (int c = 0; c < TOGETHER; ++c)
-            #pragma unroll
-            for (int i = 0; i < LANE_QUADS; ++i)
-              if (lane + i * 32 < HEAD_QUADS)
-                copy_async(shared_address(&fetched[p][c][lane + i * 32]), &parts[p].acc[columns[c]][lane + i * 32]);
-        }
-        copy_commit();
-        copy_wait<0>();
-        #pragma unroll
-        for (int c = 0; c < TOGETHER; ++c) known &= arrived(ml[c].x) & arrived(ml[c].y);
-        #pragma unroll 1
-        for (unsigned rest = missing; rest; rest &= rest - 1) {
-          const int p = __ffs(rest) - 1;
-          bool whole = lane != p || known;
-          #pragma unroll
-          for (int c = 0; c < TOGETHER; ++c)
-            #pragma unroll
-            for (int i = 0; i < LANE_QUADS; ++i)
-              if (lane + i * 32 < HEAD_QUADS) whole &= arrived(fetched[p][c][lane + i * 32]);
-          if (__all_sync(ALL_LANES, whole)) missing &= ~(1u << p);
-        }
-      } while (missing);
-      float scale[TOGETHER];
-      #pragma unroll
-      for (int c = 0; c < TOGETHER; ++c) scale[c] = sum[c].weigh(ml[c]);
-      #pragma unroll 2
-      for (int p = 0; p < count; ++p)
-        #pragma unroll
-        for (int c = 0; c < TOGETHER; ++c) {
-          const float part_scale = __shfl_sync(ALL_LANES, scale[c], p);
-          #pragma unroll
-          for (int i = 0; i < LANE_QUADS; ++i)
-            if (lane + i * 32 < HEAD_QUADS) sum[c].add(i, fetched[p][c][lane + i * 32], part_scale);
-        }
-    }
-    #pragma unroll
-    for (int c = 0; c < TOGETHER; ++c) store_result(output, held.row, held.kv_head, columns[c], sum[c], lane);
-  }
-}
 
 // A warp's columns of a slot.
 __device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
@@ -183,8 +166,7 @@ __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_siz
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int tail_ranges,
-                    int max_tokens) {
+pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int max_tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -196,52 +178,28 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
-  const int num_slots = gridDim.x + tail_ranges;
-  int* turns = reinterpret_cast<int*>(given.partials + 2 * num_slots);
-  int* own_turn = turns + blockIdx.x * WARPS + warp;
-  int* tickets = turns + gridDim.x * WARPS;
+  int* turns = reinterpret_cast<int*>(given.partials + 2 * gridDim.x) + blockIdx.x * WARPS + warp;
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
   int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
   if (!early) pkv::wait_for_previous_kernel();
-  int range = blockIdx.x, turn;
-  bool in_tail = false;
   #pragma unroll 1
-  for (;;) {
+  for (;; early = false) {
     const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
-    const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost,
-                       tail_ranges);
+    const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = walk.tile = 0;  // nothing
-    if (rows.total > 0 && (in_tail || range < cut.num_ranges)) rows.start(walk, cut, range, lane);
+    if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
     if (early) pkv::wait_for_previous_kernel();
-    turn = __ldcg(own_turn);
-    pkv::BalancedEmit emit{output, given.partials, tail_ranges, tickets, shared.kept[in_tail], turn, rows, cut, early,
-                           noted, lane, range, shared.held[in_tail][warp]};
-    if (!pkv::attend(walk, pages, given, shared, emit)) {
-      early = false;
-      continue;
-    }
-    if (in_tail || cut.tails == 0) break;
-    if (threadIdx.x == 0) shared.ticket = emit.ticket;
-    __syncthreads();
-    if (shared.ticket >= cut.tails) break;
-    range = cut.num_ranges + shared.ticket;
-    in_tail = true, early = false;
-    pkv::init_barriers(shared, true);
+    const int turn = __ldcg(turns);
+    pkv::BalancedEmit emit{output, given.partials, turn, shared.kept, rows, cut, early, noted, lane};
+    emit.holds = false;
+    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
+    pkv::empty_slot(given.partials[(~turn & 1) * gridDim.x + blockIdx.x], warp, lane);
+    if (lane == 0) *turns = ~turn;
+    if (emit.holds) emit.finish(shared.ring[warp][0]);
+    break;
   }
-  const int other = ~turn & 1;
-  pkv::Slot* to_empty = given.partials + other * num_slots;
-  pkv::empty_slot(to_empty[blockIdx.x], warp, lane);
-  if (static_cast<int>(blockIdx.x) < tail_ranges) pkv::empty_slot(to_empty[gridDim.x + blockIdx.x], warp, lane);
-  if (blockIdx.x == 0 && threadIdx.x == 0) tickets[other] = -1;
-  if (lane == 0) *own_turn = ~turn;
-  __syncwarp();
-  #pragma unroll 1
-  for (int i = 0; i <= in_tail; ++i)
-    if (shared.held[i][warp].row >= 0)
-      pkv::finish(shared.held[i][warp], shared.kept[i], given.partials + (turn & 1) * num_slots, output,
-                  shared.ring[warp][0], lane);
   const int worker = blockIdx.x * WARPS + warp, workers = gridDim.x * WARPS;
   if constexpr (LAST_PAGE_LENGTHS) pkv::store_empty_rows(output, lens, given.batch_size, worker, workers, lane);
   else pkv::store_empty_rows(output, given.seq_lens, given.batch_size, worker, workers, lane);

@@ -45,7 +45,6 @@ struct TaskEmit {
     else send_state(partials[static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head], column, state, lane);
   }
   __device__ __forceinline__ bool begin(const TaskSource&) const { return true; }
-  __device__ __forceinline__ void ending() const {}
 };
 
 }  // namespace pkv

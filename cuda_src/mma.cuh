@@ -149,10 +149,6 @@ struct __align__(8) ArrivalBarrier {
 #endif
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
   }
-  // Before another init; no one is waiting.
-  __device__ __forceinline__ void end() {
-    asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_address(this)) : "memory");
-  }
   // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the
   // lanes' writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
   __device__ __forceinline__ void arrive(int lane) {

@@ -1,22 +1,21 @@
 // pkv_list_balanced: writes down the tasks that pkv_decode_balanced would run, for inspection and tests.
 //
-// Grid: [num_ctas + tail_ranges], the decode kernel's CTAs and tail ranges; block: [32].
-//   tasks  [num_ctas + tail_ranges][max_tasks] Task: row, kv_head, split (order of the partial within its KV head), tile_begin,
+// Grid: [num_ctas] as the decode kernel's, block: [32].
+//   tasks  [num_ctas][max_tasks] Task: row, kv_head, split (order of the partial within its KV head), tile_begin,
 //          tile_end
-//   counts [num_ctas + tail_ranges] int32: tasks of each range, also those past max_tasks
+//   counts [num_ctas] int32: tasks of each range, also those past max_tasks
 //   row_begins: see Lengths
 #include "warp_plan.cuh"
 
 extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
-                                             int min_cost, int part_cost, int tail_ranges, int max_tokens,
-                                             int window, pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
+                                             int min_cost, int part_cost, int max_tokens, int window,
+                                             pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
   const pkv::Rows rows({seq_lens, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)}, num_kv_heads,
                        segment_cost, lane);
-  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x - tail_ranges, segment_cost, min_cost, part_cost,
-                     tail_ranges);
-  if (rows.total > 0 && range < cut.all_ranges()) {
+  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
+  if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
     rows.start(walk, cut, range, lane);
     for (pkv::Segment s; walk.next(s); ++count)

@@ -14,10 +14,7 @@
 #endif
 
 #define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
-#ifndef PKV_SHORT_RANGE
 #define PKV_SHORT_RANGE 640   // tiles
-#endif
-#define PKV_TAIL_PARTS 6      // a tail range has this part of the cost of a CTA's own range
 #define PKV_MOST_TILES (1 << 20)
 
 #ifndef WINDOWED
@@ -91,22 +88,17 @@ PKV_HD int square_root(int x) {
 // How the total cost W is cut. The caller keeps W below 2^31. Every division is a place in the code that a step alone
 // fetches from a cold L2 and waits for, so there is one where two would read more plainly.
 struct Cut {
-  int num_ranges, quotient, remainder;  // of own / num_ranges, or of a head's tiles / parts
+  int total, num_ranges, quotient, remainder;  // of total / num_ranges, or of a head's tiles / parts
   int parts;  // of every head, when all are cut alike; else 0
   int head_cost, segment_cost;
-  int own, tails, tail_cost;  // cost of the ranges before the tail ranges; tail ranges, and the cost of each
 
   // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
   // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
   // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
   // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
   // the other.
-  // Long ranges of all CTAs leave a rest of the line to `tail_ranges` shorter ones, for the CTAs that are done first:
-  // an H200's SMs differ by a quarter in what they are served.
-  PKV_HD Cut(int total, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost,
-             int tail_ranges)
-      : parts(0), head_cost(divide(total, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost), tails(0),
-        tail_cost(0) {
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost)
+      : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost) {
     const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
     num_ranges = divide(total, least);
     if (num_ranges > num_ctas) num_ranges = num_ctas;
@@ -117,28 +109,19 @@ struct Cut {
       const long long wanted = static_cast<long long>(num_heads) * (most > 1 ? most : 1);
       if (wanted < num_ranges) num_ranges = static_cast<int>(wanted);
     }
-    const bool is_short = total < PKV_SHORT_RANGE * num_ranges;
-    if (tail_ranges > 0 && !is_short && num_ranges == num_ctas) {
-      tail_cost = divide(total, PKV_TAIL_PARTS * num_ranges + tail_ranges);
-      if (tail_cost >= least) tails = tail_ranges;
-    }
-    own = total - tails * tail_cost;
-    if (num_heads > 0 && even && is_short) {
+    if (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges) {
       const bool few = num_heads <= num_ranges;
       // Ranges of each head, rounded down, or heads of each range, rounded up.
       const int each = few ? divide(num_ranges, num_heads) : divide(num_heads + num_ranges - 1, num_ranges);
       const int needed = few ? num_heads * each : divide(num_heads + each - 1, each);
       if ((num_ranges - needed) * (few ? 8 : 32) <= num_ranges) num_ranges = needed, parts = few ? each : 0;
     }
-    const int whole = parts > 0 ? head_cost - segment_cost : own, pieces = parts > 0 ? parts : num_ranges;
+    const int whole = parts > 0 ? head_cost - segment_cost : total, pieces = parts > 0 ? parts : num_ranges;
     quotient = divide(whole, pieces);
     remainder = whole - quotient * pieces;
   }
-  PKV_HD int all_ranges() const { return num_ranges + tails; }
-  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile. Tail ranges
-  // follow the others.
+  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile.
   PKV_HD int begin(int i) const {
-    if (i > num_ranges) return own + (i - num_ranges) * tail_cost;
     const int upto = divide(parts > 0 ? i : i * remainder, parts > 0 ? parts : num_ranges);
     if (parts == 0) return i * quotient + upto;
     const int part = i - upto * parts, tile = part * quotient + divide(part * remainder, parts);
@@ -147,9 +130,8 @@ struct Cut {
   // The range that holds the first tile of the head that starts at x: the largest j with begin(j) <= x.
   PKV_HD int range_of(int x) const {
     if (parts > 0) return divide(x, head_cost) * parts;
-    if (tails > 0 && x >= own) return num_ranges + divide(x - own, tail_cost);
     // The estimate is off by one at most, but exact is exact.
-    int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(own) * static_cast<float>(num_ranges)) + 1;
+    int j = static_cast<int>(static_cast<float>(x) / static_cast<float>(total) * static_cast<float>(num_ranges)) + 1;
     if (j >= num_ranges) j = num_ranges - 1;
     while (begin(j) > x) --j;
     return j;

@@ -9,7 +9,6 @@ from pkvsim.options import PLAIN, AttentionOptions
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
-HELD_BYTES = 16  # pkv::Held in cuda_src/attend.cuh
 MAX_GROUP_SIZE = 128
 MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
 MAX_ACCUMULATED = 2048  # query heads x head_dim whose FP32 accumulators its registers hold
@@ -63,13 +62,12 @@ class KernelConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), two
-        kept ones and notes of them, barriers, a ticket."""
+        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the warps' states (rows padded by 4 floats), a
+        kept one, barriers."""
         element = 2 if self.kv_dtype is None else 1
         tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
-        notes = self.buffers * 2 * BARRIER_BYTES + self.warps * 2 * HELD_BYTES + 4
-        states = (self.buffers * self.warps + 2) * self.columns * (self.v_dim + 4) * 4
-        return self.warps * self.stages * tile + states + _round_up(notes, 16)
+        states = (self.buffers * self.warps + 1) * self.columns * (self.v_dim + 4) * 4
+        return self.warps * self.stages * tile + states + self.buffers * 2 * BARRIER_BYTES
 
     @property
     def threads(self) -> int:
@@ -78,11 +76,11 @@ class KernelConfig:
     @property
     def state_bytes(self) -> int:
         """Bytes of pkv::Slot: the partial state of one (row, KV head), acc and (m, l) of each column."""
-        return _round_up(self.columns * (self.v_dim * 4 + 8), 16)
+        return (self.columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
 
-    def workspace_bytes(self, num_ctas: int, tail_ranges: int) -> int:
-        """Bytes of the balanced kernel's workspace: two sets of slots, whose turn it is, tickets (balanced.cu)."""
-        return 2 * (num_ctas + tail_ranges) * self.state_bytes + num_ctas * self.warps * 4 + 2 * 4
+    def workspace_bytes(self, num_ctas: int) -> int:
+        """Bytes of the balanced kernel's workspace: two sets of slots, and whose turn it is (cuda_src/balanced.cu)."""
+        return num_ctas * (2 * self.state_bytes + self.warps * 4)
 
     def defines(self) -> dict[str, int]:
         return {"HEAD_DIM": self.head_dim, "V_DIM": self.v_dim, "QUERY_TOKENS": self.query_tokens,
@@ -92,10 +90,6 @@ class KernelConfig:
                 "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
                 "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
                 "CACHE_SCALES": int(self.tile_scales)}
-
-
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 def shared_limit_bytes(compute_capability: int) -> int:

@@ -17,7 +17,7 @@ from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, engine_tail_ranges
+from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -39,16 +39,16 @@ class DecodeEngine:
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
-                 min_cost: int = MIN_COST, part_cost: int | None = None, tail_ranges: int | None = None,
-                 variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
+                 min_cost: int = MIN_COST, part_cost: int | None = None, variant: tuple[int, int] | None = None,
+                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
                  layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
-        part_cost, tail_ranges: of the balanced schedule, see pkvsim.make_schedule, costs in tiles of 16 tokens. variant:
-        (warps, stages) of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
+        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
+        of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
         head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
         have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
@@ -74,8 +74,6 @@ class DecodeEngine:
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
         part_cost = engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost
         self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        tail_ranges = engine_tail_ranges(self.num_ctas) if tail_ranges is None else tail_ranges
-        self.tail_ranges = check_int("tail_ranges", tail_ranges, 0, self.num_ctas)
         self._scale = checks.check_scale(scale) if scale is not None else shape.head_dim**-0.5
         self._plan: Plan | None = None
         self._checked_plan: tuple | None = None
@@ -93,7 +91,7 @@ class DecodeEngine:
         self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
         self._partials = None
         if schedule == "balanced":
-            self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas, self.tail_ranges), 0xFF, dtype=cupy.uint8)
+            self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
 
     def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
@@ -219,7 +217,7 @@ class DecodeEngine:
         given += plan.row_begins
         decode = self._kernels.decode(plan.layout)
         if plan.task_list is None:
-            costs = self.segment_cost, self.min_cost, self.part_cost, self.tail_ranges
+            costs = self.segment_cost, self.min_cost, self.part_cost
             decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
@@ -262,7 +260,7 @@ class DecodeEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        costs = self.segment_cost, self.min_cost, self.part_cost, self.tail_ranges
+        costs = self.segment_cost, self.min_cost, self.part_cost
         pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
         return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, costs, plan.max_tokens,
                                  self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

@@ -58,11 +58,10 @@ def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: 
     defines = {"WINDOWED": int(reach is not None)}
     if last_pages:
         defines |= {"LAST_PAGE_LENGTHS": 1, "PAGE_SIZE": page_size}
-    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiiipipp", defines, threads=32)
-    num_ranges = num_ctas + costs[-1]
-    listed = cupy.empty((num_ranges, max_tasks, 5), dtype=cupy.int32)
-    counts = cupy.empty(num_ranges, dtype=cupy.int32)
-    kernel(num_ranges, (seq_lens, batch_size, num_kv_heads, *costs, max_tokens, reach or 0, listed.data.ptr, max_tasks,
+    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiipipp", defines, threads=32)
+    listed = cupy.empty((num_ctas, max_tasks, 5), dtype=cupy.int32)
+    counts = cupy.empty(num_ctas, dtype=cupy.int32)
+    kernel(num_ctas, (seq_lens, batch_size, num_kv_heads, *costs, max_tokens, reach or 0, listed.data.ptr, max_tasks,
                       counts.data.ptr, indptr), cupy.cuda.get_current_stream().ptr)
     counts = counts.get()
     if counts.max(initial=0) > max_tasks:

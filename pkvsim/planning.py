@@ -39,14 +39,10 @@ def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: 
 
 
 @numba.njit(cache=True)
-def _cut(
-    i: int, own_cost: int, num_own: int, parts: int, tail_cost: int, segment_cost: int, tiles: np.ndarray
-) -> int:
+def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int, tiles: np.ndarray) -> int:
     """Where range i begins on the cost axis."""
-    if i > num_own:
-        return own_cost + (i - num_own) * tail_cost
     if parts == 0:
-        return i * own_cost // num_own
+        return i * total_cost // num_ranges
     head_tiles = tiles.max()
     tile = i % parts * head_tiles // parts
     return i // parts * (head_tiles + segment_cost) + (segment_cost + tile if tile > 0 else 0)
@@ -57,16 +53,15 @@ def fill_balanced(
     tiles: np.ndarray,  # [batch_size] int64
     num_kv_heads: int,
     segment_cost: int,
-    own_cost: int,  # of the ranges before the tail ranges
-    num_own: int,
+    total_cost: int,
+    num_ranges: int,
     parts: int,  # of every head, all of the same tiles; 0: cuts as below
-    tail_cost: int,  # of each tail range
     tasks: np.ndarray,  # [>= batch_size * num_kv_heads + num_ranges, 5] int32
     cta_offsets: np.ndarray,  # [num_ranges + 1] int32
     row_splits: np.ndarray,  # [batch_size] int64, out: most pieces of any head of the row
 ) -> tuple[int, int]:
-    """Cuts all tiles, laid end to end, at i * own_cost // num_own and from there every tail_cost, or every head into
-    `parts` of equal tiles; returns (tasks, partial tasks).
+    """Cuts all tiles, laid end to end, at i * total_cost // num_ranges, or every head into `parts` of equal tiles;
+    returns (tasks, partial tasks).
 
     A head's tile 0 sits at the head's first cost, tile t >= 1 at segment_cost + t past it; a range
     holds the tiles whose position lies between its cuts.
@@ -74,7 +69,7 @@ def fill_balanced(
     num_tasks = 0
     num_partial_tasks = 0
     current = 0  # range being filled
-    next_cut = _cut(1, own_cost, num_own, parts, tail_cost, segment_cost, tiles)
+    next_cut = _cut(1, total_cost, num_ranges, parts, segment_cost, tiles)
     head_cost = 0  # position of the head's tile 0
     for row in range(len(tiles)):
         row_splits[row] = 0
@@ -88,7 +83,7 @@ def fill_balanced(
                 while next_cut <= position:
                     current += 1
                     cta_offsets[current] = num_tasks
-                    next_cut = _cut(current + 1, own_cost, num_own, parts, tail_cost, segment_cost, tiles)
+                    next_cut = _cut(current + 1, total_cost, num_ranges, parts, segment_cost, tiles)
                 end = min(tiles[row], max(1, next_cut - head_cost - segment_cost))
                 tasks[num_tasks, 0] = row
                 tasks[num_tasks, 1] = kv_head
@@ -102,5 +97,5 @@ def fill_balanced(
             if split > 1:
                 num_partial_tasks += split
             head_cost += tiles[row] + segment_cost
-    cta_offsets[-1] = num_tasks
+    cta_offsets[num_ranges] = num_tasks
     return num_tasks, num_partial_tasks

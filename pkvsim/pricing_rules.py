@@ -109,7 +109,7 @@ def balanced_us(
     heads = len(ordered) * num_kv_heads
     total_cost = num_kv_heads * tiles + heads * SEGMENT_COST
     even = (ordered[0] + tile - 1) // tile == (ordered[-1] + tile - 1) // tile
-    ranges, _, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, _part_cost(num_kv_heads), even, 0)
+    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, _part_cost(num_kv_heads), even)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

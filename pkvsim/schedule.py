@@ -15,7 +15,6 @@ from pkvsim.planning import fill_balanced, fill_queue
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
 
 SHORT_RANGE_TILES = 640  # PKV_SHORT_RANGE in cuda_src/plan.cuh
-TAIL_PARTS = 6  # PKV_TAIL_PARTS there
 MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
 # The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
 SEGMENT_COST = 7
@@ -36,8 +35,7 @@ class Schedule:
     split, workqueue: one task per CTA, row r in `split_offsets[r + 1] - split_offsets[r]` splits on
     every KV head. num_partial_slots is the sum of the rows' splits, single ones included, as the paper
     counts; num_partial_tasks is that times the KV heads.
-    balanced: range i is tasks [cta_offsets[i], cta_offsets[i + 1]); those from grid_ctas on are tail ranges, each run by
-    a CTA that is done with its own. Heads held by one range write their
+    balanced: range i is tasks [cta_offsets[i], cta_offsets[i + 1]). Heads held by one range write their
     output directly, so num_partial_tasks counts only the tasks of heads that are cut;
     num_partial_slots is ceil(num_partial_tasks / num_kv_heads), and split_offsets leaves a row room for
     its most cut head.
@@ -67,7 +65,6 @@ def make_schedule(
     segment_cost: int = 0,
     min_cost: int = 1,
     part_cost: int = 0,
-    tail_ranges: int = 0,
     window: int | None = None,
 ) -> Schedule:
     """Plans one step.
@@ -77,8 +74,6 @@ def make_schedule(
     num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
     min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs. part_cost: what merging
     one more part of a head costs, in tiles; heads are cut into no more parts than pay for that.
-    tail_ranges: of a long step, shorter ranges at the end of the line for the CTAs that are done first, where SMs are
-    not served alike.
     window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
     Raises ValueError naming the argument.
     """
@@ -89,13 +84,12 @@ def make_schedule(
         window = check_int("window", window, 1)
         skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
         schedule = _plan(
-            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost,
-            tail_ranges
-        )  # fmt: skip
+            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost
+        )
         for field in ("tile_begin", "tile_end"):
             schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
         return schedule
-    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost, tail_ranges)
+    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
 
 
 def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
@@ -106,7 +100,7 @@ def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> in
 def _plan(
     name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, tile_tokens: int,
     splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int,
-    part_cost: int, tail_ranges: int,
+    part_cost: int,
 ) -> Schedule:  # fmt: skip
     """As make_schedule, of rows of so many tiles [batch_size]."""
     if name == "balanced":
@@ -116,8 +110,7 @@ def _plan(
         segment_cost = check_int("segment_cost", segment_cost, 0, MAX_TOKENS)
         min_cost = check_int("min_cost", min_cost, 1, MAX_TOKENS)
         part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        tail_ranges = check_int("tail_ranges", tail_ranges, 0, num_ctas)
-        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost, tail_ranges)
+        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost)
     if name not in SCHEDULES:
         raise ValueError(f"name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_ctas is not None:
@@ -179,69 +172,51 @@ def engine_part_cost(num_kv_heads: int) -> int:
     return 3 if num_kv_heads >= 8 else 2
 
 
-def engine_tail_ranges(num_ctas: int) -> int:
-    """The engine's tail_ranges: about as many CTAs as an H200 (132 SMs) has on SMs that are served faster.
-
-    24 of them, those of two GPCs, read 1.23 times what the others do (two machines, 2026-11-21).
-    """
-    return 24 if num_ctas == 132 else 0
-
-
 def balanced_ranges(
-    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool,
-    tail_ranges: int,
-) -> tuple[int, int, int]:  # fmt: skip
-    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into; the parts of each head where
-    all are cut into parts of equal tiles, else 0; and what each tail range costs, 0 where there are none.
+    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool
+) -> tuple[int, int]:
+    """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head
+    where all are cut into parts of equal tiles, else 0.
 
     Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
     p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so,
     short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
-    heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all. Long ranges of all CTAs
-    leave the end of the line to tail_ranges ranges of a TAIL_PARTS-th of their cost.
+    heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
     """
-    least = max(min_cost, 1 + segment_cost)
-    ranges = max(1, min(total_cost // least, num_ctas))
+    ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
     if part_cost > 0 and num_heads > 0:
         head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
         part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
         ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
-    short = total_cost // ranges < SHORT_RANGE_TILES
-    if tail_ranges > 0 and not short and ranges == num_ctas:
-        tail_cost = total_cost // (TAIL_PARTS * ranges + tail_ranges)
-        return ranges, 0, tail_cost if tail_cost >= least else 0
-    if num_heads > 0 and even and short:
+    if num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES:
         if num_heads <= ranges:
             spare = ranges % num_heads
             if spare * 8 <= ranges:
                 ranges -= spare
-                return ranges, ranges // num_heads, 0
+                return ranges, ranges // num_heads
         else:
             heads_each = (num_heads + ranges - 1) // ranges
             needed = (num_heads + heads_each - 1) // heads_each
             if (ranges - needed) * 32 <= ranges:
                 ranges = needed
-    return ranges, 0, 0
+    return ranges, 0
 
 
 def _balanced(
     shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int,
-    part_cost: int, tail_ranges: int,
+    part_cost: int,
 ) -> Schedule:  # fmt: skip
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
     even = used > 0 and bool((tiles[tiles > 0] == tiles.max()).all())
-    num_own, parts, tail_cost = balanced_ranges(
-        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even, tail_ranges
+    num_ranges, parts = balanced_ranges(
+        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even
     )
-    tails = tail_ranges if tail_cost > 0 else 0
-    num_ranges = num_own + tails
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)
     num_tasks, partial_tasks = fill_balanced(
-        tiles, shape.num_kv_heads, segment_cost, total_cost - tails * tail_cost, num_own, parts, tail_cost, tasks, cta_offsets,
-        row_splits
+        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, parts, tasks, cta_offsets, row_splits
     )
     return Schedule(
         name="balanced",
@@ -254,7 +229,7 @@ def _balanced(
         num_partial_slots=-(-partial_tasks // shape.num_kv_heads),
         num_partial_tasks=partial_tasks,
         num_ctas=num_ranges,
-        grid_ctas=num_own,
+        grid_ctas=num_ranges,
     )
 
 

@@ -20,7 +20,6 @@ from gpu.launch import _arguments
 from gpu.step_tables import TableLayout
 from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference_append import FP8_DTYPES, dequantize
-from pkvsim.schedule import SHORT_RANGE_TILES
 
 HARNESS = Path(__file__).with_name("decode_harness.cpp")
 COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
@@ -31,9 +30,8 @@ NAN_CODES = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0x7F}  # int8 h
 
 
 @functools.cache
-def build(config: KernelConfig, balanced: bool, converts_e4m3: bool,
-          short_range: int = SHORT_RANGE_TILES) -> ctypes.CDLL:
-    """converts_e4m3: whether the GPU that is played has the instruction, as those from sm_89 on. short_range: tiles."""
+def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.CDLL:
+    """converts_e4m3: whether the GPU that is played has the instruction, as those from sm_89 on."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     folder = Path(tempfile.mkdtemp(prefix="pkv_decode_"))
@@ -41,8 +39,7 @@ def build(config: KernelConfig, balanced: bool, converts_e4m3: bool,
         for path in SOURCE_DIR.glob("*.cu*"):
             shutil.copy(path, folder)
         (folder / "mma.cuh").write_text("")
-        defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3),
-                                      "PKV_SHORT_RANGE": short_range}
+        defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
         command = [COMPILER, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{HARNESS.parent}",
                    *(f"-D{name}={value}" for name, value in defines.items()), "-o", folder / "decode.so", HARNESS]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -124,20 +121,19 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
 
 
 def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), converts_e4m3: bool = True,
-        hurry: bool = False, ctas: int = CTAS, tail: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started. tail:
-    the balanced schedule leaves a tail range to the CTA that is last here, even of a short step."""
+        hurry: bool = False, ctas: int = CTAS) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
-    library = build(config, balanced, converts_e4m3, 2 if tail else SHORT_RANGE_TILES)
+    library = build(config, balanced, converts_e4m3)
     library.run.restype = ctypes.c_char_p
     ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
     out = np.full((*step.q.shape[:-1], options.value_dim(shape)), np.nan, step.q.dtype)
     lse = np.full(step.q.shape[:-1], np.nan, np.float32)
     heads = DecodeShape(shape.num_q_heads, shape.num_kv_heads * config.head_split, shape.head_dim, shape.page_size)
     if balanced:
-        partials = aligned(np.full(config.workspace_bytes(ctas, int(tail)), 0xFF, np.uint8))
+        partials = aligned(np.full(config.workspace_bytes(ctas), 0xFF, np.uint8))
     else:
         queue = make_schedule("workqueue", heads, step.lens, splits=3, tile_tokens=32, window=options.reach)
         tasks, offsets = np.ascontiguousarray(queue.tasks), queue.split_offsets.astype(np.int32)
@@ -159,12 +155,12 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
     end = ctypes.addressof(fields[-1]) - start + ctypes.sizeof(fields[-1])
     assert library.arguments_bytes() == -(-end // 8) * 8
     if balanced:
-        sizes = (ctypes.c_int * 5)(1, 2, 0, int(tail), step.table.shape[1] * shape.page_size)
+        sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
         first = None
         for _ in range(2):  # the sets of slots take turns
             complaint = library.run(ctas, ctypes.c_void_p(start), sizes)
             assert complaint is None, complaint
-            assert_next_set_is_empty(partials, config, ctas, int(tail))
+            assert_next_set_is_empty(partials, config, ctas)
             if first is None:
                 first = out.tobytes(), lse.tobytes()
                 out[...], lse[...] = np.nan, np.nan
@@ -177,13 +173,11 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
     return out.astype(np.float64), lse.astype(np.float64)
 
 
-def assert_next_set_is_empty(partials: np.ndarray, config: KernelConfig, ctas: int, tail_ranges: int) -> None:
-    sets = partials[:2 * (ctas + tail_ranges) * config.state_bytes].reshape(2, -1)
-    notes = partials[sets.size:].view(np.int32)
-    turns, tickets = notes[:-2], notes[-2:]
+def assert_next_set_is_empty(partials: np.ndarray, config: KernelConfig, ctas: int) -> None:
+    sets = partials[:2 * ctas * config.state_bytes].reshape(2, -1)
+    turns = partials[sets.size:].view(np.int32)
     assert len(turns) == ctas * config.warps and (turns == turns[0]).all()
-    assert (sets[turns[0] & 1] == 0xFF).all() and tickets[turns[0] & 1] == -1
-    assert tickets[~turns[0] & 1] == tail_ranges - 1  # all were drawn
+    assert (sets[turns[0] & 1] == 0xFF).all()
 
 
 def address(array: np.ndarray | None) -> int:

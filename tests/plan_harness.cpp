@@ -9,10 +9,10 @@ struct Task {
   int row, kv_head, split, tile_begin, tile_end;
 };
 
-// tasks: room for max_tasks; cta_offsets: [num_ctas + tail_ranges + 1]. Returns the number of ranges; cta_offsets[ranges] tasks were
+// tasks: room for max_tasks; cta_offsets: [num_ctas + 1]. Returns the number of ranges; cta_offsets[ranges] tasks were
 // found, of which at most max_tasks are written. No tokens at all are one range without tasks.
-extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost, int min_cost,
-                             int part_cost, int tail_ranges, int window, int num_ctas, Task* tasks, int max_tasks, int* cta_offsets) {
+extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost, int min_cost, int part_cost, int window,
+                             int num_ctas, Task* tasks, int max_tasks, int* cta_offsets) {
   const pkv::Lengths lens{seq_lens, batch_size, INT_MAX, window};
   int total = 0, num_heads = 0, most = 0, least = INT_MAX;
   for (int row = 0; row < batch_size; ++row) {
@@ -22,9 +22,9 @@ extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_hea
     if (cost > most) most = cost;
     if (cost > 0 && cost < least) least = cost;
   }
-  const pkv::Cut cut(total, num_heads, most == least, num_ctas, segment_cost, min_cost, part_cost, tail_ranges);
+  const pkv::Cut cut(total, num_heads, most == least, num_ctas, segment_cost, min_cost, part_cost);
   int count = 0;
-  for (int range = 0; range < cut.all_ranges(); ++range) {
+  for (int range = 0; range < cut.num_ranges; ++range) {
     cta_offsets[range] = count;
     if (total == 0) continue;
     int row = 0, row_begin = 0;
@@ -38,6 +38,6 @@ extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_hea
     for (pkv::Segment s; walk.next(s); ++count)
       if (count < max_tasks) tasks[count] = {s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};
   }
-  cta_offsets[cut.all_ranges()] = count;
-  return cut.all_ranges();
+  cta_offsets[cut.num_ranges] = count;
+  return cut.num_ranges;
 }

@@ -68,14 +68,6 @@ def test_16_bit_pages(group, dtype, schedule, ctas, more) -> None:
     assert_close(run(step, schedule, ctas=ctas), expected(step), dtype)
 
 
-@pytest.mark.parametrize("ctas", [1, 2, 5])
-@pytest.mark.parametrize("lens", [(390, 0, 2, 33, 100), (16,) * 40, (1000,)])
-def test_a_tail_range(lens, ctas) -> None:
-    """A CTA's second range: heads that it begins, ends and holds whole, and those of its first range."""
-    step = make_step(DecodeShape(8, 2, 64, 16), "float16", AttentionOptions(), seed=ctas, lens=lens)
-    assert_close(run(step, "balanced", ctas=ctas, tail=True), expected(step), "float16")
-
-
 @pytest.mark.parametrize("lens", [(), (0,), (0, 0)])
 def test_steps_without_tokens(lens) -> None:
     step = make_step(DecodeShape(8, 2, 64, 16), "float16", AttentionOptions(), seed=0, lens=(*lens, 0))

@@ -227,27 +227,16 @@ def _fuzz(seed, count):
             parts = np.random.randint(1, min(top, 8) + 1)
             ranges = heads * used * parts
             tasks, offsets = np.full((ranges, 5), -1, np.int32), np.zeros(ranges + 1, np.int32)
-        tails, tail_cost = 0, 0
-        if parts == 0 and ranges > 1 and total // ranges > 1 + cost and step % 3 == 0:
-            tails = np.random.randint(1, ranges + 1)
-            tail_cost = total // (2 * ranges + tails)
-            if tail_cost < 1 + cost:
-                tails, tail_cost = 0, 0
-            tasks = np.full((used * heads + ranges + tails, 5), -1, np.int32)
-            offsets = np.zeros(ranges + tails + 1, np.int32)
-        own = total - tails * tail_cost
-        made, _ = fill_balanced(tiles, heads, cost, own, ranges, parts, tail_cost, tasks, offsets, pieces)
-        if not _covers(tasks[:made], tiles, pieces, heads) or offsets[ranges + tails] != made:
+        made, _ = fill_balanced(tiles, heads, cost, total, ranges, parts, tasks, offsets, pieces)
+        if not _covers(tasks[:made], tiles, pieces, heads) or offsets[ranges] != made:
             return step
-        for i in range(ranges + tails):
+        for i in range(ranges):
             if total > 0 and offsets[i + 1] <= offsets[i]:
                 return step
             weight = 0
             for task in tasks[offsets[i] : offsets[i + 1]]:
                 weight += task[4] - task[3] + (cost if task[3] == 0 else 0)
-            if i < ranges and abs(weight * ranges - own) > (1 + cost) * ranges:
-                return step
-            if i >= ranges and abs(weight - tail_cost) > 1 + cost:
+            if abs(weight * ranges - total) > (1 + cost) * ranges:
                 return step
     return -1
 
