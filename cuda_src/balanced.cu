@@ -90,15 +90,15 @@ struct BalancedEmit {
         float2 ml[TOGETHER];
         unsigned missing = ALL_LANES >> (32 - count);
         do {
-          bool known = true;
+          unsigned unseen = 0;  // of this lane: parts that have not arrived, as far as it looks
           #pragma unroll
           for (int c = 0; c < TOGETHER; ++c) {
             ml[c] = make_float2(LOWEST, 0.0f);
             if (lane < count) ml[c] = receive(&parts[lane].ml[columns[c]]);
           }
-          #pragma unroll 1
-          for (unsigned rest = missing; rest; rest &= rest - 1) {
-            const int p = __ffs(rest) - 1;
+          #pragma unroll 4
+          for (int p = 0; p < count; ++p) {
+            if (!(missing >> p & 1)) continue;
             #pragma unroll
             for (int c = 0; c < TOGETHER; ++c)
               #pragma unroll
@@ -109,23 +109,24 @@ struct BalancedEmit {
           copy_commit();
           copy_wait<0>();
           #pragma unroll
-          for (int c = 0; c < TOGETHER; ++c) known &= arrived(ml[c].x) & arrived(ml[c].y);
-          #pragma unroll 1
-          for (unsigned rest = missing; rest; rest &= rest - 1) {
-            const int p = __ffs(rest) - 1;
-            bool whole = lane != p || known;
+          for (int c = 0; c < TOGETHER; ++c)
+            if (!(arrived(ml[c].x) && arrived(ml[c].y))) unseen = 1u << lane;
+          #pragma unroll 4
+          for (int p = 0; p < count; ++p) {
+            bool whole = true;
             #pragma unroll
             for (int c = 0; c < TOGETHER; ++c)
               #pragma unroll
               for (int i = 0; i < LANE_QUADS; ++i)
                 if (lane + i * 32 < HEAD_QUADS) whole &= arrived(fetched[p][c][lane + i * 32]);
-            if (__all_sync(ALL_LANES, whole)) missing &= ~(1u << p);
+            if (!whole) unseen |= 1u << p;
           }
+          missing = __reduce_or_sync(ALL_LANES, unseen);
         } while (missing);
         float scale[TOGETHER];
         #pragma unroll
         for (int c = 0; c < TOGETHER; ++c) scale[c] = sum[c].weigh(ml[c]);
-        #pragma unroll 2
+        #pragma unroll 4
         for (int p = 0; p < count; ++p)
           #pragma unroll
           for (int c = 0; c < TOGETHER; ++c) {

@@ -151,3 +151,6 @@ static int folded(int value, Fold fold) {
 inline int __reduce_add_sync(unsigned, int x) { return folded(x, [](int a, int b) { return a + b; }); }
 inline int __reduce_max_sync(unsigned, int x) { return folded(x, [](int a, int b) { return max(a, b); }); }
 inline int __reduce_min_sync(unsigned, int x) { return folded(x, [](int a, int b) { return min(a, b); }); }
+inline unsigned __reduce_or_sync(unsigned, unsigned x) {
+  return folded(static_cast<int>(x), [](int a, int b) { return a | b; });
+}

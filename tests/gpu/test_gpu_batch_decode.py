@@ -124,6 +124,7 @@ workspace_buffer = torch.zeros(128 * 1024 * 1024, dtype=torch.uint8, device="cud
 wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace_buffer, "HND", use_tensor_cores=tensor_cores)
 results = []
 for indptr, indices, last_page_len, q, kv_cache in steps:
+    torch.cuda.synchronize()  # FlashInfer's plan writes host memory that the last plan's copies may still be reading
     wrapper.plan(indptr, indices, last_page_len, 32, 8, 128, 16, pos_encoding_mode="NONE", q_data_type=q.dtype)
     results.append(wrapper.run(q, kv_cache))
     results.append(wrapper.run(q, kv_cache, return_lse=True))
@@ -135,6 +136,7 @@ for indptr, indices, last_page_len, q, kv_cache in steps:
     wrapper.run(q, kv_cache, out=out, lse=lse)
     results.append((out, lse))
     results.append(wrapper.forward_return_lse(q, kv_cache, sm_scale=0.2))
+torch.cuda.synchronize()
 wrapper.begin_forward(*steps[0][:3], 32, 8, 128, 16, data_type=torch.float16, kv_data_type=steps[0][3].dtype,
                       q_data_type=steps[0][3].dtype, sm_scale=0.05)
 results.append(wrapper.run(*steps[0][3:]))
@@ -157,6 +159,7 @@ with torch.cuda.graph(graph, stream=stream):
     out, lse = wrapper.run(q, kv_cache, return_lse=True)
 for indptr, indices, last_page_len, new_q, _ in steps:
     if len(last_page_len) == batch_size:
+        torch.cuda.synchronize()
         wrapper.plan(indptr, indices, last_page_len, 32, 8, 128, 16, q_data_type=q.dtype)
         q.copy_(new_q)
         graph.replay()
