@@ -181,16 +181,16 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         slot = ring + stage * SLOT_BYTES;
       }
     }
-    if (count < 0 && !emit.begin(source)) {
-      copy_wait<0>();
-      return false;
-    }
     // The next segment's queries are on their way while this one's states are merged.
     const bool more = (live || count < 0) && walk.next(next, warp);
     if (more) {
       if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
       mask = {next.seq_len, QUERY_TOKENS, given.window};
       if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
+    }
+    if (count < 0 && !emit.begin(source)) {
+      copy_wait<0>();
+      return false;
     }
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;

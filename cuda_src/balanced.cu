@@ -22,9 +22,22 @@
 
 namespace pkv {
 
+// A warp's columns of a slot.
+__device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
+  const float empty = __uint_as_float(EMPTY_WORD);
+  #pragma unroll 1
+  for (int column = warp; column < COLUMNS; column += WARPS) {
+    #pragma unroll
+    for (int i = 0; i < LANE_QUADS; ++i)
+      if (lane + i * 32 < HEAD_QUADS) slot.acc[column][lane + i * 32] = make_float4(empty, empty, empty, empty);
+    if (lane == 0) slot.ml[column] = make_float2(empty, empty);
+  }
+}
+
 struct BalancedEmit {
   Output output;
   Slot* partials;            // [2][num_ctas]
+  int* own_turn;             // of this warp
   int turn;                  // whose bit 0 says which set is in use
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   const Rows& rows;
@@ -36,14 +49,21 @@ struct BalancedEmit {
   int held_row, held_head;
   bool holds;
 
-  // Called once the first loads are under way; whether the plan holds.
+  // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
+  // is nothing to compute: the next launch's CTA waits for this one's end.
   __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
+    if (early && __any_sync(ALL_LANES, rows.changes(noted, lane))) return false;
     first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
-    return !(early && __any_sync(ALL_LANES, rows.changes(noted, lane)));
+    empty_slot(slots(~opaque(turn))[blockIdx.x], threadIdx.x / 32, lane);
+    if (lane == 0) *own_turn = ~turn;
+    const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
+    const Lengths& lens = rows.seq_lens;
+    if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
+    else store_empty_rows(output, lens.at, lens.batch_size, worker, workers, lane);
+    return true;
   }
 
-  // The slots in use. Asked for where they are, not before the first loads: `turn` is then still on its way.
-  __device__ __forceinline__ Slot* slots() const { return partials + (opaque(turn) & 1) * gridDim.x; }
+  __device__ __forceinline__ Slot* slots(int whose) const { return partials + (whose & 1) * gridDim.x; }
 
   __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
     if (s.begins && s.ends) {
@@ -56,7 +76,7 @@ struct BalancedEmit {
       if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(slots()[blockIdx.x], column, state, lane);
+      send_state(slots(turn)[blockIdx.x], column, state, lane);
     }
   }
 
@@ -68,7 +88,7 @@ struct BalancedEmit {
     constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
     constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
     float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
-    const Slot* sent = slots();
+    const Slot* sent = slots(turn);
     __syncwarp();
     #pragma unroll 1
     for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
@@ -142,18 +162,6 @@ struct BalancedEmit {
   }
 };
 
-// A warp's columns of a slot.
-__device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
-  const float empty = __uint_as_float(EMPTY_WORD);
-  #pragma unroll 1
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    #pragma unroll
-    for (int i = 0; i < LANE_QUADS; ++i)
-      if (lane + i * 32 < HEAD_QUADS) slot.acc[column][lane + i * 32] = make_float4(empty, empty, empty, empty);
-    if (lane == 0) slot.ml[column] = make_float2(empty, empty);
-  }
-}
-
 // Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
 // one may be mostly unused. The last of several rows is left out, since it may end before its stride does.
 __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_size) {
@@ -179,7 +187,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
-  int* turns = reinterpret_cast<int*>(given.partials + 2 * gridDim.x) + blockIdx.x * WARPS + warp;
+  int* own_turn = reinterpret_cast<int*>(given.partials + 2 * gridDim.x) + blockIdx.x * WARPS + warp;
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
   int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
@@ -192,16 +200,11 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     walk.x0 = walk.x_end = walk.tile = 0;  // nothing
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
     if (early) pkv::wait_for_previous_kernel();
-    const int turn = __ldcg(turns);
-    pkv::BalancedEmit emit{output, given.partials, turn, shared.kept, rows, cut, early, noted, lane};
+    const int turn = __ldcg(own_turn);
+    pkv::BalancedEmit emit{output, given.partials, own_turn, turn, shared.kept, rows, cut, early, noted, lane};
     emit.holds = false;
     if (!pkv::attend(walk, pages, given, shared, emit)) continue;
-    pkv::empty_slot(given.partials[(~turn & 1) * gridDim.x + blockIdx.x], warp, lane);
-    if (lane == 0) *turns = ~turn;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;
   }
-  const int worker = blockIdx.x * WARPS + warp, workers = gridDim.x * WARPS;
-  if constexpr (LAST_PAGE_LENGTHS) pkv::store_empty_rows(output, lens, given.batch_size, worker, workers, lane);
-  else pkv::store_empty_rows(output, given.seq_lens, given.batch_size, worker, workers, lane);
 }

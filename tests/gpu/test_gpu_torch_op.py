@@ -234,7 +234,7 @@ def test_append_and_decode_step_after_step(compiled: bool, graph: bool) -> None:
 
 @pytest.mark.parametrize("at, change, name", [
     (0, lambda q: q.float(), "dtype"), (0, lambda q: q[0], "q"), (1, lambda k: k[0], "k_pages"),
-    (2, lambda v: v[:1], "v_pages"), (3, lambda table: table.long(), "block_table"),
+    (2, lambda v: v[:1], "v_pages"), (3, lambda table: table.float(), "block_table"),
     (4, lambda lens: lens[:-1], "block_table"), (4, lambda lens: lens.long(), "seq_lens"),
 ])
 def test_wrong_arrays_are_named(at: int, change, name: str) -> None:
