@@ -117,28 +117,30 @@ struct TensorScales {
 #if CACHE_TYPE && !CACHE_SCALES
   float k, v;
 
-  __device__ __forceinline__ explicit TensorScales(const DecodeArguments& given)
-      : k(given.k_scales ? __ldg(given.k_scales) : 1.0f), v(given.v_scales ? __ldg(given.v_scales) : given.v_scale) {}
+  __device__ __forceinline__ void load(const DecodeArguments& given) {
+    k = given.k_scales ? __ldg(given.k_scales) : 1.0f;
+    v = given.v_scales ? __ldg(given.v_scales) : given.v_scale;
+  }
   __device__ __forceinline__ float of_logits(const DecodeArguments& given) const { return given.scale * k; }
   __device__ __forceinline__ float of_values() const { return v; }
 #else
-  __device__ __forceinline__ explicit TensorScales(const DecodeArguments&) {}
+  __device__ __forceinline__ void load(const DecodeArguments&) {}
   __device__ __forceinline__ float of_logits(const DecodeArguments& given) const { return given.scale; }
   __device__ __forceinline__ float of_values() const { return 1.0f; }
 #endif
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. `emit.begin(source)` is called once before, when the
-// first loads are under way; if it returns false nothing is done, and attend returns false.
+// the first segment by warp column % WARPS. Before, `emit.release()` is called when nothing but lengths has been read,
+// and `emit.begin(source)` when the first loads are under way; if it returns false nothing is done, and so does attend.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
                                        SharedMemory& shared, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned ring = shared_address(shared.ring[warp][0]);
   Loader<Source> loader(source);
-  const TensorScales tensor_scales(given);
   Dealer<Source> walk(source);
+  TensorScales tensor_scales;
   // Begins as a segment of nothing, whose rounds only fill the ring: the first loads are the main loop's too, since a
   // second copy of the loader's code is fetched from a cold L2 by short steps.
   Share share, next;
@@ -168,7 +170,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
 #endif
           __syncwarp();
         }
-        loader.issue_k(pages, slot, warp, lane);
+        loader.issue_k(pages, slot, warp, lane, [&] { emit.release(); });
         if (live) {
           weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
           copy_wait<2 * STAGES - 1>();
@@ -181,6 +183,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         slot = ring + stage * SLOT_BYTES;
       }
     }
+    if (count < 0) tensor_scales.load(given);
     // The next segment's queries are on their way while this one's states are merged.
     const bool more = (live || count < 0) && walk.next(next, warp);
     if (more) {

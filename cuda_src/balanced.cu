@@ -7,14 +7,10 @@
 // A CTA holds at most two partial segments. One that its range cuts at the end goes to the CTA's slot in
 // `partials`; one that an earlier CTA began and this CTA ends is merged here, last of all, with the slots of the
 // CTAs before it, in their order. A CTA waits only for CTAs of lower index, which never wait for it, so progress
-// needs no co-residency.
-//
-// A slot must be empty before it is written. Launches take turns with two sets of slots, and each CTA empties its own
-// slot of the set that is not in use: long before anyone waits, and not in one CTA that has merged them all.
+// needs no co-residency; the reader empties the slots again, so the workspace is clean when the kernel ends.
 //
 //   given    see DecodeArguments
-//   partials [2][num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD before the first launch
-//   after those [num_ctas][WARPS] int: whose turn it is, in bit 0, noted by each warp for itself; all equal at first
+//   partials [num_ctas] Slot: the CTAs' slots, all words EMPTY_WORD between launches
 //
 // Bound by HBM: each K,V byte is read once; the rest is a few KiB per CTA.
 #include "attend.cuh"
@@ -22,23 +18,9 @@
 
 namespace pkv {
 
-// A warp's columns of a slot.
-__device__ __forceinline__ void empty_slot(Slot& slot, int warp, int lane) {
-  const float empty = __uint_as_float(EMPTY_WORD);
-  #pragma unroll 1
-  for (int column = warp; column < COLUMNS; column += WARPS) {
-    #pragma unroll
-    for (int i = 0; i < LANE_QUADS; ++i)
-      if (lane + i * 32 < HEAD_QUADS) slot.acc[column][lane + i * 32] = make_float4(empty, empty, empty, empty);
-    if (lane == 0) slot.ml[column] = make_float2(empty, empty);
-  }
-}
-
 struct BalancedEmit {
   Output output;
-  Slot* partials;            // [2][num_ctas]
-  int* own_turn;             // of this warp
-  int turn;                  // whose bit 0 says which set is in use
+  Slot* partials;            // [num_ctas]
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   const Rows& rows;
   const Cut& cut;
@@ -49,21 +31,21 @@ struct BalancedEmit {
   int held_row, held_head;
   bool holds;
 
+  __device__ __forceinline__ void release() const {
+    if (early) wait_for_previous_kernel();
+  }
+
   // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
   // is nothing to compute: the next launch's CTA waits for this one's end.
   __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
     if (early && __any_sync(ALL_LANES, rows.changes(noted, lane))) return false;
     first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
-    empty_slot(slots(~opaque(turn))[blockIdx.x], threadIdx.x / 32, lane);
-    if (lane == 0) *own_turn = ~turn;
     const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
     const Lengths& lens = rows.seq_lens;
     if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
     else store_empty_rows(output, lens.at, lens.batch_size, worker, workers, lane);
     return true;
   }
-
-  __device__ __forceinline__ Slot* slots(int whose) const { return partials + (whose & 1) * gridDim.x; }
 
   __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
     if (s.begins && s.ends) {
@@ -76,7 +58,7 @@ struct BalancedEmit {
       if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(slots(turn)[blockIdx.x], column, state, lane);
+      send_state(partials[blockIdx.x], column, state, lane);
     }
   }
 
@@ -87,8 +69,8 @@ struct BalancedEmit {
     constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
     constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
     constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
+    const float empty = __uint_as_float(EMPTY_WORD);
     float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
-    const Slot* sent = slots(turn);
     __syncwarp();
     #pragma unroll 1
     for (int column = threadIdx.x / 32; column < COLUMNS; column += TOGETHER * WARPS) {
@@ -106,7 +88,7 @@ struct BalancedEmit {
       #pragma unroll 1
       for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
-        const Slot* parts = sent + j;
+        Slot* parts = partials + j;
         float2 ml[TOGETHER];
         unsigned missing = ALL_LANES >> (32 - count);
         do {
@@ -145,7 +127,10 @@ struct BalancedEmit {
         } while (missing);
         float scale[TOGETHER];
         #pragma unroll
-        for (int c = 0; c < TOGETHER; ++c) scale[c] = sum[c].weigh(ml[c]);
+        for (int c = 0; c < TOGETHER; ++c) {
+          scale[c] = sum[c].weigh(ml[c]);
+          if (lane < count) send(&parts[lane].ml[columns[c]], make_float2(empty, empty));
+        }
         #pragma unroll 4
         for (int p = 0; p < count; ++p)
           #pragma unroll
@@ -153,7 +138,10 @@ struct BalancedEmit {
             const float part_scale = __shfl_sync(ALL_LANES, scale[c], p);
             #pragma unroll
             for (int i = 0; i < LANE_QUADS; ++i)
-              if (lane + i * 32 < HEAD_QUADS) sum[c].add(i, fetched[p][c][lane + i * 32], part_scale);
+              if (lane + i * 32 < HEAD_QUADS) {
+                sum[c].add(i, fetched[p][c][lane + i * 32], part_scale);
+                send(&parts[p].acc[columns[c]][lane + i * 32], make_float4(empty, empty, empty, empty));
+              }
           }
       }
       #pragma unroll
@@ -187,7 +175,6 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
-  int* own_turn = reinterpret_cast<int*>(given.partials + 2 * gridDim.x) + blockIdx.x * WARPS + warp;
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
   int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
@@ -199,9 +186,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = walk.tile = 0;  // nothing
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
-    if (early) pkv::wait_for_previous_kernel();
-    const int turn = __ldcg(own_turn);
-    pkv::BalancedEmit emit{output, given.partials, own_turn, turn, shared.kept, rows, cut, early, noted, lane};
+    pkv::BalancedEmit emit{output, given.partials, shared.kept, rows, cut, early, noted, lane};
     emit.holds = false;
     if (!pkv::attend(walk, pages, given, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[warp][0]);

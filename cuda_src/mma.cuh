@@ -225,14 +225,6 @@ __device__ __forceinline__ float2 receive(const float2* from) {
   return v;
 }
 
-// `value`, of which nothing is computed before here: what is still being loaded is waited for here, not where it could
-// first be used.
-__device__ __forceinline__ int opaque(int value) {
-  int same;
-  asm volatile("mov.b32 %0, %1;" : "=r"(same) : "r"(value));
-  return same;
-}
-
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.

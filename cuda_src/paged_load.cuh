@@ -89,15 +89,19 @@ struct Loader {
     return pages.table.load(s.row, token / PAGE_SIZE);
   }
 
-  __device__ __forceinline__ Loader(const Source& first) : source(first), live(true), ahead_known(false), tile(0) {
+  __device__ __forceinline__ explicit Loader(const Source& first)
+      : source(first), live(true), ahead_known(false), tile(0) {
     now.tile_end = 0;
   }
 
-  // Points at the next tile; looks the next segment up while two tiles of this one are left.
-  __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane) {
+  // Points at the next tile; looks the next segment up while two tiles of this one are left. release: called when the
+  // first segment is known, and before anything but lengths is read.
+  template <class Release>
+  __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane, const Release& release) {
     if (!ahead_known && tile + WARPS >= now.tile_end) {
       // Segments in which this warp has no tile are passed over.
       do ahead_live = source.next(ahead, warp); while (ahead_live && ahead.first >= ahead.tile_end);
+      if (now.tile_end == 0) release();
       ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
       ahead_known = true;
     }
@@ -157,8 +161,10 @@ struct Loader {
 
   // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed
   // at the end of the stream, so that waiting can count groups.
-  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane) {
-    if (live) advance(pages, warp, lane);
+  template <class Release>
+  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane,
+                                          const Release& release) {
+    if (live) advance(pages, warp, lane, release);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;

@@ -165,10 +165,10 @@ struct BalancedWalk {
   int row, head, tile, x0, x_end, seq_len;  // tile: from the first one not skipped
 
   // row, row_begin: the first non-empty row whose cost interval reaches past x_begin, and where that interval starts.
-  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int row_begin, int x_begin,
-                    int end) {
+  PKV_HD void start(const Lengths& lens, int kv_heads, int seg_cost, int first_row, int first_length, int row_begin,
+                    int x_begin, int end) {
     seq_lens = lens, num_kv_heads = kv_heads, segment_cost = seg_cost, row = first_row, x_end = end;
-    seq_len = lens[row];
+    seq_len = first_length;
     const int span = seq_lens.tiles(seq_len) + segment_cost;
     head = divide(x_begin - row_begin, span);
     if (head >= num_kv_heads) head = num_kv_heads - 1;  // lengths that change meanwhile: see Lengths

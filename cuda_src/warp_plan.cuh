@@ -41,9 +41,6 @@ struct Rows {
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
   __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
-  __device__ __forceinline__ int cost_of(int row) const {
-    return row_cost(seq_lens.tiles(length_of(row)), num_kv_heads, segment_cost);
-  }
   // Not 0 if a length of one of this lane's rows is another than planned with.
   __device__ __forceinline__ int changes(const int* noted, int lane) const {
     int found = length_of(lane) ^ length;
@@ -56,17 +53,19 @@ struct Rows {
   __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {
     const int edge = cut.begin(range + (lane & 1));
     const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);
-    int before = 0, own = cost, upto = through;  // of the block of 32 rows at `base`
+    int before = 0, own_length = length, own = cost, upto = through;  // of the block of 32 rows at `base`
     for (int base = 0;; base += 32) {
       const unsigned reached = __ballot_sync(0xffffffffu, before + upto > x_begin);
       if (reached) {
         const int owner = __ffs(reached) - 1;
         const int row_begin = __shfl_sync(0xffffffffu, before + upto - own, owner);
-        walk.start(seq_lens, num_kv_heads, segment_cost, base + owner, row_begin, x_begin, x_end);
+        const int row_length = __shfl_sync(0xffffffffu, own_length, owner);
+        walk.start(seq_lens, num_kv_heads, segment_cost, base + owner, row_length, row_begin, x_begin, x_end);
         return;
       }
       before += __shfl_sync(0xffffffffu, upto, 31);
-      own = cost_of(base + 32 + lane);
+      own_length = length_of(base + 32 + lane);
+      own = row_cost(seq_lens.tiles(own_length), num_kv_heads, segment_cost);
       upto = scan(own, lane);
     }
   }

@@ -79,8 +79,8 @@ class KernelConfig:
         return (self.columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
 
     def workspace_bytes(self, num_ctas: int) -> int:
-        """Bytes of the balanced kernel's workspace: two sets of slots, and whose turn it is (cuda_src/balanced.cu)."""
-        return num_ctas * (2 * self.state_bytes + self.warps * 4)
+        """Bytes of the balanced kernel's workspace: a slot for each CTA."""
+        return num_ctas * self.state_bytes
 
     def defines(self) -> dict[str, int]:
         return {"HEAD_DIM": self.head_dim, "V_DIM": self.v_dim, "QUERY_TOKENS": self.query_tokens,

@@ -17,7 +17,7 @@ from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule import MAX_PART_COST, MIN_COST, SEGMENT_COST, Schedule, engine_part_cost
+from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST, Schedule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -39,7 +39,7 @@ class DecodeEngine:
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
-                 min_cost: int = MIN_COST, part_cost: int | None = None, variant: tuple[int, int] | None = None,
+                 min_cost: int = MIN_COST, part_cost: int = PART_COST, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
                  layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
@@ -72,7 +72,6 @@ class DecodeEngine:
         self.splits, self.tile_tokens = splits, tile_tokens
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
-        part_cost = engine_part_cost(self._heads.num_kv_heads) if part_cost is None else part_cost
         self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
         self._scale = checks.check_scale(scale) if scale is not None else shape.head_dim**-0.5
         self._plan: Plan | None = None

@@ -12,11 +12,10 @@ from pkvsim.numba_cache import inner
 from pkvsim.pricing_base import LAUNCH, MIN_SPLIT, SEGMENT, STRIDED, TASK, TILE, merge_us
 from pkvsim.pricing_rows import bucket_splits, proportional_count
 from pkvsim.pricing_tasks import chunks_us, even_us, strided_us
-from pkvsim.schedule import MIN_COST, SEGMENT_COST, balanced_ranges, engine_part_cost
+from pkvsim.schedule import MIN_COST, PART_COST, SEGMENT_COST, balanced_ranges
 
 QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
 _ranges = inner(balanced_ranges)
-_part_cost = inner(engine_part_cost)
 
 
 @inner
@@ -109,7 +108,7 @@ def balanced_us(
     heads = len(ordered) * num_kv_heads
     total_cost = num_kv_heads * tiles + heads * SEGMENT_COST
     even = (ordered[0] + tile - 1) // tile == (ordered[-1] + tile - 1) // tile
-    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, _part_cost(num_kv_heads), even)
+    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, PART_COST, even)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

@@ -19,6 +19,7 @@ MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer hea
 # The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
 SEGMENT_COST = 7
 MIN_COST = 8
+PART_COST = 2
 MAX_PART_COST = 2**10  # keeps part_cost * MOST_TILES_PER_HEAD within 31 bits
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
 SCHEDULES = ("split", "workqueue", "balanced")
@@ -162,14 +163,6 @@ def _queue(
         num_ctas=num_tasks,
         grid_ctas=grid_ctas,
     )
-
-
-def engine_part_cost(num_kv_heads: int) -> int:
-    """The engine's part_cost, in tiles of 16 tokens. With few heads more parts pay, for only they fill the GPU.
-
-    From a sweep on an H200 (2026-11-21), steps back to back and alone.
-    """
-    return 3 if num_kv_heads >= 8 else 2
 
 
 def balanced_ranges(

@@ -18,7 +18,7 @@ from pkvsim.pricing import price_variant, row_splits
 from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.route_options import read_lens
-from pkvsim.schedule import MIN_COST, SEGMENT_COST, Schedule, engine_part_cost, make_schedule
+from pkvsim.schedule import MIN_COST, PART_COST, SEGMENT_COST, Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import run_tasks
 
@@ -106,7 +106,7 @@ def _schedule(
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
-            segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=engine_part_cost(shape.num_kv_heads),
+            segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=PART_COST,
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:

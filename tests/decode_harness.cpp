@@ -190,7 +190,6 @@ constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
 static void wait_for_previous_kernel() {}
 [[maybe_unused]] static void prefetch_l2(const void*) {}
-[[maybe_unused]] static int opaque(int value) { return value; }
 template <class T>
 static void send(T* to, const T& value) { *to = value; }
 [[maybe_unused]] static float2 receive(const float2* from) { return *from; }

@@ -34,7 +34,7 @@ extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_hea
       row_begin += cost;
     }
     pkv::BalancedWalk walk;
-    walk.start(lens, num_kv_heads, segment_cost, row, row_begin, cut.begin(range), cut.begin(range + 1));
+    walk.start(lens, num_kv_heads, segment_cost, row, lens[row], row_begin, cut.begin(range), cut.begin(range + 1));
     for (pkv::Segment s; walk.next(s); ++count)
       if (count < max_tasks) tasks[count] = {s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};
   }
