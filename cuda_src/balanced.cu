@@ -18,6 +18,11 @@
 
 namespace pkv {
 
+// The range in which this CTA's first segment begins.
+__device__ __forceinline__ int first_range(const BalancedWalk& walk, const Cut& cut) {
+  return walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
+}
+
 struct BalancedEmit {
   Output output;
   Slot* partials;            // [num_ctas]
@@ -35,18 +40,11 @@ struct BalancedEmit {
     if (early) wait_for_previous_kernel();
   }
 
-  // Large heads have no registers for the cut during the first loads.
-  static constexpr bool FIRST_LATE = V_DIM <= 128;
-
-  __device__ __forceinline__ void find_first(const BalancedWalk& walk) {
-    first = walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
-  }
-
   // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
   // is nothing to compute: the next launch's CTA waits for this one's end.
   __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
     if (early && __any_sync(ALL_LANES, rows.changes(noted, lane))) return false;
-    if constexpr (FIRST_LATE) find_first(walk);
+    if constexpr (V_DIM <= 128) first = first_range(walk, cut);
     const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
     const Lengths& lens = rows.seq_lens;
     if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
@@ -195,7 +193,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
     pkv::BalancedEmit emit{output, given.partials, shared.kept, rows, cut, early, noted, lane};
     emit.holds = false;
-    if constexpr (!emit.FIRST_LATE) emit.find_first(walk);
+    // Large heads have no registers for the cut during the first loads.
+    if constexpr (V_DIM > 128) emit.first = pkv::first_range(walk, cut);
     if (!pkv::attend(walk, pages, given, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;

@@ -14,8 +14,8 @@ constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
 // number. What FP16 then cannot hold is 2^-39 of that magnitude.
 #define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)
 // Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
-// and takes the registers of the merge.
-constexpr bool QUERY_EARLY = !QUERY_SCALED;
+// and takes the registers of the merge; those of large 8-bit heads find no room beside it.
+constexpr bool QUERY_EARLY = !QUERY_SCALED && !(CACHE_TYPE && HEAD_DIM > 128);
 
 struct Query {
   const half_type* rows;  // the (row, KV head)'s first query head of the first token
