@@ -131,9 +131,8 @@ struct TensorScales {
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. Before, `emit.release(loader, pages)` is called when nothing but lengths has
-// been read, and `emit.begin(source)` when the first loads are under way; if that returns false nothing is done, and
-// attend returns false.
+// the first segment by warp column % WARPS. Before, `emit.release()` is called when nothing but lengths has been read,
+// and `emit.begin(source)` when the first loads are under way; if it returns false nothing is done, and so does attend.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
                                        SharedMemory& shared, Emit& emit) {
@@ -171,7 +170,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
 #endif
           __syncwarp();
         }
-        loader.issue_k(pages, slot, warp, lane, emit);
+        loader.issue_k(pages, slot, warp, lane, [&] { emit.release(); });
         if (live) {
           weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
           copy_wait<2 * STAGES - 1>();

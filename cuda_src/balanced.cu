@@ -36,18 +36,15 @@ struct BalancedEmit {
   int held_row, held_head;
   bool holds;
 
-  template <class Loader>
-  __device__ __forceinline__ void release(const Loader& loader, const Pages& pages) const {
-    if (!early) return;
-    loader.prefetch(pages, lane);
-    wait_for_previous_kernel();
+  __device__ __forceinline__ void release() const {
+    if (early) wait_for_previous_kernel();
   }
 
   // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
   // is nothing to compute: the next launch's CTA waits for this one's end.
   __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
     if (early && __any_sync(ALL_LANES, rows.changes(noted, lane))) return false;
-    if constexpr (HEAD_DIM <= 128) first = first_range(walk, cut);
+    if constexpr (V_DIM <= 128) first = first_range(walk, cut);
     const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
     const Lengths& lens = rows.seq_lens;
     if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
@@ -197,7 +194,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     pkv::BalancedEmit emit{output, given.partials, shared.kept, rows, cut, early, noted, lane};
     emit.holds = false;
     // Large heads have no registers for the cut during the first loads.
-    if constexpr (HEAD_DIM > 128) emit.first = pkv::first_range(walk, cut);
+    if constexpr (V_DIM > 128) emit.first = pkv::first_range(walk, cut);
     if (!pkv::attend(walk, pages, given, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[warp][0]);
     break;

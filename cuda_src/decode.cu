@@ -44,8 +44,7 @@ struct TaskEmit {
     if (s.begins && s.ends) store_result(output, s.row, s.kv_head, column, state, lane);
     else send_state(partials[static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head], column, state, lane);
   }
-  template <class Loader>
-  __device__ __forceinline__ void release(const Loader&, const Pages&) const {}
+  __device__ __forceinline__ void release() const {}
   __device__ __forceinline__ bool begin(const TaskSource&) const { return true; }
 };
 

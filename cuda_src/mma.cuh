@@ -225,18 +225,6 @@ __device__ __forceinline__ float2 receive(const float2* from) {
   return v;
 }
 
-// What another kernel may be writing: past L1, which would keep what it saw.
-__device__ __forceinline__ int load_relaxed(const int* from) {
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
-  return value;
-}
-__device__ __forceinline__ long long load_relaxed(const long long* from) {
-  long long value;
-  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from));
-  return value;
-}
-
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.

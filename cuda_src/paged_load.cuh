@@ -94,41 +94,14 @@ struct Loader {
     now.tile_end = 0;
   }
 
-#if TABLE_CSR
-  __device__ __forceinline__ void prefetch(const Pages&, int) const {}  // two dependent loads would take too long
-#else
-  // Asks for the first loads' bytes while the previous kernel still runs, which may yet write the table or the pages:
-  // they go no further than the L2, and of a page that is not the row's then nothing is read later.
-  __device__ __forceinline__ void prefetch(const Pages& pages, int lane) const {
-    if (!TILE_IN_PAGE || !ahead_live) return;
-    #pragma unroll 1
-    for (int i = 0, t = ahead.first; i < STAGES && t < ahead.tile_end; ++i, t += WARPS) {
-      const int id = pages.table.peek(ahead.row, t * PKV_TILE / PAGE_SIZE);
-      prefetch_tile<K_ROW_BYTES>(pages.k, id, t, lane);
-      prefetch_tile<V_ROW_BYTES>(pages.v, id, t, lane);
-    }
-  }
-  template <int ROW_BYTES>
-  __device__ __forceinline__ void prefetch_tile(const PagedTensor& tensor, int id, int t, int lane) const {
-    constexpr int LINES = (ROW_BYTES + 127) / 128;  // of a token
-    const cache_type* from = tensor.at + id * tensor.page_stride
-                             + static_cast<long long>(ahead.kv_head / HEAD_SPLIT) * tensor.head_stride
-                             + static_cast<long long>(t * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
-    #pragma unroll 1
-    for (int line = lane; line < PKV_TILE * LINES; line += 32)
-      prefetch_l2(from + static_cast<long long>(line / LINES) * tensor.token_stride
-                  + line % LINES * (128 / ELEMENT_BYTES));
-  }
-#endif
-
-  // Points at the next tile; looks the next segment up while two tiles of this one are left. Before anything but lengths
-  // is read, when the first segment is known, `emit` releases it.
-  template <class Emit>
-  __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane, const Emit& emit) {
+  // Points at the next tile; looks the next segment up while two tiles of this one are left. release: called when the
+  // first segment is known, and before anything but lengths is read.
+  template <class Release>
+  __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane, const Release& release) {
     if (!ahead_known && tile + WARPS >= now.tile_end) {
       // Segments in which this warp has no tile are passed over.
       do ahead_live = source.next(ahead, warp); while (ahead_live && ahead.first >= ahead.tile_end);
-      if (now.tile_end == 0) emit.release(*this, pages);
+      if (now.tile_end == 0) release();
       ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
       ahead_known = true;
     }
@@ -188,10 +161,10 @@ struct Loader {
 
   // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed
   // at the end of the stream, so that waiting can count groups.
-  template <class Emit>
+  template <class Release>
   __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane,
-                                          const Emit& emit) {
-    if (live) advance(pages, warp, lane, emit);
+                                          const Release& release) {
+    if (live) advance(pages, warp, lane, release);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;

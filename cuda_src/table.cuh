@@ -29,14 +29,6 @@ struct PageTable {
   int num_pages;          // of the pool
   PKV_CSR(const int* row_begins; int num_rows;)  // [num_rows + 1]
 
-#if !TABLE_CSR
-  // The same while another kernel may be writing it.
-  __device__ __forceinline__ int peek(int row, int column) const {
-    const page_id id = load_relaxed(ids + static_cast<long long>(row) * stride + column);
-    return min(static_cast<unsigned_page_id>(id), static_cast<unsigned_page_id>(num_pages - 1));
-  }
-#endif
-
   // The id of a row's page, cut to [0, num_pages): a stale plan may meet any id, and with CSR any row.
   __device__ __forceinline__ int load(int row, int column) const {
 #if TABLE_CSR

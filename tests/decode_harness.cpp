@@ -191,8 +191,6 @@ static void let_next_kernel_start() {}
 static void wait_for_previous_kernel() {}
 [[maybe_unused]] static void prefetch_l2(const void*) {}
 template <class T>
-[[maybe_unused]] static T load_relaxed(const T* from) { return *from; }
-template <class T>
 static void send(T* to, const T& value) { *to = value; }
 [[maybe_unused]] static float2 receive(const float2* from) { return *from; }
 [[maybe_unused]] static float hyperbolic_tangent(float x) { return std::tanh(x); }
