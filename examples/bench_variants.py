@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     about, results = environment(), run(args)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(results, args.dtype).print(console)
     if args.json is not None:
