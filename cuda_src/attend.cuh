@@ -179,7 +179,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
         if (live) await_tile<COPIES_AHEAD>(stream);
-        if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage + STAGES - 1) % STAGES * SLOT_BYTES, lane);
+        if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage > 0 ? stage - 1 : STAGES - 1) * SLOT_BYTES, lane);
         if (live) {
           score(s, query, slot, lane);
 #if CACHE_SCALES

@@ -1,5 +1,5 @@
 // What a kernel takes for granted of CUDA, on a CPU: a CTA of WARPS warps whose threads are fibers, which meet where
-// lanes do, at shuffles, votes and barriers.
+// lanes do, at shuffles, votes and barriers. A warp whose turn it is gets as far ahead of the others as it can.
 #pragma once
 #include <ucontext.h>
 
@@ -54,6 +54,9 @@ constexpr int CTA_THREADS = WARPS * 32;
 static int3 threadIdx, blockIdx, gridDim;
 unsigned char memory[256 << 10] __align__(128);  // the CTA's shared memory
 
+static long progress;      // meetings and ends so far
+static unsigned order = 1;  // random bits, of whose turn it is
+
 struct Warp {
   int arrived = 0, meetings = 0;
   uint64_t brought[32][8];
@@ -70,7 +73,7 @@ static void yield() {
 }
 static void start() {
   body();
-  ended[threadIdx.x] = true;
+  ended[threadIdx.x] = true, ++progress;
 }
 static void run_cta() {
   std::memset(memory, 0xff, sizeof memory);
@@ -82,12 +85,20 @@ static void run_cta() {
     fibers[i].uc_link = &scheduler;
     makecontext(&fibers[i], start, 0);
   }
+  constexpr long MOST = 20'000'000;
   long rounds = 0;
-  for (bool live = true; live;) {
-    live = false;
-    if (++rounds > 20'000'000) return complain("the CTA hangs");
-    for (int i = 0; i < CTA_THREADS; ++i)
-      if (!ended[i]) threadIdx.x = i, live = true, swapcontext(&scheduler, &fibers[i]);
+  while (!std::all_of(ended, ended + CTA_THREADS, [](bool end) { return end; })) {
+    const long before = progress;
+    order = order * 1664525u + 1013904223u;
+    for (int turn = 0; turn < WARPS; ++turn) {
+      const int first = (turn + (order >> 16)) % WARPS * 32;
+      for (long seen = -1; seen != progress && rounds < MOST; ++rounds) {
+        seen = progress;
+        for (int i = first; i < first + 32; ++i)
+          if (!ended[i]) threadIdx.x = i, swapcontext(&scheduler, &fibers[i]);
+      }
+    }
+    if (progress == before || rounds >= MOST) return complain("the CTA hangs");
   }
 }
 
@@ -97,7 +108,7 @@ static int my_lane() { return threadIdx.x % 32; }
 static void meet() {
   Warp& warp = my_warp();
   const int meeting = warp.meetings;
-  if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings;
+  if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings, ++progress;
   else while (warp.meetings == meeting) yield();
 }
 template <class T, class Look>
@@ -118,7 +129,7 @@ static void __syncwarp() { meet(); }
 static int cta_arrived = 0, cta_meetings = 0;
 static void __syncthreads() {
   const int meeting = cta_meetings;
-  if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings;
+  if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings, ++progress;
   else while (cta_meetings == meeting) yield();
 }
 template <class T>
