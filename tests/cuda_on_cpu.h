@@ -1,5 +1,5 @@
 // What a kernel takes for granted of CUDA, on a CPU: a CTA of WARPS warps whose threads are fibers, which meet where
-// lanes do, at shuffles, votes and barriers. A warp whose turn it is gets as far ahead of the others as it can.
+// lanes do, at shuffles, votes and barriers. Warps take turns in any order, and go on as far as they can or just a step.
 #pragma once
 #include <ucontext.h>
 
@@ -55,7 +55,7 @@ static int3 threadIdx, blockIdx, gridDim;
 unsigned char memory[256 << 10] __align__(128);  // the CTA's shared memory
 
 static long progress;      // meetings and ends so far
-static unsigned order = 1;  // random bits, of whose turn it is
+static unsigned order = 1;  // random bits, of whose turn it is and how long
 
 struct Warp {
   int arrived = 0, meetings = 0;
@@ -85,14 +85,16 @@ static void run_cta() {
     fibers[i].uc_link = &scheduler;
     makecontext(&fibers[i], start, 0);
   }
-  constexpr long MOST = 20'000'000;
+  constexpr long MOST = 1'000'000;
   long rounds = 0;
+  const unsigned patience = order >> 16 & 3;  // how often, in quarters, a turn lasts while it can
   while (!std::all_of(ended, ended + CTA_THREADS, [](bool end) { return end; })) {
     const long before = progress;
     order = order * 1664525u + 1013904223u;
+    const long longest = (order >> 24 & 3) < patience ? MOST : 1;
     for (int turn = 0; turn < WARPS; ++turn) {
       const int first = (turn + (order >> 16)) % WARPS * 32;
-      for (long seen = -1; seen != progress && rounds < MOST; ++rounds) {
+      for (long seen = -1, end = rounds + longest; seen != progress && rounds < end; ++rounds) {
         seen = progress;
         for (int i = first; i < first + 32; ++i)
           if (!ended[i]) threadIdx.x = i, swapcontext(&scheduler, &fibers[i]);
