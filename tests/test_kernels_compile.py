@@ -62,7 +62,6 @@ def test_every_shape_has_a_variant(capability):
         assert variant(capability, head_dim, group_size, 16, dtype).shared_bytes <= SHARED_LIMIT_BYTES[capability]
 
 
-# Groups of more than 16 are served but not held to this: at head_dim 256 they spill.
 @pytest.mark.parametrize(("capability", "head_dim", "group_size", "page_size", "dtype"), VARIANTS)
 def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtype):
     config = variant(capability, head_dim, group_size, page_size, dtype)
@@ -101,6 +100,27 @@ def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
     kernel_name = "pkv_decode_balanced" if file_name == "balanced.cu" else "pkv_decode_tasks"
     assert_fits(file_name, kernel_name, config.defines() | layout.defines(), capability, threads=config.threads,
                 dynamic_shared=config.shared_bytes)
+
+
+# Columns beyond a warp's registers: (head_dim, group, query tokens, page size), and the team that shares the tiles. 32
+# columns of head_dim 128 with every kind of pages, on little shared memory and on much; elsewhere these take turns, and
+# so do the kernels.
+TEAMS = (((128, 32, 1, 16), 2), ((128, 4, 8, 3), 2), ((128, 5, 5, 1), 2), ((128, 8, 8, 16), 4), ((64, 64, 1, 64), 2),
+         ((64, 128, 1, 16), 4), ((192, 16, 1, 16), 2), ((256, 16, 1, 16), 2), ((256, 4, 8, 1), 4))
+PAGES_OF_TEAMS = (("float16", None, None), ("bfloat16", None, None), ("float16", "int8", "token"),
+                  ("bfloat16", "float8_e4m3fn", "tensor"))
+TEAM_VARIANTS = [(*case, *pages, (86, 90)[j], (i + k + j) % 2) for i, case in enumerate(TEAMS)
+                 for k, pages in enumerate(PAGES_OF_TEAMS) for j in range(2) if i < 2 or i // 2 % 2 == (k // 2 + j) % 2]
+
+
+@pytest.mark.parametrize(("case", "team", "dtype", "kv_dtype", "kv_scales", "capability", "tasks"), TEAM_VARIANTS)
+def test_teams_fit(case, team, dtype, kv_dtype, kv_scales, capability, tasks):
+    head_dim, group_size, tokens, page_size = case
+    options = AttentionOptions(query_tokens=tokens).with_cache(kv_dtype, kv_scales)
+    config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
+    assert (config.head_split, config.team) == (1, team)  # pages are read once
+    names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
+    assert_fits(*names[tasks], config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
