@@ -71,8 +71,8 @@ struct BalancedEmit {
   }
 
   // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's part of
-  // its stream's ring, free by now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched
-  // again.
+  // its stream's ring, free by now, those of both its columns where it has two, all in flight at once; what has not
+  // arrived is fetched again.
   __device__ __forceinline__ void finish(unsigned char* ring) const {
     constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
     constexpr int MOST = RING_PART / (TOGETHER * V_DIM * 4);

@@ -1,9 +1,9 @@
 // One stream of K,V tiles from pages into its ring in shared memory.
 //
 // A stream belongs to a warp, or to a team of them, each of which copies its part of every tile and keeps account of
-// the whole stream for itself. A CTA's tiles are dealt to its streams in turn, on across segment ends, so that none has
-// more than one tile more than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
-// ids of the tiles to come, and of the next segment, are in registers before they are needed.
+// the whole stream for itself. A CTA's tiles are dealt to its streams in turn, on across segment ends, so that none
+// has more than one tile more than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across
+// segment ends; page ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
 #include "plan.cuh"

@@ -24,9 +24,9 @@ HEAD_DIMS = (64, 128, 192, 256)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
                       100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 
-# (warps, stages) by head_dim where no table was measured, stages being tiles of each warp's, which a team puts together;
-# best first, and the first that fits is taken: as many bytes in flight as there is room for, up to 128 KiB, beyond which
-# an H200 gained nothing.
+# (warps, stages) by head_dim where no table was measured, stages being each warp's tiles, which a team puts together.
+# The best comes first, and the first that fits is taken: as many bytes in flight as there is room for, up to 128 KiB,
+# beyond which an H200 gained nothing.
 CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
               128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
               192: ((4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
@@ -148,8 +148,8 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
 
 def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
                   variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN) -> KernelConfig:
-    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages of each) as asked for,
-    as tuned, or by calculation.
+    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages of each) as asked
+    for, as tuned, or by calculation.
 
     Raises ValueError naming the argument that no kernel serves.
     """

@@ -1,5 +1,5 @@
 // What a kernel takes for granted of CUDA, on a CPU: a CTA of WARPS warps whose threads are fibers, which meet where
-// lanes do, at shuffles, votes and barriers. Warps take turns in any order, and go on as far as they can or just a step.
+// lanes do, at shuffles, votes and barriers. Warps take turns in any order and go on as far as they can or just a step.
 #pragma once
 #include <ucontext.h>
 
