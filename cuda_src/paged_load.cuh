@@ -20,7 +20,7 @@ constexpr int STREAMS = WARPS / TEAM;
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
 constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
 
-static_assert(WARPS % TEAM == 0, "teams are whole");
+static_assert(WARPS % TEAM == 0 && (TEAM == 1 || STREAMS < 16), "teams are whole, and each has a barrier of its own");
 
 // This warp's place in its team.
 __device__ __forceinline__ int team_member() { return TEAM > 1 ? threadIdx.x / 32 % TEAM : 0; }
@@ -99,7 +99,7 @@ struct Loader {
   __device__ __forceinline__ explicit Loader(const Source& first)
       : source(first), live(true), ahead_known(false), tile(0) {
     now.tile_end = 0;
-    if constexpr (TEAM > 1) pending_rows = 0;
+    if constexpr (TEAM > 1) pending_rows = 0;  // its first issue_v comes before any issue_k
   }
 
   // Points at the next tile; looks the next segment up while two tiles of this one are left. release: called when the

@@ -14,6 +14,7 @@ MAX_GROUP_SIZE = 128
 MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
 MAX_ACCUMULATED = 2048  # columns x head_dim whose FP32 accumulators its registers hold
 TEAMS = (1, 2, 4)  # warps that may share their tiles
+MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/paged_load.cuh, with CACHE_SCALES
@@ -139,7 +140,7 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
                 warps=warps, stages=tiles, buffers=buffers,
                 windowed=options.window is not None, soft_cap=options.soft_cap is not None, sinks=options.sinks,
                 kv_dtype=options.kv_dtype, tile_scales=options.kv_scales in ("page", "token"))
-                for tiles, buffers in rings if warps % team == 0)
+                for tiles, buffers in rings if team == 1 or (warps % team == 0 and warps // team <= MOST_TEAMS))
             found += itertools.islice((config for config in configs if config.shared_bytes <= limit_bytes), 1)
         if found:
             return found

@@ -48,8 +48,8 @@ class DecodeEngine:
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
         part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
-        of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
-        head_dim ** -0.5.
+        of the kernel, stages being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
+        scale: of the logits, by default head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
         have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
         head_dim]; pages may be any view with those axes whose last one is contiguous.
