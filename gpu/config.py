@@ -26,7 +26,7 @@ SHARED_LIMIT_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 10
 # flight as there is room for, up to 128 KiB, beyond which an H200 gained nothing.
 _CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
                128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1)),
-               192: ((4, 3), (4, 2), (2, 2), (2, 1)),
+               192: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1)),
                256: ((4, 2), (2, 2), (2, 1), (1, 1))}
 # The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Not measured.
 _CALCULATED_8BIT = {64: ((8, 8), (8, 6), (8, 4), (4, 8), (4, 4), (4, 2), (2, 2)),
