@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,22 @@ def fingerprint(array: object) -> tuple:
         address = array.data.ptr
         return address, (array.dtype, array.device.id, array.shape, array.strides, address % 16)
     return 0, type(array)
+
+
+def fingerprints(given: Iterable[object]) -> tuple[list[int], list]:
+    """(addresses, what validation depends on) of some arrays, as fingerprint() of each."""
+    torch = sys.modules.get("torch")
+    tensor = None if torch is None else torch.Tensor
+    addresses, keys = [], []
+    for array in given:
+        if type(array) is tensor:  # written out: this is most of the host time of a step
+            address = array.data_ptr()
+            key = array.dtype, array.device, array.shape, array.stride(), address % 16
+        else:
+            address, key = (0, None) if array is None else fingerprint(array)
+        addresses.append(address)
+        keys.append(key)
+    return addresses, keys
 
 
 def _is_torch(array: object) -> bool:
@@ -112,7 +128,7 @@ def current_stream(library: str | None, device: int) -> int:
     if library == "torch":
         import torch
 
-        return torch.cuda.current_stream(device).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(device)  # without a torch.cuda.Stream made for it, as Triton asks
     import cupy
 
     return cupy.cuda.get_current_stream().ptr
