@@ -52,7 +52,7 @@ def split_scale(name: str, scale: object, kv_dtype: str) -> tuple[float, object]
     fp8 = kv_dtype in FP8_TYPES
     if isinstance(scale, (int, float, np.number)):
         expect(name, "a positive number" if fp8 else f"1 with pages of {kv_dtype}", scale,
-               0 < scale <= validate.FLOAT32_MAX if fp8 else scale == 1)
+               0 < scale < math.inf if fp8 else scale == 1)
         return float(scale), None
     expect(name, "a number, or one float32 on the GPU" if fp8 else f"1 with pages of {kv_dtype}", type(scale).__name__,
            fp8 and scale is not None)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from gpu.arrays import ArrayView
-from gpu.validate import FLOAT32_MAX, expect
+from gpu.validate import expect
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
@@ -26,8 +26,7 @@ def split(name: str, scale: object, options: AttentionOptions) -> tuple[float, o
         wanted = f"float32 on the GPU, a scale of every {options.kv_scales}"
         expect(name, wanted, repr(scale) if number else type(scale).__name__, scale is not None and not number)
     elif scale is None or number:
-        expect(name, "a positive number that float32 holds, or one float32 on the GPU", scale,
-               scale is None or 0 < scale <= FLOAT32_MAX)
+        expect(name, "a positive number, or one float32 on the GPU", scale, scale is None or 0 < scale < math.inf)
         return 1.0 if scale is None else float(scale), None
     return 1.0, scale
 

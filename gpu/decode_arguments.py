@@ -24,13 +24,12 @@ class DecodeArguments:
 
     def __init__(self, shape: DecodeShape, dtype: str, options: AttentionOptions, layout: str, *, num_kv_heads: int,
                  scale: float | None, device_id: int) -> None:
-        """num_kv_heads: as the kernels count them. Raises ValueError naming scale or soft_cap."""
+        """num_kv_heads: as the kernels count them. Raises ValueError naming scale."""
         self.library: str | None = None  # whose arrays and streams the runs use; known from the first run on
         self._shape, self._dtype, self._options, self._layout = shape, dtype, options, layout
         self._num_kv_heads, self._device_id, self._window = num_kv_heads, device_id, options.window or 0
         self._scale = shape.head_dim**-0.5 if scale is None else checks.check_scale(scale)
         self._weights = self._weigh(self._scale)
-        checks.check_float32("soft_cap", self._weights[1])
         self._checked: list | None = None
         self._strides: tuple = ()
         self._scale_strides = cache_scales.NO_STRIDES
@@ -70,9 +69,7 @@ class DecodeArguments:
     def _weigh(self, scale: float) -> tuple[float, float]:
         """scale and cap of pkv::DecodeArguments."""
         cap = self._options.soft_cap
-        weights = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
-        checks.check_float32("scale", weights[0])
-        return weights
+        return (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
 
     def _check(self, batch_size: int, given: tuple) -> None:
         views = {name: arrays.view(name, array) for name, array in zip(NAMES, given)

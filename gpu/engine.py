@@ -181,10 +181,9 @@ class DecodeEngine:
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:
-            described = arrays.view("q", q)
-            shape = (*described.shape[:-1], self.options.value_dim(self.shape))
-            out = arrays.empty_like(q, described, shape, self.dtype) if out is None else out
-            lse = arrays.empty_like(q, described, shape[:-1], "float32") if lse is None else lse
+            heads = arrays.shape_of("q", q)[:-1]
+            out = arrays.empty_like(q, (*heads, self.options.value_dim(self.shape)), self.dtype) if out is None else out
+            lse = arrays.empty_like(q, heads, "float32") if lse is None else lse
         given = self._arguments.take(plan, self._workspace_at, q, k_pages, v_pages, out, lse, scale, sinks, query_lens,
                                      k_scale, v_scale)
         stream = arrays.current_stream(self._arguments.library, self.device_id)

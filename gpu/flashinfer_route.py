@@ -108,8 +108,7 @@ class FlashInferEngine:
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None:
-            described = arrays.view("q", q)
-            out = arrays.empty_like(q, described, described.shape, self.dtype)
+            out = arrays.empty_like(q, arrays.shape_of("q", q), self.dtype)
         given = (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse), ("sinks", sinks))
         _, keys = arrays.fingerprints(array for _, array in given)
         if keys != self._checked_run:

@@ -48,7 +48,7 @@ class Arguments:
         self.starts = tuple(ctypes.addressof(self._memory) + offset for offset in offsets)  # of each parameter
 
     def write(self, values: tuple[int | float, ...]) -> None:
-        """One value per letter; struct.error or OverflowError where there are more or fewer, or one does not fit."""
+        """One value per letter; struct.error where there are more or fewer, or one is no such number."""
         self._pack(self._memory, 0, *values)
 
 

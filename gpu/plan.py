@@ -46,7 +46,7 @@ class Plan:
         """
         seq_lens, block_table, indptr, indices, last_page_len = addresses
         if self.layout.csr:
-            num_indices = StepTables(*given).indices.shape[0]
+            num_indices = given[3].shape[0]
             if num_indices > self.checked_indices:
                 return False
             self.page_ids, self.row_begins, self.stride = indices, (indptr,), num_indices

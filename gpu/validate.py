@@ -16,7 +16,6 @@ from pkvsim.shapes import check_int
 MAX_COST = 2**31  # the planner counts tiles in 32 bits
 MAX_WARPS, MAX_STAGES = 32, 64  # of a variant that is asked for; what fits is gpu.config's to say
 ID_DTYPES = ("int32", "int64")  # of page ids
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def expect(name: str, expected: str, got: object, ok: bool) -> None:
@@ -125,11 +124,6 @@ def check_scale(scale: object) -> float:
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     return float(scale)
-
-
-def check_float32(name: str, value: float) -> None:
-    """A kernel's float, as it is told: not beyond float32."""
-    expect(name, f"a kernel's number within {FLOAT32_MAX:.3g}", value, abs(value) <= FLOAT32_MAX)
 
 
 def check_routed(**given: object) -> None:

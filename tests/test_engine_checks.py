@@ -98,7 +98,6 @@ def test_numbers_are_scales_of_a_tensor(scale) -> None:
     (None, {"k_scale": 1.0}, "k_scale"), (None, {"v_scale": np.ones(1)}, "v_scale"),
     ("tensor", {"k_scale": 0.0}, "k_scale"),
     ("tensor", {"v_scale": float("inf")}, "v_scale"), ("tensor", {"v_scale": float("nan")}, "v_scale"),
-    ("tensor", {"v_scale": 1e39}, "v_scale"),
     ("page", {"k_scale": 1.0}, "k_scale"), ("token", {}, "k_scale")])
 def test_what_is_no_scale_is_named(kind, given, named) -> None:
     options = AttentionOptions() if kind is None else AttentionOptions(kv_dtype="int8", kv_scales=kind)

@@ -1,5 +1,4 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
-import ctypes
 import itertools
 import re
 
