@@ -31,9 +31,12 @@ def _driver() -> ctypes.CDLL:
 
 
 class Arguments:
-    """Memory of a kernel's parameters, laid out as C does: see Kernel for the signature."""
+    """Memory of a kernel's parameters, laid out as C does: see Kernel for the signature.
 
-    __slots__ = ("starts", "num_bytes", "_memory", "_pack")
+    write(*values): one per letter; struct.error where there are more or fewer, or one is no such number.
+    """
+
+    __slots__ = ("starts", "num_bytes", "write")
 
     def __init__(self, signature: str) -> None:
         layout, offsets = "", []
@@ -43,13 +46,9 @@ class Arguments:
             offsets.append(struct.calcsize(layout + (aligned or "0" + letters)))
             layout += aligned + letters + aligned
         self.num_bytes = struct.calcsize(layout)
-        self._memory = (ctypes.c_longlong * -(-self.num_bytes // 8))()
-        self._pack = struct.Struct(layout).pack_into
-        self.starts = tuple(ctypes.addressof(self._memory) + offset for offset in offsets)  # of each parameter
-
-    def write(self, values: tuple[int | float, ...]) -> None:
-        """One value per letter; struct.error where there are more or fewer, or one is no such number."""
-        self._pack(self._memory, 0, *values)
+        memory = (ctypes.c_longlong * -(-self.num_bytes // 8))()
+        self.starts = tuple(ctypes.addressof(memory) + offset for offset in offsets)  # of each parameter
+        self.write = functools.partial(struct.Struct(layout).pack_into, memory, 0)
 
 
 class Kernel:
@@ -75,7 +74,7 @@ class Kernel:
 
     def __call__(self, grid: int | tuple[int, int], args: tuple[int | float, ...], stream: int) -> None:
         """Launches on the stream of that handle, with one int or float per letter of the signature."""
-        self._arguments.write(args)
+        self._arguments.write(*args)
         _GRID.pack_into(self._config, 0, *(grid if isinstance(grid, tuple) else (grid, 1)))
         self._config.stream = stream
         status = self._launch(self._config_ref, self._handle, self._pointers, None)

@@ -150,7 +150,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
         strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
         values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]
     written = Arguments(arguments(config, TableLayout()))
-    written.write(values)
+    written.write(*values)
     (start,) = written.starts
     assert library.arguments_bytes() == written.num_bytes
     if balanced:

@@ -53,7 +53,7 @@ def test_arguments_lie_as_in_c(drawn) -> None:
     assert max(ends) <= arguments.starts[0] + arguments.num_bytes
     assert all(end <= start for end, start in zip(ends, arguments.starts[1:])), "parameters overlap"
     for values in steps:
-        arguments.write(values)
+        arguments.write(*values)
         assert read(signature, arguments.starts) == list(values)
 
 
