@@ -16,7 +16,7 @@ import pytest
 from gpu.config import KernelConfig, kernel_config
 from gpu.decode_kernels import arguments
 from gpu.kernels import SOURCE_DIR
-from gpu.launch import _arguments
+from gpu.launch import Arguments
 from gpu.step_tables import TableLayout
 from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference_append import FP8_DTYPES, dequantize
@@ -154,11 +154,10 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
     if options.kv_dtype is not None:
         strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
         values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]
-    fields, (start,) = _arguments(arguments(config, TableLayout()))
-    for field, value in zip(fields, values, strict=True):
-        field.value = value
-    end = ctypes.addressof(fields[-1]) - start + ctypes.sizeof(fields[-1])
-    assert library.arguments_bytes() == -(-end // 8) * 8
+    written = Arguments(arguments(config, TableLayout()))
+    written.write(*values)
+    (start,) = written.starts
+    assert library.arguments_bytes() == written.num_bytes
     if balanced:
         sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
         first = None

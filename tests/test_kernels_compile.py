@@ -1,5 +1,4 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
-import ctypes
 import itertools
 import re
 
@@ -11,7 +10,7 @@ from gpu import append_config
 from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.decode_kernels import arguments
 from gpu.kernels import SOURCE_DIR, compile_options
-from gpu.launch import C_TYPES
+from gpu.launch import Arguments
 from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
@@ -127,12 +126,9 @@ def test_teams_fit(case, team, dtype, kv_dtype, kv_scales, capability, tasks):
 @pytest.mark.parametrize("layout", [TableLayout(), TableLayout(csr=True)])
 def test_the_hosts_structure_is_the_kernels(layout, kv_dtype):
     config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90, options=AttentionOptions(kv_dtype=kv_dtype))
-    signature = arguments(config, layout).strip("[]")
     options = compile_options(config.defines() | layout.defines())
     size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
-    fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(signature)]
-    structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
-    assert int(size[1]) == ctypes.sizeof(structure)
+    assert int(size[1]) == Arguments(arguments(config, layout)).num_bytes
 
 
 # 8-bit pages: every capability meets every type; kinds of scales, head_dims, group sizes, page sizes and dtypes take

@@ -34,14 +34,17 @@ def test_options_that_ask_for_nothing_change_nothing(lens, more):
         assert options.keys() <= {"soft_cap"} or same.prices.keys() == plain.prices.keys()
 
 
-@settings(max_examples=40, deadline=None)
-@given(lens=lengths, windows=st.tuples(st.integers(1, 70000), st.integers(1, 70000)).map(sorted))
-def test_a_wider_window_costs_no_less(lens, windows):
-    """Exactly so on balanced; the others cut by rules of their own, which happen to suit longer rows better at
-    times."""
-    narrow, wide = (decide(lens, window=window).layer_us for window in windows)
+@settings(max_examples=60, deadline=None)
+@given(lens=lengths, equal=st.booleans(), narrow=st.integers(1, 35000), more=st.integers(0, 70000))
+def test_a_window_twice_as_wide_costs_no_less(lens, equal, narrow, more):
+    """A few tokens more may meet a rule that cuts them better. Rows alike that read at least twice as much cost no less
+    on balanced, within 6 % on routes whose splits are chosen by rules of their own."""
+    if equal:
+        lens = [max(lens)] * len(lens)
+    less, all_ = (decide(lens, window=window).layer_us for window in (narrow, 2 * narrow + more))
     for route in ROUTES:
-        assert narrow[route] <= wide[route] * (1 + 1e-12 if route == "balanced" else 1.06)
+        within = 1.06 if route not in ("balanced", "flashinfer_cuda_core") else 1 + 1e-12 if equal else 1.02
+        assert less[route] <= all_[route] * within
 
 
 @settings(max_examples=40, deadline=None)

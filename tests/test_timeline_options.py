@@ -83,8 +83,12 @@ def test_the_oracle_takes_the_cheapest_by_the_timeline(lens, options, layers):
         assert oracle.prices[oracle.route] <= price
         kernel_us = makespan_us(H200.routes[route], SHAPE, lens, num_sms=132, options=as_read(route, options))
         assert oracle.layer_us[route] == kernel_us
-        fixed = FixedPolicy(route).decide(SHAPE, lens, H200, layers=layers, options=options)
-        assert oracle.layer_us[route] == pytest.approx(fixed.layer_us[route], rel=0.5)
+    # The closed form takes rows as if the longest came first: a long one that starts last shows in the timeline alone.
+    ordered = np.sort(lens)[::-1].copy()
+    oracle = OraclePolicy().decide(SHAPE, ordered, H200, layers=layers, options=options)
+    for route in oracle.prices:
+        fixed = FixedPolicy(route).decide(SHAPE, ordered, H200, layers=layers, options=options)
+        assert oracle.layer_us[route] == pytest.approx(fixed.layer_us[route], rel=0.4)
 
 
 @settings(max_examples=30, deadline=None)
