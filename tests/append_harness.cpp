@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "cuda_types_on_cpu.h"
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -16,24 +18,6 @@
 using std::max;
 using std::min;
 
-struct int2 { int x, y; };
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-static int2 make_int2(int x, int y) { return {x, y}; }
-[[maybe_unused]] static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-
-template <class To, class From>
-static To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
-static float __uint_as_float(unsigned x) { return bits<float>(x); }
 [[maybe_unused]] static float __fmul_rn(float x, float y) { return x * y; }
 [[maybe_unused]] static float __fadd_rn(float x, float y) { return x + y; }
 [[maybe_unused]] static float __fsub_rn(float x, float y) { return x - y; }
@@ -44,8 +28,6 @@ static float __uint_as_float(unsigned x) { return bits<float>(x); }
   *s = static_cast<float>(std::sin(M_PI * x)), *c = static_cast<float>(std::cos(M_PI * x));
 }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
-template <class T>
-static T __ldcg(const T* at) { return *at; }
 
 static thread_local struct { int x; } threadIdx, blockIdx;
 static std::barrier<> meeting(32);

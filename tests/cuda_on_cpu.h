@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda_types_on_cpu.h"
+
 #define __device__
 #define __host__
 #define __global__
@@ -21,29 +23,10 @@
 using std::max;
 using std::min;
 
-struct int3 { int x, y, z; };
-struct uint2 { unsigned x, y; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-static float2 make_float2(float x, float y) { return {x, y}; }
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
-template <class To, class From>
-static To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
-static float __uint_as_float(unsigned x) { return bits<float>(x); }
 static float __int_as_float(int x) { return bits<float>(x); }
 static int __ffs(unsigned x) { return __builtin_ffs(x); }
 template <class T>
 static T __ldg(const T* at) { return *at; }
-template <class T>
-[[maybe_unused]] static T __ldcg(const T* at) { return *at; }
 
 // What a GPU would not have said, or only by hanging or by being slow.
 static const char* complaint = nullptr;

@@ -4,14 +4,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cpp
 import ml_dtypes
 import numpy as np
-import pytest
 
 from gpu.config import KernelConfig, kernel_config
 from gpu.decode_kernels import arguments
@@ -22,7 +21,6 @@ from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference_append import FP8_DTYPES, dequantize
 
 HARNESS = Path(__file__).with_name("decode_harness.cpp")
-COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
 LENGTHS = (0, 1, 15, 16, 17, 33, 70, 200)
 CTAS = 3
 LOG2_E = 1.4426950408889634
@@ -32,19 +30,14 @@ NAN_CODES = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0x7F}  # int8 h
 @functools.cache
 def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.CDLL:
     """converts_e4m3: whether the GPU that is played has the instruction, as those from sm_89 on."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
     folder = Path(tempfile.mkdtemp(prefix="pkv_decode_"))
     try:
         for path in SOURCE_DIR.glob("*.cu*"):
             shutil.copy(path, folder)
         (folder / "mma.cuh").write_text("")
         defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
-        command = [COMPILER, "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}", f"-I{HARNESS.parent}",
-                   *(f"-D{name}={value}" for name, value in defines.items()), "-o", folder / "decode.so", HARNESS]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(folder / "decode.so"))
+        return cpp.build(HARNESS, folder / "decode.so", "-std=c++20", "-O1", "-w", f"-I{folder}", f"-I{HARNESS.parent}",
+                         *(f"-D{name}={value}" for name, value in defines.items()))
     finally:
         shutil.rmtree(folder)
 

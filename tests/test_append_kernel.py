@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import ml_dtypes
+import cpp
 import numpy as np
 import pytest
 
@@ -20,7 +20,6 @@ from pkvsim.rope import Rope, make_cos_sin, turns_per_position
 from pkvsim.shapes import MAX_TOKENS
 
 HARNESS = Path(__file__).with_name("append_harness.cpp")
-COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 LENS = np.array((1, 16, 17, 0, 90, 9, 2), np.int32)
 COUNTS = (1, 5, 0, 3, 7, 9, 2)  # the fourth row is out, its tokens with it
 # dtype, pages, RoPE style and angles, layout, (dims of K, V, rotation), (query heads, KV heads, page size)
@@ -34,18 +33,13 @@ VARIANTS = (
 
 
 def build(folder: Path, constants: dict[str, int]) -> ctypes.CDLL:
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
     for name in ("append.cu", "cache_type.cuh", "quantize.cuh"):
         shutil.copy(SOURCE_DIR / name, folder)
     for name in ("mma.cuh", "vectors.cuh"):
         (folder / name).write_text("")
     # No contraction: the reference rounds each operation, and so must the kernel's own _rn intrinsics.
-    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", f"-I{folder}",
-               *(f"-D{name}={value}" for name, value in constants.items()), "-o", folder / "append.so", HARNESS]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "append.so"))
+    return cpp.build(HARNESS, folder / "append.so", "-std=c++20", "-O1", "-ffp-contract=off", "-pthread", f"-I{folder}",
+                     *(f"-D{name}={value}" for name, value in constants.items()))
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

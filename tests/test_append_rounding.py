@@ -3,21 +3,18 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cpp import STRICT, build
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu.kernels import SOURCE_DIR
 from pkvsim.reference_append import FP8_DTYPES, quantize_fp8, quantize_int8
 
 HARNESS = Path(__file__).with_name("quantize_harness.cpp")
-COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -49,27 +46,8 @@ def test_int8_is_within_half_a_step(seed: int, exponent: int) -> None:
 @pytest.fixture(scope="session")
 def encode(tmp_path_factory):
     """(float32 values, dtype) -> codes, by the header."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("quantize") / "quantize_harness.so"
-    subprocess.run(
-        [
-            COMPILER,
-            "-std=c++17",
-            "-O2",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-shared",
-            "-fPIC",
-            f"-I{SOURCE_DIR}",
-            "-o",
-            built,
-            HARNESS,
-        ],
-        check=True,
-    )
-    library = ctypes.CDLL(str(built))
+    library = build(HARNESS, built, *STRICT)
 
     def call(values: np.ndarray, dtype: str) -> np.ndarray:
         values, codes = np.ascontiguousarray(values, np.float32), np.zeros(len(values), np.uint8)

@@ -1,64 +1,20 @@
-"""The wrapper's logic on the CPU, with a torch engine in place of the CUDA one: arguments, tables, scales, refusals."""
+"""The wrapper's logic on the CPU, with a torch engine in place of the CUDA one: arguments, tables, scales."""
 from __future__ import annotations
 
 import inspect
 import math
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from torch_paged import TorchEngine, paged_attention
+from batch_decode_on_torch import HEADS, WORKSPACE, Step, Wrapper, planned
+from torch_paged import paged_attention
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gpu import batch_decode, flashinfer_arguments
 
-from gpu import arrays, batch_decode, flashinfer_arguments, validate
-from pkvsim import DecodeShape
-from pkvsim.options import AttentionOptions
-
-HEADS = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8, "page_size": 4}
-SHAPE = DecodeShape(4, 2, 8, 4)
-WORKSPACE = torch.empty(0, dtype=torch.uint8)
 RUN_ARGUMENTS = ("q", "paged_kv_cache", "args", "q_scale", "k_scale", "v_scale", "out", "lse", "return_lse",
                  "enable_pdl", "window_left", "sinks", "q_len_per_req",
                   "skip_softmax_threshold_scale_factor", "kv_cache_sf")
-
-
-class Wrapper(batch_decode.BatchDecodeWithPagedKVCacheWrapper):
-    def _make_engine(self, shape: DecodeShape, dtype: str, options: AttentionOptions) -> TorchEngine:
-        return TorchEngine(shape, dtype, options)
-
-
-class Step:
-    """Random rows of given lengths, their pages and table in both forms."""
-
-    def __init__(self, lens: list[int], *, dtype: torch.dtype = torch.float16, seed: int = 0) -> None:
-        rng, page_size = np.random.default_rng(seed), SHAPE.page_size
-        torch.manual_seed(seed)
-        pages = [-(-length // page_size) for length in lens]
-        ids = rng.permutation(sum(pages) + 2).astype(np.int32)
-        ends = np.cumsum([0, *pages]).astype(np.int32)
-        last = np.array([(length - 1) % page_size + 1 if length else 0 for length in lens], np.int32)
-        self.csr = torch.from_numpy(ends), torch.from_numpy(ids[:ends[-1]].copy()), torch.from_numpy(last)
-        table = np.zeros((len(lens), max(1, *pages)), np.int32)
-        for row, (begin, end) in enumerate(zip(ends, ends[1:])):
-            table[row, :end - begin] = ids[begin:end]
-        self.tables = torch.from_numpy(table), torch.tensor(lens, dtype=torch.int32)
-        page = (len(ids), SHAPE.num_kv_heads, page_size, SHAPE.head_dim)
-        self.k, self.v = torch.randn(page).to(dtype), torch.randn(page).to(dtype)
-        self.q = torch.randn(len(lens), SHAPE.num_q_heads, SHAPE.head_dim).to(dtype)
-
-    def expected(self, scale: float = 8**-0.5, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out, lse of base 2)."""
-        out, lse = paged_attention(self.q, self.k, self.v, *self.tables, scale, **options)
-        return out, lse / math.log(2)
-
-
-def planned(step: Step, **options: object) -> Wrapper:
-    wrapper = Wrapper(WORKSPACE, "HND")
-    wrapper.plan(*step.csr, *HEADS.values(), **options)
-    return wrapper
 
 
 @pytest.mark.parametrize("combined", [False, True])
@@ -184,178 +140,6 @@ def test_a_graph_wrapper_rewrites_its_buffers_in_place() -> None:
         wrapper.plan(*Step([90, 30, 30]).csr, *HEADS.values())
     same = batch_decode.CUDAGraphBatchDecodeWithPagedKVCacheWrapper(WORKSPACE, *buffers, "HND")
     assert same.is_cuda_graph_enabled
-
-
-@pytest.mark.parametrize("options, error, name", [
-    ({"kv_layout": "HDN"}, KeyError, "kv_layout"),
-    ({"use_cuda_graph": True}, ValueError, "paged_kv_indptr_buffer"),
-    ({"jit_args": []}, NotImplementedError, "jit_args"),
-    ({"backend": "trtllm-gen"}, NotImplementedError, "backend"),
-])
-def test_constructor_refuses(options, error, name) -> None:
-    with pytest.raises(error, match=f"{name}: expected"):
-        Wrapper(WORKSPACE, **{"kv_layout": "HND", **options})
-
-
-@pytest.mark.parametrize("options, error", [
-    ({"window_right": 1}, NotImplementedError), ({"pos_encoding_mode": "ALIBI"}, NotImplementedError),
-    ({"pos_encoding_mode": "ROPE_NEOX"}, KeyError), ({"q_data_type": "float32"}, NotImplementedError),
-    ({"kv_data_type": torch.int8}, NotImplementedError), ({"kv_data_type": "bfloat16"}, NotImplementedError),
-    ({"o_data_type": "bfloat16"}, NotImplementedError), ({"fixed_split_size": 4}, NotImplementedError),
-    ({"disable_split_kv": True}, NotImplementedError), ({"q_len_per_req": 2}, ValueError),
-    ({"q_len_per_req": 9}, NotImplementedError), ({"q_len_per_req": 0}, ValueError),
-    ({"is_causal": True}, NotImplementedError), ({"num_qo_heads": 3}, ValueError),
-])
-def test_plan_refuses_by_name_and_stays_usable(options, error) -> None:
-    step = Step([5, 6])
-    wrapper = Wrapper(WORKSPACE, "HND")
-    with pytest.raises(error, match=next(iter(options)).replace("num_qo", "num_q")):
-        wrapper.plan(*step.csr, **{**HEADS, **options})
-    wrapper.plan(*step.csr, *HEADS.values())
-    assert torch.equal(wrapper.run(step.q, (step.k, step.v)), step.expected()[0])
-
-
-@pytest.mark.parametrize("options, error, name", [
-    ({"q_len_per_req": 2}, ValueError, "q_len_per_req"),
-    ({"kv_cache_sf": torch.zeros(1)}, NotImplementedError, "kv_cache_sf"),
-    ({"skip_softmax_threshold_scale_factor": 1.0}, NotImplementedError, "skip_softmax"),
-    ({"window_left": 5}, ValueError, "window_left"),
-])
-def test_run_refuses_by_name(options, error, name) -> None:
-    step = Step([5, 6])
-    with pytest.raises(error, match=name):
-        planned(step).run(step.q, (step.k, step.v), **options)
-
-
-def test_run_refuses_other_arrays_and_an_unplanned_step() -> None:
-    step = Step([5, 6])
-    wrapper = planned(step)
-    with pytest.raises(RuntimeError, match="plan"):
-        Wrapper(WORKSPACE, "HND").run(step.q, (step.k, step.v))
-    with pytest.raises(ValueError, match="^q: expected plan"):
-        wrapper.run(step.q.bfloat16(), (step.k, step.v))
-    with pytest.raises(ValueError, match="^k: expected plan"):
-        wrapper.run(step.q, (step.k.bfloat16(), step.v))
-    with pytest.raises(KeyError, match="paged_kv_cache"):
-        wrapper.run(step.q, [step.k, step.v])
-    with pytest.raises(NotImplementedError, match="run args"):
-        wrapper.run(step.q, (step.k, step.v), 1.0)
-
-
-HEADS_AND_DIM = SHAPE.num_q_heads, SHAPE.head_dim
-
-
-class CheckingEngine(TorchEngine):
-    """With the real engine's way of naming arrays that are of no use."""
-
-    def run(self, q, k_pages, v_pages, *, out=None, lse=None, scale=None, sinks=None):
-        for name, array in (("out", out), ("lse", lse), ("sinks", sinks)):
-            if array is not None:
-                arrays.view(name, array)
-        for name, array, shape in (
-            ("q", q, (*q.shape[:-2], *HEADS_AND_DIM)),
-            ("out", out, q.shape),
-            ("lse", lse, q.shape[:-1]),
-        ):
-            if array is not None and array.shape != shape:
-                raise ValueError(f"{name}: expected {list(shape)}")
-        return super().run(q, k_pages, v_pages, out=out, lse=lse, scale=validate.check_scale(scale), sinks=sinks)
-
-
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.text(max_size=3),
-    st.floats(),
-    st.integers(-(2**40), -2),
-    st.binary(max_size=2),
-    st.lists(st.integers(), max_size=2),
-    st.just(object()),
-    st.builds(lambda n: torch.zeros((n,) * n), st.integers(0, 3)),
-)
-NAMED = {"num_qo_heads": "num_q", "num_kv_heads": "num_"}
-# What FlashInfer takes or ignores, and so do we.
-TAKEN = {
-    "pos_encoding_mode": (),
-    "window_left": (int,),
-    "logits_soft_cap": (int, float, type(None)),
-    "sm_scale": (int, float, type(None)),
-    "data_type": (type(None),),
-    "q_data_type": (type(None),),
-    "kv_data_type": (type(None),),
-    "o_data_type": (type(None),),
-    "fixed_split_size": (type(None),),
-    "v_scale": (int, float, type(None), torch.Tensor),
-    "q_scale": (int, float, type(None)),
-    "k_scale": (int, float, type(None)),
-    "out": (type(None),),
-    "lse": (type(None),),
-    "sinks": (type(None),),
-}
-
-
-def wrapper_for_junk() -> tuple[Step, Wrapper]:
-    wrapper = Wrapper(WORKSPACE, "HND")
-    wrapper._make_engine = CheckingEngine
-    step = Step([5, 6])
-    wrapper.plan(*step.csr, *HEADS.values())
-    return step, wrapper
-
-
-def takes(name: str, value: object) -> bool:
-    finite = not isinstance(value, float) or math.isfinite(value)
-    return isinstance(value, TAKEN.get(name, ())) and finite and not isinstance(value, bool)
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    name=st.sampled_from(
-        (
-            "indptr",
-            "indices",
-            "last_page_len",
-            *HEADS,
-            "pos_encoding_mode",
-            "window_left",
-            "logits_soft_cap",
-            "q_data_type",
-            "kv_data_type",
-            "sm_scale",
-            "q_len_per_req",
-            "fixed_split_size",
-        )
-    ),
-    value=JUNK,
-)
-def test_junk_in_plan_is_refused_by_name_and_leaves_the_wrapper_usable(name, value) -> None:
-    step, wrapper = wrapper_for_junk()
-    good = dict(zip(("indptr", "indices", "last_page_len"), step.csr)) | HEADS
-    if not takes(name, value) and not (isinstance(value, torch.Tensor) and value.dim() == 1):
-        with pytest.raises(
-            (ValueError, TypeError, NotImplementedError, KeyError),
-            match=NAMED.get(name, name.removeprefix("kv_").removeprefix("q_d")),
-        ):
-            wrapper.plan(**good | {name: value})
-    wrapper.plan(**good)
-    assert torch.equal(wrapper.run(step.q, (step.k, step.v)), step.expected()[0])
-
-
-@settings(deadline=None, max_examples=300)
-@given(
-    name=st.sampled_from(("q", "paged_kv_cache", "q_scale", "k_scale", "v_scale", "out", "lse", "sinks")), value=JUNK
-)
-def test_junk_in_run_is_refused_by_name_and_leaves_the_wrapper_usable(name, value) -> None:
-    step, wrapper = wrapper_for_junk()
-    good = {"q": step.q, "paged_kv_cache": (step.k, step.v)}
-    if (
-        not takes(name, value)
-        and name != "sinks"
-        or name == "sinks"
-        and not isinstance(value, (torch.Tensor, type(None)))
-    ):
-        with pytest.raises((ValueError, TypeError, NotImplementedError, KeyError), match=f"^'?(scale|{name})"):
-            wrapper.run(**good | {name: value})
-    assert torch.equal(wrapper.run(**good), step.expected()[0])
 
 
 def test_a_given_lse_has_base_2_whether_or_not_it_is_returned() -> None:

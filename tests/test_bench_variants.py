@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import without_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -27,14 +27,8 @@ from pkvsim.kv_types import KV_DTYPES  # noqa: E402
 
 
 def test_help_and_a_machine_without_a_gpu() -> None:
-    code = ("import sys; sys.path[:0] = ['.', 'examples']; import importlib.util as u; real = u.find_spec\n"
-            "u.find_spec = lambda name, *a: None if name in ('torch', 'cupy') else real(name, *a)\n"
-            "import bench_variants\nprint(bench_variants.main([]), {'torch', 'cupy'} & set(sys.modules))\n"
-            "bench_variants.main(['--help'])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1 set()\n") and "window 4K" in done.stdout and "--json" in done.stdout
-    assert done.stderr.startswith("bench_variants needs a CUDA GPU")
+    done = without_gpu.run_main("bench_variants")
+    assert "window 4K" in done.stdout and done.stderr.startswith("bench_variants needs a CUDA GPU")
 
 
 def test_every_variant_meets_every_step_and_the_window_is_compared() -> None:

@@ -1,21 +1,18 @@
 """The device's schedule is pkvsim's, task for task: cuda_src/plan.cuh, built for the CPU, against make_schedule."""
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cpp import STRICT, build
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpu.config import TILE_TOKENS
-from gpu.kernels import SOURCE_DIR
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.schedule import TASK_DTYPE
 
 HARNESS = Path(__file__).with_name("plan_harness.cpp")
-COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 lengths = st.one_of(st.just(0), st.sampled_from([1, 15, 16, 17, 32, 4096, 131072]), st.integers(0, 64),
                     st.integers(0, 4096), st.integers(0, 131072))
@@ -28,30 +25,9 @@ equal_rows = st.builds(lambda length, rows: [length] * rows, lengths, st.integer
 def list_balanced(tmp_path_factory):
     """(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas)
     -> the header's (tasks, cta_offsets)."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("plan") / "plan_harness.so"
     # Signed overflow is caught rather than wrapped: the header's sums must stay within 32 bits.
-    subprocess.run(
-        [
-            COMPILER,
-            "-std=c++17",
-            "-O2",
-            "-DWINDOWED=1",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-ftrapv",
-            "-shared",
-            "-fPIC",
-            f"-I{SOURCE_DIR}",
-            "-o",
-            built,
-            HARNESS,
-        ],
-        check=True,
-    )
-    function = ctypes.CDLL(str(built)).list_balanced
+    function = build(HARNESS, built, *STRICT, "-DWINDOWED=1", "-ftrapv").list_balanced
 
     def call(lens, num_kv_heads, segment_cost, min_cost, part_cost, window, num_ctas):
         lens = np.array(lens, np.int32)

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import without_gpu
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -20,13 +20,8 @@ GOOD = soak.Mark(
 
 
 def test_help_and_a_machine_without_a_gpu() -> None:
-    code = ("import sys; sys.path[:0] = ['.', 'examples']; import importlib.util as u; real = u.find_spec\n"
-            "u.find_spec = lambda name, *a: None if name in ('torch', 'cupy') else real(name, *a)\n"
-            "import soak\nprint(soak.main([]), {'torch', 'cupy'} & set(sys.modules))\nsoak.main(['--help'])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1 set()\n") and "--steps" in done.stdout
-    assert "soak needs a CUDA GPU with CuPy and PyTorch" in done.stderr
+    done = without_gpu.run_main("soak")
+    assert "--steps" in done.stdout and "soak needs a CUDA GPU with CuPy and PyTorch" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["steps", "check", "settle"])

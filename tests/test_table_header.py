@@ -2,20 +2,17 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cpp import STRICT, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu.kernels import SOURCE_DIR
 from gpu.step_tables import TableLayout
 
 HARNESS = Path(__file__).with_name("table_harness.cpp")
-COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 LAYOUTS = tuple(TableLayout(int64=wide, csr=csr, last_page=csr) for wide in (False, True) for csr in (False, True))
 PAGE_SIZE, MOST, NUM_PAGES = 12, 700, 50
 ROWS = st.lists(st.integers(0, 20), min_size=1, max_size=8)  # pages of each
@@ -26,15 +23,10 @@ POINTER = ctypes.c_void_p
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The harness of each layout."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
     folder, libraries = tmp_path_factory.mktemp("table"), {}
     for index, layout in enumerate(LAYOUTS):
         defines = [f"-D{name}={value}" for name, value in (layout.defines() | {"PAGE_SIZE": PAGE_SIZE}).items()]
-        path = folder / f"{index}.so"
-        subprocess.run([COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *defines,
-                        f"-I{SOURCE_DIR}", "-o", path, HARNESS], check=True)
-        libraries[layout] = ctypes.CDLL(str(path))
+        libraries[layout] = build(HARNESS, folder / f"{index}.so", *STRICT, *defines)
     return libraries
 
 
