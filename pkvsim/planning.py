@@ -39,11 +39,10 @@ def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: 
 
 
 @numba.njit(cache=True)
-def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int, tiles: np.ndarray) -> int:
+def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int, head_tiles: int) -> int:
     """Where range i begins on the cost axis."""
     if parts == 0:
         return i * total_cost // num_ranges
-    head_tiles = tiles.max()
     tile = i % parts * head_tiles // parts
     return i // parts * (head_tiles + segment_cost) + (segment_cost + tile if tile > 0 else 0)
 
@@ -69,7 +68,8 @@ def fill_balanced(
     num_tasks = 0
     num_partial_tasks = 0
     current = 0  # range being filled
-    next_cut = _cut(1, total_cost, num_ranges, parts, segment_cost, tiles)
+    head_tiles = tiles.max() if parts > 0 else 0
+    next_cut = _cut(1, total_cost, num_ranges, parts, segment_cost, head_tiles)
     head_cost = 0  # position of the head's tile 0
     for row in range(len(tiles)):
         row_splits[row] = 0
@@ -83,7 +83,7 @@ def fill_balanced(
                 while next_cut <= position:
                     current += 1
                     cta_offsets[current] = num_tasks
-                    next_cut = _cut(current + 1, total_cost, num_ranges, parts, segment_cost, tiles)
+                    next_cut = _cut(current + 1, total_cost, num_ranges, parts, segment_cost, head_tiles)
                 end = min(tiles[row], max(1, next_cut - head_cost - segment_cost))
                 tasks[num_tasks, 0] = row
                 tasks[num_tasks, 1] = kv_head
