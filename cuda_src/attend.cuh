@@ -144,7 +144,8 @@ struct TensorScales {
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
 // the first segment by warp column % WARPS. Before, `emit.release()` is called when nothing but lengths has been read,
-// and `emit.begin(source)` when the first loads are under way; if it returns false nothing is done, and so does attend.
+// and `emit.begin(source)` when the first loads are under way; if that is false nothing more is done, and attend returns
+// false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
                                        SharedMemory& shared, Emit& emit) {
