@@ -4,6 +4,10 @@
 // heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles,
 // leaves it in shared memory at the segment's end and goes on; each query head's states are merged by one warp when it
 // comes to the next segment's end. So no warp stops for another while there is work.
+//
+// Columns whose accumulators are too many for a warp's registers go to a team of TEAM warps, which read the same tiles
+// from one ring and stop for each other, twice a tile: what one has copied the others read, and what one refills the
+// others have read.
 #pragma once
 #include "weights.cuh"
 
@@ -12,13 +16,21 @@ namespace pkv {
 constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of head pairs in different banks
 
 struct __align__(16) SharedMemory {
-  unsigned char ring[WARPS][STAGES][SLOT_BYTES];
-  float states[BUFFERS][WARPS][COLUMNS][STATE_ROW];  // acc, then m and l
-  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only)
-  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // by all warps: their states left there, their heads merged
+  unsigned char ring[STREAMS][STAGES][SLOT_BYTES];
+  float states[BUFFERS][STREAMS][COLUMNS][STATE_ROW];  // acc, then m and l
+  float kept[COLUMNS][STATE_ROW];                         // the same, merged (balanced only)
+  ArrivalBarrier left[BUFFERS], merged[BUFFERS];          // by all warps: their states left there, their heads merged
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
+
+// Returns when a K or V tile is there that this warp, and all of its team, asked for LATER copies before the last.
+template <int LATER>
+__device__ __forceinline__ void await_tile(int stream) {
+  copy_wait<LATER>();
+  if constexpr (TEAM == 1) __syncwarp();
+  else sync_warps<TEAM>(1 + stream);
+}
 
 __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
                                            int lane) {
@@ -32,7 +44,7 @@ __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)
   }
 }
 
-// Leaves this warp's state in shared memory.
+// Leaves this warp's state in shared memory, in its columns' rows of its stream's.
 __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLUMNS][STATE_ROW], int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
@@ -42,8 +54,8 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
       #pragma unroll
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
-      if (head >= COLUMNS) continue;
-      float* row = to[head];
+      if (head >= WARP_COLUMNS || (LAST_COLUMNS < WARP_COLUMNS && head >= own_columns())) continue;
+      float* row = to[first_column() + head];
       if (lane < 4) row[V_DIM] = state.m[b][column], row[V_DIM + 1] = l;
       #pragma unroll
       for (int i = 0; i < V_STEPS; ++i) {
@@ -53,18 +65,18 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
     }
 }
 
-// The WARPS states of a segment merged for one column. value_scale: V's, of 8-bit pages that have one.
-__device__ __forceinline__ HeadState gather(const float (&states)[WARPS][COLUMNS][STATE_ROW], int column,
+// The STREAMS states of a segment merged for one column. value_scale: V's, of 8-bit pages that have one.
+__device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUMNS][STATE_ROW], int column,
                                             float value_scale, int lane) {
   HeadState sum;
   sum.reset();
   float2 ml = make_float2(sum.m, 0.0f);
-  if (lane < WARPS) ml = *reinterpret_cast<const float2*>(&states[lane][column][V_DIM]);
+  if (lane < STREAMS) ml = *reinterpret_cast<const float2*>(&states[lane][column][V_DIM]);
   const float scale = sum.weigh(ml);
   #pragma unroll
-  for (int w = 0; w < WARPS; ++w) {
-    const float4* part = reinterpret_cast<const float4*>(states[w][column]);
-    const float part_scale = __shfl_sync(ALL_LANES, scale, w) * value_scale;
+  for (int s = 0; s < STREAMS; ++s) {
+    const float4* part = reinterpret_cast<const float4*>(states[s][column]);
+    const float part_scale = __shfl_sync(ALL_LANES, scale, s) * value_scale;
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i)
       if (lane + i * 32 < HEAD_QUADS) sum.add(i, part[lane + i * 32], part_scale);
@@ -132,19 +144,23 @@ struct TensorScales {
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
 // the first segment by warp column % WARPS. Before, `emit.release()` is called when nothing but lengths has been read,
-// and `emit.begin(source)` when the first loads are under way; if it returns false nothing is done, and so does attend.
+// and `emit.begin(source)` when the first loads are under way; if that is false nothing more is done, and attend returns
+// false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
                                        SharedMemory& shared, Emit& emit) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned ring = shared_address(shared.ring[warp][0]);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stream = warp / TEAM;
+  const unsigned ring = shared_address(shared.ring[stream][0]);
+  // Copies of tiles started since that of the one that is waited for.
+  constexpr int COPIES_AHEAD = TEAM == 1 ? 2 * STAGES - 1 : 2 * STAGES - 2;
+  const auto release = [&] { emit.release(); };
   Loader<Source> loader(source);
   Dealer<Source> walk(source);
   TensorScales tensor_scales;
   // Begins as a segment of nothing, whose rounds only fill the ring: the first loads are the main loop's too, since a
   // second copy of the loader's code is fetched from a cold L2 by short steps.
   Share share, next;
-  share.first = -STAGES * WARPS, share.tile_end = 0;
+  share.first = -STAGES * STREAMS, share.tile_end = 0;
   bool live = false;  // whether `share` is a segment to compute
   Query query;
   Mask mask;
@@ -158,34 +174,38 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
       if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
     }
     if (live || count < 0) {
-      for (int tile = share.first; tile < share.tile_end; tile += WARPS) {
+      for (int tile = share.first; tile < share.tile_end; tile += STREAMS) {
+        // A warp alone refills what it has read at once. A team's has been read when the team next meets, for the other
+        // half of this tile or the next: K is refilled there, and V of the tile before, whose order stays the same.
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
+        if (live) await_tile<COPIES_AHEAD>(stream);
+        if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage > 0 ? stage - 1 : STAGES - 1) * SLOT_BYTES, lane);
         if (live) {
-          copy_wait<2 * STAGES - 1>();
-          __syncwarp();
           score(s, query, slot, lane);
 #if CACHE_SCALES
           state.scales.read(slot + K_TILE_BYTES + V_TILE_BYTES, lane);
 #endif
-          __syncwarp();
+          if constexpr (TEAM == 1) __syncwarp();
         }
-        loader.issue_k(pages, slot, warp, lane, [&] { emit.release(); });
+        if constexpr (TEAM == 1) loader.issue_k(pages, slot, stream, lane, release);
         if (live) {
           weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
-          copy_wait<2 * STAGES - 1>();
-          __syncwarp();
-          accumulate(state, p, slot + K_TILE_BYTES, lane);
-          __syncwarp();
+          await_tile<COPIES_AHEAD>(stream);
         }
-        loader.issue_v(pages, slot, lane);
+        if constexpr (TEAM > 1) loader.issue_k(pages, slot, stream, lane, release);
+        if (live) {
+          accumulate(state, p, slot + K_TILE_BYTES, lane);
+          if constexpr (TEAM == 1) __syncwarp();
+        }
+        if constexpr (TEAM == 1) loader.issue_v(pages, slot, lane);
         if (++stage == STAGES) stage = 0;
         slot = ring + stage * SLOT_BYTES;
       }
     }
     if (count < 0) tensor_scales.load(given);
     // The next segment's queries are on their way while this one's states are merged.
-    const bool more = (live || count < 0) && walk.next(next, warp);
+    const bool more = (live || count < 0) && walk.next(next, stream);
     if (more) {
       if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
       mask = {next.seq_len, QUERY_TOKENS, given.window};
@@ -208,7 +228,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (live) {
       const int buffer = count % BUFFERS, phase = count / BUFFERS;
       if (phase > 0) shared.merged[buffer].wait(phase - 1);
-      publish(state, shared.states[buffer][warp], lane);
+      publish(state, shared.states[buffer][stream], lane);
       shared.left[buffer].arrive(lane);
       before = share;
     }

@@ -23,6 +23,9 @@ __device__ __forceinline__ int first_range(const BalancedWalk& walk, const Cut& 
   return walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
 }
 
+constexpr int RING_PART = STAGES * SLOT_BYTES / TEAM;     // bytes
+constexpr int NOTED_LENGTHS = LAST_COLUMNS * STATE_ROW;  // that any warp's rows of states have room for
+
 struct BalancedEmit {
   Output output;
   Slot* partials;            // [num_ctas]
@@ -67,12 +70,12 @@ struct BalancedEmit {
     }
   }
 
-  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's ring,
-  // free by now, those of both its columns where it has two, all in flight at once; what has not arrived is fetched
-  // again.
+  // Merges the segment this CTA ends with the earlier CTAs' parts of it. Parts are fetched through the warp's part of
+  // its stream's ring, free by now, those of both its columns where it has two, all in flight at once; what has not
+  // arrived is fetched again.
   __device__ __forceinline__ void finish(unsigned char* ring) const {
     constexpr int TOGETHER = COLUMNS > WARPS && COLUMNS <= 2 * WARPS ? 2 : 1;
-    constexpr int MOST = STAGES * SLOT_BYTES / (TOGETHER * V_DIM * 4);
+    constexpr int MOST = RING_PART / (TOGETHER * V_DIM * 4);
     constexpr int IN_FLIGHT = MOST < 32 ? MOST : 32;
     const float empty = __uint_as_float(EMPTY_WORD);
     float4 (*fetched)[TOGETHER][HEAD_QUADS] = reinterpret_cast<float4 (*)[TOGETHER][HEAD_QUADS]>(ring);
@@ -171,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
 pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int max_tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int stream = threadIdx.x / 32 / TEAM, lane = threadIdx.x % 32;
   const pkv::Pages pages = given.pages();
   const pkv::Output output = given.output();
   const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens,
@@ -181,8 +184,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
   // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
-  int* noted = reinterpret_cast<int*>(shared.states[0][warp]);  // free until this warp publishes a state
-  bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::COLUMNS * pkv::STATE_ROW;
+  int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
+  bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::NOTED_LENGTHS;
   if (!early) pkv::wait_for_previous_kernel();
   #pragma unroll 1
   for (;; early = false) {
@@ -196,7 +199,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     // Large heads have no registers for the cut during the first loads.
     if constexpr (V_DIM > 128) emit.first = pkv::first_range(walk, cut);
     if (!pkv::attend(walk, pages, given, shared, emit)) continue;
-    if (emit.holds) emit.finish(shared.ring[warp][0]);
+    if (emit.holds) emit.finish(shared.ring[stream][0] + pkv::team_member() * pkv::RING_PART);
     break;
   }
 }

@@ -9,6 +9,9 @@
 #ifndef QUERY_TOKENS
 #define QUERY_TOKENS 1   // query tokens per row, the row's last ones, each of which sees the tokens up to itself
 #endif
+#ifndef TEAM
+#define TEAM 1           // warps that share their tiles, each of which serves a part of the columns
+#endif
 #ifndef SOFT_CAP
 #define SOFT_CAP 0       // 1: logits go through cap * tanh(logit / cap)
 #endif
@@ -130,6 +133,13 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// A barrier for so many whole warps, of those with the same id; 0 is __syncthreads'. What they did in memory before is
+// seen by all after.
+template <int WARPS_MEETING>
+__device__ __forceinline__ void sync_warps(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS_MEETING * 32) : "memory");
 }
 
 #ifndef PKV_RACECHECK

@@ -1,8 +1,9 @@
-// One warp's stream of K,V tiles from pages into its private ring in shared memory.
+// One stream of K,V tiles from pages into its ring in shared memory.
 //
-// A CTA's tiles are dealt to its warps in turn, on across segment ends, so that no warp has more than one tile more
-// than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across segment ends; page
-// ids of the tiles to come, and of the next segment, are in registers before they are needed.
+// A stream belongs to a warp, or to a team of them, each of which copies its part of every tile and keeps account of
+// the whole stream for itself. A CTA's tiles are dealt to its streams in turn, on across segment ends, so that none
+// has more than one tile more than another. The loader runs up to STAGES tiles ahead of the arithmetic and on across
+// segment ends; page ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
 #include "plan.cuh"
@@ -15,8 +16,14 @@ constexpr int K_ROW_BYTES = HEAD_DIM * ELEMENT_BYTES, V_ROW_BYTES = V_DIM * ELEM
 constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
 constexpr int SCALE_BYTES = CACHE_SCALES ? PKV_TILE * 2 * sizeof(float) : 0;  // of a tile's tokens, K's and V's in turn
 constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES + SCALE_BYTES;         // of the ring: a tile's K, V and scales
+constexpr int STREAMS = WARPS / TEAM;
 constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
 constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
+
+static_assert(WARPS % TEAM == 0 && (TEAM == 1 || STREAMS < 16), "teams are whole, and each has a barrier of its own");
+
+// This warp's place in its team.
+__device__ __forceinline__ int team_member() { return TEAM > 1 ? threadIdx.x / 32 % TEAM : 0; }
 
 // Where pages are; strides in elements.
 struct PagedTensor {
@@ -50,7 +57,7 @@ __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
   return row * ROW_BYTES + ((vector ^ (ROW_BYTES % 128 ? row >> 1 & 3 : row & 7)) << 4);
 }
 
-// A segment and this warp's first tile of it; it has that one and every WARPS-th from there.
+// A segment and a stream's first tile of it; it has that one and every STREAMS-th from there.
 struct Share : Segment {
   int first;
 };
@@ -58,13 +65,13 @@ struct Share : Segment {
 template <class Source>
 struct Dealer {
   Source source;
-  int lead = 0;  // the warp that gets the next segment's first tile
+  int lead = 0;  // the stream that gets the next segment's first tile
 
   __device__ __forceinline__ explicit Dealer(const Source& range) : source(range) {}
-  __device__ __forceinline__ bool next(Share& s, int warp) {
+  __device__ __forceinline__ bool next(Share& s, int stream) {
     if (!source.next(s)) return false;
-    s.first = s.tile_begin + (warp + WARPS - lead) % WARPS;
-    lead = (lead + s.tile_end - s.tile_begin) % WARPS;
+    s.first = s.tile_begin + (stream + STREAMS - lead) % STREAMS;
+    lead = (lead + s.tile_end - s.tile_begin) % STREAMS;
     return true;
   }
 };
@@ -75,7 +82,7 @@ struct Loader {
   Share now, ahead;
   bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
-  int count;                         // tiles of this segment already loaded by this warp
+  int count;                         // tiles of this segment already loaded
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
   int pending_tile, pending_count, pending_head, pending_ids;  // of the V tile to load
   int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
@@ -83,7 +90,7 @@ struct Loader {
 
   __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
-    const int t = s.first + (skip + index) * WARPS;
+    const int t = s.first + (skip + index) * STREAMS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
     return pages.table.load(s.row, token / PAGE_SIZE);
@@ -92,15 +99,16 @@ struct Loader {
   __device__ __forceinline__ explicit Loader(const Source& first)
       : source(first), live(true), ahead_known(false), tile(0) {
     now.tile_end = 0;
+    if constexpr (TEAM > 1) pending_rows = 0;  // its first issue_v comes before any issue_k
   }
 
   // Points at the next tile; looks the next segment up while two tiles of this one are left. release: called when the
   // first segment is known, and before anything but lengths is read.
   template <class Release>
-  __device__ __forceinline__ void advance(const Pages& pages, int warp, int lane, const Release& release) {
-    if (!ahead_known && tile + WARPS >= now.tile_end) {
-      // Segments in which this warp has no tile are passed over.
-      do ahead_live = source.next(ahead, warp); while (ahead_live && ahead.first >= ahead.tile_end);
+  __device__ __forceinline__ void advance(const Pages& pages, int stream, int lane, const Release& release) {
+    if (!ahead_known && tile + STREAMS >= now.tile_end) {
+      // Segments in which this stream has no tile are passed over.
+      do ahead_live = source.next(ahead, stream); while (ahead_live && ahead.first >= ahead.tile_end);
       if (now.tile_end == 0) release();
       ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
       ahead_known = true;
@@ -108,7 +116,7 @@ struct Loader {
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
     tile = now.first, count = 0;
-    if (now.tile_end - tile > IDS_TILES * WARPS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
+    if (now.tile_end - tile > IDS_TILES * STREAMS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
   }
 
   // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
@@ -121,15 +129,17 @@ struct Loader {
            + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
   }
 
-  // The pending tile of `tensor` into the ring.
+  // This warp's part of the pending tile of `tensor` into the ring: rows in turn with the rest of its team.
   template <int ROW_BYTES>
   __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
-    constexpr int VECTORS = ROW_BYTES / 16;
+    constexpr int VECTORS = ROW_BYTES / 16, LANES = TEAM * 32, STEPS = (PKV_TILE * VECTORS + LANES - 1) / LANES;
     const int first = pending_tile * PKV_TILE;
     const cache_type* from = tensor.at + base;
+    const int first_vector = team_member() * 32 + lane;
     #pragma unroll
-    for (int step = 0; step < PKV_TILE * VECTORS / 32; ++step) {
-      const int row = (step * 32 + lane) / VECTORS, vector = (step * 32 + lane) % VECTORS;
+    for (int step = 0; step < STEPS; ++step) {
+      const int row = (step * LANES + first_vector) / VECTORS, vector = (step * LANES + first_vector) % VECTORS;
+      if (PKV_TILE * VECTORS % LANES != 0 && row >= PKV_TILE) break;  // for whole warps
       long long offset = static_cast<long long>(row) * tensor.token_stride;
       if (!TILE_IN_PAGE) {
         const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
@@ -144,8 +154,9 @@ struct Loader {
   }
 
 #if CACHE_SCALES
-  // The scales of the pending tile's tokens into the ring, a lane each: zero for tokens that are not read.
+  // The scales of the pending tile's tokens into the ring, a lane each, by one warp: zero for tokens that are not read.
   __device__ __forceinline__ void copy_scales(const PagedScales& scales, unsigned to, int lane) const {
+    if (team_member() != 0) return;
     const int row = lane & 15;
     long long offset = offset_in(scales) + static_cast<long long>(row) * scales.token_stride;
     if (!TILE_IN_PAGE) {
@@ -162,9 +173,9 @@ struct Loader {
   // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed
   // at the end of the stream, so that waiting can count groups.
   template <class Release>
-  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int warp, int lane,
+  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int stream, int lane,
                                           const Release& release) {
-    if (live) advance(pages, warp, lane, release);
+    if (live) advance(pages, stream, lane, release);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
@@ -175,7 +186,7 @@ struct Loader {
 #if CACHE_SCALES
       copy_scales(pages.scales, slot + K_TILE_BYTES + V_TILE_BYTES, lane);
 #endif
-      tile += WARPS;
+      tile += STREAMS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
         ids_next = load_ids(pages, now, true, count + IDS_TILES, lane);
@@ -184,7 +195,7 @@ struct Loader {
     copy_commit();
   }
 
-  // Starts the copy of the V tile that belongs to the last issue_k.
+  // Starts the copy of the V tile that belongs to the last issue_k; of none before the first one.
   __device__ __forceinline__ void issue_v(const Pages& pages, unsigned slot, int lane) const {
     if (pending_rows > 0) {
       const long long base = HEAD_DIM == V_DIM && pages.alike ? pending_base : offset_in(pages.v);

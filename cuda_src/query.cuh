@@ -5,7 +5,10 @@
 
 namespace pkv {
 
-constexpr int HEAD_BLOCKS = (COLUMNS + 7) / 8;     // blocks of 8 columns
+// A warp serves so many columns, the last one of a team perhaps fewer.
+constexpr int WARP_COLUMNS = (COLUMNS + TEAM - 1) / TEAM, LAST_COLUMNS = COLUMNS - (TEAM - 1) * WARP_COLUMNS;
+static_assert(LAST_COLUMNS > 0, "no warp is without columns");
+constexpr int HEAD_BLOCKS = (WARP_COLUMNS + 7) / 8;  // blocks of 8 columns
 constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
 
 // In registers while they fit beside the accumulators, else read again for every tile: they stay in L1.
@@ -16,6 +19,12 @@ constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
 // Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
 // and takes the registers of the merge; those of large 8-bit heads find no room beside it.
 constexpr bool QUERY_EARLY = !QUERY_SCALED && !(CACHE_TYPE && HEAD_DIM > 128);
+
+// The first of this warp's columns, and how many it has.
+__device__ __forceinline__ int first_column() { return team_member() * WARP_COLUMNS; }
+__device__ __forceinline__ int own_columns() {
+  return LAST_COLUMNS == WARP_COLUMNS ? WARP_COLUMNS : min(WARP_COLUMNS, COLUMNS - first_column());
+}
 
 struct Query {
   const half_type* rows;  // the (row, KV head)'s first query head of the first token
@@ -28,7 +37,8 @@ struct Query {
 
   // The lane's 4 elements of a step's 16, as stored.
   __device__ __forceinline__ uint2 stored(int b, int step, int lane) const {
-    const int column = min(b * 8 + lane / 4, COLUMNS - 1);  // columns past the last repeat it, unused
+    // Columns past the last repeat it, unused.
+    const int column = first_column() + min(b * 8 + lane / 4, own_columns() - 1);
     const int head = column % GROUP_SIZE, token = column / GROUP_SIZE;
     const half_type* row = rows + token * token_stride + head * HEAD_DIM;
 #if CACHE_TYPE

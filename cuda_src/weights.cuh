@@ -86,7 +86,8 @@ struct Mask {
     for (int b = 0; b < HEAD_BLOCKS; ++b)
       #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int at = first + lane / 4 + i / 2 * 8, token = (b * 8 + lane % 4 * 2 + i % 2) / GROUP_SIZE;
+        const int at = first + lane / 4 + i / 2 * 8;
+        const int token = (first_column() + b * 8 + lane % 4 * 2 + i % 2) / GROUP_SIZE;
         const int end = QUERY_TOKENS > 1 ? min(seq_len, seq_len - (query_len - 1 - token)) : seq_len;
         if (at >= end || (WINDOWED && at < end - window)) s[b][i] = none;
       }

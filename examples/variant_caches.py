@@ -15,7 +15,7 @@ from pkvsim import AttentionOptions, DecodeShape
 
 UNIT = {"float8_e4m3fn": 1 / 16, "float8_e5m2": 1 / 16, "int8": 1 / 32}  # scale of pages of about normal values
 CHUNK_ELEMENTS = 1 << 28
-MAX_ERROR = 2e-2  # against 16-bit pages of the same values
+MAX_ERROR = 2e-2  # against 16-bit pages of the same values, and of FlashInfer, whose XQA calculates in FP8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,11 @@ def scales_of(pages: torch.Tensor, shape: DecodeShape, options: AttentionOptions
     whole = len(pages), shape.num_kv_heads, shape.page_size
     size = {"tensor": (1,), "page": whole[:2], "token": whole}[options.kv_scales]
     return {name: torch.full(size, UNIT[options.kv_dtype], device=pages.device) for name in ("k_scale", "v_scale")}
+
+
+def factors_of(options: AttentionOptions) -> dict[str, float]:
+    """The scales as FlashInferDecode.run() takes them: numbers on the host, none of a 16-bit cache."""
+    return {} if options.kv_dtype is None else dict.fromkeys(("k_scale", "v_scale"), UNIT[options.kv_dtype])
 
 
 def values_of(pages: torch.Tensor, kv_dtype: str | None, dtype: torch.dtype) -> torch.Tensor:

@@ -4,11 +4,13 @@ A further kind of cache is a line of VARIANTS; how its pages are made is in vari
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bench_cells import Cell, ragged_cells, uniform_cells
+from gpu import flashinfer as fi
+from gpu import routes
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.cost import useful_kv_bytes
 from result_tables import Table, us
@@ -18,6 +20,7 @@ TABLES = ("block table", "csr and lengths", "csr and last pages")
 MOST_OVER_SHORT_ROWS = (
     1.05  # a window's time over long rows, as a multiple of plain attention's over rows of its length
 )
+MOST_OVER_THEIR_ERROR = 1.5  # our error, as a multiple of FlashInfer's of the same variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,7 @@ class Variant:
 
 
 def _cache(name: str, kv_dtype: str, kv_scales: str) -> Variant:
-    """An 8-bit cache; gpu.flashinfer drives none."""
-    return Variant(
-        f"{name} by {kv_scales}", AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales), against_flashinfer=False
-    )
+    return Variant(f"{name} by {kv_scales}", AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales))
 
 
 VARIANTS = (
@@ -83,9 +83,19 @@ class Result:
     kernel_us: float | None = None
     spread: float | None = None
     layers: int = 0
-    max_abs_error: float | None = None  # against float32 on sampled rows
+    max_abs_error: float | None = None  # against float64 on sampled rows, of what 8-bit pages stand for
     kernel: str = ""  # warps x stages, of ours
     note: str = ""
+
+
+def flashinfer_backends(variant: Variant, shape: DecodeShape) -> dict[str, str]:
+    """FlashInfer's backends that are timed beside ours, by route; over FP8 pages too, which no route hands on."""
+    if not variant.against_flashinfer:
+        return {}
+    over_16_bit = replace(variant.options, kv_dtype=None, kv_scales=None)
+    missing = routes.missing_routes(shape, options=over_16_bit, layout=variant.layout)
+    return {route: backend for route, backend in routes.BACKENDS.items()
+            if route not in missing and fi.supports(shape, backend, variant.options) is None}
 
 
 def _named(cells: list[Cell], batch_size: int, case: str) -> Cell:
@@ -116,22 +126,34 @@ def jobs(variants: tuple[Variant, ...], names: list[str]) -> list[tuple[Variant,
 
 def window_cost(results: list[Result]) -> float | None:
     """Balanced over long rows with a window, as a multiple of plain attention over short rows; None if not measured."""
-    times = {(r.variant, r.case, r.batch_size): r.kernel_us for r in results if r.route == "balanced"}
+    times = {_step(r): r.kernel_us for r in results if r.route == "balanced"}
     pair = [times.get((variant.name, cell.case, cell.batch_size)) for variant, cell in window_cells()]
     return None if None in pair else pair[0] / pair[1]
 
 
+def _step(result: Result) -> tuple[str, str, int]:
+    return result.variant, result.case, result.batch_size
+
+
+def error_ratios(results: list[Result]) -> dict[tuple[str, str, int], float]:
+    """By (variant, case, batch size): our error over the least of FlashInfer's, where one of its backends was timed."""
+    ours, theirs = {}, {}
+    for r in results:
+        if r.kernel_us is not None and r.max_abs_error is not None:
+            errors = ours if r.route == "balanced" else theirs
+            errors[_step(r)] = min(r.max_abs_error, errors.get(_step(r), r.max_abs_error))
+    return {step: error / theirs[step] for step, error in ours.items() if theirs.get(step)}
+
+
 def table(results: list[Result], dtype: str = "float16") -> Table:
-    """dtype: of queries and 16-bit pages. x FP16 (or BF16): over plain attention's time on the same step."""
+    """dtype: of queries and 16-bit pages. x FP16 (or BF16): over plain attention's time on the same step. error: the
+    largest against float64; x theirs: over the least of FlashInfer's backends."""
     plain = {(r.case, r.batch_size): r.kernel_us for r in results if (r.variant, r.route) == (PLAIN.name, "balanced")}
+    ratios = error_ratios(results)
     rows = []
     for r in results:
-        same = [
-            other
-            for other in results
-            if (other.variant, other.case, other.batch_size) == (r.variant, r.case, r.batch_size)
-        ]
-        theirs = [other.kernel_us for other in same if other.route != "balanced" and other.kernel_us is not None]
+        theirs = [other.kernel_us for other in results
+                  if _step(other) == _step(r) and other.route != "balanced" and other.kernel_us is not None]
         ours = r.route == "balanced" and r.kernel_us is not None
         over = plain.get((r.case, r.batch_size)) if ours else None
         rows.append((r.variant, r.case, str(r.batch_size), str(r.num_kv_heads), r.route, r.kernel or "-",
@@ -139,7 +161,9 @@ def table(results: list[Result], dtype: str = "float16") -> Table:
                      "-" if r.kernel_us is None else f"{r.kv_bytes / r.kernel_us / 1e3:.0f}", us(r.limit_us),
                      "-" if r.kernel_us is None else f"{r.kernel_us / r.limit_us:.2f}",
                      "-" if over is None else f"{r.kernel_us / over:.3f}",
-                     f"{min(theirs) / r.kernel_us:.2f}" if ours and theirs else "-"))
+                     f"{min(theirs) / r.kernel_us:.2f}" if ours and theirs else "-",
+                     "-" if r.max_abs_error is None else f"{r.max_abs_error:.1e}",
+                     f"{ratios[_step(r)]:.2f}" if ours and _step(r) in ratios else "-"))
     cost = window_cost(results)
     note = (
         ""
@@ -149,8 +173,14 @@ def table(results: list[Result], dtype: str = "float16") -> Table:
             f"({'within' if cost <= MOST_OVER_SHORT_ROWS else 'above'} {MOST_OVER_SHORT_ROWS})"
         )
     )
+    worst = ""
+    if ratios:
+        (variant, case, batch_size), most = max(ratios.items(), key=lambda item: item[1])
+        worst = (f"our error: at most {most:.2f} x FlashInfer's ({variant}, {batch_size} x {case}; "
+                 f"{'within' if most <= MOST_OVER_THEIR_ERROR else 'above'} {MOST_OVER_THEIR_ERROR})")
     notes = sorted({f"not timed: {r.variant}, {r.route}: {r.note}" for r in results if r.note})
     return Table("variants of decode attention, cold L2, kernel time in a CUDA graph",
                  ("variant", "case", "batch", "kv_heads", "route", "kernel", "us", "GB/s", "limit us", "x limit",
-                  {"float16": "x FP16", "bfloat16": "x BF16"}[dtype], "x FlashInfer"),
-                 tuple(rows), "\n".join(filter(None, [note, *notes])))
+                  {"float16": "x FP16", "bfloat16": "x BF16"}[dtype], "x FlashInfer",
+                  "error", "x theirs"),
+                 tuple(rows), "\n".join(filter(None, [note, worst, *notes])))

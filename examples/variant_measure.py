@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from bench_cells import Cell
-from gpu import DecodeEngine, routes
+from gpu import DecodeEngine
 from gpu import flashinfer as fi
 from gpu.bench_pool import BenchPool, CellPages
 from gpu.timing import StreamLimit, graph_time_us, l2_bytes
 from pkvsim import DecodeShape
-from variant_caches import MAX_ERROR, Layer, coded_pool, error_over_16_bit, scales_of, values_of
-from variant_cells import Result, Variant
+from variant_caches import MAX_ERROR, Layer, coded_pool, error_over_16_bit, factors_of, scales_of, values_of
+from variant_cells import Result, Variant, flashinfer_backends
 from variant_reference import attention_of_row
 
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}
@@ -70,15 +70,15 @@ class VariantBench:
                     Result(**row, route=route, note=f"{type(error).__name__}: {error}".splitlines()[0][:160])
                 )
                 continue
-            error = max(float((out[r].float() - want).abs().max()) for r, want in zip(rows, expected))
-            if not error < TOLERANCE[self.dtype] * (1 if route == OURS else FLASHINFER_TOLERANCE):
+            error = float(torch.stack([(out[r].double() - want).abs().max() for r, want in zip(rows, expected)]).max())
+            if not error < self._tolerance(variant, route):  # NaN fails too
                 if route == OURS:
                     raise SystemExit(
-                        f"bench_variants: {variant.name}, {cell.case}: differs from float32 by {error:.2g}"
+                        f"bench_variants: {variant.name}, {cell.case}: differs from float64 by {error:.2g}"
                     )
                 results.append(Result(**row, route=route, max_abs_error=error, note=f"differs by {error:.2g}"))
                 continue
-            if variant.options.kv_dtype is not None:
+            if route == OURS and variant.options.kv_dtype is not None:
                 over = error_over_16_bit(shape, variant.options, q, out, lens, pages.block_table, layers[0])
                 if not over <= MAX_ERROR:
                     raise SystemExit(f"bench_variants: {variant.name}, {cell.case}: differs by {over:.3g} from a "
@@ -87,6 +87,11 @@ class VariantBench:
             results.append(Result(**row, route=route, kernel_us=timing.median_us, spread=timing.spread,
                                   max_abs_error=error, kernel=kernel))
         return results
+
+    def _tolerance(self, variant: Variant, route: str) -> float:
+        if route == OURS:
+            return TOLERANCE[self.dtype]
+        return TOLERANCE[self.dtype] * FLASHINFER_TOLERANCE if variant.options.kv_dtype is None else MAX_ERROR
 
     def _pool_of(self, kv_dtype: str | None) -> BenchPool:
         """The pool, or its values as codes, which are kept for the variants that follow."""
@@ -113,7 +118,7 @@ class VariantBench:
             tables = tables_of(variant, lens, table, self.page_size)
             engine.plan(**tables)
             lse = torch.empty(q.shape[:-1], dtype=torch.float32, device="cuda")
-            name = f"{engine.config.warps}x{engine.config.stages}"
+            name = "x".join(map(str, engine.config.variant))
             return lambda layer, out: engine.run(
                 q, layer.k, layer.v, out=out, lse=lse, sinks=sinks, **layer.scales
             ), name
@@ -124,16 +129,16 @@ class VariantBench:
             ) -> tuple[Run, str]:
                 engine = fi.FlashInferDecode(shape, self.dtype, backend, variant.options)
                 engine.plan_packed(fi.pack_table(lens, table, page_size=self.page_size))
+                factors = factors_of(variant.options)
                 return lambda layer, out: engine.run(
-                    q, layer.k, layer.v, out=out, return_lse=False, sinks=sinks
+                    q, layer.k, layer.v, out=out, return_lse=False, sinks=sinks, **factors
                 ), ""
 
             return build
 
         found = {OURS: ours}
-        if self.flashinfer and variant.against_flashinfer:
-            missing = routes.missing_routes(shape, options=variant.options, layout=variant.layout)
-            found |= {route: theirs(backend) for route, backend in routes.BACKENDS.items() if route not in missing}
+        if self.flashinfer:
+            found |= {route: theirs(backend) for route, backend in flashinfer_backends(variant, shape).items()}
         return found
 
 

@@ -1,4 +1,4 @@
-"""Attention of one row with any options, in float32, on any device: what benchmarks check against."""
+"""Attention of one row with any options, in float64, on any device: what benchmarks check against."""
 from __future__ import annotations
 
 import numpy as np
@@ -11,15 +11,15 @@ def attention_of_row(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, layout: str, page_ids: np.ndarray, length: int,
     options: AttentionOptions, sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Float32 attention of a row's queries [(query_tokens,) num_q_heads, head_dim], like them but for V's head_dim."""
+    """Float64 attention of a row's queries [(query_tokens,) num_q_heads, head_dim], like them but for V's head_dim."""
     if layout == "NHD":
         k_pages, v_pages = k_pages.transpose(1, 2), v_pages.transpose(1, 2)
     num_kv_heads, page_size = k_pages.shape[1:3]
     ids = torch.from_numpy(page_ids[:-(-length // page_size)].astype(np.int64)).to(q.device)
     k, v = (
-        pool[ids].transpose(0, 1).flatten(1, 2)[:, :length].float() for pool in (k_pages, v_pages)
+        pool[ids].transpose(0, 1).flatten(1, 2)[:, :length].double() for pool in (k_pages, v_pages)
     )  # [Hkv, length, d]
-    queries = q.float().view(-1, num_kv_heads, q.shape[-2] // num_kv_heads, q.shape[-1])  # [tokens, Hkv, G, d]
+    queries = q.double().view(-1, num_kv_heads, q.shape[-2] // num_kv_heads, q.shape[-1])  # [tokens, Hkv, G, d]
     logits = torch.einsum("thgd,hnd->thgn", queries, k) * q.shape[-1] ** -0.5
     if options.soft_cap is not None:
         logits = options.soft_cap * torch.tanh(logits / options.soft_cap)

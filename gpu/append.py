@@ -93,8 +93,7 @@ class CacheWriter:
             raise ValueError(f"k_token_scales, v_token_scales: expected None with pages of {self.kv_dtype}")
         q_out = q if q_out is None else q_out
         given = k_new, v_new, k_pages, v_pages, seq_lens, block_table, token_offsets, q, q_out, k_scales, v_scales
-        marks = [arrays.fingerprint(array) for array in given]
-        keys = [key for _, key in marks]
+        addresses, keys = arrays.fingerprints(given)
         if keys != self._checked:
             self._check(*given)
             self._checked = keys
@@ -104,7 +103,7 @@ class CacheWriter:
             checks.check_contents(*host, num_tokens=k_new.shape[0], page_size=self.shape.page_size,
                                   num_pages=k_pages.shape[0])
         if self._grid:
-            k, v, k_at, v_at, lens, table, offsets, q_at, q_out_at, k_scales_at, v_scales_at = (at for at, _ in marks)
+            k, v, k_at, v_at, lens, table, offsets, q_at, q_out_at, k_scales_at, v_scales_at = addresses
             pointers = (k, v, q_at, q_out_at, k_at, v_at, k_scales_at, v_scales_at, lens, table, offsets, self._rope_at)
             factor = 1.0 if self.rope is None else self.rope.factor
             self._kernel(self._grid, (*pointers, *self._sizes, factor, k_number, v_number),

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,22 @@ def fingerprint(array: object) -> tuple:
         address = array.data.ptr
         return address, (array.dtype, array.device.id, array.shape, array.strides, address % 16)
     return 0, type(array)
+
+
+def fingerprints(given: Iterable[object]) -> tuple[list[int], list]:
+    """(addresses, what validation depends on) of some arrays, as fingerprint() of each."""
+    torch = sys.modules.get("torch")
+    tensor = None if torch is None else torch.Tensor
+    addresses, keys = [], []
+    for array in given:
+        if type(array) is tensor:  # written out: this is most of the host time of a step
+            address = array.data_ptr()
+            key = array.dtype, array.device, array.shape, array.stride(), address % 16
+        else:
+            address, key = (0, None) if array is None else fingerprint(array)
+        addresses.append(address)
+        keys.append(key)
+    return addresses, keys
 
 
 def _is_torch(array: object) -> bool:
@@ -87,9 +103,14 @@ def to_gpu(name: str, array: object) -> tuple[object, int]:
     return copy, copy.data.ptr
 
 
-def empty_like(model: object, described: ArrayView, shape: tuple[int, ...], dtype: str) -> object:
+def shape_of(name: str, array: object) -> tuple[int, ...]:
+    """As view(name, array).shape, without describing the rest of a tensor."""
+    return array.shape if _is_torch(array) else view(name, array).shape
+
+
+def empty_like(model: object, shape: tuple[int, ...], dtype: str) -> object:
     """An uninitialised array of the same library and device as `model`."""
-    if described.library == "torch":
+    if _is_torch(model):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=model.device)
@@ -100,11 +121,11 @@ def empty_like(model: object, described: ArrayView, shape: tuple[int, ...], dtyp
 
 def split_combined(k_pages: object) -> tuple[object, object]:
     """(K, V) as views of a combined cache [num_pages, 2, ...]. Raises ValueError naming v_pages."""
-    described = view("k_pages", k_pages)
-    if len(described.shape) != 5 or described.shape[1] != 2:
+    shape = shape_of("k_pages", k_pages)
+    if len(shape) != 5 or shape[1] != 2:
         raise ValueError(f"v_pages: expected pages, or a combined k_pages [num_pages, 2, ...], got None and "
-                         f"{list(described.shape)}")
-    return k_pages[:, 0], k_pages[:, 1]
+                         f"{list(shape)}")
+    return k_pages.unbind(1) if _is_torch(k_pages) else (k_pages[:, 0], k_pages[:, 1])
 
 
 def current_stream(library: str | None, device: int) -> int:
@@ -112,7 +133,7 @@ def current_stream(library: str | None, device: int) -> int:
     if library == "torch":
         import torch
 
-        return torch.cuda.current_stream(device).cuda_stream
+        return torch._C._cuda_getCurrentRawStream(device)  # without a torch.cuda.Stream made for it, as Triton asks
     import cupy
 
     return cupy.cuda.get_current_stream().ptr

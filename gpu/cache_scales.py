@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from gpu import arrays
 from gpu.arrays import ArrayView
 from gpu.validate import expect
 from pkvsim import DecodeShape
@@ -16,32 +14,11 @@ SIGNATURE = "ppqiif"  # what pkv::DecodeArguments ends with for 8-bit pages, see
 NO_STRIDES = (0, 0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class GivenScales:
-    """A run's k_scale and v_scale: a number each, 1 beside an array; arrays and their addresses, None and 0 without."""
+def split(name: str, scale: object, options: AttentionOptions) -> tuple[float, object]:
+    """(number, None) or (1, array) of a run's k_scale or v_scale.
 
-    k_number: float
-    v_number: float
-    k: object | None
-    v: object | None
-    k_at: int
-    v_at: int
-    key: tuple  # what validation depends on, see arrays.fingerprint
-
-
-NONE = GivenScales(1.0, 1.0, None, None, 0, 0, ())
-
-
-def take(k_scale: object, v_scale: object, options: AttentionOptions) -> GivenScales:
-    """Tells numbers from arrays. Raises ValueError naming the argument that is neither, or not what the options say."""
-    k_number, k = _split("k_scale", k_scale, options)
-    v_number, v = _split("v_scale", v_scale, options)
-    (k_at, k_key), (v_at, v_key) = arrays.fingerprint(k), arrays.fingerprint(v)
-    return GivenScales(k_number, v_number, k, v, k_at, v_at, (k_key, v_key))
-
-
-def _split(name: str, scale: object, options: AttentionOptions) -> tuple[float, object]:
-    """(number, None) or (1, array)."""
+    Raises ValueError naming the argument that is neither, or not what the options say.
+    """
     number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
     if options.kv_dtype is None:
         expect(name, "None, without kv_dtype", repr(scale), scale is None)

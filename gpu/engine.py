@@ -6,13 +6,14 @@ from dataclasses import replace
 import cupy
 import numpy as np
 
-from gpu import arrays, cache_scales
+from gpu import arrays
 from gpu import validate as checks
 from gpu.config import TILE_TOKENS, kernel_config
+from gpu.decode_arguments import DecodeArguments, merge_arguments
 from gpu.decode_kernels import DecodeKernels
 from gpu.plan import Plan, place
 from gpu.router import Router
-from gpu.step_tables import StepTables
+from gpu.step_tables import StepTables, fingerprint
 from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
@@ -21,7 +22,6 @@ from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST, Sc
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
-LOG2_E = 1.4426950408889634
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 
 
@@ -48,8 +48,8 @@ class DecodeEngine:
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
         part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
-        of the kernel, by default the table's for this GPU (gpu.tune). scale: of the logits, by default
-        head_dim ** -0.5.
+        of the kernel, stages being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
+        scale: of the logits, by default head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
         have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
         head_dim]; pages may be any view with those axes whose last one is contiguous.
@@ -73,14 +73,11 @@ class DecodeEngine:
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
         self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        self._scale = checks.check_scale(scale) if scale is not None else shape.head_dim**-0.5
+        self._costs = self.segment_cost, self.min_cost, self.part_cost
+        self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
+                                          scale=scale, device_id=self.device_id)
         self._plan: Plan | None = None
-        self._checked_plan: tuple | None = None
-        self._checked_run: tuple | None = None
-        self._page_layout: tuple = ()
-        self._scale_strides = cache_scales.NO_STRIDES
-        self._num_pages = 0
-        self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
+        self._checked_plan: list | None = None
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
         self.router: Router | None = None
         if schedule == "auto":
@@ -88,9 +85,10 @@ class DecodeEngine:
                                  layout=layout)
             return  # the routes have engines of their own
         self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
-        self._partials = None
+        self._partials, self._workspace_at = None, 0
         if schedule == "balanced":
             self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
+            self._workspace_at = self._partials.data.ptr
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
 
     def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
@@ -113,11 +111,11 @@ class DecodeEngine:
             checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
             self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
             return
-        given = StepTables(seq_lens, block_table, indptr, indices, last_page_len)
-        addresses, key = given.fingerprint()
-        if key == self._checked_plan and not validate and self._plan.has_room(given):
-            self._plan.move(given, addresses, self.shape.page_size)
+        named = seq_lens, block_table, indptr, indices, last_page_len
+        addresses, key = fingerprint(named)
+        if key == self._checked_plan and not validate and self._plan.move(named, addresses, self.shape.page_size):
             return
+        given = StepTables(*named)
         if isinstance(seq_lens, (list, tuple)):
             given = given._replace(seq_lens=check_seq_lens(seq_lens))
         views = given.views()
@@ -128,7 +126,7 @@ class DecodeEngine:
             host = given.on_host(page_ids=validate)
             checks.check_contents(host, self.shape.page_size)
             host_lens = host.lengths(self.shape.page_size)
-        library = "torch" if any(array.library == "torch" for array in views.values()) else self._library
+        library = "torch" if any(array.library == "torch" for array in views.values()) else self._arguments.library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
             if self.schedule == "balanced":
@@ -139,21 +137,20 @@ class DecodeEngine:
                 plan = place(*given.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
-            self._kernels.decode(plan.layout)
-            if self._library is None:
+            plan.decode = self._kernels.decode(plan.layout)
+            if self._arguments.library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = host, host_lens
         on_gpu = all(array.device >= 0 for array in views.values())
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
-        if self._plan is None or self._plan.batch_size != plan.batch_size:
-            self._checked_run = None
         self._plan = plan
 
     def _reserve_partials(self, schedule: Schedule) -> None:
         need = max(1, int(schedule.split_offsets[-1])) * self._heads.num_kv_heads * self.config.state_bytes
         if self._partials is None or self._partials.nbytes < need:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
+            self._workspace_at = self._partials.data.ptr
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
             scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
@@ -184,72 +181,36 @@ class DecodeEngine:
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:
-            described = arrays.view("q", q)
-            shape = (*described.shape[:-1], self.options.value_dim(self.shape))
-            out = arrays.empty_like(q, described, shape, self.dtype) if out is None else out
-            lse = arrays.empty_like(q, described, shape[:-1], "float32") if lse is None else lse
-        (q_at, q_key), (k_at, k_key), (v_at, v_key), (out_at, out_key), (lse_at, lse_key) = map(
-            arrays.fingerprint, (q, k_pages, v_pages, out, lse))
-        (sinks_at, sinks_key), (counts_at, counts_key) = map(arrays.fingerprint, (sinks, query_lens))
-        plain = self.options.kv_dtype is None and k_scale is None and v_scale is None
-        scales = cache_scales.NONE if plain else cache_scales.take(k_scale, v_scale, self.options)
-        keys = q_key, k_key, v_key, out_key, lse_key, sinks_key, counts_key, scales.key
-        if keys != self._checked_run:
-            self._check_run(plan, {"q": q, "k_pages": k_pages, "v_pages": v_pages, "out": out, "lse": lse,
-                                   "sinks": sinks, "query_lens": query_lens, "k_scale": scales.k, "v_scale": scales.v})
-            self._checked_run = keys
-        if plan.unchecked_ids is not None:
-            checks.check_page_ids(*plan.unchecked_ids, self.shape.page_size, k_pages.shape[0])
-            plan.unchecked_ids = None
-        stream = arrays.current_stream(self._library, self.device_id)
+            heads = arrays.shape_of("q", q)[:-1]
+            out = arrays.empty_like(q, (*heads, self.options.value_dim(self.shape)), self.dtype) if out is None else out
+            lse = arrays.empty_like(q, heads, "float32") if lse is None else lse
+        given = self._arguments.take(plan, self._workspace_at, q, k_pages, v_pages, out, lse, scale, sinks, query_lens,
+                                     k_scale, v_scale)
+        stream = arrays.current_stream(self._arguments.library, self.device_id)
         if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
             self._in_graphs.append((plan.copies, plan.task_list, self._partials))
             plan.in_graph = True
-        scale = (self._scale if scale is None else checks.check_scale(scale)) * scales.k_number
-        cap = self.options.soft_cap
-        scale, cap = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
-        given = (q_at, k_at, v_at, plan.page_ids, plan.lengths, counts_at, sinks_at, out_at, lse_at,
-                 self._partials.data.ptr, *self._page_layout, plan.batch_size, self._heads.num_kv_heads, plan.stride,
-                 self._num_pages, self.options.window or 0, scale, cap)
-        if not plain:
-            given += scales.k_at, scales.v_at, *self._scale_strides, scales.v_number
-        given += plan.row_begins
-        decode = self._kernels.decode(plan.layout)
         if plan.task_list is None:
-            costs = self.segment_cost, self.min_cost, self.part_cost
-            decode(self.num_ctas, (*given, *costs, plan.max_tokens), stream)
+            plan.decode(self.num_ctas, (*given, *self._costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
+            plan.decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
             if bucket.rows is not None:
-                merge_args = self._partials.data.ptr, offsets, bucket.rows.data.ptr, out_at, lse_at, counts_at, sinks_at
+                merge_args = merge_arguments(given, offsets, bucket.rows.data.ptr)
                 self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
     def release_arrays(self) -> None:
         """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""
         if self._plan is not None:
-            self._plan.arrays = StepTables()
+            self._plan.arrays = ()
 
     def drain(self) -> None:
         """Waits for the GPU, after which the engine may be dropped whatever stream it ran on."""
         cupy.cuda.Device(self.device_id).synchronize()
-
-    def _check_run(self, plan: Plan, named: dict[str, object]) -> None:
-        optional = ("sinks", "query_lens", "k_scale", "v_scale")
-        views = {name: arrays.view(name, array) for name, array in named.items()
-                 if array is not None or name not in optional}
-        checks.check_run(self.shape, self.dtype, self.options, self.layout, plan.batch_size, self.device_id, views)
-        k, v = views["k_pages"], views["v_pages"]
-        self._scale_strides = cache_scales.check(views.get("k_scale"), views.get("v_scale"), self.shape, self.options,
-                                                 self.layout, k.shape[0])
-        self._library, self._num_pages = k.library, k.shape[0]
-        head, token = (1, 2) if self.layout == "HND" else (2, 1)
-        self._page_layout = (k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head],
-                             v.strides[token])
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises.
@@ -259,7 +220,6 @@ class DecodeEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        costs = self.segment_cost, self.min_cost, self.part_cost
         pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
-        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, costs, plan.max_tokens,
+        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self._costs, plan.max_tokens,
                                  self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

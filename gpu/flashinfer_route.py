@@ -43,7 +43,7 @@ class FlashInferEngine:
         self._theirs = fi.FlashInferDecode(shape, dtype, backend, options)
         self._batch_size = 0
         self._unchecked_ids: tuple[StepTables, np.ndarray] | None = None
-        self._checked_run: tuple | None = None
+        self._checked_run: list | None = None
         self._device = torch.cuda.current_device()
         self._library: str | None = None  # whose arrays and streams the runs use; known from the first run on
 
@@ -108,10 +108,9 @@ class FlashInferEngine:
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None:
-            described = arrays.view("q", q)
-            out = arrays.empty_like(q, described, described.shape, self.dtype)
+            out = arrays.empty_like(q, arrays.shape_of("q", q), self.dtype)
         given = (("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse), ("sinks", sinks))
-        keys = tuple(arrays.fingerprint(array)[1] for _, array in given)
+        _, keys = arrays.fingerprints(array for _, array in given)
         if keys != self._checked_run:
             views = {name: arrays.view(name, array) for name, array in given if array is not None}
             checks.check_run(self.shape, self.dtype, self.options, "HND", self._batch_size, self._device, views)

@@ -4,8 +4,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import struct
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*, cuda.h
+_GRID = struct.Struct("2I")  # the first two numbers of _Config
 
 
 class _Attribute(ctypes.Structure):
@@ -28,32 +30,35 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+class Arguments:
+    """Memory of a kernel's parameters, laid out as C does: see Kernel for the signature.
 
+    write(*values): one per letter; struct.error where there are more or fewer, or one is no such number.
+    """
 
-def _arguments(signature: str) -> tuple[list, list[int]]:
-    """The values of a signature in order, each a ctypes object to set, and the addresses of its parameters."""
-    values, parameters = [], []
-    for part in re.findall(r"\[[piqf]+\]|[piqf]", signature):
-        fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(part.strip("[]"))]
-        structure = type("_Parameter", (ctypes.Structure,), {"_fields_": fields})
-        memory = structure()
-        start = ctypes.addressof(memory)
-        parameters.append(start)
-        for name, kind in fields:
-            value = kind.from_buffer(memory, getattr(structure, name).offset)  # keeps the memory alive
-            values.append(value)
-    return values, parameters
+    __slots__ = ("starts", "num_bytes", "write")
+
+    def __init__(self, signature: str) -> None:
+        layout, offsets = "", []
+        for part in re.findall(r"\[[piqf]+\]|[piqf]", signature):
+            aligned = "0P" if part[0] == "[" else ""  # a structure begins and ends where its widest member may
+            letters = part.strip("[]").replace("p", "P")
+            offsets.append(struct.calcsize(layout + (aligned or "0" + letters)))
+            layout += aligned + letters + aligned
+        self.num_bytes = struct.calcsize(layout)
+        memory = (ctypes.c_longlong * -(-self.num_bytes // 8))()
+        self.starts = tuple(ctypes.addressof(memory) + offset for offset in offsets)  # of each parameter
+        self.write = functools.partial(struct.Struct(layout).pack_into, memory, 0)
 
 
 class Kernel:
     """One kernel and its launch configuration.
 
     signature: a letter per value, p address, i int32, q int64, f float32; those in brackets are one parameter, a C
-    structure. The argument buffers are made once, since a step's host time is mostly this call.
+    structure. What a launch is told is kept from one to the next, since a step's host time is mostly this call.
     """
 
-    __slots__ = ("_function", "_handle", "_config", "_config_ref", "_attribute", "_values", "_pointers", "_launch")
+    __slots__ = ("_function", "_handle", "_config", "_config_ref", "_attribute", "_arguments", "_pointers", "_launch")
 
     def __init__(self, function: object, signature: str, *, threads: int, shared_bytes: int, overlap: bool) -> None:
         self._function = function  # keeps the module loaded
@@ -63,17 +68,15 @@ class Kernel:
             (0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)
         )
         self._config_ref = ctypes.byref(self._config)
-        self._values, parameters = _arguments(signature)
-        self._pointers = (ctypes.c_void_p * len(parameters))(*parameters)
+        self._arguments = Arguments(signature)
+        self._pointers = (ctypes.c_void_p * len(self._arguments.starts))(*self._arguments.starts)
         self._launch = _driver().cuLaunchKernelEx
 
     def __call__(self, grid: int | tuple[int, int], args: tuple[int | float, ...], stream: int) -> None:
         """Launches on the stream of that handle, with one int or float per letter of the signature."""
-        for value, arg in zip(self._values, args, strict=True):
-            value.value = arg
-        config = self._config
-        config.grid[0], config.grid[1] = grid if isinstance(grid, tuple) else (grid, 1)
-        config.stream = stream
+        self._arguments.write(*args)
+        _GRID.pack_into(self._config, 0, *(grid if isinstance(grid, tuple) else (grid, 1)))
+        self._config.stream = stream
         status = self._launch(self._config_ref, self._handle, self._pointers, None)
         if status:
             name = ctypes.c_char_p()

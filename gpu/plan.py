@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from gpu.arrays import ArrayView
 from gpu.step_tables import StepTables, TableLayout
 from gpu.task_list import TaskList
 from pkvsim.shapes import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from gpu.launch import Kernel
 
 
 @dataclass(slots=True)
@@ -20,7 +24,7 @@ class Plan:
     host: as task_list, nothing but the plan keeps them.
     """
 
-    arrays: StepTables
+    arrays: tuple  # in the order of StepTables
     layout: TableLayout
     lengths: int  # address, [batch_size] int32: seq_lens or last_page_len
     page_ids: int  # address, [batch_size, stride]; of CSR [stride]
@@ -29,24 +33,29 @@ class Plan:
     stride: int  # elements from one row of a block table to the next; the indices of CSR
     max_tokens: int  # that a row of the table has room for; lengths beyond are cut to it
     copies: tuple = ()
+    decode: Kernel | None = None
     task_list: TaskList | None = None
     unchecked_ids: tuple[StepTables, np.ndarray] | None = None  # on the host, with lengths, to check at the next run
     in_graph: bool = False  # a captured graph reads the copies and the task list
     checked_indices: int = 0  # of CSR, those that the planner is known to be able to count
 
-    def has_room(self, given: StepTables) -> bool:
-        """Whether other arrays, alike but perhaps for how many indices there are, need no check of their size."""
-        return not self.layout.csr or given.indices.shape[0] <= self.checked_indices
+    def move(self, given: tuple, addresses: list[int], page_size: int) -> bool:
+        """To other arrays that are alike and on the GPU, as these are; of CSR the indices may be more or fewer.
 
-    def move(self, given: StepTables, addresses: list[int], page_size: int) -> None:
-        """To other arrays that are alike and on the GPU, as these are; of CSR the indices may be more or fewer."""
+        False, and nothing is moved, where there are more of them than are known to be few enough.
+        """
         seq_lens, block_table, indptr, indices, last_page_len = addresses
-        self.arrays, self.lengths, self.page_ids, self.unchecked_ids = given, seq_lens, block_table, None
         if self.layout.csr:
-            self.page_ids, self.row_begins, self.stride = indices, (indptr,), given.indices.shape[0]
-            self.max_tokens = most_tokens(self.stride, page_size)
-            if self.layout.last_page:
-                self.lengths = last_page_len
+            num_indices = given[3].shape[0]
+            if num_indices > self.checked_indices:
+                return False
+            self.page_ids, self.row_begins, self.stride = indices, (indptr,), num_indices
+            self.max_tokens = most_tokens(num_indices, page_size)
+            self.lengths = last_page_len if self.layout.last_page else seq_lens
+        else:
+            self.lengths, self.page_ids = seq_lens, block_table
+        self.arrays, self.unchecked_ids = given, None
+        return True
 
 
 def place(given: StepTables, views: dict[str, ArrayView], page_size: int) -> Plan:

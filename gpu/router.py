@@ -162,8 +162,7 @@ class Router:
         if self._active is None:
             raise RuntimeError("run: call plan() first")
         if lse is None and self._needs_lse and self.decision.route not in OWN_ROUTES:
-            described = arrays.view("q", q)
-            lse = arrays.empty_like(q, described, described.shape[:-1], "float32")
+            lse = arrays.empty_like(q, arrays.shape_of("q", q)[:-1], "float32")
         return self._active.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
 
     def _decide(self, lens: np.ndarray | None) -> Decision:

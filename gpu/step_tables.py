@@ -39,15 +39,6 @@ class StepTables(NamedTuple):
     def is_csr(self) -> bool:
         return self.indptr is not None or self.indices is not None or self.last_page_len is not None
 
-    def fingerprint(self) -> tuple[list[int], tuple]:
-        """(addresses, what validation depends on), as arrays.fingerprint."""
-        marks = [arrays.fingerprint(array) for array in self]
-        keys = [key for _, key in marks]
-        if marks[3][0]:  # indices are as many as a step needs
-            dtype, device, shape, *strides = keys[3]
-            keys[3] = dtype, device, len(shape), *strides
-        return [address for address, _ in marks], tuple(keys)
-
     def views(self) -> dict[str, ArrayView]:
         """The arrays described, by argument name: those that were given and those that must be.
 
@@ -99,3 +90,15 @@ class StepTables(NamedTuple):
         if self.is_csr:
             return rows, places, self.indices[self.indptr[rows] + places]
         return rows, places, self.block_table[rows, places]
+
+
+def fingerprint(given: tuple) -> tuple[list[int], list]:
+    """(addresses, what validation depends on) of arrays in the order of StepTables, as arrays.fingerprints.
+
+    Indices are as many as a step needs: how many is left out.
+    """
+    addresses, keys = arrays.fingerprints(given)
+    if addresses[3]:
+        dtype, device, shape, *strides = keys[3]
+        keys[3] = dtype, device, len(shape), *strides
+    return addresses, keys

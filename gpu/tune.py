@@ -14,7 +14,7 @@ import math
 import multiprocessing
 import sys
 
-from gpu.config import DTYPES, HEAD_DIMS, KernelConfig, kernel_config, shared_limit_bytes, variants
+from gpu.config import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
 from pkvsim import DecodeShape
 
 CANDIDATES = ((8, 2), (8, 3), (8, 4), (4, 2), (4, 3), (4, 4), (4, 6), (2, 4))
@@ -36,7 +36,8 @@ def calculated_table(compute_capability: int) -> dict:
         for group_size in GROUP_SIZES:
             for dtype in DTYPES:
                 shape = DecodeShape(group_size, 1, head_dim, PAGE_SIZE)
-                config = kernel_config(shape, dtype, compute_capability)
+                # Not kernel_config's, which would look a table up.
+                config = variants(shape, dtype, CALCULATED[head_dim], shared_limit_bytes(compute_capability))[0]
                 entries.append(entry_of(group_size, config))
     return {
         "compute_capability": compute_capability,
@@ -49,8 +50,9 @@ def calculated_table(compute_capability: int) -> dict:
 
 def entry_of(group_size: int, config: KernelConfig, **measured: float) -> dict:
     """One line of a table."""
-    return {"head_dim": config.head_dim, "group_size": group_size, "dtype": config.dtype, "warps": config.warps,
-            "stages": config.stages, **measured}
+    warps, stages = config.variant
+    return {"head_dim": config.head_dim, "group_size": group_size, "dtype": config.dtype, "warps": warps,
+            "stages": stages, **measured}
 
 
 def _compile(defines: dict) -> None:
@@ -82,7 +84,7 @@ def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple
     from gpu.engine import DecodeEngine
     from gpu.timing import graph_time_us, l2_bytes
 
-    engine = DecodeEngine(shape, config.dtype, variant=(config.warps, config.stages))
+    engine = DecodeEngine(shape, config.dtype, variant=config.variant)
     times = []
     for rows, longest in cells:
         lens = np.array(cell_lengths(rows, longest), np.int32)
@@ -117,17 +119,17 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
             pool, pool_dtype = BenchPool(pool_gib=pool_gib, dtype=getattr(torch, dtype), seed=1), dtype
         found = []
         for config in configs:
-            progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.warps} warps, {config.stages} stages")
+            progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.variant}")
             times = measure(shape, config, pool, CELLS)
             found.append((math.exp(sum(map(math.log, times)) / len(times)), config))
         found.sort(key=lambda pair: pair[0])
         best_us, best = found[0]
         entries.append(entry_of(group, best, geomean_us=round(best_us, 2)))
         progress(None)
-        others = ", ".join(f"({c.warps}, {c.stages}) {us:.1f}" for us, c in found[1:])
+        others = ", ".join(f"{c.variant} {us:.1f}" for us, c in found[1:])
         print(
             f"head_dim {shape.head_dim:3d}  group {group:2d}  {dtype:8s}  "
-            f"({best.warps}, {best.stages}) {best_us:.1f} us; {others}",
+            f"{best.variant} {best_us:.1f} us; {others}",
             flush=True,
         )
     gpu = torch.cuda.get_device_name()

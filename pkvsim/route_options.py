@@ -13,7 +13,7 @@ from pkvsim.shapes import DecodeShape
 # FlashInfer 0.7.2, https://github.com/flashinfer-ai/flashinfer: BatchDecodeWithPagedKVCacheWrapper.plan in
 # flashinfer/decode.py refuses several query tokens without tensor cores, its kernels on both have no sinks, and it
 # takes one head_dim; flashinfer/xqa.py has sinks, a window and q_seq_len, but neither soft cap nor a head_dim of V.
-# All take FP8 pages with one scale each of K and V, but gpu.flashinfer does not and their speed was not measured.
+# All take FP8 pages with one scale each of K and V, but no route hands them on and their speed is in no constants.
 SERVED = {
     "flashinfer_cuda_core": ("window", "soft_cap"),
     "flashinfer_tensor_core": ("window", "soft_cap", "query_tokens"),

@@ -1,5 +1,5 @@
 // What a kernel takes for granted of CUDA, on a CPU: a CTA of WARPS warps whose threads are fibers, which meet where
-// lanes do, at shuffles, votes and barriers.
+// lanes do, at shuffles, votes and barriers. Warps take turns in any order and go on as far as they can or just a step.
 #pragma once
 #include <ucontext.h>
 
@@ -37,6 +37,9 @@ constexpr int CTA_THREADS = WARPS * 32;
 static int3 threadIdx, blockIdx, gridDim;
 unsigned char memory[256 << 10] __align__(128);  // the CTA's shared memory
 
+static long progress;      // meetings and ends so far
+static unsigned order = 1;  // random bits, of whose turn it is and how long
+
 struct Warp {
   int arrived = 0, meetings = 0;
   uint64_t brought[32][8];
@@ -53,7 +56,7 @@ static void yield() {
 }
 static void start() {
   body();
-  ended[threadIdx.x] = true;
+  ended[threadIdx.x] = true, ++progress;
 }
 static void run_cta() {
   std::memset(memory, 0xff, sizeof memory);
@@ -65,12 +68,22 @@ static void run_cta() {
     fibers[i].uc_link = &scheduler;
     makecontext(&fibers[i], start, 0);
   }
+  constexpr long MOST = 1'000'000;
   long rounds = 0;
-  for (bool live = true; live;) {
-    live = false;
-    if (++rounds > 20'000'000) return complain("the CTA hangs");
-    for (int i = 0; i < CTA_THREADS; ++i)
-      if (!ended[i]) threadIdx.x = i, live = true, swapcontext(&scheduler, &fibers[i]);
+  const unsigned patience = order >> 16 & 3;  // how often, in quarters, a turn lasts while it can
+  while (!std::all_of(ended, ended + CTA_THREADS, [](bool end) { return end; })) {
+    const long before = progress;
+    order = order * 1664525u + 1013904223u;
+    const long longest = (order >> 24 & 3) < patience ? MOST : 1;
+    for (int turn = 0; turn < WARPS; ++turn) {
+      const int first = (turn + (order >> 16)) % WARPS * 32;
+      for (long seen = -1, end = rounds + longest; seen != progress && rounds < end; ++rounds) {
+        seen = progress;
+        for (int i = first; i < first + 32; ++i)
+          if (!ended[i]) threadIdx.x = i, swapcontext(&scheduler, &fibers[i]);
+      }
+    }
+    if (progress == before || rounds >= MOST) return complain("the CTA hangs");
   }
 }
 
@@ -80,7 +93,7 @@ static int my_lane() { return threadIdx.x % 32; }
 static void meet() {
   Warp& warp = my_warp();
   const int meeting = warp.meetings;
-  if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings;
+  if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings, ++progress;
   else while (warp.meetings == meeting) yield();
 }
 template <class T, class Look>
@@ -101,7 +114,7 @@ static void __syncwarp() { meet(); }
 static int cta_arrived = 0, cta_meetings = 0;
 static void __syncthreads() {
   const int meeting = cta_meetings;
-  if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings;
+  if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings, ++progress;
   else while (cta_meetings == meeting) yield();
 }
 template <class T>

@@ -116,6 +116,28 @@ static void copy_wait() {
 }
 [[maybe_unused]] static float2 load_shared(unsigned at) { return *reinterpret_cast<const float2*>(memory + at); }
 
+// Barriers of some warps, which are the same ones every time.
+struct NamedBarrier {
+  int threads = 0, meetings = 0;
+  unsigned here = 0, before = 0;  // warps, a bit each: now, and the last time
+};
+static NamedBarrier named[16];
+template <int WARPS_MEETING>
+[[maybe_unused]] static void sync_warps(int id) {
+  if (id < 1 || id > 15) return complain("a barrier has an id that is not there or __syncthreads'");
+  NamedBarrier& barrier = named[id];
+  const int meeting = barrier.meetings;
+  barrier.here |= 1u << threadIdx.x / 32;
+  if (++barrier.threads < WARPS_MEETING * 32) {
+    while (barrier.meetings == meeting) yield();
+    return;
+  }
+  if (__builtin_popcount(barrier.here) != WARPS_MEETING) complain("some lanes of a warp meet others at a barrier");
+  if (barrier.before && barrier.before != barrier.here) complain("other warps than before meet at a barrier");
+  barrier.before = barrier.here, barrier.here = 0, barrier.threads = 0;
+  ++barrier.meetings, ++progress;
+}
+
 struct alignas(8) ArrivalBarrier {
   short warps, arrived;
   int phase;
@@ -216,7 +238,11 @@ static int numbers[4];
 static void run_grid(int x, int y) {
   gridDim = {x, y, 1};
   for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_cta();
+    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+      run_cta();
+      for (const auto& barrier : pkv::named)
+        if (barrier.threads) complain("a warp waits at a barrier for others that do not come");
+    }
 }
 
 #if CACHE_TYPE

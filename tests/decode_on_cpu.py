@@ -5,7 +5,7 @@ import ctypes
 import functools
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cpp
@@ -15,7 +15,7 @@ import numpy as np
 from gpu.config import KernelConfig, kernel_config
 from gpu.decode_kernels import arguments
 from gpu.kernels import SOURCE_DIR
-from gpu.launch import _arguments
+from gpu.launch import Arguments
 from gpu.step_tables import TableLayout
 from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference_append import FP8_DTYPES, dequantize
@@ -65,6 +65,7 @@ class Step:
     table: np.ndarray
     lens: np.ndarray
     sinks: np.ndarray | None
+    query_lens: np.ndarray | None
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """(K, V) as float64; 0 for NaN, which only tokens without a row may hold."""
@@ -75,8 +76,8 @@ class Step:
 
 
 def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed: int, lens: tuple[int, ...] = LENGTHS,
-              spread: float = 1.0) -> Step:
-    """spread: the scales' powers of two reach so far up and down."""
+              spread: float = 1.0, ragged: bool = False) -> Step:
+    """spread: the scales' powers of two reach so far up and down. ragged: rows have fewer query tokens than others."""
     rng, slots, kv_dtype = np.random.default_rng(seed), shape.page_size, options.kv_dtype
     lens = np.array(lens, np.int32)
     pages = -(-lens // slots)
@@ -110,15 +111,19 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
     tokens = () if options.query_tokens == 1 else (options.query_tokens,)
     q = aligned(rng.standard_normal((len(lens), *tokens, shape.num_q_heads, shape.head_dim)).astype(dtype))
     sinks = rng.standard_normal(shape.num_q_heads).astype(np.float32) if options.sinks else None
-    return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks)
+    counts = np.minimum(lens, rng.integers(0, options.query_tokens + 1, len(lens))).astype(np.int32) if ragged else None
+    return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks, counts)
 
 
-def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), converts_e4m3: bool = True,
-        hurry: bool = False, ctas: int = CTAS) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started."""
+def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
+        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started.
+    stages: of a ring, where the variant's are too many."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
+    if stages is not None:
+        config = replace(config, stages=stages)
     library = build(config, balanced, converts_e4m3)
     library.run.restype = ctypes.c_char_p
     ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
@@ -136,17 +141,16 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), convert
     scale, height = (base * LOG2_E, 0.0) if cap is None else (base / cap, cap * LOG2_E)
     order = (step.k, 0), (step.v, 0), (step.k, 1), (step.k, 2), (step.v, 1), (step.v, 2)
     layout = [pool.strides[axis] // pool.itemsize for pool, axis in order]
-    given = step.q, step.k, step.v, step.table, step.lens, None, step.sinks, out, lse, partials
+    given = step.q, step.k, step.v, step.table, step.lens, step.query_lens, step.sinks, out, lse, partials
     values = [*map(address, given), *layout, len(step.lens), heads.num_kv_heads, step.table.shape[1], len(step.k),
               options.window or 0, scale, height]
     if options.kv_dtype is not None:
         strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
         values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]
-    fields, (start,) = _arguments(arguments(config, TableLayout()))
-    for field, value in zip(fields, values, strict=True):
-        field.value = value
-    end = ctypes.addressof(fields[-1]) - start + ctypes.sizeof(fields[-1])
-    assert library.arguments_bytes() == -(-end // 8) * 8
+    written = Arguments(arguments(config, TableLayout()))
+    written.write(*values)
+    (start,) = written.starts
+    assert library.arguments_bytes() == written.num_bytes
     if balanced:
         sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
         first = None

@@ -17,8 +17,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import bench_variants  # noqa: E402
 import variant_cells  # noqa: E402
-from variant_cells import PLAIN, VARIANTS, WINDOWED, Result, cells, jobs, table, window_cells, window_cost  # noqa: E402
+from variant_cells import (  # noqa: E402
+    PLAIN, VARIANTS, WINDOWED, Result, cells, error_ratios, flashinfer_backends, jobs, table, window_cells, window_cost,
+)
 
+from gpu import flashinfer  # noqa: E402
 from pkvsim import AttentionOptions, reference  # noqa: E402
 from pkvsim.kv_types import KV_DTYPES  # noqa: E402
 
@@ -77,8 +80,9 @@ def test_the_kernel_of_8_bit_caches_can_be_chosen() -> None:
     assert bench_variants.parse_args(["--variant", "8x4"]).variant == (8, 4)
 
 
-def result(variant: str, case: str, route: str, kernel_us: float | None, batch_size: int = 8, note: str = "") -> Result:
-    return Result(variant, case, batch_size, 8, route, 10**8, 20.0, kernel_us, note=note)
+def result(variant: str, case: str, route: str, kernel_us: float | None, batch_size: int = 8, note: str = "",
+           max_abs_error: float | None = None) -> Result:
+    return Result(variant, case, batch_size, 8, route, 10**8, 20.0, kernel_us, note=note, max_abs_error=max_abs_error)
 
 
 def test_the_table_has_ratios_to_the_limit_and_to_flashinfers_best() -> None:
@@ -86,11 +90,11 @@ def test_the_table_has_ratios_to_the_limit_and_to_flashinfers_best() -> None:
                result("plain", "4K", "flashinfer_cuda_core", 40.0), result("sinks", "4K", "balanced", 30.0),
                result("sinks", "4K", "xqa", None, note="differs by 1")]
     made = table(results)
-    assert [row[-5:] for row in made.rows[:2]] == [
+    assert [row[7:12] for row in made.rows[:2]] == [
         ("4000", "20.0", "1.25", "1.000", "1.60"),
         ("2000", "20.0", "2.50", "-", "-"),
     ]
-    assert made.rows[3][-2:] == ("1.200", "-") and made.rows[4][-6:] == ("-", "-", "20.0", "-", "-", "-")
+    assert made.rows[3][10:12] == ("1.200", "-") and made.rows[4][6:12] == ("-", "-", "20.0", "-", "-", "-")
     assert "not timed: sinks, xqa: differs by 1" in made.note and window_cost(results) is None
     made.print(Console(file=io.StringIO(), width=150))
 
@@ -104,10 +108,38 @@ def test_times_are_held_against_plain_attention_on_the_same_step(dtype: str, col
     assert [row[at] for row in made.rows] == ["0.540", "1.000", "-", "-"]
 
 
+@pytest.mark.parametrize("our_error, said", [(3e-5, "at most 1.50 x FlashInfer's (e4m3 by tensor, 8 x 4K; within 1.5)"),
+                                            (4e-5, "at most 2.00 x FlashInfer's (e4m3 by tensor, 8 x 4K; above 1.5)")])
+def test_our_error_is_held_against_the_least_of_flashinfers(our_error: float, said: str) -> None:
+    """Of the backends that were timed: one that is wrong excuses nothing."""
+    results = [result("plain", "4K", "balanced", 9.0, max_abs_error=1e-5),
+               result("plain", "4K", "xqa", 9.0, max_abs_error=1e-5),
+               result("e4m3 by tensor", "4K", "balanced", 9.0, max_abs_error=our_error),
+               result("e4m3 by tensor", "4K", "xqa", 9.0, max_abs_error=1e-2),
+               result("e4m3 by tensor", "4K", "flashinfer_cuda_core", 9.0, max_abs_error=2e-5),
+               result("e4m3 by tensor", "4K", "flashinfer_tensor_core", None, max_abs_error=1e-6, note="differs"),
+               result("int8 by token", "4K", "balanced", 9.0, max_abs_error=1e-5)]
+    assert error_ratios(results) == pytest.approx({("plain", "4K", 8): 1.0,
+                                                   ("e4m3 by tensor", "4K", 8): our_error / 2e-5})
+    made = table(results)
+    assert [row[-2:] for row in made.rows[2:4]] == [(f"{our_error:.1e}", f"{our_error / 2e-5:.2f}"), ("1.0e-02", "-")]
+    assert made.rows[-1][-1] == "-" and said in made.note
+
+
+def test_flashinfers_backends_are_those_that_have_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer, "installed", lambda: True)
+    both = {"flashinfer_cuda_core", "flashinfer_tensor_core"}
+    wanted = {"plain": both | {"xqa"}, "window 4K": both | {"xqa"}, "sinks": {"xqa"}, "soft cap": both,
+              "4 query tokens": {"flashinfer_tensor_core"}, "head_dim 192/128": set(), "e4m3 by tensor": both | {"xqa"},
+              "e4m3 by page": set(), "e5m2 by tensor": both, "int8 by token": set(), "NHD": set()}
+    chosen = {name: bench_variants.BY_NAME[name] for name in wanted}
+    assert {name: set(flashinfer_backends(variant, variant.shape(16))) for name, variant in chosen.items()} == wanted
+
+
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_pages_of_16_bits_hold_what_codes_stand_for(kv_dtype: str) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from variant_caches import UNIT, codes_of, scales_of, values_of
+    from variant_caches import UNIT, codes_of, factors_of, scales_of, values_of
 
     codes = codes_of(torch.randn(3, 8, 16, 128, generator=torch.Generator().manual_seed(0)).half(), kv_dtype)
     stored = codes.view(getattr(torch, kv_dtype)).double() * UNIT[kv_dtype]
@@ -118,6 +150,8 @@ def test_pages_of_16_bits_hold_what_codes_stand_for(kv_dtype: str) -> None:
         scales = scales_of(codes, PLAIN.shape(16), options)
         assert {name: (tuple(s.shape), s.unique().tolist()) for name, s in scales.items()} == dict.fromkeys(
             ("k_scale", "v_scale"), (size, [UNIT[kv_dtype]]))
+        assert factors_of(options) == {name: float(s.unique()) for name, s in scales.items()}
+    assert factors_of(PLAIN.options) == scales_of(codes, PLAIN.shape(16), PLAIN.options) == {}
 
 
 @pytest.mark.parametrize("window_us, said", [(26.0, "within"), (27.0, "above")])
@@ -151,4 +185,5 @@ def test_the_reference_of_a_row_is_pkvsims() -> None:
         pages = [torch.from_numpy(pool if variant.layout == "HND" else pool.swapaxes(1, 2).copy()) for pool in (k, v)]
         found = attention_of_row(torch.from_numpy(q[0]), *pages, variant.layout, ids, 42, options,
                                  None if sinks is None else torch.from_numpy(sinks))
-        np.testing.assert_allclose(found.numpy(), wanted[0], atol=1e-5)
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.numpy(), wanted[0], atol=1e-12)

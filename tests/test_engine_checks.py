@@ -90,8 +90,8 @@ def test_scales_that_do_not_fit_are_named(kind, k, v, named) -> None:
 
 @pytest.mark.parametrize("scale", [None, 1, 0.25, np.float32(3.0)])
 def test_numbers_are_scales_of_a_tensor(scale) -> None:
-    taken = cache_scales.take(scale, 2.0, AttentionOptions(kv_dtype="float8_e4m3fn"))
-    assert (taken.k_number, taken.v_number, taken.k) == (1.0 if scale is None else float(scale), 2.0, None)
+    number, array = cache_scales.split("k_scale", scale, AttentionOptions(kv_dtype="float8_e4m3fn"))
+    assert (number, array) == (1.0 if scale is None else float(scale), None)
 
 
 @pytest.mark.parametrize("kind,given,named", [
@@ -102,7 +102,8 @@ def test_numbers_are_scales_of_a_tensor(scale) -> None:
 def test_what_is_no_scale_is_named(kind, given, named) -> None:
     options = AttentionOptions() if kind is None else AttentionOptions(kv_dtype="int8", kv_scales=kind)
     with pytest.raises(ValueError, match=f"^{named}: expected"):
-        cache_scales.take(given.get("k_scale"), given.get("v_scale"), options)
+        for name in ("k_scale", "v_scale"):
+            cache_scales.split(name, given.get(name), options)
 
 
 @pytest.mark.parametrize("kv_dtype,dtype,passes", [

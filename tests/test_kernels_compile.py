@@ -1,5 +1,4 @@
 """Every kernel becomes machine code for every architecture, without spills and within what an SM has."""
-import ctypes
 import itertools
 import re
 
@@ -11,7 +10,7 @@ from gpu import append_config
 from gpu.config import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.decode_kernels import arguments
 from gpu.kernels import SOURCE_DIR, compile_options
-from gpu.launch import C_TYPES
+from gpu.launch import Arguments
 from gpu.step_tables import TableLayout
 from gpu.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
@@ -62,7 +61,6 @@ def test_every_shape_has_a_variant(capability):
         assert variant(capability, head_dim, group_size, 16, dtype).shared_bytes <= SHARED_LIMIT_BYTES[capability]
 
 
-# Groups of more than 16 are served but not held to this: at head_dim 256 they spill.
 @pytest.mark.parametrize(("capability", "head_dim", "group_size", "page_size", "dtype"), VARIANTS)
 def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtype):
     config = variant(capability, head_dim, group_size, page_size, dtype)
@@ -103,16 +101,34 @@ def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
                 dynamic_shared=config.shared_bytes)
 
 
+# Columns beyond a warp's registers: (head_dim, group, query tokens, page size), and the team that shares the tiles. 32
+# columns of head_dim 128 with every kind of pages, on little shared memory and on much; elsewhere these take turns, and
+# so do the kernels.
+TEAMS = (((128, 32, 1, 16), 2), ((128, 4, 8, 3), 2), ((128, 5, 5, 1), 2), ((128, 8, 8, 16), 4), ((64, 64, 1, 64), 2),
+         ((64, 128, 1, 16), 4), ((192, 16, 1, 16), 2), ((256, 16, 1, 16), 2), ((256, 4, 8, 1), 4))
+PAGES_OF_TEAMS = (("float16", None, None), ("bfloat16", None, None), ("float16", "int8", "token"),
+                  ("bfloat16", "float8_e4m3fn", "tensor"))
+TEAM_VARIANTS = [(*case, *pages, (86, 90)[j], (i + k + j) % 2) for i, case in enumerate(TEAMS)
+                 for k, pages in enumerate(PAGES_OF_TEAMS) for j in range(2) if i < 2 or i // 2 % 2 == (k // 2 + j) % 2]
+
+
+@pytest.mark.parametrize(("case", "team", "dtype", "kv_dtype", "kv_scales", "capability", "tasks"), TEAM_VARIANTS)
+def test_teams_fit(case, team, dtype, kv_dtype, kv_scales, capability, tasks):
+    head_dim, group_size, tokens, page_size = case
+    options = AttentionOptions(query_tokens=tokens).with_cache(kv_dtype, kv_scales)
+    config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
+    assert (config.head_split, config.team) == (1, team)  # pages are read once
+    names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
+    assert_fits(*names[tasks], config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
+
+
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("layout", [TableLayout(), TableLayout(csr=True)])
 def test_the_hosts_structure_is_the_kernels(layout, kv_dtype):
     config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90, options=AttentionOptions(kv_dtype=kv_dtype))
-    signature = arguments(config, layout).strip("[]")
     options = compile_options(config.defines() | layout.defines())
     size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
-    fields = [(f"field{index}", C_TYPES[letter]) for index, letter in enumerate(signature)]
-    structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
-    assert int(size[1]) == ctypes.sizeof(structure)
+    assert int(size[1]) == Arguments(arguments(config, layout)).num_bytes
 
 
 # 8-bit pages: every capability meets every type; kinds of scales, head_dims, group sizes, page sizes and dtypes take

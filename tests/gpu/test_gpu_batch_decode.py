@@ -1,8 +1,10 @@
 """The FlashInfer drop-in on the GPU: against float64, in CUDA graphs, and against FlashInfer by one script's text."""
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -181,6 +183,17 @@ for kv_layout, q, kv_cache, options in variants:
 """
 
 
+@contextlib.contextmanager
+def skips_where_a_module_is_missing() -> Iterator[None]:
+    """For machines that may not build FlashInfer's modules (FLASHINFER_DISABLE_JIT) and lack one of those needed."""
+    from flashinfer.jit import MissingJITCacheError
+
+    try:
+        yield
+    except MissingJITCacheError as error:
+        pytest.skip(f"FlashInfer may not build here what it lacks: {error.spec.name}")
+
+
 @has_flashinfer
 def test_variants_by_import_alone() -> None:
     lens = [5, 900, 16, 77, 4000, 8]
@@ -195,9 +208,10 @@ def test_variants_by_import_alone() -> None:
                 ("HND", many, hnd, {"q_len_per_req": 4}),
                 ("NHD", many, nhd, {"q_len_per_req": 4, "window_left": 33, "is_causal": True})]
     found = {}
-    for module in ("flashinfer", "gpu"):
+    for module in ("gpu", "flashinfer"):
         names = {"variants": variants, "csr": csr(case)}
-        exec(VARIANTS_SCRIPT.format(module=module), names)
+        with skips_where_a_module_is_missing():
+            exec(VARIANTS_SCRIPT.format(module=module), names)
         torch.cuda.synchronize()
         found[module] = names["results"]
     for variant, mine, theirs in zip(variants, found["gpu"], found["flashinfer"], strict=True):
