@@ -143,9 +143,9 @@ struct TensorScales {
 };
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. Before, `emit.release()` is called when nothing but lengths has been read,
-// and `emit.begin(source)` when the first loads are under way; if that is false nothing more is done, and attend returns
-// false.
+// the first segment by warp column % WARPS. Before, `emit.release(pages, loader)` is called when nothing has been read
+// but lengths and the first segment's page ids, in loader.ids_ahead, and `emit.begin(pages, source)` when the first tiles
+// are under way; if that is false nothing more is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
                                        SharedMemory& shared, Emit& emit) {
@@ -153,68 +153,74 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   const unsigned ring = shared_address(shared.ring[stream][0]);
   // Copies of tiles started since that of the one that is waited for.
   constexpr int COPIES_AHEAD = TEAM == 1 ? 2 * STAGES - 1 : 2 * STAGES - 2;
-  const auto release = [&] { emit.release(); };
   Loader<Source> loader(source);
   Dealer<Source> walk(source);
   TensorScales tensor_scales;
-  // Begins as a segment of nothing, whose rounds only fill the ring: the first loads are the main loop's too, since a
-  // second copy of the loader's code is fetched from a cold L2 by short steps.
-  Share share, next;
-  share.first = -STAGES * STREAMS, share.tile_end = 0;
-  bool live = false;  // whether `share` is a segment to compute
   Query query;
   Mask mask;
+  const auto enter = [&](const Share& s) {
+    if constexpr (QUERY_EARLY) query.load(given.q, s.row, s.kv_head, given.num_kv_heads, lane);
+    mask = {s.seq_len, QUERY_TOKENS, given.window};
+    if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[s.row];
+  };
+
+  loader.template look_ahead<Emit::EARLY>(pages, stream, lane);
+  Share share;
+  bool live = walk.next(share, stream);  // whether `share` is a segment to compute
+  // What is small is asked for before the first tiles: it would arrive behind them.
+  emit.release(pages, loader);
+  if (live) enter(share);
+  tensor_scales.load(given);
+  #pragma unroll 1  // its code's fetching shows in short steps
+  for (int stage = 0; stage < STAGES; ++stage) {
+    if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage - 1) * SLOT_BYTES, lane);
+    loader.issue_k(pages, ring + stage * SLOT_BYTES, stream, lane);
+    if constexpr (TEAM == 1) loader.issue_v(pages, ring + stage * SLOT_BYTES, lane);
+  }
+  if (!emit.begin(pages, source)) {
+    copy_wait<0>();
+    return false;
+  }
+
   Segment before;     // the segment whose states are to be merged, the (count - 1)-th
   unsigned slot = ring;
   int stage = 0;
-  for (int count = -1;; ++count) {
+  for (int count = 0;; ++count) {
     WarpState state;
     if (live) {
       state.reset();
       if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
-    }
-    if (live || count < 0) {
       for (int tile = share.first; tile < share.tile_end; tile += STREAMS) {
         // A warp alone refills what it has read at once. A team's has been read when the team next meets, for the other
         // half of this tile or the next: K is refilled there, and V of the tile before, whose order stays the same.
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
-        if (live) await_tile<COPIES_AHEAD>(stream);
+        await_tile<COPIES_AHEAD>(stream);
         if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage > 0 ? stage - 1 : STAGES - 1) * SLOT_BYTES, lane);
-        if (live) {
-          score(s, query, slot, lane);
+        score(s, query, slot, lane);
 #if CACHE_SCALES
-          state.scales.read(slot + K_TILE_BYTES + V_TILE_BYTES, lane);
+        state.scales.read(slot + K_TILE_BYTES + V_TILE_BYTES, lane);
 #endif
-          if constexpr (TEAM == 1) __syncwarp();
+        if constexpr (TEAM == 1) {
+          __syncwarp();
+          loader.issue_k(pages, slot, stream, lane);
         }
-        if constexpr (TEAM == 1) loader.issue_k(pages, slot, stream, lane, release);
-        if (live) {
-          weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
-          await_tile<COPIES_AHEAD>(stream);
+        weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
+        await_tile<COPIES_AHEAD>(stream);
+        if constexpr (TEAM > 1) loader.issue_k(pages, slot, stream, lane);
+        accumulate(state, p, slot + K_TILE_BYTES, lane);
+        if constexpr (TEAM == 1) {
+          __syncwarp();
+          loader.issue_v(pages, slot, lane);
         }
-        if constexpr (TEAM > 1) loader.issue_k(pages, slot, stream, lane, release);
-        if (live) {
-          accumulate(state, p, slot + K_TILE_BYTES, lane);
-          if constexpr (TEAM == 1) __syncwarp();
-        }
-        if constexpr (TEAM == 1) loader.issue_v(pages, slot, lane);
         if (++stage == STAGES) stage = 0;
         slot = ring + stage * SLOT_BYTES;
       }
     }
-    if (count < 0) tensor_scales.load(given);
     // The next segment's queries are on their way while this one's states are merged.
-    const bool more = (live || count < 0) && walk.next(next, stream);
-    if (more) {
-      if constexpr (QUERY_EARLY) query.load(given.q, next.row, next.kv_head, given.num_kv_heads, lane);
-      mask = {next.seq_len, QUERY_TOKENS, given.window};
-      if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[next.row];
-    }
-    if (count < 0 && !emit.begin(source)) {
-      copy_wait<0>();
-      return false;
-    }
+    Share next;
+    const bool more = live && walk.next(next, stream);
+    if (more) enter(next);
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
       shared.left[buffer].wait(phase);
@@ -224,15 +230,12 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
       shared.merged[buffer].arrive(lane);
     }
-    if (!live && !more) break;
-    if (live) {
-      const int buffer = count % BUFFERS, phase = count / BUFFERS;
-      if (phase > 0) shared.merged[buffer].wait(phase - 1);
-      publish(state, shared.states[buffer][stream], lane);
-      shared.left[buffer].arrive(lane);
-      before = share;
-    }
-    share = next, live = more;
+    if (!live) break;
+    const int buffer = count % BUFFERS, phase = count / BUFFERS;
+    if (phase > 0) shared.merged[buffer].wait(phase - 1);
+    publish(state, shared.states[buffer][stream], lane);
+    shared.left[buffer].arrive(lane);
+    before = share, share = next, live = more;
   }
   copy_wait<0>();
   return true;

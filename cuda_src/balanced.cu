@@ -32,26 +32,40 @@ struct BalancedEmit {
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
   const Rows& rows;
   const Cut& cut;
-  bool early;                // lengths may have changed since the plan was made
-  const int* noted;          // [batch_size] the lengths that it was made with, but for the first 32
+  bool early;                // lengths and page ids may have changed since they were read
+  const int* noted;          // [batch_size] the lengths that were, but for the first 32
   int lane;
+  int length, ids_before, changes;  // of row `lane`, read again; the first page ids that were read; see later_changes
+  page_id ids;                      // the same read again
   int first;                 // the range in which this CTA's first segment begins
   int held_row, held_head;
   bool holds;
 
-  __device__ __forceinline__ void release() const {
-    if (early) wait_for_previous_kernel();
+  static constexpr bool EARLY = KERNELS_OVERLAP;
+  // Waits for the previous kernel's end, and asks again for what was read before it: without waiting, for up to 32 rows.
+  __device__ __forceinline__ void release(const Pages& pages, const Loader<BalancedWalk>& loader) {
+    if (!early) return;
+    wait_for_previous_kernel();
+    changes = rows.later_changes(noted, lane);
+    if (lane < rows.seq_lens.batch_size) length = rows.seq_lens.stored(lane);
+    ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, lane);
+    ids_before = loader.ids_ahead;
   }
 
   // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
   // is nothing to compute: the next launch's CTA waits for this one's end.
-  __device__ __forceinline__ bool begin(const BalancedWalk& walk) {
-    if (early && __any_sync(ALL_LANES, rows.changes(noted, lane))) return false;
+  __device__ __forceinline__ bool begin(const Pages& pages, const BalancedWalk& walk) {
+    if (early) {
+      if (lane < rows.seq_lens.batch_size) changes |= rows.seq_lens.cut(length) ^ rows.length;
+      if (__any_sync(ALL_LANES, changes | (pages.table.cut(ids) ^ ids_before))) return false;
+    }
     if constexpr (V_DIM <= 128) first = first_range(walk, cut);
-    const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
-    const Lengths& lens = rows.seq_lens;
-    if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
-    else store_empty_rows(output, lens.at, lens.batch_size, worker, workers, lane);
+    if (rows.some_empty()) {
+      const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
+      const Lengths& lens = rows.seq_lens;
+      if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
+      else store_empty_rows(output, lens.at, lens.batch_size, worker, workers, lane);
+    }
     return true;
   }
 
@@ -183,7 +197,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::let_next_kernel_start();
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
-  // Where kernels overlap, the plan is made while the previous one still runs, and again if a length has changed since.
+  // Where kernels overlap, the plan is made and its first page ids are read while the previous one still runs, and again
+  // if one of those or a length has changed since.
   int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::NOTED_LENGTHS;
   if (!early) pkv::wait_for_previous_kernel();

@@ -44,8 +44,9 @@ struct TaskEmit {
     if (s.begins && s.ends) store_result(output, s.row, s.kv_head, column, state, lane);
     else send_state(partials[static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head], column, state, lane);
   }
-  __device__ __forceinline__ void release() const {}
-  __device__ __forceinline__ bool begin(const TaskSource&) const { return true; }
+  static constexpr bool EARLY = false;
+  __device__ __forceinline__ void release(const Pages&, const Loader<TaskSource>&) const {}
+  __device__ __forceinline__ bool begin(const Pages&, const TaskSource&) const { return true; }
 };
 
 }  // namespace pkv

@@ -88,12 +88,15 @@ struct Loader {
   int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
   long long pending_base;          // element offset of its page and head in K (TILE_IN_PAGE)
 
-  __device__ __forceinline__ int load_ids(const Pages& pages, const Share& s, bool live, int skip, int lane) const {
+  // As they are in memory (see PageTable); 0 where this lane has none.
+  template <bool EARLY>
+  __device__ __forceinline__ page_id stored_ids(const Pages& pages, const Share& s, bool live, int skip,
+                                                int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
     const int t = s.first + (skip + index) * STREAMS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
-    return pages.table.load(s.row, token / PAGE_SIZE);
+    return pages.table.stored<EARLY>(s.row, token / PAGE_SIZE);
   }
 
   __device__ __forceinline__ explicit Loader(const Source& first)
@@ -102,21 +105,24 @@ struct Loader {
     if constexpr (TEAM > 1) pending_rows = 0;  // its first issue_v comes before any issue_k
   }
 
-  // Points at the next tile; looks the next segment up while two tiles of this one are left. release: called when the
-  // first segment is known, and before anything but lengths is read.
-  template <class Release>
-  __device__ __forceinline__ void advance(const Pages& pages, int stream, int lane, const Release& release) {
-    if (!ahead_known && tile + STREAMS >= now.tile_end) {
-      // Segments in which this stream has no tile are passed over.
-      do ahead_live = source.next(ahead, stream); while (ahead_live && ahead.first >= ahead.tile_end);
-      if (now.tile_end == 0) release();
-      ids_ahead = load_ids(pages, ahead, ahead_live, 0, lane);
-      ahead_known = true;
-    }
+  // Looks up the next segment in which this stream has a tile. Called once before the first issue_k.
+  template <bool EARLY>
+  __device__ __forceinline__ void look_ahead(const Pages& pages, int stream, int lane) {
+    do ahead_live = source.next(ahead, stream); while (ahead_live && ahead.first >= ahead.tile_end);
+    ids_ahead = pages.table.cut(stored_ids<EARLY>(pages, ahead, ahead_live, 0, lane));
+    ahead_known = true;
+  }
+
+  // Points at the next tile; looks the next segment up while two tiles of this one are left.
+  __device__ __forceinline__ void advance(const Pages& pages, int stream, int lane) {
+    if (!ahead_known && tile + STREAMS >= now.tile_end) look_ahead<false>(pages, stream, lane);
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
     tile = now.first, count = 0;
-    if (now.tile_end - tile > IDS_TILES * STREAMS) ids_next = load_ids(pages, now, live, IDS_TILES, lane);
+    if (now.tile_end - tile > IDS_TILES * STREAMS) load_next_ids(pages, lane);
+  }
+  __device__ __forceinline__ void load_next_ids(const Pages& pages, int lane) {
+    ids_next = pages.table.cut(stored_ids<false>(pages, now, live, count + IDS_TILES, lane));
   }
 
   // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
@@ -172,10 +178,8 @@ struct Loader {
 
   // Starts the copy of the next tile's K, and of all its scales, into a slot of the ring. An empty group is committed
   // at the end of the stream, so that waiting can count groups.
-  template <class Release>
-  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int stream, int lane,
-                                          const Release& release) {
-    if (live) advance(pages, stream, lane, release);
+  __device__ __forceinline__ void issue_k(const Pages& pages, unsigned slot, int stream, int lane) {
+    if (live) advance(pages, stream, lane);
     pending_rows = 0;
     if (live) {
       pending_tile = tile, pending_count = count, pending_head = now.kv_head, pending_ids = ids;
@@ -189,7 +193,7 @@ struct Loader {
       tile += STREAMS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
-        ids_next = load_ids(pages, now, true, count + IDS_TILES, lane);
+        load_next_ids(pages, lane);
       }
     }
     copy_commit();

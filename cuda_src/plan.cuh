@@ -39,9 +39,21 @@ PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
-// The rows' lengths. A kernel may read them before the one that writes them has ended (see balanced.cu): so reads
-// go past L1, which would keep what it saw, and every length is cut to [0, most], so that a plan made of what is
-// not yet there is wrong but harmless.
+// Reads what the kernel that writes it may not have written yet (see balanced.cu): past L1, which would keep it.
+template <class T>
+PKV_HD T read_early(const T* from) {
+#ifdef __CUDA_ARCH__
+  T value;
+  if constexpr (sizeof(T) == 8) asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from));
+  else asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+#else
+  return *from;
+#endif
+}
+
+// The rows' lengths, read early: every one is cut to [0, most], so that a plan made of what is not yet there is wrong
+// but harmless.
 struct Lengths {
   const int* at;  // [batch_size]; with LAST_PAGE_LENGTHS the tokens in the rows' last pages
   int batch_size, most;
@@ -52,26 +64,17 @@ struct Lengths {
   PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
   PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
 
-  PKV_HD int operator[](int row) const {
-    if (row >= batch_size) return most;
-    int length = read(at + row);
+  PKV_HD int operator[](int row) const { return row < batch_size ? cut(stored(row)) : most; }
+  // A length as it is in memory, for which nothing waits yet; and what becomes of it.
+  PKV_HD int stored(int row) const {
+    int length = read_early(at + row);
 #if LAST_PAGE_LENGTHS
-    const int full = read(row_begins + row + 1) - read(row_begins + row) - 1;  // pages before the last
+    const int full = read_early(row_begins + row + 1) - read_early(row_begins + row) - 1;  // pages before the last
     length = full < 0 ? 0 : full <= most / PAGE_SIZE ? full * PAGE_SIZE + length : most;
 #endif
-    return length < 0 ? 0 : length < most ? length : most;
+    return length;
   }
-
- private:
-  PKV_HD static int read(const int* from) {
-#ifdef __CUDA_ARCH__
-    int value;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
-    return value;
-#else
-    return *from;
-#endif
-  }
+  PKV_HD int cut(int length) const { return length < 0 ? 0 : length < most ? length : most; }
 };
 
 // floor(a / b) of a >= 0, b > 0: without signs a division takes a third fewer instructions.

@@ -1,5 +1,6 @@
 // The page ids of a step's rows: a block table or CSR, of int32 or int64, as the caller has them.
 #pragma once
+#include "plan.cuh"
 
 #ifndef TABLE_INT64
 #define TABLE_INT64 0  // 1: page ids are int64, not int32
@@ -29,15 +30,26 @@ struct PageTable {
   int num_pages;          // of the pool
   PKV_CSR(const int* row_begins; int num_rows;)  // [num_rows + 1]
 
-  // The id of a row's page, cut to [0, num_pages): a stale plan may meet any id, and with CSR any row.
-  __device__ __forceinline__ int load(int row, int column) const {
+  // The id of a row's page as it is in memory; and cut to [0, num_pages), since a stale plan may meet any id, and with
+  // CSR any row. EARLY: see read_early.
+  template <bool EARLY>
+  __device__ __forceinline__ page_id stored(int row, int column) const {
 #if TABLE_CSR
-    const unsigned at = static_cast<unsigned>(__ldg(row_begins + min(row, num_rows))) + column;
-    const page_id id = __ldg(ids + min(at, static_cast<unsigned>(stride - 1)));
+    const unsigned at = static_cast<unsigned>(read<EARLY>(row_begins + min(row, num_rows))) + column;
+    return read<EARLY>(ids + min(at, static_cast<unsigned>(stride - 1)));
 #else
-    const page_id id = __ldg(ids + static_cast<long long>(row) * stride + column);
+    return read<EARLY>(ids + static_cast<long long>(row) * stride + column);
 #endif
+  }
+  __device__ __forceinline__ int cut(page_id id) const {
     return min(static_cast<unsigned_page_id>(id), static_cast<unsigned_page_id>(num_pages - 1));
+  }
+
+ private:
+  template <bool EARLY, class T>
+  __device__ __forceinline__ static T read(const T* from) {
+    if constexpr (EARLY) return read_early(from);
+    else return __ldg(from);
   }
 };
 

@@ -41,13 +41,14 @@ struct Rows {
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
   __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
-  // Not 0 if a length of one of this lane's rows is another than planned with.
-  __device__ __forceinline__ int changes(const int* noted, int lane) const {
-    int found = length_of(lane) ^ length;
+  // Not 0 if the length of one of this lane's rows past the 32nd is another than planned with.
+  __device__ __forceinline__ int later_changes(const int* noted, int lane) const {
+    int found = 0;
     #pragma unroll 4
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) found |= length_of(row) ^ noted[row];
     return found;
   }
+  __device__ __forceinline__ bool some_empty() const { return num_heads < seq_lens.batch_size * num_kv_heads; }
   // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it
   // ends.
   __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {

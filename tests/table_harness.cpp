@@ -16,7 +16,7 @@ extern "C" void load_ids(const void* ids, int stride, int num_pages, const int* 
                          const int* columns, int num_reads, int* out) {
   (void)row_begins, (void)num_rows;
   const pkv::PageTable table{static_cast<const pkv::page_id*>(ids), stride, num_pages PKV_CSR(, row_begins, num_rows)};
-  for (int i = 0; i < num_reads; ++i) out[i] = table.load(rows[i], columns[i]);
+  for (int i = 0; i < num_reads; ++i) out[i] = table.cut(table.stored<false>(rows[i], columns[i]));
 }
 
 // out: the length of each row, and what comes after the last.
