@@ -47,7 +47,7 @@ struct BalancedEmit {
     if (!early) return;
     wait_for_previous_kernel();
     changes = rows.later_changes(noted, lane);
-    if (lane < rows.seq_lens.batch_size) length = rows.seq_lens.stored(lane);
+    length = rows.seq_lens.stored(lane);
     ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, lane);
     ids_before = loader.ids_ahead;
   }
@@ -56,7 +56,7 @@ struct BalancedEmit {
   // is nothing to compute: the next launch's CTA waits for this one's end.
   __device__ __forceinline__ bool begin(const Pages& pages, const BalancedWalk& walk) {
     if (early) {
-      if (lane < rows.seq_lens.batch_size) changes |= rows.seq_lens.cut(length) ^ rows.length;
+      changes |= rows.seq_lens.cut(length) ^ rows.length;
       if (__any_sync(ALL_LANES, changes | (pages.table.cut(ids) ^ ids_before))) return false;
     }
     if constexpr (V_DIM <= 128) first = first_range(walk, cut);
@@ -195,16 +195,17 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
                           given.reach() PKV_LAST_PAGE(, given.row_begins)};
   const int num_kv_heads = given.num_kv_heads;
   pkv::let_next_kernel_start();
-  pkv::prefetch_table(pages, given.batch_size);
-  pkv::init_barriers(shared);
   // Where kernels overlap, the plan is made and its first page ids are read while the previous one still runs, and again
   // if one of those or a length has changed since.
-  int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::NOTED_LENGTHS;
   if (!early) pkv::wait_for_previous_kernel();
+  int stored = lens.stored(lane);  // on its way during what follows
+  pkv::prefetch_table(pages, given.batch_size);
+  pkv::init_barriers(shared);
+  int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
   #pragma unroll 1
-  for (;; early = false) {
-    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, early ? noted : nullptr);
+  for (;; early = false, stored = lens.stored(lane)) {
+    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
     const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
     pkv::BalancedWalk walk;
     walk.x0 = walk.x_end = walk.tile = 0;  // nothing

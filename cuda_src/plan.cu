@@ -12,8 +12,8 @@ extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size
                                              pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
-  const pkv::Rows rows({seq_lens, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)}, num_kv_heads,
-                       segment_cost, lane);
+  const pkv::Lengths lens{seq_lens, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)};
+  const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, lens.stored(lane));
   const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
   if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;

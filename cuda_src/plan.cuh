@@ -65,8 +65,9 @@ struct Lengths {
   PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
 
   PKV_HD int operator[](int row) const { return row < batch_size ? cut(stored(row)) : most; }
-  // A length as it is in memory, for which nothing waits yet; and what becomes of it.
+  // A length as it is in memory, for which nothing waits yet, 0 past the last; and what becomes of it.
   PKV_HD int stored(int row) const {
+    if (row >= batch_size) return 0;
     int length = read_early(at + row);
 #if LAST_PAGE_LENGTHS
     const int full = read_early(row_begins + row + 1) - read_early(row_begins + row) - 1;  // pages before the last
@@ -82,7 +83,13 @@ PKV_HD int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(
 
 // floor(sqrt(x)), at least 1, of x up to 2^30.
 PKV_HD int square_root(int x) {
+#ifdef __CUDA_ARCH__
+  float estimate;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(estimate) : "f"(static_cast<float>(x)));
+  int root = static_cast<int>(estimate);
+#else
   int root = static_cast<int>(sqrtf(static_cast<float>(x)));
+#endif
   while (root * root > x) --root;  // the estimate is off by one at most, but exact is exact
   while ((root + 1) * (root + 1) <= x) ++root;
   return root > 1 ? root : 1;

@@ -24,9 +24,10 @@ struct Rows {
   int num_heads;             // non-empty (row, KV head) pairs
   bool even;                 // all non-empty rows cost the same
 
-  __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int* noted = nullptr)
-      : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost) {
-    length = length_of(lane);
+  // stored: row lane's length, see Lengths.
+  __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int stored,
+                                  int* noted = nullptr)
+      : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost), length(lens.cut(stored)) {
     cost = row_cost(seq_lens.tiles(length), num_kv_heads, segment_cost);
     int more = 0, live = cost > 0, most = cost, least = cost > 0 ? cost : 0x7fffffff;
     for (int row = lane + 32; row < seq_lens.batch_size; row += 32) {
@@ -34,13 +35,12 @@ struct Rows {
       if (noted) noted[row] = next_length;
       more += next, live += next > 0, most = max(most, next), least = next > 0 ? min(least, next) : least;
     }
+    total = __reduce_add_sync(0xffffffffu, cost + more);
     through = scan(cost, lane);
-    total = __shfl_sync(0xffffffffu, through, 31);
-    if (seq_lens.batch_size > 32) total += __reduce_add_sync(0xffffffffu, more);
     even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
-  __device__ __forceinline__ int length_of(int row) const { return row < seq_lens.batch_size ? seq_lens[row] : 0; }
+  __device__ __forceinline__ int length_of(int row) const { return seq_lens.cut(seq_lens.stored(row)); }
   // Not 0 if the length of one of this lane's rows past the 32nd is another than planned with.
   __device__ __forceinline__ int later_changes(const int* noted, int lane) const {
     int found = 0;
