@@ -39,7 +39,8 @@ PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
-// Reads what the kernel that writes it may not have written yet (see balanced.cu): past L1, which would keep it.
+// Reads what the kernel that writes it may not have written yet (see balanced.cu): past L1, which would keep it. Lanes
+// that read one word in one instruction see one value.
 template <class T>
 PKV_HD T read_early(const T* from) {
 #ifdef __CUDA_ARCH__

@@ -94,7 +94,7 @@ static void meet() {
   Warp& warp = my_warp();
   const int meeting = warp.meetings;
   if (++warp.arrived == 32) warp.arrived = 0, ++warp.meetings, ++progress;
-  else while (warp.meetings == meeting) yield();
+  do yield(); while (warp.meetings == meeting);  // the last one too: no other warp runs while lanes go to their next
 }
 template <class T, class Look>
 static auto together(const T& mine, Look look) {

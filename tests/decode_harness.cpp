@@ -210,7 +210,23 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
 
 constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
-static void wait_for_previous_kernel() {}
+
+// An array that the previous kernel writes: each CTA finds `before` there until its first thread waits for that kernel.
+struct Late {
+  int* at;
+  std::vector<int> before, after;
+};
+static std::vector<Late> late;
+static bool previous_ended;
+static void previous_kernel(bool ends) {
+  if (!late.empty() && previous_ended != ends)
+    for (const Late& array : late) std::copy_n((ends ? array.after : array.before).begin(), array.after.size(), array.at);
+  previous_ended = ends;
+}
+static void wait_for_previous_kernel() {
+  __syncwarp();
+  previous_kernel(true);
+}
 [[maybe_unused]] static void prefetch_l2(const void*) {}
 template <class T>
 static void send(T* to, const T& value) { *to = value; }
@@ -239,7 +255,9 @@ static void run_grid(int x, int y) {
   gridDim = {x, y, 1};
   for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
+      pkv::previous_kernel(false);
       run_cta();
+      pkv::previous_kernel(true);
       for (const auto& barrier : pkv::named)
         if (barrier.threads) complain("a warp waits at a barrier for others that do not come");
     }
@@ -253,6 +271,12 @@ extern "C" void widen(const unsigned* words, int count, int alternate, unsigned*
 }
 #endif
 
+// In the next run the array at `at` holds these values until the previous kernel ends, those it holds now from then on.
+extern "C" void write_late(int* at, const int* before, int count) {
+  pkv::late.push_back({at, {before, before + count}, {at, at + count}});
+  pkv::previous_ended = true;
+}
+
 extern "C" int arguments_bytes() { return sizeof given; }
 
 #if BALANCED
@@ -261,6 +285,7 @@ extern "C" const char* run(int num_ctas, const void* arguments, const int* integ
   std::copy_n(integers, 4, numbers);
   body = [] { pkv_decode_balanced(given, numbers[0], numbers[1], numbers[2], numbers[3]); };
   run_grid(num_ctas, 1);
+  pkv::late.clear();
   return complaint;
 }
 #else

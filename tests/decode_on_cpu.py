@@ -116,9 +116,11 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
 
 
 def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
-        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS) -> tuple[np.ndarray, np.ndarray]:
+        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS,
+        before: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started.
-    stages: of a ring, where the variant's are too many."""
+    stages: of a ring, where the variant's are too many. before: the lengths and page table that each CTA finds until the
+    previous kernel ends."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
@@ -151,6 +153,9 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
     written.write(*values)
     (start,) = written.starts
     assert library.arguments_bytes() == written.num_bytes
+    for array, was in zip((step.lens, step.table), before or ()):
+        assert array.shape == was.shape and was.flags.c_contiguous
+        library.write_late(ctypes.c_void_p(address(array)), ctypes.c_void_p(address(was)), array.size)
     if balanced:
         sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
         first = None

@@ -1,0 +1,52 @@
+"""Lengths and page ids that are written while the balanced kernel already plans: the kernel itself, on the CPU.
+
+Where kernels overlap, it reads both before the previous kernel has ended, uses what may be anything, and has to notice.
+"""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from decode_on_cpu import make_step, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkvsim import AttentionOptions, DecodeShape, reference
+
+SHAPES = {  # a warp alone, a team of warps; pages smaller and larger than tiles
+    "one warp": (DecodeShape(8, 2, 64, 16), {}),
+    "small pages": (DecodeShape(8, 2, 64, 3), {"window": 40}),
+    "team": (DecodeShape(6, 2, 64, 32), {"query_tokens": 7}),
+}
+LENGTH = st.one_of(st.integers(0, 90), st.sampled_from((0, 1, 16, 17)))
+INT32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_what_the_previous_kernel_writes_counts(name, data) -> None:
+    shape, more = SHAPES[name]
+    options = AttentionOptions(**more)
+    rows = data.draw(st.sampled_from((1, 5, 33, 40)), "rows")
+    lens = data.draw(st.lists(LENGTH, min_size=rows, max_size=rows).filter(any), "lengths")
+    if options.query_tokens > 1:  # rows are empty or have all their query tokens
+        lens = [length and max(length, options.query_tokens) for length in lens]
+    step = make_step(shape, "float16", options, seed=rows, lens=tuple(lens))
+    seed = data.draw(st.integers(0, 999), "seed of what was there before")
+    rng = np.random.default_rng(seed)
+    lens_before = step.lens.copy()
+    kinds = {"none": 0, "a tenth": rng.random(rows) < 0.1, "the last": np.arange(rows) == rows - 1, "all": 1}
+    changed = np.broadcast_to(kinds[data.draw(st.sampled_from(sorted(kinds)), "lengths that change")], rows).astype(bool)
+    lens_before[changed] = data.draw(st.lists(st.one_of(LENGTH, INT32), min_size=rows, max_size=rows))[:changed.sum()]
+    table_before = step.table.copy()
+    changed = rng.random(step.table.shape) < data.draw(st.sampled_from((0, 0.05, 1)), "page ids that change")
+    table_before[changed] = rng.integers(-(2**31), 2**31, changed.sum(), dtype=np.int32)
+    variant = (4, 2) if options.query_tokens > 1 else (2, 2)
+    ctas = data.draw(st.integers(1, 9), "CTAs")
+    out, lse = run(step, "balanced", variant=variant, ctas=ctas, before=(lens_before, table_before))
+    want, want_lse = reference.attention(shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
+                                         options=options)
+    assert np.abs(out - want).max() <= 1e-3 * max(1.0, np.abs(want).max())  # NaN fails too
+    seen = np.isfinite(want_lse)
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=1e-3)
+    assert (lse[~seen] == -np.inf).all()
