@@ -1,8 +1,11 @@
 """The H200's model against steps it never saw: the paper's families at the held-out seeds, every route timed alone.
 
-data/h200_steps.csv is a third of the steps of `examples/serving_trace.py --heads 32/8,32/32,32/4 --max-active
-1,2,4,8,16,32 --stride 8 --exhaustive`, one layer a plan: event_us by CUDA events around the layer, wall_us planning,
-running and synchronising. The model is calibrated on seed 20260622 alone.
+data/held_out/HASH.csv is a third of the steps of `examples/serving_trace.py --heads 32/8,32/32,32/4 --max-active
+1,2,4,8,16,32 --stride 8 --exhaustive` on kernel sources HASH, one layer a plan: event_us by CUDA events around the layer,
+wall_us planning, running and synchronising. The model of the same sources is calibrated on seed 20260622 alone, minutes
+before: that of 397f2b03 is the one shipped, that of e0a1c156 is HASH.json. By the wall clock the host took 7 to 20 us more
+a step in the later run than in its calibration, for FlashInfer's routes as for ours, which no model of the GPU can know:
+that run is held to its predictions by events alone.
 """
 import csv
 from collections import defaultdict
@@ -13,20 +16,21 @@ import numpy as np
 import pytest
 
 from pkvsim import DecodeShape
-from pkvsim.device import get_device
+from pkvsim.device import get_device, load_device
 from pkvsim.policy import CalibratedPolicy
 from pkvsim.route_model import OWN_ROUTES, ROUTES
 from pkvsim.traces import paper_trace
 
-STEPS = Path(__file__).parent / "data" / "h200_steps.csv"
-H200 = get_device("h200")
+DATA = Path(__file__).parent / "data" / "held_out"
+DEVICES = {"e0a1c156": load_device(DATA / "e0a1c156.json"), "397f2b03": get_device("h200")}
 CLOCKS = ("event", "wall")
+PREDICTED = [("e0a1c156", "event"), ("e0a1c156", "wall"), ("397f2b03", "event")]
 
 
 @cache
-def held_out():
+def held_out(sources):
     """(run, decision, {route: {clock: measured us}}) of every step, a run being heads, family and rows."""
-    with open(STEPS, encoding="utf-8", newline="") as file:
+    with open(DATA / f"{sources}.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     found, traces = [], {}
     for row in rows:
@@ -36,27 +40,28 @@ def held_out():
             trace = paper_trace(row["family"], seed, max(16, 3 * active), active, 64 if active == 1 else 48)
             traces[run, seed] = [step.seq_lens for step in trace.iter_steps()]
         lens = traces[run, seed][int(row["step"])]
-        decision = CalibratedPolicy().decide(DecodeShape(32, heads, 128, 16), lens, H200)
+        decision = CalibratedPolicy().decide(DecodeShape(32, heads, 128, 16), lens, DEVICES[sources])
         times = {route: {clock: float(row[f"{route}_{clock}_us"] or "nan") for clock in CLOCKS} for route in ROUTES}
         found.append((run, decision, times))
     return found
 
 
-@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize(("sources", "clock"), PREDICTED)
 @pytest.mark.parametrize("route", ROUTES)
-def test_predicted_steps(route, clock):
+def test_predicted_steps(route, sources, clock):
     """Mean absolute error at most 5 % for our routes and 8 % for FlashInfer's."""
     errors = []
-    for _, decision, times in held_out():
+    for _, decision, times in held_out(sources):
         predicted = decision.prices[route] - (decision.host_us[route] if clock == "event" else 0.0)
         errors.append(abs(predicted / times[route][clock] - 1))
     assert np.nanmean(errors) < (0.05 if route in OWN_ROUTES else 0.08)
 
 
-def test_regret():
+@pytest.mark.parametrize("sources", DEVICES)
+def test_regret(sources):
     """By the wall clock the choice is within 1 % of the fastest route on average, and within 2 % in every run."""
     by_run = defaultdict(list)
-    for run, decision, times in held_out():
+    for run, decision, times in held_out(sources):
         wall = {route: us["wall"] for route, us in times.items()}
         by_run[run].append(wall[decision.route] / np.nanmin(list(wall.values())) - 1)
     assert np.mean(np.concatenate(list(by_run.values()))) < 0.01
