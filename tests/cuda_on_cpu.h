@@ -75,12 +75,15 @@ static void run_cta() {
     const long before = progress;
     order = order * 1664525u + 1013904223u;
     const long longest = (order >> 24 & 3) < patience ? MOST : 1;
+    const bool backwards = order >> 20 & 1;  // what a lane reads before another has written it shows in one order
     for (int turn = 0; turn < WARPS; ++turn) {
       const int first = (turn + (order >> 16)) % WARPS * 32;
       for (long seen = -1, end = rounds + longest; seen != progress && rounds < end; ++rounds) {
         seen = progress;
-        for (int i = first; i < first + 32; ++i)
+        for (int lane = 0; lane < 32; ++lane) {
+          const int i = first + (backwards ? 31 - lane : lane);
           if (!ended[i]) threadIdx.x = i, swapcontext(&scheduler, &fibers[i]);
+        }
       }
     }
     if (progress == before || rounds >= MOST) return complain("the CTA hangs");

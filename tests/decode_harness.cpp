@@ -145,7 +145,9 @@ struct alignas(8) ArrivalBarrier {
   void init(int count) { warps = static_cast<short>(count), arrived = 0, phase = 0; }
   void arrive(int lane) {
     __syncwarp();
-    if (lane == 0 && ++arrived == warps) arrived = 0, ++phase;
+    if (lane != 0) return;
+    if (++arrived == warps) arrived = 0, ++phase;
+    ++progress;
   }
   void wait(int wanted) { while (phase <= wanted) yield(); }
 };
