@@ -18,26 +18,27 @@
 
 namespace pkv {
 
-// The range in which this CTA's first segment begins.
-__device__ __forceinline__ int first_range(const BalancedWalk& walk, const Cut& cut) {
-  return walk.tile > 0 ? cut.range_of(walk.x0) : blockIdx.x;
-}
-
 constexpr int RING_PART = STAGES * SLOT_BYTES / TEAM;     // bytes
 constexpr int NOTED_LENGTHS = LAST_COLUMNS * STATE_ROW;  // that any warp's rows of states have room for
+
+// Whether plans are kept for the next launch. Large heads and teams have no registers to look at the record again.
+constexpr bool RECALLS = V_DIM <= 128 && TEAM == 1;
 
 struct BalancedEmit {
   Output output;
   Slot* partials;            // [num_ctas]
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the segment it will merge
-  const Rows& rows;
-  const Cut& cut;
-  bool early;                // lengths and page ids may have changed since they were read
+  const Lengths& lens;
+  const RangePlan& plan;
+  PlanRecord* record;
+  const ReadRecord& found;   // of the record, before the previous kernel's end
+  bool recalled;             // whether the plan was read there
+  bool early;                // lengths, page ids and the record may have changed since they were read
   const int* noted;          // [batch_size] the lengths that were, but for the first 32
   int lane;
   int length, ids_before, changes;  // of row `lane`, read again; the first page ids that were read; see later_changes
   page_id ids;                      // the same read again
-  int first;                 // the range in which this CTA's first segment begins
+  ReadRecord again;                 // of the record, where the plan was read there
   int held_row, held_head;
   bool holds;
 
@@ -46,23 +47,24 @@ struct BalancedEmit {
   __device__ __forceinline__ void release(const Pages& pages, const Loader<BalancedWalk>& loader) {
     if (!early) return;
     wait_for_previous_kernel();
-    changes = rows.later_changes(noted, lane);
-    length = rows.seq_lens.stored(lane);
+    changes = later_changes(lens, noted, lane);
+    length = lens.stored(lane);
     ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, lane);
     ids_before = loader.ids_ahead;
+    if (RECALLS && recalled) again.read(record, lane);
   }
 
   // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
   // is nothing to compute: the next launch's CTA waits for this one's end.
-  __device__ __forceinline__ bool begin(const Pages& pages, const BalancedWalk& walk) {
+  __device__ __forceinline__ bool begin(const Pages& pages, const BalancedWalk&) {
     if (early) {
-      changes |= rows.seq_lens.cut(length) ^ rows.length;
-      if (__any_sync(ALL_LANES, changes | (pages.table.cut(ids) ^ ids_before))) return false;
+      changes |= (lens.cut(length) ^ plan.length) | (pages.table.cut(ids) ^ ids_before);
+      if (RECALLS && recalled) changes |= (again.length ^ found.length) | (again.word ^ found.word);
+      if (__any_sync(ALL_LANES, changes)) return false;
     }
-    if constexpr (V_DIM <= 128) first = first_range(walk, cut);
-    if (rows.some_empty()) {
+    if (RECALLS && !recalled && lens.batch_size <= 32 && threadIdx.x < 32) record->remember(plan, lens, lane);
+    if (plan.some_empty) {
       const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
-      const Lengths& lens = rows.seq_lens;
       if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
       else store_empty_rows(output, lens.at, lens.batch_size, worker, workers, lane);
     }
@@ -108,7 +110,7 @@ struct BalancedEmit {
           if (lane + i * 32 < HEAD_QUADS) sum[c].acc[i] = reinterpret_cast<const float4*>(own)[lane + i * 32];
       }
       #pragma unroll 1
-      for (int j = first; j < blockIdx.x; j += IN_FLIGHT) {
+      for (int j = plan.first; j < blockIdx.x; j += IN_FLIGHT) {
         const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
         Slot* parts = partials + j;
         float2 ml[TOGETHER];
@@ -199,22 +201,26 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   // if one of those or a length has changed since.
   bool early = pkv::KERNELS_OVERLAP && given.batch_size <= pkv::NOTED_LENGTHS;
   if (!early) pkv::wait_for_previous_kernel();
-  int stored = lens.stored(lane);  // on its way during what follows
+  // On their way during what follows.
+  pkv::PlanRecord* record = reinterpret_cast<pkv::PlanRecord*>(given.partials + gridDim.x) + blockIdx.x;
+  pkv::ReadRecord found;
+  if constexpr (pkv::RECALLS) found.read(record, lane);
+  int stored = lens.stored(lane);
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
   int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
+  pkv::RangePlan plan;
+  bool recalled = pkv::RECALLS && found.recall(plan, lens, num_kv_heads, segment_cost, lens.cut(stored), lane);
   #pragma unroll 1
-  for (;; early = false, stored = lens.stored(lane)) {
-    const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
-    const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
-    pkv::BalancedWalk walk;
-    walk.x0 = walk.x_end = walk.tile = 0;  // nothing
-    if (rows.total > 0 && static_cast<int>(blockIdx.x) < cut.num_ranges) rows.start(walk, cut, blockIdx.x, lane);
-    pkv::BalancedEmit emit{output, given.partials, shared.kept, rows, cut, early, noted, lane};
+  for (;; early = recalled = false, stored = lens.stored(lane)) {
+    if (!pkv::RECALLS || !recalled) {
+      const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
+      const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
+      plan = pkv::RangePlan(rows, cut, blockIdx.x, lane);
+    }
+    pkv::BalancedEmit emit{output, given.partials, shared.kept, lens, plan, record, found, recalled, early, noted, lane};
     emit.holds = false;
-    // Large heads have no registers for the cut during the first loads.
-    if constexpr (V_DIM > 128) emit.first = pkv::first_range(walk, cut);
-    if (!pkv::attend(walk, pages, given, shared, emit)) continue;
+    if (!pkv::attend(plan.walk, pages, given, shared, emit)) continue;
     if (emit.holds) emit.finish(shared.ring[stream][0] + pkv::team_member() * pkv::RING_PART);
     break;
   }

@@ -41,13 +41,6 @@ struct Rows {
     num_heads = __reduce_add_sync(0xffffffffu, live) * num_kv_heads;
   }
   __device__ __forceinline__ int length_of(int row) const { return seq_lens.cut(seq_lens.stored(row)); }
-  // Not 0 if the length of one of this lane's rows past the 32nd is another than planned with.
-  __device__ __forceinline__ int later_changes(const int* noted, int lane) const {
-    int found = 0;
-    #pragma unroll 4
-    for (int row = lane + 32; row < seq_lens.batch_size; row += 32) found |= length_of(row) ^ noted[row];
-    return found;
-  }
   __device__ __forceinline__ bool some_empty() const { return num_heads < seq_lens.batch_size * num_kv_heads; }
   // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it
   // ends.
@@ -69,6 +62,76 @@ struct Rows {
       own = row_cost(seq_lens.tiles(own_length), num_kv_heads, segment_cost);
       upto = scan(own, lane);
     }
+  }
+};
+
+// Not 0 if the length of one of this lane's rows past the 32nd is another than planned with.
+__device__ __forceinline__ int later_changes(const Lengths& lens, const int* noted, int lane) {
+  int found = 0;
+  #pragma unroll 4
+  for (int row = lane + 32; row < lens.batch_size; row += 32) found |= lens.cut(lens.stored(row)) ^ noted[row];
+  return found;
+}
+
+// One CTA's plan of a step.
+struct RangePlan {
+  BalancedWalk walk;
+  int first;        // the range in which its first segment begins
+  int length;       // of row `lane`, as planned with
+  bool some_empty;  // rows
+
+  __device__ __forceinline__ RangePlan() {}
+  __device__ __forceinline__ RangePlan(const Rows& rows, const Cut& cut, int range, int lane)
+      : first(range), length(rows.length), some_empty(rows.some_empty()) {
+    walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // nothing
+    if (rows.total <= 0 || range >= cut.num_ranges) return;
+    rows.start(walk, cut, range, lane);
+    if (walk.tile > 0) first = cut.range_of(walk.x0);
+  }
+};
+
+// What a CTA planned last, kept in the workspace for launches of the same lengths: most, for every layer's is the same.
+// Of steps of up to 32 rows; all ones where there is none.
+struct __align__(16) PlanRecord {
+  enum { BATCH_SIZE, MOST, ROW, HEAD, TILE, X0, X_END, SEQ_LEN, FIRST, SOME_EMPTY, NUM_WORDS };
+  int lengths[32], words[32];
+
+  // Written by one warp, before whose launch's end no other launch trusts it.
+  __device__ __forceinline__ void remember(const RangePlan& plan, const Lengths& lens, int lane) {
+    const BalancedWalk& walk = plan.walk;
+    const int values[NUM_WORDS] = {lens.batch_size, lens.most, walk.row, walk.head, walk.tile, walk.x0, walk.x_end,
+                                   walk.seq_len, plan.first, plan.some_empty};
+    lengths[lane] = plan.length;
+    #pragma unroll
+    for (int i = 0; i < NUM_WORDS; ++i)
+      if (lane == i) words[i] = values[i];
+  }
+};
+
+// A record as a warp read it, perhaps while it was written: lane i has the i-th length and word.
+struct ReadRecord {
+  int length, word;
+
+  __device__ __forceinline__ void read(const PlanRecord* from, int lane) {
+    length = read_early(from->lengths + lane), word = read_early(from->words + lane);
+  }
+  // Whether it is of these lengths, `own` of row `lane`, and leads to nothing that is not there; if so, it is `plan`.
+  __device__ __forceinline__ bool recall(RangePlan& plan, const Lengths& lens, int kv_heads, int seg_cost, int own,
+                                         int lane) const {
+    int most = 0x7fffffff;
+    if (lane == PlanRecord::MOST || lane == PlanRecord::SEQ_LEN) most = lens.most;
+    if (lane == PlanRecord::ROW) most = lens.batch_size - 1;
+    bool fits = length == own && (lane >= PlanRecord::NUM_WORDS || (word >= 0 && word <= most));
+    if (lane == PlanRecord::BATCH_SIZE) fits &= word == lens.batch_size;
+    if (lane == PlanRecord::MOST) fits &= word == lens.most;
+    if (lens.batch_size > 32 || !__all_sync(0xffffffffu, fits)) return false;
+    const auto value = [&](int which) { return __shfl_sync(0xffffffffu, word, which); };
+    BalancedWalk& walk = plan.walk;
+    walk.seq_lens = lens, walk.num_kv_heads = kv_heads, walk.segment_cost = seg_cost;
+    walk.row = value(PlanRecord::ROW), walk.head = value(PlanRecord::HEAD), walk.tile = value(PlanRecord::TILE);
+    walk.x0 = value(PlanRecord::X0), walk.x_end = value(PlanRecord::X_END), walk.seq_len = value(PlanRecord::SEQ_LEN);
+    plan.first = value(PlanRecord::FIRST), plan.some_empty = value(PlanRecord::SOME_EMPTY), plan.length = own;
+    return true;
   }
 };
 

@@ -17,6 +17,7 @@ TEAMS = (1, 2, 4)  # warps that may share their tiles
 MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
+RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/warp_plan.cuh
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/paged_load.cuh, with CACHE_SCALES
 HEAD_DIMS = (64, 128, 192, 256)
 
@@ -94,7 +95,11 @@ class KernelConfig:
         return (self.columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
 
     def workspace_bytes(self, num_ctas: int) -> int:
-        """Bytes of the balanced kernel's workspace: a slot for each CTA."""
+        """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan."""
+        return self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
+
+    def slots_bytes(self, num_ctas: int) -> int:
+        """Bytes of all CTAs' slots, from which their records go on."""
         return num_ctas * self.state_bytes
 
     def defines(self) -> dict[str, int]:

@@ -117,10 +117,10 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
 
 def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
         converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS,
-        before: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        before: tuple[np.ndarray, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started.
-    stages: of a ring, where the variant's are too many. before: the lengths and page table that each CTA finds until the
-    previous kernel ends."""
+    stages: of a ring, where the variant's are too many. before: the lengths, page table and records of plans that each CTA
+    finds until the previous kernel ends."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
@@ -153,16 +153,22 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
     written.write(*values)
     (start,) = written.starts
     assert library.arguments_bytes() == written.num_bytes
-    for array, was in zip((step.lens, step.table), before or ()):
+
+    def write_late(array: np.ndarray, was: np.ndarray) -> None:
         assert array.shape == was.shape and was.flags.c_contiguous
         library.write_late(ctypes.c_void_p(address(array)), ctypes.c_void_p(address(was)), array.size)
+
     if balanced:
         sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
         first = None
-        for _ in range(2):
+        slots, records = np.split(partials, [config.slots_bytes(ctas)])
+        for _ in range(2):  # the second finds the first one's records
+            if before is not None:
+                for array, was in zip((step.lens, step.table, records.view(np.int32)), before):
+                    write_late(array, was)
             complaint = library.run(ctas, ctypes.c_void_p(start), sizes)
             assert complaint is None, complaint
-            assert (partials == 0xFF).all()  # empty again, for the next launch
+            assert (slots == 0xFF).all()  # empty again, for the next launch
             if first is None:
                 first = out.tobytes(), lse.tobytes()
                 out[...], lse[...] = np.nan, np.nan

@@ -21,6 +21,23 @@ LENGTH = st.one_of(st.integers(0, 90), st.sampled_from((0, 1, 16, 17)))
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
+def records(data, lens_before, step, rng, ctas) -> np.ndarray:
+    """pkv::PlanRecords [ctas, 64], flat: none, or such as a CTA may meet half written, of the lengths of before or now."""
+    found = np.full((ctas, 64), -1, np.int32)
+    kind = data.draw(st.sampled_from(("none", "before", "now")), "records")
+    if kind != "none" and len(step.lens) <= 32:
+        most = step.table.shape[1] * step.shape.page_size
+        found[:, :32] = 0
+        found[:, :len(step.lens)] = np.clip(lens_before if kind == "before" else step.lens, 0, most)
+        found[:, 32:42] = rng.integers(-1, 40, (ctas, 10))
+        found[:, 32:34] = len(step.lens), most
+        found[:, 34] = np.minimum(found[:, 34], len(step.lens) - 1)
+        found[:, 35] = np.minimum(found[:, 35], step.shape.num_kv_heads - 1)
+        if data.draw(st.booleans(), "records that can be followed"):
+            found = np.maximum(found, 0)
+    return found.reshape(-1)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
@@ -43,7 +60,8 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     table_before[changed] = rng.integers(-(2**31), 2**31, changed.sum(), dtype=np.int32)
     variant = (4, 2) if options.query_tokens > 1 else (2, 2)
     ctas = data.draw(st.integers(1, 9), "CTAs")
-    out, lse = run(step, "balanced", variant=variant, ctas=ctas, before=(lens_before, table_before))
+    before = lens_before, table_before, records(data, lens_before, step, rng, ctas)
+    out, lse = run(step, "balanced", variant=variant, ctas=ctas, before=before)
     want, want_lse = reference.attention(shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
                                          options=options)
     assert np.abs(out - want).max() <= 1e-3 * max(1.0, np.abs(want).max())  # NaN fails too
