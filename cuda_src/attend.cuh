@@ -34,11 +34,11 @@ __device__ __forceinline__ void await_tile(int stream) {
 
 __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
                                            int lane) {
-  ValueFragments values;
+  ValueFragments values(tile, lane);
   #pragma unroll
   for (int i = 0; i < V_STEPS; ++i) {
     unsigned v[4];
-    values.get(v, tile, i, lane);
+    values.get(v, i);
     #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
   }
@@ -70,16 +70,20 @@ __device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUM
                                             float value_scale, int lane) {
   HeadState sum;
   sum.reset();
-  float2 ml = make_float2(sum.m, 0.0f);
-  if (lane < STREAMS) ml = *reinterpret_cast<const float2*>(&states[lane][column][V_DIM]);
-  const float scale = sum.weigh(ml);
+  float2 ml[STREAMS];  // every lane reads them all: sooner done than to exchange what they have in common
+  #pragma unroll
+  for (int s = 0; s < STREAMS; ++s) {
+    ml[s] = *reinterpret_cast<const float2*>(&states[s][column][V_DIM]);
+    sum.m = fmaxf(sum.m, ml[s].x);
+  }
   #pragma unroll
   for (int s = 0; s < STREAMS; ++s) {
     const float4* part = reinterpret_cast<const float4*>(states[s][column]);
-    const float part_scale = __shfl_sync(ALL_LANES, scale, s) * value_scale;
+    const float scale = exp2_fast(ml[s].x - sum.m);
+    sum.l += ml[s].y * scale;
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i)
-      if (lane + i * 32 < HEAD_QUADS) sum.add(i, part[lane + i * 32], part_scale);
+      if (lane + i * 32 < HEAD_QUADS) sum.add(i, part[lane + i * 32], scale * value_scale);
   }
   return sum;
 }
@@ -144,7 +148,7 @@ struct TensorScales {
 
 // Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
 // the first segment by warp column % WARPS. Before, `emit.release(pages, loader)` is called when nothing has been read
-// but lengths and the first segment's page ids, in loader.ids_ahead, and `emit.begin(pages, source)` when the first tiles
+// but lengths and the first segment's page ids, in loader.ids_ahead, and `emit.begin(pages)` when the first tiles
 // are under way; if that is false nothing more is done, and attend returns false.
 template <class Source, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
@@ -177,7 +181,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     loader.issue_k(pages, ring + stage * SLOT_BYTES, stream, lane);
     if constexpr (TEAM == 1) loader.issue_v(pages, ring + stage * SLOT_BYTES, lane);
   }
-  if (!emit.begin(pages, source)) {
+  if (!emit.begin(pages)) {
     copy_wait<0>();
     return false;
   }

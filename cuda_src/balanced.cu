@@ -21,9 +21,6 @@ namespace pkv {
 constexpr int RING_PART = STAGES * SLOT_BYTES / TEAM;     // bytes
 constexpr int NOTED_LENGTHS = LAST_COLUMNS * STATE_ROW;  // that any warp's rows of states have room for
 
-// Whether plans are kept for the next launch. Large heads and teams have no registers to look at the record again.
-constexpr bool RECALLS = V_DIM <= 128 && TEAM == 1;
-
 struct BalancedEmit {
   Output output;
   Slot* partials;            // [num_ctas]
@@ -51,18 +48,18 @@ struct BalancedEmit {
     length = lens.stored(lane);
     ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, lane);
     ids_before = loader.ids_ahead;
-    if (RECALLS && recalled) again.read(record, lane);
+    if (recalled) again.read(record, lane);
   }
 
   // Called once the first loads are under way; whether the plan holds. What else is to be done is done here, while there
   // is nothing to compute: the next launch's CTA waits for this one's end.
-  __device__ __forceinline__ bool begin(const Pages& pages, const BalancedWalk&) {
+  __device__ __forceinline__ bool begin(const Pages& pages) {
     if (early) {
       changes |= (lens.cut(length) ^ plan.length) | (pages.table.cut(ids) ^ ids_before);
-      if (RECALLS && recalled) changes |= (again.length ^ found.length) | (again.word ^ found.word);
+      if (recalled) changes |= (again.length ^ found.length) | (again.word ^ found.word);
       if (__any_sync(ALL_LANES, changes)) return false;
     }
-    if (RECALLS && !recalled && lens.batch_size <= 32 && threadIdx.x < 32) record->remember(plan, lens, lane);
+    if (!recalled && lens.batch_size <= 32 && threadIdx.x < 32) record->remember(plan, lens, lane);
     if (plan.some_empty) {
       const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
       if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, lane);
@@ -204,16 +201,16 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   // On their way during what follows.
   pkv::PlanRecord* record = reinterpret_cast<pkv::PlanRecord*>(given.partials + gridDim.x) + blockIdx.x;
   pkv::ReadRecord found;
-  if constexpr (pkv::RECALLS) found.read(record, lane);
+  found.read(record, lane);
   int stored = lens.stored(lane);
   pkv::prefetch_table(pages, given.batch_size);
   pkv::init_barriers(shared);
   int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
   pkv::RangePlan plan;
-  bool recalled = pkv::RECALLS && found.recall(plan, lens, num_kv_heads, segment_cost, lens.cut(stored), lane);
+  bool recalled = found.recall(plan, lens, num_kv_heads, segment_cost, lens.cut(stored), lane);
   #pragma unroll 1
   for (;; early = recalled = false, stored = lens.stored(lane)) {
-    if (!pkv::RECALLS || !recalled) {
+    if (!recalled) {
       const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
       const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
       plan = pkv::RangePlan(rows, cut, blockIdx.x, lane);

@@ -46,7 +46,7 @@ struct TaskEmit {
   }
   static constexpr bool EARLY = false;
   __device__ __forceinline__ void release(const Pages&, const Loader<TaskSource>&) const {}
-  __device__ __forceinline__ bool begin(const Pages&, const TaskSource&) const { return true; }
+  __device__ __forceinline__ bool begin(const Pages&) const { return true; }
 };
 
 }  // namespace pkv

@@ -55,35 +55,43 @@ __device__ __forceinline__ void widen(unsigned& first, unsigned& second, unsigne
 
 // The A operands of a K tile, step by step: 16 tokens by 16 elements of d. One ldmatrix of 8-bit elements does for two.
 struct KeyFragments {
+  unsigned at;  // what this lane addresses of the first step
 #if CACHE_TYPE
   unsigned x[4];
 #endif
 
-  __device__ __forceinline__ void get(unsigned (&k)[4], unsigned tile, int step, int lane) {
+  __device__ __forceinline__ KeyFragments(unsigned tile, int lane)
+      : at(tile + ring_offset<K_ROW_BYTES>(lane & 15, lane >> 4)) {}
+  __device__ __forceinline__ void get(unsigned (&k)[4], int step) {
 #if CACHE_TYPE
-    if (step % 2 == 0) load_matrix(x, tile + ring_offset<K_ROW_BYTES>(lane & 15, step + (lane >> 4)));
+    if (step % 2 == 0) load_matrix(x, ring_further<K_ROW_BYTES>(at, 0, step));
     widen<false>(k[0], k[2], x[step % 2 * 2]);
     widen<false>(k[1], k[3], x[step % 2 * 2 + 1]);
 #else
-    load_matrix(k, tile + ring_offset<K_ROW_BYTES>(lane & 15, 2 * step + (lane >> 4)));
+    load_matrix(k, ring_further<K_ROW_BYTES>(at, 0, 2 * step));
 #endif
   }
 };
 
 // Those of a V tile: 16 elements of d by 16 tokens.
 struct ValueFragments {
+  unsigned at;
 #if CACHE_TYPE
   unsigned x[4];
+  __device__ __forceinline__ ValueFragments(unsigned tile, int lane)
+      : at(tile + ring_offset<V_ROW_BYTES>(lane & 15, lane >> 4)) {}
+#else
+  __device__ __forceinline__ ValueFragments(unsigned tile, int lane)
+      : at(tile + ring_offset<V_ROW_BYTES>((lane & 7) + ((lane >> 4) << 3), lane >> 3 & 1)) {}
 #endif
 
-  __device__ __forceinline__ void get(unsigned (&v)[4], unsigned tile, int step, int lane) {
+  __device__ __forceinline__ void get(unsigned (&v)[4], int step) {
 #if CACHE_TYPE
-    if (step % 2 == 0) load_matrix_transposed(x, tile + ring_offset<V_ROW_BYTES>(lane & 15, step + (lane >> 4)));
+    if (step % 2 == 0) load_matrix_transposed(x, ring_further<V_ROW_BYTES>(at, 0, step));
     widen<true>(v[0], v[1], x[step % 2 * 2]);
     widen<true>(v[2], v[3], x[step % 2 * 2 + 1]);
 #else
-    const int row = (lane & 7) + ((lane >> 4) << 3);
-    load_matrix_transposed(v, tile + ring_offset<V_ROW_BYTES>(row, 2 * step + ((lane >> 3) & 1)));
+    load_matrix_transposed(v, ring_further<V_ROW_BYTES>(at, 0, 2 * step));
 #endif
   }
 };

@@ -129,6 +129,13 @@ __device__ __forceinline__ float2 load_shared(unsigned address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
   return value;
 }
+// The same address, which the compiler then takes as it is: what is reached from it is one addition away, not a
+// computation of its own.
+template <class T>
+__device__ __forceinline__ const T* keep_address(const T* at) {
+  asm("" : "+l"(at));
+  return at;
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void copy_wait() {

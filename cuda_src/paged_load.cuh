@@ -53,8 +53,17 @@ struct Pages {
 // XOR swizzle: the eight rows of an ldmatrix fall into different banks. Where rows are an odd number of half bank rows
 // (64 or 192 bytes), two neighbours fill both halves and pairs of them are told apart.
 template <int ROW_BYTES>
+__device__ __forceinline__ int swizzle(int row) { return ROW_BYTES % 128 ? row >> 1 & 3 : row & 7; }
+template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
-  return row * ROW_BYTES + ((vector ^ (ROW_BYTES % 128 ? row >> 1 & 3 : row & 7)) << 4);
+  return row * ROW_BYTES + ((vector ^ swizzle<ROW_BYTES>(row)) << 4);
+}
+// From the place of a row and a vector to one so many rows and vectors further on, numbers that share no bit with those:
+// with constants, one instruction or none.
+template <int ROW_BYTES>
+__device__ __forceinline__ unsigned ring_further(unsigned at, int rows, int vectors) {
+  constexpr int SWIZZLED = ROW_BYTES % 128 ? 3 : 7;
+  return (at ^ ((vectors & SWIZZLED) ^ swizzle<ROW_BYTES>(rows)) << 4) + rows * ROW_BYTES + ((vectors & ~SWIZZLED) << 4);
 }
 
 // A segment and a stream's first tile of it; it has that one and every STREAMS-th from there.
@@ -82,9 +91,10 @@ struct Loader {
   Share now, ahead;
   bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
-  int count;                         // tiles of this segment already loaded
+  unsigned count;                    // tiles of this segment already loaded
   int ids, ids_next, ids_ahead;      // page ids: this batch of tiles, the next one, the next segment's first
-  int pending_tile, pending_count, pending_head, pending_ids;  // of the V tile to load
+  int pending_tile, pending_head, pending_ids;  // of the V tile to load
+  unsigned pending_count;
   int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
   long long pending_base;          // element offset of its page and head in K (TILE_IN_PAGE)
 
@@ -115,7 +125,8 @@ struct Loader {
 
   // Points at the next tile; looks the next segment up while two tiles of this one are left.
   __device__ __forceinline__ void advance(const Pages& pages, int stream, int lane) {
-    if (!ahead_known && tile + STREAMS >= now.tile_end) look_ahead<false>(pages, stream, lane);
+    if (tile + STREAMS < now.tile_end) return;
+    if (!ahead_known) look_ahead<false>(pages, stream, lane);
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
     tile = now.first, count = 0;
@@ -130,32 +141,42 @@ struct Loader {
   __device__ __forceinline__ long long offset_in(const Tensor& tensor) const {
     const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
     if (!TILE_IN_PAGE) return head;
-    const int id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
+    const unsigned id = __shfl_sync(0xffffffffu, pending_ids, pending_count % IDS_TILES);
     return head + id * tensor.page_stride
            + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
   }
 
-  // This warp's part of the pending tile of `tensor` into the ring: rows in turn with the rest of its team.
+  // This warp's part of the pending tile of `tensor` into the ring: rows in turn with the rest of its team. Of a tile in
+  // one page every row is there, also those that are not read.
   template <int ROW_BYTES>
   __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
     constexpr int VECTORS = ROW_BYTES / 16, LANES = TEAM * 32, STEPS = (PKV_TILE * VECTORS + LANES - 1) / LANES;
-    const int first = pending_tile * PKV_TILE;
+    constexpr int STEP_ROWS = LANES % VECTORS ? 0 : LANES / VECTORS;  // from each step to the next, if always as many
+    const int own = team_member() * 32 + lane, own_row = own / VECTORS;
     const cache_type* from = tensor.at + base;
-    const int first_vector = team_member() * 32 + lane;
+    const cache_type* own_from = keep_address(from + static_cast<long long>(own_row) * tensor.token_stride
+                                              + own % VECTORS * (16 / ELEMENT_BYTES));
+    const unsigned own_slot = to + ring_offset<ROW_BYTES>(own_row, own % VECTORS);
+    const int end = pending_rows - own_row, begin = pending_skip - own_row;  // of what is read, from own_row
     #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      const int row = (step * LANES + first_vector) / VECTORS, vector = (step * LANES + first_vector) % VECTORS;
+      const int rows = STEP_ROWS ? step * STEP_ROWS : (step * LANES + own) / VECTORS - own_row;
+      const int row = own_row + rows, vector = (step * LANES + own) % VECTORS;
       if (PKV_TILE * VECTORS % LANES != 0 && row >= PKV_TILE) break;  // for whole warps
-      long long offset = static_cast<long long>(row) * tensor.token_stride;
-      if (!TILE_IN_PAGE) {
-        const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
-        offset = id * tensor.page_stride + static_cast<long long>((first + row) % PAGE_SIZE) * tensor.token_stride;
+      const int bytes = rows < end && rows >= begin ? 16 : 0;  // the others are filled with zeros
+      if constexpr (TILE_IN_PAGE && STEP_ROWS) {
+        copy_async(ring_further<ROW_BYTES>(own_slot, rows, 0),
+                   own_from + static_cast<long long>(tensor.token_stride) * rows, bytes);
+      } else {
+        long long offset = static_cast<long long>(row) * tensor.token_stride;
+        if (!TILE_IN_PAGE) {
+          const int id = __shfl_sync(0xffffffffu, pending_ids, (pending_count % IDS_TILES) * 16 + row);
+          offset = id * tensor.page_stride
+                   + static_cast<long long>((pending_tile * PKV_TILE + row) % PAGE_SIZE) * tensor.token_stride;
+        }
+        const cache_type* address = from + offset + vector * (16 / ELEMENT_BYTES);
+        copy_async(to + ring_offset<ROW_BYTES>(row, vector), TILE_IN_PAGE || bytes ? address : from, bytes);
       }
-      const cache_type* address = from + offset + vector * (16 / ELEMENT_BYTES);
-      const unsigned slot = to + ring_offset<ROW_BYTES>(row, vector);
-      const bool read = row < pending_rows && row >= pending_skip;
-      if (pending_rows >= PKV_TILE && pending_skip <= 0) copy_async(slot, address);
-      else copy_async(slot, read ? address : from, read ? 16 : 0);
     }
   }
 

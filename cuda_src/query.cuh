@@ -10,6 +10,8 @@ constexpr int WARP_COLUMNS = (COLUMNS + TEAM - 1) / TEAM, LAST_COLUMNS = COLUMNS
 static_assert(LAST_COLUMNS > 0, "no warp is without columns");
 constexpr int HEAD_BLOCKS = (WARP_COLUMNS + 7) / 8;  // blocks of 8 columns
 constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
+constexpr int KEYS_AT_ONCE = 4;  // steps of the product whose K is read before the first of them
+static_assert(K_STEPS % KEYS_AT_ONCE == 0, "steps are whole");
 
 // In registers while they fit beside the accumulators, else read again for every tile: they stay in L1.
 constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
@@ -119,20 +121,32 @@ struct Query {
   }
 };
 
-// Logits of one K tile: s[b] holds tokens lane/4, lane/4 + 8 by heads 2*(lane%4), + 1 of block b.
+// Logits of one K tile: s[b] holds tokens lane/4, lane/4 + 8 by heads 2*(lane%4), + 1 of block b. Every other product
+// adds to sums of its own, so that none waits for the one before it.
 __device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& query, unsigned tile, int lane) {
+  float odd[HEAD_BLOCKS][4];
   #pragma unroll
-  for (int b = 0; b < HEAD_BLOCKS; ++b) s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0.0f;
-  KeyFragments keys;
-  #pragma unroll
-  for (int i = 0; i < K_STEPS; ++i) {
-    unsigned k[4];
-    keys.get(k, tile, i, lane);
-    unsigned q[HEAD_BLOCKS][2];
-    query.get(q, i, lane);
+  for (int b = 0; b < HEAD_BLOCKS; ++b)
     #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(s[b], k, q[b][0], q[b][1]);
+    for (int i = 0; i < 4; ++i) s[b][i] = odd[b][i] = 0.0f;
+  KeyFragments keys(tile, lane);
+  #pragma unroll
+  for (int first = 0; first < K_STEPS; first += KEYS_AT_ONCE) {
+    unsigned k[KEYS_AT_ONCE][4];
+    #pragma unroll
+    for (int i = 0; i < KEYS_AT_ONCE; ++i) keys.get(k[i], first + i);
+    #pragma unroll
+    for (int i = 0; i < KEYS_AT_ONCE; ++i) {
+      unsigned q[HEAD_BLOCKS][2];
+      query.get(q, first + i, lane);
+      #pragma unroll
+      for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(i % 2 ? odd[b] : s[b], k[i], q[b][0], q[b][1]);
+    }
   }
+  #pragma unroll
+  for (int b = 0; b < HEAD_BLOCKS; ++b)
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) s[b][i] += odd[b][i];
 }
 
 }  // namespace pkv

@@ -9,8 +9,9 @@ A limit is the time in which a kernel that only reads streams the bytes that the
 of the rows' last tokens; of an 8-bit cache, the scales too. Every result is checked before it is timed, ours over 8-bit
 caches against 16-bit pages of the same values as well. x FP16: over the time of plain attention on the same step, where
 that is measured too, which 8-bit pages should about halve. error: the largest against float64, on the shortest and the
-longest row, of what 8-bit pages stand for; x theirs: ours over the least of FlashInfer's backends. Times are per call
-inside a CUDA graph whose calls read distinct pages, over four times the L2, before any page comes back.
+longest row with several draws of queries, of what 8-bit pages stand for; x theirs: ours over the least of FlashInfer's
+backends. Times are per call inside a CUDA graph whose calls read distinct pages, over four times the L2, before any page
+comes back.
 """
 from __future__ import annotations
 
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(results, args.dtype).print(console)
     if args.json is not None:
+        rms_ratios = error_ratios(results, "rms_error")
         write_json(
             args.json,
             {
@@ -114,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
                 "options": options_of(args),
                 "window_over_short_rows": window_cost(results),
                 "error_over_flashinfer": [
-                    {"variant": variant, "case": case, "batch_size": batch_size, "ratio": ratio}
+                    {"variant": variant, "case": case, "batch_size": batch_size, "ratio": ratio,
+                     "rms_ratio": rms_ratios.get((variant, case, batch_size))}
                     for (variant, case, batch_size), ratio in error_ratios(results).items()
                 ],
                 "results": [dataclasses.asdict(result) for result in results],

@@ -108,6 +108,8 @@ static void copy_async(unsigned to, const void* from, int valid = 16) { start_co
 [[maybe_unused]] static void copy_float_async(unsigned to, const float* from, int valid) {
   start_copy({to, from, 4, valid});
 }
+template <class T>
+inline const T* keep_address(const T* at) { return at; }
 static void copy_commit() { groups[threadIdx.x].push_back(std::exchange(open_group[threadIdx.x], {})); }
 template <int PENDING>
 static void copy_wait() {

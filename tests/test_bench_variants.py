@@ -81,8 +81,9 @@ def test_the_kernel_of_8_bit_caches_can_be_chosen() -> None:
 
 
 def result(variant: str, case: str, route: str, kernel_us: float | None, batch_size: int = 8, note: str = "",
-           max_abs_error: float | None = None) -> Result:
-    return Result(variant, case, batch_size, 8, route, 10**8, 20.0, kernel_us, note=note, max_abs_error=max_abs_error)
+           max_abs_error: float | None = None, rms_error: float | None = None) -> Result:
+    return Result(variant, case, batch_size, 8, route, 10**8, 20.0, kernel_us, note=note, max_abs_error=max_abs_error,
+                  rms_error=rms_error)
 
 
 def test_the_table_has_ratios_to_the_limit_and_to_flashinfers_best() -> None:
@@ -124,6 +125,13 @@ def test_our_error_is_held_against_the_least_of_flashinfers(our_error: float, sa
     made = table(results)
     assert [row[-2:] for row in made.rows[2:4]] == [(f"{our_error:.1e}", f"{our_error / 2e-5:.2f}"), ("1.0e-02", "-")]
     assert made.rows[-1][-1] == "-" and said in made.note
+
+
+def test_the_root_mean_square_is_said_as_well() -> None:
+    results = [result("plain", "4K", "balanced", 9.0, max_abs_error=1e-5, rms_error=4e-6),
+               result("plain", "4K", "xqa", 9.0, max_abs_error=1e-5, rms_error=2e-6)]
+    assert error_ratios(results, "rms_error") == pytest.approx({("plain", "4K", 8): 2.0})
+    assert "its root mean square: at most 2.00 x FlashInfer's (plain, 8 x 4K; above 1.5)" in table(results).note
 
 
 def test_flashinfers_backends_are_those_that_have_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,10 @@ extern "C" __global__ void write_late(int* to, const int* from, int count, long 
 
 @pytest.mark.parametrize("late", ("lengths", "page ids", "both"))
 @pytest.mark.parametrize("rows", (1, 7, 60))
-def test_what_the_previous_kernel_writes_counts(rows: int, late: str) -> None:
-    """The plan and the first page ids are read 30 us before they are right."""
+@pytest.mark.parametrize("planned_before", (False, True))
+def test_what_the_previous_kernel_writes_counts(rows: int, late: str, planned_before: bool) -> None:
+    """The plan and the first page ids are read 30 us before they are right; planned_before: the plan is one that an
+    earlier launch left for these lengths."""
     rng = np.random.default_rng(rows)
     case = make_case(SHAPE, rng.integers(1, 2000, rows), seed=rows)
     width = case.block_table.shape[1]
@@ -49,6 +51,8 @@ def test_what_the_previous_kernel_writes_counts(rows: int, late: str) -> None:
         engine.plan(seen[:rows], seen[rows:].view(rows, width))
         for _ in range(5):
             seen.copy_(before)
+            if planned_before:
+                engine.run(case.q, case.k_pages, case.v_pages, out=out, lse=lse)
             out.fill_(float("nan"))
             with cupy.cuda.ExternalStream(stream.cuda_stream):
                 WRITER((1,), (256,), (*arrays, np.int32(len(now)), np.int64(30_000)))
