@@ -184,7 +184,8 @@ __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_siz
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int max_tokens) {
+pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int pair_cost,
+                    int max_tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const int stream = threadIdx.x / 32 / TEAM, lane = threadIdx.x % 32;
@@ -212,7 +213,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   for (;; early = recalled = false, stored = lens.stored(lane)) {
     if (!recalled) {
       const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
-      const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost);
+      const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost, pair_cost);
       plan = pkv::RangePlan(rows, cut, blockIdx.x, lane);
     }
     pkv::BalancedEmit emit{output, given.partials, shared.kept, lens, plan, record, found, recalled, early, noted, lane};

@@ -107,17 +107,23 @@ struct Cut {
   // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
   // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
   // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
-  // the other.
-  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost)
+  // the other. Where the step costs less than pair_cost a CTA, and at most 1/6 idle, half the CTAs are taken, one on
+  // each pair of SMs (pkvsim.schedule.balanced_ranges says why).
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost,
+             int pair_cost)
       : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost) {
-    const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost;
+    const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost, half = num_ctas >> 1;
+    int most = num_ctas;
+    if (even && num_heads > 0 && num_heads <= half && total < pair_cost * num_ctas
+        && (half - divide(half, num_heads) * num_heads) * 6 <= half)
+      most = half;
     num_ranges = divide(total, least);
-    if (num_ranges > num_ctas) num_ranges = num_ctas;
+    if (num_ranges > most) num_ranges = most;
     if (num_ranges < 1) num_ranges = 1;
     if (part_cost > 0 && num_heads > 0) {
       const int mean = head_cost < PKV_MOST_TILES ? head_cost : PKV_MOST_TILES;
-      const int part = square_root(part_cost * mean), most = divide(mean + part / 2, part);
-      const long long wanted = static_cast<long long>(num_heads) * (most > 1 ? most : 1);
+      const int part = square_root(part_cost * mean), paying = divide(mean + part / 2, part);
+      const long long wanted = static_cast<long long>(num_heads) * (paying > 1 ? paying : 1);
       if (wanted < num_ranges) num_ranges = static_cast<int>(wanted);
     }
     if (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges) {

@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_result(const Output& o, int row, int kv_he
     const float sink = o.sinks[q_head] * LOG2E;
     m = fmaxf(m, sink), scale = exp2_fast(state.m - m), l = l * scale + exp2_fast(sink - m);
   }
-  const float inverse = scale / l;
+  const float inverse = __fdividef(scale, l);
   uint2* out = reinterpret_cast<uint2*>(o.out + static_cast<long long>(at) * V_DIM);
   #pragma unroll
   for (int i = 0; i < LANE_QUADS; ++i) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void store_result(const Output& o, int row, int kv_he
     if (lane + i * 32 < HEAD_QUADS)
       out[lane + i * 32] = make_uint2(pack(a.x * inverse, a.y * inverse), pack(a.z * inverse, a.w * inverse));
   }
-  if (lane == 0) o.lse[at] = (m + log2f(l)) * LN2;
+  if (lane == 0) o.lse[at] = (m + log2_fast(l)) * LN2;
 }
 
 // Zeros and -inf for the rows without tokens; warp `worker` of `workers` takes every workers-th row.

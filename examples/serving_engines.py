@@ -194,6 +194,7 @@ def own_counters(
             segment_cost=engine.segment_cost,
             min_cost=engine.min_cost,
             part_cost=engine.part_cost,
+            pair_cost=engine.pair_cost,
         )
     else:
         schedule = make_schedule(route, heads, seq_lens, splits=splits, tile_tokens=engine.tile_tokens)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from gpu.tuned import tuned_choice
 from pkvsim import DecodeShape
 from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.schedule import MAX_ACCUMULATED
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
 MAX_GROUP_SIZE = 128
 MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
-MAX_ACCUMULATED = 2048  # columns x head_dim whose FP32 accumulators its registers hold
 TEAMS = (1, 2, 4)  # warps that may share their tiles
 MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16

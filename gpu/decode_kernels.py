@@ -33,7 +33,7 @@ class DecodeKernels:
 
     def decode(self, layout: TableLayout) -> Kernel:
         if layout not in self._decode:
-            file, name, own = ("balanced.cu", "pkv_decode_balanced", "iiii") if self._planned_on_gpu else (
+            file, name, own = ("balanced.cu", "pkv_decode_balanced", "iiiii") if self._planned_on_gpu else (
                 "decode.cu", "pkv_decode_tasks", "ppii")
             self._decode[layout] = load_kernel(
                 file, name, arguments(self._config, layout) + own, self._config.defines() | layout.defines(),

@@ -18,7 +18,9 @@ from gpu.task_list import read_device_tasks, upload_tasks
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule import MAX_PART_COST, MIN_COST, PART_COST, SEGMENT_COST, Schedule
+from pkvsim.schedule import (
+    MAX_PAIR_COST, MAX_PART_COST, MIN_COST, PAIR_COST, PAIRS_MEASURED, PART_COST, SEGMENT_COST, Schedule, paired,
+)
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -39,7 +41,8 @@ class DecodeEngine:
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
-                 min_cost: int = MIN_COST, part_cost: int = PART_COST, variant: tuple[int, int] | None = None,
+                 min_cost: int = MIN_COST, part_cost: int = PART_COST, pair_cost: int | None = None,
+                 variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
                  layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
@@ -47,7 +50,8 @@ class DecodeEngine:
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
         those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
-        part_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens. variant: (warps, stages)
+        part_cost, pair_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens; pair_cost by
+        default what was measured for this GPU and kernel, 0 where nothing was. variant: (warps, stages)
         of the kernel, stages being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
         scale: of the logits, by default head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
@@ -73,7 +77,11 @@ class DecodeEngine:
         self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
         self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
         self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        self._costs = self.segment_cost, self.min_cost, self.part_cost
+        if pair_cost is None:
+            measured = PAIR_COST if divmod(capability, 10) == PAIRS_MEASURED else 0
+            pair_cost = paired(measured, self.config.columns, self.config.v_dim, options.kv_element_bytes(shape))
+        self.pair_cost = check_int("pair_cost", pair_cost, 0, MAX_PAIR_COST)
+        self._costs = self.segment_cost, self.min_cost, self.part_cost, self.pair_cost
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
         self._plan: Plan | None = None

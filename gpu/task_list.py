@@ -45,12 +45,12 @@ def upload_tasks(schedule: Schedule, lens: np.ndarray) -> TaskList:
                     cupy.asarray(schedule.split_offsets), tuple(buckets) or (Bucket(0, 0, None),))
 
 
-def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: tuple[int, int, int], max_tokens: int,
+def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: tuple[int, int, int, int], max_tokens: int,
                       reach: int | None, *, num_ctas: int, max_tasks: int,
                       last_pages: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The balanced schedule as the GPU plans it: tasks TASK_DTYPE and cta_offsets [num_ctas + 1]. Synchronises.
 
-    seq_lens: address of [batch_size] int32; costs: segment_cost, min_cost, part_cost; reach: AttentionOptions.reach.
+    seq_lens: address of [batch_size] int32; costs: segment_cost, min_cost, part_cost, pair_cost; reach: AttentionOptions.reach.
     last_pages: where seq_lens are last_page_len instead, the address of indptr and the page size.
     Raises ValueError when a range has more than max_tasks.
     """
@@ -58,7 +58,7 @@ def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: 
     defines = {"WINDOWED": int(reach is not None)}
     if last_pages:
         defines |= {"LAST_PAGE_LENGTHS": 1, "PAGE_SIZE": page_size}
-    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiipipp", defines, threads=32)
+    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiiipipp", defines, threads=32)
     listed = cupy.empty((num_ctas, max_tasks, 5), dtype=cupy.int32)
     counts = cupy.empty(num_ctas, dtype=cupy.int32)
     kernel(num_ctas, (seq_lens, batch_size, num_kv_heads, *costs, max_tokens, reach or 0, listed.data.ptr, max_tasks,

@@ -12,14 +12,14 @@ import numpy as np
 
 from pkvsim.numba_cache import drop_stale, inner
 from pkvsim.pricing_base import (
-    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PARTIAL_ELEMENT_BYTES, PLAN,
+    BALANCED, BANDWIDTH, BUCKETS, CHUNK, EVEN, FIXED, LAUNCH, MIN_SPLIT, PAIR, PARTIAL_ELEMENT_BYTES, PLAN,
     QUERY_ELEMENT_BYTES, QUEUE, STRIDED, TILE, WHOLE, compiled, cta_slots, merge_us, query_us, read_speeds, sm_gb_s,
 )  # fmt: skip
 from pkvsim.pricing_rows import bucket_splits, chunk_count, chunk_tokens, sort_descending, sorted_lengths, total_tokens
 from pkvsim.pricing_rules import balanced_us, best_queue, buckets_us
 from pkvsim.pricing_steps import step_time, step_times
 from pkvsim.pricing_tasks import chunks_us, even_us, strided_us
-from pkvsim.schedule import skipped_tiles
+from pkvsim.schedule import paired, skipped_tiles
 
 __all__ = [
     "PARTIAL_ELEMENT_BYTES", "PLAN", "price_pinned", "price_route", "price_routes", "price_steps", "price_variant",
@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 _skipped_tiles = inner(skipped_tiles)
+_paired = inner(paired)
 
 
 @compiled
@@ -200,7 +201,8 @@ def _price(
     us = c[FIXED] + query_us(c, heads * group_size, 0.5 * (head_dim + v_head_dim), QUERY_ELEMENT_BYTES)
     rule = int(c[0])
     if rule == BALANCED:
-        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory)
+        pair_cost = _paired(int(c[PAIR]), group_size, v_head_dim, kv_element_bytes)
+        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory, pair_cost)
         return us + busy, splits
     if rule == BUCKETS:
         busy, splits = buckets_us(

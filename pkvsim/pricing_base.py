@@ -16,7 +16,8 @@ QUERY_ELEMENT_BYTES = 2  # queries and outputs are FP16 or BF16, whatever the ca
 PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
 (
     BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, ISOLATED, PLAN, PLAN_ROW,
-    PLAN_LENGTH, HOST, RUN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD, CTAS_PER_SM, TILE, MIN_SPLIT, STRIDED,
+    PLAN_LENGTH, HOST, RUN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD, CTAS_PER_SM, TILE, MIN_SPLIT, PAIR,
+    STRIDED,
 ) = range(1, 1 + len(CONSTANTS))  # fmt: skip
 WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
 # As pkvsim.numba_cache.inner, and with a way in from Python.

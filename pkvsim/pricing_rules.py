@@ -99,7 +99,7 @@ def buckets_us(
 @inner
 def balanced_us(
     ordered: np.ndarray, tokens: int, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float,
-    state: float, memory: float,
+    state: float, memory: float, pair_cost: int,
 ) -> tuple[float, int]:  # fmt: skip
     tile = int(c[TILE])
     tiles = 0
@@ -108,7 +108,7 @@ def balanced_us(
     heads = len(ordered) * num_kv_heads
     total_cost = num_kv_heads * tiles + heads * SEGMENT_COST
     even = (ordered[0] + tile - 1) // tile == (ordered[-1] + tile - 1) // tile
-    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, PART_COST, even)
+    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, PART_COST, pair_cost, even)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

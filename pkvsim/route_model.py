@@ -55,6 +55,7 @@ class RouteModel:
     ctas_per_sm: float = 1.0  # CTA slots of an SM
     tile_tokens: float = 16.0  # splits are cut at multiples of this
     min_split_tokens: float = 128.0  # no split is shorter
+    pair_cost: float = 0.0  # balanced: tiles a CTA slot below which half the slots are used, see pkvsim.make_schedule
     # buckets and queue. 1: a CTA a slot, CTA b taking tasks b, b + CTAs, ..; 0: a CTA a task, as slots fall free.
     strided: float = 0.0
 

@@ -20,7 +20,11 @@ MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer hea
 SEGMENT_COST = 7
 MIN_COST = 8
 PART_COST = 2
+PAIR_COST = 80  # on a GPU of compute capability PAIRS_MEASURED, none on others
+PAIRS_MEASURED = 9, 0
+MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers hold; more go to several warps
 MAX_PART_COST = 2**10  # keeps part_cost * MOST_TILES_PER_HEAD within 31 bits
+MAX_PAIR_COST = 2**10  # the same of pair_cost * MAX_CTAS
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
 SCHEDULES = ("split", "workqueue", "balanced")
 TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
@@ -66,6 +70,7 @@ def make_schedule(
     segment_cost: int = 0,
     min_cost: int = 1,
     part_cost: int = 0,
+    pair_cost: int = 0,
     window: int | None = None,
 ) -> Schedule:
     """Plans one step.
@@ -74,7 +79,8 @@ def make_schedule(
     splits (split and workqueue): one count or one per row, >= 1, cut down to the row's tiles.
     num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
     min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs. part_cost: what merging
-    one more part of a head costs, in tiles; heads are cut into no more parts than pay for that.
+    one more part of a head costs, in tiles; heads are cut into no more parts than pay for that. pair_cost: in tiles;
+    rows of one length that cost less for each of num_ctas get half of them (balanced_ranges).
     window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
     Raises ValueError naming the argument.
     """
@@ -85,12 +91,13 @@ def make_schedule(
         window = check_int("window", window, 1)
         skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
         schedule = _plan(
-            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost
+            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost,
+            pair_cost,
         )
         for field in ("tile_begin", "tile_end"):
             schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
         return schedule
-    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost)
+    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost, pair_cost)
 
 
 def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
@@ -101,7 +108,7 @@ def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> in
 def _plan(
     name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, tile_tokens: int,
     splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int,
-    part_cost: int,
+    part_cost: int, pair_cost: int,
 ) -> Schedule:  # fmt: skip
     """As make_schedule, of rows of so many tiles [batch_size]."""
     if name == "balanced":
@@ -111,7 +118,8 @@ def _plan(
         segment_cost = check_int("segment_cost", segment_cost, 0, MAX_TOKENS)
         min_cost = check_int("min_cost", min_cost, 1, MAX_TOKENS)
         part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost)
+        pair_cost = check_int("pair_cost", pair_cost, 0, MAX_PAIR_COST)
+        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost, pair_cost)
     if name not in SCHEDULES:
         raise ValueError(f"name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_ctas is not None:
@@ -166,8 +174,9 @@ def _queue(
 
 
 def balanced_ranges(
-    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, even: bool
-) -> tuple[int, int]:
+    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, pair_cost: int,
+    even: bool,
+) -> tuple[int, int]:  # fmt: skip
     """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head
     where all are cut into parts of equal tiles, else 0.
 
@@ -175,8 +184,16 @@ def balanced_ranges(
     p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so,
     short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
     heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
+
+    Two neighbouring SMs share their way to memory, which one of them fills alone. A GPU gives CTAs to every other SM
+    first, so a short step with equal parts for half the CTAs, at most 1/6 of them idle, goes to those: there are fewer
+    parts to merge, and the next kernel's CTAs find the other SMs free. Any number between the two would leave some pairs
+    twice the work of others.
     """
-    ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), num_ctas))
+    most, half = num_ctas, num_ctas // 2
+    if even and 0 < num_heads <= half and total_cost < pair_cost * num_ctas and half % num_heads * 6 <= half:
+        most = half
+    ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), most))
     if part_cost > 0 and num_heads > 0:
         head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
         part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
@@ -195,15 +212,23 @@ def balanced_ranges(
     return ranges, 0
 
 
+def paired(pair_cost: int, columns: int, v_head_dim: int, kv_element_bytes: float) -> int:
+    """pair_cost of a kernel whose CTA serves so many columns (query heads times query tokens): the full one where an SM
+    reads twice as fast as it must, half of it where two warps share the columns, 0 for 8-bit pages."""
+    if kv_element_bytes < 2:
+        return 0
+    return pair_cost if columns * v_head_dim <= MAX_ACCUMULATED else pair_cost // 2
+
+
 def _balanced(
     shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int,
-    part_cost: int,
+    part_cost: int, pair_cost: int,
 ) -> Schedule:  # fmt: skip
     used = int(np.count_nonzero(tiles))
     total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
     even = used > 0 and bool((tiles[tiles > 0] == tiles.max()).all())
     num_ranges, parts = balanced_ranges(
-        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, even
+        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, pair_cost, even
     )
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)

@@ -18,7 +18,7 @@ from pkvsim.pricing import price_variant, row_splits
 from pkvsim.pricing_base import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.route_model import RouteModel
 from pkvsim.route_options import read_lens
-from pkvsim.schedule import MIN_COST, PART_COST, SEGMENT_COST, Schedule, make_schedule
+from pkvsim.schedule import MIN_COST, PART_COST, SEGMENT_COST, Schedule, make_schedule, paired
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline_loop import run_tasks
 
@@ -107,6 +107,8 @@ def _schedule(
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
             segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=PART_COST,
+            pair_cost=paired(int(model.pair_cost), options.query_shape(shape).group_size, options.value_dim(shape),
+                             options.kv_element_bytes(shape)),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:

@@ -63,6 +63,7 @@ BAD_ENGINES = {
     "segment_cost": (-1, 2**21, 0.5, None, "1"),
     "min_cost": (0, -1, 2**21, 1.5, None),
     "part_cost": (-1, 2**21, 1.5, "1"),
+    "pair_cost": (-1, 2**21, 1.5, "1"),
     "variant": (8, (8,), (0, 2), (8, 0), ("8", 2), (64, 64), "88", (1.5, 2)),
     "options": (None, 1, {}, "window"),
     "layout": ("", "HDN", None, 1, ["HND"]),

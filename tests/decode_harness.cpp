@@ -236,6 +236,7 @@ template <class T>
 static void send(T* to, const T& value) { *to = value; }
 [[maybe_unused]] static float2 receive(const float2* from) { return *from; }
 [[maybe_unused]] static float hyperbolic_tangent(float x) { return std::tanh(x); }
+static float __fdividef(float a, float b) { return a / b; }
 static float exp2_fast(float x) { return std::exp2(x); }
 [[maybe_unused]] static float log2_fast(float x) { return std::log2(x); }
 [[maybe_unused]] static float max_or_nan(float x, float y) { return x != x || y != y ? NAN : max(x, y); }
@@ -253,7 +254,7 @@ static float exp2_fast(float x) { return std::exp2(x); }
 static pkv::DecodeArguments given;
 static const pkv::Task* tasks;
 static const int *split_offsets, *rows;
-static int numbers[4];
+static int numbers[5];
 
 static void run_grid(int x, int y) {
   gridDim = {x, y, 1};
@@ -286,8 +287,8 @@ extern "C" int arguments_bytes() { return sizeof given; }
 #if BALANCED
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
-  std::copy_n(integers, 4, numbers);
-  body = [] { pkv_decode_balanced(given, numbers[0], numbers[1], numbers[2], numbers[3]); };
+  std::copy_n(integers, 5, numbers);
+  body = [] { pkv_decode_balanced(given, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]); };
   run_grid(num_ctas, 1);
   pkv::late.clear();
   return complaint;

@@ -159,7 +159,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
         library.write_late(ctypes.c_void_p(address(array)), ctypes.c_void_p(address(was)), array.size)
 
     if balanced:
-        sizes = (ctypes.c_int * 4)(1, 2, 0, step.table.shape[1] * shape.page_size)
+        sizes = (ctypes.c_int * 5)(1, 2, 0, 0, step.table.shape[1] * shape.page_size)
         first = None
         slots, records = np.split(partials, [config.slots_bytes(ctas)])
         for _ in range(2):  # the second finds the first one's records

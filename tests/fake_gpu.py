@@ -119,7 +119,7 @@ def decode(defines: dict[str, int], args: tuple, *, tasks: bool) -> None:
             [(len(row) - 1) * page_size + last if len(row) else 0 for row, last in zip(rows, lens)], np.int32
         )
     if not tasks:
-        lens = np.minimum(lens, own[3])
+        lens = np.minimum(lens, own[4])
     table = np.zeros((batch, max(1, int((-(-lens // page_size)).max()))), np.int64)
     for line, row, length in zip(table, rows, lens):
         owned = -(-int(length) // page_size)

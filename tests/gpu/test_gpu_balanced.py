@@ -73,6 +73,7 @@ def test_device_plan_equals_the_simulators(case: int) -> None:
         segment_cost=engine.segment_cost,
         min_cost=engine.min_cost,
         part_cost=engine.part_cost,
+        pair_cost=engine.pair_cost,
         window=engine.options.reach,
     )
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)

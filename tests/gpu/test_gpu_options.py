@@ -177,6 +177,7 @@ def test_device_plan_with_a_window() -> None:
         tile_tokens=16,
         min_cost=engine.min_cost,
         part_cost=engine.part_cost,
+        pair_cost=engine.pair_cost,
         window=502,
     )
     np.testing.assert_array_equal(tasks, wanted.tasks)
