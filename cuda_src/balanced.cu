@@ -79,7 +79,7 @@ struct BalancedEmit {
       if (lane == 0) kept[column][V_DIM] = state.m, kept[column][V_DIM + 1] = state.l;
       held_row = s.row, held_head = s.kv_head, holds = true;
     } else {
-      send_state(partials[blockIdx.x], column, state, lane);
+      send_state(partials[plan.range], column, state, lane);
     }
   }
 
@@ -107,8 +107,8 @@ struct BalancedEmit {
           if (lane + i * 32 < HEAD_QUADS) sum[c].acc[i] = reinterpret_cast<const float4*>(own)[lane + i * 32];
       }
       #pragma unroll 1
-      for (int j = plan.first; j < blockIdx.x; j += IN_FLIGHT) {
-        const int count = min(IN_FLIGHT, static_cast<int>(blockIdx.x) - j);
+      for (int j = plan.first; j < plan.range; j += IN_FLIGHT) {
+        const int count = min(IN_FLIGHT, plan.range - j);
         Slot* parts = partials + j;
         float2 ml[TOGETHER];
         unsigned missing = ALL_LANES >> (32 - count);
@@ -171,6 +171,14 @@ struct BalancedEmit {
   }
 };
 
+// The range of this CTA. Two CTAs of a cluster are on neighbouring SMs, which share their way to memory: where there are
+// ranges for no more than half the CTAs, one of each two has none.
+__device__ __forceinline__ int own_range(const Cut& cut) {
+  const int cta = blockIdx.x;
+  if (!KERNELS_OVERLAP || cut.num_ranges * 2 > static_cast<int>(gridDim.x)) return cta;
+  return cta % 2 ? cut.num_ranges : cta / 2;
+}
+
 // Asks for the block table before the plan is known, so that its first read is an L2 hit. Small tables only: a wide
 // one may be mostly unused. The last of several rows is left out, since it may end before its stride does.
 __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_size) {
@@ -214,7 +222,7 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
     if (!recalled) {
       const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
       const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost, pair_cost);
-      plan = pkv::RangePlan(rows, cut, blockIdx.x, lane);
+      plan = pkv::RangePlan(rows, cut, pkv::own_range(cut), lane);
     }
     pkv::BalancedEmit emit{output, given.partials, shared.kept, lens, plan, record, found, recalled, early, noted, lane};
     emit.holds = false;

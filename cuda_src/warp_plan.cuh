@@ -76,13 +76,14 @@ __device__ __forceinline__ int later_changes(const Lengths& lens, const int* not
 // One CTA's plan of a step.
 struct RangePlan {
   BalancedWalk walk;
+  int range;
   int first;        // the range in which its first segment begins
   int length;       // of row `lane`, as planned with
   bool some_empty;  // rows
 
   __device__ __forceinline__ RangePlan() {}
-  __device__ __forceinline__ RangePlan(const Rows& rows, const Cut& cut, int range, int lane)
-      : first(range), length(rows.length), some_empty(rows.some_empty()) {
+  __device__ __forceinline__ RangePlan(const Rows& rows, const Cut& cut, int own, int lane)
+      : range(own), first(own), length(rows.length), some_empty(rows.some_empty()) {
     walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // nothing
     if (rows.total <= 0 || range >= cut.num_ranges) return;
     rows.start(walk, cut, range, lane);
@@ -93,14 +94,14 @@ struct RangePlan {
 // What a CTA planned last, kept in the workspace for launches of the same lengths: most, for every layer's is the same.
 // Of steps of up to 32 rows; all ones where there is none.
 struct __align__(16) PlanRecord {
-  enum { BATCH_SIZE, MOST, ROW, HEAD, TILE, X0, X_END, SEQ_LEN, FIRST, SOME_EMPTY, NUM_WORDS };
+  enum { BATCH_SIZE, MOST, ROW, HEAD, TILE, X0, X_END, SEQ_LEN, RANGE, FIRST, SOME_EMPTY, NUM_WORDS };
   int lengths[32], words[32];
 
   // Written by one warp, before whose launch's end no other launch trusts it.
   __device__ __forceinline__ void remember(const RangePlan& plan, const Lengths& lens, int lane) {
     const BalancedWalk& walk = plan.walk;
     const int values[NUM_WORDS] = {lens.batch_size, lens.most, walk.row, walk.head, walk.tile, walk.x0, walk.x_end,
-                                   walk.seq_len, plan.first, plan.some_empty};
+                                   walk.seq_len, plan.range, plan.first, plan.some_empty};
     lengths[lane] = plan.length;
     #pragma unroll
     for (int i = 0; i < NUM_WORDS; ++i)
@@ -130,7 +131,8 @@ struct ReadRecord {
     walk.seq_lens = lens, walk.num_kv_heads = kv_heads, walk.segment_cost = seg_cost;
     walk.row = value(PlanRecord::ROW), walk.head = value(PlanRecord::HEAD), walk.tile = value(PlanRecord::TILE);
     walk.x0 = value(PlanRecord::X0), walk.x_end = value(PlanRecord::X_END), walk.seq_len = value(PlanRecord::SEQ_LEN);
-    plan.first = value(PlanRecord::FIRST), plan.some_empty = value(PlanRecord::SOME_EMPTY), plan.length = own;
+    plan.range = value(PlanRecord::RANGE), plan.first = value(PlanRecord::FIRST);
+    plan.some_empty = value(PlanRecord::SOME_EMPTY), plan.length = own;
     return true;
   }
 };

@@ -37,7 +37,8 @@ class DecodeKernels:
                 "decode.cu", "pkv_decode_tasks", "ppii")
             self._decode[layout] = load_kernel(
                 file, name, arguments(self._config, layout) + own, self._config.defines() | layout.defines(),
-                threads=self._config.threads, shared_bytes=self._config.shared_bytes, overlap=self._overlap)
+                threads=self._config.threads, shared_bytes=self._config.shared_bytes, overlap=self._overlap,
+                pairs=self._planned_on_gpu)
         return self._decode[layout]
 
     def merge(self) -> Kernel:

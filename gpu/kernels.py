@@ -44,15 +44,16 @@ def load_module(file_name: str, defines: dict[str, int | str]) -> "cupy.RawModul
 
 
 def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[str, int | str], *, threads: int,
-                shared_bytes: int = 0, overlap: bool = False) -> "Kernel":
+                shared_bytes: int = 0, overlap: bool = False, pairs: bool = False) -> "Kernel":
     """A kernel of `file_name`, ready to launch in CTAs of `threads` with `shared_bytes` of dynamic shared memory.
 
     signature: the parameters' types, see gpu.launch. overlap: programmatic dependent launch, for kernels that wait for
-    the previous one themselves (sm_90 and newer).
+    the previous one themselves (sm_90 and newer). pairs: see gpu.launch.Kernel.
     """
     from gpu.launch import Kernel
 
     raw = load_module(file_name, defines).get_function(kernel_name)
     if shared_bytes:
         raw.max_dynamic_shared_size_bytes = shared_bytes
-    return Kernel(raw.kernel, signature, threads=threads, shared_bytes=shared_bytes, overlap=overlap)
+    return Kernel(raw.kernel, signature, threads=threads, shared_bytes=shared_bytes, overlap=overlap,
+                  pairs=pairs)

@@ -6,12 +6,12 @@ import functools
 import re
 import struct
 
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*, cuda.h
+_PROGRAMMATIC_STREAM_SERIALIZATION, _CLUSTER_DIMENSION = 6, 4  # CU_LAUNCH_ATTRIBUTE_*, cuda.h
 _GRID = struct.Struct("2I")  # the first two numbers of _Config
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_char * 52)]
 
 
 class _Config(ctypes.Structure):  # CUlaunchConfig
@@ -56,17 +56,23 @@ class Kernel:
 
     signature: a letter per value, p address, i int32, q int64, f float32; those in brackets are one parameter, a C
     structure. What a launch is told is kept from one to the next, since a step's host time is mostly this call.
+    overlap: programmatic dependent launch. pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a cluster;
+    a grid of an odd number goes where it will.
     """
 
-    __slots__ = ("_function", "_handle", "_config", "_config_ref", "_attribute", "_arguments", "_pointers", "_launch")
+    __slots__ = (
+        "_function", "_handle", "_config", "_config_ref", "_attributes", "_pairs", "_arguments", "_pointers", "_launch",
+    )  # fmt: skip
 
-    def __init__(self, function: object, signature: str, *, threads: int, shared_bytes: int, overlap: bool) -> None:
+    def __init__(self, function: object, signature: str, *, threads: int, shared_bytes: int, overlap: bool,
+                 pairs: bool = False) -> None:
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
-        self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        self._config = _Config(
-            (0, 1, 1), (threads, 1, 1), shared_bytes, None, ctypes.pointer(self._attribute), int(overlap)
+        self._attributes = (_Attribute * 2)(
+            _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)), _Attribute(_CLUSTER_DIMENSION, 0, (2, 1, 1))
         )
+        self._pairs = pairs and overlap
+        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, self._attributes, int(overlap))
         self._config_ref = ctypes.byref(self._config)
         self._arguments = Arguments(signature)
         self._pointers = (ctypes.c_void_p * len(self._arguments.starts))(*self._arguments.starts)
@@ -77,6 +83,8 @@ class Kernel:
         self._arguments.write(*args)
         _GRID.pack_into(self._config, 0, *(grid if isinstance(grid, tuple) else (grid, 1)))
         self._config.stream = stream
+        if self._pairs:
+            self._config.num_attributes = 1 if self._config.grid[0] % 2 else 2
         status = self._launch(self._config_ref, self._handle, self._pointers, None)
         if status:
             name = ctypes.c_char_p()

@@ -29,7 +29,7 @@ def records(data, lens_before, step, rng, ctas) -> np.ndarray:
         most = step.table.shape[1] * step.shape.page_size
         found[:, :32] = 0
         found[:, :len(step.lens)] = np.clip(lens_before if kind == "before" else step.lens, 0, most)
-        found[:, 32:42] = rng.integers(-1, 40, (ctas, 10))
+        found[:, 32:43] = rng.integers(-1, 40, (ctas, 11))
         found[:, 32:34] = len(step.lens), most
         found[:, 34] = np.minimum(found[:, 34], len(step.lens) - 1)
         found[:, 35] = np.minimum(found[:, 35], step.shape.num_kv_heads - 1)

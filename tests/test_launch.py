@@ -68,9 +68,12 @@ class Driver:
 
     def __init__(self) -> None:
         self.signature, self.seen, self.status = "", [], 0
+        self.attributes: list[tuple[int, tuple]] = []  # of the last launch
 
     def cuLaunchKernelEx(self, config, handle, pointers, extra) -> int:
         config = config._obj
+        self.attributes = [(config.attributes[i].id, tuple(config.attributes[i].value))
+                           for i in range(config.num_attributes)]
         if self.status == 0:
             self.seen.append((tuple(config.grid), tuple(config.block), config.shared_bytes, config.stream or 0,
                               config.num_attributes, handle.value, extra, read(self.signature, list(pointers))))
@@ -100,6 +103,19 @@ def test_every_launch_has_its_own_grid_stream_and_arguments(driver) -> None:
         kernel(grid, values, stream)
         wanted = (*(grid if isinstance(grid, tuple) else (grid, 1)), 1)
         assert driver.seen[-1] == (wanted, (256, 1, 1), 4096, stream, 1, 77, None, list(values))
+
+
+def test_an_even_grid_goes_in_pairs(driver) -> None:
+    """The numbers are CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION and _CLUSTER_DIMENSION of cuda.h."""
+    driver.signature = "i"
+    function = types.SimpleNamespace(ptr=77)
+    kernel = Kernel(function, "i", threads=256, shared_bytes=4096, overlap=True, pairs=True)
+    overlapping, paired = (6, (1, 0, 0)), (4, (2, 1, 1))
+    for grid, wanted in ((132, [overlapping, paired]), (7, [overlapping]), (2, [overlapping, paired])):
+        kernel(grid, (1,), 0)
+        assert driver.attributes == wanted
+    Kernel(function, "i", threads=256, shared_bytes=4096, overlap=False, pairs=True)(2, (1,), 0)
+    assert driver.attributes == []
 
 
 @pytest.mark.parametrize("values", [(1, 2), (1, 2, 3.0, 4), (1, 2**31, 3.0), (1, 2.5, 3.0), (None, 2, 3.0)])
