@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.device import get_device
+from pkvsim.schedule import paired
 
 SHAPE = DecodeShape(4, 2, 64, 4)
 FORMS = ("block table", "csr and lengths", "csr and last pages")
@@ -197,3 +199,16 @@ def test_every_array_of_append_in_every_wrong_way(gpu) -> None:
     before = counted(gpu)()
     writer.append(**right)
     assert counted(gpu)() == before + 1
+
+
+@pytest.mark.parametrize("options", [AttentionOptions(), AttentionOptions(query_tokens=8), AttentionOptions(window=64),
+                                     AttentionOptions(kv_dtype="int8", kv_scales="token")])
+def test_the_engine_pairs_ctas_as_its_gpus_model_says(gpu, options) -> None:
+    """And as it is told, where it is."""
+    from gpu.engine import DecodeEngine
+
+    shape, model = DecodeShape(32, 8, 128, 16), get_device("h200").routes["balanced"]
+    engine = DecodeEngine(shape, options=options)
+    columns = options.query_shape(shape).group_size
+    assert engine.pair_cost == paired(int(model.pair_cost), columns, 128, options.kv_element_bytes(shape))
+    assert DecodeEngine(shape, options=options, pair_cost=3).pair_cost == 3

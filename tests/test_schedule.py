@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import seq_lens, shapes
 
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.schedule import SHORT_RANGE_TILES
+from pkvsim.schedule import SHORT_RANGE_TILES, paired
 from pkvsim.planning import fill_balanced, fill_queue
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -134,6 +134,34 @@ def test_parts_that_pay(tiles, num_kv_heads, num_ctas, part_cost):
     if num_ctas >= num_kv_heads * (2 * best + 2) and tiles > best:
         assert parts >= 0.5 * best
         assert tiles / parts + part_cost * parts <= 1.15 * (tiles / best + part_cost * best) + part_cost
+
+
+@given(st.integers(1, 40), st.integers(1, 4000), st.integers(1, 16), st.integers(2, 300), st.integers(0, 300),
+       st.integers(0, 12), st.booleans())
+def test_short_steps_take_half_the_ctas(rows, tiles, num_kv_heads, num_ctas, pair_cost, segment_cost, longer):
+    """Exactly where rows are alike, cost less than pair_cost a CTA, and their heads divide half the CTAs but for at most
+    1/6; then nearly all of those that the cost has work for get some, as much each as a tile allows."""
+    shape = DecodeShape(num_kv_heads, num_kv_heads, 64, 16)
+    lens = [tiles * 16] * rows
+    if longer and rows > 1:
+        lens[0] += 16
+    plan = dict(num_ctas=num_ctas, tile_tokens=16, segment_cost=segment_cost)
+    schedule, whole = (make_schedule("balanced", shape, lens, **plan, pair_cost=cost) for cost in (pair_cost, 0))
+    assert_covers(schedule, shape, lens)
+    heads, half = rows * num_kv_heads, num_ctas // 2
+    cost = num_kv_heads * sum(length // 16 + segment_cost for length in lens)
+    if len(set(lens)) > 1 or cost >= pair_cost * num_ctas or heads > half or half % heads > half / 6:
+        assert schedule.tasks.tolist() == whole.tasks.tolist()
+        return
+    assert 5 * min(half, cost // (1 + segment_cost)) <= 6 * schedule.num_ctas <= 6 * half
+    tiles_each = range_costs(schedule, 0)
+    assert tiles_each.max() - tiles_each.min() <= 1 + segment_cost * math.ceil(heads / schedule.num_ctas)
+
+
+@pytest.mark.parametrize("columns, v_head_dim, element_bytes, wanted", [
+    (4, 128, 2, 80), (16, 128, 2, 80), (17, 128, 2, 40), (32, 64, 2, 80), (16, 256, 2, 40), (4, 128, 1, 0)])
+def test_pairs_by_what_an_sm_computes(columns, v_head_dim, element_bytes, wanted):
+    assert paired(80, columns, v_head_dim, element_bytes) == wanted
 
 
 def test_equal_rows_are_not_cut():
