@@ -1,11 +1,11 @@
 """The H200's model against steps it never saw: the paper's families at the held-out seeds, every route timed alone.
 
 data/held_out/HASH.csv is a third of the steps of `examples/serving_trace.py --heads 32/8,32/32,32/4 --max-active
-1,2,4,8,16,32 --stride 8 --exhaustive` on kernel sources HASH, one layer a plan: event_us by CUDA events around the layer,
-wall_us planning, running and synchronising. The model is calibrated on seed 20260622 alone: minutes before the run of
-e0a1c156 and on its machine, the GPU's part of balanced minutes before that of 1d357ebd. The machines of the other two runs had
-slower hosts, of which the first calibration knows nothing: their steps are predicted by events. Split has become faster
-since its calibration, and is not held to the last run (examples/results/h200_serving.md).
+1,2,4,8,16,32 --stride 8 --exhaustive` on kernel sources HASH, one layer a plan: event_us by CUDA events around the
+layer, wall_us planning, running and synchronising. The model is calibrated on seed 20260622 alone: minutes before the
+run of e0a1c156 and on its machine, the GPU's part of balanced minutes before that of 1d357ebd. The machines of the other
+two runs had slower hosts, of which the first calibration knows nothing: their steps are predicted by events. Split has
+become faster since its calibration: its 5.01 % of the last run are a miss that is known (examples/results/h200_serving.md).
 """
 import csv
 from collections import defaultdict
@@ -25,12 +25,8 @@ DATA = Path(__file__).parent / "data" / "held_out"
 H200 = get_device("h200")
 SOURCES = ("e0a1c156", "397f2b03", "1d357ebd")
 CLOCKS = ("event", "wall")
-PREDICTED = [
-    (sources, clock, route)
-    for sources, clock in (("e0a1c156", "event"), ("e0a1c156", "wall"), ("397f2b03", "event"), ("1d357ebd", "event"))
-    for route in ROUTES
-    if (sources, route) != ("1d357ebd", "split")
-]
+PREDICTED = [("e0a1c156", "event"), ("e0a1c156", "wall"), ("397f2b03", "event"), ("1d357ebd", "event")]
+MISSED = [("1d357ebd", "event", "split")]
 
 
 @cache
@@ -52,7 +48,9 @@ def held_out(sources):
     return found
 
 
-@pytest.mark.parametrize(("sources", "clock", "route"), PREDICTED)
+@pytest.mark.parametrize(("sources", "clock", "route"), [
+    pytest.param(*run, route, marks=[pytest.mark.xfail(strict=True)] if (*run, route) in MISSED else [])
+    for run in PREDICTED for route in ROUTES])
 def test_predicted_steps(sources, clock, route):
     """Mean absolute error at most 5 % for our routes and 8 % for FlashInfer's."""
     errors = []

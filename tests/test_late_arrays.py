@@ -21,8 +21,12 @@ LENGTH = st.one_of(st.integers(0, 90), st.sampled_from((0, 1, 16, 17)))
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
+RANGE_BEGINS, RANGE_ENDS = 32 + 5, 32 + 6  # X0 and X_END of a pkv::PlanRecord, whose first 32 words are lengths
+
+
 def records(data, lens_before, step, rng, ctas) -> np.ndarray:
-    """pkv::PlanRecords [ctas, 64], flat: none, or such as a CTA may meet half written, of the lengths of before or now."""
+    """pkv::PlanRecords [ctas, 64], flat: none, or such as a CTA may meet half written, of the lengths of before or
+    now."""
     found = np.full((ctas, 64), -1, np.int32)
     kind = data.draw(st.sampled_from(("none", "before", "now")), "records")
     if kind != "none" and len(step.lens) <= 32:
@@ -61,10 +65,34 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     variant = (4, 2) if options.query_tokens > 1 else (2, 2)
     ctas = data.draw(st.integers(1, 9), "CTAs")
     before = lens_before, table_before, records(data, lens_before, step, rng, ctas)
-    out, lse = run(step, "balanced", variant=variant, ctas=ctas, before=before)
+    pair_cost = data.draw(st.sampled_from((0, 80)), "pair_cost")
+    out, lse = run(step, "balanced", variant=variant, ctas=ctas, pair_cost=pair_cost, before=before)
     want, want_lse = reference.attention(shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
                                          options=options)
     assert np.abs(out - want).max() <= 1e-3 * max(1.0, np.abs(want).max())  # NaN fails too
     seen = np.isfinite(want_lse)
     np.testing.assert_allclose(lse[seen], want_lse[seen], atol=1e-3)
     assert (lse[~seen] == -np.inf).all()
+
+
+@pytest.mark.parametrize("rows, recalled", [(1, True), (32, True), (33, False)])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_plan_that_was_left_is_used(name, rows, recalled) -> None:
+    """Of up to 32 rows: by records that leave every CTA nothing to do, nothing is done; not by those of other
+    lengths."""
+    shape, more = SHAPES[name]
+    options = AttentionOptions(**more)
+    step = make_step(shape, "float16", options, seed=rows, lens=tuple(20 + 7 * (row % 5) for row in range(rows)))
+
+    def empty(records: np.ndarray) -> None:
+        records[:, RANGE_BEGINS] = records[:, RANGE_ENDS] = 0
+
+    def empty_and_of_others(records: np.ndarray) -> None:
+        empty(records)
+        records[:, 0] += 1
+
+    variant = (4, 2) if options.query_tokens > 1 else (2, 2)
+    out, _ = run(step, "balanced", variant=variant, between=empty)
+    assert np.isnan(out).all() if recalled else np.isfinite(out).all()
+    out, _ = run(step, "balanced", variant=variant, between=empty_and_of_others)
+    assert np.isfinite(out).all()

@@ -66,7 +66,9 @@ def list_balanced(tmp_path_factory):
     num_ctas=st.integers(1, 300),
 )
 @example(lens=[], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, pair_cost=0, window=None, num_ctas=132)
-@example(lens=[0, 0, 0], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, pair_cost=0, window=None, num_ctas=132)
+@example(
+    lens=[0, 0, 0], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, pair_cost=0, window=None, num_ctas=132
+)
 @example(
     lens=[8192], num_kv_heads=8, segment_cost=2, min_cost=4, part_cost=0, pair_cost=0, window=None, num_ctas=132
 )  # heads cut alike: 128 of 132
@@ -82,7 +84,9 @@ def list_balanced(tmp_path_factory):
 @example(
     lens=[87024], num_kv_heads=2, segment_cost=0, min_cost=1, part_cost=0, pair_cost=0, window=None, num_ctas=17
 )  # of 639: short
-@example(lens=[131072] * 64, num_kv_heads=16, segment_cost=12, min_cost=1, part_cost=0, pair_cost=0, window=None, num_ctas=300)
+@example(
+    lens=[131072] * 64, num_kv_heads=16, segment_cost=12, min_cost=1, part_cost=0, pair_cost=0, window=None, num_ctas=300
+)
 @example(
     lens=[1024], num_kv_heads=8, segment_cost=8, min_cost=8, part_cost=3, pair_cost=0, window=None, num_ctas=132
 )  # five parts of a head
@@ -95,11 +99,15 @@ def list_balanced(tmp_path_factory):
 @example(
     lens=[2048] * 3, num_kv_heads=8, segment_cost=7, min_cost=8, part_cost=2, pair_cost=80, window=None, num_ctas=132
 )  # equal parts would idle more than 1/6 of half the CTAs
-@example(lens=[0, 16, 0, 131072, 0], num_kv_heads=8, segment_cost=3, min_cost=1, part_cost=0, pair_cost=0, window=None, num_ctas=300)
+@example(
+    lens=[0, 16, 0, 131072, 0], num_kv_heads=8, segment_cost=3, min_cost=1, part_cost=0, pair_cost=0, window=None, num_ctas=300
+)
 def test_header_lists_the_tasks_of_pkvsim(
     list_balanced, lens, num_kv_heads, segment_cost, min_cost, part_cost, pair_cost, window, num_ctas
 ):
-    tasks, cta_offsets = list_balanced(lens, num_kv_heads, segment_cost, min_cost, part_cost, pair_cost, window, num_ctas)
+    tasks, cta_offsets = list_balanced(
+        lens, num_kv_heads, segment_cost, min_cost, part_cost, pair_cost, window, num_ctas
+    )
     expected = make_schedule(
         "balanced",
         DecodeShape(num_kv_heads, num_kv_heads, 128, 16),
