@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from bench.tables import Table, us
 
-from gpu.environment import environment, lacks_gpu, write_json
+from gpu.measure.environment import environment, lacks_gpu, write_json
 from pkvsim import DecodeShape
-from pkvsim.rope import Rope, make_cos_sin
-from result_tables import Table, us
+from pkvsim.reference.rope import Rope, make_cos_sin
 
 if TYPE_CHECKING:
     import torch
 
-    from gpu.append import CacheWriter
+    from gpu.cache.writer import CacheWriter
 
 KV_DTYPES = ("float16", "float8_e4m3fn", "float8_e5m2", "int8")
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
@@ -103,7 +103,7 @@ def make_case(name: str, shape: DecodeShape, kv_dtype: str, *, rows: int, new_to
     """`rows` rows of `context` tokens, the last new_tokens of them new. Layers enough to keep the L2 cold."""
     import torch
 
-    from gpu.timing import l2_bytes, rotation_length
+    from gpu.measure.timing import l2_bytes, rotation_length
 
     tokens, pages_per_row = rows * new_tokens, -(-context // shape.page_size)
     widths = [heads * shape.head_dim for heads in (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)]
@@ -191,7 +191,7 @@ def measure(case: Case, kv_dtype: str, cos_sin: torch.Tensor, *, repeats: int, d
     import torch
 
     from gpu import CacheWriter, DecodeEngine
-    from gpu.timing import graph_time_us
+    from gpu.measure.timing import graph_time_us
 
     writer = CacheWriter(case.shape, kv_dtype=kv_dtype, rope=Rope(style="half", cos_sin=cos_sin))
     q_out = torch.empty_like(case.q, memory_format=torch.contiguous_format)
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
-    from gpu.progress import tracked
+    from gpu.measure.progress import tracked
 
     torch.manual_seed(20260623)
     about = environment()

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 
-from gpu.environment import environment, lacks_gpu, write_json
+from gpu.measure.environment import environment, lacks_gpu, write_json
 
 OURS = ("balanced", "workqueue", "split")
 FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
@@ -55,12 +55,12 @@ def median_of_seeds(runs: list) -> object:
 
 def run_cells(args: argparse.Namespace, console) -> list:
     import torch
+    from bench.cells import GRIDS
+    from bench.measure import CellBench
 
-    from bench_cells import GRIDS
-    from bench_measure import CellBench
-    from gpu import flashinfer as fi
-    from gpu.bench_pool import BenchPool
-    from gpu.progress import tracked
+    from gpu.measure.pools import BenchPool
+    from gpu.measure.progress import tracked
+    from gpu.routes import flashinfer_decode as fi
 
     routes = args.backends.split(",")
     if not fi.installed():
@@ -87,9 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("bench_decode"):
         return 1
+    from bench import report as bench_report
     from rich.console import Console
-
-    import bench_report
 
     console = Console(width=None if sys.stdout.isatty() else 110)
     about = environment()

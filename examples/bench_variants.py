@@ -21,8 +21,9 @@ import re
 import sys
 from pathlib import Path
 
-from gpu.environment import environment, lacks_gpu, options_of, write_json
-from variant_cells import VARIANTS, Result, cells, error_ratios, jobs, table, window_cost
+from bench.variant_cells import VARIANTS, Result, cells, error_ratios, jobs, table, window_cost
+
+from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
@@ -75,10 +76,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[Result]:
     import torch
+    from bench.variant_measure import VariantBench
 
-    from gpu.bench_pool import BenchPool, fitting_gib
-    from gpu.progress import note, tracked
-    from variant_measure import VariantBench
+    from gpu.measure.pools import BenchPool, fitting_gib
+    from gpu.measure.progress import note, tracked
 
     todo = jobs(tuple(BY_NAME[name] for name in args.variants), args.cells)
     beside = 1.5 if any(variant.options.kv_dtype for variant, _ in todo) else 1.0  # codes take half as much again

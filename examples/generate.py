@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.generate_ways import WAYS, Batch, compare, reference_logits, run_way
 from rich.console import Console
 from rich.table import Table
 
-from generate_ways import WAYS, Batch, compare, reference_logits, run_way
-from gpu.environment import environment, missing, options_of, write_json
+from gpu.measure.environment import environment, missing, options_of, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def load_model(args: argparse.Namespace, device: str) -> PreTrainedModel:
 
 def run_all(model: PreTrainedModel, batch: Batch, ways: list[str], *, page_size: int, tolerance: float) -> list[dict]:
     """One record a way, SDPA's first."""
-    from gpu.transformers_attention import register
+    from gpu.drop_ins.transformers_attention import register
 
     register()
     ways = [WAYS[0], *(way for way in ways if way != WAYS[0])]

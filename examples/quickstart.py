@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from gpu.environment import missing
+from gpu.measure.environment import missing
 from pkvsim import DecodeShape, make_schedule, reference
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -62,8 +62,8 @@ def run_on_gpu(console: Console, *, steps: int, schedule: str, seed: int) -> int
     import cupy
 
     from gpu import DecodeEngine, PagedKVCache
-    from gpu import flashinfer as fi
-    from gpu.timing import graph_time_us
+    from gpu.measure.timing import graph_time_us
+    from gpu.routes import flashinfer_decode as fi
 
     rng = np.random.default_rng(seed)
     random = cupy.random.RandomState(seed)

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu.environment import environment, gpu_slug, lacks_gpu, write_json
-from gpu.progress import note, tracked
-from serving_options import EQUAL_BUCKETS, HELD_OUT_SEEDS, Config, equal_buckets, positive
+from serving.options import EQUAL_BUCKETS, HELD_OUT_SEEDS, Config, equal_buckets, positive
+
+from gpu.measure.environment import environment, gpu_slug, lacks_gpu, write_json
+from gpu.measure.progress import note, tracked
 
 if TYPE_CHECKING:
-    from serving_engines import EngineSet
-    from serving_run import Bench
+    from serving.engines import EngineSet
+    from serving.run import Bench
 
 POOL_GIB = 32.0
 HEADS = (32, 8)
@@ -72,12 +73,13 @@ class Part:
 
 def make_parts(args: argparse.Namespace, bench: Bench) -> list[Part]:
     """All measurements in the page's order of importance."""
-    import paper_cells
+    from paper import cells as paper_cells
+    from serving.engines import build_engines
+    from serving.run import run_trace
+
     from pkvsim import DecodeShape
-    from pkvsim.route_model import ROUTES
-    from pkvsim.traces import paper_trace
-    from serving_engines import build_engines
-    from serving_run import run_trace
+    from pkvsim.devices.route_model import ROUTES
+    from pkvsim.traces.paper_families import paper_trace
 
     built: dict[tuple[int, int], EngineSet] = {}
 
@@ -130,7 +132,7 @@ def make_parts(args: argparse.Namespace, bench: Bench) -> list[Part]:
 
 def measure(args: argparse.Namespace, out: Path, document: dict) -> None:
     """Runs every part, rewriting the page (and the JSON) after each."""
-    from paper_markdown import render
+    from paper.markdown import render
     from serving_trace import make_bench
 
     started = time.perf_counter()
@@ -159,7 +161,7 @@ def measure(args: argparse.Namespace, out: Path, document: dict) -> None:
 
 
 def _pool_gib() -> float:
-    from gpu.bench_pool import fitting_gib
+    from gpu.measure.pools import fitting_gib
 
     return fitting_gib(POOL_GIB)
 

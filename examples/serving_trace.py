@@ -18,15 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu.environment import environment, lacks_gpu, write_json
-from gpu.progress import note, tracked
-from pkvsim.route_model import ROUTES
-from serving_options import Config, add_trace_options, comma_list, configs, make_trace, positive
+from serving.options import Config, add_trace_options, comma_list, configs, make_trace, positive
+
+from gpu.measure.environment import environment, lacks_gpu, write_json
+from gpu.measure.progress import note, tracked
+from pkvsim.devices.route_model import ROUTES
 
 if TYPE_CHECKING:
-    from result_tables import Table
-    from serving_engines import EngineSet
-    from serving_run import Bench
+    from bench.tables import Table
+    from serving.engines import EngineSet
+    from serving.run import Bench
 
 ENGINES = (*ROUTES, "adaptive")
 POOL_GIB = 64.0
@@ -101,13 +102,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_bench(args: argparse.Namespace) -> Bench:
     """The pool and what every trace shares."""
     import torch
+    from serving.run import Bench
 
-    from gpu.bench_pool import BenchPool, fitting_gib
-    from gpu.router import this_device
-    from gpu.timing import StreamLimit
-    from pkvsim.device import get_device
-    from pkvsim.policy import CalibratedPolicy
-    from serving_run import Bench
+    from gpu.measure.pools import BenchPool, fitting_gib
+    from gpu.measure.timing import StreamLimit
+    from gpu.routes.router import this_device
+    from pkvsim.devices.device import get_device
+    from pkvsim.policy.by_name import CalibratedPolicy
 
     device = this_device() if args.device is None else get_device(args.device)
     if device is None or not device.routes:
@@ -132,10 +133,10 @@ def make_bench(args: argparse.Namespace) -> Bench:
 
 def run_all(args: argparse.Namespace, bench: Bench, document: dict) -> None:
     """Fills document's runs, layers and ablations, and writes it after every trace where --json asks for it."""
-    from serving_ablate import ablate
-    from serving_engines import build_engines
-    from serving_mlp import measure_layers
-    from serving_run import run_trace
+    from serving.ablate import ablate
+    from serving.engines import build_engines
+    from serving.mlp import measure_layers
+    from serving.run import run_trace
 
     started = time.perf_counter()
     runs = [Run(config, family, seed) for config in configs(args) for family in args.families for seed in args.seeds]
@@ -168,10 +169,9 @@ def run_all(args: argparse.Namespace, bench: Bench, document: dict) -> None:
 def print_document(document: dict, *, exhaustive: bool) -> list[Table]:
     """Prints every table on stdout, the one line a run last, and returns them."""
     from rich.console import Console
-
-    from serving_ablate import ablation_tables
-    from serving_mlp import layers_table
-    from serving_report import all_tables
+    from serving.ablate import ablation_tables
+    from serving.mlp import layers_table
+    from serving.report import all_tables
 
     console = Console(width=None if sys.stdout.isatty() else 190)
     tables = ablation_tables(document["ablations"]) if document["ablations"] else []

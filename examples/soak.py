@@ -16,12 +16,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from bench.tables import Table
 from rich.console import Console
 
-from gpu.environment import environment, lacks_gpu, write_json
-from gpu.progress import note, tracked
+from gpu.measure.environment import environment, lacks_gpu, write_json
+from gpu.measure.progress import note, tracked
 from pkvsim import DecodeShape, reference
-from result_tables import Table
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 ROWS, MAX_SEQ_LEN = 16, 4096
@@ -93,7 +93,7 @@ class Soak:
         import cupy
 
         from gpu import CacheWriter, DecodeEngine, PagedKVCache
-        from gpu.timing import capture
+        from gpu.measure.timing import capture
 
         self.rng, self.random = np.random.default_rng(seed), cupy.random.RandomState(seed)
         self.cache = PagedKVCache(SHAPE, num_pages=ROWS * -(-MAX_SEQ_LEN // SHAPE.page_size), max_batch=ROWS,
@@ -166,7 +166,7 @@ class Soak:
 
 
 def soak(args: argparse.Namespace) -> list[Mark]:
-    from gpu.timing import shared_stream
+    from gpu.measure.timing import shared_stream
 
     marks: list[Mark] = []
     with shared_stream():

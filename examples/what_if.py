@@ -11,13 +11,13 @@ import argparse
 
 import numpy as np
 
-from pkvsim.device import get_device
-from pkvsim.models import get_model
-from pkvsim.requests import RequestTrace
-from pkvsim.serving_config import ServingConfig
-from pkvsim.serving_tables import print_whatif
-from pkvsim.weight_bits import with_weight_bits
-from pkvsim.whatif import whatif
+from pkvsim.devices.device import get_device
+from pkvsim.models.presets import get_model
+from pkvsim.models.weight_bits import with_weight_bits
+from pkvsim.reports.table_serving import print_whatif
+from pkvsim.serving.server_config import ServingConfig
+from pkvsim.studies.whatif import whatif
+from pkvsim.traces.requests import RequestTrace
 
 BLOCK_TOKENS = 256
 SYSTEM_PROMPTS = 8  # that requests share

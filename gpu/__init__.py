@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 _HOMES = {
-    "BatchDecodeWithPagedKVCacheWrapper": "gpu.batch_decode",
-    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.batch_decode",
-    "CacheWriter": "gpu.append",
-    "DecodeEngine": "gpu.engine",
-    "FlashInferDecode": "gpu.flashinfer",
-    "PagedKVCache": "gpu.kv_cache",
+    "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
+    "CacheWriter": "gpu.cache.writer",
+    "DecodeEngine": "gpu.engine.schedule_engine",
+    "FlashInferDecode": "gpu.routes.flashinfer_decode",
+    "PagedKVCache": "gpu.cache.pool",
 }
 __all__ = list(_HOMES)
 

@@ -14,7 +14,7 @@ import math
 import multiprocessing
 import sys
 
-from gpu.config import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
+from gpu.kernels.variant import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
 from pkvsim import DecodeShape
 
 CANDIDATES = ((8, 2), (8, 3), (8, 4), (4, 2), (4, 3), (4, 4), (4, 6), (2, 4))
@@ -56,7 +56,7 @@ def entry_of(group_size: int, config: KernelConfig, **measured: float) -> dict:
 
 
 def _compile(defines: dict) -> None:
-    from gpu.kernels import load_module
+    from gpu.kernels.compile import load_module
 
     load_module("balanced.cu", defines).get_function("pkv_decode_balanced")
 
@@ -81,8 +81,8 @@ def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple
     import numpy as np
     import torch
 
-    from gpu.engine import DecodeEngine
-    from gpu.timing import graph_time_us, l2_bytes
+    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.measure.timing import graph_time_us, l2_bytes
 
     engine = DecodeEngine(shape, config.dtype, variant=config.variant)
     times = []
@@ -105,7 +105,7 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
     import cupy
     import torch
 
-    from gpu.bench_pool import BenchPool
+    from gpu.measure.pools import BenchPool
 
     capability = int(cupy.cuda.Device().compute_capability)
     shapes = [(DecodeShape(KV_HEADS * group, KV_HEADS, head_dim, PAGE_SIZE), group, dtype)

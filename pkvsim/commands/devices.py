@@ -24,12 +24,12 @@ def devices(
       pkvsim devices h200 --json
     """
     with one_line_errors():
-        from pkvsim.device import DEVICES, get_device
+        from pkvsim.devices.device import DEVICES, get_device
 
         chosen = [get_device(name) for name in names or DEVICES]
     if as_json:
         typer.echo(json.dumps([json.loads(device.to_json()) for device in chosen], indent=2))
         return
-    from pkvsim.report import print_catalogue, print_devices
+    from pkvsim.reports.table_replay import print_catalogue, print_devices
 
     (print_devices if names else print_catalogue)(chosen)

@@ -36,10 +36,10 @@ def fit(
         from datetime import date
         from pathlib import Path
 
-        from pkvsim.device import get_device
-        from pkvsim.fit_device import fit_device, select
-        from pkvsim.measured_tables import read_measurements
-        from pkvsim.report import print_fit
+        from pkvsim.devices.device import get_device
+        from pkvsim.fitting.fit_device import fit_device, select
+        from pkvsim.fitting.measured_tables import read_measurements
+        from pkvsim.reports.table_replay import print_fit
 
         base = get_device(device_base)
         table = [m for path in measurements for m in read_measurements(path)]

@@ -8,7 +8,15 @@ import typer
 
 from pkvsim.commands.errors import one_line_errors
 from pkvsim.commands.shared_options import (
-    AsJson, Device, HeadDim, Layers, NumKVHeads, NumQHeads, PageSize, QueryTokens, Window,
+    AsJson,
+    Device,
+    HeadDim,
+    Layers,
+    NumKVHeads,
+    NumQHeads,
+    PageSize,
+    QueryTokens,
+    Window,
 )  # fmt: skip
 
 
@@ -55,13 +63,13 @@ def replay(
       pkvsim replay --device h200 --window 4096 --query-tokens 4
     """
     with one_line_errors():
-        from pkvsim.device import get_device
+        from pkvsim.devices.device import get_device
         from pkvsim.options import AttentionOptions
-        from pkvsim.policy import make_policy
-        from pkvsim.replay import replay as run_replay
+        from pkvsim.policy.by_name import make_policy
         from pkvsim.shapes import DecodeShape, check_int
-        from pkvsim.tracefile import read_trace
-        from pkvsim.traces import MAX_REQUESTS, paper_trace
+        from pkvsim.studies.replay import replay as run_replay
+        from pkvsim.traces.paper_families import MAX_REQUESTS, paper_trace
+        from pkvsim.traces.paper_files import read_trace
 
         options = AttentionOptions(window=window, query_tokens=query_tokens)
         shape = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size)
@@ -81,6 +89,6 @@ def replay(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
-    from pkvsim.report import print_replay
+    from pkvsim.reports.table_replay import print_replay
 
     print_replay(report)

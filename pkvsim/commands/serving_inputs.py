@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Callable, Optional
 
 if TYPE_CHECKING:
-    from pkvsim.device import DeviceSpec
-    from pkvsim.models import ModelSpec
-    from pkvsim.serving_config import ServingConfig
+    from pkvsim.devices.device import DeviceSpec
+    from pkvsim.models.presets import ModelSpec
+    from pkvsim.serving.server_config import ServingConfig
 
 KV_SHARE = 0.25  # of the GPU's memory, that narrowed weights should leave to KV pages
 
@@ -18,9 +18,9 @@ def load_model(
 ) -> tuple[ModelSpec, tuple[str, ...]]:
     """(model, notes). A model that does not fit as it comes is narrowed unless weight_bits says otherwise: to the
     widest weights that leave KV_SHARE of the memory to KV pages, else the narrowest; a note says so."""
-    from pkvsim.models import get_model, weight_bytes
-    from pkvsim.serving_costs import GIB, page_budget
-    from pkvsim.weight_bits import WEIGHT_BITS, with_weight_bits
+    from pkvsim.models.presets import get_model, weight_bytes
+    from pkvsim.models.weight_bits import WEIGHT_BITS, with_weight_bits
+    from pkvsim.serving.costs import GIB, page_budget
 
     model = get_model(name, tensor_parallel=tensor_parallel)
     if weight_bits is not None:

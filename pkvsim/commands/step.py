@@ -8,7 +8,15 @@ import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
 from pkvsim.commands.shared_options import (
-    AsJson, Device, HeadDim, Layers, NumKVHeads, NumQHeads, PageSize, QueryTokens, Window,
+    AsJson,
+    Device,
+    HeadDim,
+    Layers,
+    NumKVHeads,
+    NumQHeads,
+    PageSize,
+    QueryTokens,
+    Window,
 )  # fmt: skip
 
 
@@ -46,17 +54,17 @@ def step(
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
     """
     with one_line_errors():
-        from pkvsim.device import get_device
+        from pkvsim.devices.device import get_device
         from pkvsim.options import AttentionOptions
         from pkvsim.shapes import DecodeShape
-        from pkvsim.step import explain_step, parse_seq_lens
+        from pkvsim.studies.explain_step import explain_step, parse_seq_lens
 
         if plot is not None:
-            from pkvsim.plots import check_plot_path
+            from pkvsim.reports.plots import check_plot_path
 
             check_plot_path(plot)
         if timeline is not None:
-            from pkvsim.chrome_trace import check_timeline_path
+            from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
         report = explain_step(
@@ -69,16 +77,16 @@ def step(
             options=AttentionOptions(window=window, query_tokens=query_tokens),
         )
         if plot is not None:
-            from pkvsim.plot_step import plot_step
+            from pkvsim.reports.plot_step import plot_step
 
             plot_step(report, plot)
         if timeline is not None:
-            from pkvsim.chrome_trace import step_events, write_timeline
+            from pkvsim.reports.perfetto import step_events, write_timeline
 
             tell_left_out(write_timeline(step_events(report), timeline))
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return
-    from pkvsim.step_table import print_step
+    from pkvsim.reports.table_step import print_step
 
     print_step(report)

@@ -8,7 +8,18 @@ import typer
 
 from pkvsim.commands.errors import one_line_errors
 from pkvsim.commands.shared_options import (
-    AsJson, Device, Jitter, KVGib, Limit, MaxBatch, Model, PageSize, PrefixCache, RateScale, Seed, WeightBits,
+    AsJson,
+    Device,
+    Jitter,
+    KVGib,
+    Limit,
+    MaxBatch,
+    Model,
+    PageSize,
+    PrefixCache,
+    RateScale,
+    Seed,
+    WeightBits,
 )  # fmt: skip
 
 
@@ -56,19 +67,19 @@ def sweep(
     """
     with one_line_errors():
         from pkvsim.commands.serving_inputs import load_model, progress_bar
-        from pkvsim.device import get_device
-        from pkvsim.models import get_model
-        from pkvsim.serving_config import ServingConfig
-        from pkvsim.serving_costs import fit_note
+        from pkvsim.devices.device import get_device
+        from pkvsim.models.presets import get_model
+        from pkvsim.serving.costs import fit_note
+        from pkvsim.serving.server_config import ServingConfig
         from pkvsim.shapes import MAX_TOKENS, check_int
-        from pkvsim.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
-        from pkvsim.trace_readers import load_requests
+        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
+        from pkvsim.traces.readers import load_requests
 
         axes = parse_axes(over, STEP_AXES if trace is None else SERVING_AXES)
         for option, path in (("plot", plot), ("route_map", route_map)):
             if path is not None:
-                from pkvsim.plot_sweep import check_axes
-                from pkvsim.plots import check_plot_path
+                from pkvsim.reports.plot_sweep import check_axes
+                from pkvsim.reports.plots import check_plot_path
 
                 check_plot_path(path, option=option)
                 check_axes(axes, option=option, trace=trace is not None)
@@ -94,16 +105,16 @@ def sweep(
         prices = tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
         notes += prices
         if plot is not None:
-            from pkvsim.plot_sweep import plot_sweep
+            from pkvsim.reports.plot_sweep import plot_sweep
 
             plot_sweep(report, metric, plot, note="\n".join(prices))
         if route_map is not None:
-            from pkvsim.plot_sweep import plot_routes
+            from pkvsim.reports.plot_sweep import plot_routes
 
             plot_routes(report, route_map, note="\n".join(prices))
     if as_json:
         typer.echo(json.dumps(report.to_dict() | {"notes": list(notes)}, indent=2, allow_nan=False))
         return
-    from pkvsim.sweep_table import print_sweep
+    from pkvsim.reports.table_sweep import print_sweep
 
     print_sweep(report, metric, notes)

@@ -31,18 +31,18 @@ def trace(
       pkvsim trace BurstGPT_1.csv --plot burstgpt.svg
     """
     with one_line_errors():
-        from pkvsim.trace_readers import load_requests
-        from pkvsim.trace_summary import summary
+        from pkvsim.traces.readers import load_requests
+        from pkvsim.traces.summary import summary
 
         requests = load_requests(file, rate_scale=rate_scale, jitter_s=jitter, limit=limit, seed=seed)
         figures = summary(requests)
         if plot is not None:
-            from pkvsim.trace_plot import plot_trace
+            from pkvsim.reports.plot_trace import plot_trace
 
             plot_trace(requests, plot)
     if as_json:
         typer.echo(json.dumps(figures.to_dict(), indent=2, allow_nan=False))
         return
-    from pkvsim.trace_table import print_trace
+    from pkvsim.reports.table_trace import print_trace
 
     print_trace(figures)

@@ -8,7 +8,18 @@ import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
 from pkvsim.commands.shared_options import (
-    AsJson, Device, Jitter, KVGib, Limit, MaxBatch, Model, PageSize, PrefixCache, RateScale, Seed, WeightBits,
+    AsJson,
+    Device,
+    Jitter,
+    KVGib,
+    Limit,
+    MaxBatch,
+    Model,
+    PageSize,
+    PrefixCache,
+    RateScale,
+    Seed,
+    WeightBits,
 )  # fmt: skip
 
 
@@ -74,21 +85,21 @@ def whatif(
         from dataclasses import replace
 
         from pkvsim.commands.serving_inputs import load_model, progress_bar
-        from pkvsim.device import get_device
-        from pkvsim.serving_config import ServingConfig
-        from pkvsim.trace_readers import load_requests
-        from pkvsim.whatif import whatif as run_whatif
+        from pkvsim.devices.device import get_device
+        from pkvsim.serving.server_config import ServingConfig
+        from pkvsim.studies.whatif import whatif as run_whatif
+        from pkvsim.traces.readers import load_requests
 
         if plot is not None:
-            from pkvsim.plots import check_plot_path
+            from pkvsim.reports.plots import check_plot_path
 
             check_plot_path(plot)
         if timeline is not None:
-            from pkvsim.chrome_trace import check_timeline_path
+            from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
         if report_file is not None:
-            from pkvsim.html_report import check_report_path
+            from pkvsim.reports.html_page import check_report_path
 
             check_report_path(report_file)
         config = ServingConfig(
@@ -113,20 +124,20 @@ def whatif(
         with progress_bar(not as_json, "tokens") as progress:
             report = run_whatif(requests, chosen, spec, names, config, progress=progress)
         if plot is not None:
-            from pkvsim.plot_serving import plot_whatif
+            from pkvsim.reports.plot_serving import plot_whatif
 
             plot_whatif(report, plot)
         if timeline is not None:
-            from pkvsim.chrome_trace import serving_events, write_timeline
+            from pkvsim.reports.perfetto import serving_events, write_timeline
 
             tell_left_out(write_timeline(serving_events(report), timeline))
         if report_file is not None:
-            from pkvsim.html_report import write_html
+            from pkvsim.reports.html_page import write_html
 
             write_html(report, report_file)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return
-    from pkvsim.serving_tables import print_whatif
+    from pkvsim.reports.table_serving import print_whatif
 
     print_whatif(report)

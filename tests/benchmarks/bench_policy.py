@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from pkvsim import DecodeShape
-from pkvsim.device import get_device
-from pkvsim.policy import CalibratedPolicy, OraclePolicy
-from pkvsim.route_model import ROUTES
-from pkvsim.timeline import simulate
+from pkvsim.devices.device import get_device
+from pkvsim.devices.route_model import ROUTES
+from pkvsim.policy.by_name import CalibratedPolicy, OraclePolicy
+from pkvsim.timeline.timeline import simulate
 
 H200 = get_device("h200")
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import resource
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import SHARED
 
-from pkvsim import timeline
-from pkvsim.cost import ROUTES, constants_matrix, price_routes
-from pkvsim.derive import device_routes
-from pkvsim.device import get_device
-from pkvsim.models import get_model
-from pkvsim.requests import RequestTrace
-from pkvsim.serving import simulate
-from pkvsim.serving_config import ServingConfig
-from pkvsim.trace_readers import load_requests
-from pkvsim.weight_bits import with_weight_bits
+from pkvsim.devices.derive import device_routes
+from pkvsim.devices.device import get_device
+from pkvsim.models.presets import get_model
+from pkvsim.models.weight_bits import with_weight_bits
+from pkvsim.pricing.counters import ROUTES, constants_matrix, price_routes
+from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.simulate import simulate
+from pkvsim.timeline import timeline
+from pkvsim.traces.readers import load_requests
+from pkvsim.traces.requests import RequestTrace
 
-MOONCAKE = Path(__file__).parents[3] / "shared" / "traces" / "mooncake_conversation.jsonl"
+MOONCAKE = SHARED / "traces" / "mooncake_conversation.jsonl"
 MODEL = get_model("llama-3.1-8b")
 
 

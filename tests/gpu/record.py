@@ -14,7 +14,7 @@ import platform
 import sys
 import xml.etree.ElementTree as ElementTree
 
-from gpu.kernels import source_hash
+from gpu.kernels.compile import source_hash
 
 
 def count_tests(junit: pathlib.Path) -> dict[str, int]:

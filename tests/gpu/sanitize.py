@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from pkvsim import AttentionOptions, DecodeShape  # noqa: E402
 from pkvsim.kv_types import KV_DTYPES, KV_SCALES  # noqa: E402
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         print("sanitize needs a CUDA GPU with CuPy and PyTorch", file=sys.stderr)
         return 1
     if args.racecheck:
-        from gpu.config import KernelConfig
+        from gpu.kernels.variant import KernelConfig
 
         without = KernelConfig.defines
         KernelConfig.defines = lambda config: without(config) | {"PKV_RACECHECK": 1}

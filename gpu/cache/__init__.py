@@ -1,0 +1,1 @@
+"""A paged KV pool, and the writer that appends to its pages."""

@@ -1,0 +1,1 @@
+"""python -m gpu.calibrate: measures a GPU into a device file."""

@@ -1,0 +1,5 @@
+import sys
+
+from gpu.calibrate.run import main
+
+sys.exit(main())

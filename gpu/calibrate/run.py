@@ -1,0 +1,172 @@
+"""Measures this GPU and writes the device file that pkvsim and the engine price routes by.
+
+    python -m gpu.calibrate                       # the GPU's name.json, and its measurements beside it
+    python -m gpu.calibrate -o mygpu.json --quick
+    pkvsim replay --device mygpu.json
+
+A few minutes. The measurements are written as they come: a run cut short loses none, and
+`pkvsim fit --measurements mygpu.csv --device-base mygpu.json -o mygpu.json` fits what it left.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpu.measure.environment import environment, gpu_slug, lacks_gpu, write_json
+from gpu.measure.progress import note, tracked
+
+if TYPE_CHECKING:
+    from gpu.calibrate.cells import CalibrationCell
+    from gpu.calibrate.measure import Calibrator, StepTimes, Timed
+    from pkvsim.fitting.measurements import Measurement
+
+    Steps = dict[Timed, StepTimes]
+
+POOL_GIB = 24.0  # the largest cells want two cold copies of 4 GiB of KV in half of it
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--out", type=Path, help="the device file, by default the GPU's name.json")
+    parser.add_argument("--measurements", type=Path, help="CSV of everything timed, by default beside the device file")
+    parser.add_argument("--name", help="of the device, by default the device file's without .json")
+    parser.add_argument("--quick", action="store_true", help="about a fifth of the steps")
+    parser.add_argument("--repeats", type=int, default=3, help="graph replays per timing")
+    parser.add_argument("--pool-gib", type=float, help=f"K and V pages together, by default {POOL_GIB:g} or what fits")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="stop measuring after this long, and fit what there is"
+    )
+    parser.add_argument("--json", type=Path, help="write the constants, errors and environment here")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {args.repeats}")
+    for name in ("pool_gib", "time_limit"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')}: expected a number > 0, got {value}")
+    for name, suffix in (("out", ".json"), ("measurements", ".csv")):
+        path = getattr(args, name)
+        if path is not None and path.suffix != suffix:
+            parser.error(f"--{name}: expected a file name that ends in {suffix}, got {path}")
+    return args
+
+
+def time_steps(args: argparse.Namespace, calibrator: Calibrator, started: float) -> list[Steps]:
+    """Whole steps of every cell, as far as half of --time-limit goes, in the order of calibration_cells."""
+    from gpu.calibrate.cells import calibration_cells
+
+    found: list[Steps] = []
+    cells = calibration_cells(quick=args.quick)
+    for done, cell in enumerate(tracked(cells, "whole steps", cell_name)):
+        if args.time_limit is not None and time.perf_counter() - started > args.time_limit / 2:
+            note(f"--time-limit: {len(cells) - done} of {len(cells)} whole steps left out")
+            break
+        try:
+            found.append(calibrator.steps(cell))
+        except ValueError as error:
+            if not str(error).startswith("pool-gib"):
+                raise
+            found.append({})  # measure_cells names it
+    return found
+
+
+def measure_cells(
+    args: argparse.Namespace, calibrator: Calibrator, steps: list[Steps], csv_path: Path, started: float
+) -> list[Measurement]:
+    """Times every cell's kernels, rewriting the CSV after each; steps: what time_steps gave."""
+    from gpu.calibrate.cells import calibration_cells
+    from pkvsim.fitting.measurements import write_measurements
+
+    measurements: list[Measurement] = []
+    cells = calibration_cells(quick=args.quick)
+    for done, cell in enumerate(tracked(cells, "kernels", cell_name)):
+        if args.time_limit is not None and time.perf_counter() - started > args.time_limit:
+            note(f"--time-limit: {len(cells) - done} of {len(cells)} steps left out")
+            break
+        try:
+            measurements += calibrator.measure(cell, steps[done] if done < len(steps) else None)
+        except ValueError as error:
+            if not str(error).startswith("pool-gib"):
+                raise
+            note(f"left out {cell_name(cell)}: {error}")
+            continue
+        partial = csv_path.with_name(csv_path.name + ".part")
+        write_measurements(partial, measurements)
+        partial.replace(csv_path)
+    return measurements
+
+
+def cell_name(cell: CalibrationCell) -> str:
+    return f"{cell.shape.num_q_heads}/{cell.shape.num_kv_heads} {cell.group} x {len(cell.seq_lens)}"
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """The whole run: steps, constants, kernels, fit."""
+    import torch
+
+    from gpu.calibrate.constants import calibration_source, device_spec, measure_constants
+    from gpu.calibrate.measure import Calibrator
+    from gpu.measure.pools import BenchPool, fitting_gib
+    from gpu.measure.timing import StreamLimit, shared_stream
+    from pkvsim.fitting.fit_device import fit_device
+    from pkvsim.reports.table_replay import print_fit
+
+    started = time.perf_counter()
+    about = environment()
+    out = args.out or Path(f"{gpu_slug(about['gpu'])}.json")
+    csv_path = args.measurements or out.with_suffix(".csv")
+    for path in (out, csv_path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    note(", ".join(f"{key} {value}" for key, value in about.items()))
+    pool = BenchPool(pool_gib=args.pool_gib or fitting_gib(POOL_GIB), dtype=torch.float16, seed=20260622)
+    limit = StreamLimit(pool.flat)
+    calibrator = Calibrator(pool, limit, repeats=args.repeats, say=note)
+    with shared_stream():
+        steps = time_steps(args, calibrator, started)
+    constants = measure_constants(pool.flat, limit, quick=args.quick, say=lambda what: note(f"constants: {what}"))
+    base = device_spec(constants, environment=about, name=args.name or out.stem)
+    if not out.exists():
+        out.write_text(base.to_json(), encoding="utf-8")  # for pkvsim fit, should this run be cut short
+    document = {
+        "environment": about,
+        "constants": dataclasses.asdict(constants),
+        "device": str(out),
+        "measurements": str(csv_path),
+    }
+    if args.json is not None:
+        write_json(args.json, document)
+    with shared_stream():
+        measurements = measure_cells(args, calibrator, steps, csv_path, started)
+    note(f"{len(measurements)} timings in {csv_path}, {time.perf_counter() - started:.0f} s; fitting")
+    source = f"{len(measurements)} timings by {calibration_source(about)}"
+    fitted, skipped = fit_device(base, measurements, source=source, date=about["date"][:10])
+    out.write_text(fitted.to_json(), encoding="utf-8")
+    print_fit(fitted, set(fitted.calibration), skipped)
+    if args.json is not None:
+        document["timings"] = len(measurements)
+        document["routes"] = {route: entry.to_dict() for route, entry in fitted.calibration.items()}
+        document["left_out"] = {
+            f"{route} {shape.num_q_heads}/{shape.num_kv_heads}": why
+            for (route, shape), why in calibrator.unavailable.items()
+        }
+        document["seconds"] = time.perf_counter() - started
+        write_json(args.json, document)
+    note(f"wrote {out}, {time.perf_counter() - started:.0f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if lacks_gpu("calibration"):
+        return 1
+    calibrate(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Our engine behind interfaces that others already call."""

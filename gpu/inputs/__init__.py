@@ -1,0 +1,1 @@
+"""What callers hand in: arrays of torch or CuPy, block tables, and the checks on them."""

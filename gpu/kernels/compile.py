@@ -1,0 +1,59 @@
+"""Compiles cuda_src. The only file that does; importing it needs neither CuPy nor a GPU."""
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cuda_src
+
+if TYPE_CHECKING:
+    import cupy
+
+    from gpu.kernels.launch import Kernel
+
+SOURCE_DIR = Path(cuda_src.__file__).parent
+
+
+@functools.cache
+def source_hash() -> str:
+    """SHA-256 over the names and contents of all CUDA sources, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCE_DIR.glob("*.cu"), *SOURCE_DIR.glob("*.cuh")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def compile_options(defines: dict[str, int | str]) -> tuple[str, ...]:
+    """NVRTC options of a variant. The source hash is one: CuPy's disk cache does not look into included headers."""
+    return ("-std=c++17", f"-I{SOURCE_DIR}", f"-DPKV_SOURCE_HASH={source_hash()[:16]}",
+            *(f"-D{name}={value}" for name, value in sorted(defines.items())))
+
+
+@functools.cache
+def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> "cupy.RawModule":
+    import cupy
+
+    return cupy.RawModule(code=(SOURCE_DIR / file_name).read_text(), options=compile_options(dict(defines)))
+
+
+def load_module(file_name: str, defines: dict[str, int | str]) -> "cupy.RawModule":
+    """The compiled module of one .cu file and one set of constants; compiled once per process, cached on disk."""
+    return _load(file_name, tuple(sorted(defines.items())))
+
+
+def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[str, int | str], *, threads: int,
+                shared_bytes: int = 0, overlap: bool = False, pairs: bool = False) -> "Kernel":
+    """A kernel of `file_name`, ready to launch in CTAs of `threads` with `shared_bytes` of dynamic shared memory.
+
+    signature: the parameters' types, see gpu.kernels.launch. overlap: programmatic dependent launch, for kernels that wait for
+    the previous one themselves (sm_90 and newer). pairs: see gpu.kernels.launch.Kernel.
+    """
+    from gpu.kernels.launch import Kernel
+
+    raw = load_module(file_name, defines).get_function(kernel_name)
+    if shared_bytes:
+        raw.max_dynamic_shared_size_bytes = shared_bytes
+    return Kernel(raw.kernel, signature, threads=threads, shared_bytes=shared_bytes, overlap=overlap,
+                  pairs=pairs)

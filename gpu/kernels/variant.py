@@ -1,0 +1,187 @@
+"""Which kernel variant a shape runs: the compile-time constants of cuda_src and what they cost in shared memory."""
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from gpu.kernels.tuned import tuned_choice
+from pkvsim import DecodeShape
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.schedule.make import MAX_ACCUMULATED
+
+TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
+BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
+MAX_GROUP_SIZE = 128
+MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
+TEAMS = (1, 2, 4)  # warps that may share their tiles
+MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
+DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
+CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
+RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/warp_plan.cuh
+SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/paged_load.cuh, with CACHE_SCALES
+HEAD_DIMS = (64, 128, 192, 256)
+
+# Shared memory a CTA may use, bytes, by compute capability (CUDA C++ programming guide, table of technical
+# specifications: 1 KiB less than the SM's maximum).
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024,
+                      100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
+
+# (warps, stages) by head_dim where no table was measured, stages being each warp's tiles, which a team puts together.
+# The best comes first, and the first that fits is taken: as many bytes in flight as there is room for, up to 128 KiB,
+# beyond which an H200 gained nothing.
+CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
+              128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
+              192: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
+              256: ((4, 2), (2, 2), (2, 1), (1, 1), (4, 1))}
+# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Only 8 x 4 at head_dim 128 was
+# measured against others (examples/results/h200_decode.md).
+CALCULATED_8BIT = {64: ((8, 8), (8, 6), (8, 4), (4, 8), (4, 4), (4, 2), (2, 2)),
+                   128: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
+                   192: ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
+                   256: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (1, 1), (4, 1))}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """Compile-time constants of one kernel variant."""
+
+    head_dim: int
+    v_dim: int
+    group_size: int  # query heads a CTA serves at a time: the shape's group_size / head_split
+    query_tokens: int
+    head_split: int  # parts of the group, each of which reads the pages for itself
+    team: int  # warps that share a ring of tiles, and the columns
+    page_size: int
+    dtype: str
+    warps: int
+    stages: int  # tiles of K and V that each ring holds
+    buffers: int  # segments whose states can wait for their merge
+    windowed: bool
+    soft_cap: bool
+    sinks: bool
+    kv_dtype: str | None  # of the pages; None: dtype
+    tile_scales: bool  # tokens or pages have scales of their own, which travel with their tiles
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tensor-core product: query heads of each of the row's query tokens."""
+        return self.group_size * self.query_tokens
+
+    @property
+    def streams(self) -> int:
+        """Rings of a CTA, and states of each segment that it merges."""
+        return self.warps // self.team
+
+    @property
+    def variant(self) -> tuple[int, int]:
+        """(warps, stages) as kernel_config takes them."""
+        return self.warps, -(-self.stages // self.team)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of pkv::SharedMemory: rings with their tiles' scales, the streams' states (rows padded by 4 floats), a
+        kept one, barriers."""
+        element = 2 if self.kv_dtype is None else 1
+        tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
+        states = (self.buffers * self.streams + 1) * self.columns * (self.v_dim + 4) * 4
+        return self.streams * self.stages * tile + states + self.buffers * 2 * BARRIER_BYTES
+
+    @property
+    def threads(self) -> int:
+        return self.warps * 32
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of pkv::Slot: the partial state of one (row, KV head), acc and (m, l) of each column."""
+        return (self.columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
+
+    def workspace_bytes(self, num_ctas: int) -> int:
+        """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan."""
+        return self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
+
+    def slots_bytes(self, num_ctas: int) -> int:
+        """Bytes of all CTAs' slots, from which their records go on."""
+        return num_ctas * self.state_bytes
+
+    def defines(self) -> dict[str, int]:
+        return {"HEAD_DIM": self.head_dim, "V_DIM": self.v_dim, "QUERY_TOKENS": self.query_tokens,
+                "WINDOWED": int(self.windowed), "SOFT_CAP": int(self.soft_cap), "SINKS": int(self.sinks),
+                "GROUP_SIZE": self.group_size, "HEAD_SPLIT": self.head_split, "TEAM": self.team,
+                "PAGE_SIZE": self.page_size, "DTYPE_BF16": DTYPES[self.dtype],
+                "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
+                "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
+                "CACHE_SCALES": int(self.tile_scales)}
+
+
+def shared_limit_bytes(compute_capability: int) -> int:
+    """Shared memory a CTA may use. An architecture that is not listed gets the smallest limit of those that are."""
+    return SHARED_LIMIT_BYTES.get(compute_capability, min(SHARED_LIMIT_BYTES.values()))
+
+
+def divisions(group_size: int, v_dim: int, query_tokens: int = 1) -> list[tuple[int, int]]:
+    """(head_split, team)s by which a group's columns fit the registers of warps, the best first: fewest splits, each of
+    which reads the pages again, by the smallest team."""
+    found = []
+    for split in range(1, group_size + 1):
+        if group_size % split == 0:
+            columns = group_size // split * query_tokens
+            shares = ((team, -(-columns // team)) for team in TEAMS)
+            found += [(split, team) for team, share in shares
+                      if share <= MAX_COLUMNS and share * v_dim <= MAX_ACCUMULATED][:1]
+    return found or [(group_size, TEAMS[-1])]
+
+
+def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...], limit_bytes: int,
+             options: AttentionOptions = PLAIN) -> list[KernelConfig]:
+    """The variants of a shape with these (warps, stages) that fit, of the fewest splits by which any does. Each has
+    as many stages of those its team's warps have together, and as many buffers, as fit."""
+    v_dim = options.value_dim(shape)
+    for split, team in divisions(shape.group_size, v_dim, options.query_tokens):
+        found = []
+        for warps, stages in choices:
+            rings = itertools.product(range(stages * team, (stages - 1) * team, -1), (2, 1))
+            configs = (KernelConfig(
+                head_dim=shape.head_dim, v_dim=v_dim, group_size=shape.group_size // split,
+                query_tokens=options.query_tokens, head_split=split, team=team, page_size=shape.page_size, dtype=dtype,
+                warps=warps, stages=tiles, buffers=buffers,
+                windowed=options.window is not None, soft_cap=options.soft_cap is not None, sinks=options.sinks,
+                kv_dtype=options.kv_dtype, tile_scales=options.kv_scales in ("page", "token"))
+                for tiles, buffers in rings if team == 1 or (warps % team == 0 and warps // team <= MOST_TEAMS))
+            found += itertools.islice((config for config in configs if config.shared_bytes <= limit_bytes), 1)
+        if found:
+            return found
+    return []
+
+
+def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
+                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN) -> KernelConfig:
+    """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages of each) as asked
+    for, as tuned, or by calculation.
+
+    Raises ValueError naming the argument that no kernel serves.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
+    if shape.head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim: expected one of {HEAD_DIMS}, got {shape.head_dim}")
+    v_dim = options.value_dim(shape)
+    if v_dim not in HEAD_DIMS:
+        raise ValueError(f"v_head_dim: expected one of {HEAD_DIMS}, got {v_dim}")
+    if shape.group_size > MAX_GROUP_SIZE:
+        raise ValueError(f"group_size: expected at most {MAX_GROUP_SIZE}, got {shape.group_size}")
+    if shape.page_size > 256:
+        raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
+    if compute_capability < 80:
+        raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
+    if variant:
+        choices = (variant,)
+    elif options.kv_dtype is not None:
+        choices = CALCULATED_8BIT[shape.head_dim]
+    else:
+        choices = tuned_choice(shape, dtype, compute_capability) + CALCULATED[shape.head_dim]
+    fitting = variants(shape, dtype, choices, shared_limit_bytes(compute_capability), options)
+    if not fitting:
+        raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and "
+                         f"group_size {shape.group_size} fits {shared_limit_bytes(compute_capability)} bytes of "
+                         "shared memory")
+    return fitting[0]

@@ -1,0 +1,1 @@
+"""Every engine behind one interface, and the router that takes the cheapest."""

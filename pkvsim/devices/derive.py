@@ -1,0 +1,57 @@
+"""Models for a GPU that nobody has calibrated: datasheet numbers through the efficiencies of one that was."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+from pkvsim.devices.device import DEVICES, DeviceSpec
+from pkvsim.devices.route_model import CalibratedRoute, RouteModel
+
+REFERENCE = "h200"  # whose measured efficiencies are carried over
+LEAST_CAPABILITY = {"xqa": (9, 0)}  # FlashInfer's XQA kernels; its other backends and ours serve every GPU listed
+
+
+def device_routes(device: DeviceSpec) -> dict[str, RouteModel]:
+    """The device's own models; where it has none, those that derive_routes estimates."""
+    return {name: entry.model for name, entry in _all_routes(device).items()}
+
+
+@lru_cache(maxsize=None)
+def _all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
+    return derive_routes(device) | device.calibration
+
+
+def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) -> dict[str, CalibratedRoute]:
+    """Every route of `reference` (the H200 by default) carried over to `device`; status "estimated".
+
+    The rule: memory and L2 bandwidth scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
+    capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds
+    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept.
+    """
+    reference = reference or DEVICES[REFERENCE]
+    memory = device.beta_gb_s / reference.beta_gb_s
+    arithmetic = (device.fp16_tflops / device.num_sms) / (reference.fp16_tflops / reference.num_sms)
+    routes = {}
+    for name, entry in reference.calibration.items():
+        model = entry.model
+        if device.compute_capability < LEAST_CAPABILITY.get(name, (0, 0)):
+            continue
+        routes[name] = CalibratedRoute(
+            model=replace(
+                model,
+                bandwidth_gb_s=model.bandwidth_gb_s * memory,
+                cta_read_gb_s=min(model.cta_read_gb_s, model.bandwidth_gb_s * memory),
+                sm_heads_gb_s=_scaled(model.sm_heads_gb_s, arithmetic),
+                l2_gb_s=_scaled(model.l2_gb_s, memory),
+                l2_mb=model.l2_mb * device.l2_mib / reference.l2_mib,
+            ),
+            status="estimated",
+            source=f"{reference.name}'s model scaled by bandwidth and arithmetic of the datasheets (pkvsim.devices.derive)",
+            date=entry.date,
+        )
+    return routes
+
+
+def _scaled(value: float, factor: float) -> float:
+    return math.inf if math.isinf(value) else value * factor

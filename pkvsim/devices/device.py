@@ -1,0 +1,121 @@
+"""GPUs: a spec, and the catalogue in devices/ (one JSON file per GPU; adding one is adding a file)."""
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pkvsim.devices.route_model import CalibratedRoute, RouteModel, read_route
+
+CATALOGUE = Path(__file__).parent / "catalogue"
+STATUSES = ("datasheet", "calibrated", "estimated")
+
+
+@dataclass(frozen=True, slots=True)
+class NumberSource:
+    """Where a number comes from: status is "datasheet", "calibrated" (measured) or "estimated"."""
+
+    status: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceSpec:
+    """One GPU. GB = 1e9 bytes, GiB = 2^30, MiB = 2^20, KiB = 2^10."""
+
+    name: str
+    label: str
+    compute_capability: tuple[int, int]
+    num_sms: int
+    memory_gib: float
+    l2_mib: float
+    smem_per_sm_kib: float
+    fp16_tflops: float  # dense FP16 tensor-core peak, summed in FP32
+    peak_gb_s: float  # memory bandwidth on paper
+    beta_gb_s: float  # memory bandwidth that a streaming read reaches
+    launch_us: float  # fixed cost of a launch (lambda in the paper)
+    min_ctas_per_sm: float  # CTAs per SM below which bandwidth is not reached (C_min in the paper)
+    cta_read_gb_s: float  # what one CTA alone can read
+    sources: dict[str, NumberSource]  # by field name, one for every number
+    calibration: dict[str, CalibratedRoute] = field(default_factory=dict)  # by route; empty: a datasheet device
+
+    @property
+    def routes(self) -> dict[str, RouteModel]:
+        """The calibrated models by route; empty for a datasheet device (pkvsim.devices.derive estimates them)."""
+        return {name: entry.model for name, entry in self.calibration.items()}
+
+    def to_json(self) -> str:
+        """The catalogue's file format, which `load_device` reads back."""
+        numbers = {name: {"value": getattr(self, name)} | asdict(self.sources[name]) for name in NUMBER_FIELDS}
+        data: dict[str, Any] = {"name": self.name, "label": self.label, "numbers": numbers}
+        if self.calibration:
+            data["routes"] = {name: entry.to_dict() for name, entry in self.calibration.items()}
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "label", "sources", "calibration"))
+
+
+def load_device(path: str | Path) -> DeviceSpec:
+    """Reads one GPU's JSON file; ValueError naming the file and what is wrong in it."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read a device: {error.strerror}") from None
+    except (RecursionError, ValueError) as error:  # not UTF-8, not JSON, nested too deeply, or a number of many digits
+        raise ValueError(f"{path}: cannot read a device: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("numbers"), dict):
+        raise ValueError(f"{path}: expected an object with name, label and numbers")
+    for key in ("name", "label"):
+        if not isinstance(data.get(key), str):
+            raise ValueError(f"{path}: {key}: expected text, got {data.get(key)!r}")
+    numbers = data["numbers"]
+    odd = set(numbers) ^ set(NUMBER_FIELDS)
+    if odd:
+        raise ValueError(f"{path}: numbers: missing or unknown: {', '.join(sorted(odd))}")
+    values = {name: _number(f"{path}: {name}", name, numbers[name]) for name in NUMBER_FIELDS}
+    sources = {name: NumberSource(numbers[name]["status"], numbers[name]["source"]) for name in NUMBER_FIELDS}
+    routes = data.get("routes", {})
+    if not isinstance(routes, dict):
+        raise ValueError(f"{path}: routes: expected an object by route, got {routes!r}")
+    calibration = {name: read_route(f"{path}: routes.{name}", name, entry) for name, entry in routes.items()}
+    return DeviceSpec(name=data["name"], label=data["label"], sources=sources, calibration=calibration, **values)
+
+
+def _number(where: str, name: str, entry: Any) -> Any:
+    if not isinstance(entry, dict) or set(entry) != {"value", "status", "source"}:
+        raise ValueError(f"{where}: expected value, status and source, got {entry!r}")
+    if entry["status"] not in STATUSES or not isinstance(entry["source"], str) or not entry["source"]:
+        raise ValueError(f"{where}: expected a status of {', '.join(STATUSES)} and a source, got {entry!r}")
+    value = entry["value"]
+    parts = value if name == "compute_capability" and isinstance(value, list) else [value]
+    kinds = (int,) if name in ("compute_capability", "num_sms") else (int, float)
+    wrong = [x for x in parts if isinstance(x, bool) or not isinstance(x, kinds)]
+    if wrong or (name == "compute_capability" and len(parts) != 2):
+        raise ValueError(f"{where}: expected a number, got {value!r}")
+    if name == "compute_capability":
+        return tuple(parts)
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{where}: expected a number > 0, got {value!r}")
+    return value
+
+
+def catalogue() -> dict[str, DeviceSpec]:
+    """Every GPU that ships with the package, by name."""
+    return {path.stem: load_device(path) for path in sorted(CATALOGUE.glob("*.json"))}
+
+
+DEVICES = catalogue()
+
+
+def get_device(name_or_path: str) -> DeviceSpec:
+    """A GPU of the catalogue, or one from a JSON file of your own (a name that ends in .json)."""
+    if name_or_path in DEVICES:
+        return DEVICES[name_or_path]
+    if str(name_or_path).endswith(".json"):
+        return load_device(name_or_path)
+    raise ValueError(
+        f"device: expected one of {', '.join(DEVICES)} or the path of a .json file, got {name_or_path!r}"
+    )

@@ -1,0 +1,98 @@
+"""Tables of simulated runs, on stdout."""
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pkvsim.studies.whatif import WhatIf
+
+PIPE_COLUMNS = 160
+
+
+def print_whatif(report: WhatIf) -> None:
+    """Every policy a column, and what a reader must know below."""
+    console = table_console()
+    trace, first = report.trace, next(iter(report.results.values()))
+    console.print(
+        f"[bold]{report.model.name}[/] on [bold]{report.device.label}[/], {trace.name}: {len(trace):,} requests in "
+        f"{seconds(trace.duration_s)}, {int(trace.output_tokens.sum()):,} output tokens; {first.num_pages:,} KV pages "
+        f"of {first.page_size} tokens",
+        soft_wrap=True,
+    )
+    table = Table(show_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in report.results:
+        table.add_column(name.replace("_", "\n"), justify="right")
+    for label, cells in table_rows(report):
+        table.add_row(label, *cells)
+    console.print(table)
+    for name, result in report.results.items():
+        if result.summary["routes"]:
+            console.print(f"routes of {name}: {_routes(result.summary)}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"- {note}", markup=False, soft_wrap=True)
+
+
+def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
+    """(label, a cell for every policy) of each row that has a figure; a cell without one is a dash."""
+    checks = [
+        {} if check is None else {"timeline_regret": check.regret, "timeline_error": check.mean_error}
+        for check in report.checks.values()
+    ]
+    figures = [result.summary | check for result, check in zip(report.results.values(), checks)]
+    rows = [(label, [cell(figure) for figure in figures]) for label, cell in ROWS]
+    return [(label, [text or "-" for text in cells]) for label, cells in rows if any(cells)]
+
+
+def table_console() -> Console:
+    """As wide as the terminal; wide enough for every column in a pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
+
+
+def seconds(value: float | None) -> str:
+    """A time at three digits with its unit; empty for None."""
+    if value is None:
+        return ""
+    for limit, scale, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (600.0, 1.0, "s"), (3 * 3600.0, 1 / 60, "min")):
+        if value < limit:
+            return f"{value * scale:.3g} {unit}"
+    return f"{value / 3600:,.1f} h"
+
+
+def percent(value: float | None) -> str:
+    """A share; empty for None."""
+    return "" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _routes(summary: dict[str, Any]) -> str:
+    total = sum(summary["routes"].values())
+    parts = sorted(summary["routes"].items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {count / total:.1%}" for name, count in parts)
+
+
+ROWS = (
+    ("tokens/s", lambda s: _number(s["tokens_per_s"])),
+    ("time to serve all", lambda s: seconds(s["makespan_s"])),
+    *((f"TTFT {p}", lambda s, p=p: seconds(s["ttft_s"][p])) for p in ("p50", "p90", "p99")),
+    *((f"TPOT {p}", lambda s, p=p: seconds(s["tpot_s"][p])) for p in ("p50", "p90", "p99")),
+    ("GPU busy", lambda s: percent(s["busy_share"])),
+    ("decode attention", lambda s: percent(s["attention_share"])),
+    ("rest of decode", lambda s: percent(s["rest_share"])),
+    ("prefill", lambda s: percent(s["prefill_share"])),
+    ("regret to oracle", lambda s: percent(s["regret"])),
+    ("  by tasks, sampled", lambda s: percent(s.get("timeline_regret"))),
+    ("  prices off tasks", lambda s: percent(s.get("timeline_error"))),
+    ("running requests", lambda s: _number(s["mean_rows"])),
+    ("KV pages in use", lambda s: percent(s["kv_occupancy"])),
+    ("prefix blocks hit", lambda s: percent(s["prefix_hit_share"])),
+    ("preemptions", lambda s: f"{s['preemptions']:,}"),
+    ("rejected", lambda s: f"{s['rejected_too_long_for_pool'] + s['rejected_too_long_for_model']:,}"),
+    ("saturated", lambda s: "yes" if s["saturated"] else "no"),
+)

@@ -1,0 +1,60 @@
+"""A sweep as a table on stdout: two axes make a heat map."""
+from __future__ import annotations
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from pkvsim.reports.table_serving import table_console
+from pkvsim.studies.sweep import Sweep
+
+LESS_IS_BETTER = ("us", "ttft_s", "tpot_s", "queue_s", "makespan_s", "regret", "step_us", "preemptions", "routes_us")
+GOOD, BAD = np.array([46, 125, 50]), np.array([183, 28, 28])  # RGB of the ends of the heat map
+
+
+def print_sweep(sweep: Sweep, metric: str, notes: tuple[str, ...] = ()) -> None:
+    """One figure of every cell; a cell's route under it where steps were priced."""
+    console = table_console()
+    values = sweep.values(metric)
+    names = list(sweep.axes)
+    shown = [_cell(value, cell) for value, cell in zip(values.ravel(), sweep.cells)]
+    heat = _heat(values.ravel(), metric)
+    console.print(f"[bold]{metric}[/] over {' and '.join(names)}", soft_wrap=True)
+    table = Table(show_edge=False)
+    if len(names) == 2:
+        rows, columns = sweep.axes.values()
+        table.add_column(f"{names[0]} \\ {names[1]}", no_wrap=True)
+        for column in columns:
+            table.add_column(str(column), justify="right", no_wrap=True)
+        for at, row in enumerate(rows):
+            cells = range(at * len(columns), (at + 1) * len(columns))
+            table.add_row(str(row), *(Text(shown[cell], style=heat[cell]) for cell in cells))
+    else:
+        for name in (*names, metric):
+            table.add_column(name, justify="right", no_wrap=True)
+        for place, text, style in zip(sweep.to_dict()["cells"], shown, heat):
+            table.add_row(*(str(place[name]) for name in names), Text(text, style=style))
+    console.print(table)
+    for note in notes:
+        console.print(f"- {note}", markup=False, soft_wrap=True)
+
+
+def _cell(value: float, cell: dict) -> str:
+    number = "-" if np.isnan(value) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{number}\n{cell['route'].replace('flashinfer_', '')}" if "route" in cell else number
+
+
+def _heat(values: np.ndarray, metric: str) -> list[str]:
+    """A background per value, on a logarithmic scale where all are positive."""
+    known = ~np.isnan(values)
+    scaled = np.log(np.where(known, values, 1)) if (values[known] > 0).all() else values
+    low, high = (scaled[known].min(), scaled[known].max()) if known.any() else (0.0, 0.0)
+    span = high - low
+    styles = []
+    for value, is_known in zip(scaled, known):
+        share = (value - low) / span if is_known and span > 0 else 0.0
+        if metric.split(".")[0] not in LESS_IS_BETTER:
+            share = 1 - share
+        red, green, blue = (GOOD + (BAD - GOOD) * (share if span > 0 else 0)).astype(int) if is_known else (0, 0, 0)
+        styles.append(f"white on rgb({red},{green},{blue})" if is_known else "")
+    return styles

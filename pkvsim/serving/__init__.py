@@ -1,0 +1,1 @@
+"""A simulated server: what runs in every step, and what it costs."""

@@ -1,0 +1,241 @@
+"""What a simulated run gave: per request, per step, and in sum."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
+from pkvsim.pricing.counters import ROUTES
+from pkvsim.serving.state import (
+    ATTENTION,
+    BEST,
+    DECODE_ROWS,
+    DURATION,
+    LOG_COLUMNS,
+    LOG_FILL,
+    LOG_STRIDE,
+    LOG_USED,
+    PAGES,
+    PREFILL,
+    PREFILL_TOKENS,
+    REST,
+    ROW_COUNT,
+    SAMPLES_USED,
+    SERVED,
+    START,
+    TOO_LONG_FOR_MODEL,
+    TOO_LONG_FOR_POOL,
+    WAITING,
+    Limits,
+    State,
+    Work,
+)  # fmt: skip
+
+PERCENTILES = (50, 90, 99)
+SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestLog:
+    """One entry a request [n], in trace order; NaN where it was rejected. Times are seconds from the first arrival."""
+
+    arrival_s: np.ndarray  # float64
+    queue_s: np.ndarray  # float64, from arrival to first admission
+    ttft_s: np.ndarray  # float64, from arrival to the first output token
+    tpot_s: np.ndarray  # float64, mean time between output tokens; NaN where there is one token
+    finish_s: np.ndarray  # float64
+    prompt_tokens: np.ndarray  # int64
+    output_tokens: np.ndarray  # int64, tokens produced
+    hit_tokens: np.ndarray  # int64, prompt tokens that need no prefill, at first admission
+    hit_blocks: np.ndarray  # int32
+    preemptions: np.ndarray  # int32
+    rejected: np.ndarray  # int8, 0 or serving_state.TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepLog:
+    """Runs of `steps` consecutive steps [m]; one step each until there are more than 65,536, means over them after."""
+
+    start_s: np.ndarray  # float64, from the first arrival
+    steps: np.ndarray  # int64, steps of the entry
+    duration_us: np.ndarray  # float64, all from here on are means over the entry's steps
+    rows: np.ndarray  # float64, running requests
+    decode_rows: np.ndarray  # float64, output tokens of requests past prefill
+    prefill_tokens: np.ndarray  # float64
+    waiting: np.ndarray  # float64, requests that have arrived and do not run
+    pages: np.ndarray  # float64, KV pages in use
+    attention_us: np.ndarray  # float64, decode attention
+    rest_us: np.ndarray  # float64, the rest of the layers, had the step been without prefill
+    prefill_us: np.ndarray  # float64, what prefill added
+    best_attention_us: np.ndarray  # float64, decode attention on the cheapest route of each step
+    route_steps: np.ndarray  # [m, len(ROUTES)] float64, steps of the entry on each route
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepSample:
+    """Up to 64 decode steps [k], evenly spread over the run's."""
+
+    lens: np.ndarray  # [k, max_batch] int64, tokens in cache of the first `rows`, longest first
+    rows: np.ndarray  # [k] int64
+    route: np.ndarray  # [k] int64, of the full-attention layers, index into ROUTES
+    splits: np.ndarray  # [k] int64, splits of every row, 0 where the route's own rule chose
+
+    def steps(self) -> Iterator[tuple[np.ndarray, int, int]]:
+        """(lens [rows] int32, route, splits) of each step."""
+        for lens, rows, route, splits in zip(self.lens, self.rows, self.route, self.splits):
+            yield lens[:rows].astype(np.int32), int(route), int(splits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServingResult:
+    """A run of one policy. summary is what `pkvsim whatif --json` prints for it."""
+
+    policy: str
+    requests: RequestLog
+    steps: StepLog
+    sample: StepSample
+    num_pages: int
+    page_size: int
+    allocated_pages: int  # over the run, equal to freed_pages + cached_pages
+    freed_pages: int
+    cached_pages: int  # blocks that the prefix cache still holds at the end
+    evicted_blocks: int
+    totals: dict[str, float]  # sums over all steps, by LOG_COLUMNS
+    routes: dict[str, int]  # decode steps by route of the full-attention layers
+    summary: dict[str, Any]
+
+
+def make_result(policy: str, work: Work, limits: Limits, state: State) -> ServingResult:
+    """Copies what a finished run left behind into plain arrays."""
+    output = state.generated
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tpot_s = (state.finish_us - state.first_token_us) / (output - 1) / 1e6
+    requests = RequestLog(
+        arrival_s=work.arrival_us / 1e6,
+        queue_s=(state.start_us - work.arrival_us) / 1e6,
+        ttft_s=(state.first_token_us - work.arrival_us) / 1e6,
+        tpot_s=np.where(output > 1, tpot_s, np.nan),
+        finish_s=state.finish_us / 1e6,
+        prompt_tokens=work.prompt,
+        output_tokens=output,
+        hit_tokens=state.hit_tokens,
+        hit_blocks=state.hit_blocks,
+        preemptions=state.preemptions,
+        rejected=work.rejected,
+    )
+    totals = dict(zip(LOG_COLUMNS, state.totals.tolist()))
+    routes = dict(zip(ROUTES, state.route_steps.tolist()))
+    counts, sampled = state.pool.counts, int(state.cursor[SAMPLES_USED])
+    steps = _step_log(state)
+    return ServingResult(
+        policy=policy,
+        requests=requests,
+        steps=steps,
+        sample=StepSample(state.sample_lens[:sampled], *state.sample_choice[:sampled].T),
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        allocated_pages=int(counts[ALLOCATED]),
+        freed_pages=int(counts[FREED]),
+        cached_pages=int(counts[EVICTABLE_PAGES]),
+        evicted_blocks=int(counts[EVICTED]),
+        totals=totals,
+        routes=routes,
+        summary=_summary(requests, steps, totals, routes, limits, work),
+    )
+
+
+def _step_log(state: State) -> StepLog:
+    used = int(state.cursor[LOG_USED])
+    steps = np.full(used, state.cursor[LOG_STRIDE], np.int64)
+    if used:
+        steps[-1] = state.cursor[LOG_FILL]
+    means = state.log[:used] / steps[:, None]
+    return StepLog(
+        start_s=state.log[:used, START] / 1e6,
+        steps=steps,
+        duration_us=means[:, DURATION],
+        rows=means[:, ROW_COUNT],
+        decode_rows=means[:, DECODE_ROWS],
+        prefill_tokens=means[:, PREFILL_TOKENS],
+        waiting=means[:, WAITING],
+        pages=means[:, PAGES],
+        attention_us=means[:, ATTENTION],
+        rest_us=means[:, REST],
+        prefill_us=means[:, PREFILL],
+        best_attention_us=means[:, BEST],
+        route_steps=state.log_routes[:used].copy(),
+    )
+
+
+def percentiles(values: np.ndarray) -> dict[str, float | None]:
+    """p50, p90, p99 of values that are not NaN; None where there are none."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return {f"p{p}": None for p in PERCENTILES}
+    return {f"p{p}": float(np.percentile(known, p)) for p in PERCENTILES}
+
+
+def is_saturated(requests: RequestLog) -> bool:
+    """Whether the wait for admission grew over the run.
+
+    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated:
+    the least-squares slope of the wait is at least SATURATED_SLOPE, and the last quarter of the requests waited longer
+    than they then took.
+    """
+    served = requests.rejected == SERVED
+    arrival, wait = requests.arrival_s[served], requests.queue_s[served]
+    if len(arrival) < 8 or arrival[-1] <= arrival[0]:
+        return False
+    centred = arrival - arrival.mean()
+    slope = float(centred @ wait / (centred @ centred))
+    last = slice(-(len(arrival) // 4), None)
+    service = (requests.finish_s[served] - arrival - wait)[last].mean()
+    return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
+
+
+def _summary(
+    requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits, work: Work
+) -> dict[str, Any]:
+    served = requests.rejected == SERVED
+    output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
+    makespan_s = float(np.nanmax(requests.finish_s)) if finished else 0.0
+    busy_us, num_steps = totals["duration_us"], int(steps.steps.sum())
+    best_us = totals["best_attention_us"]
+    blocks = int(np.diff(work.blocks.offsets)[served].sum())
+    weight = steps.duration_us * steps.steps  # us of each entry
+
+    def share(part: float, whole: float) -> float | None:
+        return float(part / whole) if whole else None
+
+    return {
+        "requests": len(served),
+        "finished": finished,
+        "rejected_too_long_for_pool": int(np.count_nonzero(requests.rejected == TOO_LONG_FOR_POOL)),
+        "rejected_too_long_for_model": int(np.count_nonzero(requests.rejected == TOO_LONG_FOR_MODEL)),
+        "output_tokens": output_tokens,
+        "makespan_s": makespan_s,
+        "tokens_per_s": share(output_tokens, makespan_s),
+        "requests_per_s": share(finished, makespan_s),
+        "busy_share": share(busy_us / 1e6, makespan_s),
+        "ttft_s": percentiles(requests.ttft_s),
+        "tpot_s": percentiles(requests.tpot_s),
+        "queue_s": percentiles(requests.queue_s),
+        "steps": num_steps,
+        "step_us": share(busy_us, num_steps),
+        "mean_rows": share(steps.rows @ weight, busy_us),
+        "attention_share": share(totals["attention_us"], busy_us),
+        "rest_share": share(totals["rest_us"], busy_us),
+        "prefill_share": share(totals["prefill_us"], busy_us),
+        "attention_us_per_decode_step": share(totals["attention_us"], sum(routes.values())),
+        "routes": {name: count for name, count in routes.items() if count},
+        "regret": share(totals["attention_us"] - best_us, best_us),
+        "kv_pages": limits.num_pages,
+        "kv_occupancy": share(steps.pages @ weight / limits.num_pages, busy_us),
+        "preemptions": int(requests.preemptions.sum()),
+        "prefix_hit_share": share(requests.hit_blocks.sum(), blocks),
+        "prefix_hit_tokens": int(requests.hit_tokens.sum()),
+        "saturated": is_saturated(requests),
+    }

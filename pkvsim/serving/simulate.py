@@ -1,0 +1,96 @@
+"""Continuous batching of a request trace on one GPU: what a policy does to latency and throughput.
+
+One step computes a token of every decoding request and chunks of prompts up to step_tokens, as vLLM's scheduler
+does. Its time is the sum of three parts: decode attention on the route the policy picked, priced by the lengths in
+the batch (pkvsim.pricing.layer); prefill attention, by a roofline of causal FLOPs and KV bytes; and everything else in
+the layers, by a roofline of weight bytes and FLOPs. Requests are admitted first come, first served once the
+pages of their whole prompt are free; when a decoding request finds no page, the latest one is recomputed later.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pkvsim.devices.device import DeviceSpec
+from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool, prompt_blocks
+from pkvsim.models.presets import ModelSpec
+from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
+from pkvsim.serving.loop import advance
+from pkvsim.serving.result import ServingResult, make_result
+from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.state import SERVED, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL, Limits, Work, new_state
+from pkvsim.traces.requests import RequestTrace
+
+CHUNK_STEPS = 20_000  # steps between two reports of progress
+Progress = Callable[[int, int], None]  # output tokens produced, of how many
+
+
+def simulate(
+    trace: RequestTrace,
+    model: ModelSpec,
+    device: DeviceSpec,
+    policy: str,
+    config: ServingConfig = ServingConfig(),
+    *,
+    progress: Progress | None = None,
+) -> ServingResult:
+    """Serves the whole trace. policy: one of serving_costs.POLICIES. ValueError where the model does not fit."""
+    num_pages = page_budget(model, device, config)
+    rejected = _rejected(trace, model, config, num_pages)
+    if rejected.all():
+        raise ValueError(
+            f"{trace.name}: expected a request that fits the KV pool of {num_pages * config.page_size:,} tokens and "
+            f"{model.name}'s context of {model.max_context:,}, the shortest has "
+            f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
+        )
+    blocks = _blocks(trace, config, rejected == SERVED)
+    work = Work(
+        arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
+        prompt=trace.prompt_tokens,
+        output=trace.output_tokens,
+        rejected=rejected,
+        blocks=blocks,
+    )
+    limits = Limits(
+        page_size=config.page_size,
+        num_pages=num_pages,
+        keep_free=int(num_pages * config.keep_free_fraction),
+        max_batch=config.max_batch,
+        step_tokens=config.step_tokens,
+        cache_kind=KINDS.index(config.prefix_cache),
+    )
+    attention = attention_costs(model, device, policy, config)
+    linear_us = linear_table_us(model, device, config)
+    state = new_state(len(trace), len(attention.constants), limits, page_pool(blocks, num_pages))
+    total = int(trace.output_tokens[work.rejected == SERVED].sum())
+    done = False
+    while not done:
+        done = advance(work, limits, attention, linear_us, float(config.host_us), state, CHUNK_STEPS)
+        if progress is not None:
+            progress(int(state.generated.sum()), total)
+    return make_result(policy, work, limits, state)
+
+
+def _blocks(trace: RequestTrace, config: ServingConfig, served: np.ndarray) -> PromptBlocks:
+    if config.prefix_cache == "none":
+        return no_blocks(len(trace))
+    if trace.block_hashes is None:
+        raise ValueError(f"prefix_cache: {config.prefix_cache} needs a trace with block hashes, {trace.name} has none")
+    if trace.block_tokens % config.page_size:
+        raise ValueError(
+            f"page_size: expected a divisor of the trace's blocks of {trace.block_tokens} tokens, "
+            f"got {config.page_size}"
+        )
+    return prompt_blocks(trace, config.page_size, served)
+
+
+def _rejected(trace: RequestTrace, model: ModelSpec, config: ServingConfig, num_pages: int) -> np.ndarray:
+    """Why a request cannot be served, int8 [n]: SERVED, TOO_LONG_FOR_POOL or TOO_LONG_FOR_MODEL."""
+    cached = trace.prompt_tokens + trace.output_tokens - 1  # the last token is never cached
+    pages = -(-cached // config.page_size)
+    # Generated tokens start on a page of their own, as a prompt's pages may be shared.
+    if config.prefix_cache != "none":
+        pages = -(-trace.prompt_tokens // config.page_size) + -(-(trace.output_tokens - 1) // config.page_size)
+    reasons = np.where(pages > num_pages, TOO_LONG_FOR_POOL, SERVED)
+    return np.where(cached + 1 > model.max_context, TOO_LONG_FOR_MODEL, reasons).astype(np.int8)

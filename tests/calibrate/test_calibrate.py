@@ -1,0 +1,59 @@
+"""The order of a calibration run and what it leaves, with a GPU that is made up."""
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gpu.calibrate.run import measure_cells, parse_args, time_steps
+from pkvsim.fitting.measured_tables import read_measurements
+from pkvsim.fitting.measurements import Measurement
+
+
+class FakeCalibrator:
+    """Knows one route; the largest cells do not fit its pool."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def steps(self, cell):
+        self.calls.append("steps")
+        self._check(cell)
+        host = SimpleNamespace(wall_us=50.0, plan_us=5.0, run_us=9.0)
+        return {("balanced", None): SimpleNamespace(event_us=20.0, host=host)}
+
+    def measure(self, cell, steps=None):
+        self.calls.append("measure")
+        self._check(cell)
+        step = (steps or {}).get(("balanced", None))
+        event_us = step.event_us if step else None
+        yield Measurement(route="balanced", shape=cell.shape, seq_lens=cell.seq_lens, kernel_us=15.0, event_us=event_us)
+
+    def _check(self, cell) -> None:
+        if cell.kv_bytes > 1 << 30:
+            raise ValueError("pool-gib: expected more")
+
+
+def run(tmp_path: Path, *options: str, started: float = float("inf")):
+    args = parse_args(["--quick", *options])
+    calibrator, path = FakeCalibrator(), tmp_path / "here.csv"
+    steps = time_steps(args, calibrator, started)
+    return calibrator, steps, measure_cells(args, calibrator, steps, path, started), path
+
+
+def test_whole_steps_come_before_any_graph(tmp_path):
+    calibrator, steps, measurements, path = run(tmp_path)
+    assert calibrator.calls == ["steps"] * len(steps) + ["measure"] * len(steps)
+    assert 0 < len(measurements) < len(steps) and {} in steps  # some did not fit
+    assert read_measurements(path) == measurements and all(m.event_us == 20 for m in measurements)
+
+
+def test_a_run_out_of_time_keeps_what_it_has(tmp_path):
+    calibrator, steps, measurements, _ = run(tmp_path, "--time-limit", "1", started=float("-inf"))
+    assert (calibrator.calls, steps, measurements) == ([], [], [])
+
+
+def test_other_errors_end_the_run(tmp_path):
+    calibrator = FakeCalibrator()
+    calibrator._check = lambda cell: (_ for _ in ()).throw(ValueError("seq_lens: wrong"))
+    with pytest.raises(ValueError, match="seq_lens: wrong"):
+        time_steps(parse_args(["--quick"]), calibrator, float("inf"))

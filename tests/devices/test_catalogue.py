@@ -1,0 +1,59 @@
+"""The GPUs that ship: all of them, each number sourced, and numbers that agree with one another."""
+import json
+import re
+
+import pytest
+
+from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, get_device
+
+NAMES = {
+    "a10", "a100_40gb", "a100_80gb", "b200", "h100_pcie", "h100_sxm", "h200", "l4", "l40s", "rtx3060", "rtx3090",
+    "rtx4060ti", "rtx4090", "rtx5090",
+}  # fmt: skip
+SMEM_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (10, 0): 228, (12, 0): 100}
+# Dense FP16 tensor FLOP with FP32 sums, per SM and clock; GeForce halves what its chips do elsewhere.
+FLOP_PER_CLOCK = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
+
+
+def test_the_catalogue_is_complete():
+    assert NAMES <= set(DEVICES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_numbers_agree_with_one_another(name):
+    device = get_device(name)
+    assert device.label.startswith("NVIDIA ")
+    assert device.smem_per_sm_kib == SMEM_KIB[device.compute_capability]
+    assert 0.75 < device.beta_gb_s / device.peak_gb_s < 1
+    if device.sources["cta_read_gb_s"].status == "estimated":  # as the least that one CTA must read
+        assert device.cta_read_gb_s * device.num_sms <= device.peak_gb_s
+    geforce = 2 if "GeForce" in device.label else 1
+    clock_ghz = device.fp16_tflops * 1e3 * geforce / (device.num_sms * FLOP_PER_CLOCK[device.compute_capability])
+    assert 1.3 < clock_ghz < 2.6
+    gigabytes = float(re.search(r"(\d+) GB$", device.label)[1])
+    assert 0.9 * gigabytes < device.memory_gib <= gigabytes
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_datasheet_numbers_cite_a_page(name):
+    sources = get_device(name).sources
+    assert all("https://" in source.source for source in sources.values() if source.status == "datasheet")
+
+
+def test_adding_a_gpu_is_adding_a_file(tmp_path):
+    data = json.loads((CATALOGUE / "rtx4090.json").read_text())
+    data["name"] = "mine"
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(data))
+    assert get_device(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize("name", NUMBER_FIELDS)
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1", '"12"', "null", "true"])
+def test_odd_numbers_are_refused(tmp_path, name, value):
+    data = json.loads((CATALOGUE / "rtx4090.json").read_text())
+    data["numbers"][name]["value"] = "PLACE"
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(data).replace('"PLACE"', value))
+    with pytest.raises(ValueError, match=f"odd.json: {name}: expected a number"):
+        get_device(str(path))

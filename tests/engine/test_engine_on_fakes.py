@@ -1,0 +1,195 @@
+"""The engine's host side on a fake GPU: every form of its tables reaches the kernels, and what it keeps for graphs."""
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import pytest
+from fake_gpu import fake_gpu
+from fake_steps import agrees, make_step, run_arguments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkvsim import AttentionOptions, DecodeShape
+
+FORMS = ("block table", "csr and lengths", "csr and last pages")
+SCHEDULES = ("balanced", "workqueue", "split")
+OPTIONS = (AttentionOptions(), AttentionOptions(window=9, soft_cap=3.0), AttentionOptions(sinks=True),
+           AttentionOptions(query_tokens=3, window=20), AttentionOptions(v_head_dim=128))
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with fake_gpu() as gpu:
+        yield gpu
+
+
+def make_engine(*args, **options):
+    from gpu.engine.schedule_engine import DecodeEngine
+
+    return DecodeEngine(*args, **options)
+
+
+def placed(gpu, tables: dict, place: str) -> dict:
+    """On the fake GPU, on the host, or taking turns."""
+    return {name: array if place == "host" or place == "mixed" and index % 2 else gpu.array(array)
+            for index, (name, array) in enumerate(tables.items())}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    form=st.sampled_from(FORMS),
+    ids=st.sampled_from(["int32", "int64"]),
+    place=st.sampled_from(["gpu", "host", "mixed"]),
+    schedule=st.sampled_from(SCHEDULES),
+    page_size=st.sampled_from([1, 3, 16, 64]),
+    layout=st.sampled_from(["HND", "NHD"]),
+    spread=st.integers(1, 3),
+    options=st.sampled_from(OPTIONS),
+    lens=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    validate=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_every_form_of_tables_and_pages(
+    gpu, form, ids, place, schedule, page_size, layout, spread, options, lens, dtype, validate, seed
+) -> None:
+    shape = DecodeShape(4, 2, 64, page_size)
+    lens = [length if length >= options.query_tokens else 0 for length in lens]
+    step = make_step(shape, lens, dtype=dtype, seed=seed, options=options)
+    engine = make_engine(shape, dtype, schedule, layout=layout, options=options, splits=2)
+    run = run_arguments(gpu, step, layout=layout, spread=spread)
+    engine.plan(**placed(gpu, step.tables(form, ids=ids), place), validate=validate)
+    engine.run(**run)
+    agrees(step, run)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.tuples(st.lists(st.integers(0, 60), min_size=1, max_size=3), st.sampled_from(FORMS),
+                                st.sampled_from(["int32", "int64"])), min_size=2, max_size=6),
+       schedule=st.sampled_from(SCHEDULES))
+def test_plan_after_plan_of_any_form(gpu, steps, schedule) -> None:
+    """Also the short way that a plan of known arrays takes; indices grow and shrink."""
+    shape = DecodeShape(4, 2, 64, 4)
+    engine = make_engine(shape, "float16", schedule, splits=3)
+    for seed, (lens, form, ids) in enumerate(steps):
+        for seed_of_twin in (seed, seed + 100):
+            step = make_step(shape, lens, seed=seed_of_twin)
+            run = run_arguments(gpu, step)
+            engine.plan(**placed(gpu, step.tables(form, ids=ids), "gpu"))
+            engine.run(**run)
+            agrees(step, run)
+
+
+def test_lengths_and_offsets_change_in_place(gpu) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    engine, first = make_engine(shape), make_step(shape, [30, 9, 0], seed=1)
+    tables = placed(gpu, first.tables("csr and last pages"), "gpu")
+    engine.plan(**tables)
+    for seed in range(3):
+        step = make_step(shape, np.random.default_rng(seed).multinomial(30, [0.3, 0.3, 0.4]).tolist(), seed=seed)
+        for name, new in step.tables("csr and last pages").items():
+            tables[name].host[:len(new)] = new
+        run = run_arguments(gpu, step)
+        engine.run(**run)
+        agrees(step, run)
+
+
+def test_one_kernel_for_each_layout_of_tables(gpu) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    step, engine = make_step(shape, [9, 3]), make_engine(shape)
+    before = len(gpu.kernels)
+    for _ in range(2):
+        for form in FORMS:
+            for ids in ("int32", "int64"):
+                engine.plan(**placed(gpu, step.tables(form, ids=ids), "gpu"))
+    made = [
+        frozenset(name for name in kernel.defines if name.startswith(("TABLE", "LAST")))
+        for kernel in gpu.kernels[before:]
+    ]
+    assert len(made) == len(set(made)) == 6 and frozenset() in made
+    host = make_engine(shape, schedule="workqueue")
+    before = len(gpu.kernels)
+    for form in FORMS[1:]:
+        host.plan(**placed(gpu, step.tables(form), "gpu"))
+    assert len(gpu.kernels) == before + 1  # a host that plans knows the lengths
+
+
+def workspace_of(engine) -> object:
+    return engine._partials.host
+
+
+@pytest.mark.parametrize("schedule", ["workqueue", "split"])
+def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    engine, step = make_engine(shape, schedule=schedule, splits=4), make_step(shape, [40, 33])
+    engine.plan(step.seq_lens, step.block_table)
+    gpu.capturing = True
+    try:
+        for _ in range(3):
+            engine.run(**run_arguments(gpu, step))
+    finally:
+        gpu.capturing = False
+    plan = engine._plan
+    kept = [
+        weakref.ref(array)
+        for array in (workspace_of(engine), plan.task_list.tasks.host, *(c.host for c in plan.copies))
+    ]
+    del plan
+    big = make_step(shape, [80] * 12, seed=3)
+    for _ in range(2):
+        engine.plan(big.seq_lens, big.block_table)
+        run = run_arguments(gpu, big)
+        engine.run(**run)
+        agrees(big, run)
+    assert all(ref() is not None for ref in kept) and workspace_of(engine) is not kept[0]()
+    assert len(engine._in_graphs) == 1, "three runs of one plan are kept once"
+
+
+def test_nothing_is_kept_of_steps_that_no_graph_captured(gpu) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    engine = make_engine(shape, schedule="workqueue", splits=4)
+    for seed in range(3):
+        step = make_step(shape, [40 + 40 * seed] * 3, seed=seed)
+        engine.plan(step.seq_lens, step.block_table)
+        engine.run(**run_arguments(gpu, step))
+    assert engine._in_graphs == []
+
+
+def test_a_captured_copy_of_host_tables_outlives_later_plans(gpu) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    engine, step = make_engine(shape), make_step(shape, [40, 33])
+    engine.plan(step.seq_lens, step.block_table)
+    gpu.capturing = True
+    engine.run(**run_arguments(gpu, step))
+    gpu.capturing = False
+    kept = [weakref.ref(copy.host) for copy in engine._plan.copies]
+    engine.plan(step.seq_lens, step.block_table)
+    assert len(kept) == 2 and all(ref() is not None for ref in kept)
+
+
+def test_the_pools_tables_go_to_the_stream_of_its_library(gpu, monkeypatch) -> None:
+    import contextlib
+
+    from gpu.cache.pool import PagedKVCache
+    from gpu.inputs import arrays
+
+    current = []
+
+    @contextlib.contextmanager
+    def on_stream(library, device):
+        current.append(library)
+        yield None
+        current.pop()
+
+    monkeypatch.setattr(arrays, "on_stream", on_stream)
+    copied = []
+    for library in ("cupy", "torch"):
+        cache = PagedKVCache(DecodeShape(4, 2, 64, 4), num_pages=8, max_batch=2, max_seq_len=16, library=library)
+        row = cache.allocate()
+        cache.reserve([row], [5])
+        monkeypatch.setattr(type(cache._lens), "set", lambda array, host: copied.append(current[-1]), raising=False)
+        cache.device_tables()
+    assert copied == ["cupy"] * 2 + ["torch"] * 2 and not current
+    with pytest.raises(ValueError, match="^library: expected cupy or torch"):
+        PagedKVCache(DecodeShape(4, 2, 64, 4), num_pages=8, max_batch=2, max_seq_len=16, library="numpy")

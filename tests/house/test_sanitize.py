@@ -1,0 +1,46 @@
+"""tests/gpu/sanitize.py as far as no GPU is needed: its options, and that it lists what kernels are compiled for."""
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+from gpu.cache.append_variant import CACHE_TYPES  # noqa: E402
+from gpu.kernels.variant import HEAD_DIMS  # noqa: E402
+from pkvsim.reference.rope import ROPE_STYLES  # noqa: E402
+from tests.gpu import sanitize
+
+
+def test_the_list_covers_every_variant() -> None:
+    names = list(sanitize.checks())
+    assert {f"append {kind} {style}" for kind in ("float16", *CACHE_TYPES) for style in ROPE_STYLES} <= set(names)
+    assert {f"append {kind}" for kind in ("float16", *CACHE_TYPES)} <= set(names)
+    assert set(sanitize.APPEND_ROPES) == {None, *ROPE_STYLES}
+    assert {form + ids for form in sanitize.FORMS for ids in ("", ", int64")} <= set(names)
+    assert set(sanitize.SCHEDULES) | {"sinks", "soft cap", "window", "NHD", "page size 1"} <= set(names)
+    listed = " ".join(names)
+    assert all(str(dim) in listed for dim in HEAD_DIMS if dim != sanitize.SHAPE.head_dim)
+
+
+def test_every_check_is_called_as_it_can_be() -> None:
+    for check in sanitize.checks().values():
+        inspect.signature(check.func).bind(*check.args, **check.keywords)
+
+
+def test_options(capsys: pytest.CaptureFixture) -> None:
+    assert sanitize.main(["--list", "--only", "append"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(sanitize.APPEND_TYPES) * len(sanitize.APPEND_ROPES)
+    assert list(sanitize.chosen(sanitize.parse_args(["NHD", "sinks"]))) == ["NHD", "sinks"]
+    with pytest.raises(SystemExit):
+        sanitize.parse_args(["nothing"])
+    assert "CHECK: expected some of --list, got 'nothing'" in capsys.readouterr().err
+
+
+def test_help_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.sanitize", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "compute-sanitizer" in done.stdout and "--list" in done.stdout

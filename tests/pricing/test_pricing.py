@@ -1,0 +1,114 @@
+"""The closed form: what must hold for any constants, and the ways of cutting rows by hand."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkvsim.devices.derive import derive_routes, device_routes
+from pkvsim.devices.device import DEVICES, get_device
+from pkvsim.devices.route_model import CONSTANTS, NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
+from pkvsim.pricing.constants import MERGE
+from pkvsim.pricing.layer import PLAN, price_routes, row_splits, sorted_lengths
+from pkvsim.pricing.rows import chunk_tokens
+
+H200 = get_device("h200")
+CONSTANTS_H200 = constants_matrix(H200.routes)
+lengths = st.lists(st.integers(0, 60000), min_size=1, max_size=40)
+
+
+def price(lens, constants=CONSTANTS_H200, *, heads=8, group=4, num_sms=132, dtype=np.int32):
+    prices, splits = np.empty(len(ROUTES)), np.empty(len(ROUTES), np.int64)
+    price_routes(np.array(lens, dtype), heads, group, 128, 2, num_sms, constants, prices, splits)
+    return prices, splits
+
+
+def test_columns_are_the_fields():
+    row = H200.routes["balanced"].to_row()
+    assert len(row) == NUM_CONSTANTS and row[PLAN] == H200.routes["balanced"].plan_us
+    assert CONSTANTS[PLAN - 1] == "plan_us" and CONSTANTS[MERGE - 1] == "merge_us"
+
+
+@settings(max_examples=100, deadline=None)
+@given(lens=lengths, seed=st.integers(0, 99))
+def test_the_order_of_rows_and_empty_ones_do_not_matter(lens, seed):
+    shuffled = np.random.default_rng(seed).permutation([*lens, 0, 0])
+    for one, other in zip(price(lens), price(shuffled, dtype=np.int64)):
+        np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lens=lengths)
+def test_never_faster_than_the_bandwidth(lens):
+    prices, splits = price(lens)
+    megabytes = sum(lens) * 8 * 512 / 1e6
+    for route, us in zip(ROUTES, prices):
+        model = H200.routes[route]
+        assert us >= model.fixed_us and us >= megabytes * 1e3 / model.bandwidth_gb_s * (1 - 1e-9)
+    assert (splits >= 1).all()
+
+
+def test_missing_routes_cost_infinity():
+    prices, splits = price([4096], constants_matrix(H200.routes, OWN_ROUTES))
+    gone = [route not in OWN_ROUTES for route in ROUTES]
+    assert np.isinf(prices).tolist() == gone and (splits == 0).tolist() == gone
+
+
+@settings(deadline=None)
+@given(lens=st.lists(st.integers(0, 2**20), max_size=300))
+def test_sorted_lengths(lens):
+    assert sorted_lengths(np.array(lens, np.int64)).tolist() == sorted((n for n in lens if n), reverse=True)
+
+
+@settings(deadline=None)
+@given(lens=st.lists(st.integers(1, 100000), min_size=1, max_size=60), most=st.integers(1, 64))
+def test_chunks_fit_the_slots_and_no_smaller_would(lens, most):
+    ordered = np.array(sorted(lens, reverse=True))
+    chunk = chunk_tokens(ordered, most, 16, 128.0)
+    if len(lens) >= most:
+        assert chunk >= ordered[0]
+        return
+    assert sum(-(-n // chunk) for n in lens) <= most
+    smaller = chunk - 16
+    assert smaller < 128 or sum(-(-n // smaller) for n in lens) > most
+
+
+def test_row_splits():
+    def counts(route, lens, longest_splits, num_sms=132):
+        out = np.empty(len(lens), np.int64)
+        constants = H200.routes[route].to_row()
+        row_splits(np.array(lens, np.int32), np.array(lens, np.int32), 8, num_sms, constants, longest_splits, out)
+        return out.tolist()
+
+    assert counts("workqueue", [8000, 4000, 1000, 1, 0], 8) == [8, 4, 1, 1, 1]
+    assert counts("xqa", [8000, 4000], 5) == [5, 5]
+    assert counts("split", [8192, 8192, 4096, 0], 8) == [8, 8, 16, 1]  # 132 slots over 16 and over 8 heads
+
+
+def test_bigger_groups_cost_arithmetic_on_cuda_cores_only():
+    one, sixteen = price([32768] * 8, group=1)[0], price([32768] * 8, group=16)[0]
+    cuda, tensor = ROUTES.index("flashinfer_cuda_core"), ROUTES.index("flashinfer_tensor_core")
+    assert sixteen[cuda] > 3 * one[cuda] and sixteen[tensor] < 1.1 * one[tensor]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_has_routes(name):
+    device = get_device(name)
+    routes = device_routes(device)
+    assert set(OWN_ROUTES) <= set(routes) <= set(ROUTES)
+    assert ("xqa" in routes) == (device.compute_capability >= (9, 0))
+    for route, entry in derive_routes(device).items():
+        assert entry.status == "estimated" and "h200" in entry.source
+        assert entry.model.cta_read_gb_s <= entry.model.bandwidth_gb_s <= device.peak_gb_s
+    for route, entry in device.calibration.items():
+        assert routes[route] is entry.model
+
+
+def test_bad_models():
+    good = {"rule": "whole", "bandwidth_gb_s": 1.0, "cta_read_gb_s": 1.0, "fixed_us": 0.0}
+    assert RouteModel(**good)
+    nan, infinity = float("nan"), float("inf")
+    for name, value in [("bandwidth_gb_s", 0), ("fixed_us", -1), ("task_us", nan), ("cta_read_gb_s", infinity)]:
+        with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+            RouteModel(**good | {name: value})
+    with pytest.raises(ValueError, match="rule: expected one of whole, chunk"):
+        RouteModel(**good | {"rule": "greedy"})

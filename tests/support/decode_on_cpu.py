@@ -1,0 +1,190 @@
+"""Decode kernels built for the CPU (decode_harness.cpp), and steps for them with poison wherever no row reads."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cpp
+import ml_dtypes
+import numpy as np
+
+from gpu.engine.decode_kernels import arguments
+from gpu.inputs.block_tables import TableLayout
+from gpu.kernels import SOURCE_DIR
+from gpu.kernels.launch import Arguments
+from gpu.kernels.variant import KernelConfig, kernel_config
+from pkvsim import AttentionOptions, DecodeShape, make_schedule
+from pkvsim.reference.append import FP8_DTYPES, dequantize
+
+HARNESS = Path(__file__).with_name("decode_harness.cpp")
+LENGTHS = (0, 1, 15, 16, 17, 33, 70, 200)
+CTAS = 3
+LOG2_E = 1.4426950408889634
+NAN_CODES = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0x7F}  # int8 has none: its largest number
+
+
+@functools.cache
+def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.CDLL:
+    """converts_e4m3: whether the GPU that is played has the instruction, as those from sm_89 on."""
+    folder = Path(tempfile.mkdtemp(prefix="pkv_decode_"))
+    try:
+        for path in SOURCE_DIR.glob("*.cu*"):
+            shutil.copy(path, folder)
+        (folder / "mma.cuh").write_text("")
+        defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
+        return cpp.build(HARNESS, folder / "decode.so", "-std=c++20", "-O1", "-w", f"-I{folder}", f"-I{HARNESS.parent}",
+                         *(f"-D{name}={value}" for name, value in defines.items()))
+    finally:
+        shutil.rmtree(folder)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy on a 16-byte boundary."""
+    whole = np.zeros(array.nbytes + 16, np.uint8)
+    start = -whole.ctypes.data % 16
+    placed = whole[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    placed[...] = array
+    return placed
+
+
+@dataclass(slots=True)
+class Step:
+    """Arrays of a decode step; k, v and their scales as stored, k_values, v_values float64 as meant."""
+
+    shape: DecodeShape
+    options: AttentionOptions
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    k_scales: np.ndarray | None
+    v_scales: np.ndarray | None
+    table: np.ndarray
+    lens: np.ndarray
+    sinks: np.ndarray | None
+    query_lens: np.ndarray | None
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """(K, V) as float64; 0 for NaN, which only tokens without a row may hold."""
+        kv_dtype, pairs = self.options.kv_dtype, ((self.k, self.k_scales), (self.v, self.v_scales))
+        if kv_dtype is None:
+            return tuple(np.nan_to_num(pages.astype(np.float64)) for pages, _ in pairs)
+        return tuple(np.nan_to_num(dequantize(pages, kv_dtype, scales)) for pages, scales in pairs)
+
+
+def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed: int, lens: tuple[int, ...] = LENGTHS,
+              spread: float = 1.0, ragged: bool = False) -> Step:
+    """spread: the scales' powers of two reach so far up and down. ragged: rows have fewer query tokens than others."""
+    rng, slots, kv_dtype = np.random.default_rng(seed), shape.page_size, options.kv_dtype
+    lens = np.array(lens, np.int32)
+    pages = -(-lens // slots)
+    count = int(pages.sum()) + 3
+    table = np.full((len(lens), int(pages.max()) + 1), 0x7FFFFFFF, np.int32)
+    table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(count)[:pages.sum()]
+    owned = np.zeros((count, slots), bool)
+    for row, length in enumerate(lens):
+        at = np.arange(length)
+        owned[table[row, at // slots], at % slots] = True
+    pools, dtype = [], np.dtype(getattr(ml_dtypes, dtype, dtype))
+    heads = shape.num_kv_heads
+    for width in (shape.head_dim, options.value_dim(shape)):
+        x, scales = rng.standard_normal((count, heads, slots, width)) * 0.5, None
+        if kv_dtype is None:
+            stored = x.astype(dtype)
+        else:
+            int8 = kv_dtype == "int8"
+            steps = np.clip(np.rint(x * 64), -128, 127) if int8 else x * 8
+            codes = steps.astype(np.int8 if int8 else FP8_DTYPES[kv_dtype])
+            stored = codes.view(np.uint8)
+            sized = {"tensor": (1,), "page": (count, heads), "token": (count, heads, slots)}[options.kv_scales]
+            unit = 1 / 64 if int8 else 1 / 8
+            scales = aligned((unit * np.exp2(rng.uniform(-spread, spread, sized))).astype(np.float32))
+            if options.kv_scales == "page":
+                scales[~owned.any(axis=1)] = np.nan
+            if options.kv_scales == "token":
+                scales.swapaxes(1, 2)[~owned] = np.nan
+        stored.swapaxes(1, 2)[~owned] = np.nan if kv_dtype is None else NAN_CODES[kv_dtype]
+        pools += [aligned(stored), scales]
+    tokens = () if options.query_tokens == 1 else (options.query_tokens,)
+    q = aligned(rng.standard_normal((len(lens), *tokens, shape.num_q_heads, shape.head_dim)).astype(dtype))
+    sinks = rng.standard_normal(shape.num_q_heads).astype(np.float32) if options.sinks else None
+    counts = np.minimum(lens, rng.integers(0, options.query_tokens + 1, len(lens))).astype(np.int32) if ragged else None
+    return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks, counts)
+
+
+def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
+        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS, pair_cost: int = 0,
+        before: tuple[np.ndarray, ...] | None = None,
+        between: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started.
+    stages: of a ring, where the variant's are too many. pair_cost: of balanced, see make_schedule. before: the lengths,
+    page table and records of plans that each CTA finds until the previous kernel ends. between: changes the records
+    [ctas, 64] int32 that the first of two launches left, by which the second need not give the same result any more."""
+    shape, options, balanced = step.shape, step.options, schedule == "balanced"
+    dtype = step.q.dtype.name
+    config = kernel_config(shape, dtype, 90, variant=variant, options=options)
+    if stages is not None:
+        config = replace(config, stages=stages)
+    library = build(config, balanced, converts_e4m3)
+    library.run.restype = ctypes.c_char_p
+    ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
+    out = np.full((*step.q.shape[:-1], options.value_dim(shape)), np.nan, step.q.dtype)
+    lse = np.full(step.q.shape[:-1], np.nan, np.float32)
+    heads = DecodeShape(shape.num_q_heads, shape.num_kv_heads * config.head_split, shape.head_dim, shape.page_size)
+    if balanced:
+        partials = aligned(np.full(config.workspace_bytes(ctas), 0xFF, np.uint8))
+    else:
+        queue = make_schedule("workqueue", heads, step.lens, splits=3, tile_tokens=32, window=options.reach)
+        tasks, offsets = np.ascontiguousarray(queue.tasks), queue.split_offsets.astype(np.int32)
+        partials = aligned(np.zeros(max(1, int(offsets[-1])) * heads.num_kv_heads * config.state_bytes, np.uint8))
+    base = shape.head_dim**-0.5
+    cap = options.soft_cap
+    scale, height = (base * LOG2_E, 0.0) if cap is None else (base / cap, cap * LOG2_E)
+    order = (step.k, 0), (step.v, 0), (step.k, 1), (step.k, 2), (step.v, 1), (step.v, 2)
+    layout = [pool.strides[axis] // pool.itemsize for pool, axis in order]
+    given = step.q, step.k, step.v, step.table, step.lens, step.query_lens, step.sinks, out, lse, partials
+    values = [*map(address, given), *layout, len(step.lens), heads.num_kv_heads, step.table.shape[1], len(step.k),
+              options.window or 0, scale, height]
+    if options.kv_dtype is not None:
+        strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
+        values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]
+    written = Arguments(arguments(config, TableLayout()))
+    written.write(*values)
+    (start,) = written.starts
+    assert library.arguments_bytes() == written.num_bytes
+
+    def write_late(array: np.ndarray, was: np.ndarray) -> None:
+        assert array.shape == was.shape and was.flags.c_contiguous
+        library.write_late(ctypes.c_void_p(address(array)), ctypes.c_void_p(address(was)), array.size)
+
+    if balanced:
+        sizes = (ctypes.c_int * 5)(1, 2, 0, pair_cost, step.table.shape[1] * shape.page_size)
+        first = None
+        slots, records = np.split(partials, [config.slots_bytes(ctas)])
+        for _ in range(2):  # the second finds the first one's records
+            if before is not None:
+                for array, was in zip((step.lens, step.table, records.view(np.int32)), before):
+                    write_late(array, was)
+            complaint = library.run(ctas, ctypes.c_void_p(start), sizes)
+            assert complaint is None, complaint
+            assert (slots == 0xFF).all()  # empty again, for the next launch
+            if first is None:
+                first = out.tobytes(), lse.tobytes()
+                out[...], lse[...] = np.nan, np.nan
+                if between is not None:
+                    between(records.view(np.int32).reshape(ctas, -1))
+        assert between is not None or first == (out.tobytes(), lse.tobytes())
+    else:
+        rows = np.arange(len(step.lens), dtype=np.int32)
+        complaint = library.run(ctas, ctypes.c_void_p(start), *map(ctypes.c_void_p, map(address, (tasks, offsets))),
+                                (ctypes.c_int * 2)(len(tasks), 2), ctypes.c_void_p(address(rows)))
+    assert complaint is None, complaint
+    return out.astype(np.float64), lse.astype(np.float64)
+
+
+def address(array: np.ndarray | None) -> int:
+    return 0 if array is None else array.ctypes.data

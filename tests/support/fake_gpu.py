@@ -1,0 +1,201 @@
+"""A CuPy of NumPy memory and kernels of Python: the engine's host side, whole, on a machine without a GPU.
+
+A kernel gets what the real one gets, addresses and numbers in the order of its parameters, and computes float64
+attention from what lies there. So an argument in the wrong place, a wrong stride or a copy that was freed shows.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import sys
+import types
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+
+from pkvsim import AttentionOptions, DecodeShape, reference
+
+LOG2_E = 1.4426950408889634
+ENGINE_MODULES = ("gpu.engine.schedule_engine", "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels", "gpu.cache.writer", "gpu.cache.pool")
+FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
+
+
+class FakeArray:
+    """A cupy.ndarray as far as the engine looks at one. `host` is its memory."""
+
+    __slots__ = ("host", "device")
+
+    def __init__(self, host: np.ndarray, device: int = 0) -> None:
+        self.host, self.device = host, types.SimpleNamespace(id=device)
+
+    @property
+    def data(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(ptr=self.host.ctypes.data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.host, name)
+
+    def __getitem__(self, index: object) -> FakeArray:
+        return FakeArray(self.host[index], self.device.id)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def get(self) -> np.ndarray:
+        return self.host.copy()
+
+
+def memory(address: int, dtype: object, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> np.ndarray:
+    """The array at an address; strides in elements, contiguous without them."""
+    dtype = np.dtype(dtype)
+    if strides is None:
+        strides = tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape)))
+    first = np.frombuffer((ctypes.c_ubyte * dtype.itemsize).from_address(address), dtype)
+    return np.lib.stride_tricks.as_strided(first, shape, tuple(stride * dtype.itemsize for stride in strides))
+
+
+@dataclass(slots=True)
+class FakeKernel:
+    """A launchable kernel; `launches` counts."""
+
+    name: str
+    signature: str
+    defines: dict[str, int]
+    launches: int = 0
+
+    def __call__(self, grid: object, args: tuple, stream: int) -> None:
+        letters = self.signature.replace("[", "").replace("]", "")
+        assert len(letters) == len(args), f"{self.name}: {len(args)} arguments for {letters}"
+        for letter, value in zip(letters, args):
+            assert isinstance(value, (int, np.integer)) if letter != "f" else isinstance(value, float), (letter, value)
+        self.launches += 1
+        if self.name.startswith("pkv_decode"):
+            decode(self.defines, args, tasks=self.name == "pkv_decode_tasks")
+
+
+def decode(defines: dict[str, int], args: tuple, *, tasks: bool) -> None:
+    """What the decode kernels leave in out and lse: of all rows, or of those that the tasks name and the empty ones."""
+    (
+        q_at,
+        k_at,
+        v_at,
+        table_at,
+        lens_at,
+        counts_at,
+        sinks_at,
+        out_at,
+        lse_at,
+        _partials,
+        k_page,
+        v_page,
+        k_head,
+        k_token,
+        v_head,
+        v_token,
+        batch,
+        heads,
+        stride,
+        num_pages,
+        window,
+        scale,
+        cap,
+        *own,
+    ) = args
+    split, tokens, dim = defines["HEAD_SPLIT"], defines["QUERY_TOKENS"], FLOATS[defines["DTYPE_BF16"]]
+    page_size, widths = defines["PAGE_SIZE"], (defines["HEAD_DIM"], defines["V_DIM"])
+    kv_heads, q_heads = heads // split, heads * defines["GROUP_SIZE"]
+    ids = np.int64 if defines.get("TABLE_INT64") else np.int32
+    if defines.get("TABLE_CSR"):
+        begins, own = memory(own[0], np.int32, (batch + 1,)), own[1:]
+        indices = memory(table_at, ids, (stride,))
+        rows = [indices[begin:end] for begin, end in zip(begins, begins[1:])]
+    else:
+        rows = [memory(table_at + row * stride * np.dtype(ids).itemsize, ids, (stride,)) for row in range(batch)]
+    lens = memory(lens_at, np.int32, (batch,)).copy()
+    if defines.get("LAST_PAGE_LENGTHS"):
+        lens = np.array(
+            [(len(row) - 1) * page_size + last if len(row) else 0 for row, last in zip(rows, lens)], np.int32
+        )
+    if not tasks:
+        lens = np.minimum(lens, own[4])
+    table = np.zeros((batch, max(1, int((-(-lens // page_size)).max()))), np.int64)
+    for line, row, length in zip(table, rows, lens):
+        owned = -(-int(length) // page_size)
+        line[:owned] = row[:owned]
+    pools = [
+        memory(at, dim, (num_pages, kv_heads, page_size, width), (page, head, token, 1))
+        for at, width, page, head, token in (
+            (k_at, widths[0], k_page, k_head, k_token),
+            (v_at, widths[1], v_page, v_head, v_token),
+        )
+    ]
+    axes = (batch, q_heads) if tokens == 1 else (batch, tokens, q_heads)
+    soft_cap = cap / LOG2_E if defines["SOFT_CAP"] else None
+    options = AttentionOptions(window=window if defines["WINDOWED"] else None, soft_cap=soft_cap,
+                               sinks=bool(defines["SINKS"]), query_tokens=tokens, v_head_dim=widths[1])
+    out, lse = reference.attention(
+        DecodeShape(q_heads, kv_heads, widths[0], page_size), memory(q_at, dim, (*axes, widths[0])).astype(np.float64),
+        *(pool.astype(np.float64) for pool in pools), table, lens,
+        scale=scale * soft_cap if soft_cap else scale / LOG2_E, options=options,
+        sinks=memory(sinks_at, np.float32, (q_heads,)) if sinks_at else None,
+        query_lens=memory(counts_at, np.int32, (batch,)) if counts_at else None)
+    live = np.ones(batch, bool)
+    if tasks:
+        live = lens == 0
+        live[memory(own[0], np.int32, (own[2], 5))[:, 0]] = True
+    memory(out_at, dim, out.shape)[live] = out[live].astype(dim)
+    memory(lse_at, np.float32, lse.shape)[live] = lse[live]
+
+
+@dataclass(slots=True)
+class FakeGpu:
+    """What the test sees of the device."""
+
+    cupy: types.ModuleType
+    kernels: list[FakeKernel] = field(default_factory=list, repr=False)
+    capturing: bool = False
+
+    def array(self, host: object, *, device: int = 0) -> FakeArray:
+        return FakeArray(np.asarray(host), device)
+
+
+@contextlib.contextmanager
+def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4):
+    """Installs it for the modules of the engine, which are imported anew inside and forgotten afterwards."""
+    stream = types.SimpleNamespace(ptr=0, synchronize=lambda: None)
+    device = types.SimpleNamespace(id=0, compute_capability=str(compute_capability), synchronize=lambda: None,
+                                   attributes={"MultiProcessorCount": num_sms})
+    cupy = types.ModuleType("cupy")
+    gpu = FakeGpu(cupy)
+    cupy.__dict__.update(
+        ndarray=FakeArray, asarray=lambda host: FakeArray(np.array(host, order="C")), uint8=np.uint8, int32=np.int32,
+        float16=np.float16, float32=np.float32, dtype=np.dtype, __version__="fake",
+        empty=lambda shape, dtype: FakeArray(np.empty(shape, _dtype(dtype))),
+        zeros=lambda shape, dtype: FakeArray(np.zeros(shape, _dtype(dtype))),
+        full=lambda shape, value, dtype: FakeArray(np.full(shape, value, _dtype(dtype))),
+        cuda=types.SimpleNamespace(Device=lambda index=0: device, get_current_stream=lambda: stream,
+                                   runtime=types.SimpleNamespace(streamIsCapturing=lambda handle: gpu.capturing)))
+
+    def load_kernel(file_name, kernel_name, signature, defines, **launch):
+        gpu.kernels.append(FakeKernel(kernel_name, signature, dict(defines)))
+        return gpu.kernels[-1]
+
+    kept = {name: sys.modules.pop(name, None) for name in (*ENGINE_MODULES, "cupy")}
+    sys.modules["cupy"] = cupy
+    try:
+        for name in ENGINE_MODULES:
+            module = importlib.import_module(name)
+            if hasattr(module, "load_kernel"):
+                module.load_kernel = load_kernel
+        yield gpu
+    finally:
+        for name, module in kept.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+
+def _dtype(name: object) -> np.dtype:
+    return FLOATS[1] if name == "bfloat16" else np.dtype(name)
