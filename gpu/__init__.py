@@ -5,7 +5,7 @@ _HOMES = {
     "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
     "CacheWriter": "gpu.cache.writer",
-    "DecodeEngine": "gpu.engine.schedule_engine",
+    "DecodeEngine": "gpu.decode_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
     "PagedKVCache": "gpu.cache.pool",
 }

@@ -81,7 +81,7 @@ def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple
     import numpy as np
     import torch
 
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
     from gpu.measure.timing import graph_time_us, l2_bytes
 
     engine = DecodeEngine(shape, config.dtype, variant=config.variant)

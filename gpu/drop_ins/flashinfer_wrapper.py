@@ -249,7 +249,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return engine
 
     def _make_engine(self, shape: DecodeShape, dtype: str, options: AttentionOptions) -> object:
-        from gpu.engine.schedule_engine import DecodeEngine
+        from gpu.decode_engine import DecodeEngine
 
         return DecodeEngine(shape, dtype, "balanced", options=options)
 

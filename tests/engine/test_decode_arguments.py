@@ -27,7 +27,7 @@ def gpu():
 
 
 def make_engine(options: AttentionOptions, layout: str = "HND"):
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(SHAPE, options=options, layout=layout)
 

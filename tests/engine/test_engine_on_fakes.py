@@ -25,7 +25,7 @@ def gpu():
 
 
 def make_engine(*args, **options):
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(*args, **options)
 
