@@ -191,10 +191,7 @@ def own_counters(
             seq_lens,
             tile_tokens=TILE_TOKENS,
             num_ctas=engine.num_ctas,
-            segment_cost=engine.segment_cost,
-            min_cost=engine.min_cost,
-            part_cost=engine.part_cost,
-            pair_cost=engine.pair_cost,
+            costs=engine.costs,
         )
     else:
         schedule = make_schedule(route, heads, seq_lens, splits=splits, tile_tokens=engine.tile_tokens)

@@ -17,17 +17,8 @@ from gpu.routes.router import Router
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.make import (
-    MAX_PAIR_COST,
-    MAX_PART_COST,
-    MIN_COST,
-    PAIR_COST,
-    PAIRS_MEASURED,
-    PART_COST,
-    SEGMENT_COST,
-    Schedule,
-    paired,
-)
+from pkvsim.schedule.costs import BalancedCosts, check_costs, default_costs
+from pkvsim.schedule.make import Schedule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -47,19 +38,17 @@ class DecodeEngine:
     """
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
-                 min_cost: int = MIN_COST, part_cost: int = PART_COST, pair_cost: int | None = None,
-                 variant: tuple[int, int] | None = None,
+                 tile_tokens: int = 32, num_ctas: int | None = None,
+                 costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
                  layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
                  layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
-        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
-        part_cost, pair_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens; pair_cost by
-        default what was measured for this GPU and kernel, 0 where nothing was. variant: (warps, stages)
-        of the kernel, stages being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
+        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. costs: of the balanced schedule,
+        by default what was measured for this GPU and kernel. variant: (warps, stages) of the kernel, stages being tiles
+        under way for each warp, by default the table's for this GPU (gpu.tune).
         scale: of the logits, by default head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
         have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
@@ -81,14 +70,11 @@ class DecodeEngine:
         num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else num_ctas
         self.num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
-        self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
-        self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
-        self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        if pair_cost is None:
-            measured = PAIR_COST if divmod(capability, 10) == PAIRS_MEASURED else 0
-            pair_cost = paired(measured, self.config.columns, self.config.v_dim, options.kv_element_bytes(shape))
-        self.pair_cost = check_int("pair_cost", pair_cost, 0, MAX_PAIR_COST)
-        self._costs = self.segment_cost, self.min_cost, self.part_cost, self.pair_cost
+        if costs is None:
+            costs = default_costs(divmod(capability, 10)).of_kernel(
+                columns=self.config.columns, v_head_dim=self.config.v_dim,
+                kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size)
+        self.costs = check_costs(costs)
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
         self._plan: Plan | None = None
@@ -135,7 +121,7 @@ class DecodeEngine:
             given = given._replace(seq_lens=check_seq_lens(seq_lens))
         views = given.views()
         checks.check_plan(views, self.device_id)
-        checks.check_room(views, self._heads, segment_cost=self.segment_cost)
+        checks.check_room(views, self._heads, segment_cost=self.costs.segment)
         host = host_lens = None
         if self.schedule != "balanced" or validate or given.lengths_on_host(views):
             host = given.on_host(page_ids=validate)
@@ -206,7 +192,7 @@ class DecodeEngine:
             self._in_graphs.append((plan.copies, plan.task_list, self._partials))
             plan.in_graph = True
         if plan.task_list is None:
-            plan.decode(self.num_ctas, (*given, *self._costs, plan.max_tokens), stream)
+            plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
@@ -236,5 +222,5 @@ class DecodeEngine:
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
         pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
-        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self._costs, plan.max_tokens,
+        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self.costs, plan.max_tokens,
                                  self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

@@ -92,7 +92,7 @@ def expected(engine, tables: dict, run: dict, scale: float | None) -> list:
             strides = [page, *((*inner, 0) if options.kv_scales == "page" else inner if head == 1 else inner[::-1])]
         fields += [at(run.get("k_scale")), at(run.get("v_scale")), *strides, numbers[1]]
     fields += [at(tables["indptr"])] if csr else []
-    return [*fields, engine.segment_cost, engine.min_cost, engine.part_cost, engine.pair_cost,
+    return [*fields, *engine.costs,
             ids.shape[-1] * SHAPE.page_size]
 
 

@@ -70,10 +70,7 @@ def test_device_plan_equals_the_simulators(case: int) -> None:
         lens,
         tile_tokens=TILE_TOKENS,
         num_ctas=engine.num_ctas,
-        segment_cost=engine.segment_cost,
-        min_cost=engine.min_cost,
-        part_cost=engine.part_cost,
-        pair_cost=engine.pair_cost,
+        costs=engine.costs,
         window=engine.options.reach,
     )
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)

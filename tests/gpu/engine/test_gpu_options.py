@@ -173,11 +173,8 @@ def test_device_plan_with_a_window() -> None:
         shape,
         LENGTHS,
         num_ctas=engine.num_ctas,
-        segment_cost=engine.segment_cost,
+        costs=engine.costs,
         tile_tokens=16,
-        min_cost=engine.min_cost,
-        part_cost=engine.part_cost,
-        pair_cost=engine.pair_cost,
         window=502,
     )
     np.testing.assert_array_equal(tasks, wanted.tasks)
