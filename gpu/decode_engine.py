@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import cupy
-import numpy as np
 
 from gpu.engine.schedule_engine import SCHEDULES, ScheduleEngine
 from gpu.inputs import checks
@@ -13,7 +12,7 @@ from gpu.routes.router import Router
 from pkvsim import DecodeShape
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.make import MIN_COST, PART_COST, SEGMENT_COST
+from pkvsim.schedule.costs import BalancedCosts
 
 AUTO = "auto"
 
@@ -35,19 +34,16 @@ class DecodeEngine:
     __slots__ = ("schedule", "schedule_engine", "router", "_device_id")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
-                 min_cost: int = MIN_COST, part_cost: int = PART_COST, pair_cost: int | None = None,
-                 variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
-                 layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
-                 layers: int = 1) -> None:
+                 tile_tokens: int = 32, num_ctas: int | None = None, costs: BalancedCosts | None = None,
+                 variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN,
+                 kv_dtype: str | None = None, kv_scales: str | None = None, layout: str = "HND",
+                 scale: float | None = None, device: DeviceSpec | str | None = None, layers: int = 1) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: "balanced", "workqueue", "split" or "auto".
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
-        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. segment_cost, min_cost,
-        part_cost, pair_cost: of the balanced schedule, see pkvsim.make_schedule, in tiles of 16 tokens; pair_cost by
-        default what was measured for this GPU and kernel, 0 where nothing was. variant: (warps, stages)
-        of the kernel, stages being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
+        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. costs: of the balanced
+        schedule, by default what was measured for this GPU and kernel. variant: (warps, stages) of the kernel, stages
+        being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
         scale: of the logits, by default head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
         have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
@@ -70,9 +66,8 @@ class DecodeEngine:
                                  layout=layout)
         else:
             self.schedule_engine = ScheduleEngine(
-                shape, dtype, schedule, splits=splits, tile_tokens=tile_tokens, num_ctas=num_ctas,
-                segment_cost=segment_cost, min_cost=min_cost, part_cost=part_cost, pair_cost=pair_cost, variant=variant,
-                options=options, kv_dtype=kv_dtype, kv_scales=kv_scales, layout=layout, scale=scale)
+                shape, dtype, schedule, splits=splits, tile_tokens=tile_tokens, num_ctas=num_ctas, costs=costs,
+                variant=variant, options=options, kv_dtype=kv_dtype, kv_scales=kv_scales, layout=layout, scale=scale)
 
     def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
              indices: object = None, last_page_len: object = None, validate: bool = False,
@@ -128,9 +123,3 @@ class DecodeEngine:
     def drain(self) -> None:
         """Waits for the GPU, after which the engine may be dropped whatever stream it ran on."""
         cupy.cuda.Device(self._device_id).synchronize()
-
-    def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-        """ScheduleEngine.device_tasks. Raises RuntimeError but of a planned balanced engine."""
-        if self.schedule_engine is None:
-            raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        return self.schedule_engine.device_tasks(max_tasks=max_tasks)

@@ -131,7 +131,7 @@ class VariantBench:
             tables = tables_of(variant, lens, table, self.page_size)
             engine.plan(**tables)
             lse = torch.empty(q.shape[:-1], dtype=torch.float32, device="cuda")
-            name = "x".join(map(str, engine.config.variant))
+            name = "x".join(map(str, engine.schedule_engine.config.variant))
             return lambda layer, out: engine.run(
                 q, layer.k, layer.v, out=out, lse=lse, sinks=sinks, **layer.scales
             ), name

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from gpu.calibrate.cells import SEED, CalibrationCell
+from gpu.inputs.block_tables import StepTables
+from gpu.inputs.run import Run, StepPlanner
 from gpu.measure.pools import BenchPool
 from gpu.measure.step_timing import HostTimes, step_event_us, step_host_times
 from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes
 from gpu.routes import flashinfer_decode as fi
-from gpu.routes.route_engines import BACKENDS, RouteEngine, RouteUnavailable, available_routes, build
+from gpu.routes.route_engines import BACKENDS, RouteUnavailable, available_routes, build
 from pkvsim import DecodeShape
 from pkvsim.devices.route_model import OWN_ROUTES
 from pkvsim.fitting.measurements import Measurement
@@ -50,7 +52,7 @@ class Calibrator:
         self.unavailable: dict[tuple[str, DecodeShape], str] = {}
         self._say = say
         self._shape: DecodeShape | None = None
-        self._engines: dict[str, RouteEngine] = {}
+        self._engines: dict[str, StepPlanner] = {}
 
     def steps(self, cell: CalibrationCell) -> dict[Timed, StepTimes]:
         """Whole steps of everything that the cell times, alone on the GPU, by (route, splits). Raises as measure does.
@@ -110,12 +112,12 @@ class Calibrator:
             def plan() -> None:
                 if route == "balanced":
                     lens_on_gpu.copy_(pinned, non_blocking=True)
-                    engine.plan(lens_on_gpu, table)
+                    engine.plan(StepTables(lens_on_gpu, table))
                 else:
-                    engine.plan(lens, table, splits=splits, packed=packed)
+                    engine.plan(StepTables(lens, table), splits=splits, packed=packed)
 
             def run(layer: int) -> None:
-                engine.run(q, *pages.layers[layer], out=out, lse=lse if route in OWN_ROUTES else None)
+                engine.run(Run(q, *pages.layers[layer], out, lse if route in OWN_ROUTES else None))
 
             out.fill_(float("nan"))
             plan()
@@ -129,7 +131,7 @@ class Calibrator:
                 continue
             yield _Case(route, splits, plan, run, len(pages.layers))
 
-    def _engine(self, route: str, shape: DecodeShape) -> RouteEngine | None:
+    def _engine(self, route: str, shape: DecodeShape) -> StepPlanner | None:
         """The route's engine, or None where it cannot run the shape; engines of other shapes are let go."""
         if shape != self._shape:
             self._engines.clear()

@@ -16,17 +16,8 @@ from gpu.inputs.run import Run
 from gpu.kernels.variant import TILE_TOKENS, kernel_config
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.make import (
-    MAX_PAIR_COST,
-    MAX_PART_COST,
-    MIN_COST,
-    PAIR_COST,
-    PAIRS_MEASURED,
-    PART_COST,
-    SEGMENT_COST,
-    Schedule,
-    paired,
-)
+from pkvsim.schedule.costs import BalancedCosts, check_costs, default_costs
+from pkvsim.schedule.make import Schedule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split")
@@ -37,9 +28,8 @@ class ScheduleEngine:
     """Decode attention for one head shape and dtype, under one schedule; gpu.DecodeEngine says what each does."""
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
-                 tile_tokens: int = 32, num_ctas: int | None = None, segment_cost: int = SEGMENT_COST,
-                 min_cost: int = MIN_COST, part_cost: int = PART_COST, pair_cost: int | None = None,
-                 variant: tuple[int, int] | None = None,
+                 tile_tokens: int = 32, num_ctas: int | None = None,
+                 costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
                  layout: str = "HND", scale: float | None = None) -> None:
         """As gpu.DecodeEngine; schedule: one of SCHEDULES. Raises ValueError naming the argument."""
@@ -55,14 +45,11 @@ class ScheduleEngine:
         num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else num_ctas
         self.num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
-        self.segment_cost = check_int("segment_cost", segment_cost, 0, 2**20)
-        self.min_cost = check_int("min_cost", min_cost, 1, 2**20)
-        self.part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        if pair_cost is None:
-            measured = PAIR_COST if divmod(capability, 10) == PAIRS_MEASURED else 0
-            pair_cost = paired(measured, self.config.columns, self.config.v_dim, options.kv_element_bytes(shape))
-        self.pair_cost = check_int("pair_cost", pair_cost, 0, MAX_PAIR_COST)
-        self._costs = self.segment_cost, self.min_cost, self.part_cost, self.pair_cost
+        if costs is None:
+            costs = default_costs(divmod(capability, 10)).of_kernel(
+                columns=self.config.columns, v_head_dim=self.config.v_dim,
+                kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size)
+        self.costs = check_costs(costs)
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
         self._plan: Plan | None = None
@@ -87,7 +74,7 @@ class ScheduleEngine:
             tables = tables._replace(seq_lens=check_seq_lens(tables.seq_lens))
         views = tables.views()
         checks.check_plan(views, self.device_id)
-        checks.check_room(views, self._heads, segment_cost=self.segment_cost)
+        checks.check_room(views, self._heads, segment_cost=self.costs.segment)
         host = host_lens = None
         if self.schedule != "balanced" or validate or tables.lengths_on_host(views):
             host = tables.on_host(page_ids=validate)
@@ -137,7 +124,7 @@ class ScheduleEngine:
             self._in_graphs.append((plan.copies, plan.task_list, self._partials))
             plan.in_graph = True
         if plan.task_list is None:
-            plan.decode(self.num_ctas, (*given, *self._costs, plan.max_tokens), stream)
+            plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
@@ -163,5 +150,5 @@ class ScheduleEngine:
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
         pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
-        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self._costs, plan.max_tokens,
+        return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self.costs, plan.max_tokens,
                                  self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

@@ -7,6 +7,7 @@ import cupy
 import numpy as np
 
 from gpu.kernels.compile import load_kernel
+from pkvsim.schedule.costs import BalancedCosts
 from pkvsim.schedule.make import TASK_DTYPE, Schedule
 
 
@@ -45,12 +46,12 @@ def upload_tasks(schedule: Schedule, lens: np.ndarray) -> TaskList:
                     cupy.asarray(schedule.split_offsets), tuple(buckets) or (Bucket(0, 0, None),))
 
 
-def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: tuple[int, int, int, int], max_tokens: int,
+def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: BalancedCosts, max_tokens: int,
                       reach: int | None, *, num_ctas: int, max_tasks: int,
                       last_pages: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The balanced schedule as the GPU plans it: tasks TASK_DTYPE and cta_offsets [num_ctas + 1]. Synchronises.
 
-    seq_lens: address of [batch_size] int32; costs: segment_cost, min_cost, part_cost, pair_cost; reach: AttentionOptions.reach.
+    seq_lens: address of [batch_size] int32; reach: AttentionOptions.reach.
     last_pages: where seq_lens are last_page_len instead, the address of indptr and the page size.
     Raises ValueError when a range has more than max_tasks.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gpu.kernels.tuned import tuned_choice
 from pkvsim import DecodeShape
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.make import MAX_ACCUMULATED
+from pkvsim.schedule.costs import MAX_ACCUMULATED
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh

@@ -5,7 +5,7 @@ import math
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
-from pkvsim.schedule.make import PAIR_COST, PAIRS_MEASURED
+from pkvsim.schedule.costs import default_costs
 
 TENSOR_CORE_ROWS = 16  # of an mma tile: heads of a group are padded to it
 MIB_IN_MB = 2**20 / 1e6
@@ -66,7 +66,7 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
             own = {
                 "segment_us": 1.0, "merge_gb_s": 20.0, "sm_heads_gb_s": 800.0, "base_heads": 3.0,
                 "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
-                "pair_cost": PAIR_COST if device.compute_capability == PAIRS_MEASURED else 0.0,
+                "pair_cost": float(default_costs(device.compute_capability).pair),
             }  # fmt: skip
         if route in _STRIDED:
             own = {"strided": 1.0, "merge_gb_s": 25.0, "launch_us": 1.0, "merge_split_us": 0.0}

@@ -39,7 +39,8 @@ from pkvsim.pricing.rows import bucket_splits, chunk_count, chunk_tokens, sort_d
 from pkvsim.pricing.rules import balanced_us, best_queue, buckets_us
 from pkvsim.pricing.step_times import step_time, step_times
 from pkvsim.pricing.tasks import chunks_us, even_us, strided_us
-from pkvsim.schedule.make import paired, skipped_tiles
+from pkvsim.schedule.costs import MEASURED_COSTS, BalancedCosts, paired
+from pkvsim.schedule.make import skipped_tiles
 
 __all__ = [
     "PARTIAL_ELEMENT_BYTES", "PLAN", "price_pinned", "price_route", "price_routes", "price_steps", "price_variant",
@@ -48,6 +49,7 @@ __all__ = [
 
 _skipped_tiles = inner(skipped_tiles)
 _paired = inner(paired)
+PAGE_SIZE = 16  # tokens; steps are priced as if their pages had no fewer
 
 
 @compiled
@@ -221,8 +223,9 @@ def _price(
     us = c[FIXED] + query_us(c, heads * group_size, 0.5 * (head_dim + v_head_dim), QUERY_ELEMENT_BYTES)
     rule = int(c[0])
     if rule == BALANCED:
-        pair_cost = _paired(int(c[PAIR]), group_size, v_head_dim, kv_element_bytes)
-        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory, pair_cost)
+        pair = _paired(int(c[PAIR]), group_size, v_head_dim, kv_element_bytes, PAGE_SIZE)
+        costs = BalancedCosts(MEASURED_COSTS.segment, MEASURED_COSTS.minimum, MEASURED_COSTS.part, pair)
+        busy, splits = balanced_us(ordered, tokens, num_kv_heads, slots, c, one, all_, state, memory, costs)
         return us + busy, splits
     if rule == BUCKETS:
         busy, splits = buckets_us(

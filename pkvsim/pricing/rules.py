@@ -12,7 +12,8 @@ from pkvsim.compiled import inner
 from pkvsim.pricing.constants import LAUNCH, MIN_SPLIT, SEGMENT, STRIDED, TASK, TILE, merge_us
 from pkvsim.pricing.rows import bucket_splits, proportional_count
 from pkvsim.pricing.tasks import chunks_us, even_us, strided_us
-from pkvsim.schedule.make import MIN_COST, PART_COST, SEGMENT_COST, balanced_ranges
+from pkvsim.schedule.costs import BalancedCosts
+from pkvsim.schedule.make import balanced_ranges
 
 QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
 _ranges = inner(balanced_ranges)
@@ -99,16 +100,16 @@ def buckets_us(
 @inner
 def balanced_us(
     ordered: np.ndarray, tokens: int, num_kv_heads: int, slots: int, c: np.ndarray, one: float, all_: float,
-    state: float, memory: float, pair_cost: int,
+    state: float, memory: float, costs: BalancedCosts,
 ) -> tuple[float, int]:  # fmt: skip
     tile = int(c[TILE])
     tiles = 0
     for length in ordered:
         tiles += (length + tile - 1) // tile
     heads = len(ordered) * num_kv_heads
-    total_cost = num_kv_heads * tiles + heads * SEGMENT_COST
+    total_cost = num_kv_heads * tiles + heads * costs.segment
     even = (ordered[0] + tile - 1) // tile == (ordered[-1] + tile - 1) // tile
-    ranges, _ = _ranges(total_cost, heads, slots, SEGMENT_COST, MIN_COST, PART_COST, pair_cost, even)
+    ranges, _ = _ranges(total_cost, heads, slots, costs, even)
     us = tokens * num_kv_heads * max(all_, one / ranges) + c[TASK] + c[SEGMENT] * max(1.0, heads / ranges)
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * num_kv_heads))))

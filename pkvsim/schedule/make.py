@@ -11,21 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pkvsim.schedule.costs import BalancedCosts, check_costs
 from pkvsim.schedule.fill import fill_balanced, fill_queue
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens, describe
 
 SHORT_RANGE_TILES = 640  # PKV_SHORT_RANGE in cuda_src/plan.cuh
 MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
-# The costs that the engine balances with, in tiles of 16 tokens, from a sweep on an H200 (2026-11-21).
-SEGMENT_COST = 7
-MIN_COST = 8
-PART_COST = 2
-PAIR_COST = 80  # on a GPU of compute capability PAIRS_MEASURED, none on others
-PAIRS_MEASURED = 9, 0
-MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers hold; more go to several warps
-MAX_PART_COST = 2**10  # keeps part_cost * MOST_TILES_PER_HEAD within 31 bits
-MAX_PAIR_COST = 2**10  # the same of pair_cost * MAX_CTAS
 MAX_CTAS = 2**20  # far above any GPU; keeps i * total_cost within 64 bits
+FREE = BalancedCosts()
 SCHEDULES = ("split", "workqueue", "balanced")
 TASK_DTYPE = np.dtype([(name, np.int32) for name in ("row", "kv_head", "split", "tile_begin", "tile_end")])
 
@@ -67,20 +60,14 @@ def make_schedule(
     splits: int | Sequence[int] | np.ndarray | None = None,
     tile_tokens: int = 32,
     num_ctas: int | None = None,
-    segment_cost: int = 0,
-    min_cost: int = 1,
-    part_cost: int = 0,
-    pair_cost: int = 0,
+    costs: BalancedCosts = FREE,
     window: int | None = None,
 ) -> Schedule:
     """Plans one step.
 
     name: "split", "workqueue" or "balanced". seq_lens: integers [batch_size], tokens, 0 allowed.
     splits (split and workqueue): one count or one per row, >= 1, cut down to the row's tiles.
-    num_ctas (balanced): most ranges to cut into. segment_cost: fixed cost of a row segment, in tiles.
-    min_cost: least cost of a range, in tiles, so that small steps take fewer CTAs. part_cost: what merging
-    one more part of a head costs, in tiles; heads are cut into no more parts than pay for that. pair_cost: in tiles;
-    rows of one length that cost less for each of num_ctas get half of them (balanced_ranges).
+    num_ctas (balanced): most ranges to cut into. costs (balanced): what it weighs, in tiles.
     window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
     Raises ValueError naming the argument.
     """
@@ -90,14 +77,11 @@ def make_schedule(
     if window is not None:
         window = check_int("window", window, 1)
         skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
-        schedule = _plan(
-            name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost,
-            pair_cost,
-        )
+        schedule = _plan(name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, costs)
         for field in ("tile_begin", "tile_end"):
             schedule.tasks[field] += skipped[schedule.tasks["row"]].astype(np.int32)
         return schedule
-    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, segment_cost, min_cost, part_cost, pair_cost)
+    return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, costs)
 
 
 def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
@@ -107,19 +91,14 @@ def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> in
 
 def _plan(
     name: str, shape: DecodeShape, lens: np.ndarray, tiles: np.ndarray, tile_tokens: int,
-    splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, segment_cost: int, min_cost: int,
-    part_cost: int, pair_cost: int,
+    splits: int | Sequence[int] | np.ndarray | None, num_ctas: int | None, costs: BalancedCosts,
 ) -> Schedule:  # fmt: skip
     """As make_schedule, of rows of so many tiles [batch_size]."""
     if name == "balanced":
         if splits is not None:
             raise ValueError(f"splits: expected None for balanced, which cuts by num_ctas, got {splits!r}")
         num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
-        segment_cost = check_int("segment_cost", segment_cost, 0, MAX_TOKENS)
-        min_cost = check_int("min_cost", min_cost, 1, MAX_TOKENS)
-        part_cost = check_int("part_cost", part_cost, 0, MAX_PART_COST)
-        pair_cost = check_int("pair_cost", pair_cost, 0, MAX_PAIR_COST)
-        return _balanced(shape, tiles, tile_tokens, num_ctas, segment_cost, min_cost, part_cost, pair_cost)
+        return _balanced(shape, tiles, tile_tokens, num_ctas, check_costs(costs))
     if name not in SCHEDULES:
         raise ValueError(f"name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     if num_ctas is not None:
@@ -174,14 +153,13 @@ def _queue(
 
 
 def balanced_ranges(
-    total_cost: int, num_heads: int, num_ctas: int, segment_cost: int, min_cost: int, part_cost: int, pair_cost: int,
-    even: bool,
-) -> tuple[int, int]:  # fmt: skip
+    total_cost: int, num_heads: int, num_ctas: int, costs: BalancedCosts, even: bool
+) -> tuple[int, int]:
     """Ranges to cut total_cost (tiles) of num_heads non-empty (row, KV head) pairs into, and the parts of each head
     where all are cut into parts of equal tiles, else 0.
 
-    Never so many that one could be empty. A head of n tiles in p parts takes about n / p + part_cost * p, least at
-    p = sqrt(n / part_cost): no more are made of the mean head. even: whether all heads have the same tiles. If so,
+    Never so many that one could be empty. A head of n tiles in p parts takes about n / p + costs.part * p, least at
+    p = sqrt(n / costs.part): no more are made of the mean head. even: whether all heads have the same tiles. If so,
     short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
     heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
 
@@ -190,12 +168,12 @@ def balanced_ranges(
     so few to one SM of each pair. More, but not twice as many, would leave some pairs with twice the work of others.
     """
     most, half = num_ctas, num_ctas // 2
-    if even and 0 < num_heads <= half and total_cost < pair_cost * num_ctas and half % num_heads * 6 <= half:
+    if even and 0 < num_heads <= half and total_cost < costs.pair * num_ctas and half % num_heads * 6 <= half:
         most = half
-    ranges = max(1, min(total_cost // max(min_cost, 1 + segment_cost), most))
-    if part_cost > 0 and num_heads > 0:
+    ranges = max(1, min(total_cost // max(costs.minimum, 1 + costs.segment), most))
+    if costs.part > 0 and num_heads > 0:
         head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
-        part = max(1, int(math.sqrt(part_cost * head_cost)))  # exact: a float64 holds any 53-bit integer
+        part = max(1, int(math.sqrt(costs.part * head_cost)))  # exact: a float64 holds any 53-bit integer
         ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
     if num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES:
         if num_heads <= ranges:
@@ -211,29 +189,18 @@ def balanced_ranges(
     return ranges, 0
 
 
-def paired(pair_cost: int, columns: int, v_head_dim: int, kv_element_bytes: float) -> int:
-    """pair_cost of a kernel whose CTA serves so many columns (query heads times query tokens): the full one where an SM
-    reads twice as fast as it must, half of it where two warps share the columns, 0 for 8-bit pages."""
-    if kv_element_bytes < 2:
-        return 0
-    return pair_cost if columns * v_head_dim <= MAX_ACCUMULATED else pair_cost // 2
-
-
 def _balanced(
-    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, segment_cost: int, min_cost: int,
-    part_cost: int, pair_cost: int,
-) -> Schedule:  # fmt: skip
+    shape: DecodeShape, tiles: np.ndarray, tile_tokens: int, num_ctas: int, costs: BalancedCosts
+) -> Schedule:
     used = int(np.count_nonzero(tiles))
-    total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * segment_cost)
+    total_cost = shape.num_kv_heads * (int(tiles.sum()) + used * costs.segment)
     even = used > 0 and bool((tiles[tiles > 0] == tiles.max()).all())
-    num_ranges, parts = balanced_ranges(
-        total_cost, used * shape.num_kv_heads, num_ctas, segment_cost, min_cost, part_cost, pair_cost, even
-    )
+    num_ranges, parts = balanced_ranges(total_cost, used * shape.num_kv_heads, num_ctas, costs, even)
     tasks = np.empty((used * shape.num_kv_heads + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)
     row_splits = np.zeros(len(tiles), np.int64)
     num_tasks, partial_tasks = fill_balanced(
-        tiles, shape.num_kv_heads, segment_cost, total_cost, num_ranges, parts, tasks, cta_offsets, row_splits
+        tiles, shape.num_kv_heads, costs.segment, total_cost, num_ranges, parts, tasks, cta_offsets, row_splits
     )
     return Schedule(
         name="balanced",

@@ -18,7 +18,8 @@ from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
 from pkvsim.pricing.counters import KV_ELEMENT_BYTES
 from pkvsim.pricing.layer import price_variant, row_splits
-from pkvsim.schedule.make import MIN_COST, PART_COST, SEGMENT_COST, Schedule, make_schedule, paired
+from pkvsim.schedule.costs import MEASURED_COSTS
+from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline.event_loop import run_tasks
 
@@ -105,9 +106,9 @@ def _schedule(
     if model.rule == "balanced":
         return make_schedule(
             "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
-            segment_cost=SEGMENT_COST, min_cost=MIN_COST, part_cost=PART_COST,
-            pair_cost=paired(int(model.pair_cost), options.query_shape(shape).group_size, options.value_dim(shape),
-                             options.kv_element_bytes(shape)),
+            costs=MEASURED_COSTS._replace(pair=int(model.pair_cost)).of_kernel(
+                columns=options.query_shape(shape).group_size, v_head_dim=options.value_dim(shape),
+                kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:

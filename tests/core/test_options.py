@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pkvsim import AttentionOptions, DecodeShape, make_schedule, reference
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reference.append import FP8_DTYPES, dequantize
+from pkvsim.schedule.costs import BalancedCosts
 
 SHAPE = DecodeShape(num_q_heads=4, num_kv_heads=2, head_dim=8, page_size=4)
 lengths = st.lists(st.integers(0, 70), min_size=1, max_size=4)
@@ -99,7 +100,7 @@ def test_every_schedule_gives_the_same(lens, name, window, soft_cap, sinks, quer
     options = AttentionOptions(window, soft_cap, sinks, query_tokens, v_head_dim)
     step = make_step([n + query_tokens if n else 0 for n in lens], query_tokens=query_tokens, v_head_dim=v_head_dim)
     logits = np.linspace(-1, 1, 4) if sinks else None
-    how = {"num_ctas": 5, "segment_cost": 1} if name == "balanced" else {"splits": 3}
+    how = {"num_ctas": 5, "costs": BalancedCosts(segment=1)} if name == "balanced" else {"splits": 3}
     schedule = make_schedule(name, SHAPE, step[4], tile_tokens=8, window=options.reach, **how)
     close(reference.run_schedule(schedule, SHAPE, *step, options=options, sinks=logits),
           reference.attention(SHAPE, *step, options=options, sinks=logits))
@@ -110,7 +111,7 @@ def test_every_schedule_gives_the_same(lens, name, window, soft_cap, sinks, quer
     num_ctas=st.integers(1, 40),
 )  # fmt: skip
 def test_tiles_before_the_window_are_not_scheduled(lens, window, num_ctas):
-    how = {"tile_tokens": 16, "num_ctas": num_ctas, "segment_cost": 2, "window": window}
+    how = {"tile_tokens": 16, "num_ctas": num_ctas, "costs": BalancedCosts(segment=2), "window": window}
     tasks = make_schedule("balanced", SHAPE, lens, **how).tasks
     for row, length in enumerate(lens):
         for head in range(SHAPE.num_kv_heads):

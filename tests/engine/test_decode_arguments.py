@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gpu.engine.decode_kernels import arguments
 from gpu.inputs import arrays
+from gpu.inputs.run import Run
 from pkvsim import AttentionOptions, DecodeShape
 
 SHAPE = DecodeShape(4, 2, 64, 4)
@@ -35,8 +36,9 @@ def make_engine(options: AttentionOptions, layout: str = "HND"):
 def launched(engine, run: dict, scale: float | None) -> tuple:
     """The grid and the arguments of a run that launches nothing."""
     seen = []
+    engine = engine.schedule_engine
     engine._plan.decode = lambda *launch: seen.append(launch)
-    engine.run(**run, scale=scale)
+    engine.run(Run(**run, scale=scale))
     ((grid, args, _),) = seen
     assert len(args) == len(arguments(engine.config, engine._plan.layout).strip("[]")) + 5
     return grid, args
@@ -72,6 +74,7 @@ def expected(engine, tables: dict, run: dict, scale: float | None) -> list:
     def at(array: object) -> int:
         return 0 if array is None or isinstance(array, float) else array.data.ptr
 
+    engine = engine.schedule_engine
     options, csr = engine.options, "indptr" in tables
     ids = tables["indices" if csr else "block_table"]
     batch, num_pages = run["q"].shape[0], run["k_pages"].shape[0]
@@ -92,7 +95,7 @@ def expected(engine, tables: dict, run: dict, scale: float | None) -> list:
             strides = [page, *((*inner, 0) if options.kv_scales == "page" else inner if head == 1 else inner[::-1])]
         fields += [at(run.get("k_scale")), at(run.get("v_scale")), *strides, numbers[1]]
     fields += [at(tables["indptr"])] if csr else []
-    return [*fields, engine.segment_cost, engine.min_cost, engine.part_cost, engine.pair_cost,
+    return [*fields, *engine.costs,
             ids.shape[-1] * SHAPE.page_size]
 
 
@@ -116,7 +119,7 @@ def test_arguments_are_of_the_arrays_at_hand(gpu, options, layout, steps) -> Non
                            **sizes)
             engine.plan(**tables)
             grid, args = launched(engine, run, step["scale"])
-            assert (grid, list(args)) == (engine.num_ctas, expected(engine, tables, run, step["scale"]))
+            assert (grid, list(args)) == (engine.schedule_engine.num_ctas, expected(engine, tables, run, step["scale"]))
         if step["wrong"] == "block_table":
             with pytest.raises(ValueError, match="^block_table"):
                 engine.plan(gpu.array(np.zeros(5, np.int32)), gpu.array(np.zeros((4, 2), np.int32)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.devices.device import get_device
-from pkvsim.schedule.make import paired
+from pkvsim.schedule.costs import BalancedCosts, paired
 
 SHAPE = DecodeShape(4, 2, 64, 4)
 FORMS = ("block table", "csr and lengths", "csr and last pages")
@@ -210,5 +210,5 @@ def test_the_engine_pairs_ctas_as_its_gpus_model_says(gpu, options) -> None:
     shape, model = DecodeShape(32, 8, 128, 16), get_device("h200").routes["balanced"]
     engine = DecodeEngine(shape, options=options)
     columns = options.query_shape(shape).group_size
-    assert engine.pair_cost == paired(int(model.pair_cost), columns, 128, options.kv_element_bytes(shape))
-    assert DecodeEngine(shape, options=options, pair_cost=3).pair_cost == 3
+    assert engine.schedule_engine.costs.pair == paired(int(model.pair_cost), columns, 128, options.kv_element_bytes(shape), shape.page_size)
+    assert DecodeEngine(shape, options=options, costs=BalancedCosts(pair=3)).schedule_engine.costs == (0, 1, 0, 3)

@@ -116,7 +116,7 @@ def test_one_kernel_for_each_layout_of_tables(gpu) -> None:
 
 
 def workspace_of(engine) -> object:
-    return engine._partials.host
+    return engine.schedule_engine._partials.host
 
 
 @pytest.mark.parametrize("schedule", ["workqueue", "split"])
@@ -130,7 +130,7 @@ def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
             engine.run(**run_arguments(gpu, step))
     finally:
         gpu.capturing = False
-    plan = engine._plan
+    plan = engine.schedule_engine._plan
     kept = [
         weakref.ref(array)
         for array in (workspace_of(engine), plan.task_list.tasks.host, *(c.host for c in plan.copies))
@@ -143,7 +143,7 @@ def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
         engine.run(**run)
         agrees(big, run)
     assert all(ref() is not None for ref in kept) and workspace_of(engine) is not kept[0]()
-    assert len(engine._in_graphs) == 1, "three runs of one plan are kept once"
+    assert len(engine.schedule_engine._in_graphs) == 1, "three runs of one plan are kept once"
 
 
 def test_nothing_is_kept_of_steps_that_no_graph_captured(gpu) -> None:
@@ -153,7 +153,7 @@ def test_nothing_is_kept_of_steps_that_no_graph_captured(gpu) -> None:
         step = make_step(shape, [40 + 40 * seed] * 3, seed=seed)
         engine.plan(step.seq_lens, step.block_table)
         engine.run(**run_arguments(gpu, step))
-    assert engine._in_graphs == []
+    assert engine.schedule_engine._in_graphs == []
 
 
 def test_a_captured_copy_of_host_tables_outlives_later_plans(gpu) -> None:
@@ -163,7 +163,7 @@ def test_a_captured_copy_of_host_tables_outlives_later_plans(gpu) -> None:
     gpu.capturing = True
     engine.run(**run_arguments(gpu, step))
     gpu.capturing = False
-    kept = [weakref.ref(copy.host) for copy in engine._plan.copies]
+    kept = [weakref.ref(copy.host) for copy in engine.schedule_engine._plan.copies]
     engine.plan(step.seq_lens, step.block_table)
     assert len(kept) == 2 and all(ref() is not None for ref in kept)
 

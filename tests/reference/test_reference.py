@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from strategies import Case, seq_lens, shapes
 
 from pkvsim import DecodeShape, make_schedule, reference
+from pkvsim.schedule.costs import BalancedCosts
 
 SHAPE = DecodeShape(num_q_heads=4, num_kv_heads=2, head_dim=8, page_size=16)
 
@@ -48,7 +49,7 @@ def test_every_schedule_equals_attention(data, shape, lens, seed, tile_tokens):
     options = {
         "split": {"splits": data.draw(st.integers(1, 9))},
         "workqueue": {"splits": data.draw(st.lists(st.integers(1, 9), min_size=len(lens), max_size=len(lens)))},
-        "balanced": {"num_ctas": data.draw(st.integers(1, 30)), "segment_cost": data.draw(st.integers(0, 3))},
+        "balanced": {"num_ctas": data.draw(st.integers(1, 30)), "costs": BalancedCosts(segment=data.draw(st.integers(0, 3)))},
     }
     for name, chosen in options.items():
         schedule = make_schedule(name, shape, lens, tile_tokens=tile_tokens, **chosen)

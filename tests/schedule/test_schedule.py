@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from strategies import seq_lens, shapes
 
 from pkvsim import DecodeShape, make_schedule
+from pkvsim.schedule.costs import BalancedCosts, paired
 from pkvsim.schedule.fill import fill_balanced, fill_queue
-from pkvsim.schedule.make import SHORT_RANGE_TILES, paired
+from pkvsim.schedule.make import SHORT_RANGE_TILES
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 TASK_FIELDS = ("row", "kv_head", "split", "tile_begin", "tile_end")
@@ -80,7 +81,7 @@ def range_costs(schedule, segment_cost):
 )  # fmt: skip
 def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
     schedule = make_schedule(
-        "balanced", shape, lens, num_ctas=num_ctas, segment_cost=segment_cost, min_cost=min_cost
+        "balanced", shape, lens, num_ctas=num_ctas, costs=BalancedCosts(segment_cost, min_cost)
     )
     assert_covers(schedule, shape, lens)
     tiles = [-(-n // 32) for n in lens]
@@ -126,7 +127,7 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
 def test_parts_that_pay(tiles, num_kv_heads, num_ctas, part_cost):
     """Parts of a head are near the least of tiles / p + part_cost * p, as far as there are CTAs."""
     shape = DecodeShape(num_kv_heads, num_kv_heads, 64, 16)
-    schedule = make_schedule("balanced", shape, [tiles * 16], num_ctas=num_ctas, tile_tokens=16, part_cost=part_cost)
+    schedule = make_schedule("balanced", shape, [tiles * 16], num_ctas=num_ctas, tile_tokens=16, costs=BalancedCosts(part=part_cost))
     parts = schedule.num_ctas / num_kv_heads
     best = max(1.0, math.sqrt(tiles / part_cost))
     assert parts <= max(1, 1.5 * best + 1)
@@ -144,8 +145,9 @@ def test_short_steps_take_half_the_ctas(rows, tiles, num_kv_heads, num_ctas, pai
     lens = [tiles * 16] * rows
     if longer and rows > 1:
         lens[0] += 16
-    plan = dict(num_ctas=num_ctas, tile_tokens=16, segment_cost=segment_cost)
-    schedule, whole = (make_schedule("balanced", shape, lens, **plan, pair_cost=cost) for cost in (pair_cost, 0))
+    plan = dict(num_ctas=num_ctas, tile_tokens=16)
+    schedule, whole = (make_schedule("balanced", shape, lens, **plan, costs=BalancedCosts(segment_cost, pair=cost))
+        for cost in (pair_cost, 0))
     assert_covers(schedule, shape, lens)
     heads, half = rows * num_kv_heads, num_ctas // 2
     cost = num_kv_heads * sum(length // 16 + segment_cost for length in lens)
@@ -160,13 +162,14 @@ def test_short_steps_take_half_the_ctas(rows, tiles, num_kv_heads, num_ctas, pai
 @pytest.mark.parametrize("columns, v_head_dim, element_bytes, wanted", [
     (4, 128, 2, 80), (16, 128, 2, 80), (17, 128, 2, 40), (32, 64, 2, 80), (16, 256, 2, 40), (4, 128, 1, 0)])
 def test_pairs_by_what_an_sm_computes(columns, v_head_dim, element_bytes, wanted):
-    assert paired(80, columns, v_head_dim, element_bytes) == wanted
+    assert paired(80, columns, v_head_dim, element_bytes, 16) == wanted
+    assert paired(80, columns, v_head_dim, element_bytes, 1) == 0
 
 
 def test_equal_rows_are_not_cut():
     """More heads than CTAs: each takes as many whole ones, 128 of 132 CTAs four each."""
     shape = DecodeShape(32, 8, 128, 16)
-    schedule = make_schedule("balanced", shape, [1024] * 64, num_ctas=132, tile_tokens=16, segment_cost=7)
+    schedule = make_schedule("balanced", shape, [1024] * 64, num_ctas=132, tile_tokens=16, costs=BalancedCosts(segment=7))
     assert schedule.num_ctas == 128 and schedule.num_partial_tasks == 0
     ragged = make_schedule("balanced", DecodeShape(32, 8, 128, 16), [1024] * 63 + [900], num_ctas=132, tile_tokens=16)
     assert ragged.num_ctas == 132
@@ -196,8 +199,8 @@ def test_balanced_ranges_hold_whole_positions():
         ("workqueue", {"splits": 2**31 - 1, "tile_tokens": 1}, "splits: expected at most"),
         ("balanced", {}, "num_ctas: expected an integer in .* got None"),
         ("balanced", {"num_ctas": 4, "splits": 4}, "splits: expected None for balanced"),
-        ("balanced", {"num_ctas": 4, "segment_cost": -1}, "segment_cost: expected"),
-        ("balanced", {"num_ctas": 4, "min_cost": 0}, "min_cost: expected"),
+        ("balanced", {"num_ctas": 4, "costs": BalancedCosts(segment=-1)}, "costs.segment: expected"),
+        ("balanced", {"num_ctas": 4, "costs": BalancedCosts(minimum=0)}, "costs.minimum: expected"),
     ],
 )
 def test_bad_arguments(name, options, message):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pkvsim.schedule.costs import BalancedCosts
+
 Place = Callable[[np.ndarray], object]  # to the GPU, whichever library's
 
 
@@ -60,10 +62,13 @@ BAD_ENGINES = {
     "schedule": ("", "nothing", None, 3, ["balanced"]),
     "tile_tokens": (0, -16, 8, 1.5, None, "32", True),
     "num_ctas": (0, -1, 2**20, 1.5, "4", True),
-    "segment_cost": (-1, 2**21, 0.5, None, "1"),
-    "min_cost": (0, -1, 2**21, 1.5, None),
-    "part_cost": (-1, 2**21, 1.5, "1"),
-    "pair_cost": (-1, 2**21, 1.5, "1"),
+    "costs": (
+        7, "7", (7, 8, 2, 80), [7],
+        *(BalancedCosts(segment=wrong) for wrong in (-1, 2**21, 0.5, None, "1")),
+        *(BalancedCosts(minimum=wrong) for wrong in (0, -1, 2**21, 1.5, None)),
+        *(BalancedCosts(part=wrong) for wrong in (-1, 2**21, 1.5, "1")),
+        *(BalancedCosts(pair=wrong) for wrong in (-1, 2**21, 1.5, "1")),
+    ),
     "variant": (8, (8,), (0, 2), (8, 0), ("8", 2), (64, 64), "88", (1.5, 2)),
     "options": (None, 1, {}, "window"),
     "layout": ("", "HDN", None, 1, ["HND"]),

@@ -117,10 +117,10 @@ def test_the_device_plan_of_last_pages_is_pkvsims() -> None:
     case = make_case(shape, LENS)
     engine = DecodeEngine(shape)
     engine.plan(**tables(case, "csr and last pages", torch.int32))
-    tasks, offsets = engine.device_tasks()
-    wanted = make_schedule("balanced", shape, LENS, num_ctas=engine.num_ctas, segment_cost=engine.segment_cost,
-                           tile_tokens=16, min_cost=engine.min_cost, part_cost=engine.part_cost,
-                           pair_cost=engine.pair_cost)
+    planned = engine.schedule_engine
+    tasks, offsets = planned.device_tasks()
+    wanted = make_schedule("balanced", shape, LENS, num_ctas=planned.num_ctas, costs=planned.costs,
+                           tile_tokens=16)
     np.testing.assert_array_equal(tasks, wanted.tasks)
     np.testing.assert_array_equal(offsets, wanted.cta_offsets)
 

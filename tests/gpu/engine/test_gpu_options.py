@@ -167,17 +167,15 @@ def test_device_plan_with_a_window() -> None:
     engine = DecodeEngine(shape, options=AttentionOptions(window=500, query_tokens=3))
     lens = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
     engine.plan(lens, torch.zeros((len(LENGTHS), 188), dtype=torch.int32, device="cuda"))
-    tasks, offsets = engine.device_tasks()
+    planned = engine.schedule_engine
+    tasks, offsets = planned.device_tasks()
     wanted = make_schedule(
         "balanced",
         shape,
         LENGTHS,
-        num_ctas=engine.num_ctas,
-        segment_cost=engine.segment_cost,
+        num_ctas=planned.num_ctas,
+        costs=planned.costs,
         tile_tokens=16,
-        min_cost=engine.min_cost,
-        part_cost=engine.part_cost,
-        pair_cost=engine.pair_cost,
         window=502,
     )
     np.testing.assert_array_equal(tasks, wanted.tasks)

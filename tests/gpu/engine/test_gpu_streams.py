@@ -8,6 +8,7 @@ from decode_ref import check, make_case, run_poisoned
 
 from gpu import DecodeEngine
 from pkvsim import DecodeShape
+from pkvsim.schedule.costs import BalancedCosts
 
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 SCHEDULES = ("split", "workqueue", "balanced")
@@ -55,7 +56,7 @@ def test_side_stream(schedule: str) -> None:
         check(out, lse, case, dtype="float16")
 
 
-@pytest.mark.parametrize("bad", [{"num_ctas": 0}, {"num_ctas": -1}, {"segment_cost": -1}, {"min_cost": 0}])
+@pytest.mark.parametrize("bad", [{"num_ctas": 0}, {"num_ctas": -1}, {"costs": BalancedCosts(segment=-1)}, {"costs": BalancedCosts(minimum=0)}])
 def test_bad_costs(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         DecodeEngine(SHAPE, **bad)

@@ -1,0 +1,60 @@
+"""What the balanced schedule weighs against each other, as one value: from a device's route to the kernels' arguments."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pkvsim.shapes import check_int
+
+MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers hold; more go to several warps
+MAX_COST = 2**20  # of a segment and of a range; keeps the planner's sums within 31 bits together with its lengths
+MAX_PART_COST = 2**10  # keeps part * MOST_TILES_PER_HEAD within 31 bits
+MAX_PAIR_COST = 2**10  # the same of pair * CTAs
+
+
+class BalancedCosts(NamedTuple):
+    """Costs of the balanced schedule, in tiles of 16 tokens. pkv::Costs in cuda_src/plan.cuh has the same fields.
+
+    segment: what a row segment costs beside its tiles. minimum: the least cost of a range, so that small steps take
+    fewer CTAs. part: what merging one more part of a head costs; heads are cut into no more parts than pay for that.
+    pair: rows of one length that cost less than this for each CTA get half of the CTAs (balanced_ranges says why).
+    """
+
+    segment: int = 0
+    minimum: int = 1
+    part: int = 0
+    pair: int = 0
+
+    def of_kernel(self, *, columns: int, v_head_dim: int, kv_element_bytes: float, page_size: int) -> BalancedCosts:
+        """These costs for a kernel whose CTA serves so many columns (query heads times query tokens)."""
+        return self._replace(pair=paired(self.pair, columns, v_head_dim, kv_element_bytes, page_size))
+
+
+# What the engine balances with, from a sweep on an H200 (2026-11-21). The cost of a pair holds on GPUs of compute
+# capability PAIRS_MEASURED, whose neighbouring SMs share their way to memory; on others nothing was measured.
+MEASURED_COSTS = BalancedCosts(segment=7, minimum=8, part=2, pair=80)
+PAIRS_MEASURED = 9, 0
+
+
+def check_costs(costs: object) -> BalancedCosts:
+    """`costs` as plain integers. Raises ValueError naming the field that is none, or out of range."""
+    if not isinstance(costs, BalancedCosts):
+        raise ValueError(f"costs: expected BalancedCosts, got {costs!r}")
+    return BalancedCosts(
+        segment=check_int("costs.segment", costs.segment, 0, MAX_COST),
+        minimum=check_int("costs.minimum", costs.minimum, 1, MAX_COST),
+        part=check_int("costs.part", costs.part, 0, MAX_PART_COST),
+        pair=check_int("costs.pair", costs.pair, 0, MAX_PAIR_COST),
+    )
+
+
+def default_costs(compute_capability: tuple[int, int]) -> BalancedCosts:
+    """The costs of a GPU that has no route of its own to say them."""
+    return MEASURED_COSTS if compute_capability == PAIRS_MEASURED else MEASURED_COSTS._replace(pair=0)
+
+
+def paired(pair_cost: int, columns: int, v_head_dim: int, kv_element_bytes: float, page_size: int) -> int:
+    """BalancedCosts.pair of a kernel: the full one where an SM reads twice as fast as it must, half of it where two
+    warps share the columns, 0 for 8-bit pages and for pages of one token, whose SMs are busy with addresses."""
+    if kv_element_bytes < 2 or page_size == 1:
+        return 0
+    return pair_cost if columns * v_head_dim <= MAX_ACCUMULATED else pair_cost // 2
