@@ -31,7 +31,7 @@ class DecodeEngine:
     schedule_engine: what runs the schedule, None of auto. router: what chooses the routes, None but of auto.
     """
 
-    __slots__ = ("schedule", "schedule_engine", "router", "_device_id")
+    __slots__ = ("shape", "dtype", "schedule", "options", "layout", "schedule_engine", "router", "_device_id")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, costs: BalancedCosts | None = None,
@@ -54,12 +54,13 @@ class DecodeEngine:
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
         current = cupy.cuda.Device()
-        self.schedule, self._device_id = schedule, current.id
+        checks.check_engine(shape, dtype, schedule, (*SCHEDULES, AUTO), options, layout, tile_tokens, variant)
+        options = options.with_cache(kv_dtype, kv_scales)
+        self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
+        self._device_id = current.id
         self.schedule_engine: ScheduleEngine | None = None
         self.router: Router | None = None
-        checks.check_engine(shape, dtype, schedule, (*SCHEDULES, AUTO), options, layout, tile_tokens, variant)
         if schedule == AUTO:
-            options = options.with_cache(kv_dtype, kv_scales)
             # The routes' engines are built when a step first takes them; what no kernel serves is refused at once.
             kernel_config(shape, dtype, int(current.compute_capability), options=options)
             self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
@@ -67,7 +68,7 @@ class DecodeEngine:
         else:
             self.schedule_engine = ScheduleEngine(
                 shape, dtype, schedule, splits=splits, tile_tokens=tile_tokens, num_ctas=num_ctas, costs=costs,
-                variant=variant, options=options, kv_dtype=kv_dtype, kv_scales=kv_scales, layout=layout, scale=scale)
+                variant=variant, options=options, layout=layout, scale=scale)
 
     def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
              indices: object = None, last_page_len: object = None, validate: bool = False,

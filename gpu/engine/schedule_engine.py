@@ -30,13 +30,11 @@ class ScheduleEngine:
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None,
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
-                 layout: str = "HND", scale: float | None = None) -> None:
+                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None) -> None:
         """As gpu.DecodeEngine; schedule: one of SCHEDULES. Raises ValueError naming the argument."""
         current = cupy.cuda.Device()
         capability = int(current.compute_capability)
         checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
-        options = options.with_cache(kv_dtype, kv_scales)
         self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
         self.config = kernel_config(shape, dtype, capability, variant=variant, options=options)
         # What the kernels take for KV heads: the parts of each, where its group is split.
