@@ -7,6 +7,7 @@ from gpu.engine.schedule_engine import SCHEDULES, ScheduleEngine
 from gpu.inputs import checks
 from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run
+from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import kernel_config
 from gpu.routes.router import Router
 from pkvsim import DecodeShape
@@ -53,16 +54,15 @@ class DecodeEngine:
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
-        current = cupy.cuda.Device()
         checks.check_engine(shape, dtype, schedule, (*SCHEDULES, AUTO), options, layout, tile_tokens, variant)
         options = options.with_cache(kv_dtype, kv_scales)
         self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
-        self._device_id = current.id
+        self._device_id = cupy.cuda.Device().id
         self.schedule_engine: ScheduleEngine | None = None
         self.router: Router | None = None
         if schedule == AUTO:
             # The routes' engines are built when a step first takes them; what no kernel serves is refused at once.
-            kernel_config(shape, dtype, int(current.compute_capability), options=options)
+            kernel_config(shape, dtype, this_gpu().compute_capability, options=options)
             self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
                                  layout=layout)
         else:

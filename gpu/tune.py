@@ -105,9 +105,10 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
     import cupy
     import torch
 
+    from gpu.kernels.this_gpu import this_gpu
     from gpu.measure.pools import BenchPool
 
-    capability = int(cupy.cuda.Device().compute_capability)
+    capability = this_gpu().compute_capability
     shapes = [(DecodeShape(KV_HEADS * group, KV_HEADS, head_dim, PAGE_SIZE), group, dtype)
               for dtype in dtypes for head_dim in head_dims for group in group_sizes]
     candidates = [variants(shape, dtype, CANDIDATES, shared_limit_bytes(capability)) for shape, _, dtype in shapes]
@@ -132,7 +133,7 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
             f"{best.variant} {best_us:.1f} us; {others}",
             flush=True,
         )
-    gpu = torch.cuda.get_device_name()
+    gpu = str(this_gpu())
     return {
         "compute_capability": capability,
         "gpu": gpu,

@@ -51,7 +51,12 @@ def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[
     the previous one themselves (sm_90 and newer). pairs: see gpu.kernels.launch.Kernel.
     """
     from gpu.kernels.launch import Kernel
+    from gpu.kernels.this_gpu import this_gpu
+    from gpu.kernels.variant import shared_limit_bytes
 
+    limit = shared_limit_bytes(this_gpu().compute_capability)
+    if shared_bytes > limit:
+        raise ValueError(f"shared_bytes: expected at most {limit} on {this_gpu()}, got {shared_bytes} for {kernel_name}")
     raw = load_module(file_name, defines).get_function(kernel_name)
     if shared_bytes:
         raw.max_dynamic_shared_size_bytes = shared_bytes

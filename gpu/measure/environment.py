@@ -41,10 +41,11 @@ def environment() -> dict[str, str]:
     import torch
 
     from gpu.kernels import compile as kernels
+    from gpu.kernels.this_gpu import this_gpu
     from gpu.routes import flashinfer_decode as fi
 
     found = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": str(this_gpu()),
         "driver": driver_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),

@@ -12,6 +12,7 @@ import numpy as np
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run, StepPlanner
+from gpu.kernels.this_gpu import this_gpu
 from gpu.routes import flashinfer_decode as fi
 from gpu.routes import route_engines as routes
 from pkvsim import DecodeShape
@@ -199,15 +200,12 @@ class Router:
 
 def this_device() -> DeviceSpec | None:
     """The catalogue's calibrated GPU that the current one is by name, SMs and compute capability, or None."""
-    import cupy
-
     from gpu.measure.environment import gpu_slug
 
-    device = cupy.cuda.Device()
-    slug = gpu_slug(cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode())
-    capability = divmod(int(device.compute_capability), 10)
+    gpu = this_gpu()
+    slug, capability = gpu_slug(gpu.name), divmod(gpu.compute_capability, 10)
     for name, spec in DEVICES.items():
-        same = spec.num_sms == device.attributes["MultiProcessorCount"] and spec.compute_capability == capability
+        same = spec.num_sms == gpu.num_sms and spec.compute_capability == capability
         if spec.routes and same and slug.startswith(name):
             return spec
     return None
