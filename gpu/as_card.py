@@ -54,7 +54,7 @@ def enter(name: str) -> Gpu:
     if card.memory_bytes > real.memory_bytes:
         raise ValueError(f"card: expected one of at most {real.memory_bytes / 2**30:.1f} GiB, which {real.name} has, got "
                          f"{name} of {card.memory_bytes / 2**30:.1f}")
-    card = dataclasses.replace(card, played_by=real.name)
+    card = dataclasses.replace(card, played_by=real.name, card=name)
     this_gpu.play(card)
     _compile_for(card, cupy.cuda.compiler)
     _Memory(card.memory_bytes, cupy, torch).install()
@@ -85,6 +85,8 @@ class _Memory:
         self._limit_torch()
         self._cupy.cuda.set_allocator(self.allocate)
         self._torch.cuda.mem_get_info = lambda device=None: self.info()
+        properties = self._torch.cuda.get_device_properties
+        self._torch.cuda.get_device_properties = lambda *device: _Properties(properties(*device), self._limit)
         self._cupy.cuda.runtime.memGetInfo = self.info
 
     def allocate(self, num_bytes: int) -> object:
@@ -105,6 +107,16 @@ class _Memory:
         if taken != self._known:
             self._torch.cuda.set_per_process_memory_fraction(max(0.0, (self._limit - taken) / self._total))
             self._known = taken
+
+
+class _Properties:
+    """torch.cuda.get_device_properties() of the GPU at hand but for the memory, by which Transformers sizes its pools."""
+
+    def __init__(self, real: object, total_memory: int) -> None:
+        self._real, self.total_memory = real, total_memory
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._real, name)
 
 
 def main(argv: list[str] | None = None) -> int:

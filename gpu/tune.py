@@ -63,8 +63,12 @@ def _compile(defines: dict) -> None:
 
 def compile_all(configs: list[KernelConfig], jobs: int) -> None:
     """Compiles into CuPy's disk cache, in processes of their own since a compilation holds one core."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    from gpu.as_card import enter
+    from gpu.kernels.this_gpu import card_played
+
+    context, card = multiprocessing.get_context("spawn"), card_played()
+    start = {} if card is None else {"initializer": enter, "initargs": (card,)}
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, **start) as pool:
         for done, _ in enumerate(pool.map(_compile, [config.defines() for config in configs]), 1):
             progress(f"compiled {done} of {len(configs)}")
     progress(None)
@@ -76,20 +80,40 @@ def progress(line: str | None) -> None:
         print("\n" if line is None else f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
+def fitting_cells(shape: DecodeShape, pool: object) -> tuple[tuple[int, int], ...]:
+    """Those of CELLS whose cold copies the pool has room for."""
+    found = []
+    for rows, longest in CELLS:
+        try:
+            _lay_out(shape, pool, rows, longest)
+        except ValueError:
+            continue
+        found.append((rows, longest))
+    return tuple(found)
+
+
+def _lay_out(shape: DecodeShape, pool: object, rows: int, longest: int) -> tuple:
+    """(lengths, pages) of a cell; ValueError naming pool-gib where the pool has no room for it."""
+    import numpy as np
+
+    from gpu.measure.timing import l2_bytes
+
+    lens = np.array(cell_lengths(rows, longest), np.int32)
+    kv_bytes = int(lens.sum()) * shape.num_kv_heads * shape.head_dim * 4
+    return lens, pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
+
+
 def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple) -> list[float]:
     """Kernel time of every cell, us, cold L2, inside a CUDA graph."""
-    import numpy as np
     import torch
 
     from gpu.decode_engine import DecodeEngine
-    from gpu.measure.timing import graph_time_us, l2_bytes
+    from gpu.measure.timing import graph_time_us
 
     engine = DecodeEngine(shape, config.dtype, variant=config.variant)
     times = []
     for rows, longest in cells:
-        lens = np.array(cell_lengths(rows, longest), np.int32)
-        kv_bytes = int(lens.sum()) * shape.num_kv_heads * shape.head_dim * 4
-        pages = pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
+        lens, pages = _lay_out(shape, pool, rows, longest)
         engine.plan(torch.from_numpy(lens).cuda(), torch.from_numpy(pages.block_table).cuda())
         q = torch.randn(rows, shape.num_q_heads, shape.head_dim, device="cuda", dtype=pool.flat.dtype)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
@@ -100,28 +124,36 @@ def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple
     return times
 
 
-def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str], jobs: int, pool_gib: float) -> dict:
-    """Measures every candidate of every shape on the current GPU; the least geometric mean over CELLS wins."""
+def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str], jobs: int,
+                pool_gib: float | None) -> dict:
+    """Measures every candidate of every shape on the current GPU; the least geometric mean over CELLS wins, over those
+    that memory has room for where there is less than POOL_GIB and none is asked for.
+    """
     import cupy
     import torch
 
     from gpu.kernels.this_gpu import this_gpu
+    from gpu.measure.memory import budget, peak_line
     from gpu.measure.pools import BenchPool
 
+    granted = budget(POOL_GIB, pool_gib)
     capability = this_gpu().compute_capability
     shapes = [(DecodeShape(KV_HEADS * group, KV_HEADS, head_dim, PAGE_SIZE), group, dtype)
               for dtype in dtypes for head_dim in head_dims for group in group_sizes]
     candidates = [variants(shape, dtype, CANDIDATES, shared_limit_bytes(capability)) for shape, _, dtype in shapes]
     compile_all([config for configs in candidates for config in configs], jobs)
-    entries, pool, pool_dtype = [], None, None
+    print(granted, flush=True)
+    entries, pool, pool_dtype, cells = [], None, None, {}
     for (shape, group, dtype), configs in zip(shapes, candidates):
         if dtype != pool_dtype:
             del pool
-            pool, pool_dtype = BenchPool(pool_gib=pool_gib, dtype=getattr(torch, dtype), seed=1), dtype
-        found = []
+            pool, pool_dtype = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, dtype), seed=1), dtype
+        found, cells[shape] = [], fitting_cells(shape, pool)
+        if not cells[shape]:
+            raise ValueError(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
         for config in configs:
             progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.variant}")
-            times = measure(shape, config, pool, CELLS)
+            times = measure(shape, config, pool, cells[shape])
             found.append((math.exp(sum(map(math.log, times)) / len(times)), config))
         found.sort(key=lambda pair: pair[0])
         best_us, best = found[0]
@@ -133,13 +165,15 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
             f"{best.variant} {best_us:.1f} us; {others}",
             flush=True,
         )
-    gpu = str(this_gpu())
+    print(peak_line(), flush=True)
+    gpu, smallest = str(this_gpu()), min(cells.values(), key=len)
+    fewer = "" if len(smallest) == len(CELLS) else f"; of some shapes {len(smallest)} of the {len(CELLS)} steps ({granted})"
     return {
         "compute_capability": capability,
         "gpu": gpu,
         "entries": entries,
         "source": f"python -m gpu.tune on one {gpu}, {datetime.date.today()}, CuPy {cupy.__version__}: least geometric "
-        f"mean of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens",
+        f"mean of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens{fewer}",
     }
 
 
@@ -155,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=list(GROUP_SIZES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--jobs", type=int, default=8, help="compilations at a time")
-    parser.add_argument("--pool-gib", type=float, default=POOL_GIB, help="page pool, GiB of GPU memory")
+    parser.add_argument("--pool-gib", type=float, help=f"page pool, GiB of GPU memory, by default {POOL_GIB:g} or what fits")
     args = parser.parse_args(argv)
     try:
         if args.calculate is not None:

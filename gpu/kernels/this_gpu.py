@@ -15,6 +15,7 @@ class Gpu:
     num_sms: int
     memory_bytes: int  # that programs can have
     played_by: str | None = None  # the GPU that stands in for this one, in whose time everything is measured
+    card: str | None = None  # by which name gpu.as_card knows it, where it is played
 
     @property
     def overlaps(self) -> bool:
@@ -31,6 +32,11 @@ _card: Gpu | None = None  # one process has one, from before its first kernel to
 def this_gpu() -> Gpu:
     """CuPy's current device, or the card that the process plays."""
     return real_gpu() if _card is None else _card
+
+
+def card_played() -> str | None:
+    """The name of the card that the process plays, for the processes that it starts; needs no GPU."""
+    return None if _card is None else _card.card
 
 
 def real_gpu() -> Gpu:

@@ -78,9 +78,12 @@ def driver_version() -> str:
 
 def command_line() -> str:
     """How this process was started, as one would type it."""
+    from gpu.kernels.this_gpu import card_played
+
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec is not None else os.path.relpath(sys.argv[0])
-    return " ".join(["python", program, *sys.argv[1:]])
+    card = card_played()
+    return " ".join(["python", *(() if card is None else ("-m gpu.as_card", card)), program, *sys.argv[1:]])
 
 
 def gpu_slug(gpu_name: str) -> str:
