@@ -10,8 +10,8 @@ of the rows' last tokens; of an 8-bit cache, the scales too. Every result is che
 caches against 16-bit pages of the same values as well. x FP16: over the time of plain attention on the same step, where
 that is measured too, which 8-bit pages should about halve. error: the largest against float64, on the shortest and the
 longest row with several draws of queries, of what 8-bit pages stand for; x theirs: ours over the least of FlashInfer's
-backends. Times are per call inside a CUDA graph whose calls read distinct pages, over four times the L2, before any page
-comes back.
+backends. Times are per call inside a CUDA graph whose calls read distinct pages, over four times the L2, before any
+page comes back.
 """
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--variant", type=_kernel, metavar="WARPSxSTAGES",
                         help="of the kernels of 8-bit caches, in place of the default")
-    parser.add_argument("--pool-gib", type=float, help=f"16-bit K and V pages together, by default {POOL_GIB:g} or what "
-                        "fits. Codes of 8-bit caches take half as much beside them")
+    parser.add_argument("--pool-gib", type=float, help=f"16-bit K and V pages together, by default {POOL_GIB:g} or "
+                        "what fits. Codes of 8-bit caches take half as much beside them")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args(argv)

@@ -59,7 +59,10 @@ def error_of_row(cache, row: int, q_row, out_row) -> float:
 
 
 def compare_with_flashinfer(console: Console, cache, q, out) -> tuple[float, float | None]:
-    """(largest difference from `out`, us) of FlashInfer's tensor-core backend; (0, None) where it cannot run, which is said."""
+    """(largest difference from `out`, us) of FlashInfer's tensor-core backend; (0, None) where it cannot run.
+
+    Why it cannot is said on the console.
+    """
     import torch
 
     from gpu.inputs.block_tables import StepTables

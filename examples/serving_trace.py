@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_bench(args: argparse.Namespace, *, default_gib: float = POOL_GIB) -> Bench:
-    """The pool and what every trace shares. default_gib: of the pool, where memory has room and no --pool-gib is given."""
+    """The pool and what every trace shares. default_gib: of the pool, without --pool-gib and where memory has room."""
     import torch
     from serving.run import Bench
 

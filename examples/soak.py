@@ -194,8 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(marks).print(console)
     if args.json is not None:
-        write_json(args.json, {"environment": about, "rows": rows, "peak_gpu_bytes": memory.peak_bytes(), "failures": wrong,
-                               "checks": [dataclasses.asdict(mark) for mark in marks]})
+        write_json(args.json, {"environment": about, "rows": rows, "peak_gpu_bytes": memory.peak_bytes(),
+                               "failures": wrong, "checks": [dataclasses.asdict(mark) for mark in marks]})
     for sentence in wrong:
         note(sentence)
     console.print(f"{args.steps:,} steps: {'[red]failed[/]' if wrong else '[green]right, and no growth of memory[/]'}")

@@ -4,10 +4,10 @@
     python -m gpu.as_card rtx3060 -m gpu.tune -o table.json
     python -m pytest tests/gpu --card rtx3060
 
-Every kernel that CuPy compiles is PTX of the card's architecture, which the driver compiles for the GPU at hand; schedules
-are for its SMs; kernels have its shared memory, launches its features; PyTorch and CuPy together get no more memory than
-it has. So what the card would refuse is refused, and what it would compute is computed. How fast it would be does not
-show: times are those of the GPU at hand. The libraries that come compiled, PyTorch's and FlashInfer's, run as they are.
+Every kernel that CuPy compiles is PTX of the card's architecture, which the driver compiles for the GPU at hand;
+schedules are for its SMs; kernels have its shared memory, launches its features; PyTorch and CuPy together get no more
+memory than it has. So what the card would refuse is refused, and what it would compute is computed. How fast it would
+be does not show: times are those of the GPU at hand. What comes compiled, in PyTorch and FlashInfer, runs as it is.
 
 Limits hold for each process: of pytest -n 14 every worker is a card of its own.
 """
@@ -52,8 +52,8 @@ def enter(name: str) -> Gpu:
         raise ValueError(f"card: expected one of compute capability {real.compute_capability / 10:.1f} or older, which "
                          f"{real.name} can play, got {name} of {card.compute_capability / 10:.1f}")
     if card.memory_bytes > real.memory_bytes:
-        raise ValueError(f"card: expected one of at most {real.memory_bytes / 2**30:.1f} GiB, which {real.name} has, got "
-                         f"{name} of {card.memory_bytes / 2**30:.1f}")
+        raise ValueError(f"card: expected one of at most {real.memory_bytes / 2**30:.1f} GiB, which {real.name} has, "
+                         f"got {name} of {card.memory_bytes / 2**30:.1f}")
     card = dataclasses.replace(card, played_by=real.name, card=name)
     this_gpu.play(card)
     _compile_for(card, cupy.cuda.compiler)
@@ -110,7 +110,7 @@ class _Memory:
 
 
 class _Properties:
-    """torch.cuda.get_device_properties() of the GPU at hand but for the memory, by which Transformers sizes its pools."""
+    """torch.cuda.get_device_properties() of the GPU at hand, but for the memory that Transformers sizes pools by."""
 
     def __init__(self, real: object, total_memory: int) -> None:
         self._real, self.total_memory = real, total_memory

@@ -167,7 +167,7 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
         )
     print(peak_line(), flush=True)
     gpu, smallest = str(this_gpu()), min(cells.values(), key=len)
-    fewer = "" if len(smallest) == len(CELLS) else f"; of some shapes {len(smallest)} of the {len(CELLS)} steps ({granted})"
+    fewer = "" if len(smallest) == len(CELLS) else f"; of some shapes {len(smallest)} of them ({granted})"
     return {
         "compute_capability": capability,
         "gpu": gpu,
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=list(GROUP_SIZES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--jobs", type=int, default=8, help="compilations at a time")
-    parser.add_argument("--pool-gib", type=float, help=f"page pool, GiB of GPU memory, by default {POOL_GIB:g} or what fits")
+    parser.add_argument("--pool-gib", type=float, help=f"page pool, by default {POOL_GIB:g} or what fits")
     args = parser.parse_args(argv)
     try:
         if args.calculate is not None:

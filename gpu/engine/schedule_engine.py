@@ -62,7 +62,7 @@ class ScheduleEngine:
 
     def plan(self, tables: StepTables, *, splits: object = None, packed: object = None,
              validate: bool = False) -> None:
-        """As gpu.DecodeEngine.plan. splits: of this plan and those to come; packed: what only FlashInfer's routes read."""
+        """As gpu.DecodeEngine.plan. splits: of this plan and those to come; packed: what FlashInfer's routes read."""
         if splits is not None:
             self.splits = splits
         addresses, key = fingerprint(tables)

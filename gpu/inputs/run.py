@@ -28,7 +28,7 @@ class StepPlanner(Protocol):
 
     def plan(self, tables: StepTables, *, splits: np.ndarray | int | None = None, packed: object = None,
              validate: bool = False) -> None:
-        """Plans a step. splits: of split and workqueue. packed: the tables in FlashInfer's form, where they are at hand."""
+        """Plans a step. splits: of split and workqueue. packed: the tables in FlashInfer's form, where at hand."""
 
     def run(self, run: Run) -> tuple[object, object | None]:
         """Attention of the planned step: (out, lse)."""

@@ -56,7 +56,7 @@ def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[
 
     limit = shared_limit_bytes(this_gpu().compute_capability)
     if shared_bytes > limit:
-        raise ValueError(f"shared_bytes: expected at most {limit} on {this_gpu()}, got {shared_bytes} for {kernel_name}")
+        raise ValueError(f"shared_bytes: expected at most {limit} on {this_gpu()}, got {shared_bytes} of {kernel_name}")
     raw = load_module(file_name, defines).get_function(kernel_name)
     if shared_bytes:
         raw.max_dynamic_shared_size_bytes = shared_bytes

@@ -23,7 +23,8 @@ class Budget:
     def __str__(self) -> str:
         if not self.shrunk:
             return f"pool {self.granted_gib:.3g} GiB"
-        return f"pool {self.granted_gib:.3g} GiB in place of {self.wanted_gib:g}: {self.free_gib:.3g} GiB of the GPU are free"
+        return (f"pool {self.granted_gib:.3g} GiB in place of {self.wanted_gib:g}: "
+                f"{self.free_gib:.3g} GiB of the GPU are free")
 
 
 def free_bytes() -> int:
@@ -44,17 +45,18 @@ def budget(default_gib: float, asked_gib: float | None = None, *, beside: float 
     if asked_gib is None:
         return Budget(default_gib, min(default_gib, free * POOL_SHARE / beside), free)
     if asked_gib * beside > free:
-        raise ValueError(f"pool-gib: expected at most {free / beside:.3g}, of which GPU memory has room, got {asked_gib:g}")
+        raise ValueError(f"pool-gib: expected at most {free / beside:.3g}, of which GPU memory has room, "
+                         f"got {asked_gib:g}")
     return Budget(asked_gib, asked_gib, free)
 
 
 def fitting(wanted: int, *, bytes_each: int) -> int:
-    """As many as `wanted` of what takes so many bytes, or as POOL_SHARE of the free memory has room for; at least 1."""
+    """As many as `wanted` of what takes so many bytes, or as POOL_SHARE of the free memory holds; at least 1."""
     return max(1, min(wanted, int(free_bytes() * POOL_SHARE) // bytes_each))
 
 
 def peak_bytes() -> int:
-    """The most that PyTorch and CuPy held in this process; CuPy's pool is counted as it is now, as it seldom shrinks."""
+    """The most that PyTorch and CuPy held in this process; CuPy's pool as it is now, since it seldom shrinks."""
     import cupy
     import torch
 

@@ -1,9 +1,9 @@
 """FlashInfer builds its kernels when they are first run, in ways of its own to fail: which errors are those."""
 from __future__ import annotations
 
-# What FlashInfer 0.7 raises without a compiler, without ninja, where one of them fails, and where building is switched off
-# (FLASHINFER_DISABLE_JIT) and no package brought the module.
-SAID = ("Could not find nvcc", "Ninja build failed", "No such file or directory: 'ninja'", "No such file or directory: 'nvcc'")
+# What FlashInfer 0.7 raises without a compiler, without ninja, where one of them fails, and where building is switched
+# off (FLASHINFER_DISABLE_JIT) and no package brought the module.
+SAID = ("Could not find nvcc", "Ninja build failed", "directory: 'ninja'", "directory: 'nvcc'")
 NEVER_BUILT = "MissingJITCacheError"
 
 

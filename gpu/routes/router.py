@@ -38,9 +38,9 @@ class Router:
     GPU is idle, which costs more than any route gains, and a captured choice could not follow them.
 
     A step with an empty row, or one of fewer tokens than it has query tokens, stays on our own routes, which define its
-    result (zeros and -inf). FlashInfer's engines
-    are built, and their kernels with them, when a step first chooses them; one that cannot be built is named in a
-    warning and left out from then on. Every first choice for a batch size is logged with its reason (INFO).
+    result (zeros and -inf). FlashInfer's routes are built, and their kernels with them, when a step first chooses them;
+    one that cannot be built is named in a warning, once a process, and left out from then on. Every first choice for a
+    batch size is logged with its reason (INFO).
 
     plan() and run() belong on one stream, as DecodeEngine's do. `decision` and `counts` say what was chosen.
     """
@@ -191,7 +191,7 @@ class Router:
             try:
                 self._engines[route] = self._build(route, self.shape, self.dtype)
             except routes.RouteUnavailable as error:
-                LOG.warning("left out from now on: %s", error)
+                _warn_once(f"left out from now on: {error}")
                 self.available = tuple(name for name in self.available if name != route)
                 self._decisions.clear()
                 return None

@@ -24,7 +24,7 @@ collect_ignore_glob = ["*/test_*.py"] if MISSING else []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--card", metavar="NAME", help="run the GPU tests as this GPU of the catalogue would (gpu.as_card)")
+    parser.addoption("--card", metavar="NAME", help="run the GPU tests as this GPU of the catalogue (gpu.as_card)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -139,7 +139,8 @@ def test_a_script_and_a_module_are_run_as_typed(monkeypatch, tmp_path) -> None:
     assert ran == [("gpu.tune", {"run_name": "__main__", "alter_sys": True}, ["gpu.tune", "-o", "t.json"])]
 
 
-@pytest.mark.parametrize("words, said", [([], "card"), (["rtx3060"], "expected a script"), (["rtx3060", "-m"], "expected a script")])
+@pytest.mark.parametrize("words, said", [
+    ([], "card"), (["rtx3060"], "expected a script"), (["rtx3060", "-m"], "expected a script")])
 def test_what_is_left_out_is_named(words, said, capsys) -> None:
     with pytest.raises(SystemExit):
         as_card.main(words)

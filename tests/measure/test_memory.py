@@ -61,7 +61,7 @@ def test_as_many_as_fit(gib, wanted, bytes_each) -> None:
 
 @given(gib=st.floats(0, 150), element_bytes=st.sampled_from([1, 2]))
 def test_both_halves_start_on_a_boundary(gib, element_bytes) -> None:
-    """Of the pool and of its 8-bit copy: K's and V's first pages are on 16 bytes, and the pool is no larger than asked."""
+    """Of the pool and of its 8-bit copy, whose size is no larger than asked."""
     elements = pool_elements(gib)
     assert elements * 2 <= gib * GIB and elements * 2 > gib * GIB - 4 * HALF_ELEMENTS
     assert elements // 2 * element_bytes % 256 == 0 and elements % 2 == 0

@@ -14,9 +14,8 @@ from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run, StepPlanner
 from gpu.kernels.this_gpu import this_gpu
 from gpu.measure.timing import capture, shared_stream
-from gpu.routes import flashinfer_route
+from gpu.routes import flashinfer_route, router
 from gpu.routes import route_engines as routes
-from gpu.routes import router
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import OWN_ROUTES, ROUTES
@@ -205,7 +204,8 @@ def test_bad_arguments_are_named_on_flashinfers_routes_too(case: Case) -> None:
 
 def test_a_gpu_of_the_catalogue_is_found_by_name() -> None:
     found, gpu = router.this_device(), this_gpu()
-    assert found is None or (found.num_sms, found.compute_capability) == (gpu.num_sms, divmod(gpu.compute_capability, 10))
+    capability = divmod(gpu.compute_capability, 10)
+    assert found is None or (found.num_sms, found.compute_capability) == (gpu.num_sms, capability)
     if gpu.name in ("NVIDIA H200", get_device("rtx3060").label):
         assert found is not None and found.routes
     DecodeEngine(SHAPE, schedule="auto")  # on any GPU, with or without a calibration
