@@ -13,15 +13,23 @@ import json
 import math
 import multiprocessing
 import sys
+from typing import TYPE_CHECKING
 
 from gpu.kernels.variant import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
 from pkvsim import DecodeShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpu.measure.cases import StepCase
+    from gpu.measure.pools import BenchPool
 
 CANDIDATES = ((8, 2), (8, 3), (8, 4), (4, 2), (4, 3), (4, 4), (4, 6), (2, 4))
 GROUP_SIZES = (1, 4, 8, 16, 32)
 PAGE_SIZE, KV_HEADS = 16, 8
 CELLS = ((1, 8192), (8, 4096), (32, 2048), (8, 32768))  # rows, tokens of the first; the others are ragged, down to half
 POOL_GIB = 12.0
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}  # of results of the same values summed in another order
 
 
 def cell_lengths(rows: int, longest: int) -> list[int]:
@@ -80,47 +88,53 @@ def progress(line: str | None) -> None:
         print("\n" if line is None else f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def fitting_cells(shape: DecodeShape, pool: object) -> tuple[tuple[int, int], ...]:
+def fitting_cells(shape: DecodeShape, pool: BenchPool) -> tuple[tuple[int, int], ...]:
     """Those of CELLS whose cold copies the pool has room for."""
     found = []
     for rows, longest in CELLS:
         try:
-            _lay_out(shape, pool, rows, longest)
+            laid_out(shape, pool, rows, longest)
         except ValueError:
             continue
         found.append((rows, longest))
     return tuple(found)
 
 
-def _lay_out(shape: DecodeShape, pool: object, rows: int, longest: int) -> tuple:
-    """(lengths, pages) of a cell; ValueError naming pool-gib where the pool has no room for it."""
+def laid_out(shape: DecodeShape, pool: BenchPool, rows: int, longest: int) -> StepCase:
+    """A cell in the pool; ValueError naming pool-gib where it has no room for it."""
     import numpy as np
 
-    from gpu.measure.timing import l2_bytes
+    from gpu.measure.cases import lay_out
 
-    lens = np.array(cell_lengths(rows, longest), np.int32)
-    kv_bytes = int(lens.sum()) * shape.num_kv_heads * shape.head_dim * 4
-    return lens, pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
+    return lay_out(pool, shape, np.array(cell_lengths(rows, longest), np.int32), seed=1)
 
 
-def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple) -> list[float]:
-    """Kernel time of every cell, us, cold L2, inside a CUDA graph."""
+def measure(config: KernelConfig, cases: list[StepCase], expected: list[torch.Tensor]) -> list[float]:
+    """Kernel time of every case, us, cold L2, inside a CUDA graph.
+
+    expected: the first variant's results, which are put there. Raises RuntimeError where this one's differ.
+    """
     import torch
 
     from gpu.decode_engine import DecodeEngine
-    from gpu.measure.timing import graph_time_us
+    from gpu.measure.cases import difference
 
-    engine = DecodeEngine(shape, config.dtype, variant=config.variant)
     times = []
-    for rows, longest in cells:
-        lens, pages = _lay_out(shape, pool, rows, longest)
-        engine.plan(torch.from_numpy(lens).cuda(), torch.from_numpy(pages.block_table).cuda())
-        q = torch.randn(rows, shape.num_q_heads, shape.head_dim, device="cuda", dtype=pool.flat.dtype)
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
-        timing = graph_time_us(
-            lambda i: engine.run(q, *pages.layers[i], out=out, lse=lse), variants=len(pages.layers), repeats=3
-        )
-        times.append(timing.median_us)
+    for index, case in enumerate(cases):
+        engine = DecodeEngine(case.shape, config.dtype, variant=config.variant)
+        engine.plan(*case.on_gpu())
+        lse = torch.empty(case.q.shape[:2], device="cuda")
+
+        def attend(k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor) -> None:
+            engine.run(case.q, k_pages, v_pages, out=out, lse=lse)
+
+        found = case.result(attend)
+        if index == len(expected):
+            expected.append(found)
+        off = difference(found, expected[index])
+        if not off < TOLERANCE[config.dtype]:
+            raise RuntimeError(f"{config.variant}: differs by {off:.2g} from the first variant of {case.shape}")
+        times.append(case.time(attend, repeats=3).median_us)
     return times
 
 
@@ -151,9 +165,10 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
         found, cells[shape] = [], fitting_cells(shape, pool)
         if not cells[shape]:
             raise ValueError(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
+        cases, expected = [laid_out(shape, pool, *cell) for cell in cells[shape]], []
         for config in configs:
             progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.variant}")
-            times = measure(shape, config, pool, cells[shape])
+            times = measure(config, cases, expected)
             found.append((math.exp(sum(map(math.log, times)) / len(times)), config))
         found.sort(key=lambda pair: pair[0])
         best_us, best = found[0]
