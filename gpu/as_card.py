@@ -86,7 +86,7 @@ class _Memory:
         self._cupy.cuda.set_allocator(self.allocate)
         self._torch.cuda.mem_get_info = lambda device=None: self.info()
         properties = self._torch.cuda.get_device_properties
-        self._torch.cuda.get_device_properties = lambda *device: _Properties(properties(*device), self._limit)
+        self._torch.cuda.get_device_properties = lambda device=None: _Properties(properties(device), self._limit)
         self._cupy.cuda.runtime.memGetInfo = self.info
 
     def allocate(self, num_bytes: int) -> object:
@@ -116,6 +116,8 @@ class _Properties:
         self._real, self.total_memory = real, total_memory
 
     def __getattr__(self, name: str) -> object:
+        if name.startswith("_"):  # an instance that is only being copied has no _real yet
+            raise AttributeError(name)
         return getattr(self._real, name)
 
 

@@ -69,14 +69,19 @@ def _compile(defines: dict) -> None:
     load_module("balanced.cu", defines).get_function("pkv_decode_balanced")
 
 
+def _start_worker(card: str | None) -> None:
+    if card is not None:
+        from gpu.as_card import enter
+
+        enter(card)
+
+
 def compile_all(configs: list[KernelConfig], jobs: int) -> None:
     """Compiles into CuPy's disk cache, in processes of their own since a compilation holds one core."""
-    from gpu.as_card import enter
     from gpu.kernels.this_gpu import card_played
 
     context, card = multiprocessing.get_context("spawn"), card_played()
-    start = {} if card is None else {"initializer": enter, "initargs": (card,)}
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, **start) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (card,)) as pool:
         for done, _ in enumerate(pool.map(_compile, [config.defines() for config in configs]), 1):
             progress(f"compiled {done} of {len(configs)}")
     progress(None)

@@ -34,7 +34,8 @@ class StepCase:
         """(seq_lens, block_table) where the pool is."""
         import torch
 
-        return tuple(torch.from_numpy(array).to(self.q.device) for array in (self.seq_lens, self.block_table))
+        seq_lens, block_table = map(torch.from_numpy, (self.seq_lens, self.block_table))
+        return seq_lens.to(self.q.device), block_table.to(self.q.device)
 
     def result(self, attend: Attend) -> torch.Tensor:
         """What attend leaves of a poisoned output on the first layer, like q. Raises what attend raises."""
@@ -51,7 +52,11 @@ class StepCase:
         import torch
 
         out = torch.empty_like(self.q)
-        return graph_time_us(lambda layer: attend(*self.layers[layer], out), variants=len(self.layers), repeats=repeats)
+
+        def run_one(layer: int) -> None:
+            attend(*self.layers[layer], out)
+
+        return graph_time_us(run_one, variants=len(self.layers), repeats=repeats)
 
 
 def lay_out(pool: BenchPool, shape: DecodeShape, seq_lens: np.ndarray, *, seed: int, min_layers: int = 2) -> StepCase:

@@ -1,6 +1,7 @@
 """A process that plays another card: what the engine sees, what CuPy compiles for, how much memory there is."""
 from __future__ import annotations
 
+import copy
 import runpy
 import sys
 import types
@@ -43,9 +44,9 @@ class FakeTorch(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch")
         self.reserved, self.fraction, self.total = 0, 1.0, 140 * GIB
-        properties = types.SimpleNamespace(total_memory=self.total)
+        properties = types.SimpleNamespace(total_memory=self.total, name="Fake GPU")
         self.cuda = types.SimpleNamespace(
-            current_device=lambda: 0, get_device_properties=lambda index: properties,
+            current_device=lambda: 0, get_device_properties=lambda device: properties,
             memory_reserved=lambda: self.reserved, set_per_process_memory_fraction=self._set)
 
     def _set(self, fraction: float) -> None:
@@ -94,6 +95,8 @@ def test_both_libraries_share_the_cards_memory(machine) -> None:
     assert limit == 12 * GIB - as_card.KEPT_BYTES
     cupy, torch = machine.cupy, machine.torch
     assert torch.cuda.mem_get_info() == cupy.cuda.runtime.memGetInfo() == (limit, limit)
+    told = copy.copy(torch.cuda.get_device_properties())
+    assert (told.total_memory, told.name) == (limit, "Fake GPU")
     with pytest.raises(MemoryError):
         torch.reserve(12 * GIB)
     cupy.allocate(5 * GIB)

@@ -11,7 +11,7 @@ from gpu.measure.pools import BenchPool, pool_elements  # noqa: E402
 from pkvsim import DecodeShape  # noqa: E402
 
 
-@pytest.mark.parametrize("gib, fitting", [(0.01, ()), (0.08, ((1, 8192),)), (0.5, ((1, 8192), (8, 4096), (32, 2048)))])
+@pytest.mark.parametrize("gib, fitting", [(0.001, ()), (0.08, tune.CELLS[:3])])
 def test_steps_that_fit(monkeypatch, gib, fitting) -> None:
     monkeypatch.setattr(cases, "l2_bytes", lambda: 3 << 20)
     pool = BenchPool.__new__(BenchPool)
