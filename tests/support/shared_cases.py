@@ -37,14 +37,16 @@ def shared_batches(draw: st.DrawFn, max_rows: int = 9, max_pages: int = 12, tile
     kv_heads = draw(st.integers(1, 3))
     shape = DecodeShape(kv_heads * draw(st.integers(1, 4)), kv_heads, 4, draw(st.sampled_from([1, 3, 16, 32])))
     query_tokens = draw(st.sampled_from([1, 1, 1, 3]))
-    num_groups = draw(st.integers(1, 3))
-    pages = draw(st.lists(st.integers(0, max_pages), min_size=num_groups, max_size=num_groups))
-    group_of_row = draw(st.lists(st.integers(-1, num_groups - 1), min_size=1, max_size=max_rows))
+    num_groups = draw(st.sampled_from([1, 1, 2, 3]))
+    tokens = st.one_of(st.integers(0, 16 * max_pages), st.integers(1, max_pages).map(lambda tiles: 16 * tiles))
+    pages = [draw(tokens) // shape.page_size for _ in range(num_groups)]
+    group_of_row = draw(st.lists(st.sampled_from([-1, *range(num_groups), 0, 0]), min_size=2, max_size=max_rows))
     lens = []
     for group in group_of_row:
         prefix = pages[group] * shape.page_size if group >= 0 else 0
         own = st.sampled_from([0, 0, 1, 2, 3, 16, 17, 40])
-        length = draw(st.one_of(own.map(lambda more, base=prefix: base + more), st.integers(0, 2 * prefix + 20)))
+        long = own.map(lambda more, base=prefix + query_tokens - 1: base + more)
+        length = draw(st.one_of(long, long, long, st.integers(0, 2 * prefix + 20)))
         lens.append(length if length >= query_tokens else 0)
     columns = shape.group_size * query_tokens
     costs = draw(st.builds(SharedCosts, st.integers(2 * columns, 6 * columns), st.integers(0, 120), st.integers(0, 9),
