@@ -222,7 +222,7 @@ __device__ __forceinline__ void group_rows(const Links& links, const PrefixMemor
 
 }  // namespace pkv
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 pkv_find_prefixes(const pkv::page_id* block_table, const int* row_begins, const int* seq_lens, int table_stride,
                   int num_pages, int batch_size, int max_tokens, int query_tokens, int tokens_per_member,
                   int least_tokens, int* group_of_row, int* prefix_pages, int* workspace) {
