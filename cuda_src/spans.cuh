@@ -77,19 +77,22 @@ struct Groups {
   }
 };
 
-// Who does read together: found once a step, in shared memory.
+// Who does read together, and all that the plan needs of lengths and groups: found once a step, in shared memory, since
+// every look at what is read early goes to L2.
 struct Readers {
-  int* group;  // [batch_size] that the row reads with, or -1
-  int* place;  // [batch_size] of a member among its group's
-  int* rows;   // [batch_size] the members, group by group, ascending
-  int* count;  // [num_groups] members: 0 or at least 2
-  int* begin;  // [num_groups] of each group's in `rows`
-  int* at;     // [num_groups] where the group's entry begins on the axis
+  int* length;  // [batch_size]
+  int* group;   // [batch_size] that the row reads with, or -1
+  int* place;   // [batch_size] of a member among its group's
+  int* rows;    // [batch_size] the members, group by group, ascending
+  int* tiles;   // [num_groups] that are shared
+  int* count;   // [num_groups] members: 0 or at least 2
+  int* begin;   // [num_groups] of each group's in `rows`
+  int* at;      // [num_groups] where the group's entry begins on the axis
 
   PKV_HD Readers(int* memory, int batch_size, int num_groups)
-      : group(memory), place(group + batch_size), rows(place + batch_size), count(rows + batch_size),
-        begin(count + num_groups), at(begin + num_groups) {}
-  PKV_HD static int words(int batch_size, int num_groups) { return 3 * (batch_size + num_groups); }
+      : length(memory), group(length + batch_size), place(group + batch_size), rows(place + batch_size),
+        tiles(rows + batch_size), count(tiles + num_groups), begin(count + num_groups), at(begin + num_groups) {}
+  PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
 };
 
 // Where a row's states of its read lie, for one KV head.
@@ -115,30 +118,38 @@ struct Axis {
   PKV_HD int read_of(int group, int place, int reads) const {
     return divide((place + 1) * reads - 1, readers.count[group]);
   }
-  PKV_HD int shared_tiles(int row) const {
-    const int group = readers.group[row];
-    return group < 0 ? 0 : groups.tokens(group, lens.most) / PKV_TILE;
+  PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles[readers.group[row]]; }
+
+  // What is read of a row and of a group; where members are counted from there, see find_readers.
+  PKV_HD void note_row(int row, int length) const {
+    readers.length[row] = length, readers.group[row] = groups.wanted(row, length, lens.most);
+  }
+  PKV_HD void note_group(int group) const {
+    readers.tiles[group] = groups.tokens(group, lens.most) / PKV_TILE, readers.count[group] = 0;
   }
 
   PKV_HD Entry group_entry(int group) const {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
     const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
-    return {groups.tokens(group, lens.most) / PKV_TILE, reads * num_kv_heads, shared.segment_tiles(columns, segment),
+    return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, segment),
             shared.tile_eighths(columns)};
   }
-  PKV_HD Entry row_entry(int row, int length) const {
+  PKV_HD Entry row_entry(int row) const {
     const bool member = readers.group[row] >= 0;
+    const int length = readers.length[row];
     return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0, segment + (member ? shared.merge : 0),
             EIGHTHS};
   }
   PKV_HD Entry entry(int index) const {
-    return index < groups.num_groups ? group_entry(index)
-                                     : row_entry(index - groups.num_groups, lens[index - groups.num_groups]);
+    return index < groups.num_groups ? group_entry(index) : row_entry(index - groups.num_groups);
   }
-  // How the axis is cut. total: cost of all entries, num_spans: spans of them.
-  PKV_HD Cut cut(int total, int num_spans, int num_ctas, int min_cost, int part_cost) const {
-    const int gap = shared.longest_gap(most_columns(), segment);
-    return Cut(total, num_spans, false, num_ctas, segment, gap > min_cost ? gap : min_cost, part_cost, 0);
+  // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's. Where
+  // none is, rows are cut as a plain step's are; even: all that are there cost the same.
+  PKV_HD Cut cut(int total, int num_spans, bool any_shared, bool even, int num_ctas, int min_cost, int part_cost,
+                 int pair_cost) const {
+    const int gap = any_shared ? shared.longest_gap(most_columns(), segment) : 0;
+    return Cut(total, num_spans, even && !any_shared, num_ctas, segment, gap > min_cost ? gap : min_cost, part_cost,
+               pair_cost);
   }
   // Of a member.
   PKV_HD SharedParts parts_of(int row, int kv_head, const Cut& cut) const {
@@ -188,7 +199,7 @@ struct SpanWalk {
       s.row = axis.readers.rows[axis.readers.begin[index] + first];
       s.seq_len = entry.tiles * PKV_TILE;
     } else {
-      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups, s.seq_len = axis.lens[s.row];
+      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups, s.seq_len = axis.readers.length[s.row];
       skipped = axis.shared_tiles(s.row);
     }
     s.tile_begin = skipped + tile, s.tile_end = skipped + end;

@@ -199,13 +199,11 @@ def _tasks(
 def _states(tasks: np.ndarray, shared: SharedReads, found: Reads, num_kv_heads: int) -> int:
     """States that the balanced tasks leave in slots: one for every member of a read, one for every own task of a
     member, and those of other rows' heads that are cut."""
-    served = shared.reads["member_end"] - shared.reads["member_begin"]
     of_read = shared.read_of_task >= 0
     alone = ~of_read & (found.read_of_row[tasks["row"]] < 0)
     heads = tasks["row"][alone].astype(np.int64) * num_kv_heads + tasks["kv_head"][alone]
     pieces = np.bincount(heads, minlength=1)
-    own_of_members = int(np.count_nonzero(~of_read & ~alone))
-    return int(served[shared.read_of_task[of_read]].sum()) + own_of_members + int(pieces[pieces > 1].sum())
+    return int(shared.members_of_tasks()[~alone].sum()) + int(pieces[pieces > 1].sum())
 
 
 def queue_spans(

@@ -27,6 +27,11 @@ class SharedReads:
         """Rows that a read serves, int32."""
         return self.members[self.reads["member_begin"][read] : self.reads["member_end"][read]]
 
+    def members_of_tasks(self) -> np.ndarray:
+        """Rows that each task reads for, each of which it leaves a state, int64 [num_tasks]."""
+        served = (self.reads["member_end"] - self.reads["member_begin"]).astype(np.int64)
+        return np.where(self.read_of_task < 0, 1, np.append(served, 1)[self.read_of_task])
+
     def shared_parts(self) -> np.ndarray:
         """Slots that a row's states of its read take, before those of its own tasks: int64 [batch_size]."""
         return parts_of_rows(self.reads, self.read_of_row)

@@ -90,6 +90,7 @@ def test_balanced_equals_its_statement(batch, costs, num_ctas):
         return
     found = schedule.shared
     assert [(int(r["tiles"]), found.members_of(i).tolist()) for i, r in enumerate(found.reads)] == [r[:2] for r in reads]
+    assert found.members_of_tasks().tolist() == [len(reads[i][1]) if i >= 0 else 1 for i in found.read_of_task.tolist()]
     ranges, total, gap = expected_tasks(batch, costs, num_ctas)
     assert [[(read, *task) for read, task in zip(found.read_of_task[a:b].tolist(), schedule.tasks[a:b].tolist())]
             for a, b in itertools.pairwise(schedule.cta_offsets.tolist())] == ranges  # fmt: skip

@@ -54,7 +54,7 @@ def shared_batches(draw: st.DrawFn, max_rows: int = 9, max_pages: int = 12, tile
     return SharedBatch(shape, lens, PrefixGroups(group_of_row, pages), query_tokens, draw(st.sampled_from(tiles)), costs)
 
 
-balanced_costs = st.builds(BalancedCosts, st.integers(0, 9), st.integers(1, 20), st.integers(0, 9), st.just(0))
+balanced_costs = st.builds(BalancedCosts, st.integers(0, 9), st.integers(1, 20), st.integers(0, 9), st.sampled_from([0, 80]))
 
 
 def share_tables(batch: SharedBatch, seed: int) -> tuple[np.ndarray, int]:
