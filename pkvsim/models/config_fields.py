@@ -81,7 +81,7 @@ IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_k_eq_v": ((False,), "false: keys and values have matrices of their own"),
     "shared_intermediate_size": ((0,), "0: no shared experts"),
     "shared_expert_intermediate_size": ((0,), "0: no shared experts"),
-    "topk_sequence": ((False,), "false"),
+    "mlp_bias": ((False,), "false: no biases"),
     "index_share_for_mtp_iteration": ((True, False), "sets which selection prediction heads use"),
 }
 

@@ -63,6 +63,7 @@ class Quantization:
     expert_default: Stored | None = None  # of routed experts, where they differ
     lm_head: bool = False  # the default reaches the LM head
     named: Mapping[str, Stored] = field(default_factory=dict)  # modules, or modules that hold them, by full name
+    patterns: tuple[tuple[Callable[[str], bool], Stored], ...] = ()  # the same for names with a "*"
     targets: tuple[tuple[Callable[[str], bool], Stored], ...] = ()
     excluded: Callable[[str], bool] = lambda name: False
     kv_cache: str = ""
@@ -74,6 +75,9 @@ class Quantization:
             for end in _ends(full):
                 if end in self.named:
                     return self.named[end]
+        for matches, stored in self.patterns:
+            if any(map(matches, names)):
+                return stored
         if not linear or (name == "lm_head" and not self.lm_head) or any(map(self.excluded, names)):
             return None
         for matches, stored in self.targets:
@@ -176,11 +180,11 @@ def _kv_cache(config: Mapping[str, Any]) -> str:
 
 def _fp8(config: dict[str, Any], expert_type: str | None) -> Quantization:
     scale_bits = 8 if config.get("scale_fmt") == "ue8m0" and expert_type == "fp4" else 32
-    named = {name: _algorithm(entry) for name, entry in (config.get("quantized_layers") or {}).items()}
+    named, patterns = _by_layer(config.get("quantized_layers") or {})
     experts = mxfp(4) if expert_type == "fp4" else None
-    label = "fp8" + (" with mxfp4 experts" if experts and not named else "") + _also(named)
+    label = "fp8" + (" with mxfp4 experts" if experts and not named and not patterns else "") + _also(named, patterns)
     return Quantization(
-        label=label, default=fp8(_block(config), scale_bits), expert_default=experts, named=named,
+        label=label, default=fp8(_block(config), scale_bits), expert_default=experts, named=named, patterns=patterns,
         excluded=_names(config, "modules_to_not_convert", "ignored_layers"), kv_cache=_kv_cache(config),
     )  # fmt: skip
 
@@ -273,8 +277,10 @@ def _modelopt(config: dict[str, Any], expert_type: str | None) -> Quantization:
     listed = "exclude_modules" in config or "ignore" in config
     layers = config.get("quantized_layers")
     if isinstance(layers, dict):
-        named = {name: _algorithm(entry) for name, entry in layers.items()}
-        return Quantization(label="modelopt" + _also(named), named=named, kv_cache=_kv_cache(config))
+        named, patterns = _by_layer(layers)
+        return Quantization(
+            label="modelopt" + _also(named, patterns), named=named, patterns=patterns, kv_cache=_kv_cache(config)
+        )
     if config.get("quant_algo") is None:
         return Quantization(label="none", kv_cache=_kv_cache(config))
     stored = _algorithm(config)
@@ -306,8 +312,17 @@ def _algorithm(entry: Any) -> Stored:
     raise _Unreadable(f"expected a known quant_algo, got {algorithm!r}")
 
 
-def _also(named: Mapping[str, Stored]) -> str:
-    kinds = sorted({stored.name for stored in named.values()})
+def _by_layer(
+    layers: Mapping[str, Any],
+) -> tuple[dict[str, Stored], tuple[tuple[Callable[[str], bool], Stored], ...]]:
+    """quantized_layers: (types by full name, types by pattern)."""
+    named = {name: _algorithm(entry) for name, entry in layers.items() if "*" not in name}
+    patterns = tuple((name_matcher([name]), _algorithm(entry)) for name, entry in layers.items() if "*" in name)
+    return named, patterns
+
+
+def _also(named: Mapping[str, Stored], patterns: Sequence[tuple[Callable[[str], bool], Stored]]) -> str:
+    kinds = sorted({stored.name for stored in [*named.values(), *(stored for _, stored in patterns)]})
     return f" {' and '.join(kinds)} by layer" if kinds else ""
 
 

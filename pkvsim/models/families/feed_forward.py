@@ -53,6 +53,7 @@ class Experts:
     latent: int = 0  # width between a shared down and up projection in which the experts work; 0: the hidden size
     latent_names: tuple[str, str] = ("fc1_latent_proj", "fc2_latent_proj")
     latent_norm: bool = False
+    latent_linear: bool = True  # False: no method quantises the two projections
 
 
 def moe(split: Split, layer: str, hidden: int, e: Experts) -> tuple[FeedForwardSpec, list[Module]]:
@@ -74,8 +75,10 @@ def moe(split: Split, layer: str, hidden: int, e: Experts) -> tuple[FeedForwardS
     if e.latent:
         down, up = e.latent_names
         modules += [
-            Module(name=f"{layer}.{down}", part=MLP, out_features=e.latent, in_features=hidden),
-            Module(name=f"{layer}.{up}", part=MLP, out_features=hidden, in_features=e.latent),
+            Module(
+                name=f"{layer}.{down}", part=MLP, out_features=e.latent, in_features=hidden, linear=e.latent_linear
+            ),
+            Module(name=f"{layer}.{up}", part=MLP, out_features=hidden, in_features=e.latent, linear=e.latent_linear),
             Module(name=f"{layer}.latent_norm", part=FIXED, vector=e.latent * e.latent_norm),
         ]
     spec = FeedForwardSpec(

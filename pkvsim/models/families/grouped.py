@@ -13,7 +13,7 @@ from pkvsim.models.families.experts import (
     mixtral_experts,
     qwen_experts,
 )
-from pkvsim.models.families.feed_forward import GATED, PLAIN, Experts, dense, moe
+from pkvsim.models.families.feed_forward import Experts, dense, moe
 from pkvsim.models.families.layer_plan import LayerPlan, ModelPlan, Reading, layer_plan, prediction_head
 from pkvsim.models.model_spec import CHUNKED, FULL, SLIDING
 
@@ -30,8 +30,6 @@ class Style:
     slides: str = ""  # without layer_types: "" none, all, qwen, even, gemma3
     sinks: bool = False
     mlp_bias: str = "mlp_bias"  # the field that says so; empty: none
-    mlp_names: tuple[str, ...] = GATED
-    mlp: str = "mlp"
     experts: Callable[[Fields, int], tuple[Experts, list[bool]]] | None = None
     expert_mlp: str = "mlp"
     tied: bool = False
@@ -71,9 +69,7 @@ def read_grouped(reading: Reading, style: Style) -> ModelPlan:
         if has_experts and experts:
             feed_forward = moe(reading.split, f"{name}.{style.expert_mlp}", hidden, experts)
         else:
-            feed_forward = dense(
-                reading.split, f"{name}.{style.mlp}", hidden, width, names=style.mlp_names, bias=mlp_bias
-            )
+            feed_forward = dense(reading.split, f"{name}.mlp", hidden, width, bias=mlp_bias)
         return layer_plan(attention, feed_forward, name, style.norms * hidden)
 
     heads_count = fields.integer(style.mtp, 0, least=0) if style.mtp else 0
@@ -165,7 +161,6 @@ STYLES: dict[str, Style] = {
     "Olmo2ForCausalLM": Style(norm="all"),
     "Olmo3ForCausalLM": Style(norm="all"),
     "GraniteForCausalLM": Style(),
-    "NemotronForCausalLM": Style(mlp_names=PLAIN, norms=4),
 }
 
 

@@ -42,6 +42,7 @@ def read_kimi_linear(reading: Reading) -> ModelPlan:
         latent=fields.integer("routed_expert_hidden_size", 0, least=0),
         latent_names=("routed_expert_down_proj", "routed_expert_up_proj"),
         latent_norm=fields.flag("latent_moe_use_norm"),
+        latent_linear=False,  # K3's checkpoint has them in BF16 although its config does not except them
     )
     width = fields.integer("intermediate_size")
     residual = 4 if fields.integer("attn_res_block_size", 0, least=0) else 0

@@ -43,6 +43,7 @@ def read_deepseek(reading: Reading) -> ModelPlan:
         owns_index = [kind == "full" for kind in types] if types else [True] * layers
         fields.idle("indexer_types says which layers have an indexer" if types else "every layer has an indexer",
                     "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern")  # fmt: skip
+    fields.choices("layer_types", layers, ("full_attention", "indexed_attention"))
     width = 0 if all(sparse) else fields.integer("intermediate_size")
 
     def layer(index: int, has_experts: bool, has_index: bool) -> LayerPlan:
