@@ -70,11 +70,12 @@ class Quantization:
 
     def stored(self, name: str, *, expert: bool, linear: bool) -> Stored | None:
         """None: as the config's dtype says."""
+        if self is NOT_QUANTISED:
+            return None
         names = _full_names(name)
-        for full in names:
-            for end in _ends(full):
-                if end in self.named:
-                    return self.named[end]
+        for end in (end for full in names for end in _ends(full)) if self.named else ():
+            if end in self.named:
+                return self.named[end]
         for matches, stored in self.patterns:
             if any(map(matches, names)):
                 return stored
@@ -114,11 +115,14 @@ def name_matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
         else:
             plain.add(pattern.removesuffix(".weight"))
     compiled = re.compile("|".join(expressions)) if expressions else None
+    beginnings = {name.partition(".")[0] for name in plain}
 
     def matches(full: str) -> bool:
         parts = full.split(".")
-        if any(".".join(parts[a:b]) in plain for a in range(len(parts)) for b in range(a + 1, len(parts) + 1)):
-            return True
+        for at in range(len(parts)):
+            if parts[at] in beginnings:
+                if any(".".join(parts[at:end]) in plain for end in range(at + 1, len(parts) + 1)):
+                    return True
         return compiled is not None and compiled.match(full) is not None
 
     return matches

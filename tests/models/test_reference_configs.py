@@ -1,8 +1,9 @@
 """Published configs of many families: what they hold, against figures written out by hand and published ones."""
+from functools import cache
 from pathlib import Path
 
 import pytest
-from figures import FIGURES
+from model_figures import FIGURES
 from paths import SHARED
 
 from pkvsim.models.model_costs import (
@@ -20,6 +21,11 @@ CONFIGS = Path(__file__).parent / "configs"
 ORIGINALS = SHARED / "reference" / "model_configs"
 
 
+@cache
+def load(name):
+    return get_model(CONFIGS / f"{name}.json")
+
+
 def test_every_config_has_its_figures():
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(FIGURES)
     assert len(FIGURES) == 66
@@ -27,7 +33,7 @@ def test_every_config_has_its_figures():
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures(name):
-    model, figures = get_model(CONFIGS / f"{name}.json"), FIGURES[name]
+    model, figures = load(name), FIGURES[name]
     assert total_weights(model).parameters == pytest.approx(figures.parameters, rel=1e-5)
     narrow = sum(count for count, _ in figures.narrow)
     stored = sum(count * bits / 8 for count, bits in figures.narrow) + 2 * (figures.parameters - narrow)
@@ -39,7 +45,7 @@ def test_figures(name):
 
 @pytest.mark.parametrize("name", [name for name, figures in FIGURES.items() if figures.published])
 def test_published_figures(name):
-    model = get_model(CONFIGS / f"{name}.json")
+    model = load(name)
     ours = {
         "parameters": total_weights(model).parameters,
         "active": active_weights(model).parameters,
@@ -57,7 +63,7 @@ def test_originals_say_the_same():
     """The copies beside this test leave out what changes nothing: vision towers, names listed layer by layer."""
     for name in FIGURES:
         found = [ORIGINALS / f"{name}{end}" for end in ("_config.json", ".json")]
-        original, copy = get_model(next(filter(Path.is_file, found))), get_model(CONFIGS / f"{name}.json")
+        original, copy = get_model(next(filter(Path.is_file, found))), load(name)
         assert original.layers == copy.layers, name
         assert (original.embedding, original.lm_head, original.final_norm) == (
             copy.embedding, copy.lm_head, copy.final_norm,
@@ -67,10 +73,9 @@ def test_originals_say_the_same():
 
 
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("parallel", [2, 8, 16])
-def test_shares_under_tensor_parallel(name, parallel):
+def test_shares_under_tensor_parallel(name, parallel=8):
     """A share is at least its part of the whole; caches divide until there is one KV head a GPU."""
-    whole = get_model(CONFIGS / f"{name}.json")
+    whole = load(name)
     try:
         share = get_model(CONFIGS / f"{name}.json", tensor_parallel=parallel)
     except ValueError as error:
@@ -87,9 +92,9 @@ def test_shares_under_tensor_parallel(name, parallel):
 def test_bounded_windows():
     """GPT-OSS: half of its 24 layers keep 128 tokens; Gemma 4: 25 of 30 keep 1,024; Llama 4: chunks of 8,192."""
     layer = 2 * 8 * 64 * 2
-    assert kv_bytes(get_model(CONFIGS / "openai--gpt-oss-20b.json"), 10_000) == 12 * layer * (10_000 + 128)
-    gemma = get_model(CONFIGS / "google--gemma-4-26B-A4B.json")
+    assert kv_bytes(load("openai--gpt-oss-20b"), 10_000) == 12 * layer * (10_000 + 128)
+    gemma = load("google--gemma-4-26B-A4B")
     assert kv_bytes(gemma, 5000) == 2 * (25 * 2 * 8 * 256 * 1024 + 5 * 2 * 2 * 512 * 5000)
-    scout = get_model(CONFIGS / "blis--llama-4-scout-17b-16e-instruct-fp8-dynamic.json")
+    scout = load("blis--llama-4-scout-17b-16e-instruct-fp8-dynamic")
     assert kv_bytes(scout, 8193) == 2 * 2 * 8 * 128 * (36 * 1 + 12 * 8193)
     assert kv_bytes(scout, 8192) == 2 * 2 * 8 * 128 * 48 * 8192

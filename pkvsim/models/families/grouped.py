@@ -122,8 +122,9 @@ def attention_kinds(fields: Fields, layers: int, slides: str) -> tuple[list[str]
         window = fields.integer("sliding_window")
     else:
         window = 0
-    fields.idle("no layer slides", "sliding_window", "max_window_layers", "use_sliding_window",
-                "attention_chunk_size")  # fmt: skip
+    if types is not None or slides:  # elsewhere a window is a field that is not understood
+        fields.idle("no layer slides", "sliding_window", "max_window_layers", "use_sliding_window",
+                    "attention_chunk_size")  # fmt: skip
     return kinds, window
 
 

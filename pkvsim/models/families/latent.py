@@ -45,6 +45,7 @@ def read_deepseek(reading: Reading) -> ModelPlan:
                     "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern")  # fmt: skip
     fields.choices("layer_types", layers, ("full_attention", "indexed_attention"))
     width = 0 if all(sparse) else fields.integer("intermediate_size")
+    fields.idle("every layer has experts instead", "intermediate_size")
 
     def layer(index: int, has_experts: bool, has_index: bool) -> LayerPlan:
         name = f"layers.{index}"
