@@ -42,8 +42,8 @@ IGNORED: dict[str, str] = {
         ROPE: """rope_theta rope_scaling rope_parameters rope_local_base_freq rope_interleave rope_interleaved
             rotary_dim rotary_emb_base partial_rotary_factor original_max_position_embeddings initial_context_length
             compress_rope_theta indexer_rope_interleave no_rope_layer_interval mla_use_nope use_mrope mrope_section
-            no_rope_layers use_rope attn_temperature_tuning floor_scale attn_scale attention_bias_type query_pre_attn_scalar
-            rope_type position_embedding_type""",
+            no_rope_layers use_rope attn_temperature_tuning floor_scale attn_scale attention_bias_type
+            query_pre_attn_scalar rope_type position_embedding_type""",
         ROUTING: """norm_topk_prob n_group topk_group topk_method scoring_func routed_scaling_factor use_grouped_topk
             moe_renormalize moe_router_activation_func moe_router_dtype moe_router_scaling_factor num_expert_group
             use_routing_bias use_moe_router_bias router_scaling_factor norm_after_topk""",

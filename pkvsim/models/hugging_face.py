@@ -71,7 +71,7 @@ def model_from_config(
     plan = READERS[architecture](Reading(fields, split, element_bytes))
     tied = plan.tied if tied_field is None else tied_field
     hidden, vocabulary = fields.integer("hidden_size"), fields.integer("vocab_size")
-    max_context = fields.integer("max_position_embeddings")
+    max_context = fields.first_integer("max_position_embeddings", "model_max_length", "max_sequence_length")
     ignored = fields.finish()
     notes = list(plan.notes)
     if fields is not outer:

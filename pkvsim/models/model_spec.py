@@ -202,13 +202,7 @@ class ModelSpec:
 
     def _grouped(self) -> AttentionSpec:
         """The heads of all layers; ValueError where they differ or where attention is of another kind."""
-        found = {
-            (
-                a.kind in (FULL, SLIDING) and not a.selected_entries,
-                a.num_q_heads, a.num_kv_heads, a.head_dim, a.value_dim,
-            )  # fmt: skip
-            for a, _ in self.attention_groups
-        }
+        found = {(_is_grouped(a), a.num_q_heads, a.num_kv_heads, a.head_dim) for a, _ in self.attention_groups}
         windows = {a.window for a, _ in self.attention_groups if a.kind == SLIDING}
         if len(found) != 1 or not all(grouped for grouped, *_ in found) or len(windows) > 1:
             kinds = ", ".join(dict.fromkeys(describe_attention(a) for a, _ in self.attention_groups)) or "none"
@@ -260,6 +254,11 @@ class ModelSpec:
     def shape(self, page_size: int) -> DecodeShape:
         """The attention shape of a layer on this GPU."""
         return DecodeShape(self.num_q_heads, self.num_kv_heads, self.head_dim, page_size)
+
+
+def _is_grouped(attention: AttentionSpec) -> bool:
+    """Grouped-query attention, full or sliding, to every entry."""
+    return attention.kind in (FULL, SLIDING) and not attention.selected_entries
 
 
 def with_kv_heads(model: ModelSpec, num_kv_heads: int) -> ModelSpec:

@@ -119,10 +119,9 @@ def name_matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
 
     def matches(full: str) -> bool:
         parts = full.split(".")
-        for at in range(len(parts)):
-            if parts[at] in beginnings:
-                if any(".".join(parts[at:end]) in plain for end in range(at + 1, len(parts) + 1)):
-                    return True
+        starts = (at for at in range(len(parts)) if parts[at] in beginnings)
+        if any(".".join(parts[at:end]) in plain for at in starts for end in range(at + 1, len(parts) + 1)):
+            return True
         return compiled is not None and compiled.match(full) is not None
 
     return matches

@@ -113,14 +113,13 @@ K3_MLA = (
 )
 K3_MOE = 896 * 3 * 3584 * 3072 + 896 * 7168 + 2 * 7168 * 3584 + 3584 + 3 * 7168 * 6144
 K3 = 69 * K3_KDA + 24 * K3_MLA + 92 * K3_MOE + 3 * 7168 * 33792 + 93 * 6 * 7168 + 7168 + 2 * 163840 * 7168
-# Nemotron Super 49B: 49 layers with attention, and the sum of the MLPs' widths by ffn_mult in units of 8192 / 3 * 2.
 M3_ATTENTION = 60 * gqa(6144, 8192, 512) + 57 * 6144 * (4 + 1) * 128
 
 FIGURES: dict[str, Figures] = {
     "MiniMaxAI--MiniMax-M2.5": MINIMAX_M2,
     "MiniMaxAI--MiniMax-M2.7": MINIMAX_M2,
     "Qwen--Qwen3-0.6B": Figures(
-        parameters=596_049_920, kv=28 * 2 * 8 * 128 * 2, published=parameters(0.6e9 * 0.9934, "596 M by its tensors")
+        parameters=596_049_920, kv=28 * 2 * 8 * 128 * 2, published=parameters(0.6e9, CARD.format("Qwen/Qwen3-0.6B"))
     ),
     "Qwen--Qwen3-1.7B": Figures(parameters=1_720_574_976, kv=28 * 2 * 8 * 128 * 2),
     "Qwen--Qwen3-235B-A22B": QWEN3_235B,
@@ -323,7 +322,7 @@ FIGURES: dict[str, Figures] = {
             ("active", 49e9, CARD.format("deepseek-ai/DeepSeek-V4-Pro")),
         ),
     ),
-    # As this config says it, all matrices in FP8: the published checkpoint excepts attention, which the file leaves out.
+    # As this config says it, all matrices in FP8; the published checkpoint excepts attention, which the file omits.
     "stepfun-ai--Step-3.7-Flash-FP8": Figures(
         parameters=195_845_000_000, kv=45 * 2 * 8 * 128 * 2,
         narrow=(
@@ -340,7 +339,7 @@ FIGURES: dict[str, Figures] = {
     "zai-org--GLM-5.2": Figures(
         parameters=743_377_000_704, kv=78 * 576 * 2 + 21 * INDEX,
         published=(
-            ("checkpoint", 1507e9, "https://huggingface.co/Mapika/GLM-5.2-NVFP4, model card (prediction head included)"),
+            ("checkpoint", 1507e9, "https://huggingface.co/Mapika/GLM-5.2-NVFP4, model card: with prediction head"),
         ),
     ),
 }  # fmt: skip

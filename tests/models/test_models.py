@@ -218,5 +218,5 @@ def test_bad_names(tmp_path):
         get_model(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="tensor_parallel: expected a divisor of qwen2.5-7b's 28 query heads, got 3"):
         get_model("qwen2.5-7b", tensor_parallel=3)
-    with pytest.raises(ValueError, match="tensor_parallel: expected a divisor or a multiple of .*'s 4 KV heads, got 14"):
+    with pytest.raises(ValueError, match="tensor_parallel: expected a divisor or a multiple of .* 4 KV heads, got 14"):
         get_model("qwen2.5-7b", tensor_parallel=14)

@@ -81,14 +81,15 @@ def test_modelopt_checkpoint():
 
 
 def test_hf_quant_config_beside_a_named_file(tmp_path):
-    """X_config.json goes with X_hf_quant_config.json; exclusions as NVIDIA's DeepSeek and Qwen checkpoints list them."""
+    """X_config.json goes with X_hf_quant_config.json; exclusions as NVIDIA's checkpoints list them."""
     data = json.loads((CATALOGUE / "qwen3-30b-a3b.json").read_text())["config"]
     (tmp_path / "nvidia--Qwen3-30B-A3B-NVFP4_config.json").write_text(json.dumps(data))
     excluded = ["lm_head", *(f"model.layers.{at}.{name}" for at in range(48) for name in ("mlp.gate", "self_attn*"))]
     quantization = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8", "exclude_modules": excluded}
     without = get_model(tmp_path / "nvidia--Qwen3-30B-A3B-NVFP4_config.json")
     assert any("the name says NVFP4" in note for note in without.notes)
-    (tmp_path / "nvidia--Qwen3-30B-A3B-NVFP4_hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    beside = tmp_path / "nvidia--Qwen3-30B-A3B-NVFP4_hf_quant_config.json"
+    beside.write_text(json.dumps({"quantization": quantization}))
     model = get_model(tmp_path / "nvidia--Qwen3-30B-A3B-NVFP4_config.json")
     found = bits_per_weight(model)
     assert (found["experts"], found["attention"], found["lm_head"]) == (4.5, 16, 16)
@@ -131,7 +132,7 @@ def test_routers_stay_wide(tmp_path):
     [
         ({"quant_method": "aqlm"}, "expected quant_method to be one of fp8, compressed-tensors, .* got 'aqlm'"),
         ({}, "expected quant_method to be one of .* got None"),
-        ({"quant_method": "fp8", "weight_block_size": 128}, "expected weight_block_size to be two whole numbers, got 128"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "expected weight_block_size to be two whole numbers"),
         ({"quant_method": "awq", "bits": "4"}, "expected bits to be a whole number >= 1, got '4'"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*": {"bits": 8}}}, "expected all layers alike"),
         ({"quant_method": "bitsandbytes"}, "expected load_in_4bit or load_in_8bit to be true"),
@@ -141,7 +142,7 @@ def test_routers_stay_wide(tmp_path):
             {"quant_method": "modelopt", "quantized_layers": {"model.layers.0.mlp": {"quant_algo": "X"}}},
             "expected a known quant_algo, got 'X'",
         ),
-        ({"quant_method": "fp8", "modules_to_not_convert": [3]}, "expected modules_to_not_convert to be a list of names"),
+        ({"quant_method": "fp8", "modules_to_not_convert": [3]}, "expected modules_to_not_convert to be a list"),
     ],
 )
 def test_refusals(tmp_path, quantization, message):
@@ -157,7 +158,8 @@ def test_bad_file_beside(tmp_path):
         get_model(tmp_path)
 
 
-NAMES = st.lists(st.sampled_from(["model", "layers", "0", "1", "10", "self_attn", "mlp", "gate", "gate_proj"]), min_size=1)
+PARTS = ["model", "layers", "0", "1", "10", "self_attn", "mlp", "gate", "gate_proj"]
+NAMES = st.lists(st.sampled_from(PARTS), min_size=1)
 
 
 @given(NAMES, NAMES)
@@ -168,7 +170,8 @@ def test_plain_names_match_whole_components(name, pattern):
 
 
 def test_patterns():
-    assert name_matcher(["model.layers.1*"])("model.layers.1.mlp") and name_matcher(["re:.*self_attn.*"])("a.self_attn.q")
+    assert name_matcher(["model.layers.1*"])("model.layers.1.mlp")
+    assert name_matcher(["re:.*self_attn.*"])("a.self_attn.q")
     assert name_matcher(["model.layers.*.self_attn"])("model.layers.7.self_attn.q_proj")
     assert not name_matcher(["mtp.*"])("model.layers.0.mtp")
     assert not name_matcher([])("x")

@@ -23,10 +23,13 @@ def config(name="llama-3.1-8b", **changes):
     return data
 
 
+HQQ, ONE_LAYER = {"quant_method": "hqq"}, {"full_attn_layers": [1], "kda_layers": []}
 DEEPSEEK, V4, KIMI = "deepseek-ai--DeepSeek-V3", "deepseek-ai--DeepSeek-V4-Flash", "moonshotai--Kimi-K3"
 NEMOTRON, QWEN35, LLAMA4 = (
-    "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen--Qwen3.5-27B", "meta-llama--Llama-4-Maverick-17B-128E-Instruct",
-)  # fmt: skip
+    "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+    "Qwen--Qwen3.5-27B",
+    "meta-llama--Llama-4-Maverick-17B-128E-Instruct",
+)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ NEMOTRON, QWEN35, LLAMA4 = (
         (config(qkv_bias=True), "field qkv_bias: unknown for LlamaForCausalLM"),
         (config(torch_dtype="int3"), "field torch_dtype: expected one of bfloat16, .* got 'int3'"),
         (config(tie_word_embeddings=1), "field tie_word_embeddings: expected true or false, got 1"),
-        (config(quantization_config={"quant_method": "hqq"}), "field quantization_config: expected quant_method .*'hqq'"),
+        (config(quantization_config=HQQ), "field quantization_config: expected quant_method .*'hqq'"),
         (config(quantization_config="fp8"), "field quantization_config: expected an object, got str"),
         (config("gpt-oss-20b", layer_types=["full_attention"]), "field layer_types: expected 24 of"),
         (config("gpt-oss-20b", layer_types=["no"] * 24), "field layer_types: expected 24 of"),
@@ -63,7 +66,7 @@ NEMOTRON, QWEN35, LLAMA4 = (
         (config(QWEN35, mamba_ssm_dtype="int8"), "text_config: field mamba_ssm_dtype: expected one of float32"),
         (config(QWEN35, some_new_thing=3), "text_config: field some_new_thing: unknown for Qwen3_5"),
         (config(LLAMA4, no_rope_layers=[1]), "text_config: field no_rope_layers: expected 48 of 0 or 1"),
-        (config(KIMI, linear_attn_config={"full_attn_layers": [1], "kda_layers": []}), "full_attn_layers: expected with"),
+        (config(KIMI, linear_attn_config=ONE_LAYER), "full_attn_layers: expected with"),
         (config(KIMI, num_nextn_predict_layers=1), "field num_nextn_predict_layers: expected 0"),
         (config("google--gemma-4-26B-A4B", num_kv_shared_layers=4), "field num_kv_shared_layers: unknown"),
         ([1], "expected an object of a Hugging Face config, got list"),

@@ -262,7 +262,10 @@ def test_mamba_hybrids(pattern, h, kv, groups, size, kernel, latent):
 KINDS = st.sampled_from(["full_attention", "sliding_attention", "chunked_attention"])
 
 
-@given(st.lists(KINDS, min_size=1, max_size=4), st.integers(1, 40), st.lists(st.integers(1, 200), min_size=1, max_size=4))
+CONTEXTS = st.lists(st.integers(1, 200), min_size=1, max_size=4)
+
+
+@given(st.lists(KINDS, min_size=1, max_size=4), st.integers(1, 40), CONTEXTS)
 @settings(deadline=None)
 def test_windows_bound_cache_and_work(kinds, window, contexts):
     """The cache of a sequence grows by one token at a time where no window is full, and never beyond its windows."""
@@ -297,7 +300,8 @@ def test_latent_work(config, begin, chunk):
     index = config.get("index_n_heads", 0) * config.get("index_head_dim", 0)
     context = begin + chunk
     scores = 2 * index * context
-    assert decode_attention_flops(model, [context]) == layers * (2 * heads * (latent + value) * min(context, most) + scores)
+    attended = 2 * heads * (latent + value) * min(context, most)
+    assert decode_attention_flops(model, [context]) == layers * (attended + scores)
     wide = config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]
     pairs = sum(min(seen, most) for seen in range(begin + 1, context + 1))
     scored = sum(range(begin + 1, context + 1))
