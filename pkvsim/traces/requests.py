@@ -126,6 +126,22 @@ def scale_rate(trace: RequestTrace, rate_scale: float) -> RequestTrace:
     return with_note(scaled, f"arrival rate scaled by {rate_scale:g}")
 
 
+def at_rate(trace: RequestTrace, rate_per_s: float) -> RequestTrace:
+    """The same requests at rate_per_s requests per second on average."""
+    if trace.rate_per_s is None:
+        raise ValueError(f"rate: {trace.name} has all requests at one time, which no rate can be made of")
+    if not 0 < rate_per_s < np.inf:
+        raise ValueError(f"rate: expected requests per second > 0, got {rate_per_s!r}")
+    return scale_rate(trace, rate_per_s / trace.rate_per_s)
+
+
+def closed_loop(trace: RequestTrace, concurrency: int, *, keep_arrivals: bool = False) -> RequestTrace:
+    """At most `concurrency` requests in flight; unless keep_arrivals they are all there from the start."""
+    arrival_s = trace.arrival_s if keep_arrivals else np.zeros(len(trace))
+    note = f"at most {concurrency} requests in flight" + ("" if keep_arrivals else ", whenever the trace has them")
+    return with_note(replace(trace, arrival_s=arrival_s, concurrency=concurrency), note)
+
+
 def jitter(trace: RequestTrace, jitter_s: float, *, seed: int = 0) -> RequestTrace:
     """Every arrival moved by a uniform draw from [-jitter_s, jitter_s], not before the first, and sorted again.
 
