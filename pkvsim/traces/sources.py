@@ -102,12 +102,11 @@ def trace_name(path: str | Path) -> str:
 
 def _open_zstd(name: str, raw: BinaryIO) -> tuple[Any, type[Exception]]:
     """A readable stream of what a Zstandard file holds, and the error that it raises for damage."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-
-        return zstd.open(raw, "rb"), zstd.ZstdError
     try:
-        import zstandard
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd  # the same module for earlier versions
     except ImportError:
-        raise ValueError(f"{name}: before Python 3.14 a .zst file needs `pip install zstandard`") from None
-    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), zstandard.ZstdError
+        raise ValueError(f"{name}: before Python 3.14 a .zst file needs `pip install backports.zstd`") from None
+    return zstd.open(raw, "rb"), zstd.ZstdError
