@@ -1,11 +1,12 @@
 """Prompt blocks that requests share: which are resident, who uses them, which goes next.
 
 A block is a run of prompt tokens named by its hash, which covers everything before it; equal hashes are
-equal KV. A resident block is either in use by running requests or evictable. Pages of evictable blocks
-are as good as free: an allocation evicts as many as it needs. What goes first is the policy:
-`lru` the block unused for longest, `belady` the one whose next request is farthest away (requests are
-admitted in trace order, so that is known), `infinite` keeps every block and charges evictable ones
-nothing. The deepest of blocks that tie goes first, so residents always form whole prefixes.
+equal KV. Hits count from a prompt's start and end at the first block that is not resident. A resident
+block is either in use by running requests or evictable. Pages of evictable blocks are as good as free: an
+allocation evicts as many as it needs. What goes first is the policy: `lru` the block unused for longest,
+`belady` the one whose next request is farthest away (requests are admitted in trace order, so that is
+known), `infinite` keeps every block and charges evictable ones nothing. The deepest of blocks that tie
+goes first, so residents always form whole prefixes.
 """
 from __future__ import annotations
 

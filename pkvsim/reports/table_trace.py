@@ -21,9 +21,11 @@ def print_trace(trace: TraceSummary) -> None:
     if trace.prefix_reuse is not None:
         console.print(
             f"{trace.prefix_reuse:.1%} of {trace.prompt_blocks:,} prompt blocks of {trace.block_tokens} tokens "
-            "came before: hits of an infinite prefix cache",
+            "are hits of an infinite prefix cache",
             soft_wrap=True,
         )
+    if trace.follow_ups:
+        console.print(f"{trace.follow_ups:,} requests wait for the end of an earlier one of their conversation")
     for note in trace.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(_percentiles(trace))
