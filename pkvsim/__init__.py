@@ -5,3 +5,5 @@ from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, StepState
 
 __all__ = ["AttentionOptions", "DecodeShape", "Schedule", "StepState", "make_schedule", "reference"]
+
+__version__ = "0.1.0"
