@@ -8,3 +8,5 @@ from pkvsim.shapes import DecodeShape, StepState
 
 __all__ = ["AttentionOptions", "DecodeShape", "PrefixGroups", "Schedule", "StepState", "find_prefixes", "make_schedule",
            "reference"]
+
+__version__ = "0.1.0"

@@ -55,7 +55,7 @@ def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], No
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         tasks = {}
-        starting = bar.add_task("starting; the first run compiles for a quarter of a minute", total=None, rate="")
+        starting = bar.add_task("starting", total=None, rate="")
 
         def report(name: str, done: int, total: int) -> None:
             bar.update(starting, visible=False)

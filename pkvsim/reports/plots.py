@@ -42,7 +42,7 @@ def check_plot_path(path: str | Path, *, option: str = "plot") -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError(f"{option}: needs matplotlib, pip install 'persistentkv[plot]'") from None
+        raise ValueError(f"{option}: needs matplotlib: pip install matplotlib") from None
     return path
 
 

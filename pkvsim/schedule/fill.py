@@ -5,11 +5,12 @@ cache). Tasks are int32 [num_tasks, 5] here: row, kv_head, split, tile_begin, ti
 """
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from pkvsim.compiled import outer
 
-@numba.njit(cache=True)
+
+@outer
 def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: np.ndarray) -> None:
     """Writes the queue of non-empty tasks: rows, then KV heads, then splits.
 
@@ -38,7 +39,7 @@ def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: 
                 task += 1
 
 
-@numba.njit(cache=True)
+@outer
 def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int, head_tiles: int) -> int:
     """Where range i begins on the cost axis."""
     if parts == 0:
@@ -47,7 +48,7 @@ def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int
     return i // parts * (head_tiles + segment_cost) + (segment_cost + tile if tile > 0 else 0)
 
 
-@numba.njit(cache=True)
+@outer
 def fill_balanced(
     tiles: np.ndarray,  # [batch_size] int64
     num_kv_heads: int,
