@@ -10,8 +10,8 @@ of the rows' last tokens; of an 8-bit cache, the scales too. Every result is che
 caches against 16-bit pages of the same values as well. x FP16: over the time of plain attention on the same step, where
 that is measured too, which 8-bit pages should about halve. error: the largest against float64, on the shortest and the
 longest row with several draws of queries, of what 8-bit pages stand for; x theirs: ours over the least of FlashInfer's
-backends. Times are per call inside a CUDA graph whose calls read distinct pages, over four times the L2, before any page
-comes back.
+backends. Times are per call inside a CUDA graph whose calls read distinct
+pages, over four times the L2, before any page comes back.
 """
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -29,7 +30,7 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Console entry point; also brings option errors, which typer spreads over lines, down to one."""
-    usage_error = typer.BadParameter.__mro__[1]  # typer names no base class of its option errors
+    usage_error: Any = typer.BadParameter.__mro__[1]  # typer names no base class of its option errors
     try:
         code = app(standalone_mode=False)
     except usage_error as error:

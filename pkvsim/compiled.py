@@ -24,7 +24,7 @@ def drop_stale(package: str) -> None:
     """
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == package]
     compiled = [value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)]
-    places = {(Path(one.py_func.__code__.co_filename), Path(one.stats.cache_path)) for one in compiled}
+    places = {(Path(one.py_func.__code__.co_filename), Path(str(one.stats.cache_path))) for one in compiled}
     newest = max((source.stat().st_mtime for source, _ in places), default=0.0)
     for source, cache in places:
         for index in cache.glob(f"{source.stem}.*.nbi"):

@@ -69,8 +69,8 @@ class PagedLayer(CacheLayerMixin):
                                f"one that saw {self.seen}; reset() a cache after a step that failed")
         step = self.rows.step
         by_token = [new.transpose(1, 2) for new in (keys, values)]
-        new = [all_of.flatten(0, 1) if step.kept is None else all_of[step.kept] for all_of in by_token]
-        append_tokens(*new, self.keys, self.values, self.rows.table, step.lens, step.offsets)
+        k_new, v_new = (every.flatten(0, 1) if step.kept is None else every[step.kept] for every in by_token)
+        append_tokens(k_new, v_new, self.keys, self.values, self.rows.table, step.lens, step.offsets)
         self.seen += new_tokens
         return step
 

@@ -41,7 +41,6 @@ def environment() -> dict[str, str]:
     import torch
 
     from gpu.kernels import compile as kernels
-    from gpu.routes import flashinfer_decode as fi
 
     found = {
         "gpu": torch.cuda.get_device_name(),
@@ -54,7 +53,7 @@ def environment() -> dict[str, str]:
         "command": command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if fi.installed():
+    if importlib.util.find_spec("flashinfer") is not None:
         import flashinfer
 
         found["flashinfer"] = flashinfer.__version__

@@ -45,7 +45,7 @@ def attention(
         if seq_len == 0:
             continue
         heads = range(shape.num_kv_heads)
-        page_ids = given.step.block_table[row]
+        page_ids = given.pages_of(row)
         begin = given.first_token(row)
         k = np.stack([_tokens(k_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
         v = np.stack([_tokens(v_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
@@ -88,12 +88,12 @@ def run_schedule(
     acc = np.zeros((slots, shape.num_kv_heads, columns, options.value_dim(shape)))
     for row, kv_head, split, tile_begin, tile_end in schedule.tasks.tolist():
         state = (np.full(columns, -np.inf), np.zeros(columns), np.zeros((columns, options.value_dim(shape))))
-        q_group = given.grouped(row)[kv_head]
+        q_group, page_ids = given.grouped(row)[kv_head], given.pages_of(row)
         for tile in range(tile_begin, tile_end):
             begin = tile * schedule.tile_tokens
             end = min(begin + schedule.tile_tokens, int(step.seq_lens[row]))
-            k = _tokens(k_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
-            v = _tokens(v_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
+            k = _tokens(k_pages, page_ids, kv_head, begin, end, shape.page_size)
+            v = _tokens(v_pages, page_ids, kv_head, begin, end, shape.page_size)
             state = _add_tile(state, given.logits(row, begin, (q_group @ k.T)[None])[0], v)
         slot = int(schedule.split_offsets[row]) + split
         m[slot, kv_head], l[slot, kv_head], acc[slot, kv_head] = state
@@ -154,6 +154,10 @@ class _Given:
     scale: float
     sinks: np.ndarray | None
     query_lens: np.ndarray  # [batch_size]
+
+    def pages_of(self, row: int) -> np.ndarray:
+        """The row of the block table, [max_pages] int32."""
+        return np.asarray(self.step.block_table)[row]
 
     def first_token(self, row: int) -> int:
         """The first token that any of the row's query tokens sees."""

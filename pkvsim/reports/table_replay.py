@@ -104,11 +104,10 @@ def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> 
         table.add_column(name, justify="right", no_wrap=True)
     for route in sorted(routes):
         entry = device.calibration[route]
+        timings = str(entry.in_sample.measurements) if entry.in_sample else "-"
         errors = [entry.in_sample, entry.held_out]
         shown = [f"{value:.1f}" for e in errors if e for value in (e.median_percent, e.mean_percent)]
-        table.add_row(
-            route, f"{entry.model.rule} {entry.model.ctas_per_sm:g}", str(entry.in_sample.measurements), *shown
-        )
+        table.add_row(route, f"{entry.model.rule} {entry.model.ctas_per_sm:g}", timings, *shown)
     console = Console(highlight=False)
     console.print(table)
     for route, count in sorted(skipped.items()):
