@@ -1,4 +1,4 @@
-"""The rooms of the packages: who may import whom (the contracts of setup.cfg), and no folder that hides its contents."""
+"""The rooms of the packages: who may import whom (the contracts of setup.cfg), and no crowded folder."""
 import shutil
 import subprocess
 import sys
