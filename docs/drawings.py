@@ -30,7 +30,8 @@ class Drawing:
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" '
                           f'text-anchor="{anchor}">{escape(words)}</text>')
 
-    def line(self, *points: tuple[float, float], stroke: str = QUIET, arrow: bool = False, dashed: bool = False) -> None:
+    def line(self, *points: tuple[float, float], stroke: str = QUIET, arrow: bool = False,
+             dashed: bool = False) -> None:
         end = ' marker-end="url(#arrow)"' if arrow else ""
         dash = ' stroke-dasharray="4 3"' if dashed else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -161,7 +162,8 @@ def launch() -> str:
         picture.text(left + x + width / 2, 100, words, size=11, anchor="middle", fill="#fff")
     picture.line((left + 560, 95), (left + 600, 95), (left + 600, 69), stroke=INK, arrow=True)
     picture.text(left + 560, 126, "every word of a state is its own arrival flag", size=11, fill=QUIET, anchor="end")
-    picture.text(left, 150, "Layer n + 1: launched early (sm_90 and newer), so that its start lies under layer n", size=13)
+    early = "Layer n + 1: launched early (sm_90 and newer), so that its start lies under layer n"
+    picture.text(left, 150, early, size=13)
     for x, width, colour, words in (
         (420, 70, "#9fb3c1", "lengths"), (490, 60, "#7a68c0", "range"), (550, 110, "#e08a1e", "ask for pages"),
         (660, 80, "#2a78b5", "stream"),
