@@ -51,7 +51,7 @@ def example(name: str) -> Schedule:
     lens = [16 * tiles for tiles in ROW_TILES]
     if name == "balanced":
         return make_schedule(name, shape, lens, num_ctas=NUM_CTAS, tile_tokens=16, costs=BalancedCosts(segment=SEGMENT))
-    return make_schedule(name, shape, lens, splits=4 if name == "workqueue" else 3, tile_tokens=16)
+    return make_schedule(name, shape, lens, splits=4 if name == "workqueue" else NUM_CTAS, tile_tokens=16)
 
 
 def spans() -> str:

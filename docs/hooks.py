@@ -16,11 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import drawings  # noqa: E402
 
+WIDE = "---\nhide:\n  - toc\n---\n"  # pages of wide tables have no table of contents beside them
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the generated pages and drawings to those of docs/."""
+    results = sorted((ROOT / "examples/results").glob("*.md"))
     for name, content in {
-        **{f"measured/{page.name}": page.read_text() for page in sorted((ROOT / "examples/results").glob("*.md"))},
+        **{f"measured/{page.name}": WIDE + page.read_text() for page in results},
         "tutorial.md": (ROOT / "examples/tutorial_what_if.md").read_text(),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
