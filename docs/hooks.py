@@ -6,6 +6,7 @@ packages' docstrings; measured tables, tutorial, CONTRIBUTING and CHANGELOG are 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,13 +91,16 @@ def rooms_page() -> str:
     """The reading guides: the docstring of every package, in the order of the arrows."""
     pages = [
         "# Rooms\n",
-        "Folders show the architecture: imports go one way, from the bottom of each list to its top, and "
-        "`make lint` checks it. What follows is the reading guide that opens each package.\n",
+        "Folders show the architecture: a room may import those that stand above it here, and `make lint` checks it. "
+        "What follows is the reading guide that opens each package.\n",
     ]
     for package, rooms in ROOMS.items():
         pages += [f"## `{package}`\n", _docstring(ROOT / package / "__init__.py")]
         for room in rooms:
             pages += [f"### `{package}.{room}`\n", _docstring(ROOT / package / room / "__init__.py")]
+            modules = [source for source in sorted((ROOT / package / room).glob("*.py")) if source.stem[:2] != "__"]
+            lines = [f"| `{source.stem}` | {_cell(_first_sentence(source))} |" for source in modules]
+            pages += ["\n".join(["| module | what it holds |", "|---|---|", *lines, ""])]
     return "\n".join(pages)
 
 
@@ -106,6 +110,11 @@ ROOMS = {
     "gpu": ("inputs", "kernels", "measure", "engine", "cache", "routes", "drop_ins", "calibrate"),
     "cuda_src": (),
 }
+
+
+def _first_sentence(source: Path) -> str:
+    """Of a module's docstring."""
+    return re.split(r"(?<=\.)\s", " ".join(_docstring(source).split()) + " ", maxsplit=1)[0]
 
 
 def _docstring(source: Path) -> str:

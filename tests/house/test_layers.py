@@ -1,4 +1,6 @@
 """The rooms of the packages: who may import whom (the contracts of setup.cfg), and no crowded folder."""
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -26,3 +28,16 @@ def test_no_folder_holds_too_many_files(package):
     crowded = {str(folder.relative_to(ROOT)): count for folder in folders
                if (count := len(list(folder.glob("*.py")))) > MOST_FILES_IN_A_FOLDER}
     assert not crowded
+
+
+PACKAGES = [path for name in ("pkvsim", "gpu", "cuda_src") for path in sorted((ROOT / name).rglob("__init__.py"))]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_every_package_opens_with_a_reading_guide(package):
+    """More than its first line, and the modules and rooms that it names in backticks are there."""
+    guide = ast.get_docstring(ast.parse(package.read_text()))
+    assert guide is not None and len(guide.splitlines()) > 2
+    for name in re.findall(r"`([a-z]\w*)`", guide):
+        place = package.parent / name
+        assert place.with_suffix(".py").exists() or place.is_dir(), name
