@@ -6,7 +6,7 @@
     register()
     model.set_attn_implementation("pkv")
     cache = PagedCache(model.config, max_batch_size=8, max_seq_len=4096)
-    model.generate(**inputs, max_new_tokens=20, past_key_values=cache)
+    model.generate(**inputs, max_new_tokens=20, **cache.argument_of(model))
 """
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def attention(
         check_served(name, given)
     if not isinstance(key, PagedKeys):
         if key.shape[2] != query.shape[2]:
-            raise ValueError("past_key_values: expected a gpu.drop_ins.transformers_cache.PagedCache, which generate() does not "
-                             "make by itself, got another cache")
+            raise ValueError("past_key_values: expected a gpu.drop_ins.transformers_cache.PagedCache, which generate() "
+                             "does not make by itself, got another cache")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer, key = key.layer, key.as_subclass(torch.Tensor)
     new_tokens, seen = key.shape[2], layer.seen

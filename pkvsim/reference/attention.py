@@ -45,7 +45,7 @@ def attention(
         if seq_len == 0:
             continue
         heads = range(shape.num_kv_heads)
-        page_ids = given.step.block_table[row]
+        page_ids = given.pages_of(row)
         begin = given.first_token(row)
         k = np.stack([_tokens(k_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
         v = np.stack([_tokens(v_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
@@ -182,6 +182,10 @@ class _Given:
     scale: float
     sinks: np.ndarray | None
     query_lens: np.ndarray  # [batch_size]
+
+    def pages_of(self, row: int) -> np.ndarray:
+        """The row of the block table, [max_pages] int32."""
+        return np.asarray(self.step.block_table)[row]
 
     def first_token(self, row: int) -> int:
         """The first token that any of the row's query tokens sees."""

@@ -1,4 +1,4 @@
-"""What the balanced schedule weighs against each other, as one value: from a device's route to the kernels' arguments."""
+"""What the balanced schedule weighs, as one value: from a device's route to the kernels' arguments."""
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -76,7 +76,7 @@ def make_schedule(
     return _plan(name, shape, lens, tiles, tile_tokens, splits, num_ctas, costs)
 
 
-def skipped_tiles(lengths: int | np.ndarray, reach: int, tile_tokens: int) -> int | np.ndarray:
+def skipped_tiles(lengths: Any, reach: int, tile_tokens: int) -> Any:
     """Tiles at the start of rows of these lengths (int64, one or [batch_size]) before the last `reach` tokens."""
     return (lengths > reach) * (lengths - reach) // tile_tokens
 
