@@ -49,7 +49,9 @@ class CacheWriter:
         self._kernel = load_kernel("append.cu", "pkv_append", SIGNATURE, constants, threads=WARPS * 32,
                                    overlap=gpu.overlaps)
         self._checked: list | None = None
-        self._grid, self._sizes, self._library = 0, (), None
+        self._grid = 0
+        self._sizes: tuple[int, ...] = ()
+        self._library: str | None = None
 
     def _place_rope(self, rope: Rope | None) -> tuple[object, int, int, int]:
         """(array to keep alive, address, stride of its rows, positions it serves) of the angles on the GPU."""

@@ -136,7 +136,7 @@ def calibrate(args: argparse.Namespace) -> None:
     base = device_spec(constants, environment=about, name=args.name or out.stem)
     if not out.exists():
         out.write_text(base.to_json(), encoding="utf-8")  # for pkvsim fit, should this run be cut short
-    document = {
+    document: dict[str, object] = {
         "environment": about,
         "constants": dataclasses.asdict(constants),
         "device": str(out),

@@ -6,7 +6,7 @@
     register()
     model.set_attn_implementation("pkv")
     cache = PagedCache(model.config, max_batch_size=8, max_seq_len=4096)
-    model.generate(**inputs, max_new_tokens=20, past_key_values=cache)
+    model.generate(**inputs, max_new_tokens=20, **cache.argument_of(model))
 """
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""From cuda_src to a launch: which variant, compiled once, launched through the driver."""
+"""From cuda_src to a launch: which variant, compiled once, launched through the driver.
+
+`variant` chooses the compile-time constants of a shape (by the tables of `tuned` where they know it), `compile` is
+the only caller of the compiler, `launch` packs arguments and calls the driver once.
+"""

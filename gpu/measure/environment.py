@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
         "command": command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if fi.installed():
+    if importlib.util.find_spec("flashinfer") is not None:
         import flashinfer
 
         found["flashinfer"] = flashinfer.__version__

@@ -93,7 +93,7 @@ class Router:
         self.device = this_device() if device is None else get_device(device) if isinstance(device, str) else device
         self._needs_lse = needs_lse
         self._build = functools.partial(build, scale=scale, options=options, layout=layout)
-        self.available = OWN_ROUTES
+        self.available: tuple[str, ...] = OWN_ROUTES
         if scale is None:
             self.available = routes.available_routes(shape, needs_lse=needs_lse, options=options, layout=layout)
         self.decision: Decision | None = None
