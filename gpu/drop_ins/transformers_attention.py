@@ -88,8 +88,8 @@ def dense_attention(
     """Attention with soft-capped logits or sinks, which SDPA has not: [batch_size, new_tokens, num_q_heads, head_dim].
 
     query [batch_size, num_q_heads, new_tokens, head_dim]; key, value [batch_size, num_kv_heads, tokens, head_dim]; mask
-    [batch_size, 1, new_tokens, tokens] bool, None: causal, of new tokens alone; sinks [num_q_heads]. Some queries follow
-    the others, so that their float32 logits stay within DENSE_LOGITS.
+    [batch_size, 1, new_tokens, tokens] bool, None: causal, of new tokens alone; sinks [num_q_heads]. Queries are taken
+    some at a time, so that their float32 logits stay within DENSE_LOGITS.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     batch_size, heads, new_tokens, _ = query.shape

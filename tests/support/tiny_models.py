@@ -20,7 +20,8 @@ from transformers import (
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM),
             "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-CAPPED = {"gemma2": (Gemma2Config, Gemma2ForCausalLM), "gpt_oss": (GptOssConfig, GptOssForCausalLM)}  # no SDPA of theirs
+# Soft caps and sinks, which SDPA has not.
+CAPPED = {"gemma2": (Gemma2Config, Gemma2ForCausalLM), "gpt_oss": (GptOssConfig, GptOssForCausalLM)}
 VOCABULARY = 97
 
 
