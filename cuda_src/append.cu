@@ -22,7 +22,7 @@
 // Bound by HBM when there are many tokens, each input read and each output written once (outputs through L2, where
 // decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
 #include "mma.cuh"
-#include "cache_type.cuh"
+#include "arguments.cuh"
 #include "quantize.cuh"
 #include "vectors.cuh"
 
@@ -158,70 +158,62 @@ __device__ __forceinline__ float head_scale(const float (&low)[8], const float (
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::WARPS * 32)
-pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, half_type* q_out,
-           pkv::cache_type* k_pages, pkv::cache_type* v_pages, float* k_scales, float* v_scales, const int* seq_lens,
-           const int* block_table, const int* token_offsets, const void* rope, int num_tokens, int batch_size,
-           int num_kv_heads, int num_q_heads, int page_size, int num_pages, int max_pages, int max_positions,
-           int chunks, long long table_stride, long long rope_stride, long long k_token, long long k_head,
-           long long v_token, long long v_head, long long q_token, long long q_head, long long q_out_token,
-           long long q_out_head, long long k_page, long long k_page_head, long long k_page_token, long long v_page,
-           long long v_page_head, long long v_page_token, long long scale_page, long long scale_head,
-           long long scale_token, float rope_factor, float k_scale, float v_scale) {
+pkv_append(const pkv::AppendArguments given) {
   using namespace pkv;
   const int lane = threadIdx.x % 32, part = lane % LANES;
-  const int warp = blockIdx.x * WARPS + threadIdx.x / 32, token = warp / chunks;
-  const int num_heads = 2 * num_kv_heads + num_q_heads, num_steps = (num_heads + HEADS_PER_STEP - 1) / HEADS_PER_STEP;
-  const PageStrides k_strides{k_page, k_page_head, k_page_token}, v_strides{v_page, v_page_head, v_page_token};
+  const int warp = blockIdx.x * WARPS + threadIdx.x / 32, token = warp / given.chunks;
+  const int num_heads = 2 * given.num_kv_heads + given.num_q_heads, num_steps = (num_heads + HEADS_PER_STEP - 1) / HEADS_PER_STEP;
+  const PageStrides k_strides{given.k_page, given.k_page_head, given.k_page_token}, v_strides{given.v_page, given.v_page_head, given.v_page_token};
   const int2 rotated = place<HEAD_DIM, ROTATING_LANES * 16>(part), plain = place<HEAD_DIM_V, 0>(part);
 
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if (token >= num_tokens) return;
+  if (token >= given.num_tokens) return;
 
   uint4 held[IN_FLIGHT][2];
   const auto load = [&](int first_step) {
     #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
       held[i][0] = held[i][1] = make_uint4(0, 0, 0, 0);
-      const int head = (first_step + i * chunks) * HEADS_PER_STEP + lane / LANES;
-      const bool is_v = head >= num_kv_heads && head < 2 * num_kv_heads;
+      const int head = (first_step + i * given.chunks) * HEADS_PER_STEP + lane / LANES;
+      const bool is_v = head >= given.num_kv_heads && head < 2 * given.num_kv_heads;
       if (head >= num_heads || part >= (is_v ? HEAD_DIM_V : HEAD_DIM) / 16) continue;
-      const half_type* from = head < num_kv_heads ? k_new + token * k_token + head * k_head
-                              : is_v ? v_new + token * v_token + (head - num_kv_heads) * v_head
-                                     : q + token * q_token + (head - 2 * num_kv_heads) * q_head;
+      const half_type* from = head < given.num_kv_heads ? given.k_new + token * given.k_token + head * given.k_head
+                              : is_v ? given.v_new + token * given.v_token + (head - given.num_kv_heads) * given.v_head
+                                     : given.q + token * given.q_token + (head - 2 * given.num_kv_heads) * given.q_head;
       held[i][0] = load_once(from + (is_v ? plain.x : rotated.x));
       held[i][1] = load_once(from + (is_v ? plain.y : rotated.y));
     }
   };
-  int step = warp % chunks;
+  int step = warp % given.chunks;
   load(step);  // under way while the token's place is looked up
 
   int row = token, after = 1;  // tokens of the row from this one on
-  if (token_offsets) {
-    row = find_row(token_offsets, batch_size, token, lane);
-    if (token < __ldcg(token_offsets + row)) return;
-    after = __ldcg(token_offsets + row + 1) - token;
+  if (given.token_offsets) {
+    row = find_row(given.token_offsets, given.batch_size, token, lane);
+    if (token < __ldcg(given.token_offsets + row)) return;
+    after = __ldcg(given.token_offsets + row + 1) - token;
     if (after <= 0) return;
   }
-  const int position = __ldcg(seq_lens + row) - after;
-  if (position < 0 || position >= max_positions || position / page_size >= max_pages) return;
-  const int id = __ldcg(block_table + row * table_stride + position / page_size), slot = position % page_size;
-  if (id < 0 || id >= num_pages) return;
+  const int position = __ldcg(given.seq_lens + row) - after;
+  if (position < 0 || position >= given.max_positions || position / given.page_size >= given.max_pages) return;
+  const int id = __ldcg(given.block_table + row * given.table_stride + position / given.page_size), slot = position % given.page_size;
+  if (id < 0 || id >= given.num_pages) return;
 
 #if ROPE_STYLE
   Angles angles;
-  if (part < ROTATING_LANES) angles.load(rope, position, rope_stride, rope_factor, part);
+  if (part < ROTATING_LANES) angles.load(given.rope, position, given.rope_stride, given.rope_factor, part);
 #endif
 #if CACHE_TYPE == 1 || CACHE_TYPE == 2
-  const float k_inverse = __frcp_rn(k_scales ? __ldcg(k_scales) : k_scale);
-  const float v_inverse = __frcp_rn(v_scales ? __ldcg(v_scales) : v_scale);
+  const float k_inverse = __frcp_rn(given.k_scales ? __ldcg(given.k_scales) : given.k_scale);
+  const float v_inverse = __frcp_rn(given.v_scales ? __ldcg(given.v_scales) : given.v_scale);
 #endif
 
   for (;;) {
     #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
-      const int head = (step + i * chunks) * HEADS_PER_STEP + lane / LANES;
-      const bool is_k = head < num_kv_heads, is_v = !is_k && head < 2 * num_kv_heads;
+      const int head = (step + i * given.chunks) * HEADS_PER_STEP + lane / LANES;
+      const bool is_k = head < given.num_kv_heads, is_v = !is_k && head < 2 * given.num_kv_heads;
       const int2 at = is_v ? plain : rotated;
       float low[8], high[8];
       unpack_vector(held[i][0], low);
@@ -235,20 +227,20 @@ pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, h
 #endif
       if (head >= num_heads || part >= (is_v ? HEAD_DIM_V : HEAD_DIM) / 16) continue;
       if (!is_k && !is_v) {
-        half_type* to = q_out + token * q_out_token + (head - 2 * num_kv_heads) * q_out_head;
+        half_type* to = given.q_out + token * given.q_out_token + (head - 2 * given.num_kv_heads) * given.q_out_head;
         store_vector(to + at.x, low);
         store_vector(to + at.y, high);
         continue;
       }
-      const int kv_head = is_k ? head : head - num_kv_heads;
-      cache_type* to = is_k ? k_pages + k_strides.at(id, kv_head, slot) : v_pages + v_strides.at(id, kv_head, slot);
+      const int kv_head = is_k ? head : head - given.num_kv_heads;
+      cache_type* to = is_k ? given.k_pages + k_strides.at(id, kv_head, slot) : given.v_pages + v_strides.at(id, kv_head, slot);
 #if CACHE_TYPE == 0
       store_vector(to + at.x, low);
       store_vector(to + at.y, high);
 #else
 #if CACHE_TYPE == 3
-      const PageStrides scale_strides{scale_page, scale_head, scale_token};
-      if (part == 0) (is_k ? k_scales : v_scales)[scale_strides.at(id, kv_head, slot)] = scale;
+      const PageStrides scale_strides{given.scale_page, given.scale_head, given.scale_token};
+      if (part == 0) (is_k ? given.k_scales : given.v_scales)[scale_strides.at(id, kv_head, slot)] = scale;
 #else
       const float inverse = is_k ? k_inverse : v_inverse;
 #endif
@@ -256,7 +248,7 @@ pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, h
       store_vector(to + at.y, high, inverse);
 #endif
     }
-    step += IN_FLIGHT * chunks;
+    step += IN_FLIGHT * given.chunks;
     if (step >= num_steps) break;
     load(step);
   }

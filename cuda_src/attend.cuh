@@ -88,45 +88,22 @@ __device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUM
   return sum;
 }
 
-// What both decode kernels are given, as gpu/engine.py lays it out (gpu.decode_kernels.arguments).
-struct DecodeArguments {
-  const half_type *q;      // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-  const cache_type *k_pages, *v_pages;
-  const page_id* block_table;  // [batch_size, table_stride]; with TABLE_CSR the indices, [table_stride]
-  const int *seq_lens;     // [batch_size]; with LAST_PAGE_LENGTHS see Lengths
-  const int *query_lens;   // see Output
-  const float* sinks;      // see Output
-  half_type* out;          // like q, with V_DIM
-  float* lse;              // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE]
-  Slot* partials;
-  long long k_page_stride, v_page_stride;
-  int k_head_stride, k_token_stride, v_head_stride, v_token_stride;
-  int batch_size, num_kv_heads, table_stride, num_pages;
-  int window;              // see Mask
-  float scale, cap;        // see weigh
-#if CACHE_TYPE
-  // [1] float32 each or null; with CACHE_SCALES see PagedScales, of whose elements the strides are.
-  const float *k_scales, *v_scales;
-  long long scale_page_stride;
-  int scale_head_stride, scale_token_stride;
-  float v_scale;           // where v_scales is null
-#endif
-  PKV_CSR(const int* row_begins;)  // see PageTable
-
-  // A window reaches back from the first query token, lengths count to the last.
-  __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
-  __device__ __forceinline__ Pages pages() const {
-    return {{k_pages, k_page_stride, k_head_stride, k_token_stride},
-            {v_pages, v_page_stride, v_head_stride, v_token_stride},
-            {block_table, table_stride, num_pages PKV_CSR(, row_begins, batch_size)}, reach(),
-            k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride,
+// What the arguments say of the pages and of where results go.
+__device__ __forceinline__ Pages pages_of(const DecodeArguments& given) {
+  return {{given.k_pages, given.k_page_stride, given.k_head_stride, given.k_token_stride},
+          {given.v_pages, given.v_page_stride, given.v_head_stride, given.v_token_stride},
+          {given.page_ids, given.table_stride, given.num_pages PKV_CSR(, given.row_begins, given.batch_size)},
+          given.reach(),
+          given.k_page_stride == given.v_page_stride && given.k_head_stride == given.v_head_stride
+              && given.k_token_stride == given.v_token_stride,
 #if CACHE_SCALES
-            {k_scales, v_scales, scale_page_stride, scale_head_stride, scale_token_stride},
+          {given.k_scales, given.v_scales, given.scale_page_stride, given.scale_head_stride, given.scale_token_stride},
 #endif
-    };
-  }
-  __device__ __forceinline__ Output output() const { return {out, lse, num_kv_heads, query_lens, sinks}; }
-};
+  };
+}
+__device__ __forceinline__ Output output_of(const DecodeArguments& given) {
+  return {given.out, given.lse, given.num_kv_heads, given.query_lens, given.sinks};
+}
 
 // The scales of all of K and all of V, where those are all. Read from memory, for a captured graph to follow.
 struct TensorScales {

@@ -192,14 +192,13 @@ __device__ __forceinline__ void prefetch_table(const Pages& pages, int batch_siz
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
-pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_cost, int part_cost, int pair_cost,
-                    int max_tokens) {
+pkv_decode_balanced(const pkv::DecodeArguments given, const pkv::Costs costs, int max_tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
   const int stream = threadIdx.x / 32 / TEAM, lane = threadIdx.x % 32;
-  const pkv::Pages pages = given.pages();
-  const pkv::Output output = given.output();
-  const pkv::Lengths lens{given.seq_lens, given.batch_size, max_tokens,
+  const pkv::Pages pages = pkv::pages_of(given);
+  const pkv::Output output = pkv::output_of(given);
+  const pkv::Lengths lens{given.lengths, given.batch_size, max_tokens,
                           given.reach() PKV_LAST_PAGE(, given.row_begins)};
   const int num_kv_heads = given.num_kv_heads;
   pkv::let_next_kernel_start();
@@ -216,12 +215,12 @@ pkv_decode_balanced(const pkv::DecodeArguments given, int segment_cost, int min_
   pkv::init_barriers(shared);
   int* noted = reinterpret_cast<int*>(shared.states[0][stream][pkv::first_column()]);  // free until this warp publishes
   pkv::RangePlan plan;
-  bool recalled = found.recall(plan, lens, num_kv_heads, segment_cost, lens.cut(stored), lane);
+  bool recalled = found.recall(plan, lens, num_kv_heads, costs.segment, lens.cut(stored), lane);
   #pragma unroll 1
   for (;; early = recalled = false, stored = lens.stored(lane)) {
     if (!recalled) {
-      const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, stored, early ? noted : nullptr);
-      const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost, pair_cost);
+      const pkv::Rows rows(lens, num_kv_heads, costs.segment, lane, stored, early ? noted : nullptr);
+      const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, costs);
       plan = pkv::RangePlan(rows, cut, pkv::own_range(cut), lane);
     }
     pkv::BalancedEmit emit{output, given.partials, shared.kept, lens, plan, record, found, recalled, early, noted, lane};

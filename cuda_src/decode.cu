@@ -56,14 +56,14 @@ pkv_decode_tasks(const pkv::DecodeArguments given, const pkv::Task* tasks, const
                  int tile_scale) {
   extern __shared__ __align__(128) unsigned char memory[];
   pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
-  const pkv::Output output = given.output();
+  const pkv::Output output = pkv::output_of(given);
   pkv::let_next_kernel_start();
   pkv::init_barriers(shared);
   pkv::wait_for_previous_kernel();
-  const pkv::TaskSource source{tasks, given.seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks,
+  const pkv::TaskSource source{tasks, given.lengths, split_offsets, static_cast<int>(blockIdx.x), num_tasks,
                                static_cast<int>(gridDim.x), tile_scale};
   pkv::TaskEmit emit{output, given.partials, static_cast<int>(threadIdx.x % 32)};
-  pkv::attend(source, given.pages(), given, shared, emit);
-  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
+  pkv::attend(source, pkv::pages_of(given), given, shared, emit);
+  pkv::store_empty_rows(output, given.lengths, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
                         gridDim.x * WARPS, threadIdx.x % 32);
 }

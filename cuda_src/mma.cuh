@@ -2,22 +2,7 @@
 // sm_80 and newer.
 #pragma once
 
-// Compile-time variants, all off where not defined.
-#ifndef V_DIM
-#define V_DIM HEAD_DIM   // head_dim of V
-#endif
-#ifndef QUERY_TOKENS
-#define QUERY_TOKENS 1   // query tokens per row, the row's last ones, each of which sees the tokens up to itself
-#endif
-#ifndef TEAM
-#define TEAM 1           // warps that share their tiles, each of which serves a part of the columns
-#endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0       // 1: logits go through cap * tanh(logit / cap)
-#endif
-#ifndef SINKS
-#define SINKS 0          // 1: a logit per query head joins the softmax without a value
-#endif
+#include "variant.cuh"
 
 #if DTYPE_BF16
 #include <cuda_bf16.h>
@@ -28,11 +13,6 @@ typedef __nv_bfloat162 half_pair;
 typedef __half half_type;
 typedef __half2 half_pair;
 #endif
-
-#include "cache_type.cuh"
-
-// Whether the GPU has an instruction from e4m3 to FP16.
-#define CONVERTS_E4M3 (__CUDA_ARCH__ >= 890)
 
 namespace pkv {
 
@@ -148,10 +128,6 @@ template <int WARPS_MEETING>
 __device__ __forceinline__ void sync_warps(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS_MEETING * 32) : "memory");
 }
-
-#ifndef PKV_RACECHECK
-#define PKV_RACECHECK 0
-#endif
 
 // A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's
 // arrival.

@@ -6,21 +6,9 @@
 // segment ends; page ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
-#include "plan.cuh"
-#include "table.cuh"
+#include "arguments.cuh"
 
 namespace pkv {
-
-constexpr int ELEMENT_BYTES = sizeof(cache_type);
-constexpr int K_ROW_BYTES = HEAD_DIM * ELEMENT_BYTES, V_ROW_BYTES = V_DIM * ELEMENT_BYTES;  // of one token
-constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
-constexpr int SCALE_BYTES = CACHE_SCALES ? PKV_TILE * 2 * sizeof(float) : 0;  // of a tile's tokens, K's and V's in turn
-constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES + SCALE_BYTES;         // of the ring: a tile's K, V and scales
-constexpr int STREAMS = WARPS / TEAM;
-constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
-constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
-
-static_assert(WARPS % TEAM == 0 && (TEAM == 1 || STREAMS < 16), "teams are whole, and each has a barrier of its own");
 
 // This warp's place in its team.
 __device__ __forceinline__ int team_member() { return TEAM > 1 ? threadIdx.x / 32 % TEAM : 0; }

@@ -7,15 +7,14 @@
 //   row_begins: see Lengths
 #include "warp_plan.cuh"
 
-extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
-                                             int min_cost, int part_cost, int pair_cost, int max_tokens,
-                                             int window, pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
+extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, const pkv::Costs costs,
+                                             int max_tokens, int window, pkv::Task* tasks, int max_tasks, int* counts,
+                                             const int* row_begins) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
   const pkv::Lengths lens{seq_lens, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)};
-  const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, lens.stored(lane));
-  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost,
-                     pair_cost);
+  const pkv::Rows rows(lens, num_kv_heads, costs.segment, lane, lens.stored(lane));
+  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, costs);
   if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
     rows.start(walk, cut, range, lane);

@@ -6,6 +6,7 @@
 // is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
 // [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
+#include "variant.cuh"
 
 #ifdef __CUDACC__
 #define PKV_HD __host__ __device__ __forceinline__
@@ -13,24 +14,18 @@
 #define PKV_HD inline
 #endif
 
-#define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
 #define PKV_SHORT_RANGE 640   // tiles
 #define PKV_MOST_TILES (1 << 20)
 
-#ifndef WINDOWED
-#define WINDOWED 0  // 1: a row reads its last `window` tokens only
-#endif
-#ifndef LAST_PAGE_LENGTHS
-// 1: lengths are told by the rows' pages, of PAGE_SIZE tokens, and the tokens in their last ones
-#define LAST_PAGE_LENGTHS 0
-#endif
-#if LAST_PAGE_LENGTHS
-#define PKV_LAST_PAGE(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
-#else
-#define PKV_LAST_PAGE(...)
-#endif
-
 namespace pkv {
+
+// What the balanced schedule weighs against each other, in tiles: pkvsim.schedule.costs.BalancedCosts, field by field.
+struct Costs {
+  int segment;  // what a segment costs beside its tiles
+  int minimum;  // the least cost of a range
+  int part;     // of merging one more part of a head
+  int pair;     // even steps that cost less than this for each CTA get half of the CTAs
+};
 
 PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 
@@ -103,26 +98,25 @@ struct Cut {
   int parts;  // of every head, when all are cut alike; else 0
   int head_cost, segment_cost;
 
-  // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
+  // A head of n tiles in p parts takes about n / p + costs.part * p, least at p = sqrt(n / costs.part): no more parts are
   // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
   // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
   // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
-  // the other. Where the step costs less than pair_cost a CTA, and at most 1/6 idle, half the CTAs are taken, one on
+  // the other. Where the step costs less than costs.pair a CTA, and at most 1/6 idle, half the CTAs are taken, one on
   // each pair of SMs (pkvsim.schedule.balanced_ranges says why).
-  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost,
-             int pair_cost)
-      : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost) {
-    const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost, half = num_ctas >> 1;
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, Costs costs)
+      : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(costs.segment) {
+    const int least = costs.minimum > 1 + segment_cost ? costs.minimum : 1 + segment_cost, half = num_ctas >> 1;
     int most = num_ctas;
-    if (even && num_heads > 0 && num_heads <= half && total < pair_cost * num_ctas
+    if (even && num_heads > 0 && num_heads <= half && total < costs.pair * num_ctas
         && (half - divide(half, num_heads) * num_heads) * 6 <= half)
       most = half;
     num_ranges = divide(total, least);
     if (num_ranges > most) num_ranges = most;
     if (num_ranges < 1) num_ranges = 1;
-    if (part_cost > 0 && num_heads > 0) {
+    if (costs.part > 0 && num_heads > 0) {
       const int mean = head_cost < PKV_MOST_TILES ? head_cost : PKV_MOST_TILES;
-      const int part = square_root(part_cost * mean), paying = divide(mean + part / 2, part);
+      const int part = square_root(costs.part * mean), paying = divide(mean + part / 2, part);
       const long long wanted = static_cast<long long>(num_heads) * (paying > 1 ? paying : 1);
       if (wanted < num_ranges) num_ranges = static_cast<int>(wanted);
     }

@@ -5,23 +5,6 @@
 
 namespace pkv {
 
-// A warp serves so many columns, the last one of a team perhaps fewer.
-constexpr int WARP_COLUMNS = (COLUMNS + TEAM - 1) / TEAM, LAST_COLUMNS = COLUMNS - (TEAM - 1) * WARP_COLUMNS;
-static_assert(LAST_COLUMNS > 0, "no warp is without columns");
-constexpr int HEAD_BLOCKS = (WARP_COLUMNS + 7) / 8;  // blocks of 8 columns
-constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
-constexpr int KEYS_AT_ONCE = 4;  // steps of the product whose K is read before the first of them
-static_assert(K_STEPS % KEYS_AT_ONCE == 0, "steps are whole");
-
-// In registers while they fit beside the accumulators, else read again for every tile: they stay in L1.
-constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
-// BF16 queries of FP16 products: a power of two brings each column's largest magnitude to 2^14, below FP16's largest
-// number. What FP16 then cannot hold is 2^-39 of that magnitude.
-#define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)
-// Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
-// and takes the registers of the merge; those of large 8-bit heads find no room beside it.
-constexpr bool QUERY_EARLY = !QUERY_SCALED && !(CACHE_TYPE && HEAD_DIM > 128);
-
 // The first of this warp's columns, and how many it has.
 __device__ __forceinline__ int first_column() { return team_member() * WARP_COLUMNS; }
 __device__ __forceinline__ int own_columns() {

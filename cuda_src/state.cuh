@@ -11,11 +11,6 @@
 
 namespace pkv {
 
-constexpr int THREADS = WARPS * 32;
-// Columns of the product: the query heads of the group, for each of the row's query tokens in turn.
-constexpr int COLUMNS = GROUP_SIZE * QUERY_TOKENS;
-constexpr int HEAD_QUADS = V_DIM / 4;
-constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;
 constexpr unsigned EMPTY_WORD = 0xffffffffu;
 constexpr float LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;  // for -inf where differences are taken: exp2(-inf - LOWEST) is 0, no NaN

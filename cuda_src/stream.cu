@@ -8,11 +8,10 @@
 //
 // UNROLL: independent 16-byte loads in flight per thread.
 
+#include "variant.cuh"
+
 // One thread in 2^32 meets this on random data; its store costs nothing that shows.
 #define IMPOSSIBLE 0x9e3779b9u
-#ifndef UNROLL
-#define UNROLL 4
-#endif
 
 extern "C" __global__ void __launch_bounds__(1024) pkv_stream_read(const uint4* __restrict__ src, long long num_vectors,
                                            unsigned int* __restrict__ sink) {

@@ -2,18 +2,6 @@
 #pragma once
 #include "plan.cuh"
 
-#ifndef TABLE_INT64
-#define TABLE_INT64 0  // 1: page ids are int64, not int32
-#endif
-#ifndef TABLE_CSR
-#define TABLE_CSR 0  // 1: the rows' ids lie end to end, and row_begins says where each row's begin
-#endif
-#if TABLE_CSR
-#define PKV_CSR(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
-#else
-#define PKV_CSR(...)
-#endif
-
 namespace pkv {
 
 #if TABLE_INT64

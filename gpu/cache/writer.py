@@ -4,7 +4,7 @@ from __future__ import annotations
 import cupy
 
 from gpu.cache import append_checks as checks
-from gpu.cache.append_variant import SIGNATURE, WARPS, AppendViews, argument_name, defines, launch_sizes
+from gpu.cache.append_variant import WARPS, AppendViews, argument_name, defines, launch_sizes
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 from pkvsim import DecodeShape
@@ -46,7 +46,7 @@ class CacheWriter:
         self._num_sms = current.attributes["MultiProcessorCount"]
         self._rope_array, self._rope_at, self._rope_stride, self._max_positions = self._place_rope(rope)
         constants = defines(shape, dtype, kv_dtype=self.kv_dtype, head_dim_v=self.head_dim_v, rope=rope)
-        self._kernel = load_kernel("append.cu", "pkv_append", SIGNATURE, constants, threads=WARPS * 32,
+        self._kernel = load_kernel("append.cu", "pkv_append", constants, threads=WARPS * 32,
                                    overlap=capability >= 90)
         self._checked: list | None = None
         self._grid, self._sizes, self._library = 0, (), None
