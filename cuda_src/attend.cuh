@@ -9,6 +9,7 @@
 // from one ring and stop for each other, twice a tile: what one has copied the others read, and what one refills the
 // others have read.
 #pragma once
+#include "ring.cuh"
 #include "weights.cuh"
 
 namespace pkv {
@@ -23,14 +24,6 @@ struct __align__(16) SharedMemory {
 };
 
 static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
-
-// Returns when a K or V tile is there that this warp, and all of its team, asked for LATER copies before the last.
-template <int LATER>
-__device__ __forceinline__ void await_tile(int stream) {
-  copy_wait<LATER>();
-  if constexpr (TEAM == 1) __syncwarp();
-  else sync_warps<TEAM>(1 + stream);
-}
 
 __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
                                            int lane) {
@@ -123,18 +116,22 @@ struct TensorScales {
 #endif
 };
 
-// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. Before, `emit.release(pages, loader)` is called when nothing has been read
-// but lengths and the first segment's page ids, in loader.ids_ahead, and `emit.begin(pages)` when the first tiles
-// are under way; if that is false nothing more is done, and attend returns false.
-template <class Source, class Emit>
+// Runs every segment of `source`, in order.
+//
+// start   says when the work may begin. `start.release(pages, loader)` is called when nothing has been read but lengths
+//         and the first segment's page ids, in loader.ids_ahead; it returns when queries and tiles may be read.
+//         `start.begin(pages)` is called when the first tiles are under way; if it is false nothing more is done, and
+//         attend returns false. start.EARLY: whether those first page ids are read early (early_plan.cuh).
+// emit    takes the results: `emit(segment, column, state)` is called by one warp for each column of every segment, of
+//         the first segment by warp column % WARPS.
+template <class Source, class Start, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
-                                       SharedMemory& shared, Emit& emit) {
+                                       SharedMemory& shared, Start& start, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stream = warp / TEAM;
-  const unsigned ring = shared_address(shared.ring[stream][0]);
-  // Copies of tiles started since that of the one that is waited for.
-  constexpr int COPIES_AHEAD = TEAM == 1 ? 2 * STAGES - 1 : 2 * STAGES - 2;
+  const unsigned first_slot = shared_address(shared.ring[stream][0]);
   Loader<Source> loader(source);
+  Ring<Source> ring{
+      .loader = loader, .pages = pages, .begin = first_slot, .stream = stream, .lane = lane, .slot = first_slot, .stage = 0};
   Dealer<Source> walk(source);
   TensorScales tensor_scales;
   Query query;
@@ -145,57 +142,38 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[s.row];
   };
 
-  loader.template look_ahead<Emit::EARLY>(pages, stream, lane);
+  loader.template look_ahead<Start::EARLY>(pages, stream, lane);
   Share share;
   bool live = walk.next(share, stream);  // whether `share` is a segment to compute
+  start.release(pages, loader);
   // What is small is asked for before the first tiles: it would arrive behind them.
-  emit.release(pages, loader);
   if (live) enter(share);
   tensor_scales.load(given);
-  #pragma unroll 1  // its code's fetching shows in short steps
-  for (int stage = 0; stage < STAGES; ++stage) {
-    if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage - 1) * SLOT_BYTES, lane);
-    loader.issue_k(pages, ring + stage * SLOT_BYTES, stream, lane);
-    if constexpr (TEAM == 1) loader.issue_v(pages, ring + stage * SLOT_BYTES, lane);
-  }
-  if (!emit.begin(pages)) {
+  ring.fill();
+  if (!start.begin(pages)) {
     copy_wait<0>();
     return false;
   }
 
-  Segment before;     // the segment whose states are to be merged, the (count - 1)-th
-  unsigned slot = ring;
-  int stage = 0;
+  Segment before;  // the segment whose states are to be merged, the (count - 1)-th
   for (int count = 0;; ++count) {
     WarpState state;
     if (live) {
       state.reset();
       if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
       for (int tile = share.first; tile < share.tile_end; tile += STREAMS) {
-        // A warp alone refills what it has read at once. A team's has been read when the team next meets, for the other
-        // half of this tile or the next: K is refilled there, and V of the tile before, whose order stays the same.
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
-        await_tile<COPIES_AHEAD>(stream);
-        if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage > 0 ? stage - 1 : STAGES - 1) * SLOT_BYTES, lane);
-        score(s, query, slot, lane);
+        ring.await_keys();
+        score(s, query, ring.slot, lane);
 #if CACHE_SCALES
-        state.scales.read(slot + K_TILE_BYTES + V_TILE_BYTES, lane);
+        state.scales.read(ring.slot + K_TILE_BYTES + V_TILE_BYTES, lane);
 #endif
-        if constexpr (TEAM == 1) {
-          __syncwarp();
-          loader.issue_k(pages, slot, stream, lane);
-        }
+        ring.keys_read();
         weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
-        await_tile<COPIES_AHEAD>(stream);
-        if constexpr (TEAM > 1) loader.issue_k(pages, slot, stream, lane);
-        accumulate(state, p, slot + K_TILE_BYTES, lane);
-        if constexpr (TEAM == 1) {
-          __syncwarp();
-          loader.issue_v(pages, slot, lane);
-        }
-        if (++stage == STAGES) stage = 0;
-        slot = ring + stage * SLOT_BYTES;
+        ring.await_values();
+        accumulate(state, p, ring.slot + K_TILE_BYTES, lane);
+        ring.values_read();
       }
     }
     // The next segment's queries are on their way while this one's states are merged.
@@ -205,7 +183,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
       shared.left[buffer].wait(phase);
-      // Fewer columns than warps go to other warps each time.
+      // Columns that are fewer than the warps go to other warps each time.
       #pragma unroll 1
       for (int column = (warp + (count - 1) * (WARPS - COLUMNS % WARPS)) % WARPS; column < COLUMNS; column += WARPS)
         emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
@@ -220,6 +198,14 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   }
   copy_wait<0>();
   return true;
+}
+
+// Which of `count` pieces of work this CTA has, count or more if none. Two CTAs of a cluster are on neighbouring SMs, which
+// share their way to memory: where there is work for no more than half the CTAs, one of each two has none.
+__device__ __forceinline__ int paired_place(int count) {
+  const int cta = blockIdx.x;
+  if (!KERNELS_OVERLAP || count * 2 > static_cast<int>(gridDim.x)) return cta;
+  return cta % 2 ? count : cta / 2;
 }
 
 // Called once by the whole CTA, before attend.

@@ -100,7 +100,7 @@ struct Loader {
   __device__ __forceinline__ explicit Loader(const Source& first)
       : source(first), live(true), ahead_known(false), tile(0) {
     now.tile_end = 0;
-    if constexpr (TEAM > 1) pending_rows = 0;  // its first issue_v comes before any issue_k
+    if constexpr (TEAM > 1) pending_rows = 0;  // a team's first issue_v comes before any issue_k
   }
 
   // Looks up the next segment in which this stream has a tile. Called once before the first issue_k.

@@ -6,16 +6,14 @@
 // is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
 // [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
+#include "read_early.cuh"
 #include "variant.cuh"
 
-#ifdef __CUDACC__
-#define PKV_HD __host__ __device__ __forceinline__
-#else
-#define PKV_HD inline
-#endif
-
-#define PKV_SHORT_RANGE 640   // tiles
-#define PKV_MOST_TILES (1 << 20)
+// Bounds of the cut, as pkvsim/schedule/make.py has them.
+#define PKV_SHORT_RANGE 640        // tiles
+#define PKV_MOST_TILES (1 << 20)   // of a head, for the root of its parts
+#define PKV_IDLE_OF_PARTS 8        // heads are cut into equal parts where that idles at most 1 of so many CTAs,
+#define PKV_IDLE_OF_HEADS 32       // and are left whole where that does
 
 namespace pkv {
 
@@ -32,20 +30,6 @@ PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 // Cost of a row of so many tiles over all its KV heads; an empty row costs nothing.
 PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
-}
-
-// Reads what the kernel that writes it may not have written yet (see balanced.cu): past L1, which would keep it. Lanes
-// that read one word in one instruction see one value.
-template <class T>
-PKV_HD T read_early(const T* from) {
-#ifdef __CUDA_ARCH__
-  T value;
-  if constexpr (sizeof(T) == 8) asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from));
-  else asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
-  return value;
-#else
-  return *from;
-#endif
 }
 
 // The rows' lengths, read early: every one is cut to [0, most], so that a plan made of what is not yet there is wrong
@@ -101,16 +85,14 @@ struct Cut {
   // A head of n tiles in p parts takes about n / p + costs.part * p, least at p = sqrt(n / costs.part): no more parts are
   // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
   // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
-  // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
-  // the other. Where the step costs less than costs.pair a CTA, and at most 1/6 idle, half the CTAs are taken, one on
-  // each pair of SMs (pkvsim.schedule.balanced_ranges says why).
+  // heads: heads are then cut into equal parts, or not at all. Where the step costs less than costs.pair a CTA, half the
+  // CTAs are taken, one on each pair of SMs, always so (pkvsim.schedule.make.balanced_ranges says why).
   PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, Costs costs)
       : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(costs.segment) {
     const int least = costs.minimum > 1 + segment_cost ? costs.minimum : 1 + segment_cost, half = num_ctas >> 1;
-    int most = num_ctas;
-    if (even && num_heads > 0 && num_heads <= half && total < costs.pair * num_ctas
-        && (half - divide(half, num_heads) * num_heads) * 6 <= half)
-      most = half;
+    const bool halved = even && num_heads > 0 && num_heads <= half && total < costs.pair * num_ctas
+                        && (half - divide(half, num_heads) * num_heads) * PKV_IDLE_OF_PARTS <= half;
+    const int most = halved ? half : num_ctas;
     num_ranges = divide(total, least);
     if (num_ranges > most) num_ranges = most;
     if (num_ranges < 1) num_ranges = 1;
@@ -120,12 +102,13 @@ struct Cut {
       const long long wanted = static_cast<long long>(num_heads) * (paying > 1 ? paying : 1);
       if (wanted < num_ranges) num_ranges = static_cast<int>(wanted);
     }
-    if (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges) {
+    if (halved || (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges)) {
       const bool few = num_heads <= num_ranges;
       // Ranges of each head, rounded down, or heads of each range, rounded up.
       const int each = few ? divide(num_ranges, num_heads) : divide(num_heads + num_ranges - 1, num_ranges);
       const int needed = few ? num_heads * each : divide(num_heads + each - 1, each);
-      if ((num_ranges - needed) * (few ? 8 : 32) <= num_ranges) num_ranges = needed, parts = few ? each : 0;
+      const int idle = (num_ranges - needed) * (few ? PKV_IDLE_OF_PARTS : PKV_IDLE_OF_HEADS);
+      if (halved || idle <= num_ranges) num_ranges = needed, parts = few ? each : 0;
     }
     const int whole = parts > 0 ? head_cost - segment_cost : total, pieces = parts > 0 ? parts : num_ranges;
     quotient = divide(whole, pieces);

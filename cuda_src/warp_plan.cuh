@@ -65,14 +65,6 @@ struct Rows {
   }
 };
 
-// Not 0 if the length of one of this lane's rows past the 32nd is another than planned with.
-__device__ __forceinline__ int later_changes(const Lengths& lens, const int* noted, int lane) {
-  int found = 0;
-  #pragma unroll 4
-  for (int row = lane + 32; row < lens.batch_size; row += 32) found |= lens.cut(lens.stored(row)) ^ noted[row];
-  return found;
-}
-
 // One CTA's plan of a step.
 struct RangePlan {
   BalancedWalk walk;
@@ -88,52 +80,6 @@ struct RangePlan {
     if (rows.total <= 0 || range >= cut.num_ranges) return;
     rows.start(walk, cut, range, lane);
     if (walk.tile > 0) first = cut.range_of(walk.x0);
-  }
-};
-
-// What a CTA planned last, kept in the workspace for launches of the same lengths: most, for every layer's is the same.
-// Of steps of up to 32 rows; all ones where there is none.
-struct __align__(16) PlanRecord {
-  enum { BATCH_SIZE, MOST, ROW, HEAD, TILE, X0, X_END, SEQ_LEN, RANGE, FIRST, SOME_EMPTY, NUM_WORDS };
-  int lengths[32], words[32];
-
-  // Written by one warp, before whose launch's end no other launch trusts it.
-  __device__ __forceinline__ void remember(const RangePlan& plan, const Lengths& lens, int lane) {
-    const BalancedWalk& walk = plan.walk;
-    const int values[NUM_WORDS] = {lens.batch_size, lens.most, walk.row, walk.head, walk.tile, walk.x0, walk.x_end,
-                                   walk.seq_len, plan.range, plan.first, plan.some_empty};
-    lengths[lane] = plan.length;
-    #pragma unroll
-    for (int i = 0; i < NUM_WORDS; ++i)
-      if (lane == i) words[i] = values[i];
-  }
-};
-
-// A record as a warp read it, perhaps while it was written: lane i has the i-th length and word.
-struct ReadRecord {
-  int length, word;
-
-  __device__ __forceinline__ void read(const PlanRecord* from, int lane) {
-    length = read_early(from->lengths + lane), word = read_early(from->words + lane);
-  }
-  // Whether it is of these lengths, `own` of row `lane`, and leads to nothing that is not there; if so, it is `plan`.
-  __device__ __forceinline__ bool recall(RangePlan& plan, const Lengths& lens, int kv_heads, int seg_cost, int own,
-                                         int lane) const {
-    int most = 0x7fffffff;
-    if (lane == PlanRecord::MOST || lane == PlanRecord::SEQ_LEN) most = lens.most;
-    if (lane == PlanRecord::ROW) most = lens.batch_size - 1;
-    bool fits = length == own && (lane >= PlanRecord::NUM_WORDS || (word >= 0 && word <= most));
-    if (lane == PlanRecord::BATCH_SIZE) fits &= word == lens.batch_size;
-    if (lane == PlanRecord::MOST) fits &= word == lens.most;
-    if (lens.batch_size > 32 || !__all_sync(0xffffffffu, fits)) return false;
-    const auto value = [&](int which) { return __shfl_sync(0xffffffffu, word, which); };
-    BalancedWalk& walk = plan.walk;
-    walk.seq_lens = lens, walk.num_kv_heads = kv_heads, walk.segment_cost = seg_cost;
-    walk.row = value(PlanRecord::ROW), walk.head = value(PlanRecord::HEAD), walk.tile = value(PlanRecord::TILE);
-    walk.x0 = value(PlanRecord::X0), walk.x_end = value(PlanRecord::X_END), walk.seq_len = value(PlanRecord::SEQ_LEN);
-    plan.range = value(PlanRecord::RANGE), plan.first = value(PlanRecord::FIRST);
-    plan.some_empty = value(PlanRecord::SOME_EMPTY), plan.length = own;
-    return true;
   }
 };
 

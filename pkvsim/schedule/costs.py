@@ -6,6 +6,10 @@ from typing import NamedTuple
 from pkvsim.shapes import check_int
 
 MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers hold; more go to several warps
+MANY_COLUMNS = 32  # from which on a segment costs MANY_COLUMNS_SEGMENT
+# Tiles. Of one run on an H200 (bimodal rows, 8 query tokens of 4 heads): 20 to 28 took 1.5 % less time than 7. No table of
+# examples/results/ holds it; they hold its reason, a segment's end that takes longer the more columns are merged.
+MANY_COLUMNS_SEGMENT = 20
 MAX_COST = 2**20  # of a segment and of a range; keeps the planner's sums within 31 bits together with its lengths
 MAX_PART_COST = 2**10  # keeps part * MOST_TILES_PER_HEAD within 31 bits
 MAX_PAIR_COST = 2**10  # the same of pair * CTAs
@@ -26,7 +30,10 @@ class BalancedCosts(NamedTuple):
 
     def of_kernel(self, *, columns: int, v_head_dim: int, kv_element_bytes: float, page_size: int) -> BalancedCosts:
         """These costs for a kernel whose CTA serves so many columns (query heads times query tokens)."""
-        return self._replace(pair=paired(self.pair, columns, v_head_dim, kv_element_bytes, page_size))
+        return self._replace(
+            segment=segment_of(self.segment, columns),
+            pair=paired(self.pair, columns, v_head_dim, kv_element_bytes, page_size),
+        )
 
 
 # What the engine balances with, from a sweep on an H200 (2026-11-21). The cost of a pair holds on GPUs of compute
@@ -50,6 +57,11 @@ def check_costs(costs: object) -> BalancedCosts:
 def default_costs(compute_capability: tuple[int, int]) -> BalancedCosts:
     """The costs of a GPU that has no route of its own to say them."""
     return MEASURED_COSTS if compute_capability == PAIRS_MEASURED else MEASURED_COSTS._replace(pair=0)
+
+
+def segment_of(segment: int, columns: int) -> int:
+    """BalancedCosts.segment of a kernel whose CTA serves so many columns: its end merges a state of each."""
+    return max(segment, MANY_COLUMNS_SEGMENT) if columns >= MANY_COLUMNS else segment
 
 
 def paired(pair_cost: int, columns: int, v_head_dim: int, kv_element_bytes: float, page_size: int) -> int:

@@ -97,7 +97,7 @@ def list_balanced(tmp_path_factory):
 )  # short, and whole heads for half the CTAs
 @example(
     lens=[2048] * 3, num_kv_heads=8, costs=BalancedCosts(7, 8, 2, 80), window=None, num_ctas=132
-)  # equal parts would idle more than 1/6 of half the CTAs
+)  # equal parts would idle more than 1/8 of half the CTAs
 @example(
     lens=[0, 16, 0, 131072, 0], num_kv_heads=8, costs=BalancedCosts(3, 1, 0, 0), window=None, num_ctas=300
 )
