@@ -1,4 +1,5 @@
-// The decode path of every schedule: a CTA walks a stream of segments and yields one partial softmax state for each.
+// The decode path of every schedule: a CTA walks the segments of a source and yields one softmax state of each column of
+// each segment.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
 // heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles,
@@ -6,24 +7,23 @@
 // comes to the next segment's end. So no warp stops for another while there is work.
 //
 // Columns whose accumulators are too many for a warp's registers go to a team of TEAM warps, which read the same tiles
-// from one ring and stop for each other, twice a tile: what one has copied the others read, and what one refills the
-// others have read.
+// from one ring (ring.cuh).
 #pragma once
 #include "ring.cuh"
 #include "weights.cuh"
 
 namespace pkv {
 
-constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of head pairs in different banks
+constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of pairs of columns in different banks
 
 struct __align__(16) SharedMemory {
   unsigned char ring[STREAMS][STAGES][SLOT_BYTES];
   float states[BUFFERS][STREAMS][COLUMNS][STATE_ROW];  // acc, then m and l
-  float kept[COLUMNS][STATE_ROW];                         // the same, merged (balanced only)
-  ArrivalBarrier left[BUFFERS], merged[BUFFERS];          // by all warps: their states left there, their heads merged
+  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only, see parts.cuh)
+  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // all warps have left their states there, have merged theirs
 };
 
-static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
+static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/kernels/variant.py computes the same size");
 
 __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
                                            int lane) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)
   }
 }
 
-// Leaves this warp's state in shared memory, in its columns' rows of its stream's.
+// Leaves this warp's state in shared memory: of its stream's rows, those of its columns.
 __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLUMNS][STATE_ROW], int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
@@ -58,12 +58,12 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
     }
 }
 
-// The STREAMS states of a segment merged for one column. value_scale: V's, of 8-bit pages that have one.
+// Merges the STREAMS states that a segment has of one column. value_scale: V's, where 8-bit pages have one for all.
 __device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUMNS][STATE_ROW], int column,
                                             float value_scale, int lane) {
   HeadState sum;
   sum.reset();
-  float2 ml[STREAMS];  // every lane reads them all: sooner done than to exchange what they have in common
+  float2 ml[STREAMS];  // every lane reads them all, which is sooner done than to exchange what they have in common
   #pragma unroll
   for (int s = 0; s < STREAMS; ++s) {
     ml[s] = *reinterpret_cast<const float2*>(&states[s][column][V_DIM]);
@@ -98,7 +98,8 @@ __device__ __forceinline__ Output output_of(const DecodeArguments& given) {
   return {given.out, given.lse, given.num_kv_heads, given.query_lens, given.sinks};
 }
 
-// The scales of all of K and all of V, where those are all. Read from memory, for a captured graph to follow.
+// The one scale of K and the one of V, of 8-bit pages that have no others. They are read from memory, so that a captured
+// graph follows their changes.
 struct TensorScales {
 #if CACHE_TYPE && !CACHE_SCALES
   float k, v;
@@ -146,7 +147,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   Share share;
   bool live = walk.next(share, stream);  // whether `share` is a segment to compute
   start.release(pages, loader);
-  // What is small is asked for before the first tiles: it would arrive behind them.
+  // Queries and scales are asked for before the first tiles, behind which they would arrive.
   if (live) enter(share);
   tensor_scales.load(given);
   ring.fill();
@@ -208,7 +209,7 @@ __device__ __forceinline__ int paired_place(int count) {
   return cta % 2 ? count : cta / 2;
 }
 
-// Called once by the whole CTA, before attend.
+// The whole CTA calls this once, before attend.
 __device__ __forceinline__ void init_barriers(SharedMemory& shared) {
   if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
   __syncthreads();

@@ -1,10 +1,10 @@
-// The arithmetic of the balanced schedule, in integers only. pkvsim.schedule states the same rules in
-// Numba; a CPU test compiles this header with g++ and compares the two task for task.
+// The arithmetic of the balanced schedule, in integers only. pkvsim.schedule states the same rules in Numba; a CPU test
+// compiles this header with g++ and compares the two task for task.
 //
-// Order of work: rows, then KV heads, then tiles of PKV_TILE tokens, laid end to end on a cost axis.
-// A (row, KV head) of n tiles starts at x0 and spans n + c: tile 0 at x0, tile t >= 1 at x0 + c + t, where c
-// is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
-// [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
+// Rows, then their KV heads, then their tiles of PKV_TILE tokens are laid end to end on a cost axis. A (row, KV head) of
+// n tiles starts at x0 and spans n + c: tile 0 lies at x0, tile t >= 1 at x0 + c + t, where c is the fixed cost of a
+// segment in tiles. Of a total W, range i of N holds the tiles that lie in [i * W / N, (i + 1) * W / N); few heads of
+// equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
 #include "read_early.cuh"
 #include "variant.cuh"
@@ -21,31 +21,32 @@ namespace pkv {
 struct Costs {
   int segment;  // what a segment costs beside its tiles
   int minimum;  // the least cost of a range
-  int part;     // of merging one more part of a head
+  int part;     // what merging one more part of a head costs
   int pair;     // even steps that cost less than this for each CTA get half of the CTAs
 };
 
 PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 
-// Cost of a row of so many tiles over all its KV heads; an empty row costs nothing.
+// The cost of a row of so many tiles over all its KV heads. An empty row costs nothing.
 PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
-// The rows' lengths, read early: every one is cut to [0, most], so that a plan made of what is not yet there is wrong
-// but harmless.
+// The rows' lengths, which are read early (early_plan.cuh). Every one is cut to [0, most], so that a plan made of what is
+// not there yet is wrong but harmless.
 struct Lengths {
   const int* at;  // [batch_size]; with LAST_PAGE_LENGTHS the tokens in the rows' last pages
   int batch_size, most;
   int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
   PKV_LAST_PAGE(const int* row_begins;)  // [batch_size + 1] the rows' first pages
 
-  // Tiles of a row that lie before its window: they are neither read nor scheduled.
+  // The tiles of a row that lie before its window, which are neither read nor scheduled.
   PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
   PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
 
   PKV_HD int operator[](int row) const { return row < batch_size ? cut(stored(row)) : most; }
-  // A length as it is in memory, for which nothing waits yet, 0 past the last; and what becomes of it.
+  // A length as it is in memory, 0 past the last row. Nothing waits for it before it is used: cut() says what becomes of
+  // it.
   PKV_HD int stored(int row) const {
     if (row >= batch_size) return 0;
     int length = read_early(at + row);
@@ -58,7 +59,7 @@ struct Lengths {
   PKV_HD int cut(int length) const { return length < 0 ? 0 : length < most ? length : most; }
 };
 
-// floor(a / b) of a >= 0, b > 0: without signs a division takes a third fewer instructions.
+// floor(a / b) of a >= 0, b > 0. Without signs a division takes a third fewer instructions.
 PKV_HD int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
 
 // floor(sqrt(x)), at least 1, of x up to 2^30.
@@ -114,7 +115,7 @@ struct Cut {
     quotient = divide(whole, pieces);
     remainder = whole - quotient * pieces;
   }
-  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile.
+  // Where range i begins: at floor(i * W / N), worked out without a 64-bit product, or at the first tile of its part.
   PKV_HD int begin(int i) const {
     const int upto = divide(parts > 0 ? i : i * remainder, parts > 0 ? parts : num_ranges);
     if (parts == 0) return i * quotient + upto;
@@ -132,7 +133,7 @@ struct Cut {
   }
 };
 
-// First tile whose position is >= x in a head that starts at x0 <= x.
+// The first tile whose position is >= x in a head that starts at x0 <= x.
 PKV_HD int tile_at(int x, int x0, int segment_cost) {
   const int rem = x - x0;
   if (rem <= 0) return 0;
@@ -144,7 +145,9 @@ struct Task {
   int row, kv_head, split, tile_begin, tile_end;  // tiles, end exclusive
 };
 
-// A contiguous run of tiles of one (row, KV head).
+// A contiguous run of tiles of one (row, KV head): what a CTA reads at a stretch and has one state of each column of. Its
+// pages are the row's, which Loader::stored_ids looks up; the queries that it is read for are the group's at the row's
+// query tokens, which Query::load, Mask and store_result work out of row and column (place_of).
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
   int seq_len;       // tokens of the row

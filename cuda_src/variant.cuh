@@ -124,7 +124,7 @@
 namespace pkv {
 
 // What follows for the attention kernels. A column of the product is a query head of the group at one of the row's query
-// tokens: column c is head c % GROUP_SIZE of token c / GROUP_SIZE.
+// tokens (place_of in state.cuh).
 constexpr int COLUMNS = GROUP_SIZE * QUERY_TOKENS;
 constexpr int HEAD_QUADS = V_DIM / 4;                // float4s of a column's accumulator,
 constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;   // and how many of them a lane of a merging warp holds

@@ -1,10 +1,11 @@
-// How a warp finds its CTA's range: sums and scans over seq_lens, 32 rows at a time, every warp for itself.
+// How a warp finds its CTA's range: by sums and scans over the lengths, 32 rows at a time. Every warp does it for itself,
+// which is sooner done than to wait for one that does it for all.
 #pragma once
 #include "plan.cuh"
 
 namespace pkv {
 
-// Inclusive sum over the warp's lanes.
+// The inclusive sum over the warp's lanes.
 __device__ __forceinline__ int scan(int value, int lane) {
   #pragma unroll
   for (int hop = 1; hop < 32; hop <<= 1) {
@@ -24,7 +25,7 @@ struct Rows {
   int num_heads;             // non-empty (row, KV head) pairs
   bool even;                 // all non-empty rows cost the same
 
-  // stored: row lane's length, see Lengths.
+  // stored: the length of row `lane` as it is in memory (Lengths::stored).
   __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int stored,
                                   int* noted = nullptr)
       : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost), length(lens.cut(stored)) {
@@ -42,8 +43,7 @@ struct Rows {
   }
   __device__ __forceinline__ int length_of(int row) const { return seq_lens.cut(seq_lens.stored(row)); }
   __device__ __forceinline__ bool some_empty() const { return num_heads < seq_lens.batch_size * num_kv_heads; }
-  // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it
-  // ends.
+  // Points `walk` at a range. Whole warps call it: one lane finds where the range begins, another where it ends.
   __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {
     const int edge = cut.begin(range + (lane & 1));
     const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);
@@ -76,7 +76,7 @@ struct RangePlan {
   __device__ __forceinline__ RangePlan() {}
   __device__ __forceinline__ RangePlan(const Rows& rows, const Cut& cut, int own, int lane)
       : range(own), first(own), length(rows.length), some_empty(rows.some_empty()) {
-    walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // nothing
+    walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // an empty walk
     if (rows.total <= 0 || range >= cut.num_ranges) return;
     rows.start(walk, cut, range, lane);
     if (walk.tile > 0) first = cut.range_of(walk.x0);
