@@ -20,6 +20,6 @@ dealt to its warps' streams -> page ids -> cp.async into each stream's ring -> l
 += V^T P^T in registers -> at a segment's end the warps' states to shared memory, merged by column -> the output, or, of
 cut heads, slots in global memory that the CTA of the head's last part waits for and merges.
 
-The CPU tests compile these very files: tests/support/decode_harness.cpp runs the kernels in fibers, with instructions of
-its own in place of mma.cuh. tests/kernels/code_size.py shows what an edit does to registers and code.
+The CPU tests compile these very files: tests/support/decode_harness.cpp runs the kernels in fibers, with instructions
+of its own in place of mma.cuh. tests/kernels/code_size.py shows what an edit does to registers and code.
 """

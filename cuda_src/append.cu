@@ -2,9 +2,9 @@
 //
 // Computes rotated (RoPE) and quantised K, quantised V and rotated queries, each operation rounded as
 // pkvsim.reference.append rounds it.
-// Grid: [ceil(num_tokens * chunks / 4)]; block: [128]. A warp has one token and every chunks-th step of its heads (K, then
-// V, then queries); LANES lanes share a head, and each holds two vectors of 8 elements, placed so that it has both elements
-// of its pairs.
+// Grid: [ceil(num_tokens * chunks / 4)]; block: [128]. A warp has one token and every chunks-th step of its heads (K,
+// then V, then queries); LANES lanes share a head, and each holds two vectors of 8 elements, placed so that it has both
+// elements of its pairs.
 //
 //   given    see AppendArguments for the arrays, their shapes and strides
 //   written  k_pages, v_pages, of INT8 pages k_scales and v_scales, and q_out where there are queries
@@ -84,8 +84,8 @@ __device__ __forceinline__ int find_row(const int* token_offsets, int batch_size
 }
 
 #if ROPE_STYLE
-// The cosines and sines of a lane's pairs. Where halves turn they are of its 8 pairs in order, else of the 4 pairs in its
-// first vector, then of the 4 in its second.
+// The cosines and sines of a lane's pairs. Where halves turn they are of its 8 pairs in order, else of the 4 pairs in
+// its first vector, then of the 4 in its second.
 struct Angles {
   float cosine[8], sine[8];
 
@@ -133,8 +133,8 @@ struct Angles {
 };
 #endif
 
-// The scale of a head, by which its largest magnitude is 127 steps. The LANES lanes that hold the head get the same one,
-// and a NaN makes it NaN.
+// The scale of a head, by which its largest magnitude is 127 steps. The LANES lanes that hold the head get the same
+// one, and a NaN makes it NaN.
 __device__ __forceinline__ float head_scale(const float (&low)[8], const float (&high)[8]) {
   unsigned largest = 0;  // bits, which order magnitudes and put NaN above all
   #pragma unroll

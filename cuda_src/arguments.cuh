@@ -55,7 +55,7 @@ struct AppendArguments {
   const half_type* q;                         // [num_tokens, num_q_heads, HEAD_DIM] by strides, or null
   half_type* q_out;                           // the same, may be q itself
   cache_type *k_pages, *v_pages;              // [num_pages] x heads x tokens x dim by strides
-  float *k_scales, *v_scales;                 // INT8: of each token and head by strides, written. FP8: [1], read, or null
+  float *k_scales, *v_scales;                 // INT8: of each token and head by strides, written; FP8: [1] or null
   const int* seq_lens;                        // [batch_size], the tokens that are appended counted in
   const int* block_table;                     // [batch_size, table_stride]
   const int* token_offsets;                   // [batch_size + 1], or null: token i is row i's

@@ -1,5 +1,5 @@
-// The decode path of every schedule: a CTA walks the segments of a source and yields one softmax state of each column of
-// each segment.
+// The decode path of every schedule: a CTA walks the segments of a source and yields one softmax state of each column
+// of each segment.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
 // heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles,
@@ -98,8 +98,8 @@ __device__ __forceinline__ Output output_of(const DecodeArguments& given) {
   return {given.out, given.lse, given.num_kv_heads, given.query_lens, given.sinks};
 }
 
-// The one scale of K and the one of V, of 8-bit pages that have no others. They are read from memory, so that a captured
-// graph follows their changes.
+// The one scale of K and the one of V, of 8-bit pages that have no others. They are read from memory, so that a
+// captured graph follows their changes.
 struct TensorScales {
 #if CACHE_TYPE && !CACHE_SCALES
   float k, v;
@@ -131,8 +131,8 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stream = warp / TEAM;
   const unsigned first_slot = shared_address(shared.ring[stream][0]);
   Loader<Source> loader(source);
-  Ring<Source> ring{
-      .loader = loader, .pages = pages, .begin = first_slot, .stream = stream, .lane = lane, .slot = first_slot, .stage = 0};
+  Ring<Source> ring{.loader = loader, .pages = pages, .begin = first_slot, .stream = stream, .lane = lane,
+                    .slot = first_slot, .stage = 0};
   Dealer<Source> walk(source);
   TensorScales tensor_scales;
   Query query;
@@ -201,8 +201,8 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   return true;
 }
 
-// Which of `count` pieces of work this CTA has, count or more if none. Two CTAs of a cluster are on neighbouring SMs, which
-// share their way to memory: where there is work for no more than half the CTAs, one of each two has none.
+// Which of `count` pieces of work this CTA has, count or more if none. Two CTAs of a cluster are on neighbouring SMs,
+// which share their way to memory: where there is work for no more than half the CTAs, one of each two has none.
 __device__ __forceinline__ int paired_place(int count) {
   const int cta = blockIdx.x;
   if (!KERNELS_OVERLAP || count * 2 > static_cast<int>(gridDim.x)) return cta;

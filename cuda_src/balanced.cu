@@ -4,9 +4,9 @@
 // Grid: [num_ctas]; block: [WARPS * 32]; dynamic shared memory: SharedMemory (attend.cuh).
 //
 // Every CTA reads the lengths itself and finds its own equal-cost range of tiles (plan.cuh): there is no planner and no
-// host. It does so while the previous kernel still runs (early_plan.cuh). Heads that ranges cut are merged by the CTA that
-// holds their end (parts.cuh). A CTA waits only for CTAs of lower index, which never wait for it, so progress needs no
-// co-residency.
+// host. It does so while the previous kernel still runs (early_plan.cuh). Heads that ranges cut are merged by the CTA
+// that holds their end (parts.cuh). A CTA waits only for CTAs of lower index, which never wait for it, so progress
+// needs no co-residency.
 //
 //   given       see DecodeArguments for the arrays and their shapes. partials: [num_ctas] Slot, all words EMPTY_WORD
 //               between launches, then [num_ctas] PlanRecord

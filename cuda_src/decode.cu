@@ -1,4 +1,5 @@
-// pkv_decode_tasks: paged decode attention over a list of tasks that the host planned (the split and workqueue schedules).
+// pkv_decode_tasks: paged decode attention over a list of tasks that the host planned (the split and workqueue
+// schedules).
 //
 // Computes softmax(q K^T * scale) V of each row's query tokens over its pages: whole for rows of one split, a partial
 // state of each task for the others, which pkv_merge (merge.cu) puts together.

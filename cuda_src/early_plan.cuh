@@ -1,4 +1,5 @@
-// Early planning: a balanced CTA makes its plan while the previous kernel still runs, and checks afterwards that it holds.
+// Early planning: a balanced CTA makes its plan while the previous kernel still runs, and checks afterwards that it
+// holds.
 //
 // Where kernels overlap (programmatic dependent launch, sm_90) a CTA is on its SM before the previous kernel has ended.
 // That kernel may still write the lengths, the block table and the plan's record, for it may be anything: the sampler,
@@ -158,7 +159,8 @@ struct EarlyStart {
     const Lengths& lens = from.lens;
     const RangePlan& plan = from.plan;
     if (from.early) {
-      int changes = again.changes | (lens.cut(again.length) ^ plan.length) | (pages.table.cut(again.ids) ^ again.ids_before);
+      int changes = again.changes | (lens.cut(again.length) ^ plan.length);
+      changes |= pages.table.cut(again.ids) ^ again.ids_before;
       if (from.recalled) changes |= (again.record.length ^ from.found.length) | (again.record.word ^ from.found.word);
       if (__any_sync(ALL_LANES, changes)) return false;
     }

@@ -1,8 +1,8 @@
 // How bytes in the ring become A operands of the products: 16-bit elements go as they are, 8-bit ones are widened to
 // FP16, which holds every value of every 8-bit type exactly. A NaN stays one.
 //
-// An ldmatrix of 8-bit rows moves pairs of bytes where the product wants pairs of 16-bit elements. What it puts into the
-// wrong place is put right at the other end, where that costs nothing:
+// An ldmatrix of 8-bit rows moves pairs of bytes where the product wants pairs of 16-bit elements. What it puts into
+// the wrong place is put right at the other end, where that costs nothing:
 //   K    A lane gets elements 4 c to 4 c + 3 of its token (c = lane % 4), the product wants 2 c, 2 c + 1, 2 c + 8 and
 //        2 c + 9. A sum of products has no order, so Query deals its elements out in the same way.
 //   V    Transposed, a lane gets elements 2 r, 2 r + 1 (r = lane / 4) of two tokens; the product wants both tokens of
@@ -17,15 +17,15 @@ namespace pkv {
 constexpr int LANES_APART = CACHE_TYPE ? 2 : 1, ROWS_APART = CACHE_TYPE ? 1 : 8;
 
 #if CACHE_TYPE
-// Selectors of permute() that make a pair of halves of bytes a and b: each becomes its half's upper byte, or its lower one
-// (the other byte comes from the second register), or its lower one below 8 copies of its sign.
+// Selectors of permute() that make a pair of halves of bytes a and b: each becomes its half's upper byte, or its lower
+// one (the other byte comes from the second register), or its lower one below 8 copies of its sign.
 __device__ constexpr unsigned as_upper(int a, int b) { return 0x0404u | static_cast<unsigned>(a << 4 | b << 12); }
 __device__ constexpr unsigned as_lower(int a, int b) { return 0x4040u | static_cast<unsigned>(a | b << 8); }
 __device__ constexpr unsigned as_signed(int a, int b) { return 0x8080u | static_cast<unsigned>(a * 0x11 | b * 0x1100); }
 
 #if CACHE_TYPE == 1 && !CONVERTS_E4M3
-// Widens e4m3 codes, each of which is in a half with its sign extended. Their bits at FP16's place are their value / 256,
-// and NaN codes are 1.875.
+// Widens e4m3 codes, each of which is in a half with its sign extended. Their bits at FP16's place are their value /
+// 256, and NaN codes are 1.875.
 __device__ __forceinline__ unsigned widen_e4m3(unsigned halves) {
   const unsigned small = halves << 7 & 0xbf80bf80u;
   // 1.75 x 37408 is finite, 1.875 x 37408 infinite, which times 0 makes a NaN.

@@ -122,8 +122,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Whole warps meet here, so many of those that name the same id (0 is __syncthreads'). What each did in memory before is
-// seen by all of them afterwards.
+// Whole warps meet here, so many of those that name the same id (0 is __syncthreads'). What each did in memory before
+// is seen by all of them afterwards.
 template <int WARPS_MEETING>
 __device__ __forceinline__ void sync_warps(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS_MEETING * 32) : "memory");

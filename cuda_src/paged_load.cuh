@@ -27,8 +27,8 @@ struct PagedScales {
   int head_stride, token_stride;
 };
 
-// Everything that a loader reads. Groups too large for a team's registers are split, so HEAD_SPLIT heads of the schedule
-// share the pages of one KV head.
+// Everything that a loader reads. Groups too large for a team's registers are split, so HEAD_SPLIT heads of the
+// schedule share the pages of one KV head.
 struct Pages {
   PagedTensor k, v;
   PageTable table;
@@ -39,21 +39,22 @@ struct Pages {
 #endif
 };
 
-// The place of a row's vectors is XORed with this, so that the eight rows of an ldmatrix fall into different banks. Where
-// rows are an odd number of half bank rows (64 or 192 bytes), two neighbours fill both halves, and it is pairs of rows
-// that must be told apart.
+// The place of a row's vectors is XORed with this, so that the eight rows of an ldmatrix fall into different banks.
+// Where rows are an odd number of half bank rows (64 or 192 bytes), two neighbours fill both halves, and it is pairs of
+// rows that must be told apart.
 template <int ROW_BYTES>
 __device__ __forceinline__ int swizzle(int row) { return ROW_BYTES % 128 ? row >> 1 & 3 : row & 7; }
 template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
   return row * ROW_BYTES + ((vector ^ swizzle<ROW_BYTES>(row)) << 4);
 }
-// Goes from the place of a row and a vector to one so many rows and vectors further on, which must share no bit with them:
-// by constants that is one instruction or none.
+// Goes from the place of a row and a vector to one so many rows and vectors further on, which must share no bit with
+// them: by constants that is one instruction or none.
 template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_further(unsigned at, int rows, int vectors) {
   constexpr int SWIZZLED = ROW_BYTES % 128 ? 3 : 7;
-  return (at ^ ((vectors & SWIZZLED) ^ swizzle<ROW_BYTES>(rows)) << 4) + rows * ROW_BYTES + ((vectors & ~SWIZZLED) << 4);
+  return (at ^ ((vectors & SWIZZLED) ^ swizzle<ROW_BYTES>(rows)) << 4) + rows * ROW_BYTES
+         + ((vectors & ~SWIZZLED) << 4);
 }
 
 // A segment and a stream's share of it: the tile `first`, and every STREAMS-th from there on.
@@ -138,8 +139,8 @@ struct Loader {
            + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
   }
 
-  // Starts the copy of this warp's part of the pending tile, whose vectors it shares out with the rest of its team. A tile
-  // that lies in one page has all its rows there, also those that are not read, so its addresses need no check.
+  // Starts the copy of this warp's part of the pending tile, whose vectors it shares out with the rest of its team. A
+  // tile that lies in one page has all its rows there, also those that are not read, so its addresses need no check.
   template <int ROW_BYTES>
   __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
     constexpr int VECTORS = ROW_BYTES / 16, LANES = TEAM * 32, STEPS = (PKV_TILE * VECTORS + LANES - 1) / LANES;
@@ -173,8 +174,8 @@ struct Loader {
   }
 
 #if CACHE_SCALES
-  // Starts the copy of the scales of the pending tile's tokens, a lane each, by one warp of the team. Tokens that are not
-  // read get zeros.
+  // Starts the copy of the scales of the pending tile's tokens, a lane each, by one warp of the team. Tokens that are
+  // not read get zeros.
   __device__ __forceinline__ void copy_scales(const PagedScales& scales, unsigned to, int lane) const {
     if (team_member() != 0) return;
     const int row = lane & 15;

@@ -1,9 +1,9 @@
 // The parts of segments that balanced ranges cut, on their way between CTAs and to the output.
 //
 // A range cuts at most two heads. The part at its end goes to the CTA's slot in global memory (send); the part at its
-// beginning, of a head that earlier CTAs began, is kept in shared memory (keep) and merged last of all with the slots of
-// the CTAs before it, in their order (finish). Every word of a slot is its own arrival flag (state.cuh), and the reader
-// empties what it has read, so the slots are empty again when the kernel ends.
+// beginning, of a head that earlier CTAs began, is kept in shared memory (keep) and merged last of all with the slots
+// of the CTAs before it, in their order (finish). Every word of a slot is its own arrival flag (state.cuh), and the
+// reader empties what it has read, so the slots are empty again when the kernel ends.
 #pragma once
 #include "attend.cuh"
 #include "warp_plan.cuh"

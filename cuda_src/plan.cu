@@ -11,9 +11,9 @@
 // Its speed matters to nobody; a lane writes a task at a time.
 #include "warp_plan.cuh"
 
-extern "C" __global__ void pkv_list_balanced(const int* lengths, int batch_size, int num_kv_heads, const pkv::Costs costs,
-                                             int max_tokens, int window, pkv::Task* tasks, int max_tasks, int* counts,
-                                             const int* row_begins) {
+extern "C" __global__ void
+pkv_list_balanced(const int* lengths, int batch_size, int num_kv_heads, const pkv::Costs costs, int max_tokens,
+                  int window, pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
   const pkv::Lengths lens{lengths, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)};

@@ -1,8 +1,8 @@
 // The arithmetic of the balanced schedule, in integers only. pkvsim.schedule states the same rules in Numba; a CPU test
 // compiles this header with g++ and compares the two task for task.
 //
-// Rows, then their KV heads, then their tiles of PKV_TILE tokens are laid end to end on a cost axis. A (row, KV head) of
-// n tiles starts at x0 and spans n + c: tile 0 lies at x0, tile t >= 1 at x0 + c + t, where c is the fixed cost of a
+// Rows, then their KV heads, then their tiles of PKV_TILE tokens are laid end to end on a cost axis. A (row, KV head)
+// of n tiles starts at x0 and spans n + c: tile 0 lies at x0, tile t >= 1 at x0 + c + t, where c is the fixed cost of a
 // segment in tiles. Of a total W, range i of N holds the tiles that lie in [i * W / N, (i + 1) * W / N); few heads of
 // equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
@@ -32,8 +32,8 @@ PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
-// The rows' lengths, which are read early (early_plan.cuh). Every one is cut to [0, most], so that a plan made of what is
-// not there yet is wrong but harmless.
+// The rows' lengths, which are read early (early_plan.cuh). Every one is cut to [0, most], so that a plan made of what
+// is not there yet is wrong but harmless.
 struct Lengths {
   const int* at;  // [batch_size]; with LAST_PAGE_LENGTHS the tokens in the rows' last pages
   int batch_size, most;
@@ -45,8 +45,8 @@ struct Lengths {
   PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
 
   PKV_HD int operator[](int row) const { return row < batch_size ? cut(stored(row)) : most; }
-  // A length as it is in memory, 0 past the last row. Nothing waits for it before it is used: cut() says what becomes of
-  // it.
+  // A length as it is in memory, 0 past the last row. Nothing waits for it before it is used: cut() says what becomes
+  // of it.
   PKV_HD int stored(int row) const {
     if (row >= batch_size) return 0;
     int length = read_early(at + row);
@@ -83,11 +83,11 @@ struct Cut {
   int parts;  // of every head, when all are cut alike; else 0
   int head_cost, segment_cost;
 
-  // A head of n tiles in p parts takes about n / p + costs.part * p, least at p = sqrt(n / costs.part): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
-  // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
-  // heads: heads are then cut into equal parts, or not at all. Where the step costs less than costs.pair a CTA, half the
-  // CTAs are taken, one on each pair of SMs, always so (pkvsim.schedule.make.balanced_ranges says why).
+  // A head of n tiles in p parts takes about n / p + costs.part * p, least at p = sqrt(n / costs.part): no more parts
+  // are made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same
+  // tiles. If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same
+  // number of heads: heads are then cut into equal parts, or not at all. Where such a step costs less than
+  // costs.pair a CTA, half the CTAs are taken, one on each pair of SMs (pkvsim.schedule.make.balanced_ranges says why).
   PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, Costs costs)
       : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(costs.segment) {
     const int least = costs.minimum > 1 + segment_cost ? costs.minimum : 1 + segment_cost, half = num_ctas >> 1;
@@ -145,9 +145,9 @@ struct Task {
   int row, kv_head, split, tile_begin, tile_end;  // tiles, end exclusive
 };
 
-// A contiguous run of tiles of one (row, KV head): what a CTA reads at a stretch and has one state of each column of. Its
-// pages are the row's, which Loader::stored_ids looks up; the queries that it is read for are the group's at the row's
-// query tokens, which Query::load, Mask and store_result work out of row and column (place_of).
+// A contiguous run of tiles of one (row, KV head): what a CTA reads at a stretch and has one state of each column of.
+// Its pages are the row's, which Loader::stored_ids looks up; the queries that it is read for are the group's at the
+// row's query tokens, which Query::load, Mask and store_result work out of row and column (place_of).
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
   int seq_len;       // tokens of the row

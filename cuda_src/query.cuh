@@ -76,8 +76,8 @@ struct Query {
       }
       largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-      // The exponent field of 2^x is x + 127. The factor is 2^14 over the power of two at or below the largest magnitude,
-      // and at most 2^127.
+      // The exponent field of 2^x is x + 127. The factor is 2^14 over the power of two at or below the largest
+      // magnitude, and at most 2^127.
       const unsigned exponent = min(268u - (__float_as_uint(largest) >> 23), 254u);
       factor[b] = __uint_as_float(exponent << 23);
       const float undone = __uint_as_float((254u - exponent) << 23);
@@ -106,8 +106,8 @@ struct Query {
   }
 };
 
-// The logits of one K tile. s[b] holds tokens lane / 4 and lane / 4 + 8 by columns 2 * (lane % 4) and the next of block b.
-// Every other product adds to sums of its own, so that none waits for the one before it.
+// The logits of one K tile. s[b] holds tokens lane / 4 and lane / 4 + 8 by columns 2 * (lane % 4) and the next of block
+// b. Every other product adds to sums of its own, so that none waits for the one before it.
 __device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& query, unsigned tile, int lane) {
   float odd[HEAD_BLOCKS][4];
   #pragma unroll

@@ -5,10 +5,10 @@
 //   keys_read     is called when this warp has read K
 //   await_values  returns when V is in the slot
 //   values_read   is called when this warp has read V, and leaves the tile
-// A warp alone (LoneRing) refills what it has read at once, for no other warp reads it. A team (TeamRing) may refill only
-// what all its warps have read. It meets twice a tile anyway, since what one warp has copied the others read; so K is
-// refilled when the team next meets, at await_values, and V at the await_keys of the next tile. The copies of both kinds
-// are started in the same order, K and V of a tile in turn, which is what the waits count.
+// A warp alone (LoneRing) refills what it has read at once, for no other warp reads it. A team (TeamRing) may refill
+// only what all its warps have read. It meets twice a tile anyway, since what one warp has copied the others read; so K
+// is refilled when the team next meets, at await_values, and V at the await_keys of the next tile. The copies of both
+// kinds are started in the same order, K and V of a tile in turn, which is what the waits count.
 #pragma once
 #include "paged_load.cuh"
 

@@ -1,8 +1,8 @@
-// Partial softmax states (m, l, acc): m is the running maximum of the scaled logits in base 2, l the sum of 2^(s - m) and
-// acc the weighted sum of V. Two states merge exactly, by scaling both to the larger m and adding.
+// Partial softmax states (m, l, acc): m is the running maximum of the scaled logits in base 2, l the sum of 2^(s - m)
+// and acc the weighted sum of V. Two states merge exactly, by scaling both to the larger m and adding.
 //
-// A warp merges the states of one column. Lane i adds elements 4 i to 4 i + 3 of acc, those 128 further on and so forth;
-// it weighs part i, and hands that part's scale to the others.
+// A warp merges the states of one column. Lane i adds elements 4 i to 4 i + 3 of acc, those 128 further on and so
+// forth; it weighs part i, and hands that part's scale to the others.
 //
 // Between CTAs a state travels in a slot of global memory. An empty word holds EMPTY_WORD, a bit pattern no arithmetic
 // produces, so every word is its own arrival flag.
@@ -38,8 +38,8 @@ struct HeadState {
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i) acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  // Takes up the (m, l) of up to 32 parts. Lane i brings those of part i, or (LOWEST, 0) where there is none, and gets the
-  // scale of its part's acc.
+  // Takes up the (m, l) of up to 32 parts. Lane i brings those of part i, or (LOWEST, 0) where there is none, and gets
+  // the scale of its part's acc.
   __device__ __forceinline__ float weigh(float2 ml) {
     float top = fmaxf(m, ml.x);
     #pragma unroll

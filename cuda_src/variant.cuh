@@ -123,8 +123,8 @@
 #ifdef GROUP_SIZE
 namespace pkv {
 
-// What follows for the attention kernels. A column of the product is a query head of the group at one of the row's query
-// tokens (place_of in state.cuh).
+// What follows for the attention kernels. A column of the product is a query head of the group at one of the row's
+// query tokens (place_of in state.cuh).
 constexpr int COLUMNS = GROUP_SIZE * QUERY_TOKENS;
 constexpr int HEAD_QUADS = V_DIM / 4;                // float4s of a column's accumulator,
 constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;   // and how many of them a lane of a merging warp holds

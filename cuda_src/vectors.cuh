@@ -1,5 +1,5 @@
-// Whole vectors between registers and global memory. The instructions are spelled out because the compiler has made four
-// stores of a uint4.
+// Whole vectors between registers and global memory. The instructions are spelled out because the compiler has made
+// four stores of a uint4.
 #pragma once
 
 namespace pkv {

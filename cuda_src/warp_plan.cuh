@@ -1,5 +1,5 @@
-// How a warp finds its CTA's range: by sums and scans over the lengths, 32 rows at a time. Every warp does it for itself,
-// which is sooner done than to wait for one that does it for all.
+// How a warp finds its CTA's range: by sums and scans over the lengths, 32 rows at a time. Every warp does it for
+// itself, which is sooner done than to wait for one that does it for all.
 #pragma once
 #include "plan.cuh"
 

@@ -5,8 +5,8 @@
 namespace pkv {
 
 constexpr float RESCALE_ABOVE = 8.0f;        // p stays below 2^8, so the maximum may lag by that much
-// Scales of V that are smaller count as 0. From there to 2^60 scales may differ within a row: factors from one maximum to
-// another are then 2^120 at most, which a float holds.
+// Scales of V that are smaller count as 0. From there to 2^60 scales may differ within a row: factors from one maximum
+// to another are then 2^120 at most, which a float holds.
 constexpr float SMALLEST_SCALE = 0x1p-60f;
 constexpr float SMALLEST_ROUNDED = -14.0f;   // log2 of the weights below which FP16 loses bits
 
@@ -30,8 +30,8 @@ struct TileScales {
       value_inverse[i] = exp2_fast(-value_log2[i]);
     }
   }
-  // The weight 2^exponent of token i as l sums it, without V's scale: as it was rounded for V, or unrounded where FP16 has
-  // too few bits left for it. V's part is small then, but the token's part of l need not be.
+  // The weight 2^exponent of token i as l sums it, without V's scale: as it was rounded for V, or unrounded where FP16
+  // has too few bits left for it. V's part is small then, but the token's part of l need not be.
   __device__ __forceinline__ float without_value(float exponent, float rounded, int i) const {
     return exponent < SMALLEST_ROUNDED || !valued[i] ? exp2_fast(exponent - value_log2[i]) : rounded * value_inverse[i];
   }
@@ -94,8 +94,8 @@ struct Mask {
   }
 };
 
-// Turns logits into weights p, the B operands of O^T = V^T P^T, and updates m and l. `scale` takes products to logits in
-// base 2, or with SOFT_CAP to the argument of the tanh, whose height in base 2 is `cap`.
+// Turns logits into weights p, the B operands of O^T = V^T P^T, and updates m and l. `scale` takes products to logits
+// in base 2, or with SOFT_CAP to the argument of the tanh, whose height in base 2 is `cap`.
 __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4],
                                       const Query& query, float scale, float cap, const Mask& mask, int first,
                                       int lane) {

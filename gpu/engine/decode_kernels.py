@@ -51,9 +51,9 @@ class DecodeKernels:
     def task_grid(self, num_tasks: int, num_ctas: int) -> tuple[int, bool]:
         """(CTAs, whether they go in pairs) of a launch of so many tasks on a GPU of so many CTAs.
 
-        Two neighbouring SMs share their way to memory, which one of them fills alone. So where half the CTAs have a task
-        each, one CTA of every pair gets one and the other none (pkv_decode_tasks deals them out so), on GPUs with clusters;
-        left to itself the GPU would put some tasks on the same pair by chance.
+        Two neighbouring SMs share their way to memory, which one of them fills alone. So where tasks are for at most
+        half the CTAs, one CTA of each pair has a task and the other none (pkv_decode_tasks deals them out so), on GPUs
+        with clusters; left to itself the GPU would put some tasks on one pair by chance.
         """
         if self._overlap and 0 < 2 * num_tasks <= num_ctas:
             return 2 * num_tasks, True

@@ -46,9 +46,9 @@ class DecodeEngine:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
-        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. costs: of the balanced schedule,
-        by default what was measured for this GPU and kernel. variant: (warps, stages) of the kernel, stages being tiles
-        under way for each warp, by default the table's for this GPU (gpu.tune).
+        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. costs: of the balanced
+        schedule, by default what was measured for this GPU and kernel. variant: (warps, stages) of the kernel, stages
+        being tiles under way for each warp, by default the table's for this GPU (gpu.tune).
         scale: of the logits, by default head_dim ** -0.5.
         options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
         have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,

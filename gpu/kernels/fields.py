@@ -32,7 +32,7 @@ class Field(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """A parameter of a kernel: a C structure of some fields, or one value. struct: its name in cuda_src, None of a value."""
+    """A parameter of a kernel: a C structure, whose name in cuda_src is `struct`, or one value, with None."""
 
     struct: str | None
     fields: tuple[Field, ...]
@@ -114,5 +114,5 @@ def order(
         return None
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise ValueError(f"given: expected a value of every argument of {kernel_name}, found none of {', '.join(missing)}")
+        raise ValueError(f"given: expected every argument of {kernel_name}, found no {', '.join(missing)}")
     return tuple(map(given.index, wanted))

@@ -62,7 +62,8 @@ class Kernel:
     """
 
     __slots__ = (
-        "_function", "_handle", "_config", "_config_ref", "_attributes", "_overlap", "_arguments", "_pointers", "_pick", "_launch",
+        "_function", "_handle", "_config", "_config_ref", "_attributes", "_overlap", "_arguments", "_pointers", "_pick",
+        "_launch",
     )  # fmt: skip
 
     def __init__(self, function: object, signature: str, *, threads: int, shared_bytes: int, overlap: bool,
@@ -84,8 +85,8 @@ class Kernel:
                  pairs: bool = False) -> None:
         """Launches on the stream of that handle, with one int or float per letter of the signature.
 
-        pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a cluster; a grid of an odd number goes where
-        it will.
+        pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a cluster; a grid of an odd number goes
+        where it will.
         """
         self._arguments.write(*(args if self._pick is None else self._pick(args)))
         _GRID.pack_into(self._config, 0, *(grid if isinstance(grid, tuple) else (grid, 1)))

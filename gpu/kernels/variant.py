@@ -19,7 +19,7 @@ TEAMS = (1, 2, 4)  # warps that may share their tiles
 MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
-RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/warp_plan.cuh
+RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/early_plan.cuh
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
 HEAD_DIMS = (64, 128, 192, 256)
 

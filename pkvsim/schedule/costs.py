@@ -7,8 +7,8 @@ from pkvsim.shapes import check_int
 
 MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers hold; more go to several warps
 MANY_COLUMNS = 32  # from which on a segment costs MANY_COLUMNS_SEGMENT
-# Tiles. Of one run on an H200 (bimodal rows, 8 query tokens of 4 heads): 20 to 28 took 1.5 % less time than 7. No table of
-# examples/results/ holds it; they hold its reason, a segment's end that takes longer the more columns are merged.
+# Tiles. Of one run on an H200 (bimodal rows, 32 columns): 20 to 28 took 1.5 % less time than 7. No table of
+# examples/results/ holds that figure.
 MANY_COLUMNS_SEGMENT = 20
 MAX_COST = 2**20  # of a segment and of a range; keeps the planner's sums within 31 bits together with its lengths
 MAX_PART_COST = 2**10  # keeps part * MOST_TILES_PER_HEAD within 31 bits

@@ -165,10 +165,10 @@ def balanced_ranges(
     short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
     heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
 
-    Two neighbouring SMs share their way to memory, which one of them fills alone. So a short step whose heads divide half
-    the CTAs but for at most 1/8 is cut for those, and then always into equal parts or whole heads: there are fewer parts
-    to merge. The engine gives the ranges of so few to one SM of each pair. More, but not twice as many, would leave some
-    pairs with twice the work of others. The bound of 1/8 is that of equal parts: below it half the CTAs would get them.
+    Two neighbouring SMs share their way to memory, which one of them fills alone. So a short step whose heads divide
+    half the CTAs but for at most 1/8 is cut for those, and then always into equal parts or whole heads: there are fewer
+    parts to merge. The engine gives the ranges of so few to one SM of each pair. More, but not twice as many, would
+    leave some pairs with twice the work of others. The bound is the one of equal parts.
     """
     half = num_ctas // 2
     short = even and 0 < num_heads <= half and total_cost < costs.pair * num_ctas

@@ -68,18 +68,20 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
     letters = "".join(field.letter for field in present)
     lines = [f'static_assert(offsetof({name}, {field.name}) == {at} && letter<decltype({name}::{field.name})>() == '
              f'\'{field.letter}\', "{field.name}");' for field, at in zip(present, offsets(letters))]
-    wild = [f"auto& [{', '.join(f'f{i}' for i in range(len(present)))}] = *at;"]  # as many fields as the table has
+    binding = f"auto& [{', '.join(f'f{i}' for i in range(len(present)))}] = *at;"  # as many fields as the table has
     source = tmp_path / "fields.cpp"
-    source.write_text(PROLOGUE + "\n".join(lines) + f"\nvoid bind({name}* at) {{ {wild[0]} }}\n"
-                      f"int size() {{ static_assert(sizeof({name}) <= {Arguments(f'[{letters}]').num_bytes}); return 0; }}")
-    command = [COMPILER, *STRICT[:1], "-w", STRICT[-1], "-fsyntax-only", *(f"-D{k}={v}" for k, v in defines.items()), source]
+    source.write_text(PROLOGUE + "\n".join(lines) + f"\nvoid bind({name}* at) {{ {binding} }}\n"
+                      f"static_assert(sizeof({name}) <= {Arguments(f'[{letters}]').num_bytes});\n")
+    macros = (f"-D{macro}={value}" for macro, value in defines.items())
+    command = [COMPILER, *STRICT[:1], "-w", STRICT[-1], "-fsyntax-only", *macros, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
-    defines = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}}.get(name, DECODE_VARIANTS[3])
+    others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}}
+    defines = others.get(name, DECODE_VARIANTS[3])
     text = nvrtc.ptx(SOURCE_DIR / FILES[name], 90, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]
     kinds = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[^,]*?)? \w+_param_\d+(?:\[(\d+)\])?", head)

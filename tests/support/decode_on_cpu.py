@@ -144,8 +144,8 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
     base = shape.head_dim**-0.5
     cap = options.soft_cap
     scale, height = (base * LOG2_E, 0.0) if cap is None else (base / cap, cap * LOG2_E)
-    strides = {f"{name}_{axis}_stride": pool.strides[i] // pool.itemsize for name, pool in (("k", step.k), ("v", step.v))
-               for i, axis in enumerate(("page", "head", "token"))}
+    strides = {f"{name}_{axis}_stride": pool.strides[i] // pool.itemsize
+               for name, pool in (("k", step.k), ("v", step.v)) for i, axis in enumerate(("page", "head", "token"))}
     scale_strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales in ("page", "token") else []
     values = {
         "q": address(step.q), "k_pages": address(step.k), "v_pages": address(step.v), "page_ids": address(step.table),

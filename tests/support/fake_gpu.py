@@ -19,7 +19,8 @@ from gpu.kernels import fields
 from pkvsim import AttentionOptions, DecodeShape, reference
 
 LOG2_E = 1.4426950408889634
-ENGINE_MODULES = ("gpu.engine.schedule_engine", "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels", "gpu.cache.writer", "gpu.cache.pool")
+ENGINE_MODULES = ("gpu.engine.schedule_engine", "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels",
+                  "gpu.cache.writer", "gpu.cache.pool")
 FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
 
 
@@ -118,7 +119,8 @@ def decode(defines: dict[str, int], given: types.SimpleNamespace, *, tasks: bool
     options = AttentionOptions(window=given.window if defines["WINDOWED"] else None, soft_cap=soft_cap,
                                sinks=bool(defines["SINKS"]), query_tokens=tokens, v_head_dim=widths[1])
     out, lse = reference.attention(
-        DecodeShape(q_heads, kv_heads, widths[0], page_size), memory(given.q, dim, (*axes, widths[0])).astype(np.float64),
+        DecodeShape(q_heads, kv_heads, widths[0], page_size),
+        memory(given.q, dim, (*axes, widths[0])).astype(np.float64),
         *(pool.astype(np.float64) for pool in pools), table, lens,
         scale=given.scale * soft_cap if soft_cap else given.scale / LOG2_E, options=options,
         sinks=memory(given.sinks, np.float32, (q_heads,)) if given.sinks else None,
