@@ -31,9 +31,13 @@ constexpr int NUM_PROBES = 4;
 constexpr int MOST_PASSES = 32;  // rows of a thread: whether they are still candidates is a bit each
 constexpr int MOST_ROWS = 1 << 16;  // a row and its score share a word
 
-// Columns at which rows are probed for one that goes far together with this one: 1, 16, 128, 1024. What they say is only
-// where the comparison begins.
-__device__ __forceinline__ int probe(int i) { return i == 0 ? 1 : 1 << (3 * i + 1); }
+// Columns at which rows are looked at before they are compared: the first, then 1, 16, 128, 1024. What those say is only
+// with which row the comparison begins.
+__device__ __forceinline__ int probe(int i) { return i < 2 ? i : 1 << (3 * i - 2); }
+
+// Orders candidates: by how many probes agree, then the first row. Links to first rows make short chains.
+__device__ __forceinline__ int rank_of(int row, int score) { return score * MOST_ROWS + MOST_ROWS - 1 - row; }
+__device__ __forceinline__ int ranked_row(int rank) { return MOST_ROWS - 1 - rank % MOST_ROWS; }
 
 // A row's link to an earlier one, and the first row of its tree; written by the row's CTA.
 struct Links {
@@ -81,6 +85,10 @@ struct PrefixRows {
     return tokens > 0 ? tokens / PAGE_SIZE : 0;
   }
   __device__ __forceinline__ page_id id(int row, int column) const { return table.stored<false>(row, column); }
+  // The id in the i-th column that is probed, or whatever lies there.
+  __device__ __forceinline__ page_id probed(int row, int i) const {
+    return (TABLE_CSR ? table.stride > 0 : probe(i) < table.stride) ? id(row, probe(i)) : page_id(0);
+  }
 };
 
 // Finds row `own`'s link. word: three words of shared memory.
@@ -89,24 +97,24 @@ __device__ __forceinline__ void find_link(const PrefixRows& rows, const Links& l
   const int thread = threadIdx.x, own_pages = rows.pages(own);
   if (thread == 0) best = -1, first = own;
   __syncthreads();
-  // The rows that begin with the same id, and of these one that agrees at the most probes.
+  // The rows that begin with the same id, and of these the first that agrees at the most probes. All that may be looked
+  // at is asked for at once, whatever the lengths: one wait instead of three.
   unsigned candidates = 0;  // bit j: row thread + j * THREADS
-  if (own_pages > 0) {
-    const page_id own_first = rows.id(own, 0);
-    page_id own_probe[NUM_PROBES];
+  page_id own_id[1 + NUM_PROBES];
+  #pragma unroll
+  for (int i = 0; i <= NUM_PROBES; ++i) own_id[i] = rows.probed(own, i);
+  for (int j = 0, row = thread; row < own; ++j, row += THREADS) {
+    page_id id[1 + NUM_PROBES];
     #pragma unroll
-    for (int i = 0; i < NUM_PROBES; ++i) own_probe[i] = probe(i) < own_pages ? rows.id(own, probe(i)) : 0;
-    for (int j = 0, row = thread; row < own; ++j, row += THREADS) {
-      const int pages = rows.pages(row), common = min(pages, own_pages);
-      if (pages == 0 || rows.id(row, 0) != own_first) continue;
-      int score = 0;
-      #pragma unroll
-      for (int i = 0; i < NUM_PROBES; ++i)
-        score += probe(i) < common && score == i && rows.id(row, probe(i)) == own_probe[i];
-      candidates |= 1u << j;
-      atomicMin(&first, row);
-      atomicMax(&best, score * MOST_ROWS + row);
-    }
+    for (int i = 0; i <= NUM_PROBES; ++i) id[i] = rows.probed(row, i);
+    const int common = min(rows.pages(row), own_pages);
+    int score = 0;
+    #pragma unroll
+    for (int i = 0; i <= NUM_PROBES; ++i) score += probe(i) < common && score == i && id[i] == own_id[i];
+    if (score == 0) continue;
+    candidates |= 1u << j;
+    atomicMin(&first, row);
+    atomicMax(&best, rank_of(row, score));
   }
   __syncthreads();
   const int tree = first;
@@ -114,7 +122,7 @@ __device__ __forceinline__ void find_link(const PrefixRows& rows, const Links& l
   for (;;) {
     const int found = best;
     if (found < 0) break;
-    const int row = found % MOST_ROWS, common = min(rows.pages(row), own_pages);
+    const int row = ranked_row(found), common = min(rows.pages(row), own_pages);
     __syncthreads();
     if (thread == 0) best = -1, differs = common;
     __syncthreads();
@@ -131,7 +139,7 @@ __device__ __forceinline__ void find_link(const PrefixRows& rows, const Links& l
       if (!(candidates >> j & 1)) continue;
       const int other = thread + j * THREADS;
       if (linked < own_pages && linked < rows.pages(other) && rows.id(other, linked) == rows.id(own, linked))
-        atomicMax(&best, other);
+        atomicMax(&best, rank_of(other, 0));
       else candidates &= ~(1u << j);
     }
     __syncthreads();
@@ -174,13 +182,15 @@ __device__ __forceinline__ void group_rows(const Links& links, const PrefixMemor
   // A component's rows hang together by links of that depth, each to an earlier row: the first has none.
   for (int row = thread; row < batch_size; row += THREADS)
     m.component[row] = m.pages[row] > 0 && m.pages[row] >= m.depth[m.tree[row]] ? m.to[row] : row;
-  for (int hop = 1; hop < batch_size; hop <<= 1) {
-    __syncthreads();
+  for (bool more = true; __syncthreads_or(more);) {
     for (int row = thread; row < batch_size; row += THREADS) m.leader[row] = m.component[m.component[row]];
     __syncthreads();
-    for (int row = thread; row < batch_size; row += THREADS) m.component[row] = m.leader[row];
+    more = false;
+    for (int row = thread; row < batch_size; row += THREADS) {
+      more |= m.component[row] != m.leader[row];
+      m.component[row] = m.leader[row];
+    }
   }
-  __syncthreads();
   for (int row = thread; row < batch_size; row += THREADS) {
     const int component = m.component[row];
     atomicAdd(&m.size[component], 1);

@@ -19,6 +19,17 @@ static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
+static int __syncthreads_or(bool vote) {
+  static int votes[2], meeting = 0;  // of this meeting and the next
+  const int mine = meeting;
+  votes[mine % 2] |= vote;
+  __syncthreads();
+  const int result = votes[mine % 2];
+  __syncthreads();
+  meeting = mine + 1, votes[mine % 2] = 0;
+  __syncthreads();
+  return result;
+}
 
 #include "prefixes.cu"
 
