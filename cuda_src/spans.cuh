@@ -138,14 +138,14 @@ struct Axis {
   PKV_HD Entry row_entry(int row) const {
     const bool member = readers.group[row] >= 0;
     const int length = readers.length[row];
-    return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0, costs.segment + (member ? shared.merge : 0),
-            EIGHTHS};
+    return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0,
+            costs.segment + (member ? shared.merge : 0), EIGHTHS};
   }
   PKV_HD Entry entry(int index) const {
     return index < groups.num_groups ? group_entry(index) : row_entry(index - groups.num_groups);
   }
-  // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's. Where
-  // none is, rows are cut as a plain step's are; even: all that are there cost the same.
+  // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's.
+  // Where none is, rows are cut as a plain step's are; even: all that are there cost the same.
   PKV_HD Cut cut(int total, int num_spans, bool any_shared, bool even, int num_ctas) const {
     const int gap = any_shared ? shared.longest_gap(most_columns(), costs.segment) : 0;
     Costs cutting = costs;
@@ -164,7 +164,8 @@ struct Axis {
 };
 
 // A run of tiles of one span.
-struct SpanSegment : Segment {  // row: of a read, its first member, through whose pages it reads; slot: start of the span
+// Of a read, row is its first member, through whose pages it is read; slot is where the span starts.
+struct SpanSegment : Segment {
   int group, read;              // of a read, its group and number in it; of a row's own tiles -1
   int members;                  // rows it is read for
 };
@@ -200,7 +201,8 @@ struct SpanWalk {
       s.row = axis.readers.rows[axis.readers.begin[index] + first];
       s.seq_len = entry.tiles * PKV_TILE;
     } else {
-      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups, s.seq_len = axis.readers.length[s.row];
+      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups;
+      s.seq_len = axis.readers.length[s.row];
       skipped = axis.shared_tiles(s.row);
     }
     s.tile_begin = skipped + tile, s.tile_end = skipped + end;

@@ -1,5 +1,5 @@
-// How a warp finds who reads together, and its CTA's range of a step whose rows do: sums and scans over entries, 32 at a
-// time.
+// How a warp finds who reads together, and its CTA's range of a step whose rows do: sums and scans over entries, 32
+// at a time.
 #pragma once
 #include "spans.cuh"
 #include "warp_plan.cuh"

@@ -59,6 +59,7 @@ DECODE = Parameter("DecodeArguments", (
     *_fields("p", "row_begins", "TABLE_CSR"),
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
+SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile segment merge"))  # the same of SharedCosts
 APPEND = Parameter("AppendArguments", (
     *_fields("p", "k_new v_new q q_out k_pages v_pages k_scales v_scales seq_lens block_table token_offsets rope"),
     *_fields("i", "num_tokens batch_size num_kv_heads num_q_heads page_size num_pages max_pages max_positions chunks"),
@@ -77,6 +78,18 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
         *_values(Field("lengths", "p"), *_fields("i", "batch_size num_kv_heads")), COSTS,
         *_values(*_fields("i", "max_tokens window"), Field("tasks", "p"), Field("max_tasks", "i"),
                  *_fields("p", "counts row_begins")),
+    ),
+    "pkv_list_spans": (
+        *_values(*_fields("p", "lengths group_of_row prefix_pages"),
+                 *_fields("i", "batch_size num_groups num_kv_heads row_columns query_tokens page_size")),
+        COSTS, SHARED_COSTS,
+        *_values(Field("max_tokens", "i"), Field("tasks", "p"), Field("max_tasks", "i"),
+                 *_fields("p", "counts parts row_begins")),
+    ),
+    "pkv_find_prefixes": _values(
+        *_fields("p", "page_ids row_begins lengths"),
+        *_fields("i", "table_stride num_pages batch_size max_tokens query_tokens tokens_per_member least_tokens"),
+        *_fields("p", "group_of_row prefix_pages workspace"),
     ),
     "pkv_append": (APPEND,),
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),

@@ -16,7 +16,7 @@ from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import kernel_config
 from pkvsim import AttentionOptions, DecodeShape
-from pkvsim.schedule.costs import BalancedCosts
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 
 SHAPE = DecodeShape(4, 1, 128, 16)
 DECODE_VARIANTS = [
@@ -28,10 +28,12 @@ APPEND_DEFINES = append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_
 STRUCTURES = [
     *((fields.DECODE, defines) for defines in DECODE_VARIANTS),
     (fields.COSTS, DECODE_VARIANTS[0]),
+    (fields.SHARED_COSTS, DECODE_VARIANTS[0]),
     (fields.APPEND, APPEND_DEFINES),
 ]
 FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", "pkv_merge": "merge.cu",
-         "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu"}
+         "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu",
+         "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>
@@ -42,6 +44,7 @@ struct half_type { unsigned short word; };
 template <class T> T __ldg(const T* at) { return *at; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 #include "arguments.cuh"
+#include "spans.cuh"
 template <class T> constexpr char letter() {
   return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, int> ? 'i' : std::is_same_v<T, long long> ? 'q'
        : std::is_same_v<T, float> ? 'f' : '?';
@@ -80,7 +83,7 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
-    others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}}
+    others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {}}
     defines = others.get(name, DECODE_VARIANTS[3])
     text = nvrtc.ptx(SOURCE_DIR / FILES[name], 90, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]
@@ -101,6 +104,7 @@ def test_every_kernel_is_in_the_table() -> None:
 
 def test_costs_are_pkvsims() -> None:
     assert tuple(field.name for field in fields.COSTS.fields) == BalancedCosts._fields
+    assert tuple(field.name for field in fields.SHARED_COSTS.fields) == SharedCosts._fields
 
 
 @pytest.mark.parametrize("defines", DECODE_VARIANTS, ids=lambda defines: str(len(defines)))

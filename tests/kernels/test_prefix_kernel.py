@@ -63,7 +63,8 @@ def assert_equal(found, wanted):
 
 
 @settings(max_examples=60, deadline=None)
-@given(tables(), st.sampled_from(LAYOUTS), st.sampled_from([1, 3]), st.builds(SharingRule, st.integers(0, 9), st.integers(0, 30)))
+@given(tables(), st.sampled_from(LAYOUTS), st.sampled_from([1, 3]),
+       st.builds(SharingRule, st.integers(0, 9), st.integers(0, 30)))  # fmt: skip
 def test_groups_are_those_of_pkvsim(run_kernel, case, layout, query_tokens, rule):
     table, pages, extra = case
     lens = pages * PAGE_SIZE + np.minimum(extra, PAGE_SIZE - 1)
@@ -73,7 +74,7 @@ def test_groups_are_those_of_pkvsim(run_kernel, case, layout, query_tokens, rule
 
 
 def test_more_rows_and_pages_than_threads(run_kernel):
-    """Documents under a system prompt, of rows in any order; ids that meet at a probe alone; rows that share nothing."""
+    """Documents under a system prompt, rows in any order; ids that meet at a probe alone; rows that share nothing."""
     rng = np.random.default_rng(5)
     table = rng.integers(10**6, 10**8, (70, 200), dtype=np.int32)
     table[:60, :20] = table[0, :20]

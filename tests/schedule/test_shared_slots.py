@@ -1,4 +1,4 @@
-"""The slots of pkvsim.schedule.spans, played through: CTAs one after the other, states as lists of the tiles in them."""
+"""The slots of pkvsim.schedule.spans, played through: CTAs one after the other, states as lists of their tiles."""
 import itertools
 
 from hypothesis import given, settings

@@ -11,8 +11,8 @@ struct Listed {
 };
 
 // numbers: batch_size, num_groups, num_kv_heads, row_columns, query_tokens, page_size, num_ctas, then segment, minimum,
-// part, pair, then the fields of SharedCosts. parts [batch_size][num_kv_heads][3]: SharedParts of members. Returns the number of
-// ranges; cta_offsets[ranges] tasks were found, of which at most max_tasks are written.
+// part, pair, then the fields of SharedCosts. parts [batch_size][num_kv_heads][3]: SharedParts of members. Returns the
+// number of ranges; cta_offsets[ranges] tasks were found, of which at most max_tasks are written.
 extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const int* prefix_pages, const int* numbers,
                           Listed* tasks, int max_tasks, int* cta_offsets, int* parts) {
   const int batch_size = numbers[0], num_groups = numbers[1], num_kv_heads = numbers[2];
