@@ -16,12 +16,14 @@ constexpr int EIGHTHS = 8, STATED_COLUMNS = 64;
 struct SharedCosts {
   int columns;  // that a read serves at most
   int tile;     // of a read for 64 columns, in eighths of a plain tile
+  int again;    // the least that a tile costs, in eighths, where its group has several reads; else that is a plain tile
   int segment;  // of a read's end for each column, in eighths of a tile
   int merge;    // tiles that a member's own segment costs more than another row's
 
-  PKV_HD int tile_eighths(int read_columns) const {
+  PKV_HD int tile_eighths(int read_columns, int reads) const {
     const int cost = divide(read_columns * tile + STATED_COLUMNS - 1, STATED_COLUMNS);
-    return cost > EIGHTHS ? cost : EIGHTHS;
+    const int least = reads > 1 ? again : EIGHTHS;
+    return cost > least ? cost : least;
   }
   PKV_HD int segment_tiles(int read_columns, int plain) const {
     const int cost = divide(read_columns * segment + EIGHTHS - 1, EIGHTHS);
@@ -29,7 +31,7 @@ struct SharedCosts {
   }
   // Most tiles between two places where the axis can be cut: ranges of so many are never empty.
   PKV_HD int longest_gap(int most_columns, int plain) const {
-    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns) + EIGHTHS - 1, EIGHTHS);
+    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns, 1) + EIGHTHS - 1, EIGHTHS);
     return read > 1 + plain + merge ? read : 1 + plain + merge;
   }
 };
@@ -51,8 +53,8 @@ struct Entry {
   PKV_HD int tile_at(int x, int x0) const {
     if (x <= x0) return 0;
     const int past = x - x0 - segment;
-    if (past <= 1) return 1;
-    const int whole = divide(past, eighths);  // tiles of eight cost `eighths` together
+    if (past <= 0) return 1;
+    const int whole = divide(past, eighths);  // eight tiles cost `eighths` together
     return whole * EIGHTHS + divide((past - whole * eighths) * EIGHTHS + eighths - 1, eighths);
   }
 };
@@ -133,7 +135,7 @@ struct Axis {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
     const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
     return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
-            shared.tile_eighths(columns)};
+            shared.tile_eighths(columns, reads)};
   }
   PKV_HD Entry row_entry(int row) const {
     const bool member = readers.group[row] >= 0;

@@ -59,7 +59,7 @@ DECODE = Parameter("DecodeArguments", (
     *_fields("p", "row_begins", "TABLE_CSR"),
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
-SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile segment merge"))  # the same of SharedCosts
+SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
 APPEND = Parameter("AppendArguments", (
     *_fields("p", "k_new v_new q q_out k_pages v_pages k_scales v_scales seq_lens block_table token_offsets rope"),
     *_fields("i", "num_tokens batch_size num_kv_heads num_q_heads page_size num_pages max_pages max_positions chunks"),

@@ -45,19 +45,21 @@ class SharedCosts(NamedTuple):
 
     columns: query columns (the members' query heads times query tokens) that a read serves at most: those of the
     kernel variant that reads for groups. tile: cost of a tile read for 64 columns, in eighths of a plain tile; other
-    reads cost in proportion, and none less than a plain tile. segment: cost of a read's end for each column, in eighths
+    reads cost in proportion, but none less than a plain tile. again: that least cost, in eighths, where a group has
+    several reads, which find in L2 what another has read. segment: cost of a read's end for each column, in eighths
     of a tile, and never less than BalancedCosts.segment. merge: tiles that a member's own segment costs beside
     BalancedCosts.segment, since it takes up the states of the read.
     """
 
     columns: int = 64
     tile: int = 16
+    again: int = 8
     segment: int = 3
     merge: int = 2
 
-    def tile_eighths(self, columns: int) -> int:
-        """Cost of a tile that is read for so many columns, in eighths of a plain tile."""
-        return max(EIGHTHS, -(-columns * self.tile // SHARED_COLUMNS))
+    def tile_eighths(self, columns: int, reads: int) -> int:
+        """Cost of a tile that is read for so many columns, in eighths of a plain tile. reads: of its group."""
+        return max(self.again if reads > 1 else EIGHTHS, -(-columns * self.tile // SHARED_COLUMNS))
 
     def segment_tiles(self, columns: int, segment: int) -> int:
         """Cost of the end of a read for so many columns, where a plain segment's is `segment` tiles."""
@@ -65,7 +67,7 @@ class SharedCosts(NamedTuple):
 
     def longest_gap(self, columns: int, segment: int) -> int:
         """Most tiles between two places at which a schedule with reads of up to so many columns can be cut."""
-        read = self.segment_tiles(columns, segment) - (-self.tile_eighths(columns) // EIGHTHS)
+        read = self.segment_tiles(columns, segment) - (-self.tile_eighths(columns, 1) // EIGHTHS)
         return max(1 + segment + self.merge, read)
 
 
@@ -92,11 +94,11 @@ def check_shared_costs(costs: object) -> SharedCosts:
     if not isinstance(costs, SharedCosts):
         raise ValueError(f"shared_costs: expected SharedCosts, got {costs!r}")
     return SharedCosts(
-        check_int("shared_costs.columns", costs.columns, 2, MAX_SHARED_COLUMNS),
-        *(
-            check_int(f"shared_costs.{name}", getattr(costs, name), 0, MAX_SHARED_COST)
-            for name in ("tile", "segment", "merge")
-        ),
+        columns=check_int("shared_costs.columns", costs.columns, 2, MAX_SHARED_COLUMNS),
+        tile=check_int("shared_costs.tile", costs.tile, 0, MAX_SHARED_COST),
+        again=check_int("shared_costs.again", costs.again, 1, EIGHTHS),
+        segment=check_int("shared_costs.segment", costs.segment, 0, MAX_SHARED_COST),
+        merge=check_int("shared_costs.merge", costs.merge, 0, MAX_SHARED_COST),
     )
 
 

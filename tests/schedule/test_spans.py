@@ -18,7 +18,7 @@ SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 
 
 def expected_reads(batch):
-    """[(shared tiles, members, cost columns)] and each row's shared tiles, stated row by row."""
+    """[(shared tiles, members, columns that it costs as, eighths a tile)] and each row's shared tiles, stated row by row."""
     reads, shared_of_row = [], [0] * len(batch.lens)
     most = batch.shared_costs.columns // batch.columns
     for group, pages in enumerate(batch.groups.prefix_pages.tolist()):
@@ -29,8 +29,11 @@ def expected_reads(batch):
         if len(rows) < 2:
             continue
         parts = -(-len(rows) // most)
+        columns = -(-len(rows) // parts) * batch.columns
+        least = batch.shared_costs.again if parts > 1 else 8
+        eighths = max(least, -(-columns * batch.shared_costs.tile // 64))
         cuts = [len(rows) * part // parts for part in range(parts + 1)]
-        reads += [(tiles, rows[a:b], -(-len(rows) // parts) * batch.columns) for a, b in itertools.pairwise(cuts)]
+        reads += [(tiles, rows[a:b], columns, eighths) for a, b in itertools.pairwise(cuts)]
         for row in rows:
             shared_of_row[row] = tiles
     return reads, shared_of_row
@@ -40,9 +43,8 @@ def spans_of(batch, costs):
     """Every span in order: (read or -1, row, kv_head, first tile, tiles, segment cost, eighths)."""
     reads, shared_of_row = expected_reads(batch)
     heads, shared = range(batch.shape.num_kv_heads), batch.shared_costs
-    for index, (tiles, rows, columns) in enumerate(reads):
+    for index, (tiles, rows, columns, eighths) in enumerate(reads):
         segment = max(costs.segment, -(-columns * shared.segment // 8))
-        eighths = max(8, -(-columns * shared.tile // 64))
         yield from ((index, rows[0], head, 0, tiles, segment, eighths) for head in heads)
     for row, length in enumerate(batch.lens):
         first = shared_of_row[row]
@@ -147,14 +149,14 @@ def test_queue_reads_every_tile_once(batch, splits):
         ends[key], parts[key] = end, split + 1
     tiles = [-(-length // batch.tile_tokens) for length in batch.lens]
     heads = range(batch.shape.num_kv_heads)
-    wanted = {(i, rows[0], head): count for i, (count, rows, _) in enumerate(reads) for head in heads}
+    wanted = {(i, rows[0], head): count for i, (count, rows, *_) in enumerate(reads) for head in heads}
     own = {row: count for row, count in enumerate(tiles) if count > shared_of_row[row]}
     wanted |= {(-1, row, head): count for row, count in own.items() for head in heads}
     assert ends == wanted
     own = [parts.get((-1, row, 0), 0) for row in range(len(tiles))]
     shared = schedule.shared.shared_parts()
     assert np.diff(schedule.split_offsets).tolist() == (own + shared).tolist()
-    assert all(parts[i, rows[0], 0] == shared[row] for i, (_, rows, _) in enumerate(reads) for row in rows)
+    assert all(parts[i, rows[0], 0] == shared[row] for i, (_, rows, *_) in enumerate(reads) for row in rows)
 
 
 @settings(max_examples=100, deadline=None)
@@ -198,6 +200,7 @@ def test_a_read_is_read_once_and_its_rows_pay_what_is_theirs():
         ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(7)}, "shared_costs.columns: expected two rows' 8 or more"),
         ("balanced", {"num_ctas": 4, "shared_costs": MEASURED_COSTS}, "shared_costs: expected SharedCosts"),
         ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(tile=-1)}, "shared_costs.tile: expected"),
+        ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(again=9)}, "shared_costs.again: expected"),
         ("balanced", {"num_ctas": 4, "query_tokens": 0}, "query_tokens: expected an integer"),
         ("balanced", {"num_ctas": 4, "splits": 4}, "splits: expected None for balanced"),
         ("workqueue", {"splits": 4, "num_ctas": 4}, "num_ctas: expected None for workqueue"),

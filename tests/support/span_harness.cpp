@@ -20,7 +20,7 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
   pkv::Axis axis{{seq_lens, batch_size, INT_MAX, INT_MAX},
                  {group_of_row, prefix_pages, num_groups, numbers[5], numbers[4]},
                  pkv::Readers(memory.data(), batch_size, num_groups),
-                 {numbers[11], numbers[12], numbers[13], numbers[14]},
+                 {numbers[11], numbers[12], numbers[13], numbers[14], numbers[15]},
                  {numbers[7], numbers[8], numbers[9], numbers[10]}, num_kv_heads, numbers[3]};
   pkv::Readers& readers = axis.readers;
   for (int group = 0; group < num_groups; ++group) axis.note_group(group);
