@@ -16,24 +16,24 @@ struct SpanTask {
 
 }  // namespace pkv
 
-extern "C" __global__ void pkv_list_spans(const int* seq_lens, const int* group_of_row, const int* prefix_pages,
+extern "C" __global__ void pkv_list_spans(const int* lengths, const int* group_of_row, const int* prefix_pages,
                                           int batch_size, int num_groups, int num_kv_heads, int row_columns,
-                                          int query_tokens, int page_size, int segment, int minimum, int part,
-                                          int pair, const pkv::SharedCosts shared, int max_tokens, pkv::SpanTask* tasks,
+                                          int query_tokens, int page_size, const pkv::Costs costs,
+                                          const pkv::SharedCosts shared, int max_tokens, pkv::SpanTask* tasks,
                                           int max_tasks, int* counts, int* parts, const int* row_begins) {
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x, range = blockIdx.x;
   static_cast<void>(row_begins);  // only with LAST_PAGE_LENGTHS
-  const pkv::Axis axis{{seq_lens, batch_size, max_tokens, 0 PKV_LAST_PAGE(, row_begins)},
+  const pkv::Axis axis{{lengths, batch_size, max_tokens, 0 PKV_LAST_PAGE(, row_begins)},
                        {group_of_row, prefix_pages, num_groups, page_size, query_tokens},
                        pkv::Readers(reinterpret_cast<int*>(memory), batch_size, num_groups),
-                       shared, num_kv_heads, row_columns, segment};
+                       shared, costs, num_kv_heads, row_columns};
   pkv::note_rows(axis, lane, 32);
   __syncwarp();
   pkv::find_readers(axis, lane);
   const pkv::Entries entries(axis, lane);
   int count = 0;
-  const pkv::Cut cut = entries.cut(gridDim.x, minimum, part, pair);
+  const pkv::Cut cut = entries.cut(gridDim.x);
   if (range < cut.num_ranges) {
     pkv::SpanWalk walk{axis, {}, 0, 0, 0, 0, 0};
     entries.start(walk, cut, range, lane);

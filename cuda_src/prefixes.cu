@@ -4,10 +4,10 @@
 // first id, the depth that saves the most pages; the rows that agree down to it are groups where that pays.
 //
 // Grid: [batch_size], block: [WARPS * 32]; dynamic shared memory: pkv::PrefixMemory::bytes(batch_size). CTA i finds,
-// for row i, the longest prefix that it has in common with any row before it, and the last CTA to finish makes groups of
-// that. These links make a forest: two rows have in common what the least link between them has.
+// for row i, the longest prefix that it has in common with any row before it, and the last CTA to finish makes groups
+// of that. These links make a forest: two rows have in common what the least link between them has.
 //
-//   block_table, seq_lens  as the decode kernels take them (table.cuh, plan.cuh)
+//   page_ids, row_begins, lengths  as the decode kernels take them (table.cuh, plan.cuh)
 //   query_tokens           of each row; pages count that all of them see whole
 //   tokens_per_member, least_tokens  SharingRule
 //   group_of_row  [batch_size] int32, out: -1 for rows in no group
@@ -18,22 +18,22 @@
 // batch_size^2 steps of comparing counts over its threads.
 #include "table.cuh"
 
-#ifndef WARPS
-#define WARPS 16
-#endif
-
 namespace pkv {
 
-constexpr int THREADS = WARPS * 32;
+constexpr int WORKERS = WARPS * 32;
 constexpr int SHARE = 4;  // threads that count for one row together
 constexpr int NOBODY = 0x7fffffff;
 constexpr int NUM_PROBES = 4;
 constexpr int MOST_PASSES = 32;  // rows of a thread: whether they are still candidates is a bit each
 constexpr int MOST_ROWS = 1 << 16;  // a row and its score share a word
 
-// Columns at which rows are probed for one that goes far together with this one: 1, 16, 128, 1024. What they say is only
-// where the comparison begins.
-__device__ __forceinline__ int probe(int i) { return i == 0 ? 1 : 1 << (3 * i + 1); }
+// Columns at which rows are looked at before they are compared: the first, then 1, 16, 128, 1024. What those say is
+// only with which row the comparison begins.
+__device__ __forceinline__ int probe(int i) { return i < 2 ? i : 1 << (3 * i - 2); }
+
+// Orders candidates: by how many probes agree, then the first row. Links to first rows make short chains.
+__device__ __forceinline__ int rank_of(int row, int score) { return score * MOST_ROWS + MOST_ROWS - 1 - row; }
+__device__ __forceinline__ int ranked_row(int rank) { return MOST_ROWS - 1 - rank % MOST_ROWS; }
 
 // A row's link to an earlier one, and the first row of its tree; written by the row's CTA.
 struct Links {
@@ -81,6 +81,10 @@ struct PrefixRows {
     return tokens > 0 ? tokens / PAGE_SIZE : 0;
   }
   __device__ __forceinline__ page_id id(int row, int column) const { return table.stored<false>(row, column); }
+  // The id in the i-th column that is probed, or whatever lies there.
+  __device__ __forceinline__ page_id probed(int row, int i) const {
+    return (TABLE_CSR ? table.stride > 0 : probe(i) < table.stride) ? id(row, probe(i)) : page_id(0);
+  }
 };
 
 // Finds row `own`'s link. word: three words of shared memory.
@@ -89,24 +93,24 @@ __device__ __forceinline__ void find_link(const PrefixRows& rows, const Links& l
   const int thread = threadIdx.x, own_pages = rows.pages(own);
   if (thread == 0) best = -1, first = own;
   __syncthreads();
-  // The rows that begin with the same id, and of these one that agrees at the most probes.
-  unsigned candidates = 0;  // bit j: row thread + j * THREADS
-  if (own_pages > 0) {
-    const page_id own_first = rows.id(own, 0);
-    page_id own_probe[NUM_PROBES];
+  // The rows that begin with the same id, and of these the first that agrees at the most probes. All that may be looked
+  // at is asked for at once, whatever the lengths: one wait instead of three.
+  unsigned candidates = 0;  // bit j: row thread + j * WORKERS
+  page_id own_id[1 + NUM_PROBES];
+  #pragma unroll
+  for (int i = 0; i <= NUM_PROBES; ++i) own_id[i] = rows.probed(own, i);
+  for (int j = 0, row = thread; row < own; ++j, row += WORKERS) {
+    page_id id[1 + NUM_PROBES];
     #pragma unroll
-    for (int i = 0; i < NUM_PROBES; ++i) own_probe[i] = probe(i) < own_pages ? rows.id(own, probe(i)) : 0;
-    for (int j = 0, row = thread; row < own; ++j, row += THREADS) {
-      const int pages = rows.pages(row), common = min(pages, own_pages);
-      if (pages == 0 || rows.id(row, 0) != own_first) continue;
-      int score = 0;
-      #pragma unroll
-      for (int i = 0; i < NUM_PROBES; ++i)
-        score += probe(i) < common && score == i && rows.id(row, probe(i)) == own_probe[i];
-      candidates |= 1u << j;
-      atomicMin(&first, row);
-      atomicMax(&best, score * MOST_ROWS + row);
-    }
+    for (int i = 0; i <= NUM_PROBES; ++i) id[i] = rows.probed(row, i);
+    const int common = min(rows.pages(row), own_pages);
+    int score = 0;
+    #pragma unroll
+    for (int i = 0; i <= NUM_PROBES; ++i) score += probe(i) < common && score == i && id[i] == own_id[i];
+    if (score == 0) continue;
+    candidates |= 1u << j;
+    atomicMin(&first, row);
+    atomicMax(&best, rank_of(row, score));
   }
   __syncthreads();
   const int tree = first;
@@ -114,24 +118,24 @@ __device__ __forceinline__ void find_link(const PrefixRows& rows, const Links& l
   for (;;) {
     const int found = best;
     if (found < 0) break;
-    const int row = found % MOST_ROWS, common = min(rows.pages(row), own_pages);
+    const int row = ranked_row(found), common = min(rows.pages(row), own_pages);
     __syncthreads();
     if (thread == 0) best = -1, differs = common;
     __syncthreads();
     int at = common;
     #pragma unroll 4
-    for (int column = thread; column < common; column += THREADS)
+    for (int column = thread; column < common; column += WORKERS)
       if (rows.id(row, column) != rows.id(own, column)) at = min(at, column);
     if (at < common) atomicMin(&differs, at);
     __syncthreads();
     if (differs > linked) linked = differs, link = row;
     // Only a row that agrees where the best one first differs can go on further; whether it does is for the comparison.
-    if (row % THREADS == thread) candidates &= ~(1u << row / THREADS);
+    if (row % WORKERS == thread) candidates &= ~(1u << row / WORKERS);
     for (int j = 0; j < MOST_PASSES && candidates >> j; ++j) {
       if (!(candidates >> j & 1)) continue;
-      const int other = thread + j * THREADS;
+      const int other = thread + j * WORKERS;
       if (linked < own_pages && linked < rows.pages(other) && rows.id(other, linked) == rows.id(own, linked))
-        atomicMax(&best, other);
+        atomicMax(&best, rank_of(other, 0));
       else candidates &= ~(1u << j);
     }
     __syncthreads();
@@ -143,14 +147,15 @@ __device__ __forceinline__ void find_link(const PrefixRows& rows, const Links& l
 __device__ __forceinline__ void group_rows(const Links& links, const PrefixMemory& m, const SharingRule& rule,
                                            int batch_size, int* group_of_row, int* prefix_pages) {
   const int thread = threadIdx.x;
-  for (int row = thread; row < batch_size; row += THREADS) {
-    m.to[row] = __ldcg(links.to + row), m.pages[row] = __ldcg(links.pages + row), m.tree[row] = __ldcg(links.tree + row);
+  for (int row = thread; row < batch_size; row += WORKERS) {
+    m.to[row] = __ldcg(links.to + row), m.pages[row] = __ldcg(links.pages + row);
+    m.tree[row] = __ldcg(links.tree + row);
     m.saved[row] = 0, m.depth[row] = 0, m.left[row] = 0, m.size[row] = 0;
     m.least[row] = m.first_left[row] = m.common[row] = NOBODY;
   }
   __syncthreads();
   // Pages that the depth of each row's link saves its tree: those of the links that are as long.
-  for (int base = 0; base < batch_size; base += THREADS / SHARE) {
+  for (int base = 0; base < batch_size; base += WORKERS / SHARE) {
     const int row = base + thread / SHARE, pages = row < batch_size ? m.pages[row] : 0;
     const int tree = pages > 0 ? m.tree[row] : NOBODY;
     int count = 0;
@@ -165,35 +170,37 @@ __device__ __forceinline__ void group_rows(const Links& links, const PrefixMemor
     }
   }
   __syncthreads();
-  for (int row = thread; row < batch_size; row += THREADS) {
+  for (int row = thread; row < batch_size; row += WORKERS) {
     const int pages = m.pages[row], tree = m.tree[row];
     if (pages > 0 && static_cast<unsigned long long>(m.number[row]) * static_cast<unsigned>(pages) == m.saved[tree])
       atomicMax(&m.depth[tree], pages);
   }
   __syncthreads();
   // A component's rows hang together by links of that depth, each to an earlier row: the first has none.
-  for (int row = thread; row < batch_size; row += THREADS)
+  for (int row = thread; row < batch_size; row += WORKERS)
     m.component[row] = m.pages[row] > 0 && m.pages[row] >= m.depth[m.tree[row]] ? m.to[row] : row;
-  for (int hop = 1; hop < batch_size; hop <<= 1) {
+  for (bool more = true; __syncthreads_or(more);) {
+    for (int row = thread; row < batch_size; row += WORKERS) m.leader[row] = m.component[m.component[row]];
     __syncthreads();
-    for (int row = thread; row < batch_size; row += THREADS) m.leader[row] = m.component[m.component[row]];
-    __syncthreads();
-    for (int row = thread; row < batch_size; row += THREADS) m.component[row] = m.leader[row];
+    more = false;
+    for (int row = thread; row < batch_size; row += WORKERS) {
+      more |= m.component[row] != m.leader[row];
+      m.component[row] = m.leader[row];
+    }
   }
-  __syncthreads();
-  for (int row = thread; row < batch_size; row += THREADS) {
+  for (int row = thread; row < batch_size; row += WORKERS) {
     const int component = m.component[row];
     atomicAdd(&m.size[component], 1);
     if (component != row) atomicMin(&m.common[component], m.pages[row]);
   }
   __syncthreads();
-  for (int row = thread; row < batch_size; row += THREADS) {
+  for (int row = thread; row < batch_size; row += WORKERS) {
     const int component = m.component[row], size = m.size[component];
     m.leader[row] = size >= 2 && rule.pays(size, m.common[component]) ? component : NOBODY;
     if (m.leader[row] == NOBODY) atomicAdd(&m.left[m.tree[row]], 1), atomicMin(&m.first_left[m.tree[row]], row);
   }
   __syncthreads();
-  for (int row = thread; row < batch_size; row += THREADS) {
+  for (int row = thread; row < batch_size; row += WORKERS) {
     const int tree = m.tree[row];
     if (m.leader[row] == NOBODY && m.left[tree] >= 2 && rule.pays(m.left[tree], m.least[tree])) {
       m.leader[row] = m.first_left[tree];
@@ -216,19 +223,19 @@ __device__ __forceinline__ void group_rows(const Links& links, const PrefixMemor
     for (int group = groups + thread; group < max(1, batch_size / 2); group += 32) prefix_pages[group] = 0;
   }
   __syncthreads();
-  for (int row = thread; row < batch_size; row += THREADS)
+  for (int row = thread; row < batch_size; row += WORKERS)
     group_of_row[row] = m.leader[row] == NOBODY ? -1 : m.number[m.leader[row]];
 }
 
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
-pkv_find_prefixes(const pkv::page_id* block_table, const int* row_begins, const int* seq_lens, int table_stride,
+pkv_find_prefixes(const pkv::page_id* page_ids, const int* row_begins, const int* lengths, int table_stride,
                   int num_pages, int batch_size, int max_tokens, int query_tokens, int tokens_per_member,
                   int least_tokens, int* group_of_row, int* prefix_pages, int* workspace) {
   extern __shared__ __align__(128) unsigned char memory[];
-  const pkv::PrefixRows rows{{block_table, table_stride, num_pages PKV_CSR(, row_begins, batch_size)},
-                             {seq_lens, batch_size, max_tokens, 0 PKV_LAST_PAGE(, row_begins)}, query_tokens};
+  const pkv::PrefixRows rows{{page_ids, table_stride, num_pages PKV_CSR(, row_begins, batch_size)},
+                             {lengths, batch_size, max_tokens, 0 PKV_LAST_PAGE(, row_begins)}, query_tokens};
   const pkv::Links links(workspace + 1, batch_size);
   int* word = reinterpret_cast<int*>(memory);
   pkv::find_link(rows, links, blockIdx.x, word);

@@ -16,12 +16,14 @@ constexpr int EIGHTHS = 8, STATED_COLUMNS = 64;
 struct SharedCosts {
   int columns;  // that a read serves at most
   int tile;     // of a read for 64 columns, in eighths of a plain tile
+  int again;    // the least that a tile costs, in eighths, where its group has several reads; else that is a plain tile
   int segment;  // of a read's end for each column, in eighths of a tile
   int merge;    // tiles that a member's own segment costs more than another row's
 
-  PKV_HD int tile_eighths(int read_columns) const {
+  PKV_HD int tile_eighths(int read_columns, int reads) const {
     const int cost = divide(read_columns * tile + STATED_COLUMNS - 1, STATED_COLUMNS);
-    return cost > EIGHTHS ? cost : EIGHTHS;
+    const int least = reads > 1 ? again : EIGHTHS;
+    return cost > least ? cost : least;
   }
   PKV_HD int segment_tiles(int read_columns, int plain) const {
     const int cost = divide(read_columns * segment + EIGHTHS - 1, EIGHTHS);
@@ -29,7 +31,7 @@ struct SharedCosts {
   }
   // Most tiles between two places where the axis can be cut: ranges of so many are never empty.
   PKV_HD int longest_gap(int most_columns, int plain) const {
-    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns) + EIGHTHS - 1, EIGHTHS);
+    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns, 1) + EIGHTHS - 1, EIGHTHS);
     return read > 1 + plain + merge ? read : 1 + plain + merge;
   }
 };
@@ -51,8 +53,8 @@ struct Entry {
   PKV_HD int tile_at(int x, int x0) const {
     if (x <= x0) return 0;
     const int past = x - x0 - segment;
-    if (past <= 1) return 1;
-    const int whole = divide(past, eighths);  // tiles of eight cost `eighths` together
+    if (past <= 0) return 1;
+    const int whole = divide(past, eighths);  // eight tiles cost `eighths` together
     return whole * EIGHTHS + divide((past - whole * eighths) * EIGHTHS + eighths - 1, eighths);
   }
 };
@@ -107,7 +109,8 @@ struct Axis {
   Groups groups;
   Readers readers;
   SharedCosts shared;
-  int num_kv_heads, row_columns, segment;  // row_columns: query heads of a KV head times query tokens
+  Costs costs;
+  int num_kv_heads, row_columns;  // row_columns: query heads of a KV head times query tokens
 
   PKV_HD int num_entries() const { return groups.num_groups + lens.batch_size; }
   PKV_HD int most_members() const { return divide(shared.columns, row_columns); }
@@ -131,25 +134,25 @@ struct Axis {
   PKV_HD Entry group_entry(int group) const {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
     const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
-    return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, segment),
-            shared.tile_eighths(columns)};
+    return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
+            shared.tile_eighths(columns, reads)};
   }
   PKV_HD Entry row_entry(int row) const {
     const bool member = readers.group[row] >= 0;
     const int length = readers.length[row];
-    return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0, segment + (member ? shared.merge : 0),
-            EIGHTHS};
+    return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0,
+            costs.segment + (member ? shared.merge : 0), EIGHTHS};
   }
   PKV_HD Entry entry(int index) const {
     return index < groups.num_groups ? group_entry(index) : row_entry(index - groups.num_groups);
   }
-  // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's. Where
-  // none is, rows are cut as a plain step's are; even: all that are there cost the same.
-  PKV_HD Cut cut(int total, int num_spans, bool any_shared, bool even, int num_ctas, int min_cost, int part_cost,
-                 int pair_cost) const {
-    const int gap = any_shared ? shared.longest_gap(most_columns(), segment) : 0;
-    return Cut(total, num_spans, even && !any_shared, num_ctas, segment, gap > min_cost ? gap : min_cost, part_cost,
-               pair_cost);
+  // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's.
+  // Where none is, rows are cut as a plain step's are; even: all that are there cost the same.
+  PKV_HD Cut cut(int total, int num_spans, bool any_shared, bool even, int num_ctas) const {
+    const int gap = any_shared ? shared.longest_gap(most_columns(), costs.segment) : 0;
+    Costs cutting = costs;
+    if (gap > cutting.minimum) cutting.minimum = gap;
+    return Cut(total, num_spans, even && !any_shared, num_ctas, cutting);
   }
   // Of a member.
   PKV_HD SharedParts parts_of(int row, int kv_head, const Cut& cut) const {
@@ -163,7 +166,8 @@ struct Axis {
 };
 
 // A run of tiles of one span.
-struct SpanSegment : Segment {  // row: of a read, its first member, through whose pages it reads; slot: start of the span
+// Of a read, row is its first member, through whose pages it is read; slot is where the span starts.
+struct SpanSegment : Segment {
   int group, read;              // of a read, its group and number in it; of a row's own tiles -1
   int members;                  // rows it is read for
 };
@@ -199,7 +203,8 @@ struct SpanWalk {
       s.row = axis.readers.rows[axis.readers.begin[index] + first];
       s.seq_len = entry.tiles * PKV_TILE;
     } else {
-      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups, s.seq_len = axis.readers.length[s.row];
+      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups;
+      s.seq_len = axis.readers.length[s.row];
       skipped = axis.shared_tiles(s.row);
     }
     s.tile_begin = skipped + tile, s.tile_end = skipped + end;

@@ -1,5 +1,5 @@
-// How a warp finds who reads together, and its CTA's range of a step whose rows do: sums and scans over entries, 32 at a
-// time.
+// How a warp finds who reads together, and its CTA's range of a step whose rows do: sums and scans over entries, 32
+// at a time.
 #pragma once
 #include "spans.cuh"
 #include "warp_plan.cuh"
@@ -72,8 +72,8 @@ struct Entries {
     shared = __any_sync(0xffffffffu, members);
     even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
   }
-  __device__ __forceinline__ Cut cut(int num_ctas, int min_cost, int part_cost, int pair_cost) const {
-    return axis.cut(total, num_spans, shared, even, num_ctas, min_cost, part_cost, pair_cost);
+  __device__ __forceinline__ Cut cut(int num_ctas) const {
+    return axis.cut(total, num_spans, shared, even, num_ctas);
   }
   // Points `walk` at a range. Of no entries at all none has anything.
   __device__ __forceinline__ void start(SpanWalk& walk, const Cut& cut, int range, int lane) const {

@@ -4,7 +4,7 @@ from __future__ import annotations
 import cupy
 
 from gpu.cache import append_checks as checks
-from gpu.cache.append_variant import SIGNATURE, WARPS, AppendViews, argument_name, defines, launch_sizes
+from gpu.cache.append_variant import WARPS, AppendViews, argument_name, defines, launch_sizes
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.this_gpu import this_gpu
@@ -46,8 +46,7 @@ class CacheWriter:
         self._num_sms = gpu.num_sms
         self._rope_array, self._rope_at, self._rope_stride, self._max_positions = self._place_rope(rope)
         constants = defines(shape, dtype, kv_dtype=self.kv_dtype, head_dim_v=self.head_dim_v, rope=rope)
-        self._kernel = load_kernel("append.cu", "pkv_append", SIGNATURE, constants, threads=WARPS * 32,
-                                   overlap=gpu.overlaps)
+        self._kernel = load_kernel("append.cu", "pkv_append", constants, threads=WARPS * 32, overlap=gpu.overlaps)
         self._checked: list | None = None
         self._grid = 0
         self._sizes: tuple[int, ...] = ()

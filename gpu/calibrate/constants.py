@@ -67,7 +67,7 @@ class _Reader:
 
         if (threads, unroll) not in self._kernels:
             self._kernels[threads, unroll] = load_kernel(
-                "stream.cu", "pkv_stream_read", "pqp", {"UNROLL": unroll}, threads=threads
+                "stream.cu", "pkv_stream_read", {"UNROLL": unroll}, threads=threads
             )
         args = self._buffer.data_ptr() + offset, num_bytes // 16, self._sink.data_ptr()
         self._kernels[threads, unroll](ctas, args, torch.cuda.current_stream().cuda_stream)

@@ -10,7 +10,6 @@ from gpu.inputs.checks import expect
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
-SIGNATURE = "ppqiif"  # what pkv::DecodeArguments ends with for 8-bit pages, see gpu.kernels.launch
 NO_STRIDES = (0, 0, 0)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import cupy
 import numpy as np
 
-from gpu.engine.arguments import DecodeArguments, merge_arguments
+from gpu.engine.arguments import DecodeArguments
 from gpu.engine.decode_kernels import DecodeKernels
 from gpu.engine.plan import Plan, place
 from gpu.engine.task_list import read_device_tasks, upload_tasks
@@ -122,15 +122,16 @@ class ScheduleEngine:
             self._in_graphs.append((plan.copies, plan.task_list, self._partials))
             plan.in_graph = True
         if plan.task_list is None:
-            plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream)
+            plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream, pairs=True)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            plan.decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
+            grid, pairs = self._kernels.task_grid(bucket.count, self.num_ctas)
+            plan.decode(grid, (*given, *list_args), stream, pairs=pairs)
             if bucket.rows is not None:
-                merge_args = merge_arguments(given, offsets, bucket.rows.data.ptr)
+                merge_args = *given, offsets, bucket.rows.data.ptr
                 self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
@@ -147,6 +148,6 @@ class ScheduleEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
+        pages = (plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
         return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self.costs, plan.max_tokens,
                                  self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

@@ -15,6 +15,8 @@ from pkvsim.shapes import DecodeShape
 
 SHORT_RANGE_TILES = 640  # PKV_SHORT_RANGE in cuda_src/plan.cuh
 MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
+IDLE_OF_PARTS = 8  # PKV_IDLE_OF_PARTS: heads are cut into equal parts where at most 1 of so many CTAs idles,
+IDLE_OF_HEADS = 32  # PKV_IDLE_OF_HEADS: and are left whole where at most 1 of so many does
 
 
 def balanced_ranges(
@@ -29,27 +31,29 @@ def balanced_ranges(
     heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
 
     Two neighbouring SMs share their way to memory, which one of them fills alone. So a short step whose heads divide
-    half the CTAs but for at most 1/6 is cut for those: there are fewer parts to merge. The engine gives the ranges of
-    so few to one SM of each pair. More, but not twice as many, would leave some pairs with twice the work of others.
+    half the CTAs but for at most 1/8 is cut for those, and then always into equal parts or whole heads: there are fewer
+    parts to merge. The engine gives the ranges of so few to one SM of each pair. More, but not twice as many, would
+    leave some pairs with twice the work of others. The bound is the one of equal parts.
     """
-    most, half = num_ctas, num_ctas // 2
-    if even and 0 < num_heads <= half and total_cost < costs.pair * num_ctas and half % num_heads * 6 <= half:
-        most = half
+    half = num_ctas // 2
+    short = even and 0 < num_heads <= half and total_cost < costs.pair * num_ctas
+    halved = short and half % num_heads * IDLE_OF_PARTS <= half
+    most = half if halved else num_ctas
     ranges = max(1, min(total_cost // max(costs.minimum, 1 + costs.segment), most))
     if costs.part > 0 and num_heads > 0:
         head_cost = min(total_cost // num_heads, MOST_TILES_PER_HEAD)
         part = max(1, int(math.sqrt(costs.part * head_cost)))  # exact: a float64 holds any 53-bit integer
         ranges = min(ranges, num_heads * max(1, (head_cost + part // 2) // part))
-    if num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES:
+    if halved or (num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES):
         if num_heads <= ranges:
             spare = ranges % num_heads
-            if spare * 8 <= ranges:
+            if halved or spare * IDLE_OF_PARTS <= ranges:
                 ranges -= spare
                 return ranges, ranges // num_heads
         else:
             heads_each = (num_heads + ranges - 1) // ranges
             needed = (num_heads + heads_each - 1) // heads_each
-            if (ranges - needed) * 32 <= ranges:
+            if halved or (ranges - needed) * IDLE_OF_HEADS <= ranges:
                 ranges = needed
     return ranges, 0
 

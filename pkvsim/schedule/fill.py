@@ -107,7 +107,7 @@ def fill_spans(
     tiles: np.ndarray,  # [num_entries] int64 of each of the entry's spans
     spans: np.ndarray,  # [num_entries] int64, 0 where an entry is not there
     segment_cost: np.ndarray,  # [num_entries] int64 tiles
-    tile_eighths: np.ndarray,  # [num_entries] int64, at least 8
+    tile_eighths: np.ndarray,  # [num_entries] int64, at least 1
     total_cost: int,
     num_ranges: int,
     tasks: np.ndarray,  # [>= sum(spans) + num_ranges, 5] int32: entry, span of it, part, tile_begin, tile_end

@@ -62,9 +62,10 @@ class PrefixGroups:
             differs = block_table[rows, :pages] != block_table[rows[:1], :pages]
             if differs.any():
                 at, column = (int(i) for i in np.argwhere(differs)[0])
+                want, got = block_table[rows[0], column], block_table[rows[at], column]
                 raise ValueError(
                     f"group_of_row[{rows[at]}]: expected the page ids of row {rows[0]} in all {pages} columns of group "
-                    f"{group}, got {block_table[rows[at], column]} for {block_table[rows[0], column]} in column {column}"
+                    f"{group}, got {got} for {want} in column {column}"
                 )
 
 

@@ -72,7 +72,7 @@ def find_prefixes(
     *,
     page_size: int,
     query_tokens: int = 1,
-    rule: SharingRule = SharingRule(),  # noqa: B008: a frozen value
+    rule: SharingRule = SharingRule(),  # noqa: B008
 ) -> PrefixGroups:
     """Groups of rows with equal leading page ids, as the rule above finds them.
 

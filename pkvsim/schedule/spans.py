@@ -17,7 +17,7 @@ members. The m members of a group, rows ascending, become k = ceil(m / M) reads;
 
 **Entries.** The axis is made of entries, each some spans of the same tiles and cost, end to end:
   - group g, g = 0, 1, ..: k * num_kv_heads spans; span i is KV head i % num_kv_heads of read i // num_kv_heads. n = s
-    tiles, segment cost C = SharedCosts.segment_tiles(q), tile cost E = SharedCosts.tile_eighths(q) in eighths.
+    tiles, segment cost C = SharedCosts.segment_tiles(q), tile cost E = SharedCosts.tile_eighths(q, k) in eighths.
   - row r, r = 0, 1, ..: num_kv_heads spans. A member's: tiles [s, tiles(seq_len)), which may be none, C = segment +
     merge, E = 8. Others': all tiles, C = segment, E = 8; a row of length 0 has no spans.
 With n' = max(1, n), a span that starts at x0 reaches to x0 + C + n' * E // 8. Its tile 0 sits at x0, tile t >= 1 at
@@ -144,7 +144,9 @@ def balanced_spans(
         costs.segment + shared_costs.merge * is_member.astype(np.int64),
     ))  # fmt: skip
     eighths = np.full(num_groups + batch_size, EIGHTHS, np.int64)
-    eighths[:num_groups] = [shared_costs.tile_eighths(count) for count in columns]
+    eighths[:num_groups] = [
+        shared_costs.tile_eighths(count, reads) for count, reads in zip(columns, reads_of.tolist())
+    ]
 
     total_cost = int((spans * (segment + np.maximum(1, tiles) * eighths // EIGHTHS)).sum())
     num_spans = int(spans.sum())

@@ -10,6 +10,8 @@ from fake_steps import agrees, make_step, run_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu.engine.decode_kernels import DecodeKernels
+from gpu.kernels.variant import kernel_config
 from pkvsim import AttentionOptions, DecodeShape
 
 FORMS = ("block table", "csr and lengths", "csr and last pages")
@@ -212,3 +214,11 @@ def test_auto_has_a_router_and_no_engine_of_its_own(gpu) -> None:
             make_engine(bad, schedule="auto")
     with pytest.raises(ValueError, match="^scale"):
         make_engine(shape, schedule="auto", scale=float("nan"))
+
+
+@pytest.mark.parametrize("overlap, num_tasks, wanted", [
+    (True, 66, (132, True)), (True, 67, (67, False)), (True, 1, (2, True)), (True, 0, (1, False)),
+    (True, 500, (132, False)), (False, 64, (64, False))])
+def test_tasks_of_half_the_ctas_go_one_to_a_pair(overlap, num_tasks, wanted) -> None:
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90)
+    assert DecodeKernels(config, planned_on_gpu=False, overlap=overlap).task_grid(num_tasks, 132) == wanted

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape, reference
+from pkvsim.schedule.costs import BalancedCosts
 
 SHAPES = {  # a warp alone, a team of warps; pages smaller and larger than tiles
     "one warp": (DecodeShape(8, 2, 64, 16), {}),
@@ -66,8 +67,8 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     variant = (4, 2) if options.query_tokens > 1 else (2, 2)
     ctas = data.draw(st.integers(1, 9), "CTAs")
     before = lens_before, table_before, records(data, lens_before, step, rng, ctas)
-    pair_cost = data.draw(st.sampled_from((0, 80)), "pair_cost")
-    out, lse = run(step, "balanced", variant=variant, ctas=ctas, pair_cost=pair_cost, before=before)
+    costs = BalancedCosts(1, 2, pair=data.draw(st.sampled_from((0, 80)), "cost of a pair"))
+    out, lse = run(step, "balanced", variant=variant, ctas=ctas, costs=costs, before=before)
     want, want_lse = reference.attention(shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
                                          options=options)
     assert np.abs(out - want).max() <= 1e-3 * max(1.0, np.abs(want).max())  # NaN fails too

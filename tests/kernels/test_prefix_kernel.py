@@ -63,7 +63,8 @@ def assert_equal(found, wanted):
 
 
 @settings(max_examples=60, deadline=None)
-@given(tables(), st.sampled_from(LAYOUTS), st.sampled_from([1, 3]), st.builds(SharingRule, st.integers(0, 9), st.integers(0, 30)))
+@given(tables(), st.sampled_from(LAYOUTS), st.sampled_from([1, 3]),
+       st.builds(SharingRule, st.integers(0, 9), st.integers(0, 30)))  # fmt: skip
 def test_groups_are_those_of_pkvsim(run_kernel, case, layout, query_tokens, rule):
     table, pages, extra = case
     lens = pages * PAGE_SIZE + np.minimum(extra, PAGE_SIZE - 1)
@@ -73,7 +74,7 @@ def test_groups_are_those_of_pkvsim(run_kernel, case, layout, query_tokens, rule
 
 
 def test_more_rows_and_pages_than_threads(run_kernel):
-    """Documents under a system prompt, of rows in any order; ids that meet at a probe alone; rows that share nothing."""
+    """Documents under a system prompt, rows in any order; ids that meet at a probe alone; rows that share nothing."""
     rng = np.random.default_rng(5)
     table = rng.integers(10**6, 10**8, (70, 200), dtype=np.int32)
     table[:60, :20] = table[0, :20]
@@ -92,6 +93,6 @@ def test_more_rows_and_pages_than_threads(run_kernel):
 @pytest.mark.parametrize("capability", (86, 90))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_fits(capability, layout):
-    defines = layout.defines() | {"PAGE_SIZE": 16}
+    defines = layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
     used = nvrtc.kernel_resources(SOURCE_DIR / "prefixes.cu", capability, compile_options(defines))["pkv_find_prefixes"]
     assert used.registers <= 64 and used.spills == used.stack == 0  # two CTAs of 16 warps an SM

@@ -27,8 +27,9 @@ def case(lens, group_of_row, pages, shape=LLAMA, shared_costs=SharedCosts()):
 
 def numbers_of(batch, costs, num_ctas):
     """The harness's integers, in its order."""
-    return np.array([len(batch.lens), len(batch.groups.prefix_pages), batch.shape.num_kv_heads, batch.columns,
-                     batch.query_tokens, batch.shape.page_size, num_ctas, *costs, *batch.shared_costs], np.int32)  # fmt: skip
+    shape = batch.shape
+    sizes = (len(batch.lens), len(batch.groups.prefix_pages), shape.num_kv_heads, batch.columns, batch.query_tokens)
+    return np.array([*sizes, shape.page_size, num_ctas, *costs, *batch.shared_costs], np.int32)
 
 
 def expected_listing(schedule, groups):

@@ -11,8 +11,8 @@ from pkvsim.schedule.groups import PrefixGroups
 
 
 @settings(max_examples=60, deadline=None)
-@given(shared_batches(max_rows=6, max_pages=6, tiles=(16, 16, 8, 50)), balanced_costs, st.integers(1, 12), st.booleans(),
-       st.integers(0, 2**31))  # fmt: skip
+@given(shared_batches(max_rows=6, max_pages=6, tiles=(16, 16, 8, 50)), balanced_costs, st.integers(1, 12),
+       st.booleans(), st.integers(0, 2**31))  # fmt: skip
 def test_every_member_gets_the_attention_of_its_whole_row(batch, costs, cuts, sinks, seed):
     shape, rng = batch.shape, np.random.default_rng(seed)
     table, num_pages = share_tables(batch, seed)
@@ -38,5 +38,5 @@ def test_rows_that_do_not_share_are_refused():
     schedule = make_schedule("balanced", shape, [40, 40], num_ctas=3, groups=PrefixGroups([0, 0], [2]), tile_tokens=16)
     pages = np.zeros((6, 1, 16, 4))
     table = np.array([[0, 1, 2], [0, 4, 5]], np.int32)
-    with pytest.raises(ValueError, match=r"block_table\[1, 1\]: expected 1, as in row 0 with which the schedule reads it, got 4"):
+    with pytest.raises(ValueError, match=r"block_table\[1, 1\]: expected 1, as in row 0 .* got 4"):
         reference.run_schedule(schedule, shape, np.zeros((2, 2, 4)), pages, pages, table, [40, 40])

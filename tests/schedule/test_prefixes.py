@@ -48,20 +48,21 @@ def stated(table, pages, page_size, rule):
 
 
 @settings(max_examples=300, deadline=None)
-@given(tables(), st.sampled_from([1, 3, 16]), st.sampled_from([1, 3]), st.builds(SharingRule, st.integers(0, 30), st.integers(0, 90)))
+@given(tables(), st.sampled_from([1, 3, 16]), st.sampled_from([1, 3]),
+       st.builds(SharingRule, st.integers(0, 30), st.integers(0, 90)))  # fmt: skip
 def test_groups_are_those_of_the_rule(case, page_size, query_tokens, rule):
     table, pages, extra = case
     lens = pages * page_size + np.minimum(extra, page_size - 1)
     whole = np.maximum(0, lens - (query_tokens - 1)) // page_size
     groups = find_prefixes(np.pad(table, ((0, 0), (0, 1)), constant_values=-7), lens, page_size=page_size,
                            query_tokens=query_tokens, rule=rule)  # fmt: skip
-    found = [(int(count), np.flatnonzero(groups.group_of_row == g).tolist()) for g, count in enumerate(groups.prefix_pages)]
-    assert found == stated(table, whole, page_size, rule)
+    rows = [np.flatnonzero(groups.group_of_row == group).tolist() for group in range(len(groups.prefix_pages))]
+    assert list(zip(groups.prefix_pages.tolist(), rows)) == stated(table, whole, page_size, rule)
     groups.check(np.pad(table, ((0, 0), (0, 1))), lens, page_size=page_size)
 
 
 def test_documents_under_one_system_prompt():
-    """Four documents of 16 rows each, three rows of the prompt alone, one of its own: as the rule's fourth step has it."""
+    """Four documents of 16 rows each, three rows of the prompt alone, one of its own: the rule's fourth step."""
     table = np.zeros((68, 300), np.int32)
     fresh = iter(range(1000, 10**6))
     for row in range(68):

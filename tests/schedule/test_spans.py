@@ -10,7 +10,7 @@ from strategies import seq_lens, shapes
 
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.schedule.balanced import balanced_ranges
-from pkvsim.schedule.costs import MEASURED_COSTS, BalancedCosts, SharedCosts
+from pkvsim.schedule.costs import MEASURED_COSTS, SharedCosts
 from pkvsim.schedule.fill import fill_balanced, fill_spans
 from pkvsim.schedule.groups import PrefixGroups
 
@@ -18,7 +18,7 @@ SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 
 
 def expected_reads(batch):
-    """[(shared tiles, members, cost columns)] and each row's shared tiles, stated row by row."""
+    """[(shared tiles, members, columns that it costs as, eighths a tile)] and each row's shared tiles, stated row by row."""
     reads, shared_of_row = [], [0] * len(batch.lens)
     most = batch.shared_costs.columns // batch.columns
     for group, pages in enumerate(batch.groups.prefix_pages.tolist()):
@@ -29,8 +29,11 @@ def expected_reads(batch):
         if len(rows) < 2:
             continue
         parts = -(-len(rows) // most)
+        columns = -(-len(rows) // parts) * batch.columns
+        least = batch.shared_costs.again if parts > 1 else 8
+        eighths = max(least, -(-columns * batch.shared_costs.tile // 64))
         cuts = [len(rows) * part // parts for part in range(parts + 1)]
-        reads += [(tiles, rows[a:b], -(-len(rows) // parts) * batch.columns) for a, b in itertools.pairwise(cuts)]
+        reads += [(tiles, rows[a:b], columns, eighths) for a, b in itertools.pairwise(cuts)]
         for row in rows:
             shared_of_row[row] = tiles
     return reads, shared_of_row
@@ -40,9 +43,8 @@ def spans_of(batch, costs):
     """Every span in order: (read or -1, row, kv_head, first tile, tiles, segment cost, eighths)."""
     reads, shared_of_row = expected_reads(batch)
     heads, shared = range(batch.shape.num_kv_heads), batch.shared_costs
-    for index, (tiles, rows, columns) in enumerate(reads):
+    for index, (tiles, rows, columns, eighths) in enumerate(reads):
         segment = max(costs.segment, -(-columns * shared.segment // 8))
-        eighths = max(8, -(-columns * shared.tile // 64))
         yield from ((index, rows[0], head, 0, tiles, segment, eighths) for head in heads)
     for row, length in enumerate(batch.lens):
         first = shared_of_row[row]
@@ -89,7 +91,8 @@ def test_balanced_equals_its_statement(batch, costs, num_ctas):
         assert schedule.cta_offsets.tolist() == plain.cta_offsets.tolist()
         return
     found = schedule.shared
-    assert [(int(r["tiles"]), found.members_of(i).tolist()) for i, r in enumerate(found.reads)] == [r[:2] for r in reads]
+    made = [(int(read["tiles"]), found.members_of(i).tolist()) for i, read in enumerate(found.reads)]
+    assert made == [read[:2] for read in reads]
     assert found.members_of_tasks().tolist() == [len(reads[i][1]) if i >= 0 else 1 for i in found.read_of_task.tolist()]
     ranges, total, gap = expected_tasks(batch, costs, num_ctas)
     assert [[(read, *task) for read, task in zip(found.read_of_task[a:b].tolist(), schedule.tasks[a:b].tolist())]
@@ -146,13 +149,14 @@ def test_queue_reads_every_tile_once(batch, splits):
         ends[key], parts[key] = end, split + 1
     tiles = [-(-length // batch.tile_tokens) for length in batch.lens]
     heads = range(batch.shape.num_kv_heads)
-    wanted = {(i, rows[0], head): count for i, (count, rows, _) in enumerate(reads) for head in heads}
-    wanted |= {(-1, row, head): count for row, count in enumerate(tiles) for head in heads if count > shared_of_row[row]}
+    wanted = {(i, rows[0], head): count for i, (count, rows, *_) in enumerate(reads) for head in heads}
+    own = {row: count for row, count in enumerate(tiles) if count > shared_of_row[row]}
+    wanted |= {(-1, row, head): count for row, count in own.items() for head in heads}
     assert ends == wanted
     own = [parts.get((-1, row, 0), 0) for row in range(len(tiles))]
     shared = schedule.shared.shared_parts()
     assert np.diff(schedule.split_offsets).tolist() == (own + shared).tolist()
-    assert all(parts[i, rows[0], 0] == shared[row] for i, (_, rows, _) in enumerate(reads) for row in rows)
+    assert all(parts[i, rows[0], 0] == shared[row] for i, (_, rows, *_) in enumerate(reads) for row in rows)
 
 
 @settings(max_examples=100, deadline=None)
@@ -193,18 +197,19 @@ def test_a_read_is_read_once_and_its_rows_pay_what_is_theirs():
     [
         ("split", {"splits": 2}, "groups: expected None for split"),
         ("balanced", {"num_ctas": 4, "window": 64}, "window: expected None with groups"),
-        ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(columns=7)}, "shared_costs.columns: expected two rows' 8 or more, got 7"),
+        ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(7)}, "shared_costs.columns: expected two rows' 8 or more"),
         ("balanced", {"num_ctas": 4, "shared_costs": MEASURED_COSTS}, "shared_costs: expected SharedCosts"),
         ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(tile=-1)}, "shared_costs.tile: expected"),
+        ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(again=9)}, "shared_costs.again: expected"),
         ("balanced", {"num_ctas": 4, "query_tokens": 0}, "query_tokens: expected an integer"),
         ("balanced", {"num_ctas": 4, "splits": 4}, "splits: expected None for balanced"),
         ("workqueue", {"splits": 4, "num_ctas": 4}, "num_ctas: expected None for workqueue"),
-        ("balanced", {"num_ctas": 4, "groups": PrefixGroups([0], [1])}, r"groups: expected group_of_row \[2\], got \[1\]"),
+        ("balanced", {"num_ctas": 4, "groups": PrefixGroups([0], [1])}, r"groups: expected group_of_row \[2\], got"),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, options, message):
     with pytest.raises(ValueError, match=message):
-        make_schedule(name, SHAPE, [64, 64], **{"groups": PrefixGroups([0, 0], [2]), "costs": BalancedCosts(), **options})
+        make_schedule(name, SHAPE, [64, 64], **{"groups": PrefixGroups([0, 0], [2]), **options})
 
 
 @pytest.mark.parametrize(
@@ -226,7 +231,7 @@ def test_groups_against_their_block_table():
     PrefixGroups([0, 0, -1], [2]).check(table, [40, 33, 40], page_size=16)
     with pytest.raises(ValueError, match=r"prefix_pages\[0\]: expected at most the 1 full pages of row 1, got 2"):
         PrefixGroups([0, 0, -1], [2]).check(table, [40, 31, 40], page_size=16)
-    with pytest.raises(ValueError, match=r"group_of_row\[2\]: expected the page ids of row 0 .* got 7 for 6 in column 1"):
+    with pytest.raises(ValueError, match=r"group_of_row\[2\]: expected the page ids of row 0 .* 7 for 6 in column 1"):
         PrefixGroups([0, 0, 0], [2]).check(table, [40, 40, 40], page_size=16)
     with pytest.raises(ValueError, match=r"groups: expected group_of_row \[1\], got \[3\]"):
         PrefixGroups([0, 0, 0], [2]).check(table, [40], page_size=16)

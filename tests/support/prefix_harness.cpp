@@ -19,6 +19,17 @@ static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
+static int __syncthreads_or(bool vote) {
+  static int votes[2], meeting = 0;  // of this meeting and the next
+  const int mine = meeting;
+  votes[mine % 2] |= vote;
+  __syncthreads();
+  const int result = votes[mine % 2];
+  __syncthreads();
+  meeting = mine + 1, votes[mine % 2] = 0;
+  __syncthreads();
+  return result;
+}
 
 #include "prefixes.cu"
 
@@ -36,7 +47,8 @@ extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) 
   body = [] {
     const int* n = given.numbers;
     pkv_find_prefixes(static_cast<const pkv::page_id*>(given.block_table), ints(given.row_begins), ints(given.seq_lens),
-                      n[0], n[1], n[2], n[3], n[4], n[5], n[6], given.group_of_row, given.prefix_pages, given.workspace);
+                      n[0], n[1], n[2], n[3], n[4], n[5], n[6], given.group_of_row, given.prefix_pages,
+                      given.workspace);
   };
   const int batch_size = numbers[2];
   if (pkv::PrefixMemory::bytes(batch_size) > static_cast<int>(sizeof memory)) return "too many rows";

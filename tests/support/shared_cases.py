@@ -49,12 +49,15 @@ def shared_batches(draw: st.DrawFn, max_rows: int = 9, max_pages: int = 12, tile
         length = draw(st.one_of(long, long, long, st.integers(0, 2 * prefix + 20)))
         lens.append(length if length >= query_tokens else 0)
     columns = shape.group_size * query_tokens
-    costs = draw(st.builds(SharedCosts, st.integers(2 * columns, 6 * columns), st.integers(0, 120), st.integers(0, 9),
-                           st.integers(0, 3)))  # fmt: skip
-    return SharedBatch(shape, lens, PrefixGroups(group_of_row, pages), query_tokens, draw(st.sampled_from(tiles)), costs)
+    costs = draw(st.builds(SharedCosts, st.integers(2 * columns, 6 * columns), st.integers(0, 120), st.integers(1, 8),
+                           st.integers(0, 9), st.integers(0, 3)))  # fmt: skip
+    groups = PrefixGroups(group_of_row, pages)
+    return SharedBatch(shape, lens, groups, query_tokens, draw(st.sampled_from(tiles)), costs)
 
 
-balanced_costs = st.builds(BalancedCosts, st.integers(0, 9), st.integers(1, 20), st.integers(0, 9), st.sampled_from([0, 80]))
+balanced_costs = st.builds(
+    BalancedCosts, st.integers(0, 9), st.integers(1, 20), st.integers(0, 9), st.sampled_from([0, 80])
+)
 
 
 def share_tables(batch: SharedBatch, seed: int) -> tuple[np.ndarray, int]:

@@ -11,8 +11,8 @@ struct Listed {
 };
 
 // numbers: batch_size, num_groups, num_kv_heads, row_columns, query_tokens, page_size, num_ctas, then segment, minimum,
-// part, pair, then the fields of SharedCosts. parts [batch_size][num_kv_heads][3]: SharedParts of members. Returns the number of
-// ranges; cta_offsets[ranges] tasks were found, of which at most max_tasks are written.
+// part, pair, then the fields of SharedCosts. parts [batch_size][num_kv_heads][3]: SharedParts of members. Returns the
+// number of ranges; cta_offsets[ranges] tasks were found, of which at most max_tasks are written.
 extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const int* prefix_pages, const int* numbers,
                           Listed* tasks, int max_tasks, int* cta_offsets, int* parts) {
   const int batch_size = numbers[0], num_groups = numbers[1], num_kv_heads = numbers[2];
@@ -20,8 +20,8 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
   pkv::Axis axis{{seq_lens, batch_size, INT_MAX, INT_MAX},
                  {group_of_row, prefix_pages, num_groups, numbers[5], numbers[4]},
                  pkv::Readers(memory.data(), batch_size, num_groups),
-                 {numbers[11], numbers[12], numbers[13], numbers[14]},
-                 num_kv_heads, numbers[3], numbers[7]};
+                 {numbers[11], numbers[12], numbers[13], numbers[14], numbers[15]},
+                 {numbers[7], numbers[8], numbers[9], numbers[10]}, num_kv_heads, numbers[3]};
   pkv::Readers& readers = axis.readers;
   for (int group = 0; group < num_groups; ++group) axis.note_group(group);
   for (int row = 0; row < batch_size; ++row) {
@@ -46,8 +46,7 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
     if (entry.cost() > most) most = entry.cost();
     if (entry.cost() > 0 && entry.cost() < least) least = entry.cost();
   }
-  const pkv::Cut cut =
-      axis.cut(total, num_spans, listed > 0, most == least, numbers[6], numbers[8], numbers[9], numbers[10]);
+  const pkv::Cut cut = axis.cut(total, num_spans, listed > 0, most == least, numbers[6]);
   int count = 0;
   for (int range = 0; range < cut.num_ranges; ++range) {
     cta_offsets[range] = count;
