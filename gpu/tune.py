@@ -170,7 +170,8 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
         found, cells[shape] = [], fitting_cells(shape, pool)
         if not cells[shape]:
             raise ValueError(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
-        cases, expected = [laid_out(shape, pool, *cell) for cell in cells[shape]], []
+        cases = [laid_out(shape, pool, *cell) for cell in cells[shape]]
+        expected: list[object] = []
         for config in configs:
             progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.variant}")
             times = measure(config, cases, expected)

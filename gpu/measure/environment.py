@@ -42,7 +42,6 @@ def environment() -> dict[str, str]:
 
     from gpu.kernels import compile as kernels
     from gpu.kernels.this_gpu import this_gpu
-    from gpu.routes import flashinfer_decode as fi
 
     found = {
         "gpu": str(this_gpu()),

@@ -13,7 +13,7 @@ from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.shapes import DecodeShape, StepState, describe
 
 if TYPE_CHECKING:
-    from pkvsim.schedule.make import Schedule
+    from pkvsim.schedule.task_list import Schedule, SharedReads
 
 
 def attention(
@@ -87,12 +87,13 @@ def run_schedule(
     l = np.zeros((slots, shape.num_kv_heads, columns))
     acc = np.zeros((slots, shape.num_kv_heads, columns, options.value_dim(shape)))
     own_begin = schedule.split_offsets[:-1].astype(np.int64)  # [batch_size] the first slot of the row's own tasks
-    if schedule.shared is not None:
-        _check_shared(schedule, step, shape)
-        own_begin = own_begin + schedule.shared.shared_parts()
+    shared = schedule.shared
+    if shared is not None:
+        _check_shared(shared, schedule.tile_tokens, step, shape)
+        own_begin = own_begin + shared.shared_parts()
     for index, (row, kv_head, split, tile_begin, tile_end) in enumerate(schedule.tasks.tolist()):
-        read = -1 if schedule.shared is None else int(schedule.shared.read_of_task[index])
-        members = [row] if read < 0 else schedule.shared.members_of(read).tolist()
+        read = -1 if shared is None else int(shared.read_of_task[index])
+        members = [row] if shared is None or read < 0 else shared.members_of(read).tolist()
         begins = own_begin if read < 0 else schedule.split_offsets
         slots_of = [int(begins[member]) + split for member in members]
         states = [_empty_state(columns, options.value_dim(shape)) for _ in members]
@@ -101,8 +102,8 @@ def run_schedule(
             end = begin + schedule.tile_tokens
             if read < 0:
                 end = min(end, int(step.seq_lens[row]))
-            k = _tokens(k_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
-            v = _tokens(v_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
+            k = _tokens(k_pages, given.pages_of(row), kv_head, begin, end, shape.page_size)
+            v = _tokens(v_pages, given.pages_of(row), kv_head, begin, end, shape.page_size)
             for i, member in enumerate(members):
                 products = given.grouped(member)[kv_head] @ k.T
                 states[i] = _add_tile(states[i], given.logits(member, begin, products[None])[0], v)
@@ -136,16 +137,17 @@ def _empty_state(columns: int, value_dim: int) -> tuple[np.ndarray, np.ndarray, 
     return np.full(columns, -np.inf), np.zeros(columns), np.zeros((columns, value_dim))
 
 
-def _check_shared(schedule: Schedule, step: StepState, shape: DecodeShape) -> None:
+def _check_shared(shared: SharedReads, tile_tokens: int, step: StepState, shape: DecodeShape) -> None:
     """ValueError unless the members of each read have the same pages under its tiles."""
-    for read, tiles in enumerate(schedule.shared.reads["tiles"].tolist()):
-        members = schedule.shared.members_of(read)
-        ids = step.block_table[members, : -(-tiles * schedule.tile_tokens // shape.page_size)]
+    table = np.asarray(step.block_table)
+    for read, tiles in enumerate(shared.reads["tiles"].tolist()):
+        members = shared.members_of(read)
+        ids = table[members, : -(-tiles * tile_tokens // shape.page_size)]
         if (ids != ids[0]).any():
             at, column = (int(i) for i in np.argwhere(ids != ids[0])[0])
             raise ValueError(
-                f"block_table[{members[at]}, {column}]: expected {ids[0, column]}, as in row {members[0]} with which the "
-                f"schedule reads it, got {ids[at, column]}"
+                f"block_table[{members[at]}, {column}]: expected {ids[0, column]}, as in row {members[0]} with which "
+                f"the schedule reads it, got {ids[at, column]}"
             )
 
 

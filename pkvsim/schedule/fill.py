@@ -102,7 +102,7 @@ def fill_balanced(
     return num_tasks, num_partial_tasks
 
 
-@numba.njit(cache=True)
+@outer
 def fill_spans(
     tiles: np.ndarray,  # [num_entries] int64 of each of the entry's spans
     spans: np.ndarray,  # [num_entries] int64, 0 where an entry is not there

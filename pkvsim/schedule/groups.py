@@ -64,7 +64,8 @@ class PrefixGroups:
                 at, column = (int(i) for i in np.argwhere(differs)[0])
                 raise ValueError(
                     f"group_of_row[{rows[at]}]: expected the page ids of row {rows[0]} in all {pages} columns of group "
-                    f"{group}, got {block_table[rows[at], column]} for {block_table[rows[0], column]} in column {column}"
+                    f"{group}, got {block_table[rows[at], column]} for {block_table[rows[0], column]} "
+                    f"in column {column}"
                 )
 
 

@@ -5,6 +5,7 @@ The GPU runs these tasks and the simulator prices them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,8 @@ def make_schedule(
     splits (split and workqueue): one count or one per row, >= 1, cut down to the row's tiles.
     num_ctas (balanced): most ranges to cut into. costs (balanced): what it weighs, in tiles.
     window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
-    groups (workqueue and balanced): rows whose leading pages are read together, as pkvsim.schedule.spans says; a step in
-    which no two rows may is planned as one without groups. query_tokens: of each row, in addition to the shape's query
+    groups (workqueue and balanced): rows whose leading pages are read together, as pkvsim.schedule.spans says; a step
+    in which no two rows may is planned as one without groups. query_tokens: of each row, in addition to the shape's query
     heads. shared_costs: what reads for several rows cost, and how many columns they serve.
     Raises ValueError naming the argument.
     """
