@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pkvsim.reports.plots import PART_COLOURS, ROUTE_COLOURS, check_folder, colour_of
-from pkvsim.reports.series import PARTS, busy_parts_s, distribution, is_wide, over_time, time_edges
 from pkvsim.reports.table_serving import seconds, table_rows
+from pkvsim.studies.series import PARTS, busy_parts_s, distribution, is_wide, over_time, time_edges
 from pkvsim.studies.sweep import figures
 from pkvsim.studies.whatif import WhatIf
 
