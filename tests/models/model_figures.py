@@ -118,9 +118,7 @@ M3_ATTENTION = 60 * gqa(6144, 8192, 512) + 57 * 6144 * (4 + 1) * 128
 FIGURES: dict[str, Figures] = {
     "MiniMaxAI--MiniMax-M2.5": MINIMAX_M2,
     "MiniMaxAI--MiniMax-M2.7": MINIMAX_M2,
-    "Qwen--Qwen3-0.6B": Figures(
-        parameters=596_049_920, kv=28 * 2 * 8 * 128 * 2, published=parameters(0.6e9, CARD.format("Qwen/Qwen3-0.6B"))
-    ),
+    "Qwen--Qwen3-0.6B": Figures(parameters=596_049_920, kv=28 * 2 * 8 * 128 * 2),
     "Qwen--Qwen3-1.7B": Figures(parameters=1_720_574_976, kv=28 * 2 * 8 * 128 * 2),
     "Qwen--Qwen3-235B-A22B": QWEN3_235B,
     "Qwen--Qwen3-30B-A3B-FP8": Figures(

@@ -168,3 +168,29 @@ def test_unreadable_paths(tmp_path):
     for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"), (tmp_path / "junk", "utf-8")):
         with pytest.raises(ValueError, match=f"{path}: cannot read: .*{why}"):
             read_requests(path)
+
+
+KEYS = (
+    "timestamp input_length output_length hash_ids delay session_id text_input messages arrival_time_ns input_toks "
+    "output_toks input_tok_ids sub_requests conversations input_lens output_lens start_times metrics metadata "
+    "prompt decode arrival request_start_ns input_sequence_length output_sequence_length value content tool_duration_ns"
+).split()
+JUNK = st.recursive(
+    st.sampled_from([None, True, -1, 0, 1, 2.5, 1e300, float("nan"), "x", "", 2**63, 10**30]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=9), min_size=1, max_size=4))
+@example([{"input_length": 1, "output_length": 1, "hash_ids": ids} for ids in ([1], [], [2**63], None)])
+@example([{"input_toks": 2, "output_toks": 1, "arrival_time_ns": 0, "input_tok_ids": [10**30, 2]}])
+def test_junk_under_known_keys_raises_only_value_errors(file, records):
+    file.write_text("\n".join(map(json.dumps, records)))
+    try:
+        trace = read_requests(file)
+    except ValueError as error:
+        assert str(error).startswith(str(file)) and "\n" not in str(error)
+    else:
+        assert len(trace) >= 1
