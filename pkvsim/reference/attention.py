@@ -82,7 +82,7 @@ def run_schedule(
         raise ValueError(f"schedule: expected one of {step.batch_size} rows, got {len(schedule.split_offsets) - 1}")
     slots = int(schedule.split_offsets[-1])
     columns = shape.group_size * options.query_tokens
-    # Slots no task writes stay the empty state, which merges as nothing.
+    # A slot that no task writes keeps the empty state, which changes nothing in a merge.
     m = np.full((slots, shape.num_kv_heads, columns), -np.inf)
     l = np.zeros((slots, shape.num_kv_heads, columns))
     acc = np.zeros((slots, shape.num_kv_heads, columns, options.value_dim(shape)))
@@ -125,7 +125,7 @@ def merge_states(m: np.ndarray, l: np.ndarray, acc: np.ndarray) -> tuple[np.ndar
     Returns out [..., head_dim] and lse [...], natural log; zeros and -inf where every state is empty.
     """
     top = m.max(axis=0)
-    safe = np.where(np.isneginf(top), 0.0, top)  # exp(-inf - 0) is 0, exp(-inf + inf) would be NaN
+    safe = np.where(np.isneginf(top), 0.0, top)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
     weights = np.exp(m - safe)
     total = (weights * l).sum(axis=0)
     out = (weights[..., None] * acc).sum(axis=0) / np.where(total == 0, 1.0, total)[..., None]
@@ -157,7 +157,7 @@ def _add_tile(
     """One step of online softmax: scores [group_size, tokens], v [tokens, head_dim]."""
     m, l, acc = state
     top = np.maximum(m, scores.max(axis=-1))
-    safe = np.where(np.isneginf(top), 0.0, top)  # a tile may be hidden from a query token
+    safe = np.where(np.isneginf(top), 0.0, top)  # The mask may hide a whole tile from a query token.
     weights = np.exp(scores - safe[:, None])
     decay = np.exp(m - safe)
     return top, decay * l + weights.sum(axis=-1), decay[:, None] * acc + weights @ v

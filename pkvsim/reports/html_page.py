@@ -17,10 +17,10 @@ from pkvsim.studies.series import PARTS, busy_parts_s, distribution, is_wide, ov
 from pkvsim.studies.sweep import figures
 from pkvsim.studies.whatif import WhatIf
 
-DASHES = ("none", "6 3", "2 2", "8 3 2 3", "4 2 1 2 1 2")  # of lines, in the order of policies
-CURVE_POINTS = 400  # of a latency distribution
-RUN_BINS = 240  # of time over the run
-DIGITS = 5  # that a chart's numbers keep; the tables keep all
+DASHES = ("none", "6 3", "2 2", "8 3 2 3", "4 2 1 2 1 2")  # Policies take these dashes of lines in order.
+CURVE_POINTS = 400  # A latency distribution is drawn through so many points.
+RUN_BINS = 240  # A run is cut into so many bins of time.
+DIGITS = 5  # A chart's numbers keep so many digits; the tables keep all.
 
 
 def check_report_path(path: str | Path) -> Path:
