@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    usage_error = typer.BadParameter.__mro__[1]  # typer names no base class of its option errors
+    usage_error: Any = typer.BadParameter.__mro__[1]  # typer names no base class of its option errors
     try:
         with compile_notice():
             code = app(standalone_mode=False, prog_name="pkvsim")

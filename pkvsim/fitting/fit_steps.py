@@ -10,8 +10,8 @@ from scipy.optimize import least_squares
 from pkvsim.fitting.measurements import Measurement
 
 ROBUST_SCALE = 0.05  # relative residuals beyond this lose weight
-MIN_PLANS = 8  # fewer plans give a median alone
-TINY_US = 1e-3  # what is less is nothing
+MIN_PLANS = 8  # Fewer plans than this give a median alone.
+TINY_US = 1e-3  # A constant below this is written as 0.
 
 
 def step_constants(measurements: Sequence[Measurement], *, by_length: bool) -> dict[str, Any]:

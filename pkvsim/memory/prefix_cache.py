@@ -19,7 +19,7 @@ from pkvsim.compiled import inner
 KINDS = ("none", "lru", "infinite", "belady")
 NONE, LRU, INFINITE, BELADY = range(len(KINDS))
 FREE_PAGES, HEAP_SIZE, RELEASES, EVICTED, ALLOCATED, FREED, EVICTABLE_PAGES = range(7)  # of PagePool.counts
-MAX_BLOCKS_PER_PROMPT = 2**20  # Belady's keys hold the depth in their low bits
+MAX_BLOCKS_PER_PROMPT = 2**20  # Belady's keys hold a block's depth in their low bits.
 
 
 class PromptBlocks(NamedTuple):
@@ -139,7 +139,7 @@ def acquire(pool, blocks, kind, request, private_pages, keep_free):
     """Takes the request's blocks and private_pages in one go, leaving keep_free pages; False if it cannot."""
     counts = pool.counts
     need = private_pages
-    revived = 0  # pages of evictable blocks that this request puts back to use
+    revived = 0  # These pages of evictable blocks are put back to use by this request.
     for at in range(blocks.offsets[request], blocks.offsets[request + 1]):
         block = blocks.ids[at]
         if pool.users[block] < 0 or (kind == INFINITE and pool.users[block] == 0):
@@ -148,7 +148,7 @@ def acquire(pool, blocks, kind, request, private_pages, keep_free):
             revived += blocks.pages[block]
     if counts[FREE_PAGES] + counts[EVICTABLE_PAGES] - revived < need + keep_free:
         return False
-    need = private_pages  # a block that a prompt names twice is new once
+    need = private_pages  # A block that a prompt names twice takes its pages once.
     for at in range(blocks.offsets[request], blocks.offsets[request + 1]):
         block = blocks.ids[at]
         pool.next_request[block] = blocks.next_request[at]

@@ -17,7 +17,7 @@ from pkvsim.reference.rope import HALF, Rope
 from pkvsim.shapes import describe
 
 FP8_DTYPES = {"float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2)}
-INT8_STEPS = 127  # between 0 and a head's largest magnitude
+INT8_STEPS = 127  # INT8 has so many steps between 0 and a head's largest magnitude.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

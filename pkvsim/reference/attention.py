@@ -82,7 +82,7 @@ def run_schedule(
         raise ValueError(f"schedule: expected one of {step.batch_size} rows, got {len(schedule.split_offsets) - 1}")
     slots = int(schedule.split_offsets[-1])
     columns = shape.group_size * options.query_tokens
-    # Slots no task writes stay the empty state, which merges as nothing.
+    # A slot that no task writes keeps the empty state, which changes nothing in a merge.
     m = np.full((slots, shape.num_kv_heads, columns), -np.inf)
     l = np.zeros((slots, shape.num_kv_heads, columns))
     acc = np.zeros((slots, shape.num_kv_heads, columns, options.value_dim(shape)))
@@ -102,8 +102,8 @@ def run_schedule(
             end = begin + schedule.tile_tokens
             if read < 0:
                 end = min(end, int(step.seq_lens[row]))
-            k = _tokens(k_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
-            v = _tokens(v_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
+            k = _tokens(k_pages, given.pages_of(row), kv_head, begin, end, shape.page_size)
+            v = _tokens(v_pages, given.pages_of(row), kv_head, begin, end, shape.page_size)
             for i, member in enumerate(members):
                 products = given.grouped(member)[kv_head] @ k.T
                 states[i] = _add_tile(states[i], given.logits(member, begin, products[None])[0], v)
@@ -125,7 +125,7 @@ def merge_states(m: np.ndarray, l: np.ndarray, acc: np.ndarray) -> tuple[np.ndar
     Returns out [..., head_dim] and lse [...], natural log; zeros and -inf where every state is empty.
     """
     top = m.max(axis=0)
-    safe = np.where(np.isneginf(top), 0.0, top)  # exp(-inf - 0) is 0, exp(-inf + inf) would be NaN
+    safe = np.where(np.isneginf(top), 0.0, top)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
     weights = np.exp(m - safe)
     total = (weights * l).sum(axis=0)
     out = (weights[..., None] * acc).sum(axis=0) / np.where(total == 0, 1.0, total)[..., None]
@@ -145,8 +145,8 @@ def _check_shared(shared: SharedReads, tile_tokens: int, step: StepState, shape:
         if (ids != ids[0]).any():
             at, column = (int(i) for i in np.argwhere(ids != ids[0])[0])
             raise ValueError(
-                f"block_table[{members[at]}, {column}]: expected {ids[0, column]}, as in row {members[0]} with which the "
-                f"schedule reads it, got {ids[at, column]}"
+                f"block_table[{members[at]}, {column}]: expected {ids[0, column]}, as in row {members[0]} with which "
+                f"the schedule reads it, got {ids[at, column]}"
             )
 
 
@@ -156,7 +156,7 @@ def _add_tile(
     """One step of online softmax: scores [group_size, tokens], v [tokens, head_dim]."""
     m, l, acc = state
     top = np.maximum(m, scores.max(axis=-1))
-    safe = np.where(np.isneginf(top), 0.0, top)  # a tile may be hidden from a query token
+    safe = np.where(np.isneginf(top), 0.0, top)  # The mask may hide a whole tile from a query token.
     weights = np.exp(scores - safe[:, None])
     decay = np.exp(m - safe)
     return top, decay * l + weights.sum(axis=-1), decay[:, None] * acc + weights @ v

@@ -10,9 +10,9 @@ import numpy as np
 from pkvsim.reports.plots import ROUTE_COLOURS, picture, plain_log, thin_grid, unit_of
 from pkvsim.studies.sweep import Sweep
 
-LABELLED_CELLS = 200  # no numbers are written into more
+LABELLED_CELLS = 200  # A map of more cells has no numbers written into them.
 DARK_ROUTES = ("balanced", "workqueue", "flashinfer_tensor_core", "flashinfer")  # whose colour carries white text
-LOG_RATIO = 20  # largest over smallest value from which colours are logarithmic
+LOG_RATIO = 20  # Colours are logarithmic where the largest value is this many times the smallest.
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], *, option: str, trace: bool) -> None:
@@ -59,7 +59,8 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     check_axes(sweep.axes, option="route_map", trace="route" not in sweep.cells[0])
     shape = [len(values) for values in sweep.axes.values()]
     routes = [cell["route"] for cell in sweep.cells]
-    colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"]}  # the paper's, of no backend
+    # The paper's policy names no backend.
+    colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"]}
     taken = [name for name in colours if name in routes]
     width, height = _size(shape)
     with picture(path, option="route_map", note=note, width=width + 2, height=height) as figure:

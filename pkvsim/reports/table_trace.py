@@ -7,7 +7,7 @@ from rich.markup import escape
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.traces.summary import LengthSummary, TraceSummary
 
-TEXT_CELLS = 36  # what the histogram's columns other than the bars take
+TEXT_CELLS = 36  # The histogram's other columns take so many cells.
 MOST_COLUMNS = 80  # that the bars fill, however wide the terminal
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -76,7 +76,7 @@ def _bar(share: float, cells: int, *, blocks: bool) -> str:
     eighths = round(share * cells * 8)
     if share > 0 and eighths == 0:
         eighths = 1
-    if not blocks:  # a terminal that cannot encode block characters
+    if not blocks:  # The terminal cannot encode block characters.
         return "#" * -(-eighths // 8)
     return EIGHTHS[-1] * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 

@@ -5,6 +5,7 @@ The GPU runs these tasks and the simulator prices them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 

@@ -82,8 +82,9 @@ def find_prefixes(
     page_size, query_tokens = check_int("page_size", page_size, 1), check_int("query_tokens", query_tokens, 1)
     step.check_pages(DecodeShape(1, 1, 1, page_size))
     pages = np.maximum(0, step.seq_lens.astype(np.int64) - (query_tokens - 1)) // page_size  # [batch_size]
+    table = np.asarray(step.block_table)
     # Big-endian, so that bytes sort as ids do.
-    names = [step.block_table[row, :count].astype(">u4").tobytes() for row, count in enumerate(pages)]
+    names = [table[row, :count].astype(">u4").tobytes() for row, count in enumerate(pages)]
     order = np.array(sorted(range(step.batch_size), key=names.__getitem__), np.int64)
     common = np.array([_common(names[a], names[b]) for a, b in zip(order[:-1], order[1:])], np.int64)  # of neighbours
     found = []  # (rows, pages)

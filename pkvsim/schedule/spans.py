@@ -106,7 +106,7 @@ def find_reads(
     members = np.argsort(group, kind="stable")[np.count_nonzero(group < 0) :].astype(np.int32)
     counts = np.bincount(group[group >= 0], minlength=len(shared))
     read_of_row = np.full(len(lens), -1, np.int32)
-    rows = []
+    rows: list[tuple[int, ...]] = []
     begin = 0
     for index in np.flatnonzero(counts).tolist():
         count = int(counts[index])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Union
 
 import numpy as np
 
@@ -72,7 +71,7 @@ class Samples:
         return float(self.values.mean())
 
 
-Distribution = Union[Uniform, Lognormal, Exponential, Samples]
+Distribution = Uniform | Lognormal | Exponential | Samples
 
 
 def constant(value: float) -> Uniform:

@@ -40,7 +40,7 @@ class TextSource:
     def lines(self) -> Iterator[str]:
         """The lines that are left, their endings kept."""
         with self._named():
-            for line in self._text:  # `yield from` would close the stream along with this generator
+            for line in self._text:  # noqa: UP028 `yield from` would close the stream along with this generator
                 yield line
 
     def detach(self) -> None:

@@ -51,7 +51,7 @@ def paths(value: object, names: dict[str, str], where: str = "") -> set[str]:
 NAMES = {  # where keys are names, and what the page calls them
     "routes": "ROUTE", "policies": "POLICY", "engines": "ENGINE", "engines.ENGINE.routes": "ROUTE",
     "policies.POLICY.routes": "ROUTE", "cells[].result.routes_us": "ROUTE", "cells[].result.routes": "ROUTE",
-    "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING",
+    "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING", "[].bits_per_weight": "CLASS", "[].ignored": "FIELD",
 }
 RUNS = {
     "step": ("--seq-lens 4096,17 --device rtx3060", "--seq-lens 0 --device h200"),
@@ -60,6 +60,7 @@ RUNS = {
                "--trace azure.csv --device l4"),
     "sweep": ("--over batch=1,2 --over length=1024 --device l4", "--over rate=1,2 --trace azure.csv --device l4"),
     "trace": ("mooncake.jsonl", "azure.csv"),
+    "models": ("", ),
     "devices": ("h200 l4",),
 }
 

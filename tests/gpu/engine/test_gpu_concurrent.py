@@ -131,7 +131,7 @@ def test_one_engine_captured_beside_another_that_runs() -> None:
     with torch.cuda.graph(graph, stream=stream):
         engine.run(small.q, small.k_pages, small.v_pages, out=out, lse=lse)
     before = engine.schedule_engine._partials
-    for seed in range(3):
+    for _ in range(3):
         engine.plan(large.seq_lens, large.block_table)
         poison = cupy.full(1 << 22, 0xAB, dtype=cupy.uint8)  # where freed memory would be taken up
         found = outputs(large)
