@@ -61,7 +61,7 @@ def chunks_per_token(num_heads: int, widest_head_dim: int, num_tokens: int, num_
 
 def launch_sizes(views: AppendViews, shape: DecodeShape, *, head_dim_v: int, layout: str, max_positions: int,
                  rope_stride: int, num_sms: int) -> tuple[int, tuple[int, ...]]:
-    """(CTAs, the integers of gpu.kernels.fields.APPEND) of checked arrays. rope_stride: of the table's rows, 0 without."""
+    """(CTAs, the integers of gpu.kernels.fields.APPEND) of checked arrays. rope_stride: of the table's rows, else 0."""
     tokens, num_q_heads = views.k_new.shape[0], 0 if views.q is None else shape.num_q_heads
     chunks = chunks_per_token(2 * shape.num_kv_heads + num_q_heads, max(shape.head_dim, head_dim_v), tokens, num_sms)
     strides = [*views.k_new.strides[:2], *views.v_new.strides[:2]]

@@ -46,7 +46,7 @@ def make_schedule(
     num_ctas (balanced): most ranges to cut into. costs (balanced): what it weighs, in tiles.
     window: tokens at a row's end that are read (AttentionOptions.reach); tiles before them have no task.
     groups (workqueue and balanced): rows whose leading pages are read together, as pkvsim.schedule.spans says; a step
-    in which no two rows may is planned as one without groups. query_tokens: of each row, in addition to the shape's query
+    in which no two rows may is planned as one without groups. query_tokens: of each row, beside the shape's query
     heads. shared_costs: what reads for several rows cost, and how many columns they serve.
     Raises ValueError naming the argument.
     """
