@@ -165,13 +165,13 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
     entries, pool, pool_dtype, cells = [], None, None, {}
     for (shape, group, dtype), configs in zip(shapes, candidates):
         if dtype != pool_dtype:
-            del pool
+            pool = cases = None  # views of the last type's pages would keep them beside the new ones
             pool, pool_dtype = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, dtype), seed=1), dtype
         found, cells[shape] = [], fitting_cells(shape, pool)
         if not cells[shape]:
             raise ValueError(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
         cases = [laid_out(shape, pool, *cell) for cell in cells[shape]]
-        expected: list[object] = []
+        expected: list[torch.Tensor] = []
         for config in configs:
             progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.variant}")
             times = measure(config, cases, expected)

@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, make_model, prompts
 from torch_paged import serve_op_on_cpu
 from transformers import DynamicCache
 
+from gpu.drop_ins import transformers_attention
 from gpu.drop_ins.transformers_attention import attention, register
 from gpu.drop_ins.transformers_cache import PagedCache
 from gpu.drop_ins.transformers_rows import PagedRows
@@ -175,12 +176,55 @@ def test_turns_under_a_sliding_window(name) -> None:
 
 
 @pytest.mark.parametrize("argument, value", [
-    ("softcap", 30.0), ("s_aux", torch.zeros(6)), ("dropout", 0.1), ("position_bias", torch.zeros(1)),
+    ("dropout", 0.1), ("position_bias", torch.zeros(1)),
 ])
 def test_what_is_not_served_is_refused_by_name(argument, value) -> None:
     new = torch.zeros(2, 6, 3, 8)
-    with pytest.raises(NotImplementedError, match=f"^{argument}: expected"):
+    with pytest.raises(NotImplementedError, match=f"^{argument}: expected") as refused:
         attention(torch.nn.Module(), new, new[:, :2], new[:, :2], None, **{argument: value})
+    assert "tensor(" not in str(refused.value)
+
+
+OPTIONS = {"gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+           "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}}
+CAPPED = {(family, window): make_model(family, sliding_window=window, **options)
+          for family, options in OPTIONS.items() for window in (6, 64)}
+
+
+@pytest.mark.parametrize("padding, window, logits_at_a_time", [
+    ("left", 6, 600), ("right", 64, 1 << 28), ("holes", 64, 600)])
+@pytest.mark.parametrize("family", OPTIONS)
+def test_soft_caps_and_sinks(family, padding, window, logits_at_a_time, monkeypatch) -> None:
+    """Gemma 2 caps its logits, GPT-OSS has sinks, both slide in every other layer: as Transformers' eager attention.
+
+    Where padding is not on the left, Transformers counts it in the window, and a window that is never full is compared.
+    """
+    monkeypatch.setattr(transformers_attention, "DENSE_LOGITS", logits_at_a_time)
+    model, inputs = CAPPED[family, window], prompts([11, 2, 7, 1], padding)
+    caches = {"eager": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for tokens in (1, 4, 1):
+        logits = {}
+        for implementation, cache in caches.items():
+            model.set_attn_implementation(implementation)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+            with torch.no_grad():
+                found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            logits[implementation] = found.logits[mask[:, -ids.shape[1]:].bool()]
+        torch.testing.assert_close(logits["pkv"], logits["eager"], rtol=1e-4, atol=1e-4)
+        ids = torch.randint(2, 97, (4, tokens), generator=torch.Generator().manual_seed(tokens))
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_a_prompt_without_mask_or_cache_under_caps_and_sinks(family) -> None:
+    model, ids = CAPPED[family, 6], prompts([5, 5], "left")["input_ids"]
+    found = {}
+    for implementation in ("eager", "pkv"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found[implementation] = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found["pkv"], found["eager"], rtol=1e-4, atol=1e-4)
 
 
 def test_readme_example() -> None:
