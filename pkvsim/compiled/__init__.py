@@ -1,7 +1,7 @@
 """How the compiled functions of pkvsim are compiled, cached and announced.
 
-Read in this order: the two decorators here, `parts` (why an inner function costs little to compile), `cache_place` (where
-machine code is kept), `notice` (what a user is told while it is made).
+Read in this order: the two decorators here, `parts` (why an inner function costs little to compile), `cache_place`
+(where machine code is kept), `notice` (what a user is told while it is made).
 """
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Numba optimises every function and makes its machine code, then copies its optim
 optimises that again: a chain of eight callers pays for the same body eight times. A part stops at the unoptimised LLVM
 module, which callers link; the outermost function optimises all of them together. That halves a first run.
 
-Numba offers no option for that, so its internals are used, for the versions alone that were tried (TRIED); others compile
-inner functions in Numba's own way, which gives the same results later.
+Numba offers no option for that, so its internals are used, for the versions alone that were tried (TRIED); others
+compile inner functions in Numba's own way, which gives the same results later.
 """
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def print_grid(
     title: str = "",
     styles: Sequence[str | None] = (),  # of the rows
 ) -> None:
-    """A table. Where its columns do not fit side by side, those that do come first and the others in further tables below,
-    each of which begins with the first column. A cell wider than the terminal is folded, never cut."""
+    """A table. Where its columns do not fit side by side, those that do come first and the others in further tables
+    below, each of which begins with the first column. A cell wider than the terminal is folded, never cut."""
     if title:
         print_line(console, title)
     widths = [_width(column, [row[at] for row in rows]) for at, column in enumerate(columns)]

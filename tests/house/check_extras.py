@@ -1,8 +1,8 @@
 """Proves that the GPU extras stand alone: `make check-extras`, on any machine, without a GPU or a CUDA toolkit.
 
-For each extra a fresh environment installs it (some 3 GB are downloaded) and compiles every kernel of cuda_src for sm_86
-and sm_90 with the NVRTC and the headers that came with it, the way CuPy would: its NVRTC, its include folders. nvcc is
-hidden from PATH, CUDA_PATH and CUDA_HOME are unset. Prints what was installed and compiled, and with --json writes it.
+For each extra a fresh environment installs it (some 3 GB are downloaded) and compiles every kernel of cuda_src for
+sm_86 and sm_90 with the NVRTC and the headers that came with it, the way CuPy would: its NVRTC, its include folders.
+nvcc is hidden from PATH, CUDA_PATH and CUDA_HOME are unset. Prints what was installed and compiled; --json writes it.
 """
 from __future__ import annotations
 
