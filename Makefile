@@ -1,4 +1,5 @@
-# make demo: the main job. make test: the CPU test suite. Each builds .venv where it is missing.
+# make demo: the main job. make test: the CPU test suite. make lint: style, types and the arrows between rooms.
+# make docs: the site, into site/. Each builds .venv where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU_EXTRA = $(shell nvidia-smi 2>/dev/null | sed -n "s/.*CUDA[A-Za-z ]*Version: *\([0-9]*\).*/\1/p" | head -n 1 \
     | awk '{ print ($$1 >= 13) ? "gpu-cuda13" : "gpu" }')
 
-.PHONY: demo test check-extras clean
+.PHONY: demo test lint docs check-extras clean
 
 demo: .venv/.base
 	$(BIN)/pkvsim replay --family bimodal --requests 24 --max-active 8 --steps 48 --seed 20260623 \
@@ -26,6 +27,14 @@ test: .venv/.test
 check-extras:
 	$(PYTHON) tests/house/check_extras.py --json tests/house/extras.json
 
+lint: .venv/.lint
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict
+
 # Editable, so that one environment serves both targets and never runs stale sources.
 .venv/.base: setup.cfg pyproject.toml | .venv
 	$(PIP) install -q -e .
@@ -33,6 +42,14 @@ check-extras:
 
 .venv/.test: setup.cfg pyproject.toml | .venv
 	$(PIP) install -q -e '.[test]'
+	@touch $@
+
+.venv/.lint: setup.cfg pyproject.toml | .venv
+	$(PIP) install -q -e '.[lint]'
+	@touch $@
+
+.venv/.docs: setup.cfg pyproject.toml | .venv
+	$(PIP) install -q -e '.[docs,plot]'
 	@touch $@
 
 .venv/.gpu: setup.cfg pyproject.toml | .venv
@@ -43,4 +60,4 @@ check-extras:
 	$(PYTHON) -m venv $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

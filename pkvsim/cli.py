@@ -7,15 +7,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pkvsim.commands import devices, fit, replay, step, sweep, trace, whatif
+from pkvsim.commands import devices, fit, models, replay, step, sweep, trace, whatif
 from pkvsim.commands.errors import print_error
 from pkvsim.compiled.notice import compile_notice
 
-COMMANDS = (devices.devices, fit.fit, replay.replay, step.step, sweep.sweep, trace.trace, whatif.whatif)
+COMMANDS = (
+    devices.devices, fit.fit, models.models, replay.replay, step.step, sweep.sweep, trace.trace, whatif.whatif,
+)  # fmt: skip
 UNWRITTEN, BAD_INPUT = 1, 2
 INTERRUPTED, PIPE_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as a shell names those who die of them
 
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    usage_error = typer.BadParameter.__mro__[1]  # typer names no base class of its option errors
+    usage_error: Any = typer.BadParameter.__mro__[1]  # typer names no base class of its option errors
     try:
         with compile_notice():
             code = app(standalone_mode=False, prog_name="pkvsim")

@@ -1,9 +1,9 @@
 """What whatif and sweep share: a model that fits the GPU, and a progress bar."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING, Optional
 
 if TYPE_CHECKING:
     from pkvsim.devices.device import DeviceSpec

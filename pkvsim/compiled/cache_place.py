@@ -14,8 +14,8 @@ import numba
 
 def find_cache() -> bool:
     """Whether compiled functions can be cached. Where neither the install nor the user's home is writable, Numba is
-    given a temporary folder, which one line on stderr names; where that fails too, the line says that nothing is
-    kept."""
+    given a temporary folder, which one line on stderr names; where that fails too, the line says that
+    nothing is kept."""
     if _numba_has_a_place():
         return True
     place = _temporary_folder()

@@ -106,9 +106,10 @@ def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> 
     rows = []
     for route in sorted(routes):
         entry = device.calibration[route]
+        timings = str(entry.in_sample.measurements) if entry.in_sample else "-"
         errors = [entry.in_sample, entry.held_out]
         shown = [f"{value:.1f}" for e in errors if e for value in (e.median_percent, e.mean_percent)]
-        about = (f"{entry.model.rule} {entry.model.ctas_per_sm:g}", str(entry.in_sample.measurements))
+        about = (f"{entry.model.rule} {entry.model.ctas_per_sm:g}", timings)
         rows.append((route, *about, *shown, *[""] * (4 - len(shown))))
     print_grid(
         console,

@@ -23,7 +23,7 @@ def print_sweep(sweep: Sweep, metric: str, notes: tuple[str, ...] = ()) -> None:
     if len(names) == 2:
         down, across = sweep.axes.values()
         columns = [Column(f"{names[0]} \\ {names[1]}", "left"), *(Column(str(value)) for value in across)]
-        rows = [
+        rows: list[tuple[str | Text, ...]] = [
             (str(value), *figures[at * len(across) : (at + 1) * len(across)]) for at, value in enumerate(down)
         ]
     else:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.traces.summary import LengthSummary, TraceSummary
 
-TEXT_CELLS = 36  # what the histogram's columns other than the bars take
+TEXT_CELLS = 36  # The histogram's other columns take so many cells.
 MOST_COLUMNS = 80  # that the bars fill, however wide the terminal
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -27,7 +27,11 @@ def print_trace(trace: TraceSummary) -> None:
         print_line(
             console,
             f"{trace.prefix_reuse:.1%} of {trace.prompt_blocks:,} prompt blocks of {trace.block_tokens} tokens "
-            "came before: hits of an infinite prefix cache",
+            "are hits of an infinite prefix cache",
+        )
+    if trace.follow_ups:
+        print_line(
+            console, f"{trace.follow_ups:,} requests wait for the end of an earlier one of their conversation"
         )
     for note in trace.notes:
         print_line(console, f"note: {note}")
@@ -72,7 +76,7 @@ def _bar(share: float, cells: int, *, blocks: bool) -> str:
     eighths = round(share * cells * 8)
     if share > 0 and eighths == 0:
         eighths = 1
-    if not blocks:  # a terminal that cannot encode block characters
+    if not blocks:  # The terminal cannot encode block characters.
         return "#" * -(-eighths // 8)
     return EIGHTHS[-1] * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-
 from pkvsim.compiled import drop_stale, inner, outer
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
 from pkvsim.serving.attention import attend

@@ -37,8 +37,8 @@ def test_wheel_ships_every_source(tmp_path):
 
 
 def test_pkvsim_needs_no_gpu_package():
-    loaded = "pkvsim.cli, pkvsim.studies.replay, pkvsim.reports.table_replay"
-    code = f"import sys, {loaded}; print({{'cupy', 'torch', 'gpu'}} & set(sys.modules))"
+    modules = "pkvsim.cli, pkvsim.studies.replay, pkvsim.reports.table_replay"
+    code = f"import sys, {modules}; print({{'cupy', 'torch', 'gpu'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
