@@ -26,6 +26,7 @@ TOLD = ("torch", "cupy-", "cuda-toolkit", "flashinfer-python", "nvidia-cuda-nvrt
 def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]:
     """(file, what, defines) of every kernel: plain attention, every option, pages of 8 bits, appends."""
     from gpu.cache import append_variant
+    from gpu.inputs.block_tables import TableLayout
     from gpu.kernels.variant import DTYPES, kernel_config
     from gpu.measure.timing import STREAM_SHAPES
     from pkvsim import AttentionOptions, DecodeShape
@@ -45,7 +46,10 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         shape = DecodeShape(32, 8, 128, 16)
         defines = append_variant.defines(shape, "float16", kv_dtype=kv_dtype or "float16", head_dim_v=128, rope=None)
         yield "append.cu", kv_dtype or "float16", defines
+    for layout in (TableLayout(), TableLayout(int64=True, csr=True, last_page=True)):
+        yield "prefixes.cu", f"{layout}", layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
     yield "plan.cu", "", {}
+    yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):
         yield "stream.cu", f"unroll {unroll}", {"UNROLL": unroll}
 
