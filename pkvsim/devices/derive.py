@@ -14,11 +14,12 @@ LEAST_CAPABILITY = {"xqa": (9, 0)}  # FlashInfer's XQA kernels; its other backen
 
 def device_routes(device: DeviceSpec) -> dict[str, RouteModel]:
     """The device's own models; where it has none, those that derive_routes estimates."""
-    return {name: entry.model for name, entry in _all_routes(device).items()}
+    return {name: entry.model for name, entry in all_routes(device).items()}
 
 
 @lru_cache(maxsize=None)
-def _all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
+def all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
+    """Every route of the device, with where its model comes from."""
     return derive_routes(device) | device.calibration
 
 

@@ -134,7 +134,7 @@ class CalibratedPolicy:
         ready = self._prepared.get(key)
         if ready is None:
             routing = make_routing(
-                shape, device_routes(device), device.num_sms, options=options, available=available, allowed=allowed,
+                shape, device_routes(device), device, options=options, available=available, allowed=allowed,
                 pinned={"split": self.split_splits, "workqueue": self.workqueue_splits},
             )  # fmt: skip
             ready = self._prepared[key] = Prepared(routing, new_prices())

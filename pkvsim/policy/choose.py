@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.compiled import drop_stale
+from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.devices.route_options import as_read, needs, serving_routes, unserved
 from pkvsim.options import PLAIN, AttentionOptions
@@ -55,7 +56,7 @@ def new_prices() -> Prices:
 def make_routing(
     shape: DecodeShape,
     models: Mapping[str, RouteModel],
-    num_sms: int,
+    device: DeviceSpec,
     *,
     options: AttentionOptions = PLAIN,
     available: Sequence[str] = ROUTES,
@@ -64,7 +65,7 @@ def make_routing(
     paper: PaperRules | None = None,
     name: str = "available",
 ) -> Routing:
-    """The routing of a kind of layer on a GPU with these models.
+    """The routing of a kind of layer on a GPU whose routes have these models.
 
     available: routes to price; allowed: those of them to choose among. pinned: splits of every row by route. paper: the
     paper's policy chooses, by these numbers. name: of the argument that a ValueError names, where no allowed route
@@ -82,14 +83,14 @@ def make_routing(
             f"{name}: expected a route that serves {needs(shape, options)}, got {unserved(shape, options, taken)}"
         )
     if not any(route in models for route in taken if route in serving):
-        raise ValueError(f"{name}: expected a route that the device has a model of, got {', '.join(taken)}")
+        raise ValueError(f"{name}: expected a route that {device.name} has a model of, got {', '.join(taken)}")
     constants = constants_matrix(dict(models), serving)
     known = ~np.isnan(constants[:, 0])
     tensor_core, cuda_core, split, workqueue = map(
         ROUTES.index, ("flashinfer_tensor_core", "flashinfer_cuda_core", "split", "workqueue")
     )
     return Routing(
-        heads=heads_of(shape, num_sms, options),
+        heads=heads_of(shape, device.num_sms, options),
         candidates=Candidates(
             constants=constants,
             reaches=np.array([as_read(route, options).reach or 0 for route in ROUTES], np.int64),

@@ -133,7 +133,7 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
             raise ValueError(f"policies: paper: expected plain attention, {model.name} has layers with {needs}")
         routings.append(
             make_routing(
-                shape, models, device.num_sms, options=options, paper=paper, name=f"policies: {policy}",
+                shape, models, device, options=options, paper=paper, name=f"policies: {policy}",
                 allowed=FLASHINFER_ROUTES if policy == "paper" else policy_routes(policy),
                 pinned=dict.fromkeys(PINNED_ROUTES, config.splits),
             )

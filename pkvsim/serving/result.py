@@ -182,15 +182,22 @@ def percentiles(values: np.ndarray) -> dict[str, float | None]:
 
 
 def is_saturated(requests: RequestLog) -> bool:
-    """Whether the wait for admission grew over the run.
+    """Whether requests came faster than they could be served.
 
-    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated:
-    the least-squares slope of the wait is at least SATURATED_SLOPE, and the last quarter of the requests waited longer
-    than they then took.
+    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated: half of
+    the requests waited longer for admission than half of them then took; or the least-squares slope of the wait is at
+    least SATURATED_SLOPE, and the last quarter of the requests waited longer than they then took; or all came at one
+    instant, and some had to wait.
     """
     served = requests.rejected == SERVED
     arrival, wait = requests.arrival_s[served], requests.queue_s[served]
-    if len(arrival) < 8 or arrival[-1] <= arrival[0]:
+    if not len(arrival):
+        return False
+    if arrival[-1] <= arrival[0]:
+        return bool(wait.max() > 0)
+    if np.median(wait) > np.median(requests.finish_s[served] - arrival - wait):
+        return True
+    if len(arrival) < 8:
         return False
     centred = arrival - arrival.mean()
     slope = float(centred @ wait / (centred @ centred))

@@ -38,7 +38,7 @@ def check_timeline(
         return None
     shape, options, layers = attention_kinds(model, config.page_size)[-1]
     models = step_models(device, config)
-    routing, prices = make_routing(shape, models, device.num_sms, options=options), new_prices()
+    routing, prices = make_routing(shape, models, device, options=options), new_prices()
     constants = routing.candidates.constants
     candidates = [index for index in range(len(ROUTES)) if not np.isnan(constants[index, 0])]
     errors, taken_us, best_us = [], 0.0, 0.0
