@@ -5,10 +5,12 @@ import sys
 
 import typer
 
-from pkvsim.commands import devices, fit, replay, step, sweep, trace, whatif
+from pkvsim.commands import devices, fit, models, replay, step, sweep, trace, whatif
 from pkvsim.commands.errors import print_error
 
-COMMANDS = (devices.devices, fit.fit, replay.replay, step.step, sweep.sweep, trace.trace, whatif.whatif)
+COMMANDS = (
+    devices.devices, fit.fit, models.models, replay.replay, step.step, sweep.sweep, trace.trace, whatif.whatif,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Replays decode traffic on models of GPUs, without a GPU.",

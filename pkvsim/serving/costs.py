@@ -10,8 +10,10 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
 from pkvsim.devices.route_options import asked
+from pkvsim.models.decode_groups import decode_groups
+from pkvsim.models.model_spec import FULL, SLIDING, describe_attention
 from pkvsim.models.presets import ModelSpec, decode_weight_bytes, flops_per_token, kv_bytes_per_token, weight_bytes
-from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.options import AttentionOptions
 from pkvsim.policy.by_name import POLICIES, policy_routes
 from pkvsim.policy.choose import PINNED_ROUTES, make_routing
 from pkvsim.policy.fixed import FLASHINFER_ROUTES
@@ -101,13 +103,20 @@ def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteMod
 
 
 def attention_kinds(model: ModelSpec, page_size: int) -> tuple[tuple[DecodeShape, AttentionOptions, int], ...]:
-    """(shape, options, layers) of every kind of attention layer that the model has, the one that sees most tokens last."""
-    shape = model.shape(page_size)
-    kinds = (
-        (shape, AttentionOptions(window=model.sliding_window or None), model.num_sliding_layers),
-        (shape, PLAIN, model.num_full_layers),
-    )
-    return tuple(kind for kind in kinds if kind[2])
+    """(shape, options, layers) of every kind of attention layer that the model has, those that see all tokens last.
+
+    ValueError where a kind is neither full nor sliding grouped-query attention, which no route serves.
+    """
+    kinds = []
+    for group in decode_groups(model, page_size):
+        known = group.attention.kind in (FULL, SLIDING) and not group.attention.selected_entries
+        if group.shape is None or group.options is None or not known:
+            raise ValueError(
+                f"model: {model.name}: expected layers of grouped-query attention, full or sliding, got "
+                f"{describe_attention(group.attention)}"
+            )
+        kinds.append((group.shape, group.options, group.count))
+    return tuple(sorted(kinds, key=lambda kind: kind[1].window is None))
 
 
 def paper_rules(device: DeviceSpec) -> PaperRules:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec, get_device
-from pkvsim.models.presets import ModelSpec
+from pkvsim.models.model_spec import ModelSpec, with_kv_heads
 from pkvsim.policy.by_name import Policy, make_policy
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.serving.costs import check_policies, fit_note
@@ -103,7 +103,7 @@ def with_group_size(model: ModelSpec, group_size: int) -> ModelSpec:
     check_int("group_size", group_size, 1)
     if model.num_q_heads % group_size:
         raise ValueError(f"group_size: expected a divisor of {model.num_q_heads} query heads, got {group_size}")
-    return replace(model, num_kv_heads=model.num_q_heads // group_size)
+    return with_kv_heads(model, model.num_q_heads // group_size)
 
 
 def serving_sweep(
