@@ -70,7 +70,8 @@ class Scheduler:
     __slots__ = ("requests", "limits", "state", "_planned")
 
     def __init__(self, requests: Requests, limits: Limits) -> None:
-        self.requests, self.limits = requests, limits
+        # Whoever stops a request early changes how many tokens it gives.
+        self.requests, self.limits = requests._replace(output=requests.output.copy()), limits
         self.state: SchedulerState = new_scheduler_state(
             len(requests.prompt), limits, page_pool(requests.blocks, limits.num_pages)
         )

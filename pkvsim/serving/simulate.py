@@ -45,23 +45,25 @@ def simulate(
     progress: Progress | None = None,
 ) -> ServingResult:
     """Serves the whole trace. policy: one of pkvsim.policy.by_name.POLICIES. ValueError where the model does not fit."""
+    limits = limits_of(model, device, config)
+    requests = requests_of(trace, model, config, limits)
+    attention = attention_costs(model, device, policy, config)
+    linear_us = linear_table_us(model, device, config)
+    state = new_scheduler_state(len(trace), limits, page_pool(requests.blocks, limits.num_pages))
+    log = new_log(len(trace), len(ROUTES), limits)
+    total = int(trace.output_tokens[requests.rejected == SERVED].sum())
+    done = False
+    while not done:
+        done = advance(requests, limits, attention, linear_us, float(config.host_us), state, log, CHUNK_STEPS)
+        if progress is not None:
+            progress(int(state.generated.sum()), total)
+    return make_result(policy, requests, limits, state, log)
+
+
+def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:
+    """The scheduler's numbers. ValueError where the model does not fit."""
     num_pages = page_budget(model, device, config)
-    rejected = _rejected(trace, model, config, num_pages)
-    if rejected.all():
-        raise ValueError(
-            f"{trace.name}: expected a request that fits the KV pool of {num_pages * config.page_size:,} tokens and "
-            f"{model.name}'s context of {model.max_context:,}, the shortest has "
-            f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
-        )
-    blocks = _blocks(trace, config, rejected == SERVED)
-    requests = Requests(
-        arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
-        prompt=trace.prompt_tokens,
-        output=trace.output_tokens,
-        rejected=rejected,
-        blocks=blocks,
-    )
-    limits = Limits(
+    return Limits(
         page_size=config.page_size,
         num_pages=num_pages,
         keep_free=int(num_pages * config.keep_free_fraction),
@@ -69,17 +71,24 @@ def simulate(
         step_tokens=config.step_tokens,
         cache_kind=KINDS.index(config.prefix_cache),
     )
-    attention = attention_costs(model, device, policy, config)
-    linear_us = linear_table_us(model, device, config)
-    state = new_scheduler_state(len(trace), limits, page_pool(blocks, num_pages))
-    log = new_log(len(trace), len(ROUTES), limits)
-    total = int(trace.output_tokens[rejected == SERVED].sum())
-    done = False
-    while not done:
-        done = advance(requests, limits, attention, linear_us, float(config.host_us), state, log, CHUNK_STEPS)
-        if progress is not None:
-            progress(int(state.generated.sum()), total)
-    return make_result(policy, requests, limits, state, log)
+
+
+def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, limits: Limits) -> Requests:
+    """The trace as the scheduler takes it, arrivals from the first on. ValueError where no request can be served."""
+    rejected = _rejected(trace, model, config, limits.num_pages)
+    if rejected.all():
+        raise ValueError(
+            f"{trace.name}: expected a request that fits the KV pool of {limits.num_pages * config.page_size:,} tokens "
+            f"and {model.name}'s context of {model.max_context:,}, the shortest has "
+            f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
+        )
+    return Requests(
+        arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
+        prompt=trace.prompt_tokens,
+        output=trace.output_tokens,
+        rejected=rejected,
+        blocks=_blocks(trace, config, rejected == SERVED),
+    )
 
 
 def _blocks(trace: RequestTrace, config: ServingConfig, served: np.ndarray) -> PromptBlocks:

@@ -129,7 +129,7 @@ def test_bad_arguments():
         CalibratedPolicy(split_splits=0)
     with pytest.raises(ValueError, match="seq_lens.0.: expected a length"):
         CalibratedPolicy().decide(SHAPE, [-1], H200)
-    with pytest.raises(ValueError, match="policy: expected one of calibrated, paper"):
+    with pytest.raises(ValueError, match="policy: expected one of paper, calibrated"):
         make_policy("best")
     with pytest.raises(ValueError, match="min_context: expected none with the policy calibrated, got 0"):
         make_policy("calibrated", min_context=0)
