@@ -17,6 +17,7 @@ from pkvsim.pricing.task_times import chunks_us, even_us, strided_us
 from pkvsim.schedule.make import balanced_ranges
 
 QUEUE_WAVES = (1, 2, 4, 8, 16)  # tasks per CTA slot among which the workqueue's splits are chosen
+ROUNDING = 1e-9  # far above what sums of so few terms lose
 _ranges = inner(balanced_ranges)
 
 
@@ -80,13 +81,22 @@ def by_queue(ordered: np.ndarray, tokens: int, layer: Layer) -> tuple[float, int
         if splits == best_splits:
             continue
         tasks = layer.num_kv_heads * proportional_count(ordered, splits)
+        merging = 0.0
+        if splits > 1:
+            merging = merge_us(constants, layer.state_bytes, float(splits), float(tasks))
+        # No count takes less than the bandwidth does, its merge, and a strided CTA's tasks one after the other: most of
+        # the counts beyond the first are ruled out by that.
+        least = constants[LAUNCH] + tokens * layer.num_kv_heads * layer.shared_us + merging
+        if constants[STRIDED] and layer.tile <= constants[MIN_SPLIT]:
+            least += constants[TASK] * tasks / min(layer.slots, tasks)
+        if least * (1.0 - ROUNDING) >= best:
+            continue
         price = constants[LAUNCH]
         if constants[STRIDED]:
             price += strided_us(ordered, splits, True, layer)
         else:
             price += chunks_us(ordered, -(-ordered[0] // splits), tasks, layer)
-        if splits > 1:
-            price += merge_us(constants, layer.state_bytes, float(splits), float(tasks))
+        price += merging
         if price < best:
             best = price
             best_splits = splits

@@ -10,7 +10,7 @@ import numpy as np
 
 from pkvsim.compiled import inner
 from pkvsim.pricing.constants import TASK
-from pkvsim.pricing.cuts import sort_descending, splits_of_row, total_tokens
+from pkvsim.pricing.cuts import splits_of_row, total_tokens
 from pkvsim.pricing.layer import Layer
 
 FULLEST_SM_SIGMAS = 0.75  # tasks that all start at once: the fullest SM's load over the mean, in standard deviations
@@ -105,13 +105,42 @@ def strided_us(ordered: np.ndarray, splits: int, proportional: bool, layer: Laye
             loads[0] += size
         loads[end] -= size
         first = end
-    for cta in range(1, ctas):
-        loads[cta] += loads[cta - 1]
-    sort_descending(loads, ctas)
+    # Neighbours with the same load are one entry: a few rows give far fewer of them than there are CTAs.
+    counts = np.empty(ctas, np.int64)
+    used = 0
+    load = 0.0
     for cta in range(ctas):
-        less = loads[cta + 1] if cta + 1 < ctas else 0.0
-        us += (loads[cta] - less) * max(layer.alone_us, (cta + 1) * layer.shared_us)
+        step = loads[cta]
+        load += step
+        if cta == 0 or step != 0.0:
+            loads[used] = load
+            counts[used] = 0
+            used += 1
+        counts[used - 1] += 1
+    _sort_loads(loads, counts, used)
+    running = 0
+    for at in range(used):
+        running += counts[at]
+        less = loads[at + 1] if at + 1 < used else 0.0
+        us += (loads[at] - less) * max(layer.alone_us, running * layer.shared_us)
     return us
+
+
+@inner
+def _sort_loads(loads: np.ndarray, counts: np.ndarray, used: int) -> None:
+    """Sorts loads[:used], the largest first, and counts with them; a shell sort as in pkvsim.pricing.cuts."""
+    gap = 1
+    while gap < used:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for index in range(gap, used):
+            load, count = loads[index], counts[index]
+            place = index
+            while place >= gap and loads[place - gap] < load:
+                loads[place], counts[place] = loads[place - gap], counts[place - gap]
+                place -= gap
+            loads[place], counts[place] = load, count
+        gap //= 3
 
 
 @inner

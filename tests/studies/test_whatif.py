@@ -53,7 +53,9 @@ def test_json(capsys, monkeypatch, trace_file) -> None:
     code, out, err = pkvsim(capsys, monkeypatch, *args)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert list(report) == ["trace", "model", "device", "accuracy", "config", "policies", "rejected", "notes"]
+    assert list(report) == [
+        "trace", "model", "device", "accuracy", "config", "policies", "rejected", "notes", "left_out", "basis",
+    ]  # fmt: skip
     assert list(report["policies"]) == ["paper", "calibrated", "oracle"]
     for summary in report["policies"].values():
         assert list(summary) == SUMMARY_KEYS
