@@ -32,7 +32,7 @@ from pkvsim.serving.state import (
 
 @compiled
 def next_work_us(requests, state, now_us):
-    """now_us where a request runs or waits, else when the next one arrives, infinity after the last."""
+    """now_us where a request runs or waits, else when the next one arrives that is served, infinity after the last."""
     counts, at = state.counts, state.counts[NEXT_ARRIVAL]
     end = len(requests.arrival_us)
     if counts[NUM_RUNNING] > 0 and (at == end or requests.arrival_us[at] > now_us):
@@ -43,6 +43,8 @@ def next_work_us(requests, state, now_us):
     _skip_rejected(requests, counts)
     if counts[NUM_RUNNING] > 0 or counts[NUM_PREEMPTED] > 0 or counts[NEXT_WAITING] < at:
         return now_us
+    while at < end and requests.rejected[at] != SERVED:
+        at += 1
     return requests.arrival_us[at] if at < end else math.inf
 
 
