@@ -7,6 +7,7 @@ from gpu.engine.schedule_engine import SCHEDULES, ScheduleEngine
 from gpu.inputs import checks
 from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run
+from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import kernel_config
 from gpu.routes.router import Router
 from pkvsim import DecodeShape
@@ -31,7 +32,7 @@ class DecodeEngine:
     schedule_engine: what runs the schedule, None of auto. router: what chooses the routes, None but of auto.
     """
 
-    __slots__ = ("shape", "dtype", "schedule", "options", "layout", "schedule_engine", "router", "_device_id")
+    __slots__ = ("shape", "dtype", "schedule", "options", "layout", "schedule_engine", "router", "_runs", "_device_id")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None, costs: BalancedCosts | None = None,
@@ -53,20 +54,20 @@ class DecodeEngine:
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
-        current = cupy.cuda.Device()
         checks.check_engine(shape, dtype, schedule, (*SCHEDULES, AUTO), options, layout, tile_tokens, variant)
         options = options.with_cache(kv_dtype, kv_scales)
         self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
-        self._device_id = current.id
+        self._device_id = cupy.cuda.Device().id
         self.schedule_engine: ScheduleEngine | None = None
         self.router: Router | None = None
+        self._runs: ScheduleEngine | Router  # whichever of the two there is
         if schedule == AUTO:
             # The routes' engines are built when a step first takes them; what no kernel serves is refused at once.
-            kernel_config(shape, dtype, int(current.compute_capability), options=options)
-            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
-                                 layout=layout)
+            kernel_config(shape, dtype, this_gpu().compute_capability, options=options)
+            self._runs = self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
+                                              layout=layout)
         else:
-            self.schedule_engine = ScheduleEngine(
+            self._runs = self.schedule_engine = ScheduleEngine(
                 shape, dtype, schedule, splits=splits, tile_tokens=tile_tokens, num_ctas=num_ctas, costs=costs,
                 variant=variant, options=options, layout=layout, scale=scale)
 
@@ -89,13 +90,13 @@ class DecodeEngine:
         if self.schedule_engine is not None:
             tables = StepTables(seq_lens, block_table, indptr, indices, last_page_len)
             self.schedule_engine.plan(tables, validate=validate)
-        else:
+        elif self.router is not None:
             checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
             self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
             scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
-            v_scale: object = None) -> tuple[object, object]:
+            v_scale: object = None) -> tuple[object, object | None]:
         """Attention of the planned step, on the caller's current stream.
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
@@ -113,8 +114,7 @@ class DecodeEngine:
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
-        run = Run(q, k_pages, v_pages, out, lse, scale, sinks, query_lens, k_scale, v_scale)
-        return (self.router if self.schedule_engine is None else self.schedule_engine).run(run)
+        return self._runs.run(Run(q, k_pages, v_pages, out, lse, scale, sinks, query_lens, k_scale, v_scale))
 
     def release_arrays(self) -> None:
         """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""

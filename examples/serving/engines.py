@@ -150,7 +150,7 @@ class EngineSet:
     @property
     def baseline(self) -> str:
         """The engine whose results the others are compared with."""
-        return next((name for name in (PAPER_DEFAULT, *BACKENDS, *OWN_ROUTES) if name in self.engines))
+        return next(name for name in (PAPER_DEFAULT, *BACKENDS, *OWN_ROUTES) if name in self.engines)
 
 
 def build_engines(

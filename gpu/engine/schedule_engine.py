@@ -13,6 +13,7 @@ from gpu.engine.task_list import read_device_tasks, upload_tasks
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables, fingerprint
 from gpu.inputs.run import Run
+from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import TILE_TOKENS, kernel_config
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.options import PLAIN, AttentionOptions
@@ -32,19 +33,18 @@ class ScheduleEngine:
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None) -> None:
         """As gpu.DecodeEngine; schedule: one of SCHEDULES. Raises ValueError naming the argument."""
-        current = cupy.cuda.Device()
-        capability = int(current.compute_capability)
+        gpu = this_gpu()
         checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
         self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
-        self.config = kernel_config(shape, dtype, capability, variant=variant, options=options)
+        self.config = kernel_config(shape, dtype, gpu.compute_capability, variant=variant, options=options)
         # What the kernels take for KV heads: the parts of each, where its group is split.
         self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
-        self.device_id = current.id
-        num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else num_ctas
+        self.device_id = cupy.cuda.Device().id
+        num_ctas = gpu.num_sms if num_ctas is None else num_ctas
         self.num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         if costs is None:
-            costs = default_costs(divmod(capability, 10)).of_kernel(
+            costs = default_costs(divmod(gpu.compute_capability, 10)).of_kernel(
                 columns=self.config.columns, v_head_dim=self.config.v_dim,
                 kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size)
         self.costs = check_costs(costs)
@@ -53,7 +53,7 @@ class ScheduleEngine:
         self._plan: Plan | None = None
         self._checked_plan: list | None = None
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
-        self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
+        self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=gpu.overlaps)
         self._partials, self._workspace_at = None, 0
         if schedule == "balanced":
             self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
@@ -62,7 +62,7 @@ class ScheduleEngine:
 
     def plan(self, tables: StepTables, *, splits: object = None, packed: object = None,
              validate: bool = False) -> None:
-        """As gpu.DecodeEngine.plan. splits: of this plan and those to come; packed: what only FlashInfer's routes read."""
+        """As gpu.DecodeEngine.plan. splits: of this plan and those to come; packed: what FlashInfer's routes read."""
         if splits is not None:
             self.splits = splits
         addresses, key = fingerprint(tables)

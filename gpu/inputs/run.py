@@ -1,7 +1,7 @@
 """What a planned step is run with, and the protocol of everything that plans and runs steps."""
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,9 +26,9 @@ class Run(NamedTuple):
 class StepPlanner(Protocol):
     """A route of a step: a schedule of ours or a backend of FlashInfer's."""
 
-    def plan(self, tables: StepTables, *, splits: np.ndarray | int | None = None, packed: object = None,
+    def plan(self, tables: StepTables, *, splits: np.ndarray | int | None = None, packed: Any = None,
              validate: bool = False) -> None:
-        """Plans a step. splits: of split and workqueue. packed: the tables in FlashInfer's form, where they are at hand."""
+        """Plans a step. splits: of split and workqueue. packed: the tables in FlashInfer's form, where at hand."""
 
     def run(self, run: Run) -> tuple[object, object | None]:
         """Attention of the planned step: (out, lse)."""

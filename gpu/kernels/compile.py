@@ -32,26 +32,31 @@ def compile_options(defines: dict[str, int | str]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> "cupy.RawModule":
+def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> cupy.RawModule:
     import cupy
 
     return cupy.RawModule(code=(SOURCE_DIR / file_name).read_text(), options=compile_options(dict(defines)))
 
 
-def load_module(file_name: str, defines: dict[str, int | str]) -> "cupy.RawModule":
+def load_module(file_name: str, defines: dict[str, int | str]) -> cupy.RawModule:
     """The compiled module of one .cu file and one set of constants; compiled once per process, cached on disk."""
     return _load(file_name, tuple(sorted(defines.items())))
 
 
 def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[str, int | str], *, threads: int,
-                shared_bytes: int = 0, overlap: bool = False, pairs: bool = False) -> "Kernel":
+                shared_bytes: int = 0, overlap: bool = False, pairs: bool = False) -> Kernel:
     """A kernel of `file_name`, ready to launch in CTAs of `threads` with `shared_bytes` of dynamic shared memory.
 
-    signature: the parameters' types, see gpu.kernels.launch. overlap: programmatic dependent launch, for kernels that wait for
-    the previous one themselves (sm_90 and newer). pairs: see gpu.kernels.launch.Kernel.
+    signature: the parameters' types, see gpu.kernels.launch. overlap: programmatic dependent launch,
+    for kernels that wait for the previous one themselves (sm_90 and newer). pairs: see gpu.kernels.launch.Kernel.
     """
     from gpu.kernels.launch import Kernel
+    from gpu.kernels.this_gpu import this_gpu
+    from gpu.kernels.variant import shared_limit_bytes
 
+    limit = shared_limit_bytes(this_gpu().compute_capability)
+    if shared_bytes > limit:
+        raise ValueError(f"shared_bytes: expected at most {limit} on {this_gpu()}, got {shared_bytes} of {kernel_name}")
     raw = load_module(file_name, defines).get_function(kernel_name)
     if shared_bytes:
         raw.max_dynamic_shared_size_bytes = shared_bytes

@@ -56,8 +56,8 @@ class Kernel:
 
     signature: a letter per value, p address, i int32, q int64, f float32; those in brackets are one parameter, a C
     structure. What a launch is told is kept from one to the next, since a step's host time is mostly this call.
-    overlap: programmatic dependent launch. pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a cluster;
-    a grid of an odd number goes where it will.
+    overlap: programmatic dependent launch. pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a
+    cluster; a grid of an odd number goes where it will.
     """
 
     __slots__ = (

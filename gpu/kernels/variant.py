@@ -33,8 +33,8 @@ CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
               128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
               192: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
               256: ((4, 2), (2, 2), (2, 1), (1, 1), (4, 1))}
-# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Only 8 x 4 at head_dim 128 was
-# measured against others (examples/results/h200_decode.md).
+# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Only 8 x 4 at head_dim 128
+# was measured against others (examples/results/h200_decode.md).
 CALCULATED_8BIT = {64: ((8, 8), (8, 6), (8, 4), (4, 8), (4, 4), (4, 2), (2, 2)),
                    128: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
                    192: ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
@@ -137,7 +137,7 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
     as many stages of those its team's warps have together, and as many buffers, as fit."""
     v_dim = options.value_dim(shape)
     for split, team in divisions(shape.group_size, v_dim, options.query_tokens):
-        found = []
+        found: list[KernelConfig] = []
         for warps, stages in choices:
             rings = itertools.product(range(stages * team, (stages - 1) * team, -1), (2, 1))
             configs = (KernelConfig(
@@ -173,6 +173,7 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
+    choices: tuple[tuple[int, int], ...]
     if variant:
         choices = (variant,)
     elif options.kv_dtype is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from gpu.inputs.run import StepPlanner
 from gpu.routes import flashinfer_decode as fi
+from gpu.routes.flashinfer_builds import build_failure
 from gpu.routes.flashinfer_route import FlashInferRoute
 from pkvsim import DecodeShape
 from pkvsim.devices.route_model import OWN_ROUTES, ROUTES
@@ -82,5 +83,6 @@ def build(
         theirs = FlashInferRoute(shape, dtype, BACKENDS[route], options)
         theirs.probe()
     except Exception as error:  # its kernels are built on demand, in ways of its own to fail
-        raise RouteUnavailable(f"{route}: {type(error).__name__}: {error}".splitlines()[0][:200]) from error
+        reason = build_failure(error) or f"{type(error).__name__}: {error}"
+        raise RouteUnavailable(f"{route}: {reason}".splitlines()[0][:200]) from error
     return theirs

@@ -12,6 +12,7 @@ import numpy as np
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run, StepPlanner
+from gpu.kernels.this_gpu import this_gpu
 from gpu.routes import flashinfer_decode as fi
 from gpu.routes import route_engines as routes
 from pkvsim import DecodeShape
@@ -37,9 +38,9 @@ class Router:
     GPU is idle, which costs more than any route gains, and a captured choice could not follow them.
 
     A step with an empty row, or one of fewer tokens than it has query tokens, stays on our own routes, which define its
-    result (zeros and -inf). FlashInfer's engines
-    are built, and their kernels with them, when a step first chooses them; one that cannot be built is named in a
-    warning and left out from then on. Every first choice for a batch size is logged with its reason (INFO).
+    result (zeros and -inf). FlashInfer's routes are built, and their kernels with them, when a step first chooses them;
+    one that cannot be built is named in a warning, once a process, and left out from then on. Every first choice for a
+    batch size is logged with its reason (INFO).
 
     plan() and run() belong on one stream, as DecodeEngine's do. `decision` and `counts` say what was chosen.
     """
@@ -92,7 +93,7 @@ class Router:
         self.device = this_device() if device is None else get_device(device) if isinstance(device, str) else device
         self._needs_lse = needs_lse
         self._build = functools.partial(build, scale=scale, options=options, layout=layout)
-        self.available = OWN_ROUTES
+        self.available: tuple[str, ...] = OWN_ROUTES
         if scale is None:
             self.available = routes.available_routes(shape, needs_lse=needs_lse, options=options, layout=layout)
         self.decision: Decision | None = None
@@ -190,7 +191,7 @@ class Router:
             try:
                 self._engines[route] = self._build(route, self.shape, self.dtype)
             except routes.RouteUnavailable as error:
-                LOG.warning("left out from now on: %s", error)
+                _warn_once(f"left out from now on: {error}")
                 self.available = tuple(name for name in self.available if name != route)
                 self._decisions.clear()
                 return None
@@ -199,15 +200,12 @@ class Router:
 
 def this_device() -> DeviceSpec | None:
     """The catalogue's calibrated GPU that the current one is by name, SMs and compute capability, or None."""
-    import cupy
-
     from gpu.measure.environment import gpu_slug
 
-    device = cupy.cuda.Device()
-    slug = gpu_slug(cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode())
-    capability = divmod(int(device.compute_capability), 10)
+    gpu = this_gpu()
+    slug, capability = gpu_slug(gpu.name), divmod(gpu.compute_capability, 10)
     for name, spec in DEVICES.items():
-        same = spec.num_sms == device.attributes["MultiProcessorCount"] and spec.compute_capability == capability
+        same = spec.num_sms == gpu.num_sms and spec.compute_capability == capability
         if spec.routes and same and slug.startswith(name):
             return spec
     return None

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 from pkvsim.devices.device import DEVICES, DeviceSpec
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel
@@ -17,7 +17,7 @@ def device_routes(device: DeviceSpec) -> dict[str, RouteModel]:
     return {name: entry.model for name, entry in _all_routes(device).items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
     return derive_routes(device) | device.calibration
 
@@ -47,7 +47,8 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
                 l2_mb=model.l2_mb * device.l2_mib / reference.l2_mib,
             ),
             status="estimated",
-            source=f"{reference.name}'s model scaled by bandwidth and arithmetic of the datasheets (pkvsim.devices.derive)",
+            source=f"{reference.name}'s model scaled by bandwidth and arithmetic of the datasheets "
+            "(pkvsim.devices.derive)",
             date=entry.date,
         )
     return routes

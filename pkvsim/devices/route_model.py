@@ -24,11 +24,11 @@ RULES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteModel:
-    """What one route costs on one GPU; drives the closed form (pkvsim.pricing.counters) and the timeline (pkvsim.timeline.timeline).
+    """What one route costs on one GPU; drives the closed form (pkvsim.pricing) and the timeline (pkvsim.timeline).
 
     GB = 1e9 bytes, MB = 1e6 bytes. A route's kernel time for one layer after another is fixed_us, plus launch_us for
     every launch after the first, plus the time its tasks take on num_sms * ctas_per_sm slots, plus the merge where rows
-    are cut. pkvsim.pricing.layer.step_times puts layers and the host's part together. Raises ValueError naming the field.
+    are cut. pkvsim.pricing.layer.step_times adds up layers and the host's part. Raises ValueError naming the field.
     """
 
     rule: str  # one of RULES
@@ -117,7 +117,7 @@ class CalibratedRoute:
 
     def to_dict(self) -> dict[str, Any]:
         """The catalogue's file format, which `read_route` reads back."""
-        data = {"status": self.status, "source": self.source, "date": self.date}
+        data: dict[str, Any] = {"status": self.status, "source": self.source, "date": self.date}
         for name in ("in_sample", "held_out"):
             error = getattr(self, name)
             if error is not None:
@@ -141,12 +141,13 @@ def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
     if entry["status"] not in ("calibrated", "estimated"):
         raise ValueError(f"{where}.status: expected calibrated or estimated, got {entry['status']!r}")
     errors = {name: _read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
-    constants = entry["model"]
+    constants: dict[str, Any] = entry["model"]
     odd = ({"rule", *_REQUIRED} - set(constants)) | (set(constants) - {"rule", *CONSTANTS})
     if odd:
         raise ValueError(f"{where}.model: missing or unknown: {', '.join(sorted(odd))}")
+    constants = {k: math.inf if v == NO_LIMIT and k in _UNLIMITED else v for k, v in constants.items()}
     try:
-        model = RouteModel(**{k: math.inf if v == NO_LIMIT and k in _UNLIMITED else v for k, v in constants.items()})
+        model = RouteModel(**constants)
     except ValueError as error:
         raise ValueError(f"{where}.model.{error}") from None
     return CalibratedRoute(model=model, status=entry["status"], source=entry["source"], date=entry["date"], **errors)

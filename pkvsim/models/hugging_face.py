@@ -1,190 +1,200 @@
-"""Hugging Face config.json to ModelSpec: Llama, Mistral, Qwen2, Qwen3, Qwen3 MoE and GPT-OSS."""
+"""Hugging Face config.json to ModelSpec: which reader an architecture has, and the sum of what it finds."""
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from pkvsim.models.model_spec import ModelSpec, Weights
+from pkvsim.models.config_fields import VISION, Fields
+from pkvsim.models.families import grouped, hybrid, latent, mixed
+from pkvsim.models.families.attention import Split
+from pkvsim.models.families.layer_plan import LayerPlan, ModelPlan, Reading
+from pkvsim.models.model_spec import LayerSpec, ModelSpec, Weights
+from pkvsim.models.modules import ATTENTION, EXPERT, FIXED, MLP, Module, module_weights, sum_modules
+from pkvsim.models.quantization import NOT_QUANTISED, Quantization, read_quantization
 from pkvsim.shapes import MAX_TOKENS, check_int
 
-LLAMA, MISTRAL, QWEN2 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
-QWEN3, QWEN3_MOE, GPT_OSS = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM"
-ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GPT_OSS)
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-MXFP4_BYTES = 4.25 / 8  # 4 bits a weight and an 8-bit scale per 32 (OCP MX 1.0)
-
-USED = {
-    "architectures", "attention_bias", "dtype", "experts_per_token", "head_dim", "hidden_size", "intermediate_size",
-    "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "mlp_only_layers",
-    "moe_intermediate_size", "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers",
-    "num_key_value_heads", "num_local_experts", "decoder_sparse_step", "quantization_config", "sliding_window",
-    "tie_word_embeddings", "torch_dtype", "use_sliding_window", "vocab_size",
-}  # fmt: skip
-IGNORED = {  # change neither sizes nor work
-    "attention_dropout", "bos_token_id", "cls_token_id", "eos_token_id", "hidden_act", "id2label",
-    "initial_context_length", "initializer_range", "label2id", "model_type", "norm_topk_prob", "output_attentions",
-    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "return_dict", "rms_norm_eps",
-    "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef", "sep_token_id", "swiglu_limit",
-    "tokenizer_class", "transformers_version", "unk_token_id", "use_cache",
-}  # fmt: skip
-
-
-class _Fields:
-    """Typed access to a config; every complaint names the file and the field."""
-
-    def __init__(self, config: Any, where: str) -> None:
-        if not isinstance(config, dict):
-            raise ValueError(f"{where}: expected an object of a Hugging Face config, got {type(config).__name__}")
-        unknown = sorted(key for key in set(config) - USED - IGNORED if not key.startswith("_"))
-        self.config, self.where = config, where
-        self.architecture = self._architecture()
-        if unknown:
-            raise self.error(
-                unknown[0], f"unknown for {self.architecture}; remove it if it changes neither weights nor attention"
-            )
-
-    def _architecture(self) -> str:
-        named = self.config.get("architectures")
-        if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
-            raise self.error("architectures", f"expected one of {', '.join(ARCHITECTURES)}, got {named!r}")
-        return named[0]
-
-    def error(self, name: str, message: str) -> ValueError:
-        return ValueError(f"{self.where}: field {name}: {message}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number >= 1; `default`, if there is one, for a field that is missing or null."""
-        value = self.config.get(name)
-        if value is None and default is not None:
-            return default
-        if name not in self.config:
-            raise self.error(name, "missing")
-        try:
-            return check_int(name, value, 1, 2**40)
-        except ValueError:
-            raise self.error(name, f"expected a whole number >= 1, got {value!r}") from None
-
-    def flag(self, name: str) -> bool:
-        value = self.config.get(name, False)
-        if not isinstance(value, bool):
-            raise self.error(name, f"expected true or false, got {value!r}")
-        return value
+READERS: dict[str, Callable[[Reading], ModelPlan]] = {
+    name: partial(grouped.read_grouped, style=style) for name, style in grouped.STYLES.items()
+}
+READERS |= {
+    "Glm4MoeForCausalLM": grouped.read_glm4_moe,
+    "SeedOssForCausalLM": grouped.read_seed_oss,
+    "Llama4ForCausalLM": mixed.read_llama4,
+    "Llama4ForConditionalGeneration": mixed.read_llama4,
+    "Gemma4ForCausalLM": mixed.read_gemma4,
+    "Gemma4ForConditionalGeneration": mixed.read_gemma4,
+    "Step3p7FlashForCausalLM": mixed.read_step3p7,
+    "Step3p7ForConditionalGeneration": mixed.read_step3p7,
+    "MiniMaxM3SparseForCausalLM": mixed.read_minimax_m3,
+    "MiniMaxM3SparseForConditionalGeneration": mixed.read_minimax_m3,
+    "DeciLMForCausalLM": mixed.read_decilm,
+    "DeepseekV2ForCausalLM": latent.read_deepseek,
+    "DeepseekV3ForCausalLM": latent.read_deepseek,
+    "DeepseekV32ForCausalLM": latent.read_deepseek,
+    "GlmMoeDsaForCausalLM": latent.read_deepseek,
+    "Glm4MoeLiteForCausalLM": latent.read_deepseek,
+    "DeepseekV4ForCausalLM": latent.read_deepseek_v4,
+    "KimiLinearForCausalLM": hybrid.read_kimi_linear,
+    "Qwen3NextForCausalLM": hybrid.read_qwen_hybrid,
+    "Qwen3_5ForCausalLM": hybrid.read_qwen_hybrid,
+    "Qwen3_5MoeForCausalLM": hybrid.read_qwen_hybrid,
+    "Qwen3_5ForConditionalGeneration": hybrid.read_qwen_hybrid,
+    "Qwen3_5MoeForConditionalGeneration": hybrid.read_qwen_hybrid,
+    "NemotronHForCausalLM": hybrid.read_nemotron_h,
+}
+# Wrappers around a text model that names its own architecture.
+WRAPPERS = ("KimiK25ForConditionalGeneration", "KimiK3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
+TEXT_MODELS = {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
+ARCHITECTURES = (*READERS, *WRAPPERS)
+PRECISION_IN_NAME = re.compile(r"nvfp4|mxfp[48]|fp8|fp4|int[48]|awq|gptq|w4a16|w8a8|bnb|[48]bit", re.IGNORECASE)
 
 
-def model_from_config(config: Any, *, name: str, source: str, where: str, tensor_parallel: int = 1) -> ModelSpec:
-    """The model of a parsed config.json. `where` names the file in errors, `source` goes into the spec.
+def model_from_config(
+    config: Any, *, name: str, source: str, where: str, tensor_parallel: int = 1, quantization: Any = None
+) -> ModelSpec:
+    """The model of a parsed config.json.
 
-    Raises ValueError naming the field that is missing, unknown or does not fit.
+    where: names the file in errors; source: goes into the spec. quantization: the parsed hf_quant_config.json beside
+    it, which counts where the config has no quantization_config. Raises ValueError naming the field that is missing,
+    unknown or does not fit.
     """
-    fields = _Fields(config, where)
-    parallel = check_int("tensor_parallel", tensor_parallel, 1, MAX_TOKENS)
-    layers, hidden = fields.integer("num_hidden_layers"), fields.integer("hidden_size")
-    q_heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
-    if q_heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"expected a divisor of {q_heads} query heads, got {kv_heads}")
-    if kv_heads % parallel:
-        raise ValueError(f"tensor_parallel: expected a divisor of {name}'s {kv_heads} KV heads, got {parallel}")
-    if config.get("head_dim") is None and hidden % q_heads:
-        raise fields.error("head_dim", f"missing, and hidden_size {hidden} is no multiple of {q_heads} heads")
-    head_dim = fields.integer("head_dim", hidden // q_heads)
-    element_bytes, expert_bytes = _weight_sizes(fields)
-    experts, per_token, width = _mlp(fields)
-    window, sliding = _sliding(fields, layers)
+    split = Split(check_int("tensor_parallel", tensor_parallel, 1, MAX_TOKENS), name)
+    outer = Fields(config, where)
+    outer.architecture = _architecture(outer)
+    fields, architecture = _text_part(outer)
+    element_bytes = _element_bytes(fields, outer)
+    method = _quantization(fields, outer, quantization, where)
+    tied_field = _tied(fields, outer)
+    plan = READERS[architecture](Reading(fields, split, element_bytes))
+    tied = plan.tied if tied_field is None else tied_field
+    hidden, vocabulary = fields.integer("hidden_size"), fields.integer("vocab_size")
+    max_context = fields.first_integer("max_position_embeddings", "model_max_length", "max_sequence_length")
+    ignored = fields.finish()
+    notes = list(plan.notes)
+    if fields is not outer:
+        ignored = tuple(sorted({**dict(outer.finish()), **dict(ignored)}.items()))
+        if any(reason == VISION and key.endswith("_config") for key, reason in ignored):
+            notes.append("the text part alone: vision and audio towers are left out of every figure")
+    precision = PRECISION_IN_NAME.search(name)
+    if method.label == "none" and precision:
+        notes.append(
+            f"the name says {precision[0]}, but neither quantization_config nor an "
+            f"hf_quant_config.json beside the file does: weights are counted in {8 * element_bytes} bits"
+        )
+    if plan.mtp_layers:
+        notes.append("multi-token prediction heads are counted apart, as engines load them for speculation alone")
 
-    def weights(matrix: int, vector: int = 0, *, split: int = parallel, matrix_bytes: float = element_bytes) -> Weights:
-        """A GPU's share of matrices and of the biases, norms and the like beside them."""
-        matrix, vector = -(-matrix // split), -(-vector // split)
-        return Weights(matrix + vector, matrix * matrix_bytes + vector * element_bytes, 2 * matrix)
-
-    vocabulary = fields.integer("vocab_size") * hidden
-    heads_out = (q_heads + 2 * kv_heads) * head_dim
-    gpt_oss = fields.architecture == GPT_OSS
-    mlp_bias = 2 * width + hidden if gpt_oss or fields.flag("mlp_bias") else 0
-    router = experts * hidden
-    norms = 2 * hidden + (2 * head_dim if fields.architecture in (QWEN3, QWEN3_MOE) else 0)
-    embedding = weights(vocabulary)
+    share = 1 / split.parallel
+    table = Module(
+        name="embed_tokens", part=MLP, out_features=vocabulary, in_features=hidden, share=share, linear=False
+    )
+    embedding = module_weights(table, element_bytes, method)
+    head = Module(name="lm_head", part=MLP, out_features=vocabulary, in_features=hidden, share=share)
+    lm_head = embedding if tied else module_weights(head, element_bytes, method)
+    final = (Module(name="norm", part=FIXED, vector=hidden), *plan.extra)
     return ModelSpec(
         name=name,
         source=source,
-        tensor_parallel=parallel,
-        num_layers=layers,
+        architecture=architecture,
+        tensor_parallel=split.parallel,
         hidden_size=hidden,
-        vocab_size=fields.integer("vocab_size"),
-        max_context=fields.integer("max_position_embeddings"),
-        num_q_heads=q_heads // parallel,
-        num_kv_heads=kv_heads // parallel,
-        head_dim=head_dim,
-        sliding_window=window,
-        num_sliding_layers=sliding,
-        num_experts=experts,
-        experts_per_token=per_token,
-        attention=weights(
-            (heads_out + q_heads * head_dim) * hidden, _attention_vector(fields, heads_out, q_heads, hidden)
-        ),
-        norms_and_router=weights(router, norms + (experts if gpt_oss else 0), split=1),
-        mlp=weights(3 * hidden * width, mlp_bias, matrix_bytes=expert_bytes),
+        vocab_size=vocabulary,
+        max_context=max_context,
+        layers=_layers(plan.layers, element_bytes, method),
         embedding=Weights(embedding.parameters, embedding.bytes),
-        final_norm=weights(0, hidden, split=1),
-        lm_head=embedding,
-        tied_embeddings=fields.flag("tie_word_embeddings"),
+        final_norm=sum_modules(final, FIXED, element_bytes, method),
+        lm_head=lm_head,
+        tied_embeddings=tied,
+        mtp_layers=_layers(plan.mtp_layers, element_bytes, method),
+        quantization=method.label,
+        kv_cache_type=method.kv_cache,
+        ignored=ignored,
+        notes=tuple(notes),
     )
 
 
-def _attention_vector(fields: _Fields, heads_out: int, q_heads: int, hidden: int) -> int:
-    """Biases and attention sinks of a layer's projections."""
-    if fields.architecture == QWEN2:
-        return heads_out
-    biases = heads_out + hidden if fields.flag("attention_bias") else 0
-    return biases + (q_heads if fields.architecture == GPT_OSS else 0)
+def _layers(plans: tuple[LayerPlan, ...], element_bytes: int, method: Quantization) -> tuple[LayerSpec, ...]:
+    def weights(plan: LayerPlan, part: str) -> Weights:
+        return sum_modules(plan.modules, part, element_bytes, method)
+
+    return tuple(
+        LayerSpec(
+            attention=plan.attention,
+            feed_forward=plan.feed_forward,
+            attention_weights=weights(plan, ATTENTION),
+            norms_and_router=weights(plan, FIXED),
+            mlp=weights(plan, MLP),
+            expert=weights(plan, EXPERT),
+        )
+        for plan in plans
+    )
 
 
-def _weight_sizes(fields: _Fields) -> tuple[float, float]:
-    """Bytes per weight, and per weight of an MLP matrix."""
-    key = "dtype" if "dtype" in fields.config else "torch_dtype"
-    named = fields.config.get(key, "bfloat16")
-    if named not in DTYPE_BYTES:
-        raise fields.error(key, f"expected one of {', '.join(DTYPE_BYTES)}, got {named!r}")
-    size = DTYPE_BYTES[named]
-    quantization = fields.config.get("quantization_config")
-    if quantization is None:
-        return size, size
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "mxfp4" or fields.architecture != GPT_OSS:
-        raise fields.error("quantization_config", f"expected none, or mxfp4 experts in {GPT_OSS}, got {method!r}")
-    return size, MXFP4_BYTES
+def _architecture(fields: Fields) -> str:
+    named = fields.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in ARCHITECTURES:
+        raise fields.error(
+            "architectures", f"expected one of the {len(ARCHITECTURES)} that are read (pkvsim models), got {named!r}"
+        )
+    return named[0]
 
 
-def _mlp(fields: _Fields) -> tuple[int, int, int]:
-    """Experts (0: dense), experts per token, and the width of one MLP."""
-    if fields.architecture == GPT_OSS:
-        chosen = "num_experts_per_tok" if "num_experts_per_tok" in fields.config else "experts_per_token"
-        experts, width = fields.integer("num_local_experts"), fields.integer("intermediate_size")
-    elif fields.architecture == QWEN3_MOE:
-        if fields.config.get("mlp_only_layers") or fields.integer("decoder_sparse_step", 1) != 1:
-            raise fields.error("mlp_only_layers", "expected experts in every layer")
-        chosen = "num_experts_per_tok"
-        experts, width = fields.integer("num_experts"), fields.integer("moe_intermediate_size")
-    else:
-        return 0, 0, fields.integer("intermediate_size")
-    per_token = fields.integer(chosen)
-    if per_token > experts:
-        raise fields.error(chosen, f"expected at most the {experts} experts, got {per_token}")
-    return experts, per_token, width
+def _text_part(outer: Fields) -> tuple[Fields, str]:
+    """(the fields of the language model, its architecture)."""
+    if outer.config.get("text_config") is None:
+        if outer.architecture in WRAPPERS:
+            raise outer.error("text_config", "missing")
+        return outer, outer.architecture
+    inner = outer.part("text_config")
+    if outer.architecture not in WRAPPERS:
+        return inner, outer.architecture
+    named = inner.get("architectures")
+    found = named[0] if isinstance(named, list) and len(named) == 1 else TEXT_MODELS.get(inner.get("model_type"))
+    if found not in READERS:
+        raise inner.error("architectures", f"expected one that is read, got {named!r}")
+    inner.architecture = found
+    return inner, found
 
 
-def _sliding(fields: _Fields, layers: int) -> tuple[int, int]:
-    """Window (0: none) and how many layers slide."""
-    types = fields.config.get("layer_types")
-    if types is not None:
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
-            raise fields.error("layer_types", f"expected {layers} of {' or '.join(known)}, got {types!r:.200}")
-        sliding = types.count("sliding_attention")
-    elif fields.architecture == GPT_OSS:
-        sliding = (layers + 1) // 2
-    elif fields.architecture == MISTRAL:
-        sliding = layers if fields.config.get("sliding_window") is not None else 0
-    elif fields.architecture != LLAMA and fields.flag("use_sliding_window"):
-        sliding = max(layers - fields.integer("max_window_layers"), 0)
-    else:
-        sliding = 0
-    return (fields.integer("sliding_window"), sliding) if sliding else (0, 0)
+def _element_bytes(fields: Fields, outer: Fields) -> int:
+    """Bytes per weight that is not quantised."""
+    found = None
+    for part in (outer, fields):
+        for key in ("torch_dtype", "dtype"):
+            named = part.get(key)
+            if named is not None and named not in DTYPE_BYTES:
+                raise part.error(key, f"expected one of {', '.join(DTYPE_BYTES)}, got {named!r}")
+            found = named or found
+    return DTYPE_BYTES[found or "bfloat16"]
+
+
+def _tied(fields: Fields, outer: Fields) -> bool | None:
+    found = None
+    for part in (fields, outer):
+        if part.config.get("tie_word_embeddings") is not None:
+            found = part.flag("tie_word_embeddings")
+        part.read.add("tie_word_embeddings")
+    return found
+
+
+def _quantization(fields: Fields, outer: Fields, beside: Any, where: str) -> Quantization:
+    expert_type = fields.get("expert_dtype")
+    if expert_type not in (None, "fp4", "fp8"):
+        raise fields.error("expert_dtype", f"expected fp4 or fp8, got {expert_type!r}")
+    for part in (outer, fields):
+        config = part.get("quantization_config")
+        if config is not None:
+            return read_quantization(config, expert_type, partial(part.error, "quantization_config"))
+        part.get("compression_config")
+    if beside is None:
+        return NOT_QUANTISED
+
+    def error(message: str) -> ValueError:
+        return ValueError(f"{where}: hf_quant_config.json: {message}")
+
+    if not isinstance(beside, Mapping) or not isinstance(beside.get("quantization"), dict):
+        raise error("expected an object with quantization")
+    return read_quantization({"quant_method": "modelopt", **beside["quantization"]}, expert_type, error)

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pkvsim.models.hugging_face import model_from_config
-from pkvsim.models.model_spec import (
-    ModelSpec,
-    Weights,
+from pkvsim.models.model_costs import (
     active_weights,
     decode_weight_bytes,
     experts_touched,
@@ -20,6 +18,7 @@ from pkvsim.models.model_spec import (
     total_weights,
     weight_bytes,
 )
+from pkvsim.models.model_spec import ModelSpec, Weights
 
 __all__ = [
     "ModelSpec", "Weights", "active_weights", "catalogue", "decode_weight_bytes", "experts_touched",
@@ -57,9 +56,20 @@ def get_model(name_or_path: str | Path, *, tensor_parallel: int | None = None) -
         )
     name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
     parallel = 1 if tensor_parallel is None else tensor_parallel
+    beside = _quantization_file(path)
     return model_from_config(
-        _read_json(path), name=name, source=str(path), where=str(path), tensor_parallel=parallel
-    )
+        _read_json(path), name=name, source=str(path), where=str(path), tensor_parallel=parallel,
+        quantization=None if beside is None else _read_json(beside),
+    )  # fmt: skip
+
+
+def _quantization_file(path: Path) -> Path | None:
+    """The hf_quant_config.json that belongs to a config: in its folder, or with its name's own beginning."""
+    beginning = path.name.removesuffix("config.json")
+    if beginning == path.name:
+        return None
+    found = path.with_name(f"{beginning}hf_quant_config.json")
+    return found if found.is_file() else None
 
 
 def _read_json(path: Path) -> Any:

@@ -24,6 +24,13 @@ def with_weight_bits(model: ModelSpec, bits: int) -> ModelSpec:
     def narrow(weights: Weights) -> Weights:
         return replace(weights, bytes=min(weights.bytes, weights.parameters * STORED_BITS[bits] / 8))
 
-    return replace(
-        model, name=f"{model.name} in {bits} bits", attention=narrow(model.attention), mlp=narrow(model.mlp)
+    layers = tuple(
+        replace(
+            layer,
+            attention_weights=narrow(layer.attention_weights),
+            mlp=narrow(layer.mlp),
+            expert=narrow(layer.expert),
+        )
+        for layer in model.layers
     )
+    return replace(model, name=f"{model.name} in {bits} bits", layers=layers)

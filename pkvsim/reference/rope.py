@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,8 @@ class Rope:
     """
 
     style: str
-    cos_sin: object = None
-    inv_freq: object = None
+    cos_sin: Any = None
+    inv_freq: Any = None
     factor: float = 1.0
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ OUTLINED_SLOTS = 64  # bars are outlined where so few lie above each other
 
 
 def plot_step(report: StepReport, path: str | Path) -> None:
-    """Draws every route's timeline to a .png or .svg file, on one scale of time. ValueError as pkvsim.reports.plots.picture."""
+    """Draws every route's timeline to a .png or .svg file, on one scale of time. ValueError as plots.picture."""
     rows = len(report.routes)
     note = f"attention prices of {report.device.name}: {fit_note(report.device)}"
     with picture(path, width=10, height=1.3 + 1.75 * rows, note=note) as figure:

@@ -31,7 +31,8 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path, *, note: str = "") -
     if values.ndim == 1:
         _line(sweep, metric, values, path, note)
         return
-    with picture(path, note=note, **_size(values.shape)) as figure:
+    width, height = _size(values.shape)
+    with picture(path, note=note, width=width, height=height) as figure:
         from matplotlib.colors import LogNorm, Normalize
 
         axes = figure.subplots()
@@ -52,14 +53,16 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path, *, note: str = "") -
 
 def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     """The route taken at every cell of a step sweep over two axes, and how much longer the next best takes. ValueError
-    as pkvsim.reports.plots.picture, for other than two axes, or for a sweep of a trace, whose cells take many routes."""
+    as pkvsim.reports.plots.picture, for other than two axes, or for a sweep of a trace, whose cells take many
+    routes.
+    """
     check_axes(sweep.axes, option="route_map", trace="route" not in sweep.cells[0])
     shape = [len(values) for values in sweep.axes.values()]
     routes = [cell["route"] for cell in sweep.cells]
     colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"]}  # the paper's, of no backend
     taken = [name for name in colours if name in routes]
-    size = _size(shape)
-    with picture(path, option="route_map", note=note, width=size["width"] + 2, height=size["height"]) as figure:
+    width, height = _size(shape)
+    with picture(path, option="route_map", note=note, width=width + 2, height=height) as figure:
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
@@ -81,9 +84,10 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
         figure.legend(handles=patches, loc="outside right upper", title="route (cells)", alignment="left")
 
 
-def _size(shape: list[int] | tuple[int, ...]) -> dict[str, float]:
+def _size(shape: list[int] | tuple[int, ...]) -> tuple[float, float]:
+    """Width and height of a picture of that many rows and columns, in inches."""
     rows, columns = shape
-    return {"width": min(14.0, 2.6 + 0.75 * max(columns, 4)), "height": min(11.0, 2.1 + 0.42 * max(rows, 4))}
+    return min(14.0, 2.6 + 0.75 * max(columns, 4)), min(11.0, 2.1 + 0.42 * max(rows, 4))
 
 
 def _places(axes, sweep: Sweep) -> None:

@@ -1,6 +1,6 @@
 """What every picture shares: files, colours, axes. matplotlib is imported when one is drawn.
 
-The pictures: pkvsim.reports.plot_step (CTA timeline), plot_serving (a whatif), plot_sweep (heat and route maps), trace_plot.
+The pictures: plot_step (CTA timeline), plot_serving (a whatif), plot_sweep (heat and route maps), plot_trace.
 """
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_plot_path(path: str | Path, *, option: str = "plot") -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError(f"{option}: needs matplotlib, pip install 'persistentkv[plot]'") from None
+        raise ValueError(f"{option}: needs matplotlib: pip install matplotlib") from None
     return path
 
 

@@ -1,4 +1,4 @@
-"""What the balanced schedule weighs against each other, as one value: from a device's route to the kernels' arguments."""
+"""What the balanced schedule weighs, as one value: from a device's route to the kernels' arguments."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -9,6 +9,10 @@ MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers h
 MAX_COST = 2**20  # of a segment and of a range; keeps the planner's sums within 31 bits together with its lengths
 MAX_PART_COST = 2**10  # keeps part * MOST_TILES_PER_HEAD within 31 bits
 MAX_PAIR_COST = 2**10  # the same of pair * CTAs
+EIGHTHS = 8  # of a tile: what a tile of a shared read costs is counted in
+SHARED_COLUMNS = 64  # for which SharedCosts.tile is stated
+MAX_SHARED_COLUMNS = 128  # of a read
+MAX_SHARED_COST = 2**8  # of SharedCosts.tile, .segment and .merge
 
 
 class BalancedCosts(NamedTuple):
@@ -29,6 +33,35 @@ class BalancedCosts(NamedTuple):
         return self._replace(pair=paired(self.pair, columns, v_head_dim, kv_element_bytes, page_size))
 
 
+class SharedCosts(NamedTuple):
+    """What the balanced schedule weighs where one read serves several rows, and for how many columns a read is made.
+
+    columns: query columns (the members' query heads times query tokens) that a read serves at most: those of the
+    kernel variant that reads for groups. tile: cost of a tile read for 64 columns, in eighths of a plain tile; other
+    reads cost in proportion, and none less than a plain tile. segment: cost of a read's end for each column, in eighths
+    of a tile, and never less than BalancedCosts.segment. merge: tiles that a member's own segment costs beside
+    BalancedCosts.segment, since it takes up the states of the read.
+    """
+
+    columns: int = 64
+    tile: int = 16
+    segment: int = 3
+    merge: int = 2
+
+    def tile_eighths(self, columns: int) -> int:
+        """Cost of a tile that is read for so many columns, in eighths of a plain tile."""
+        return max(EIGHTHS, -(-columns * self.tile // SHARED_COLUMNS))
+
+    def segment_tiles(self, columns: int, segment: int) -> int:
+        """Cost of the end of a read for so many columns, where a plain segment's is `segment` tiles."""
+        return max(segment, -(-columns * self.segment // EIGHTHS))
+
+    def longest_gap(self, columns: int, segment: int) -> int:
+        """Most tiles between two places at which a schedule with reads of up to so many columns can be cut."""
+        read = self.segment_tiles(columns, segment) - (-self.tile_eighths(columns) // EIGHTHS)
+        return max(1 + segment + self.merge, read)
+
+
 # What the engine balances with, from a sweep on an H200 (2026-11-21). The cost of a pair holds on GPUs of compute
 # capability PAIRS_MEASURED, whose neighbouring SMs share their way to memory; on others nothing was measured.
 MEASURED_COSTS = BalancedCosts(segment=7, minimum=8, part=2, pair=80)
@@ -44,6 +77,19 @@ def check_costs(costs: object) -> BalancedCosts:
         minimum=check_int("costs.minimum", costs.minimum, 1, MAX_COST),
         part=check_int("costs.part", costs.part, 0, MAX_PART_COST),
         pair=check_int("costs.pair", costs.pair, 0, MAX_PAIR_COST),
+    )
+
+
+def check_shared_costs(costs: object) -> SharedCosts:
+    """`costs` as plain integers. Raises ValueError naming the field that is none, or out of range."""
+    if not isinstance(costs, SharedCosts):
+        raise ValueError(f"shared_costs: expected SharedCosts, got {costs!r}")
+    return SharedCosts(
+        check_int("shared_costs.columns", costs.columns, 2, MAX_SHARED_COLUMNS),
+        *(
+            check_int(f"shared_costs.{name}", getattr(costs, name), 0, MAX_SHARED_COST)
+            for name in ("tile", "segment", "merge")
+        ),
     )
 
 

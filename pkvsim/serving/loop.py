@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 
-import numba
 
-from pkvsim.compiled import drop_stale, inner
+from pkvsim.compiled import drop_stale, inner, outer
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
 from pkvsim.serving.attention import attend
 from pkvsim.serving.scheduler import admit, give_back, grow, prefill_running
@@ -40,7 +39,7 @@ from pkvsim.serving.state import (
 )  # fmt: skip
 
 
-@numba.njit(cache=True)
+@outer
 def advance(work, limits, attention, linear_us, host_us, state, max_steps):
     """Simulates up to max_steps more steps; True when no request is left.
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool, prompt_blocks
+from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import SERVED, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL, Limits, Work, new_state
+from pkvsim.traces.prompt_blocks import prompt_blocks
 from pkvsim.traces.requests import RequestTrace
 
 CHUNK_STEPS = 20_000  # steps between two reports of progress

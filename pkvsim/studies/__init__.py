@@ -1,1 +1,6 @@
-"""The questions that the commands answer: one step, a replay, what if, a sweep."""
+"""The questions that the commands answer: one step, a replay, what if, a sweep.
+
+Each module takes values, runs the simulation, and returns one frozen result whose to_dict is what --json prints:
+`explain_step` (one step on every route), `replay` (a trace step by step), `whatif` (a served trace under several
+policies), `sweep` (either, at every combination of settings). Nothing here prints or draws.
+"""

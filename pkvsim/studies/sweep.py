@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec, get_device
-from pkvsim.models.presets import ModelSpec
+from pkvsim.models.model_spec import ModelSpec, with_kv_heads
 from pkvsim.policy.by_name import make_policy
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.serving.costs import check_policies
@@ -85,7 +85,7 @@ def with_group_size(model: ModelSpec, group_size: int) -> ModelSpec:
     check_int("group_size", group_size, 1)
     if model.num_q_heads % group_size:
         raise ValueError(f"group_size: expected a divisor of {model.num_q_heads} query heads, got {group_size}")
-    return replace(model, num_kv_heads=model.num_q_heads // group_size)
+    return with_kv_heads(model, model.num_q_heads // group_size)
 
 
 def serving_sweep(
@@ -107,7 +107,8 @@ def serving_sweep(
     runs = []
     for place in _places(axes):
         check_policies([place.get("policy", policy)])
-        settings = {k: place[k] for k in ("max_batch", "page_size", "splits", "prefix_cache") if k in place}
+        names = ("max_batch", "page_size", "splits", "prefix_cache")
+        settings: dict[str, Any] = {name: place[name] for name in names if name in place}
         if "max_batch" in settings:
             settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
         runs.append(
@@ -139,7 +140,8 @@ def step_sweep(
 ) -> Sweep:
     """Prices of a decode step of equally long rows for every combination of STEP_AXES, host planning included.
 
-    A cell has batch, length, the route that the policy (pkvsim.policy.by_name.POLICIES) takes, its us, the GB/s of KV that
+    A cell has batch, length, the route
+    that the policy (pkvsim.policy.by_name.POLICIES) takes, its us, the GB/s of KV that
     this makes, and the us of every route that the policy prices.
     """
     _check_axes(axes, STEP_AXES)

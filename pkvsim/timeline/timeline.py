@@ -159,8 +159,9 @@ def _prepare(
         cta_us, task_us = 0.0, model.task_us
     ramp = model.fixed_us + queries_us(c, shape, lens, options)
     args = (
-        schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype)), lens, schedule.tile_tokens, float(width),
-        spans, launch_spans, schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),
+        schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype.names or ())), lens,
+        schedule.tile_tokens, float(width), spans, launch_spans,
+        schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),
         bool(model.strided), gaps, slots, cta_us, task_us, alone, shared, ramp,
     )  # fmt: skip
     return _Run(schedule, slots, alone, shared, merges, args)

@@ -193,3 +193,22 @@ def test_the_pools_tables_go_to_the_stream_of_its_library(gpu, monkeypatch) -> N
     assert copied == ["cupy"] * 2 + ["torch"] * 2 and not current
     with pytest.raises(ValueError, match="^library: expected cupy or torch"):
         PagedKVCache(DecodeShape(4, 2, 64, 4), num_pages=8, max_batch=2, max_seq_len=16, library="numpy")
+
+
+def test_auto_has_a_router_and_no_engine_of_its_own(gpu) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    engine = make_engine(shape, schedule="auto")
+    assert engine.schedule_engine is None and make_engine(shape).router is None
+    step = make_step(shape, [40, 0, 33])
+    run = run_arguments(gpu, step)
+    with pytest.raises(RuntimeError, match="^run: call plan"):
+        engine.run(**run)
+    engine.plan(gpu.array(step.seq_lens), gpu.array(step.block_table))
+    engine.run(**run)
+    agrees(step, run)
+    assert engine.router.counts == {"balanced": 1}
+    for bad, named in ((DecodeShape(4, 2, 96, 4), "head_dim"), (DecodeShape(400, 2, 64, 4), "group_size")):
+        with pytest.raises(ValueError, match=named):
+            make_engine(bad, schedule="auto")
+    with pytest.raises(ValueError, match="^scale"):
+        make_engine(shape, schedule="auto", scale=float("nan"))

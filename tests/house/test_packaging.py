@@ -32,6 +32,7 @@ def test_wheel_ships_every_source(tmp_path):
 
 
 def test_pkvsim_needs_no_gpu_package():
-    code = "import sys, pkvsim.cli, pkvsim.studies.replay, pkvsim.reports.table_replay; print({'cupy', 'torch', 'gpu'} & set(sys.modules))"
+    modules = "pkvsim.cli, pkvsim.studies.replay, pkvsim.reports.table_replay"
+    code = f"import sys, {modules}; print({{'cupy', 'torch', 'gpu'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr

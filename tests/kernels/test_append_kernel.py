@@ -14,7 +14,7 @@ from paths import SUPPORT
 from gpu.cache import append_checks
 from gpu.cache.append_variant import AppendViews, defines, launch_sizes
 from gpu.inputs.arrays import ArrayView
-from gpu.kernels import SOURCE_DIR
+from gpu.kernels.compile import SOURCE_DIR
 from pkvsim import DecodeShape
 from pkvsim.reference.append import append
 from pkvsim.reference.rope import Rope, make_cos_sin, turns_per_position

@@ -9,7 +9,7 @@ import pytest
 from gpu.cache import append_variant as append_config
 from gpu.engine.decode_kernels import arguments
 from gpu.inputs.block_tables import TableLayout
-from gpu.kernels import SOURCE_DIR, compile_options
+from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.measure.timing import STREAM_SHAPES

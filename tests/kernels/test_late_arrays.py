@@ -57,7 +57,8 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     rng = np.random.default_rng(seed)
     lens_before = step.lens.copy()
     kinds = {"none": 0, "a tenth": rng.random(rows) < 0.1, "the last": np.arange(rows) == rows - 1, "all": 1}
-    changed = np.broadcast_to(kinds[data.draw(st.sampled_from(sorted(kinds)), "lengths that change")], rows).astype(bool)
+    kind = data.draw(st.sampled_from(sorted(kinds)), "lengths that change")
+    changed = np.broadcast_to(kinds[kind], rows).astype(bool)
     lens_before[changed] = data.draw(st.lists(st.one_of(LENGTH, INT32), min_size=rows, max_size=rows))[:changed.sum()]
     table_before = step.table.copy()
     changed = rng.random(step.table.shape) < data.draw(st.sampled_from((0, 0.05, 1)), "page ids that change")

@@ -1,12 +1,16 @@
 """Models: published parameter counts from configs alone, sharding, experts, and what a bad config says."""
 import copy
 import json
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkvsim.models.model_costs import decode_attention_flops, decode_read_bytes, prefill_attention_flops
+from pkvsim.models.model_spec import with_kv_heads
 from pkvsim.models.presets import (
     CATALOGUE,
     active_weights,
@@ -19,6 +23,7 @@ from pkvsim.models.presets import (
     total_weights,
     weight_bytes,
 )
+from pkvsim.models.weight_bits import with_weight_bits
 
 # Parameters as the safetensors of each model's Hugging Face page count them.
 PARAMETERS = {
@@ -29,6 +34,7 @@ PARAMETERS = {
     "qwen3-30b-a3b": 30_532_122_624,
 }
 MODELS = st.sampled_from(sorted(PARAMETERS))
+preset = cache(get_model)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -73,7 +79,8 @@ def test_sliding_layers():
 @pytest.mark.parametrize("parallel", [2, 4])
 def test_shares_of_the_weights_add_up(name, parallel):
     whole, share = get_model(name, tensor_parallel=1), get_model(name, tensor_parallel=parallel)
-    replicated = (whole.norms_and_router.bytes * whole.num_layers + whole.final_norm.bytes) * (parallel - 1)
+    each = sum(layer.norms_and_router.bytes for layer in whole.layers) + whole.final_norm.bytes
+    replicated = each * (parallel - 1)
     assert weight_bytes(share) * parallel == pytest.approx(weight_bytes(whole) + replicated, rel=1e-6)
     assert share.num_kv_heads * parallel == whole.num_kv_heads
     assert kv_bytes_per_token(share) * parallel == kv_bytes_per_token(whole)
@@ -81,7 +88,7 @@ def test_shares_of_the_weights_add_up(name, parallel):
 
 @given(MODELS, st.integers(1, 4096))
 def test_decode_bytes_lie_between_one_token_and_everything(name, batch):
-    model = get_model(name)
+    model = preset(name)
     rows = model.embedding.bytes / model.vocab_size
     read, more = decode_weight_bytes(model, np.array([batch, batch + 1]))
     assert decode_weight_bytes(model, 1) <= read < more
@@ -91,16 +98,16 @@ def test_decode_bytes_lie_between_one_token_and_everything(name, batch):
 
 @given(st.sampled_from(["gpt-oss-20b", "qwen3-30b-a3b"]), st.integers(1, 200))
 def test_experts_touched(name, batch):
-    model = get_model(name)
+    model = preset(name)
     touched = experts_touched(model, batch)
     most = min(model.num_experts, batch * model.experts_per_token)
     assert model.experts_per_token * (1 - 1e-6) <= touched <= most * (1 + 1e-6)
     assert experts_touched(model, 1) == pytest.approx(model.experts_per_token)
-    assert experts_touched(get_model("llama-3.1-8b"), batch) == 1
+    assert experts_touched(preset("llama-3.1-8b"), batch) == 1
 
 
 def test_experts_touched_is_the_mean_of_even_routing():
-    model, rng = get_model("gpt-oss-20b"), np.random.default_rng(1)
+    model, rng = preset("gpt-oss-20b"), np.random.default_rng(1)
     draws = [len({e for _ in range(6) for e in rng.choice(32, 4, replace=False)}) for _ in range(4000)]
     assert experts_touched(model, 6) == pytest.approx(np.mean(draws), rel=0.01)
 
@@ -141,33 +148,64 @@ def test_qwen3_dense(tmp_path):
     assert total_weights(get_model(path)).parameters == 8_190_735_360
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (config(architectures=["BertModel"]), "field architectures: expected one of .* got .'BertModel'"),
-        (config(architectures="absent"), "field architectures: expected one of"),
-        (config(hidden_size="absent"), "field hidden_size: missing"),
-        (config(hidden_size="4096"), "field hidden_size: expected a whole number >= 1, got '4096'"),
-        (config(hidden_size=True), "field hidden_size: expected a whole number"),
-        (config(num_hidden_layers=0), "field num_hidden_layers: expected a whole number >= 1, got 0"),
-        (config(num_key_value_heads=5), "field num_key_value_heads: expected a divisor of 32 query heads, got 5"),
-        (config(hidden_size=4100), "field head_dim: missing, and hidden_size 4100"),
-        (config(kv_lora_rank=512), "field kv_lora_rank: unknown for LlamaForCausalLM"),
-        (config(torch_dtype="int3"), "field torch_dtype: expected one of bfloat16, .* got 'int3'"),
-        (config(tie_word_embeddings=1), "field tie_word_embeddings: expected true or false, got 1"),
-        (config(quantization_config={"quant_method": "awq"}), "field quantization_config: expected none, .* got 'awq'"),
-        (config("gpt-oss-20b", layer_types=["full_attention"]), "field layer_types: expected 24 of"),
-        (config("gpt-oss-20b", sliding_window="absent"), "field sliding_window: missing"),
-        (config("gpt-oss-20b", num_experts_per_tok=33), "field num_experts_per_tok: expected at most the 32 experts"),
-        (config("qwen3-30b-a3b", mlp_only_layers=[0]), "field mlp_only_layers: expected experts in every layer"),
-        ([1], "expected an object of a Hugging Face config, got list"),
-    ],
-)
-def test_bad_configs(tmp_path, data, message):
+INPUTS = Path(__file__).parent / "inputs"
+
+
+def test_fields_of_no_effect_are_ignored_with_a_reason():
+    """Qwen3-Coder: 480,154,875,392 parameters; SmolLM2-135M: 134,515,008; Llama-3.2-1B: 1,235,814,400 (their pages)."""
+    coder, smol, unsloth = (get_model(INPUTS / name) for name in ("qwen3-coder", "smollm2", "unsloth"))
+    assert total_weights(coder).parameters == 480_154_875_392
+    assert dict(coder.ignored)["qkv_bias"] == "false: no biases"
+    assert dict(coder.ignored)["sliding_window"] == "no layer slides"
+    assert total_weights(smol).parameters == 134_515_008
+    assert {"is_llama_config", "rope_interleaved"} <= set(dict(smol.ignored))
+    assert total_weights(unsloth).parameters == 1_235_814_400
+    assert "unsloth_fixed" in dict(unsloth.ignored)
+    assert all(why for _, why in coder.ignored + smol.ignored + unsloth.ignored)
+
+
+def test_missing_kv_heads_are_as_many_as_query_heads(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=f"config.json: {message}"):
-        get_model(path)
+    path.write_text(json.dumps(config(num_key_value_heads="absent")))
+    assert get_model(path).num_kv_heads == 32
+
+
+def test_tensor_parallel_beyond_the_kv_heads():
+    """vLLM keeps a copy of each KV head on several GPUs."""
+    whole, share = get_model("llama-3.1-8b"), get_model("llama-3.1-8b", tensor_parallel=16)
+    assert (share.num_q_heads, share.num_kv_heads, share.shape(16).group_size) == (2, 1, 2)
+    assert kv_bytes_per_token(share) * 8 == kv_bytes_per_token(whole)
+    copied = 32 * 2 * 128 * 8 * 4096 * 2  # a second copy of the key and value projections
+    norms = (32 * 2 + 1) * 4096 * 2
+    assert weight_bytes(share) * 16 == pytest.approx(weight_bytes(whole) + copied + 15 * norms, rel=1e-6)
+
+
+def test_attention_counts_by_hand():
+    """Of one decode step: Llama's rows read all keys and values; half of GPT-OSS's layers read 128 tokens."""
+    llama, rows = get_model("llama-3.1-8b"), [100, 5000]
+    assert decode_read_bytes(llama, rows) == 5100 * kv_bytes_per_token(llama)
+    assert decode_attention_flops(llama, rows) == 32 * 4 * 32 * 128 * 5100
+    oss = get_model("gpt-oss-20b")
+    assert decode_attention_flops(oss, rows) == 4 * 64 * 64 * 12 * (5100 + 100 + 128)
+    assert prefill_attention_flops(llama, 0, 1000) == 32 * 4 * 32 * 128 * 1000 * 1001 / 2
+    assert prefill_attention_flops(oss, 0, 1000) == 4 * 64 * 64 * 12 * (1000 * 1001 / 2 + 128 * 129 / 2 + 872 * 128)
+
+
+def test_narrow_weights():
+    """4 bits: every layer matrix at 4 + 20/128 bits, embedding and LM head at 16."""
+    model = get_model("qwen3-30b-a3b")
+    narrow = with_weight_bits(model, 4)
+    matrices = 48 * (2048 * 2 * (4096 + 512) + 128 * 3 * 2048 * 768)
+    assert weight_bytes(model) - weight_bytes(narrow) == pytest.approx(matrices * (16 - 4 - 20 / 128) / 8, rel=1e-3)
+    assert flops_per_token(narrow) == flops_per_token(model)
+    oss = get_model("gpt-oss-20b")
+    assert weight_bytes(with_weight_bits(oss, 8)) < weight_bytes(oss)
+    assert with_weight_bits(oss, 8).layers[0].expert == oss.layers[0].expert
+
+
+def test_other_kv_heads():
+    model = with_kv_heads(get_model("gpt-oss-20b"), 16)
+    assert (model.num_kv_heads, kv_bytes_per_token(model)) == (16, 24 * 2 * 16 * 64 * 2)
 
 
 def test_bad_names(tmp_path):
@@ -178,5 +216,7 @@ def test_bad_names(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match="bad.json: cannot read a model: Expecting"):
         get_model(tmp_path / "bad.json")
-    with pytest.raises(ValueError, match="tensor_parallel: expected a divisor of qwen2.5-7b's 4 KV heads, got 3"):
+    with pytest.raises(ValueError, match="tensor_parallel: expected a divisor of qwen2.5-7b's 28 query heads, got 3"):
         get_model("qwen2.5-7b", tensor_parallel=3)
+    with pytest.raises(ValueError, match="tensor_parallel: expected a divisor or a multiple of .* 4 KV heads, got 14"):
+        get_model("qwen2.5-7b", tensor_parallel=14)

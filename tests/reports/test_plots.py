@@ -154,7 +154,7 @@ def test_without_matplotlib(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     args = ("step", "--seq-lens", "8", "--device", "h200")
     code, out, err = pkvsim(capsys, monkeypatch, *args, "--plot", str(tmp_path / "a.png"))
-    assert (code, out) == (2, "") and "plot: needs matplotlib, pip install 'persistentkv[plot]'" in err
+    assert (code, out) == (2, "") and "plot: needs matplotlib: pip install matplotlib" in err
     assert pkvsim(capsys, monkeypatch, *args)[0] == 0
 
 

@@ -127,7 +127,8 @@ def test_balanced(shape, lens, num_ctas, segment_cost, min_cost):
 def test_parts_that_pay(tiles, num_kv_heads, num_ctas, part_cost):
     """Parts of a head are near the least of tiles / p + part_cost * p, as far as there are CTAs."""
     shape = DecodeShape(num_kv_heads, num_kv_heads, 64, 16)
-    schedule = make_schedule("balanced", shape, [tiles * 16], num_ctas=num_ctas, tile_tokens=16, costs=BalancedCosts(part=part_cost))
+    costs = BalancedCosts(part=part_cost)
+    schedule = make_schedule("balanced", shape, [tiles * 16], num_ctas=num_ctas, tile_tokens=16, costs=costs)
     parts = schedule.num_ctas / num_kv_heads
     best = max(1.0, math.sqrt(tiles / part_cost))
     assert parts <= max(1, 1.5 * best + 1)
@@ -139,8 +140,8 @@ def test_parts_that_pay(tiles, num_kv_heads, num_ctas, part_cost):
 @given(st.integers(1, 40), st.integers(1, 4000), st.integers(1, 16), st.integers(2, 300), st.integers(0, 300),
        st.integers(0, 12), st.booleans())
 def test_short_steps_take_half_the_ctas(rows, tiles, num_kv_heads, num_ctas, pair_cost, segment_cost, longer):
-    """Exactly where rows are alike, cost less than pair_cost a CTA, and their heads divide half the CTAs but for at most
-    1/6; then nearly all of those that the cost has work for get some, as much each as a tile allows."""
+    """Exactly where rows are alike, cost less than pair_cost a CTA, and their heads divide half the CTAs but for at
+    most 1/6; then nearly all of those that the cost has work for get some, as much each as a tile allows."""
     shape = DecodeShape(num_kv_heads, num_kv_heads, 64, 16)
     lens = [tiles * 16] * rows
     if longer and rows > 1:
@@ -169,7 +170,8 @@ def test_pairs_by_what_an_sm_computes(columns, v_head_dim, element_bytes, wanted
 def test_equal_rows_are_not_cut():
     """More heads than CTAs: each takes as many whole ones, 128 of 132 CTAs four each."""
     shape = DecodeShape(32, 8, 128, 16)
-    schedule = make_schedule("balanced", shape, [1024] * 64, num_ctas=132, tile_tokens=16, costs=BalancedCosts(segment=7))
+    costs = BalancedCosts(segment=7)
+    schedule = make_schedule("balanced", shape, [1024] * 64, num_ctas=132, tile_tokens=16, costs=costs)
     assert schedule.num_ctas == 128 and schedule.num_partial_tasks == 0
     ragged = make_schedule("balanced", DecodeShape(32, 8, 128, 16), [1024] * 63 + [900], num_ctas=132, tile_tokens=16)
     assert ragged.num_ctas == 132

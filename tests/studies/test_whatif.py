@@ -111,11 +111,11 @@ def test_a_model_too_large_is_narrowed_aloud(capsys, monkeypatch, trace_file) ->
 
 def test_weight_bits() -> None:
     narrow = with_weight_bits(MODEL, 4)
-    layers = MODEL.num_layers * (MODEL.attention.bytes + MODEL.mlp.bytes)
+    layers = sum(layer.attention_weights.bytes + layer.mlp.bytes for layer in MODEL.layers)
     assert weight_bytes(MODEL) - weight_bytes(narrow) == pytest.approx(layers * (1 - (4 + 20 / 128) / 16), rel=1e-3)
     assert flops_per_token(narrow) == flops_per_token(MODEL) and with_weight_bits(MODEL, 16) is MODEL
     assert weight_bytes(with_weight_bits(GPT_OSS, 8)) < weight_bytes(GPT_OSS)  # MXFP4 experts never widen
-    assert with_weight_bits(GPT_OSS, 8).mlp.bytes == GPT_OSS.mlp.bytes
+    assert with_weight_bits(GPT_OSS, 8).layers[0].expert == GPT_OSS.layers[0].expert
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-30b-a3b", "gpt-oss-20b"])

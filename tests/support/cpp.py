@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu.kernels import SOURCE_DIR
+from gpu.kernels.compile import SOURCE_DIR
 
 COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 STRICT = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE_DIR}")

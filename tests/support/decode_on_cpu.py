@@ -15,7 +15,7 @@ import numpy as np
 
 from gpu.engine.decode_kernels import arguments
 from gpu.inputs.block_tables import TableLayout
-from gpu.kernels import SOURCE_DIR
+from gpu.kernels.compile import SOURCE_DIR
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import KernelConfig, kernel_config
 from pkvsim import AttentionOptions, DecodeShape, make_schedule

@@ -18,7 +18,15 @@ import numpy as np
 from pkvsim import AttentionOptions, DecodeShape, reference
 
 LOG2_E = 1.4426950408889634
-ENGINE_MODULES = ("gpu.decode_engine", "gpu.engine.schedule_engine", "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels", "gpu.cache.writer", "gpu.cache.pool")
+ENGINE_MODULES = (
+    "gpu.decode_engine",
+    "gpu.engine.schedule_engine",
+    "gpu.engine.task_list",
+    "gpu.engine.plan",
+    "gpu.engine.decode_kernels",
+    "gpu.cache.writer",
+    "gpu.cache.pool",
+)
 FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
 
 
@@ -156,17 +164,20 @@ class FakeGpu:
     cupy: types.ModuleType
     kernels: list[FakeKernel] = field(default_factory=list, repr=False)
     capturing: bool = False
+    torch: types.ModuleType | None = None
 
     def array(self, host: object, *, device: int = 0) -> FakeArray:
         return FakeArray(np.asarray(host), device)
 
 
 @contextlib.contextmanager
-def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4):
+def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: int = 80 << 30):
     """Installs it for the modules of the engine, which are imported anew inside and forgotten afterwards."""
     stream = types.SimpleNamespace(ptr=0, synchronize=lambda: None)
-    device = types.SimpleNamespace(id=0, compute_capability=str(compute_capability), synchronize=lambda: None,
-                                   attributes={"MultiProcessorCount": num_sms})
+    device = types.SimpleNamespace(id=0, synchronize=lambda: None)
+    major, minor = divmod(compute_capability, 10)
+    properties = {"name": b"Fake GPU", "major": major, "minor": minor, "multiProcessorCount": num_sms,
+                  "totalGlobalMem": memory_bytes}
     cupy = types.ModuleType("cupy")
     gpu = FakeGpu(cupy)
     cupy.__dict__.update(
@@ -176,7 +187,8 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4):
         zeros=lambda shape, dtype: FakeArray(np.zeros(shape, _dtype(dtype))),
         full=lambda shape, value, dtype: FakeArray(np.full(shape, value, _dtype(dtype))),
         cuda=types.SimpleNamespace(Device=lambda index=0: device, get_current_stream=lambda: stream,
-                                   runtime=types.SimpleNamespace(streamIsCapturing=lambda handle: gpu.capturing)))
+                                   runtime=types.SimpleNamespace(getDeviceProperties=lambda index: properties,
+                                                           streamIsCapturing=lambda handle: gpu.capturing)))
 
     def load_kernel(file_name, kernel_name, signature, defines, **launch):
         gpu.kernels.append(FakeKernel(kernel_name, signature, dict(defines)))

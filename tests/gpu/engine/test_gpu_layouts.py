@@ -91,7 +91,7 @@ def test_a_captured_step_follows_rows_that_change_on_the_device(ids: torch.dtype
     with shared_stream():
         step()
         graph = capture(step)
-        for replay in range(60):
+        for _ in range(60):
             ends = np.sort(rng.integers(0, NUM_INDICES - 10, BATCH - 1))
             pages = np.diff([0, *ends, NUM_INDICES - 10]) * (rng.random(BATCH) > 0.2)  # some rows are empty
             host = np.maximum(0, pages * 16 - rng.integers(0, 16, BATCH)).astype(np.int32)
