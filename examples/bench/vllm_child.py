@@ -18,7 +18,7 @@ PROMPTS = (5, 17, 64, 200, 777, 1500, 3001)  # tokens of --check's rows
 def run(job: Job) -> None:
     """Does a job; its results lie in job.results, whole after every shape."""
     begin = time.perf_counter()
-    counted = _count_our_runs() if job.backend == "CUSTOM" else None
+    counted = _count_our_runs() if job.backend == "CUSTOM" else {}
     from vllm import LLM
 
     llm = LLM(**engine_arguments(job))
@@ -29,8 +29,7 @@ def run(job: Job) -> None:
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [],
     }
     print(f"{job.name}: started in {found['start_s']:.0f} s", flush=True)
-    if counted is not None:
-        found["our_runs_at_start"] = counted[0]
+    found |= {f"{what}_at_start": count for what, count in counted.items()}
     if job.tokens:
         found["rows"] = _greedy(llm, Path(job.model))
         _write(job, found)
@@ -46,28 +45,32 @@ def run(job: Job) -> None:
             print(f"{job.name}: {shape.name}: {result['median_ms']:.3f} ms ({result['steps']} steps, "
                   f"{result['low_ms']:.3f} to {result['high_ms']:.3f}, mean context {result['mean_context']:.0f})",
                   flush=True)
-    if counted is not None:
-        found["our_runs"] = counted[0]
+    if counted:
+        found |= counted
         _write(job, found)
-        print(f"{job.name}: our engines were launched or captured {counted[0]} times", flush=True)
+        print(f"{job.name}: {counted}", flush=True)
 
 
 def _write(job: Job, found: dict[str, Any]) -> None:
     Path(job.results).write_text(json.dumps(found))
 
 
-def _count_our_runs() -> list[int]:
-    """A list of one number: how often a layer of ours decoded, which replays of a CUDA graph do not count in."""
+def _count_our_runs() -> dict[str, int]:
+    """How often a layer of ours decodes, and how often of that on queries that it must copy first, from here on.
+
+    Replays of a CUDA graph do not count.
+    """
     from gpu.drop_ins.vllm_engines import LayerDecoder
 
-    count, own = [0], LayerDecoder.run
+    counted, own = {"our_runs": 0, "our_copies_of_queries": 0}, LayerDecoder.run
 
-    def counting(*args: Any) -> None:
-        count[0] += 1
-        own(*args)
+    def counting(decoder: Any, rows: Any, q: Any, *others: Any) -> None:
+        counted["our_runs"] += 1
+        counted["our_copies_of_queries"] += not q.is_contiguous()
+        own(decoder, rows, q, *others)
 
     LayerDecoder.run = counting
-    return count
+    return counted
 
 
 def _prompt(length: int, row: int, vocabulary: int = 100000) -> dict[str, list[int]]:
