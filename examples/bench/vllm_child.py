@@ -30,6 +30,7 @@ def run(job: Job) -> None:
     }
     print(f"{job.name}: started in {found['start_s']:.0f} s", flush=True)
     found |= {f"{what}_at_start": count for what, count in counted.items()}
+    _write(job, found)
     if job.tokens:
         found["rows"] = _greedy(llm, Path(job.model))
         _write(job, found)

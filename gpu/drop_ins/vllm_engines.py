@@ -77,7 +77,8 @@ class LayerDecoder:
 
     def copy_sinks(self, sinks: torch.Tensor) -> None:
         """Takes over reloaded sinks, in place: captured graphs read them there."""
-        self.sinks.copy_(sinks.detach())
+        with torch.inference_mode():  # vLLM made them in it
+            self.sinks.copy_(sinks.detach())
 
     def run(self, rows: DecodeRows, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor,
             k_scale: object, v_scale: object) -> None:

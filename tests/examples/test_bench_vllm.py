@@ -4,10 +4,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
+import types
+from collections import deque
 
 import bench_vllm
 import numpy as np
 import pytest
+from bench import vllm_child
 from bench.vllm_cases import CAPTURED, GROUPS, LLAMA_8B, Job, engine_arguments, environment, write_model, write_plugin
 from bench.vllm_report import compare, times_table
 from rich.console import Console
@@ -45,6 +49,61 @@ def test_a_process_that_fails_leaves_what_it_wrote(tmp_path, monkeypatch, capfd)
     script.write_text("import time\ntime.sleep(60)")
     (tmp_path / "results.json").unlink()
     assert bench_vllm.run_job(job, tmp_path, 1) is None and "out of time" in capfd.readouterr().out
+
+
+class Engine:
+    """vllm.LLMEngine with asynchronous scheduling: outputs come a step late, and prompts are prefilled in chunks."""
+
+    def __init__(self) -> None:
+        self.left, self.queue = {}, deque()
+        scheduler = types.SimpleNamespace(async_scheduling=True)
+        compilation = types.SimpleNamespace(cudagraph_mode="FULL_AND_PIECEWISE")
+        self.vllm_config = types.SimpleNamespace(scheduler_config=scheduler, compilation_config=compilation)
+
+    def add_request(self, row: str, prompt: dict, params: object) -> None:
+        assert row not in self.left and min(prompt["prompt_token_ids"]) >= 0
+        assert len(prompt["prompt_token_ids"]) + params.max_tokens <= LLAMA_8B["max_position_embeddings"]
+        self.left[row] = len(prompt["prompt_token_ids"])
+
+    def abort_request(self, rows: list[str]) -> None:
+        self.left = {row: left for row, left in self.left.items() if row not in rows}
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.left)
+
+    def step(self) -> list:
+        room, made = 2048, []
+        for row, left in self.left.items():
+            taken = min(left, room) if left else 1
+            room -= taken
+            self.left[row] -= taken if left else 0
+            made += [row] if not self.left[row] and taken else []
+        self.queue.append(made)
+        if len(self.queue) < 2:
+            return []
+        outputs = [types.SimpleNamespace(token_ids=[7])]
+        rows = [row for row in self.queue.popleft() if row in self.left]
+        return [types.SimpleNamespace(request_id=row, outputs=outputs) for row in rows]
+
+
+def test_steps_are_timed_in_which_every_row_decodes_and_none_else(tmp_path, monkeypatch) -> None:
+    engine = Engine()
+    vllm = types.ModuleType("vllm")
+    vllm.LLM = lambda **given: types.SimpleNamespace(llm_engine=engine)
+    vllm.SamplingParams = lambda **given: types.SimpleNamespace(**given)
+    vllm.sampling_params = types.ModuleType("vllm.sampling_params")
+    vllm.sampling_params.RequestOutputKind = types.SimpleNamespace(DELTA="delta")
+    for module in (vllm, vllm.sampling_params):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    results = tmp_path / "results.json"
+    job = Job("FLASH_ATTN", "auto", "model", str(results), tuple(group.name for group in GROUPS), steps=5)
+    vllm_child.run(job)
+    found = {one["shape"]: one for one in json.loads(results.read_text())["shapes"]}
+    assert [*found] == [shape.name for group in GROUPS for shape in group.shapes]
+    assert all(one["steps"] == 5 for one in found.values()) and not engine.left
+    assert 32700 < found["4 x 32.8K"]["mean_context"] < 33400
+    vllm_child.run(Job("FLASH_ATTN", "auto", "model", str(results), ("120K",), steps=5, seconds=-1))
+    assert json.loads(results.read_text())["shapes"] == []  # out of time
 
 
 def _rows(tokens: list[int], tops: list[dict[int, float]]) -> list[dict]:
