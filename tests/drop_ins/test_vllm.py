@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_steps import Case, attention_layer, builder_of, prepare, run
 
-from gpu.drop_ins.vllm_engines import KV_TYPES
+from gpu.drop_ins.vllm_engines import KV_TYPES, own_planes
 from gpu.drop_ins.vllm_step import cut_step, served_query_tokens
 
 CACHES = ("auto", "fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head")
@@ -72,6 +72,25 @@ def test_cuts_leave_no_token_and_take_none_twice(lens, drafts, most_rows, more) 
 
 def test_query_tokens_that_decode() -> None:
     assert [served_query_tokens(drafts) for drafts in (0, 1, 7, 8)] == [(1,), (1, 2), (1, 8), (1,)]
+
+
+@pytest.mark.parametrize("hnd", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_planes_of_values_and_scales_share_a_block_without_overlap(hnd, heads) -> None:
+    inner = (heads, 16) if hnd else (16, heads)
+    whole = torch.zeros(10, 2, *inner, 20, dtype=torch.int8)
+    cache = whole[1::2].transpose(2, 3) if hnd else whole[1::2]
+    values, k_scales, v_scales = own_planes(cache, 16)
+    values.copy_(torch.randint(-99, 99, values.shape))
+    k_scales.copy_(torch.rand(k_scales.shape)), v_scales.copy_(torch.rand(v_scales.shape))
+    kept = values.clone(), k_scales.clone(), v_scales.clone()
+    again = own_planes(cache, 16)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again)) and not whole[::2].any()
+    assert values.shape == (5, 2, 16, heads, 16) and k_scales.shape == v_scales.shape == (5, 16, heads)
+    for other, size in ((cache, 15), (cache.short(), 16), (cache[..., :19], 15), (torch.zeros(
+            5, 2, 16, heads, 24, dtype=torch.int8)[..., :20], 16)):
+        with pytest.raises(ValueError, match="^kv_cache"):
+            own_planes(other, size)
 
 
 def test_a_step_is_planned_once_for_all_layers_and_its_table_updated_for_other_groups() -> None:
