@@ -8,7 +8,6 @@ import numpy as np
 from pkvsim.compiled import inner
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import (
-    BANDWIDTH,
     PARTIAL_ELEMENT_BYTES,
     RULE,
     TILE,
