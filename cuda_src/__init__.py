@@ -1,1 +1,25 @@
-"""CUDA C++ sources of PersistentKV. `gpu.kernels` is the only reader."""
+"""CUDA C++ sources of PersistentKV. `gpu.kernels` is the only reader, and compiles one .cu file for each kernel.
+
+What to read, in this order:
+1. variant.cuh     every compile-time constant of every kernel, with what it means and who sets it
+2. arguments.cuh   what the host gives the kernels
+3. plan.cuh        the balanced schedule: how a step's tiles are laid end to end and cut into ranges of equal cost
+4. balanced.cu     the kernel that most steps run; its header says what it computes and what bounds it
+5. attend.cuh      the one decode path, of every schedule: attend() is the main loop
+   under it, in the order in which a tile passes through them:
+   paged_load.cuh (page ids, copies to shared memory; table.cuh looks ids up), ring.cuh (who waits for what),
+   fragments.cuh (bytes to operands), query.cuh (logits), weights.cuh (online softmax), state.cuh (partial states)
+6. early_plan.cuh  how a plan is made while the previous kernel still runs, with a timeline; warp_plan.cuh does its sums
+7. parts.cuh       how heads that ranges cut are put together again, inside the kernel
+8. decode.cu and merge.cu, the paper's two schedules over the same attend(): a list of tasks, then a merge
+Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu (lists the balanced schedule for
+tests), stream.cu (the speed of light), mma.cuh (the instructions everything is made of), read_early.cuh (one load).
+
+How data flows in a decode step: a CTA finds its range -> its segments (a run of tiles of one row and KV head) -> tiles,
+dealt to its warps' streams -> page ids -> cp.async into each stream's ring -> ldmatrix -> S^T = K Q^T -> weights -> O^T
++= V^T P^T in registers -> at a segment's end the warps' states to shared memory, merged by column -> the output, or, of
+cut heads, slots in global memory that the CTA of the head's last part waits for and merges.
+
+The CPU tests compile these very files: tests/support/decode_harness.cpp runs the kernels in fibers, with instructions
+of its own in place of mma.cuh. tests/kernels/code_size.py shows what an edit does to registers and code.
+"""

@@ -1,28 +1,20 @@
-// pkv_append: writes new tokens' K and V into their pages, on the way rotated (RoPE) and quantised; rotates their
-// queries in the same pass.
+// pkv_append: writes new tokens' K and V into their pages, and rotates their queries in the same pass.
 //
-// Grid: [ceil(num_tokens * chunks / 4)], block: [128]. A warp has one token and every chunks-th step of its heads (K,
-// then V, then queries); LANES lanes share a head and each holds two vectors of 8 elements, placed so that it has both
+// Computes rotated (RoPE) and quantised K, quantised V and rotated queries, each operation rounded as
+// pkvsim.reference.append rounds it.
+// Grid: [ceil(num_tokens * chunks / 4)]; block: [128]. A warp has one token and every chunks-th step of its heads (K,
+// then V, then queries); LANES lanes share a head, and each holds two vectors of 8 elements, placed so that it has both
 // elements of its pairs.
 //
-//   k_new, v_new  [num_tokens, num_kv_heads, HEAD_DIM or HEAD_DIM_V]
-//   q, q_out      [num_tokens, num_q_heads, HEAD_DIM], may be one
-//   k_pages, ..   [num_pages] x heads x tokens x dim by strides, of CACHE_TYPE (quantize.cuh)
-//   k_scales, ..  INT8: float32 per token and head by strides, written. FP8: [1] float32, read, or null for k_scale
-//   seq_lens      [batch_size] int32, the new tokens counted in; block_table [batch_size, max_pages] int32
-//   token_offsets [batch_size + 1] int32, or null: token i is row i's. A row's tokens take its last positions
-//   rope          ROPE_TABLE: [max_positions, ROTARY_DIM] float32, cosines then sines; else [ROTARY_DIM / 2] uint64,
-//                 a pair's turns per position, times 2^64
-// Strides in elements. Passed over are tokens of empty rows, past the last offset, before position 0, and those whose
-// page or position is not there: a graph may have been captured for more than a step has.
+//   given    see AppendArguments for the arrays, their shapes and strides
+//   written  k_pages, v_pages, of INT8 pages k_scales and v_scales, and q_out where there are queries
+// A row's tokens take its last positions. Tokens are passed over that belong to empty rows, lie past the last offset or
+// before position 0, or whose page or position is not there: a graph may have been captured for more than a step has.
 //
-// ROPE_STYLE: 0 none; 1 half, element i with i + ROTARY_DIM / 2 (Llama in Hugging Face's order, GPT-NeoX); 2
-// interleaved, element 2 i with 2 i + 1 (GPT-J). Elements from ROTARY_DIM on stay.
-//
-// Bound by HBM when there are many tokens, each input read and each output written once (outputs through L2, where
-// decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
+// Its speed is bound by HBM when there are many tokens, each input being read and each output written once (through L2,
+// where decode finds them); in a decode step by the latency of a row's length, its page's id and one store.
 #include "mma.cuh"
-#include "cache_type.cuh"
+#include "arguments.cuh"
 #include "quantize.cuh"
 #include "vectors.cuh"
 
@@ -34,14 +26,11 @@ constexpr int WIDEST = HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V;
 constexpr int LANES =
     WIDEST <= 16 ? 1 : WIDEST <= 32 ? 2 : WIDEST <= 64 ? 4 : WIDEST <= 128 ? 8 : WIDEST <= 256 ? 16 : 32;
 constexpr int HEADS_PER_STEP = 32 / LANES;
-constexpr int IN_FLIGHT = 4;  // steps whose loads a warp has under way
+constexpr int IN_FLIGHT = 4;  // steps whose loads a warp has under way at once
 constexpr int ROTATING_LANES = ROPE_STYLE ? ROTARY_DIM / 16 : 0;
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM_V % 16 == 0 && WIDEST <= 512, "a warp holds whole vectors of a head");
 static_assert(ROTARY_DIM % 16 == 0 && ROTARY_DIM <= HEAD_DIM, "a lane holds both elements of its pairs");
 
-struct Strides {
-  long long token, head;
-};
 struct PageStrides {
   long long page, head, token;
 
@@ -73,7 +62,7 @@ __device__ __forceinline__ void store_vector(unsigned char* at, const float (&x)
 }
 #endif
 
-// Where in a head a lane's two vectors begin: half a region apart, the rotated region first.
+// Where in a head a lane's two vectors begin: half a region apart, in the rotated region if that has lanes left.
 template <int DIM, int ROTATED>
 __device__ __forceinline__ int2 place(int part) {
   constexpr int LANES_IN = ROTATED / 16;
@@ -82,7 +71,7 @@ __device__ __forceinline__ int2 place(int part) {
   return make_int2(first, first + (DIM - ROTATED) / 2);
 }
 
-// The row of a token: the last one that begins at or before it. All lanes agree; each looks at another row.
+// The row of a token, the last one that begins at or before it. All lanes get it, and each looks at another row.
 __device__ __forceinline__ int find_row(const int* token_offsets, int batch_size, int token, int lane) {
   int begin = 0, end = batch_size;
   while (end - begin > 1) {
@@ -95,8 +84,8 @@ __device__ __forceinline__ int find_row(const int* token_offsets, int batch_size
 }
 
 #if ROPE_STYLE
-// The lane's cosines and sines: half, of its 8 pairs in order; interleaved, of the 4 in its first vector, then of the
-// 4 in its second.
+// The cosines and sines of a lane's pairs. Where halves turn they are of its 8 pairs in order, else of the 4 pairs in
+// its first vector, then of the 4 in its second.
 struct Angles {
   float cosine[8], sine[8];
 
@@ -126,7 +115,7 @@ struct Angles {
 #endif
   }
 
-  // Each operation rounded for itself, as the reference does it, bit for bit.
+  // Each operation is rounded for itself, as the reference does it, bit for bit.
   __device__ __forceinline__ static void turn(float& x, float& y, float c, float s) {
     const float turned = __fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s));
     y = __fadd_rn(__fmul_rn(y, c), __fmul_rn(x, s));
@@ -144,9 +133,10 @@ struct Angles {
 };
 #endif
 
-// Scale of a head whose largest magnitude is 127 steps; LANES lanes hold the head and get the same. A NaN makes it NaN.
+// The scale of a head, by which its largest magnitude is 127 steps. The LANES lanes that hold the head get the same
+// one, and a NaN makes it NaN.
 __device__ __forceinline__ float head_scale(const float (&low)[8], const float (&high)[8]) {
-  unsigned largest = 0;  // as bits, which order magnitudes and put NaN above all
+  unsigned largest = 0;  // bits, which order magnitudes and put NaN above all
   #pragma unroll
   for (int i = 0; i < 8; ++i)
     largest = max(largest, max(__float_as_uint(low[i]) & 0x7fffffffu, __float_as_uint(high[i]) & 0x7fffffffu));
@@ -158,70 +148,66 @@ __device__ __forceinline__ float head_scale(const float (&low)[8], const float (
 }  // namespace pkv
 
 extern "C" __global__ void __launch_bounds__(pkv::WARPS * 32)
-pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, half_type* q_out,
-           pkv::cache_type* k_pages, pkv::cache_type* v_pages, float* k_scales, float* v_scales, const int* seq_lens,
-           const int* block_table, const int* token_offsets, const void* rope, int num_tokens, int batch_size,
-           int num_kv_heads, int num_q_heads, int page_size, int num_pages, int max_pages, int max_positions,
-           int chunks, long long table_stride, long long rope_stride, long long k_token, long long k_head,
-           long long v_token, long long v_head, long long q_token, long long q_head, long long q_out_token,
-           long long q_out_head, long long k_page, long long k_page_head, long long k_page_token, long long v_page,
-           long long v_page_head, long long v_page_token, long long scale_page, long long scale_head,
-           long long scale_token, float rope_factor, float k_scale, float v_scale) {
+pkv_append(const pkv::AppendArguments arguments) {
   using namespace pkv;
+  const AppendArguments given = arguments;  // of a copy the compiler makes up to 3 % less code than of the parameter
   const int lane = threadIdx.x % 32, part = lane % LANES;
-  const int warp = blockIdx.x * WARPS + threadIdx.x / 32, token = warp / chunks;
-  const int num_heads = 2 * num_kv_heads + num_q_heads, num_steps = (num_heads + HEADS_PER_STEP - 1) / HEADS_PER_STEP;
-  const PageStrides k_strides{k_page, k_page_head, k_page_token}, v_strides{v_page, v_page_head, v_page_token};
+  const int warp = blockIdx.x * WARPS + threadIdx.x / 32, token = warp / given.chunks;
+  const int num_heads = 2 * given.num_kv_heads + given.num_q_heads;
+  const int num_steps = (num_heads + HEADS_PER_STEP - 1) / HEADS_PER_STEP;
+  const PageStrides k_strides{given.k_page, given.k_page_head, given.k_page_token};
+  const PageStrides v_strides{given.v_page, given.v_page_head, given.v_page_token};
   const int2 rotated = place<HEAD_DIM, ROTATING_LANES * 16>(part), plain = place<HEAD_DIM_V, 0>(part);
 
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if (token >= num_tokens) return;
+  if (token >= given.num_tokens) return;
 
   uint4 held[IN_FLIGHT][2];
   const auto load = [&](int first_step) {
     #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
       held[i][0] = held[i][1] = make_uint4(0, 0, 0, 0);
-      const int head = (first_step + i * chunks) * HEADS_PER_STEP + lane / LANES;
-      const bool is_v = head >= num_kv_heads && head < 2 * num_kv_heads;
+      const int head = (first_step + i * given.chunks) * HEADS_PER_STEP + lane / LANES;
+      const bool is_v = head >= given.num_kv_heads && head < 2 * given.num_kv_heads;
       if (head >= num_heads || part >= (is_v ? HEAD_DIM_V : HEAD_DIM) / 16) continue;
-      const half_type* from = head < num_kv_heads ? k_new + token * k_token + head * k_head
-                              : is_v ? v_new + token * v_token + (head - num_kv_heads) * v_head
-                                     : q + token * q_token + (head - 2 * num_kv_heads) * q_head;
+      const half_type* from = head < given.num_kv_heads ? given.k_new + token * given.k_token + head * given.k_head
+                              : is_v ? given.v_new + token * given.v_token + (head - given.num_kv_heads) * given.v_head
+                                     : given.q + token * given.q_token + (head - 2 * given.num_kv_heads) * given.q_head;
       held[i][0] = load_once(from + (is_v ? plain.x : rotated.x));
       held[i][1] = load_once(from + (is_v ? plain.y : rotated.y));
     }
   };
-  int step = warp % chunks;
-  load(step);  // under way while the token's place is looked up
+  int step = warp % given.chunks;
+  load(step);  // is under way while the token's place is looked up
 
-  int row = token, after = 1;  // tokens of the row from this one on
-  if (token_offsets) {
-    row = find_row(token_offsets, batch_size, token, lane);
-    if (token < __ldcg(token_offsets + row)) return;
-    after = __ldcg(token_offsets + row + 1) - token;
+  int row = token, after = 1;  // the row's tokens from this one on
+  if (given.token_offsets) {
+    row = find_row(given.token_offsets, given.batch_size, token, lane);
+    if (token < __ldcg(given.token_offsets + row)) return;
+    after = __ldcg(given.token_offsets + row + 1) - token;
     if (after <= 0) return;
   }
-  const int position = __ldcg(seq_lens + row) - after;
-  if (position < 0 || position >= max_positions || position / page_size >= max_pages) return;
-  const int id = __ldcg(block_table + row * table_stride + position / page_size), slot = position % page_size;
-  if (id < 0 || id >= num_pages) return;
+  const int position = __ldcg(given.seq_lens + row) - after;
+  if (position < 0 || position >= given.max_positions || position / given.page_size >= given.max_pages) return;
+  const int id = __ldcg(given.block_table + row * given.table_stride + position / given.page_size);
+  const int slot = position % given.page_size;
+  if (id < 0 || id >= given.num_pages) return;
 
 #if ROPE_STYLE
   Angles angles;
-  if (part < ROTATING_LANES) angles.load(rope, position, rope_stride, rope_factor, part);
+  if (part < ROTATING_LANES) angles.load(given.rope, position, given.rope_stride, given.rope_factor, part);
 #endif
 #if CACHE_TYPE == 1 || CACHE_TYPE == 2
-  const float k_inverse = __frcp_rn(k_scales ? __ldcg(k_scales) : k_scale);
-  const float v_inverse = __frcp_rn(v_scales ? __ldcg(v_scales) : v_scale);
+  const float k_inverse = __frcp_rn(given.k_scales ? __ldcg(given.k_scales) : given.k_scale);
+  const float v_inverse = __frcp_rn(given.v_scales ? __ldcg(given.v_scales) : given.v_scale);
 #endif
 
   for (;;) {
     #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
-      const int head = (step + i * chunks) * HEADS_PER_STEP + lane / LANES;
-      const bool is_k = head < num_kv_heads, is_v = !is_k && head < 2 * num_kv_heads;
+      const int head = (step + i * given.chunks) * HEADS_PER_STEP + lane / LANES;
+      const bool is_k = head < given.num_kv_heads, is_v = !is_k && head < 2 * given.num_kv_heads;
       const int2 at = is_v ? plain : rotated;
       float low[8], high[8];
       unpack_vector(held[i][0], low);
@@ -230,25 +216,26 @@ pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, h
       if (!is_v && part < ROTATING_LANES) angles.rotate(low, high);
 #endif
 #if CACHE_TYPE == 3
-      const float scale = head_scale(low, high);  // by all lanes, whatever they hold
+      const float scale = head_scale(low, high);  // all lanes take part, whatever they hold
       const float inverse = scale > 0.0f ? __frcp_rn(scale) : 0.0f;
 #endif
       if (head >= num_heads || part >= (is_v ? HEAD_DIM_V : HEAD_DIM) / 16) continue;
       if (!is_k && !is_v) {
-        half_type* to = q_out + token * q_out_token + (head - 2 * num_kv_heads) * q_out_head;
+        half_type* to = given.q_out + token * given.q_out_token + (head - 2 * given.num_kv_heads) * given.q_out_head;
         store_vector(to + at.x, low);
         store_vector(to + at.y, high);
         continue;
       }
-      const int kv_head = is_k ? head : head - num_kv_heads;
-      cache_type* to = is_k ? k_pages + k_strides.at(id, kv_head, slot) : v_pages + v_strides.at(id, kv_head, slot);
+      const int kv_head = is_k ? head : head - given.num_kv_heads;
+      cache_type* to =
+          is_k ? given.k_pages + k_strides.at(id, kv_head, slot) : given.v_pages + v_strides.at(id, kv_head, slot);
 #if CACHE_TYPE == 0
       store_vector(to + at.x, low);
       store_vector(to + at.y, high);
 #else
 #if CACHE_TYPE == 3
-      const PageStrides scale_strides{scale_page, scale_head, scale_token};
-      if (part == 0) (is_k ? k_scales : v_scales)[scale_strides.at(id, kv_head, slot)] = scale;
+      const PageStrides scale_strides{given.scale_page, given.scale_head, given.scale_token};
+      if (part == 0) (is_k ? given.k_scales : given.v_scales)[scale_strides.at(id, kv_head, slot)] = scale;
 #else
       const float inverse = is_k ? k_inverse : v_inverse;
 #endif
@@ -256,7 +243,7 @@ pkv_append(const half_type* k_new, const half_type* v_new, const half_type* q, h
       store_vector(to + at.y, high, inverse);
 #endif
     }
-    step += IN_FLIGHT * chunks;
+    step += IN_FLIGHT * given.chunks;
     if (step >= num_steps) break;
     load(step);
   }

@@ -1,4 +1,5 @@
-// The decode path of every schedule: a CTA walks a stream of segments and yields one partial softmax state for each.
+// The decode path of every schedule: a CTA walks the segments of a source and yields one softmax state of each column
+// of each segment.
 //
 // Tokens are the M of the tensor-core product and the query heads of the group its N, so that a group of up to 8
 // heads wastes no accumulators: S^T = K Q^T, O^T = V^T P^T. Each warp keeps its own running state over its tiles,
@@ -6,31 +7,23 @@
 // comes to the next segment's end. So no warp stops for another while there is work.
 //
 // Columns whose accumulators are too many for a warp's registers go to a team of TEAM warps, which read the same tiles
-// from one ring and stop for each other, twice a tile: what one has copied the others read, and what one refills the
-// others have read.
+// from one ring (ring.cuh).
 #pragma once
+#include "ring.cuh"
 #include "weights.cuh"
 
 namespace pkv {
 
-constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of head pairs in different banks
+constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of pairs of columns in different banks
 
 struct __align__(16) SharedMemory {
   unsigned char ring[STREAMS][STAGES][SLOT_BYTES];
   float states[BUFFERS][STREAMS][COLUMNS][STATE_ROW];  // acc, then m and l
-  float kept[COLUMNS][STATE_ROW];                         // the same, merged (balanced only)
-  ArrivalBarrier left[BUFFERS], merged[BUFFERS];          // by all warps: their states left there, their heads merged
+  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only, see parts.cuh)
+  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // all warps have left their states there, have merged theirs
 };
 
-static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/config.py computes the same size");
-
-// Returns when a K or V tile is there that this warp, and all of its team, asked for LATER copies before the last.
-template <int LATER>
-__device__ __forceinline__ void await_tile(int stream) {
-  copy_wait<LATER>();
-  if constexpr (TEAM == 1) __syncwarp();
-  else sync_warps<TEAM>(1 + stream);
-}
+static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/kernels/variant.py computes the same size");
 
 __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
                                            int lane) {
@@ -44,7 +37,7 @@ __device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)
   }
 }
 
-// Leaves this warp's state in shared memory, in its columns' rows of its stream's.
+// Leaves this warp's state in shared memory: of its stream's rows, those of its columns.
 __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLUMNS][STATE_ROW], int lane) {
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
@@ -65,12 +58,12 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
     }
 }
 
-// The STREAMS states of a segment merged for one column. value_scale: V's, of 8-bit pages that have one.
+// Merges the STREAMS states that a segment has of one column. value_scale: V's, where 8-bit pages have one for all.
 __device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUMNS][STATE_ROW], int column,
                                             float value_scale, int lane) {
   HeadState sum;
   sum.reset();
-  float2 ml[STREAMS];  // every lane reads them all: sooner done than to exchange what they have in common
+  float2 ml[STREAMS];  // every lane reads them all, which is sooner done than to exchange what they have in common
   #pragma unroll
   for (int s = 0; s < STREAMS; ++s) {
     ml[s] = *reinterpret_cast<const float2*>(&states[s][column][V_DIM]);
@@ -88,47 +81,25 @@ __device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUM
   return sum;
 }
 
-// What both decode kernels are given, as gpu/engine.py lays it out (gpu.decode_kernels.arguments).
-struct DecodeArguments {
-  const half_type *q;      // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-  const cache_type *k_pages, *v_pages;
-  const page_id* block_table;  // [batch_size, table_stride]; with TABLE_CSR the indices, [table_stride]
-  const int *seq_lens;     // [batch_size]; with LAST_PAGE_LENGTHS see Lengths
-  const int *query_lens;   // see Output
-  const float* sinks;      // see Output
-  half_type* out;          // like q, with V_DIM
-  float* lse;              // [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE]
-  Slot* partials;
-  long long k_page_stride, v_page_stride;
-  int k_head_stride, k_token_stride, v_head_stride, v_token_stride;
-  int batch_size, num_kv_heads, table_stride, num_pages;
-  int window;              // see Mask
-  float scale, cap;        // see weigh
-#if CACHE_TYPE
-  // [1] float32 each or null; with CACHE_SCALES see PagedScales, of whose elements the strides are.
-  const float *k_scales, *v_scales;
-  long long scale_page_stride;
-  int scale_head_stride, scale_token_stride;
-  float v_scale;           // where v_scales is null
-#endif
-  PKV_CSR(const int* row_begins;)  // see PageTable
-
-  // A window reaches back from the first query token, lengths count to the last.
-  __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
-  __device__ __forceinline__ Pages pages() const {
-    return {{k_pages, k_page_stride, k_head_stride, k_token_stride},
-            {v_pages, v_page_stride, v_head_stride, v_token_stride},
-            {block_table, table_stride, num_pages PKV_CSR(, row_begins, batch_size)}, reach(),
-            k_page_stride == v_page_stride && k_head_stride == v_head_stride && k_token_stride == v_token_stride,
+// What the arguments say of the pages and of where results go.
+__device__ __forceinline__ Pages pages_of(const DecodeArguments& given) {
+  return {{given.k_pages, given.k_page_stride, given.k_head_stride, given.k_token_stride},
+          {given.v_pages, given.v_page_stride, given.v_head_stride, given.v_token_stride},
+          {given.page_ids, given.table_stride, given.num_pages PKV_CSR(, given.row_begins, given.batch_size)},
+          given.reach(),
+          given.k_page_stride == given.v_page_stride && given.k_head_stride == given.v_head_stride
+              && given.k_token_stride == given.v_token_stride,
 #if CACHE_SCALES
-            {k_scales, v_scales, scale_page_stride, scale_head_stride, scale_token_stride},
+          {given.k_scales, given.v_scales, given.scale_page_stride, given.scale_head_stride, given.scale_token_stride},
 #endif
-    };
-  }
-  __device__ __forceinline__ Output output() const { return {out, lse, num_kv_heads, query_lens, sinks}; }
-};
+  };
+}
+__device__ __forceinline__ Output output_of(const DecodeArguments& given) {
+  return {given.out, given.lse, given.num_kv_heads, given.query_lens, given.sinks};
+}
 
-// The scales of all of K and all of V, where those are all. Read from memory, for a captured graph to follow.
+// The one scale of K and the one of V, of 8-bit pages that have no others. They are read from memory, so that a
+// captured graph follows their changes.
 struct TensorScales {
 #if CACHE_TYPE && !CACHE_SCALES
   float k, v;
@@ -146,18 +117,22 @@ struct TensorScales {
 #endif
 };
 
-// Runs every segment of `source`. For each, `emit(segment, column, state)` is called by one warp for each column, of
-// the first segment by warp column % WARPS. Before, `emit.release(pages, loader)` is called when nothing has been read
-// but lengths and the first segment's page ids, in loader.ids_ahead, and `emit.begin(pages)` when the first tiles
-// are under way; if that is false nothing more is done, and attend returns false.
-template <class Source, class Emit>
+// Runs every segment of `source`, in order.
+//
+// start   says when the work may begin. `start.release(pages, loader)` is called when nothing has been read but lengths
+//         and the first segment's page ids, in loader.ids_ahead; it returns when queries and tiles may be read.
+//         `start.begin(pages)` is called when the first tiles are under way; if it is false nothing more is done, and
+//         attend returns false. start.EARLY: whether those first page ids are read early (early_plan.cuh).
+// emit    takes the results: `emit(segment, column, state)` is called by one warp for each column of every segment, of
+//         the first segment by warp column % WARPS.
+template <class Source, class Start, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
-                                       SharedMemory& shared, Emit& emit) {
+                                       SharedMemory& shared, Start& start, Emit& emit) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stream = warp / TEAM;
-  const unsigned ring = shared_address(shared.ring[stream][0]);
-  // Copies of tiles started since that of the one that is waited for.
-  constexpr int COPIES_AHEAD = TEAM == 1 ? 2 * STAGES - 1 : 2 * STAGES - 2;
+  const unsigned first_slot = shared_address(shared.ring[stream][0]);
   Loader<Source> loader(source);
+  Ring<Source> ring{.loader = loader, .pages = pages, .begin = first_slot, .stream = stream, .lane = lane,
+                    .slot = first_slot, .stage = 0};
   Dealer<Source> walk(source);
   TensorScales tensor_scales;
   Query query;
@@ -168,57 +143,38 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[s.row];
   };
 
-  loader.template look_ahead<Emit::EARLY>(pages, stream, lane);
+  loader.template look_ahead<Start::EARLY>(pages, stream, lane);
   Share share;
   bool live = walk.next(share, stream);  // whether `share` is a segment to compute
-  // What is small is asked for before the first tiles: it would arrive behind them.
-  emit.release(pages, loader);
+  start.release(pages, loader);
+  // Queries and scales are asked for before the first tiles, behind which they would arrive.
   if (live) enter(share);
   tensor_scales.load(given);
-  #pragma unroll 1  // its code's fetching shows in short steps
-  for (int stage = 0; stage < STAGES; ++stage) {
-    if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage - 1) * SLOT_BYTES, lane);
-    loader.issue_k(pages, ring + stage * SLOT_BYTES, stream, lane);
-    if constexpr (TEAM == 1) loader.issue_v(pages, ring + stage * SLOT_BYTES, lane);
-  }
-  if (!emit.begin(pages)) {
+  ring.fill();
+  if (!start.begin(pages)) {
     copy_wait<0>();
     return false;
   }
 
-  Segment before;     // the segment whose states are to be merged, the (count - 1)-th
-  unsigned slot = ring;
-  int stage = 0;
+  Segment before;  // the segment whose states are to be merged, the (count - 1)-th
   for (int count = 0;; ++count) {
     WarpState state;
     if (live) {
       state.reset();
       if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
       for (int tile = share.first; tile < share.tile_end; tile += STREAMS) {
-        // A warp alone refills what it has read at once. A team's has been read when the team next meets, for the other
-        // half of this tile or the next: K is refilled there, and V of the tile before, whose order stays the same.
         float s[HEAD_BLOCKS][4];
         unsigned p[HEAD_BLOCKS][2];
-        await_tile<COPIES_AHEAD>(stream);
-        if constexpr (TEAM > 1) loader.issue_v(pages, ring + (stage > 0 ? stage - 1 : STAGES - 1) * SLOT_BYTES, lane);
-        score(s, query, slot, lane);
+        ring.await_keys();
+        score(s, query, ring.slot, lane);
 #if CACHE_SCALES
-        state.scales.read(slot + K_TILE_BYTES + V_TILE_BYTES, lane);
+        state.scales.read(ring.slot + K_TILE_BYTES + V_TILE_BYTES, lane);
 #endif
-        if constexpr (TEAM == 1) {
-          __syncwarp();
-          loader.issue_k(pages, slot, stream, lane);
-        }
+        ring.keys_read();
         weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
-        await_tile<COPIES_AHEAD>(stream);
-        if constexpr (TEAM > 1) loader.issue_k(pages, slot, stream, lane);
-        accumulate(state, p, slot + K_TILE_BYTES, lane);
-        if constexpr (TEAM == 1) {
-          __syncwarp();
-          loader.issue_v(pages, slot, lane);
-        }
-        if (++stage == STAGES) stage = 0;
-        slot = ring + stage * SLOT_BYTES;
+        ring.await_values();
+        accumulate(state, p, ring.slot + K_TILE_BYTES, lane);
+        ring.values_read();
       }
     }
     // The next segment's queries are on their way while this one's states are merged.
@@ -228,7 +184,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if (count > 0) {
       const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
       shared.left[buffer].wait(phase);
-      // Fewer columns than warps go to other warps each time.
+      // Columns that are fewer than the warps go to other warps each time.
       #pragma unroll 1
       for (int column = (warp + (count - 1) * (WARPS - COLUMNS % WARPS)) % WARPS; column < COLUMNS; column += WARPS)
         emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
@@ -245,7 +201,15 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
   return true;
 }
 
-// Called once by the whole CTA, before attend.
+// Which of `count` pieces of work this CTA has, count or more if none. Two CTAs of a cluster are on neighbouring SMs,
+// which share their way to memory: where there is work for no more than half the CTAs, one of each two has none.
+__device__ __forceinline__ int paired_place(int count) {
+  const int cta = blockIdx.x;
+  if (!KERNELS_OVERLAP || count * 2 > static_cast<int>(gridDim.x)) return cta;
+  return cta % 2 ? count : cta / 2;
+}
+
+// The whole CTA calls this once, before attend.
 __device__ __forceinline__ void init_barriers(SharedMemory& shared) {
   if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
   __syncthreads();

@@ -1,22 +1,25 @@
-// pkv_decode_tasks: paged decode attention over a task list (the split and workqueue schedules).
+// pkv_decode_tasks: paged decode attention over a list of tasks that the host planned (the split and workqueue
+// schedules).
 //
-// Grid: [any], block: [WARPS * 32]; CTA b takes tasks b, b + gridDim.x, ..., loads running on from one task into the
-// next. A row of one split is written directly; every other task leaves its state in its slot of `partials` for
-// pkv_merge (merge.cu).
+// Computes softmax(q K^T * scale) V of each row's query tokens over its pages: whole for rows of one split, a partial
+// state of each task for the others, which pkv_merge (merge.cu) puts together.
+// Grid: [any]; block: [WARPS * 32]; dynamic shared memory: SharedMemory (attend.cuh). CTA b has the tasks b,
+// b + gridDim.x, ... and its loads run on from one task into the next. Where the grid has twice the tasks, CTA 2 i has
+// task i and CTA 2 i + 1 none (paired_place).
 //
-//   tasks         [num_tasks] Task, queue order; tiles of tile_tokens (a multiple of PKV_TILE), end exclusive
-//   split_offsets [batch_size + 1] int32: row r's slots are split_offsets[r] .. split_offsets[r + 1]
-//   partials      [num_slots][num_kv_heads] Slot
-//   given         see DecodeArguments
+//   given          see DecodeArguments for the arrays and their shapes. partials: [num_slots][num_kv_heads] Slot
+//   tasks          [num_tasks] Task, queue order; tiles of tile_scale * PKV_TILE tokens, end exclusive
+//   split_offsets  [batch_size + 1]: row r's slots are split_offsets[r] .. split_offsets[r + 1]
+//   written        out and lse of rows of at most one split, slots of the others' tasks
 //
-// Bound by HBM, plus the tail of the CTA with the most work: the queue is not cut to equal cost.
+// Its speed is bound by HBM, and by the CTA with the most work: the queue is not cut to equal cost.
 #include "attend.cuh"
 
 namespace pkv {
 
 struct TaskSource {
   const Task* tasks;
-  const int *seq_lens, *split_offsets;
+  const int *lengths, *split_offsets;
   int index, num_tasks, stride, tile_scale;
 
   __device__ __forceinline__ bool next(Segment& s) {
@@ -24,7 +27,7 @@ struct TaskSource {
     const Task* t = tasks + index;
     const int split = __ldg(&t->split);
     s.row = __ldg(&t->row), s.kv_head = __ldg(&t->kv_head);
-    s.seq_len = __ldg(seq_lens + s.row);
+    s.seq_len = __ldg(lengths + s.row);
     s.tile_begin = __ldg(&t->tile_begin) * tile_scale;
     s.tile_end = min(__ldg(&t->tile_end) * tile_scale, tiles_of(s.seq_len));
     const int first = __ldg(split_offsets + s.row);
@@ -35,8 +38,15 @@ struct TaskSource {
   }
 };
 
+// The kernel has waited for the previous one when attend begins.
+struct TaskStart {
+  static constexpr bool EARLY = false;
+  __device__ __forceinline__ void release(const Pages&, const Loader<TaskSource>&) const {}
+  __device__ __forceinline__ bool begin(const Pages&) const { return true; }
+};
+
 struct TaskEmit {
-  Output output;
+  const Output& output;
   Slot* partials;
   int lane;
 
@@ -44,9 +54,6 @@ struct TaskEmit {
     if (s.begins && s.ends) store_result(output, s.row, s.kv_head, column, state, lane);
     else send_state(partials[static_cast<long long>(s.slot) * output.num_kv_heads + s.kv_head], column, state, lane);
   }
-  static constexpr bool EARLY = false;
-  __device__ __forceinline__ void release(const Pages&, const Loader<TaskSource>&) const {}
-  __device__ __forceinline__ bool begin(const Pages&) const { return true; }
 };
 
 }  // namespace pkv
@@ -54,16 +61,20 @@ struct TaskEmit {
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
 pkv_decode_tasks(const pkv::DecodeArguments given, const pkv::Task* tasks, const int* split_offsets, int num_tasks,
                  int tile_scale) {
+  using namespace pkv;
   extern __shared__ __align__(128) unsigned char memory[];
-  pkv::SharedMemory& shared = *reinterpret_cast<pkv::SharedMemory*>(memory);
-  const pkv::Output output = given.output();
-  pkv::let_next_kernel_start();
-  pkv::init_barriers(shared);
-  pkv::wait_for_previous_kernel();
-  const pkv::TaskSource source{tasks, given.seq_lens, split_offsets, static_cast<int>(blockIdx.x), num_tasks,
-                               static_cast<int>(gridDim.x), tile_scale};
-  pkv::TaskEmit emit{output, given.partials, static_cast<int>(threadIdx.x % 32)};
-  pkv::attend(source, given.pages(), given, shared, emit);
-  pkv::store_empty_rows(output, given.seq_lens, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
-                        gridDim.x * WARPS, threadIdx.x % 32);
+  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(memory);
+  const Output output = output_of(given);
+  let_next_kernel_start();
+  init_barriers(shared);
+  wait_for_previous_kernel();
+  const TaskSource source{
+      .tasks = tasks, .lengths = given.lengths, .split_offsets = split_offsets, .index = paired_place(num_tasks),
+      .num_tasks = num_tasks, .stride = static_cast<int>(gridDim.x), .tile_scale = tile_scale};
+  const int lane = threadIdx.x % 32;
+  TaskStart start;
+  TaskEmit emit{.output = output, .partials = given.partials, .lane = lane};
+  attend(source, pages_of(given), given, shared, start, emit);
+  store_empty_rows(output, given.lengths, given.batch_size, blockIdx.x * WARPS + threadIdx.x / 32, gridDim.x * WARPS,
+                   lane);
 }

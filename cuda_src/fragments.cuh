@@ -1,29 +1,31 @@
-// From bytes in the ring to A operands of the products: 16-bit elements as they are, 8-bit ones widened to FP16, which
-// holds every value of every 8-bit type exactly. A NaN stays one.
+// How bytes in the ring become A operands of the products: 16-bit elements go as they are, 8-bit ones are widened to
+// FP16, which holds every value of every 8-bit type exactly. A NaN stays one.
 //
 // An ldmatrix of 8-bit rows moves pairs of bytes where the product wants pairs of 16-bit elements. What it puts into
-// the wrong place is put right for nothing at the other end:
+// the wrong place is put right at the other end, where that costs nothing:
 //   K    A lane gets elements 4 c to 4 c + 3 of its token (c = lane % 4), the product wants 2 c, 2 c + 1, 2 c + 8 and
-//        2 c + 9. A sum of products has no order: Query deals its elements out alike.
+//        2 c + 9. A sum of products has no order, so Query deals its elements out in the same way.
 //   V    Transposed, a lane gets elements 2 r, 2 r + 1 (r = lane / 4) of two tokens; the product wants both tokens of
-//        one element. Taken as rows r and r + 8 they permute the rows of the output: publish() knows.
+//        one element. Taken as rows r and r + 8 they permute the rows of the output, which publish() undoes.
 #pragma once
 #include "paged_load.cuh"
 
 namespace pkv {
 
-// Of 16 elements of the output: how far apart those of neighbouring rows of lanes are, and a lane's two.
+// Among 16 elements of the output, neighbouring rows of lanes hold elements so far apart, and a lane's two are so far
+// apart.
 constexpr int LANES_APART = CACHE_TYPE ? 2 : 1, ROWS_APART = CACHE_TYPE ? 1 : 8;
 
 #if CACHE_TYPE
-// Selectors that make halves of bytes a and b: as their upper byte, as their lower one (the other comes from the second
-// register), or with 8 copies of its sign above it.
+// Selectors of permute() that make a pair of halves of bytes a and b: each becomes its half's upper byte, or its lower
+// one (the other byte comes from the second register), or its lower one below 8 copies of its sign.
 __device__ constexpr unsigned as_upper(int a, int b) { return 0x0404u | static_cast<unsigned>(a << 4 | b << 12); }
 __device__ constexpr unsigned as_lower(int a, int b) { return 0x4040u | static_cast<unsigned>(a | b << 8); }
 __device__ constexpr unsigned as_signed(int a, int b) { return 0x8080u | static_cast<unsigned>(a * 0x11 | b * 0x1100); }
 
 #if CACHE_TYPE == 1 && !CONVERTS_E4M3
-// e4m3 codes with their sign extended to halves. In FP16's place they are their value / 256; NaN codes are 1.875.
+// Widens e4m3 codes, each of which is in a half with its sign extended. Their bits at FP16's place are their value /
+// 256, and NaN codes are 1.875.
 __device__ __forceinline__ unsigned widen_e4m3(unsigned halves) {
   const unsigned small = halves << 7 & 0xbf80bf80u;
   // 1.75 x 37408 is finite, 1.875 x 37408 infinite, which times 0 makes a NaN.
@@ -31,7 +33,7 @@ __device__ __forceinline__ unsigned widen_e4m3(unsigned halves) {
 }
 #endif
 
-// Bytes 0, 1 of x become the pair `first` and 2, 3 `second`; ALTERNATE: bytes 0, 2 and 1, 3.
+// Bytes 0 and 1 of x become the pair `first`, bytes 2 and 3 become `second`; with ALTERNATE they are 0 and 2, 1 and 3.
 template <bool ALTERNATE>
 __device__ __forceinline__ void widen(unsigned& first, unsigned& second, unsigned x) {
   [[maybe_unused]] constexpr int B = ALTERNATE ? 2 : 1, C = ALTERNATE ? 1 : 2;
@@ -53,7 +55,7 @@ __device__ __forceinline__ void widen(unsigned& first, unsigned& second, unsigne
 }
 #endif
 
-// The A operands of a K tile, step by step: 16 tokens by 16 elements of d. One ldmatrix of 8-bit elements does for two.
+// The A operands of a K tile, each 16 tokens by 16 elements of d. One ldmatrix of 8-bit elements serves two steps.
 struct KeyFragments {
   unsigned at;  // what this lane addresses of the first step
 #if CACHE_TYPE
@@ -73,7 +75,7 @@ struct KeyFragments {
   }
 };
 
-// Those of a V tile: 16 elements of d by 16 tokens.
+// The A operands of a V tile, each 16 elements of d by 16 tokens.
 struct ValueFragments {
   unsigned at;
 #if CACHE_TYPE

@@ -1,8 +1,15 @@
-// pkv_merge: the segmented merge after pkv_decode_tasks. Each row's partial states, in split order, become its output.
+// pkv_merge: the segmented merge after pkv_decode_tasks.
 //
-// Grid: [num_kv_heads, len(rows)], block: [WARPS * 32]. rows: the rows to merge, int32; those of fewer than two splits
-// were written by the decode kernel and are passed over. Other arrays as in decode.cu. Bound by the latency of one read
-// of the partials.
+// Computes the output of rows that were split from their partial states, in the order of the splits.
+// Grid: [num_kv_heads, num_rows]; block: [WARPS * 32]. A warp merges one column after another.
+//
+//   partials       [num_slots][num_kv_heads] Slot, as pkv_decode_tasks left them
+//   split_offsets  [batch_size + 1]: row r's slots are split_offsets[r] .. split_offsets[r + 1]
+//   rows           [num_rows]: the rows to merge. Those of fewer than two splits are passed over: they were written by
+//                  the decode kernel
+//   out, lse, query_lens, sinks: see DecodeArguments; out and lse are written
+//
+// Its speed is bound by the latency of one read of the partials.
 #include "state.cuh"
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)

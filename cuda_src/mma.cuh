@@ -1,23 +1,8 @@
-// The instructions the kernels are made of: asynchronous copies, tensor-core products, the 16-bit type.
-// sm_80 and newer.
+// The instructions that the kernels are made of: asynchronous copies, tensor-core products, barriers, the 16-bit type.
+// They need sm_80. Nothing but instructions is here, since the CPU tests put an empty file in its place.
 #pragma once
 
-// Compile-time variants, all off where not defined.
-#ifndef V_DIM
-#define V_DIM HEAD_DIM   // head_dim of V
-#endif
-#ifndef QUERY_TOKENS
-#define QUERY_TOKENS 1   // query tokens per row, the row's last ones, each of which sees the tokens up to itself
-#endif
-#ifndef TEAM
-#define TEAM 1           // warps that share their tiles, each of which serves a part of the columns
-#endif
-#ifndef SOFT_CAP
-#define SOFT_CAP 0       // 1: logits go through cap * tanh(logit / cap)
-#endif
-#ifndef SINKS
-#define SINKS 0          // 1: a logit per query head joins the softmax without a value
-#endif
+#include "variant.cuh"
 
 #if DTYPE_BF16
 #include <cuda_bf16.h>
@@ -28,11 +13,6 @@ typedef __nv_bfloat162 half_pair;
 typedef __half half_type;
 typedef __half2 half_pair;
 #endif
-
-#include "cache_type.cuh"
-
-// Whether the GPU has an instruction from e4m3 to FP16.
-#define CONVERTS_E4M3 (__CUDA_ARCH__ >= 890)
 
 namespace pkv {
 
@@ -54,7 +34,7 @@ __device__ __forceinline__ float2 unpack(unsigned value) {
 #endif
 }
 
-// Pairs of operands.
+// Two numbers as the products take them, and back.
 __device__ __forceinline__ unsigned pack_operands(float low, float high) {
 #if DTYPE_BF16 && FP16_OPERANDS
   unsigned pair;
@@ -75,7 +55,7 @@ __device__ __forceinline__ float2 unpack_operands(unsigned pair) {
 #endif
 }
 
-// FP16 pairs, whatever half_type is.
+// These three compute on pairs of FP16, whatever half_type is.
 __device__ __forceinline__ unsigned add_pair(unsigned a, unsigned b) {
   unsigned sum;
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
@@ -101,7 +81,7 @@ __device__ __forceinline__ unsigned permute(unsigned low, unsigned high, unsigne
 }
 
 #if CONVERTS_E4M3
-// Bytes 0 and 1 of x as FP16 pair `first`, 2 and 3 as `second`.
+// Bytes 0 and 1 of x become the FP16 pair `first`, bytes 2 and 3 become `second`.
 __device__ __forceinline__ void convert_e4m3(unsigned& first, unsigned& second, unsigned x) {
   asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
       : "=r"(first), "=r"(second) : "r"(x));
@@ -112,7 +92,7 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes to shared memory past L1; bytes beyond `valid_bytes` are filled with zero and not read.
+// Starts a copy of 16 bytes to shared memory, past L1. Bytes beyond `valid_bytes` are not read but become zero.
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source, int valid_bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                ::"r"(destination), "l"(source), "r"(valid_bytes));
@@ -120,7 +100,7 @@ __device__ __forceinline__ void copy_async(unsigned destination, const void* sou
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source));
 }
-// One float, through L1: smaller copies than 16 bytes have no other way.
+// Starts a copy of one float, through L1, since copies of fewer than 16 bytes have no other way.
 __device__ __forceinline__ void copy_float_async(unsigned destination, const float* source, int valid_bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid_bytes));
 }
@@ -129,8 +109,8 @@ __device__ __forceinline__ float2 load_shared(unsigned address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
   return value;
 }
-// The same address, which the compiler then takes as it is: what is reached from it is one addition away, not a
-// computation of its own.
+// Returns the same address and hides where it came from, so that the compiler reaches what lies near it by one addition
+// instead of a computation from the start.
 template <class T>
 __device__ __forceinline__ const T* keep_address(const T* at) {
   asm("" : "+l"(at));
@@ -142,16 +122,12 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// A barrier for so many whole warps, of those with the same id; 0 is __syncthreads'. What they did in memory before is
-// seen by all after.
+// Whole warps meet here, so many of those that name the same id (0 is __syncthreads'). What each did in memory before
+// is seen by all of them afterwards.
 template <int WARPS_MEETING>
 __device__ __forceinline__ void sync_warps(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(WARPS_MEETING * 32) : "memory");
 }
-
-#ifndef PKV_RACECHECK
-#define PKV_RACECHECK 0
-#endif
 
 // A barrier in shared memory at which warps arrive without stopping. Phase n (from 0) ends with the last warp's
 // arrival.
@@ -166,8 +142,8 @@ struct __align__(8) ArrivalBarrier {
 #endif
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
   }
-  // Called by whole warps, which count once. compute-sanitizer's racecheck does not see that __syncwarp orders the
-  // lanes' writes before the arrival of one of them: with PKV_RACECHECK every lane arrives.
+  // Is called by whole warps, each of which counts once. compute-sanitizer's racecheck does not see that __syncwarp
+  // orders the lanes' writes before the arrival of one of them, so with PKV_RACECHECK every lane arrives.
   __device__ __forceinline__ void arrive(int lane) {
     __syncwarp();
     if (PKV_RACECHECK || lane == 0)
@@ -197,7 +173,7 @@ __device__ __forceinline__ unsigned transpose(unsigned value) {
   return result;
 }
 
-// d[16x8] += a[16x16] * b[16x8], FP32 accumulators.
+// Adds a[16x16] * b[16x8] to d[16x8]; sums are FP32.
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #if !FP16_OPERANDS
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -228,7 +204,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// Between CTAs, word by word: no order is promised.
+// These carry words between CTAs. No order is promised, so every word has to say for itself that it is there.
 __device__ __forceinline__ void send(float4* to, const float4& v) {
   asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};"
                ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
@@ -244,7 +220,7 @@ __device__ __forceinline__ float2 receive(const float2* from) {
 
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// tanh to about 1e-7 absolute; tanh.approx errs by 5e-4.
+// tanh, right to about 1e-7: the instruction tanh.approx errs by 5e-4.
 __device__ __forceinline__ float hyperbolic_tangent(float x) {
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 2.8853900817779268f));  // exp(2 x)
@@ -256,7 +232,7 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The larger of the two; NaN where one is.
+// The larger of the two, or NaN where one of them is.
 __device__ __forceinline__ float max_or_nan(float x, float y) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));

@@ -6,40 +6,29 @@
 // segment ends; page ids of the tiles to come, and of the next segment, are in registers before they are needed.
 #pragma once
 #include "mma.cuh"
-#include "plan.cuh"
-#include "table.cuh"
+#include "arguments.cuh"
 
 namespace pkv {
 
-constexpr int ELEMENT_BYTES = sizeof(cache_type);
-constexpr int K_ROW_BYTES = HEAD_DIM * ELEMENT_BYTES, V_ROW_BYTES = V_DIM * ELEMENT_BYTES;  // of one token
-constexpr int K_TILE_BYTES = PKV_TILE * K_ROW_BYTES, V_TILE_BYTES = PKV_TILE * V_ROW_BYTES;
-constexpr int SCALE_BYTES = CACHE_SCALES ? PKV_TILE * 2 * sizeof(float) : 0;  // of a tile's tokens, K's and V's in turn
-constexpr int SLOT_BYTES = K_TILE_BYTES + V_TILE_BYTES + SCALE_BYTES;         // of the ring: a tile's K, V and scales
-constexpr int STREAMS = WARPS / TEAM;
-constexpr bool TILE_IN_PAGE = PAGE_SIZE % PKV_TILE == 0;
-constexpr int IDS_TILES = TILE_IN_PAGE ? 32 : 2;                    // tiles whose page ids one register per lane holds
-
-static_assert(WARPS % TEAM == 0 && (TEAM == 1 || STREAMS < 16), "teams are whole, and each has a barrier of its own");
-
-// This warp's place in its team.
+// The place of this warp in its team.
 __device__ __forceinline__ int team_member() { return TEAM > 1 ? threadIdx.x / 32 % TEAM : 0; }
 
-// Where pages are; strides in elements.
+// Where the pages of K or V are. Strides are in elements.
 struct PagedTensor {
   const cache_type* at;  // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM or V_DIM], in any order
   long long page_stride;
   int head_stride, token_stride;
 };
 
-// The scales of K and V, float32, with the same strides; those of a page have a token_stride of 0.
+// Where the scales of K and V are, float32 and of the same strides. Scales of whole pages have a token_stride of 0.
 struct PagedScales {
   const float *k, *v;  // [num_pages, num_kv_heads, PAGE_SIZE]
   long long page_stride;
   int head_stride, token_stride;
 };
 
-// Groups too large for a warp's registers are split: HEAD_SPLIT heads of the schedule share the pages of one KV head.
+// Everything that a loader reads. Groups too large for a team's registers are split, so HEAD_SPLIT heads of the
+// schedule share the pages of one KV head.
 struct Pages {
   PagedTensor k, v;
   PageTable table;
@@ -50,27 +39,30 @@ struct Pages {
 #endif
 };
 
-// XOR swizzle: the eight rows of an ldmatrix fall into different banks. Where rows are an odd number of half bank rows
-// (64 or 192 bytes), two neighbours fill both halves and pairs of them are told apart.
+// The place of a row's vectors is XORed with this, so that the eight rows of an ldmatrix fall into different banks.
+// Where rows are an odd number of half bank rows (64 or 192 bytes), two neighbours fill both halves, and it is pairs of
+// rows that must be told apart.
 template <int ROW_BYTES>
 __device__ __forceinline__ int swizzle(int row) { return ROW_BYTES % 128 ? row >> 1 & 3 : row & 7; }
 template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_offset(int row, int vector) {
   return row * ROW_BYTES + ((vector ^ swizzle<ROW_BYTES>(row)) << 4);
 }
-// From the place of a row and a vector to one so many rows and vectors further on, numbers that share no bit with those:
-// with constants, one instruction or none.
+// Goes from the place of a row and a vector to one so many rows and vectors further on, which must share no bit with
+// them: by constants that is one instruction or none.
 template <int ROW_BYTES>
 __device__ __forceinline__ unsigned ring_further(unsigned at, int rows, int vectors) {
   constexpr int SWIZZLED = ROW_BYTES % 128 ? 3 : 7;
-  return (at ^ ((vectors & SWIZZLED) ^ swizzle<ROW_BYTES>(rows)) << 4) + rows * ROW_BYTES + ((vectors & ~SWIZZLED) << 4);
+  return (at ^ ((vectors & SWIZZLED) ^ swizzle<ROW_BYTES>(rows)) << 4) + rows * ROW_BYTES
+         + ((vectors & ~SWIZZLED) << 4);
 }
 
-// A segment and a stream's first tile of it; it has that one and every STREAMS-th from there.
+// A segment and a stream's share of it: the tile `first`, and every STREAMS-th from there on.
 struct Share : Segment {
   int first;
 };
 
+// Deals the tiles of a source's segments to the streams. A source is any class with `bool next(Segment&)`.
 template <class Source>
 struct Dealer {
   Source source;
@@ -98,7 +90,8 @@ struct Loader {
   int pending_rows, pending_skip;  // its tokens that are read: [pending_skip, pending_rows); the others become zeros
   long long pending_base;          // element offset of its page and head in K (TILE_IN_PAGE)
 
-  // As they are in memory (see PageTable); 0 where this lane has none.
+  // The page ids that this lane keeps of a batch of s's tiles, `skip` tiles of this stream further on, as they are in
+  // memory; 0 where it keeps none. Where a segment's pages are listed is said here and nowhere else.
   template <bool EARLY>
   __device__ __forceinline__ page_id stored_ids(const Pages& pages, const Share& s, bool live, int skip,
                                                 int lane) const {
@@ -112,10 +105,10 @@ struct Loader {
   __device__ __forceinline__ explicit Loader(const Source& first)
       : source(first), live(true), ahead_known(false), tile(0) {
     now.tile_end = 0;
-    if constexpr (TEAM > 1) pending_rows = 0;  // its first issue_v comes before any issue_k
+    if constexpr (TEAM > 1) pending_rows = 0;  // a team's first issue_v comes before any issue_k
   }
 
-  // Looks up the next segment in which this stream has a tile. Called once before the first issue_k.
+  // Looks up the next segment in which this stream has a tile. It must be called once before the first issue_k.
   template <bool EARLY>
   __device__ __forceinline__ void look_ahead(const Pages& pages, int stream, int lane) {
     do ahead_live = source.next(ahead, stream); while (ahead_live && ahead.first >= ahead.tile_end);
@@ -123,7 +116,7 @@ struct Loader {
     ahead_known = true;
   }
 
-  // Points at the next tile; looks the next segment up while two tiles of this one are left.
+  // Goes to the next tile, and looks the next segment up while two tiles of this one are left.
   __device__ __forceinline__ void advance(const Pages& pages, int stream, int lane) {
     if (tile + STREAMS < now.tile_end) return;
     if (!ahead_known) look_ahead<false>(pages, stream, lane);
@@ -136,7 +129,7 @@ struct Loader {
     ids_next = pages.table.cut(stored_ids<false>(pages, now, live, count + IDS_TILES, lane));
   }
 
-  // Element offset of the pending tile's head, and with TILE_IN_PAGE of its page and first token.
+  // The element offset of the pending tile's head, with TILE_IN_PAGE also of its page and first token.
   template <class Tensor>
   __device__ __forceinline__ long long offset_in(const Tensor& tensor) const {
     const long long head = static_cast<long long>(pending_head / HEAD_SPLIT) * tensor.head_stride;
@@ -146,8 +139,8 @@ struct Loader {
            + static_cast<long long>(pending_tile * PKV_TILE % PAGE_SIZE) * tensor.token_stride;
   }
 
-  // This warp's part of the pending tile of `tensor` into the ring: rows in turn with the rest of its team. Of a tile in
-  // one page every row is there, also those that are not read.
+  // Starts the copy of this warp's part of the pending tile, whose vectors it shares out with the rest of its team. A
+  // tile that lies in one page has all its rows there, also those that are not read, so its addresses need no check.
   template <int ROW_BYTES>
   __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
     constexpr int VECTORS = ROW_BYTES / 16, LANES = TEAM * 32, STEPS = (PKV_TILE * VECTORS + LANES - 1) / LANES;
@@ -162,7 +155,7 @@ struct Loader {
     for (int step = 0; step < STEPS; ++step) {
       const int rows = STEP_ROWS ? step * STEP_ROWS : (step * LANES + own) / VECTORS - own_row;
       const int row = own_row + rows, vector = (step * LANES + own) % VECTORS;
-      if (PKV_TILE * VECTORS % LANES != 0 && row >= PKV_TILE) break;  // for whole warps
+      if (PKV_TILE * VECTORS % LANES != 0 && row >= PKV_TILE) break;  // whole warps agree
       const int bytes = rows < end && rows >= begin ? 16 : 0;  // the others are filled with zeros
       if constexpr (TILE_IN_PAGE && STEP_ROWS) {
         copy_async(ring_further<ROW_BYTES>(own_slot, rows, 0),
@@ -181,7 +174,8 @@ struct Loader {
   }
 
 #if CACHE_SCALES
-  // The scales of the pending tile's tokens into the ring, a lane each, by one warp: zero for tokens that are not read.
+  // Starts the copy of the scales of the pending tile's tokens, a lane each, by one warp of the team. Tokens that are
+  // not read get zeros.
   __device__ __forceinline__ void copy_scales(const PagedScales& scales, unsigned to, int lane) const {
     if (team_member() != 0) return;
     const int row = lane & 15;
@@ -220,7 +214,7 @@ struct Loader {
     copy_commit();
   }
 
-  // Starts the copy of the V tile that belongs to the last issue_k; of none before the first one.
+  // Starts the copy of the V tile that belongs to the last issue_k. Before the first one there is none to copy.
   __device__ __forceinline__ void issue_v(const Pages& pages, unsigned slot, int lane) const {
     if (pending_rows > 0) {
       const long long base = HEAD_DIM == V_DIM && pages.alike ? pending_base : offset_in(pages.v);

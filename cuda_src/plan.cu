@@ -1,21 +1,24 @@
 // pkv_list_balanced: writes down the tasks that pkv_decode_balanced would run, for inspection and tests.
 //
-// Grid: [num_ctas] as the decode kernel's, block: [32].
-//   tasks  [num_ctas][max_tasks] Task: row, kv_head, split (order of the partial within its KV head), tile_begin,
-//          tile_end
-//   counts [num_ctas] int32: tasks of each range, also those past max_tasks
-//   row_begins: see Lengths
+// Computes each range's segments as the decode kernel does, from the same lengths and costs.
+// Grid: [num_ctas] as the decode kernel's; block: [32].
+//
+//   lengths, row_begins, max_tokens, window: see Lengths; window is its reach (DecodeArguments)
+//   costs   of the schedule
+//   tasks   [num_ctas][max_tasks] Task, written; `split` is the order of the partial within its KV head
+//   counts  [num_ctas], written: the tasks of each range, also those past max_tasks
+//
+// Its speed matters to nobody; a lane writes a task at a time.
 #include "warp_plan.cuh"
 
-extern "C" __global__ void pkv_list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
-                                             int min_cost, int part_cost, int pair_cost, int max_tokens,
-                                             int window, pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
+extern "C" __global__ void
+pkv_list_balanced(const int* lengths, int batch_size, int num_kv_heads, const pkv::Costs costs, int max_tokens,
+                  int window, pkv::Task* tasks, int max_tasks, int* counts, const int* row_begins) {
   const int lane = threadIdx.x, range = blockIdx.x;
   int count = 0;
-  const pkv::Lengths lens{seq_lens, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)};
-  const pkv::Rows rows(lens, num_kv_heads, segment_cost, lane, lens.stored(lane));
-  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, segment_cost, min_cost, part_cost,
-                     pair_cost);
+  const pkv::Lengths lens{lengths, batch_size, max_tokens, window PKV_LAST_PAGE(, row_begins)};
+  const pkv::Rows rows(lens, num_kv_heads, costs.segment, lane, lens.stored(lane));
+  const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, costs);
   if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
     rows.start(walk, cut, range, lane);

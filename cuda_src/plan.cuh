@@ -1,72 +1,52 @@
-// The arithmetic of the balanced schedule, in integers only. pkvsim.schedule states the same rules in
-// Numba; a CPU test compiles this header with g++ and compares the two task for task.
+// The arithmetic of the balanced schedule, in integers only. pkvsim.schedule states the same rules in Numba; a CPU test
+// compiles this header with g++ and compares the two task for task.
 //
-// Order of work: rows, then KV heads, then tiles of PKV_TILE tokens, laid end to end on a cost axis.
-// A (row, KV head) of n tiles starts at x0 and spans n + c: tile 0 at x0, tile t >= 1 at x0 + c + t, where c
-// is the fixed cost of a segment in tiles. Range i of N holds the tiles whose position lies in
-// [i*W/N, (i+1)*W/N); few heads of equal length are cut into parts of equal tiles instead (Cut).
+// Rows, then their KV heads, then their tiles of PKV_TILE tokens are laid end to end on a cost axis. A (row, KV head)
+// of n tiles starts at x0 and spans n + c: tile 0 lies at x0, tile t >= 1 at x0 + c + t, where c is the fixed cost of a
+// segment in tiles. Of a total W, range i of N holds the tiles that lie in [i * W / N, (i + 1) * W / N); few heads of
+// equal length are cut into parts of equal tiles instead (Cut).
 #pragma once
+#include "read_early.cuh"
+#include "variant.cuh"
 
-#ifdef __CUDACC__
-#define PKV_HD __host__ __device__ __forceinline__
-#else
-#define PKV_HD inline
-#endif
-
-#define PKV_TILE 16           // tokens; also the M of the tensor-core product, see mma.cuh
-#define PKV_SHORT_RANGE 640   // tiles
-#define PKV_MOST_TILES (1 << 20)
-
-#ifndef WINDOWED
-#define WINDOWED 0  // 1: a row reads its last `window` tokens only
-#endif
-#ifndef LAST_PAGE_LENGTHS
-// 1: lengths are told by the rows' pages, of PAGE_SIZE tokens, and the tokens in their last ones
-#define LAST_PAGE_LENGTHS 0
-#endif
-#if LAST_PAGE_LENGTHS
-#define PKV_LAST_PAGE(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
-#else
-#define PKV_LAST_PAGE(...)
-#endif
+// Bounds of the cut, as pkvsim/schedule/make.py has them.
+#define PKV_SHORT_RANGE 640        // tiles
+#define PKV_MOST_TILES (1 << 20)   // of a head, for the root of its parts
+#define PKV_IDLE_OF_PARTS 8        // heads are cut into equal parts where that idles at most 1 of so many CTAs,
+#define PKV_IDLE_OF_HEADS 32       // and are left whole where that does
 
 namespace pkv {
 
+// What the balanced schedule weighs against each other, in tiles: pkvsim.schedule.costs.BalancedCosts, field by field.
+struct Costs {
+  int segment;  // what a segment costs beside its tiles
+  int minimum;  // the least cost of a range
+  int part;     // what merging one more part of a head costs
+  int pair;     // even steps that cost less than this for each CTA get half of the CTAs
+};
+
 PKV_HD int tiles_of(int seq_len) { return (seq_len + PKV_TILE - 1) / PKV_TILE; }
 
-// Cost of a row of so many tiles over all its KV heads; an empty row costs nothing.
+// The cost of a row of so many tiles over all its KV heads. An empty row costs nothing.
 PKV_HD int row_cost(int tiles, int num_kv_heads, int segment_cost) {
   return tiles > 0 ? num_kv_heads * (tiles + segment_cost) : 0;
 }
 
-// Reads what the kernel that writes it may not have written yet (see balanced.cu): past L1, which would keep it. Lanes
-// that read one word in one instruction see one value.
-template <class T>
-PKV_HD T read_early(const T* from) {
-#ifdef __CUDA_ARCH__
-  T value;
-  if constexpr (sizeof(T) == 8) asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from));
-  else asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from));
-  return value;
-#else
-  return *from;
-#endif
-}
-
-// The rows' lengths, read early: every one is cut to [0, most], so that a plan made of what is not yet there is wrong
-// but harmless.
+// The rows' lengths, which are read early (early_plan.cuh). Every one is cut to [0, most], so that a plan made of what
+// is not there yet is wrong but harmless.
 struct Lengths {
   const int* at;  // [batch_size]; with LAST_PAGE_LENGTHS the tokens in the rows' last pages
   int batch_size, most;
   int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
   PKV_LAST_PAGE(const int* row_begins;)  // [batch_size + 1] the rows' first pages
 
-  // Tiles of a row that lie before its window: they are neither read nor scheduled.
+  // The tiles of a row that lie before its window, which are neither read nor scheduled.
   PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
   PKV_HD int tiles(int seq_len) const { return tiles_of(seq_len) - skipped(seq_len); }
 
   PKV_HD int operator[](int row) const { return row < batch_size ? cut(stored(row)) : most; }
-  // A length as it is in memory, for which nothing waits yet, 0 past the last; and what becomes of it.
+  // A length as it is in memory, 0 past the last row. Nothing waits for it before it is used: cut() says what becomes
+  // of it.
   PKV_HD int stored(int row) const {
     if (row >= batch_size) return 0;
     int length = read_early(at + row);
@@ -79,7 +59,7 @@ struct Lengths {
   PKV_HD int cut(int length) const { return length < 0 ? 0 : length < most ? length : most; }
 };
 
-// floor(a / b) of a >= 0, b > 0: without signs a division takes a third fewer instructions.
+// floor(a / b) of a >= 0, b > 0. Without signs a division takes a third fewer instructions.
 PKV_HD int divide(int a, int b) { return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b)); }
 
 // floor(sqrt(x)), at least 1, of x up to 2^30.
@@ -103,41 +83,39 @@ struct Cut {
   int parts;  // of every head, when all are cut alike; else 0
   int head_cost, segment_cost;
 
-  // A head of n tiles in p parts takes about n / p + part_cost * p, least at p = sqrt(n / part_cost): no more parts are
-  // made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same tiles.
-  // If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same number of
-  // heads: heads are then cut into equal parts, or not at all. At most 1/8 of the CTAs idle for the one and 1/32 for
-  // the other. Where the step costs less than pair_cost a CTA, and at most 1/6 idle, half the CTAs are taken, one on
-  // each pair of SMs (pkvsim.schedule.balanced_ranges says why).
-  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, int seg_cost, int min_cost, int part_cost,
-             int pair_cost)
-      : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(seg_cost) {
-    const int least = min_cost > 1 + segment_cost ? min_cost : 1 + segment_cost, half = num_ctas >> 1;
-    int most = num_ctas;
-    if (even && num_heads > 0 && num_heads <= half && total < pair_cost * num_ctas
-        && (half - divide(half, num_heads) * num_heads) * 6 <= half)
-      most = half;
+  // A head of n tiles in p parts takes about n / p + costs.part * p, least at p = sqrt(n / costs.part): no more parts
+  // are made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same
+  // tiles. If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same
+  // number of heads: heads are then cut into equal parts, or not at all. Where such a step costs less than
+  // costs.pair a CTA, half the CTAs are taken, one on each pair of SMs (pkvsim.schedule.make.balanced_ranges says why).
+  PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, Costs costs)
+      : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(costs.segment) {
+    const int least = costs.minimum > 1 + segment_cost ? costs.minimum : 1 + segment_cost, half = num_ctas >> 1;
+    const bool halved = even && num_heads > 0 && num_heads <= half && total < costs.pair * num_ctas
+                        && (half - divide(half, num_heads) * num_heads) * PKV_IDLE_OF_PARTS <= half;
+    const int most = halved ? half : num_ctas;
     num_ranges = divide(total, least);
     if (num_ranges > most) num_ranges = most;
     if (num_ranges < 1) num_ranges = 1;
-    if (part_cost > 0 && num_heads > 0) {
+    if (costs.part > 0 && num_heads > 0) {
       const int mean = head_cost < PKV_MOST_TILES ? head_cost : PKV_MOST_TILES;
-      const int part = square_root(part_cost * mean), paying = divide(mean + part / 2, part);
+      const int part = square_root(costs.part * mean), paying = divide(mean + part / 2, part);
       const long long wanted = static_cast<long long>(num_heads) * (paying > 1 ? paying : 1);
       if (wanted < num_ranges) num_ranges = static_cast<int>(wanted);
     }
-    if (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges) {
+    if (halved || (num_heads > 0 && even && total < PKV_SHORT_RANGE * num_ranges)) {
       const bool few = num_heads <= num_ranges;
       // Ranges of each head, rounded down, or heads of each range, rounded up.
       const int each = few ? divide(num_ranges, num_heads) : divide(num_heads + num_ranges - 1, num_ranges);
       const int needed = few ? num_heads * each : divide(num_heads + each - 1, each);
-      if ((num_ranges - needed) * (few ? 8 : 32) <= num_ranges) num_ranges = needed, parts = few ? each : 0;
+      const int idle = (num_ranges - needed) * (few ? PKV_IDLE_OF_PARTS : PKV_IDLE_OF_HEADS);
+      if (halved || idle <= num_ranges) num_ranges = needed, parts = few ? each : 0;
     }
     const int whole = parts > 0 ? head_cost - segment_cost : total, pieces = parts > 0 ? parts : num_ranges;
     quotient = divide(whole, pieces);
     remainder = whole - quotient * pieces;
   }
-  // Where range i begins: floor(i * W / N) without a 64-bit product; of equal parts, at its first tile.
+  // Where range i begins: at floor(i * W / N), worked out without a 64-bit product, or at the first tile of its part.
   PKV_HD int begin(int i) const {
     const int upto = divide(parts > 0 ? i : i * remainder, parts > 0 ? parts : num_ranges);
     if (parts == 0) return i * quotient + upto;
@@ -155,7 +133,7 @@ struct Cut {
   }
 };
 
-// First tile whose position is >= x in a head that starts at x0 <= x.
+// The first tile whose position is >= x in a head that starts at x0 <= x.
 PKV_HD int tile_at(int x, int x0, int segment_cost) {
   const int rem = x - x0;
   if (rem <= 0) return 0;
@@ -167,7 +145,9 @@ struct Task {
   int row, kv_head, split, tile_begin, tile_end;  // tiles, end exclusive
 };
 
-// A contiguous run of tiles of one (row, KV head).
+// A contiguous run of tiles of one (row, KV head): what a CTA reads at a stretch and has one state of each column of.
+// Its pages are the row's, which Loader::stored_ids looks up; the queries that it is read for are the group's at the
+// row's query tokens, which Query::load, Mask and store_result work out of row and column (place_of).
 struct Segment {
   int row, kv_head, tile_begin, tile_end;  // tiles, end exclusive
   int seq_len;       // tokens of the row

@@ -1,6 +1,5 @@
-// Rounding to the 8-bit types of a KV cache: to nearest, ties to even, saturating; in FP8 a NaN stays one.
-//
-// CACHE_TYPE: 0 the 16-bit type of DTYPE_BF16, 1 FP8 e4m3, 2 FP8 e5m2, 3 INT8.
+// Rounding to the 8-bit types of a KV cache. It goes to the nearest number, ties to even, and saturates; in FP8 a NaN
+// stays one.
 #pragma once
 
 namespace pkv {
@@ -26,7 +25,7 @@ __device__ __forceinline__ unsigned encode_fp8(float x) {
 }
 
 #ifdef CACHE_TYPE
-// Two values in 16 bits, the first in the low byte.
+// Two values become 16 bits, of which the first has the low byte.
 __device__ __forceinline__ unsigned quantize_pair(float low, float high) {
 #if CACHE_TYPE == 3
   const int a = max(-127, min(127, __float2int_rn(low))), b = max(-127, min(127, __float2int_rn(high)));

@@ -1,28 +1,11 @@
-// A group's queries as B operands of S^T = K Q^T.
+// The queries of a (row, KV head) as B operands of S^T = K Q^T, and that product.
 #pragma once
 #include "fragments.cuh"
 #include "state.cuh"
 
 namespace pkv {
 
-// A warp serves so many columns, the last one of a team perhaps fewer.
-constexpr int WARP_COLUMNS = (COLUMNS + TEAM - 1) / TEAM, LAST_COLUMNS = COLUMNS - (TEAM - 1) * WARP_COLUMNS;
-static_assert(LAST_COLUMNS > 0, "no warp is without columns");
-constexpr int HEAD_BLOCKS = (WARP_COLUMNS + 7) / 8;  // blocks of 8 columns
-constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;
-constexpr int KEYS_AT_ONCE = 4;  // steps of the product whose K is read before the first of them
-static_assert(K_STEPS % KEYS_AT_ONCE == 0, "steps are whole");
-
-// In registers while they fit beside the accumulators, else read again for every tile: they stay in L1.
-constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
-// BF16 queries of FP16 products: a power of two brings each column's largest magnitude to 2^14, below FP16's largest
-// number. What FP16 then cannot hold is 2^-39 of that magnitude.
-#define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)
-// Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
-// and takes the registers of the merge; those of large 8-bit heads find no room beside it.
-constexpr bool QUERY_EARLY = !QUERY_SCALED && !(CACHE_TYPE && HEAD_DIM > 128);
-
-// The first of this warp's columns, and how many it has.
+// The first of the columns that this warp serves, and how many it has.
 __device__ __forceinline__ int first_column() { return team_member() * WARP_COLUMNS; }
 __device__ __forceinline__ int own_columns() {
   return LAST_COLUMNS == WARP_COLUMNS ? WARP_COLUMNS : min(WARP_COLUMNS, COLUMNS - first_column());
@@ -37,12 +20,12 @@ struct Query {
   float inverse[HEAD_BLOCKS][2];  // 1 / factor of the columns whose logits it gets
 #endif
 
-  // The lane's 4 elements of a step's 16, as stored.
+  // The 4 elements that this lane holds of a step's 16, as they are stored.
   __device__ __forceinline__ uint2 stored(int b, int step, int lane) const {
-    // Columns past the last repeat it, unused.
+    // Columns past the last one repeat it, and nobody uses what comes of them.
     const int column = first_column() + min(b * 8 + lane / 4, own_columns() - 1);
-    const int head = column % GROUP_SIZE, token = column / GROUP_SIZE;
-    const half_type* row = rows + token * token_stride + head * HEAD_DIM;
+    const ColumnPlace place = place_of(column);
+    const half_type* row = rows + place.token * token_stride + place.head * HEAD_DIM;
 #if CACHE_TYPE
     return __ldg(reinterpret_cast<const uint2*>(row) + step * 4 + lane % 4);  // as K's elements are dealt out
 #else
@@ -78,7 +61,7 @@ struct Query {
         to[b][i] = pack_operands(pair.x * factor[b], pair.y * factor[b]);
       }
   }
-  // Of fragments that are not scaled yet.
+  // Finds the factors of fragments that are not scaled yet.
   __device__ __forceinline__ void find_factors(int lane) {
     #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) {
@@ -93,7 +76,8 @@ struct Query {
       }
       largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-      // Exponents of 2^x are x + 127: 2^14 over the power of two at or below the largest, and at most 2^127.
+      // The exponent field of 2^x is x + 127. The factor is 2^14 over the power of two at or below the largest
+      // magnitude, and at most 2^127.
       const unsigned exponent = min(268u - (__float_as_uint(largest) >> 23), 254u);
       factor[b] = __uint_as_float(exponent << 23);
       const float undone = __uint_as_float((254u - exponent) << 23);
@@ -103,7 +87,8 @@ struct Query {
     }
   }
 #endif
-  // q [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE, HEAD_DIM]
+  // Points at the queries of a (row, KV head) and loads them. q: [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE,
+  // HEAD_DIM].
   __device__ __forceinline__ void load(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) {
     token_stride = num_kv_heads * GROUP_SIZE * HEAD_DIM;
     rows = q + static_cast<long long>(row) * QUERY_TOKENS * token_stride + kv_head * GROUP_SIZE * HEAD_DIM;
@@ -121,8 +106,8 @@ struct Query {
   }
 };
 
-// Logits of one K tile: s[b] holds tokens lane/4, lane/4 + 8 by heads 2*(lane%4), + 1 of block b. Every other product
-// adds to sums of its own, so that none waits for the one before it.
+// The logits of one K tile. s[b] holds tokens lane / 4 and lane / 4 + 8 by columns 2 * (lane % 4) and the next of block
+// b. Every other product adds to sums of its own, so that none waits for the one before it.
 __device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& query, unsigned tile, int lane) {
   float odd[HEAD_BLOCKS][4];
   #pragma unroll

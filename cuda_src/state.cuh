@@ -1,8 +1,8 @@
-// Partial softmax states (m, l, acc): m the running maximum of the scaled logits in base 2, l the sum of 2^(s - m),
-// acc the weighted sum of V. Two states merge exactly: scale both to the larger m and add.
+// Partial softmax states (m, l, acc): m is the running maximum of the scaled logits in base 2, l the sum of 2^(s - m)
+// and acc the weighted sum of V. Two states merge exactly, by scaling both to the larger m and adding.
 //
-// A warp merges the states of one query head: lane i adds elements 4 i to 4 i + 3 of acc, 128 further on, ..., and
-// weighs part i, whose scale it hands to the others.
+// A warp merges the states of one column. Lane i adds elements 4 i to 4 i + 3 of acc, those 128 further on and so
+// forth; it weighs part i, and hands that part's scale to the others.
 //
 // Between CTAs a state travels in a slot of global memory. An empty word holds EMPTY_WORD, a bit pattern no arithmetic
 // produces, so every word is its own arrival flag.
@@ -11,15 +11,16 @@
 
 namespace pkv {
 
-constexpr int THREADS = WARPS * 32;
-// Columns of the product: the query heads of the group, for each of the row's query tokens in turn.
-constexpr int COLUMNS = GROUP_SIZE * QUERY_TOKENS;
-constexpr int HEAD_QUADS = V_DIM / 4;
-constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;
 constexpr unsigned EMPTY_WORD = 0xffffffffu;
 constexpr float LN2 = 0.6931471805599453f, LOG2E = 1.4426950408889634f;
-constexpr float LOWEST = -1e30f;  // for -inf where differences are taken: exp2(-inf - LOWEST) is 0, no NaN
+constexpr float LOWEST = -1e30f;  // stands for -inf where differences are taken: exp2(-inf - LOWEST) is 0, not NaN
 constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// Which query head of the group, at which of the row's query tokens, a column is.
+struct ColumnPlace {
+  int token, head;
+};
+__device__ __forceinline__ ColumnPlace place_of(int column) { return {column / GROUP_SIZE, column % GROUP_SIZE}; }
 
 // The states of a (row, KV head)'s columns, as one CTA leaves them for another.
 struct __align__(16) Slot {
@@ -37,8 +38,8 @@ struct HeadState {
     #pragma unroll
     for (int i = 0; i < LANE_QUADS; ++i) acc[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  // Takes up the (m, l) of parts, lane i's of part i, (LOWEST, 0) where there is none; each lane gets the scale of its
-  // part.
+  // Takes up the (m, l) of up to 32 parts. Lane i brings those of part i, or (LOWEST, 0) where there is none, and gets
+  // the scale of its part's acc.
   __device__ __forceinline__ float weigh(float2 ml) {
     float top = fmaxf(m, ml.x);
     #pragma unroll
@@ -59,7 +60,7 @@ struct HeadState {
 
 __device__ __forceinline__ bool arrived(float word) { return __float_as_uint(word) != EMPTY_WORD; }
 __device__ __forceinline__ bool arrived(const float4& v) {
-  // Bitwise: a short circuit would be a branch a word.
+  // The operators are bitwise, since a short circuit would be a branch for each word.
   return arrived(v.x) & arrived(v.y) & arrived(v.z) & arrived(v.w);
 }
 __device__ __forceinline__ void send_state(Slot& to, int column, const HeadState& state, int lane) {
@@ -69,7 +70,7 @@ __device__ __forceinline__ void send_state(Slot& to, int column, const HeadState
   if (lane == 0) send(&to.ml[column], make_float2(state.m, state.l));
 }
 
-// Where results go. out [batch_size, QUERY_TOKENS, num_q_heads, V_DIM], lse [batch_size, QUERY_TOKENS, num_q_heads]
+// Where results go: out [batch_size, QUERY_TOKENS, num_q_heads, V_DIM], lse [batch_size, QUERY_TOKENS, num_q_heads] in
 // natural log.
 struct Output {
   half_type* out;
@@ -79,10 +80,10 @@ struct Output {
   const float* sinks;     // [num_q_heads] natural-log logits that take part in the softmax without a value (SINKS)
 };
 
-// Writes a finished column of (row, KV head). Query tokens that the row does not have are left alone.
+// Writes a finished column of a (row, KV head). Outputs of query tokens that the row does not have stay as they were.
 __device__ __forceinline__ void store_result(const Output& o, int row, int kv_head, int column, const HeadState& state,
                                              int lane) {
-  const int token = column / GROUP_SIZE, q_head = kv_head * GROUP_SIZE + column % GROUP_SIZE;
+  const int token = place_of(column).token, q_head = kv_head * GROUP_SIZE + place_of(column).head;
   if (QUERY_TOKENS > 1 && o.query_lens && token >= o.query_lens[row]) return;
   const int at = (row * QUERY_TOKENS + token) * o.num_kv_heads * GROUP_SIZE + q_head;
   float m = state.m, l = state.l, scale = 1.0f;
@@ -101,7 +102,7 @@ __device__ __forceinline__ void store_result(const Output& o, int row, int kv_he
   if (lane == 0) o.lse[at] = (m + log2_fast(l)) * LN2;
 }
 
-// Zeros and -inf for the rows without tokens; warp `worker` of `workers` takes every workers-th row.
+// Writes zeros and -inf for the rows without tokens. Warp `worker` of `workers` takes every workers-th row.
 template <class Lengths>
 __device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker,
                                                  int workers, int lane) {

@@ -1,18 +1,17 @@
-// pkv_stream_read: reads num_vectors * 16 bytes once and keeps nothing. The speed of light that every
-// decode timing is divided by.
+// pkv_stream_read: reads bytes once and keeps nothing. Every decode timing is divided by its own, the speed of light.
 //
-// grid   any; block  any multiple of 32
-// src    [num_vectors] uint4, 16-byte aligned
-// sink   [1] uint32, all but never written: a store that may happen keeps the loads alive
-// bound  HBM bandwidth for large reads, launch and first-load latency for small ones
+// Grid: any; block: any multiple of 32.
 //
-// UNROLL: independent 16-byte loads in flight per thread.
+//   src          [num_vectors] uint4, on a 16-byte boundary
+//   num_vectors  of 16 bytes
+//   sink         [1] uint32, all but never written: a store that may happen keeps the loads alive
+//
+// Its speed is bound by HBM for large reads, by the latency of a launch and the first loads for small ones.
+
+#include "variant.cuh"
 
 // One thread in 2^32 meets this on random data; its store costs nothing that shows.
 #define IMPOSSIBLE 0x9e3779b9u
-#ifndef UNROLL
-#define UNROLL 4
-#endif
 
 extern "C" __global__ void __launch_bounds__(1024) pkv_stream_read(const uint4* __restrict__ src, long long num_vectors,
                                            unsigned int* __restrict__ sink) {

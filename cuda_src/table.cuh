@@ -1,18 +1,6 @@
-// The page ids of a step's rows: a block table or CSR, of int32 or int64, as the caller has them.
+// Where a row's page ids are: in a block table or in CSR, int32 or int64, as the caller has them.
 #pragma once
 #include "plan.cuh"
-
-#ifndef TABLE_INT64
-#define TABLE_INT64 0  // 1: page ids are int64, not int32
-#endif
-#ifndef TABLE_CSR
-#define TABLE_CSR 0  // 1: the rows' ids lie end to end, and row_begins says where each row's begin
-#endif
-#if TABLE_CSR
-#define PKV_CSR(...) __VA_ARGS__  // what the other variants do not have, so that it costs them nothing
-#else
-#define PKV_CSR(...)
-#endif
 
 namespace pkv {
 
@@ -25,13 +13,13 @@ using unsigned_page_id = unsigned;
 #endif
 
 struct PageTable {
-  const page_id* ids;     // [num_rows, stride]; of CSR [stride]
+  const page_id* ids;     // [num_rows, stride]; with TABLE_CSR [stride]
   int stride;
   int num_pages;          // of the pool
   PKV_CSR(const int* row_begins; int num_rows;)  // [num_rows + 1]
 
-  // The id of a row's page as it is in memory; and cut to [0, num_pages), since a stale plan may meet any id, and with
-  // CSR any row. EARLY: see read_early.
+  // The id of page `column` of a row, as it is in memory. EARLY says that it may not be written yet (read_early.cuh); a
+  // plan made of what was there before may ask for any row, which CSR must not follow out of its array.
   template <bool EARLY>
   __device__ __forceinline__ page_id stored(int row, int column) const {
 #if TABLE_CSR
@@ -41,6 +29,7 @@ struct PageTable {
     return read<EARLY>(ids + static_cast<long long>(row) * stride + column);
 #endif
   }
+  // An id cut to [0, num_pages), since such a plan may meet any id.
   __device__ __forceinline__ int cut(page_id id) const {
     return min(static_cast<unsigned_page_id>(id), static_cast<unsigned_page_id>(num_pages - 1));
   }

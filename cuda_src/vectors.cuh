@@ -1,10 +1,10 @@
-// Whole vectors between registers and global memory, in so many words: the compiler is not above making four stores of
-// a uint4.
+// Whole vectors between registers and global memory. The instructions are spelled out because the compiler has made
+// four stores of a uint4.
 #pragma once
 
 namespace pkv {
 
-// For what is read once: past L1.
+// Reads past L1, which has no use for what is read once.
 __device__ __forceinline__ uint4 load_once(const void* at) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

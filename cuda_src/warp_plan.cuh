@@ -1,10 +1,11 @@
-// How a warp finds its CTA's range: sums and scans over seq_lens, 32 rows at a time, every warp for itself.
+// How a warp finds its CTA's range: by sums and scans over the lengths, 32 rows at a time. Every warp does it for
+// itself, which is sooner done than to wait for one that does it for all.
 #pragma once
 #include "plan.cuh"
 
 namespace pkv {
 
-// Inclusive sum over the warp's lanes.
+// The inclusive sum over the warp's lanes.
 __device__ __forceinline__ int scan(int value, int lane) {
   #pragma unroll
   for (int hop = 1; hop < 32; hop <<= 1) {
@@ -24,7 +25,7 @@ struct Rows {
   int num_heads;             // non-empty (row, KV head) pairs
   bool even;                 // all non-empty rows cost the same
 
-  // stored: row lane's length, see Lengths.
+  // stored: the length of row `lane` as it is in memory (Lengths::stored).
   __device__ __forceinline__ Rows(const Lengths& lens, int kv_heads, int seg_cost, int lane, int stored,
                                   int* noted = nullptr)
       : seq_lens(lens), num_kv_heads(kv_heads), segment_cost(seg_cost), length(lens.cut(stored)) {
@@ -42,8 +43,7 @@ struct Rows {
   }
   __device__ __forceinline__ int length_of(int row) const { return seq_lens.cut(seq_lens.stored(row)); }
   __device__ __forceinline__ bool some_empty() const { return num_heads < seq_lens.batch_size * num_kv_heads; }
-  // Points `walk` at a range. Called by whole warps, of which one lane finds where the range begins, another where it
-  // ends.
+  // Points `walk` at a range. Whole warps call it: one lane finds where the range begins, another where it ends.
   __device__ __forceinline__ void start(BalancedWalk& walk, const Cut& cut, int range, int lane) const {
     const int edge = cut.begin(range + (lane & 1));
     const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);
@@ -65,14 +65,6 @@ struct Rows {
   }
 };
 
-// Not 0 if the length of one of this lane's rows past the 32nd is another than planned with.
-__device__ __forceinline__ int later_changes(const Lengths& lens, const int* noted, int lane) {
-  int found = 0;
-  #pragma unroll 4
-  for (int row = lane + 32; row < lens.batch_size; row += 32) found |= lens.cut(lens.stored(row)) ^ noted[row];
-  return found;
-}
-
 // One CTA's plan of a step.
 struct RangePlan {
   BalancedWalk walk;
@@ -84,56 +76,10 @@ struct RangePlan {
   __device__ __forceinline__ RangePlan() {}
   __device__ __forceinline__ RangePlan(const Rows& rows, const Cut& cut, int own, int lane)
       : range(own), first(own), length(rows.length), some_empty(rows.some_empty()) {
-    walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // nothing
+    walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // an empty walk
     if (rows.total <= 0 || range >= cut.num_ranges) return;
     rows.start(walk, cut, range, lane);
     if (walk.tile > 0) first = cut.range_of(walk.x0);
-  }
-};
-
-// What a CTA planned last, kept in the workspace for launches of the same lengths: most, for every layer's is the same.
-// Of steps of up to 32 rows; all ones where there is none.
-struct __align__(16) PlanRecord {
-  enum { BATCH_SIZE, MOST, ROW, HEAD, TILE, X0, X_END, SEQ_LEN, RANGE, FIRST, SOME_EMPTY, NUM_WORDS };
-  int lengths[32], words[32];
-
-  // Written by one warp, before whose launch's end no other launch trusts it.
-  __device__ __forceinline__ void remember(const RangePlan& plan, const Lengths& lens, int lane) {
-    const BalancedWalk& walk = plan.walk;
-    const int values[NUM_WORDS] = {lens.batch_size, lens.most, walk.row, walk.head, walk.tile, walk.x0, walk.x_end,
-                                   walk.seq_len, plan.range, plan.first, plan.some_empty};
-    lengths[lane] = plan.length;
-    #pragma unroll
-    for (int i = 0; i < NUM_WORDS; ++i)
-      if (lane == i) words[i] = values[i];
-  }
-};
-
-// A record as a warp read it, perhaps while it was written: lane i has the i-th length and word.
-struct ReadRecord {
-  int length, word;
-
-  __device__ __forceinline__ void read(const PlanRecord* from, int lane) {
-    length = read_early(from->lengths + lane), word = read_early(from->words + lane);
-  }
-  // Whether it is of these lengths, `own` of row `lane`, and leads to nothing that is not there; if so, it is `plan`.
-  __device__ __forceinline__ bool recall(RangePlan& plan, const Lengths& lens, int kv_heads, int seg_cost, int own,
-                                         int lane) const {
-    int most = 0x7fffffff;
-    if (lane == PlanRecord::MOST || lane == PlanRecord::SEQ_LEN) most = lens.most;
-    if (lane == PlanRecord::ROW) most = lens.batch_size - 1;
-    bool fits = length == own && (lane >= PlanRecord::NUM_WORDS || (word >= 0 && word <= most));
-    if (lane == PlanRecord::BATCH_SIZE) fits &= word == lens.batch_size;
-    if (lane == PlanRecord::MOST) fits &= word == lens.most;
-    if (lens.batch_size > 32 || !__all_sync(0xffffffffu, fits)) return false;
-    const auto value = [&](int which) { return __shfl_sync(0xffffffffu, word, which); };
-    BalancedWalk& walk = plan.walk;
-    walk.seq_lens = lens, walk.num_kv_heads = kv_heads, walk.segment_cost = seg_cost;
-    walk.row = value(PlanRecord::ROW), walk.head = value(PlanRecord::HEAD), walk.tile = value(PlanRecord::TILE);
-    walk.x0 = value(PlanRecord::X0), walk.x_end = value(PlanRecord::X_END), walk.seq_len = value(PlanRecord::SEQ_LEN);
-    plan.range = value(PlanRecord::RANGE), plan.first = value(PlanRecord::FIRST);
-    plan.some_empty = value(PlanRecord::SOME_EMPTY), plan.length = own;
-    return true;
   }
 };
 

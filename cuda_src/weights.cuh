@@ -1,17 +1,17 @@
-// From logits to weights: the online softmax of one warp.
+// The online softmax of one warp: how logits become weights.
 #pragma once
 #include "query.cuh"
 
 namespace pkv {
 
 constexpr float RESCALE_ABOVE = 8.0f;        // p stays below 2^8, so the maximum may lag by that much
-// Of V: smaller ones count as 0. From there to 2^60 scales may differ within a row: factors from one maximum to
-// another, 2^120 apart at most, are then floats.
+// Scales of V that are smaller count as 0. From there to 2^60 scales may differ within a row: factors from one maximum
+// to another are then 2^120 at most, which a float holds.
 constexpr float SMALLEST_SCALE = 0x1p-60f;
 constexpr float SMALLEST_ROUNDED = -14.0f;   // log2 of the weights below which FP16 loses bits
 
 #if CACHE_SCALES
-// What the tokens lane / 4 and lane / 4 + 8 of a tile have scales for.
+// The scales of the tokens lane / 4 and lane / 4 + 8 of a tile.
 //
 // V's scale goes into the weights. Small ones would then be lost in FP16, so the running maximum is that of the weights
 // with their scales, m of the states is its logarithm, and l still sums weights without: whatever the scales, acc / l
@@ -30,8 +30,8 @@ struct TileScales {
       value_inverse[i] = exp2_fast(-value_log2[i]);
     }
   }
-  // 2^exponent, a weight of token i, for l: as rounded for V, or, where FP16 has too few bits left for that, as it was.
-  // V's part is small then, the token's part of l need not be.
+  // The weight 2^exponent of token i as l sums it, without V's scale: as it was rounded for V, or unrounded where FP16
+  // has too few bits left for it. V's part is small then, but the token's part of l need not be.
   __device__ __forceinline__ float without_value(float exponent, float rounded, int i) const {
     return exponent < SMALLEST_ROUNDED || !valued[i] ? exp2_fast(exponent - value_log2[i]) : rounded * value_inverse[i];
   }
@@ -71,13 +71,13 @@ struct WarpState {
   }
 };
 
-// What the columns see of a row's tokens.
+// Which of a row's tokens the columns see.
 struct Mask {
   int seq_len;
   int query_len;  // the row's query tokens, the last of its tokens
   int window;     // tokens that a query token sees, itself among them (WINDOWED)
 
-  // Hides what a column does not see of the tile of logits s that begins at token `first`.
+  // Makes -inf of the logits s that a column does not see, in the tile that begins at token `first`.
   __device__ __forceinline__ void hide(float (&s)[HEAD_BLOCKS][4], int first, int lane) const {
     const bool ends = first + PKV_TILE > seq_len - (QUERY_TOKENS > 1 ? query_len - 1 : 0);
     if (!ends && !(WINDOWED && first < seq_len - window)) return;
@@ -87,15 +87,15 @@ struct Mask {
       #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = first + lane / 4 + i / 2 * 8;
-        const int token = (first_column() + b * 8 + lane % 4 * 2 + i % 2) / GROUP_SIZE;
+        const int token = place_of(first_column() + b * 8 + lane % 4 * 2 + i % 2).token;
         const int end = QUERY_TOKENS > 1 ? min(seq_len, seq_len - (query_len - 1 - token)) : seq_len;
         if (at >= end || (WINDOWED && at < end - window)) s[b][i] = none;
       }
   }
 };
 
-// Turns logits into weights p (B operands of O^T = V^T P^T) and updates m and l. scale: to logits in base 2, or with
-// SOFT_CAP to the argument of the tanh, whose height in base 2 is cap.
+// Turns logits into weights p, the B operands of O^T = V^T P^T, and updates m and l. `scale` takes products to logits
+// in base 2, or with SOFT_CAP to the argument of the tanh, whose height in base 2 is `cap`.
 __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4],
                                       const Query& query, float scale, float cap, const Mask& mask, int first,
                                       int lane) {

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from bench.tables import Table, us
 
+from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import Rope, make_cos_sin
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 KV_DTYPES = ("float16", "float8_e4m3fn", "float8_e5m2", "int8")
 LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 SCALE = 0.05  # of FP8 pages
+CHECKED_PAGES = 4096  # compared at a time, in float32
 CONTEXT, MAX_POSITIONS = 4096, 8192  # tokens of a row when decode follows; positions of the table
 
 
@@ -99,6 +101,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def row_bytes(shape: DecodeShape, kv_dtype: str, context: int) -> int:
+    """GPU memory that a row of `context` tokens takes in one layer: its pages, and INT8's scales."""
+    slots = 2 * -(-context // shape.page_size) * shape.page_size * shape.num_kv_heads
+    return slots * (shape.head_dim * (2 if kv_dtype == "float16" else 1) + (4 if kv_dtype == "int8" else 0))
+
+
 def make_case(name: str, shape: DecodeShape, kv_dtype: str, *, rows: int, new_tokens: int, context: int) -> Case:
     """`rows` rows of `context` tokens, the last new_tokens of them new. Layers enough to keep the L2 cold."""
     import torch
@@ -112,8 +120,7 @@ def make_case(name: str, shape: DecodeShape, kv_dtype: str, *, rows: int, new_to
     num_pages = rows * pages_per_row
     table = torch.randperm(num_pages, device="cuda", dtype=torch.int32).view(rows, pages_per_row)
     page = (num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
-    pool_bytes = 2 * int(np.prod(page)) * (2 if kv_dtype == "float16" else 1)
-    count = max(2, min(64, rotation_length(pool_bytes, l2_size=l2_bytes())))
+    count = max(2, min(64, rotation_length(rows * row_bytes(shape, kv_dtype, context), l2_size=l2_bytes())))
     layers = []
     for _ in range(count):
         pools = [torch.zeros(page, dtype=getattr(torch, kv_dtype), device="cuda") for _ in "kv"]
@@ -171,9 +178,10 @@ def check(case: Case, fused: Callable[..., None], separate: Callable[..., None])
     step = {"float16": 2e-3, "float8_e4m3fn": 0.13, "float8_e5m2": 0.26, "int8": 1.01}[kind]
     for ours, theirs in (*zip(case.layers[0], case.layers[1]), (q_outs[0], q_outs[1])):
         tolerance = step if ours.element_size() == 1 else 2e-3
-        difference = (ours.float() - theirs.float()).abs()
-        if not bool((difference <= tolerance * theirs.float().abs().clamp(min=1)).all()):
-            sys.exit(f"bench_append: {case.name} {kind}: results differ by up to {float(difference.max()):.3g}")
+        for mine, other in zip(ours.split(CHECKED_PAGES), theirs.split(CHECKED_PAGES)):
+            difference, most = (mine.float() - other.float()).abs(), other.float().abs().clamp(min=1)
+            if not bool((difference <= tolerance * most).all()):
+                sys.exit(f"bench_append: {case.name} {kind}: results differ by up to {float(difference.max()):.3g}")
 
 
 def count_launches(body: Callable[[], None]) -> int:
@@ -224,13 +232,14 @@ def measure(case: Case, kv_dtype: str, cos_sin: torch.Tensor, *, repeats: int, d
             for name, time_us in times.items()]
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result], shrunk: tuple[str, ...] = ()) -> Table:
+    """shrunk: sentences on what was measured in a smaller form."""
     rows = tuple((r.case, str(r.num_tokens), r.kv_dtype, r.route,
                   "-" if r.launches is None else str(r.launches), us(r.time_us),
                   f"{r.moved_bytes / r.time_us / 1e3:.1f}" if r.route in ("append", "separate steps") else "-",
                   "-" if r.separate_us is None else f"{r.separate_us / r.time_us:.2f}") for r in results)
     return Table("writing the cache, kernel time in a CUDA graph",
-                 ("case", "tokens", "pages", "route", "launches", "us", "GB/s", "x separate"), rows)
+                 ("case", "tokens", "pages", "route", "launches", "us", "GB/s", "x separate"), rows, "\n".join(shrunk))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,17 +259,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.prefill:
         jobs += [("prefill", -(-args.prefill // CONTEXT), min(args.prefill, CONTEXT), CONTEXT, kv)
                  for kv in args.kv_dtypes.split(",")]
-    results = []
+    results, shrunk = [], []
     for name, rows, new_tokens, context, kv_dtype in tracked(jobs, "measuring", lambda job: f"{job[0]} {job[4]}"):
-        case = make_case(name, args.shape, kv_dtype, rows=rows, new_tokens=new_tokens, context=context)
+        # Two layers at the least; the decode step's workspace and the separate steps' copies take the rest.
+        room = memory.fitting(rows, bytes_each=2 * row_bytes(args.shape, kv_dtype, context))
+        if room < rows:
+            shrunk.append(f"{name} {kv_dtype}: {room} rows in place of {rows}, for which GPU memory has no room")
+            name = f"{name.split()[0]} {room}"
+        case = make_case(name, args.shape, kv_dtype, rows=room, new_tokens=new_tokens, context=context)
         results += measure(case, kv_dtype, cos_sin, repeats=args.repeats,
                            decode=kv_dtype == "float16" and new_tokens == 1)
         del case
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    table(results).print(console)
+    table(results, tuple(shrunk)).print(console)
     if args.json is not None:
-        write_json(args.json, {"environment": about, "results": [dataclasses.asdict(result) for result in results]})
+        write_json(args.json, {"environment": about, "shrunk": shrunk, "peak_gpu_bytes": memory.peak_bytes(),
+                               "results": [dataclasses.asdict(result) for result in results]})
+    console.print(memory.peak_line())
     return 0
 
 

@@ -16,9 +16,11 @@ import statistics
 import sys
 import time
 
+from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
 
 OURS = ("balanced", "workqueue", "split")
+POOL_GIB = 40.0
 FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
 
 
@@ -29,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--backends", default=",".join(("balanced", *FLASHINFER)),
                         help=f"comma-separated, of {', '.join(OURS + FLASHINFER)}")
-    parser.add_argument("--pool-gib", type=float, default=40.0, help="K and V pages together")
+    parser.add_argument("--pool-gib", type=float, help=f"K and V pages together, by default {POOL_GIB:g} or what fits")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
@@ -53,7 +55,8 @@ def median_of_seeds(runs: list) -> object:
     return dataclasses.replace(runs[0], **{name: statistics.median(values) for name, values in times.items() if values})
 
 
-def run_cells(args: argparse.Namespace, console) -> list:
+def run_cells(args: argparse.Namespace, pool_gib: float, console) -> tuple[list, int]:
+    """The results, and how many cells the pool has no room for."""
     import torch
     from bench.cells import GRIDS
     from bench.measure import CellBench
@@ -67,10 +70,10 @@ def run_cells(args: argparse.Namespace, console) -> list:
         routes = [name for name in routes if name in OURS]
         console.print("FlashInfer is not installed: its columns stay empty (pip install flashinfer-python)")
     cells = GRIDS[args.cells]()
-    pool = BenchPool(pool_gib=args.pool_gib, dtype=getattr(torch, args.dtype), seed=20260623)
+    pool = BenchPool(pool_gib=pool_gib, dtype=getattr(torch, args.dtype), seed=20260623)
     bench = CellBench(pool=pool, dtype=args.dtype, head_dim=args.head_dim, page_size=args.page_size,
                       repeats=args.repeats, wall_repeats=args.wall_repeats, check=args.check, min_layers=args.layers)
-    results = []
+    results, left_out = [], 0
     for cell in tracked(cells, "measuring", lambda cell: f"{cell.case} x {cell.batch_size}"):
         try:
             seeds = [bench.measure(cell, routes, seed=seed) for seed in range(args.seeds)]
@@ -78,9 +81,9 @@ def run_cells(args: argparse.Namespace, console) -> list:
             if not str(error).startswith("pool-gib"):
                 raise
             console.print(f"{cell.case} batch {cell.batch_size}: left out, {error}")
-            seeds = []
+            seeds, left_out = [], left_out + 1
         results += [median_of_seeds(list(runs)) for runs in zip(*seeds)]
-    return results
+    return results, left_out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,19 +97,27 @@ def main(argv: list[str] | None = None) -> int:
     about = environment()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     start = time.perf_counter()
-    results = run_cells(args, console)
+    try:
+        granted = memory.budget(POOL_GIB, args.pool_gib)
+    except ValueError as error:
+        print(f"bench_decode: error: {error}", file=sys.stderr)
+        return 2
+    results, left_out = run_cells(args, granted.granted_gib, console)
     bench_report.print_table(console, results)
-    console.print(f"{args.dtype}, page {args.page_size}, head_dim {args.head_dim}, pool {args.pool_gib:g} GiB, "
+    console.print(f"{args.dtype}, page {args.page_size}, head_dim {args.head_dim}, "
                   f"{time.perf_counter() - start:.0f} s")
+    console.print(f"{granted}; {left_out} cells left out" if left_out else str(granted))
     bench_report.print_summary(console, results)
     for note in sorted({f"{r.route}: {r.note}" for r in results if r.note}):
         console.print(f"not timed: {note}", markup=False)
     if args.json is not None:
         document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()},
+                    "pool": dataclasses.asdict(granted), "left_out": left_out, "peak_gpu_bytes": memory.peak_bytes(),
                     "summary": bench_report.summary(results),
                     "results": [dataclasses.asdict(result) for result in results]}
         write_json(args.json, document)
         console.print(f"wrote {args.json}")
+    console.print(memory.peak_line())
     return 0
 
 

@@ -10,8 +10,8 @@ of the rows' last tokens; of an 8-bit cache, the scales too. Every result is che
 caches against 16-bit pages of the same values as well. x FP16: over the time of plain attention on the same step, where
 that is measured too, which 8-bit pages should about halve. error: the largest against float64, on the shortest and the
 longest row with several draws of queries, of what 8-bit pages stand for; x theirs: ours over the least of FlashInfer's
-backends. Times are per call inside a CUDA graph whose calls read distinct pages, over four times the L2, before any page
-comes back.
+backends. Times are per call inside a CUDA graph whose calls read distinct pages, over four times the L2, before any
+page comes back.
 """
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from pathlib import Path
 
 from bench.variant_cells import VARIANTS, Result, cells, error_ratios, jobs, table, window_cost
 
+from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
 
+POOL_GIB = 24.0
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
@@ -61,30 +63,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--variant", type=_kernel, metavar="WARPSxSTAGES",
                         help="of the kernels of 8-bit caches, in place of the default")
-    parser.add_argument("--pool-gib", type=float, default=24.0, help="16-bit K and V pages together, GiB; less where "
-                        "memory is short. Codes of 8-bit caches take half as much beside them")
+    parser.add_argument("--pool-gib", type=float, help=f"16-bit K and V pages together, by default {POOL_GIB:g} or "
+                        "what fits. Codes of 8-bit caches take half as much beside them")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args(argv)
     args.variants = _chosen(parser, "variants", args.variants, list(BY_NAME))
     args.cells = _chosen(parser, "cells", args.cells, list(cells()))
-    if args.page_size < 1 or args.repeats < 1 or not args.pool_gib > 0:
+    if args.page_size < 1 or args.repeats < 1 or args.pool_gib is not None and not args.pool_gib > 0:
         parser.error("--page-size, --repeats, --pool-gib: expected positive numbers, got "
                      f"{args.page_size}, {args.repeats}, {args.pool_gib}")
     return args
 
 
-def run(args: argparse.Namespace) -> list[Result]:
+def run(args: argparse.Namespace) -> tuple[list[Result], memory.Budget]:
+    """The results, and what they were measured in. Raises ValueError where --pool-gib is more than there is."""
     import torch
     from bench.variant_measure import VariantBench
 
-    from gpu.measure.pools import BenchPool, fitting_gib
+    from gpu.measure.pools import BenchPool
     from gpu.measure.progress import note, tracked
 
     todo = jobs(tuple(BY_NAME[name] for name in args.variants), args.cells)
     beside = 1.5 if any(variant.options.kv_dtype for variant, _ in todo) else 1.0  # codes take half as much again
-    pool = BenchPool(pool_gib=fitting_gib(args.pool_gib * beside) / beside, dtype=getattr(torch, args.dtype),
-                     seed=20260623)
+    granted = memory.budget(POOL_GIB, args.pool_gib, beside=beside)
+    pool = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, args.dtype), seed=20260623)
     bench = VariantBench(pool=pool, dtype=args.dtype, page_size=args.page_size, repeats=args.repeats,
                          flashinfer=args.flashinfer, kernel=args.variant)
     results = []
@@ -95,7 +98,7 @@ def run(args: argparse.Namespace) -> list[Result]:
             if not str(error).startswith("pool-gib"):
                 raise
             note(f"{variant.name}, {cell.batch_size} x {cell.case}: left out, {error}")
-    return results
+    return results, granted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,10 +107,18 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     from rich.console import Console
 
-    about, results = environment(), run(args)
+    about = environment()
+    try:
+        results, granted = run(args)
+    except ValueError as error:
+        if not str(error).startswith("pool-gib"):
+            raise
+        print(f"bench_variants: error: {error}", file=sys.stderr)
+        return 2
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(results, args.dtype).print(console)
+    console.print(str(granted))
     if args.json is not None:
         rms_ratios = error_ratios(results, "rms_error")
         write_json(
@@ -115,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
             {
                 "environment": about,
                 "options": options_of(args),
+                "pool": dataclasses.asdict(granted),
+                "peak_gpu_bytes": memory.peak_bytes(),
                 "window_over_short_rows": window_cost(results),
                 "error_over_flashinfer": [
                     {"variant": variant, "case": case, "batch_size": batch_size, "ratio": ratio,
@@ -125,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             },
         )
         console.print(f"wrote {args.json}")
+    console.print(memory.peak_line())
     return 0
 
 

@@ -21,11 +21,14 @@ from bench.generate_ways import WAYS, Batch, compare, reference_logits, run_way
 from rich.console import Console
 from rich.table import Table
 
-from gpu.measure.environment import environment, missing, options_of, write_json
+from gpu.measure import memory
+from gpu.measure.environment import environment, install_line, missing, options_of, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROWS = 16
+WAYS_HELD = 4  # caches of a row that ways may hold at a time: one, its copy as it grows, and their pools'
 NEAR_TIE = {"float16": 0.05, "bfloat16": 0.4}  # share of the logits' standard deviation that rounding may shift
 
 
@@ -38,6 +41,15 @@ def random_batch(model: PreTrainedModel, args: argparse.Namespace) -> Batch:
     mask = torch.arange(width) >= width - lens[:, None]
     ids = torch.randint(3, model.config.vocab_size, mask.shape, generator=generator) * mask
     return Batch(ids.to(model.device), mask.long().to(model.device), args.new_tokens)
+
+
+def fit_rows(model: PreTrainedModel, args: argparse.Namespace) -> bool:
+    """Sets args.rows to ROWS, or to what memory has room for beside the model; whether that is fewer."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+    args.rows = memory.fitting(ROWS, bytes_each=WAYS_HELD * token * (args.prompts[1] + args.new_tokens))
+    return args.rows < ROWS
 
 
 def load_model(args: argparse.Namespace, device: str) -> PreTrainedModel:
@@ -92,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a local checkpoint; by default a small Llama of random weights")
     parser.add_argument("--dtype", choices=tuple(NEAR_TIE), default="float16")
-    parser.add_argument("--rows", type=int, default=16, help="sequences in the batch (16)")
+    parser.add_argument("--rows", type=int, help=f"sequences in the batch, by default {ROWS} or what fits")
     parser.add_argument("--prompts", type=int, nargs=2, default=(64, 2048), metavar=("LEAST", "MOST"),
                         help="tokens of a prompt, drawn evenly (64 2048)")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate for each row (128)")
@@ -107,7 +119,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {way!r}")
     for name, value in (("rows", args.rows), ("new-tokens", args.new_tokens), ("page-size", args.page_size),
                         ("prompts", args.prompts[0])):
-        if value < 1:
+        if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
     if args.prompts[0] > args.prompts[1]:
         parser.error(f"--prompts: expected LEAST <= MOST, got {args.prompts[0]} {args.prompts[1]}")
@@ -120,16 +132,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     reason = missing()
     if reason is None and importlib.util.find_spec("transformers") is None:
-        reason = "transformers is not installed: pip install '.[transformers]'"
+        reason = f"transformers is not installed: {install_line('transformers')}"
     if reason is not None:
         print(f"generate needs a CUDA GPU with CuPy, PyTorch and Transformers; {reason}", file=sys.stderr)
         return 1
     model = load_model(args, "cuda")
+    shrunk = args.rows is None and fit_rows(model, args)
     batch = random_batch(model, args)
     records = run_all(model, batch, args.ways, page_size=args.page_size, tolerance=NEAR_TIE[args.dtype])
     print_records(records, batch, Console())
+    if shrunk:
+        print(f"{args.rows} rows in place of {ROWS}, for which GPU memory has no room")
+    print(memory.peak_line())
     if args.json is not None:
-        write_json(args.json, {"environment": environment(), "options": options_of(args), "results": records})
+        write_json(args.json, {"environment": environment(), "options": options_of(args), "results": records,
+                               "peak_gpu_bytes": memory.peak_bytes()})
     return 1 if any(record["wrong"] for record in records) else 0
 
 

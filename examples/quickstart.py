@@ -19,7 +19,7 @@ from gpu.measure.environment import missing
 from pkvsim import DecodeShape, make_schedule, reference
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
-ROWS, MAX_SEQ_LEN, PROMPTS, DECODES = 16, 16384 + 512, (2048, 16384), (40, 160)
+MAX_ROWS, MAX_SEQ_LEN, PROMPTS, DECODES = 16, 16384 + 512, (2048, 16384), (40, 160)
 TOLERANCE = 2e-3
 
 
@@ -58,12 +58,38 @@ def error_of_row(cache, row: int, q_row, out_row) -> float:
     return float(np.abs(out_row.get() - expected[0]).max())
 
 
+def compare_with_flashinfer(console: Console, cache, q, out) -> tuple[float, float | None]:
+    """(largest difference from `out`, us) of FlashInfer's tensor-core backend; (0, None) where it cannot run.
+
+    Why it cannot is said on the console.
+    """
+    import torch
+
+    from gpu.inputs.block_tables import StepTables
+    from gpu.inputs.run import Run
+    from gpu.measure.timing import graph_time_us, shared_stream
+    from gpu.routes.route_engines import RouteUnavailable, build
+
+    try:
+        theirs = build("flashinfer_tensor_core", SHAPE)
+    except RouteUnavailable as error:
+        console.print(f"No comparison with FlashInfer: {escape(str(error))}")
+        return 0.0, None
+    arrays = [torch.from_dlpack(array) for array in (q, cache.k_pages, cache.v_pages)]
+    their_out = torch.empty_like(arrays[0])
+    with shared_stream():
+        theirs.plan(StepTables(cache.seq_lens, torch.from_dlpack(cache.device_tables()[1])))
+    timing = graph_time_us(lambda _: theirs.run(Run(*arrays, out=their_out)), variants=1)
+    return float((their_out.float() - torch.from_dlpack(out).float()).abs().max()), timing.median_us
+
+
 def run_on_gpu(console: Console, *, steps: int, schedule: str, seed: int) -> int:
     import cupy
 
     from gpu import DecodeEngine, PagedKVCache
+    from gpu.kernels.this_gpu import this_gpu
+    from gpu.measure import memory
     from gpu.measure.timing import graph_time_us
-    from gpu.routes import flashinfer_decode as fi
 
     rng = np.random.default_rng(seed)
     random = cupy.random.RandomState(seed)
@@ -71,10 +97,12 @@ def run_on_gpu(console: Console, *, steps: int, schedule: str, seed: int) -> int
     def tokens(count: int, heads: int = SHAPE.num_kv_heads):  # [count, heads, head_dim] float16
         return random.standard_normal((count, heads, SHAPE.head_dim), dtype=cupy.float32).astype(cupy.float16)
 
-    cache = PagedKVCache(SHAPE, num_pages=ROWS * -(-MAX_SEQ_LEN // SHAPE.page_size), max_batch=ROWS,
-                         max_seq_len=MAX_SEQ_LEN)
+    pages = -(-MAX_SEQ_LEN // SHAPE.page_size)
+    page_bytes = 2 * SHAPE.num_kv_heads * SHAPE.page_size * SHAPE.head_dim * 2
+    rows = memory.fitting(MAX_ROWS, bytes_each=pages * page_bytes)
+    cache = PagedKVCache(SHAPE, num_pages=rows * pages, max_batch=rows, max_seq_len=MAX_SEQ_LEN)
     engine = DecodeEngine(SHAPE, dtype="float16", schedule=schedule)
-    left = np.zeros(ROWS, dtype=np.int64)  # decode steps until a row ends
+    left = np.zeros(rows, dtype=np.int64)  # decode steps until a row ends
 
     def refill() -> int:
         ended = np.flatnonzero(left == 0)
@@ -85,46 +113,40 @@ def run_on_gpu(console: Console, *, steps: int, schedule: str, seed: int) -> int
             left[row] = rng.integers(*DECODES)
         return len(ended)
 
-    replaced, worst = refill() - ROWS, 0.0
+    replaced, worst = refill() - rows, 0.0
     q = out = None
     for step in track(range(steps), "decoding", console=console, disable=not console.is_terminal, transient=True):
         for row in np.flatnonzero(left == 0).tolist():
             cache.free(row)
         replaced += refill()
-        cache.append(np.arange(ROWS), tokens(ROWS), tokens(ROWS))
-        q = tokens(ROWS, SHAPE.num_q_heads)
+        cache.append(np.arange(rows), tokens(rows), tokens(rows))
+        q = tokens(rows, SHAPE.num_q_heads)
         engine.plan(*cache.device_tables())
         out, _ = engine.run(q, cache.k_pages, cache.v_pages)
         if step % 20 == 0 or step == steps - 1:
-            row = int(rng.integers(ROWS))
+            row = int(rng.integers(rows))
             worst = max(worst, error_of_row(cache, row, q[row], out[row]))
         left -= 1
 
     useful = 2 * int(cache.seq_lens.sum()) * SHAPE.num_kv_heads * SHAPE.head_dim * 2
     cupy.cuda.Device().synchronize()
     timing = graph_time_us(lambda _: engine.run(q, cache.k_pages, cache.v_pages, out=out), variants=1)
-    table = Table("engine", "schedule", "us per step", "GB/s", "largest error", title=f"last step: {ROWS} rows, "
+    table = Table("engine", "schedule", "us per step", "GB/s", "largest error", title=f"last step: {rows} rows, "
                   f"{int(cache.seq_lens.min())} to {int(cache.seq_lens.max())} tokens, {useful / 2**20:.0f} MiB of KV")
     table.add_row("PersistentKV", engine.schedule, f"{timing.median_us:.1f}", f"{useful / timing.median_us / 1e3:.0f}",
                   f"{worst:.1e} (float64)")
     agrees = worst < TOLERANCE
-    if fi.installed():
-        import torch
-
-        theirs = fi.FlashInferDecode(SHAPE, "float16", "tensor_core")
-        theirs.plan(cache.seq_lens, cache.block_table)
-        arrays = [torch.from_dlpack(array) for array in (q, cache.k_pages, cache.v_pages)]
-        their_out = theirs.run(*arrays)[0]
-        difference = float((their_out.float() - torch.from_dlpack(out).float()).abs().max())
-        timing = graph_time_us(lambda _: theirs.run(*arrays, out=their_out, return_lse=False), variants=1)
-        table.add_row("FlashInfer", "tensor_core", f"{timing.median_us:.1f}",
-                      f"{useful / timing.median_us / 1e3:.0f}", f"{difference:.1e} (from ours)")
+    difference, us = compare_with_flashinfer(console, cache, q, out)
+    if us is not None:
+        table.add_row("FlashInfer", "tensor_core", f"{us:.1f}", f"{useful / us / 1e3:.0f}",
+                      f"{difference:.1e} (from ours)")
         agrees &= difference < TOLERANCE
-    else:
-        console.print("FlashInfer is not installed: no comparison with it.")
-    console.print(f"{cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}: {steps} steps, {replaced} rows ended "
+    if rows < MAX_ROWS:
+        console.print(f"{rows} rows in place of {MAX_ROWS}, for which GPU memory has no room.")
+    console.print(f"{this_gpu()}: {steps} steps, {replaced} rows ended "
                   f"and were replaced, {cache.num_free_pages} pages free")
     console.print(table)
+    console.print(memory.peak_line())
     console.print("[green]results agree[/]" if agrees else f"[red]results differ by more than {TOLERANCE}[/]")
     return 0 if agrees else 1
 

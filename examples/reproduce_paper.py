@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from serving.options import EQUAL_BUCKETS, HELD_OUT_SEEDS, Config, equal_buckets, positive
 
+from gpu.measure import memory
 from gpu.measure.environment import environment, gpu_slug, lacks_gpu, write_json
 from gpu.measure.progress import note, tracked
 
@@ -138,7 +139,7 @@ def measure(args: argparse.Namespace, out: Path, document: dict) -> None:
     started = time.perf_counter()
     shared = argparse.Namespace(
         device=args.device,
-        pool_gib=args.pool_gib or _pool_gib(),
+        pool_gib=args.pool_gib,
         dtype="float16",
         layers=1,
         repeats=args.repeats,
@@ -147,23 +148,17 @@ def measure(args: argparse.Namespace, out: Path, document: dict) -> None:
         split_splits=None,
         workqueue_splits=None,
     )
-    parts = make_parts(args, make_bench(shared))
+    parts = make_parts(args, make_bench(shared, default_gib=POOL_GIB))
     out.parent.mkdir(parents=True, exist_ok=True)
     for done, part in enumerate(tracked(parts, "reproducing")):
         if args.time_limit is not None and time.perf_counter() - started > args.time_limit:
             note(f"--time-limit: {len(parts) - done} of {len(parts)} parts left out, from {part} on")
             break
         document.setdefault(part.key, []).extend(part.measure())
-        document["seconds"] = time.perf_counter() - started
+        document |= {"seconds": time.perf_counter() - started, "peak_gpu_bytes": memory.peak_bytes()}
         out.write_text(render(document), encoding="utf-8")
         if args.json is not None:
             write_json(args.json, document)
-
-
-def _pool_gib() -> float:
-    from gpu.measure.pools import fitting_gib
-
-    return fitting_gib(POOL_GIB)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"reproduce_paper: error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {out}")
+    print(memory.peak_line())
     return 0
 
 

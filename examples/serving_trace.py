@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from serving.options import Config, add_trace_options, comma_list, configs, make_trace, positive
 
+from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
 from gpu.measure.progress import note, tracked
 from pkvsim.devices.route_model import ROUTES
@@ -99,12 +100,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_bench(args: argparse.Namespace) -> Bench:
-    """The pool and what every trace shares."""
+def make_bench(args: argparse.Namespace, *, default_gib: float = POOL_GIB) -> Bench:
+    """The pool and what every trace shares. default_gib: of the pool, without --pool-gib and where memory has room."""
     import torch
     from serving.run import Bench
 
-    from gpu.measure.pools import BenchPool, fitting_gib
+    from gpu.measure.pools import BenchPool
     from gpu.measure.timing import StreamLimit
     from gpu.routes.router import this_device
     from pkvsim.devices.device import get_device
@@ -115,7 +116,9 @@ def make_bench(args: argparse.Namespace) -> Bench:
         raise ValueError(
             "--device: this GPU is not calibrated; `python -m gpu.calibrate -o mygpu.json` makes what to pass"
         )
-    pool = BenchPool(pool_gib=args.pool_gib or fitting_gib(POOL_GIB), dtype=getattr(torch, args.dtype), seed=20260623)
+    granted = memory.budget(default_gib, args.pool_gib)
+    note(str(granted))
+    pool = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, args.dtype), seed=20260623)
     pinned = {"split": args.split_splits, "workqueue": args.workqueue_splits}
     return Bench(
         pool=pool,
@@ -203,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         tables = print_document(document, exhaustive=args.exhaustive)
+        document["peak_gpu_bytes"] = memory.peak_bytes()
+        note(memory.peak_line())
         if args.json is not None:
             write_json(args.json, document | {"tables": [asdict(table) for table in tables]})
     return 0 if document["runs"] else 1

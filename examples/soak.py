@@ -19,12 +19,13 @@ import numpy as np
 from bench.tables import Table
 from rich.console import Console
 
+from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
 from gpu.measure.progress import note, tracked
 from pkvsim import DecodeShape, reference
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
-ROWS, MAX_SEQ_LEN = 16, 4096
+MAX_ROWS, MAX_SEQ_LEN = 16, 4096
 PROMPTS, DECODES = (16, 3000), (20, 800)  # tokens, [from, to)
 TOLERANCE = 2e-3
 SLACK_BYTES = 64 << 20  # allocators keep what they had at a peak; a leak of 1 KiB a step is more
@@ -96,14 +97,16 @@ class Soak:
         from gpu.measure.timing import capture
 
         self.rng, self.random = np.random.default_rng(seed), cupy.random.RandomState(seed)
-        self.cache = PagedKVCache(SHAPE, num_pages=ROWS * -(-MAX_SEQ_LEN // SHAPE.page_size), max_batch=ROWS,
-                                  max_seq_len=MAX_SEQ_LEN)
+        pages = -(-MAX_SEQ_LEN // SHAPE.page_size)
+        page_bytes = 2 * SHAPE.num_kv_heads * SHAPE.page_size * SHAPE.head_dim * 2
+        self.rows = rows = memory.fitting(MAX_ROWS, bytes_each=pages * page_bytes)
+        self.cache = PagedKVCache(SHAPE, num_pages=rows * pages, max_batch=rows, max_seq_len=MAX_SEQ_LEN)
         writer, engine = CacheWriter(SHAPE), DecodeEngine(SHAPE)
-        kv, heads = (ROWS, SHAPE.num_kv_heads, SHAPE.head_dim), (ROWS, SHAPE.num_q_heads, SHAPE.head_dim)
+        kv, heads = (rows, SHAPE.num_kv_heads, SHAPE.head_dim), (rows, SHAPE.num_q_heads, SHAPE.head_dim)
         self.k_new, self.v_new = (cupy.zeros(kv, dtype=cupy.float16) for _ in range(2))
         self.q, self.out = (cupy.zeros(heads, dtype=cupy.float16) for _ in range(2))
         self.lse = cupy.zeros(heads[:2], dtype=cupy.float32)
-        self.left = np.zeros(ROWS, dtype=np.int64)  # steps until a row ends
+        self.left = np.zeros(rows, dtype=np.int64)  # steps until a row ends
         seq_lens, block_table = self.cache.device_tables()
 
         def step() -> None:
@@ -132,7 +135,7 @@ class Soak:
             # Drawn at one size, so that the allocator meets few.
             self.cache.fill(row, *(self.tokens(PROMPTS[1], SHAPE.num_kv_heads)[:prompt] for _ in range(2)))
             self.left[row] = self.rng.integers(*DECODES)
-        self.cache.reserve(np.arange(ROWS), np.ones(ROWS, dtype=np.int64))
+        self.cache.reserve(np.arange(self.rows), np.ones(self.rows, dtype=np.int64))
         for static in (self.k_new, self.v_new, self.q):
             static[:] = self.tokens(*static.shape[:2])
         self.cache.device_tables()
@@ -144,7 +147,7 @@ class Soak:
 
     def error(self) -> float:
         """Largest difference of one row from float64."""
-        row = int(self.rng.integers(ROWS))
+        row = int(self.rng.integers(self.rows))
         length = int(self.cache.seq_lens[row])
         ids = self.cache.block_table[row, :-(-length // SHAPE.page_size)]
         pools = (pool[ids].get().astype(np.float64) for pool in (self.cache.k_pages, self.cache.v_pages))
@@ -154,18 +157,20 @@ class Soak:
 
     def mark(self, step: int, started: float) -> Mark:
         import cupy
+        import torch
 
         cupy.cuda.get_current_stream().synchronize()
         first = self.checksum()
         self.graph.replay()
         again, error = self.checksum(), self.error()
-        free, total = cupy.cuda.runtime.memGetInfo()
+        free, total = torch.cuda.mem_get_info()
         return Mark(step=step, tokens=int(self.cache.seq_lens.sum()), checksum=first, repeats=again == first,
                     error=error, gpu_bytes=total - free, host_bytes=resident_bytes(),
                     seconds=time.perf_counter() - started)
 
 
-def soak(args: argparse.Namespace) -> list[Mark]:
+def soak(args: argparse.Namespace) -> tuple[list[Mark], int]:
+    """The checks, and how many rows decoded."""
     from gpu.measure.timing import shared_stream
 
     marks: list[Mark] = []
@@ -175,7 +180,7 @@ def soak(args: argparse.Namespace) -> list[Mark]:
             run.step()
             if step % args.check == 0 or step == args.steps:
                 marks.append(run.mark(step, started))
-    return marks
+    return marks, run.rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,17 +188,20 @@ def main(argv: list[str] | None = None) -> int:
     if lacks_gpu("soak"):
         return 1
     about = environment()
-    marks = soak(args)
+    marks, rows = soak(args)
     wrong = failures(marks, settle=args.settle)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(marks).print(console)
     if args.json is not None:
-        write_json(args.json, {"environment": about, "failures": wrong,
-                               "checks": [dataclasses.asdict(mark) for mark in marks]})
+        write_json(args.json, {"environment": about, "rows": rows, "peak_gpu_bytes": memory.peak_bytes(),
+                               "failures": wrong, "checks": [dataclasses.asdict(mark) for mark in marks]})
     for sentence in wrong:
         note(sentence)
     console.print(f"{args.steps:,} steps: {'[red]failed[/]' if wrong else '[green]right, and no growth of memory[/]'}")
+    if rows < MAX_ROWS:
+        console.print(f"{rows} rows in place of {MAX_ROWS}, for which GPU memory has no room")
+    console.print(memory.peak_line())
     return 1 if wrong else 0
 
 

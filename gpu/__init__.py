@@ -1,11 +1,21 @@
-"""The GPU engine of PersistentKV. Importing it needs no GPU; constructing an engine does."""
+"""The GPU engine of PersistentKV. Importing it needs no GPU; constructing an engine does.
+
+Read `inputs` (arrays of any library, block tables, checks), `kernels` (from cuda_src to a launch) and `engine`
+(plan notes where things are, run launches): a step goes through them in this order. `cache` is the pool that an
+engine reads and the writer that fills it. `routes` puts FlashInfer's backends beside our schedules and takes the
+cheapest of a step; `decode_engine` is the face of both. `drop_ins` are faces that other libraries' callers know.
+`measure`, `calibrate` and `tune` time all of it, and `as_card` runs all of it as another GPU would.
+
+What to decide (where to cut, which route, which page) is asked of pkvsim. torch, CuPy and FlashInfer are imported
+where they are used, so that CPU tools can use the rest.
+"""
 from __future__ import annotations
 
 _HOMES = {
     "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
     "CacheWriter": "gpu.cache.writer",
-    "DecodeEngine": "gpu.engine.schedule_engine",
+    "DecodeEngine": "gpu.decode_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
     "PagedKVCache": "gpu.cache.pool",
 }

@@ -13,15 +13,23 @@ import json
 import math
 import multiprocessing
 import sys
+from typing import TYPE_CHECKING
 
 from gpu.kernels.variant import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
 from pkvsim import DecodeShape
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpu.measure.cases import StepCase
+    from gpu.measure.pools import BenchPool
 
 CANDIDATES = ((8, 2), (8, 3), (8, 4), (4, 2), (4, 3), (4, 4), (4, 6), (2, 4))
 GROUP_SIZES = (1, 4, 8, 16, 32)
 PAGE_SIZE, KV_HEADS = 16, 8
 CELLS = ((1, 8192), (8, 4096), (32, 2048), (8, 32768))  # rows, tokens of the first; the others are ragged, down to half
 POOL_GIB = 12.0
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}  # of results of the same values summed in another order
 
 
 def cell_lengths(rows: int, longest: int) -> list[int]:
@@ -61,10 +69,19 @@ def _compile(defines: dict) -> None:
     load_module("balanced.cu", defines).get_function("pkv_decode_balanced")
 
 
+def _start_worker(card: str | None) -> None:
+    if card is not None:
+        from gpu.as_card import enter
+
+        enter(card)
+
+
 def compile_all(configs: list[KernelConfig], jobs: int) -> None:
     """Compiles into CuPy's disk cache, in processes of their own since a compilation holds one core."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    from gpu.kernels.this_gpu import card_played
+
+    context, card = multiprocessing.get_context("spawn"), card_played()
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (card,)) as pool:
         for done, _ in enumerate(pool.map(_compile, [config.defines() for config in configs]), 1):
             progress(f"compiled {done} of {len(configs)}")
     progress(None)
@@ -76,51 +93,88 @@ def progress(line: str | None) -> None:
         print("\n" if line is None else f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def measure(shape: DecodeShape, config: KernelConfig, pool: object, cells: tuple) -> list[float]:
-    """Kernel time of every cell, us, cold L2, inside a CUDA graph."""
+def fitting_cells(shape: DecodeShape, pool: BenchPool) -> tuple[tuple[int, int], ...]:
+    """Those of CELLS whose cold copies the pool has room for."""
+    found = []
+    for rows, longest in CELLS:
+        try:
+            laid_out(shape, pool, rows, longest)
+        except ValueError:
+            continue
+        found.append((rows, longest))
+    return tuple(found)
+
+
+def laid_out(shape: DecodeShape, pool: BenchPool, rows: int, longest: int) -> StepCase:
+    """A cell in the pool; ValueError naming pool-gib where it has no room for it."""
     import numpy as np
+
+    from gpu.measure.cases import lay_out
+
+    return lay_out(pool, shape, np.array(cell_lengths(rows, longest), np.int32), seed=1)
+
+
+def measure(config: KernelConfig, cases: list[StepCase], expected: list[torch.Tensor]) -> list[float]:
+    """Kernel time of every case, us, cold L2, inside a CUDA graph.
+
+    expected: the first variant's results, which are put there. Raises RuntimeError where this one's differ.
+    """
     import torch
 
-    from gpu.engine.schedule_engine import DecodeEngine
-    from gpu.measure.timing import graph_time_us, l2_bytes
+    from gpu.decode_engine import DecodeEngine
+    from gpu.measure.cases import difference
 
-    engine = DecodeEngine(shape, config.dtype, variant=config.variant)
     times = []
-    for rows, longest in cells:
-        lens = np.array(cell_lengths(rows, longest), np.int32)
-        kv_bytes = int(lens.sum()) * shape.num_kv_heads * shape.head_dim * 4
-        pages = pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
-        engine.plan(torch.from_numpy(lens).cuda(), torch.from_numpy(pages.block_table).cuda())
-        q = torch.randn(rows, shape.num_q_heads, shape.head_dim, device="cuda", dtype=pool.flat.dtype)
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
-        timing = graph_time_us(
-            lambda i: engine.run(q, *pages.layers[i], out=out, lse=lse), variants=len(pages.layers), repeats=3
-        )
-        times.append(timing.median_us)
+    for index, case in enumerate(cases):
+        engine = DecodeEngine(case.shape, config.dtype, variant=config.variant)
+        engine.plan(*case.on_gpu())
+        lse = torch.empty(case.q.shape[:2], device="cuda")
+
+        def attend(k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor) -> None:
+            engine.run(case.q, k_pages, v_pages, out=out, lse=lse)
+
+        found = case.result(attend)
+        if index == len(expected):
+            expected.append(found)
+        off = difference(found, expected[index])
+        if not off < TOLERANCE[config.dtype]:
+            raise RuntimeError(f"{config.variant}: differs by {off:.2g} from the first variant of {case.shape}")
+        times.append(case.time(attend, repeats=3).median_us)
     return times
 
 
-def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str], jobs: int, pool_gib: float) -> dict:
-    """Measures every candidate of every shape on the current GPU; the least geometric mean over CELLS wins."""
+def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str], jobs: int,
+                pool_gib: float | None) -> dict:
+    """Measures every candidate of every shape on the current GPU; the least geometric mean over CELLS wins, over those
+    that memory has room for where there is less than POOL_GIB and none is asked for.
+    """
     import cupy
     import torch
 
+    from gpu.kernels.this_gpu import this_gpu
+    from gpu.measure.memory import budget, peak_line
     from gpu.measure.pools import BenchPool
 
-    capability = int(cupy.cuda.Device().compute_capability)
+    granted = budget(POOL_GIB, pool_gib)
+    capability = this_gpu().compute_capability
     shapes = [(DecodeShape(KV_HEADS * group, KV_HEADS, head_dim, PAGE_SIZE), group, dtype)
               for dtype in dtypes for head_dim in head_dims for group in group_sizes]
     candidates = [variants(shape, dtype, CANDIDATES, shared_limit_bytes(capability)) for shape, _, dtype in shapes]
     compile_all([config for configs in candidates for config in configs], jobs)
-    entries, pool, pool_dtype = [], None, None
+    print(granted, flush=True)
+    entries, pool, pool_dtype, cells = [], None, None, {}
     for (shape, group, dtype), configs in zip(shapes, candidates):
         if dtype != pool_dtype:
-            del pool
-            pool, pool_dtype = BenchPool(pool_gib=pool_gib, dtype=getattr(torch, dtype), seed=1), dtype
-        found = []
+            pool = cases = None  # views of the last type's pages would keep them beside the new ones
+            pool, pool_dtype = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, dtype), seed=1), dtype
+        found, cells[shape] = [], fitting_cells(shape, pool)
+        if not cells[shape]:
+            raise ValueError(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
+        cases = [laid_out(shape, pool, *cell) for cell in cells[shape]]
+        expected: list[torch.Tensor] = []
         for config in configs:
             progress(f"head_dim {shape.head_dim}, group {group}, {dtype}: {config.variant}")
-            times = measure(shape, config, pool, CELLS)
+            times = measure(config, cases, expected)
             found.append((math.exp(sum(map(math.log, times)) / len(times)), config))
         found.sort(key=lambda pair: pair[0])
         best_us, best = found[0]
@@ -132,13 +186,15 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
             f"{best.variant} {best_us:.1f} us; {others}",
             flush=True,
         )
-    gpu = torch.cuda.get_device_name()
+    print(peak_line(), flush=True)
+    gpu, smallest = str(this_gpu()), min(cells.values(), key=len)
+    fewer = "" if len(smallest) == len(CELLS) else f"; of some shapes {len(smallest)} of them ({granted})"
     return {
         "compute_capability": capability,
         "gpu": gpu,
         "entries": entries,
         "source": f"python -m gpu.tune on one {gpu}, {datetime.date.today()}, CuPy {cupy.__version__}: least geometric "
-        f"mean of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens",
+        f"mean of the kernel time over ragged steps of {', '.join(f'{r} x {n}' for r, n in CELLS)} tokens{fewer}",
     }
 
 
@@ -154,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=list(GROUP_SIZES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--jobs", type=int, default=8, help="compilations at a time")
-    parser.add_argument("--pool-gib", type=float, default=POOL_GIB, help="page pool, GiB of GPU memory")
+    parser.add_argument("--pool-gib", type=float, help=f"page pool, by default {POOL_GIB:g} or what fits")
     args = parser.parse_args(argv)
     try:
         if args.calculate is not None:

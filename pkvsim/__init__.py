@@ -1,7 +1,25 @@
-"""PersistentKV's CPU half: shapes, schedules, reference attention, traces and the paper's policy."""
+"""PersistentKV's CPU half: the schedules that the kernels run, their float64 meaning, and what they cost.
+
+Read `shapes` (a step's attention shape and its rows) and `options` (windows, sinks, 8-bit caches), then `schedule`:
+the task decomposition is what everything else here talks about. `reference` says in float64 what any schedule must
+compute.
+
+From there the data flows one way. `devices` and `models` hold numbers, `traces` requests. `pricing` turns a step's
+rows into microseconds in closed form, `timeline` into a simulation of tasks on CTA slots; `fitting` finds their
+constants from measurements. `policy` compares prices and takes a route. `memory` and `serving` decide which rows a
+step has. `studies` ask the questions, `reports` draw the answers, `commands` are the words for both on the command
+line.
+
+Nothing here imports CuPy or torch. The GPU half imports this one: a decision is made here once, and called by both.
+"""
 from pkvsim import reference
 from pkvsim.options import AttentionOptions
+from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import Schedule, make_schedule
+from pkvsim.schedule.prefixes import find_prefixes
 from pkvsim.shapes import DecodeShape, StepState
 
-__all__ = ["AttentionOptions", "DecodeShape", "Schedule", "StepState", "make_schedule", "reference"]
+__all__ = ["AttentionOptions", "DecodeShape", "PrefixGroups", "Schedule", "StepState", "find_prefixes", "make_schedule",
+           "reference"]
+
+__version__ = "0.1.0"

@@ -75,7 +75,8 @@ class AttentionOptions:
         if self.kv_dtype is None:
             return elements * KV_ELEMENT_BYTES
         both = 2 * SCALE_BYTES
-        return elements + {"tensor": 0, "page": both / shape.page_size, "token": both}[self.kv_scales]
+        scales: dict[str | None, float] = {"tensor": 0, "page": both / shape.page_size, "token": both}
+        return elements + scales[self.kv_scales]
 
     def kv_element_bytes(self, shape: DecodeShape) -> float:
         """Bytes of an element of K or V, those of the scales shared out."""

@@ -33,9 +33,6 @@ class Cell:
     def lengths(self) -> np.ndarray:
         return np.asarray(self.seq_lens, dtype=np.int32)  # [batch_size]
 
-    def kv_bytes(self, *, head_dim: int, element_bytes: int = 2) -> int:
-        return 2 * sum(self.seq_lens) * self.num_kv_heads * head_dim * element_bytes
-
 
 def _label(length: int) -> str:
     return f"{length // 1024}K"

@@ -100,15 +100,16 @@ def _generate_call(
     from gpu.drop_ins.transformers_cache import PagedCache
 
     rows, width = batch.input_ids.shape
-    cache = None
+    cache, taken = None, {}
     if way == "pkv":
         cache = PagedCache(model.config, max_batch_size=rows, max_seq_len=width + batch.new_tokens, page_size=page_size)
+        taken = cache.argument_of(model)
 
     def run(new_tokens: int) -> torch.Tensor:
         if cache is not None:
             cache.reset()
-        found = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, past_key_values=cache,
-                               max_new_tokens=new_tokens, do_sample=False)
+        found = model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                               max_new_tokens=new_tokens, do_sample=False, **taken)
         return found[:, width:]
 
     return run

@@ -9,8 +9,9 @@ import torch
 from bench.cells import Cell
 
 from gpu import DecodeEngine
-from gpu.measure.pools import BenchPool, CellPages
-from gpu.measure.timing import StreamLimit, capture, graph_time_us, l2_bytes, shared_stream, wall_time_us
+from gpu.measure.cases import StepCase, difference, lay_out
+from gpu.measure.pools import BenchPool
+from gpu.measure.timing import StreamLimit, capture, shared_stream, wall_time_us
 from gpu.routes import flashinfer_decode as fi
 from pkvsim import DecodeShape
 
@@ -73,26 +74,21 @@ class CellBench:
     def measure(self, cell: Cell, routes: list[str], *, seed: int) -> list[Result]:
         shape = DecodeShape(num_q_heads=cell.num_q_heads, num_kv_heads=cell.num_kv_heads, head_dim=self.head_dim,
                             page_size=self.page_size)
-        kv_bytes = cell.kv_bytes(head_dim=self.head_dim)
-        pages = self.pool.lay_out(shape, cell.lengths(), kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=seed,
-                                  min_layers=self.min_layers)
-        q = torch.randn(cell.batch_size, cell.num_q_heads, self.head_dim, device="cuda").to(self.pool.flat.dtype)
-        limit_us = self.limit.time_us(kv_bytes)
-        reference = reference_rows(q, pages, cell.lengths(), self.page_size) if self.check else None
+        case = lay_out(self.pool, shape, cell.lengths(), seed=seed, min_layers=self.min_layers)
+        limit_us = self.limit.time_us(case.kv_bytes)
+        reference = reference_rows(case) if self.check else None
         results: list[Result] = []
         first: torch.Tensor | None = None
         for name in routes:
-            out = torch.full_like(q, float("nan"))
             row = {"case": cell.case, "batch_size": cell.batch_size, "num_q_heads": cell.num_q_heads,
-                   "num_kv_heads": cell.num_kv_heads, "ragged": cell.ragged, "kv_bytes": kv_bytes, "route": name,
-                   "limit_us": limit_us, "layers": len(pages.layers)}
+                   "num_kv_heads": cell.num_kv_heads, "ragged": cell.ragged, "kv_bytes": case.kv_bytes, "route": name,
+                   "limit_us": limit_us, "layers": len(case.layers)}
             if (name, shape.group_size) in self._unavailable:
                 results.append(Result(**row, note=self._unavailable[name, shape.group_size]))
                 continue
             try:
-                route = self.build(name, shape, cell, pages, q)
-                route.run(*pages.layers[0], out)
-                torch.cuda.synchronize()
+                route = self.build(name, case)
+                out = case.result(route.run)
             except Exception as error:  # a backend whose kernels cannot be built here: named in the table
                 if name in OUR_ROUTES:
                     raise
@@ -100,27 +96,27 @@ class CellBench:
                 self._unavailable[name, shape.group_size] = note
                 results.append(Result(**row, note=note))
                 continue
-            error, difference, note = None, None, ""
+            error, apart, note = None, None, ""
             if self.check:
                 rows, expected = reference
-                error = float((out[rows].float() - expected).abs().max())
-                first = out.clone() if first is None else first
-                difference = float((out.float() - first.float()).abs().max())
-                worst = max(error, difference)
+                error = difference(out[rows], expected)
+                first = out if first is None else first
+                apart = difference(out, first)
+                worst = max(error, apart)
                 if not worst < TOLERANCE[self.dtype]:
                     note = f"differs by {worst:.2g}"
                     if name in OUR_ROUTES:
                         raise SystemExit(f"bench_decode: {cell.case} batch {cell.batch_size}: {name} {note}")
-            row |= {"max_abs_error": error, "max_abs_difference": difference, "note": note}
-            results.append(Result(**row) if note else Result(**row, **self.time(route, cell, pages, q)))
+            row |= {"max_abs_error": error, "max_abs_difference": apart, "note": note}
+            results.append(Result(**row) if note else Result(**row, **self.time(route, case)))
         return results
 
-    def build(self, name: str, shape: DecodeShape, cell: Cell, pages: CellPages, q: torch.Tensor) -> Route:
+    def build(self, name: str, case: StepCase) -> Route:
         """Plans the engine on the cell's lengths, which stay on the device for ours."""
+        q = case.q
         if name in OUR_ROUTES:
-            engine = DecodeEngine(shape, dtype=self.dtype, schedule=name)
-            seq_lens = torch.from_numpy(cell.lengths()).cuda()
-            table = torch.from_numpy(pages.block_table).cuda()
+            engine = DecodeEngine(case.shape, dtype=self.dtype, schedule=name)
+            seq_lens, table = case.on_gpu()
             lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
             fresh = seq_lens.clone()
             engine.plan(seq_lens, table)
@@ -134,8 +130,8 @@ class CellBench:
                 engine.run(q, k_pages, v_pages, out=out, lse=lse)
 
             return Route(name=name, run=run, step=step, capturable_plan=name == "balanced")
-        engine = fi.FlashInferDecode(shape, self.dtype, name)
-        packed = fi.pack_table(cell.lengths(), pages.block_table, page_size=self.page_size)
+        engine = fi.FlashInferDecode(case.shape, self.dtype, name)
+        packed = fi.pack_table(case.seq_lens, case.block_table, page_size=self.page_size)
         engine.plan_packed(packed)
 
         def run(k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor) -> None:
@@ -147,34 +143,32 @@ class CellBench:
 
         return Route(name=name, run=run, step=step, capturable_plan=False)
 
-    def time(self, route: Route, cell: Cell, pages: CellPages, q: torch.Tensor) -> dict[str, float | None]:
-        out = torch.empty_like(q)
-        kernel = graph_time_us(lambda i: route.run(*pages.layers[i], out), variants=len(pages.layers),
-                               repeats=self.repeats)
+    def time(self, route: Route, case: StepCase) -> dict[str, float | None]:
+        out, layer = torch.empty_like(case.q), case.layers[0]
+        kernel = case.time(route.run, repeats=self.repeats)
         times = {"kernel_us": kernel.median_us, "spread": kernel.spread, "wall_eager_us": None, "wall_graph_us": None}
         if self.wall_repeats:
             with shared_stream():
-                times["wall_eager_us"] = wall_time_us(lambda: route.step(*pages.layers[0], out), self.wall_repeats,
+                times["wall_eager_us"] = wall_time_us(lambda: route.step(*layer, out), self.wall_repeats,
                                                       before=self.limit.flush)
                 if route.capturable_plan:
-                    graph = capture(lambda: route.step(*pages.layers[0], out))
+                    graph = capture(lambda: route.step(*layer, out))
                     times["wall_graph_us"] = wall_time_us(graph.replay, self.wall_repeats, before=self.limit.flush)
         return times
 
 
-def reference_rows(
-    q: torch.Tensor, pages: CellPages, seq_lens: np.ndarray, page_size: int
-) -> tuple[list[int], torch.Tensor]:
+def reference_rows(case: StepCase) -> tuple[list[int], torch.Tensor]:
     """Float32 attention of a few rows (longest, shortest, first, last): (rows, [rows, Hq, d])."""
+    seq_lens, page_size = case.seq_lens, case.shape.page_size
     order = np.argsort(seq_lens, kind="stable")
     rows = sorted({int(order[0]), int(order[-1]), 0, len(seq_lens) - 1})[:CHECKED_ROWS]
-    k_pages, v_pages = pages.layers[0]
+    k_pages, v_pages = case.layers[0]
     num_kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     outs = []
     for row in rows:
         length = int(seq_lens[row])
-        ids = torch.from_numpy(pages.block_table[row, :-(-length // page_size)].astype(np.int64)).cuda()
-        query = q[row].float().view(num_kv_heads, -1, head_dim)  # [Hkv, G, d]
+        ids = torch.from_numpy(case.block_table[row, :-(-length // page_size)].astype(np.int64)).cuda()
+        query = case.q[row].float().view(num_kv_heads, -1, head_dim)  # [Hkv, G, d]
         k, v = (pool[ids].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length].float()
                 for pool in (k_pages, v_pages))  # [Hkv, length, d]
         weights = torch.softmax(query @ k.transpose(1, 2) / head_dim**0.5, dim=-1)

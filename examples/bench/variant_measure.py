@@ -8,7 +8,7 @@ import torch
 from bench.cells import Cell
 from bench.variant_caches import MAX_ERROR, Layer, coded_pool, error_over_16_bit, factors_of, scales_of, values_of
 from bench.variant_cells import Result, Variant, flashinfer_backends
-from bench.variant_reference import attention_of_row
+from bench.variant_reference import attention_of_draws
 
 from gpu import DecodeEngine
 from gpu.measure.pools import BenchPool, CellPages
@@ -50,10 +50,11 @@ class VariantBench:
         pages = pool.lay_out(shape, lens, kv_bytes=kv_bytes, l2_size=l2_bytes(), seed=1)
         layers = layers_of(pool, variant, shape, pages)
         tokens = () if variant.options.query_tokens == 1 else (variant.options.query_tokens,)
+        random = torch.Generator("cuda").manual_seed(SEED)
         draws = torch.randn(DRAWS, len(lens), *tokens, shape.num_q_heads, shape.head_dim, device="cuda",
-                            generator=torch.Generator("cuda").manual_seed(SEED)).to(self.pool.flat.dtype)
+                            generator=random).to(self.pool.flat.dtype)
         q = draws[0].clone()
-        sinks = torch.randn(shape.num_q_heads, device="cuda") if variant.options.sinks else None
+        sinks = torch.randn(shape.num_q_heads, device="cuda", generator=random) if variant.options.sinks else None
         row = {"variant": variant.name, "case": cell.case, "batch_size": len(lens), "num_kv_heads": shape.num_kv_heads,
                "kv_bytes": kv_bytes, "limit_us": self.limit.time_us(kv_bytes), "layers": len(layers)}
         rows = sorted({int(lens.argmin()), int(lens.argmax())})
@@ -114,13 +115,12 @@ class VariantBench:
         return self._coded[1]
 
     def _expected(self, variant: Variant, layer: Layer, draws: torch.Tensor, page_ids: np.ndarray, length: int,
-                  sinks: torch.Tensor | None) -> list[torch.Tensor]:
-        """Float64 attention of one row for each of its draws of queries."""
+                  sinks: torch.Tensor | None) -> torch.Tensor:
+        """Float64 attention [draws, ..] of one row for each of its draws of queries."""
         own = page_ids[:-(-length // self.page_size)].astype(np.int64)
         ids = torch.from_numpy(own).cuda()
         k, v = (values_of(pages[ids], variant.options.kv_dtype, draws.dtype) for pages in (layer.k, layer.v))
-        return [attention_of_row(q, k, v, variant.layout, np.arange(len(own)), length, variant.options, sinks)
-                for q in draws]
+        return attention_of_draws(draws, k, v, variant.layout, np.arange(len(own)), length, variant.options, sinks)
 
     def _routes(self, variant: Variant, shape: DecodeShape) -> dict[str, Build]:
         def ours(
@@ -131,7 +131,7 @@ class VariantBench:
             tables = tables_of(variant, lens, table, self.page_size)
             engine.plan(**tables)
             lse = torch.empty(q.shape[:-1], dtype=torch.float32, device="cuda")
-            name = "x".join(map(str, engine.config.variant))
+            name = "x".join(map(str, engine.schedule_engine.config.variant))
             return lambda layer, out: engine.run(
                 q, layer.k, layer.v, out=out, lse=lse, sinks=sinks, **layer.scales
             ), name

@@ -1,6 +1,8 @@
 """The paper's single calls on the GPU at hand: isolated rows, split counts, raggedness, group sizes."""
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,7 +10,8 @@ from serving.check import TOLERANCE
 from serving.engines import EngineSet, make_step
 from serving.run import step_splits
 
-from gpu.measure.timing import graph_time_us, l2_bytes, shared_stream
+from gpu.measure.cases import difference, lay_out
+from gpu.measure.timing import graph_time_us, shared_stream
 from gpu.routes.route_engines import BACKENDS
 from pkvsim.pricing.counters import useful_kv_bytes
 
@@ -53,33 +56,26 @@ def time_cell(
 
     A FlashInfer engine whose result differs from balanced's is left out. Raises RuntimeError when ours differ.
     """
-    import torch
-
     shape = engines.shape
-    pages = bench.pool.lay_out(
-        shape, seq_lens, kv_bytes=useful_kv_bytes(shape, seq_lens), l2_size=l2_bytes(), seed=20260623
-    )
+    case = lay_out(bench.pool, shape, seq_lens, seed=20260623)
     splits = step_splits(bench, engines, seq_lens) if splits is None else splits
-    step = make_step(shape, seq_lens, pages.block_table, splits, dtype=bench.pool.flat.dtype)
-    out, expected, found = torch.empty_like(step.q), None, {}
+    step = replace(make_step(shape, seq_lens, case.block_table, splits, dtype=bench.pool.flat.dtype), q=case.q)
+    expected, found = None, {}
     chosen = engines.routes if names is None else [name for name in names if name in engines.engines]
     for name in sorted(chosen, key=lambda route: route != "balanced"):
         engine = engines.engines[name]
+        attend = partial(engine.run, step)
         with shared_stream():
-            out.fill_(float("nan"))
             engine.plan(step)
-            engine.run(step, *pages.layers[0], out)
-        expected = out.clone() if expected is None else expected
-        if not float((out.float() - expected.float()).abs().max()) < TOLERANCE[bench.dtype]:
+            out = case.result(attend)
+        expected = out if expected is None else expected
+        if not difference(out, expected) < TOLERANCE[bench.dtype]:
             if name not in BACKENDS:
                 raise RuntimeError(f"{name}: differs from balanced at lengths {seq_lens.tolist()}")
             continue
-        timing = graph_time_us(
-            lambda i: engine.run(step, *pages.layers[i], out), variants=len(pages.layers), repeats=max(3, bench.repeats)
-        )
-        found[name] = round(timing.median_us, 2)
+        found[name] = round(case.time(attend, repeats=max(3, bench.repeats)).median_us, 2)
     if repack and len(seq_lens) == 1:
-        timing = graph_time_us(lambda i: _repack_and_attend(step, *pages.layers[i]), variants=len(pages.layers))
+        timing = graph_time_us(lambda i: _repack_and_attend(step, *case.layers[i]), variants=len(case.layers))
         found[SDPA] = round(timing.median_us, 2)
     return found
 

@@ -9,6 +9,7 @@ import numpy as np
 from bench.tables import Table, us
 from serving.engines import EngineSet, StepInputs, own_counters
 
+from gpu.inputs.block_tables import StepTables
 from gpu.measure.timing import capture, graph_time_us, shared_stream, wall_time_us
 from pkvsim.traces.paper_families import Trace
 
@@ -91,7 +92,7 @@ def _graphs(
 
         def captured() -> None:
             if plans_in_graph:
-                engine.engine.plan(step.on_gpu, step.table)
+                engine.engine.plan(StepTables(step.on_gpu, step.table))
             engine.run(step, *pages.caches[0], out)
 
         def replay() -> None:

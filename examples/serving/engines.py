@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from gpu.inputs.block_tables import StepTables
+from gpu.inputs.run import Run, StepPlanner
 from gpu.kernels.variant import TILE_TOKENS
 from gpu.routes import flashinfer_decode as fi
-from gpu.routes.route_engines import BACKENDS, RouteEngine, RouteUnavailable, available_routes, build
+from gpu.routes.route_engines import BACKENDS, RouteUnavailable, available_routes, build
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import OWN_ROUTES
@@ -70,7 +72,7 @@ def make_step(
     )
 
 
-class Engine(Protocol):
+class Contender(Protocol):
     """plan() once a step, then run() for every layer into `out`."""
 
     name: str
@@ -80,30 +82,31 @@ class Engine(Protocol):
     def run(self, step: StepInputs, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor) -> None: ...
 
 
-class FixedEngine:
+class FixedRoute:
     """One route for every step."""
 
     __slots__ = ("name", "route", "engine", "_lse")
 
     def __init__(self, route: str, shape: DecodeShape, dtype: str) -> None:
         self.name = self.route = route
-        self.engine: RouteEngine = build(route, shape, dtype)
+        self.engine: StepPlanner = build(route, shape, dtype)
         self._lse: torch.Tensor | None = None
 
     def plan(self, step: StepInputs) -> None:
         if self.route == "balanced":
             step.on_gpu.copy_(step.pinned, non_blocking=True)
-            self.engine.plan(step.on_gpu, step.table)
+            self.engine.plan(StepTables(step.on_gpu, step.table))
         else:
-            self.engine.plan(step.seq_lens, step.table, splits=step.splits.get(self.route), packed=step.packed)
+            tables = StepTables(step.seq_lens, step.table)
+            self.engine.plan(tables, splits=step.splits.get(self.route), packed=step.packed)
 
     def run(self, step: StepInputs, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor) -> None:
         if self.route in OWN_ROUTES and (self._lse is None or len(self._lse) != len(out)):
             self._lse = _empty_lse(out)
-        self.engine.run(step.q, k_pages, v_pages, out=out, lse=self._lse)
+        self.engine.run(Run(step.q, k_pages, v_pages, out, self._lse))
 
 
-class AdaptiveEngine:
+class RoutedSteps:
     """The router: what schedule="auto" does for lengths that the host knows."""
 
     __slots__ = ("name", "router", "_lse")
@@ -122,7 +125,7 @@ class AdaptiveEngine:
             if self._lse is None or len(self._lse) != len(out):
                 self._lse = _empty_lse(out)
             lse = self._lse
-        self.router.run(step.q, k_pages, v_pages, out=out, lse=lse)
+        self.router.run(Run(step.q, k_pages, v_pages, out, lse))
 
 
 def _empty_lse(out: torch.Tensor) -> torch.Tensor:
@@ -136,7 +139,7 @@ class EngineSet:
     """All engines of one head shape, and why others are missing."""
 
     shape: DecodeShape
-    engines: dict[str, Engine]
+    engines: dict[str, Contender]
     left_out: dict[str, str]
 
     @property
@@ -147,7 +150,7 @@ class EngineSet:
     @property
     def baseline(self) -> str:
         """The engine whose results the others are compared with."""
-        return next((name for name in (PAPER_DEFAULT, *BACKENDS, *OWN_ROUTES) if name in self.engines))
+        return next(name for name in (PAPER_DEFAULT, *BACKENDS, *OWN_ROUTES) if name in self.engines)
 
 
 def build_engines(
@@ -157,7 +160,7 @@ def build_engines(
     from gpu.measure.timing import shared_stream
     from gpu.routes.router import Router
 
-    engines: dict[str, Engine] = {}
+    engines: dict[str, Contender] = {}
     left_out: dict[str, str] = {}
     for name in wanted:
         if name == ADAPTIVE:
@@ -167,13 +170,13 @@ def build_engines(
             continue
         try:
             with shared_stream():
-                engines[name] = FixedEngine(name, shape, dtype)
+                engines[name] = FixedRoute(name, shape, dtype)
         except RouteUnavailable as error:
             left_out[name] = str(error).removeprefix(f"{name}: ")
     if ADAPTIVE in wanted:
         router = Router(shape, dtype, device=device, layers=layers, needs_lse=False)
         router.available = tuple(route for route in router.available if route not in left_out)
-        engines[ADAPTIVE] = AdaptiveEngine(router)
+        engines[ADAPTIVE] = RoutedSteps(router)
     return EngineSet(shape=shape, engines=engines, left_out=left_out)
 
 
@@ -181,7 +184,7 @@ def own_counters(
     engines: EngineSet, route: str, seq_lens: np.ndarray, splits: np.ndarray | None, *, device: DeviceSpec
 ) -> StepCounters:
     """Counters of the schedule that this engine of ours makes of a step, by pkvsim's planner."""
-    engine, shape = engines.engines[route].engine.engine, engines.shape
+    engine, shape = engines.engines[route].engine, engines.shape
     # Where a group is split, its parts are planned as KV heads; the KV is still useful once.
     heads = replace(shape, num_kv_heads=shape.num_kv_heads * engine.config.head_split)
     if route == "balanced":

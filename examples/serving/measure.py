@@ -9,7 +9,7 @@ from gpu.measure.timing import StreamLimit
 
 if TYPE_CHECKING:
     import torch
-    from serving.engines import Engine, StepInputs
+    from serving.engines import Contender, StepInputs
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -35,17 +35,17 @@ class StepTimer:
     def __init__(self, limit: StreamLimit, *, layers: int, repeats: int) -> None:
         self.limit, self.layers, self.repeats = limit, layers, repeats
 
-    def run_layers(self, engine: Engine, step: StepInputs, caches: Caches, out: torch.Tensor) -> None:
+    def run_layers(self, engine: Contender, step: StepInputs, caches: Caches, out: torch.Tensor) -> None:
         for layer in range(self.layers):
             engine.run(step, *caches[layer % len(caches)], out)
 
-    def event_us(self, engine: Engine, step: StepInputs, caches: Caches, out: torch.Tensor) -> float:
+    def event_us(self, engine: Contender, step: StepInputs, caches: Caches, out: torch.Tensor) -> float:
         engine.plan(step)
         return step_event_us(
             lambda: self.run_layers(engine, step, caches, out), flush=self.limit.flush, repeats=self.repeats
         )
 
-    def wall_us(self, engine: Engine, step: StepInputs, caches: Caches, out: torch.Tensor) -> tuple[float, float]:
+    def wall_us(self, engine: Contender, step: StepInputs, caches: Caches, out: torch.Tensor) -> tuple[float, float]:
         """(wall_us, plan_us)."""
         times = step_host_times(
             lambda: engine.plan(step),
@@ -56,7 +56,7 @@ class StepTimer:
         return times.wall_us, times.plan_us
 
     def measure(
-        self, engines: list[Engine], step: StepInputs, caches: Caches, out: torch.Tensor
+        self, engines: list[Contender], step: StepInputs, caches: Caches, out: torch.Tensor
     ) -> dict[str, StepTimes]:
         """Every engine on the step, by name."""
         events = {engine.name: self.event_us(engine, step, caches, out) for engine in engines}

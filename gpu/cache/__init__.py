@@ -1,1 +1,6 @@
-"""A paged KV pool, and the writer that appends to its pages."""
+"""A paged KV pool, and the writer that appends to its pages.
+
+`pool` allocates rows and keeps their tables on the GPU; `writer` puts new tokens into pages in one launch, rotated
+and quantised on the way; `append_checks` and `append_variant` are its checks and its kernel's side, and need no
+GPU.
+"""

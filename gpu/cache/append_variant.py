@@ -14,7 +14,6 @@ LANE_ELEMENTS = 16  # of a head that a lane holds
 MAX_HEAD_DIM = 32 * LANE_ELEMENTS
 LAYOUTS = {"HND": (0, 1, 2), "NHD": (0, 2, 1)}  # where in a pool's shape pages, heads and tokens are
 FP8_TYPES = ("float8_e4m3fn", "float8_e5m2")
-SIGNATURE = "p" * 12 + "i" * 9 + "q" * 19 + "f" * 3  # parameters of pkv_append, see gpu.kernels.launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def chunks_per_token(num_heads: int, widest_head_dim: int, num_tokens: int, num_
 
 def launch_sizes(views: AppendViews, shape: DecodeShape, *, head_dim_v: int, layout: str, max_positions: int,
                  rope_stride: int, num_sms: int) -> tuple[int, tuple[int, ...]]:
-    """(CTAs, the integer parameters of pkv_append) of checked arrays. rope_stride: of the table's rows, 0 without."""
+    """(CTAs, the integers of gpu.kernels.fields.APPEND) of checked arrays. rope_stride: of the table's rows, else 0."""
     tokens, num_q_heads = views.k_new.shape[0], 0 if views.q is None else shape.num_q_heads
     chunks = chunks_per_token(2 * shape.num_kv_heads + num_q_heads, max(shape.head_dim, head_dim_v), tokens, num_sms)
     strides = [*views.k_new.strides[:2], *views.v_new.strides[:2]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 import cupy
 
 from gpu.cache import append_checks as checks
-from gpu.cache.append_variant import SIGNATURE, WARPS, AppendViews, argument_name, defines, launch_sizes
+from gpu.cache.append_variant import WARPS, AppendViews, argument_name, defines, launch_sizes
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
+from gpu.kernels.this_gpu import this_gpu
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import Rope, turns_per_position
 from pkvsim.shapes import MAX_TOKENS
@@ -34,22 +35,22 @@ class CacheWriter:
 
         Raises ValueError naming the argument.
         """
-        current = cupy.cuda.Device()
-        capability = int(current.compute_capability)
+        gpu = this_gpu()
         checks.check_kinds(shape, head_dim_v, rope)
         self.shape, self.dtype, self.layout, self.rope = shape, dtype, layout, rope
         self.kv_dtype = dtype if kv_dtype is None else kv_dtype
         self.head_dim_v = shape.head_dim if head_dim_v is None else head_dim_v
-        self.device_id = current.id
+        self.device_id = cupy.cuda.Device().id
         checks.check_writer(shape, dtype, kv_dtype=self.kv_dtype, layout=layout, head_dim_v=self.head_dim_v, rope=rope,
-                            compute_capability=capability)
-        self._num_sms = current.attributes["MultiProcessorCount"]
+                            compute_capability=gpu.compute_capability)
+        self._num_sms = gpu.num_sms
         self._rope_array, self._rope_at, self._rope_stride, self._max_positions = self._place_rope(rope)
         constants = defines(shape, dtype, kv_dtype=self.kv_dtype, head_dim_v=self.head_dim_v, rope=rope)
-        self._kernel = load_kernel("append.cu", "pkv_append", SIGNATURE, constants, threads=WARPS * 32,
-                                   overlap=capability >= 90)
+        self._kernel = load_kernel("append.cu", "pkv_append", constants, threads=WARPS * 32, overlap=gpu.overlaps)
         self._checked: list | None = None
-        self._grid, self._sizes, self._library = 0, (), None
+        self._grid = 0
+        self._sizes: tuple[int, ...] = ()
+        self._library: str | None = None
 
     def _place_rope(self, rope: Rope | None) -> tuple[object, int, int, int]:
         """(array to keep alive, address, stride of its rows, positions it serves) of the angles on the GPU."""

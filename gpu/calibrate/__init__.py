@@ -1,1 +1,5 @@
-"""python -m gpu.calibrate: measures a GPU into a device file."""
+"""python -m gpu.calibrate: measures a GPU into a device file.
+
+`run` is the whole of it: `constants` measures the GPU's own numbers, `cells` says which steps are timed, `measure`
+times every route on them, and pkvsim.fitting turns the times into constants.
+"""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpu.kernels.compile import load_kernel
+from gpu.kernels.this_gpu import this_gpu
 from gpu.measure.environment import gpu_slug
 from gpu.measure.timing import (
     StreamLimit,
@@ -66,7 +67,7 @@ class _Reader:
 
         if (threads, unroll) not in self._kernels:
             self._kernels[threads, unroll] = load_kernel(
-                "stream.cu", "pkv_stream_read", "pqp", {"UNROLL": unroll}, threads=threads
+                "stream.cu", "pkv_stream_read", {"UNROLL": unroll}, threads=threads
             )
         args = self._buffer.data_ptr() + offset, num_bytes // 16, self._sink.data_ptr()
         self._kernels[threads, unroll](ctas, args, torch.cuda.current_stream().cuda_stream)
@@ -87,9 +88,7 @@ def measure_constants(
     pool: torch.Tensor, limit: StreamLimit, *, quick: bool, say: Callable[[str], None]
 ) -> MeasuredConstants:
     """pool: a flat tensor of random values, of a gigabyte at least. say: told what is under way."""
-    import torch
-
-    num_sms = torch.cuda.get_device_properties(pool.device).multi_processor_count
+    num_sms = this_gpu().num_sms
     pool_bytes = pool.numel() * pool.element_size()
     say("streaming bandwidth")
     sizes = [mb for mb in (QUICK_STREAM_MB if quick else STREAM_MB) if 2 * mb * MB + 4 * l2_bytes() <= pool_bytes]
@@ -166,16 +165,16 @@ def device_spec(measured: MeasuredConstants, *, environment: dict[str, str], nam
     import cupy
     import torch
 
-    device = cupy.cuda.Device()
+    gpu, device = this_gpu(), cupy.cuda.Device()
     properties = torch.cuda.get_device_properties(device.id)
     attributes = device.attributes
     peak = 2 * attributes["MemoryClockRate"] * 1e3 * attributes["GlobalMemoryBusWidth"] / 8 / 1e9
     driver = NumberSource("datasheet", f"what driver {environment['driver']} states")
     run = NumberSource("calibrated", calibration_source(environment))
     stated = {
-        "compute_capability": (properties.major, properties.minor),
-        "num_sms": properties.multi_processor_count,
-        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "compute_capability": divmod(gpu.compute_capability, 10),
+        "num_sms": gpu.num_sms,
+        "memory_gib": round(gpu.memory_bytes / 2**30, 1),
         "l2_mib": round(properties.L2_cache_size / 2**20, 2),
         "smem_per_sm_kib": attributes["MaxSharedMemoryPerMultiprocessor"] / 2**10,
         "peak_gb_s": round(peak, 1),

@@ -3,16 +3,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gpu.calibrate.cells import SEED, CalibrationCell
+from gpu.inputs.block_tables import StepTables
+from gpu.inputs.run import Run, StepPlanner
+from gpu.measure.cases import Attend, StepCase, difference, lay_out
 from gpu.measure.pools import BenchPool
 from gpu.measure.step_timing import HostTimes, step_event_us, step_host_times
-from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes
+from gpu.measure.timing import StreamLimit
 from gpu.routes import flashinfer_decode as fi
-from gpu.routes.route_engines import BACKENDS, RouteEngine, RouteUnavailable, available_routes, build
+from gpu.routes.route_engines import BACKENDS, RouteUnavailable, available_routes, build
 from pkvsim import DecodeShape
 from pkvsim.devices.route_model import OWN_ROUTES
 from pkvsim.fitting.measurements import Measurement
+
+if TYPE_CHECKING:
+    import torch
 
 TOLERANCE = 2e-3  # FP16 outputs of different engines on the same values
 STEP_REPEATS = 5
@@ -29,14 +36,19 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Case:
-    """One route on a cell; run(layer) reads that layer's cache, of num_layers."""
+class _Candidate:
+    """One route on a cell, its result found right."""
 
     route: str
     splits: int | None
     plan: Callable[[], None]
-    run: Callable[[int], None]
-    num_layers: int
+    attend: Attend
+    step: StepCase
+    out: torch.Tensor
+
+    def run(self) -> None:
+        """On the first layer."""
+        self.attend(*self.step.layers[0], self.out)
 
 
 class Calibrator:
@@ -50,7 +62,7 @@ class Calibrator:
         self.unavailable: dict[tuple[str, DecodeShape], str] = {}
         self._say = say
         self._shape: DecodeShape | None = None
-        self._engines: dict[str, RouteEngine] = {}
+        self._engines: dict[str, StepPlanner] = {}
 
     def steps(self, cell: CalibrationCell) -> dict[Timed, StepTimes]:
         """Whole steps of everything that the cell times, alone on the GPU, by (route, splits). Raises as measure does.
@@ -61,8 +73,8 @@ class Calibrator:
         found = {}
         for case in self._cases(cell):
             case.plan()
-            event_us = step_event_us(lambda: case.run(0), flush=self.limit.flush, repeats=STEP_REPEATS)
-            host = step_host_times(case.plan, lambda: case.run(0), flush=self.limit.flush, repeats=STEP_REPEATS)
+            event_us = step_event_us(case.run, flush=self.limit.flush, repeats=STEP_REPEATS)
+            host = step_host_times(case.plan, case.run, flush=self.limit.flush, repeats=STEP_REPEATS)
             found[case.route, case.splits] = StepTimes(event_us, host)
         return found
 
@@ -74,7 +86,7 @@ class Calibrator:
         gives another result.
         """
         for case in self._cases(cell):
-            kernel = graph_time_us(case.run, variants=case.num_layers, repeats=self.repeats)
+            kernel = case.step.time(case.attend, repeats=self.repeats)
             step = steps.get((case.route, case.splits)) if steps else None
             yield Measurement(
                 route=case.route,
@@ -88,19 +100,15 @@ class Calibrator:
                 run_us=step and step.host.run_us,
             )
 
-    def _cases(self, cell: CalibrationCell) -> Iterator[_Case]:
+    def _cases(self, cell: CalibrationCell) -> Iterator[_Candidate]:
         """Everything that the cell times, once its result is found right."""
         import torch
 
         shape, lens = cell.shape, cell.lengths()
-        pages = self.pool.lay_out(shape, lens, kv_bytes=cell.kv_bytes, l2_size=l2_bytes(), seed=SEED)
-        q = torch.randn(len(lens), shape.num_q_heads, shape.head_dim, device="cuda").to(self.pool.flat.dtype)
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device="cuda")
-        table = torch.from_numpy(pages.block_table).cuda()
-        pinned = torch.from_numpy(lens).pin_memory()
-        lens_on_gpu = pinned.cuda()
-        packed = fi.pack_table(lens, pages.block_table, page_size=shape.page_size)
+        case = lay_out(self.pool, shape, lens, seed=SEED)
+        out, lse = torch.empty_like(case.q), torch.empty(case.q.shape[:2], dtype=torch.float32, device="cuda")
+        pinned, (lens_on_gpu, table) = torch.from_numpy(lens).pin_memory(), case.on_gpu()
+        packed = fi.pack_table(lens, case.block_table, page_size=shape.page_size)
         expected = None
         for route, splits in cell.timings(available_routes(shape)):
             engine = self._engine(route, shape)
@@ -110,26 +118,23 @@ class Calibrator:
             def plan() -> None:
                 if route == "balanced":
                     lens_on_gpu.copy_(pinned, non_blocking=True)
-                    engine.plan(lens_on_gpu, table)
+                    engine.plan(StepTables(lens_on_gpu, table))
                 else:
-                    engine.plan(lens, table, splits=splits, packed=packed)
+                    engine.plan(StepTables(lens, table), splits=splits, packed=packed)
 
-            def run(layer: int) -> None:
-                engine.run(q, *pages.layers[layer], out=out, lse=lse if route in OWN_ROUTES else None)
+            def attend(k_pages: torch.Tensor, v_pages: torch.Tensor, to: torch.Tensor) -> None:
+                engine.run(Run(case.q, k_pages, v_pages, to, lse if route in OWN_ROUTES else None))
 
-            out.fill_(float("nan"))
             plan()
-            run(0)
-            torch.cuda.synchronize()
-            if expected is None:
-                expected = out.clone()
-            difference = float((out.float() - expected.float()).abs().max())
-            if not difference < TOLERANCE:
-                self._differs(route, cell, difference)
+            found = case.result(attend)
+            expected = found if expected is None else expected
+            off = difference(found, expected)
+            if not off < TOLERANCE:
+                self._differs(route, cell, off)
                 continue
-            yield _Case(route, splits, plan, run, len(pages.layers))
+            yield _Candidate(route, splits, plan, attend, case, out)
 
-    def _engine(self, route: str, shape: DecodeShape) -> RouteEngine | None:
+    def _engine(self, route: str, shape: DecodeShape) -> StepPlanner | None:
         """The route's engine, or None where it cannot run the shape; engines of other shapes are let go."""
         if shape != self._shape:
             self._engines.clear()
@@ -141,8 +146,8 @@ class Calibrator:
                 self._drop(route, shape, str(error))
         return self._engines.get(route)
 
-    def _differs(self, route: str, cell: CalibrationCell, difference: float) -> None:
-        said = f"{route}: differs by {difference:.2g} from the first route at {cell.group}, batch {len(cell.seq_lens)}"
+    def _differs(self, route: str, cell: CalibrationCell, off: float) -> None:
+        said = f"{route}: differs by {off:.2g} from the first route at {cell.group}, batch {len(cell.seq_lens)}"
         if route not in BACKENDS:
             raise RuntimeError(said)
         self._drop(route, cell.shape, said)

@@ -112,7 +112,8 @@ def calibrate(args: argparse.Namespace) -> None:
 
     from gpu.calibrate.constants import calibration_source, device_spec, measure_constants
     from gpu.calibrate.measure import Calibrator
-    from gpu.measure.pools import BenchPool, fitting_gib
+    from gpu.measure.memory import budget, peak_line
+    from gpu.measure.pools import BenchPool
     from gpu.measure.timing import StreamLimit, shared_stream
     from pkvsim.fitting.fit_device import fit_device
     from pkvsim.reports.table_replay import print_fit
@@ -124,7 +125,9 @@ def calibrate(args: argparse.Namespace) -> None:
     for path in (out, csv_path):
         path.parent.mkdir(parents=True, exist_ok=True)
     note(", ".join(f"{key} {value}" for key, value in about.items()))
-    pool = BenchPool(pool_gib=args.pool_gib or fitting_gib(POOL_GIB), dtype=torch.float16, seed=20260622)
+    granted = budget(POOL_GIB, args.pool_gib)
+    note(str(granted))
+    pool = BenchPool(pool_gib=granted.granted_gib, dtype=torch.float16, seed=20260622)
     limit = StreamLimit(pool.flat)
     calibrator = Calibrator(pool, limit, repeats=args.repeats, say=note)
     with shared_stream():
@@ -133,7 +136,7 @@ def calibrate(args: argparse.Namespace) -> None:
     base = device_spec(constants, environment=about, name=args.name or out.stem)
     if not out.exists():
         out.write_text(base.to_json(), encoding="utf-8")  # for pkvsim fit, should this run be cut short
-    document = {
+    document: dict[str, object] = {
         "environment": about,
         "constants": dataclasses.asdict(constants),
         "device": str(out),
@@ -157,14 +160,20 @@ def calibrate(args: argparse.Namespace) -> None:
         }
         document["seconds"] = time.perf_counter() - started
         write_json(args.json, document)
-    note(f"wrote {out}, {time.perf_counter() - started:.0f} s")
+    note(f"wrote {out}, {time.perf_counter() - started:.0f} s; {peak_line()}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("calibration"):
         return 1
-    calibrate(args)
+    try:
+        calibrate(args)
+    except ValueError as error:
+        if not str(error).startswith("pool-gib"):
+            raise
+        print(f"gpu.calibrate: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,1 +1,6 @@
-"""Our engine behind interfaces that others already call."""
+"""Our engine behind interfaces that others already call.
+
+flashinfer_* is FlashInfer's decode wrapper, torch_* operators for torch.compile, transformers_* an attention
+implementation with its cache. `refusals` lists what their interfaces offer and we do not serve; serving more is
+deleting a line there.
+"""

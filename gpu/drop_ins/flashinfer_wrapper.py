@@ -73,7 +73,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self._dtype: torch.dtype | None = None
         self._kv_dtype: str | None = None  # of FP8 pages
         self._sm_scale: float | None = None
-        self._window_left, self._logits_soft_cap, self._q_len = -1, None, None
+        self._window_left = -1
+        self._logits_soft_cap: float | None = None
+        self._q_len: int | None = None
         self._engines: dict[AttentionOptions, object] = {}  # all of the planned shape and dtype
         self._planned: set[AttentionOptions] = set()  # those whose engine knows the last plan
 
@@ -249,7 +251,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return engine
 
     def _make_engine(self, shape: DecodeShape, dtype: str, options: AttentionOptions) -> object:
-        from gpu.engine.schedule_engine import DecodeEngine
+        from gpu.decode_engine import DecodeEngine
 
         return DecodeEngine(shape, dtype, "balanced", options=options)
 

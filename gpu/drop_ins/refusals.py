@@ -33,9 +33,7 @@ REFUSALS = {
     "q_data_type": Refusal(lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
     "q_len_per_req": Refusal(lambda v: v <= MAX_QUERY_TOKENS, f"at most {MAX_QUERY_TOKENS} query tokens per row"),
     "run args": Refusal(lambda v: not v, "none: no kernels of the caller's"),
-    "s_aux": Refusal(_none, "None: no attention sinks"),
     "skip_softmax_threshold_scale_factor": Refusal(_none, "None: every token is read"),
-    "softcap": Refusal(_none, "None: no soft cap"),
     "window_right": Refusal(lambda v: v == 0, "0"),
 }
 
@@ -44,4 +42,6 @@ def check_served(name: str, value: object) -> None:
     """Raises NotImplementedError naming the argument unless its value is served."""
     refusal = REFUSALS[name]
     if not refusal.serves(value):
-        raise NotImplementedError(f"{name}: expected {refusal.expected}, got {value!r}")
+        shape = getattr(value, "shape", None)  # a whole array would bury the message
+        got = repr(value) if shape is None else f"{type(value).__name__} {list(shape)}"
+        raise NotImplementedError(f"{name}: expected {refusal.expected}, got {got}")

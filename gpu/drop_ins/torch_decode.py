@@ -92,7 +92,7 @@ def check_shapes(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) 
 
 
 def _make_engine(shape: DecodeShape, dtype: str, options: AttentionOptions) -> object:
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(shape, dtype, "balanced", options=options)
 

@@ -5,8 +5,10 @@ their true length.
 """
 from __future__ import annotations
 
+import inspect
+
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpu.drop_ins.torch_append import append_tokens
@@ -69,8 +71,8 @@ class PagedLayer(CacheLayerMixin):
                                f"one that saw {self.seen}; reset() a cache after a step that failed")
         step = self.rows.step
         by_token = [new.transpose(1, 2) for new in (keys, values)]
-        new = [all_of.flatten(0, 1) if step.kept is None else all_of[step.kept] for all_of in by_token]
-        append_tokens(*new, self.keys, self.values, self.rows.table, step.lens, step.offsets)
+        k_new, v_new = (every.flatten(0, 1) if step.kept is None else every[step.kept] for every in by_token)
+        append_tokens(k_new, v_new, self.keys, self.values, self.rows.table, step.lens, step.offsets)
         self.seen += new_tokens
         return step
 
@@ -105,12 +107,12 @@ class PagedLayer(CacheLayerMixin):
 
 
 class PagedCache(Cache):
-    """past_key_values for model.generate() and forward() under the attention implementation "pkv".
+    """The cache of model.generate() and forward() under the attention implementation "pkv".
 
     >>> register()  # of gpu.drop_ins.transformers_attention
     >>> model.set_attn_implementation("pkv")
     >>> cache = PagedCache(model.config, max_batch_size=8, max_seq_len=4096)
-    >>> model.generate(**inputs, max_new_tokens=20, past_key_values=cache)
+    >>> model.generate(**inputs, max_new_tokens=20, **cache.argument_of(model))
 
     The mask may pad a row's tokens anywhere; it must not change for tokens that were stored. reset() empties the cache
     for another batch.
@@ -137,6 +139,12 @@ class PagedCache(Cache):
     @property
     def num_free_pages(self) -> int:
         return self.rows.num_free_pages
+
+    def argument_of(self, model: PreTrainedModel) -> dict[str, PagedCache]:
+        """The cache under the name by which the model takes one: `cache` where its Transformers has it, and
+        `past_key_values`, which newer versions warn about, before."""
+        takes = inspect.signature(model.forward).parameters
+        return {"cache" if "cache" in takes else "past_key_values": self}
 
     def reset(self) -> None:
         """Empties the cache: all pages are free again."""

@@ -14,10 +14,20 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634
 NAMES = ("q", "k_pages", "v_pages", "out", "lse", "sinks", "query_lens", "k_scale", "v_scale")
 OPTIONAL = NAMES[5:]
+# The values of a run that its kernels may be given (gpu.kernels.fields says which of them one is), in the order of
+# DecodeArguments.take. Those of variants that a run has not are 0.
+VALUES = (
+    "q", "k_pages", "v_pages", "out", "lse", "sinks", "query_lens", "k_scales", "v_scales",
+    "page_ids", "lengths", "row_begins", "batch_size", "table_stride", "partials",
+    "scale", "cap", "v_scale",
+    "k_page_stride", "v_page_stride", "k_head_stride", "k_token_stride", "v_head_stride", "v_token_stride",
+    "scale_page_stride", "scale_head_stride", "scale_token_stride",
+    "num_kv_heads", "num_pages", "window",
+)  # fmt: skip
 
 
 class DecodeArguments:
-    """The arguments of one engine's launches, in the order of gpu.engine.decode_kernels.arguments()."""
+    """The arguments of one engine's launches, as VALUES has them."""
 
     __slots__ = ("library", "_shape", "_dtype", "_options", "_layout", "_device_id", "_num_kv_heads", "_scale",
                  "_weights", "_window", "_checked", "_strides", "_scale_strides", "_num_pages")
@@ -37,7 +47,7 @@ class DecodeArguments:
 
     def take(self, plan: Plan, workspace_at: int, q: object, k_pages: object, v_pages: object, out: object, lse: object,
              scale: float | None, sinks: object, query_lens: object, k_scale: object, v_scale: object) -> tuple:
-        """pkv::DecodeArguments of a run. workspace_at: where the partial states are; the others as DecodeEngine.run.
+        """VALUES of a run. workspace_at: where the partial states are; the others as DecodeEngine.run.
 
         Raises ValueError naming the argument. Arrays that differ from the last run's only in where they are pass
         without being looked at again.
@@ -60,11 +70,9 @@ class DecodeArguments:
             weights = self._weights
         else:
             weights = self._weigh((self._scale if scale is None else checks.check_scale(scale)) * k_number)
-        q_at, k_at, v_at, out_at, lse_at, sinks_at, counts_at, k_scales_at, v_scales_at = addresses
-        quantised = () if options.kv_dtype is None else (k_scales_at, v_scales_at, *self._scale_strides, v_number)
-        return (q_at, k_at, v_at, plan.page_ids, plan.lengths, counts_at, sinks_at, out_at, lse_at, workspace_at,
-                *self._strides, plan.batch_size, self._num_kv_heads, plan.stride, self._num_pages, self._window,
-                *weights, *quantised, *plan.row_begins)
+        return (*addresses, plan.page_ids, plan.lengths, plan.row_begins, plan.batch_size, plan.stride, workspace_at,
+                *weights, v_number, *self._strides, *self._scale_strides, self._num_kv_heads, self._num_pages,
+                self._window)
 
     def _weigh(self, scale: float) -> tuple[float, float]:
         """scale and cap of pkv::DecodeArguments."""
@@ -82,9 +90,3 @@ class DecodeArguments:
         head, token = (1, 2) if self._layout == "HND" else (2, 1)
         self._strides = (k.strides[0], v.strides[0], k.strides[head], k.strides[token], v.strides[head],
                          v.strides[token])
-
-
-def merge_arguments(given: tuple, split_offsets: int, rows: int) -> tuple:
-    """Arguments of pkv_merge beside those of a decode launch: addresses of int32 [batch_size + 1] and [num_rows]."""
-    counts, sinks, out, lse, workspace = given[5:10]
-    return workspace, split_offsets, rows, out, lse, counts, sinks

@@ -10,7 +10,6 @@ from gpu.inputs.checks import expect
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
-SIGNATURE = "ppqiif"  # what pkv::DecodeArguments ends with for 8-bit pages, see gpu.kernels.launch
 NO_STRIDES = (0, 0, 0)
 
 
@@ -50,6 +49,8 @@ def check(k: ArrayView | None, v: ArrayView | None, shape: DecodeShape, options:
     if shaped is None:
         return NO_STRIDES
     expect("v_scale", f"the strides of k_scale, {k.strides}", v.strides, v.strides == k.strides)
-    page, *inner = k.strides
-    head, token = (*inner, 0) if options.kv_scales == "page" else inner if layout == "HND" else reversed(inner)
+    page, *within = k.strides
+    if options.kv_scales == "page":
+        return page, within[0], 0
+    head, token = within if layout == "HND" else reversed(within)
     return page, head, token

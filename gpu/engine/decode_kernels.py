@@ -3,21 +3,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpu.engine import cache_scales
+from gpu.engine.arguments import VALUES
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.variant import KernelConfig
+from pkvsim.schedule.costs import BalancedCosts
 
 if TYPE_CHECKING:
     from gpu.kernels.launch import Kernel
 
-ARGUMENTS = "ppppppppppqqiiiiiiiiiff"  # pkv::DecodeArguments in cuda_src/attend.cuh, of 16-bit pages and block tables
-
-
-def arguments(config: KernelConfig, layout: TableLayout) -> str:
-    """pkv::DecodeArguments of a variant, as gpu.kernels.launch writes a structure."""
-    scales = "" if config.kv_dtype is None else cache_scales.SIGNATURE
-    return f"[{ARGUMENTS}{scales}{'p' if layout.csr else ''}]"
+# The values of a launch, in order: those of the run (gpu.engine.arguments), then the kernel's own.
+BALANCED_VALUES = (*VALUES, *BalancedCosts._fields, "max_tokens")
+TASKS_VALUES = (*VALUES, "tasks", "split_offsets", "num_tasks", "tile_scale")
+MERGE_VALUES = (*VALUES, "split_offsets", "rows")
 
 
 class DecodeKernels:
@@ -32,17 +30,31 @@ class DecodeKernels:
         self._merge: Kernel | None = None
 
     def decode(self, layout: TableLayout) -> Kernel:
+        """Takes BALANCED_VALUES, or TASKS_VALUES where the host plans."""
         if layout not in self._decode:
-            file, name, own = ("balanced.cu", "pkv_decode_balanced", "iiiii") if self._planned_on_gpu else (
-                "decode.cu", "pkv_decode_tasks", "ppii")
+            file, name, values = (
+                ("balanced.cu", "pkv_decode_balanced", BALANCED_VALUES) if self._planned_on_gpu
+                else ("decode.cu", "pkv_decode_tasks", TASKS_VALUES)
+            )  # fmt: skip
             self._decode[layout] = load_kernel(
-                file, name, arguments(self._config, layout) + own, self._config.defines() | layout.defines(),
-                threads=self._config.threads, shared_bytes=self._config.shared_bytes, overlap=self._overlap,
-                pairs=self._planned_on_gpu)
+                file, name, self._config.defines() | layout.defines(), threads=self._config.threads,
+                shared_bytes=self._config.shared_bytes, overlap=self._overlap, given=values)
         return self._decode[layout]
 
     def merge(self) -> Kernel:
+        """Takes MERGE_VALUES."""
         if self._merge is None:
-            self._merge = load_kernel("merge.cu", "pkv_merge", "ppppppp", self._config.defines(),
-                                      threads=self._config.threads, overlap=self._overlap)
+            self._merge = load_kernel("merge.cu", "pkv_merge", self._config.defines(), threads=self._config.threads,
+                                      overlap=self._overlap, given=MERGE_VALUES)
         return self._merge
+
+    def task_grid(self, num_tasks: int, num_ctas: int) -> tuple[int, bool]:
+        """(CTAs, whether they go in pairs) of a launch of so many tasks on a GPU of so many CTAs.
+
+        Two neighbouring SMs share their way to memory, which one of them fills alone. So where tasks are for at most
+        half the CTAs, one CTA of each pair has a task and the other none (pkv_decode_tasks deals them out so), on GPUs
+        with clusters; left to itself the GPU would put some tasks on one pair by chance.
+        """
+        if self._overlap and 0 < 2 * num_tasks <= num_ctas:
+            return 2 * num_tasks, True
+        return max(1, min(num_ctas, num_tasks)), False

@@ -28,7 +28,7 @@ class Plan:
     layout: TableLayout
     lengths: int  # address, [batch_size] int32: seq_lens or last_page_len
     page_ids: int  # address, [batch_size, stride]; of CSR [stride]
-    row_begins: tuple[int, ...]  # of CSR the address of indptr, [batch_size + 1] int32
+    row_begins: int  # of CSR the address of indptr, [batch_size + 1] int32; else 0
     batch_size: int
     stride: int  # elements from one row of a block table to the next; the indices of CSR
     max_tokens: int  # that a row of the table has room for; lengths beyond are cut to it
@@ -49,7 +49,7 @@ class Plan:
             num_indices = given[3].shape[0]
             if num_indices > self.checked_indices:
                 return False
-            self.page_ids, self.row_begins, self.stride = indices, (indptr,), num_indices
+            self.page_ids, self.row_begins, self.stride = indices, indptr, num_indices
             self.max_tokens = most_tokens(num_indices, page_size)
             self.lengths = last_page_len if self.layout.last_page else seq_lens
         else:
@@ -70,7 +70,7 @@ def place(given: StepTables, views: dict[str, ArrayView], page_size: int) -> Pla
     strided = not layout.csr and ids.device >= 0 and batch_size > 1
     return Plan(
         arrays=given, layout=layout, lengths=at["last_page_len" if layout.last_page else "seq_lens"],
-        page_ids=at["indices" if layout.csr else "block_table"], row_begins=(at["indptr"],) if layout.csr else (),
+        page_ids=at["indices" if layout.csr else "block_table"], row_begins=at["indptr"] if layout.csr else 0,
         batch_size=batch_size, stride=ids.strides[0] if strided else num_pages,
         max_tokens=most_tokens(num_pages, page_size), checked_indices=num_pages,
         copies=tuple(array for name, (array, _) in placed.items() if views[name].device < 0))

@@ -1,4 +1,4 @@
-"""DecodeEngine: paged decode attention on the GPU, under any of the schedules of pkvsim.schedule.make."""
+"""ScheduleEngine: paged decode attention on the GPU under one of the schedules of pkvsim.schedule.make."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -6,72 +6,45 @@ from dataclasses import replace
 import cupy
 import numpy as np
 
-from gpu.engine.arguments import DecodeArguments, merge_arguments
+from gpu.engine.arguments import DecodeArguments
 from gpu.engine.decode_kernels import DecodeKernels
 from gpu.engine.plan import Plan, place
 from gpu.engine.task_list import read_device_tasks, upload_tasks
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables, fingerprint
+from gpu.inputs.run import Run
+from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import TILE_TOKENS, kernel_config
-from gpu.routes.router import Router
 from pkvsim import DecodeShape, make_schedule
-from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import BalancedCosts, check_costs, default_costs
 from pkvsim.schedule.make import Schedule
 from pkvsim.shapes import check_int, check_seq_lens
 
-SCHEDULES = ("balanced", "workqueue", "split", "auto")
+SCHEDULES = ("balanced", "workqueue", "split")
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
 
 
-class DecodeEngine:
-    """Decode attention for one head shape and dtype.
-
-    schedule "balanced" plans on the GPU: plan() only notes where the arrays are, lengths and tables may change in
-    place between runs (also inside a captured CUDA graph), and each run is one launch. "workqueue" and "split" plan
-    on the host as the paper does. "auto" prices every route of the step, FlashInfer's included, and takes the cheapest
-    where the host knows the lengths, balanced where only the GPU does: gpu.routes.router.Router says how.
-
-    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine must
-    live as long as the graphs that captured its runs; it keeps for them what it copied or allocated itself.
-    """
+class ScheduleEngine:
+    """Decode attention for one head shape and dtype, under one schedule; gpu.DecodeEngine says what each does."""
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None,
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
-                 layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
-                 layers: int = 1) -> None:
-        """
-        shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
-        splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
-        those schedules, a multiple of 16. num_ctas: CTAs of a launch, by default one per SM. costs: of the balanced schedule,
-        by default what was measured for this GPU and kernel. variant: (warps, stages) of the kernel, stages being tiles
-        under way for each warp, by default the table's for this GPU (gpu.tune).
-        scale: of the logits, by default head_dim ** -0.5.
-        options: windows, sinks, the cache's type and the like. kv_dtype, kv_scales: those of the options, where these
-        have none. layout: "HND", pages [num_kv_heads, page_size, head_dim], or "NHD", [page_size, num_kv_heads,
-        head_dim]; pages may be any view with those axes whose last one is contiguous.
-        device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
-        splits and costs itself.
-
-        Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
-        """
-        current = cupy.cuda.Device()
-        capability = int(current.compute_capability)
+                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None) -> None:
+        """As gpu.DecodeEngine; schedule: one of SCHEDULES. Raises ValueError naming the argument."""
+        gpu = this_gpu()
         checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
-        options = options.with_cache(kv_dtype, kv_scales)
         self.shape, self.dtype, self.schedule, self.options, self.layout = shape, dtype, schedule, options, layout
-        self.config = kernel_config(shape, dtype, capability, variant=variant, options=options)
+        self.config = kernel_config(shape, dtype, gpu.compute_capability, variant=variant, options=options)
         # What the kernels take for KV heads: the parts of each, where its group is split.
         self._heads = replace(shape, num_kv_heads=shape.num_kv_heads * self.config.head_split)
-        self.device_id = current.id
-        num_ctas = current.attributes["MultiProcessorCount"] if num_ctas is None else num_ctas
+        self.device_id = cupy.cuda.Device().id
+        num_ctas = gpu.num_sms if num_ctas is None else num_ctas
         self.num_ctas = check_int("num_ctas", num_ctas, 1, MAX_CTAS)
         self.splits, self.tile_tokens = splits, tile_tokens
         if costs is None:
-            costs = default_costs(divmod(capability, 10)).of_kernel(
+            costs = default_costs(divmod(gpu.compute_capability, 10)).of_kernel(
                 columns=self.config.columns, v_head_dim=self.config.v_dim,
                 kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size)
         self.costs = check_costs(costs)
@@ -80,62 +53,40 @@ class DecodeEngine:
         self._plan: Plan | None = None
         self._checked_plan: list | None = None
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
-        self.router: Router | None = None
-        if schedule == "auto":
-            self.router = Router(shape, dtype, device=device, layers=layers, scale=scale, options=options,
-                                 layout=layout)
-            return  # the routes have engines of their own
-        self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=capability >= 90)
+        self._kernels = DecodeKernels(self.config, planned_on_gpu=schedule == "balanced", overlap=gpu.overlaps)
         self._partials, self._workspace_at = None, 0
         if schedule == "balanced":
             self._partials = cupy.full(self.config.workspace_bytes(self.num_ctas), 0xFF, dtype=cupy.uint8)
             self._workspace_at = self._partials.data.ptr
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
 
-    def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
-             indices: object = None, last_page_len: object = None, validate: bool = False,
-             host_seq_lens: object = None) -> None:
-        """Prepares a step. Arrays are NumPy, CuPy or torch; those on the GPU are used where they are.
-
-        seq_lens [batch_size] int32 and block_table [batch_size, max_pages] int32 or int64; or CSR: indptr
-        [batch_size + 1] int32 and indices [num_indices] int32 or int64, row r owning indices[indptr[r]:indptr[r + 1]],
-        with seq_lens or with last_page_len [batch_size] int32, the tokens in each row's last page. A captured run never
-        reads more indices than there were at its capture: capture with a buffer that holds every step's.
-        Lengths on the host are always checked, of CSR where indptr is there too. validate=True copies arrays on the
-        GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
-        host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
-
-        Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
-        compiles its kernel, and must not be under capture.
-        """
-        if self.router is not None:
-            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
-            self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
+    def plan(self, tables: StepTables, *, splits: object = None, packed: object = None,
+             validate: bool = False) -> None:
+        """As gpu.DecodeEngine.plan. splits: of this plan and those to come; packed: what FlashInfer's routes read."""
+        if splits is not None:
+            self.splits = splits
+        addresses, key = fingerprint(tables)
+        if key == self._checked_plan and not validate and self._plan.move(tables, addresses, self.shape.page_size):
             return
-        named = seq_lens, block_table, indptr, indices, last_page_len
-        addresses, key = fingerprint(named)
-        if key == self._checked_plan and not validate and self._plan.move(named, addresses, self.shape.page_size):
-            return
-        given = StepTables(*named)
-        if isinstance(seq_lens, (list, tuple)):
-            given = given._replace(seq_lens=check_seq_lens(seq_lens))
-        views = given.views()
+        if isinstance(tables.seq_lens, (list, tuple)):
+            tables = tables._replace(seq_lens=check_seq_lens(tables.seq_lens))
+        views = tables.views()
         checks.check_plan(views, self.device_id)
         checks.check_room(views, self._heads, segment_cost=self.costs.segment)
         host = host_lens = None
-        if self.schedule != "balanced" or validate or given.lengths_on_host(views):
-            host = given.on_host(page_ids=validate)
+        if self.schedule != "balanced" or validate or tables.lengths_on_host(views):
+            host = tables.on_host(page_ids=validate)
             checks.check_contents(host, self.shape.page_size)
             host_lens = host.lengths(self.shape.page_size)
         library = "torch" if any(array.library == "torch" for array in views.values()) else self._arguments.library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
             if self.schedule == "balanced":
-                plan = place(given, views, self.shape.page_size)
+                plan = place(tables, views, self.shape.page_size)
             else:
                 schedule = make_schedule(self.schedule, self._heads, host_lens, splits=self.splits,
                                          tile_tokens=self.tile_tokens, window=self.options.reach)
-                plan = place(*given.with_lengths(views, host_lens), self.shape.page_size)
+                plan = place(*tables.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
             plan.decode = self._kernels.decode(plan.layout)
@@ -153,54 +104,34 @@ class DecodeEngine:
             self._partials = cupy.empty(need, dtype=cupy.uint8)
             self._workspace_at = self._partials.data.ptr
 
-    def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
-            scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
-            v_scale: object = None) -> tuple[object, object]:
-        """Attention of the planned step, on the caller's current stream.
-
-        q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
-        k_pages alone a combined [num_pages, 2, num_kv_heads, page_size, head_dim]; NHD has the axes its way. CuPy or
-        torch, all alike. out like q and lse [batch_size, num_q_heads] float32 (natural log) are made when not given.
-        Rows of length 0 give zeros and -inf. Returns (out, lse).
-        scale: of the logits of this run, a finite number; a routed schedule="auto" has the constructor's alone. sinks
-        [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse have an
-        axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row has, the
-        first ones; outputs of the others are left as they were.
-        k_scale, v_scale: of an 8-bit cache, which holds value / scale (FP8 pages may be uint8). With options.kv_scales
-        "tensor" a positive number or one float32 on the GPU each, by default 1; with "page" float32 [num_pages,
-        num_kv_heads], with "token" float32 of the pages' shape less the last axis, as CacheWriter writes them, none
-        negative and V's at most 2^60 (below 2^-60 they count as 0).
-
-        Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
-        """
-        if self.router is not None:
-            checks.check_routed(scale=scale, query_lens=query_lens, k_scale=k_scale, v_scale=v_scale)
-            return self.router.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
+    def run(self, run: Run) -> tuple[object, object]:
+        """As gpu.DecodeEngine.run."""
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
+        q, k_pages, v_pages, out, lse, *others = run
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:
             heads = arrays.shape_of("q", q)[:-1]
             out = arrays.empty_like(q, (*heads, self.options.value_dim(self.shape)), self.dtype) if out is None else out
             lse = arrays.empty_like(q, heads, "float32") if lse is None else lse
-        given = self._arguments.take(plan, self._workspace_at, q, k_pages, v_pages, out, lse, scale, sinks, query_lens,
-                                     k_scale, v_scale)
+        given = self._arguments.take(plan, self._workspace_at, q, k_pages, v_pages, out, lse, *others)
         stream = arrays.current_stream(self._arguments.library, self.device_id)
         if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
             self._in_graphs.append((plan.copies, plan.task_list, self._partials))
             plan.in_graph = True
         if plan.task_list is None:
-            plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream)
+            plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream, pairs=True)
             return out, lse
         tasks, offsets = plan.task_list.tasks, plan.task_list.split_offsets.data.ptr
         for bucket in plan.task_list.buckets:
             first = tasks.data.ptr + bucket.begin * tasks.strides[0]
             list_args = first, offsets, bucket.count, self.tile_tokens // TILE_TOKENS
-            plan.decode(max(1, min(self.num_ctas, bucket.count)), (*given, *list_args), stream)
+            grid, pairs = self._kernels.task_grid(bucket.count, self.num_ctas)
+            plan.decode(grid, (*given, *list_args), stream, pairs=pairs)
             if bucket.rows is not None:
-                merge_args = merge_arguments(given, offsets, bucket.rows.data.ptr)
+                merge_args = *given, offsets, bucket.rows.data.ptr
                 self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
 
@@ -208,10 +139,6 @@ class DecodeEngine:
         """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""
         if self._plan is not None:
             self._plan.arrays = ()
-
-    def drain(self) -> None:
-        """Waits for the GPU, after which the engine may be dropped whatever stream it ran on."""
-        cupy.cuda.Device(self.device_id).synchronize()
 
     def device_tasks(self, *, max_tasks: int = 4096) -> tuple[np.ndarray, np.ndarray]:
         """The balanced schedule as the GPU plans it: pkvsim's task array and cta_offsets [num_ctas + 1]. Synchronises.
@@ -221,6 +148,6 @@ class DecodeEngine:
         plan = self._plan
         if plan is None or self.schedule != "balanced":
             raise RuntimeError("device_tasks: needs a planned engine with schedule='balanced'")
-        pages = (*plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
+        pages = (plan.row_begins, self.shape.page_size) if plan.layout.last_page else None
         return read_device_tasks(plan.lengths, plan.batch_size, self._heads.num_kv_heads, self.costs, plan.max_tokens,
                                  self.options.reach, num_ctas=self.num_ctas, max_tasks=max_tasks, last_pages=pages)

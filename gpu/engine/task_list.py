@@ -59,7 +59,7 @@ def read_device_tasks(seq_lens: int, batch_size: int, num_kv_heads: int, costs: 
     defines = {"WINDOWED": int(reach is not None)}
     if last_pages:
         defines |= {"LAST_PAGE_LENGTHS": 1, "PAGE_SIZE": page_size}
-    kernel = load_kernel("plan.cu", "pkv_list_balanced", "piiiiiiiipipp", defines, threads=32)
+    kernel = load_kernel("plan.cu", "pkv_list_balanced", defines, threads=32)
     listed = cupy.empty((num_ctas, max_tasks, 5), dtype=cupy.int32)
     counts = cupy.empty(num_ctas, dtype=cupy.int32)
     kernel(num_ctas, (seq_lens, batch_size, num_kv_heads, *costs, max_tokens, reach or 0, listed.data.ptr, max_tasks,

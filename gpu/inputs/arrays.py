@@ -5,6 +5,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def view(name: str, array: object) -> ArrayView:
     raise ValueError(f"{name}: expected a NumPy, CuPy or torch array, got {type(array).__name__}")
 
 
-def to_host(name: str, array: object) -> np.ndarray:
+def to_host(name: str, array: Any) -> np.ndarray:
     """A NumPy array with the same contents; synchronises when the array is on a GPU."""
     if _is_torch(array):
         return array.detach().cpu().numpy()

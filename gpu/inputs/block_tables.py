@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,11 +29,11 @@ class StepTables(NamedTuple):
     A block table goes with seq_lens; indptr and indices (CSR) with either seq_lens or last_page_len.
     """
 
-    seq_lens: object = None  # [batch_size] int32
-    block_table: object = None  # [batch_size, max_pages] int32 or int64
-    indptr: object = None  # [batch_size + 1] int32: row r owns indices[indptr[r]:indptr[r + 1]]
-    indices: object = None  # [num_indices] int32 or int64
-    last_page_len: object = None  # [batch_size] int32, tokens in each row's last page
+    seq_lens: Any = None  # [batch_size] int32
+    block_table: Any = None  # [batch_size, max_pages] int32 or int64
+    indptr: Any = None  # [batch_size + 1] int32: row r owns indices[indptr[r]:indptr[r + 1]]
+    indices: Any = None  # [num_indices] int32 or int64
+    last_page_len: Any = None  # [batch_size] int32, tokens in each row's last page
 
     @property
     def is_csr(self) -> bool:

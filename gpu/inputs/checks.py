@@ -77,7 +77,7 @@ def check_contents(host: StepTables, page_size: int) -> None:
     name = "seq_lens" if host.last_page_len is None else "last_page_len"
     given = host.seq_lens if host.last_page_len is None else host.last_page_len
     low, high = (0, pages * page_size) if host.last_page_len is None else (1, page_size)
-    wrong = (given < low) | (given > high)
+    wrong: np.ndarray = (given < low) | (given > high)
     if host.last_page_len is not None:
         wrong &= pages > 0  # rows without pages have no last one
     if wrong.any():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cuda_src
+from gpu.kernels import fields
 
 if TYPE_CHECKING:
     import cupy
@@ -27,33 +28,39 @@ def source_hash() -> str:
 
 def compile_options(defines: dict[str, int | str]) -> tuple[str, ...]:
     """NVRTC options of a variant. The source hash is one: CuPy's disk cache does not look into included headers."""
-    return ("-std=c++17", f"-I{SOURCE_DIR}", f"-DPKV_SOURCE_HASH={source_hash()[:16]}",
+    return ("-std=c++20", f"-I{SOURCE_DIR}", f"-DPKV_SOURCE_HASH={source_hash()[:16]}",
             *(f"-D{name}={value}" for name, value in sorted(defines.items())))
 
 
 @functools.cache
-def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> "cupy.RawModule":
+def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> cupy.RawModule:
     import cupy
 
     return cupy.RawModule(code=(SOURCE_DIR / file_name).read_text(), options=compile_options(dict(defines)))
 
 
-def load_module(file_name: str, defines: dict[str, int | str]) -> "cupy.RawModule":
+def load_module(file_name: str, defines: dict[str, int | str]) -> cupy.RawModule:
     """The compiled module of one .cu file and one set of constants; compiled once per process, cached on disk."""
     return _load(file_name, tuple(sorted(defines.items())))
 
 
-def load_kernel(file_name: str, kernel_name: str, signature: str, defines: dict[str, int | str], *, threads: int,
-                shared_bytes: int = 0, overlap: bool = False, pairs: bool = False) -> "Kernel":
+def load_kernel(file_name: str, kernel_name: str, defines: dict[str, int | str], *, threads: int,
+                shared_bytes: int = 0, overlap: bool = False, given: tuple[str, ...] | None = None) -> Kernel:
     """A kernel of `file_name`, ready to launch in CTAs of `threads` with `shared_bytes` of dynamic shared memory.
 
-    signature: the parameters' types, see gpu.kernels.launch. overlap: programmatic dependent launch, for kernels that wait for
-    the previous one themselves (sm_90 and newer). pairs: see gpu.kernels.launch.Kernel.
+    overlap: programmatic dependent launch, for kernels that wait for the previous one themselves (sm_90 and newer).
+    given: the names of the values that each launch is given, in their order: all that gpu.kernels.fields lists for the
+    kernel's variant, and others that it leaves alone; by default just those, in the table's order.
     """
     from gpu.kernels.launch import Kernel
+    from gpu.kernels.this_gpu import this_gpu
+    from gpu.kernels.variant import shared_limit_bytes
 
+    limit = shared_limit_bytes(this_gpu().compute_capability)
+    if shared_bytes > limit:
+        raise ValueError(f"shared_bytes: expected at most {limit} on {this_gpu()}, got {shared_bytes} of {kernel_name}")
     raw = load_module(file_name, defines).get_function(kernel_name)
     if shared_bytes:
         raw.max_dynamic_shared_size_bytes = shared_bytes
-    return Kernel(raw.kernel, signature, threads=threads, shared_bytes=shared_bytes, overlap=overlap,
-                  pairs=pairs)
+    return Kernel(raw.kernel, fields.signature(kernel_name, defines), threads=threads, shared_bytes=shared_bytes,
+                  overlap=overlap, order=fields.order(kernel_name, defines, given))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import re
 import struct
 
@@ -56,35 +57,41 @@ class Kernel:
 
     signature: a letter per value, p address, i int32, q int64, f float32; those in brackets are one parameter, a C
     structure. What a launch is told is kept from one to the next, since a step's host time is mostly this call.
-    overlap: programmatic dependent launch. pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a cluster;
-    a grid of an odd number goes where it will.
+    order: where among the values of a call each letter's is, by default in the same order.
+    overlap: programmatic dependent launch.
     """
 
     __slots__ = (
-        "_function", "_handle", "_config", "_config_ref", "_attributes", "_pairs", "_arguments", "_pointers", "_launch",
+        "_function", "_handle", "_config", "_config_ref", "_attributes", "_overlap", "_arguments", "_pointers", "_pick",
+        "_launch",
     )  # fmt: skip
 
     def __init__(self, function: object, signature: str, *, threads: int, shared_bytes: int, overlap: bool,
-                 pairs: bool = False) -> None:
+                 order: tuple[int, ...] | None = None) -> None:
         self._function = function  # keeps the module loaded
         self._handle = ctypes.c_void_p(function.ptr)
         self._attributes = (_Attribute * 2)(
             _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)), _Attribute(_CLUSTER_DIMENSION, 0, (2, 1, 1))
         )
-        self._pairs = pairs and overlap
-        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, self._attributes, int(overlap))
+        self._overlap = int(overlap)
+        self._config = _Config((0, 1, 1), (threads, 1, 1), shared_bytes, None, self._attributes, self._overlap)
         self._config_ref = ctypes.byref(self._config)
         self._arguments = Arguments(signature)
         self._pointers = (ctypes.c_void_p * len(self._arguments.starts))(*self._arguments.starts)
+        self._pick = None if order is None else operator.itemgetter(*order)
         self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self, grid: int | tuple[int, int], args: tuple[int | float, ...], stream: int) -> None:
-        """Launches on the stream of that handle, with one int or float per letter of the signature."""
-        self._arguments.write(*args)
+    def __call__(self, grid: int | tuple[int, int], args: tuple[int | float, ...], stream: int,
+                 pairs: bool = False) -> None:
+        """Launches on the stream of that handle, with one int or float per letter of the signature.
+
+        pairs, with overlap: CTAs 2 i and 2 i + 1 go to neighbouring SMs, as a cluster; a grid of an odd number goes
+        where it will.
+        """
+        self._arguments.write(*(args if self._pick is None else self._pick(args)))
         _GRID.pack_into(self._config, 0, *(grid if isinstance(grid, tuple) else (grid, 1)))
         self._config.stream = stream
-        if self._pairs:
-            self._config.num_attributes = 1 if self._config.grid[0] % 2 else 2
+        self._config.num_attributes = self._overlap + (pairs and self._overlap and self._config.grid[0] % 2 == 0)
         status = self._launch(self._config_ref, self._handle, self._pointers, None)
         if status:
             name = ctypes.c_char_p()

@@ -1,4 +1,7 @@
-"""Which kernel variant a shape runs: the compile-time constants of cuda_src and what they cost in shared memory."""
+"""Which kernel variant a shape runs: the compile-time constants of cuda_src and what they cost in shared memory.
+
+cuda_src/variant.cuh explains every constant.
+"""
 from __future__ import annotations
 
 import itertools
@@ -10,15 +13,14 @@ from pkvsim.devices.route_options import HEAD_DIMS, MAX_GROUP_SIZE, MAX_PAGE_SIZ
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import MAX_ACCUMULATED
 
-TILE_TOKENS = 16  # PKV_TILE in cuda_src/plan.cuh
+TILE_TOKENS = 16  # PKV_TILE in cuda_src/variant.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
-MAX_COLUMNS = 32  # query heads of a group, times query tokens, that a warp serves at a time
 TEAMS = (1, 2, 4)  # warps that may share their tiles
 MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
-RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/warp_plan.cuh
-SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/paged_load.cuh, with CACHE_SCALES
+RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/early_plan.cuh
+SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
 
 # Shared memory a CTA may use, bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications: 1 KiB less than the SM's maximum).
@@ -32,8 +34,8 @@ CALCULATED = {64: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2)),
               128: ((8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
               192: ((8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
               256: ((4, 2), (2, 2), (2, 1), (1, 1), (4, 1))}
-# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Only 8 x 4 at head_dim 128 was
-# measured against others (examples/results/h200_decode.md).
+# The same for pages of 8 bits, whose tiles have half the bytes: a table is of 16-bit pages. Only 8 x 4 at head_dim 128
+# was measured against others (examples/results/h200_decode.md).
 CALCULATED_8BIT = {64: ((8, 8), (8, 6), (8, 4), (4, 8), (4, 4), (4, 2), (2, 2)),
                    128: ((8, 4), (8, 3), (8, 2), (4, 4), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
                    192: ((8, 3), (8, 2), (4, 3), (4, 2), (2, 2), (2, 1), (4, 1)),
@@ -126,7 +128,7 @@ def divisions(group_size: int, v_dim: int, query_tokens: int = 1) -> list[tuple[
             columns = group_size // split * query_tokens
             shares = ((team, -(-columns // team)) for team in TEAMS)
             found += [(split, team) for team, share in shares
-                      if share <= MAX_COLUMNS and share * v_dim <= MAX_ACCUMULATED][:1]
+                      if share * v_dim <= MAX_ACCUMULATED][:1]
     return found or [(group_size, TEAMS[-1])]
 
 
@@ -136,7 +138,7 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
     as many stages of those its team's warps have together, and as many buffers, as fit."""
     v_dim = options.value_dim(shape)
     for split, team in divisions(shape.group_size, v_dim, options.query_tokens):
-        found = []
+        found: list[KernelConfig] = []
         for warps, stages in choices:
             rings = itertools.product(range(stages * team, (stages - 1) * team, -1), (2, 1))
             configs = (KernelConfig(
@@ -172,6 +174,7 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         raise ValueError(f"page_size: expected 1 to {MAX_PAGE_SIZE}, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
+    choices: tuple[tuple[int, int], ...]
     if variant:
         choices = (variant,)
     elif options.kv_dtype is not None:

@@ -16,10 +16,17 @@ def missing() -> str | None:
     """What this machine lacks for the GPU engine, in a sentence, or None."""
     for module in ("torch", "cupy"):
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed: pip install '.[gpu]'"
+            return f"{module} is not installed: {install_line('gpu')}"
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device answers"
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an extra, from any folder: of this checkout where the package runs from one."""
+    root = Path(__file__).resolve().parents[2]
+    where = root if (root / "setup.cfg").is_file() else "PATH/TO/PersistentKV"
+    return f"pip install '{where}[{extra}]'"
 
 
 def lacks_gpu(program: str) -> bool:
@@ -41,10 +48,10 @@ def environment() -> dict[str, str]:
     import torch
 
     from gpu.kernels import compile as kernels
-    from gpu.routes import flashinfer_decode as fi
+    from gpu.kernels.this_gpu import this_gpu
 
     found = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": str(this_gpu()),
         "driver": driver_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
@@ -54,7 +61,7 @@ def environment() -> dict[str, str]:
         "command": command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if fi.installed():
+    if importlib.util.find_spec("flashinfer") is not None:
         import flashinfer
 
         found["flashinfer"] = flashinfer.__version__
@@ -77,9 +84,12 @@ def driver_version() -> str:
 
 def command_line() -> str:
     """How this process was started, as one would type it."""
+    from gpu.kernels.this_gpu import card_played
+
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec is not None else os.path.relpath(sys.argv[0])
-    return " ".join(["python", program, *sys.argv[1:]])
+    card = card_played()
+    return " ".join(["python", *(() if card is None else ("-m gpu.as_card", card)), program, *sys.argv[1:]])
 
 
 def gpu_slug(gpu_name: str) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 FILL_ELEMENTS = 1 << 30
+HALF_ELEMENTS = 512  # what each half is a multiple of, so that V pages start on a boundary whatever the pool's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,7 @@ class BenchPool:
     def __init__(self, *, pool_gib: float, dtype: torch.dtype, seed: int) -> None:
         import torch
 
-        elements = int(pool_gib * 2**30) // 2
-        self.flat = torch.empty(elements // 2 * 2, dtype=dtype, device="cuda")
+        self.flat = torch.empty(pool_elements(pool_gib), dtype=dtype, device="cuda")
         generator = torch.Generator(device="cuda").manual_seed(seed)
         for chunk in self.flat.split(FILL_ELEMENTS):
             chunk.normal_(generator=generator)
@@ -81,8 +81,6 @@ class BenchPool:
                          layers=tuple((k_all[at:at + span], v_all[at:at + span]) for at in starts))
 
 
-def fitting_gib(most: float) -> float:
-    """`most` GiB, or two thirds of the GPU's free memory where that is less."""
-    import torch
-
-    return min(most, torch.cuda.mem_get_info()[0] * 2 / 3 / 2**30)
+def pool_elements(pool_gib: float) -> int:
+    """16-bit elements of a pool of at most that size, two halves of whole HALF_ELEMENTS."""
+    return int(pool_gib * 2**30) // 2 // (2 * HALF_ELEMENTS) * (2 * HALF_ELEMENTS)

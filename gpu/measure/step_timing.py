@@ -1,6 +1,6 @@
 """Times a whole decode step from cold L2: the GPU's part by CUDA events, and planning and all by the wall clock.
 
-Apart from gpu.measure.timing's graphs, in which layers follow each other: what a step alone takes is more than one more layer.
+Apart from gpu.measure.timing's graphs, in which layers follow each other: a step alone takes more than one more layer.
 """
 from __future__ import annotations
 

@@ -175,9 +175,13 @@ class StreamLimit:
                     f"buffer: expected {needed} x {num_bytes} bytes for a cold rotation, got room for {room}"
                 )
             variants = max(needed, min(room, 2))
-            self._known[num_bytes] = min(
-                graph_time_us(lambda i, s=shape: self.launch(num_bytes, offset=i * num_bytes, launch_shape=s),
-                              variants=variants, repeats=repeats).median_us for shape in STREAM_SHAPES)
+            times_us = []
+            for shape in STREAM_SHAPES:
+                def read(i: int, shape: tuple[int, ...] = shape) -> None:
+                    self.launch(num_bytes, offset=i * num_bytes, launch_shape=shape)
+
+                times_us.append(graph_time_us(read, variants=variants, repeats=repeats).median_us)
+            self._known[num_bytes] = min(times_us)
         return self._known[num_bytes]
 
     def flush(self) -> None:

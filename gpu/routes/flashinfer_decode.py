@@ -88,7 +88,7 @@ class FlashInferDecode:
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", backend: str = "tensor_core",
                  options: AttentionOptions = PLAIN) -> None:
-        """options: such as the backend serves (gpu.routes.route_engines.missing_routes), and FP8 pages as supports() tells."""
+        """options: such as the backend serves (route_engines.missing_routes), and FP8 pages as supports() tells."""
         import torch
 
         reason = supports(shape, backend, options)

@@ -1,13 +1,10 @@
-"""One engine per route behind the same plan() and run(): ours, and FlashInfer's backends where they are installed."""
+"""Which routes can run a shape here, and one StepPlanner for each: our schedules, and FlashInfer's backends."""
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
-import numpy as np
-
+from gpu.inputs.run import StepPlanner
 from gpu.routes import flashinfer_decode as fi
-from gpu.routes.flashinfer_engine import FlashInferEngine
+from gpu.routes.flashinfer_builds import build_failure
+from gpu.routes.flashinfer_route import FlashInferRoute
 from pkvsim import DecodeShape
 from pkvsim.devices.route_model import OWN_ROUTES, ROUTES
 from pkvsim.devices.route_options import SERVED, asked
@@ -18,36 +15,6 @@ BACKENDS = {"flashinfer_cuda_core": "cuda_core", "flashinfer_tensor_core": "tens
 
 class RouteUnavailable(RuntimeError):
     """This machine cannot run the route; the message says why."""
-
-
-class RouteEngine(Protocol):
-    """What a route is driven by."""
-
-    def plan(
-        self,
-        seq_lens: object,
-        block_table: object,
-        *,
-        splits: np.ndarray | int | None = None,
-        packed: fi.PackedTable | None = None,
-        validate: bool = False,
-    ) -> None:
-        """Plans a step. splits: of split and workqueue. packed: the table in FlashInfer's form, if at hand."""
-
-    def run(
-        self,
-        q: object,
-        k_pages: object,
-        v_pages: object = None,
-        *,
-        out: object = None,
-        lse: object = None,
-        sinks: object = None,
-    ) -> tuple[object, object | None]:
-        """Attention of the planned step: (out, lse)."""
-
-
-Build = Callable[[str, DecodeShape, str], RouteEngine]
 
 
 def missing_routes(
@@ -95,14 +62,16 @@ def build(
     scale: float | None = None,
     options: AttentionOptions = PLAIN,
     layout: str = "HND",
-) -> RouteEngine:
-    """An engine of the route; a FlashInfer backend has run once, so that its kernels are known to build.
+) -> StepPlanner:
+    """What plans and runs the route; a FlashInfer backend has run once, so that its kernels are known to build.
 
     Raises ValueError for an unknown route or a shape that none of our kernels serves, RouteUnavailable where
     FlashInfer cannot run it.
     """
     if route in OWN_ROUTES:
-        return OwnEngine(shape, dtype, route, scale=scale, options=options, layout=layout)
+        from gpu.engine.schedule_engine import ScheduleEngine
+
+        return ScheduleEngine(shape, dtype, route, scale=scale, options=options, layout=layout)
     if route not in BACKENDS:
         raise ValueError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
     if scale is not None:
@@ -111,53 +80,9 @@ def build(
     if reason is not None:
         raise RouteUnavailable(f"{route}: {reason}")
     try:
-        engine = FlashInferEngine(shape, dtype, BACKENDS[route], options)
-        engine.probe()
+        theirs = FlashInferRoute(shape, dtype, BACKENDS[route], options)
+        theirs.probe()
     except Exception as error:  # its kernels are built on demand, in ways of its own to fail
-        raise RouteUnavailable(f"{route}: {type(error).__name__}: {error}".splitlines()[0][:200]) from error
-    return engine
-
-
-class OwnEngine:
-    """A DecodeEngine of one schedule whose split counts may change with every plan."""
-
-    __slots__ = ("engine",)
-
-    def __init__(
-        self,
-        shape: DecodeShape,
-        dtype: str,
-        schedule: str,
-        *,
-        scale: float | None,
-        options: AttentionOptions,
-        layout: str,
-    ) -> None:
-        from gpu.engine.schedule_engine import DecodeEngine
-
-        self.engine = DecodeEngine(shape, dtype, schedule, scale=scale, options=options, layout=layout)
-
-    def plan(
-        self,
-        seq_lens: object,
-        block_table: object,
-        *,
-        splits: np.ndarray | int | None = None,
-        packed: fi.PackedTable | None = None,
-        validate: bool = False,
-    ) -> None:
-        if splits is not None:
-            self.engine.splits = splits
-        self.engine.plan(seq_lens, block_table, validate=validate)
-
-    def run(
-        self,
-        q: object,
-        k_pages: object,
-        v_pages: object = None,
-        *,
-        out: object = None,
-        lse: object = None,
-        sinks: object = None,
-    ) -> tuple[object, object | None]:
-        return self.engine.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
+        reason = build_failure(error) or f"{type(error).__name__}: {error}"
+        raise RouteUnavailable(f"{route}: {reason}".splitlines()[0][:200]) from error
+    return theirs

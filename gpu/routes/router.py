@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpu.inputs import arrays
+from gpu.inputs import arrays, checks
+from gpu.inputs.block_tables import StepTables
+from gpu.inputs.run import Run, StepPlanner
+from gpu.kernels.this_gpu import this_gpu
 from gpu.routes import flashinfer_decode as fi
 from gpu.routes import route_engines as routes
 from pkvsim import DecodeShape
@@ -35,9 +38,9 @@ class Router:
     GPU is idle, which costs more than any route gains, and a captured choice could not follow them.
 
     A step with an empty row, or one of fewer tokens than it has query tokens, stays on our own routes, which define its
-    result (zeros and -inf). FlashInfer's engines
-    are built, and their kernels with them, when a step first chooses them; one that cannot be built is named in a
-    warning and left out from then on. Every first choice for a batch size is logged with its reason (INFO).
+    result (zeros and -inf). FlashInfer's routes are built, and their kernels with them, when a step first chooses them;
+    one that cannot be built is named in a warning, once a process, and left out from then on. Every first choice for a
+    batch size is logged with its reason (INFO).
 
     plan() and run() belong on one stream, as DecodeEngine's do. `decision` and `counts` say what was chosen.
     """
@@ -72,7 +75,7 @@ class Router:
         scale: float | None = None,
         options: AttentionOptions = PLAIN,
         layout: str = "HND",
-        build: Callable[..., routes.RouteEngine] = routes.build,
+        build: Callable[..., StepPlanner] = routes.build,
     ) -> None:
         """
         policy: CalibratedPolicy() by default. device: the calibrated GPU to price for, by name or path; by default the
@@ -85,17 +88,18 @@ class Router:
         """
         self.shape, self.dtype, self.options = shape, dtype, options
         self.layers = check_int("layers", layers, 1)
+        scale = None if scale is None else checks.check_scale(scale)
         self.policy = CalibratedPolicy() if policy is None else policy
         self.device = this_device() if device is None else get_device(device) if isinstance(device, str) else device
         self._needs_lse = needs_lse
         self._build = functools.partial(build, scale=scale, options=options, layout=layout)
-        self.available = OWN_ROUTES
+        self.available: tuple[str, ...] = OWN_ROUTES
         if scale is None:
             self.available = routes.available_routes(shape, needs_lse=needs_lse, options=options, layout=layout)
         self.decision: Decision | None = None
         self.counts: dict[str, int] = {}  # steps planned, by route
-        self._engines: dict[str, routes.RouteEngine] = {}
-        self._active: routes.RouteEngine | None = None
+        self._engines: dict[str, StepPlanner] = {}
+        self._active: StepPlanner | None = None
         self._decisions: OrderedDict[bytes, Decision] = OrderedDict()
         self._logged: set[tuple[int, str]] = set()
         if not fi.installed():
@@ -134,10 +138,8 @@ class Router:
         while engine is None:
             decision = self._decide(lens)
             engine = self._engines.get(decision.route) or self._engine(decision.route)
-        planned_on_gpu = decision.route == "balanced"
-        engine.plan(
-            seq_lens if planned_on_gpu else lens, block_table, splits=decision.splits, packed=packed, validate=validate
-        )
+        tables = StepTables(seq_lens if decision.route == "balanced" else lens, block_table)
+        engine.plan(tables, splits=decision.splits, packed=packed, validate=validate)
         self._active = engine
         self.counts[decision.route] = self.counts.get(decision.route, 0) + 1
         if decision is not self.decision:
@@ -149,22 +151,17 @@ class Router:
             self._logged.add((batch_size, decision.route))
             LOG.info("%s, %d rows: %s (%s)", self.shape, batch_size, decision.route, decision.reason)
 
-    def run(
-        self,
-        q: object,
-        k_pages: object,
-        v_pages: object = None,
-        *,
-        out: object = None,
-        lse: object = None,
-        sinks: object = None,
-    ) -> tuple[object, object | None]:
-        """Attention of the planned step, as DecodeEngine.run. Raises RuntimeError when nothing was planned."""
+    def run(self, run: Run) -> tuple[object, object | None]:
+        """Attention of the planned step, as DecodeEngine.run.
+
+        Raises ValueError naming what routes need not serve, RuntimeError when nothing was planned.
+        """
+        checks.check_routed(scale=run.scale, query_lens=run.query_lens, k_scale=run.k_scale, v_scale=run.v_scale)
         if self._active is None:
             raise RuntimeError("run: call plan() first")
-        if lse is None and self._needs_lse and self.decision.route not in OWN_ROUTES:
-            lse = arrays.empty_like(q, arrays.shape_of("q", q)[:-1], "float32")
-        return self._active.run(q, k_pages, v_pages, out=out, lse=lse, sinks=sinks)
+        if run.lse is None and self._needs_lse and self.decision.route not in OWN_ROUTES:
+            run = run._replace(lse=arrays.empty_like(run.q, arrays.shape_of("q", run.q)[:-1], "float32"))
+        return self._active.run(run)
 
     def _decide(self, lens: np.ndarray | None) -> Decision:
         if lens is None or self.device is None or not self.device.routes:
@@ -188,13 +185,13 @@ class Router:
             self._decisions.popitem(last=False)
         return decision
 
-    def _engine(self, route: str) -> routes.RouteEngine | None:
+    def _engine(self, route: str) -> StepPlanner | None:
         """The route's engine; None, once, where FlashInfer's cannot be built."""
         if route not in self._engines:
             try:
                 self._engines[route] = self._build(route, self.shape, self.dtype)
             except routes.RouteUnavailable as error:
-                LOG.warning("left out from now on: %s", error)
+                _warn_once(f"left out from now on: {error}")
                 self.available = tuple(name for name in self.available if name != route)
                 self._decisions.clear()
                 return None
@@ -203,15 +200,12 @@ class Router:
 
 def this_device() -> DeviceSpec | None:
     """The catalogue's calibrated GPU that the current one is by name, SMs and compute capability, or None."""
-    import cupy
-
     from gpu.measure.environment import gpu_slug
 
-    device = cupy.cuda.Device()
-    slug = gpu_slug(cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode())
-    capability = divmod(int(device.compute_capability), 10)
+    gpu = this_gpu()
+    slug, capability = gpu_slug(gpu.name), divmod(gpu.compute_capability, 10)
     for name, spec in DEVICES.items():
-        same = spec.num_sms == device.attributes["MultiProcessorCount"] and spec.compute_capability == capability
+        same = spec.num_sms == gpu.num_sms and spec.compute_capability == capability
         if spec.routes and same and slug.startswith(name):
             return spec
     return None

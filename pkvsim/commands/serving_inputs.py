@@ -1,9 +1,9 @@
 """What whatif and sweep share: a model that fits the GPU, and a progress bar."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING, Optional
 
 if TYPE_CHECKING:
     from pkvsim.devices.device import DeviceSpec
@@ -37,7 +37,7 @@ def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], No
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         tasks = {}
-        starting = bar.add_task("starting; the first run compiles for a quarter of a minute", total=None, rate="")
+        starting = bar.add_task("starting", total=None, rate="")
 
         def report(name: str, done: int, total: int) -> None:
             bar.update(starting, visible=False)

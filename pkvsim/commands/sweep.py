@@ -28,7 +28,8 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache. Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache; rate is a factor of the trace's own: rate=2 halves every gap. "
+            "Without: device, policy, batch, length, group_size, splits."
         ),
     ],
     trace: Annotated[Optional[str], typer.Option(help="Request trace to serve; without one, steps are priced.")] = None,
@@ -65,8 +66,10 @@ def sweep(
     Examples:
       pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200
       pkvsim sweep --over length=8192,65536 --over splits=1,4,16 --policy split
-      pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 --device l4 --route-map routes.png
-      pkvsim sweep --trace requests.csv --over device=rtx3060,l4 --over rate=0.5,1,2 --metric ttft_s.p99
+      pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 \\
+          --device l4 --route-map routes.png
+      pkvsim sweep --trace requests.csv --over device=rtx3060,l4 \\
+          --over rate=0.5,1,2 --metric ttft_s.p99
     """
     with one_line_errors():
         from pkvsim.commands.serving_inputs import progress_bar

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 from pkvsim.devices.device import DEVICES, DeviceSpec
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel
@@ -18,7 +18,7 @@ def device_routes(device: DeviceSpec) -> dict[str, RouteModel]:
     return {name: entry.model for name, entry in all_routes(device).items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
     """Every route of the device, with where its model comes from."""
     return derive_routes(device) | device.calibration
@@ -57,7 +57,8 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
                 costs=default_costs(device.compute_capability),
             ),
             status="estimated",
-            source=f"{reference.name}'s model scaled by bandwidth and arithmetic of the datasheets (pkvsim.devices.derive)",
+            source=f"{reference.name}'s model scaled by bandwidth and arithmetic of the datasheets "
+            "(pkvsim.devices.derive)",
             date=entry.date,
         )
     return routes

@@ -60,13 +60,15 @@ NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name
 
 
 def load_device(path: str | Path) -> DeviceSpec:
-    """Reads one GPU's JSON file; ValueError naming the file and what is wrong in it."""
+    """Reads one GPU's JSON file: an object, or an array of just one. ValueError naming the file and what is wrong."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read a device: {error.strerror}") from None
     except (RecursionError, ValueError) as error:  # not UTF-8, not JSON, nested too deeply, or a number of many digits
         raise ValueError(f"{path}: cannot read a device: {error}") from None
+    if isinstance(data, list) and len(data) == 1:  # `pkvsim devices NAME --json` prints an array
+        data = data[0]
     if not isinstance(data, dict) or not isinstance(data.get("numbers"), dict):
         raise ValueError(f"{path}: expected an object with name, label and numbers")
     for key in ("name", "label"):

@@ -30,12 +30,11 @@ OLD_PAIR = "pair_cost"  # of device files
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteModel:
-    """What one route costs on one GPU; drives the closed form (pkvsim.pricing) and the timeline
-    (pkvsim.timeline).
+    """What one route costs on one GPU; drives the closed form (pkvsim.pricing) and the timeline (pkvsim.timeline).
 
     GB = 1e9 bytes, MB = 1e6 bytes. A route's kernel time for one layer after another is fixed_us, plus launch_us for
     every launch after the first, plus the time its tasks take on num_sms * ctas_per_sm slots, plus the merge where rows
-    are cut. pkvsim.pricing.step_times puts layers and the host's part together. Raises ValueError naming the field.
+    are cut. pkvsim.pricing.step_times.step_times adds up layers and the host's part. Raises ValueError naming the field.
     """
 
     rule: str  # one of RULES
@@ -126,7 +125,7 @@ class CalibratedRoute:
 
     def to_dict(self) -> dict[str, Any]:
         """The catalogue's file format, which `read_route` reads back."""
-        data = {"status": self.status, "source": self.source, "date": self.date}
+        data: dict[str, Any] = {"status": self.status, "source": self.source, "date": self.date}
         for name in ("in_sample", "held_out"):
             error = getattr(self, name)
             if error is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -114,7 +115,8 @@ def _fit_candidate(start: RouteModel, free: Sequence[str], steps: _Steps, num_sm
         raise ValueError(f"free: expected constants with a limit to start from, got {', '.join(free)} of {start}")
 
     def model_of(logs: np.ndarray) -> RouteModel:
-        return replace(start, **{name: float(f"{value:.4g}") for name, value in zip(free, np.exp(logs))})
+        constants: dict[str, Any] = {name: float(f"{value:.4g}") for name, value in zip(free, np.exp(logs))}
+        return replace(start, **constants)
 
     names = list(start.__dataclass_fields__)
     columns = [names.index(name) for name in free]

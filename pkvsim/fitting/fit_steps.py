@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -9,11 +10,11 @@ from scipy.optimize import least_squares
 from pkvsim.fitting.measurements import Measurement
 
 ROBUST_SCALE = 0.05  # relative residuals beyond this lose weight
-MIN_PLANS = 8  # fewer plans give a median alone
-TINY_US = 1e-3  # what is less is nothing
+MIN_PLANS = 8  # Fewer plans than this give a median alone.
+TINY_US = 1e-3  # A constant below this is written as 0.
 
 
-def step_constants(measurements: Sequence[Measurement], *, by_length: bool) -> dict[str, float]:
+def step_constants(measurements: Sequence[Measurement], *, by_length: bool) -> dict[str, Any]:
     """RouteModel's constants of a step beside its layers, those that the measurements tell of, by name.
 
     by_length: whether planning grows with the number of distinct lengths.

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, overload
 
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
@@ -78,6 +79,14 @@ def read_table(
     return measurements
 
 
+@overload
+def cell_time(row: Row, column: str, *, scale: float = ..., optional: Literal[False] = ...) -> float: ...
+
+
+@overload
+def cell_time(row: Row, column: str, *, scale: float = ..., optional: Literal[True]) -> float | None: ...
+
+
 def cell_time(row: Row, column: str, *, scale: float = 1.0, optional: bool = False) -> float | None:
     """A time > 0 (>= 0 where it may be missing) of a cell, times `scale`; None for an empty optional cell."""
     text = row[column].strip()
@@ -126,6 +135,7 @@ def parse_seq_lens(text: str) -> tuple[int, ...]:
 def parse_native(row: Row) -> list[Measurement]:
     """One row of the native table."""
     shape = DecodeShape(*(cell_int(row, name) for name in ("num_q_heads", "num_kv_heads", "head_dim", "page_size")))
+    steps: dict[str, Any] = {name: cell_time(row, name, optional=True) for name in STEP_COLUMNS if name in row}
     return [
         Measurement(
             route=row["route"].strip(),
@@ -135,7 +145,7 @@ def parse_native(row: Row) -> list[Measurement]:
             kernel_us=cell_time(row, "kernel_us"),
             plan_us=cell_time(row, "plan_us", optional=True),
             wall_us=cell_time(row, "wall_us", optional=True),
-            **{name: cell_time(row, name, optional=True) for name in STEP_COLUMNS if name in row},
+            **steps,
         )
     ]
 

@@ -1,11 +1,12 @@
 """Prompt blocks that requests share: which are resident, who uses them, which goes next.
 
 A block is a run of prompt tokens named by its hash, which covers everything before it; equal hashes are
-equal KV. A resident block is either in use by running requests or evictable. Pages of evictable blocks
-are as good as free: an allocation evicts as many as it needs. What goes first is the policy:
-`lru` the block unused for longest, `belady` the one whose next request is farthest away (requests are
-admitted in trace order, so that is known), `infinite` keeps every block and charges evictable ones
-nothing. The deepest of blocks that tie goes first, so residents always form whole prefixes.
+equal KV. Hits count from a prompt's start and end at the first block that is not resident. A resident
+block is either in use by running requests or evictable. Pages of evictable blocks are as good as free: an
+allocation evicts as many as it needs. What goes first is the policy: `lru` the block unused for longest,
+`belady` the one whose next request is farthest away (requests are admitted in trace order, so that is
+known), `infinite` keeps every block and charges evictable ones nothing. The deepest of blocks that tie
+goes first, so residents always form whole prefixes.
 """
 from __future__ import annotations
 
@@ -14,12 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.compiled import inner
-from pkvsim.traces.requests import RequestTrace
 
 KINDS = ("none", "lru", "infinite", "belady")
 NONE, LRU, INFINITE, BELADY = range(len(KINDS))
 FREE_PAGES, HEAP_SIZE, RELEASES, EVICTED, ALLOCATED, FREED, EVICTABLE_PAGES = range(7)  # of PagePool.counts
-MAX_BLOCKS_PER_PROMPT = 2**20  # Belady's keys hold the depth in their low bits
+MAX_BLOCKS_PER_PROMPT = 2**20  # Belady's keys hold a block's depth in their low bits.
 
 
 class PromptBlocks(NamedTuple):
@@ -41,31 +41,6 @@ class PagePool(NamedTuple):
     heap: np.ndarray  # [num_ids] int32, evictable blocks, largest key first
     place: np.ndarray  # [num_ids] int32, where in heap
     counts: np.ndarray  # [7] int64
-
-
-def prompt_blocks(trace: RequestTrace, page_size: int, served: np.ndarray) -> PromptBlocks:
-    """Numbers a trace's block hashes; the last block of a prompt holds what is left of it.
-
-    served [n] bool: requests that are not rejected; what only the others have has no next request.
-    """
-    lengths = np.diff(trace.block_offsets)
-    n, total = len(lengths), len(trace.block_hashes)
-    _, first, ids = np.unique(trace.block_hashes, return_index=True, return_inverse=True)
-    request = np.repeat(np.arange(n), lengths)
-    depth = np.arange(total) - trace.block_offsets[:-1][request]
-    tokens = np.minimum(trace.block_tokens, trace.prompt_tokens[request] - depth * trace.block_tokens)
-    next_request = np.full(total, n, np.int64)
-    order = np.argsort(ids, kind="stable")
-    order = order[served[request[order]]]
-    same = ids[order][1:] == ids[order][:-1]
-    next_request[order[:-1][same]] = request[order[1:][same]]
-    return PromptBlocks(
-        offsets=np.ascontiguousarray(trace.block_offsets, np.int64),
-        ids=ids.astype(np.int32).reshape(-1),
-        next_request=next_request,
-        tokens=tokens[first].astype(np.int32),
-        pages=(-(-tokens[first] // page_size)).astype(np.int32),
-    )
 
 
 def no_blocks(num_requests: int) -> PromptBlocks:
@@ -164,7 +139,7 @@ def acquire(pool, blocks, kind, request, private_pages, keep_free):
     """Takes the request's blocks and private_pages in one go, leaving keep_free pages; False if it cannot."""
     counts = pool.counts
     need = private_pages
-    revived = 0  # pages of evictable blocks that this request puts back to use
+    revived = 0  # These pages of evictable blocks are put back to use by this request.
     for at in range(blocks.offsets[request], blocks.offsets[request + 1]):
         block = blocks.ids[at]
         if pool.users[block] < 0 or (kind == INFINITE and pool.users[block] == 0):
@@ -173,7 +148,7 @@ def acquire(pool, blocks, kind, request, private_pages, keep_free):
             revived += blocks.pages[block]
     if counts[FREE_PAGES] + counts[EVICTABLE_PAGES] - revived < need + keep_free:
         return False
-    need = private_pages  # a block that a prompt names twice is new once
+    need = private_pages  # A block that a prompt names twice takes its pages once.
     for at in range(blocks.offsets[request], blocks.offsets[request + 1]):
         block = blocks.ids[at]
         pool.next_request[block] = blocks.next_request[at]

@@ -66,10 +66,10 @@ class CalibratedPolicy:
         available: routes to choose among; leave FlashInfer's out where it is not installed. int32 arrays are taken as
         they are, with lengths >= 0 taken for granted, because checking would cost as much as deciding; anything else is
         checked and converted.
-        options: routes that do not serve them (pkvsim.devices.route_options) take no part. A window is priced by the tiles that
-        a route reads, query tokens as further query heads, V's head_dim by its bytes; soft cap and sinks, a few
-        instructions a logit, as nothing; an 8-bit cache by its bytes and its scales', with a 16-bit one's arithmetic.
-        The constants are fitted to plain attention.
+        options: routes that do not serve them (pkvsim.devices.route_options) take no part. A window is priced by the
+        tiles that a route reads, query tokens as further query heads, V's head_dim by its bytes; soft cap and sinks, a
+        few instructions a logit, as nothing; an 8-bit cache by its bytes and its scales', with a 16-bit one's
+        arithmetic. The constants are fitted to plain attention.
         Raises ValueError naming the argument.
         """
         if type(seq_lens) is not np.ndarray or seq_lens.dtype != np.int32 or seq_lens.ndim != 1:

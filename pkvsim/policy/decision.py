@@ -34,7 +34,10 @@ class Decision:
 class Policy(Protocol):
     """Chooses a step's route from its lengths alone."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As `make_policy` takes it."""
+        ...
 
     def decide(
         self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, *, layers: int = 1,

@@ -17,7 +17,7 @@ from pkvsim.reference.rope import HALF, Rope
 from pkvsim.shapes import describe
 
 FP8_DTYPES = {"float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2)}
-INT8_STEPS = 127  # between 0 and a head's largest magnitude
+INT8_STEPS = 127  # INT8 has so many steps between 0 and a head's largest magnitude.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +67,7 @@ def token_slots(
 def rotate(x: np.ndarray, position: np.ndarray, rope: Rope, *, precision: type = np.float64) -> np.ndarray:
     """RoPE of x [tokens, heads, head_dim] at position [tokens]; an array of `precision`, not yet rounded to x's
     type."""
-    turned = np.array(x, dtype=precision)
+    turned: np.ndarray = np.array(x, dtype=precision)
     pairs, dim = rope.rotary_dim // 2, rope.rotary_dim
     if rope.inv_freq is None:
         rows = np.asarray(rope.cos_sin)[position].astype(precision)  # [tokens, rotary_dim]
@@ -172,7 +172,7 @@ def append(
         ("v_pages", v_new, v_new[slots.token].astype(precision), v_pages, v_scale, v_token_scales),
     ):
         at = slots.page, slice(None), slots.slot
-        if pages.dtype == np.int8:
+        if pages.dtype == np.int8 and token_scales is not None:
             pages[at], token_scales[at] = quantize_int8(values)
         elif pages.dtype.name in FP8_DTYPES:
             pages[at] = quantize_fp8(values, scale, pages.dtype.name)

@@ -13,7 +13,7 @@ from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.shapes import DecodeShape, StepState, describe
 
 if TYPE_CHECKING:
-    from pkvsim.schedule.make import Schedule
+    from pkvsim.schedule.task_list import Schedule, SharedReads
 
 
 def attention(
@@ -45,7 +45,7 @@ def attention(
         if seq_len == 0:
             continue
         heads = range(shape.num_kv_heads)
-        page_ids = given.step.block_table[row]
+        page_ids = given.pages_of(row)
         begin = given.first_token(row)
         k = np.stack([_tokens(k_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
         v = np.stack([_tokens(v_pages, page_ids, h, begin, int(seq_len), shape.page_size) for h in heads])
@@ -74,7 +74,7 @@ def run_schedule(
     """The same result by the schedule's tasks: online softmax over tiles, then a merge of the partials.
 
     Arguments and results as in `attention`; `schedule` must have been made for these seq_lens, with
-    window = options.reach.
+    window = options.reach and, where it has shared reads, query_tokens = options.query_tokens.
     """
     given = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale, options, sinks, query_lens)
     step = given.step
@@ -82,21 +82,33 @@ def run_schedule(
         raise ValueError(f"schedule: expected one of {step.batch_size} rows, got {len(schedule.split_offsets) - 1}")
     slots = int(schedule.split_offsets[-1])
     columns = shape.group_size * options.query_tokens
-    # Slots no task writes stay the empty state, which merges as nothing.
+    # A slot that no task writes keeps the empty state, which changes nothing in a merge.
     m = np.full((slots, shape.num_kv_heads, columns), -np.inf)
     l = np.zeros((slots, shape.num_kv_heads, columns))
     acc = np.zeros((slots, shape.num_kv_heads, columns, options.value_dim(shape)))
-    for row, kv_head, split, tile_begin, tile_end in schedule.tasks.tolist():
-        state = (np.full(columns, -np.inf), np.zeros(columns), np.zeros((columns, options.value_dim(shape))))
-        q_group = given.grouped(row)[kv_head]
+    own_begin = schedule.split_offsets[:-1].astype(np.int64)  # [batch_size] the first slot of the row's own tasks
+    shared = schedule.shared
+    if shared is not None:
+        _check_shared(shared, schedule.tile_tokens, step, shape)
+        own_begin = own_begin + shared.shared_parts()
+    for index, (row, kv_head, split, tile_begin, tile_end) in enumerate(schedule.tasks.tolist()):
+        read = -1 if shared is None else int(shared.read_of_task[index])
+        members = [row] if shared is None or read < 0 else shared.members_of(read).tolist()
+        begins = own_begin if read < 0 else schedule.split_offsets
+        slots_of = [int(begins[member]) + split for member in members]
+        states = [_empty_state(columns, options.value_dim(shape)) for _ in members]
         for tile in range(tile_begin, tile_end):
             begin = tile * schedule.tile_tokens
-            end = min(begin + schedule.tile_tokens, int(step.seq_lens[row]))
-            k = _tokens(k_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
-            v = _tokens(v_pages, step.block_table[row], kv_head, begin, end, shape.page_size)
-            state = _add_tile(state, given.logits(row, begin, (q_group @ k.T)[None])[0], v)
-        slot = int(schedule.split_offsets[row]) + split
-        m[slot, kv_head], l[slot, kv_head], acc[slot, kv_head] = state
+            end = begin + schedule.tile_tokens
+            if read < 0:
+                end = min(end, int(step.seq_lens[row]))
+            k = _tokens(k_pages, given.pages_of(row), kv_head, begin, end, shape.page_size)
+            v = _tokens(v_pages, given.pages_of(row), kv_head, begin, end, shape.page_size)
+            for i, member in enumerate(members):
+                products = given.grouped(member)[kv_head] @ k.T
+                states[i] = _add_tile(states[i], given.logits(member, begin, products[None])[0], v)
+        for slot, state in zip(slots_of, states, strict=True):
+            m[slot, kv_head], l[slot, kv_head], acc[slot, kv_head] = state
     out, lse = _empty_outputs(shape, given)
     for row in range(step.batch_size):
         begin, end = schedule.split_offsets[row], schedule.split_offsets[row + 1]
@@ -113,12 +125,29 @@ def merge_states(m: np.ndarray, l: np.ndarray, acc: np.ndarray) -> tuple[np.ndar
     Returns out [..., head_dim] and lse [...], natural log; zeros and -inf where every state is empty.
     """
     top = m.max(axis=0)
-    safe = np.where(np.isneginf(top), 0.0, top)  # exp(-inf - 0) is 0, exp(-inf + inf) would be NaN
+    safe = np.where(np.isneginf(top), 0.0, top)  # exp(-inf - 0) is 0, where exp(-inf + inf) would be NaN.
     weights = np.exp(m - safe)
     total = (weights * l).sum(axis=0)
     out = (weights[..., None] * acc).sum(axis=0) / np.where(total == 0, 1.0, total)[..., None]
     with np.errstate(divide="ignore"):
         return out, safe + np.log(total)
+
+
+def _empty_state(columns: int, value_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.full(columns, -np.inf), np.zeros(columns), np.zeros((columns, value_dim))
+
+
+def _check_shared(shared: SharedReads, tile_tokens: int, step: StepState, shape: DecodeShape) -> None:
+    """ValueError unless the members of each read have the same pages under its tiles."""
+    for read, tiles in enumerate(shared.reads["tiles"].tolist()):
+        members = shared.members_of(read)
+        ids = step.block_table[members, : -(-tiles * tile_tokens // shape.page_size)]
+        if (ids != ids[0]).any():
+            at, column = (int(i) for i in np.argwhere(ids != ids[0])[0])
+            raise ValueError(
+                f"block_table[{members[at]}, {column}]: expected {ids[0, column]}, as in row {members[0]} with which "
+                f"the schedule reads it, got {ids[at, column]}"
+            )
 
 
 def _add_tile(
@@ -127,7 +156,7 @@ def _add_tile(
     """One step of online softmax: scores [group_size, tokens], v [tokens, head_dim]."""
     m, l, acc = state
     top = np.maximum(m, scores.max(axis=-1))
-    safe = np.where(np.isneginf(top), 0.0, top)  # a tile may be hidden from a query token
+    safe = np.where(np.isneginf(top), 0.0, top)  # The mask may hide a whole tile from a query token.
     weights = np.exp(scores - safe[:, None])
     decay = np.exp(m - safe)
     return top, decay * l + weights.sum(axis=-1), decay[:, None] * acc + weights @ v
@@ -154,6 +183,10 @@ class _Given:
     scale: float
     sinks: np.ndarray | None
     query_lens: np.ndarray  # [batch_size]
+
+    def pages_of(self, row: int) -> np.ndarray:
+        """The row of the block table, [max_pages] int32."""
+        return np.asarray(self.step.block_table)[row]
 
     def first_token(self, row: int) -> int:
         """The first token that any of the row's query tokens sees."""

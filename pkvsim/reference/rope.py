@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,8 @@ class Rope:
     """
 
     style: str
-    cos_sin: object = None
-    inv_freq: object = None
+    cos_sin: Any = None
+    inv_freq: Any = None
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -74,6 +75,6 @@ def turns_per_position(inv_freq: np.ndarray) -> np.ndarray:
     if not np.isfinite(inv_freq).all():
         raise ValueError(f"inv_freq: expected finite numbers, got {inv_freq[~np.isfinite(inv_freq)][0]}")
     turns = np.mod(inv_freq / (2 * np.pi), 1.0)
-    high = np.floor(turns * 2.0**32)  # in two halves, since 2^64 - 1 has no float64
+    high = np.floor(turns * 2.0**32)  # The 64 bits are made in two halves, since float64 cannot hold 2^64 - 1.
     low = np.floor((turns * 2.0**32 - high) * 2.0**32)
     return (high.astype(np.uint64) << np.uint64(32)) + low.astype(np.uint64)

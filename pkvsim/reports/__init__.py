@@ -1,1 +1,6 @@
-"""What a study looks like: tables, plots, a web page, a timeline file."""
+"""What a study looks like: tables, plots, a web page, a timeline file.
+
+One module a form and subject, named so: table_*, plot_*. `grid` lays every table, so that no figure is cut; `plots`
+is what pictures share, `html_page` one page to pass on, `perfetto` a file for the trace viewer. They take results
+of studies and compute no price of their own.
+"""

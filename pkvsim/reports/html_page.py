@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from pkvsim.reports.plots import PART_COLOURS, ROUTE_COLOURS, check_folder, colour_of
-from pkvsim.reports.series import PARTS, busy_parts_s, distribution, is_wide, over_time, time_edges
 from pkvsim.reports.table_serving import seconds, table_rows
+from pkvsim.studies.series import PARTS, busy_parts_s, distribution, is_wide, over_time, time_edges
 from pkvsim.studies.sweep import figures
 from pkvsim.studies.whatif import WhatIf
 
-DASHES = ("none", "6 3", "2 2", "8 3 2 3", "4 2 1 2 1 2")  # of lines, in the order of policies
-CURVE_POINTS = 400  # of a latency distribution
-RUN_BINS = 240  # of time over the run
-DIGITS = 5  # that a chart's numbers keep; the tables keep all
+DASHES = ("none", "6 3", "2 2", "8 3 2 3", "4 2 1 2 1 2")  # Policies take these dashes of lines in order.
+CURVE_POINTS = 400  # A latency distribution is drawn through so many points.
+RUN_BINS = 240  # A run is cut into so many bins of time.
+DIGITS = 5  # A chart's numbers keep so many digits; the tables keep all.
 
 
 def check_report_path(path: str | Path) -> Path:

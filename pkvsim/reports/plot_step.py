@@ -9,13 +9,13 @@ from pkvsim.reports.plots import picture
 from pkvsim.serving.costs import fit_note
 from pkvsim.studies.explain_step import RouteStep, StepReport
 
-MAX_SVG_TASKS = 5000  # of a panel; more are drawn as pixels inside the SVG
+MAX_SVG_TASKS = 5000  # A panel with more tasks is drawn as pixels inside the SVG.
 FEW_LENGTHS = 6
-OUTLINED_SLOTS = 64  # bars are outlined where so few lie above each other
+OUTLINED_SLOTS = 64  # Bars are outlined where no more lie above each other.
 
 
 def plot_step(report: StepReport, path: str | Path) -> None:
-    """Draws every route's timeline to a .png or .svg file, on one scale of time. ValueError as pkvsim.reports.plots.picture."""
+    """Draws every route's timeline to a .png or .svg file, on one scale of time. ValueError as plots.picture."""
     rows = len(report.routes)
     note = f"attention prices of {report.device.name}: {fit_note(report.device)}"
     with picture(path, width=10, height=1.3 + 1.75 * rows, note=note) as figure:
@@ -25,7 +25,8 @@ def plot_step(report: StepReport, path: str | Path) -> None:
 
         lens = report.seq_lens[report.seq_lens > 0]
         low, high = (float(lens.min()), float(lens.max())) if len(lens) else (1.0, 1.0)
-        scale = ListedColormap(colormaps["viridis_r"](np.linspace(0.1, 1, 256)))  # without the palest yellow
+        # The palest yellow would not show on white.
+        scale = ListedColormap(colormaps["viridis_r"](np.linspace(0.1, 1, 256)))
         colours = ScalarMappable(LogNorm(low, high if high > low else low * 1.01), scale)
         panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
         end_us = max(route.timeline_us for route in report.routes)

@@ -10,10 +10,10 @@ import numpy as np
 from pkvsim.reports.plots import ROUTE_COLOURS, picture, plain_log, thin_grid, unit_of
 from pkvsim.studies.sweep import Sweep
 
-LABELLED_CELLS = 200  # no numbers are written into more
+LABELLED_CELLS = 200  # A map of more cells has no numbers written into them.
 NO_ROUTE = "none"  # of a step that no route serves
 DARK_ROUTES = ("balanced", "workqueue", "flashinfer_tensor_core", "flashinfer")  # whose colour carries white text
-LOG_RATIO = 20  # largest over smallest value from which colours are logarithmic
+LOG_RATIO = 20  # Colours are logarithmic where the largest value is this many times the smallest.
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], *, option: str, trace: bool) -> None:
@@ -32,7 +32,8 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path, *, note: str = "") -
     if values.ndim == 1:
         _line(sweep, metric, values, path, note)
         return
-    with picture(path, note=note, **_size(values.shape)) as figure:
+    width, height = _size(values.shape)
+    with picture(path, note=note, width=width, height=height) as figure:
         from matplotlib.colors import LogNorm, Normalize
 
         axes = figure.subplots()
@@ -60,8 +61,8 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     # The paper's FlashInfer is of no backend.
     colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"], NO_ROUTE: "#dddddd"}
     taken = [name for name in colours if name in routes]
-    size = _size(shape)
-    with picture(path, option="route_map", note=note, width=size["width"] + 2, height=size["height"]) as figure:
+    width, height = _size(shape)
+    with picture(path, option="route_map", note=note, width=width + 2, height=height) as figure:
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
@@ -83,9 +84,10 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
         figure.legend(handles=patches, loc="outside right upper", title="route (cells)", alignment="left")
 
 
-def _size(shape: list[int] | tuple[int, ...]) -> dict[str, float]:
+def _size(shape: list[int] | tuple[int, ...]) -> tuple[float, float]:
+    """Width and height of a picture of that many rows and columns, in inches."""
     rows, columns = shape
-    return {"width": min(14.0, 2.6 + 0.75 * max(columns, 4)), "height": min(11.0, 2.1 + 0.42 * max(rows, 4))}
+    return min(14.0, 2.6 + 0.75 * max(columns, 4)), min(11.0, 2.1 + 0.42 * max(rows, 4))
 
 
 def _places(axes, sweep: Sweep) -> None:

@@ -1,6 +1,6 @@
 """What every picture shares: files, colours, axes. matplotlib is imported when one is drawn.
 
-The pictures: pkvsim.reports.plot_step (CTA timeline), plot_serving (a whatif), plot_sweep (heat and route maps), trace_plot.
+The pictures: plot_step (CTA timeline), plot_serving (a whatif), plot_sweep (heat and route maps), plot_trace.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TIME_UNITS = (("us", 1e6, 1e-3), ("ms", 1e3, 1.0), ("s", 1.0, 600.0), ("min", 1 / 60, 10_800.0))  # per s, below s
-MANY_DECADES = 5e3  # highest over lowest value of an axis
+MANY_DECADES = 5e3  # From this ratio of highest to lowest value on, an axis is ticked at powers of ten alone.
 SUFFIXES = (".png", ".svg")
 # Okabe and Ito's colours, which the colour-blind tell apart (their yellow is too pale for lines on white).
 ROUTE_COLOURS = dict(zip(ROUTES, ("#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#0072B2")))
@@ -27,8 +27,8 @@ PART_COLOURS = {"decode attention": "#0072B2", "rest of decode": "#BBBBBB", "pre
 STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
     "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8, "legend.frameon": False,
-    "svg.hashsalt": "pkvsim",  # the same input gives the same file
-    "svg.fonttype": "none",  # text stays text: smaller, and found by a search
+    "svg.hashsalt": "pkvsim",  # Without a fixed salt the same input would give another file.
+    "svg.fonttype": "none",  # Text that stays text is smaller, and a search finds it.
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def check_plot_path(path: str | Path, *, option: str = "plot") -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError(f"{option}: needs matplotlib, pip install 'persistentkv[plot]'") from None
+        raise ValueError(f"{option}: needs matplotlib: pip install matplotlib") from None
     return path
 
 

@@ -3,32 +3,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from pkvsim.devices.device import NUMBER_FIELDS, DeviceSpec
+from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 
 
 def print_replay(report: dict[str, Any]) -> None:
     """The object of `pkvsim.studies.replay.replay` as a table on stdout."""
-    trace, console = report["trace"], Console(highlight=False)
-    console.print(
+    trace, console = report["trace"], table_console()
+    print_line(
+        console,
         f"[bold]{trace['family']}[/], seed {trace['seed']}: {trace['requests']} requests, "
         f"{trace['max_active']} active at most, {trace['steps']} steps measured, "
-        f"{trace['decode_tokens']} tokens decoded"
+        f"{trace['decode_tokens']} tokens decoded",
+        markup=True,
     )
-    console.print(
+    print_line(
+        console,
         f"{trace['physical_pages']:,} physical pages; per step {trace['mean_active']:.2f} rows of "
         f"{trace['distinct_lengths_mean']:.2f} distinct lengths, "
-        f"{report['engines']['adaptive']['useful_kv_mib']:.1f} MiB of KV"
+        f"{report['engines']['adaptive']['useful_kv_mib']:.1f} MiB of KV",
     )
-    table = Table(title=f"{report['device']}, {report['policy']} policy, means per step", title_justify="left")
-    table.add_column("engine", overflow="fold", min_width=max(map(len, report["engines"])))
-    for name in ("laun-\nches", "mer-\nges", "CTAs\nper SM", "merge\nMiB", "non-empty\nCTAs", "predicted\nus"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, engine in report["engines"].items():
-        table.add_row(
+    heads = ("laun-\nches", "mer-\nges", "CTAs\nper SM", "merge\nMiB", "non-empty\nCTAs", "predicted\nus")
+    rows = [
+        (
             name,
             f"{engine['launches_per_step']:.2f}",
             f"{engine['merge_launches_per_step']:.2f}",
@@ -36,48 +35,52 @@ def print_replay(report: dict[str, Any]) -> None:
             f"{engine['merge_mib']:.2f}",
             f"{engine['nonempty_cta_fraction']:.0%}",
             f"{engine['predicted_step_us']:.0f}",
-            style="bold" if name == "adaptive" else None,
         )
-    console.print(table)
+        for name, engine in report["engines"].items()
+    ]
+    print_grid(
+        console,
+        [Column("engine", "left"), *(Column(head) for head in heads)],
+        rows,
+        title=f"{report['device']}, {report['policy']} policy, means per step",
+        styles=["bold" if name == "adaptive" else None for name in report["engines"]],
+    )
+    if "flashinfer_cuda_core" in report["engines"]:
+        print_line(console, "flashinfer: its tensor-core kernels alone; in whatif it is the better of both")
     routes = report["engines"]["adaptive"]["routes"]
     taken = ", ".join(f"{name} {count}" for name, count in routes.items() if count)
-    console.print(f"adaptive's routes, in steps: {taken}")
+    print_line(console, f"adaptive's routes, in steps: {taken}")
 
 
 def print_catalogue(devices: list[DeviceSpec]) -> None:
     """One line a GPU."""
-    table = Table(title="~ before a number: estimated", title_justify="left")
-    table.add_column("name", no_wrap=True)
-    for name in ("SMs", "GiB", "GB/s\npeak", "GB/s\nreached", "FP16\nTFLOPS"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("route times")
+    console = table_console()
+    heads = ("SMs", "GiB", "GB/s\npeak", "GB/s\nreached", "FP16\nTFLOPS")
     numbers = ("num_sms", "memory_gib", "peak_gb_s", "beta_gb_s", "fp16_tflops")
-    for device in devices:
-        table.add_row(escape(device.name), *(_number(device, name) for name in numbers), _routes(device))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("Sources of every number: pkvsim devices NAME")
+    columns = [Column("name", "left"), *(Column(head) for head in heads), Column("route times", "left", text=True)]
+    rows = [(device.name, *(_number(device, name) for name in numbers), _routes(device)) for device in devices]
+    print_grid(console, columns, rows, title="~ before a number: estimated")
+    print_line(console, "Sources of every number: pkvsim devices NAME")
 
 
 def print_devices(devices: list[DeviceSpec]) -> None:
     """Every number of every GPU with its status and source."""
-    console = Console(highlight=False)
+    console = table_console()
+    columns = (
+        Column("number", "left"), Column("value"), Column("status", "left"), Column("source", "left", text=True)
+    )  # fmt: skip
     for device in devices:
-        title = f"[bold]{escape(device.name)}[/]: {escape(device.label)}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("number", no_wrap=True)
-        table.add_column("value", justify="right", no_wrap=True)
-        table.add_column("status", no_wrap=True)
-        table.add_column("source", overflow="fold")  # addresses are copied whole
+        print_line(console, f"[bold]{escape(device.name)}[/]: {escape(device.label)}", markup=True)
+        rows = []
         for name in NUMBER_FIELDS:
             value = getattr(device, name)
             shown = ".".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
-            table.add_row(name, shown, device.sources[name].status, escape(device.sources[name].source))
+            rows.append((name, shown, device.sources[name].status, device.sources[name].source))
         for name, route in device.calibration.items():
             error = route.held_out or route.in_sample
             off = f"{error.median_percent:.1f} % off" if error else ""
-            table.add_row(f"route {name}", off, route.status, escape(f"{route.source}, {route.date}"))
-        console.print(table)
+            rows.append((f"route {name}", off, route.status, f"{route.source}, {route.date}"))
+        print_grid(console, columns, rows)
 
 
 def _number(device: DeviceSpec, name: str) -> str:
@@ -98,18 +101,21 @@ def _routes(device: DeviceSpec) -> str:
 
 def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> None:
     """How well the fitted routes of a device meet their measurements, on stdout."""
-    table = Table(title=f"[bold]{device.name}[/]: absolute error in % of the measured time", title_justify="left")
-    table.add_column("route", overflow="fold")
-    for name in ("rule, CTAs\nper SM", "timings", "median", "mean", "held-out\nmedian", "held-out\nmean"):
-        table.add_column(name, justify="right", no_wrap=True)
+    console = table_console()
+    heads = ("rule, CTAs\nper SM", "timings", "median", "mean", "held-out\nmedian", "held-out\nmean")
+    rows = []
     for route in sorted(routes):
         entry = device.calibration[route]
+        timings = str(entry.in_sample.measurements) if entry.in_sample else "-"
         errors = [entry.in_sample, entry.held_out]
         shown = [f"{value:.1f}" for e in errors if e for value in (e.median_percent, e.mean_percent)]
-        table.add_row(
-            route, f"{entry.model.rule} {entry.model.ctas_per_sm:g}", str(entry.in_sample.measurements), *shown
-        )
-    console = Console(highlight=False)
-    console.print(table)
+        about = (f"{entry.model.rule} {entry.model.ctas_per_sm:g}", timings)
+        rows.append((route, *about, *shown, *[""] * (4 - len(shown))))
+    print_grid(
+        console,
+        [Column("route", "left"), *(Column(head) for head in heads)],
+        rows,
+        title=f"{device.name}: absolute error in % of the measured time",
+    )
     for route, count in sorted(skipped.items()):
-        console.print(f"{route}: {count} measurements are too few to fit")
+        print_line(console, f"{route}: {count} measurements are too few to fit")

@@ -3,36 +3,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
+from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.studies.whatif import WhatIf
-
-PIPE_COLUMNS = 160
 
 
 def print_whatif(report: WhatIf) -> None:
     """Every policy a column, and what a reader must know below."""
     console = table_console()
     trace, first = report.trace, next(iter(report.results.values()))
-    console.print(
-        f"[bold]{report.model.name}[/] on [bold]{report.device.label}[/], {trace.name}: {len(trace):,} requests in "
-        f"{seconds(trace.duration_s)}, {int(trace.output_tokens.sum()):,} output tokens; {first.num_pages:,} KV pages "
-        f"of {first.page_size} tokens",
-        soft_wrap=True,
+    print_line(
+        console,
+        f"[bold]{escape(report.model.name)}[/] on [bold]{escape(report.device.label)}[/], {escape(trace.name)}: "
+        f"{len(trace):,} requests in {seconds(trace.duration_s)}, {int(trace.output_tokens.sum()):,} output tokens; "
+        f"{first.num_pages:,} KV pages of {first.page_size} tokens",
+        markup=True,
     )
-    table = Table(show_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in report.results:
-        table.add_column(name.replace("_", "\n"), justify="right")
-    for label, cells in table_rows(report):
-        table.add_row(label, *cells)
-    console.print(table)
+    columns = [Column("", "left"), *(Column(name.replace("_", "\n")) for name in report.results)]
+    print_grid(console, columns, [(label, *cells) for label, cells in table_rows(report)])
     for name, result in report.results.items():
         if result.summary["routes"]:
-            console.print(f"routes of {name}: {_routes(result.summary)}", soft_wrap=True)
+            print_line(console, f"routes of {name}: {_routes(result.summary)}")
     for note in report.notes:
-        console.print(f"- {note}", markup=False, soft_wrap=True)
+        print_line(console, f"- {note}")
 
 
 def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
@@ -44,12 +38,6 @@ def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
     figures = [result.summary | check for result, check in zip(report.results.values(), checks)]
     rows = [(label, [cell(figure) for figure in figures]) for label, cell in ROWS]
     return [(label, [text or "-" for text in cells]) for label, cells in rows if any(cells)]
-
-
-def table_console() -> Console:
-    """As wide as the terminal; wide enough for every column in a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_COLUMNS)
 
 
 def seconds(value: float | None) -> str:

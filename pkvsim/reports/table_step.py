@@ -1,10 +1,10 @@
 """A step on every route as tables on stdout."""
 from __future__ import annotations
 
-from rich.table import Table
+from rich.markup import escape
 
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.reports.table_serving import table_console
+from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.serving.costs import fit_note
 from pkvsim.studies.explain_step import RouteStep, StepReport
 
@@ -14,31 +14,26 @@ def print_step(report: StepReport) -> None:
     console = table_console()
     lens, shape = report.seq_lens, report.shape
     active = int((lens > 0).sum())
-    console.print(
-        f"[bold]{report.device.label}[/]: {active:,} rows of {int(lens.sum()):,} tokens, "
+    print_line(
+        console,
+        f"[bold]{escape(report.device.label)}[/]: {active:,} rows of {int(lens.sum()):,} tokens, "
         f"{useful_kv_bytes(shape, lens, report.options) / 1e6:,.1f} MB of KV a layer; {shape.num_q_heads} query and "
         f"{shape.num_kv_heads} KV heads of {shape.head_dim}",
-        soft_wrap=True,
+        markup=True,
     )
-    table = Table(show_edge=False)
-    table.add_column("route", no_wrap=True)
-    columns = (
+    heads = (
         "closed\nus", "timeline\nus", "host\nus", f"{report.layers} layer{'s' * (report.layers > 1)}\nus",
         "splits", "launches", "tasks", "slots\nused", "busy", "longest\ntask us",
     )  # fmt: skip
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    styles = ["bold" if route.route == report.taken else None for route in report.routes]
+    columns = [Column("route", "left"), *(Column(head) for head in heads)]
+    print_grid(console, columns, [_cells(route) for route in report.routes], styles=styles)
     for route in report.routes:
-        table.add_row(*_cells(route), style="bold" if route.route == report.taken else None)
-    console.print(table)
-    for route in report.routes:
-        console.print(f"{route.route}: {route.why()}", markup=False, soft_wrap=True)
-    console.print(f"- taken: {report.reason}", markup=False, soft_wrap=True)
+        print_line(console, f"{route.route}: {route.why()}")
+    print_line(console, f"- taken: {report.reason}")
     estimated = [route.route for route in report.routes if route.status == "estimated"]
     note = f"; estimated: {', '.join(estimated)}" if estimated else ""
-    console.print(
-        f"- attention prices of {report.device.name}: {fit_note(report.device)}{note}", markup=False, soft_wrap=True
-    )
+    print_line(console, f"- attention prices of {report.device.name}: {fit_note(report.device)}{note}")
 
 
 def _cells(route: RouteStep) -> list[str]:

@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.table import Table
 from rich.text import Text
 
-from pkvsim.reports.table_serving import table_console
+from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.studies.sweep import Sweep
 
 LESS_IS_BETTER = ("us", "ttft_s", "tpot_s", "queue_s", "makespan_s", "regret", "step_us", "preemptions", "routes_us")
@@ -19,24 +18,23 @@ def print_sweep(sweep: Sweep, metric: str, notes: tuple[str, ...] = ()) -> None:
     names = list(sweep.axes)
     shown = [_cell(value, cell) for value, cell in zip(values.ravel(), sweep.cells)]
     heat = _heat(values.ravel(), metric)
-    console.print(f"[bold]{metric}[/] over {' and '.join(names)}", soft_wrap=True)
-    table = Table(show_edge=False)
+    print_line(console, f"[bold]{metric}[/] over {' and '.join(names)}", markup=True)
+    figures = [Text(text, style=style) for text, style in zip(shown, heat)]
     if len(names) == 2:
-        rows, columns = sweep.axes.values()
-        table.add_column(f"{names[0]} \\ {names[1]}", no_wrap=True)
-        for column in columns:
-            table.add_column(str(column), justify="right", no_wrap=True)
-        for at, row in enumerate(rows):
-            cells = range(at * len(columns), (at + 1) * len(columns))
-            table.add_row(str(row), *(Text(shown[cell], style=heat[cell]) for cell in cells))
+        down, across = sweep.axes.values()
+        columns = [Column(f"{names[0]} \\ {names[1]}", "left"), *(Column(str(value)) for value in across)]
+        rows: list[tuple[str | Text, ...]] = [
+            (str(value), *figures[at * len(across) : (at + 1) * len(across)]) for at, value in enumerate(down)
+        ]
     else:
-        for name in (*names, metric):
-            table.add_column(name, justify="right", no_wrap=True)
-        for place, text, style in zip(sweep.to_dict()["cells"], shown, heat):
-            table.add_row(*(str(place[name]) for name in names), Text(text, style=style))
-    console.print(table)
+        columns = [Column(name) for name in (*names, metric)]
+        rows = [
+            (*(str(place[name]) for name in names), figure)
+            for place, figure in zip(sweep.to_dict()["cells"], figures)
+        ]
+    print_grid(console, columns, rows)
     for note in notes:
-        console.print(f"- {note}", markup=False, soft_wrap=True)
+        print_line(console, f"- {note}")
 
 
 def _cell(value: float, cell: dict) -> str:

@@ -1,1 +1,10 @@
-"""Task lists: which tiles of which row every CTA takes, and where each partial state goes."""
+"""Task lists: which tiles of which row every CTA takes, and where each partial state goes.
+
+Read `task_list` first: a Schedule is what the GPU runs, the timeline simulates and the reference computes. `make`
+is the one way to get one: it hands a step to `queue` (split and workqueue), to `balanced`, or, where rows have
+leading pages in common, to `spans`. `costs` says what the balanced schedule weighs; `groups` says which rows share
+pages and `prefixes` finds out; `fill` holds the compiled loops that write tasks.
+
+The balanced arithmetic is the specification of cuda_src/plan.cuh, and `spans` that of its headers for shared reads:
+they must equal it task for task.
+"""

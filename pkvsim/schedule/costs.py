@@ -1,4 +1,4 @@
-"""What the balanced schedule weighs against each other, as one value: from a device's route to the kernels' arguments."""
+"""What the balanced schedule weighs, as one value: from a device's route to the kernels' arguments."""
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -6,9 +6,17 @@ from typing import NamedTuple
 from pkvsim.shapes import check_int
 
 MAX_ACCUMULATED = 2048  # columns x V's head_dim whose sums a warp's registers hold; more go to several warps
+MANY_COLUMNS = 32  # from which on a segment costs MANY_COLUMNS_SEGMENT
+# Tiles. Of one run on an H200 (bimodal rows, 32 columns): 20 to 28 took 1.5 % less time than 7. No table of
+# examples/results/ holds that figure.
+MANY_COLUMNS_SEGMENT = 20
 MAX_COST = 2**20  # of a segment and of a range; keeps the planner's sums within 31 bits together with its lengths
 MAX_PART_COST = 2**10  # keeps part * MOST_TILES_PER_HEAD within 31 bits
 MAX_PAIR_COST = 2**10  # the same of pair * CTAs
+EIGHTHS = 8  # of a tile: what a tile of a shared read costs is counted in
+SHARED_COLUMNS = 64  # for which SharedCosts.tile is stated
+MAX_SHARED_COLUMNS = 128  # of a read
+MAX_SHARED_COST = 2**8  # of SharedCosts.tile, .segment and .merge
 
 
 class BalancedCosts(NamedTuple):
@@ -26,7 +34,41 @@ class BalancedCosts(NamedTuple):
 
     def of_kernel(self, *, columns: int, v_head_dim: int, kv_element_bytes: float, page_size: int) -> BalancedCosts:
         """These costs for a kernel whose CTA serves so many columns (query heads times query tokens)."""
-        return self._replace(pair=paired(self.pair, columns, v_head_dim, kv_element_bytes, page_size))
+        return self._replace(
+            segment=segment_of(self.segment, columns),
+            pair=paired(self.pair, columns, v_head_dim, kv_element_bytes, page_size),
+        )
+
+
+class SharedCosts(NamedTuple):
+    """What the balanced schedule weighs where one read serves several rows, and for how many columns a read is made.
+
+    columns: query columns (the members' query heads times query tokens) that a read serves at most: those of the
+    kernel variant that reads for groups. tile: cost of a tile read for 64 columns, in eighths of a plain tile; other
+    reads cost in proportion, but none less than a plain tile. again: that least cost, in eighths, where a group has
+    several reads, which find in L2 what another has read. segment: cost of a read's end for each column, in eighths
+    of a tile, and never less than BalancedCosts.segment. merge: tiles that a member's own segment costs beside
+    BalancedCosts.segment, since it takes up the states of the read.
+    """
+
+    columns: int = 64
+    tile: int = 16
+    again: int = 8
+    segment: int = 3
+    merge: int = 2
+
+    def tile_eighths(self, columns: int, reads: int) -> int:
+        """Cost of a tile that is read for so many columns, in eighths of a plain tile. reads: of its group."""
+        return max(self.again if reads > 1 else EIGHTHS, -(-columns * self.tile // SHARED_COLUMNS))
+
+    def segment_tiles(self, columns: int, segment: int) -> int:
+        """Cost of the end of a read for so many columns, where a plain segment's is `segment` tiles."""
+        return max(segment, -(-columns * self.segment // EIGHTHS))
+
+    def longest_gap(self, columns: int, segment: int) -> int:
+        """Most tiles between two places at which a schedule with reads of up to so many columns can be cut."""
+        read = self.segment_tiles(columns, segment) - (-self.tile_eighths(columns, 1) // EIGHTHS)
+        return max(1 + segment + self.merge, read)
 
 
 # What the engine balances with, from a sweep on an H200 (2026-11-21). The cost of a pair holds on GPUs of compute
@@ -47,9 +89,27 @@ def check_costs(costs: object) -> BalancedCosts:
     )
 
 
+def check_shared_costs(costs: object) -> SharedCosts:
+    """`costs` as plain integers. Raises ValueError naming the field that is none, or out of range."""
+    if not isinstance(costs, SharedCosts):
+        raise ValueError(f"shared_costs: expected SharedCosts, got {costs!r}")
+    return SharedCosts(
+        columns=check_int("shared_costs.columns", costs.columns, 2, MAX_SHARED_COLUMNS),
+        tile=check_int("shared_costs.tile", costs.tile, 0, MAX_SHARED_COST),
+        again=check_int("shared_costs.again", costs.again, 1, EIGHTHS),
+        segment=check_int("shared_costs.segment", costs.segment, 0, MAX_SHARED_COST),
+        merge=check_int("shared_costs.merge", costs.merge, 0, MAX_SHARED_COST),
+    )
+
+
 def default_costs(compute_capability: tuple[int, int]) -> BalancedCosts:
     """The costs of a GPU that has no route of its own to say them."""
     return MEASURED_COSTS if compute_capability == PAIRS_MEASURED else MEASURED_COSTS._replace(pair=0)
+
+
+def segment_of(segment: int, columns: int) -> int:
+    """BalancedCosts.segment of a kernel whose CTA serves so many columns: its end merges a state of each."""
+    return max(segment, MANY_COLUMNS_SEGMENT) if columns >= MANY_COLUMNS else segment
 
 
 def paired(pair_cost: int, columns: int, v_head_dim: int, kv_element_bytes: float, page_size: int) -> int:

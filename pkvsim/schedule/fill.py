@@ -1,15 +1,16 @@
-"""The compiled loops of schedule.py: they fill task lists, and check nothing.
+"""The compiled loops of the schedules: they fill task lists, and check nothing.
 
 Kept apart and few because each costs compile time on a machine's first run (later runs load the
 cache). Tasks are int32 [num_tasks, 5] here: row, kv_head, split, tile_begin, tile_end (exclusive).
 """
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from pkvsim.compiled import outer
 
-@numba.njit(cache=True)
+
+@outer
 def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: np.ndarray) -> None:
     """Writes the queue of non-empty tasks: rows, then KV heads, then splits.
 
@@ -38,7 +39,7 @@ def fill_queue(tiles: np.ndarray, splits: np.ndarray, num_kv_heads: int, tasks: 
                 task += 1
 
 
-@numba.njit(cache=True)
+@outer
 def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int, head_tiles: int) -> int:
     """Where range i begins on the cost axis."""
     if parts == 0:
@@ -47,7 +48,7 @@ def _cut(i: int, total_cost: int, num_ranges: int, parts: int, segment_cost: int
     return i // parts * (head_tiles + segment_cost) + (segment_cost + tile if tile > 0 else 0)
 
 
-@numba.njit(cache=True)
+@outer
 def fill_balanced(
     tiles: np.ndarray,  # [batch_size] int64
     num_kv_heads: int,
@@ -99,3 +100,52 @@ def fill_balanced(
             head_cost += tiles[row] + segment_cost
     cta_offsets[num_ranges] = num_tasks
     return num_tasks, num_partial_tasks
+
+
+@outer
+def fill_spans(
+    tiles: np.ndarray,  # [num_entries] int64 of each of the entry's spans
+    spans: np.ndarray,  # [num_entries] int64, 0 where an entry is not there
+    segment_cost: np.ndarray,  # [num_entries] int64 tiles
+    tile_eighths: np.ndarray,  # [num_entries] int64, at least 1
+    total_cost: int,
+    num_ranges: int,
+    tasks: np.ndarray,  # [>= sum(spans) + num_ranges, 5] int32: entry, span of it, part, tile_begin, tile_end
+    cta_offsets: np.ndarray,  # [num_ranges + 1] int32
+    most_parts: np.ndarray,  # [num_entries] int64, out: of any span of the entry
+) -> int:
+    """Cuts all spans, laid end to end, at i * total_cost // num_ranges; returns the number of tasks.
+
+    A span's tile 0 sits at its first cost, tile t >= 1 at segment_cost + t * tile_eighths // 8 past it. A span of no
+    tiles costs as much as one of a single tile and becomes a task of none.
+    """
+    num_tasks = 0
+    current = 0  # range being filled
+    next_cut = total_cost // num_ranges
+    begins_at = 0  # position of the span's tile 0
+    for entry in range(len(tiles)):
+        most_parts[entry] = 0
+        costing = max(1, tiles[entry])
+        segment, eighths = segment_cost[entry], tile_eighths[entry]
+        for span in range(spans[entry]):
+            begin = 0
+            part = 0
+            while begin < costing:
+                position = begins_at if begin == 0 else begins_at + segment + begin * eighths // 8
+                while next_cut <= position:
+                    current += 1
+                    cta_offsets[current] = num_tasks
+                    next_cut = (current + 1) * total_cost // num_ranges
+                end = min(costing, max(1, -(-8 * (next_cut - begins_at - segment) // eighths)))
+                tasks[num_tasks, 0] = entry
+                tasks[num_tasks, 1] = span
+                tasks[num_tasks, 2] = part
+                tasks[num_tasks, 3] = begin
+                tasks[num_tasks, 4] = min(end, tiles[entry])
+                num_tasks += 1
+                part += 1
+                begin = end
+            most_parts[entry] = max(most_parts[entry], part)
+            begins_at += segment + costing * eighths // 8
+    cta_offsets[num_ranges] = num_tasks
+    return num_tasks

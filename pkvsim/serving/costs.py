@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteMod
     models = device_routes(device)
     if not config.graphs:
         return models
-    no_plan = {"plan_us": 0.0, "plan_row_us": 0.0, "plan_length_us": 0.0}
+    no_plan: dict[str, Any] = {"plan_us": 0.0, "plan_row_us": 0.0, "plan_length_us": 0.0}
     return {
         name: replace(model, host_us=0.0, run_us=0.0, **(no_plan if name in GRAPH_PLANNED else {}))
         for name, model in models.items()

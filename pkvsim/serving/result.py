@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.devices.route_model import ROUTES
+from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,

@@ -14,10 +14,11 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES
-from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool, prompt_blocks
+from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
+from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (

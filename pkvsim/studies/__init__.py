@@ -1,1 +1,7 @@
-"""The questions that the commands answer: one step, a replay, what if, a sweep."""
+"""The questions that the commands answer: one step, a replay, what if, a sweep.
+
+Each module takes values, runs the simulation, and returns one frozen result whose to_dict is what --json prints:
+`explain_step` (one step on every route), `replay` (a trace step by step), `whatif` (a served trace under several
+policies), `sweep` (either, at every combination of settings). `timeline_check` prices a sample of a run's steps
+again by simulation; `series` are a run's figures over time. Nothing here prints or draws.
+"""

@@ -72,11 +72,11 @@ class RouteStep:
     def to_dict(self) -> dict[str, Any]:
         """What `pkvsim step --json` prints of a route."""
         line, at = self.timeline, self.longest_task
-        longest = None
+        longest: dict[str, float] | None = None
         if at is not None:
             task = line.schedule.tasks[at]
             longest = {name: int(task[name]) for name in ("row", "kv_head", "split")}
-            longest |= {"us": self.longest_task_us(), "kv_bytes": int(line.bytes[at])}
+            longest.update(us=self.longest_task_us(), kv_bytes=int(line.bytes[at]))
         return {
             "status": self.status,
             "closed_us": self.closed_us,
@@ -174,7 +174,7 @@ def explain_step(
         raise ValueError(f"routes: expected some of {', '.join(have)} ({device.name}{needs}), got {got}")
     names = tuple(name for name in ROUTES if name in names)
     pinned = {"split_splits": splits, "workqueue_splits": splits}
-    step = {"layers": layers, "available": names, "options": options}
+    step: dict[str, Any] = {"layers": layers, "available": names, "options": options}
     taken = CalibratedPolicy(**pinned).decide(shape, lens, device, **step)
     oracle = OraclePolicy(**pinned).decide(shape, lens, device, **step)
     return StepReport(

@@ -66,7 +66,7 @@ def route_counters(
         model = device_routes(device)[route]
         tile = int(model.tile_tokens)
         if route in PINNED_ROUTES:
-            splits = policy.split_counts(route, shape, seq_lens, device, options=options)
+            splits = policy.split_counts(route, shape, seq_lens, device, options=options)  # type: ignore[attr-defined]
             schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=tile, window=options.reach)
         else:
             schedule = route_schedule(model, shape, seq_lens, num_sms=device.num_sms, options=options)

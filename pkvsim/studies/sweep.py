@@ -208,7 +208,8 @@ def step_sweep(
 ) -> Sweep:
     """Prices of a decode step of equally long rows for every combination of STEP_AXES, host planning included.
 
-    A cell has batch, length, the route that the policy (pkvsim.policy.by_name.POLICIES) takes, its us, the GB/s of KV that
+    A cell has batch, length, the route
+    that the policy (pkvsim.policy.by_name.POLICIES) takes, its us, the GB/s of KV that
     this makes, and the us of every route that the policy prices.
     """
     _check_axes(axes, STEP_AXES)

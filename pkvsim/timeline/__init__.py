@@ -1,1 +1,5 @@
-"""The simulation: a step's tasks on CTA slots that share the bandwidth."""
+"""The simulation: a step's tasks on CTA slots that share the bandwidth.
+
+Read `timeline`: a schedule becomes tasks with bytes, launches and slots; the compiled `event_loop` runs them, each
+at the lesser of a CTA's own rate and its share. `time_split` lays every moment to what bounds it.
+"""

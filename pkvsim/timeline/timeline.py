@@ -156,7 +156,7 @@ def _prepare(
         cta_us, task_us = 0.0, model.task_us
     ramp = model.fixed_us + queries_us(constants, shape, lens, options)
     step = StepTasks(
-        tasks=schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype)),
+        tasks=schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype.names or ())),
         lens=lens,
         tile_tokens=schedule.tile_tokens,
         token_bytes=float(width),

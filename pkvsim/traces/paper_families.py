@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
+from pkvsim.compiled import outer
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 FAMILIES = ("uniform", "bimodal", "zipf", "bucketed", "homogeneous")
@@ -194,7 +194,7 @@ def assign_pages(trace: Trace, *, hole_fraction: float = 0.0) -> PageAssignment:
     return PageAssignment(num_pages, offsets, order[: offsets[-1]].copy())
 
 
-@numba.njit(cache=True)
+@outer
 def _shuffle(order: np.ndarray, outputs: np.ndarray) -> None:
     """Fisher-Yates in place: position i swaps with i + output % (n - i). order int32, outputs uint64 [n]."""
     n = len(order)

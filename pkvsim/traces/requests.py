@@ -23,7 +23,14 @@ class RequestTrace:
 
     Request i's prompt blocks are block_hashes[block_offsets[i] : block_offsets[i + 1]], one per block_tokens
     tokens, the last one partly filled; equal hashes are equal blocks after equal prefixes. Traces without
-    hashes have None for both arrays and 0 for block_tokens. Raises ValueError naming the field.
+    hashes have None for both arrays and 0 for block_tokens.
+
+    When a request is sent: at arrival_s, and not before
+    - think_us after the end of the request that it follows, after[i] (a turn of a conversation waits for the one
+      before it; arrival_s is then the earliest that this can be), and
+    - fewer than `concurrency` requests sent before it are unfinished (clients that wait for an answer; with all
+      arrivals at 0 this is a closed loop).
+    Raises ValueError naming the field.
     """
 
     name: str
@@ -33,6 +40,10 @@ class RequestTrace:
     block_hashes: np.ndarray | None = None  # [blocks of all requests] int64
     block_offsets: np.ndarray | None = None  # [n + 1] int64
     block_tokens: int = 0
+    session: np.ndarray | None = None  # [n] int32, requests of one conversation share it, -1 none
+    after: np.ndarray | None = None  # [n] int32, an earlier request whose end this one waits for, -1 none
+    think_us: np.ndarray | None = None  # [n] float64, from that end to sending; with after, or neither
+    concurrency: int | None = None  # most requests in flight, None: no limit
     notes: tuple[str, ...] = ()  # what reading and transforms changed
 
     def __post_init__(self) -> None:
@@ -48,6 +59,7 @@ class RequestTrace:
             if low < 1 or high > MAX_TOKENS:
                 raise ValueError(f"{name}: expected lengths in [1, {MAX_TOKENS}], got {low} to {high}")
             object.__setattr__(self, name, column)
+        self._check_waits(n)
         if self.block_hashes is None and self.block_offsets is None:
             return
         if self.block_hashes is None or self.block_offsets is None:
@@ -60,6 +72,24 @@ class RequestTrace:
             raise ValueError(f"block_offsets: expected one hash per {self.block_tokens} prompt tokens of each request")
         if len(self.block_hashes) != self.block_offsets[-1]:
             raise ValueError(f"block_hashes: expected {self.block_offsets[-1]} hashes, got {len(self.block_hashes)}")
+
+    def _check_waits(self, n: int) -> None:
+        if self.concurrency is not None:
+            check_int("concurrency", self.concurrency, 1, MAX_TOKENS)
+        if self.session is not None:
+            object.__setattr__(self, "session", _column("session", self.session, np.int32, n))
+        if self.after is None and self.think_us is None:
+            return
+        if self.after is None or self.think_us is None:
+            raise ValueError("after, think_us: expected both or neither")
+        after = _column("after", self.after, np.int32, n)
+        think_us = _column("think_us", self.think_us, np.float64, n)
+        object.__setattr__(self, "after", after)
+        object.__setattr__(self, "think_us", think_us)
+        if (after < -1).any() or (after >= np.arange(n)).any():
+            raise ValueError("after: expected -1 or the index of an earlier request")
+        if not (np.isfinite(think_us) & (think_us >= 0)).all():
+            raise ValueError("think_us: expected finite numbers >= 0")
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -96,13 +126,32 @@ def scale_rate(trace: RequestTrace, rate_scale: float) -> RequestTrace:
     return with_note(scaled, f"arrival rate scaled by {rate_scale:g}")
 
 
+def at_rate(trace: RequestTrace, rate_per_s: float) -> RequestTrace:
+    """The same requests at rate_per_s requests per second on average."""
+    if trace.rate_per_s is None:
+        raise ValueError(f"rate: {trace.name} has all requests at one time, which no rate can be made of")
+    if not 0 < rate_per_s < np.inf:
+        raise ValueError(f"rate: expected requests per second > 0, got {rate_per_s!r}")
+    return scale_rate(trace, rate_per_s / trace.rate_per_s)
+
+
+def closed_loop(trace: RequestTrace, concurrency: int, *, keep_arrivals: bool = False) -> RequestTrace:
+    """At most `concurrency` requests in flight; unless keep_arrivals they are all there from the start."""
+    arrival_s = trace.arrival_s if keep_arrivals else np.zeros(len(trace))
+    note = f"at most {concurrency} requests in flight" + ("" if keep_arrivals else ", whenever the trace has them")
+    return with_note(replace(trace, arrival_s=arrival_s, concurrency=concurrency), note)
+
+
 def jitter(trace: RequestTrace, jitter_s: float, *, seed: int = 0) -> RequestTrace:
-    """Every arrival moved by a uniform draw from [-jitter_s, jitter_s], not before the first, and sorted again."""
+    """Every arrival moved by a uniform draw from [-jitter_s, jitter_s], not before the first, and sorted again.
+
+    Requests that follow others move with the first of them.
+    """
     if not 0 <= jitter_s <= MAX_JITTER_S:
         raise ValueError(f"jitter_s: expected seconds in [0, {MAX_JITTER_S:g}], got {jitter_s!r}")
     if jitter_s == 0:
         return trace
-    moves = _generator(seed).uniform(-jitter_s, jitter_s, len(trace))
+    moves = _generator(seed).uniform(-jitter_s, jitter_s, len(trace))[_starts(trace)]
     arrivals = np.maximum(trace.arrival_s + moves, trace.arrival_s[0])
     order = np.argsort(arrivals, kind="stable")
     return with_note(
@@ -163,7 +212,26 @@ def reorder(trace: RequestTrace, order: np.ndarray, arrival_s: np.ndarray) -> Re
         output_tokens=trace.output_tokens[order],
         block_hashes=hashes,
         block_offsets=offsets,
+        session=None if trace.session is None else trace.session[order],
+        after=None if trace.after is None else renumber(trace.after, order),
+        think_us=None if trace.think_us is None else trace.think_us[order],
     )
+
+
+def renumber(after: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """`after` [n] of the requests `order` [m], by their places in order: int32 [m], -1 where that one is left out."""
+    places = np.full(len(after) + 1, -1, np.int32)  # the last entry is where -1 leads
+    places[order] = np.arange(len(order), dtype=np.int32)
+    return places[after[order]]
+
+
+def _starts(trace: RequestTrace) -> np.ndarray:
+    """The request that each one's chain of earlier ones begins with, int64 [n]; itself where it follows none."""
+    starts = np.arange(len(trace))
+    if trace.after is not None:
+        for index in np.flatnonzero(trace.after >= 0):
+            starts[index] = starts[trace.after[index]]
+    return starts
 
 
 def gather_blocks(hashes: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,7 +39,10 @@ class TraceSummary:
     output: LengthSummary
     block_tokens: int
     prompt_blocks: int
-    prefix_reuse: float | None  # part of the prompt blocks that an infinite cache has seen before
+    prefix_reuse: float | None  # part of the prompt blocks that an infinite cache hits
+    sessions: int | None  # conversations of several turns; None where the trace does not say
+    follow_ups: int  # requests that wait for an earlier one's end
+    concurrency: int | None  # most requests in flight; None: no limit
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +66,9 @@ def summary(trace: RequestTrace) -> TraceSummary:
         block_tokens=trace.block_tokens,
         prompt_blocks=0 if trace.block_hashes is None else len(trace.block_hashes),
         prefix_reuse=prefix_reuse(trace),
+        sessions=None if trace.session is None else len(np.unique(trace.session[trace.session >= 0])),
+        follow_ups=0 if trace.after is None else int((trace.after >= 0).sum()),
+        concurrency=trace.concurrency,
         notes=trace.notes,
     )
 
@@ -70,11 +76,19 @@ def summary(trace: RequestTrace) -> TraceSummary:
 def prefix_reuse(trace: RequestTrace) -> float | None:
     """The part of the prompt blocks that an infinite cache holds when they arrive; None without hashes.
 
-    A hash stands for its block and all before it, so a block is a hit exactly when its hash came before.
+    A block is a hit where its hash and those of all blocks before it in the prompt came with earlier requests: a
+    cache that lacks a block cannot use what follows it, as in pkvsim.memory.prefix_cache.
     """
-    if trace.block_hashes is None:
+    if trace.block_hashes is None or trace.block_offsets is None:
         return None
-    return 1 - len(np.unique(trace.block_hashes)) / len(trace.block_hashes)
+    total = len(trace.block_hashes)
+    begins, lengths = trace.block_offsets[:-1], np.diff(trace.block_offsets)
+    request = np.repeat(np.arange(len(trace)), lengths)
+    _, first, ids = np.unique(trace.block_hashes, return_index=True, return_inverse=True)
+    is_new = request[first][ids.reshape(-1)] == request
+    misses = np.where(is_new, np.arange(total), total)
+    hits = np.minimum(np.minimum.reduceat(misses, begins) - begins, lengths)
+    return float(hits.sum()) / total
 
 
 def _lengths(tokens: np.ndarray) -> LengthSummary:

@@ -17,9 +17,9 @@ from paths import SHARED
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import get_device
+from pkvsim.devices.route_model import ROUTES, constants_matrix
 from pkvsim.models.presets import get_model
 from pkvsim.models.weight_bits import with_weight_bits
-from pkvsim.devices.route_model import ROUTES, constants_matrix
 from pkvsim.pricing.cuts import sorted_lengths
 from pkvsim.pricing.layer import heads_of
 from pkvsim.pricing.prices import Candidates, price_routes

@@ -1,7 +1,6 @@
-"""The append kernel's launch: its signature and chunks, and what is refused before it."""
+"""The append kernel's launch: its chunks, and what is refused before it."""
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +10,8 @@ from hypothesis import strategies as st
 from strategies import POISON_PAGE
 
 from gpu.cache import append_checks
-from gpu.cache.append_variant import SIGNATURE, WARPS_PER_SM, AppendViews, chunks_per_token, lanes_per_head
+from gpu.cache.append_variant import WARPS_PER_SM, AppendViews, chunks_per_token, lanes_per_head
 from gpu.inputs.arrays import ArrayView
-from gpu.kernels.compile import SOURCE_DIR
 from pkvsim import DecodeShape
 
 
@@ -30,22 +28,6 @@ def test_warps_cover_a_token_and_then_the_gpu(widest: int, heads: int, tokens: i
     chunks = chunks_per_token(heads, widest, tokens, num_sms)
     assert 1 <= chunks <= steps_of_token
     assert chunks == steps_of_token or tokens * chunks >= num_sms * WARPS_PER_SM
-
-
-def test_the_signature_is_the_kernels() -> None:
-    source = (SOURCE_DIR / "append.cu").read_text()
-    parameters = re.search(r"pkv_append\(([^)]*)\)", source)[1].split(",")
-    letters = [
-        "p"
-        if "*" in p
-        else "q"
-        if "long long" in p
-        else "i"
-        if " int " in f" {p.strip()} " or p.strip().startswith("int")
-        else "f"
-        for p in parameters
-    ]
-    assert "".join(letters) == SIGNATURE
 
 
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)

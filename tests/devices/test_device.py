@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from command import pkvsim
 
 from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, STATUSES, get_device, load_device
 
@@ -111,3 +112,13 @@ def test_calibrated_routes_round_trip_with_source_and_error(name, tmp_path):
     for entry in device.calibration.values():
         assert entry.source and entry.date
     assert any(entry.held_out is not None for entry in device.calibration.values())
+
+
+def test_what_the_devices_command_prints_is_a_device_file(tmp_path, capsys, monkeypatch):
+    code, printed, _ = pkvsim(capsys, monkeypatch, "devices", "l4", "--json")
+    path = tmp_path / "l4arr.json"
+    path.write_text(printed)
+    assert code == 0 and get_device(str(path)).to_json() == get_device("l4").to_json()
+    path.write_text(json.dumps(json.loads(printed) * 2))
+    with pytest.raises(ValueError, match="l4arr.json: expected an object"):
+        load_device(path)

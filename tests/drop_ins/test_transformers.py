@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tiny_models import FAMILIES, make_model, prompts
 from torch_paged import serve_op_on_cpu
 from transformers import DynamicCache
 
+from gpu.drop_ins import transformers_attention
 from gpu.drop_ins.transformers_attention import attention, register
 from gpu.drop_ins.transformers_cache import PagedCache
 from gpu.drop_ins.transformers_rows import PagedRows
@@ -41,13 +43,13 @@ def cache_for(model, inputs: dict, *, new_tokens: int = 12, **options: object) -
 def test_generate_gives_the_same_tokens(family, padding) -> None:
     model, inputs = MODELS[family], prompts([11, 2, 7, 1], padding)
     cache = cache_for(model, inputs)
-    found = generate(model, inputs, "pkv", past_key_values=cache)
+    found = generate(model, inputs, "pkv", **cache.argument_of(model))
     for implementation in ("sdpa", "eager"):
         assert torch.equal(found, generate(model, inputs, implementation))
     assert len(found.unique()) > 5, "a model that repeats itself would hide errors"
     assert cache.rows.lens.tolist() == [11 + 11, 2 + 11, 7 + 11, 1 + 11]  # the last token is not stored
     cache.reset()
-    assert torch.equal(found, generate(model, inputs, "pkv", past_key_values=cache))
+    assert torch.equal(found, generate(model, inputs, "pkv", **cache.argument_of(model)))
 
 
 @settings(deadline=None, max_examples=25)
@@ -95,7 +97,8 @@ def test_rows_that_end_early() -> None:
     options = {"eos_token_id": free[0, 14].item(), "pad_token_id": 0}
     expected = generate(model, inputs, "sdpa", **options)
     assert not torch.equal(expected, free[:, :expected.shape[1]])
-    assert torch.equal(expected, generate(model, inputs, "pkv", past_key_values=cache_for(model, inputs), **options))
+    assert torch.equal(expected, generate(model, inputs, "pkv", **cache_for(model, inputs).argument_of(model),
+                                         **options))
 
 
 def test_forward_without_a_cache() -> None:
@@ -109,10 +112,10 @@ def test_forward_without_a_cache() -> None:
 def test_pages_are_taken_as_rows_grow() -> None:
     model, inputs = MODELS["llama"], prompts([9, 1], "left")
     cache = cache_for(model, inputs, num_pages=20)
-    generate(model, inputs, "pkv", past_key_values=cache, new_tokens=1)
+    generate(model, inputs, "pkv", **cache.argument_of(model), new_tokens=1)
     assert cache.num_free_pages == 20 - 3 - 1
     cache.reset()
-    generate(model, inputs, "pkv", past_key_values=cache, new_tokens=9)
+    generate(model, inputs, "pkv", **cache.argument_of(model), new_tokens=9)
     assert cache.num_free_pages == 20 - 5 - 3
 
 
@@ -124,7 +127,7 @@ def test_a_cache_that_is_too_small_says_so(options, name) -> None:
     model, inputs = MODELS["llama"], prompts([9, 3], "left")
     cache = PagedCache(model.config, **{"max_batch_size": 2, "max_seq_len": 30, "page_size": 4, **options})
     with pytest.raises(ValueError, match=name):
-        generate(model, inputs, "pkv", past_key_values=cache)
+        generate(model, inputs, "pkv", **cache.argument_of(model))
 
 
 def test_other_caches_and_other_batches_are_refused() -> None:
@@ -132,14 +135,14 @@ def test_other_caches_and_other_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="^past_key_values: expected a gpu.drop_ins.transformers_cache.PagedCache"):
         generate(model, inputs, "pkv")
     cache = cache_for(model, inputs)
-    generate(model, inputs, "pkv", past_key_values=cache, new_tokens=3)
+    generate(model, inputs, "pkv", **cache.argument_of(model), new_tokens=3)
     with pytest.raises(ValueError, match="^past_key_values: expected its 2 rows"):
         model(torch.ones((1, 1), dtype=torch.long), past_key_values=cache)
     with pytest.raises(ValueError, match="^attention_mask: expected one mask"):
         model(torch.ones((2, 1), dtype=torch.long), past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 5))
     cache = PagedCache(model.config, max_batch_size=4, max_seq_len=30)
     with pytest.raises(NotImplementedError, match="^num_beams"):
-        generate(model, inputs, "pkv", past_key_values=cache, num_beams=2)
+        generate(model, inputs, "pkv", **cache.argument_of(model), num_beams=2)
 
 
 WINDOWED = {"mistral": make_model("mistral", sliding_window=6),
@@ -173,19 +176,64 @@ def test_turns_under_a_sliding_window(name) -> None:
 
 
 @pytest.mark.parametrize("argument, value", [
-    ("softcap", 30.0), ("s_aux", torch.zeros(6)), ("dropout", 0.1), ("position_bias", torch.zeros(1)),
+    ("dropout", 0.1), ("position_bias", torch.zeros(1)),
 ])
 def test_what_is_not_served_is_refused_by_name(argument, value) -> None:
     new = torch.zeros(2, 6, 3, 8)
-    with pytest.raises(NotImplementedError, match=f"^{argument}: expected"):
+    with pytest.raises(NotImplementedError, match=f"^{argument}: expected") as refused:
         attention(torch.nn.Module(), new, new[:, :2], new[:, :2], None, **{argument: value})
+    assert "tensor(" not in str(refused.value)
+
+
+OPTIONS = {"gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+           "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}}
+CAPPED = {(family, window): make_model(family, sliding_window=window, **options)
+          for family, options in OPTIONS.items() for window in (6, 64)}
+
+
+@pytest.mark.parametrize("padding, window, logits_at_a_time", [
+    ("left", 6, 600), ("right", 64, 1 << 28), ("holes", 64, 600)])
+@pytest.mark.parametrize("family", OPTIONS)
+def test_soft_caps_and_sinks(family, padding, window, logits_at_a_time, monkeypatch) -> None:
+    """Gemma 2 caps its logits, GPT-OSS has sinks, both slide in every other layer: as Transformers' eager attention.
+
+    Where padding is not on the left, Transformers counts it in the window, and a window that is never full is compared.
+    """
+    monkeypatch.setattr(transformers_attention, "DENSE_LOGITS", logits_at_a_time)
+    model, inputs = CAPPED[family, window], prompts([11, 2, 7, 1], padding)
+    caches = {"eager": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for tokens in (1, 4, 1):
+        logits = {}
+        for implementation, cache in caches.items():
+            model.set_attn_implementation(implementation)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+            with torch.no_grad():
+                found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            logits[implementation] = found.logits[mask[:, -ids.shape[1]:].bool()]
+        torch.testing.assert_close(logits["pkv"], logits["eager"], rtol=1e-4, atol=1e-4)
+        ids = torch.randint(2, 97, (4, tokens), generator=torch.Generator().manual_seed(tokens))
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_a_prompt_without_mask_or_cache_under_caps_and_sinks(family) -> None:
+    model, ids = CAPPED[family, 6], prompts([5, 5], "left")["input_ids"]
+    found = {}
+    for implementation in ("eager", "pkv"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found[implementation] = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found["pkv"], found["eager"], rtol=1e-4, atol=1e-4)
 
 
 def test_readme_example() -> None:
     model, inputs = MODELS["qwen2"], prompts([9, 3], "left")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text().split("\n## Drop-ins\n", 1)[1], re.DOTALL)
     example = next(block for block in blocks if "generate" in block)
-    exec(example.replace("model.generate", "found = model.generate"), names := {"model": model, "inputs": inputs})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # the cache goes by the name that this Transformers takes
+        exec(example.replace("model.generate", "found = model.generate"), names := {"model": model, "inputs": inputs})
     assert torch.equal(names["found"], generate(model, inputs, "sdpa", new_tokens=20))
 
 
@@ -195,13 +243,13 @@ def test_a_cache_after_a_failed_step_asks_for_a_reset() -> None:
     layers = model.model.layers
     hook = layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        generate(model, inputs, "pkv", past_key_values=cache)
+        generate(model, inputs, "pkv", **cache.argument_of(model))
     hook.remove()
     with pytest.raises(RuntimeError, match="reset"):
         model(inputs["input_ids"][:, :1], past_key_values=cache)
     cache.reset()
     expected = generate(model, inputs, "sdpa")
-    assert torch.equal(generate(model, inputs, "pkv", past_key_values=cache), expected)
+    assert torch.equal(generate(model, inputs, "pkv", **cache.argument_of(model)), expected)
 
 
 @settings(deadline=None, max_examples=60)

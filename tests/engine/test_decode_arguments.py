@@ -7,8 +7,9 @@ from fake_gpu import fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu.engine.decode_kernels import arguments
+from gpu.engine.decode_kernels import BALANCED_VALUES
 from gpu.inputs import arrays
+from gpu.inputs.run import Run
 from pkvsim import AttentionOptions, DecodeShape
 
 SHAPE = DecodeShape(4, 2, 64, 4)
@@ -17,7 +18,6 @@ OPTIONS = (AttentionOptions(), AttentionOptions(window=9, soft_cap=3.0), Attenti
            AttentionOptions(kv_dtype="float8_e4m3fn"), AttentionOptions(kv_dtype="int8", kv_scales="page"),
            AttentionOptions(kv_dtype="int8"))
 LOG2_E = 1.4426950408889634
-ORDER = ("q", "k_pages", "v_pages", "ids", "lens", "query_lens", "sinks", "out", "lse", "workspace")
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +27,19 @@ def gpu():
 
 
 def make_engine(options: AttentionOptions, layout: str = "HND"):
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(SHAPE, options=options, layout=layout)
 
 
-def launched(engine, run: dict, scale: float | None) -> tuple:
-    """The grid and the arguments of a run that launches nothing."""
+def launched(engine, run: dict, scale: float | None) -> tuple[int, dict]:
+    """The grid and the values, by name, of a run that launches nothing."""
     seen = []
-    engine._plan.decode = lambda *launch: seen.append(launch)
-    engine.run(**run, scale=scale)
-    ((grid, args, _),) = seen
-    assert len(args) == len(arguments(engine.config, engine._plan.layout).strip("[]")) + 5
-    return grid, args
+    engine = engine.schedule_engine
+    engine._plan.decode = lambda grid, values, stream, pairs: seen.append((grid, values))
+    engine.run(Run(**run, scale=scale))
+    ((grid, values),) = seen
+    return grid, dict(zip(BALANCED_VALUES, values, strict=True))
 
 
 def make_tables(gpu, form: str, *, batch: int, pages: int, ids: str) -> dict:
@@ -67,33 +67,36 @@ def make_run(gpu, options: AttentionOptions, layout: str, *, batch: int, pages: 
     return {name: gpu.array(array) if isinstance(array, np.ndarray) else array for name, array in run.items()}
 
 
-def expected(engine, tables: dict, run: dict, scale: float | None) -> list:
-    """pkv::DecodeArguments and what follows, written field by field from what the arrays themselves say."""
+def expected(engine, tables: dict, run: dict, scale: float | None) -> dict:
+    """What the kernel must be given, worked out from what the arrays themselves say; of other variants' values 0."""
     def at(array: object) -> int:
         return 0 if array is None or isinstance(array, float) else array.data.ptr
 
+    engine = engine.schedule_engine
     options, csr = engine.options, "indptr" in tables
     ids = tables["indices" if csr else "block_table"]
-    batch, num_pages = run["q"].shape[0], run["k_pages"].shape[0]
-    named = run | {"ids": ids, "lens": tables["last_page_len"] if "last_page_len" in tables else tables["seq_lens"],
-                   "workspace": engine._partials}
     k, v = ([stride // run[name].itemsize for stride in run[name].strides] for name in ("k_pages", "v_pages"))
     head, token = (1, 2) if engine.layout == "HND" else (2, 1)
     base = SHAPE.head_dim**-0.5 if scale is None else scale
     numbers = [given if isinstance(given := run.get(name), float) else 1.0 for name in ("k_scale", "v_scale")]
     base, cap = base * numbers[0], options.soft_cap
-    fields = [*(at(named.get(name)) for name in ORDER), k[0], v[0], k[head], k[token], v[head], v[token], batch, 2,
-              ids.shape[-1], num_pages, options.window or 0, *((base * LOG2_E, 0.0) if cap is None
-                                                               else (base / cap, cap * LOG2_E))]
-    if options.kv_dtype is not None:
-        strides = [0, 0, 0]
-        if options.kv_scales != "tensor":
-            page, *inner = (stride // 4 for stride in run["k_scale"].strides)
-            strides = [page, *((*inner, 0) if options.kv_scales == "page" else inner if head == 1 else inner[::-1])]
-        fields += [at(run.get("k_scale")), at(run.get("v_scale")), *strides, numbers[1]]
-    fields += [at(tables["indptr"])] if csr else []
-    return [*fields, *engine.costs,
-            ids.shape[-1] * SHAPE.page_size]
+    strides = [0, 0, 0]
+    if options.kv_scales in ("page", "token"):
+        page, *inner = (stride // 4 for stride in run["k_scale"].strides)
+        strides = [page, *((*inner, 0) if options.kv_scales == "page" else inner if head == 1 else inner[::-1])]
+    return {
+        **{name: at(run.get(name)) for name in ("q", "k_pages", "v_pages", "query_lens", "sinks", "out", "lse")},
+        "page_ids": at(ids), "lengths": at(tables["last_page_len" if "last_page_len" in tables else "seq_lens"]),
+        "row_begins": at(tables.get("indptr")), "partials": at(engine._partials),
+        "k_page_stride": k[0], "k_head_stride": k[head], "k_token_stride": k[token],
+        "v_page_stride": v[0], "v_head_stride": v[head], "v_token_stride": v[token],
+        "batch_size": run["q"].shape[0], "num_kv_heads": 2, "table_stride": ids.shape[-1],
+        "num_pages": run["k_pages"].shape[0], "window": options.window or 0,
+        "scale": base * LOG2_E if cap is None else base / cap, "cap": 0.0 if cap is None else cap * LOG2_E,
+        "k_scales": at(run.get("k_scale")), "v_scales": at(run.get("v_scale")), "v_scale": numbers[1],
+        "scale_page_stride": strides[0], "scale_head_stride": strides[1], "scale_token_stride": strides[2],
+        **engine.costs._asdict(), "max_tokens": ids.shape[-1] * SHAPE.page_size,
+    }  # fmt: skip
 
 
 STEPS = st.lists(st.fixed_dictionaries({
@@ -116,7 +119,7 @@ def test_arguments_are_of_the_arrays_at_hand(gpu, options, layout, steps) -> Non
                            **sizes)
             engine.plan(**tables)
             grid, args = launched(engine, run, step["scale"])
-            assert (grid, list(args)) == (engine.num_ctas, expected(engine, tables, run, step["scale"]))
+            assert (grid, args) == (engine.schedule_engine.num_ctas, expected(engine, tables, run, step["scale"]))
         if step["wrong"] == "block_table":
             with pytest.raises(ValueError, match="^block_table"):
                 engine.plan(gpu.array(np.zeros(5, np.int32)), gpu.array(np.zeros((4, 2), np.int32)))

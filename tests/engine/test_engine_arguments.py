@@ -29,7 +29,7 @@ def gpu():
 
 
 def make_engine(schedule: str = "balanced", **options):
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(SHAPE, **{"schedule": schedule, "options": OPTIONS, "splits": 2, **options})
 
@@ -55,7 +55,7 @@ def counted(gpu):
 
 @pytest.mark.parametrize("name", BAD_ENGINES)
 def test_a_wrong_engine(gpu, name) -> None:
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     for value in BAD_ENGINES[name]:
         with pytest.raises(REFUSALS, match=name):
@@ -205,10 +205,11 @@ def test_every_array_of_append_in_every_wrong_way(gpu) -> None:
                                      AttentionOptions(kv_dtype="int8", kv_scales="token")])
 def test_the_engine_pairs_ctas_as_its_gpus_model_says(gpu, options) -> None:
     """And as it is told, where it is."""
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     shape, model = DecodeShape(32, 8, 128, 16), get_device("h200").routes["balanced"]
     engine = DecodeEngine(shape, options=options)
     columns = options.query_shape(shape).group_size
-    assert engine.costs.pair == paired(model.costs.pair, columns, 128, options.kv_element_bytes(shape), shape.page_size)
-    assert DecodeEngine(shape, options=options, costs=BalancedCosts(pair=3)).costs == (0, 1, 0, 3)
+    pair = paired(model.costs.pair, columns, 128, options.kv_element_bytes(shape), shape.page_size)
+    assert engine.schedule_engine.costs.pair == pair
+    assert DecodeEngine(shape, options=options, costs=BalancedCosts(pair=3)).schedule_engine.costs == (0, 1, 0, 3)

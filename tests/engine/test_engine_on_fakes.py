@@ -10,6 +10,8 @@ from fake_steps import agrees, make_step, run_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu.engine.decode_kernels import DecodeKernels
+from gpu.kernels.variant import kernel_config
 from pkvsim import AttentionOptions, DecodeShape
 
 FORMS = ("block table", "csr and lengths", "csr and last pages")
@@ -25,7 +27,7 @@ def gpu():
 
 
 def make_engine(*args, **options):
-    from gpu.engine.schedule_engine import DecodeEngine
+    from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(*args, **options)
 
@@ -116,7 +118,7 @@ def test_one_kernel_for_each_layout_of_tables(gpu) -> None:
 
 
 def workspace_of(engine) -> object:
-    return engine._partials.host
+    return engine.schedule_engine._partials.host
 
 
 @pytest.mark.parametrize("schedule", ["workqueue", "split"])
@@ -130,7 +132,7 @@ def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
             engine.run(**run_arguments(gpu, step))
     finally:
         gpu.capturing = False
-    plan = engine._plan
+    plan = engine.schedule_engine._plan
     kept = [
         weakref.ref(array)
         for array in (workspace_of(engine), plan.task_list.tasks.host, *(c.host for c in plan.copies))
@@ -143,7 +145,7 @@ def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
         engine.run(**run)
         agrees(big, run)
     assert all(ref() is not None for ref in kept) and workspace_of(engine) is not kept[0]()
-    assert len(engine._in_graphs) == 1, "three runs of one plan are kept once"
+    assert len(engine.schedule_engine._in_graphs) == 1, "three runs of one plan are kept once"
 
 
 def test_nothing_is_kept_of_steps_that_no_graph_captured(gpu) -> None:
@@ -153,7 +155,7 @@ def test_nothing_is_kept_of_steps_that_no_graph_captured(gpu) -> None:
         step = make_step(shape, [40 + 40 * seed] * 3, seed=seed)
         engine.plan(step.seq_lens, step.block_table)
         engine.run(**run_arguments(gpu, step))
-    assert engine._in_graphs == []
+    assert engine.schedule_engine._in_graphs == []
 
 
 def test_a_captured_copy_of_host_tables_outlives_later_plans(gpu) -> None:
@@ -163,7 +165,7 @@ def test_a_captured_copy_of_host_tables_outlives_later_plans(gpu) -> None:
     gpu.capturing = True
     engine.run(**run_arguments(gpu, step))
     gpu.capturing = False
-    kept = [weakref.ref(copy.host) for copy in engine._plan.copies]
+    kept = [weakref.ref(copy.host) for copy in engine.schedule_engine._plan.copies]
     engine.plan(step.seq_lens, step.block_table)
     assert len(kept) == 2 and all(ref() is not None for ref in kept)
 
@@ -193,3 +195,30 @@ def test_the_pools_tables_go_to_the_stream_of_its_library(gpu, monkeypatch) -> N
     assert copied == ["cupy"] * 2 + ["torch"] * 2 and not current
     with pytest.raises(ValueError, match="^library: expected cupy or torch"):
         PagedKVCache(DecodeShape(4, 2, 64, 4), num_pages=8, max_batch=2, max_seq_len=16, library="numpy")
+
+
+def test_auto_has_a_router_and_no_engine_of_its_own(gpu) -> None:
+    shape = DecodeShape(4, 2, 64, 4)
+    engine = make_engine(shape, schedule="auto")
+    assert engine.schedule_engine is None and make_engine(shape).router is None
+    step = make_step(shape, [40, 0, 33])
+    run = run_arguments(gpu, step)
+    with pytest.raises(RuntimeError, match="^run: call plan"):
+        engine.run(**run)
+    engine.plan(gpu.array(step.seq_lens), gpu.array(step.block_table))
+    engine.run(**run)
+    agrees(step, run)
+    assert engine.router.counts == {"balanced": 1}
+    for bad, named in ((DecodeShape(4, 2, 96, 4), "head_dim"), (DecodeShape(400, 2, 64, 4), "group_size")):
+        with pytest.raises(ValueError, match=named):
+            make_engine(bad, schedule="auto")
+    with pytest.raises(ValueError, match="^scale"):
+        make_engine(shape, schedule="auto", scale=float("nan"))
+
+
+@pytest.mark.parametrize("overlap, num_tasks, wanted", [
+    (True, 66, (132, True)), (True, 67, (67, False)), (True, 1, (2, True)), (True, 0, (1, False)),
+    (True, 500, (132, False)), (False, 64, (64, False))])
+def test_tasks_of_half_the_ctas_go_one_to_a_pair(overlap, num_tasks, wanted) -> None:
+    config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90)
+    assert DecodeKernels(config, planned_on_gpu=False, overlap=overlap).task_grid(num_tasks, 132) == wanted

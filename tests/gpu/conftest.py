@@ -1,4 +1,7 @@
-"""Every test in this folder needs a CUDA device with CuPy and PyTorch, and is skipped without one."""
+"""Every test in this folder needs a CUDA device with CuPy and PyTorch, and is skipped without one.
+
+--card NAME: runs them as that GPU of pkvsim's catalogue would (gpu.as_card).
+"""
 from __future__ import annotations
 
 import importlib.util
@@ -18,6 +21,42 @@ def _missing() -> str | None:
 MISSING = _missing()
 # Modules that import torch or cupy at the top cannot even be collected without them.
 collect_ignore_glob = ["*/test_*.py"] if MISSING else []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--card", metavar="NAME", help="run the GPU tests as this GPU of the catalogue (gpu.as_card)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    card = config.getoption("--card")
+    if card is None or MISSING:
+        return
+    from gpu.as_card import enter
+
+    try:
+        enter(card)
+    except ValueError as error:
+        raise pytest.UsageError(f"--card: {error}") from None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Puts what ran, and as which card, into the junit file that tests.gpu.record reads."""
+    from _pytest.junitxml import xml_key
+
+    from gpu.kernels.compile import source_hash
+
+    junit = session.config.stash.get(xml_key, None)
+    if junit is not None:
+        junit.add_global_property("source_hash", source_hash())
+        junit.add_global_property("card", session.config.getoption("--card") or "")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if MISSING:
+        return f"no GPU test runs: {MISSING}"
+    from gpu.kernels.this_gpu import this_gpu
+
+    return f"GPU: {this_gpu()}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,11 @@
-"""Writes tests/gpu/record.json: which sources passed the GPU tests, where, and how fast they were.
+"""Writes tests/gpu/record.json: which sources passed the GPU tests, where, as which cards, and how fast they were.
 
     python -m pytest tests/gpu -n 8 --junit-xml gpu.xml
+    python -m pytest tests/gpu -n 8 --card rtx3060 --junit-xml card.xml
     python examples/bench_decode.py --json bench.json
-    python -m tests.gpu.record --bench bench.json --junit gpu.xml --out tests/gpu/record.json
+    python -m tests.gpu.record --bench bench.json --junit gpu.xml card.xml
+
+tests/gpu/run_all.sh does all four.
 """
 from __future__ import annotations
 
@@ -16,47 +19,83 @@ import xml.etree.ElementTree as ElementTree
 
 from gpu.kernels.compile import source_hash
 
-
-def count_tests(junit: pathlib.Path) -> dict[str, int]:
-    """Totals over the suites of a junit file."""
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
-    totals = {
-        name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
-    }
-    totals["passed"] = totals["tests"] - totals["failures"] - totals["errors"] - totals["skipped"]
-    return totals
+ITSELF = "itself"  # the run that plays no card
+CARDS = ("rtx3060",)  # that the tests must have passed as, beside the GPU at hand
+FIELDS = ("case", "batch_size", "num_q_heads", "num_kv_heads", "route", "kernel_us", "limit_us", "note")  # of a timing
+COUNTS = ("tests", "failures", "errors", "skipped")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bench", type=pathlib.Path, required=True, help="what bench_decode wrote with --json")
-    parser.add_argument("--junit", type=pathlib.Path, required=True, help="what pytest wrote with --junit-xml")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("record.json"))
-    args = parser.parse_args()
-    bench = json.loads(args.bench.read_text())
-    tests = count_tests(args.junit)
-    if tests["failures"] or tests["errors"] or not tests["passed"]:
-        print(f"record: expected a run with every test passed, got {tests}", file=sys.stderr)
-        return 1
-    if bench["environment"]["source_hash"] != source_hash():
-        print("record: the benchmark ran other sources than these", file=sys.stderr)
-        return 1
+def read_run(junit: pathlib.Path) -> tuple[str, dict[str, object]]:
+    """(the card, or ITSELF; the sources' hash and the totals over the suites) of a junit file of pytest tests/gpu.
+
+    Raises ValueError naming the file where it does not say what ran.
+    """
+    root = ElementTree.parse(junit).getroot()
+    told = {entry.get("name"): entry.get("value") for entry in root.iter("property")}
+    if "source_hash" not in told or "card" not in told:
+        raise ValueError(f"{junit}: expected the properties source_hash and card, which tests/gpu/conftest.py writes")
+    found: dict[str, object] = {"source_hash": told["source_hash"]}
+    suites = list(root.iter("testsuite"))
+    found |= {name: sum(int(suite.get(name, 0)) for suite in suites) for name in COUNTS}
+    found["passed"] = found["tests"] - found["failures"] - found["errors"] - found["skipped"]
+    return told["card"] or ITSELF, found
+
+
+def wrong(record: dict, sources: str) -> list[str]:
+    """What keeps a record from standing for the sources of that hash, in sentences."""
+    found = []
+    if record.get("source_hash") != sources:
+        found.append("its timings are of other sources")
+    runs = record.get("runs", {})
+    for name in (ITSELF, *CARDS):
+        run = runs.get(name)
+        if run is None:
+            found.append(f"no run of tests/gpu {'as the GPU at hand' if name == ITSELF else f'--card {name}'}")
+        elif run["source_hash"] != sources:
+            found.append(f"the run {name} is of other sources")
+        elif run["failures"] or run["errors"] or not run["passed"]:
+            found.append(f"the run {name} did not pass: {run}")
+    if not record.get("timings"):
+        found.append("no timings")
+    return found
+
+
+def make_record(bench: dict, runs: dict[str, dict]) -> dict:
+    """The record of what bench_decode wrote and of the runs by card."""
     environment = bench["environment"]
-    fields = ("case", "batch_size", "num_q_heads", "num_kv_heads", "route", "kernel_us", "limit_us", "note")
-    record = {
-        "source_hash": source_hash(),
+    return {
+        "source_hash": environment["source_hash"],
         "gpu": environment["gpu"],
         "driver": environment["driver"],
         "versions": {"python": platform.python_version(),
                      **{name: environment[name] for name in ("torch", "cuda", "cupy", "flashinfer")}},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "tests": tests,
+        "runs": runs,
         "command": environment["command"],
         "summary": bench["summary"],
-        "timings": [{name: result[name] for name in fields} for result in bench["results"]],
+        "timings": [{name: result[name] for name in FIELDS} for result in bench["results"]],
     }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", type=pathlib.Path, required=True, help="what bench_decode wrote with --json")
+    parser.add_argument("--junit", type=pathlib.Path, required=True, nargs="+",
+                        help="what pytest wrote with --junit-xml, of every run")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("record.json"))
+    args = parser.parse_args(argv)
+    try:
+        record = make_record(json.loads(args.bench.read_text()), dict(read_run(path) for path in args.junit))
+    except (OSError, ValueError) as error:
+        print(f"record: {error}", file=sys.stderr)
+        return 1
+    found = wrong(record, source_hash())
+    if found:
+        print(f"record: not written: {'; '.join(found)}", file=sys.stderr)
+        return 1
     args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {args.out}: {tests['passed']} tests passed, {len(record['timings'])} timings")
+    passed = ", ".join(f"{run['passed']} tests passed as {name}" for name, run in record["runs"].items())
+    print(f"wrote {args.out}: {passed}, {len(record['timings'])} timings")
     return 0
 
 

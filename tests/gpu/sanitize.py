@@ -7,7 +7,7 @@
 
 Each check is meant to end within two minutes under the sanitizer. racecheck does not see that __syncwarp orders the
 lanes' writes before one lane's arrival at a barrier; with --racecheck the kernels are compiled such that every lane
-arrives (PKV_RACECHECK in cuda_src/mma.cuh).
+arrives (PKV_RACECHECK in cuda_src/variant.cuh).
 """
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from paths import SUPPORT
 from gpu.cache import append_checks
 from gpu.cache.append_variant import AppendViews, defines, launch_sizes
 from gpu.inputs.arrays import ArrayView
+from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR
+from gpu.kernels.launch import Arguments
 from pkvsim import DecodeShape
 from pkvsim.reference.append import append
 from pkvsim.reference.rope import Rope, make_cos_sin, turns_per_position
@@ -34,8 +36,8 @@ VARIANTS = (
 
 
 def build(folder: Path, constants: dict[str, int]) -> ctypes.CDLL:
-    for name in ("append.cu", "cache_type.cuh", "quantize.cuh"):
-        shutil.copy(SOURCE_DIR / name, folder)
+    for path in SOURCE_DIR.glob("*.cu*"):
+        shutil.copy(path, folder)
     for name in ("mma.cuh", "vectors.cuh"):
         (folder / name).write_text("")
     # No contraction: the reference rounds each operation, and so must the kernel's own _rn intrinsics.
@@ -129,9 +131,10 @@ def test_the_kernel_is_the_reference(variant: tuple, tmp_path: Path) -> None:
         order = ("k_new", "v_new", "q", "q_out", "k_pages", "v_pages", "k_scales", "v_scales", "seq_lens",
                  "block_table", "token_offsets")
         pointers = [0 if step[name] is None else step[name].ctypes.data for name in order]
-        library.run(num_ctas, (ctypes.c_void_p * 12)(*pointers, angles_at), (ctypes.c_int * 9)(*sizes[:9]),
-                    (ctypes.c_longlong * 19)(*sizes[9:]),
-                    (ctypes.c_float * 3)(1.0 if rope is None else rope.factor, k_scale, v_scale))
+        written = Arguments(fields.signature("pkv_append", {}))
+        written.write(*pointers, angles_at, *sizes, 1.0 if rope is None else rope.factor, k_scale, v_scale)
+        assert library.arguments_bytes() == written.num_bytes
+        library.run(num_ctas, ctypes.c_void_p(*written.starts))
         for name, expect in (("k_pages", want["k_pages"]), ("v_pages", want["v_pages"]), ("q", want_q),
                              ("k_scales", want["k_scales"]), ("v_scales", want["v_scales"])):
             if expect is not None and angles == "inv_freq":  # not the same sine

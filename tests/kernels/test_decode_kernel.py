@@ -68,6 +68,14 @@ def test_16_bit_pages(group, dtype, schedule, ctas, more) -> None:
     assert_close(run(step, schedule, ctas=ctas), expected(step), dtype)
 
 
+@pytest.mark.parametrize("ctas", [7, 36, 37, 90])
+def test_tasks_of_half_the_grid_go_to_every_other_cta(ctas) -> None:
+    """18 tasks: 36 CTAs and more have one of each two without any."""
+    shape, options = DecodeShape(8, 2, 64, 16), AttentionOptions()
+    step = make_step(shape, "float16", options, seed=ctas, lens=(390, 0, 2, 33, 100))
+    assert_close(run(step, "workqueue", ctas=ctas), expected(step), "float16")
+
+
 @pytest.mark.parametrize("lens", [(), (0,), (0, 0)])
 def test_steps_without_tokens(lens) -> None:
     step = make_step(DecodeShape(8, 2, 64, 16), "float16", AttentionOptions(), seed=0, lens=(*lens, 0))

@@ -7,10 +7,8 @@ import nvrtc
 import pytest
 
 from gpu.cache import append_variant as append_config
-from gpu.engine.decode_kernels import arguments
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
-from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import DTYPES, SHARED_LIMIT_BYTES, KernelConfig, kernel_config
 from gpu.measure.timing import STREAM_SHAPES
 from pkvsim import AttentionOptions, DecodeShape
@@ -120,15 +118,6 @@ def test_teams_fit(case, team, dtype, kv_dtype, kv_scales, capability, tasks):
     assert (config.head_split, config.team) == (1, team)  # pages are read once
     names = ("balanced.cu", "pkv_decode_balanced"), ("decode.cu", "pkv_decode_tasks")
     assert_fits(*names[tasks], config.defines(), capability, threads=config.threads, dynamic_shared=config.shared_bytes)
-
-
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
-@pytest.mark.parametrize("layout", [TableLayout(), TableLayout(csr=True)])
-def test_the_hosts_structure_is_the_kernels(layout, kv_dtype):
-    config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90, options=AttentionOptions(kv_dtype=kv_dtype))
-    options = compile_options(config.defines() | layout.defines())
-    size = re.search(r"pkv_decode_balanced_param_0\[(\d+)\]", nvrtc.ptx(SOURCE_DIR / "balanced.cu", 90, options))
-    assert int(size[1]) == Arguments(arguments(config, layout)).num_bytes
 
 
 # 8-bit pages: every capability meets every type; kinds of scales, head_dims, group sizes, page sizes and dtypes take

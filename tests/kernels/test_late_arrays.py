@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape, reference
+from pkvsim.schedule.costs import BalancedCosts
 
 SHAPES = {  # a warp alone, a team of warps; pages smaller and larger than tiles
     "one warp": (DecodeShape(8, 2, 64, 16), {}),
@@ -57,7 +58,8 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     rng = np.random.default_rng(seed)
     lens_before = step.lens.copy()
     kinds = {"none": 0, "a tenth": rng.random(rows) < 0.1, "the last": np.arange(rows) == rows - 1, "all": 1}
-    changed = np.broadcast_to(kinds[data.draw(st.sampled_from(sorted(kinds)), "lengths that change")], rows).astype(bool)
+    kind = data.draw(st.sampled_from(sorted(kinds)), "lengths that change")
+    changed = np.broadcast_to(kinds[kind], rows).astype(bool)
     lens_before[changed] = data.draw(st.lists(st.one_of(LENGTH, INT32), min_size=rows, max_size=rows))[:changed.sum()]
     table_before = step.table.copy()
     changed = rng.random(step.table.shape) < data.draw(st.sampled_from((0, 0.05, 1)), "page ids that change")
@@ -65,8 +67,8 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     variant = (4, 2) if options.query_tokens > 1 else (2, 2)
     ctas = data.draw(st.integers(1, 9), "CTAs")
     before = lens_before, table_before, records(data, lens_before, step, rng, ctas)
-    pair_cost = data.draw(st.sampled_from((0, 80)), "pair_cost")
-    out, lse = run(step, "balanced", variant=variant, ctas=ctas, pair_cost=pair_cost, before=before)
+    costs = BalancedCosts(1, 2, pair=data.draw(st.sampled_from((0, 80)), "cost of a pair"))
+    out, lse = run(step, "balanced", variant=variant, ctas=ctas, costs=costs, before=before)
     want, want_lse = reference.attention(shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
                                          options=options)
     assert np.abs(out - want).max() <= 1e-3 * max(1.0, np.abs(want).max())  # NaN fails too

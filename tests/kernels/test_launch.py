@@ -105,17 +105,26 @@ def test_every_launch_has_its_own_grid_stream_and_arguments(driver) -> None:
         assert driver.seen[-1] == (wanted, (256, 1, 1), 4096, stream, 1, 77, None, list(values))
 
 
-def test_an_even_grid_goes_in_pairs(driver) -> None:
+def test_an_even_grid_goes_in_pairs_where_asked_to(driver) -> None:
     """The numbers are CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION and _CLUSTER_DIMENSION of cuda.h."""
     driver.signature = "i"
     function = types.SimpleNamespace(ptr=77)
-    kernel = Kernel(function, "i", threads=256, shared_bytes=4096, overlap=True, pairs=True)
+    kernel = Kernel(function, "i", threads=256, shared_bytes=4096, overlap=True)
     overlapping, paired = (6, (1, 0, 0)), (4, (2, 1, 1))
     for grid, wanted in ((132, [overlapping, paired]), (7, [overlapping]), (2, [overlapping, paired])):
-        kernel(grid, (1,), 0)
+        kernel(grid, (1,), 0, pairs=True)
         assert driver.attributes == wanted
-    Kernel(function, "i", threads=256, shared_bytes=4096, overlap=False, pairs=True)(2, (1,), 0)
+        kernel(grid, (1,), 0)
+        assert driver.attributes == [overlapping]
+    Kernel(function, "i", threads=256, shared_bytes=4096, overlap=False)(2, (1,), 0, pairs=True)
     assert driver.attributes == []
+
+
+def test_arguments_are_picked_from_what_is_given(driver) -> None:
+    driver.signature = "[pi]i"
+    kernel = Kernel(types.SimpleNamespace(ptr=77), "[pi]i", threads=256, shared_bytes=0, overlap=False, order=(3, 0, 1))
+    kernel(2, (5, -6, 0.25, 2**40), 3)
+    assert driver.seen[-1][-1] == [2**40, 5, -6]
 
 
 @pytest.mark.parametrize("values", [(1, 2), (1, 2, 3.0, 4), (1, 2**31, 3.0), (1, 2.5, 3.0), (None, 2, 3.0)])

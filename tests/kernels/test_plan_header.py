@@ -22,6 +22,10 @@ many_rows = st.lists(st.one_of(st.just(0), st.integers(0, 300)), min_size=30, ma
 equal_rows = st.builds(lambda length, rows: [length] * rows, lengths, st.integers(1, 40))  # heads that may be cut alike
 
 
+class Costs(ctypes.Structure):  # pkv::Costs
+    _fields_ = [(name, ctypes.c_int) for name in BalancedCosts._fields]
+
+
 @pytest.fixture(scope="session")
 def list_balanced(tmp_path_factory):
     """(lens, num_kv_heads, costs, window, num_ctas)
@@ -39,7 +43,7 @@ def list_balanced(tmp_path_factory):
             pointer(lens.ctypes.data),
             len(lens),
             num_kv_heads,
-            *costs,
+            Costs(*costs),
             2**31 - 1 if window is None else window,
             num_ctas,
             pointer(tasks.ctypes.data),
@@ -56,7 +60,9 @@ def list_balanced(tmp_path_factory):
 @given(
     lens=st.one_of(few_rows, many_rows, equal_rows),
     num_kv_heads=st.sampled_from([1, 2, 3, 4, 8, 16]),
-    costs=st.builds(BalancedCosts, st.integers(0, 12), st.integers(1, 40), st.integers(0, 12), st.one_of(st.just(0), st.integers(0, 300))),
+    costs=st.builds(
+        BalancedCosts, st.integers(0, 12), st.integers(1, 40), st.integers(0, 12), st.just(0) | st.integers(0, 300)
+    ),
     window=st.one_of(st.none(), st.sampled_from([1, 16, 17, 4096]), st.integers(1, 300)),
     num_ctas=st.integers(1, 300),
 )
@@ -93,7 +99,7 @@ def list_balanced(tmp_path_factory):
 )  # short, and whole heads for half the CTAs
 @example(
     lens=[2048] * 3, num_kv_heads=8, costs=BalancedCosts(7, 8, 2, 80), window=None, num_ctas=132
-)  # equal parts would idle more than 1/6 of half the CTAs
+)  # equal parts would idle more than 1/8 of half the CTAs
 @example(
     lens=[0, 16, 0, 131072, 0], num_kv_heads=8, costs=BalancedCosts(3, 1, 0, 0), window=None, num_ctas=300
 )

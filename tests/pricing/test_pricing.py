@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from prices import layer_prices
 
 from pkvsim import DecodeShape
@@ -96,7 +95,7 @@ def test_every_device_has_routes(name):
     routes = device_routes(device)
     assert set(OWN_ROUTES) <= set(routes) <= set(ROUTES)
     assert ("xqa" in routes) == (device.compute_capability >= (9, 0))
-    for route, entry in derive_routes(device).items():
+    for entry in derive_routes(device).values():
         assert entry.status == "estimated" and "h200" in entry.source
         assert entry.model.cta_read_gb_s <= entry.model.bandwidth_gb_s <= device.peak_gb_s
     for route, entry in device.calibration.items():

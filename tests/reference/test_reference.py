@@ -49,7 +49,9 @@ def test_every_schedule_equals_attention(data, shape, lens, seed, tile_tokens):
     options = {
         "split": {"splits": data.draw(st.integers(1, 9))},
         "workqueue": {"splits": data.draw(st.lists(st.integers(1, 9), min_size=len(lens), max_size=len(lens)))},
-        "balanced": {"num_ctas": data.draw(st.integers(1, 30)), "costs": BalancedCosts(segment=data.draw(st.integers(0, 3)))},
+        "balanced": {
+            "num_ctas": data.draw(st.integers(1, 30)), "costs": BalancedCosts(segment=data.draw(st.integers(0, 3)))
+        },
     }
     for name, chosen in options.items():
         schedule = make_schedule(name, shape, lens, tile_tokens=tile_tokens, **chosen)

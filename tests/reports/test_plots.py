@@ -20,10 +20,10 @@ from pkvsim.reports.plot_serving import plot_whatif
 from pkvsim.reports.plot_step import plot_step
 from pkvsim.reports.plot_sweep import plot_routes, plot_sweep
 from pkvsim.reports.plots import DASHES, PALETTE, PART_COLOURS, ROUTE_COLOURS, unit_of
-from pkvsim.reports.series import PARTS, busy_parts_s, busy_shares, distribution, over_time, spread, time_edges
 from pkvsim.serving.costs import POLICIES
 from pkvsim.serving.simulate import simulate
 from pkvsim.studies.explain_step import explain_step, parse_seq_lens
+from pkvsim.studies.series import PARTS, busy_parts_s, busy_shares, distribution, over_time, spread, time_edges
 from pkvsim.studies.sweep import step_sweep
 from pkvsim.studies.whatif import whatif
 
@@ -154,7 +154,7 @@ def test_without_matplotlib(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     args = ("step", "--seq-lens", "8", "--device", "h200")
     code, out, err = pkvsim(capsys, monkeypatch, *args, "--plot", str(tmp_path / "a.png"))
-    assert (code, out) == (2, "") and "plot: needs matplotlib, pip install 'persistentkv[plot]'" in err
+    assert (code, out) == (2, "") and "plot: needs matplotlib: pip install matplotlib" in err
     assert pkvsim(capsys, monkeypatch, *args)[0] == 0
 
 

@@ -1,4 +1,4 @@
-"""gpu.routes.flashinfer_decode over FP8 pages, with a FlashInfer of this file that does what the real one's documentation says."""
+"""gpu.routes.flashinfer_decode over FP8 pages, with a FlashInfer of this file that does what its documentation says."""
 from __future__ import annotations
 
 import sys

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu.inputs.run import Run
 from gpu.routes import route_engines as routes
 from gpu.routes import router as router_module
 from gpu.routes.router import Router
@@ -30,12 +31,12 @@ class FakeEngine:
     def __init__(self, route: str) -> None:
         self.route, self.plans = route, []
 
-    def plan(self, seq_lens, block_table, *, splits=None, packed=None, validate=False) -> None:
-        self.plans.append((seq_lens, splits))
+    def plan(self, tables, *, splits=None, packed=None, validate=False) -> None:
+        self.plans.append((tables.seq_lens, splits))
 
-    def run(self, q, k_pages, v_pages=None, *, out=None, lse=None, sinks=None):
-        self.sinks = sinks
-        return self.route, lse
+    def run(self, run):
+        self.sinks = run.sinks
+        return self.route, run.lse
 
 
 class Built(dict):
@@ -97,7 +98,7 @@ def test_the_routed_engine_is_the_policys_choice_among_the_available(lens, layer
     assert (splits is None) == (expected.splits is None)
     if splits is not None:
         assert splits.tolist() == expected.splits.tolist()
-    assert router.counts == {expected.route: 1} and router.run(None, None, lse=0)[0] == expected.route
+    assert router.counts == {expected.route: 1} and router.run(Run(None, None, lse=0))[0] == expected.route
 
 
 OPTIONS = (PLAIN, AttentionOptions(window=4096), AttentionOptions(soft_cap=30.0), AttentionOptions(sinks=True),
@@ -123,7 +124,7 @@ def test_options_reach_the_policy_and_leave_out_who_does_not_serve_them(lens, op
     expected = CalibratedPolicy().decide(SHAPE, lens, H200, available=available, options=options)
     assert set(build) == {expected.route}
     sinks = object()
-    router.run(None, None, lse=0, sinks=sinks)
+    router.run(Run(None, None, lse=0, sinks=sinks))
     assert build[expected.route].sinks is sinks
 
 
@@ -259,7 +260,7 @@ def test_the_first_choice_of_a_batch_size_is_logged_with_its_reason(caplog):
 
 def test_run_before_plan():
     with pytest.raises(RuntimeError, match="plan"):
-        make_router(Built()).run(None, None)
+        make_router(Built()).run(Run(None, None))
 
 
 @pytest.mark.parametrize("bad", [[-1], [1.5], [[1]], [2**40]])

@@ -15,6 +15,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
+#define __host__
 using std::max;
 using std::min;
 
@@ -86,20 +87,17 @@ static void wait_for_previous_kernel() {}
 
 #include "append.cu"
 
-// The parameters of pkv_append by kind, in their order.
-extern "C" void run(int num_ctas, void* const* p, const int* i, const long long* q, const float* f) {
+extern "C" int arguments_bytes() { return sizeof(pkv::AppendArguments); }
+
+extern "C" void run(int num_ctas, const void* arguments) {
+  pkv::AppendArguments given;
+  std::memcpy(&given, arguments, sizeof given);
   for (int warp = 0; warp < num_ctas * pkv::WARPS; ++warp) {
     std::vector<std::jthread> lanes;
     for (int lane = 0; lane < 32; ++lane)
       lanes.emplace_back([=] {
         blockIdx.x = warp / pkv::WARPS, threadIdx.x = warp % pkv::WARPS * 32 + lane;
-        typedef const half_type* tokens;
-        typedef pkv::cache_type* pages;
-        typedef const int* ints;
-        pkv_append(tokens(p[0]), tokens(p[1]), tokens(p[2]), (half_type*)p[3], pages(p[4]), pages(p[5]), (float*)p[6],
-                   (float*)p[7], ints(p[8]), ints(p[9]), ints(p[10]), p[11], i[0], i[1], i[2], i[3], i[4], i[5], i[6],
-                   i[7], i[8], q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], q[8], q[9], q[10], q[11], q[12], q[13],
-                   q[14], q[15], q[16], q[17], q[18], f[0], f[1], f[2]);
+        pkv_append(given);
       });
   }
 }

@@ -11,7 +11,7 @@ import pytest
 from gpu.kernels.compile import SOURCE_DIR
 
 COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
-STRICT = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE_DIR}")
+STRICT = ("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE_DIR}")
 
 
 def build(source: Path, to: Path, *options: str) -> ctypes.CDLL:

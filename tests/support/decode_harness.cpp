@@ -23,7 +23,7 @@ typedef bfloat16 half_type;
 #else
 typedef _Float16 half_type;
 #endif
-#include "cache_type.cuh"
+#include "variant.cuh"
 #if FP16_OPERANDS
 typedef _Float16 operand_type;
 #else
@@ -288,7 +288,7 @@ extern "C" int arguments_bytes() { return sizeof given; }
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 5, numbers);
-  body = [] { pkv_decode_balanced(given, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]); };
+  body = [] { pkv_decode_balanced(given, {numbers[0], numbers[1], numbers[2], numbers[3]}, numbers[4]); };
   run_grid(num_ctas, 1);
   pkv::late.clear();
   return complaint;

@@ -13,13 +13,13 @@ import cpp
 import ml_dtypes
 import numpy as np
 
-from gpu.engine.decode_kernels import arguments
-from gpu.inputs.block_tables import TableLayout
+from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import KernelConfig, kernel_config
 from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference.append import FP8_DTYPES, dequantize
+from pkvsim.schedule.costs import BalancedCosts
 
 HARNESS = Path(__file__).with_name("decode_harness.cpp")
 LENGTHS = (0, 1, 15, 16, 17, 33, 70, 200)
@@ -117,11 +117,11 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
 
 
 def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
-        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS, pair_cost: int = 0,
+        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS, costs: BalancedCosts = BalancedCosts(1, 2),
         before: tuple[np.ndarray, ...] | None = None,
         between: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started.
-    stages: of a ring, where the variant's are too many. pair_cost: of balanced, see make_schedule. before: the lengths,
+    stages: of a ring, where the variant's are too many. costs: of balanced. before: the lengths,
     page table and records of plans that each CTA finds until the previous kernel ends. between: changes the records
     [ctas, 64] int32 that the first of two launches left, by which the second need not give the same result any more."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
@@ -144,16 +144,20 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
     base = shape.head_dim**-0.5
     cap = options.soft_cap
     scale, height = (base * LOG2_E, 0.0) if cap is None else (base / cap, cap * LOG2_E)
-    order = (step.k, 0), (step.v, 0), (step.k, 1), (step.k, 2), (step.v, 1), (step.v, 2)
-    layout = [pool.strides[axis] // pool.itemsize for pool, axis in order]
-    given = step.q, step.k, step.v, step.table, step.lens, step.query_lens, step.sinks, out, lse, partials
-    values = [*map(address, given), *layout, len(step.lens), heads.num_kv_heads, step.table.shape[1], len(step.k),
-              options.window or 0, scale, height]
-    if options.kv_dtype is not None:
-        strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales != "tensor" else []
-        values += [address(step.k_scales), address(step.v_scales), *strides, *[0] * (3 - len(strides)), 1.0]
-    written = Arguments(arguments(config, TableLayout()))
-    written.write(*values)
+    strides = {f"{name}_{axis}_stride": pool.strides[i] // pool.itemsize
+               for name, pool in (("k", step.k), ("v", step.v)) for i, axis in enumerate(("page", "head", "token"))}
+    scale_strides = [stride // 4 for stride in step.k_scales.strides] if options.kv_scales in ("page", "token") else []
+    values = {
+        "q": address(step.q), "k_pages": address(step.k), "v_pages": address(step.v), "page_ids": address(step.table),
+        "lengths": address(step.lens), "query_lens": address(step.query_lens), "sinks": address(step.sinks),
+        "out": address(out), "lse": address(lse), "partials": address(partials), **strides,
+        "batch_size": len(step.lens), "num_kv_heads": heads.num_kv_heads, "table_stride": step.table.shape[1],
+        "num_pages": len(step.k), "window": options.window or 0, "scale": scale, "cap": height,
+        "k_scales": address(step.k_scales), "v_scales": address(step.v_scales), "v_scale": 1.0,
+        **dict(zip(("scale_page_stride", "scale_head_stride", "scale_token_stride"), (*scale_strides, 0, 0, 0)))}
+    present = fields.present(fields.DECODE, config.defines())
+    written = Arguments(f"[{''.join(field.letter for field in present)}]")
+    written.write(*(values[field.name] for field in present))
     (start,) = written.starts
     assert library.arguments_bytes() == written.num_bytes
 
@@ -162,7 +166,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
         library.write_late(ctypes.c_void_p(address(array)), ctypes.c_void_p(address(was)), array.size)
 
     if balanced:
-        sizes = (ctypes.c_int * 5)(1, 2, 0, pair_cost, step.table.shape[1] * shape.page_size)
+        sizes = (ctypes.c_int * 5)(*costs, step.table.shape[1] * shape.page_size)
         first = None
         slots, records = np.split(partials, [config.slots_bytes(ctas)])
         for _ in range(2):  # the second finds the first one's records

@@ -1,7 +1,7 @@
 """A CuPy of NumPy memory and kernels of Python: the engine's host side, whole, on a machine without a GPU.
 
-A kernel gets what the real one gets, addresses and numbers in the order of its parameters, and computes float64
-attention from what lies there. So an argument in the wrong place, a wrong stride or a copy that was freed shows.
+A kernel gets what the real one gets, addresses and numbers by the names of gpu.kernels.fields, and computes float64
+attention from what lies there. So a value under the wrong name, a wrong stride or a copy that was freed shows.
 """
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from gpu.kernels import fields
 from pkvsim import AttentionOptions, DecodeShape, reference
 
 LOG2_E = 1.4426950408889634
-ENGINE_MODULES = ("gpu.engine.schedule_engine", "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels", "gpu.cache.writer", "gpu.cache.pool")
+ENGINE_MODULES = (
+    "gpu.decode_engine",
+    "gpu.engine.schedule_engine",
+    "gpu.engine.task_list",
+    "gpu.engine.plan",
+    "gpu.engine.decode_kernels",
+    "gpu.cache.writer",
+    "gpu.cache.pool",
+)
 FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
 
 
@@ -61,92 +70,74 @@ class FakeKernel:
     """A launchable kernel; `launches` counts."""
 
     name: str
-    signature: str
     defines: dict[str, int]
+    given: tuple[str, ...] | None  # names of the values of a launch, see gpu.kernels.compile.load_kernel
     launches: int = 0
 
-    def __call__(self, grid: object, args: tuple, stream: int) -> None:
-        letters = self.signature.replace("[", "").replace("]", "")
-        assert len(letters) == len(args), f"{self.name}: {len(args)} arguments for {letters}"
-        for letter, value in zip(letters, args):
-            assert isinstance(value, (int, np.integer)) if letter != "f" else isinstance(value, float), (letter, value)
+    def __call__(self, grid: object, args: tuple, stream: int, pairs: bool = False) -> None:
+        names = fields.names(self.name, self.defines) if self.given is None else self.given
+        assert len(names) == len(args), f"{self.name}: {len(args)} values of {names}"
+        values = dict(zip(names, args))
+        letters = fields.signature(self.name, self.defines).replace("[", "").replace("]", "")
+        for name, letter in zip(fields.names(self.name, self.defines), letters, strict=True):
+            assert isinstance(values[name], float if letter == "f" else (int, np.integer)), (name, letter, values[name])
         self.launches += 1
         if self.name.startswith("pkv_decode"):
-            decode(self.defines, args, tasks=self.name == "pkv_decode_tasks")
+            decode(self.defines, types.SimpleNamespace(**values), tasks=self.name == "pkv_decode_tasks")
 
 
-def decode(defines: dict[str, int], args: tuple, *, tasks: bool) -> None:
-    """What the decode kernels leave in out and lse: of all rows, or of those that the tasks name and the empty ones."""
-    (
-        q_at,
-        k_at,
-        v_at,
-        table_at,
-        lens_at,
-        counts_at,
-        sinks_at,
-        out_at,
-        lse_at,
-        _partials,
-        k_page,
-        v_page,
-        k_head,
-        k_token,
-        v_head,
-        v_token,
-        batch,
-        heads,
-        stride,
-        num_pages,
-        window,
-        scale,
-        cap,
-        *own,
-    ) = args
+def decode(defines: dict[str, int], given: types.SimpleNamespace, *, tasks: bool) -> None:
+    """What the decode kernels leave in out and lse: of all rows, or of those that the tasks name and the empty ones.
+
+    given: the kernel's arguments by name (gpu.kernels.fields).
+    """
+    batch, heads, stride = given.batch_size, given.num_kv_heads, given.table_stride
     split, tokens, dim = defines["HEAD_SPLIT"], defines["QUERY_TOKENS"], FLOATS[defines["DTYPE_BF16"]]
     page_size, widths = defines["PAGE_SIZE"], (defines["HEAD_DIM"], defines["V_DIM"])
     kv_heads, q_heads = heads // split, heads * defines["GROUP_SIZE"]
     ids = np.int64 if defines.get("TABLE_INT64") else np.int32
     if defines.get("TABLE_CSR"):
-        begins, own = memory(own[0], np.int32, (batch + 1,)), own[1:]
-        indices = memory(table_at, ids, (stride,))
+        begins = memory(given.row_begins, np.int32, (batch + 1,))
+        indices = memory(given.page_ids, ids, (stride,))
         rows = [indices[begin:end] for begin, end in zip(begins, begins[1:])]
     else:
-        rows = [memory(table_at + row * stride * np.dtype(ids).itemsize, ids, (stride,)) for row in range(batch)]
-    lens = memory(lens_at, np.int32, (batch,)).copy()
+        wide = stride * np.dtype(ids).itemsize
+        rows = [memory(given.page_ids + row * wide, ids, (stride,)) for row in range(batch)]
+    lens = memory(given.lengths, np.int32, (batch,)).copy()
     if defines.get("LAST_PAGE_LENGTHS"):
         lens = np.array(
             [(len(row) - 1) * page_size + last if len(row) else 0 for row, last in zip(rows, lens)], np.int32
         )
     if not tasks:
-        lens = np.minimum(lens, own[4])
+        lens = np.minimum(lens, given.max_tokens)
     table = np.zeros((batch, max(1, int((-(-lens // page_size)).max()))), np.int64)
     for line, row, length in zip(table, rows, lens):
         owned = -(-int(length) // page_size)
         line[:owned] = row[:owned]
     pools = [
-        memory(at, dim, (num_pages, kv_heads, page_size, width), (page, head, token, 1))
+        memory(at, dim, (given.num_pages, kv_heads, page_size, width), (page, head, token, 1))
         for at, width, page, head, token in (
-            (k_at, widths[0], k_page, k_head, k_token),
-            (v_at, widths[1], v_page, v_head, v_token),
+            (given.k_pages, widths[0], given.k_page_stride, given.k_head_stride, given.k_token_stride),
+            (given.v_pages, widths[1], given.v_page_stride, given.v_head_stride, given.v_token_stride),
         )
     ]
     axes = (batch, q_heads) if tokens == 1 else (batch, tokens, q_heads)
-    soft_cap = cap / LOG2_E if defines["SOFT_CAP"] else None
-    options = AttentionOptions(window=window if defines["WINDOWED"] else None, soft_cap=soft_cap,
+    soft_cap = given.cap / LOG2_E if defines["SOFT_CAP"] else None
+    options = AttentionOptions(window=given.window if defines["WINDOWED"] else None, soft_cap=soft_cap,
                                sinks=bool(defines["SINKS"]), query_tokens=tokens, v_head_dim=widths[1])
     out, lse = reference.attention(
-        DecodeShape(q_heads, kv_heads, widths[0], page_size), memory(q_at, dim, (*axes, widths[0])).astype(np.float64),
+        DecodeShape(q_heads, kv_heads, widths[0], page_size),
+        memory(given.q, dim, (*axes, widths[0])).astype(np.float64),
         *(pool.astype(np.float64) for pool in pools), table, lens,
-        scale=scale * soft_cap if soft_cap else scale / LOG2_E, options=options,
-        sinks=memory(sinks_at, np.float32, (q_heads,)) if sinks_at else None,
-        query_lens=memory(counts_at, np.int32, (batch,)) if counts_at else None)
+        scale=given.scale * soft_cap if soft_cap else given.scale / LOG2_E, options=options,
+        sinks=memory(given.sinks, np.float32, (q_heads,)) if given.sinks else None,
+        query_lens=memory(given.query_lens, np.int32, (batch,)) if given.query_lens else None)
     live = np.ones(batch, bool)
     if tasks:
         live = lens == 0
-        live[memory(own[0], np.int32, (own[2], 5))[:, 0]] = True
-    memory(out_at, dim, out.shape)[live] = out[live].astype(dim)
-    memory(lse_at, np.float32, lse.shape)[live] = lse[live]
+        live[memory(given.tasks, np.int32, (given.num_tasks, 5))[:, 0]] = True
+    memory(given.out, dim, out.shape)[live] = out[live].astype(dim)
+    memory(given.lse, np.float32, lse.shape)[live] = lse[live]
 
 
 @dataclass(slots=True)
@@ -156,17 +147,20 @@ class FakeGpu:
     cupy: types.ModuleType
     kernels: list[FakeKernel] = field(default_factory=list, repr=False)
     capturing: bool = False
+    torch: types.ModuleType | None = None
 
     def array(self, host: object, *, device: int = 0) -> FakeArray:
         return FakeArray(np.asarray(host), device)
 
 
 @contextlib.contextmanager
-def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4):
+def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: int = 80 << 30):
     """Installs it for the modules of the engine, which are imported anew inside and forgotten afterwards."""
     stream = types.SimpleNamespace(ptr=0, synchronize=lambda: None)
-    device = types.SimpleNamespace(id=0, compute_capability=str(compute_capability), synchronize=lambda: None,
-                                   attributes={"MultiProcessorCount": num_sms})
+    device = types.SimpleNamespace(id=0, synchronize=lambda: None)
+    major, minor = divmod(compute_capability, 10)
+    properties = {"name": b"Fake GPU", "major": major, "minor": minor, "multiProcessorCount": num_sms,
+                  "totalGlobalMem": memory_bytes}
     cupy = types.ModuleType("cupy")
     gpu = FakeGpu(cupy)
     cupy.__dict__.update(
@@ -176,10 +170,11 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4):
         zeros=lambda shape, dtype: FakeArray(np.zeros(shape, _dtype(dtype))),
         full=lambda shape, value, dtype: FakeArray(np.full(shape, value, _dtype(dtype))),
         cuda=types.SimpleNamespace(Device=lambda index=0: device, get_current_stream=lambda: stream,
-                                   runtime=types.SimpleNamespace(streamIsCapturing=lambda handle: gpu.capturing)))
+                                   runtime=types.SimpleNamespace(getDeviceProperties=lambda index: properties,
+                                                           streamIsCapturing=lambda handle: gpu.capturing)))
 
-    def load_kernel(file_name, kernel_name, signature, defines, **launch):
-        gpu.kernels.append(FakeKernel(kernel_name, signature, dict(defines)))
+    def load_kernel(file_name, kernel_name, defines, *, given=None, **launch):
+        gpu.kernels.append(FakeKernel(kernel_name, dict(defines), given))
         return gpu.kernels[-1]
 
     kept = {name: sys.modules.pop(name, None) for name in (*ENGINE_MODULES, "cupy")}

@@ -74,8 +74,8 @@ def ptx(source: Path, capability: int, options: tuple[str, ...]) -> str:
     return _compile(source, (*options, f"--gpu-architecture=compute_{capability}"), "PTX")[0].rstrip(b"\0").decode()
 
 
-def kernel_resources(source: Path, capability: int, options: tuple[str, ...]) -> dict[str, Resources]:
-    """Compiles to machine code for a compute capability and returns what each kernel takes, by name.
+def compiled(source: Path, capability: int, options: tuple[str, ...]) -> tuple[bytes, dict[str, Resources]]:
+    """Machine code for a compute capability (an ELF file), and what each of its kernels takes, by name.
 
     Raises ValueError when the log does not say: a check that found nothing to check must not pass.
     """
@@ -85,7 +85,12 @@ def kernel_resources(source: Path, capability: int, options: tuple[str, ...]) ->
     _, *entries = re.split(r"Compiling entry function '(\w+)'", log)
     if not cubin or not entries:
         raise ValueError(f"{source.name}: no kernel in the log of ptxas: {log!r}")
-    return {name: _resources(text) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+    return cubin, {name: _resources(text) for name, text in zip(entries[::2], entries[1::2], strict=True)}
+
+
+def kernel_resources(source: Path, capability: int, options: tuple[str, ...]) -> dict[str, Resources]:
+    """What each kernel takes, by name; raises as compiled()."""
+    return compiled(source, capability, options)[1]
 
 
 def _resources(text: str) -> Resources:

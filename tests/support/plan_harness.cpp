@@ -11,9 +11,9 @@ struct Task {
 
 // tasks: room for max_tasks; cta_offsets: [num_ctas + 1]. Returns the number of ranges; cta_offsets[ranges] tasks were
 // found, of which at most max_tasks are written. No tokens at all are one range without tasks.
-extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, int segment_cost,
-                             int min_cost, int part_cost, int pair_cost, int window, int num_ctas, Task* tasks,
-                             int max_tasks, int* cta_offsets) {
+extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_heads, pkv::Costs costs, int window,
+                             int num_ctas, Task* tasks, int max_tasks, int* cta_offsets) {
+  const int segment_cost = costs.segment;
   const pkv::Lengths lens{seq_lens, batch_size, INT_MAX, window};
   int total = 0, num_heads = 0, most = 0, least = INT_MAX;
   for (int row = 0; row < batch_size; ++row) {
@@ -23,7 +23,7 @@ extern "C" int list_balanced(const int* seq_lens, int batch_size, int num_kv_hea
     if (cost > most) most = cost;
     if (cost > 0 && cost < least) least = cost;
   }
-  const pkv::Cut cut(total, num_heads, most == least, num_ctas, segment_cost, min_cost, part_cost, pair_cost);
+  const pkv::Cut cut(total, num_heads, most == least, num_ctas, costs);
   int count = 0;
   for (int range = 0; range < cut.num_ranges; ++range) {
     cta_offsets[range] = count;

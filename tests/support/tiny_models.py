@@ -3,6 +3,10 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -16,13 +20,15 @@ from transformers import (
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM),
             "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+# Soft caps and sinks, which SDPA has not.
+CAPPED = {"gemma2": (Gemma2Config, Gemma2ForCausalLM), "gpt_oss": (GptOssConfig, GptOssForCausalLM)}
 VOCABULARY = 97
 
 
 def make_model(family: str, *, head_dim: int = 8, dtype: torch.dtype = torch.float32, device: str = "cpu",
                **options: object) -> PreTrainedModel:
     """A model of 3 layers with 6 query and 2 KV heads, whose weights are wide enough that greedy tokens vary."""
-    make_config, make = FAMILIES[family]
+    make_config, make = (FAMILIES | CAPPED)[family]
     torch.manual_seed(1)
     config = make_config(vocab_size=VOCABULARY, hidden_size=6 * head_dim, intermediate_size=64, num_hidden_layers=3,
                          num_attention_heads=6, num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512,

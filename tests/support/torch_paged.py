@@ -92,7 +92,8 @@ class TorchEngine:
         self.runs += 1
         tables = self.tables if len(self.tables) == 2 else table_of_csr(*self.tables, shape.page_size)
         v_pages = v_pages.to(q.dtype) * (1.0 if v_scale is None else v_scale)
-        found = paged_attention(q, k_pages.to(q.dtype), v_pages, *tables, scale, options.window, options.soft_cap, sinks)
+        window, soft_cap = options.window, options.soft_cap
+        found = paged_attention(q, k_pages.to(q.dtype), v_pages, *tables, scale, window, soft_cap, sinks)
         return tuple(new if given is None else given.copy_(new) for given, new in zip((out, lse), found))
 
 

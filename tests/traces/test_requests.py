@@ -174,3 +174,21 @@ def test_bad_traces(changes, message):
 def test_bad_transforms(transform, message):
     with pytest.raises(ValueError, match=message):
         transform(RequestTrace(**GOOD))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=12))
+def test_prefix_reuse_is_what_serving_hits(prompts):
+    """Hashes that name no whole prefix, and repeat within a prompt: both count hits up to the first miss."""
+    from serving_cases import DEVICE, MODEL
+
+    from pkvsim.serving.server_config import ServingConfig
+    from pkvsim.serving.simulate import simulate
+
+    offsets = np.append(0, np.cumsum([len(prompt) for prompt in prompts]))
+    trace = RequestTrace(
+        "t", np.arange(len(prompts)) * 60.0, np.diff(offsets) * BLOCK, np.ones(len(prompts), np.int64),
+        np.concatenate(prompts), offsets, BLOCK,
+    )  # fmt: skip
+    result = simulate(trace, MODEL, DEVICE, "balanced", ServingConfig(prefix_cache="infinite"))
+    assert prefix_reuse(trace) == pytest.approx(result.requests.hit_blocks.sum() / len(trace.block_hashes))

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pkvsim.models.families.attention import Split
 from pkvsim.models.config_fields import Fields
+from pkvsim.models.families.attention import Split
 from pkvsim.models.model_spec import NONE, AttentionSpec, FeedForwardSpec
 from pkvsim.models.modules import FIXED, MLP, Module
 

@@ -17,7 +17,7 @@ def test_tokens_come_back(combined: bool) -> None:
     rng = np.random.default_rng(0)
     cache = PagedKVCache(SHAPE, num_pages=40, max_batch=4, max_seq_len=40, combined=combined)
     kept: dict[int, list[np.ndarray]] = {}
-    for step in range(120):
+    for _ in range(120):
         if len(kept) < 4:
             row = cache.allocate()
             tokens = rng.standard_normal((int(rng.integers(1, 12)), 2, 2, 64)).astype(

@@ -1,15 +1,14 @@
 """The FlashInfer drop-in on the GPU: against float64, in CUDA graphs, and against FlashInfer by one script's text."""
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from decode_ref import Case, check, csr_of, make_case
+from gpu_needs import flashinfer_kernels
 
 from gpu import BatchDecodeWithPagedKVCacheWrapper
 from pkvsim import DecodeShape
@@ -183,17 +182,6 @@ for kv_layout, q, kv_cache, options in variants:
 """
 
 
-@contextlib.contextmanager
-def skips_where_a_module_is_missing() -> Iterator[None]:
-    """For machines that may not build FlashInfer's modules (FLASHINFER_DISABLE_JIT) and lack one of those needed."""
-    from flashinfer.jit import MissingJITCacheError
-
-    try:
-        yield
-    except MissingJITCacheError as error:
-        pytest.skip(f"FlashInfer may not build here what it lacks: {error.spec.name}")
-
-
 @has_flashinfer
 def test_variants_by_import_alone() -> None:
     lens = [5, 900, 16, 77, 4000, 8]
@@ -210,7 +198,7 @@ def test_variants_by_import_alone() -> None:
     found = {}
     for module in ("gpu", "flashinfer"):
         names = {"variants": variants, "csr": csr(case)}
-        with skips_where_a_module_is_missing():
+        with flashinfer_kernels("variants of the wrapper"):
             exec(VARIANTS_SCRIPT.format(module=module), names)
         torch.cuda.synchronize()
         found[module] = names["results"]
@@ -234,7 +222,8 @@ def test_one_script_by_import_alone(tensor_cores: bool, dtype: str, on_host: boo
     found = {}
     for module in ("flashinfer", "gpu"):
         names = {"steps": steps, "tensor_cores": tensor_cores}
-        exec(SCRIPT.format(module=module), names)
+        with flashinfer_kernels(f"{dtype}, {'tensor' if tensor_cores else 'CUDA'} cores"):
+            exec(SCRIPT.format(module=module), names)
         torch.cuda.synchronize()
         found[module] = names["results"]
     assert len(found["gpu"]) == len(found["flashinfer"]) == 5 * 6 + 1 + 3

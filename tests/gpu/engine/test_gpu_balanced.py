@@ -63,15 +63,16 @@ def test_device_plan_equals_the_simulators(case: int) -> None:
     pages = max(1, int(pages_of(lens, 16).max()))
     engine = DecodeEngine(SHAPE, schedule="balanced")
     engine.plan(torch.from_numpy(lens).cuda(), torch.zeros((batch, pages), dtype=torch.int32, device="cuda"))
-    tasks, cta_offsets = engine.device_tasks()
+    planned = engine.schedule_engine
+    tasks, cta_offsets = planned.device_tasks()
     expected = make_schedule(
         "balanced",
         SHAPE,
         lens,
         tile_tokens=TILE_TOKENS,
-        num_ctas=engine.num_ctas,
-        costs=engine.costs,
-        window=engine.options.reach,
+        num_ctas=planned.num_ctas,
+        costs=planned.costs,
+        window=planned.options.reach,
     )
     np.testing.assert_array_equal(cta_offsets, expected.cta_offsets)
     np.testing.assert_array_equal(tasks, expected.tasks)

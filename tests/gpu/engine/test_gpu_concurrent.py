@@ -58,7 +58,7 @@ def test_engines_on_streams_of_their_own_give_the_serial_results(schedule: str) 
     engines = [DecodeEngine(SHAPE, schedule=schedule, splits=8) for _ in range(STREAMS)]
     work = [cases(seed) for seed in range(STREAMS)]
     expected = [serial(engine, own) for engine, own in zip(engines, work)]
-    workspaces = {engine._partials.data.ptr for engine in engines}
+    workspaces = {engine.schedule_engine._partials.data.ptr for engine in engines}
     assert len(workspaces) == STREAMS
     streams = [torch.cuda.Stream() for _ in engines]
     torch.cuda.synchronize()
@@ -130,8 +130,8 @@ def test_one_engine_captured_beside_another_that_runs() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         engine.run(small.q, small.k_pages, small.v_pages, out=out, lse=lse)
-    before = engine._partials
-    for seed in range(3):
+    before = engine.schedule_engine._partials
+    for _ in range(3):
         engine.plan(large.seq_lens, large.block_table)
         poison = cupy.full(1 << 22, 0xAB, dtype=cupy.uint8)  # where freed memory would be taken up
         found = outputs(large)
@@ -143,7 +143,7 @@ def test_one_engine_captured_beside_another_that_runs() -> None:
         check(out, lse, small, dtype="float16")
         check(*found, large, dtype="float16")
         assert bool((poison == 0xAB).all()), "the graph wrote into memory that was freed"
-    assert engine._partials is not before
+    assert engine.schedule_engine._partials is not before
 
 
 def test_options_side_by_side() -> None:

@@ -91,7 +91,7 @@ def test_a_captured_step_follows_rows_that_change_on_the_device(ids: torch.dtype
     with shared_stream():
         step()
         graph = capture(step)
-        for replay in range(60):
+        for _ in range(60):
             ends = np.sort(rng.integers(0, NUM_INDICES - 10, BATCH - 1))
             pages = np.diff([0, *ends, NUM_INDICES - 10]) * (rng.random(BATCH) > 0.2)  # some rows are empty
             host = np.maximum(0, pages * 16 - rng.integers(0, 16, BATCH)).astype(np.int32)
@@ -117,8 +117,9 @@ def test_the_device_plan_of_last_pages_is_pkvsims() -> None:
     case = make_case(shape, LENS)
     engine = DecodeEngine(shape)
     engine.plan(**tables(case, "csr and last pages", torch.int32))
-    tasks, offsets = engine.device_tasks()
-    wanted = make_schedule("balanced", shape, LENS, num_ctas=engine.num_ctas, costs=engine.costs,
+    planned = engine.schedule_engine
+    tasks, offsets = planned.device_tasks()
+    wanted = make_schedule("balanced", shape, LENS, num_ctas=planned.num_ctas, costs=planned.costs,
                            tile_tokens=16)
     np.testing.assert_array_equal(tasks, wanted.tasks)
     np.testing.assert_array_equal(offsets, wanted.cta_offsets)

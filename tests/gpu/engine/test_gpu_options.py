@@ -167,13 +167,14 @@ def test_device_plan_with_a_window() -> None:
     engine = DecodeEngine(shape, options=AttentionOptions(window=500, query_tokens=3))
     lens = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
     engine.plan(lens, torch.zeros((len(LENGTHS), 188), dtype=torch.int32, device="cuda"))
-    tasks, offsets = engine.device_tasks()
+    planned = engine.schedule_engine
+    tasks, offsets = planned.device_tasks()
     wanted = make_schedule(
         "balanced",
         shape,
         LENGTHS,
-        num_ctas=engine.num_ctas,
-        costs=engine.costs,
+        num_ctas=planned.num_ctas,
+        costs=planned.costs,
         tile_tokens=16,
         window=502,
     )

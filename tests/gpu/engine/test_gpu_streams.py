@@ -56,7 +56,10 @@ def test_side_stream(schedule: str) -> None:
         check(out, lse, case, dtype="float16")
 
 
-@pytest.mark.parametrize("bad", [{"num_ctas": 0}, {"num_ctas": -1}, {"costs": BalancedCosts(segment=-1)}, {"costs": BalancedCosts(minimum=0)}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"num_ctas": 0}, {"num_ctas": -1}, {"costs": BalancedCosts(segment=-1)}, {"costs": BalancedCosts(minimum=0)}],
+)
 def test_bad_costs(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         DecodeEngine(SHAPE, **bad)

@@ -78,12 +78,11 @@ def test_a_wrong_engine_of_ours_stops_the_run(bench, trace) -> None:
     right = engines.engines["workqueue"].engine.run
 
     class Wrong:
-        engine = engines.engines["workqueue"].engine.engine
         plan = engines.engines["workqueue"].engine.plan
 
-        def run(self, *args, out, lse):
-            right(*args, out=out, lse=lse)
-            out += 0.01
+        def run(self, run):
+            right(run)
+            run.out.add_(0.01)
 
     engines.engines["workqueue"].engine = Wrong()
     with pytest.raises(RuntimeError, match="workqueue: .*float64_error"):

@@ -8,7 +8,7 @@ import numpy as np
 from pkvsim.serving.result import ServingResult, StepLog
 
 WIDE_RATIO = 20
-MAX_POINTS = 2000  # of a distribution's curve
+MAX_POINTS = 2000  # A distribution's curve has no more points.
 PARTS = {"decode attention": "attention_us", "rest of decode": "rest_us", "prefill": "prefill_us"}
 
 

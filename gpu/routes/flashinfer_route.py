@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables
+from gpu.inputs.run import Run
 from gpu.routes import flashinfer_decode as fi
 from pkvsim import DecodeShape
 from pkvsim.options import PLAIN, AttentionOptions
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 1024  # length of the one row that shows whether a backend's kernels can be built
 
 
-class FlashInferEngine:
+class FlashInferRoute:
     """A FlashInfer backend with DecodeEngine's checks, streams and array libraries."""
 
     __slots__ = (
@@ -58,50 +59,41 @@ class FlashInferEngine:
         pages = torch.zeros(
             (2, columns, shape.num_kv_heads, shape.page_size, shape.head_dim), dtype=dtype, device="cuda"
         )
-        self.plan(np.array([PROBE_TOKENS], np.int32), np.arange(columns, dtype=np.int32)[None])
-        self.run(q, pages[0], pages[1], out=torch.empty_like(q), sinks=sinks)
+        self.plan(StepTables(np.array([PROBE_TOKENS], np.int32), np.arange(columns, dtype=np.int32)[None]))
+        self.run(Run(q, pages[0], pages[1], out=torch.empty_like(q), sinks=sinks))
         torch.cuda.synchronize()
         self._library = None
 
     def plan(
         self,
-        seq_lens: object,
-        block_table: object,
+        tables: StepTables,
         *,
         splits: np.ndarray | int | None = None,
         packed: fi.PackedTable | None = None,
         validate: bool = False,
     ) -> None:
-        given = StepTables(seq_lens, block_table)
-        views = given.views()
+        """As DecodeEngine.plan, of a block table. splits: what only our own routes read."""
+        views = tables.views()
         lens, table = views["seq_lens"], views["block_table"]
         checks.check_plan(views, self._device)
         if packed is None or validate:
-            host_lens = arrays.to_host("seq_lens", seq_lens)
+            host_lens = arrays.to_host("seq_lens", tables.seq_lens)
             checks.check_lengths(host_lens, self.shape.page_size, table.shape[1])
-        self._unchecked_ids = (given.on_host(page_ids=True), host_lens) if validate else None
+        self._unchecked_ids = (tables.on_host(page_ids=True), host_lens) if validate else None
         if self._batch_size != table.shape[0]:
             self._checked_run = None
         self._batch_size = table.shape[0]
         libraries = [library for library in ("torch", "cupy") if library in (lens.library, table.library)]
         with _torch_on_stream(libraries[0] if libraries else self._library, self._device) as stream:
             if packed is None:
-                packed = fi.pack_table(host_lens, block_table, page_size=self.shape.page_size)
+                packed = fi.pack_table(host_lens, tables.block_table, page_size=self.shape.page_size)
             self._theirs.plan_packed(packed)
             if self._library is None:
                 stream.synchronize()  # the first run may be on another stream
 
-    def run(
-        self,
-        q: object,
-        k_pages: object,
-        v_pages: object = None,
-        *,
-        out: object = None,
-        lse: object = None,
-        sinks: object = None,
-    ) -> tuple[object, object | None]:
+    def run(self, run: Run) -> tuple[object, object | None]:
         """As DecodeEngine.run, but the LSE is made only where `lse` is given (XQA: ValueError)."""
+        q, k_pages, v_pages, out, lse, _, sinks, *_ = run
         if lse is not None and self.backend == "xqa":
             raise ValueError("lse: expected None on route xqa, which gives no LSE")
         if v_pages is None:

@@ -1,0 +1,231 @@
+// The arithmetic of a step whose rows share reads, in integers only. pkvsim.schedule.spans is its specification; a CPU
+// test compiles this header with g++ and compares the two task for task.
+//
+// The cost axis is made of entries: first the groups, whose spans are (read, KV head), then the rows, whose spans are
+// (row, KV head). A span of n tiles that starts at x0 reaches to x0 + c + max(1, n) * e / 8: tile 0 sits at x0, tile
+// t >= 1 at x0 + c + t * e / 8, where c is what its end costs in tiles and e what a tile of it costs in eighths. It is
+// cut as plan.cuh cuts rows.
+#pragma once
+#include "plan.cuh"
+
+namespace pkv {
+
+constexpr int EIGHTHS = 8, STATED_COLUMNS = 64;
+
+// pkvsim.schedule.costs.SharedCosts, field by field.
+struct SharedCosts {
+  int columns;  // that a read serves at most
+  int tile;     // of a read for 64 columns, in eighths of a plain tile
+  int again;    // the least that a tile costs, in eighths, where its group has several reads; else that is a plain tile
+  int segment;  // of a read's end for each column, in eighths of a tile
+  int merge;    // tiles that a member's own segment costs more than another row's
+
+  PKV_HD int tile_eighths(int read_columns, int reads) const {
+    const int cost = divide(read_columns * tile + STATED_COLUMNS - 1, STATED_COLUMNS);
+    const int least = reads > 1 ? again : EIGHTHS;
+    return cost > least ? cost : least;
+  }
+  PKV_HD int segment_tiles(int read_columns, int plain) const {
+    const int cost = divide(read_columns * segment + EIGHTHS - 1, EIGHTHS);
+    return cost > plain ? cost : plain;
+  }
+  // Most tiles between two places where the axis can be cut: ranges of so many are never empty.
+  PKV_HD int longest_gap(int most_columns, int plain) const {
+    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns, 1) + EIGHTHS - 1, EIGHTHS);
+    return read > 1 + plain + merge ? read : 1 + plain + merge;
+  }
+};
+
+// Some spans of the same tiles and cost, end to end.
+struct Entry {
+  int tiles, spans;  // tiles of each; 0 spans where the entry is not there
+  int segment, eighths;
+
+  PKV_HD int costing() const { return tiles > 1 ? tiles : 1; }
+  // Cost of the first `count` tiles, floor(count * eighths / 8) without a product of more than 31 bits.
+  PKV_HD int upto(int count) const {
+    return count * (eighths / EIGHTHS) + count * (eighths % EIGHTHS) / EIGHTHS;
+  }
+  PKV_HD int span_cost() const { return segment + upto(costing()); }
+  PKV_HD int cost() const { return spans > 0 ? spans * span_cost() : 0; }
+  // Where tile t sits in a span that starts at x0; and the first tile that sits at or past x, of those that may be.
+  PKV_HD int position(int t, int x0) const { return t > 0 ? x0 + segment + upto(t) : x0; }
+  PKV_HD int tile_at(int x, int x0) const {
+    if (x <= x0) return 0;
+    const int past = x - x0 - segment;
+    if (past <= 0) return 1;
+    const int whole = divide(past, eighths);  // eight tiles cost `eighths` together
+    return whole * EIGHTHS + divide((past - whole * eighths) * EIGHTHS + eighths - 1, eighths);
+  }
+};
+
+// Which rows may read together, as the caller says. What is there is read early and cut to what can be: see Lengths.
+struct Groups {
+  const int* of_row;        // [batch_size] or -1
+  const int* prefix_pages;  // [num_groups]
+  int num_groups, page_size, query_tokens;
+
+  // Of a group's prefix; 0, which nobody reads, where it is longer than any row.
+  PKV_HD int tokens(int group, int most) const {
+    const int pages = read_early(prefix_pages + group);
+    return pages > 0 && pages <= divide(most, page_size) ? pages * page_size : 0;
+  }
+  // The group with which a row of this length reads if another row does, or -1.
+  PKV_HD int wanted(int row, int length, int most) const {
+    const int group = read_early(of_row + row);
+    if (static_cast<unsigned>(group) >= static_cast<unsigned>(num_groups)) return -1;
+    const int prefix = tokens(group, most);
+    return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1) ? group : -1;
+  }
+};
+
+// Who does read together, and all that the plan needs of lengths and groups: found once a step, in shared memory, since
+// every look at what is read early goes to L2.
+struct Readers {
+  int* length;  // [batch_size]
+  int* group;   // [batch_size] that the row reads with, or -1
+  int* place;   // [batch_size] of a member among its group's
+  int* rows;    // [batch_size] the members, group by group, ascending
+  int* tiles;   // [num_groups] that are shared
+  int* count;   // [num_groups] members: 0 or at least 2
+  int* begin;   // [num_groups] of each group's in `rows`
+  int* at;      // [num_groups] where the group's entry begins on the axis
+
+  PKV_HD Readers(int* memory, int batch_size, int num_groups)
+      : length(memory), group(length + batch_size), place(group + batch_size), rows(place + batch_size),
+        tiles(rows + batch_size), count(tiles + num_groups), begin(count + num_groups), at(begin + num_groups) {}
+  PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
+};
+
+// Where a row's states of its read lie, for one KV head.
+struct SharedParts {
+  int first, last;  // ranges that hold the read; the last one ends it
+  int column;       // the row's first column in it
+};
+
+// The entries of a step.
+struct Axis {
+  Lengths lens;
+  Groups groups;
+  Readers readers;
+  SharedCosts shared;
+  Costs costs;
+  int num_kv_heads, row_columns;  // row_columns: query heads of a KV head times query tokens
+
+  PKV_HD int num_entries() const { return groups.num_groups + lens.batch_size; }
+  PKV_HD int most_members() const { return divide(shared.columns, row_columns); }
+  PKV_HD int most_columns() const { return most_members() * row_columns; }
+  PKV_HD int num_reads(int group) const { return divide(readers.count[group] + most_members() - 1, most_members()); }
+  // The first member of a read, from the first one of the group; and the read that a place belongs to.
+  PKV_HD int first_member(int group, int read, int reads) const { return divide(readers.count[group] * read, reads); }
+  PKV_HD int read_of(int group, int place, int reads) const {
+    return divide((place + 1) * reads - 1, readers.count[group]);
+  }
+  PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles[readers.group[row]]; }
+
+  // What is read of a row and of a group; where members are counted from there, see find_readers.
+  PKV_HD void note_row(int row, int length) const {
+    readers.length[row] = length, readers.group[row] = groups.wanted(row, length, lens.most);
+  }
+  PKV_HD void note_group(int group) const {
+    readers.tiles[group] = groups.tokens(group, lens.most) / PKV_TILE, readers.count[group] = 0;
+  }
+
+  PKV_HD Entry group_entry(int group) const {
+    if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
+    const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
+    return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
+            shared.tile_eighths(columns, reads)};
+  }
+  PKV_HD Entry row_entry(int row) const {
+    const bool member = readers.group[row] >= 0;
+    const int length = readers.length[row];
+    return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0,
+            costs.segment + (member ? shared.merge : 0), EIGHTHS};
+  }
+  PKV_HD Entry entry(int index) const {
+    return index < groups.num_groups ? group_entry(index) : row_entry(index - groups.num_groups);
+  }
+  // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's.
+  // Where none is, rows are cut as a plain step's are; even: all that are there cost the same.
+  PKV_HD Cut cut(int total, int num_spans, bool any_shared, bool even, int num_ctas) const {
+    const int gap = any_shared ? shared.longest_gap(most_columns(), costs.segment) : 0;
+    Costs cutting = costs;
+    if (gap > cutting.minimum) cutting.minimum = gap;
+    return Cut(total, num_spans, even && !any_shared, num_ctas, cutting);
+  }
+  // Of a member.
+  PKV_HD SharedParts parts_of(int row, int kv_head, const Cut& cut) const {
+    const int group = readers.group[row], place = readers.place[row], reads = num_reads(group);
+    const int read = read_of(group, place, reads);
+    const Entry entry = group_entry(group);
+    const int x0 = readers.at[group] + (read * num_kv_heads + kv_head) * entry.span_cost();
+    return {cut.range_of(x0), cut.range_of(entry.position(entry.tiles - 1, x0)),
+            (place - first_member(group, read, reads)) * row_columns};
+  }
+};
+
+// A run of tiles of one span.
+// Of a read, row is its first member, through whose pages it is read; slot is where the span starts.
+struct SpanSegment : Segment {
+  int group, read;              // of a read, its group and number in it; of a row's own tiles -1
+  int members;                  // rows it is read for
+};
+
+// Walks the segments of one range.
+struct SpanWalk {
+  Axis axis;
+  Entry entry;
+  int index, span, tile, x0, x_end;  // of the next segment: entry, span of it, tile of that, where it starts
+
+  // first: the first entry whose cost interval reaches past x_begin; begins_at: where that interval starts.
+  PKV_HD void start(const Axis& entries, int first, int begins_at, int x_begin, int end) {
+    axis = entries, index = first, x_end = end, entry = axis.entry(first);
+    const int cost = entry.span_cost();
+    span = divide(x_begin - begins_at, cost);
+    if (span >= entry.spans) span = entry.spans > 0 ? entry.spans - 1 : 0;  // lengths that change meanwhile
+    x0 = begins_at + span * cost;
+    tile = entry.tile_at(x_begin, x0);
+    if (tile >= entry.costing()) step_span();
+  }
+
+  PKV_HD bool next(SpanSegment& s) {
+    if (x0 >= x_end) return false;
+    int end = entry.tile_at(x_end, x0);
+    s.begins = tile == 0, s.ends = end >= entry.costing(), s.slot = x0;
+    if (end > entry.tiles) end = entry.tiles;
+    const int head = divide(span, axis.num_kv_heads);
+    s.kv_head = span - head * axis.num_kv_heads;
+    int skipped = 0;
+    if (index < axis.groups.num_groups) {
+      const int reads = axis.num_reads(index), first = axis.first_member(index, head, reads);
+      s.group = index, s.read = head, s.members = axis.first_member(index, head + 1, reads) - first;
+      s.row = axis.readers.rows[axis.readers.begin[index] + first];
+      s.seq_len = entry.tiles * PKV_TILE;
+    } else {
+      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups;
+      s.seq_len = axis.readers.length[s.row];
+      skipped = axis.shared_tiles(s.row);
+    }
+    s.tile_begin = skipped + tile, s.tile_end = skipped + end;
+    step_span();
+    return true;
+  }
+
+ private:
+  PKV_HD void step_span() {
+    x0 += entry.span_cost();
+    tile = 0;
+    if (++span < entry.spans || x0 >= x_end) return;
+    span = 0;
+    do {
+      if (++index >= axis.num_entries()) {
+        x_end = x0;  // past the last entry only where lengths change meanwhile
+        return;
+      }
+      entry = axis.entry(index);
+    } while (entry.spans == 0);
+  }
+};
+
+}  // namespace pkv

@@ -1,0 +1,44 @@
+"""How the compiled functions of pkvsim are compiled, cached and announced.
+
+Read in this order: the two decorators here, `parts` (why an inner function costs little to compile), `cache_place`
+(where machine code is kept), `notice` (what a user is told while it is made).
+"""
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import numba
+from numba.core.dispatcher import Dispatcher
+
+from pkvsim.compiled.cache_place import find_cache
+from pkvsim.compiled.parts import part_options
+
+CACHED = find_cache()  # whether functions can be kept on disk at all
+
+# For functions that Python calls.
+outer = numba.njit(cache=CACHED)
+# For functions that only compiled ones call.
+inner = numba.njit(
+    cache=CACHED, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **part_options()
+)
+
+
+def drop_stale(package: str) -> None:
+    """Removes the cache indices of the package's compiled functions that are older than the newest of their sources.
+
+    Numba recompiles a cached function when its own file changes, not when a file changes that it calls into; the
+    result would be last week's prices in today's loop. Looks at the modules that are loaded: to be called at the end
+    of a module that calls into others, before its functions are first called. Without an index Numba compiles again.
+    """
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == package]
+    functions = [value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)]
+    # An uncached function has no path of a cache.
+    places = {(Path(one.py_func.__code__.co_filename), one.stats.cache_path) for one in functions}
+    newest = max((source.stat().st_mtime for source, _ in places), default=0.0)
+    for source, cache in places:
+        for index in Path(cache).glob(f"{source.stem}.*.nbi") if cache else ():
+            with contextlib.suppress(FileNotFoundError):  # another process drops the same
+                if index.stat().st_mtime < newest:
+                    index.unlink()

@@ -1,0 +1,131 @@
+"""Which rows of a step have leading pages in common, found from their block tables; and when reading them once pays.
+
+**The rule of find_prefixes**, which cuda_src/prefixes.cu equals. Row r is a string of page ids: those of its full pages
+that all its query tokens see whole, (seq_len - (query_tokens - 1)) // page_size of them. Every id is compared. The
+common prefix of rows i and j is written lcp(i, j).
+  1. A tree is all rows with the same first id. At depth d it falls into components: rows i and j are in one if lcp(i,
+     j) >= d. (lcp(i, k) >= min(lcp(i, j), lcp(j, k)), so this is an equivalence.)
+  2. Each tree takes the depth d that saves the most pages were every component read once over d pages: d * (rows -
+     components). Among equals the greatest. Only depths that are the lcp of two rows need trying.
+  3. A component of two rows or more whose reading together pays becomes a group over all the pages that its rows have
+     in common, which may be more than d.
+  4. The rows of the tree that are in no group become one over the pages that all rows of the tree have in common, if
+     they are two or more and it pays. (Questions on several documents under one system prompt: a group for each
+     document, one for the rows that have the system prompt alone.)
+  5. Groups are numbered by their first rows.
+One row is in one group: there is one level. It takes O(rows * pages) comparisons beside a sort.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.schedule.groups import PrefixGroups
+from pkvsim.shapes import DecodeShape, StepState, check_int
+
+STATE_ELEMENT_BYTES = 4  # float32: acc, m and l of each column
+
+
+class SharingRule(NamedTuple):
+    """When reading a common prefix once pays: (members - 1) * prefix tokens, which are saved, must exceed both
+    tokens_per_member * members, what the members' extra states weigh, and least_tokens, what their merge takes.
+
+    The defaults are those of 32/8 heads of 128 on an H200, calculated (sharing_rule) and not measured.
+    """
+
+    tokens_per_member: int = 26
+    least_tokens: int = 3400
+
+    def pays(self, members: int, prefix_tokens: int) -> bool:
+        """Whether so many rows should read a common prefix of so many tokens once."""
+        saved = (members - 1) * prefix_tokens
+        return members >= 2 and saved > max(self.tokens_per_member * members, self.least_tokens)
+
+
+def sharing_rule(
+    shape: DecodeShape,
+    *,
+    bandwidth_gb_per_s: float,
+    merge_us: float = 3.0,
+    parts: int = 2,
+    options: AttentionOptions = PLAIN,
+) -> SharingRule:
+    """The rule by bytes, for a GPU that reads so fast.
+
+    merge_us: what the merge of shared parts adds to a step at its end. parts: into how many a read is cut. Each member
+    then has parts + 1 states for each KV head that are written and read once more.
+    """
+    columns = shape.group_size * options.query_tokens
+    state = columns * (options.value_dim(shape) + 2) * STATE_ELEMENT_BYTES
+    token = options.kv_token_bytes(shape)
+    return SharingRule(
+        tokens_per_member=int(np.ceil(2 * (parts + 1) * state / token)),
+        least_tokens=int(np.ceil(merge_us * 1e-6 * bandwidth_gb_per_s * 1e9 / (token * shape.num_kv_heads))),
+    )
+
+
+def find_prefixes(
+    block_table: np.ndarray,
+    seq_lens: np.ndarray,
+    *,
+    page_size: int,
+    query_tokens: int = 1,
+    rule: SharingRule = SharingRule(),  # noqa: B008
+) -> PrefixGroups:
+    """Groups of rows with equal leading page ids, as the rule above finds them.
+
+    block_table [batch_size, max_pages] integers, seq_lens [batch_size] integers. Raises ValueError naming the argument.
+    """
+    step = StepState(seq_lens, block_table)
+    page_size, query_tokens = check_int("page_size", page_size, 1), check_int("query_tokens", query_tokens, 1)
+    step.check_pages(DecodeShape(1, 1, 1, page_size))
+    pages = np.maximum(0, step.seq_lens.astype(np.int64) - (query_tokens - 1)) // page_size  # [batch_size]
+    table = np.asarray(step.block_table)
+    # Big-endian, so that bytes sort as ids do.
+    names = [table[row, :count].astype(">u4").tobytes() for row, count in enumerate(pages)]
+    order = np.array(sorted(range(step.batch_size), key=names.__getitem__), np.int64)
+    common = np.array([_common(names[a], names[b]) for a, b in zip(order[:-1], order[1:])], np.int64)  # of neighbours
+    found = []  # (rows, pages)
+    for begin, end in _runs(common >= 1):
+        found += _groups_of_tree(order[begin:end], common[begin : end - 1], page_size, rule)
+    found.sort(key=lambda group: group[0].min())
+    group_of_row = np.full(step.batch_size, -1, np.int32)
+    for index, (rows, _) in enumerate(found):
+        group_of_row[rows] = index
+    return PrefixGroups(group_of_row, np.array([count for _, count in found], np.int32))
+
+
+def _groups_of_tree(
+    rows: np.ndarray, common: np.ndarray, page_size: int, rule: SharingRule
+) -> list[tuple[np.ndarray, int]]:
+    """Steps 2 to 4, of rows [n] in the order of their strings and the pages [n - 1] that neighbours have in common."""
+    if len(rows) < 2:
+        return []
+    depths = np.sort(common)
+    saved = depths * (len(depths) - np.searchsorted(depths, depths))  # rows - components is the edges that are left
+    depth = depths[len(saved) - 1 - np.argmax(saved[::-1])]
+    groups, left = [], []
+    for begin, end in _runs(common >= depth):
+        least = int(common[begin : end - 1].min(initial=np.iinfo(np.int64).max))
+        if end - begin >= 2 and rule.pays(end - begin, least * page_size):
+            groups.append((rows[begin:end], least))
+        else:
+            left += rows[begin:end].tolist()
+    if rule.pays(len(left), int(common.min()) * page_size):
+        groups.append((np.array(left), int(common.min())))
+    return groups
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Leading ids that two strings of 4-byte ids have in common."""
+    count = min(len(a), len(b)) // 4
+    differs = np.frombuffer(a, np.uint32, count) != np.frombuffer(b, np.uint32, count)
+    return int(differs.argmax()) if differs.any() else count
+
+
+def _runs(joined: np.ndarray) -> list[tuple[int, int]]:
+    """[begin, end) of the runs of n things, of whose neighbours joined [n - 1] says which belong together."""
+    edges = np.flatnonzero(~joined) + 1
+    return list(zip([0, *edges.tolist()], [*edges.tolist(), len(joined) + 1]))

@@ -1,0 +1,150 @@
+"""A process that plays another card: what the engine sees, what CuPy compiles for, how much memory there is."""
+from __future__ import annotations
+
+import copy
+import runpy
+import sys
+import types
+
+import pytest
+from fake_gpu import fake_gpu
+
+from gpu import as_card
+from gpu.kernels import this_gpu
+from gpu.kernels.variant import shared_limit_bytes
+from pkvsim import DecodeShape
+from pkvsim.devices.device import DEVICES
+
+GIB = 2**30
+SHAPE = DecodeShape(32, 8, 128, 16)
+
+
+class FakePool:
+    """CuPy's default pool: grows to its limit, and keeps what it has."""
+
+    def __init__(self) -> None:
+        self.total, self.limit = 0, 0
+
+    def set_limit(self, *, size: int) -> None:
+        self.limit = size
+
+    def malloc(self, num_bytes: int) -> int:
+        if self.total + num_bytes > self.limit:
+            raise MemoryError(num_bytes)
+        self.total += num_bytes
+        return self.total
+
+    def total_bytes(self) -> int:
+        return self.total
+
+
+class FakeTorch(types.ModuleType):
+    """PyTorch as far as its memory goes: reserve() is an allocation."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.reserved, self.fraction, self.total = 0, 1.0, 140 * GIB
+        properties = types.SimpleNamespace(total_memory=self.total, name="Fake GPU")
+        self.cuda = types.SimpleNamespace(
+            current_device=lambda: 0, get_device_properties=lambda device: properties,
+            memory_reserved=lambda: self.reserved, set_per_process_memory_fraction=self._set)
+
+    def _set(self, fraction: float) -> None:
+        assert 0 <= fraction <= 1
+        self.fraction = fraction
+
+    def reserve(self, num_bytes: int) -> None:
+        if self.reserved + num_bytes > self.fraction * self.total + 1:
+            raise MemoryError(num_bytes)
+        self.reserved += num_bytes
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """An H200 with both libraries."""
+    with fake_gpu(compute_capability=90, num_sms=132, memory_bytes=140 * GIB) as gpu:
+        torch = FakeTorch()
+        gpu.cupy.pool = FakePool()
+        gpu.cupy.get_default_memory_pool = lambda: gpu.cupy.pool
+        gpu.cupy.cuda.set_allocator = lambda allocate: setattr(gpu.cupy, "allocate", allocate)
+        gpu.cupy.cuda.compiler = types.SimpleNamespace()
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        gpu.torch = torch
+        yield gpu
+        this_gpu.play(None)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in DEVICES.items() if spec.compute_capability <= (9, 0)])
+def test_the_engine_is_the_cards(machine, name) -> None:
+    spec = DEVICES[name]
+    card = as_card.enter(name)
+    from gpu.decode_engine import DecodeEngine
+
+    engine = DecodeEngine(SHAPE).schedule_engine
+    major, minor = spec.compute_capability
+    assert this_gpu.this_gpu() is card and engine.num_ctas == spec.num_sms
+    assert card.compute_capability == major * 10 + minor and card.overlaps == (major >= 9)
+    assert engine.config.shared_bytes <= shared_limit_bytes(card.compute_capability) <= spec.smem_per_sm_kib * 1024
+    assert spec.label in str(card) and "Fake GPU" in str(card), "times are those of the GPU that plays"
+    options = machine.cupy.cuda.compiler._get_arch_for_options_for_nvrtc
+    assert options() == options("90") == (f"-arch=compute_{major}{minor}", "ptx")
+
+
+def test_both_libraries_share_the_cards_memory(machine) -> None:
+    limit = as_card.enter("rtx3060").memory_bytes
+    assert limit == 12 * GIB - as_card.KEPT_BYTES
+    cupy, torch = machine.cupy, machine.torch
+    assert torch.cuda.mem_get_info() == cupy.cuda.runtime.memGetInfo() == (limit, limit)
+    told = copy.copy(torch.cuda.get_device_properties())
+    assert (told.total_memory, told.name) == (limit, "Fake GPU")
+    with pytest.raises(MemoryError):
+        torch.reserve(12 * GIB)
+    cupy.allocate(5 * GIB)
+    assert torch.cuda.mem_get_info(0) == (limit - 5 * GIB, limit)
+    with pytest.raises(MemoryError):
+        torch.reserve(7 * GIB)
+    torch.reserve(6 * GIB)
+    with pytest.raises(MemoryError):
+        cupy.allocate(GIB)
+    assert torch.cuda.mem_get_info() == (limit - 11 * GIB, limit)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("b200", "^card: expected one of compute capability 9.0 or older, which Fake GPU can play, got b200 of 10.0"),
+    ("gtx1080", "^device: expected one of"),
+    ("h200", "^card: expected one of at most 60.0 GiB, which Fake GPU has, got h200 of"),
+])
+def test_cards_that_cannot_be_played(machine, monkeypatch, name, said) -> None:
+    if name == "h200":
+        monkeypatch.setattr(this_gpu, "real_gpu", lambda: this_gpu.Gpu("Fake GPU", 90, 132, 60 * GIB))
+    with pytest.raises(ValueError, match=said):
+        as_card.enter(name)
+    assert this_gpu.this_gpu().num_sms == 132
+
+
+def test_without_a_card_it_is_the_gpu_at_hand(machine) -> None:
+    assert str(this_gpu.this_gpu()) == "Fake GPU" and this_gpu.this_gpu() == this_gpu.real_gpu()
+
+
+def test_a_script_and_a_module_are_run_as_typed(monkeypatch, tmp_path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nimport neighbour\nprint(__name__, sys.argv[1:], neighbour.HERE)\n")
+    (tmp_path / "neighbour.py").write_text("HERE = 1\n")
+    entered, ran = [], []
+    monkeypatch.setattr(as_card, "enter", entered.append)
+    monkeypatch.setattr("gpu.measure.environment.missing", lambda: None)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert as_card.main(["rtx3060", str(script), "--steps", "3"]) == 0
+    assert entered == ["rtx3060"] and sys.argv == [str(script), "--steps", "3"]
+    monkeypatch.setattr(runpy, "run_module", lambda name, **how: ran.append((name, how, list(sys.argv))))
+    as_card.main(["l4", "-m", "gpu.tune", "-o", "t.json"])
+    assert ran == [("gpu.tune", {"run_name": "__main__", "alter_sys": True}, ["gpu.tune", "-o", "t.json"])]
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "card"), (["rtx3060"], "expected a script"), (["rtx3060", "-m"], "expected a script")])
+def test_what_is_left_out_is_named(words, said, capsys) -> None:
+    with pytest.raises(SystemExit):
+        as_card.main(words)
+    assert said in capsys.readouterr().err

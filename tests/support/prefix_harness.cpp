@@ -1,0 +1,63 @@
+// cuda_src/prefixes.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
+#include "cuda_on_cpu.h"
+
+[[maybe_unused]] static int __popc(unsigned x) { return __builtin_popcount(x); }
+[[maybe_unused]] static void __threadfence() {}
+template <class T>
+static T atomicMax(T* at, T value) {
+  const T before = *at;
+  *at = max(before, value), ++progress;
+  return before;
+}
+template <class T>
+static T atomicMin(T* at, T value) {
+  const T before = *at;
+  *at = min(before, value), ++progress;
+  return before;
+}
+static int atomicAdd(int* at, int value) {
+  ++progress;
+  return (*at += value) - value;
+}
+static int __syncthreads_or(bool vote) {
+  static int votes[2], meeting = 0;  // of this meeting and the next
+  const int mine = meeting;
+  votes[mine % 2] |= vote;
+  __syncthreads();
+  const int result = votes[mine % 2];
+  __syncthreads();
+  meeting = mine + 1, votes[mine % 2] = 0;
+  __syncthreads();
+  return result;
+}
+
+#include "prefixes.cu"
+
+struct Given {
+  const void *block_table, *row_begins, *seq_lens;
+  int *group_of_row, *prefix_pages, *workspace;
+  int numbers[7];  // table_stride, num_pages, batch_size, max_tokens, query_tokens, tokens_per_member, least_tokens
+};
+static Given given;
+
+extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) {
+  typedef const int* ints;
+  given = {pointers[0], pointers[1], pointers[2], (int*)pointers[3], (int*)pointers[4], (int*)pointers[5], {}};
+  std::copy_n(numbers, 7, given.numbers);
+  body = [] {
+    const int* n = given.numbers;
+    pkv_find_prefixes(static_cast<const pkv::page_id*>(given.block_table), ints(given.row_begins), ints(given.seq_lens),
+                      n[0], n[1], n[2], n[3], n[4], n[5], n[6], given.group_of_row, given.prefix_pages,
+                      given.workspace);
+  };
+  const int batch_size = numbers[2];
+  if (pkv::PrefixMemory::bytes(batch_size) > static_cast<int>(sizeof memory)) return "too many rows";
+  gridDim = {batch_size, 1, 1};
+  // Any CTA may be the last.
+  const int first = static_cast<int>(order >> 8) % batch_size;
+  for (int i = 0; i < batch_size; ++i) {
+    blockIdx = {(first + i) % batch_size, 0, 0};
+    run_cta();
+  }
+  return complaint;
+}
