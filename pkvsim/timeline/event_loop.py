@@ -58,9 +58,9 @@ class _Launch(NamedTuple):
 class _Queues(NamedTuple):
     """Who waits and who reads.
 
-    Slots that start tasks of one size at the same moment end them together: such a group is one entry of a queue, by its
-    first slot, and a list of slots from there. Groups in their fixed cost stand by its end, which is the same for all
-    that start a CTA, and for all that go on with one, so that two queues are in order as they are: rings.
+    Slots that start tasks of one size at the same moment end them together: such a group is one entry of a queue, by
+    its first slot, and a list of slots from there. Groups in their fixed cost stand by its end, which is the same for
+    all that start a CTA, and for all that go on with one, so that two queues are in order as they are: rings.
     """
 
     next_of: np.ndarray  # [num_slots] int32, the next slot of a group, -1 at its end
@@ -190,7 +190,8 @@ def _run_side_by_side(order: np.ndarray, sizes: np.ndarray, slots: Slots, now: f
 def _run_launch(launch: _Launch, slots: Slots, queues: _Queues, now: float, record: Record) -> float:
     """Runs a launch from `now` on; returns the end of its last task.
 
-    One function and names of its own for the arrays, because every read of a tuple's field in a loop counts a reference.
+    One function and names of its own for the arrays, because every read of a tuple's field in a loop counts a
+    reference.
     """
     order, sizes, cta_offsets = launch.order, launch.sizes, launch.cta_offsets
     next_of, members, free = queues.next_of, queues.members, queues.free
@@ -204,7 +205,7 @@ def _run_launch(launch: _Launch, slots: Slots, queues: _Queues, now: float, reco
         free[slot] = slot
         place_of[slot] = stop_of[slot] = 0
     upcoming = 0  # CTA
-    reading, groups = 0, 0  # slots, and groups of them
+    reading, groups = np.int64(0), np.int64(0)  # slots, and groups; bare zeros would compile twice
     clock = 0.0  # bytes read by a CTA that has read all along
     while True:
         # Every free slot starts the next task of its CTA, or of the next one.
@@ -290,7 +291,7 @@ def _insert_ascending(free: np.ndarray, num_free: int, slot: int) -> int:
 
 @compiled
 def run_tasks(step: StepTasks, slots: Slots, now: float, record: Record) -> float:
-    """Runs every launch after the one before, the first one's CTAs starting at `now`; returns the end of the last gap."""
+    """Runs every launch after the one before, the first one's CTAs starting at `now`; returns the last gap's end."""
     most = _most_tasks(step)
     order, sizes = np.empty(most, np.int32), np.empty(most)  # of the running launch
     queues = _new_queues(slots.num_slots)

@@ -16,9 +16,9 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.devices.route_options import read_lens
 from pkvsim.options import KV_ELEMENT_BYTES, PLAIN, AttentionOptions
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
-from pkvsim.pricing.cuts import row_splits, sorted_lengths
+from pkvsim.pricing.cuts import row_splits, sorted_lengths, tokens_read
 from pkvsim.pricing.layer import heads_of
-from pkvsim.pricing.prices import Candidates, price_routes
+from pkvsim.pricing.prices import price_route
 from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
 from pkvsim.timeline.event_loop import Record, Slots, StepTasks, run_tasks
@@ -113,11 +113,11 @@ def _schedule(
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
-    candidate = Candidates(constants[None], np.full(1, window or 0), np.zeros(1, np.int64))
-    prices, longest = np.empty(1), np.zeros(1, np.int64)
-    price_routes(sorted_lengths(lens), heads_of(shape, num_sms, options), candidate, prices, longest)
+    ordered = sorted_lengths(lens)
+    reads = ordered if window is None else tokens_read(ordered, window, constants)
+    _, longest = price_route(ordered, reads, heads_of(shape, num_sms, options), constants, 0)
     counts = np.empty(len(lens), np.int64)
-    row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, constants, int(longest[0]), counts)
+    row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, constants, longest, counts)
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile, window=window)
 
 
@@ -170,8 +170,9 @@ def _prepare(
 
 
 def _launches(
-    model: RouteModel, constants: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray, state_bytes: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    model: RouteModel, constants: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray,
+    state_bytes: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
     """Task ranges in launch order [num_spans, 2] int64, the launches' offsets into them [num_launches + 1] int64, the
     time after each launch (merge and next launch) [num_launches] float64, and the sum of the merges.
 
