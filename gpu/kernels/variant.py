@@ -9,19 +9,18 @@ from dataclasses import dataclass
 
 from gpu.kernels.tuned import tuned_choice
 from pkvsim import DecodeShape
+from pkvsim.devices.route_options import HEAD_DIMS, MAX_GROUP_SIZE, MAX_PAGE_SIZE
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import MAX_ACCUMULATED
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/variant.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
-MAX_GROUP_SIZE = 128
 TEAMS = (1, 2, 4)  # warps that may share their tiles
 MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
 RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/early_plan.cuh
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
-HEAD_DIMS = (64, 128, 192, 256)
 
 # Shared memory a CTA may use, bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications: 1 KiB less than the SM's maximum).
@@ -171,8 +170,8 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         raise ValueError(f"v_head_dim: expected one of {HEAD_DIMS}, got {v_dim}")
     if shape.group_size > MAX_GROUP_SIZE:
         raise ValueError(f"group_size: expected at most {MAX_GROUP_SIZE}, got {shape.group_size}")
-    if shape.page_size > 256:
-        raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
+    if shape.page_size > MAX_PAGE_SIZE:
+        raise ValueError(f"page_size: expected 1 to {MAX_PAGE_SIZE}, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
     choices: tuple[tuple[int, int], ...]

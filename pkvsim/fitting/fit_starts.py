@@ -66,7 +66,7 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
             own = {
                 "segment_us": 1.0, "merge_gb_s": 20.0, "sm_heads_gb_s": 800.0, "base_heads": 3.0,
                 "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
-                "pair_cost": float(default_costs(device.compute_capability).pair),
+                "costs": default_costs(device.compute_capability),
             }  # fmt: skip
         if route in _STRIDED:
             own = {"strided": 1.0, "merge_gb_s": 25.0, "launch_us": 1.0, "merge_split_us": 0.0}

@@ -165,7 +165,7 @@ def _element_bytes(fields: Fields, outer: Fields) -> int:
     for part in (outer, fields):
         for key in ("torch_dtype", "dtype"):
             named = part.get(key)
-            if named is not None and named not in DTYPE_BYTES:
+            if named is not None and (not isinstance(named, str) or named not in DTYPE_BYTES):
                 raise part.error(key, f"expected one of {', '.join(DTYPE_BYTES)}, got {named!r}")
             found = named or found
     return DTYPE_BYTES[found or "bfloat16"]

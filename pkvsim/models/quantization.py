@@ -159,18 +159,22 @@ def _integer(config: Mapping[str, Any], name: str, default: int | None = None, l
 
 
 def _names(config: Mapping[str, Any], *keys: str) -> Callable[[str], bool]:
-    found = [name for key in keys for name in config.get(key) or ()]
-    if not all(isinstance(name, str) for name in found):
-        raise _Unreadable(f"expected {keys[0]} to be a list of names")
-    return name_matcher(found)
+    return name_matcher([name for key in keys for name in _name_list(config, key)])
 
 
-def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    block = config.get("weight_block_size")
+def _name_list(config: Mapping[str, Any], key: str) -> list[str]:
+    found = config.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise _Unreadable(f"expected {key} to be a list of names")
+    return found
+
+
+def _block(config: Mapping[str, Any], name: str = "weight_block_size") -> tuple[int, int] | None:
+    block = config.get(name)
     if block is None:
         return None
     if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise _Unreadable(f"expected weight_block_size to be two whole numbers, got {block!r}")
+        raise _Unreadable(f"expected {name} to be two whole numbers, got {block!r:.80}")
     return block[0], block[1]
 
 
@@ -246,7 +250,7 @@ def _compressed_tensors(config: dict[str, Any], expert_type: str | None) -> Quan
             raise _Unreadable("expected weights in every one of config_groups")
         stored = _compressed_weights(weights)
         label.append(stored.name)
-        names = group.get("targets") or ["Linear"]
+        names = _name_list(group, "targets") or ["Linear"]
         if "Linear" in names:
             default = stored
         else:
@@ -258,15 +262,17 @@ def _compressed_tensors(config: dict[str, Any], expert_type: str | None) -> Quan
 
 
 def _compressed_weights(weights: Mapping[str, Any]) -> Stored:
-    bits, group = _integer(weights, "num_bits"), weights.get("group_size") or 0
+    bits, group = _integer(weights, "num_bits"), _integer(weights, "group_size", 0, -1)
     kind, strategy = weights.get("type", "int"), weights.get("strategy")
     if kind == "float" and bits == 4:
-        return mxfp(4, group) if weights.get("scale_dtype") == "torch.uint8" or group == 32 else nvfp4(group or 16)
+        group = max(group, 0)
+        microscaling = weights.get("scale_dtype") == "torch.uint8" or group == 32
+        return mxfp(4, group or 32) if microscaling else nvfp4(group or 16)
     if kind == "float" and bits == 8:
         if group == 32:
             return mxfp(8)
         if strategy == "block":
-            return fp8(weights.get("block_structure") or FP8_BLOCK)
+            return fp8(_block(weights, "block_structure") or FP8_BLOCK)
         return fp8_rows() if strategy == "channel" else fp8()
     if kind != "int":
         raise _Unreadable(f"expected int or float weights of 4 or 8 bits, got {kind!r} of {bits}")
@@ -295,7 +301,7 @@ def _modelopt(config: dict[str, Any], expert_type: str | None) -> Quantization:
 def _algorithm(entry: Any) -> Stored:
     """ModelOpt's quant_algo names (modelopt/torch/export/model_config.py)."""
     algorithm = entry.get("quant_algo") if isinstance(entry, dict) else entry
-    group = entry.get("group_size") if isinstance(entry, dict) else None
+    group = _integer(entry, "group_size", 0, 0) if isinstance(entry, dict) else 0
     if algorithm == "FP8":
         return fp8()
     if algorithm in ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PC_PT"):

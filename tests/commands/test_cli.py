@@ -99,7 +99,7 @@ def test_options_reach_the_replay(tmp_path):
     [
         (["--family", "normal"], "family: expected one of uniform"),
         (["--device", "b300"], "device: expected one of a10, a100_40gb"),
-        (["--policy", "best"], "policy: expected one of calibrated, paper, oracle, flashinfer_cuda_core"),
+        (["--policy", "best"], "policy: expected one of paper, calibrated, oracle, flashinfer, flashinfer_cuda_core"),
         (["--requests", "0"], "requests: expected an integer in [1, 1000000], got 0"),
         (["--requests", "9999999999"], "requests: expected an integer in [1, 1000000], got 9999999999"),
         (["--layers", str(10**20)], f"layers: expected an integer in [1, 2147483647], got {10**20}"),

@@ -56,7 +56,7 @@ GLM_5 = Figures(
     parameters=743_911_199_232,
     narrow=((78 * (GLM_ATTENTION + GLM_INDEX) + GLM_MLP, FP8_BLOCK),),
     kv=78 * (576 * 2 + INDEX),
-    published=parameters(744e9, "arXiv 2602.15763 (GLM-5), table of architectures"),
+    published=parameters(744e9, "https://glennklockwood.com/garden/GLM-5, after the GLM-5 report's table"),
 )
 MINIMAX_M2 = Figures(
     parameters=228_689_748_992,
@@ -326,7 +326,7 @@ FIGURES: dict[str, Figures] = {
         narrow=(
             (45 * (gqa(4096, 8192, 1024) + 64 * 4096) + 3 * 3 * 4096 * 11264 + 42 * 289 * 3 * 4096 * 1280, FP8_BLOCK),
         ),
-        published=parameters(196e9, CARD.format("stepfun-ai/Step-3.7-Flash") + ", language backbone"),
+        published=parameters(196e9, "https://recipes.vllm.ai, stepfun-ai/Step-3.7-Flash: language backbone"),
     ),
     "zai-org--GLM-5-FP8": GLM_5,
     "zai-org--GLM-5.1-FP8": GLM_5,

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pkvsim.models.hugging_face import model_from_config
+from pkvsim.models.model_costs import total_weights
 from pkvsim.models.presets import CATALOGUE, get_model
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -92,3 +96,32 @@ def test_grouped_shape_of_models_that_have_none():
     for name in (QWEN35, "google--gemma-4-26B-A4B", LLAMA4, "nvidia--MiniMax-M3-NVFP4"):
         with pytest.raises(ValueError, match="expected layers of grouped-query attention of one shape"):
             _ = get_model(CONFIGS / f"{name}.json").num_q_heads
+
+
+VALUES = (None, "x", -1, 0, [], {}, True, 1.5, [None], {"a": 1}, 10**30)
+FUZZED = (DEEPSEEK, V4, KIMI, NEMOTRON, QWEN35, LLAMA4, "nvidia--MiniMax-M3-NVFP4", "nvidia--GLM-5.1-NVFP4",
+          "moonshotai--Kimi-K2.5", "google--gemma-4-26B-A4B", "openai--gpt-oss-20b")  # fmt: skip
+
+
+def places(part, path=()):
+    """Where a config has values, objects inside included."""
+    for key, value in part.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+@given(st.sampled_from(FUZZED).map(config), st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_value_anywhere_reads_or_is_refused_in_one_line(data, draws):
+    *path, last = draws.draw(st.sampled_from(list(places(data))))
+    part = data
+    for key in path:
+        part = part[key]
+    part[last] = draws.draw(st.sampled_from(VALUES))
+    try:
+        model = model_from_config(data, name="m", source="s", where="config.json")
+    except ValueError as error:
+        assert str(error).startswith("config.json") and "\n" not in str(error)
+    else:
+        assert total_weights(model).bytes > 0

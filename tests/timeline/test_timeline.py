@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prices import layer_prices
 from timeline_reference import step_through
 
 from pkvsim import AttentionOptions, DecodeShape
@@ -10,7 +11,6 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.pricing.layer import price_routes
 from pkvsim.timeline.event_loop import run_tasks
 from pkvsim.timeline.timeline import makespan_us, simulate
 
@@ -222,12 +222,9 @@ def test_closed_form_is_close_to_the_timeline(name):
     """Half of all prices within 2 %, nine tenths within 13 %, all within 40 %."""
     device = get_device(name)
     models = device_routes(device)
-    constants, prices, splits = constants_matrix(models), np.empty(len(ROUTES)), np.empty(len(ROUTES), np.int64)
     apart = []
     for shape, lens in ordinary_steps():
-        price_routes(
-            lens, shape.num_kv_heads, shape.group_size, shape.head_dim, 2, device.num_sms, constants, prices, splits
-        )
+        prices, _ = layer_prices(lens, shape, constants_matrix(models), device.num_sms)
         for route, model in models.items():
             lane = simulate(model, shape, lens, num_sms=device.num_sms)
             apart.append(abs(prices[ROUTES.index(route)] / lane.makespan_us - 1))

@@ -26,7 +26,8 @@ def read_kimi_linear(reading: Reading) -> ModelPlan:
     full = linear.get("full_attn_layers")
     kda = linear.get("kda_layers")
     numbers = range(1, layers + 1)
-    if not isinstance(full, list) or not isinstance(kda, list) or sorted([*full, *kda]) != list(numbers):
+    lists = isinstance(full, list) and isinstance(kda, list) and all(isinstance(n, int) for n in [*full, *kda])
+    if not lists or sorted([*full, *kda]) != list(numbers):
         raise linear.error("full_attn_layers", f"expected with kda_layers every one of layers 1 to {layers} once")
     delta = KimiDeltaSizes(
         num_heads=linear.integer("num_heads"), head_dim=linear.integer("head_dim"),
@@ -78,7 +79,7 @@ def read_qwen_hybrid(reading: Reading) -> ModelPlan:
         norm="head", gate="element" if fields.flag("attn_output_gate", True) else "", qkv_bias=biased, out_bias=biased,
     )  # fmt: skip
     state_type = fields.get("mamba_ssm_dtype")
-    if state_type is not None and state_type not in STATE_BYTES:
+    if state_type is not None and (not isinstance(state_type, str) or state_type not in STATE_BYTES):
         raise fields.error("mamba_ssm_dtype", f"expected one of {', '.join(STATE_BYTES)}, got {state_type!r}")
     delta = DeltaSizes(
         key_heads=fields.integer("linear_num_key_heads"), value_heads=fields.integer("linear_num_value_heads"),
