@@ -95,9 +95,9 @@ def sweep(
         spec = get_device(device)
         metric = metric or ("us" if trace is None else "tokens_per_s")
         check_used(
-            trace is not None, layers=layers != 1, limit=limit is not None, rate_scale=rate_scale != 1, jitter=jitter != 0,
-            seed=seed != 0, prefix_cache=prefix_cache != "none", max_batch=max_batch != 256, kv_gib=kv_gib is not None,
-            weight_bits=weight_bits is not None, graphs=graphs,
+            trace is not None, layers=layers != 1, limit=limit is not None, rate_scale=rate_scale != 1,
+            jitter=jitter != 0, seed=seed != 0, prefix_cache=prefix_cache != "none", max_batch=max_batch != 256,
+            kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
         )  # fmt: skip
         if trace is None:
             shape = get_model(model).shape(page_size)

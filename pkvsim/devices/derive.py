@@ -35,8 +35,8 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
 
     The rule: memory and L2 bandwidth scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
     capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds
-    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept; the balanced schedule weighs what the
-    engine takes on a GPU of this compute capability.
+    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept; the
+    balanced schedule weighs what the engine takes on a GPU of this compute capability.
     """
     reference = reference or DEVICES[REFERENCE]
     memory = device.beta_gb_s / reference.beta_gb_s

@@ -34,7 +34,7 @@ class RouteModel:
 
     GB = 1e9 bytes, MB = 1e6 bytes. A route's kernel time for one layer after another is fixed_us, plus launch_us for
     every launch after the first, plus the time its tasks take on num_sms * ctas_per_sm slots, plus the merge where rows
-    are cut. pkvsim.pricing.step_times.step_times adds up layers and the host's part. Raises ValueError naming the field.
+    are cut. pkvsim.pricing.step_times adds up layers and the host's part. Raises ValueError naming the field.
     """
 
     rule: str  # one of RULES
@@ -63,7 +63,7 @@ class RouteModel:
     min_split_tokens: float = 128.0  # no split is shorter
     # buckets and queue. 1: a CTA a slot, CTA b taking tasks b, b + CTAs, ..; 0: a CTA a task, as slots fall free.
     strided: float = 0.0
-    costs: BalancedCosts = UNPAIRED_COSTS  # balanced: what the engine weighs, for every kernel (BalancedCosts.of_kernel)
+    costs: BalancedCosts = UNPAIRED_COSTS  # balanced: what the engine weighs, whatever the kernel
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -162,7 +162,7 @@ def read_route(where: str, route: str, entry: Any, *, costs: BalancedCosts = UNP
         raise ValueError(f"{where}.model: missing or unknown: {', '.join(sorted(odd))}")
     try:
         numbers = {k: math.inf if v == NO_LIMIT and k in _UNLIMITED else v for k, v in constants.items()}
-        model = RouteModel(**numbers, costs=costs)
+        model = RouteModel(**numbers, costs=costs)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{where}.model.{error}") from None
     return CalibratedRoute(model=model, status=entry["status"], source=entry["source"], date=entry["date"], **errors)

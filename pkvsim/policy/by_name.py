@@ -51,11 +51,10 @@ def make_policy(
         return PaperPolicy(**gate, split_splits=split_splits, workqueue_splits=workqueue_splits)
     if min_context is not None:
         raise ValueError(f"min_context: expected none with the policy {name}, got {min_context}")
-    pinned = {"split_splits": split_splits, "workqueue_splits": workqueue_splits}
     if name == "calibrated":
-        return CalibratedPolicy(**pinned)
+        return CalibratedPolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
     if name == "oracle":
-        return OraclePolicy(**pinned)
+        return OraclePolicy(split_splits=split_splits, workqueue_splits=workqueue_splits)
     if name in POLICIES:
-        return FixedPolicy(name, **pinned)
+        return FixedPolicy(name, split_splits=split_splits, workqueue_splits=workqueue_splits)
     raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {name!r}")

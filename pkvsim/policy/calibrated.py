@@ -16,8 +16,8 @@ from pkvsim.policy.choose import PINNED_ROUTES, Prices, Routing, choose, make_ro
 from pkvsim.policy.decision import Decision
 from pkvsim.pricing.constants import TILE
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.pricing.cuts import row_splits, sorted_lengths
-from pkvsim.pricing.prices import price_routes
+from pkvsim.pricing.cuts import row_splits, sorted_lengths, tokens_read
+from pkvsim.pricing.prices import price_route
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 
 INFINITE = float("inf")
@@ -35,8 +35,8 @@ class Prepared:
 class CalibratedPolicy:
     """The cheapest available route by the closed form of what a step takes by the wall clock.
 
-    allowed: routes to choose among; the others that are available are priced all the same. split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the
-    argument.
+    allowed: routes to choose among; the others that are available are priced all the same. split_splits,
+    workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the argument.
     """
 
     name: ClassVar[str] = "calibrated"
@@ -118,9 +118,9 @@ class CalibratedPolicy:
         index = ROUTES.index(route)
         constants = routing.candidates.constants[index]
         if longest_splits is None:
-            prices = new_prices()
-            price_routes(sorted_lengths(seq_lens), routing.heads, routing.candidates, prices.layer_us, prices.splits)
-            longest_splits = int(prices.splits[index])
+            ordered, reach = sorted_lengths(seq_lens), int(routing.candidates.reaches[index])
+            read = tokens_read(ordered, reach, constants) if reach else ordered
+            _, longest_splits = price_route(ordered, read, routing.heads, constants, 0)
         reads = read_lens(seq_lens, as_read(route, options).reach, int(constants[TILE]))
         counts = np.empty(len(seq_lens), np.int64)
         row_splits(seq_lens, reads, shape.num_kv_heads, device.num_sms, constants, longest_splits, counts)

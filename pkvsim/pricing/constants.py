@@ -1,4 +1,4 @@
-"""The columns of a row of constants (RouteModel.to_row), and the speeds and fixed times that follow from them. Compiled."""
+"""The columns of a row of constants (RouteModel.to_row), and the speeds and times that follow from them. Compiled."""
 from __future__ import annotations
 
 import math

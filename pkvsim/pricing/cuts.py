@@ -103,7 +103,7 @@ def chunk_count(ordered: np.ndarray, chunk: int) -> int:
 
 @compiled
 def chunk_tokens(ordered: np.ndarray, most_chunks: int, tile: int, least: float) -> int:
-    """The least chunk, in whole tiles, of which the rows give at most so many; the longest row's length if none does."""
+    """The least chunk, in whole tiles, of which the rows give at most so many; the longest row if none does."""
     longest = -(-ordered[0] // tile)
     if len(ordered) >= most_chunks:
         return longest * tile

@@ -54,7 +54,8 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path, *, note: str = "") -
 
 def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     """The route taken at every cell of a step sweep over two axes, and how much longer the next best takes. ValueError
-    as pkvsim.reports.plots.picture, for other than two axes, or for a sweep of a trace, whose cells take many routes."""
+    as pkvsim.reports.plots.picture, for other than two axes, or for a sweep of a trace, whose cells take many
+    routes."""
     check_axes(sweep.axes, option="route_map", trace=not any("route" in cell for cell in sweep.cells))
     shape = [len(values) for values in sweep.axes.values()]
     routes = [cell.get("route", NO_ROUTE) for cell in sweep.cells]
@@ -78,7 +79,8 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
         if len(routes) <= LABELLED_CELLS:
             for at, cell in enumerate(sweep.cells):
                 ink = "white" if routes[at] in DARK_ROUTES else "black"
-                axes.text(at % shape[1], at // shape[1], _margin(cell) if "route" in cell else "", ha="center", va="center", color=ink, fontsize=8)
+                text = _margin(cell) if "route" in cell else ""
+                axes.text(at % shape[1], at // shape[1], text, ha="center", va="center", color=ink, fontsize=8)
         axes.set_title("route taken; numbers: how much longer the best other route takes")
         patches = [Patch(color=colours[name], label=f"{name} ({routes.count(name)})") for name in taken]
         figure.legend(handles=patches, loc="outside right upper", title="route (cells)", alignment="left")

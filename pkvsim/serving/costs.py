@@ -131,7 +131,8 @@ def paper_rules(device: DeviceSpec) -> PaperRules:
 
 
 def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> Attention:
-    """Constants of attention. ValueError where the device cannot run the policy, or its routes do not serve the model."""
+    """Constants of attention. ValueError where the device cannot run the policy, or none of its routes
+    serves the model."""
     check_policies([policy])
     models = step_models(device, config)
     kinds = attention_kinds(model, config.page_size)

@@ -1,5 +1,5 @@
-"""The compiled serving loop: the scheduler says what runs, the loop prices it and moves the clock; one pass a step, every
-pass linear in the running requests."""
+"""The compiled serving loop: the scheduler says what runs, the loop prices it and moves the clock. One pass a step,
+every pass linear in the running requests."""
 from __future__ import annotations
 
 import math

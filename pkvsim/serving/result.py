@@ -207,8 +207,9 @@ def is_saturated(requests: RequestLog) -> bool:
 
 
 def _summary(
-    requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits, work: Requests
-) -> dict[str, Any]:
+    requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits,
+    work: Requests,
+) -> dict[str, Any]:  # fmt: skip
     served = requests.rejected == SERVED
     output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
     makespan_s = float(np.nanmax(requests.finish_s)) if finished else 0.0

@@ -1,4 +1,4 @@
-"""The scheduler as the simulator's checks and a real serving loop drive it: what runs, step by step, never what it costs.
+"""The scheduler as a real serving loop drives it: what runs, step by step, never what it costs.
 
     scheduler = Scheduler(requests, limits)
     while (at_us := scheduler.next_work_us(now_us)) < math.inf:

@@ -45,7 +45,7 @@ def simulate(
     *,
     progress: Progress | None = None,
 ) -> ServingResult:
-    """Serves the whole trace. policy: one of pkvsim.policy.by_name.POLICIES. ValueError where the model does not fit."""
+    """Serves the whole trace. policy: of pkvsim.policy.by_name.POLICIES. ValueError where the model does not fit."""
     limits = limits_of(model, device, config)
     requests = requests_of(trace, model, config, limits)
     attention = attention_costs(model, device, policy, config)

@@ -15,8 +15,8 @@ from pkvsim.policy.paper_rules import PaperRules
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
 # Of SchedulerState.counts: the trace up to NEXT_ARRIVAL has arrived, up to NEXT_WAITING was admitted; the lengths of
-# `running`, `decoding`, `preempted` and of the chunks, those of requests just admitted from FIRST_ADMITTED on; preempted
-# by the step; 1 while no page is free for the next to be admitted.
+# `running`, `decoding`, `preempted` and of the chunks, those of requests just admitted from FIRST_ADMITTED on;
+# preempted by the step; 1 while no page is free for the next to be admitted.
 (NEXT_ARRIVAL, NEXT_WAITING, NUM_RUNNING, NUM_DECODING, NUM_PREEMPTED, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED,
  POOL_FULL) = range(9)  # fmt: skip
 
@@ -85,7 +85,7 @@ class Attention(NamedTuple):
     layers: np.ndarray  # [K] int64, layers of the kind
     windows: np.ndarray  # [K] int64, tokens that a query sees, 0 for all
     heads: np.ndarray  # [K, 7] float64, the fields of pkvsim.pricing.layer.Heads
-    constants: np.ndarray  # [K, R, NUM_CONSTANTS] float64, NaN where the GPU has no model of the route, or it no service
+    constants: np.ndarray  # [K, R, NUM_CONSTANTS] float64, NaN for routes that are no candidates
     reaches: np.ndarray  # [K, R] int64
     allowed: np.ndarray  # [K, R] bool
     pinned: np.ndarray  # [R] int64, splits of every row, 0: what the route's own rule chooses

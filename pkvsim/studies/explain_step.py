@@ -173,10 +173,9 @@ def explain_step(
         got = ", ".join(unknown) or "none"
         raise ValueError(f"routes: expected some of {', '.join(have)} ({device.name}{needs}), got {got}")
     names = tuple(name for name in ROUTES if name in names)
-    pinned = {"split_splits": splits, "workqueue_splits": splits}
     step: dict[str, Any] = {"layers": layers, "available": names, "options": options}
-    taken = CalibratedPolicy(**pinned).decide(shape, lens, device, **step)
-    oracle = OraclePolicy(**pinned).decide(shape, lens, device, **step)
+    taken = CalibratedPolicy(split_splits=splits, workqueue_splits=splits).decide(shape, lens, device, **step)
+    oracle = OraclePolicy(split_splits=splits, workqueue_splits=splits).decide(shape, lens, device, **step)
     return StepReport(
         shape=shape,
         seq_lens=lens,

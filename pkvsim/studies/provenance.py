@@ -54,7 +54,7 @@ def serving_basis(
     model: ModelSpec, device: DeviceSpec, config: ServingConfig, *, routes: Iterable[str],
     shares: dict[str, float | None],
 ) -> tuple[Basis, ...]:  # fmt: skip
-    """Every quantity that a serving run rests on. shares: attention_share, rest_share and prefill_share of its summary."""
+    """Every quantity that a serving run rests on. shares: the summary's *_share."""
     attention = attention_basis(device, routes)
     if len(attention) == 1:
         (only,) = attention

@@ -122,8 +122,8 @@ def serving_sweep(
 
     Every cell stands for itself: a model that does not fit its GPU as it comes has narrower weights there (weight_bits:
     these everywhere), and a cell that cannot be is empty with its reason. Notes say of which cells they hold. metric: a
-    figure that the cells will be asked for, so that a wrong one is refused after the first run. ValueError where an axis
-    is wrong, or no cell can be.
+    figure that the cells will be asked for, so that a wrong one is refused after the first run. ValueError where an
+    axis is wrong, or no cell can be.
     """
     _check_axes(axes, SERVING_AXES)
     places = _places(axes)
@@ -151,7 +151,7 @@ def _serving_cell(
     config: ServingConfig, weight_bits: int | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
-    settings = {k: place[k] for k in ("max_batch", "page_size", "splits", "prefix_cache") if k in place}
+    settings: dict[str, Any] = {k: place[k] for k in ("max_batch", "page_size", "splits", "prefix_cache") if k in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
     config = replace(config, **settings)

@@ -9,9 +9,9 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.devices.route_options import as_read
 from pkvsim.models.presets import ModelSpec
-from pkvsim.policy.choose import PINNED_ROUTES, make_routing, new_prices
-from pkvsim.pricing.cuts import sorted_lengths
-from pkvsim.pricing.prices import Candidates, price_routes
+from pkvsim.policy.choose import make_routing
+from pkvsim.pricing.cuts import sorted_lengths, tokens_read
+from pkvsim.pricing.prices import price_route
 from pkvsim.pricing.step_times import step_times
 from pkvsim.serving.costs import attention_kinds, step_models
 from pkvsim.serving.result import StepSample
@@ -38,7 +38,7 @@ def check_timeline(
         return None
     shape, options, layers = attention_kinds(model, config.page_size)[-1]
     models = step_models(device, config)
-    routing, prices = make_routing(shape, models, device, options=options), new_prices()
+    routing = make_routing(shape, models, device, options=options)
     constants = routing.candidates.constants
     candidates = [index for index in range(len(ROUTES)) if not np.isnan(constants[index, 0])]
     errors, taken_us, best_us = [], 0.0, 0.0
@@ -50,19 +50,16 @@ def check_timeline(
                 models[route], shape, lens, num_sms=device.num_sms, options=as_read(route, options)
             )
         best_us += _step_us(lens, layers, constants, kernels).min()
-        pinned = np.zeros(len(ROUTES), np.int64)
         if splits:
-            pinned[taken] = splits if ROUTES[taken] in PINNED_ROUTES else 0
             kernels[taken] = timeline.makespan_us(
                 models[ROUTES[taken]], shape, lens, num_sms=device.num_sms, splits=splits,
                 options=as_read(ROUTES[taken], options),
             )  # fmt: skip
         taken_us += _step_us(lens, layers, constants, kernels)[taken]
-        price_routes(
-            sorted_lengths(lens), routing.heads, Candidates(constants, routing.candidates.reaches, pinned),
-            prices.layer_us, prices.splits,
-        )  # fmt: skip
-        errors.append(abs(prices.layer_us[taken] / kernels[taken] - 1))
+        ordered, reach = sorted_lengths(lens), int(routing.candidates.reaches[taken])
+        reads = tokens_read(ordered, reach, constants[taken]) if reach else ordered
+        closed_us, _ = price_route(ordered, reads, routing.heads, constants[taken], splits)
+        errors.append(abs(closed_us / kernels[taken] - 1))
     return TimelineCheck(steps=len(errors), mean_error=float(np.mean(errors)), regret=taken_us / best_us - 1)
 
 

@@ -16,12 +16,12 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.devices.route_options import read_lens
 from pkvsim.options import KV_ELEMENT_BYTES, PLAIN, AttentionOptions
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
-from pkvsim.pricing.cuts import row_splits, sorted_lengths
+from pkvsim.pricing.cuts import row_splits, sorted_lengths, tokens_read
 from pkvsim.pricing.layer import heads_of
-from pkvsim.pricing.prices import Candidates, price_routes
+from pkvsim.pricing.prices import price_route
 from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
-from pkvsim.timeline.event_loop import run_tasks
+from pkvsim.timeline.event_loop import Record, Slots, StepTasks, run_tasks
 
 PINNABLE = ("buckets", "queue")  # the rules that take pinned splits, as in pkvsim.pricing.prices
 
@@ -62,13 +62,13 @@ def simulate(
     # longest block it has seen, and page faults of memory got anew take longer than the simulation.
     block = np.empty((8, num_tasks))
     start, end, read, slot = block[0], block[1], block[2], block[3].view(np.int32)[:num_tasks]
-    finish = run_tasks(*run.args, slot, start, end, read)
+    finish = run_tasks(run.step, run.slots, run.ramp_us, Record(slot, start, end, read))
     return Timeline(
         makespan_us=finish,
         schedule=run.schedule,
-        num_slots=run.num_slots,
-        cta_gb_s=run.alone / 1e3,
-        shared_gb_s=run.shared / 1e3,
+        num_slots=run.slots.num_slots,
+        cta_gb_s=run.slots.alone / 1e3,
+        shared_gb_s=run.slots.shared / 1e3,
         merge_us=run.merge_us,
         slot=slot,
         start_us=start,
@@ -83,8 +83,8 @@ def makespan_us(
 ) -> float:  # fmt: skip
     """simulate(...).makespan_us, for which no task's slot and times are written down."""
     nothing = np.empty(0)
-    args = _prepare(model, shape, seq_lens, num_sms, splits, options).args
-    return run_tasks(*args, np.empty(0, np.int32), nothing, nothing, nothing)
+    run = _prepare(model, shape, seq_lens, num_sms, splits, options)
+    return run_tasks(run.step, run.slots, run.ramp_us, Record(np.empty(0, np.int32), nothing, nothing, nothing))
 
 
 def route_schedule(
@@ -113,11 +113,11 @@ def _schedule(
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
-    candidate = Candidates(constants[None], np.full(1, window or 0), np.zeros(1, np.int64))
-    prices, longest = np.empty(1), np.zeros(1, np.int64)
-    price_routes(sorted_lengths(lens), heads_of(shape, num_sms, options), candidate, prices, longest)
+    ordered = sorted_lengths(lens)
+    reads = ordered if window is None else tokens_read(ordered, window, constants)
+    _, longest = price_route(ordered, reads, heads_of(shape, num_sms, options), constants, 0)
     counts = np.empty(len(lens), np.int64)
-    row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, constants, int(longest[0]), counts)
+    row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, constants, longest, counts)
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile, window=window)
 
 
@@ -129,14 +129,13 @@ def queries_us(constants: np.ndarray, shape: DecodeShape, lens: np.ndarray, opti
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A step ready to run: run_tasks' arguments but for its outputs, and what a Timeline says of them."""
+    """A step ready to run."""
 
     schedule: Schedule
-    num_slots: int
-    alone: float  # bytes per us of one CTA
-    shared: float  # bytes per us of all
+    step: StepTasks
+    slots: Slots
+    ramp_us: float  # when the first launch's CTAs start
     merge_us: float  # sum over the launches
-    args: tuple
 
 
 def _prepare(
@@ -156,18 +155,24 @@ def _prepare(
     if model.strided:
         cta_us, task_us = 0.0, model.task_us
     ramp = model.fixed_us + queries_us(constants, shape, lens, options)
-    args = (
-        schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype.names or ())), lens,
-        schedule.tile_tokens, float(width), spans, launch_spans,
-        schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),
-        bool(model.strided), gaps, slots, cta_us, task_us, alone, shared, ramp,
-    )  # fmt: skip
-    return _Run(schedule, slots, alone, shared, merges, args)
+    step = StepTasks(
+        tasks=schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype.names or ())),
+        lens=lens,
+        tile_tokens=schedule.tile_tokens,
+        token_bytes=float(width),
+        spans=spans,
+        launch_spans=launch_spans,
+        cta_offsets=schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),
+        strided=bool(model.strided),
+        gaps_us=gaps,
+    )
+    return _Run(schedule, step, Slots(slots, float(cta_us), float(task_us), alone, shared), float(ramp), merges)
 
 
 def _launches(
-    model: RouteModel, constants: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray, state_bytes: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    model: RouteModel, constants: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray,
+    state_bytes: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
     """Task ranges in launch order [num_spans, 2] int64, the launches' offsets into them [num_launches + 1] int64, the
     time after each launch (merge and next launch) [num_launches] float64, and the sum of the merges.
 

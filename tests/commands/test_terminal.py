@@ -1,6 +1,7 @@
 """What every command prints fits a terminal of 80 columns: nothing cut, no line that runs over."""
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 
@@ -9,6 +10,7 @@ from command import azure_trace
 from rich.cells import cell_len
 
 from pkvsim import cli
+from pkvsim.commands import serving_inputs
 from pkvsim.devices.device import DEVICES
 from pkvsim.reports.table_replay import print_fit
 
@@ -44,6 +46,7 @@ def terminal(monkeypatch):
     """stdout as rich sees a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(serving_inputs, "progress_bar", lambda show, unit: contextlib.nullcontext())
     monkeypatch.setenv("TERMINAL_WIDTH", "80")  # typer's, for help
 
 
