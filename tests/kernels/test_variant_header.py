@@ -1,0 +1,40 @@
+"""cuda_src/variant.cuh lists every constant that the host sets, and no other source has defaults of its own."""
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from gpu.cache import append_variant
+from gpu.inputs.block_tables import TableLayout
+from gpu.kernels.compile import SOURCE_DIR, compile_options
+from gpu.kernels.variant import TILE_TOKENS, kernel_config
+from pkvsim import DecodeShape
+from pkvsim.reference.rope import HALF, Rope
+
+SHAPE = DecodeShape(4, 1, 128, 16)
+TEXT = (SOURCE_DIR / "variant.cuh").read_text()
+
+
+def test_every_constant_is_explained() -> None:
+    rope = Rope(style=HALF, cos_sin=np.zeros((1, 128), np.float32))
+    said = {
+        *kernel_config(SHAPE, "float16", 90).defines(),
+        *TableLayout(int64=True, csr=True, last_page=True).defines(),
+        *append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=rope),
+        "UNROLL",
+        "PKV_RACECHECK",
+    }
+    said |= {option[2:].split("=")[0] for option in compile_options({}) if option.startswith("-D")}
+    explained = set(re.findall(r"^// ([A-Z][A-Z0-9_]+)\s{2,}", TEXT, re.MULTILINE))
+    assert explained == said
+
+
+def test_defaults_are_given_in_one_place() -> None:
+    for path in SOURCE_DIR.glob("*.cu*"):
+        found = re.findall(r"#ifndef (\w+)", path.read_text())
+        assert path.name == "variant.cuh" or not found, (path.name, found)
+
+
+def test_a_tile_is_the_hosts() -> None:
+    assert int(re.search(r"#define PKV_TILE (\d+)", TEXT)[1]) == TILE_TOKENS
