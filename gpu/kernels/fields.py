@@ -72,6 +72,10 @@ APPEND = Parameter("AppendArguments", (
 
 KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_balanced": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
+    "pkv_decode_shared": (
+        DECODE, COSTS, SHARED_COSTS, *_values(*_fields("p", "group_of_row prefix_pages"),
+                                              *_fields("i", "num_groups max_tokens")),
+    ),
     "pkv_decode_tasks": (DECODE, *_values(*_fields("p", "tasks split_offsets"), *_fields("i", "num_tasks tile_scale"))),
     "pkv_merge": _values(*_fields("p", "partials split_offsets rows out lse query_lens sinks")),
     "pkv_list_balanced": (
