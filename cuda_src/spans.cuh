@@ -2,9 +2,9 @@
 // test compiles this header with g++ and compares the two task for task.
 //
 // The cost axis is made of entries: first the groups, whose spans are (read, KV head), then the rows, whose spans are
-// (row, KV head). A span of n tiles that starts at x0 reaches to x0 + c + max(1, n) * e / 8: tile 0 sits at x0, tile
-// t >= 1 at x0 + c + t * e / 8, where c is what its end costs in tiles and e what a tile of it costs in eighths. It is
-// cut as plan.cuh cuts rows.
+// (row, KV head). A span of n tiles that starts at x0 reaches to x0 + c + max(1, n) * e / 8, rounded up: tile 0 sits at
+// x0, tile t >= 1 at x0 + c + t * e / 8, rounded down, where c is what its end costs in tiles and e what a tile of it
+// costs in eighths. It is cut as plan.cuh cuts rows.
 #pragma once
 #include "plan.cuh"
 
@@ -27,7 +27,7 @@ struct SharedCosts {
   }
   PKV_HD int segment_tiles(int read_columns, int plain) const {
     const int cost = divide(read_columns * segment + EIGHTHS - 1, EIGHTHS);
-    return cost > plain ? cost : plain;
+    return cost > plain ? cost : plain > 1 ? plain : 1;
   }
   // Most tiles between two places where the axis can be cut: ranges of so many are never empty.
   PKV_HD int longest_gap(int most_columns, int plain) const {
@@ -46,7 +46,10 @@ struct Entry {
   PKV_HD int upto(int count) const {
     return count * (eighths / EIGHTHS) + count * (eighths % EIGHTHS) / EIGHTHS;
   }
-  PKV_HD int span_cost() const { return segment + upto(costing()); }
+  PKV_HD int span_cost() const {
+    const int part = costing() * (eighths % EIGHTHS);
+    return segment + costing() * (eighths / EIGHTHS) + (part + EIGHTHS - 1) / EIGHTHS;
+  }
   PKV_HD int cost() const { return spans > 0 ? spans * span_cost() : 0; }
   // Where tile t sits in a span that starts at x0; and the first tile that sits at or past x, of those that may be.
   PKV_HD int position(int t, int x0) const { return t > 0 ? x0 + segment + upto(t) : x0; }
@@ -80,7 +83,6 @@ struct Groups {
   // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
   PKV_HD bool any_grouped(int batch_size, int first, int step) const {
     bool found = false;
-    #pragma unroll 4
     for (int row = first; row < batch_size; row += step)
       found |= static_cast<unsigned>(read_early(of_row + row)) < static_cast<unsigned>(num_groups);
     return found;

@@ -8,6 +8,8 @@ _HOMES = {
     "DecodeEngine": "gpu.engine.schedule_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
     "PagedKVCache": "gpu.cache.pool",
+    "PrefixGroups": "gpu.engine.prefixes",
+    "find_prefixes": "gpu.engine.prefixes",
 }
 __all__ = list(_HOMES)
 

@@ -9,6 +9,7 @@ import numpy as np
 from gpu.engine.arguments import DecodeArguments
 from gpu.engine.decode_kernels import DecodeKernels
 from gpu.engine.plan import Plan, place
+from gpu.engine.shared_reads import SharedReads, check_host, groups_key
 from gpu.engine.task_list import read_device_tasks, upload_tasks
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables, fingerprint
@@ -17,8 +18,9 @@ from gpu.routes.router import Router
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.costs import BalancedCosts, check_costs, default_costs
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts, check_costs, default_costs
 from pkvsim.schedule.make import Schedule
+from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split", "auto")
@@ -42,7 +44,8 @@ class DecodeEngine:
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
                  layout: str = "HND", scale: float | None = None, device: DeviceSpec | str | None = None,
-                 layers: int = 1) -> None:
+                 layers: int = 1, shared_costs: SharedCosts | None = None, sharing_rule: SharingRule | None = None,
+                 read_stages: int | None = None) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: one of SCHEDULES.
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
@@ -55,6 +58,9 @@ class DecodeEngine:
         head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
+        shared_costs, sharing_rule, read_stages: of steps planned with groups (pkvsim.schedule.spans): what reads for
+        several rows cost and how many columns one serves; which groups that are found are worth reading together; tiles in
+        each of their rings. By default what was calculated for this GPU and kernel.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -77,6 +83,8 @@ class DecodeEngine:
         self.costs = check_costs(costs)
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
+        self._capability, self._sharing = capability, (shared_costs, sharing_rule, read_stages)
+        self._shared: SharedReads | None = None
         self._plan: Plan | None = None
         self._checked_plan: list | None = None
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
@@ -94,7 +102,7 @@ class DecodeEngine:
 
     def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
              indices: object = None, last_page_len: object = None, validate: bool = False,
-             host_seq_lens: object = None) -> None:
+             host_seq_lens: object = None, groups: object = None) -> None:
         """Prepares a step. Arrays are NumPy, CuPy or torch; those on the GPU are used where they are.
 
         seq_lens [batch_size] int32 and block_table [batch_size, max_pages] int32 or int64; or CSR: indptr
@@ -104,16 +112,22 @@ class DecodeEngine:
         Lengths on the host are always checked, of CSR where indptr is there too. validate=True copies arrays on the
         GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
         host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
+        groups (balanced): rows that begin with the same pages read these once, together. PrefixGroups(group_of_row
+        [batch_size] int32, prefix_pages [num_groups] int32) of any library; those on the GPU may change in place between
+        runs, as lengths may. That the pages are the same is the caller's word, checked by validate=True alone. "auto":
+        the first run after this call finds them on the GPU, and so does each captured graph when it is replayed; they
+        are used where that is worth it.
 
         Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
         compiles its kernel, and must not be under capture.
         """
         if self.router is not None:
-            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
+            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len, groups=groups)
             self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
             return
         named = seq_lens, block_table, indptr, indices, last_page_len
         addresses, key = fingerprint(named)
+        key.append(groups_key(groups))
         if key == self._checked_plan and not validate and self._plan.move(named, addresses, self.shape.page_size):
             return
         given = StepTables(*named)
@@ -122,11 +136,21 @@ class DecodeEngine:
         views = given.views()
         checks.check_plan(views, self.device_id)
         checks.check_room(views, self._heads, segment_cost=self.costs.segment)
+        if groups is not None:
+            checks.expect("groups", f"None for schedule {self.schedule!r}", repr(groups), self.schedule == "balanced")
+            if self._shared is None:
+                costs, rule, stages = self._sharing
+                self._shared = SharedReads(self._heads, self.config, self._capability, self.options,
+                                           num_ctas=self.num_ctas, costs=costs, rule=rule, stages=stages)
+            checks.check_room(views, self._heads, segment_cost=self.costs.segment + self._shared.costs.merge,
+                              tile_cost=self._shared.most_tile_cost())
         host = host_lens = None
         if self.schedule != "balanced" or validate or given.lengths_on_host(views):
             host = given.on_host(page_ids=validate)
             checks.check_contents(host, self.shape.page_size)
             host_lens = host.lengths(self.shape.page_size)
+            if validate and groups is not None and not isinstance(groups, str):
+                check_host(groups, host, host_lens, self.shape.page_size)
         library = "torch" if any(array.library == "torch" for array in views.values()) else self._arguments.library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
@@ -138,12 +162,16 @@ class DecodeEngine:
                 plan = place(*given.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
-            plan.decode = self._kernels.decode(plan.layout)
+            if groups is None:
+                plan.decode = self._kernels.decode(plan.layout)
+            else:
+                plan.groups = self._shared.place(groups, plan, self.device_id)
+                plan.decode = self._kernels.shared(plan.layout, self._shared.config, self._shared.shared_bytes)
             if self._arguments.library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = host, host_lens
-        on_gpu = all(array.device >= 0 for array in views.values())
+        on_gpu = all(array.device >= 0 for array in views.values()) and (groups is None or not plan.groups.copied)
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
         self._plan = plan
 
@@ -185,12 +213,20 @@ class DecodeEngine:
             heads = arrays.shape_of("q", q)[:-1]
             out = arrays.empty_like(q, (*heads, self.options.value_dim(self.shape)), self.dtype) if out is None else out
             lse = arrays.empty_like(q, heads, "float32") if lse is None else lse
-        given = self._arguments.take(plan, self._workspace_at, q, k_pages, v_pages, out, lse, scale, sinks, query_lens,
+        shared = plan.groups
+        workspace_at = self._workspace_at if shared is None else shared.workspace_at
+        given = self._arguments.take(plan, workspace_at, q, k_pages, v_pages, out, lse, scale, sinks, query_lens,
                                      k_scale, v_scale)
         stream = arrays.current_stream(self._arguments.library, self.device_id)
-        if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
-            self._in_graphs.append((plan.copies, plan.task_list, self._partials))
+        if (plan.copies or plan.task_list or shared) and not plan.in_graph and arrays.is_capturing(stream):
+            self._in_graphs.append((plan.copies, plan.task_list, self._partials, shared and shared.owned))
             plan.in_graph = True
+        if shared is not None:
+            if shared.finder is not None:
+                self._shared.find(plan, stream)
+            plan.decode(self.num_ctas, (*given, *self.costs, *self._shared.costs, *shared.arguments(), plan.max_tokens),
+                        stream, pairs=True)
+            return out, lse
         if plan.task_list is None:
             plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream, pairs=True)
             return out, lse

@@ -122,14 +122,18 @@ def signature(kernel_name: str, defines: Mapping[str, int | str]) -> str:
 def order(
     kernel_name: str, defines: Mapping[str, int | str], given: tuple[str, ...] | None
 ) -> tuple[int, ...] | None:  # fmt: skip
-    """Where among the values `given` each argument of a variant is; None where they are the arguments, in order.
+    """Where among the values `given` each argument of a variant is; None where they are the arguments, in order. Of a name
+    that stands for several, the n-th is the n-th that is given.
 
     Raises ValueError naming the arguments that are not given.
     """
     wanted = names(kernel_name, defines)
     if given is None or given == wanted:
         return None
-    missing = [name for name in wanted if name not in given]
+    missing = [name for name in dict.fromkeys(wanted) if given.count(name) < wanted.count(name)]
     if missing:
         raise ValueError(f"given: expected every argument of {kernel_name}, found no {', '.join(missing)}")
-    return tuple(map(given.index, wanted))
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(given):
+        places.setdefault(name, []).append(place)
+    return tuple(places[name][wanted[:at].count(name)] for at, name in enumerate(wanted))

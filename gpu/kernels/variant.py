@@ -238,21 +238,27 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
         raise ValueError(f"groups: expected at most {config.columns} query columns of a row, got "
                          f"{config.columns * config.head_split} (group_size times query_tokens)")
     blocks = min(MAX_ACCUMULATED // config.v_dim // 8, QUERY_BLOCKS // (config.head_dim // 16))
-    fitting = [team for team in TEAMS if config.warps % team == 0 and config.warps // team <= MOST_TEAMS]
-    enough = [team for team in fitting if team * blocks * 8 >= columns]
-    team = enough[0] if enough else fitting[-1]
-    served = min(columns, team * blocks * 8) // config.columns * config.columns
+    teams = [team for team in TEAMS if config.warps % team == 0 and config.warps // team <= MOST_TEAMS]
+    served = min(columns, teams[-1] * blocks * 8) // config.columns * config.columns
     if served < 2 * config.columns:
-        raise ValueError(f"groups: expected at most {min(columns, team * blocks * 8) // 2} query columns of a row (group_size "
-                         f"times query_tokens) for a read to serve two, got {config.columns}")
+        raise ValueError(f"groups: expected at most {min(columns, teams[-1] * blocks * 8) // 2} query columns of a row "
+                         f"(group_size times query_tokens), so that a read serves two, got {config.columns}")
     limit = shared_limit_bytes(compute_capability) - LEAST_READERS * READER_BYTES
-    most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
-    for depth in range(most, 0, -1) if stages is None else (stages,):
-        found = replace(config, read_columns=served, read_team=team, read_stages=depth)
-        if found.read_shared_bytes <= limit:
-            return found
-    raise ValueError(f"{'stages' if stages else 'groups'}: reads for {served} columns of head_dim {config.head_dim} do not fit "
-                     f"{limit} bytes of shared memory")
+    # The rows' rings leave room for the plan: where they do not, with one buffer less, then with stages less.
+    rows = itertools.product(range(config.stages, 0, -config.team), range(config.buffers, 0, -1))
+    for row_stages, buffers in rows:
+        found = []
+        for team in (team for team in teams if team * blocks * 8 >= served):
+            most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
+            found += itertools.islice((
+                fitting for depth in ((stages,) if stages else range(most, 0, -1))
+                if (fitting := replace(config, stages=row_stages, buffers=buffers, read_columns=served, read_team=team,
+                                       read_stages=depth)).read_shared_bytes <= limit), 1)
+        # A smaller team reads the tiles from shared memory less often, but its rings are more.
+        if found:
+            return next((fitting for fitting in found if fitting.read_stages > 1), found[0])
+    raise ValueError(f"{'stages' if stages else 'groups'}: reads for {served} columns of head_dim {config.head_dim} do "
+                     f"not fit {limit} bytes of shared memory")
 
 
 def most_readers(config: KernelConfig, compute_capability: int) -> int:
