@@ -21,21 +21,23 @@ struct __align__(16) SharedMemory {
   unsigned char ring[W::STREAMS][W::NUM_STAGES][SLOT_BYTES];
   float states[W::NUM_BUFFERS][W::STREAMS][W::COLUMNS][STATE_ROW];  // acc, then m and l
   float kept[W::MANY_ROWS ? 1 : W::COLUMNS][STATE_ROW];         // the same, merged (balanced only, see parts.cuh)
-  ArrivalBarrier left[W::NUM_BUFFERS], merged[W::NUM_BUFFERS];  // all warps have left their states there, have merged theirs
+  ArrivalBarrier left[W::NUM_BUFFERS];    // all warps have left their states there,
+  ArrivalBarrier merged[W::NUM_BUFFERS];  // have merged theirs
 };
 
 static_assert(sizeof(SharedMemory<RowWidth>) == SHARED_BYTES, "gpu/kernels/variant.py computes the same size");
 
 template <class W>
-__device__ __forceinline__ void accumulate(WarpState<W>& state, const unsigned (&p)[W::HEAD_BLOCKS][2], unsigned tile,
-                                           int lane) {
+__device__ __forceinline__ void accumulate(WarpState<W>& state, const unsigned (&p)[W::HEAD_BLOCKS][2],
+                                           const Query<W>& query, unsigned tile, int lane) {
   ValueFragments values(tile, lane);
   #pragma unroll
   for (int i = 0; i < V_STEPS; ++i) {
     unsigned v[4];
     values.get(v, i);
     #pragma unroll
-    for (int b = 0; b < W::HEAD_BLOCKS; ++b) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
+    for (int b = 0; b < W::HEAD_BLOCKS; ++b)
+      if (query.used(b)) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
   }
 }
 
@@ -50,8 +52,10 @@ __device__ __forceinline__ void publish(const WarpState<W>& state, float (&to)[W
       #pragma unroll
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
-      if (head >= W::WARP_COLUMNS || (W::LAST_COLUMNS < W::WARP_COLUMNS && head >= W::own_columns())) continue;
-      float* row = to[W::first_column() + head];
+      if (W::MANY_ROWS ? W::column_at(head) >= W::COLUMNS
+                       : head >= W::WARP_COLUMNS || (W::LAST_COLUMNS < W::WARP_COLUMNS && head >= W::own_columns()))
+        continue;
+      float* row = to[W::column_at(head)];
       if (lane < 4) row[V_DIM] = state.m[b][column], row[V_DIM + 1] = l;
       #pragma unroll
       for (int i = 0; i < V_STEPS; ++i) {
@@ -190,7 +194,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         ring.keys_read();
         weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
         ring.await_values();
-        accumulate(state, p, ring.slot + K_TILE_BYTES, lane);
+        accumulate(state, p, query, ring.slot + K_TILE_BYTES, lane);
         ring.values_read();
       }
     }

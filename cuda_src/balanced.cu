@@ -35,7 +35,8 @@ pkv_decode_balanced(const pkv::DecodeArguments given, const pkv::Costs costs, in
   EarlyPlan planning{
       .lens = lens, .num_kv_heads = given.num_kv_heads, .costs = costs, .plan = plan,
       .record = reinterpret_cast<PlanRecord*>(given.partials + gridDim.x) + blockIdx.x,
-      .noted = reinterpret_cast<int*>(shared.states[0][stream][RowWidth::first_column()]), .lane = lane, .early = early};
+      .noted = reinterpret_cast<int*>(shared.states[0][stream][RowWidth::first_column()]), .lane = lane,
+      .early = early};
   planning.ask();
   prefetch_table(pages, given.batch_size);
   init_barriers(shared);

@@ -1,5 +1,5 @@
-// A balanced step in which every row reads for itself: what pkv_decode_balanced does, and pkv_decode_shared where no row
-// is in a group.
+// A balanced step in which every row reads for itself: what pkv_decode_balanced does, and pkv_decode_shared where no
+// row is in a group.
 #pragma once
 #include "early_plan.cuh"
 #include "parts.cuh"

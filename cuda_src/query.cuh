@@ -13,6 +13,7 @@ struct Query {
   int token_stride;       // elements
   const int* members;     // [num_members] rows that the columns belong to (MANY_ROWS)
   int num_members;
+  int num_blocks;         // those that have a column (MANY_ROWS)
   unsigned fragment[QUERY_IN_REGISTERS ? K_STEPS : 1][HEAD_BLOCKS][2];
 #if QUERY_SCALED
   float factor[HEAD_BLOCKS];      // of the column that this lane reads
@@ -22,7 +23,8 @@ struct Query {
   // The 4 elements that this lane holds of a step's 16, as they are stored.
   __device__ __forceinline__ uint2 stored(int b, int step, int lane) const {
     // Columns past the last one repeat it, and nobody uses what comes of them.
-    const int column = W::first_column() + min(b * 8 + lane / 4, W::own_columns() - 1);
+    const int column = W::MANY_ROWS ? W::column_at(b * 8 + lane / 4)
+                                    : W::first_column() + min(b * 8 + lane / 4, W::own_columns() - 1);
     const ColumnPlace place = place_of(W::MANY_ROWS ? column % COLUMNS : column);
     const half_type* row = rows + place.token * token_stride + place.head * HEAD_DIM;
     if constexpr (W::MANY_ROWS)
@@ -33,6 +35,10 @@ struct Query {
     const unsigned* pairs = reinterpret_cast<const unsigned*>(row) + step * 8 + lane % 4;
     return make_uint2(__ldg(pairs), __ldg(pairs + 4));
 #endif
+  }
+  // Whether block b has a column.
+  __device__ __forceinline__ bool used(int b) const {
+    return !W::MANY_ROWS || HEAD_BLOCKS == 1 || b == 0 || b < num_blocks;
   }
   __device__ __forceinline__ void read(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
     #pragma unroll
@@ -95,7 +101,7 @@ struct Query {
     token_stride = num_kv_heads * GROUP_SIZE * HEAD_DIM;
     if constexpr (W::MANY_ROWS) {
       rows = q + s.kv_head * GROUP_SIZE * HEAD_DIM;
-      members = s.rows, num_members = s.members;
+      members = s.rows, num_members = s.members, num_blocks = W::blocks_of(s.members * COLUMNS);
     } else {
       rows = q + static_cast<long long>(s.row) * QUERY_TOKENS * token_stride + s.kv_head * GROUP_SIZE * HEAD_DIM;
     }
@@ -134,7 +140,8 @@ __device__ __forceinline__ void score(float (&s)[W::HEAD_BLOCKS][4], const Query
       unsigned q[HEAD_BLOCKS][2];
       query.get(q, first + i, lane);
       #pragma unroll
-      for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(i % 2 ? odd[b] : s[b], k[i], q[b][0], q[b][1]);
+      for (int b = 0; b < HEAD_BLOCKS; ++b)
+        if (query.used(b)) multiply_add(i % 2 ? odd[b] : s[b], k[i], q[b][0], q[b][1]);
     }
   }
   #pragma unroll

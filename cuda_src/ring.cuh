@@ -23,7 +23,8 @@ struct LoneRing {
   unsigned slot;   // address of the tile at hand
   int stage;       // of the ring, in which that is
 
-  static constexpr int COPIES_AHEAD = 2 * W::NUM_STAGES - 1;  // copies started since that of the half that is waited for
+  // Copies that have been started since that of the half which is waited for.
+  static constexpr int COPIES_AHEAD = 2 * W::NUM_STAGES - 1;
 
   __device__ __forceinline__ void fill() {
     #pragma unroll 1  // unrolled, its code's fetching shows in short steps

@@ -1,22 +1,23 @@
 // pkv_decode_shared: pkv_decode_balanced for steps whose rows may have leading pages in common.
 //
-// Computes the same as pkv_decode_balanced (balanced.cu), in one launch too, and reads what rows have in common once for
-// as many of them as READ_COLUMNS serve. pkvsim.schedule.spans is the specification.
+// Computes the same as pkv_decode_balanced (balanced.cu), in one launch too, and reads what rows have in common once
+// for as many of them as READ_COLUMNS serve. pkvsim.schedule.spans is the specification.
 // Grid: [num_ctas]; block: [WARPS * 32]; dynamic shared memory: SharedMemories, StepPlan (shared_step.cuh), then
 // Readers::words ints.
 //
-// The reads of all groups lie before all rows on the cost axis, so a CTA's range has reads, or rows, or both; each has a
-// width of its own, and rows are read as in a plain step. Where no row is in a group the step is a plain one, by the
+// The reads of all groups lie before all rows on the cost axis, so a CTA's range has reads, or rows, or both; each has
+// a width of its own, and rows are read as in a plain step. Where no row is in a group the step is a plain one, by the
 // plain kernel's own code, and costs what it costs there.
 //
-//   given          as there, but partials: [num_ctas] Slot (of READ_COLUMNS), [num_ctas] PlanRecord, then [2][batch_size]
-//                  [num_kv_heads] RowSlot; slots' words are EMPTY_WORD between launches
+//   given          as there, but partials: [num_ctas] Slot (of READ_COLUMNS), [num_ctas] PlanRecord, then
+//                  [2][batch_size][num_kv_heads] RowSlot; slots' words are EMPTY_WORD between launches
 //   costs, shared_costs  of the schedule
 //   group_of_row   [batch_size] the group whose prefix the row begins with, or -1
 //   prefix_pages   [num_groups] pages that the group's rows have in common, 0 where it is unused
 //   max_tokens, written  as there
 //
-// Its speed is bound by HBM and, where reads serve many columns, by the products; at its end by the latency of the merge.
+// Its speed is bound by HBM and, where reads serve many columns, by the products; at its end by the latency of the
+// merge.
 #include "balanced_step.cuh"
 #include "shared_step.cuh"
 
@@ -32,8 +33,8 @@ pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, cons
   const Output output = output_of(given);
   const Lengths lens{given.lengths, given.batch_size, max_tokens, given.reach() PKV_LAST_PAGE(, given.row_begins)};
   const Groups groups{group_of_row, prefix_pages, num_groups, PAGE_SIZE, QUERY_TOKENS};
-  const Axis axis{lens, groups, Readers(reinterpret_cast<int*>(memory + READ_SHARED_BYTES), given.batch_size, num_groups), shared_costs,
-                  costs, given.num_kv_heads, COLUMNS};
+  const Readers readers(reinterpret_cast<int*>(memory + READ_SHARED_BYTES), given.batch_size, num_groups);
+  const Axis axis{lens, groups, readers, shared_costs, costs, given.num_kv_heads, COLUMNS};
 
   let_next_kernel_start();
   const bool overlapped = KERNELS_OVERLAP && given.batch_size <= NOTED_LENGTHS;

@@ -6,8 +6,8 @@
 //   shared  of the piece that ends the read of a row
 //   own     of the piece that ends a member's own span
 // The CTA that ends a member's own span merges (MemberMerge), after its last segment, when most of the reads are done:
-// a read's last parts may take as long as the whole step. It empties what it has read. Rows that are in no read go the way
-// of a plain step (parts.cuh).
+// a read's last parts may take as long as the whole step. It empties what it has read. Rows that are in no read go the
+// way of a plain step (parts.cuh).
 #pragma once
 #include "parts.cuh"
 #include "warp_spans.cuh"
@@ -70,7 +70,7 @@ struct MemberMerge {
   struct Ended {
     int row, head, slot;
     int num_parts;
-    int first, of_read, column;  // the read's are those of_read from range `first` on, at `column`, and the one that ends it
+    int first, of_read, column;  // the read's: `of_read` from range `first` on, at `column`, and the one that ends it
     int begin;                   // the span's are those from this range on, and its own
   };
   // A batch of parts: lane i has the i-th.

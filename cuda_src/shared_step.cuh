@@ -84,7 +84,8 @@ __device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan&
   const Cut& cut = plan.step.cut;
   RangePlace place;
   place.range = place.first = paired_place(cut.num_ranges);
-  RowSlot* row_slots = reinterpret_cast<RowSlot*>(reinterpret_cast<PlanRecord*>(given.partials + gridDim.x) + gridDim.x);
+  PlanRecord* records = reinterpret_cast<PlanRecord*>(given.partials + gridDim.x);
+  RowSlot* row_slots = reinterpret_cast<RowSlot*>(records + gridDim.x);
   const SpanSlots slots{given.partials, row_slots, row_slots + axis.lens.batch_size * axis.num_kv_heads,
                         axis.num_kv_heads};
   SharedStart start{.axis = axis, .output = output, .plan = plan, .lane = lane, .early = early, .begun = false};

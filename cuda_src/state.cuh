@@ -22,8 +22,8 @@ struct ColumnPlace {
 };
 __device__ __forceinline__ ColumnPlace place_of(int column) { return {column / GROUP_SIZE, column % GROUP_SIZE}; }
 
-// The states of a segment's columns, as one CTA leaves them for another: those of a (row, KV head), or of a read for many
-// rows where there are such.
+// The states of a segment's columns, as one CTA leaves them for another: those of a (row, KV head), or of a read for
+// many rows where there are such.
 constexpr int SLOT_COLUMNS = READ_COLUMNS > 0 ? READ_COLUMNS : COLUMNS;
 struct __align__(16) Slot {
   float4 acc[SLOT_COLUMNS][HEAD_QUADS];

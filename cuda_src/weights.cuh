@@ -127,6 +127,7 @@ __device__ __forceinline__ void weigh(WarpState<W>& state, unsigned (&p)[W::HEAD
 #endif
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b) {
+    if (!query.used(b)) continue;
     const bool above = fmaxf(s[b][0], s[b][2]) > state.m[b][0] + RESCALE_ABOVE
                        || fmaxf(s[b][1], s[b][3]) > state.m[b][1] + RESCALE_ABOVE;
     if (__any_sync(0xffffffffu, above)) state.raise(b, s[b]);

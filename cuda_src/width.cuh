@@ -8,9 +8,9 @@
 
 namespace pkv {
 
-// Zeroes what may be used only where it has been set. Left undefined inside a loop, a variable keeps the last turn's value
-// as far as the compiler knows; where two widths take turns, that is a register of one throughout the other's main loop.
-// Kernels of one width have nothing to gain.
+// Zeroes what may be used only where it has been set. Left undefined inside a loop, a variable keeps the last turn's
+// value as far as the compiler knows; where two widths take turns, that is a register of one throughout the other's
+// main loop. Kernels of one width have nothing to gain.
 template <class T>
 __device__ __forceinline__ void settle(T& value) {
   if constexpr (READ_COLUMNS > 0) value = T{};
@@ -19,7 +19,7 @@ __device__ __forceinline__ void settle(T& value) {
 template <int SERVED, int SHARING, int DEPTH, int WAITING, bool OF_READS>
 struct Width {
   static constexpr int COLUMNS = SERVED;         // of the product
-  static constexpr int TEAM_SIZE = SHARING;      // warps that share a ring of tiles, each of which has part of the columns
+  static constexpr int TEAM_SIZE = SHARING;      // warps that share a ring of tiles, and the columns
   static constexpr int NUM_STAGES = DEPTH;       // tiles of K and V in each ring
   static constexpr int NUM_BUFFERS = WAITING;    // segments whose states can wait in shared memory for their merge
   static constexpr bool MANY_ROWS = OF_READS;    // the columns are those of several rows
@@ -45,6 +45,15 @@ struct Width {
   __device__ __forceinline__ static int first_column() { return team_member() * WARP_COLUMNS; }
   __device__ __forceinline__ static int own_columns() {
     return LAST_COLUMNS == WARP_COLUMNS ? WARP_COLUMNS : min(WARP_COLUMNS, COLUMNS - first_column());
+  }
+  // The i-th column of this warp. Those of many rows are dealt to the team by blocks, so that reads for few rows leave
+  // every warp's last blocks empty (blocks_of) and no warp idle.
+  __device__ __forceinline__ static int column_at(int i) {
+    return MANY_ROWS ? (i / 8 * TEAM_SIZE + team_member()) * 8 + i % 8 : first_column() + i;
+  }
+  // The blocks of each warp in which some of a segment's columns are.
+  __device__ __forceinline__ static int blocks_of(int columns) {
+    return (columns + 8 * TEAM_SIZE - 1) / (8 * TEAM_SIZE);
   }
 };
 

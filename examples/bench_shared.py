@@ -5,8 +5,8 @@
     python examples/bench_shared.py --cells 0,2 --calibrate    # which costs and variants are the best
 
 Results are checked against float64 before they are timed. Times are per call inside a CUDA graph whose calls read
-distinct pages, over four times the L2, before any page comes back. "told": the groups are given; "found": groups="auto",
-which finds them once a graph. The cascade's time has a copy of its output in it.
+distinct pages, over four times the L2, before any page comes back. "told": the groups are given; "found":
+groups="auto", which finds them once a graph. The cascade's time has a copy of its output in it.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cells", default="all", help="numbers of cells, from 0, or all")
     parser.add_argument("--pool-gib", type=float, default=16.0, help="K and V pages together")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
-    parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, whose kernels may be built first")
+    parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, which may be built first")
     parser.add_argument("--calibrate", action="store_true", help="sweep over the costs of shared reads instead")
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
     return parser.parse_args(argv)
@@ -79,10 +79,10 @@ def calibrate(bench, cells: list, console) -> list[dict]:
                 costs = best._replace(**{name: value})
                 if costs != best and (us := time_us(costs, best_stages)) < best_us:
                     best_us, best = us, costs
-        rows = tuple((str(r["columns"]), str(r["stages"] or "-"), *(str(r[n]) for n in ("tile", "again", "segment", "merge")),
-                      f"{r['us']:.1f}") for r in sorted((r for r in found if r["cell"] == cell.name),
-                                                        key=lambda r: r["us"])[:8])  # fmt: skip
-        Table(cell.name, ("columns", "stages", "tile", "again", "segment", "merge", "us"), rows).print(console)
+        fields = ("columns", "stages", "tile", "again", "segment", "merge")
+        own = sorted((entry for entry in found if entry["cell"] == cell.name), key=lambda entry: entry["us"])
+        rows = tuple((*(str(entry[name] or "-") for name in fields), f"{entry['us']:.1f}") for entry in own[:8])
+        Table(cell.name, (*fields, "us"), rows).print(console)
     return found
 
 
@@ -93,10 +93,11 @@ def table(results: list):
         return "-" if best is None or ours is None else f"{best / ours:.2f}"
 
     rows = [(r.cell, us(r.limit_us), *(us(r.times.get(name)) for name in ROUTES),
-             over(r.best_other(), r.times.get("told")), over(r.best_flashinfer(), r.times.get("found"))) for r in results]
+             over(r.best_other(), r.times.get("told")), over(r.best_flashinfer(), r.times.get("found")))
+            for r in results]  # fmt: skip
     return Table("Rows that share pages, us", ("cell", "limit", *ROUTES, "told x", "found x"), tuple(rows),
-                 "limit: the distinct bytes at the streaming rate. told x: over the best of FlashInfer and plain; found x: "
-                 "over FlashInfer's best.")  # fmt: skip
+                 "limit: the distinct bytes at the streaming rate. told x: over the best of FlashInfer and plain; "
+                 "found x: over FlashInfer's best.")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

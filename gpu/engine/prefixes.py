@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 WARPS = 16  # of a CTA of pkv_find_prefixes
 ROW_BYTES = 56  # of its shared memory: pkv::PrefixMemory::INTS
-# An H200's (examples/results/h200_decode.md). On a slower GPU bytes are worth more against the merge, so the rule shares
-# less there than would pay.
+# An H200's (examples/results/h200_decode.md). On a slower GPU bytes are worth more against the merge, so the rule
+# shares less there than would pay.
 RULE_GB_PER_S = 4000.0
 
 
 class PrefixGroups(NamedTuple):
     """Rows that share leading pages: their block tables begin with the same ids.
 
-    group_of_row [batch_size] int32: the row's group, or -1. prefix_pages [num_groups] int32: full pages that all rows of
-    the group have in common; 0 where a group is unused. NumPy, CuPy or torch.
+    group_of_row [batch_size] int32: the row's group, or -1. prefix_pages [num_groups] int32: full pages that all rows
+    of the group have in common; 0 where a group is unused. NumPy, CuPy or torch.
     """
 
     group_of_row: object
@@ -83,9 +83,9 @@ def find_prefixes(
 ) -> PrefixGroups:  # fmt: skip
     """The groups of a step, CuPy arrays on the GPU, as pkvsim.schedule.prefixes.find_prefixes finds them.
 
-    block_table [batch_size, max_pages] int32 or int64 and seq_lens [batch_size] int32 on the current GPU, whose rows are
-    contiguous. One launch on the caller's current stream. finder: of an earlier call, whose arrays are then written
-    again, which a captured graph needs; page_size, query_tokens and rule are its own then.
+    block_table [batch_size, max_pages] int32 or int64, rows contiguous, and seq_lens [batch_size] int32 on the current
+    GPU. One launch on the caller's current stream. finder: of an earlier call, whose arrays are then written again,
+    which a captured graph needs; page_size, query_tokens and rule are its own then.
     Raises ValueError naming the argument.
     """
     table, lens = arrays.view("block_table", block_table), arrays.view("seq_lens", seq_lens)

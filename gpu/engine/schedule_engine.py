@@ -59,8 +59,8 @@ class DecodeEngine:
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
         shared_costs, sharing_rule, read_stages: of steps planned with groups (pkvsim.schedule.spans): what reads for
-        several rows cost and how many columns one serves; which groups that are found are worth reading together; tiles in
-        each of their rings. By default what was calculated for this GPU and kernel.
+        several rows cost and how many columns one serves; which groups that are found are worth reading together; tiles
+        in each of their rings. By default what was calculated for this GPU and kernel.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -113,10 +113,10 @@ class DecodeEngine:
         GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
         host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
         groups (balanced): rows that begin with the same pages read these once, together. PrefixGroups(group_of_row
-        [batch_size] int32, prefix_pages [num_groups] int32) of any library; those on the GPU may change in place between
-        runs, as lengths may. That the pages are the same is the caller's word, checked by validate=True alone. "auto":
-        the first run after this call finds them on the GPU, and so does each captured graph when it is replayed; they
-        are used where that is worth it.
+        [batch_size] int32, prefix_pages [num_groups] int32) of any library; those on the GPU may change in place
+        between runs, as lengths may. That the pages are the same is the caller's word, checked by validate=True alone.
+        "auto": the first run after this call finds them on the GPU, and so does each captured graph when it is
+        replayed; they are used where that is worth it. Tables that change in place outside a graph need a plan.
 
         Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
         compiles its kernel, and must not be under capture.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import cupy
 import numpy as np
 
-from gpu.engine.prefixes import PrefixFinder, PrefixGroups, default_rule
+from gpu.engine.prefixes import PrefixFinder, default_rule
 from gpu.inputs import arrays
 from gpu.inputs.checks import expect
 from gpu.kernels.variant import KernelConfig, most_readers, read_config, shared_limit_bytes
@@ -96,14 +96,14 @@ class SharedReads:
         return max(1, -(-self.config.columns * costs.tile // (SHARED_COLUMNS * EIGHTHS)))
 
     def _reserve(self, batch_size: int) -> object:
-        """The workspace for so many rows. All its words are empty between launches, so one of more rows serves fewer."""
+        """The workspace for so many rows. Its words are empty between launches, so one of more rows serves fewer."""
         need = self.config.workspace_bytes(self._num_ctas, batch_size * self._num_kv_heads)
         if self._workspace is None or self._workspace.nbytes < need:
             self._workspace = cupy.full(need, 0xFF, dtype=cupy.uint8)
         return self._workspace
 
     def find(self, plan: Plan, stream: int) -> None:
-        """Finds the groups of a step whose finder has not done so: once after each plan, and once in each capture, whose
+        """Finds the groups of a step if its finder has not: once after each plan, and once in each capture, whose
         replays find them anew."""
         step = plan.groups
         here = arrays.capture_number(stream)
@@ -136,7 +136,7 @@ def groups_key(groups: object) -> object:
 
 
 def check_host(groups: object, tables: object, lens: np.ndarray, page_size: int) -> None:
-    """With validate=True: the rows of each group have the same ids. Copies to the host. Raises ValueError naming one."""
+    """For validate=True: the rows of each group have the same ids. Copies to the host; a ValueError names others."""
     given = host_groups.PrefixGroups(*(arrays.to_host(name, getattr(groups, name)) for name in NAMES))
     if tables.is_csr:
         most = int(given.prefix_pages.max(initial=0))

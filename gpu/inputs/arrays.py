@@ -147,7 +147,7 @@ def is_capturing(stream: int) -> bool:
 
 
 def capture_number(stream: int) -> int:
-    """The number of the capture into which what is launched on the stream goes, unlike any other's; 0 outside of any."""
+    """The number of the capture into which the stream's launches go, unlike any other's; 0 outside of any."""
     if not is_capturing(stream):
         return 0
     from gpu.kernels.launch import capture_id

@@ -89,7 +89,7 @@ def check_contents(host: StepTables, page_size: int) -> None:
 
 
 def check_room(views: dict[str, ArrayView], heads: DecodeShape, *, segment_cost: int, tile_cost: int = 1) -> None:
-    """Rows as long as the table has room for are a cost that the planner can count. tile_cost: the most that one costs."""
+    """Rows as long as the table has room for are a cost that the planner can count. tile_cost: of a tile, at most."""
     name = "indices" if "indices" in views else "block_table"
     if name == "indices":  # which no two rows share
         (pages,), (entries,) = views[name].shape, views["indptr"].shape

@@ -122,8 +122,8 @@ def signature(kernel_name: str, defines: Mapping[str, int | str]) -> str:
 def order(
     kernel_name: str, defines: Mapping[str, int | str], given: tuple[str, ...] | None
 ) -> tuple[int, ...] | None:  # fmt: skip
-    """Where among the values `given` each argument of a variant is; None where they are the arguments, in order. Of a name
-    that stands for several, the n-th is the n-th that is given.
+    """Where among the values `given` each argument of a variant is; None where they are the arguments, in order. Of a
+    name that stands for several, the n-th is the n-th that is given.
 
     Raises ValueError naming the arguments that are not given.
     """

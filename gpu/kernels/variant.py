@@ -127,8 +127,8 @@ class KernelConfig:
         return (columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
 
     def workspace_bytes(self, num_ctas: int, row_heads: int = 0) -> int:
-        """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan. With reads for several
-        rows, two slots for each of `row_heads` (row, KV head)s come last."""
+        """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan. With reads for
+        several rows, two slots for each of `row_heads` (row, KV head)s come last."""
         plain = self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
         return plain + (2 * row_heads * self.state_bytes if self.read_columns else 0)
 

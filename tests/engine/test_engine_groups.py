@@ -63,7 +63,8 @@ def test_the_kernel_is_told_the_groups(gpu) -> None:
     engine.plan(**given, groups=device)
     assert engine._plan is plan  # passes unlooked at
     values = run(gpu, engine)
-    assert values["group_of_row"] == device.group_of_row.data.ptr and values["prefix_pages"] == device.prefix_pages.data.ptr
+    assert values["group_of_row"] == device.group_of_row.data.ptr
+    assert values["prefix_pages"] == device.prefix_pages.data.ptr
     engine.plan(**given)
     assert "group_of_row" not in run(gpu, engine)
 

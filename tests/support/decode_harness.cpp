@@ -289,7 +289,8 @@ extern "C" int arguments_bytes() { return sizeof given; }
 #if READ_COLUMNS
 // integers: costs, those of shared reads, num_groups, max_tokens. groups: group_of_row, prefix_pages.
 static const int *group_of_row, *prefix_pages;
-extern "C" const char* run(int num_ctas, const void* arguments, const int* integers, const int* of_row, const int* pages) {
+extern "C" const char* run(int num_ctas, const void* arguments, const int* integers, const int* of_row,
+                           const int* pages) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 11, numbers);
   group_of_row = of_row, prefix_pages = pages;

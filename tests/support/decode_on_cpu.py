@@ -129,11 +129,12 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
         converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS, costs: BalancedCosts = BalancedCosts(1, 2),
         shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
         between: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of shared
-    reads, whose reads serve shared_costs.columns. hurry: copies arrive as they are started.
-    stages: of a ring, where the variant's are too many. costs: of balanced. before: the lengths,
-    page table and records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends. between: changes the records
-    [ctas, 64] int32 that the first of two launches left, by which the second need not give the same result any more."""
+    """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
+    shared reads, which serve shared_costs.columns. hurry: copies arrive as they are started.
+    stages: of a ring, where the variant's are too many. costs: of balanced. before: the lengths, page table and
+    records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends.
+    between: changes the records [ctas, 64] int32 that the first of two launches left, by which the second need not give
+    the same result any more."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)

@@ -20,7 +20,8 @@ from pkvsim import AttentionOptions, DecodeShape, reference
 from pkvsim.schedule import prefixes
 
 LOG2_E = 1.4426950408889634
-ENGINE_MODULES = ("gpu.engine.prefixes", "gpu.engine.shared_reads", "gpu.engine.schedule_engine", "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels",
+ENGINE_MODULES = ("gpu.engine.prefixes", "gpu.engine.shared_reads", "gpu.engine.schedule_engine",
+                  "gpu.engine.task_list", "gpu.engine.plan", "gpu.engine.decode_kernels",
                   "gpu.cache.writer", "gpu.cache.pool")
 FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
 

@@ -51,8 +51,9 @@ def test_members_get_what_float64_gives(head_dim: int, group: int, page_size: in
             assert bool((out == results[0][0]).all()) and bool((lse == results[0][1]).all())
 
 
-@pytest.mark.parametrize(("rows", "prefix", "own", "groups"), [(64, 8192, 512, 1), (256, 2048, 256, 1), (8, 32768, 4096, 1),
-                                                               (64, 4096, 1024, 4), (16, 8192, 512, 1)])
+@pytest.mark.parametrize(("rows", "prefix", "own", "groups"), [
+    (64, 8192, 512, 1), (256, 2048, 256, 1), (8, 32768, 4096, 1), (64, 4096, 1024, 4), (16, 8192, 512, 1)
+])  # fmt: skip
 def test_large_groups(rows: int, prefix: int, own: int, groups: int) -> None:
     shape = DecodeShape(32, 8, 128, 16)
     given = HostGroups(np.arange(rows) // (rows // groups), [prefix // 16] * groups)
@@ -80,7 +81,7 @@ def test_nothing_in_common_is_the_plain_step_to_the_bit() -> None:
 
 
 def test_captured_step_stays_right() -> None:
-    """500 replays: groups form, grow, split and end, told and found, while lengths and tables change under the graphs."""
+    """500 replays: groups form, grow, split and end, told and found, while lengths and tables change in place."""
     rng = np.random.default_rng(7)
     torch.manual_seed(7)
     seq_lens = torch.ones(BATCH, dtype=torch.int32, device="cuda")
