@@ -21,8 +21,8 @@ members. The m members of a group, rows ascending, become k = ceil(m / M) reads;
   - row r, r = 0, 1, ..: num_kv_heads spans. A member's: tiles [s, tiles(seq_len)), which may be none, C = segment +
     merge, E = 8. Others': all tiles, C = segment, E = 8; a row of length 0 has no spans.
 With n' = max(1, n), a span that starts at x0 reaches to x0 + C + ceil(n' * E / 8). Its tile 0 sits at x0, tile t >= 1
-at x0 + C + t * E // 8, before the span's end. Plain entries (E = 8) are those of plan.cuh. Selected pages make one entry
-of one span per (row, KV head), several GPUs entries of the tiles that lie on this one; nothing below changes.
+at x0 + C + t * E // 8, before the span's end. Plain entries (E = 8) are those of plan.cuh. Selected pages make one
+entry of one span per (row, KV head), several GPUs entries of the tiles that lie on this one; nothing below changes.
 
 **Ranges.** Total cost W, H spans. N = min(W // L, num_ctas) ranges, at least 1, no more than costs.part allows for H
 heads of W // H (balanced_ranges), where L = max(minimum, the longest gap between two neighbouring tile positions that
