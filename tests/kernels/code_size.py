@@ -118,8 +118,10 @@ def sources() -> list[tuple[str, str, str, dict[str, int], int]]:
             shape = DecodeShape(group, 1, head_dim, page_size)
             defines = kernel_config(shape, dtype, capability, options=options).defines() | layout.defines()
             found.append((f"sm_{capability} {name}", file, kernel, defines, capability))
-        for name, group, head_dim, kv_dtype in (("shared reads", 4, 128, None), ("shared reads, head_dim 64", 8, 64, None),
-                                                ("shared reads, fp8", 4, 128, "float8_e4m3fn")):
+        for name, group, head_dim, kv_dtype in (
+            ("shared reads", 4, 128, None), ("shared reads, head_dim 64", 8, 64, None),
+            ("shared reads, fp8", 4, 128, "float8_e4m3fn"),
+        ):  # fmt: skip
             shape = DecodeShape(group, 1, head_dim, 16)
             config = kernel_config(shape, "float16", capability, options=AttentionOptions(kv_dtype=kv_dtype))
             found.append((f"sm_{capability} {name}", "shared.cu", "pkv_decode_shared",
