@@ -9,9 +9,10 @@
 #include "read_early.cuh"
 #include "variant.cuh"
 
-// Bounds of the cut, as pkvsim/schedule/make.py has them.
+// Bounds of the cut, as pkvsim/schedule/balanced.py has them.
 #define PKV_SHORT_RANGE 640        // tiles
 #define PKV_MOST_TILES (1 << 20)   // of a head, for the root of its parts
+#define PKV_IDLE_OF_HALVES 6       // half the CTAs are taken where at most 1 of so many of them idles
 #define PKV_IDLE_OF_PARTS 8        // heads are cut into equal parts where that idles at most 1 of so many CTAs,
 #define PKV_IDLE_OF_HEADS 32       // and are left whole where that does
 
@@ -92,7 +93,7 @@ struct Cut {
       : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(costs.segment) {
     const int least = costs.minimum > 1 + segment_cost ? costs.minimum : 1 + segment_cost, half = num_ctas >> 1;
     const bool halved = even && num_heads > 0 && num_heads <= half && total < costs.pair * num_ctas
-                        && (half - divide(half, num_heads) * num_heads) * PKV_IDLE_OF_PARTS <= half;
+                        && (half - divide(half, num_heads) * num_heads) * PKV_IDLE_OF_HALVES <= half;
     const int most = halved ? half : num_ctas;
     num_ranges = divide(total, least);
     if (num_ranges > most) num_ranges = most;

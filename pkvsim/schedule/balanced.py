@@ -15,6 +15,7 @@ from pkvsim.shapes import DecodeShape
 
 SHORT_RANGE_TILES = 640  # PKV_SHORT_RANGE in cuda_src/plan.cuh
 MOST_TILES_PER_HEAD = 2**20  # PKV_MOST_TILES in cuda_src/plan.cuh; a longer head is cut as one of that length
+IDLE_OF_HALVES = 6  # PKV_IDLE_OF_HALVES: half the CTAs are taken where at most 1 of so many of them idles
 IDLE_OF_PARTS = 8  # PKV_IDLE_OF_PARTS: heads are cut into equal parts where at most 1 of so many CTAs idles,
 IDLE_OF_HEADS = 32  # PKV_IDLE_OF_HEADS: and are left whole where at most 1 of so many does
 
@@ -31,13 +32,14 @@ def balanced_ranges(
     heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
 
     Two neighbouring SMs share their way to memory, which one of them fills alone. So a short step whose heads divide
-    half the CTAs but for at most 1/8 is cut for those, and then always into equal parts or whole heads: there are fewer
+    half the CTAs but for at most 1/6 is cut for those, and then always into equal parts or whole heads: there are fewer
     parts to merge. The engine gives the ranges of so few to one SM of each pair. More, but not twice as many, would
-    leave some pairs with twice the work of others. The bound is the one of equal parts.
+    leave some pairs with twice the work of others. The bound: 7 rows of 8 heads, which leave 10 of 66 CTAs idle, take
+    6.4 us so at 512 tokens (9.3 us on all 132 CTAs), 10.4 (12.4) at 1K, 18.7 (18.8) at 2K (one H200, 2026-11-29).
     """
     half = num_ctas // 2
     short = even and 0 < num_heads <= half and total_cost < costs.pair * num_ctas
-    halved = short and half % num_heads * IDLE_OF_PARTS <= half
+    halved = short and half % num_heads * IDLE_OF_HALVES <= half
     most = half if halved else num_ctas
     ranges = max(1, min(total_cost // max(costs.minimum, 1 + costs.segment), most))
     if costs.part > 0 and num_heads > 0:

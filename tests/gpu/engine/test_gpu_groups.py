@@ -174,6 +174,19 @@ def test_groups_are_found_as_python_finds_them(case: int) -> None:
         assert found.prefix_pages.get()[:count].tolist() == wanted.prefix_pages.tolist()
 
 
+class Grouped:
+    """An engine whose every plan has these groups."""
+
+    def __init__(self, engine: DecodeEngine, groups: object) -> None:
+        self._engine, self._groups = engine, groups
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def plan(self, *args: object, **given: object) -> None:
+        self._engine.plan(*args, **given, groups=self._groups)
+
+
 @pytest.mark.parametrize(("kv_dtype", "kv_scales"), [("float8_e4m3fn", "tensor"), ("int8", "token"), ("int8", "page")])
 def test_8_bit_pages(kv_dtype: str, kv_scales: str) -> None:
     import test_gpu_kv_types as kv_types
@@ -185,6 +198,4 @@ def test_8_bit_pages(kv_dtype: str, kv_scales: str) -> None:
     table = share(step.block_table.cpu().numpy(), np.array(lens), groups, 16)
     step.block_table.copy_(torch.from_numpy(table))
     engine = DecodeEngine(SHAPE, options=options)
-    plan = engine.plan
-    engine.plan = lambda *args, **given: plan(*args, **given, groups=on_gpu(groups))
-    check(*kv_types.run(engine, step), step.case(), dtype="float16")
+    check(*kv_types.run(Grouped(engine, on_gpu(groups)), step), step.case(), dtype="float16")
