@@ -162,14 +162,18 @@ def test_short_steps_take_half_the_ctas(rows, tiles, num_kv_heads, num_ctas, pai
     assert sizes.max() - sizes.min() <= 1
 
 
-@pytest.mark.parametrize("rows, num_kv_heads", [(7, 8), (7, 4), (7, 2), (11, 5)])
-def test_heads_that_leave_more_of_half_the_ctas_idle_take_all(rows, num_kv_heads):
-    """Half of 132 CTAs would be 56 or 55 with equal parts and 66 without: neither is as good as all."""
+@pytest.mark.parametrize("rows, num_kv_heads, num_ctas", [(7, 8, 56), (7, 4, 56), (7, 2, 56), (11, 5, 55), (5, 8, None),
+                                                          (54, 1, None)])
+def test_heads_that_leave_too_many_of_half_the_ctas_idle_take_all(rows, num_kv_heads, num_ctas):
+    """Of half the 132 CTAs, 10 or 11 may idle; where more would (None), all are taken."""
     shape, lens = DecodeShape(num_kv_heads, num_kv_heads, 64, 16), [1024] * rows
     costs = BalancedCosts(7, 8, 2, 80)
     schedule, whole = (make_schedule("balanced", shape, lens, num_ctas=132, tile_tokens=16, costs=c)
                        for c in (costs, costs._replace(pair=0)))
-    assert schedule.tasks.tolist() == whole.tasks.tolist()
+    if num_ctas is None:
+        assert schedule.tasks.tolist() == whole.tasks.tolist()
+    else:
+        assert schedule.num_ctas == num_ctas and len(set(schedule.tasks["tile_end"] - schedule.tasks["tile_begin"])) <= 2
 
 
 @pytest.mark.parametrize("columns, wanted", [(4, 7), (31, 7), (32, 20), (64, 20)])
