@@ -24,11 +24,13 @@ SWEEP = (("tile", (8, 10, 12, 14, 16, 20, 24)), ("merge", (0, 1, 2, 4, 8)), ("se
          ("again", (3, 5, 8)), ("tile", (8, 10, 12, 14, 16, 20, 24)))  # fmt: skip
 VARIANTS = ((64, None), (64, 6), (64, 4), (32, None))  # columns of a read, stages of its rings
 
+POOL_GIB = 16.0
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", default="all", help="numbers of cells, from 0, or all")
-    parser.add_argument("--pool-gib", type=float, default=16.0, help="K and V pages together")
+    parser.add_argument("--pool-gib", type=float, help=f"K and V pages together; {POOL_GIB:g}, or what fits of it")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, which may be built first")
     parser.add_argument("--calibrate", action="store_true", help="sweep over the costs of shared reads instead")
@@ -108,13 +110,18 @@ def main(argv: list[str] | None = None) -> int:
     from bench.shared_measure import SharedBench
     from rich.console import Console
 
-    from gpu.measure.pools import fitting_gib
+    from gpu.measure import memory
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     about = environment()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     start = time.perf_counter()
-    bench = SharedBench(pool_gib=fitting_gib(args.pool_gib), repeats=args.repeats, cascade=args.cascade)
+    try:
+        granted = memory.budget(POOL_GIB, args.pool_gib)
+    except ValueError as error:
+        print(f"bench_shared: error: {error}", file=sys.stderr)
+        return 2
+    bench = SharedBench(pool_gib=granted.granted_gib, repeats=args.repeats, cascade=args.cascade)
     document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()}}
     if args.calibrate:
         document["calibration"] = calibrate(bench, chosen(args.cells, CELLS), console)
@@ -127,10 +134,12 @@ def main(argv: list[str] | None = None) -> int:
             for name, note in result.notes.items():
                 console.print(f"not timed: {result.cell}: {name}: {note}", markup=False)
         document |= {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us}
-    console.print(f"{time.perf_counter() - start:.0f} s")
+    console.print(f"{granted}, {time.perf_counter() - start:.0f} s")
+    document |= {"pool": dataclasses.asdict(granted), "peak_gpu_bytes": memory.peak_bytes()}
     if args.json is not None:
         write_json(args.json, document)
         console.print(f"wrote {args.json}")
+    console.print(memory.peak_line())
     return 0
 
 

@@ -11,6 +11,7 @@ from bench.shared_cells import SharedCell
 
 from gpu import DecodeEngine, PrefixGroups, find_prefixes
 from gpu.engine.prefixes import PrefixFinder
+from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import shared_limit_bytes
 from gpu.measure.pools import BenchPool, CellPages
 from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes
@@ -111,9 +112,8 @@ class SharedBench:
         """One launch that finds the groups, of tables at rest: warm in L2, as a step's layers leave them."""
         pages = self.lay_out(cell, 0)
         lens, table = (torch.from_numpy(array).cuda() for array in (cell.lengths(), pages.block_table))
-        capability = torch.cuda.get_device_capability()
-        finder = PrefixFinder(16, 1, SharingRule(), shared_limit_bytes=shared_limit_bytes(
-            capability[0] * 10 + capability[1]))  # fmt: skip
+        limit = shared_limit_bytes(this_gpu().compute_capability)
+        finder = PrefixFinder(16, 1, SharingRule(), shared_limit_bytes=limit)
         return graph_time_us(lambda i: find_prefixes(table, lens, page_size=16, finder=finder), variants=20,
                              repeats=self.repeats).median_us  # fmt: skip
 
