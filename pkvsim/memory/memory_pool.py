@@ -34,11 +34,11 @@ class Read(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A block to be written to a place; index: where it stands among the keys that store() was given."""
+    """A block to be written to a place; at: where it stands among the keys that store() was given."""
 
     key: Hashable
     place: Place
-    index: int
+    at: int
 
 
 class PoolCounts(NamedTuple):
@@ -193,6 +193,13 @@ class MemoryPool:
                 self.failed(key, entry.place)
         self.shares.lose(tier)
 
+    def forget(self, keys: Sequence[Hashable]) -> int:
+        """Gives up blocks that nobody reads, writes or holds; returns how many."""
+        gone = [key for key in keys if self._protect(key)]
+        for key in gone:
+            self._index.remove(key)
+        return len(gone)
+
     def restore(self, tier: int, found: Sequence[tuple[Hashable, int]]) -> list[Hashable]:
         """Takes in the complete blocks (key, slot) that a device kept over a restart; returns the keys taken."""
         taken = self._index.restore(tier, found)
@@ -202,11 +209,12 @@ class MemoryPool:
 
     def hold(self, keys: Sequence[Hashable], until_s: float) -> int:
         """Keeps the leading blocks that are there until that time (retention.choose_ttl_s); returns how many."""
-        kept = []
+        kept: list[tuple[Hashable, Entry]] = []
         for key in keys[: self.ready_prefix(keys)]:
             self._protect(key)
             entry = self._index.get(key)
-            entry.holds += 1  # type: ignore[union-attr]
+            assert entry is not None  # it is ready
+            entry.holds += 1
             kept.append((key, entry))
         self._held_count += 1
         heapq.heappush(self._held, (until_s, self._held_count, tuple(kept)))

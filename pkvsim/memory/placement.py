@@ -15,7 +15,9 @@ BANDWIDTH, EQUAL, IN_ORDER = "bandwidth", "equal", "in_order"
 PLACEMENTS = (BANDWIDTH, EQUAL, IN_ORDER)
 
 
-def share_counts(num_blocks: int, weights: Sequence[float] | np.ndarray, room: Sequence[int] | np.ndarray) -> np.ndarray:
+def share_counts(
+    num_blocks: int, weights: Sequence[float] | np.ndarray, room: Sequence[int] | np.ndarray
+) -> np.ndarray:  # fmt: skip
     """Blocks for each device, int64 [devices]: num_blocks by weights [devices], at most room [devices] each.
 
     They add up to num_blocks or, where that does not fit, to the room there is; a device of weight 0 gets none. Where

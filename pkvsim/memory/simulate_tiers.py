@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +59,8 @@ class TierOptions:
 class TierLoads:
     """What each of n requests got from t tiers.
 
-    blocked_s: from arrival until the device had delivered this request's bytes, 0 where it asked for none; load_s: until
-    all of them were there, behind the shared link.
+    blocked_s: from arrival until the device had delivered this request's bytes, 0 where it asked for none; load_s:
+    until all of them were there, behind the shared link.
     """
 
     blocks: np.ndarray  # [n] int64, of the prompt
@@ -111,7 +112,7 @@ def simulate_tiers(
         if compute_s is not None:
             times = devices.load_times_s(pool.places(keys[:hits]), block_bytes, now)
             choice = choose_prefix(
-                times, lambda blocks, i=i: compute_s(i, blocks), num_layers=options.num_layers, overlap=options.overlap
+                times, partial(compute_s, i), num_layers=options.num_layers, overlap=options.overlap
             )
             wanted, computed = choice.blocks, choice.compute_s
         reads = pool.want(keys, limit=wanted)
@@ -128,10 +129,9 @@ def simulate_tiers(
         for write in pool.store(keys):
             pool.stored(write)
         pool.touch(keys)
-    counts = pool.counts
     return TierLoads(
         out.blocks, out.hits, out.loaded, out.bytes_by_tier, out.blocked_s, out.load_s, out.ttft_s,
-        counts.evicted, counts.refused,
+        pool.counts.evicted, pool.counts.refused,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ PAPER = "arXiv 2606.14779v1 (10 June 2026)"
 # Host memory is read through the GPU's PCIe 5.0 x16 link: 55.5 GB/s measured on an H200 host from pinned memory.
 HOST_READ = 55.5e9
 # A data-centre NVMe of PCIe 5.0 x4 reads 14 GB/s in sequence by its datasheets (Samsung PM1743, 14,000 MB/s read and
-# 6,000 MB/s written: https://semiconductor.samsung.com/ssd/enterprise-ssd/pm1743/). Which ones the paper used is unknown
-# here.
+# 6,000 MB/s written: https://semiconductor.samsung.com/ssd/enterprise-ssd/pm1743/). Which ones the paper used is
+# not known here.
 NVME_READ, NVME_WRITE = 14e9, 6e9
 # Of a read through the kernel's file system 84 % of the time is spent in it (the paper's abstract), so the device's own
 # rate is reached 16 % of the time.
@@ -21,7 +21,8 @@ FILE_SYSTEM_SHARE = 0.84
 
 def _host(name: str, capacity_gib: int) -> Tier:
     return Tier(
-        name=name, kind=HOST, capacity_bytes=capacity_gib * GIB, read_bytes_per_s=HOST_READ, write_bytes_per_s=HOST_READ,
+        name=name, kind=HOST, capacity_bytes=capacity_gib * GIB, read_bytes_per_s=HOST_READ,
+        write_bytes_per_s=HOST_READ,
         source="a host memory module behind PCIe 5.0 x16, as measured on an H200 host; capacity assumed",
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ class Machine(RuleBasedStateMachine):
         writes = self.pool.store(keys)
         assert [w.key for w in writes] == [key for key, there in zip(keys, known) if not there][: len(writes)]
         for write in writes:
-            assert keys[write.index] == write.key and write.place.tier not in self.lost
+            assert keys[write.at] == write.key and write.place.tier not in self.lost
             assert write.place not in self.busy, "a slot that somebody still uses was given out"
             self.busy[write.place] = ("write", write.key)
         self.writes += writes

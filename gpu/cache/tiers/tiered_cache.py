@@ -1,0 +1,422 @@
+"""KV blocks kept beyond the GPU's pages: stored to host memory and disks, loaded from all of them at once.
+
+    cache = TieredKVCache(device, host=[HostStore(...)], disks=[DiskStore(...)])
+    handle = cache.store(keys, pages)             a prompt's whole blocks, from its start, and the pages they are in
+    hits = cache.lookup(keys)                     how many leading blocks it could load
+    handle = cache.load(keys, pages)              into pages that the caller has allocated
+    handle.wait_layer(l)                          the caller's stream may attend to layer l of that many blocks
+
+What goes where, and what goes when there is no room, pkvsim.memory decides, as it does for the simulator. A key covers
+everything before its block and how it was computed (model, type, layout): equal keys are equal KV. Whatever a tier does
+wrong costs hits: a block is used only where its key and checksum are right, and every wait ends.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu.cache.tiers.device import Device, Ticket
+from gpu.cache.tiers.disk_files import CHECKSUM_NAME, DiskFiles, check_key
+from gpu.cache.tiers.disk_reads import Reader, open_reader
+from gpu.cache.tiers.disk_tier import DiskTier, ReadJob, WriteJob
+from gpu.cache.tiers.host_arena import HostArena
+from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
+from pkvsim.memory.memory_pool import MemoryPool, Read, Write
+from pkvsim.memory.tiers import DISK, HOST, Tier
+
+MOST_FAULTS = 64  # of one disk, after which it is not used any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStore:
+    """An arena of host memory. node: of NUMA, None for any; pin: registers it with CUDA."""
+
+    tier: Tier
+    node: int | None = None
+    pin: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskStore:
+    """A directory on a disk.
+
+    ring_bytes: pinned memory that its blocks pass through; bytes_under_way: most that the disk is asked for at once;
+    reader: of disk_reads.open_reader, or what makes one from (depth, buffers); stall_s: after which it is given up.
+    """
+
+    tier: Tier
+    directory: str
+    ring_bytes: int = 256 * 2**20
+    bytes_under_way: int = 64 * 2**20
+    reader: str | Callable[[int, Sequence[tuple[int, int]]], Reader] = "auto"
+    stall_s: float = 30.0
+    pin: bool = True
+
+
+class LoadHandle:
+    """A load under way. blocks: how many leading blocks it set out to load."""
+
+    def __init__(self, cache: TieredKVCache, reads: Sequence[Read], pages: np.ndarray, after: object) -> None:
+        self.blocks = len(reads)
+        self._cache, self._reads, self._pages, self._after = cache, reads, pages, after
+        self._changed = threading.Condition()
+        self._pending = 1  # blocks that a disk still owes, and one until load() has asked for everything
+        self._valid = len(reads)  # leading blocks that are right so far
+        self._cancelled = self._closed = False
+        self._layers: Sequence[Ticket] = ()  # of the blocks from host memory
+        self._tickets: list[Ticket] = []  # of the blocks from disks
+        self._jobs: list[ReadJob] = []
+
+    def wait_layer(self, layer: int) -> int:
+        """Lets the caller's stream wait until layer `layer` of the loaded blocks is there; returns how many leading
+        blocks are valid, the same for every layer, fewer than `blocks` where a tier failed. Blocks this thread only as
+        long as disks still read. ValueError after cancel()."""
+        valid = self._wait_disks()
+        device = self._cache.device
+        if not 0 <= layer < device.num_layers:
+            raise ValueError(f"layer: expected [0, {device.num_layers}), got {layer}")
+        for ticket in (*self._layers[layer : layer + 1], *self._tickets):
+            device.wait(ticket)
+        return valid
+
+    def wait(self) -> int:
+        """Blocks this thread until everything is in its pages; returns how many leading blocks are valid."""
+        valid = self._wait_disks()
+        for ticket in (*self._layers, *self._tickets):
+            ticket.wait()
+        return valid
+
+    def _wait_disks(self) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending or self._cancelled)
+            if self._cancelled:
+                raise ValueError("load: expected one that was not cancelled")
+            return self._valid
+
+    def cancel(self) -> None:
+        """Gives the load up. When it returns nothing writes to the pages any more."""
+        with self._changed:
+            self._cancelled = True
+            for job in self._jobs:
+                job.cancelled = True
+            tickets = [*self._layers, *self._tickets]
+            self._changed.notify_all()
+        for ticket in tickets:
+            ticket.wait()
+
+    def _take(self, buffers: np.ndarray, jobs: list[ReadJob]) -> Ticket | None:
+        """Called by a disk's thread with blocks that have arrived."""
+        with self._changed:
+            if self._cancelled:
+                return None
+            pages = self._pages[[job.tag for job in jobs]]
+            ticket = self._cache.device.copy_in(buffers, pages, after=self._after, each_layer=False)[0]
+            self._tickets.append(ticket)
+            return ticket
+
+    def _ended(self, job: ReadJob, fault: str | None) -> None:
+        if fault is not None and fault != "cancelled":
+            self._cache._failed(self._reads[job.tag])
+        with self._changed:
+            if fault is not None:
+                self._valid = min(self._valid, job.tag)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        with self._changed:
+            self._pending -= 1
+            if self._pending:
+                return
+            self._changed.notify_all()
+        self._cache._after_copies(self)
+
+
+class StoreHandle:
+    """A store under way. blocks: how many blocks are being written."""
+
+    def __init__(self, cache: TieredKVCache, writes: Sequence[Write], keys: Sequence[bytes], pages: np.ndarray,
+                 after: object) -> None:  # fmt: skip
+        self.blocks = len(writes)
+        self._cache, self._writes, self._keys, self._pages, self._after = cache, writes, keys, pages, after
+        self._changed = threading.Condition()
+        self._uncopied = self._pending = len(writes)
+
+    def wait_copied(self) -> None:
+        """Blocks this thread until the pages have been read and may be overwritten."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._uncopied)
+
+    def wait(self) -> None:
+        """Blocks this thread until every block has been written, or could not be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending)
+
+    def _copy(self, writes: Sequence[Write], addresses: np.ndarray) -> Ticket:
+        pages = self._pages[[write.at for write in writes]]
+        return self._cache.device.copy_out(pages, addresses, after=self._after)
+
+    def _fill(self, buffers: np.ndarray, jobs: list[WriteJob]) -> Ticket:
+        ticket = self._copy([self._writes[job.tag] for job in jobs], buffers)
+        ticket.wait()
+        self._copied(len(jobs))
+        return ticket
+
+    def _copied(self, count: int) -> None:
+        with self._changed:
+            self._uncopied -= count
+            if not self._uncopied:
+                self._changed.notify_all()
+
+    def _ended(self, write: Write, ok: bool) -> None:
+        self._cache._stored(write, ok)
+        with self._changed:
+            self._pending -= 1
+            last = not self._pending
+            if last:
+                self._uncopied = 0
+        if last:
+            self._cache._touch(self._keys)
+            with self._changed:
+                self._changed.notify_all()
+
+
+class TieredKVCache:
+    """Host memory and disks behind a device's pages."""
+
+    def __init__(
+        self, device: Device, *, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (), contents: str = "",
+        link_bytes_per_s: float = float("inf"), **pool_options: Any,
+    ) -> None:  # fmt: skip
+        """contents: what a block is (model, type, layout), noted in the disks' directories; link_bytes_per_s: of
+        load-or-recompute; pool_options: placement, retention, admission and drift of MemoryPool. Takes in what the
+        disks kept. Raises ValueError naming the argument, and has opened nothing then."""
+        for store, kind in [(one, HOST) for one in host] + [(one, DISK) for one in disks]:
+            if store.tier.kind != kind:
+                raise ValueError(f"{kind}: expected a tier of that kind, got {store.tier.kind} {store.tier.name}")
+        self.device = device
+        self._pool = MemoryPool([one.tier for one in (*host, *disks)], block_bytes=device.block_bytes, **pool_options)
+        self._lock = threading.Lock()
+        self._link = link_bytes_per_s
+        self._arenas: list[HostArena] = []
+        self._disks: list[DiskTier] = []
+        self._rings: list[HostArena] = []
+        self._lost: set[int] = set()
+        self._closed = False
+        self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
+        try:
+            for one in host:
+                slots = max(1, one.tier.slots(device.block_bytes))
+                self._arenas.append(HostArena(slots=slots, slot_bytes=device.block_bytes, node=one.node, pin=one.pin))
+            for one in disks:
+                self._open_disk(len(self._arenas) + len(self._disks), one, contents)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_disk(self, tier: int, store: DiskStore, contents: str) -> None:
+        block_bytes = self.device.block_bytes
+        files = DiskFiles(
+            store.directory, block_bytes=block_bytes, slots=max(1, store.tier.slots(block_bytes)), contents=contents
+        )
+        try:
+            buffers = max(2, store.ring_bytes // files.slot_bytes)
+            ring = HostArena(slots=buffers, slot_bytes=files.slot_bytes, pin=store.pin)
+            depth = max(1, min(store.bytes_under_way // files.slot_bytes, buffers))
+            if callable(store.reader):
+                reader = store.reader(depth, [ring.region])
+            else:
+                reader = open_reader(depth=depth, buffers=[ring.region], kind=store.reader)
+        except BaseException:
+            files.close()
+            raise
+        self._rings.append(ring)
+        self._pool.restore(tier, files.complete())
+        self._disks.append(DiskTier(
+            files, reader, ring, bytes_under_way=store.bytes_under_way, stall_s=store.stall_s,
+            observe=lambda num_bytes, seconds: self._observe(tier, num_bytes, seconds), stalled=lambda: self._lose(tier),
+        ))  # fmt: skip
+
+    def lookup(self, keys: Sequence[bytes], compute_s: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
+        """How many leading blocks load() would load: all that are there or, with compute_s (seconds to compute the rest
+        of the prompt after n loaded blocks [k] -> [k]), as many as give the first token soonest."""
+        with self._lock:
+            hits = self._pool.ready_prefix(keys)
+            if compute_s is None or not hits:
+                return hits
+            places = self._pool.places(keys[:hits])
+            rates = np.where(self._pool.shares.weights > 0, self._pool.shares.weights, np.inf)
+        queued = [0] * len(self._arenas) + [disk.queued for disk in self._disks]
+        block_bytes = self.device.block_bytes
+        backlog = np.array(queued) * block_bytes / rates
+        times = load_times_s(places, block_bytes, rates, backlog_s=backlog, link_bytes_per_s=self._link)
+        return choose_prefix(times, compute_s, num_layers=self.device.num_layers).blocks
+
+    def load(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> LoadHandle:
+        """Begins to load the leading blocks of keys into pages, at most as many as there are pages.
+
+        Pages may be in use by what the caller's stream was given before. Raises ValueError naming the argument.
+        """
+        pages = self._check(keys, pages)
+        with self._lock:
+            reads = self._pool.want(list(keys), limit=len(pages))
+        handle = LoadHandle(self, reads, pages, self.device.mark())
+        by_tier: dict[int, list[int]] = {}
+        for at, read in enumerate(reads):
+            by_tier.setdefault(read.place.tier, []).append(at)
+        jobs = {
+            tier: [ReadJob(reads[at].place.slot, reads[at].key, at, handle._take, handle._ended) for at in blocks]
+            for tier, blocks in by_tier.items() if tier >= len(self._arenas)
+        }  # fmt: skip
+        handle._jobs = [job for group in jobs.values() for job in group]
+        handle._pending += len(handle._jobs)
+        for tier, group in jobs.items():  # disks first: they are the slower ones and work while host memory is copied
+            self._disks[tier - len(self._arenas)].add(group)
+        host = [at for tier, blocks in by_tier.items() if tier < len(self._arenas) for at in blocks]
+        if host:
+            addresses = np.array([self._arenas[reads[at].place.tier].address(reads[at].place.slot) for at in host])
+            handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
+        handle._one_less()
+        return handle
+
+    def store(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> StoreHandle:
+        """Begins to store the blocks of a prompt, whole ones from its start, that the pool has not, up to the first
+        for which it has no room. pages [len(keys)] must keep their KV until handle.wait_copied(). Raises ValueError."""
+        pages = self._check(keys, pages)
+        if len(pages) != len(keys):
+            raise ValueError(f"pages: expected one for each of {len(keys)} keys, got {len(pages)}")
+        with self._lock:
+            writes = self._pool.store(keys)
+        handle = StoreHandle(self, writes, keys, pages, self.device.mark())
+        host = [write for write in writes if write.place.tier < len(self._arenas)]
+        for tier, disk in enumerate(self._disks, len(self._arenas)):
+            jobs = [
+                WriteJob(write.place.slot, write.key, at, handle._fill,
+                         lambda job, fault, write=write: self._write_ended(handle, write, fault))
+                for at, write in enumerate(writes) if write.place.tier == tier
+            ]  # fmt: skip
+            if jobs:
+                disk.add(jobs)
+        if host:
+            addresses = np.array([self._arenas[write.place.tier].address(write.place.slot) for write in host])
+            ticket = handle._copy(host, addresses)
+            self._waiter.submit(self._host_stored, handle, host, ticket)
+        return handle
+
+    def free(self, keys: Sequence[bytes]) -> None:
+        """Forgets blocks that will not be asked for again, where nobody reads or writes them."""
+        with self._lock:
+            self._pool.forget(keys)
+
+    def hold(self, keys: Sequence[bytes], until_s: float) -> int:
+        """Keeps a session's blocks until expire() is told that time; see pkvsim.memory.retention.choose_ttl_s."""
+        with self._lock:
+            return self._pool.hold(keys, until_s)
+
+    def expire(self, now_s: float) -> None:
+        """Ends the holds whose time is over."""
+        with self._lock:
+            self._pool.expire(now_s)
+
+    def stats(self) -> dict[str, Any]:
+        """What it has done so far, by tier."""
+        with self._lock:
+            out: dict[str, Any] = {"blocks": len(self._pool), **self._pool.counts._asdict()}
+            out["quarantined"], out["replans"] = self._pool.index.quarantined, self._pool.shares.replans
+            weights = self._pool.shares.weights
+        for tier, disk in enumerate(self._disks, len(self._arenas)):
+            counts, read_bytes = disk.counts, disk.counts.read * self.device.block_bytes
+            out[self._pool.tiers[tier].name] = {
+                "reader": disk.reader_name, "direct": disk.files.direct, "checksum": CHECKSUM_NAME, "read": counts.read,
+                "written": counts.written, "faults": counts.faults, "busy_s": counts.busy_s, "read_bytes": read_bytes,
+                "thread_s": counts.thread_s, "stalled": disk.is_stalled, "last_fault": counts.last_fault,
+                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]),
+            }  # fmt: skip
+        return out
+
+    def close(self) -> None:
+        """Finishes what is under way and closes the files."""
+        if self._closed:
+            return
+        self._closed = True
+        for disk in self._disks:
+            disk.close()
+        self._waiter.shutdown()
+        for arena in (*self._arenas, *self._rings):
+            arena.close()
+
+    def __enter__(self) -> TieredKVCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._closed:
+            raise ValueError("cache: expected one that is open")
+        for key in keys:
+            check_key(key)
+        if len(set(keys)) < len(keys):
+            raise ValueError("keys: expected each once")
+        array = np.asarray(pages, np.int32)
+        if array.ndim != 1 or (len(array) and not 0 <= array.min() <= array.max() < self.device.num_pages):
+            raise ValueError(f"pages: expected [n] in [0, {self.device.num_pages}), got {array.tolist()}")
+        return array
+
+    # Called by the threads of disks and copies.
+
+    def _after_copies(self, handle: LoadHandle) -> None:
+        """All blocks of a load have been handed over: once they are copied, the pool may move them again."""
+        tickets = (*handle._layers, *handle._tickets)
+        if all(ticket.done() for ticket in tickets) or self._closed:
+            self._loaded(handle, tickets)
+        else:
+            self._waiter.submit(self._loaded, handle, tickets)
+
+    def _loaded(self, handle: LoadHandle, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.wait()
+        with self._lock:
+            self._pool.done_all(handle._reads)
+
+    def _host_stored(self, handle: StoreHandle, writes: Sequence[Write], ticket: Ticket) -> None:
+        ticket.wait()
+        handle._copied(len(writes))
+        for write in writes:
+            handle._ended(write, True)
+
+    def _write_ended(self, handle: StoreHandle, write: Write, fault: str | None) -> None:
+        handle._ended(write, fault is None)
+        if fault is not None:
+            self._count_fault(write.place.tier)
+
+    def _stored(self, write: Write, ok: bool) -> None:
+        with self._lock:
+            self._pool.stored(write, ok=ok)
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            self._pool.touch(keys)
+
+    def _failed(self, read: Read) -> None:
+        with self._lock:
+            self._pool.failed(read.key, read.place)
+        self._count_fault(read.place.tier)
+
+    def _count_fault(self, tier: int) -> None:
+        if self._disks[tier - len(self._arenas)].counts.faults >= MOST_FAULTS:
+            self._lose(tier)
+
+    def _lose(self, tier: int) -> None:
+        with self._lock:
+            if tier not in self._lost:
+                self._lost.add(tier)
+                self._pool.lose_tier(tier)
+
+    def _observe(self, tier: int, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self._pool.shares.observe(tier, num_bytes, seconds)
