@@ -2,6 +2,7 @@
 
 Read in this order: `tiered_cache` is the face (store, load, wait for a layer); `device` says what it asks of the GPU's
 pages, `transfer` is that for CUDA; `disk_tier` keeps one disk busy, over `disk_files` (slots, checksums, what a restart
-finds) and `disk_reads` (many reads at once: `io_uring`, threads, `nvme_passthrough`); `host_arena` is pinned memory.
-What goes where is decided by pkvsim.memory. Only `transfer` needs CuPy.
+finds) and `disk_reads` (many reads at once; `open_reader` chooses threads or `io_uring`, and `nvme_passthrough` is
+there to be asked for); `host_arena` is pinned memory. What goes where is decided by pkvsim.memory. Only `transfer`
+needs CuPy.
 """

@@ -70,7 +70,7 @@ def check_key(key: object) -> bytes:
 
 def seal(address: int, block_bytes: int, key: bytes, slot: int) -> None:
     """Writes the header of the block that lies behind it in a buffer of HEADER_BYTES + block_bytes."""
-    checksum = _CHECKSUMS[CHECKSUM](view(address + HEADER_BYTES, block_bytes))  # type: ignore[operator]
+    checksum = _CHECKSUMS[CHECKSUM](view(address + HEADER_BYTES, block_bytes))
     head = _HEADER.pack(_HEADER_MAGIC, slot, block_bytes, checksum, CHECKSUM << 8 | len(key), key, 0)
     target = view(address, HEADER_BYTES)
     target[: len(head)] = head[:-8] + struct.pack("<I4x", zlib.crc32(head[:-8]))
@@ -88,7 +88,7 @@ def find_fault(address: int, block_bytes: int, key: bytes, slot: int) -> str | N
     function = _CHECKSUMS.get(kind >> 8)
     if function is None:
         return f"checksum of kind {kind >> 8}, which this process cannot compute"
-    if function(view(address + HEADER_BYTES, block_bytes)) != checksum:  # type: ignore[operator]
+    if function(view(address + HEADER_BYTES, block_bytes)) != checksum:
         return "wrong checksum"
     return None
 

@@ -120,7 +120,7 @@ class DiskTier:
                 self._wake.notify()
                 return
         for job in jobs:
-            job.ended(job, "the disk is gone")  # type: ignore[arg-type]
+            job.ended(job, "the disk is gone")
 
     def close(self) -> None:
         """Finishes what is queued and ends the thread; buffers of a stalled disk are left to it."""
@@ -279,7 +279,7 @@ class DiskTier:
             if isinstance(job, ReadJob):
                 with contextlib.suppress(OSError):  # the header's checksum refuses the block again where this fails
                     self.files.begin(job.slot)
-        job.ended(job, fault)  # type: ignore[arg-type]
+        job.ended(job, fault)
 
     def _check_stall(self) -> None:
         late = [at for at, (_, began) in self._under_way.items() if time.perf_counter() - began > self._stall_s]
@@ -296,7 +296,7 @@ class DiskTier:
         for job in jobs:
             self.counts.faults += 1
             self.counts.last_fault = fault
-            job.ended(job, fault)  # type: ignore[arg-type]
+            job.ended(job, fault)
         if self._stalled is not None:
             self._stalled()
 

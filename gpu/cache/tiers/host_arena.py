@@ -21,7 +21,7 @@ def numa_nodes() -> list[int]:
         text = Path("/sys/devices/system/node/has_memory").read_text().strip()
     except OSError:
         return [0]
-    nodes = []
+    nodes: list[int] = []
     for part in filter(None, text.split(",")):
         first, _, last = part.partition("-")
         nodes += range(int(first), int(last or first) + 1)
@@ -109,4 +109,5 @@ class HostArena:
                 cupy.cuda.runtime.hostUnregister(address)
         self._registered = []
         if self._kept:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))  # the mapping outlives this process's last name of it
+            # The mapping outlives the last name that this process has for it.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))

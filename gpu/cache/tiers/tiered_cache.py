@@ -16,15 +16,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket
 from gpu.cache.tiers.disk_files import CHECKSUM_NAME, DiskFiles, check_key
-from gpu.cache.tiers.disk_reads import Reader, open_reader
+from gpu.cache.tiers.disk_reads import Reader
 from gpu.cache.tiers.disk_tier import DiskTier, ReadJob, WriteJob
 from gpu.cache.tiers.host_arena import HostArena
+from gpu.cache.tiers.open_reader import open_reader
 from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool, Read, Write
 from pkvsim.memory.tiers import DISK, HOST, Tier
@@ -46,7 +48,7 @@ class DiskStore:
     """A directory on a disk.
 
     ring_bytes: pinned memory that its blocks pass through; bytes_under_way: most that the disk is asked for at once;
-    reader: of disk_reads.open_reader, or what makes one from (depth, buffers); stall_s: after which it is given up.
+    reader: of open_reader(), or what makes one from (depth, buffers); stall_s: after which it is given up.
     """
 
     tier: Tier
@@ -172,6 +174,12 @@ class StoreHandle:
             if not self._uncopied:
                 self._changed.notify_all()
 
+    def _disk_ended(self, job: WriteJob, fault: str | None) -> None:
+        write = self._writes[job.tag]
+        self._ended(write, fault is None)
+        if fault is not None:
+            self._cache._count_fault(write.place.tier)
+
     def _ended(self, write: Write, ok: bool) -> None:
         self._cache._stored(write, ok)
         with self._changed:
@@ -195,9 +203,10 @@ class TieredKVCache:
         """contents: what a block is (model, type, layout), noted in the disks' directories; link_bytes_per_s: of
         load-or-recompute; pool_options: placement, retention, admission and drift of MemoryPool. Takes in what the
         disks kept. Raises ValueError naming the argument, and has opened nothing then."""
-        for store, kind in [(one, HOST) for one in host] + [(one, DISK) for one in disks]:
-            if store.tier.kind != kind:
-                raise ValueError(f"{kind}: expected a tier of that kind, got {store.tier.kind} {store.tier.name}")
+        for kind, tiers in ((HOST, [one.tier for one in host]), (DISK, [one.tier for one in disks])):
+            for tier in tiers:
+                if tier.kind != kind:
+                    raise ValueError(f"{kind}: expected a tier of that kind, got {tier.kind} {tier.name}")
         self.device = device
         self._pool = MemoryPool([one.tier for one in (*host, *disks)], block_bytes=device.block_bytes, **pool_options)
         self._lock = threading.Lock()
@@ -209,11 +218,13 @@ class TieredKVCache:
         self._closed = False
         self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
         try:
-            for one in host:
-                slots = max(1, one.tier.slots(device.block_bytes))
-                self._arenas.append(HostArena(slots=slots, slot_bytes=device.block_bytes, node=one.node, pin=one.pin))
-            for one in disks:
-                self._open_disk(len(self._arenas) + len(self._disks), one, contents)
+            for store in host:
+                self._arenas.append(HostArena(
+                    slots=max(1, store.tier.slots(device.block_bytes)), slot_bytes=device.block_bytes, node=store.node,
+                    pin=store.pin,
+                ))  # fmt: skip
+            for directory in disks:
+                self._open_disk(len(self._arenas) + len(self._disks), directory, contents)
         except BaseException:
             self.close()
             raise
@@ -238,7 +249,7 @@ class TieredKVCache:
         self._pool.restore(tier, files.complete())
         self._disks.append(DiskTier(
             files, reader, ring, bytes_under_way=store.bytes_under_way, stall_s=store.stall_s,
-            observe=lambda num_bytes, seconds: self._observe(tier, num_bytes, seconds), stalled=lambda: self._lose(tier),
+            observe=partial(self._observe, tier), stalled=partial(self._lose, tier),
         ))  # fmt: skip
 
     def lookup(self, keys: Sequence[bytes], compute_s: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
@@ -295,8 +306,7 @@ class TieredKVCache:
         host = [write for write in writes if write.place.tier < len(self._arenas)]
         for tier, disk in enumerate(self._disks, len(self._arenas)):
             jobs = [
-                WriteJob(write.place.slot, write.key, at, handle._fill,
-                         lambda job, fault, write=write: self._write_ended(handle, write, fault))
+                WriteJob(write.place.slot, write.key, at, handle._fill, handle._disk_ended)
                 for at, write in enumerate(writes) if write.place.tier == tier
             ]  # fmt: skip
             if jobs:
@@ -388,11 +398,6 @@ class TieredKVCache:
         handle._copied(len(writes))
         for write in writes:
             handle._ended(write, True)
-
-    def _write_ended(self, handle: StoreHandle, write: Write, fault: str | None) -> None:
-        handle._ended(write, fault is None)
-        if fault is not None:
-            self._count_fault(write.place.tier)
 
     def _stored(self, write: Write, ok: bool) -> None:
         with self._lock:

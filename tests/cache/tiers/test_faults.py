@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from paths import ROOT
 from pool_cases import (
-    BLOCK_BYTES, EIO, ENOSPC, FaultyReader, check, compute, device, disk, got, host, keys, put,
+    BLOCK_BYTES,
+    EIO,
+    ENOSPC,
+    FaultyReader,
+    check,
+    compute,
+    device,
+    disk,
+    got,
+    host,
+    keys,
+    put,
 )  # fmt: skip
 
 from gpu.cache.tiers.disk_files import DiskFiles

@@ -5,11 +5,22 @@ import threading
 import numpy as np
 import pytest
 from pool_cases import (
-    BLOCK_BYTES, LAYERS, FaultyReader, check, compute, content, device, disk, got, host, keys, put,
+    BLOCK_BYTES,
+    LAYERS,
+    FaultyReader,
+    check,
+    compute,
+    content,
+    device,
+    disk,
+    got,
+    host,
+    keys,
+    put,
 )  # fmt: skip
 
 from gpu.cache.tiers.disk_files import DiskFiles
-from gpu.cache.tiers.disk_reads import open_reader
+from gpu.cache.tiers.open_reader import open_reader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.retention import TinyLfu
 
