@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pkvsim.memory.tiers import HOST, Tier
+
 
 class Choice(NamedTuple):
     """Blocks to load, and the times that this choice gives."""
@@ -43,18 +45,20 @@ def load_times_s(
     return np.maximum(by_device.max(axis=1, initial=0.0), link)
 
 
-def choose_prefix(
-    load_s: np.ndarray, compute_s: Callable[[np.ndarray], np.ndarray], *, num_layers: int = 1, overlap: bool = True
-) -> Choice:
+def in_layers(tiers: Sequence[Tier], places: Sequence[int]) -> bool:
+    """Whether blocks at these tiers arrive layer by layer: a disk reads a block with all its layers at once, so the first
+    layer is whole when the last block is."""
+    return all(tiers[place].kind == HOST for place in set(places))
+
+
+def choose_prefix(load_s: np.ndarray, compute_s: Callable[[np.ndarray], np.ndarray], *, num_layers: int = 1) -> Choice:
     """The number of leading blocks to load that gives the first token soonest; the larger of two that tie.
 
     load_s [blocks + 1]: of load_times_s; compute_s(blocks loaded [n]) -> [n] seconds for the rest of the prompt.
-    overlap: layer by layer, where the slower of the two hides all but one layer of the other.
+    num_layers: that arrive one by one, where the slower of loading and computing hides all but one layer of the other;
+    1 where computing begins when all is there.
     """
     compute = np.asarray(compute_s(np.arange(len(load_s))), np.float64)
-    if overlap:
-        total = np.maximum(load_s + compute / num_layers, load_s / num_layers + compute)
-    else:
-        total = load_s + compute
+    total = np.maximum(load_s + compute / num_layers, load_s / num_layers + compute)
     best = len(total) - 1 - int(np.argmin(total[::-1]))
     return Choice(best, float(load_s[best]), float(compute[best]), float(total[best]))

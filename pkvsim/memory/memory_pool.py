@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.memory.block_index import READY, BlockIndex, Entry, Place
-from pkvsim.memory.placement import BANDWIDTH, PLACEMENTS, Shares, place
+from pkvsim.memory.placement import BANDWIDTH, IN_ORDER, PLACEMENTS, Shares, place
 from pkvsim.memory.retention import AdmitAll, Lru, Retention, TinyLfu
 from pkvsim.memory.tiers import Tier, check_tiers
 
@@ -152,6 +152,8 @@ class MemoryPool:
         for key in known:
             already[self._index.get(key).place.tier] += 1  # type: ignore[union-attr]
         room = [self._index.free_slots(tier) + len(policy) for tier, policy in enumerate(self._retention)]
+        if self._placement == IN_ORDER:  # earlier devices keep what they hold; the last one alone gives up blocks
+            room[:-1] = [self._index.free_slots(tier) for tier in range(len(room) - 1)]
         devices = place(len(missing), self.shares.weights, room, already=already, placement=self._placement)
         writes = []
         for (at, key), tier in zip(missing, devices.tolist()):

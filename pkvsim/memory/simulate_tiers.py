@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
+from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool
 from pkvsim.memory.placement import BANDWIDTH
 from pkvsim.memory.retention import ADMISSIONS, BELADY_NAME, RETENTIONS, Belady, Lru, TinyLfu
@@ -33,7 +33,8 @@ class TierOptions:
     """How tiers are used. Raises ValueError naming the field.
 
     serial: a request reads one device after another instead of all at once. link_bytes_per_s: what all loads share on
-    their way to the GPU. num_layers, overlap: of load_or_recompute.choose_prefix.
+    their way to the GPU. num_layers: of the model, whose first layers are attended to while later ones arrive; 1 where
+    nothing is computed before all is there.
     """
 
     placement: str = BANDWIDTH
@@ -42,7 +43,6 @@ class TierOptions:
     serial: bool = False
     link_bytes_per_s: float = float("inf")
     num_layers: int = 1
-    overlap: bool = True
 
     def __post_init__(self) -> None:
         if self.retention not in RETENTIONS:
@@ -110,10 +110,10 @@ def simulate_tiers(
         hits = pool.ready_prefix(keys)
         wanted, computed = hits, np.nan
         if compute_s is not None:
-            times = devices.load_times_s(pool.places(keys[:hits]), block_bytes, now)
-            choice = choose_prefix(
-                times, partial(compute_s, i), num_layers=options.num_layers, overlap=options.overlap
-            )
+            places = pool.places(keys[:hits])
+            times = devices.load_times_s(places, block_bytes, now)
+            layers = options.num_layers if in_layers(tiers, places) else 1
+            choice = choose_prefix(times, partial(compute_s, i), num_layers=layers)
             wanted, computed = choice.blocks, choice.compute_s
         reads = pool.want(keys, limit=wanted)
         counts = np.bincount([read.place.tier for read in reads], minlength=len(tiers))
@@ -122,9 +122,8 @@ def simulate_tiers(
         out.blocked_s[i], out.load_s[i] = devices.read(out.bytes_by_tier[i], now)
         if compute_s is not None:
             load = out.load_s[i]
-            layers = options.num_layers if options.overlap else np.inf
-            hidden = max(load + computed / layers, load / layers + computed)
-            out.ttft_s[i] = hidden if options.overlap else load + computed
+            layers = options.num_layers if in_layers(tiers, [read.place.tier for read in reads]) else 1
+            out.ttft_s[i] = max(load + computed / layers, load / layers + computed)
         pool.done_all(reads)
         for write in pool.store(keys):
             pool.stored(write)

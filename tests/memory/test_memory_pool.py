@@ -147,6 +147,13 @@ def test_shares_of_a_group_are_those_of_the_rates():
     assert pool.places(range(1000, 1100)).count(0) < 30
 
 
+def test_in_order_fills_one_device_before_the_next():
+    pool = MemoryPool([tier("a", 4), tier("b", 6)], block_bytes=10, placement="in_order")
+    fill(pool, range(7))
+    fill(pool, range(10, 16))
+    assert pool.places(range(4)) == [0] * 4 and pool.places(range(10, 16)) == [1] * 6
+
+
 def test_the_deepest_block_of_the_oldest_prompt_goes_first():
     pool = MemoryPool([tier("a", 6)], block_bytes=10)
     fill(pool, [1, 2, 3])

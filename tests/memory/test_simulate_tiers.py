@@ -67,17 +67,17 @@ def test_belady_beats_lru_on_a_loop():
     assert lru.hits.sum() == 0 and belady.hits.sum() >= 70
 
 
-@given(st.lists(st.integers(0, 2), max_size=12), st.floats(0.01, 5), st.floats(0, 3), st.booleans())
-def test_the_choice_is_the_best_of_all(places, token_s, backlog, overlap):
+@given(st.lists(st.integers(0, 2), max_size=12), st.floats(0.01, 5), st.floats(0, 3), st.sampled_from([1, 4]))
+def test_the_choice_is_the_best_of_all(places, token_s, backlog, layers):
     rates = np.array([100.0, 50.0, 10.0])
     times = load_times_s(places, 100, rates, backlog_s=[0.0, backlog, 0.0], link_bytes_per_s=90.0)
     for n in range(len(places) + 1):
         counts = np.bincount(places[:n], minlength=3)
         wanted = max([counts[i] * 100 / rates[i] + (backlog if i == 1 else 0) for i in range(3) if counts[i]] + [n * 100 / 90])
         assert times[n] == pytest.approx(wanted if n else 0)
-    choice = choose_prefix(times, lambda n: (len(places) - n) * token_s, num_layers=4, overlap=overlap)
+    choice = choose_prefix(times, lambda n: (len(places) - n) * token_s, num_layers=layers)
     compute = (len(places) - np.arange(len(places) + 1)) * token_s
-    total = np.maximum(times + compute / 4, times / 4 + compute) if overlap else times + compute
+    total = np.maximum(times + compute / layers, times / layers + compute)
     assert choice.total_s == total.min() and choice.total_s == total[choice.blocks]
 
 

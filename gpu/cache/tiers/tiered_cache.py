@@ -27,7 +27,7 @@ from gpu.cache.tiers.disk_reads import Reader
 from gpu.cache.tiers.disk_tier import DiskTier, ReadJob, WriteJob
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.open_reader import open_reader
-from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
+from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool, Read, Write
 from pkvsim.memory.tiers import DISK, HOST, Tier
 
@@ -265,7 +265,8 @@ class TieredKVCache:
         block_bytes = self.device.block_bytes
         backlog = np.array(queued) * block_bytes / rates
         times = load_times_s(places, block_bytes, rates, backlog_s=backlog, link_bytes_per_s=self._link)
-        return choose_prefix(times, compute_s, num_layers=self.device.num_layers).blocks
+        layers = self.device.num_layers if in_layers(self._pool.tiers, places) else 1
+        return choose_prefix(times, compute_s, num_layers=layers).blocks
 
     def load(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> LoadHandle:
         """Begins to load the leading blocks of keys into pages, at most as many as there are pages.
