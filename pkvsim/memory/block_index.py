@@ -98,16 +98,8 @@ class BlockIndex:
         self._leave(place)
         return False
 
-    def pin(self, key: Hashable) -> Place:
-        """Begins a read of a block that is ready."""
-        entry = self._entries.get(key)
-        if entry is None or entry.state != READY:
-            raise ValueError(f"key: expected a block that is ready, got {key!r}")
-        entry.loads += 1
-        return entry.place
-
     def unpin(self, key: Hashable, place: Place) -> bool:
-        """Ends a read; True where the block is still there and may go."""
+        """Ends a read, which its beginner counted in the entry's `loads`; True where the block is there and may go."""
         entry = self._entries.get(key)
         if entry is not None and entry.place == place and entry.loads:
             entry.loads -= 1

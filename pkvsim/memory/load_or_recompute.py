@@ -46,8 +46,8 @@ def load_times_s(
 
 
 def in_layers(tiers: Sequence[Tier], places: Sequence[int]) -> bool:
-    """Whether blocks at these tiers arrive layer by layer: a disk reads a block with all its layers at once, so the first
-    layer is whole when the last block is."""
+    """Whether blocks at these tiers arrive layer by layer: a disk reads a block with all its layers at once, so that
+    the first layer is whole when the last block is."""
     return all(tiers[place].kind == HOST for place in set(places))
 
 

@@ -117,16 +117,21 @@ class MemoryPool:
 
     def want(self, keys: Sequence[Hashable], *, limit: int | None = None) -> tuple[Read, ...]:
         """The reads of the leading blocks that are there, at most `limit` of them, each pinned until done()."""
-        for key in keys:
-            self._admission.seen(key)
-        hits = self.ready_prefix(keys)
-        if limit is not None:
-            hits = min(hits, limit)
-        for key in keys[:hits]:
-            self._protect(key)
-        reads = tuple(Read(key, self._index.pin(key)) for key in keys[:hits])
-        self.counts = self.counts._replace(asked=self.counts.asked + len(keys), hits=self.counts.hits + hits)
-        return reads
+        if not isinstance(self._admission, AdmitAll):
+            for key in keys:
+                self._admission.seen(key)
+        reads = []
+        for key in keys if limit is None else keys[:limit]:  # one pass: the GPU's first copy waits for it
+            entry = self._index.get(key)
+            if entry is None or entry.state != READY:
+                break
+            if entry.evictable:
+                self._retention[entry.place.tier].remove(key)
+            entry.loads += 1
+            reads.append(Read(key, entry.place))
+        counts = self.counts
+        self.counts = counts._replace(asked=counts.asked + len(keys), hits=counts.hits + len(reads))
+        return tuple(reads)
 
     def done(self, read: Read) -> None:
         """A read has ended, well or not."""

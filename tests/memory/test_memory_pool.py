@@ -221,7 +221,7 @@ def test_refusals():
         MemoryPool([tier("a", 1)], block_bytes=1, placement="best")
     index = BlockIndex([1])
     index.reserve("a", 0)
-    for call in (lambda: index.reserve("a", 0), lambda: index.reserve("b", 0), lambda: index.pin("a"),
+    for call in (lambda: index.reserve("a", 0), lambda: index.reserve("b", 0),
                  lambda: index.remove("b"), lambda: index.unpin("b", Place(0, 0))):
         with pytest.raises(ValueError):
             call()

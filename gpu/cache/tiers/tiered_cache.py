@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket
-from gpu.cache.tiers.disk_files import CHECKSUM_NAME, DiskFiles, check_key
+from gpu.cache.tiers.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
 from gpu.cache.tiers.disk_reads import Reader
 from gpu.cache.tiers.disk_tier import DiskTier, ReadJob, WriteJob
 from gpu.cache.tiers.host_arena import HostArena
@@ -290,7 +290,10 @@ class TieredKVCache:
             self._disks[tier - len(self._arenas)].add(group)
         host = [at for tier, blocks in by_tier.items() if tier < len(self._arenas) for at in blocks]
         if host:
-            addresses = np.array([self._arenas[reads[at].place.tier].address(reads[at].place.slot) for at in host])
+            addresses = np.concatenate([
+                self._arenas[tier].addresses(np.array([reads[at].place.slot for at in blocks]))
+                for tier, blocks in by_tier.items() if tier < len(self._arenas)
+            ])  # fmt: skip
             handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
         handle._one_less()
         return handle
@@ -369,8 +372,9 @@ class TieredKVCache:
     def _check(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> np.ndarray:
         if self._closed:
             raise ValueError("cache: expected one that is open")
-        for key in keys:
-            check_key(key)
+        if not all(type(key) is bytes and 0 < len(key) <= MAX_KEY_BYTES for key in keys):
+            for key in keys:
+                check_key(key)
         if len(set(keys)) < len(keys):
             raise ValueError("keys: expected each once")
         array = np.asarray(pages, np.int32)
