@@ -1,5 +1,6 @@
 """examples/unified_pool.py: bounds that its figures must keep."""
 import unified_pool as script
+
 from pkvsim.memory.tier_presets import SERIAL_FILES, UNIFIED_POOL
 from pkvsim.models.presets import get_model
 

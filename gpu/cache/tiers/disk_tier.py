@@ -129,7 +129,7 @@ class DiskTier:
             self._wake.notify()
         self._thread.join()
         if self._given_up:
-            self._finish(self._reader.poll(0.0))
+            self._collect(self._reader.poll(0.0))
         self._reader.close()
         if self._given_up:
             self._ring.keep()
@@ -160,7 +160,11 @@ class DiskTier:
             self._free += slots
         self._submit()
         if self._under_way or self._given_up:
-            self._finish(self._reader.poll(0.01 if self._under_way else 0.0))
+            ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0))
+            try:
+                self._submit()  # before what has ended is looked at, so that the disk has work meanwhile
+            finally:
+                self._finish(ended)
             self._check_stall()
         elif self._draining:
             ticket, slots = self._draining.popleft()
@@ -218,14 +222,21 @@ class DiskTier:
                     requests.append(self._request(job, time.perf_counter(), slot))
         return requests
 
-    def _finish(self, ended: list[Done]) -> None:
-        arrived: list[tuple[ReadJob, int]] = []
+    def _collect(self, ended: list[Done]) -> list[tuple[ReadJob | WriteJob, int, int]]:
+        """(job, ring slot, result) of what has ended; what was given up is over with that."""
+        out = []
         for tag, result in ended:
             if tag in self._given_up:
                 self._given_up.remove(tag)
                 self._free.append(tag)
-                continue
-            job, _ = self._under_way.pop(tag)
+            else:
+                out.append((self._under_way.pop(tag)[0], tag, result))
+        return out
+
+    def _finish(self, ended: list[tuple[ReadJob | WriteJob, int, int]]) -> None:
+        """Checks what was read and hands it over; ends what was written."""
+        arrived: list[tuple[ReadJob, int]] = []
+        for job, tag, result in ended:
             fault = None
             if result < 0:
                 fault = _error_name(-result)

@@ -96,6 +96,10 @@ class HostArena:
         """A slot's bytes."""
         return view(self.address(slot), self.slot_bytes)
 
+    def span(self, slot: int, count: int) -> memoryview:
+        """The bytes of `count` slots from one on."""
+        return view(self.address(slot), count * self.slot_bytes)
+
     def keep(self) -> None:
         """Never gives the memory back: a device that stalled may still write to it."""
         self._kept = True

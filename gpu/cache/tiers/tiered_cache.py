@@ -336,6 +336,11 @@ class TieredKVCache:
         with self._lock:
             self._pool.expire(now_s)
 
+    def tiers_of(self, keys: Sequence[bytes]) -> list[int]:
+        """Which tier each of these blocks lies on, host memory before disks. KeyError where one is nowhere."""
+        with self._lock:
+            return self._pool.places(keys)
+
     def stats(self) -> dict[str, Any]:
         """What it has done so far, by tier."""
         with self._lock:

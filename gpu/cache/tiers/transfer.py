@@ -78,11 +78,12 @@ class CudaPages:
     """The pages of all layers on one GPU, as gpu.cache.tiers.device.Device has it.
 
     k_pages, v_pages: an array of each layer, [num_pages, ...] of one shape, type and stride, the bytes of a page in one
-    piece; PagedKVCache's, or views of combined caches. Host blocks are in memory registered with CUDA.
+    piece; PagedKVCache's, or views of combined caches. `arrays` has them as K and V of layer 0, of layer 1 and so on.
+    Host blocks are in memory registered with CUDA.
     """
 
     __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "batched_from_bytes", "gather_ctas",
-                 "scatter_ctas", "_arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
+                 "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
                  "_gather", "_scatter", "_lock")  # fmt: skip
 
     def __init__(
@@ -94,8 +95,8 @@ class CudaPages:
 
         if not len(k_pages) or len(k_pages) != len(v_pages):
             raise ValueError(f"k_pages, v_pages: expected one of each a layer, got {len(k_pages)} and {len(v_pages)}")
-        self._arrays = [array for pair in zip(k_pages, v_pages) for array in pair]
-        views = [arrays.view("k_pages" if at % 2 == 0 else "v_pages", array) for at, array in enumerate(self._arrays)]
+        self.arrays = [array for pair in zip(k_pages, v_pages) for array in pair]
+        views = [arrays.view("k_pages" if at % 2 == 0 else "v_pages", array) for at, array in enumerate(self.arrays)]
         first = views[0]
         sizes = {"float16": 2, "bfloat16": 2, "float32": 4}
         item = sizes.get(first.dtype, 1)
@@ -163,7 +164,7 @@ class CudaPages:
         with self._lock, cupy.cuda.Device(self._device):
             stream.wait_event(after)
             batched = self.run_bytes >= self.batched_from_bytes
-            kept: tuple[object, ...] = (self._arrays,)
+            kept: tuple[object, ...] = (self.arrays,)
             if not batched:
                 with stream:
                     kept += (cupy.asarray(addresses), cupy.asarray(pages))
