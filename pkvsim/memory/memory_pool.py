@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,8 @@ class Write(NamedTuple):
     at: int
 
 
-class PoolCounts(NamedTuple):
+@dataclass(slots=True)
+class PoolCounts:
     """What the pool has decided so far, in blocks."""
 
     asked: int = 0
@@ -129,8 +131,8 @@ class MemoryPool:
                 self._retention[entry.place.tier].remove(key)
             entry.loads += 1
             reads.append(Read(key, entry.place))
-        counts = self.counts
-        self.counts = counts._replace(asked=counts.asked + len(keys), hits=counts.hits + len(reads))
+        self.counts.asked += len(keys)
+        self.counts.hits += len(reads)
         return tuple(reads)
 
     def done(self, read: Read) -> None:
@@ -167,7 +169,7 @@ class MemoryPool:
             writes.append(Write(key, self._index.reserve(key, tier), at))
         for key in protected:
             self._let_go(key)
-        self.counts = self.counts._replace(refused=self.counts.refused + len(missing) - len(writes))
+        self.counts.refused += len(missing) - len(writes)
         return tuple(writes)
 
     def stored(self, write: Write, *, ok: bool = True) -> None:
@@ -176,7 +178,7 @@ class MemoryPool:
             self.failed(write.key, write.place)
         if self._index.complete(write.key, write.place):
             self._retention[write.place.tier].add(write.key)
-            self.counts = self.counts._replace(stored=self.counts.stored + 1)
+            self.counts.stored += 1
 
     def touch(self, keys: Sequence[Hashable]) -> None:
         """Marks a prompt's blocks as just used, so that its deepest goes first."""
@@ -190,7 +192,7 @@ class MemoryPool:
         if entry is not None and entry.place == at:
             self._protect(key)
             self._index.remove(key)
-            self.counts = self.counts._replace(failed=self.counts.failed + 1)
+            self.counts.failed += 1
 
     def lose_tier(self, tier: int) -> None:
         """A device is gone: its blocks are forgotten and it gets no others."""
@@ -256,7 +258,7 @@ class MemoryPool:
             return False
         self._retention[tier].remove(victim)
         self._index.remove(victim)
-        self.counts = self.counts._replace(evicted=self.counts.evicted + 1)
+        self.counts.evicted += 1
         return True
 
     def check(self) -> None:

@@ -16,8 +16,10 @@ import numpy as np
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool
 from pkvsim.memory.placement import BANDWIDTH
-from pkvsim.memory.retention import ADMISSIONS, BELADY_NAME, RETENTIONS, Belady, Lru, TinyLfu
+from pkvsim.memory.retention import ADMISSIONS, BELADY_NAME, RETENTIONS, Belady, Lru, TinyLfu, choose_ttl_s
 from pkvsim.memory.tiers import Tier
+
+GAPS_KEPT = 1000  # between turns, that a time-to-live is chosen by
 
 
 class BlockRequests(NamedTuple):
@@ -26,6 +28,7 @@ class BlockRequests(NamedTuple):
     arrival_s: np.ndarray  # [n] float64, not decreasing
     offsets: np.ndarray  # [n + 1] int64
     hashes: np.ndarray  # [offsets[n]] int64
+    session: np.ndarray | None = None  # [n] int, requests of one conversation share it, -1 none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,9 @@ class TierOptions:
 
     serial: a request reads one device after another instead of all at once. link_bytes_per_s: what all loads share on
     their way to the GPU. num_layers: of the model, whose first layers are attended to while later ones arrive; 1 where
-    nothing is computed before all is there.
+    nothing is computed before all is there. hold_cost: with prices and sessions, keeps a session's blocks after a turn
+    for as long as retention.choose_ttl_s says by the gaps between turns seen so far; seconds that others lose for each
+    second of it. None holds nothing.
     """
 
     placement: str = BANDWIDTH
@@ -43,6 +48,7 @@ class TierOptions:
     serial: bool = False
     link_bytes_per_s: float = float("inf")
     num_layers: int = 1
+    hold_cost: float | None = None
 
     def __post_init__(self) -> None:
         if self.retention not in RETENTIONS:
@@ -51,6 +57,8 @@ class TierOptions:
             raise ValueError(f"admission: expected one of {', '.join(ADMISSIONS)}, got {self.admission!r}")
         if not self.link_bytes_per_s > 0:
             raise ValueError(f"link_bytes_per_s: expected > 0, got {self.link_bytes_per_s!r}")
+        if self.hold_cost is not None and not self.hold_cost >= 0:
+            raise ValueError(f"hold_cost: expected >= 0 or None, got {self.hold_cost!r}")
         if self.num_layers < 1:
             raise ValueError(f"num_layers: expected >= 1, got {self.num_layers!r}")
 
@@ -88,6 +96,11 @@ def simulate_tiers(
     n = len(requests.arrival_s)
     if len(offsets) != n + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(requests.hashes):
         raise ValueError(f"offsets: expected [{n + 1}] rising from 0 to {len(requests.hashes)}")
+    holding = options.hold_cost is not None
+    if holding and (compute_s is None or requests.session is None):
+        raise ValueError("hold_cost: expected prices (compute_s) and sessions with it")
+    last_turn: dict[int, float] = {}  # of each session, when its last request came
+    gaps: list[float] = []
     next_use: dict[Hashable, float] = {}
     follows = _next_uses(requests) if options.retention == BELADY_NAME else None
     pool = MemoryPool(
@@ -107,6 +120,7 @@ def simulate_tiers(
         keys = requests.hashes[offsets[i] : offsets[i + 1]].tolist()
         if follows is not None:
             next_use.update(zip(keys, follows[offsets[i] : offsets[i + 1]].tolist()))
+        pool.expire(now)
         hits = pool.ready_prefix(keys)
         wanted, computed = hits, np.nan
         if compute_s is not None:
@@ -128,6 +142,15 @@ def simulate_tiers(
         for write in pool.store(keys):
             pool.stored(write)
         pool.touch(keys)
+        if holding and compute_s is not None and requests.session is not None and requests.session[i] >= 0:
+            session = int(requests.session[i])
+            if session in last_turn:
+                gaps.append(now - last_turn[session])
+            last_turn[session] = now
+            none, all_ = compute_s(i, np.array([0, len(keys)]))
+            ttl_s = choose_ttl_s(gaps[-GAPS_KEPT:], benefit_s=none - all_, cost_s_per_s=options.hold_cost or 0.0)
+            if ttl_s:
+                pool.hold(keys, now + ttl_s)
     return TierLoads(
         out.blocks, out.hits, out.loaded, out.bytes_by_tier, out.blocked_s, out.load_s, out.ttft_s,
         pool.counts.evicted, pool.counts.refused,

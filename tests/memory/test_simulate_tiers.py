@@ -96,6 +96,26 @@ def test_a_time_to_live_covers_short_calls_and_not_long_ones():
     assert choose_ttl_s([], benefit_s=5, cost_s_per_s=0.5) == 0
 
 
+def test_a_session_is_held_over_a_short_pause_and_not_over_a_long_one():
+    """Two turns of every session with other prompts between them, in a tier that holds two prompts."""
+    prompts, sessions, times, now = [], [], [], 0.0
+    for i in range(40):
+        for block, session, pause in ((i, i, 0.0), (1000 + 2 * i, -1, 1.0), (1001 + 2 * i, -1, 1.0), (i, i, 1.0)):
+            now += pause
+            prompts.append([block])
+            sessions.append(session)
+            times.append(now)
+        now += 50.0
+    asked = requests(prompts)._replace(arrival_s=np.array(times), session=np.array(sessions))
+
+    def serve(cost):
+        options = TierOptions(hold_cost=cost)
+        return simulate_tiers(asked, [tier("a", 2, 1e9)], block_bytes=100, options=options,
+                              compute_s=lambda i, n: (1 - n) * 9.0).hits.sum()  # fmt: skip
+
+    assert serve(None) == 0 and serve(1.0) >= 38 and serve(100.0) == 0
+
+
 def test_presets_say_where_their_rates_come_from():
     assert all(tier.source for tiers in TIER_PRESETS.values() for tier in tiers)
     blocks = np.arange(2048)
@@ -107,8 +127,10 @@ def test_presets_say_where_their_rates_come_from():
 
 def test_refusals():
     asked = requests([[1]])
-    for options in ({"retention": "mru"}, {"admission": "some"}, {"link_bytes_per_s": 0}, {"num_layers": 0}):
+    for options in ({"retention": "mru"}, {"admission": "some"}, {"link_bytes_per_s": 0}, {"num_layers": 0}, {"hold_cost": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             TierOptions(**options)
+    with pytest.raises(ValueError, match="hold_cost"):
+        simulate_tiers(asked, [tier("a", 1, 1.0)], block_bytes=1, options=TierOptions(hold_cost=1.0))
     with pytest.raises(ValueError, match="offsets"):
         simulate_tiers(asked._replace(offsets=np.array([0, 2])), [tier("a", 1, 1.0)], block_bytes=1)

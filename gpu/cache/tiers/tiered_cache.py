@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -344,7 +344,7 @@ class TieredKVCache:
     def stats(self) -> dict[str, Any]:
         """What it has done so far, by tier."""
         with self._lock:
-            out: dict[str, Any] = {"blocks": len(self._pool), **self._pool.counts._asdict()}
+            out: dict[str, Any] = {"blocks": len(self._pool), **asdict(self._pool.counts)}
             out["quarantined"], out["replans"] = self._pool.index.quarantined, self._pool.shares.replans
             weights = self._pool.shares.weights
         for tier, disk in enumerate(self._disks, len(self._arenas)):
