@@ -23,9 +23,9 @@ from pkvsim.memory.load_or_recompute import load_times_s
 from pkvsim.memory.tiers import DISK, HOST, Tier
 
 ROOF_SOURCE = Path(__file__).with_name("roof.c")
-DEPTH_BYTES = 16 * 2**20  # under way at a disk, in the pool and in the C loop
-MIN_DEPTH = 8
-RING_DEPTHS = 4  # a ring's buffers, in depths: what has arrived waits for its check and for the GPU
+DEPTH_BYTES = 64 * 2**20  # under way at a disk, in the pool and in the C loop
+MIN_DEPTH, MAX_DEPTH = 8, 128
+RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for its check and for the GPU
 
 
 class NoPages:
@@ -107,7 +107,7 @@ def timed_load(cache: TieredKVCache, keys: Sequence[bytes]) -> tuple[float, Load
 
 def depth_of(slot_bytes: int) -> int:
     """Requests under way."""
-    return max(MIN_DEPTH, DEPTH_BYTES // slot_bytes)
+    return min(MAX_DEPTH, max(MIN_DEPTH, DEPTH_BYTES // slot_bytes))
 
 
 def one_disk(

@@ -7,11 +7,16 @@ import re
 import bench_pool
 import pytest
 import without_gpu
-from pool_bench import disks
+from pool_bench import copies, disks, ttft
 
 
 def test_help_and_a_machine_without_a_gpu() -> None:
     assert "bench_pool needs a CUDA GPU with CuPy and PyTorch" in without_gpu.run_main("bench_pool").stderr
+
+
+def test_the_parts_that_need_a_gpu_load_without_one() -> None:
+    assert copies.DecodeFigures(100.0, 103.0, 48.0).slower_percent == pytest.approx(3.0)
+    assert ttft.FirstToken("", 1.0, 0.55, 0.1, 0.5, 0.5).over_bound == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize(("words", "said"), [

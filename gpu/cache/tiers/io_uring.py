@@ -166,23 +166,23 @@ class IoUringReader:
             self._push(requests[begin : begin + self._ring.entries])
 
     def _push(self, requests: Sequence[Request]) -> None:
+        tags, fds, offsets, addresses, lengths, writes = zip(*requests)
+        buffers = self._buffers(np.array(addresses, np.int64), np.array(lengths, np.int64))
+        fixed = buffers >= 0
         entries = np.zeros(len(requests), SQE)
-        for entry, request in zip(entries, requests):
-            buffer = self._buffer(request)
-            fixed = buffer >= 0
-            entry["opcode"] = (WRITE_FIXED if fixed else WRITE) if request.write else (READ_FIXED if fixed else READ)
-            entry["fd"], entry["offset"], entry["address"] = request.fd, request.offset, request.address
-            entry["length"], entry["user_data"], entry["buffer"] = request.num_bytes, request.tag, max(0, buffer)
+        entries["opcode"] = np.where(writes, np.where(fixed, WRITE_FIXED, WRITE), np.where(fixed, READ_FIXED, READ))
+        entries["fd"], entries["offset"], entries["address"] = fds, offsets, addresses
+        entries["length"], entries["user_data"], entries["buffer"] = lengths, tags, np.maximum(buffers, 0)
         self._ring.sqes[self._ring.places(len(requests))] = entries.view(np.uint8).reshape(len(requests), 64)
         self._ring.push(len(requests))
         self._under_way += len(requests)
 
-    def _buffer(self, request: Request) -> int:
-        """The registered buffer that holds a request's, -1 where none does."""
-        for at, (address, length) in enumerate(self._registered):
-            if address <= request.address and request.address + request.num_bytes <= address + length:
-                return at
-        return -1
+    def _buffers(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The registered buffer that holds each request's, -1 where none does, int64 [n]."""
+        found = np.full(len(addresses), -1)
+        for at, (begin, length) in enumerate(self._registered):
+            found[(begin <= addresses) & (addresses + lengths <= begin + length)] = at
+        return found
 
     def poll(self, wait_s: float) -> list[Done]:
         if not self._under_way:
