@@ -4,12 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+# The extra whose CUDA the driver runs: nvidia-smi names the newest that it does.
+GPU_EXTRA = $(shell nvidia-smi 2>/dev/null | sed -n "s/.*CUDA[A-Za-z ]*Version: *\([0-9]*\).*/\1/p" | head -n 1 \
+    | awk '{ print ($$1 >= 13) ? "gpu-cuda13" : "gpu" }')
+
+.PHONY: demo test lint docs check-extras clean
 
 demo: .venv/.base
 	$(BIN)/pkvsim replay --family bimodal --requests 24 --max-active 8 --steps 48 --seed 20260623 \
 	    --device rtx3060 --split-splits 32 --workqueue-splits 20
 	@if nvidia-smi >/dev/null 2>&1; then \
+	    echo "By the CUDA version of its driver this machine takes the extra $(or $(GPU_EXTRA),gpu)."; \
 	    $(MAKE) --no-print-directory .venv/.gpu && $(BIN)/python examples/quickstart.py; \
 	else \
 	    echo "No GPU answers nvidia-smi: examples/quickstart.py, the GPU half of the demo, is left out."; \
@@ -17,6 +22,10 @@ demo: .venv/.base
 
 test: .venv/.test
 	$(BIN)/python -m pytest -q -n 2
+
+# Downloads PyTorch and CUDA twice, once for each GPU extra, and compiles every kernel with what came; needs no GPU.
+check-extras:
+	$(PYTHON) tests/house/check_extras.py --json tests/house/extras.json
 
 lint: .venv/.lint
 	$(BIN)/ruff check
@@ -44,7 +53,7 @@ docs: .venv/.docs
 	@touch $@
 
 .venv/.gpu: setup.cfg pyproject.toml | .venv
-	$(PIP) install -q -e '.[gpu]'
+	$(PIP) install -q -e '.[$(or $(GPU_EXTRA),gpu)]'
 	@touch $@
 
 .venv:

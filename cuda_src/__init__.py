@@ -11,9 +11,14 @@ What to read, in this order:
    fragments.cuh (bytes to operands), query.cuh (logits), weights.cuh (online softmax), state.cuh (partial states)
 6. early_plan.cuh  how a plan is made while the previous kernel still runs, with a timeline; warp_plan.cuh does its sums
 7. parts.cuh       how heads that ranges cut are put together again, inside the kernel
-8. decode.cu and merge.cu, the paper's two schedules over the same attend(): a list of tasks, then a merge
-Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu (lists the balanced schedule for
-tests), stream.cu (the speed of light), mma.cuh (the instructions everything is made of), read_early.cuh (one load).
+8. shared.cu       the same for rows that begin alike: what they have in common is read once for all of them
+   spans.cuh (the schedule's arithmetic), warp_spans.cuh (by a warp), width.cuh (two widths of the decode path),
+   shared_step.cuh (what a CTA does), shared_parts.cuh (where states go and how members are merged); balanced_step.cuh
+   is the plain step of both kernels; prefixes.cu finds such rows
+9. decode.cu and merge.cu, the paper's two schedules over the same attend(): a list of tasks, then a merge
+Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu and plan_spans.cu (list the balanced
+schedules for tests), stream.cu (the speed of light), mma.cuh (the instructions everything is made of), read_early.cuh
+(one load).
 
 How data flows in a decode step: a CTA finds its range -> its segments (a run of tiles of one row and KV head) -> tiles,
 dealt to its warps' streams -> page ids -> cp.async into each stream's ring -> ldmatrix -> S^T = K Q^T -> weights -> O^T

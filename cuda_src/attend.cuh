@@ -16,39 +16,46 @@ namespace pkv {
 
 constexpr int STATE_ROW = V_DIM + 4;  // floats; the 4 more keep the writes of pairs of columns in different banks
 
+template <class W>
 struct __align__(16) SharedMemory {
-  unsigned char ring[STREAMS][STAGES][SLOT_BYTES];
-  float states[BUFFERS][STREAMS][COLUMNS][STATE_ROW];  // acc, then m and l
-  float kept[COLUMNS][STATE_ROW];                       // the same, merged (balanced only, see parts.cuh)
-  ArrivalBarrier left[BUFFERS], merged[BUFFERS];        // all warps have left their states there, have merged theirs
+  unsigned char ring[W::STREAMS][W::NUM_STAGES][SLOT_BYTES];
+  float states[W::NUM_BUFFERS][W::STREAMS][W::COLUMNS][STATE_ROW];  // acc, then m and l
+  float kept[W::MANY_ROWS ? 1 : W::COLUMNS][STATE_ROW];         // the same, merged (balanced only, see parts.cuh)
+  ArrivalBarrier left[W::NUM_BUFFERS];    // all warps have left their states there,
+  ArrivalBarrier merged[W::NUM_BUFFERS];  // have merged theirs
 };
 
-static_assert(sizeof(SharedMemory) == SHARED_BYTES, "gpu/kernels/variant.py computes the same size");
+static_assert(sizeof(SharedMemory<RowWidth>) == SHARED_BYTES, "gpu/kernels/variant.py computes the same size");
 
-__device__ __forceinline__ void accumulate(WarpState& state, const unsigned (&p)[HEAD_BLOCKS][2], unsigned tile,
-                                           int lane) {
+template <class W>
+__device__ __forceinline__ void accumulate(WarpState<W>& state, const unsigned (&p)[W::HEAD_BLOCKS][2],
+                                           const Query<W>& query, unsigned tile, int lane) {
   ValueFragments values(tile, lane);
   #pragma unroll
   for (int i = 0; i < V_STEPS; ++i) {
     unsigned v[4];
     values.get(v, i);
     #pragma unroll
-    for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
+    for (int b = 0; b < W::HEAD_BLOCKS; ++b)
+      if (query.used(b)) multiply_add(state.acc[i][b], v, p[b][0], p[b][1]);
   }
 }
 
 // Leaves this warp's state in shared memory: of its stream's rows, those of its columns.
-__device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLUMNS][STATE_ROW], int lane) {
+template <class W>
+__device__ __forceinline__ void publish(const WarpState<W>& state, float (&to)[W::COLUMNS][STATE_ROW], int lane) {
   #pragma unroll
-  for (int b = 0; b < HEAD_BLOCKS; ++b)
+  for (int b = 0; b < W::HEAD_BLOCKS; ++b)
     #pragma unroll
     for (int column = 0; column < 2; ++column) {
       float l = state.l[b][column];
       #pragma unroll
       for (int hop = 4; hop < 32; hop <<= 1) l += __shfl_xor_sync(0xffffffffu, l, hop);
       const int head = b * 8 + (lane % 4) * 2 + column;
-      if (head >= WARP_COLUMNS || (LAST_COLUMNS < WARP_COLUMNS && head >= own_columns())) continue;
-      float* row = to[first_column() + head];
+      if (W::MANY_ROWS ? W::column_at(head) >= W::COLUMNS
+                       : head >= W::WARP_COLUMNS || (W::LAST_COLUMNS < W::WARP_COLUMNS && head >= W::own_columns()))
+        continue;
+      float* row = to[W::column_at(head)];
       if (lane < 4) row[V_DIM] = state.m[b][column], row[V_DIM + 1] = l;
       #pragma unroll
       for (int i = 0; i < V_STEPS; ++i) {
@@ -59,8 +66,10 @@ __device__ __forceinline__ void publish(const WarpState& state, float (&to)[COLU
 }
 
 // Merges the STREAMS states that a segment has of one column. value_scale: V's, where 8-bit pages have one for all.
-__device__ __forceinline__ HeadState gather(const float (&states)[STREAMS][COLUMNS][STATE_ROW], int column,
+template <class W>
+__device__ __forceinline__ HeadState gather(const float (&states)[W::STREAMS][W::COLUMNS][STATE_ROW], int column,
                                             float value_scale, int lane) {
+  constexpr int STREAMS = W::STREAMS;
   HeadState sum;
   sum.reset();
   float2 ml[STREAMS];  // every lane reads them all, which is sooner done than to exchange what they have in common
@@ -117,6 +126,13 @@ struct TensorScales {
 #endif
 };
 
+// Columns of a segment that count. Those of a read are its members'.
+template <class W, class Piece>
+__device__ __forceinline__ int columns_of(const Piece& s) {
+  if constexpr (W::MANY_ROWS) return s.members * COLUMNS;
+  else return W::COLUMNS;
+}
+
 // Runs every segment of `source`, in order.
 //
 // start   says when the work may begin. `start.release(pages, loader)` is called when nothing has been read but lengths
@@ -125,26 +141,29 @@ struct TensorScales {
 //         attend returns false. start.EARLY: whether those first page ids are read early (early_plan.cuh).
 // emit    takes the results: `emit(segment, column, state)` is called by one warp for each column of every segment, of
 //         the first segment by warp column % WARPS.
-template <class Source, class Start, class Emit>
+template <class W, class Source, class Start, class Emit>
 __device__ __forceinline__ bool attend(const Source& source, const Pages& pages, const DecodeArguments& given,
-                                       SharedMemory& shared, Start& start, Emit& emit) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stream = warp / TEAM;
+                                       SharedMemory<W>& shared, Start& start, Emit& emit) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stream = warp / W::TEAM_SIZE;
   const unsigned first_slot = shared_address(shared.ring[stream][0]);
-  Loader<Source> loader(source);
-  Ring<Source> ring{.loader = loader, .pages = pages, .begin = first_slot, .stream = stream, .lane = lane,
+  Loader<Source, W> loader(source);
+  Ring<Source, W> ring{.loader = loader, .pages = pages, .begin = first_slot, .stream = stream, .lane = lane,
                     .slot = first_slot, .stage = 0};
-  Dealer<Source> walk(source);
+  Dealer<Source, W> walk(source);
   TensorScales tensor_scales;
-  Query query;
+  Query<W> query;
+  settle(query);
   Mask mask;
-  const auto enter = [&](const Share& s) {
-    if constexpr (QUERY_EARLY) query.load(given.q, s.row, s.kv_head, given.num_kv_heads, lane);
+  settle(mask);
+  const auto enter = [&](const Share<Source>& s) {
+    if constexpr (W::QUERY_EARLY) query.load(given.q, s, given.num_kv_heads, lane);
     mask = {s.seq_len, QUERY_TOKENS, given.window};
     if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[s.row];
   };
 
   loader.template look_ahead<Start::EARLY>(pages, stream, lane);
-  Share share;
+  Share<Source> share;
+  settle(share);
   bool live = walk.next(share, stream);  // whether `share` is a segment to compute
   start.release(pages, loader);
   // Queries and scales are asked for before the first tiles, behind which they would arrive.
@@ -156,15 +175,17 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     return false;
   }
 
-  Segment before;  // the segment whose states are to be merged, the (count - 1)-th
+  typename Source::Piece before;  // the segment whose states are to be merged, the (count - 1)-th
+  settle(before);
   for (int count = 0;; ++count) {
-    WarpState state;
+    WarpState<W> state;
+    settle(state);
     if (live) {
       state.reset();
-      if constexpr (!QUERY_EARLY) query.load(given.q, share.row, share.kv_head, given.num_kv_heads, lane);
-      for (int tile = share.first; tile < share.tile_end; tile += STREAMS) {
-        float s[HEAD_BLOCKS][4];
-        unsigned p[HEAD_BLOCKS][2];
+      if constexpr (!W::QUERY_EARLY) query.load(given.q, share, given.num_kv_heads, lane);
+      for (int tile = share.first; tile < share.tile_end; tile += W::STREAMS) {
+        float s[W::HEAD_BLOCKS][4];
+        unsigned p[W::HEAD_BLOCKS][2];
         ring.await_keys();
         score(s, query, ring.slot, lane);
 #if CACHE_SCALES
@@ -173,25 +194,27 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
         ring.keys_read();
         weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
         ring.await_values();
-        accumulate(state, p, ring.slot + K_TILE_BYTES, lane);
+        accumulate(state, p, query, ring.slot + K_TILE_BYTES, lane);
         ring.values_read();
       }
     }
     // The next segment's queries are on their way while this one's states are merged.
-    Share next;
+    Share<Source> next;
+    settle(next);
     const bool more = live && walk.next(next, stream);
     if (more) enter(next);
     if (count > 0) {
-      const int buffer = (count - 1) % BUFFERS, phase = (count - 1) / BUFFERS;
+      const int buffer = (count - 1) % W::NUM_BUFFERS, phase = (count - 1) / W::NUM_BUFFERS;
       shared.left[buffer].wait(phase);
       // Columns that are fewer than the warps go to other warps each time.
       #pragma unroll 1
-      for (int column = (warp + (count - 1) * (WARPS - COLUMNS % WARPS)) % WARPS; column < COLUMNS; column += WARPS)
-        emit(before, column, gather(shared.states[buffer], column, tensor_scales.of_values(), lane));
+      for (int column = (warp + (count - 1) * (WARPS - W::COLUMNS % WARPS)) % WARPS; column < columns_of<W>(before);
+           column += WARPS)
+        emit(before, column, gather<W>(shared.states[buffer], column, tensor_scales.of_values(), lane));
       shared.merged[buffer].arrive(lane);
     }
     if (!live) break;
-    const int buffer = count % BUFFERS, phase = count / BUFFERS;
+    const int buffer = count % W::NUM_BUFFERS, phase = count / W::NUM_BUFFERS;
     if (phase > 0) shared.merged[buffer].wait(phase - 1);
     publish(state, shared.states[buffer][stream], lane);
     shared.left[buffer].arrive(lane);
@@ -210,8 +233,9 @@ __device__ __forceinline__ int paired_place(int count) {
 }
 
 // The whole CTA calls this once, before attend.
-__device__ __forceinline__ void init_barriers(SharedMemory& shared) {
-  if (threadIdx.x < BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
+template <class W>
+__device__ __forceinline__ void init_barriers(SharedMemory<W>& shared) {
+  if (threadIdx.x < W::NUM_BUFFERS) shared.left[threadIdx.x].init(WARPS), shared.merged[threadIdx.x].init(WARPS);
   __syncthreads();
 }
 

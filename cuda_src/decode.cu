@@ -3,7 +3,7 @@
 //
 // Computes softmax(q K^T * scale) V of each row's query tokens over its pages: whole for rows of one split, a partial
 // state of each task for the others, which pkv_merge (merge.cu) puts together.
-// Grid: [any]; block: [WARPS * 32]; dynamic shared memory: SharedMemory (attend.cuh). CTA b has the tasks b,
+// Grid: [any]; block: [WARPS * 32]; dynamic shared memory: SharedMemory<RowWidth> (attend.cuh). CTA b has the tasks b,
 // b + gridDim.x, ... and its loads run on from one task into the next. Where the grid has twice the tasks, CTA 2 i has
 // task i and CTA 2 i + 1 none (paired_place).
 //
@@ -18,6 +18,7 @@
 namespace pkv {
 
 struct TaskSource {
+  using Piece = Segment;
   const Task* tasks;
   const int *lengths, *split_offsets;
   int index, num_tasks, stride, tile_scale;
@@ -41,7 +42,7 @@ struct TaskSource {
 // The kernel has waited for the previous one when attend begins.
 struct TaskStart {
   static constexpr bool EARLY = false;
-  __device__ __forceinline__ void release(const Pages&, const Loader<TaskSource>&) const {}
+  __device__ __forceinline__ void release(const Pages&, const Loader<TaskSource, RowWidth>&) const {}
   __device__ __forceinline__ bool begin(const Pages&) const { return true; }
 };
 
@@ -63,7 +64,7 @@ pkv_decode_tasks(const pkv::DecodeArguments given, const pkv::Task* tasks, const
                  int tile_scale) {
   using namespace pkv;
   extern __shared__ __align__(128) unsigned char memory[];
-  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(memory);
+  SharedMemory<RowWidth>& shared = *reinterpret_cast<SharedMemory<RowWidth>*>(memory);
   const Output output = output_of(given);
   let_next_kernel_start();
   init_barriers(shared);

@@ -29,12 +29,16 @@
 // code: `early` is false, nothing is compared, and the first attempt holds.
 #pragma once
 #include "attend.cuh"
+#if READ_COLUMNS
+#include "warp_spans.cuh"
+#else
 #include "warp_plan.cuh"
+#endif
 
 namespace pkv {
 
 // Lengths that any warp's rows of states have room for: they are noted there until the warp leaves its first state.
-constexpr int NOTED_LENGTHS = LAST_COLUMNS * STATE_ROW;
+constexpr int NOTED_LENGTHS = RowWidth::LAST_COLUMNS * STATE_ROW;
 
 // What a CTA planned last, kept in the workspace for launches of the same lengths; all ones where there is none.
 struct __align__(16) PlanRecord {
@@ -100,6 +104,9 @@ struct EarlyPlan {
   int* noted;          // [batch_size] room in shared memory for the lengths past the 32nd
   const int lane;
   bool early;          // what was read may have changed since
+#if READ_COLUMNS
+  const Groups& groups;  // of which no row is in any, or the plan would be another one (shared.cu)
+#endif
   bool recalled = false;  // the plan is the record's
   int stored;          // row lane's length, as it is in memory
   ReadRecord found;    // the record, as it was read first
@@ -139,11 +146,14 @@ struct EarlyStart {
     page_id ids;        // of the first segment's first tiles,
     int ids_before;     // which were these
     ReadRecord record;  // where the plan is from it
+#if READ_COLUMNS
+    bool grouped;       // one of this lane's rows is in a group
+#endif
   } again;
 
   static constexpr bool EARLY = KERNELS_OVERLAP;
 
-  __device__ __forceinline__ void release(const Pages& pages, const Loader<BalancedWalk>& loader) {
+  __device__ __forceinline__ void release(const Pages& pages, const Loader<BalancedWalk, RowWidth>& loader) {
     if (!from.early) return;
     wait_for_previous_kernel();
     again.changes = later_changes(from.lens, from.noted, from.lane);
@@ -151,6 +161,9 @@ struct EarlyStart {
     again.ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, from.lane);
     again.ids_before = loader.ids_ahead;
     if (from.recalled) again.record.read(from.record, from.lane);
+#if READ_COLUMNS
+    again.grouped = from.groups.any_grouped(from.lens.batch_size, from.lane, 32);
+#endif
   }
 
   // Whether the plan holds. What else there is to do is done here, while there is nothing to compute: the next launch's
@@ -162,6 +175,9 @@ struct EarlyStart {
       int changes = again.changes | (lens.cut(again.length) ^ plan.length);
       changes |= pages.table.cut(again.ids) ^ again.ids_before;
       if (from.recalled) changes |= (again.record.length ^ from.found.length) | (again.record.word ^ from.found.word);
+#if READ_COLUMNS
+      changes |= again.grouped;
+#endif
       if (__any_sync(ALL_LANES, changes)) return false;
     }
     if (!from.recalled && lens.batch_size <= 32 && threadIdx.x < 32) from.record->remember(plan, lens, from.lane);

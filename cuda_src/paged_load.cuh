@@ -7,11 +7,9 @@
 #pragma once
 #include "mma.cuh"
 #include "arguments.cuh"
+#include "width.cuh"
 
 namespace pkv {
-
-// The place of this warp in its team.
-__device__ __forceinline__ int team_member() { return TEAM > 1 ? threadIdx.x / 32 % TEAM : 0; }
 
 // Where the pages of K or V are. Strides are in elements.
 struct PagedTensor {
@@ -58,29 +56,31 @@ __device__ __forceinline__ unsigned ring_further(unsigned at, int rows, int vect
 }
 
 // A segment and a stream's share of it: the tile `first`, and every STREAMS-th from there on.
-struct Share : Segment {
+template <class Source>
+struct Share : Source::Piece {
   int first;
 };
 
-// Deals the tiles of a source's segments to the streams. A source is any class with `bool next(Segment&)`.
-template <class Source>
+// Deals the tiles of a source's segments to the streams. A source is any class with a `Piece`, which is a Segment
+// or more, and `bool next(Piece&)`.
+template <class Source, class W>
 struct Dealer {
   Source source;
   int lead = 0;  // the stream that gets the next segment's first tile
 
   __device__ __forceinline__ explicit Dealer(const Source& range) : source(range) {}
-  __device__ __forceinline__ bool next(Share& s, int stream) {
+  __device__ __forceinline__ bool next(Share<Source>& s, int stream) {
     if (!source.next(s)) return false;
-    s.first = s.tile_begin + (stream + STREAMS - lead) % STREAMS;
-    lead = (lead + s.tile_end - s.tile_begin) % STREAMS;
+    s.first = s.tile_begin + (stream + W::STREAMS - lead) % W::STREAMS;
+    lead = (lead + s.tile_end - s.tile_begin) % W::STREAMS;
     return true;
   }
 };
 
-template <class Source>
+template <class Source, class W>
 struct Loader {
-  Dealer<Source> source;
-  Share now, ahead;
+  Dealer<Source, W> source;
+  Share<Source> now, ahead;
   bool live, ahead_live, ahead_known;
   int tile;                          // the next tile to load
   unsigned count;                    // tiles of this segment already loaded
@@ -93,10 +93,10 @@ struct Loader {
   // The page ids that this lane keeps of a batch of s's tiles, `skip` tiles of this stream further on, as they are in
   // memory; 0 where it keeps none. Where a segment's pages are listed is said here and nowhere else.
   template <bool EARLY>
-  __device__ __forceinline__ page_id stored_ids(const Pages& pages, const Share& s, bool live, int skip,
+  __device__ __forceinline__ page_id stored_ids(const Pages& pages, const Share<Source>& s, bool live, int skip,
                                                 int lane) const {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
-    const int t = s.first + (skip + index) * STREAMS;
+    const int t = s.first + (skip + index) * W::STREAMS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
     return pages.table.stored<EARLY>(s.row, token / PAGE_SIZE);
@@ -104,8 +104,11 @@ struct Loader {
 
   __device__ __forceinline__ explicit Loader(const Source& first)
       : source(first), live(true), ahead_known(false), tile(0) {
+    settle(now), settle(ahead), settle(ids), settle(ids_next), settle(ids_ahead), settle(ahead_live), settle(count);
+    settle(pending_tile), settle(pending_head), settle(pending_ids), settle(pending_count), settle(pending_rows);
+    settle(pending_skip), settle(pending_base);
     now.tile_end = 0;
-    if constexpr (TEAM > 1) pending_rows = 0;  // a team's first issue_v comes before any issue_k
+    if constexpr (W::TEAM_SIZE > 1) pending_rows = 0;  // a team's first issue_v comes before any issue_k
   }
 
   // Looks up the next segment in which this stream has a tile. It must be called once before the first issue_k.
@@ -118,12 +121,12 @@ struct Loader {
 
   // Goes to the next tile, and looks the next segment up while two tiles of this one are left.
   __device__ __forceinline__ void advance(const Pages& pages, int stream, int lane) {
-    if (tile + STREAMS < now.tile_end) return;
+    if (tile + W::STREAMS < now.tile_end) return;
     if (!ahead_known) look_ahead<false>(pages, stream, lane);
     if (tile < now.tile_end) return;
     now = ahead, live = ahead_live, ids = ids_ahead, ahead_known = !live;
     tile = now.first, count = 0;
-    if (now.tile_end - tile > IDS_TILES * STREAMS) load_next_ids(pages, lane);
+    if (now.tile_end - tile > IDS_TILES * W::STREAMS) load_next_ids(pages, lane);
   }
   __device__ __forceinline__ void load_next_ids(const Pages& pages, int lane) {
     ids_next = pages.table.cut(stored_ids<false>(pages, now, live, count + IDS_TILES, lane));
@@ -143,9 +146,9 @@ struct Loader {
   // tile that lies in one page has all its rows there, also those that are not read, so its addresses need no check.
   template <int ROW_BYTES>
   __device__ __forceinline__ void copy_tile(const PagedTensor& tensor, long long base, unsigned to, int lane) const {
-    constexpr int VECTORS = ROW_BYTES / 16, LANES = TEAM * 32, STEPS = (PKV_TILE * VECTORS + LANES - 1) / LANES;
+    constexpr int VECTORS = ROW_BYTES / 16, LANES = W::TEAM_SIZE * 32, STEPS = (PKV_TILE * VECTORS + LANES - 1) / LANES;
     constexpr int STEP_ROWS = LANES % VECTORS ? 0 : LANES / VECTORS;  // from each step to the next, if always as many
-    const int own = team_member() * 32 + lane, own_row = own / VECTORS;
+    const int own = W::team_member() * 32 + lane, own_row = own / VECTORS;
     const cache_type* from = tensor.at + base;
     const cache_type* own_from = keep_address(from + static_cast<long long>(own_row) * tensor.token_stride
                                               + own % VECTORS * (16 / ELEMENT_BYTES));
@@ -177,7 +180,7 @@ struct Loader {
   // Starts the copy of the scales of the pending tile's tokens, a lane each, by one warp of the team. Tokens that are
   // not read get zeros.
   __device__ __forceinline__ void copy_scales(const PagedScales& scales, unsigned to, int lane) const {
-    if (team_member() != 0) return;
+    if (W::team_member() != 0) return;
     const int row = lane & 15;
     long long offset = offset_in(scales) + static_cast<long long>(row) * scales.token_stride;
     if (!TILE_IN_PAGE) {
@@ -205,7 +208,7 @@ struct Loader {
 #if CACHE_SCALES
       copy_scales(pages.scales, slot + K_TILE_BYTES + V_TILE_BYTES, lane);
 #endif
-      tile += STREAMS;
+      tile += W::STREAMS;
       if (++count % IDS_TILES == 0) {
         ids = ids_next;
         load_next_ids(pages, lane);

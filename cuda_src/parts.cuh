@@ -13,13 +13,13 @@ namespace pkv {
 struct Parts {
   Slot* slots;               // [num_ctas]
   float (*kept)[STATE_ROW];  // [COLUMNS] in shared memory: this CTA's part of the head that it will merge
-  const RangePlan& plan;
+  const RangePlace& plan;
   int lane;
   // Whose part is kept, if one is. It begins undefined: zeros would take registers that the main loop has not.
   struct Held {
     int row, head;
     bool any;
-    __device__ __forceinline__ Held() : any(false) {}
+    __device__ __forceinline__ Held() : any(false) { settle(row), settle(head); }
   } held;
 
   static constexpr int RING_BYTES = STAGES * SLOT_BYTES / TEAM;  // of a warp's part of its stream's ring

@@ -157,6 +157,7 @@ struct Segment {
 
 // Walks the segments of one range.
 struct BalancedWalk {
+  using Piece = Segment;
   Lengths seq_lens;
   int num_kv_heads, segment_cost;
   int row, head, tile, x0, x_end, seq_len;  // tile: from the first one not skipped

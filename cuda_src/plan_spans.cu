@@ -31,17 +31,21 @@ extern "C" __global__ void pkv_list_spans(const int* lengths, const int* group_o
   pkv::note_rows(axis, lane, 32);
   __syncwarp();
   pkv::find_readers(axis, lane);
-  const pkv::Entries entries(axis, lane);
+  const pkv::StepCut step = pkv::StepCut::of(axis, gridDim.x, lane);
+  const pkv::Cut& cut = step.cut;
   int count = 0;
-  const pkv::Cut cut = entries.cut(gridDim.x);
-  if (range < cut.num_ranges) {
-    pkv::SpanWalk walk{axis, {}, 0, 0, 0, 0, 0};
-    entries.start(walk, cut, range, lane);
-    for (pkv::SpanSegment s; walk.next(s); ++count)
-      if (lane == 0 && count < max_tasks)
-        tasks[static_cast<long long>(range) * max_tasks + count] = {
-            s.group, s.read, s.members, s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};
-  }
+  const auto list = [&](const pkv::Segment& s, int group, int read, int members) {
+    if (lane == 0 && count < max_tasks)
+      tasks[static_cast<long long>(range) * max_tasks + count] = {
+          group, read, members, s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};
+    ++count;
+  };
+  pkv::ReadWalk reads;
+  pkv::RowWalk rows;
+  pkv::start_reads(reads, axis, step, range, lane);
+  pkv::start_rows(rows, axis, step, range, lane);
+  for (pkv::ReadPiece s; reads.next(s);) list(s, s.group, s.read, s.members);
+  for (pkv::RowPiece s; rows.next(s);) list(s, -1, -1, 1);
   if (lane == 0) counts[range] = count;
   for (int row = range; row < batch_size; row += gridDim.x)
     for (int head = lane; axis.readers.group[row] >= 0 && head < num_kv_heads; head += 32) {

@@ -5,15 +5,15 @@
 
 namespace pkv {
 
-// The first of the columns that this warp serves, and how many it has.
-__device__ __forceinline__ int first_column() { return team_member() * WARP_COLUMNS; }
-__device__ __forceinline__ int own_columns() {
-  return LAST_COLUMNS == WARP_COLUMNS ? WARP_COLUMNS : min(WARP_COLUMNS, COLUMNS - first_column());
-}
-
+template <class W>
 struct Query {
-  const half_type* rows;  // the (row, KV head)'s first query head of the first token
+  static constexpr int HEAD_BLOCKS = W::HEAD_BLOCKS;
+  static constexpr bool QUERY_IN_REGISTERS = W::QUERY_IN_REGISTERS;
+  const half_type* rows;  // the KV head's first query head of the row's first token; of MANY_ROWS, of row 0's
   int token_stride;       // elements
+  const int* members;     // [num_members] rows that the columns belong to (MANY_ROWS)
+  int num_members;
+  int num_blocks;         // those that have a column (MANY_ROWS)
   unsigned fragment[QUERY_IN_REGISTERS ? K_STEPS : 1][HEAD_BLOCKS][2];
 #if QUERY_SCALED
   float factor[HEAD_BLOCKS];      // of the column that this lane reads
@@ -23,15 +23,22 @@ struct Query {
   // The 4 elements that this lane holds of a step's 16, as they are stored.
   __device__ __forceinline__ uint2 stored(int b, int step, int lane) const {
     // Columns past the last one repeat it, and nobody uses what comes of them.
-    const int column = first_column() + min(b * 8 + lane / 4, own_columns() - 1);
-    const ColumnPlace place = place_of(column);
+    const int column = W::MANY_ROWS ? W::column_at(b * 8 + lane / 4)
+                                    : W::first_column() + min(b * 8 + lane / 4, W::own_columns() - 1);
+    const ColumnPlace place = place_of(W::MANY_ROWS ? column % COLUMNS : column);
     const half_type* row = rows + place.token * token_stride + place.head * HEAD_DIM;
+    if constexpr (W::MANY_ROWS)
+      row += static_cast<long long>(members[min(column / COLUMNS, num_members - 1)]) * QUERY_TOKENS * token_stride;
 #if CACHE_TYPE
     return __ldg(reinterpret_cast<const uint2*>(row) + step * 4 + lane % 4);  // as K's elements are dealt out
 #else
     const unsigned* pairs = reinterpret_cast<const unsigned*>(row) + step * 8 + lane % 4;
     return make_uint2(__ldg(pairs), __ldg(pairs + 4));
 #endif
+  }
+  // Whether block b has a column.
+  __device__ __forceinline__ bool used(int b) const {
+    return !W::MANY_ROWS || HEAD_BLOCKS == 1 || b == 0 || b < num_blocks;
   }
   __device__ __forceinline__ void read(unsigned (&to)[HEAD_BLOCKS][2], int step, int lane) const {
     #pragma unroll
@@ -87,11 +94,17 @@ struct Query {
     }
   }
 #endif
-  // Points at the queries of a (row, KV head) and loads them. q: [batch_size, QUERY_TOKENS, num_kv_heads * GROUP_SIZE,
-  // HEAD_DIM].
-  __device__ __forceinline__ void load(const half_type* q, int row, int kv_head, int num_kv_heads, int lane) {
+  // Points at the queries that a segment is read for, and loads them. q: [batch_size, QUERY_TOKENS, num_kv_heads *
+  // GROUP_SIZE, HEAD_DIM].
+  template <class Piece>
+  __device__ __forceinline__ void load(const half_type* q, const Piece& s, int num_kv_heads, int lane) {
     token_stride = num_kv_heads * GROUP_SIZE * HEAD_DIM;
-    rows = q + static_cast<long long>(row) * QUERY_TOKENS * token_stride + kv_head * GROUP_SIZE * HEAD_DIM;
+    if constexpr (W::MANY_ROWS) {
+      rows = q + s.kv_head * GROUP_SIZE * HEAD_DIM;
+      members = s.rows, num_members = s.members, num_blocks = W::blocks_of(s.members * COLUMNS);
+    } else {
+      rows = q + static_cast<long long>(s.row) * QUERY_TOKENS * token_stride + s.kv_head * GROUP_SIZE * HEAD_DIM;
+    }
     if constexpr (QUERY_IN_REGISTERS) {
       #pragma unroll
       for (int i = 0; i < K_STEPS; ++i) read(fragment[i], i, lane);
@@ -108,7 +121,9 @@ struct Query {
 
 // The logits of one K tile. s[b] holds tokens lane / 4 and lane / 4 + 8 by columns 2 * (lane % 4) and the next of block
 // b. Every other product adds to sums of its own, so that none waits for the one before it.
-__device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& query, unsigned tile, int lane) {
+template <class W>
+__device__ __forceinline__ void score(float (&s)[W::HEAD_BLOCKS][4], const Query<W>& query, unsigned tile, int lane) {
+  constexpr int HEAD_BLOCKS = W::HEAD_BLOCKS;
   float odd[HEAD_BLOCKS][4];
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
@@ -125,7 +140,8 @@ __device__ __forceinline__ void score(float (&s)[HEAD_BLOCKS][4], const Query& q
       unsigned q[HEAD_BLOCKS][2];
       query.get(q, first + i, lane);
       #pragma unroll
-      for (int b = 0; b < HEAD_BLOCKS; ++b) multiply_add(i % 2 ? odd[b] : s[b], k[i], q[b][0], q[b][1]);
+      for (int b = 0; b < HEAD_BLOCKS; ++b)
+        if (query.used(b)) multiply_add(i % 2 ? odd[b] : s[b], k[i], q[b][0], q[b][1]);
     }
   }
   #pragma unroll

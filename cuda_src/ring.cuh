@@ -14,20 +14,21 @@
 
 namespace pkv {
 
-template <class Source>
+template <class Source, class W>
 struct LoneRing {
-  Loader<Source>& loader;
+  Loader<Source, W>& loader;
   const Pages& pages;
   unsigned begin;  // shared-memory address of the stream's first slot
   int stream, lane;
   unsigned slot;   // address of the tile at hand
   int stage;       // of the ring, in which that is
 
-  static constexpr int COPIES_AHEAD = 2 * STAGES - 1;  // copies started since that of the half that is waited for
+  // Copies that have been started since that of the half which is waited for.
+  static constexpr int COPIES_AHEAD = 2 * W::NUM_STAGES - 1;
 
   __device__ __forceinline__ void fill() {
     #pragma unroll 1  // unrolled, its code's fetching shows in short steps
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < W::NUM_STAGES; ++i) {
       loader.issue_k(pages, begin + i * SLOT_BYTES, stream, lane);
       loader.issue_v(pages, begin + i * SLOT_BYTES, lane);
     }
@@ -41,7 +42,7 @@ struct LoneRing {
   __device__ __forceinline__ void values_read() {
     __syncwarp();
     loader.issue_v(pages, slot, lane);
-    if (++stage == STAGES) stage = 0;
+    if (++stage == W::NUM_STAGES) stage = 0;
     slot = begin + stage * SLOT_BYTES;
   }
 
@@ -52,27 +53,27 @@ struct LoneRing {
   }
 };
 
-template <class Source>
+template <class Source, class W>
 struct TeamRing {
-  Loader<Source>& loader;
+  Loader<Source, W>& loader;
   const Pages& pages;
   unsigned begin;
   int stream, lane;
   unsigned slot;
   int stage;
 
-  static constexpr int COPIES_AHEAD = 2 * STAGES - 2;  // one fewer: a half is refilled half a tile later
+  static constexpr int COPIES_AHEAD = 2 * W::NUM_STAGES - 2;  // one fewer: a half is refilled half a tile later
 
   __device__ __forceinline__ void fill() {
     #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < W::NUM_STAGES; ++i) {
       loader.issue_v(pages, begin + (i - 1) * SLOT_BYTES, lane);  // of the tile before; the first one copies nothing
       loader.issue_k(pages, begin + i * SLOT_BYTES, stream, lane);
     }
   }
   __device__ __forceinline__ void await_keys() {
     meet();
-    loader.issue_v(pages, begin + (stage > 0 ? stage - 1 : STAGES - 1) * SLOT_BYTES, lane);
+    loader.issue_v(pages, begin + (stage > 0 ? stage - 1 : W::NUM_STAGES - 1) * SLOT_BYTES, lane);
   }
   __device__ __forceinline__ void keys_read() {}
   __device__ __forceinline__ void await_values() {
@@ -80,7 +81,7 @@ struct TeamRing {
     loader.issue_k(pages, slot, stream, lane);
   }
   __device__ __forceinline__ void values_read() {
-    if (++stage == STAGES) stage = 0;
+    if (++stage == W::NUM_STAGES) stage = 0;
     slot = begin + stage * SLOT_BYTES;
   }
 
@@ -88,15 +89,15 @@ struct TeamRing {
   // Returns when all of the team's copies of the half are there, and all have read what they waited for before.
   __device__ __forceinline__ void meet() {
     copy_wait<COPIES_AHEAD>();
-    sync_warps<TEAM>(1 + stream);
+    sync_warps<W::TEAM_SIZE>(1 + stream);
   }
 };
 
-template <class Source, int SIZE>
-struct RingOf { using type = TeamRing<Source>; };
-template <class Source>
-struct RingOf<Source, 1> { using type = LoneRing<Source>; };
-template <class Source>
-using Ring = typename RingOf<Source, TEAM>::type;
+template <class Source, class W, int SIZE>
+struct RingOf { using type = TeamRing<Source, W>; };
+template <class Source, class W>
+struct RingOf<Source, W, 1> { using type = LoneRing<Source, W>; };
+template <class Source, class W>
+using Ring = typename RingOf<Source, W, W::TEAM_SIZE>::type;
 
 }  // namespace pkv

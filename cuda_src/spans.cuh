@@ -2,9 +2,9 @@
 // test compiles this header with g++ and compares the two task for task.
 //
 // The cost axis is made of entries: first the groups, whose spans are (read, KV head), then the rows, whose spans are
-// (row, KV head). A span of n tiles that starts at x0 reaches to x0 + c + max(1, n) * e / 8: tile 0 sits at x0, tile
-// t >= 1 at x0 + c + t * e / 8, where c is what its end costs in tiles and e what a tile of it costs in eighths. It is
-// cut as plan.cuh cuts rows.
+// (row, KV head). A span of n tiles that starts at x0 reaches to x0 + c + max(1, n) * e / 8, rounded up: tile 0 sits at
+// x0, tile t >= 1 at x0 + c + t * e / 8, rounded down, where c is what its end costs in tiles and e what a tile of it
+// costs in eighths. It is cut as plan.cuh cuts rows.
 #pragma once
 #include "plan.cuh"
 
@@ -27,7 +27,7 @@ struct SharedCosts {
   }
   PKV_HD int segment_tiles(int read_columns, int plain) const {
     const int cost = divide(read_columns * segment + EIGHTHS - 1, EIGHTHS);
-    return cost > plain ? cost : plain;
+    return cost > plain ? cost : plain > 1 ? plain : 1;
   }
   // Most tiles between two places where the axis can be cut: ranges of so many are never empty.
   PKV_HD int longest_gap(int most_columns, int plain) const {
@@ -46,7 +46,10 @@ struct Entry {
   PKV_HD int upto(int count) const {
     return count * (eighths / EIGHTHS) + count * (eighths % EIGHTHS) / EIGHTHS;
   }
-  PKV_HD int span_cost() const { return segment + upto(costing()); }
+  PKV_HD int span_cost() const {
+    const int part = costing() * (eighths % EIGHTHS);
+    return segment + costing() * (eighths / EIGHTHS) + (part + EIGHTHS - 1) / EIGHTHS;
+  }
   PKV_HD int cost() const { return spans > 0 ? spans * span_cost() : 0; }
   // Where tile t sits in a span that starts at x0; and the first tile that sits at or past x, of those that may be.
   PKV_HD int position(int t, int x0) const { return t > 0 ? x0 + segment + upto(t) : x0; }
@@ -77,13 +80,20 @@ struct Groups {
     const int prefix = tokens(group, most);
     return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1) ? group : -1;
   }
+  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
+  PKV_HD bool any_grouped(int batch_size, int first, int step) const {
+    bool found = false;
+    for (int row = first; row < batch_size; row += step)
+      found |= static_cast<unsigned>(read_early(of_row + row)) < static_cast<unsigned>(num_groups);
+    return found;
+  }
 };
 
 // Who does read together, and all that the plan needs of lengths and groups: found once a step, in shared memory, since
 // every look at what is read early goes to L2.
 struct Readers {
   int* length;  // [batch_size]
-  int* group;   // [batch_size] that the row reads with, or -1
+  int* group;   // [batch_size] that the row reads with; -1 of a row with none, alone_in(group) where it is alone in it
   int* place;   // [batch_size] of a member among its group's
   int* rows;    // [batch_size] the members, group by group, ascending
   int* tiles;   // [num_groups] that are shared
@@ -95,6 +105,7 @@ struct Readers {
       : length(memory), group(length + batch_size), place(group + batch_size), rows(place + batch_size),
         tiles(rows + batch_size), count(tiles + num_groups), begin(count + num_groups), at(begin + num_groups) {}
   PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
+  PKV_HD static int alone_in(int group) { return -2 - group; }
 };
 
 // Where a row's states of its read lie, for one KV head.
@@ -129,6 +140,14 @@ struct Axis {
   }
   PKV_HD void note_group(int group) const {
     readers.tiles[group] = groups.tokens(group, lens.most) / PKV_TILE, readers.count[group] = 0;
+  }
+  // Whether what was noted of a row or a group is another than what is there.
+  PKV_HD bool row_changed(int row) const {
+    const int length = lens[row], noted = readers.group[row], wanted = groups.wanted(row, length, lens.most);
+    return length != readers.length[row] || (noted != wanted && (wanted < 0 || noted != Readers::alone_in(wanted)));
+  }
+  PKV_HD bool group_changed(int group) const {
+    return readers.tiles[group] != groups.tokens(group, lens.most) / PKV_TILE;
   }
 
   PKV_HD Entry group_entry(int group) const {
@@ -165,49 +184,47 @@ struct Axis {
   }
 };
 
-// A run of tiles of one span.
-// Of a read, row is its first member, through whose pages it is read; slot is where the span starts.
-struct SpanSegment : Segment {
-  int group, read;              // of a read, its group and number in it; of a row's own tiles -1
-  int members;                  // rows it is read for
+// A run of tiles of a read. Its row is the first member, through whose pages it is read; seq_len ends the prefix.
+struct ReadPiece : Segment {
+  int group, read;   // the group, and the read's number in it
+  int members;       // rows that it is read for,
+  const int* rows;   // which are these
 };
 
-// Walks the segments of one range.
-struct SpanWalk {
-  Axis axis;
-  Entry entry;
-  int index, span, tile, x0, x_end;  // of the next segment: entry, span of it, tile of that, where it starts
+// A run of tiles of a row's own span.
+struct RowPiece : Segment {
+  bool member;  // of a read, so that what ends here is merged with the states of that
+};
 
-  // first: the first entry whose cost interval reaches past x_begin; begins_at: where that interval starts.
+// Walks a range's part of the reads.
+struct ReadWalk {
+  using Piece = ReadPiece;
+  const Axis* axis;
+  Entry entry;
+  int group, read, head, tile, x0, x_end;  // of the next piece; x0: where its span starts
+
+  PKV_HD void start_empty(const Axis& entries) { axis = &entries, x0 = x_end = 0; }
+  // first: the group whose entry, which begins at `begins_at`, holds x_begin.
   PKV_HD void start(const Axis& entries, int first, int begins_at, int x_begin, int end) {
-    axis = entries, index = first, x_end = end, entry = axis.entry(first);
-    const int cost = entry.span_cost();
-    span = divide(x_begin - begins_at, cost);
-    if (span >= entry.spans) span = entry.spans > 0 ? entry.spans - 1 : 0;  // lengths that change meanwhile
+    axis = &entries, group = first, x_end = end, entry = axis->group_entry(first);
+    const int cost = entry.span_cost(), span = divide(x_begin - begins_at, cost);
+    read = divide(span, axis->num_kv_heads), head = span - read * axis->num_kv_heads;
     x0 = begins_at + span * cost;
     tile = entry.tile_at(x_begin, x0);
     if (tile >= entry.costing()) step_span();
   }
+  PKV_HD bool some() const { return x0 < x_end; }
 
-  PKV_HD bool next(SpanSegment& s) {
+  PKV_HD bool next(ReadPiece& s) {
     if (x0 >= x_end) return false;
     int end = entry.tile_at(x_end, x0);
-    s.begins = tile == 0, s.ends = end >= entry.costing(), s.slot = x0;
+    s.begins = tile == 0, s.ends = end >= entry.tiles, s.slot = x0;
     if (end > entry.tiles) end = entry.tiles;
-    const int head = divide(span, axis.num_kv_heads);
-    s.kv_head = span - head * axis.num_kv_heads;
-    int skipped = 0;
-    if (index < axis.groups.num_groups) {
-      const int reads = axis.num_reads(index), first = axis.first_member(index, head, reads);
-      s.group = index, s.read = head, s.members = axis.first_member(index, head + 1, reads) - first;
-      s.row = axis.readers.rows[axis.readers.begin[index] + first];
-      s.seq_len = entry.tiles * PKV_TILE;
-    } else {
-      s.group = s.read = -1, s.members = 1, s.row = index - axis.groups.num_groups;
-      s.seq_len = axis.readers.length[s.row];
-      skipped = axis.shared_tiles(s.row);
-    }
-    s.tile_begin = skipped + tile, s.tile_end = skipped + end;
+    const int reads = axis->num_reads(group), first = axis->first_member(group, read, reads);
+    s.group = group, s.read = read, s.members = axis->first_member(group, read + 1, reads) - first;
+    s.rows = axis->readers.rows + axis->readers.begin[group] + first;
+    s.row = s.rows[0], s.kv_head = head;
+    s.tile_begin = tile, s.tile_end = end, s.seq_len = entry.tiles * PKV_TILE;
     step_span();
     return true;
   }
@@ -216,15 +233,61 @@ struct SpanWalk {
   PKV_HD void step_span() {
     x0 += entry.span_cost();
     tile = 0;
-    if (++span < entry.spans || x0 >= x_end) return;
-    span = 0;
-    do {
-      if (++index >= axis.num_entries()) {
-        x_end = x0;  // past the last entry only where lengths change meanwhile
-        return;
-      }
-      entry = axis.entry(index);
-    } while (entry.spans == 0);
+    if (++head < axis->num_kv_heads || x0 >= x_end) return;
+    head = 0;
+    if (++read < axis->num_reads(group)) return;
+    read = 0;
+    do entry = axis->group_entry(++group); while (entry.spans == 0);
+  }
+};
+
+// Walks a range's part of what rows read for themselves.
+struct RowWalk {
+  using Piece = RowPiece;
+  const Axis* axis;
+  int row, head, tile, x0, x_end;  // of the next piece; tile: from the first one that the row reads for itself
+  int seq_len, skipped;            // of the row; skipped: tiles that its read holds
+  bool member;
+
+  PKV_HD void start_empty(const Axis& entries) { axis = &entries, x0 = x_end = tile = 0; }
+  // first: the row whose entry, which begins at `begins_at`, holds x_begin.
+  PKV_HD void start(const Axis& entries, int first, int begins_at, int x_begin, int end) {
+    axis = &entries, x_end = end;
+    enter(first);
+    head = divide(x_begin - begins_at, span_cost());
+    x0 = begins_at + head * span_cost();
+    tile = tile_at(x_begin, x0, segment_cost());
+    if (tile >= costing()) step_span();
+  }
+  PKV_HD bool some() const { return x0 < x_end; }
+
+  PKV_HD bool next(RowPiece& s) {
+    if (x0 >= x_end) return false;
+    int end = tile_at(x_end, x0, segment_cost());
+    s.begins = tile == 0, s.ends = end >= costing(), s.slot = x0, s.member = member;
+    if (end > own_tiles()) end = own_tiles();
+    s.row = row, s.kv_head = head, s.seq_len = seq_len;
+    s.tile_begin = skipped + tile, s.tile_end = skipped + end;
+    step_span();
+    return true;
+  }
+
+ private:
+  PKV_HD int own_tiles() const { return tiles_of(seq_len) - skipped; }
+  PKV_HD int costing() const { return own_tiles() > 1 ? own_tiles() : 1; }
+  PKV_HD int segment_cost() const { return axis->costs.segment + (member ? axis->shared.merge : 0); }
+  PKV_HD int span_cost() const { return segment_cost() + costing(); }
+  PKV_HD void enter(int next) {
+    const int group = axis->readers.group[next];
+    row = next, seq_len = axis->readers.length[next], member = group >= 0;
+    skipped = member ? axis->readers.tiles[group] : 0;
+  }
+  PKV_HD void step_span() {
+    x0 += span_cost();
+    tile = 0;
+    if (++head < axis->num_kv_heads || x0 >= x_end) return;
+    head = 0;
+    do enter(row + 1); while (seq_len == 0);
   }
 };
 

@@ -22,11 +22,19 @@ struct ColumnPlace {
 };
 __device__ __forceinline__ ColumnPlace place_of(int column) { return {column / GROUP_SIZE, column % GROUP_SIZE}; }
 
-// The states of a (row, KV head)'s columns, as one CTA leaves them for another.
+// The states of a segment's columns, as one CTA leaves them for another: those of a (row, KV head), or of a read for
+// many rows where there are such.
+constexpr int SLOT_COLUMNS = READ_COLUMNS > 0 ? READ_COLUMNS : COLUMNS;
 struct __align__(16) Slot {
+  float4 acc[SLOT_COLUMNS][HEAD_QUADS];
+  float2 ml[SLOT_COLUMNS];
+};
+#if READ_COLUMNS
+struct __align__(16) RowSlot {
   float4 acc[COLUMNS][HEAD_QUADS];
   float2 ml[COLUMNS];
 };
+#endif
 
 // The state of one column in a warp's registers; every lane has m and l.
 struct HeadState {
@@ -63,7 +71,8 @@ __device__ __forceinline__ bool arrived(const float4& v) {
   // The operators are bitwise, since a short circuit would be a branch for each word.
   return arrived(v.x) & arrived(v.y) & arrived(v.z) & arrived(v.w);
 }
-__device__ __forceinline__ void send_state(Slot& to, int column, const HeadState& state, int lane) {
+template <class AnySlot>
+__device__ __forceinline__ void send_state(AnySlot& to, int column, const HeadState& state, int lane) {
   #pragma unroll
   for (int i = 0; i < LANE_QUADS; ++i)
     if (lane + i * 32 < HEAD_QUADS) send(&to.acc[column][lane + i * 32], state.acc[i]);

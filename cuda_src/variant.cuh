@@ -32,7 +32,14 @@
 //                                     e5m2, 3 INT8 (these as value / scale); default 0           and append
 // CACHE_SCALES       0 1              8-bit pages: 0 one scale of K and one of V, 1 one of each  KernelConfig
 //                                     for every token, which a page's tokens may share; default 0
-// The plan: balanced.cu and plan.cu (WINDOWED also decode.cu)
+// Reads for several rows: shared.cu, which takes what balanced.cu takes beside these (but WINDOWED)
+// READ_COLUMNS       from 2 rows'     columns that a read serves at most; default 0, where there   KernelConfig
+//                                     are no reads
+// READ_TEAM          1 2 4            TEAM of the warps that work on a read                      KernelConfig
+// READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
+// READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
+//                                     a static_assert compares it (shared_step.cuh)
+// The plan: balanced.cu, shared.cu and plan.cu (WINDOWED also decode.cu)
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
 //                                     their last ones; default 0
@@ -82,6 +89,9 @@
 #ifndef LAST_PAGE_LENGTHS
 #define LAST_PAGE_LENGTHS 0
 #endif
+#ifndef READ_COLUMNS
+#define READ_COLUMNS 0
+#endif
 #ifndef TABLE_INT64
 #define TABLE_INT64 0
 #endif
@@ -130,22 +140,9 @@ constexpr int HEAD_QUADS = V_DIM / 4;                // float4s of a column's ac
 constexpr int LANE_QUADS = (HEAD_QUADS + 31) / 32;   // and how many of them a lane of a merging warp holds
 #ifdef WARPS
 constexpr int THREADS = WARPS * 32;
-constexpr int STREAMS = WARPS / TEAM;  // rings of a CTA, and states of each segment that it merges
-
-// A warp of a team serves so many columns, the last one perhaps fewer; products take them in blocks of 8.
-constexpr int WARP_COLUMNS = (COLUMNS + TEAM - 1) / TEAM, LAST_COLUMNS = COLUMNS - (TEAM - 1) * WARP_COLUMNS;
-constexpr int HEAD_BLOCKS = (WARP_COLUMNS + 7) / 8;
 constexpr int K_STEPS = HEAD_DIM / 16, V_STEPS = V_DIM / 16;  // products of a tile
 constexpr int KEYS_AT_ONCE = 4;  // steps of the product whose K is read before the first of them
 
-// Queries stay in registers while they fit beside the accumulators; else they are read again for every tile, from L1.
-constexpr bool QUERY_IN_REGISTERS = K_STEPS * HEAD_BLOCKS <= 16;
-// Whether a segment's queries are loaded before the last one's states are merged. To scale them is to wait for them,
-// and takes the registers of the merge; those of large 8-bit heads find no room beside it.
-constexpr bool QUERY_EARLY = !QUERY_SCALED && !(CACHE_TYPE && HEAD_DIM > 128);
-
-static_assert(WARPS % TEAM == 0 && (TEAM == 1 || STREAMS < 16), "teams are whole, and each has a barrier of its own");
-static_assert(LAST_COLUMNS > 0, "no warp is without columns");
 static_assert(K_STEPS % KEYS_AT_ONCE == 0, "steps are whole");
 #endif
 #ifdef STAGES

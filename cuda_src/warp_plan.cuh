@@ -65,17 +65,20 @@ struct Rows {
   }
 };
 
+// Which range a CTA has, and the range in which its first segment begins.
+struct RangePlace {
+  int range, first;
+};
+
 // One CTA's plan of a step.
-struct RangePlan {
+struct RangePlan : RangePlace {
   BalancedWalk walk;
-  int range;
-  int first;        // the range in which its first segment begins
   int length;       // of row `lane`, as planned with
   bool some_empty;  // rows
 
   __device__ __forceinline__ RangePlan() {}
   __device__ __forceinline__ RangePlan(const Rows& rows, const Cut& cut, int own, int lane)
-      : range(own), first(own), length(rows.length), some_empty(rows.some_empty()) {
+      : RangePlace{own, own}, length(rows.length), some_empty(rows.some_empty()) {
     walk.row = walk.head = walk.tile = walk.x0 = walk.x_end = walk.seq_len = 0;  // an empty walk
     if (rows.total <= 0 || range >= cut.num_ranges) return;
     rows.start(walk, cut, range, lane);

@@ -40,7 +40,7 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   for (int row = lane; row < batch_size; row += 32) {
     const int group = readers.group[row];
     if (group < 0) continue;
-    if (readers.count[group] == 0) readers.group[row] = -1;
+    if (readers.count[group] == 0) readers.group[row] = Readers::alone_in(group);
     else readers.rows[readers.begin[group] + readers.place[row]] = row;
   }
   __syncwarp();
@@ -54,43 +54,74 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   __syncwarp();
 }
 
-// What all entries cost, as seen by one warp, after find_readers.
-struct Entries {
-  const Axis& axis;
-  int total, num_spans;
-  bool shared, even;  // whether any is a group's; whether all that are there cost the same
+// How a step is cut, found by one warp after find_readers for the whole CTA.
+struct StepCut {
+  Cut cut;
+  int total, reads_total;  // cost of all entries, and of those of groups, which come first
+  bool some_empty;         // rows
 
-  __device__ __forceinline__ Entries(const Axis& entries, int lane) : axis(entries) {
-    int cost = 0, spans = 0, members = 0, most = 0, least = 0x7fffffff;
-    for (int index = lane; index < axis.num_entries(); index += 32) {
-      const Entry entry = axis.entry(index);
+  __device__ __forceinline__ static StepCut of(const Axis& axis, int num_ctas, int lane) {
+    int reads = 0, cost = 0, spans = 0, grouped = 0, most = 0, least = 0x7fffffff, empty = 0;
+    for (int group = lane; group < axis.groups.num_groups; group += 32) {
+      const Entry entry = axis.group_entry(group);
       const int own = entry.cost();
-      cost += own, spans += entry.spans, most = max(most, own), least = own > 0 ? min(least, own) : least;
-      if (index < axis.groups.num_groups) members |= entry.spans;
+      reads += own, grouped += entry.spans;
+      if (own > 0) most = max(most, own), least = min(least, own);
     }
-    total = __reduce_add_sync(0xffffffffu, cost), num_spans = __reduce_add_sync(0xffffffffu, spans);
-    shared = __any_sync(0xffffffffu, members);
-    even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
-  }
-  __device__ __forceinline__ Cut cut(int num_ctas) const {
-    return axis.cut(total, num_spans, shared, even, num_ctas);
-  }
-  // Points `walk` at a range. Of no entries at all none has anything.
-  __device__ __forceinline__ void start(SpanWalk& walk, const Cut& cut, int range, int lane) const {
-    const int x_begin = cut.begin(range), x_end = cut.begin(range + 1);
-    int before = 0;
-    for (int base = 0; base < axis.num_entries(); base += 32) {
-      const int own = base + lane < axis.num_entries() ? axis.entry(base + lane).cost() : 0, upto = scan(own, lane);
-      const unsigned reached = __ballot_sync(0xffffffffu, before + upto > x_begin);
-      if (reached) {
-        const int owner = __ffs(reached) - 1;
-        walk.start(axis, base + owner, __shfl_sync(0xffffffffu, before + upto - own, owner), x_begin, x_end);
-        return;
-      }
-      before += __shfl_sync(0xffffffffu, upto, 31);
+    for (int row = lane; row < axis.lens.batch_size; row += 32) {
+      const Entry entry = axis.row_entry(row);
+      const int own = entry.cost();
+      cost += own, spans += entry.spans, empty |= own == 0;
+      if (own > 0) most = max(most, own), least = min(least, own);
     }
-    walk.axis = axis, walk.x0 = walk.x_end = 0;
+    const int reads_total = __reduce_add_sync(0xffffffffu, reads);
+    const int total = reads_total + __reduce_add_sync(0xffffffffu, cost);
+    const int num_spans = __reduce_add_sync(0xffffffffu, spans + grouped);
+    const bool even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
+    return {axis.cut(total, num_spans, reads_total > 0, even, num_ctas), total, reads_total,
+            __any_sync(0xffffffffu, empty) != 0};
   }
 };
+
+// Points a walk at a range's reads, which come before its rows. Whole warps call it.
+__device__ __forceinline__ void start_reads(ReadWalk& reads, const Axis& axis, const StepCut& step, int range,
+                                            int lane) {
+  reads.start_empty(axis);
+  if (range >= step.cut.num_ranges) return;
+  const int x_begin = step.cut.begin(range);
+  if (x_begin >= step.reads_total) return;
+  int group = 0;
+  for (int base = 0;; base += 32) {
+    // Entries that begin at or before x_begin; an absent one begins where the next does.
+    const int own = base + lane;
+    const bool before = own < axis.groups.num_groups && axis.readers.at[own] <= x_begin;
+    const unsigned found = __ballot_sync(0xffffffffu, before && axis.readers.count[own] > 0);
+    const unsigned all = __ballot_sync(0xffffffffu, before);
+    if (found) group = base + 31 - __clz(found);
+    if (all != 0xffffffffu || base + 32 >= axis.groups.num_groups) break;
+  }
+  reads.start(axis, group, axis.readers.at[group], x_begin, min(step.cut.begin(range + 1), step.reads_total));
+}
+
+// The same of its rows.
+__device__ __forceinline__ void start_rows(RowWalk& rows, const Axis& axis, const StepCut& step, int range, int lane) {
+  rows.start_empty(axis);
+  if (range >= step.cut.num_ranges) return;
+  const int x_end = step.cut.begin(range + 1), rows_begin = max(step.cut.begin(range), step.reads_total);
+  if (x_end <= step.reads_total || step.total <= 0) return;
+  int before = step.reads_total;
+  for (int base = 0;; base += 32) {
+    const int row = base + lane, own = row < axis.lens.batch_size ? axis.row_entry(row).cost() : 0;
+    const int upto = scan(own, lane);
+    const unsigned reached = __ballot_sync(0xffffffffu, before + upto > rows_begin);
+    if (reached) {
+      const int owner = __ffs(reached) - 1;
+      const int begins_at = before + __shfl_sync(0xffffffffu, upto - own, owner);
+      rows.start(axis, base + owner, begins_at, rows_begin, x_end);
+      return;
+    }
+    before += __shfl_sync(0xffffffffu, upto, 31);
+  }
+}
 
 }  // namespace pkv

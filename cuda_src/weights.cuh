@@ -38,7 +38,9 @@ struct TileScales {
 };
 #endif
 
+template <class W>
 struct WarpState {
+  static constexpr int HEAD_BLOCKS = W::HEAD_BLOCKS;
   float m[HEAD_BLOCKS][2], l[HEAD_BLOCKS][2];
   float acc[V_STEPS][HEAD_BLOCKS][4];
 #if CACHE_SCALES
@@ -71,14 +73,16 @@ struct WarpState {
   }
 };
 
-// Which of a row's tokens the columns see.
+// Which of a row's tokens the columns see. Of what is read for many rows all see all.
 struct Mask {
   int seq_len;
   int query_len;  // the row's query tokens, the last of its tokens
   int window;     // tokens that a query token sees, itself among them (WINDOWED)
 
   // Makes -inf of the logits s that a column does not see, in the tile that begins at token `first`.
-  __device__ __forceinline__ void hide(float (&s)[HEAD_BLOCKS][4], int first, int lane) const {
+  template <class W>
+  __device__ __forceinline__ void hide(float (&s)[W::HEAD_BLOCKS][4], int first, int lane) const {
+    constexpr int HEAD_BLOCKS = W::HEAD_BLOCKS;
     const bool ends = first + PKV_TILE > seq_len - (QUERY_TOKENS > 1 ? query_len - 1 : 0);
     if (!ends && !(WINDOWED && first < seq_len - window)) return;
     const float none = __int_as_float(0xff800000);
@@ -87,7 +91,7 @@ struct Mask {
       #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = first + lane / 4 + i / 2 * 8;
-        const int token = place_of(first_column() + b * 8 + lane % 4 * 2 + i % 2).token;
+        const int token = place_of(W::first_column() + b * 8 + lane % 4 * 2 + i % 2).token;
         const int end = QUERY_TOKENS > 1 ? min(seq_len, seq_len - (query_len - 1 - token)) : seq_len;
         if (at >= end || (WINDOWED && at < end - window)) s[b][i] = none;
       }
@@ -96,9 +100,11 @@ struct Mask {
 
 // Turns logits into weights p, the B operands of O^T = V^T P^T, and updates m and l. `scale` takes products to logits
 // in base 2, or with SOFT_CAP to the argument of the tanh, whose height in base 2 is `cap`.
-__device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCKS][2], float (&s)[HEAD_BLOCKS][4],
-                                      const Query& query, float scale, float cap, const Mask& mask, int first,
-                                      int lane) {
+template <class W>
+__device__ __forceinline__ void weigh(WarpState<W>& state, unsigned (&p)[W::HEAD_BLOCKS][2],
+                                      float (&s)[W::HEAD_BLOCKS][4], const Query<W>& query, float scale, float cap,
+                                      const Mask& mask, int first, int lane) {
+  constexpr int HEAD_BLOCKS = W::HEAD_BLOCKS;
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
     #pragma unroll
@@ -112,7 +118,7 @@ __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCK
 #endif
       s[b][i] = SOFT_CAP ? cap * hyperbolic_tangent(s[b][i] * factor) : s[b][i] * factor;
     }
-  mask.hide(s, first, lane);
+  if constexpr (!W::MANY_ROWS) mask.template hide<W>(s, first, lane);
 #if CACHE_SCALES
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b)
@@ -121,6 +127,7 @@ __device__ __forceinline__ void weigh(WarpState& state, unsigned (&p)[HEAD_BLOCK
 #endif
   #pragma unroll
   for (int b = 0; b < HEAD_BLOCKS; ++b) {
+    if (!query.used(b)) continue;
     const bool above = fmaxf(s[b][0], s[b][2]) > state.m[b][0] + RESCALE_ABOVE
                        || fmaxf(s[b][1], s[b][3]) > state.m[b][1] + RESCALE_ABOVE;
     if (__any_sync(0xffffffffu, above)) state.raise(b, s[b]);

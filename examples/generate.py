@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu.measure import memory
-from gpu.measure.environment import environment, missing, options_of, write_json
+from gpu.measure.environment import environment, install_line, missing, options_of, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     reason = missing()
     if reason is None and importlib.util.find_spec("transformers") is None:
-        reason = "transformers is not installed: pip install '.[transformers]'"
+        reason = f"transformers is not installed: {install_line('transformers')}"
     if reason is not None:
         print(f"generate needs a CUDA GPU with CuPy, PyTorch and Transformers; {reason}", file=sys.stderr)
         return 1

@@ -18,6 +18,8 @@ _HOMES = {
     "DecodeEngine": "gpu.decode_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
     "PagedKVCache": "gpu.cache.pool",
+    "PrefixGroups": "gpu.engine.prefixes",
+    "find_prefixes": "gpu.engine.prefixes",
 }
 __all__ = list(_HOMES)
 

@@ -13,7 +13,8 @@ from gpu.routes.router import Router
 from pkvsim import DecodeShape
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.costs import BalancedCosts
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts
+from pkvsim.schedule.prefixes import SharingRule
 
 AUTO = "auto"
 
@@ -38,7 +39,9 @@ class DecodeEngine:
                  tile_tokens: int = 32, num_ctas: int | None = None, costs: BalancedCosts | None = None,
                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN,
                  kv_dtype: str | None = None, kv_scales: str | None = None, layout: str = "HND",
-                 scale: float | None = None, device: DeviceSpec | str | None = None, layers: int = 1) -> None:
+                 scale: float | None = None, device: DeviceSpec | str | None = None, layers: int = 1,
+                 shared_costs: SharedCosts | None = None, sharing_rule: SharingRule | None = None,
+                 read_stages: int | None = None) -> None:
         """
         shape: the head shape; dtype: "float16" or "bfloat16"; schedule: "balanced", "workqueue", "split" or "auto".
         splits: sequence splits per row, an int or one per row (workqueue, split). tile_tokens: tokens per tile of
@@ -51,6 +54,9 @@ class DecodeEngine:
         head_dim]; pages may be any view with those axes whose last one is contiguous.
         device, layers: of auto, the calibrated GPU to price for (Router) and how many runs a plan serves; auto chooses
         splits and costs itself.
+        shared_costs, sharing_rule, read_stages: of steps planned with groups (pkvsim.schedule.spans): what reads for
+        several rows cost and how many columns one serves; which groups that are found are worth reading together; tiles
+        in each of their rings. By default what was measured or calculated for this GPU and kernel.
 
         Raises ValueError naming the argument when it is out of range or no kernel serves the shape on this GPU.
         """
@@ -69,11 +75,12 @@ class DecodeEngine:
         else:
             self._runs = self.schedule_engine = ScheduleEngine(
                 shape, dtype, schedule, splits=splits, tile_tokens=tile_tokens, num_ctas=num_ctas, costs=costs,
-                variant=variant, options=options, layout=layout, scale=scale)
+                variant=variant, options=options, layout=layout, scale=scale, shared_costs=shared_costs,
+                sharing_rule=sharing_rule, read_stages=read_stages)
 
     def plan(self, seq_lens: object = None, block_table: object = None, *, indptr: object = None,
              indices: object = None, last_page_len: object = None, validate: bool = False,
-             host_seq_lens: object = None) -> None:
+             host_seq_lens: object = None, groups: object = None) -> None:
         """Prepares a step. Arrays are NumPy, CuPy or torch; those on the GPU are used where they are.
 
         seq_lens [batch_size] int32 and block_table [batch_size, max_pages] int32 or int64; or CSR: indptr
@@ -83,15 +90,20 @@ class DecodeEngine:
         Lengths on the host are always checked, of CSR where indptr is there too. validate=True copies arrays on the
         GPU to the host to check lengths and offsets now, and page ids at the next run, when the pool is known.
         host_seq_lens: of auto, the same lengths on the host, where seq_lens are on the GPU.
+        groups (balanced): rows that begin with the same pages read these once, together. PrefixGroups(group_of_row
+        [batch_size] int32, prefix_pages [num_groups] int32) of any library; those on the GPU may change in place
+        between runs, as lengths may. That the pages are the same is the caller's word, checked by validate=True alone.
+        "auto": the first run after this call finds them on the GPU, and so does each captured graph when it is
+        replayed; they are used where that is worth it. Tables that change in place outside a graph need a plan.
 
         Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
         compiles its kernel, and must not be under capture.
         """
         if self.schedule_engine is not None:
             tables = StepTables(seq_lens, block_table, indptr, indices, last_page_len)
-            self.schedule_engine.plan(tables, validate=validate)
+            self.schedule_engine.plan(tables, validate=validate, groups=groups)
         elif self.router is not None:
-            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len)
+            checks.check_routed(indptr=indptr, indices=indices, last_page_len=last_page_len, groups=groups)
             self.router.plan(seq_lens, block_table, host_seq_lens=host_seq_lens, validate=validate)
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,

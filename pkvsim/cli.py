@@ -81,14 +81,15 @@ def _run() -> int:
         print_error(error.format_message())
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted")
-        return INTERRUPTED
+        code = INTERRUPTED
     except OSError as error:
         return _unwritten(error)
     except SystemExit as stop:
         if isinstance(stop.__context__, OSError):  # typer and rich end so when the reader of a pipe goes away
             return _unwritten(stop.__context__)
         raise
+    if code == INTERRUPTED:  # typer itself makes the code of an interrupt
+        print_error("interrupted")
     return code if isinstance(code, int) else 0
 
 

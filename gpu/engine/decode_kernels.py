@@ -7,13 +7,16 @@ from gpu.engine.arguments import VALUES
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.variant import KernelConfig
-from pkvsim.schedule.costs import BalancedCosts
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 
 if TYPE_CHECKING:
     from gpu.kernels.launch import Kernel
 
 # The values of a launch, in order: those of the run (gpu.engine.arguments), then the kernel's own.
 BALANCED_VALUES = (*VALUES, *BalancedCosts._fields, "max_tokens")
+SHARED_VALUES = (
+    *VALUES, *BalancedCosts._fields, *SharedCosts._fields, "group_of_row", "prefix_pages", "num_groups", "max_tokens",
+)  # fmt: skip
 TASKS_VALUES = (*VALUES, "tasks", "split_offsets", "num_tasks", "tile_scale")
 MERGE_VALUES = (*VALUES, "split_offsets", "rows")
 
@@ -21,12 +24,13 @@ MERGE_VALUES = (*VALUES, "split_offsets", "rows")
 class DecodeKernels:
     """Compiled when they are first asked for."""
 
-    __slots__ = ("_config", "_planned_on_gpu", "_overlap", "_decode", "_merge")
+    __slots__ = ("_config", "_planned_on_gpu", "_overlap", "_decode", "_merge", "_shared")
 
     def __init__(self, config: KernelConfig, *, planned_on_gpu: bool, overlap: bool) -> None:
         """planned_on_gpu: the balanced schedule. overlap: see gpu.kernels.compile.load_kernel."""
         self._config, self._planned_on_gpu, self._overlap = config, planned_on_gpu, overlap
         self._decode: dict[TableLayout, Kernel] = {}
+        self._shared: dict[TableLayout, Kernel] = {}
         self._merge: Kernel | None = None
 
     def decode(self, layout: TableLayout) -> Kernel:
@@ -40,6 +44,14 @@ class DecodeKernels:
                 file, name, self._config.defines() | layout.defines(), threads=self._config.threads,
                 shared_bytes=self._config.shared_bytes, overlap=self._overlap, given=values)
         return self._decode[layout]
+
+    def shared(self, layout: TableLayout, config: KernelConfig, shared_bytes: int) -> Kernel:
+        """Takes SHARED_VALUES. config: with reads for several rows."""
+        if layout not in self._shared:
+            self._shared[layout] = load_kernel(
+                "shared.cu", "pkv_decode_shared", config.read_defines() | layout.defines(), threads=config.threads,
+                shared_bytes=shared_bytes, overlap=self._overlap, given=SHARED_VALUES)
+        return self._shared[layout]
 
     def merge(self) -> Kernel:
         """Takes MERGE_VALUES."""

@@ -13,6 +13,7 @@ from gpu.inputs.block_tables import StepTables, TableLayout
 from pkvsim.shapes import MAX_TOKENS
 
 if TYPE_CHECKING:
+    from gpu.engine.shared_reads import StepGroups
     from gpu.kernels.launch import Kernel
 
 
@@ -34,6 +35,7 @@ class Plan:
     max_tokens: int  # that a row of the table has room for; lengths beyond are cut to it
     copies: tuple = ()
     decode: Kernel | None = None
+    groups: StepGroups | None = None  # of rows that read together; decode is then the kernel that does so
     task_list: TaskList | None = None
     unchecked_ids: tuple[StepTables, np.ndarray] | None = None  # on the host, with lengths, to check at the next run
     in_graph: bool = False  # a captured graph reads the copies and the task list
@@ -55,6 +57,8 @@ class Plan:
         else:
             self.lengths, self.page_ids = seq_lens, block_table
         self.arrays, self.unchecked_ids = given, None
+        if self.groups is not None:
+            self.groups.found_in = None
         return True
 
 

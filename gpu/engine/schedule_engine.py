@@ -9,6 +9,7 @@ import numpy as np
 from gpu.engine.arguments import DecodeArguments
 from gpu.engine.decode_kernels import DecodeKernels
 from gpu.engine.plan import Plan, place
+from gpu.engine.shared_reads import SharedReads, check_host, groups_key
 from gpu.engine.task_list import read_device_tasks, upload_tasks
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables, fingerprint
@@ -17,8 +18,9 @@ from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import TILE_TOKENS, kernel_config
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.costs import BalancedCosts, check_costs, default_costs
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts, check_costs, default_costs
 from pkvsim.schedule.make import Schedule
+from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split")
@@ -31,7 +33,9 @@ class ScheduleEngine:
     def __init__(self, shape: DecodeShape, dtype: str = "float16", schedule: str = "balanced", *, splits: object = 20,
                  tile_tokens: int = 32, num_ctas: int | None = None,
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
-                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None) -> None:
+                 options: AttentionOptions = PLAIN, layout: str = "HND", scale: float | None = None,
+                 shared_costs: SharedCosts | None = None, sharing_rule: SharingRule | None = None,
+                 read_stages: int | None = None) -> None:
         """As gpu.DecodeEngine; schedule: one of SCHEDULES. Raises ValueError naming the argument."""
         gpu = this_gpu()
         checks.check_engine(shape, dtype, schedule, SCHEDULES, options, layout, tile_tokens, variant)
@@ -50,6 +54,8 @@ class ScheduleEngine:
         self.costs = check_costs(costs)
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
+        self._capability, self._sharing = gpu.compute_capability, (shared_costs, sharing_rule, read_stages)
+        self._shared: SharedReads | None = None
         self._plan: Plan | None = None
         self._checked_plan: list | None = None
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
@@ -61,11 +67,12 @@ class ScheduleEngine:
             cupy.cuda.get_current_stream().synchronize()  # the first run may be on another stream
 
     def plan(self, tables: StepTables, *, splits: object = None, packed: object = None,
-             validate: bool = False) -> None:
+             validate: bool = False, groups: object = None) -> None:
         """As gpu.DecodeEngine.plan. splits: of this plan and those to come; packed: what FlashInfer's routes read."""
         if splits is not None:
             self.splits = splits
         addresses, key = fingerprint(tables)
+        key.append(groups_key(groups))
         if key == self._checked_plan and not validate and self._plan.move(tables, addresses, self.shape.page_size):
             return
         if isinstance(tables.seq_lens, (list, tuple)):
@@ -73,11 +80,21 @@ class ScheduleEngine:
         views = tables.views()
         checks.check_plan(views, self.device_id)
         checks.check_room(views, self._heads, segment_cost=self.costs.segment)
+        if groups is not None:
+            checks.expect("groups", f"None for schedule {self.schedule!r}", repr(groups), self.schedule == "balanced")
+            if self._shared is None:
+                costs, rule, stages = self._sharing
+                self._shared = SharedReads(self._heads, self.config, self._capability, self.options,
+                                           num_ctas=self.num_ctas, costs=costs, rule=rule, stages=stages)
+            checks.check_room(views, self._heads, segment_cost=self.costs.segment + self._shared.costs.merge,
+                              tile_cost=self._shared.most_tile_cost())
         host = host_lens = None
         if self.schedule != "balanced" or validate or tables.lengths_on_host(views):
             host = tables.on_host(page_ids=validate)
             checks.check_contents(host, self.shape.page_size)
             host_lens = host.lengths(self.shape.page_size)
+            if validate and groups is not None and not isinstance(groups, str):
+                check_host(groups, host, host_lens, self.shape.page_size)
         library = "torch" if any(array.library == "torch" for array in views.values()) else self._arguments.library
         # On the runs' stream copies are ordered with the runs, and freed memory is not taken up before they end.
         with arrays.on_stream(library, self.device_id) as stream:
@@ -89,12 +106,16 @@ class ScheduleEngine:
                 plan = place(*tables.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
-            plan.decode = self._kernels.decode(plan.layout)
+            if groups is None:
+                plan.decode = self._kernels.decode(plan.layout)
+            else:
+                plan.groups = self._shared.place(groups, plan, self.device_id)
+                plan.decode = self._kernels.shared(plan.layout, self._shared.config, self._shared.shared_bytes)
             if self._arguments.library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = host, host_lens
-        on_gpu = all(array.device >= 0 for array in views.values())
+        on_gpu = all(array.device >= 0 for array in views.values()) and (groups is None or not plan.groups.copied)
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
         self._plan = plan
 
@@ -116,11 +137,19 @@ class ScheduleEngine:
             heads = arrays.shape_of("q", q)[:-1]
             out = arrays.empty_like(q, (*heads, self.options.value_dim(self.shape)), self.dtype) if out is None else out
             lse = arrays.empty_like(q, heads, "float32") if lse is None else lse
-        given = self._arguments.take(plan, self._workspace_at, q, k_pages, v_pages, out, lse, *others)
+        shared = plan.groups
+        workspace_at = self._workspace_at if shared is None else shared.workspace_at
+        given = self._arguments.take(plan, workspace_at, q, k_pages, v_pages, out, lse, *others)
         stream = arrays.current_stream(self._arguments.library, self.device_id)
-        if (plan.copies or plan.task_list) and not plan.in_graph and arrays.is_capturing(stream):
-            self._in_graphs.append((plan.copies, plan.task_list, self._partials))
+        if (plan.copies or plan.task_list or shared) and not plan.in_graph and arrays.is_capturing(stream):
+            self._in_graphs.append((plan.copies, plan.task_list, self._partials, shared and shared.owned))
             plan.in_graph = True
+        if shared is not None:
+            if shared.finder is not None:
+                self._shared.find(plan, stream)
+            plan.decode(self.num_ctas, (*given, *self.costs, *self._shared.costs, *shared.arguments(), plan.max_tokens),
+                        stream, pairs=True)
+            return out, lse
         if plan.task_list is None:
             plan.decode(self.num_ctas, (*given, *self.costs, plan.max_tokens), stream, pairs=True)
             return out, lse

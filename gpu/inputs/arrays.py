@@ -147,6 +147,15 @@ def is_capturing(stream: int) -> bool:
     return bool(cupy.cuda.runtime.streamIsCapturing(stream))
 
 
+def capture_number(stream: int) -> int:
+    """The number of the capture into which the stream's launches go, unlike any other's; 0 outside of any."""
+    if not is_capturing(stream):
+        return 0
+    from gpu.kernels.launch import capture_id
+
+    return capture_id(stream)
+
+
 @contextlib.contextmanager
 def on_stream(library: str | None, device: int) -> Iterator[object]:
     """Makes that stream CuPy's current one: copies and allocations inside are ordered on it."""

@@ -88,8 +88,8 @@ def check_contents(host: StepTables, page_size: int) -> None:
         )
 
 
-def check_room(views: dict[str, ArrayView], heads: DecodeShape, *, segment_cost: int) -> None:
-    """Rows as long as the table has room for are a cost that the planner can count."""
+def check_room(views: dict[str, ArrayView], heads: DecodeShape, *, segment_cost: int, tile_cost: int = 1) -> None:
+    """Rows as long as the table has room for are a cost that the planner can count. tile_cost: of a tile, at most."""
     name = "indices" if "indices" in views else "block_table"
     if name == "indices":  # which no two rows share
         (pages,), (entries,) = views[name].shape, views["indptr"].shape
@@ -97,7 +97,7 @@ def check_room(views: dict[str, ArrayView], heads: DecodeShape, *, segment_cost:
     else:
         rows, pages = views[name].shape
         tiles = rows * (-(-pages * heads.page_size // TILE_TOKENS) + segment_cost)
-    tiles *= heads.num_kv_heads
+    tiles *= heads.num_kv_heads * tile_cost
     expect(name, f"room for fewer than {MAX_COST} tiles of {TILE_TOKENS} tokens over all rows and KV heads",
            tiles, tiles < MAX_COST)
 

@@ -76,6 +76,10 @@ RUNS = _values(  # of pages moved between host memory and the GPU
 
 KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_balanced": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
+    "pkv_decode_shared": (
+        DECODE, COSTS, SHARED_COSTS, *_values(*_fields("p", "group_of_row prefix_pages"),
+                                              *_fields("i", "num_groups max_tokens")),
+    ),
     "pkv_decode_tasks": (DECODE, *_values(*_fields("p", "tasks split_offsets"), *_fields("i", "num_tasks tile_scale"))),
     "pkv_merge": _values(*_fields("p", "partials split_offsets rows out lse query_lens sinks")),
     "pkv_list_balanced": (
@@ -124,14 +128,18 @@ def signature(kernel_name: str, defines: Mapping[str, int | str]) -> str:
 def order(
     kernel_name: str, defines: Mapping[str, int | str], given: tuple[str, ...] | None
 ) -> tuple[int, ...] | None:  # fmt: skip
-    """Where among the values `given` each argument of a variant is; None where they are the arguments, in order.
+    """Where among the values `given` each argument of a variant is; None where they are the arguments, in order. Of a
+    name that stands for several, the n-th is the n-th that is given.
 
     Raises ValueError naming the arguments that are not given.
     """
     wanted = names(kernel_name, defines)
     if given is None or given == wanted:
         return None
-    missing = [name for name in wanted if name not in given]
+    missing = [name for name in dict.fromkeys(wanted) if given.count(name) < wanted.count(name)]
     if missing:
         raise ValueError(f"given: expected every argument of {kernel_name}, found no {', '.join(missing)}")
-    return tuple(map(given.index, wanted))
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(given):
+        places.setdefault(name, []).append(place)
+    return tuple(places[name][wanted[:at].count(name)] for at, name in enumerate(wanted))

@@ -31,6 +31,16 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def capture_id(stream: int) -> int:
+    """The driver's number of the capture on the stream of that handle."""
+    status, number = ctypes.c_int(), ctypes.c_ulonglong()
+    failed = _driver().cuStreamGetCaptureInfo_v2(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number),
+                                                 None, None, None)  # fmt: skip
+    if failed:
+        raise RuntimeError(f"cuStreamGetCaptureInfo failed: {failed}")
+    return number.value
+
+
 class Arguments:
     """Memory of a kernel's parameters, laid out as C does: see Kernel for the signature.
 

@@ -5,23 +5,28 @@ cuda_src/variant.cuh explains every constant.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu.kernels.tuned import tuned_choice
 from pkvsim import DecodeShape
+from pkvsim.devices.route_options import HEAD_DIMS, MAX_GROUP_SIZE, MAX_PAGE_SIZE
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import MAX_ACCUMULATED
 
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/variant.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
-MAX_GROUP_SIZE = 128
 TEAMS = (1, 2, 4)  # warps that may share their tiles
 MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
 RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/early_plan.cuh
+STEP_PLAN_BYTES = 256  # pkv::StepPlan in cuda_src/shared_step.cuh
+READER_BYTES = 16  # of a row or a group: four ints of pkv::Readers in cuda_src/spans.cuh
+LEAST_READERS = 512  # rows and groups that any variant which reads for groups has room for
+READ_COLUMNS = 64  # columns that a read is made to serve, where they fit
+QUERY_BLOCKS = 16  # blocks of 8 columns x steps of 16 elements whose queries stay in registers (pkv::Width)
+MOST_READ_BYTES = 128 * 1024  # in flight, beyond which an H200 gained nothing
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
-HEAD_DIMS = (64, 128, 192, 256)
 
 # Shared memory a CTA may use, bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications: 1 KiB less than the SM's maximum).
@@ -63,6 +68,9 @@ class KernelConfig:
     sinks: bool
     kv_dtype: str | None  # of the pages; None: dtype
     tile_scales: bool  # tokens or pages have scales of their own, which travel with their tiles
+    read_columns: int = 0  # that a read for several rows serves, a multiple of `columns`; 0: no such reads
+    read_team: int = 1  # warps that share a ring of its tiles
+    read_stages: int = 0  # of each such ring
 
     @property
     def columns(self) -> int:
@@ -83,10 +91,27 @@ class KernelConfig:
     def shared_bytes(self) -> int:
         """Bytes of pkv::SharedMemory: rings with their tiles' scales, the streams' states (rows padded by 4 floats), a
         kept one, barriers."""
+        states = (self.buffers * self.streams + 1) * self.columns * self.state_row_bytes
+        return self.streams * self.stages * self.slot_bytes + states + self.buffers * 2 * BARRIER_BYTES
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a ring's slot: a tile's K, V and scales."""
         element = 2 if self.kv_dtype is None else 1
-        tile = TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
-        states = (self.buffers * self.streams + 1) * self.columns * (self.v_dim + 4) * 4
-        return self.streams * self.stages * tile + states + self.buffers * 2 * BARRIER_BYTES
+        return TILE_TOKENS * (self.head_dim + self.v_dim) * element + self.tile_scales * SCALES_BYTES
+
+    @property
+    def state_row_bytes(self) -> int:
+        """Bytes of a column's state in shared memory."""
+        return (self.v_dim + 4) * 4
+
+    @property
+    def read_shared_bytes(self) -> int:
+        """Bytes of pkv::SharedMemories and pkv::StepPlan; READER_BYTES of each row and group come on top."""
+        streams = self.warps // self.read_team
+        states = (streams * self.read_columns + 1) * self.state_row_bytes
+        reads = streams * self.read_stages * self.slot_bytes + states + 2 * BARRIER_BYTES
+        return max(self.shared_bytes, reads) + STEP_PLAN_BYTES
 
     @property
     def threads(self) -> int:
@@ -95,15 +120,20 @@ class KernelConfig:
     @property
     def state_bytes(self) -> int:
         """Bytes of pkv::Slot: the partial state of one (row, KV head), acc and (m, l) of each column."""
-        return (self.columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
+        return self._state_bytes(self.columns)
 
-    def workspace_bytes(self, num_ctas: int) -> int:
-        """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan."""
-        return self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
+    def _state_bytes(self, columns: int) -> int:
+        return (columns * (self.v_dim * 4 + 8) + 15) // 16 * 16
+
+    def workspace_bytes(self, num_ctas: int, row_heads: int = 0) -> int:
+        """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan. With reads for
+        several rows, two slots for each of `row_heads` (row, KV head)s come last."""
+        plain = self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
+        return plain + (2 * row_heads * self.state_bytes if self.read_columns else 0)
 
     def slots_bytes(self, num_ctas: int) -> int:
         """Bytes of all CTAs' slots, from which their records go on."""
-        return num_ctas * self.state_bytes
+        return num_ctas * self._state_bytes(self.read_columns or self.columns)
 
     def defines(self) -> dict[str, int]:
         return {"HEAD_DIM": self.head_dim, "V_DIM": self.v_dim, "QUERY_TOKENS": self.query_tokens,
@@ -113,6 +143,11 @@ class KernelConfig:
                 "WARPS": self.warps, "STAGES": self.stages, "BUFFERS": self.buffers,
                 "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
                 "CACHE_SCALES": int(self.tile_scales)}
+
+    def read_defines(self) -> dict[str, int]:
+        """Those of the kernel that reads for several rows."""
+        return self.defines() | {"READ_COLUMNS": self.read_columns, "READ_TEAM": self.read_team,
+                                 "READ_STAGES": self.read_stages, "READ_SHARED_BYTES": self.read_shared_bytes}
 
 
 def shared_limit_bytes(compute_capability: int) -> int:
@@ -171,8 +206,8 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         raise ValueError(f"v_head_dim: expected one of {HEAD_DIMS}, got {v_dim}")
     if shape.group_size > MAX_GROUP_SIZE:
         raise ValueError(f"group_size: expected at most {MAX_GROUP_SIZE}, got {shape.group_size}")
-    if shape.page_size > 256:
-        raise ValueError(f"page_size: expected 1 to 256, got {shape.page_size}")
+    if shape.page_size > MAX_PAGE_SIZE:
+        raise ValueError(f"page_size: expected 1 to {MAX_PAGE_SIZE}, got {shape.page_size}")
     if compute_capability < 80:
         raise ValueError(f"device: expected compute capability 8.0 or newer, got {compute_capability / 10:.1f}")
     choices: tuple[tuple[int, int], ...]
@@ -188,3 +223,44 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
                          f"group_size {shape.group_size} fits {shared_limit_bytes(compute_capability)} bytes of "
                          "shared memory")
     return fitting[0]
+
+
+def read_config(config: KernelConfig, compute_capability: int, *, columns: int = READ_COLUMNS,
+                stages: int | None = None) -> KernelConfig:
+    """`config` with reads for several rows: as near `columns` as a team's registers hold, and as many stages as fit, or
+    so many.
+
+    Raises ValueError naming the argument where a read cannot serve two rows, or a window may hide what it reads.
+    """
+    if config.windowed:
+        raise ValueError("window: expected None with groups, of whose pages it may hide some")
+    if config.head_split > 1:
+        raise ValueError(f"groups: expected at most {config.columns} query columns of a row, got "
+                         f"{config.columns * config.head_split} (group_size times query_tokens)")
+    blocks = min(MAX_ACCUMULATED // config.v_dim // 8, QUERY_BLOCKS // (config.head_dim // 16))
+    teams = [team for team in TEAMS if config.warps % team == 0 and config.warps // team <= MOST_TEAMS]
+    served = min(columns, teams[-1] * blocks * 8) // config.columns * config.columns
+    if served < 2 * config.columns:
+        raise ValueError(f"groups: expected at most {min(columns, teams[-1] * blocks * 8) // 2} query columns of a row "
+                         f"(group_size times query_tokens), so that a read serves two, got {config.columns}")
+    limit = shared_limit_bytes(compute_capability) - LEAST_READERS * READER_BYTES
+    # The rows' rings leave room for the plan: where they do not, with one buffer less, then with stages less.
+    rows = itertools.product(range(config.stages, 0, -config.team), range(config.buffers, 0, -1))
+    for row_stages, buffers in rows:
+        found = []
+        for team in (team for team in teams if team * blocks * 8 >= served):
+            most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
+            found += itertools.islice((
+                fitting for depth in ((stages,) if stages else range(most, 0, -1))
+                if (fitting := replace(config, stages=row_stages, buffers=buffers, read_columns=served, read_team=team,
+                                       read_stages=depth)).read_shared_bytes <= limit), 1)
+        # A smaller team reads the tiles from shared memory less often, but its rings are more.
+        if found:
+            return next((fitting for fitting in found if fitting.read_stages > 1), found[0])
+    raise ValueError(f"{'stages' if stages else 'groups'}: reads for {served} columns of head_dim {config.head_dim} do "
+                     f"not fit {limit} bytes of shared memory")
+
+
+def most_readers(config: KernelConfig, compute_capability: int) -> int:
+    """Rows and groups together that a step with reads for several rows may have: their plan is in shared memory."""
+    return (shared_limit_bytes(compute_capability) - config.read_shared_bytes) // READER_BYTES

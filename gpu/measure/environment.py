@@ -16,10 +16,17 @@ def missing() -> str | None:
     """What this machine lacks for the GPU engine, in a sentence, or None."""
     for module in ("torch", "cupy"):
         if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed: pip install '.[gpu]'"
+            return f"{module} is not installed: {install_line('gpu')}"
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device answers"
+
+
+def install_line(extra: str) -> str:
+    """The command that installs an extra, from any folder: of this checkout where the package runs from one."""
+    root = Path(__file__).resolve().parents[2]
+    where = root if (root / "setup.cfg").is_file() else "PATH/TO/PersistentKV"
+    return f"pip install '{where}[{extra}]'"
 
 
 def lacks_gpu(program: str) -> bool:

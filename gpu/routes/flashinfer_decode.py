@@ -13,13 +13,12 @@ import numpy as np
 
 from gpu.inputs.arrays import to_host
 from pkvsim import DecodeShape
+from pkvsim.devices.route_options import CUDA_CORE_GROUPS, XQA_PAGE_SIZES
+from pkvsim.devices.route_options import FLASHINFER_HEAD_DIMS as HEAD_DIMS
 from pkvsim.options import PLAIN, AttentionOptions
 
 BACKENDS = ("cuda_core", "tensor_core", "xqa", "batch_attention")
 WORKSPACE_BYTES = 384 << 20
-CUDA_CORE_GROUPS = (1, 2, 3, 4, 6, 8, 16)  # DISPATCH_GQA_GROUP_SIZE of FlashInfer 0.7.2
-HEAD_DIMS = (64, 128, 256)
-XQA_PAGE_SIZES = (16, 32, 64, 128)
 FP8_CACHES = {  # by one scale each of K and V; BatchAttention is driven on 16-bit pages only
     "cuda_core": ("float8_e4m3fn", "float8_e5m2"),
     "tensor_core": ("float8_e4m3fn", "float8_e5m2"),

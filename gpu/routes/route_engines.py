@@ -36,7 +36,7 @@ def _why_not(
     reason = fi.supports(shape, backend)
     if reason is not None:
         return reason
-    unserved = [name for name in asked(shape, options) if name not in SERVED[route]]
+    unserved = [name for name in asked(shape, options) if name not in SERVED[route].options]
     if route == "xqa" and options.query_tokens > 1:
         unserved.append("query_tokens without a mask made for every step")
     if unserved:

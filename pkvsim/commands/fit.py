@@ -30,7 +30,8 @@ def fit(
     \b
     Examples:
       pkvsim fit --measurements mygpu.csv --device-base rtx4090 -o mygpu.json
-      pkvsim fit --measurements peer.csv --table-device l40s --device-base l40s -o l40s_fitted.json
+      pkvsim fit --measurements peer.csv --table-device l40s \\
+          --device-base l40s -o l40s_fitted.json
     """
     with one_line_errors():
         from datetime import date

@@ -10,33 +10,15 @@ if TYPE_CHECKING:
     from pkvsim.models.presets import ModelSpec
     from pkvsim.serving.server_config import ServingConfig
 
-KV_SHARE = 0.25  # of the GPU's memory, that narrowed weights should leave to KV pages
-
 
 def load_model(
     name: str, weight_bits: Optional[int], tensor_parallel: Optional[int], device: DeviceSpec, config: ServingConfig
 ) -> tuple[ModelSpec, tuple[str, ...]]:
-    """(model, notes). A model that does not fit as it comes is narrowed unless weight_bits says otherwise: to the
-    widest weights that leave KV_SHARE of the memory to KV pages, else the narrowest; a note says so."""
-    from pkvsim.models.presets import get_model, weight_bytes
-    from pkvsim.models.weight_bits import WEIGHT_BITS, with_weight_bits
-    from pkvsim.serving.costs import GIB, page_budget
+    """(model, notes): the model by name, as pkvsim.serving.fit_model makes it fit."""
+    from pkvsim.models.presets import get_model
+    from pkvsim.serving.fit_model import fit_model
 
-    model = get_model(name, tensor_parallel=tensor_parallel)
-    if weight_bits is not None:
-        return with_weight_bits(model, weight_bits), ()
-    try:
-        page_budget(model, device, config)
-        return model, ()
-    except ValueError:
-        for bits in WEIGHT_BITS[1:]:
-            narrow = with_weight_bits(model, bits)
-            room = device.memory_gib * (config.memory_fraction - KV_SHARE) - config.workspace_gib
-            if weight_bytes(narrow) / GIB <= room:
-                break
-    page_budget(narrow, device, config)
-    note = f"{model.name} does not fit {device.name} as it comes: layer weights in {bits} bits"
-    return narrow, (note + " (--weight-bits 16 insists)",)
+    return fit_model(get_model(name, tensor_parallel=tensor_parallel), device, config, weight_bits)
 
 
 @contextmanager

@@ -49,8 +49,10 @@ def step(
     \b
     Examples:
       pkvsim step --seq-lens 65536,2048x15 --device rtx3060
-      pkvsim step --seq-lens 8192x8 --device h200 --routes balanced,workqueue --plot step.png
-      pkvsim step --seq-lens 65536x8 --device h200 --window 4096 --query-tokens 4
+      pkvsim step --seq-lens 8192x8 --device h200 \\
+          --routes balanced,workqueue --plot step.png
+      pkvsim step --seq-lens 65536x8 --device h200 \\
+          --window 4096 --query-tokens 4
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
     """
     with one_line_errors():

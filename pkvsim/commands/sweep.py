@@ -28,7 +28,8 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache. Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache; rate is a factor of the trace's own: rate=2 halves every gap. "
+            "Without: device, policy, batch, length, group_size, splits."
         ),
     ],
     trace: Annotated[Optional[str], typer.Option(help="Request trace to serve; without one, steps are priced.")] = None,
@@ -49,6 +50,9 @@ def sweep(
     page_size: PageSize = 16,
     kv_gib: KVGib = None,
     weight_bits: WeightBits = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--eager", help="Decode in captured graphs, or layer by layer; with a trace.")
+    ] = False,
     layers: Annotated[int, typer.Option(help="Layers that a step plans once for, without a trace.")] = 1,
     plot: Annotated[Optional[str], typer.Option(help="Draw the figures to this .png or .svg file.")] = None,
     route_map: Annotated[
@@ -62,17 +66,19 @@ def sweep(
     Examples:
       pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200
       pkvsim sweep --over length=8192,65536 --over splits=1,4,16 --policy split
-      pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 --device l4 --route-map routes.png
-      pkvsim sweep --trace requests.csv --over device=rtx3060,l4 --over rate=0.5,1,2 --metric ttft_s.p99
+      pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 \\
+          --device l4 --route-map routes.png
+      pkvsim sweep --trace requests.csv --over device=rtx3060,l4 \\
+          --over rate=0.5,1,2 --metric ttft_s.p99
     """
     with one_line_errors():
-        from pkvsim.commands.serving_inputs import load_model, progress_bar
+        from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
         from pkvsim.models.presets import get_model
         from pkvsim.serving.costs import fit_note
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.shapes import MAX_TOKENS, check_int
-        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, parse_axes, serving_sweep, step_sweep
+        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, parse_axes, serving_sweep, step_sweep
         from pkvsim.traces.readers import load_requests
 
         axes = parse_axes(over, STEP_AXES if trace is None else SERVING_AXES)
@@ -84,26 +90,30 @@ def sweep(
                 check_plot_path(path, option=option)
                 check_axes(axes, option=option, trace=trace is not None)
         config = ServingConfig(
-            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache
+            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs
         )
         spec = get_device(device)
         metric = metric or ("us" if trace is None else "tokens_per_s")
-        notes: tuple[str, ...] = ()
+        check_used(
+            trace is not None, layers=layers != 1, limit=limit is not None, rate_scale=rate_scale != 1,
+            jitter=jitter != 0, seed=seed != 0, prefix_cache=prefix_cache != "none", max_batch=max_batch != 256,
+            kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
+        )  # fmt: skip
         if trace is None:
             shape = get_model(model).shape(page_size)
             report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1, MAX_TOKENS))
         else:
-            smallest = [get_device(name) for name in axes.get("device", [])] or [spec]
-            chosen, notes = load_model(model, weight_bits, None, min(smallest, key=lambda d: d.memory_gib), config)
             requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
             with progress_bar(not as_json, "cells") as bar:
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
-                report = serving_sweep(axes, requests, chosen, spec, policy, config, metric=metric, progress=done)
-            notes = requests.notes + notes
+                report = serving_sweep(
+                    axes, requests, get_model(model), spec, policy, config, metric=metric, weight_bits=weight_bits,
+                    progress=done,
+                )  # fmt: skip
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]
         prices = tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
-        notes += prices
+        notes = report.notes + (prices if trace is None else ())
         if plot is not None:
             from pkvsim.reports.plot_sweep import plot_sweep
 

@@ -31,8 +31,10 @@ def trace(
       pkvsim trace AzureLLMInferenceTrace_code.csv
       pkvsim trace conversation_trace.jsonl --limit 1000 --rate-scale 2 --json
       pkvsim trace BurstGPT_1.csv --plot burstgpt.svg
-      pkvsim trace --input-tokens lognormal:mean=1024,p99=8192 --output-tokens 50-500 --rate 4
-      pkvsim trace --input-tokens 200 --output-tokens 300 --turns 1-8 --think-time exponential:mean=10 --rate 4
+      pkvsim trace --input-tokens lognormal:mean=1024,p99=8192 \\
+          --output-tokens 50-500 --rate 4
+      pkvsim trace --input-tokens 200 --output-tokens 300 --turns 1-8 \\
+          --think-time exponential:mean=10 --rate 4
     """
     with one_line_errors():
         from pkvsim.traces.summary import summary

@@ -31,7 +31,7 @@ def whatif(
         str,
         typer.Option(
             help="Comma-separated: paper, calibrated, oracle, flashinfer (the better of its CUDA-core and tensor-core "
-            "kernels), or a route: split, workqueue, balanced, xqa, ..."
+            "kernels, XQA not among them), or a route: split, workqueue, balanced, xqa, ..."
         ),
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
     rate_scale: RateScale = 1.0,
@@ -77,9 +77,12 @@ def whatif(
 
     \b
     Examples:
-      pkvsim whatif --trace conversation_trace.jsonl --device rtx3060 --policies paper,calibrated
-      pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 --model qwen3-30b-a3b --rate-scale 4
-      pkvsim whatif --trace conversation_trace.jsonl --device h200 --prefix-cache lru --json
+      pkvsim whatif --trace conversation_trace.jsonl --device rtx3060 \\
+          --policies paper,calibrated
+      pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 \\
+          --model qwen3-30b-a3b --rate-scale 4
+      pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
+          --prefix-cache lru --json
     """
     with one_line_errors():
         from dataclasses import replace

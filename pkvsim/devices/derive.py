@@ -7,6 +7,7 @@ from functools import cache
 
 from pkvsim.devices.device import DEVICES, DeviceSpec
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel
+from pkvsim.schedule.costs import BalancedCosts, default_costs
 
 REFERENCE = "h200"  # whose measured efficiencies are carried over
 LEAST_CAPABILITY = {"xqa": (9, 0)}  # FlashInfer's XQA kernels; its other backends and ours serve every GPU listed
@@ -14,12 +15,19 @@ LEAST_CAPABILITY = {"xqa": (9, 0)}  # FlashInfer's XQA kernels; its other backen
 
 def device_routes(device: DeviceSpec) -> dict[str, RouteModel]:
     """The device's own models; where it has none, those that derive_routes estimates."""
-    return {name: entry.model for name, entry in _all_routes(device).items()}
+    return {name: entry.model for name, entry in all_routes(device).items()}
 
 
 @cache
-def _all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
+def all_routes(device: DeviceSpec) -> dict[str, CalibratedRoute]:
+    """Every route of the device, with where its model comes from."""
     return derive_routes(device) | device.calibration
+
+
+def balanced_costs(device: DeviceSpec) -> BalancedCosts:
+    """What this GPU's balanced schedule weighs, for the engine as for its price: BalancedCosts.of_kernel makes them a
+    kernel's."""
+    return device_routes(device)["balanced"].costs
 
 
 def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) -> dict[str, CalibratedRoute]:
@@ -27,7 +35,8 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
 
     The rule: memory and L2 bandwidth scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
     capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds
-    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept.
+    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept; the
+    balanced schedule weighs what the engine takes on a GPU of this compute capability.
     """
     reference = reference or DEVICES[REFERENCE]
     memory = device.beta_gb_s / reference.beta_gb_s
@@ -45,6 +54,7 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
                 sm_heads_gb_s=_scaled(model.sm_heads_gb_s, arithmetic),
                 l2_gb_s=_scaled(model.l2_gb_s, memory),
                 l2_mb=model.l2_mb * device.l2_mib / reference.l2_mib,
+                costs=default_costs(device.compute_capability),
             ),
             status="estimated",
             source=f"{reference.name}'s model scaled by bandwidth and arithmetic of the datasheets "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel, read_route
+from pkvsim.schedule.costs import default_costs
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 STATUSES = ("datasheet", "calibrated", "estimated")
@@ -82,7 +83,10 @@ def load_device(path: str | Path) -> DeviceSpec:
     routes = data.get("routes", {})
     if not isinstance(routes, dict):
         raise ValueError(f"{path}: routes: expected an object by route, got {routes!r}")
-    calibration = {name: read_route(f"{path}: routes.{name}", name, entry) for name, entry in routes.items()}
+    costs = default_costs(values["compute_capability"])
+    calibration = {
+        name: read_route(f"{path}: routes.{name}", name, entry, costs=costs) for name, entry in routes.items()
+    }
     return DeviceSpec(name=data["name"], label=data["label"], sources=sources, calibration=calibration, **values)
 
 

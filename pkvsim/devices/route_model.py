@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pkvsim.schedule.costs import MEASURED_COSTS, BalancedCosts, check_costs
+
 ROUTES = ("flashinfer_cuda_core", "flashinfer_tensor_core", "xqa", "split", "workqueue", "balanced")
 OWN_ROUTES = ("split", "workqueue", "balanced")  # always there; the others need FlashInfer
 
@@ -22,13 +24,17 @@ RULES = (
 )
 
 
+UNPAIRED_COSTS = MEASURED_COSTS._replace(pair=0)
+OLD_PAIR = "pair_cost"  # of device files
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteModel:
     """What one route costs on one GPU; drives the closed form (pkvsim.pricing) and the timeline (pkvsim.timeline).
 
     GB = 1e9 bytes, MB = 1e6 bytes. A route's kernel time for one layer after another is fixed_us, plus launch_us for
     every launch after the first, plus the time its tasks take on num_sms * ctas_per_sm slots, plus the merge where rows
-    are cut. pkvsim.pricing.layer.step_times adds up layers and the host's part. Raises ValueError naming the field.
+    are cut. pkvsim.pricing.step_times adds up layers and the host's part. Raises ValueError naming the field.
     """
 
     rule: str  # one of RULES
@@ -55,13 +61,14 @@ class RouteModel:
     ctas_per_sm: float = 1.0  # CTA slots of an SM
     tile_tokens: float = 16.0  # splits are cut at multiples of this
     min_split_tokens: float = 128.0  # no split is shorter
-    pair_cost: float = 0.0  # balanced: tiles a CTA slot below which half the slots are used, see pkvsim.make_schedule
     # buckets and queue. 1: a CTA a slot, CTA b taking tasks b, b + CTAs, ..; 0: a CTA a task, as slots fall free.
     strided: float = 0.0
+    costs: BalancedCosts = UNPAIRED_COSTS  # balanced: what the engine weighs, whatever the kernel
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {self.rule!r}")
+        check_costs(self.costs)
         for name in CONSTANTS:
             value = getattr(self, name)
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -71,13 +78,14 @@ class RouteModel:
                 raise ValueError(f"{name}: expected a finite number {least}, got {value!r}")
 
     def to_row(self) -> np.ndarray:
-        """The constants as float64 [NUM_CONSTANTS], rule first, in field order."""
-        return np.array([RULES.index(self.rule), *(getattr(self, name) for name in CONSTANTS)], np.float64)
+        """The constants as float64 [NUM_CONSTANTS], rule first, in field order, and the costs last."""
+        numbers = (getattr(self, name) for name in CONSTANTS)
+        return np.array([RULES.index(self.rule), *numbers, *self.costs], np.float64)
 
 
-CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name != "rule")
-NUM_CONSTANTS = 1 + len(CONSTANTS)
-_REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name != "rule" and f.default is MISSING)
+CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name not in ("rule", "costs"))
+NUM_CONSTANTS = 1 + len(CONSTANTS) + len(BalancedCosts._fields)
+_REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name in CONSTANTS and f.default is MISSING)
 NO_LIMIT = "no limit"  # infinity in a device file, which is strict JSON
 _UNLIMITED = ("merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
 _POSITIVE = (
@@ -122,12 +130,18 @@ class CalibratedRoute:
             error = getattr(self, name)
             if error is not None:
                 data[name] = asdict(error)
-        constants = asdict(self.model)
-        return data | {"model": {k: NO_LIMIT if v == math.inf else v for k, v in constants.items()}}
+        constants = {name: getattr(self.model, name) for name in ("rule", *CONSTANTS)}
+        model: dict[str, Any] = {name: NO_LIMIT if value == math.inf else value for name, value in constants.items()}
+        if self.model.rule == "balanced":
+            model["costs"] = self.model.costs._asdict()
+        return data | {"model": model}
 
 
-def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
-    """One entry of a device file's routes; ValueError that starts with `where` and names the field."""
+def read_route(where: str, route: str, entry: Any, *, costs: BalancedCosts = UNPAIRED_COSTS) -> CalibratedRoute:
+    """One entry of a device file's routes; ValueError that starts with `where` and names the field.
+
+    costs: what a balanced route weighs where the entry does not say it.
+    """
     if route not in ROUTES and "/" not in route:  # system/version/kernel names another system's, which no policy takes
         raise ValueError(f"{where}: expected one of {', '.join(ROUTES)}, or system/version/kernel")
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), dict):
@@ -141,16 +155,36 @@ def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
     if entry["status"] not in ("calibrated", "estimated"):
         raise ValueError(f"{where}.status: expected calibrated or estimated, got {entry['status']!r}")
     errors = {name: _read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
-    constants: dict[str, Any] = entry["model"]
+    constants = dict(entry["model"])
+    costs = _read_costs(f"{where}.model", constants, costs)
     odd = ({"rule", *_REQUIRED} - set(constants)) | (set(constants) - {"rule", *CONSTANTS})
     if odd:
         raise ValueError(f"{where}.model: missing or unknown: {', '.join(sorted(odd))}")
-    constants = {k: math.inf if v == NO_LIMIT and k in _UNLIMITED else v for k, v in constants.items()}
     try:
-        model = RouteModel(**constants)
+        numbers = {k: math.inf if v == NO_LIMIT and k in _UNLIMITED else v for k, v in constants.items()}
+        model = RouteModel(**numbers, costs=costs)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{where}.model.{error}") from None
     return CalibratedRoute(model=model, status=entry["status"], source=entry["source"], date=entry["date"], **errors)
+
+
+def _read_costs(where: str, constants: dict[str, Any], default: BalancedCosts) -> BalancedCosts:
+    """Takes the costs of the balanced schedule out of an entry's constants.
+
+    Files written before the four were one value have the pair's alone, on every route, as a number.
+    """
+    fields_of = BalancedCosts._fields
+    given = constants.pop("costs", {})
+    if not isinstance(given, dict) or set(given) - set(fields_of):
+        raise ValueError(f"{where}.costs: expected an object of {', '.join(fields_of)}, got {given!r}")
+    pair = constants.pop(OLD_PAIR, None)
+    if isinstance(pair, float) and pair.is_integer():
+        pair = int(pair)
+    given = ({} if pair is None else {"pair": pair}) | given
+    try:
+        return check_costs(default._replace(**given))
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
 
 
 def _read_error(where: str, entry: Any) -> FitError:

@@ -16,8 +16,9 @@ from scipy.optimize import least_squares
 from pkvsim.devices.route_model import CalibratedRoute, FitError, RouteModel
 from pkvsim.fitting.fit_steps import step_constants
 from pkvsim.fitting.measurements import Measurement
-from pkvsim.pricing.counters import KV_ELEMENT_BYTES
-from pkvsim.pricing.layer import price_steps, sorted_lengths
+from pkvsim.options import KV_ELEMENT_BYTES
+from pkvsim.pricing.cuts import sorted_lengths
+from pkvsim.pricing.prices import MeasuredSteps, price_steps
 
 MIN_MEASUREMENTS = 4  # of a route; fewer fit nothing
 ROBUST_SCALE = 0.05  # residuals of log time beyond this (5 %) lose weight
@@ -27,31 +28,26 @@ HALVES = 5  # random halves over which the held-out error is taken
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Steps:
-    """Measurements as flat arrays for the compiled loop."""
+    """Measurements as the compiled loop takes them."""
 
-    lengths: np.ndarray  # int64, every step's rows one after the other, longest first
-    offsets: np.ndarray  # [num_steps + 1] int64
-    owners: np.ndarray  # [num_steps] int64, the measurement that the step belongs to
-    shapes: np.ndarray  # [num_measurements, 5] int64: num_kv_heads, group_size, head_dim, splits (0: free), planned
+    priced: MeasuredSteps
     kernel_us: np.ndarray  # [num_measurements] float64
 
 
 def _flatten(measurements: Sequence[Measurement]) -> _Steps:
     owned = [(owner, step) for owner, m in enumerate(measurements) for step in m.steps]
     rows = [(owner, sorted_lengths(np.array(step, np.int64))) for owner, step in owned]
-    return _Steps(
+    shapes = [
+        (m.shape.num_kv_heads, m.shape.group_size, m.shape.head_dim, m.shape.page_size, m.splits or 0, m.planned)
+        for m in measurements
+    ]
+    priced = MeasuredSteps(
         lengths=np.concatenate([lens for _, lens in rows]),
         offsets=np.cumsum([0, *(len(lens) for _, lens in rows)]),
         owners=np.array([owner for owner, _ in rows]),
-        shapes=np.array(
-            [
-                (m.shape.num_kv_heads, m.shape.group_size, m.shape.head_dim, m.splits or 0, m.planned)
-                for m in measurements
-            ],
-            np.int64,
-        ),
-        kernel_us=np.array([m.kernel_us for m in measurements]),
+        shapes=np.array(shapes, np.int64),
     )
+    return _Steps(priced, np.array([m.kernel_us for m in measurements]))
 
 
 def predict_us(model: RouteModel, measurements: Sequence[Measurement], *, num_sms: int) -> np.ndarray:
@@ -61,9 +57,7 @@ def predict_us(model: RouteModel, measurements: Sequence[Measurement], *, num_sm
 
 def _predict(constants: np.ndarray, steps: _Steps, num_sms: int) -> np.ndarray:
     prices = np.empty(len(steps.kernel_us))
-    price_steps(
-        steps.lengths, steps.offsets, steps.owners, steps.shapes, KV_ELEMENT_BYTES, num_sms, constants, prices
-    )
+    price_steps(steps.priced, float(KV_ELEMENT_BYTES), num_sms, constants, prices)
     return prices
 
 

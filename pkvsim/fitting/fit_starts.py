@@ -66,18 +66,22 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
             own = {
                 "segment_us": 1.0, "merge_gb_s": 20.0, "sm_heads_gb_s": 800.0, "base_heads": 3.0,
                 "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
-                "pair_cost": float(default_costs(device.compute_capability).pair),
             }  # fmt: skip
         if route in _STRIDED:
             own = {"strided": 1.0, "merge_gb_s": 25.0, "launch_us": 1.0, "merge_split_us": 0.0}
         return [
-            RouteModel(rule=rule, ctas_per_sm=count, head_pad=pad, tile_tokens=tile, **common | own) for count in slots
+            RouteModel(
+                rule=rule, ctas_per_sm=count, head_pad=pad, tile_tokens=tile,
+                costs=default_costs(device.compute_capability), **common | own,
+            )
+            for count in slots  # fmt: skip
         ]
     l2 = dict(l2_gb_s=3 * device.beta_gb_s, l2_mb=device.l2_mib * MIB_IN_MB / 2)
     pad = 1 if route.endswith("/mha") else TENSOR_CORE_ROWS
     return [
         RouteModel(
-            rule=rule, ctas_per_sm=count, head_pad=pad, min_split_tokens=least, sm_heads_gb_s=math.inf, **common | l2
+            rule=rule, ctas_per_sm=count, head_pad=pad, min_split_tokens=least, sm_heads_gb_s=math.inf,
+            **common | l2,  # type: ignore[arg-type]
         )
         for rule in PEER_RULES
         for count in PEER_SLOTS

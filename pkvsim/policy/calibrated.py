@@ -9,47 +9,41 @@ import numpy as np
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.devices.route_model import ROUTES, constants_matrix
-from pkvsim.devices.route_options import as_read, asked, read_lens, serving_routes
+from pkvsim.devices.route_model import ROUTES
+from pkvsim.devices.route_options import as_read, read_lens
 from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.policy.choose import PINNED_ROUTES, Prices, Routing, choose, make_routing, new_prices
 from pkvsim.policy.decision import Decision
 from pkvsim.pricing.constants import TILE
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.pricing.layer import price_variant, row_splits
-from pkvsim.pricing.step_times import step_times
+from pkvsim.pricing.cuts import row_splits, sorted_lengths, tokens_read
+from pkvsim.pricing.prices import price_route
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 
 INFINITE = float("inf")
-HOST_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """What pricing needs of one shape, device and set of options, made once."""
+    """What choosing needs of one shape, device and set of options, made once."""
 
-    constants: np.ndarray  # [len(ROUTES), NUM_CONSTANTS]
-    pinned: np.ndarray  # [len(ROUTES)] int64
-    # num_kv_heads, query heads and tokens of each, head_dim, V's head_dim, element bytes, SMs
-    head_args: tuple[int, int, int, int, float, int]
-    reaches: np.ndarray  # [len(ROUTES)] int64: tokens at a row's end that the route reads, 0 for all
-    prices_us: np.ndarray  # [len(ROUTES)] scratch: a layer's kernel time
-    splits: np.ndarray  # [len(ROUTES)] scratch
-    gpu_us: np.ndarray  # [len(ROUTES)] scratch: all layers
-    host_us: np.ndarray  # [len(ROUTES)] scratch
+    routing: Routing
+    prices: Prices  # scratch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratedPolicy:
     """The cheapest available route by the closed form of what a step takes by the wall clock.
 
-    split_splits, workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the
-    argument.
+    allowed: routes to choose among; the others that are available are priced all the same. split_splits,
+    workqueue_splits: pinned splits of every row; None lets the model choose. Raises ValueError naming the argument.
     """
 
     name: ClassVar[str] = "calibrated"
+    allowed: tuple[str, ...] = ROUTES
     split_splits: int | None = None
     workqueue_splits: int | None = None
-    _prepared: dict[tuple[DecodeShape, DeviceSpec, tuple[str, ...], AttentionOptions], Prepared] = field(
+    _prepared: dict[tuple[object, ...], Prepared] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -80,32 +74,31 @@ class CalibratedPolicy:
         """
         if type(seq_lens) is not np.ndarray or seq_lens.dtype != np.int32 or seq_lens.ndim != 1:
             seq_lens = check_seq_lens(seq_lens)
-        ready = self._ready(shape, device, available, options)
-        ready.splits[:] = ready.pinned
-        self._price(shape, seq_lens, device, ready, options)
-        return self._decision(shape, seq_lens, device, ready, layers, options)
+        ready = self._ready(shape, device, available, options, self.allowed)
+        ordered = sorted_lengths(seq_lens)
+        best = self._choose(shape, seq_lens, ordered, device, ready, layers, options)
+        return self._decision(shape, seq_lens, device, ready, best, options)
 
-    def _price(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: Prepared, options: AttentionOptions
-    ) -> None:
-        """Fills ready.prices_us (kernel time of one layer) and ready.splits."""
-        price_variant(seq_lens, *ready.head_args, ready.reaches, ready.constants, ready.prices_us, ready.splits)
+    def _choose(
+        self, shape: DecodeShape, seq_lens: np.ndarray, ordered: np.ndarray, device: DeviceSpec, ready: Prepared,
+        layers: int, options: AttentionOptions,
+    ) -> int:  # fmt: skip
+        """The route of a step, as an index; fills ready.prices. ordered [rows] int64 > 0: seq_lens, longest first."""
+        return choose(ordered, layers, ready.routing, ready.prices)
 
     def _decision(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: Prepared, layers: int,
+        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: Prepared, best: int,
         options: AttentionOptions,
     ) -> Decision:  # fmt: skip
-        step_times(seq_lens, layers, ready.constants, ready.prices_us, ready.gpu_us, ready.host_us)
-        host = ready.host_us.tolist()
-        totals = [gpu + host_us for gpu, host_us in zip(ready.gpu_us.tolist(), host)]
-        best = min(range(len(totals)), key=totals.__getitem__)
+        host = ready.prices.host_us.tolist()
+        totals = [gpu + host_us for gpu, host_us in zip(ready.prices.gpu_us.tolist(), host)]
         route = ROUTES[best]
         splits = None
-        if route in HOST_ROUTES:
-            longest = int(ready.splits[best])
+        if route in PINNED_ROUTES:
+            longest = int(ready.prices.splits[best])
             splits = self.split_counts(route, shape, seq_lens, device, longest_splits=longest, options=options)
         prices = {name: us for name, us in zip(ROUTES, totals) if us != INFINITE}
-        host_us, layer_us = dict(zip(ROUTES, host)), dict(zip(ROUTES, ready.prices_us.tolist()))
+        host_us, layer_us = dict(zip(ROUTES, host)), dict(zip(ROUTES, ready.prices.layer_us.tolist()))
         why = partial(_reason, route, prices, host_us, shape, seq_lens, options)
         return Decision(route, splits, prices, why, host_us, layer_us)
 
@@ -121,55 +114,30 @@ class CalibratedPolicy:
         pinned = self.pinned_splits(route)
         if pinned is not None:
             return np.full(len(seq_lens), pinned, np.int64)
-        ready = self._ready(shape, device, (route,), options)
+        routing = self._ready(shape, device, (route,), options, (route,)).routing
         index = ROUTES.index(route)
+        constants = routing.candidates.constants[index]
         if longest_splits is None:
-            ready.splits[:] = 0
-            CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)
-            longest_splits = int(ready.splits[index])
-        c = ready.constants[index]
-        reads = read_lens(seq_lens, as_read(route, options).reach, int(c[TILE]))
+            ordered, reach = sorted_lengths(seq_lens), int(routing.candidates.reaches[index])
+            read = tokens_read(ordered, reach, constants) if reach else ordered
+            _, longest_splits = price_route(ordered, read, routing.heads, constants, 0)
+        reads = read_lens(seq_lens, as_read(route, options).reach, int(constants[TILE]))
         counts = np.empty(len(seq_lens), np.int64)
-        row_splits(seq_lens, reads, shape.num_kv_heads, device.num_sms, c, longest_splits, counts)
+        row_splits(seq_lens, reads, shape.num_kv_heads, device.num_sms, constants, longest_splits, counts)
         return counts
 
     def _ready(
-        self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions
-    ) -> Prepared:
-        ready = self._prepared.get((shape, device, available, options))
-        return ready or self._prepare(shape, device, available, options)
-
-    def _prepare(
-        self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions
-    ) -> Prepared:
-        unknown = [route for route in available if route not in ROUTES]
-        if unknown or not available:
-            raise ValueError(f"available: expected some of {', '.join(ROUTES)}, got {available!r}")
-        serving = serving_routes(shape, options, available)
-        if not serving:
-            needs = ", ".join(asked(shape, options))
-            raise ValueError(f"available: expected a route that serves {needs}, got {', '.join(available)}")
-        constants = constants_matrix(device_routes(device), serving)
-        if np.isnan(constants[:, 0]).all():
-            got = ", ".join(serving)
-            raise ValueError(f"available: expected a route that {device.name} has a model of, got {got}")
-        pinned = np.zeros(len(ROUTES), np.int64)
-        for route in HOST_ROUTES:
-            pinned[ROUTES.index(route)] = self.pinned_splits(route) or 0
-        ready = Prepared(
-            constants=constants,
-            pinned=pinned,
-            head_args=(
-                shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
-                options.kv_element_bytes(shape), device.num_sms,
-            ),  # fmt: skip
-            reaches=np.array([as_read(route, options).reach or 0 for route in ROUTES], np.int64),
-            prices_us=np.empty(len(ROUTES)),
-            splits=np.empty(len(ROUTES), np.int64),
-            gpu_us=np.empty(len(ROUTES)),
-            host_us=np.empty(len(ROUTES)),
-        )
-        self._prepared[shape, device, available, options] = ready
+        self, shape: DecodeShape, device: DeviceSpec, available: tuple[str, ...], options: AttentionOptions,
+        allowed: tuple[str, ...],
+    ) -> Prepared:  # fmt: skip
+        key = shape, device, available, options, allowed
+        ready = self._prepared.get(key)
+        if ready is None:
+            routing = make_routing(
+                shape, device_routes(device), device, options=options, available=available, allowed=allowed,
+                pinned={"split": self.split_splits, "workqueue": self.workqueue_splits},
+            )  # fmt: skip
+            ready = self._prepared[key] = Prepared(routing, new_prices())
         return ready
 
 

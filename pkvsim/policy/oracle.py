@@ -12,6 +12,8 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.devices.route_options import as_read
 from pkvsim.options import AttentionOptions
 from pkvsim.policy.calibrated import CalibratedPolicy, Prepared
+from pkvsim.policy.choose import cheapest, choose
+from pkvsim.pricing.step_times import step_times
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline.timeline import makespan_us
 
@@ -22,13 +24,17 @@ class OraclePolicy(CalibratedPolicy):
 
     name: ClassVar[str] = "oracle"
 
-    def _price(
-        self, shape: DecodeShape, seq_lens: np.ndarray, device: DeviceSpec, ready: Prepared, options: AttentionOptions
-    ) -> None:
-        CalibratedPolicy._price(self, shape, seq_lens, device, ready, options)  # the splits are the closed form's
+    def _choose(
+        self, shape: DecodeShape, seq_lens: np.ndarray, ordered: np.ndarray, device: DeviceSpec, ready: Prepared,
+        layers: int, options: AttentionOptions,
+    ) -> int:  # fmt: skip
+        routing, prices = ready.routing, ready.prices
+        choose(ordered, layers, routing, prices)  # the splits are the closed form's
         for index, route in enumerate(ROUTES):
-            if np.isfinite(ready.prices_us[index]):
-                ready.prices_us[index] = makespan_us(
+            if np.isfinite(prices.layer_us[index]):
+                prices.layer_us[index] = makespan_us(
                     device_routes(device)[route], shape, seq_lens, num_sms=device.num_sms,
-                    splits=int(ready.pinned[index]) or None, options=as_read(route, options),
+                    splits=self.pinned_splits(route), options=as_read(route, options),
                 )  # fmt: skip
+        step_times(ordered, layers, routing.candidates.constants, prices.layer_us, prices.gpu_us, prices.host_us)
+        return cheapest(routing.allowed, prices)

@@ -16,13 +16,23 @@ from pkvsim.policy.paper_rules import (
     MIN_WORKQUEUE_ROWS,
     PAPER_GROUP_SIZE,
     PAPER_TILE_TOKENS,
+    paper_time_us,
     split_splits,
     workqueue_splits,
 )
-from pkvsim.pricing.counters import merge_bytes, paper_price_us, useful_kv_bytes
+from pkvsim.pricing.counters import merge_bytes, useful_kv_bytes
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 
 PAPER_ROUTES = ("flashinfer", "split", "workqueue")
+
+
+def paper_price_us(
+    *, kv_bytes: int, merge_bytes: int, launches: int, ctas_per_sm: float, device: DeviceSpec
+) -> float:
+    """The paper's price of a step, as pkvsim.policy.paper_rules.paper_time_us."""
+    return paper_time_us(
+        kv_bytes, merge_bytes, launches, ctas_per_sm, device.beta_gb_s, device.launch_us, device.min_ctas_per_sm
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import numba
 from numba.extending import register_jitable
 
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES
+from pkvsim.pricing.counters import MIB
 
 PAPER_TILE_TOKENS = 32
 PAPER_GROUP_SIZE = 4  # the only group size the paper's engine serves
@@ -15,7 +16,6 @@ TARGET_CTAS = 256  # CTAs that the split counts aim for
 MAX_SPLITS = 48
 MIN_SPLITS = 4
 MIN_WORKQUEUE_ROWS = 8
-MIB = 2**20
 FLASHINFER, SPLIT, WORKQUEUE = range(3)
 
 

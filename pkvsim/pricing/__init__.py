@@ -1,7 +1,10 @@
 """The closed form: what a step of one route costs, from its constants. Compiled.
 
-Rows go in sorted by length; they are cut as the route cuts them, the tasks that result are timed on the CTA slots,
-merges and launches are added, and the layer's time becomes a step's with the host's planning and issuing. No
-schedule is built, so that a router can price every route in every step. The timeline prices the same tasks by
-simulating them; tests hold the two against each other.
+Read `constants` (what a route's numbers mean), `layer` (one layer on one route), `cuts` (how rows are cut),
+`task_times` (how long tasks take), `rules` (one function for each way of scheduling), `prices` (a step on every
+route), `step_times` (many layers and the host's part). `counters` counts bytes and launches, whatever the time.
+
+    ordered = sorted_lengths(seq_lens)
+    price_routes(ordered, heads_of(shape, num_sms), candidates, prices_us, splits)
+    step_times(ordered, layers, candidates.constants, prices_us, gpu_us, host_us)
 """

@@ -1,12 +1,4 @@
-"""Bytes, counters and prices of a step: the paper's formula here, our model through pkvsim.pricing.layer.
-
-Our model in Numba code: `price_routes(seq_lens, num_kv_heads, group_size, head_dim, kv_element_bytes, num_sms,
-constants, prices_us, splits)` with `constants = constants_matrix(device.routes)` (float64 [len(ROUTES), NUM_CONSTANTS],
-rows in the order of ROUTES) fills the kernel time of one layer and the longest row's splits by route. Nothing is
-allocated by the caller per step but the two outputs, which may be reused. `step_times` gives the GPU's and the host's
-part of a step of L layers that Python issues; with the layers inside a CUDA graph a step takes L * prices_us[r] +
-constants[r, PLAN] us, PLAN being the host's planning.
-"""
+"""Bytes and counters of a step, whatever the time it takes."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,19 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.devices.route_model import NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
-from pkvsim.options import KV_ELEMENT_BYTES, PLAIN, AttentionOptions
-from pkvsim.policy.paper_rules import MIB, paper_time_us
-from pkvsim.pricing.layer import PARTIAL_ELEMENT_BYTES, PLAN, price_route, price_routes, step_time
-from pkvsim.pricing.step_times import step_times
+from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES
 from pkvsim.schedule.make import Schedule
 from pkvsim.shapes import DecodeShape
 
-__all__ = [
-    "KV_ELEMENT_BYTES", "MIB", "NUM_CONSTANTS", "OWN_ROUTES", "PLAN", "ROUTES", "RouteModel", "StepCounters",
-    "constants_matrix", "flashinfer_counters", "merge_bytes", "paper_price_us", "price_route", "price_routes",
-    "schedule_counters", "step_time", "step_times", "useful_kv_bytes",
-]  # fmt: skip
+MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +69,4 @@ def flashinfer_counters(
         useful_kv_bytes=useful_kv_bytes(shape, seq_lens, options),
         merge_bytes=0,
         nonempty_cta_fraction=1.0,
-    )
-
-
-def paper_price_us(
-    *, kv_bytes: int, merge_bytes: int, launches: int, ctas_per_sm: float, device: DeviceSpec
-) -> float:
-    """The paper's price of a step, as pkvsim.policy.paper_rules.paper_time_us; used by the paper's policy alone."""
-    return paper_time_us(
-        kv_bytes, merge_bytes, launches, ctas_per_sm, device.beta_gb_s, device.launch_us, device.min_ctas_per_sm
     )

@@ -6,12 +6,11 @@ import math
 import numpy as np
 
 from pkvsim.pricing.constants import BANDWIDTH, HOST, ISOLATED, PLAN, PLAN_LENGTH, PLAN_ROW, RUN, compiled
-from pkvsim.pricing.rows import sorted_lengths
 
 
 @compiled
 def step_times(
-    seq_lens: np.ndarray,  # [batch_size] int32 or int64, zeros allowed
+    ordered: np.ndarray,  # [rows] int64 > 0, longest first, as sorted_lengths gives them
     layers: int,
     constants: np.ndarray,  # [num_routes, NUM_CONSTANTS] float64
     layer_us: np.ndarray,  # [num_routes] float64, as price_routes gives it
@@ -23,27 +22,21 @@ def step_times(
     Where the GPU ends layers sooner than the host issues them, the host's time to issue counts for all but the last.
     A route of NaN takes infinity on the GPU and nothing on the host.
     """
-    rows = 0
-    lengths = 0  # distinct ones
-    for row in range(len(seq_lens)):
-        rows += seq_lens[row] > 0
+    distinct = 0
+    for row in range(len(ordered)):
+        distinct += row == 0 or ordered[row] != ordered[row - 1]
     for route in range(len(constants)):
-        c = constants[route]
-        if math.isnan(c[BANDWIDTH]):
+        if math.isnan(constants[route, BANDWIDTH]):
             gpu_us[route] = math.inf
             host_us[route] = 0.0
-            continue
-        if c[PLAN_LENGTH] > 0.0 and lengths == 0:
-            ordered = sorted_lengths(seq_lens)
-            for row in range(len(ordered)):
-                lengths += row == 0 or ordered[row] != ordered[row - 1]
-        gpu_us[route], host_us[route] = step_time(c, rows, lengths, layers, layer_us[route])
+        else:
+            gpu_us[route], host_us[route] = step_time(constants[route], len(ordered), distinct, layers, layer_us[route])
 
 
 @compiled
-def step_time(c: np.ndarray, rows: int, lengths: int, layers: int, layer_us: float) -> tuple[float, float]:
-    """step_times of one route: (gpu_us, host_us). rows: those with tokens; lengths: distinct ones among them, which
-    only a route with plan_length_us looks at; layer_us: kernel time of a layer that follows another."""
-    waits = max(0.0, (layers - 1) * (c[RUN] - layer_us))
-    plan = c[PLAN] + rows * c[PLAN_ROW] + max(0, lengths - 1) * c[PLAN_LENGTH]
-    return c[ISOLATED] + layers * layer_us, plan + c[HOST] + waits
+def step_time(constants: np.ndarray, rows: int, distinct: int, layers: int, layer_us: float) -> tuple[float, float]:
+    """step_times of one route: (gpu_us, host_us). rows: those with tokens; distinct: lengths among them, which only
+    a route with plan_length_us looks at; layer_us: kernel time of a layer that follows another."""
+    waits = max(0.0, (layers - 1) * (constants[RUN] - layer_us))
+    plan = constants[PLAN] + rows * constants[PLAN_ROW] + max(0, distinct - 1) * constants[PLAN_LENGTH]
+    return constants[ISOLATED] + layers * layer_us, plan + constants[HOST] + waits

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.pricing.counters import ROUTES
+from pkvsim.devices.route_model import ROUTES
 from pkvsim.reports.plots import check_folder
 from pkvsim.serving.result import ServingResult
 from pkvsim.studies.explain_step import RouteStep, StepReport

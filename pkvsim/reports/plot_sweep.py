@@ -11,6 +11,7 @@ from pkvsim.reports.plots import ROUTE_COLOURS, picture, plain_log, thin_grid, u
 from pkvsim.studies.sweep import Sweep
 
 LABELLED_CELLS = 200  # A map of more cells has no numbers written into them.
+NO_ROUTE = "none"  # of a step that no route serves
 DARK_ROUTES = ("balanced", "workqueue", "flashinfer_tensor_core", "flashinfer")  # whose colour carries white text
 LOG_RATIO = 20  # Colours are logarithmic where the largest value is this many times the smallest.
 
@@ -54,13 +55,12 @@ def plot_sweep(sweep: Sweep, metric: str, path: str | Path, *, note: str = "") -
 def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
     """The route taken at every cell of a step sweep over two axes, and how much longer the next best takes. ValueError
     as pkvsim.reports.plots.picture, for other than two axes, or for a sweep of a trace, whose cells take many
-    routes.
-    """
-    check_axes(sweep.axes, option="route_map", trace="route" not in sweep.cells[0])
+    routes."""
+    check_axes(sweep.axes, option="route_map", trace=not any("route" in cell for cell in sweep.cells))
     shape = [len(values) for values in sweep.axes.values()]
-    routes = [cell["route"] for cell in sweep.cells]
-    # The paper's policy names no backend.
-    colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"]}
+    routes = [cell.get("route", NO_ROUTE) for cell in sweep.cells]
+    # The paper's FlashInfer is of no backend.
+    colours = ROUTE_COLOURS | {"flashinfer": ROUTE_COLOURS["flashinfer_tensor_core"], NO_ROUTE: "#dddddd"}
     taken = [name for name in colours if name in routes]
     width, height = _size(shape)
     with picture(path, option="route_map", note=note, width=width + 2, height=height) as figure:
@@ -78,8 +78,9 @@ def plot_routes(sweep: Sweep, path: str | Path, *, note: str = "") -> None:
         axes.tick_params(which="minor", length=0)
         if len(routes) <= LABELLED_CELLS:
             for at, cell in enumerate(sweep.cells):
-                ink = "white" if cell["route"] in DARK_ROUTES else "black"
-                axes.text(at % shape[1], at // shape[1], _margin(cell), ha="center", va="center", color=ink, fontsize=8)
+                ink = "white" if routes[at] in DARK_ROUTES else "black"
+                text = _margin(cell) if "route" in cell else ""
+                axes.text(at % shape[1], at // shape[1], text, ha="center", va="center", color=ink, fontsize=8)
         axes.set_title("route taken; numbers: how much longer the best other route takes")
         patches = [Patch(color=colours[name], label=f"{name} ({routes.count(name)})") for name in taken]
         figure.legend(handles=patches, loc="outside right upper", title="route (cells)", alignment="left")

@@ -45,6 +45,8 @@ def print_replay(report: dict[str, Any]) -> None:
         title=f"{report['device']}, {report['policy']} policy, means per step",
         styles=["bold" if name == "adaptive" else None for name in report["engines"]],
     )
+    if "flashinfer_cuda_core" in report["engines"]:
+        print_line(console, "flashinfer: its tensor-core kernels alone; in whatif it is the better of both")
     routes = report["engines"]["adaptive"]["routes"]
     taken = ", ".join(f"{name} {count}" for name, count in routes.items() if count)
     print_line(console, f"adaptive's routes, in steps: {taken}")

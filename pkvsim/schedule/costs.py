@@ -47,8 +47,8 @@ class SharedCosts(NamedTuple):
     kernel variant that reads for groups. tile: cost of a tile read for 64 columns, in eighths of a plain tile; other
     reads cost in proportion, but none less than a plain tile. again: that least cost, in eighths, where a group has
     several reads, which find in L2 what another has read. segment: cost of a read's end for each column, in eighths
-    of a tile, and never less than BalancedCosts.segment. merge: tiles that a member's own segment costs beside
-    BalancedCosts.segment, since it takes up the states of the read.
+    of a tile; it costs no less than BalancedCosts.segment or a tile. merge: tiles that a member's own segment costs
+    beside BalancedCosts.segment, since it takes up the states of the read.
     """
 
     columns: int = 64
@@ -63,7 +63,7 @@ class SharedCosts(NamedTuple):
 
     def segment_tiles(self, columns: int, segment: int) -> int:
         """Cost of the end of a read for so many columns, where a plain segment's is `segment` tiles."""
-        return max(segment, -(-columns * self.segment // EIGHTHS))
+        return max(1, segment, -(-columns * self.segment // EIGHTHS))
 
     def longest_gap(self, columns: int, segment: int) -> int:
         """Most tiles between two places at which a schedule with reads of up to so many columns can be cut."""

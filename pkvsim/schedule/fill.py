@@ -146,6 +146,6 @@ def fill_spans(
                 part += 1
                 begin = end
             most_parts[entry] = max(most_parts[entry], part)
-            begins_at += segment + costing * eighths // 8
+            begins_at += segment - (-costing * eighths // 8)
     cta_offsets[num_ranges] = num_tasks
     return num_tasks

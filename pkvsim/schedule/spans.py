@@ -20,9 +20,9 @@ members. The m members of a group, rows ascending, become k = ceil(m / M) reads;
     tiles, segment cost C = SharedCosts.segment_tiles(q), tile cost E = SharedCosts.tile_eighths(q, k) in eighths.
   - row r, r = 0, 1, ..: num_kv_heads spans. A member's: tiles [s, tiles(seq_len)), which may be none, C = segment +
     merge, E = 8. Others': all tiles, C = segment, E = 8; a row of length 0 has no spans.
-With n' = max(1, n), a span that starts at x0 reaches to x0 + C + n' * E // 8. Its tile 0 sits at x0, tile t >= 1 at
-x0 + C + t * E // 8. Plain entries (E = 8) are those of plan.cuh. Selected pages make one entry of one span per (row, KV
-head), several GPUs entries of the tiles that lie on this one; nothing below changes.
+With n' = max(1, n), a span that starts at x0 reaches to x0 + C + ceil(n' * E / 8). Its tile 0 sits at x0, tile t >= 1
+at x0 + C + t * E // 8, before the span's end. Plain entries (E = 8) are those of plan.cuh. Selected pages make one
+entry of one span per (row, KV head), several GPUs entries of the tiles that lie on this one; nothing below changes.
 
 **Ranges.** Total cost W, H spans. N = min(W // L, num_ctas) ranges, at least 1, no more than costs.part allows for H
 heads of W // H (balanced_ranges), where L = max(minimum, the longest gap between two neighbouring tile positions that
@@ -148,7 +148,7 @@ def balanced_spans(
         shared_costs.tile_eighths(count, reads) for count, reads in zip(columns, reads_of.tolist())
     ]
 
-    total_cost = int((spans * (segment + np.maximum(1, tiles) * eighths // EIGHTHS)).sum())
+    total_cost = int((spans * (segment - (-np.maximum(1, tiles) * eighths // EIGHTHS))).sum())
     num_spans = int(spans.sum())
     least = max(costs.minimum, shared_costs.longest_gap(found.most_columns, costs.segment))
     num_ranges, _ = balanced_ranges(total_cost, num_spans, num_ctas, costs._replace(minimum=least), even=False)

@@ -9,19 +9,23 @@ import numpy as np
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.devices.route_model import RouteModel
+from pkvsim.devices.route_model import ROUTES, RouteModel
+from pkvsim.devices.route_options import asked
+from pkvsim.models.decode_groups import decode_groups
+from pkvsim.models.model_spec import FULL, SLIDING, describe_attention
 from pkvsim.models.presets import ModelSpec, decode_weight_bytes, flops_per_token, kv_bytes_per_token, weight_bytes
+from pkvsim.options import AttentionOptions
+from pkvsim.policy.by_name import POLICIES, policy_routes
+from pkvsim.policy.choose import PINNED_ROUTES, make_routing
+from pkvsim.policy.fixed import FLASHINFER_ROUTES
 from pkvsim.policy.paper import PaperPolicy
 from pkvsim.policy.paper_rules import PaperRules
-from pkvsim.pricing.counters import KV_ELEMENT_BYTES, PLAN, ROUTES, constants_matrix
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.state import CHEAPEST, PAPER, Attention
+from pkvsim.serving.state import Attention
+from pkvsim.shapes import DecodeShape
 
 GIB = 2**30
-FLASHINFER_ROUTES = ("flashinfer_cuda_core", "flashinfer_tensor_core")
-POLICY_ROUTES = {"calibrated": ROUTES, "oracle": ROUTES, "flashinfer": FLASHINFER_ROUTES}
 GRAPH_PLANNED = ("xqa", "balanced")  # read seq_lens on the GPU, so that a captured graph needs no new plan
-POLICIES = ("paper", *POLICY_ROUTES, *ROUTES)
 
 
 def check_policies(policies: Sequence[str]) -> None:
@@ -99,38 +103,74 @@ def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteMod
     }
 
 
-def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> Attention:
-    """Constants of attention. ValueError where the device cannot run the policy."""
-    check_policies([policy])
-    constants = constants_matrix(step_models(device, config))
-    known = ~np.isnan(constants[:, PLAN])
-    names = POLICY_ROUTES.get(policy, FLASHINFER_ROUTES if policy == "paper" else (policy,))
-    allowed = known & np.isin(ROUTES, names)
-    if not allowed.any():
-        raise ValueError(f"policies: {device.name} has no model of a route for {policy}")
-    tensor_core, cuda_core, split, workqueue = (
-        ROUTES.index(name) for name in ("flashinfer_tensor_core", "flashinfer_cuda_core", "split", "workqueue")
+def attention_kinds(model: ModelSpec, page_size: int) -> tuple[tuple[DecodeShape, AttentionOptions, int], ...]:
+    """(shape, options, layers) of every kind of attention layer that the model has, those that see all tokens last.
+
+    ValueError where a kind is neither full nor sliding grouped-query attention, which no route serves.
+    """
+    kinds = []
+    for group in decode_groups(model, page_size):
+        known = group.attention.kind in (FULL, SLIDING) and not group.attention.selected_entries
+        if group.shape is None or group.options is None or not known:
+            raise ValueError(
+                f"model: {model.name}: expected layers of grouped-query attention, full or sliding, got "
+                f"{describe_attention(group.attention)}"
+            )
+        kinds.append((group.shape, group.options, group.count))
+    return tuple(sorted(kinds, key=lambda kind: kind[1].window is None))
+
+
+def paper_rules(device: DeviceSpec) -> PaperRules:
+    """The paper's policy on this GPU."""
+    return PaperRules(
+        min_context=PaperPolicy().min_context,
+        beta_gb_s=float(device.beta_gb_s),
+        launch_us=float(device.launch_us),
+        min_ctas_per_sm=float(device.min_ctas_per_sm),
     )
+
+
+def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> Attention:
+    """Constants of attention. ValueError where the device cannot run the policy, or none of its routes
+    serves the model."""
+    check_policies([policy])
+    models = step_models(device, config)
+    kinds = attention_kinds(model, config.page_size)
+    paper = paper_rules(device) if policy == "paper" else None
+    routings = []
+    for shape, options, _ in kinds:
+        if paper is not None and asked(shape, options):
+            needs = ", ".join(asked(shape, options))
+            raise ValueError(f"policies: paper: expected plain attention, {model.name} has layers with {needs}")
+        routings.append(
+            make_routing(
+                shape, models, device, options=options, paper=paper, name=f"policies: {policy}",
+                allowed=FLASHINFER_ROUTES if policy == "paper" else policy_routes(policy),
+                pinned=dict.fromkeys(PINNED_ROUTES, config.splits),
+            )
+        )  # fmt: skip
     peak = device.fp16_tflops * config.prefill_attention_efficiency * 1e6  # FLOP per us
+    first = routings[0]
     return Attention(
-        layers=np.array([model.num_full_layers, model.num_sliding_layers]),
-        window=model.sliding_window,
-        num_kv_heads=model.num_kv_heads,
-        group_size=model.num_q_heads // model.num_kv_heads,
-        head_dim=model.head_dim,
-        kv_element_bytes=KV_ELEMENT_BYTES,
-        num_sms=device.num_sms,
-        constants=constants,
-        rule=PAPER if policy == "paper" else CHEAPEST,
-        allowed=allowed,
-        pinned=config.splits or 0,
-        paper=PaperRules(
-            min_context=PaperPolicy().min_context,
-            beta_gb_s=float(device.beta_gb_s),
-            launch_us=float(device.launch_us),
-            min_ctas_per_sm=float(device.min_ctas_per_sm),
+        layers=np.array([layers for *_, layers in kinds]),
+        windows=np.array([options.window or 0 for _, options, _ in kinds]),
+        heads=np.array([routing.heads for routing in routings], np.float64),
+        constants=np.stack([routing.candidates.constants for routing in routings]),
+        reaches=np.stack([routing.candidates.reaches for routing in routings]),
+        allowed=np.stack([routing.allowed for routing in routings]),
+        pinned=first.candidates.pinned,
+        unpinned=np.zeros_like(first.candidates.pinned),
+        any_pinned=bool(first.candidates.pinned.any()),
+        rule=first.rule,
+        paper=first.paper,
+        paper_routes=np.stack([routing.paper_routes for routing in routings]),
+        prefill_us_per_pair=np.array(
+            [2 * shape.num_q_heads * (shape.head_dim + options.value_dim(shape)) / peak for shape, options, _ in kinds]
         ),
-        paper_routes=np.array([tensor_core if known[tensor_core] else cuda_core, split, workqueue]),
-        prefill_us_per_pair=4 * model.num_q_heads * model.head_dim / peak,
-        prefill_us_per_token=kv_bytes_per_token(model) / model.num_layers / (device.beta_gb_s * 1e3),
+        prefill_us_per_token=np.array(
+            [
+                shape.num_kv_heads * options.kv_token_bytes(shape) / (device.beta_gb_s * 1e3)
+                for shape, options, _ in kinds
+            ]
+        ),
     )

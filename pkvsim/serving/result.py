@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
-from pkvsim.pricing.counters import ROUTES
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,
@@ -28,10 +28,11 @@ from pkvsim.serving.state import (
     START,
     TOO_LONG_FOR_MODEL,
     TOO_LONG_FOR_POOL,
-    WAITING,
+    WAITING_COUNT,
     Limits,
-    State,
-    Work,
+    Requests,
+    RunLog,
+    SchedulerState,
 )  # fmt: skip
 
 PERCENTILES = (50, 90, 99)
@@ -108,7 +109,9 @@ class ServingResult:
     summary: dict[str, Any]
 
 
-def make_result(policy: str, work: Work, limits: Limits, state: State) -> ServingResult:
+def make_result(
+    policy: str, work: Requests, limits: Limits, state: SchedulerState, log: RunLog
+) -> ServingResult:
     """Copies what a finished run left behind into plain arrays."""
     output = state.generated
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -126,15 +129,15 @@ def make_result(policy: str, work: Work, limits: Limits, state: State) -> Servin
         preemptions=state.preemptions,
         rejected=work.rejected,
     )
-    totals = dict(zip(LOG_COLUMNS, state.totals.tolist()))
-    routes = dict(zip(ROUTES, state.route_steps.tolist()))
-    counts, sampled = state.pool.counts, int(state.cursor[SAMPLES_USED])
-    steps = _step_log(state)
+    totals = dict(zip(LOG_COLUMNS, log.totals.tolist()))
+    routes = dict(zip(ROUTES, log.route_steps.tolist()))
+    counts, sampled = state.pool.counts, int(log.counts[SAMPLES_USED])
+    steps = _step_log(log)
     return ServingResult(
         policy=policy,
         requests=requests,
         steps=steps,
-        sample=StepSample(state.sample_lens[:sampled], *state.sample_choice[:sampled].T),
+        sample=StepSample(log.sample_lens[:sampled], *log.sample_choice[:sampled].T),
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         allocated_pages=int(counts[ALLOCATED]),
@@ -147,26 +150,26 @@ def make_result(policy: str, work: Work, limits: Limits, state: State) -> Servin
     )
 
 
-def _step_log(state: State) -> StepLog:
-    used = int(state.cursor[LOG_USED])
-    steps = np.full(used, state.cursor[LOG_STRIDE], np.int64)
+def _step_log(log: RunLog) -> StepLog:
+    used = int(log.counts[LOG_USED])
+    steps = np.full(used, log.counts[LOG_STRIDE], np.int64)
     if used:
-        steps[-1] = state.cursor[LOG_FILL]
-    means = state.log[:used] / steps[:, None]
+        steps[-1] = log.counts[LOG_FILL]
+    means = log.log[:used] / steps[:, None]
     return StepLog(
-        start_s=state.log[:used, START] / 1e6,
+        start_s=log.log[:used, START] / 1e6,
         steps=steps,
         duration_us=means[:, DURATION],
         rows=means[:, ROW_COUNT],
         decode_rows=means[:, DECODE_ROWS],
         prefill_tokens=means[:, PREFILL_TOKENS],
-        waiting=means[:, WAITING],
+        waiting=means[:, WAITING_COUNT],
         pages=means[:, PAGES],
         attention_us=means[:, ATTENTION],
         rest_us=means[:, REST],
         prefill_us=means[:, PREFILL],
         best_attention_us=means[:, BEST],
-        route_steps=state.log_routes[:used].copy(),
+        route_steps=log.log_routes[:used].copy(),
     )
 
 
@@ -179,15 +182,22 @@ def percentiles(values: np.ndarray) -> dict[str, float | None]:
 
 
 def is_saturated(requests: RequestLog) -> bool:
-    """Whether the wait for admission grew over the run.
+    """Whether requests came faster than they could be served.
 
-    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated:
-    the least-squares slope of the wait is at least SATURATED_SLOPE, and the last quarter of the requests waited longer
-    than they then took.
+    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated: half of
+    the requests waited longer for admission than half of them then took; or the least-squares slope of the wait is at
+    least SATURATED_SLOPE, and the last quarter of the requests waited longer than they then took; or all came at one
+    instant, and some had to wait.
     """
     served = requests.rejected == SERVED
     arrival, wait = requests.arrival_s[served], requests.queue_s[served]
-    if len(arrival) < 8 or arrival[-1] <= arrival[0]:
+    if not len(arrival):
+        return False
+    if arrival[-1] <= arrival[0]:
+        return bool(wait.max() > 0)
+    if np.median(wait) > np.median(requests.finish_s[served] - arrival - wait):
+        return True
+    if len(arrival) < 8:
         return False
     centred = arrival - arrival.mean()
     slope = float(centred @ wait / (centred @ centred))
@@ -197,8 +207,9 @@ def is_saturated(requests: RequestLog) -> bool:
 
 
 def _summary(
-    requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits, work: Work
-) -> dict[str, Any]:
+    requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits,
+    work: Requests,
+) -> dict[str, Any]:  # fmt: skip
     served = requests.rejected == SERVED
     output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
     makespan_s = float(np.nanmax(requests.finish_s)) if finished else 0.0

@@ -1,122 +1,120 @@
-"""The scheduler of the serving loop: who runs, who waits, who gives way. Compiled.
+"""The scheduler as a real serving loop drives it: what runs, step by step, never what it costs.
 
-Admission takes the earliest waiting request and preemption the latest running one, so all that wait arrived after all
-that run: `rows` is in trace order, and so is the stack of the preempted with the earliest on top.
+    scheduler = Scheduler(requests, limits)
+    while (at_us := scheduler.next_work_us(now_us)) < math.inf:
+        if at_us > now_us:
+            ...                                  # nothing to do until at_us
+        step = scheduler.next_step(now_us)
+        ...                                      # run step.decode and the chunks of step.prefill
+        scheduler.end_step(now_us)               # tokens are out, at the time that it is by then
+
+The compiled loop (pkvsim.serving.loop) calls the same functions of pkvsim.serving.scheduling.
 """
 from __future__ import annotations
 
-from pkvsim.compiled import inner
-from pkvsim.memory.prefix_cache import acquire, allocate, free, release, resident_prefix
-from pkvsim.serving.attention import prefill_attention_us
-from pkvsim.serving.state import DECODING, NEXT_ARRIVAL, POOL_FULL, PREEMPTED, ROWS, SERVED, WAITING_AT
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkvsim.memory.prefix_cache import page_pool
+from pkvsim.serving.scheduling import end_step, next_work_us, plan_step
+from pkvsim.serving.state import (
+    FINISHED,
+    FIRST_ADMITTED,
+    JUST_PREEMPTED,
+    NUM_CHUNKS,
+    NUM_DECODING,
+    NUM_PREEMPTED,
+    NUM_RUNNING,
+    Limits,
+    Requests,
+    SchedulerState,
+    new_scheduler_state,
+)
 
 
-@inner
-def _private_pages(work, limits, request, tokens):
-    """Pages beside the prompt's blocks that `tokens` cached tokens of a request need."""
-    shared = 0
-    if work.blocks.offsets[request] < work.blocks.offsets[request + 1]:
-        shared = work.prompt[request]
-    return (max(0, tokens - shared) + limits.page_size - 1) // limits.page_size
+@dataclass(frozen=True, slots=True, eq=False)
+class StepWork:
+    """What runs in a step, requests by their place in the trace; a request is in `decode` or in `prefill`, not both.
+
+    decode [rows] int64: requests that decode a token, longest first, and decode_lens [rows] int64 the tokens that each
+    attends to, the one decoded from included. prefill [chunks] int64: requests of whose prompts (after a preemption:
+    prompt and tokens generated so far) prefill_tokens [chunks] are computed from prefill_begins [chunks] on; the first
+    prefill_begins tokens are cached. A chunk that ends a prompt gives the request's next token.
+    admitted: those of `prefill` that begin to run with this step; preempted: requests that stopped before it, whose
+    pages are gone, the latest first.
+    """
+
+    decode: np.ndarray
+    decode_lens: np.ndarray
+    prefill: np.ndarray
+    prefill_begins: np.ndarray
+    prefill_tokens: np.ndarray
+    admitted: np.ndarray
+    preempted: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed by the step."""
+        return len(self.decode) + int(self.prefill_tokens.sum())
 
 
-@inner
-def grow(work, limits, state):
-    """Gives every decoding request the page of its next token, at the cost of the latest when none is free."""
-    cursor = state.cursor
-    at = 0
-    while at < cursor[ROWS]:
-        request = state.rows[at]
-        if state.target[request] == 0:
-            need = _private_pages(work, limits, request, state.cached[request] + 1) - state.private_pages[request]
-            while need > 0:
-                if allocate(state.pool, work.blocks, need):
-                    state.private_pages[request] += need
-                    break
-                latest = state.rows[cursor[ROWS] - 1]
-                _preempt(work, limits, state, latest)
-                if latest == request:
-                    break
-        at += 1
+class Scheduler:
+    """Continuous batching with chunked prefill over a pool of pages, as vLLM's scheduler does it.
 
+    `state` (pkvsim.serving.state.SchedulerState) has every request's phase, cached and generated tokens, pages and
+    times; to be read, not written.
+    """
 
-@inner
-def _preempt(work, limits, state, request):
-    """Puts the latest running request back to the head of the queue; its pages go, its tokens stay."""
-    cursor = state.cursor
-    give_back(work, limits, state, request)
-    cursor[ROWS] -= 1
-    if state.target[request] == 0:
-        at = 0
-        while state.decoding[at] != request:
-            at += 1
-        cursor[DECODING] -= 1
-        for place in range(at, cursor[DECODING]):
-            state.decoding[place] = state.decoding[place + 1]
-    state.cached[request] = 0
-    state.preemptions[request] += 1
-    state.preempted[cursor[PREEMPTED]] = request
-    cursor[PREEMPTED] += 1
+    __slots__ = ("requests", "limits", "state", "_planned")
 
+    def __init__(self, requests: Requests, limits: Limits) -> None:
+        # Whoever stops a request early changes how many tokens it gives.
+        self.requests, self.limits = requests._replace(output=requests.output.copy()), limits
+        self.state: SchedulerState = new_scheduler_state(
+            len(requests.prompt), limits, page_pool(requests.blocks, limits.num_pages)
+        )
+        self._planned = False
 
-@inner
-def give_back(work, limits, state, request):
-    state.cursor[POOL_FULL] = 0
-    free(state.pool, state.private_pages[request])
-    state.private_pages[request] = 0
-    release(state.pool, work.blocks, limits.cache_kind, request, state.cached[request])
+    def next_work_us(self, now_us: float) -> float:
+        """now_us where a request runs or waits, else when the next one arrives, infinity after the last."""
+        return next_work_us(self.requests, self.state, float(now_us))
 
+    def next_step(self, now_us: float) -> StepWork:
+        """Plans a step of what there is at now_us; nothing runs where next_work_us is later. RuntimeError where the
+        step before has not ended."""
+        if self._planned:
+            raise RuntimeError("next_step: call end_step() first")
+        self.next_work_us(now_us)
+        plan_step(self.requests, self.limits, self.state, float(now_us))
+        self._planned = True
+        state, counts = self.state, self.state.counts.tolist()
+        decode = state.decoding[: counts[NUM_DECODING]].copy()
+        chunks = slice(counts[NUM_CHUNKS])
+        prefill = state.chunk_request[chunks].copy()
+        preempted = state.preempted[counts[NUM_PREEMPTED] - counts[JUST_PREEMPTED] : counts[NUM_PREEMPTED]].copy()
+        return StepWork(
+            decode=decode,
+            decode_lens=state.cached[decode] + 1,
+            prefill=prefill,
+            prefill_begins=state.chunk_begin[chunks].copy(),
+            prefill_tokens=state.chunk_tokens[chunks].copy(),
+            admitted=prefill[counts[FIRST_ADMITTED] :],
+            preempted=preempted,
+        )
 
-@inner
-def prefill_running(attention, state, budget):
-    """Chunks of the running requests that are not past prefill: (tokens, us of their attention)."""
-    tokens, us = 0, 0.0
-    for at in range(state.cursor[ROWS]):
-        request = state.rows[at]
-        if state.target[request] > 0 and tokens < budget:
-            chunk = min(budget - tokens, state.target[request] - state.cached[request])
-            us += prefill_attention_us(attention, state.cached[request], chunk)
-            state.cached[request] += chunk
-            tokens += chunk
-    return tokens, us
+    def end_step(self, now_us: float, *, stopped: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+        """Ends the planned step at now_us; returns the requests that finished with it, int64 [k].
 
-
-@inner
-def admit(work, limits, attention, state, budget):
-    """Admits in order of arrival while tokens, rows and pages last: (tokens, us of their attention)."""
-    cursor = state.cursor
-    tokens, us = 0, 0.0
-    while tokens < budget and cursor[ROWS] < len(state.rows):
-        again = cursor[PREEMPTED] > 0
-        if again:
-            request = state.preempted[cursor[PREEMPTED] - 1]
-        else:
-            while cursor[WAITING_AT] < cursor[NEXT_ARRIVAL] and work.rejected[cursor[WAITING_AT]] != SERVED:
-                cursor[WAITING_AT] += 1
-            if cursor[WAITING_AT] == cursor[NEXT_ARRIVAL]:
-                break
-            request = cursor[WAITING_AT]
-        target = work.prompt[request] + state.generated[request]
-        private = _private_pages(work, limits, request, target)
-        hit_blocks, hit_tokens = resident_prefix(state.pool, work.blocks, request)
-        keep_free = limits.keep_free if cursor[ROWS] > 0 else 0
-        if not acquire(state.pool, work.blocks, limits.cache_kind, request, private, keep_free):
-            cursor[POOL_FULL] = 1  # until somebody gives pages back
-            break
-        hit_tokens = min(hit_tokens, target - 1)
-        if again:
-            cursor[PREEMPTED] -= 1
-        else:
-            cursor[WAITING_AT] += 1
-            state.start_us[request] = state.clock_us[0]
-            state.hit_blocks[request] = hit_blocks
-            state.hit_tokens[request] = hit_tokens
-        state.rows[cursor[ROWS]] = request
-        cursor[ROWS] += 1
-        state.target[request] = target
-        state.private_pages[request] = private
-        chunk = min(budget - tokens, target - hit_tokens)
-        us += prefill_attention_us(attention, hit_tokens, chunk)
-        state.cached[request] = hit_tokens + chunk
-        tokens += chunk
-    return tokens, us
+        stopped: requests whose token of this step is their last, whatever the trace says (an end-of-sequence token).
+        RuntimeError where no step is planned.
+        """
+        if not self._planned:
+            raise RuntimeError("end_step: call next_step() first")
+        for request in stopped:
+            self.requests.output[request] = self.state.generated[request] + 1
+        before = self.state.running[: self.state.counts[NUM_RUNNING]].copy()
+        end_step(self.requests, self.limits, self.state, float(now_us))
+        self._planned = False
+        return before[self.state.phase[before] == FINISHED]

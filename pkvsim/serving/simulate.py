@@ -2,7 +2,7 @@
 
 One step computes a token of every decoding request and chunks of prompts up to step_tokens, as vLLM's scheduler
 does. Its time is the sum of three parts: decode attention on the route the policy picked, priced by the lengths in
-the batch (pkvsim.pricing.layer); prefill attention, by a roofline of causal FLOPs and KV bytes; and everything else in
+the batch (pkvsim.policy.choose); prefill attention, by a roofline of causal FLOPs and KV bytes; and everything else in
 the layers, by a roofline of weight bytes and FLOPs. Requests are admitted first come, first served once the
 pages of their whole prompt are free; when a decoding request finds no page, the latest one is recomputed later.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
+from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
@@ -20,7 +21,15 @@ from pkvsim.serving.loop import advance
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.state import SERVED, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL, Limits, Work, new_state
+from pkvsim.serving.state import (
+    SERVED,
+    TOO_LONG_FOR_MODEL,
+    TOO_LONG_FOR_POOL,
+    Limits,
+    Requests,
+    new_log,
+    new_scheduler_state,
+)
 from pkvsim.traces.requests import RequestTrace
 
 CHUNK_STEPS = 20_000  # steps between two reports of progress
@@ -36,24 +45,26 @@ def simulate(
     *,
     progress: Progress | None = None,
 ) -> ServingResult:
-    """Serves the whole trace. policy: one of serving_costs.POLICIES. ValueError where the model does not fit."""
+    """Serves the whole trace. policy: of pkvsim.policy.by_name.POLICIES. ValueError where the model does not fit."""
+    limits = limits_of(model, device, config)
+    requests = requests_of(trace, model, config, limits)
+    attention = attention_costs(model, device, policy, config)
+    linear_us = linear_table_us(model, device, config)
+    state = new_scheduler_state(len(trace), limits, page_pool(requests.blocks, limits.num_pages))
+    log = new_log(len(trace), len(ROUTES), limits)
+    total = int(trace.output_tokens[requests.rejected == SERVED].sum())
+    done = False
+    while not done:
+        done = advance(requests, limits, attention, linear_us, float(config.host_us), state, log, CHUNK_STEPS)
+        if progress is not None:
+            progress(int(state.generated.sum()), total)
+    return make_result(policy, requests, limits, state, log)
+
+
+def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:
+    """The scheduler's numbers. ValueError where the model does not fit."""
     num_pages = page_budget(model, device, config)
-    rejected = _rejected(trace, model, config, num_pages)
-    if rejected.all():
-        raise ValueError(
-            f"{trace.name}: expected a request that fits the KV pool of {num_pages * config.page_size:,} tokens and "
-            f"{model.name}'s context of {model.max_context:,}, the shortest has "
-            f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
-        )
-    blocks = _blocks(trace, config, rejected == SERVED)
-    work = Work(
-        arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
-        prompt=trace.prompt_tokens,
-        output=trace.output_tokens,
-        rejected=rejected,
-        blocks=blocks,
-    )
-    limits = Limits(
+    return Limits(
         page_size=config.page_size,
         num_pages=num_pages,
         keep_free=int(num_pages * config.keep_free_fraction),
@@ -61,16 +72,24 @@ def simulate(
         step_tokens=config.step_tokens,
         cache_kind=KINDS.index(config.prefix_cache),
     )
-    attention = attention_costs(model, device, policy, config)
-    linear_us = linear_table_us(model, device, config)
-    state = new_state(len(trace), len(attention.constants), limits, page_pool(blocks, num_pages))
-    total = int(trace.output_tokens[work.rejected == SERVED].sum())
-    done = False
-    while not done:
-        done = advance(work, limits, attention, linear_us, float(config.host_us), state, CHUNK_STEPS)
-        if progress is not None:
-            progress(int(state.generated.sum()), total)
-    return make_result(policy, work, limits, state)
+
+
+def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, limits: Limits) -> Requests:
+    """The trace as the scheduler takes it, arrivals from the first on. ValueError where no request can be served."""
+    rejected = _rejected(trace, model, config, limits.num_pages)
+    if rejected.all():
+        raise ValueError(
+            f"{trace.name}: expected a request that fits the KV pool of {limits.num_pages * config.page_size:,} tokens "
+            f"and {model.name}'s context of {model.max_context:,}, the shortest has "
+            f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
+        )
+    return Requests(
+        arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
+        prompt=trace.prompt_tokens,
+        output=trace.output_tokens,
+        rejected=rejected,
+        blocks=_blocks(trace, config, rejected == SERVED),
+    )
 
 
 def _blocks(trace: RequestTrace, config: ServingConfig, served: np.ndarray) -> PromptBlocks:

@@ -1,6 +1,6 @@
 """What the serving loop reads and writes: named tuples of arrays, as compiled code takes them.
 
-n requests, R routes, times in us. Requests keep their place in the trace as their id.
+n requests, R routes, K kinds of attention layers, times in us. Requests keep their place in the trace as their id.
 """
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.memory.prefix_cache import PagePool, PromptBlocks
+from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
+
+SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
+WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
+# Of SchedulerState.counts: the trace up to NEXT_ARRIVAL has arrived, up to NEXT_WAITING was admitted; the lengths of
+# `running`, `decoding`, `preempted` and of the chunks, those of requests just admitted from FIRST_ADMITTED on;
+# preempted by the step; 1 while no page is free for the next to be admitted.
+(NEXT_ARRIVAL, NEXT_WAITING, NUM_RUNNING, NUM_DECODING, NUM_PREEMPTED, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED,
+ POOL_FULL) = range(9)  # fmt: skip
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
-(WAITING_AT, NEXT_ARRIVAL, ROWS, DECODING, PREEMPTED, STEP, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED,
- SAMPLE_STRIDE, POOL_FULL) = range(13)  # of cursor  # fmt: skip
+STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE = range(7)  # of RunLog.counts
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
     "attention_us", "rest_us", "prefill_us", "best_attention_us",
 )  # fmt: skip
-START, DURATION, ROW_COUNT, DECODE_ROWS, PREFILL_TOKENS, WAITING, PAGES, ATTENTION, REST, PREFILL, BEST = range(
+(START, DURATION, ROW_COUNT, DECODE_ROWS, PREFILL_TOKENS, WAITING_COUNT, PAGES, ATTENTION, REST, PREFILL, BEST) = range(
     len(LOG_COLUMNS)
 )
-CHEAPEST, PAPER = range(2)  # how a policy decides
-SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 
 
-class Work(NamedTuple):
+class Requests(NamedTuple):
     """The requests."""
 
     arrival_us: np.ndarray  # [n] float64, non-decreasing
@@ -48,34 +54,17 @@ class Limits(NamedTuple):
     cache_kind: int  # index into prefix_cache.KINDS
 
 
-class Attention(NamedTuple):
-    """How a step's decode attention is priced and routed, and what prefill attention costs."""
+class SchedulerState(NamedTuple):
+    """Where every request stands, who runs, and what the step is made of."""
 
-    layers: np.ndarray  # [2] int64: layers with full attention, layers with a sliding window
-    window: int  # tokens that a sliding layer sees
-    num_kv_heads: int
-    group_size: int
-    head_dim: int
-    kv_element_bytes: int
-    num_sms: int
-    constants: np.ndarray  # [R, NUM_CONSTANTS] float64, NaN where the GPU has no model of the route
-    rule: int  # CHEAPEST of the allowed routes, or PAPER
-    allowed: np.ndarray  # [R] bool
-    pinned: int  # splits of every row on the allowed routes, 0: what the route's own rule chooses
-    paper: PaperRules
-    paper_routes: np.ndarray  # [3] int64, the routes that stand for the paper's three
-    prefill_us_per_pair: float  # one layer, one query token against one key token
-    prefill_us_per_token: float  # one layer, reading one cached token
-
-
-class State(NamedTuple):
-    """Everything that changes from step to step."""
-
-    clock_us: np.ndarray  # [1] float64
-    cursor: np.ndarray  # [13] int64
-    rows: np.ndarray  # [max_batch] int64, running requests in trace order
-    decoding: np.ndarray  # [max_batch] int64, those past prefill, longest first
-    preempted: np.ndarray  # [max_batch + 1] int64, waiting to be recomputed, earliest on top
+    counts: np.ndarray  # [9] int64
+    phase: np.ndarray  # [n] int8, WAITING to FINISHED
+    running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in trace order
+    decoding: np.ndarray  # [max_batch] int64, the decoding ones, longest first
+    preempted: np.ndarray  # [max_batch + 1] int64, a stack, earliest on top
+    chunk_request: np.ndarray  # [max_batch] int64, prompts of which the step computes tokens
+    chunk_begin: np.ndarray  # [max_batch] int64, the first of these tokens
+    chunk_tokens: np.ndarray  # [max_batch] int64, how many
     cached: np.ndarray  # [n] int64, tokens in the cache
     target: np.ndarray  # [n] int64, tokens to be in the cache before the next token is decoded
     generated: np.ndarray  # [n] int64
@@ -86,27 +75,56 @@ class State(NamedTuple):
     preemptions: np.ndarray  # [n] int32
     hit_blocks: np.ndarray  # [n] int32, at first admission
     hit_tokens: np.ndarray  # [n] int64, at first admission
+    pool: PagePool
+
+
+class Attention(NamedTuple):
+    """How a step's decode attention is routed and priced, and what prefill attention costs, by kind of layer; the last
+    kind is the one whose route is called the step's."""
+
+    layers: np.ndarray  # [K] int64, layers of the kind
+    windows: np.ndarray  # [K] int64, tokens that a query sees, 0 for all
+    heads: np.ndarray  # [K, 7] float64, the fields of pkvsim.pricing.layer.Heads
+    constants: np.ndarray  # [K, R, NUM_CONSTANTS] float64, NaN for routes that are no candidates
+    reaches: np.ndarray  # [K, R] int64
+    allowed: np.ndarray  # [K, R] bool
+    pinned: np.ndarray  # [R] int64, splits of every row, 0: what the route's own rule chooses
+    unpinned: np.ndarray  # [R] int64, zeros
+    any_pinned: bool
+    rule: int  # of pkvsim.policy.choose
+    paper: PaperRules
+    paper_routes: np.ndarray  # [K, 3] int64
+    prefill_us_per_pair: np.ndarray  # [K] float64, one layer, one query token against one key token
+    prefill_us_per_token: np.ndarray  # [K] float64, one layer, reading one cached token
+
+
+class RunLog(NamedTuple):
+    """What a run leaves behind of its steps, and room for the step being priced."""
+
+    clock_us: np.ndarray  # [1] float64
+    counts: np.ndarray  # [7] int64
     lens: np.ndarray  # [max_batch] int64, scratch: lengths of decoding
+    prices: Prices  # scratch
     totals: np.ndarray  # [len(LOG_COLUMNS)] float64, sums over steps
-    route_steps: np.ndarray  # [R] int64, decode steps by the route of their full-attention layers
+    route_steps: np.ndarray  # [R] int64, decode steps by the route of their last kind of layers
     log: np.ndarray  # [LOG_CAPACITY, len(LOG_COLUMNS)] float64, sums over the steps of an entry
     log_routes: np.ndarray  # [LOG_CAPACITY, R] float64, steps of the entry on each route
     sample_lens: np.ndarray  # [SAMPLES, max_batch] int64, lengths of a decode step, longest first
     sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
-    pool: PagePool
 
 
-def new_state(num_requests: int, num_routes: int, limits: Limits, pool: PagePool) -> State:
+def new_scheduler_state(num_requests: int, limits: Limits, pool: PagePool) -> SchedulerState:
     """Nothing has arrived."""
     n, most = num_requests, min(limits.max_batch, num_requests)
-    cursor = np.zeros(13, np.int64)
-    cursor[LOG_STRIDE] = cursor[SAMPLE_STRIDE] = 1
-    return State(
-        clock_us=np.zeros(1),
-        cursor=cursor,
-        rows=np.zeros(most, np.int64),
+    return SchedulerState(
+        counts=np.zeros(9, np.int64),
+        phase=np.full(n, WAITING, np.int8),
+        running=np.zeros(most, np.int64),
         decoding=np.zeros(most, np.int64),
         preempted=np.zeros(most + 1, np.int64),
+        chunk_request=np.zeros(most, np.int64),
+        chunk_begin=np.zeros(most, np.int64),
+        chunk_tokens=np.zeros(most, np.int64),
         cached=np.zeros(n, np.int64),
         target=np.zeros(n, np.int64),
         generated=np.zeros(n, np.int64),
@@ -117,12 +135,24 @@ def new_state(num_requests: int, num_routes: int, limits: Limits, pool: PagePool
         preemptions=np.zeros(n, np.int32),
         hit_blocks=np.zeros(n, np.int32),
         hit_tokens=np.zeros(n, np.int64),
+        pool=pool,
+    )
+
+
+def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
+    """No step has run."""
+    most = min(limits.max_batch, num_requests)
+    counts = np.zeros(7, np.int64)
+    counts[LOG_STRIDE] = counts[SAMPLE_STRIDE] = 1
+    return RunLog(
+        clock_us=np.zeros(1),
+        counts=counts,
         lens=np.zeros(most, np.int64),
+        prices=new_prices(),
         totals=np.zeros(len(LOG_COLUMNS)),
         route_steps=np.zeros(num_routes, np.int64),
         log=np.zeros((LOG_CAPACITY, len(LOG_COLUMNS))),
         log_routes=np.zeros((LOG_CAPACITY, num_routes)),
         sample_lens=np.zeros((SAMPLES, most), np.int64),
         sample_choice=np.zeros((SAMPLES, 3), np.int64),
-        pool=pool,
     )

@@ -9,12 +9,13 @@ import numpy as np
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.devices.route_model import RouteModel
+from pkvsim.devices.route_model import ROUTES, RouteModel
 from pkvsim.devices.route_options import as_read, asked, serving_routes
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.policy.calibrated import HOST_ROUTES, CalibratedPolicy
+from pkvsim.policy.calibrated import CalibratedPolicy
+from pkvsim.policy.choose import PINNED_ROUTES
 from pkvsim.policy.oracle import OraclePolicy
-from pkvsim.pricing.counters import ROUTES, useful_kv_bytes
+from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 from pkvsim.timeline.time_split import TimeSplit, saturated_by, time_split
 from pkvsim.timeline.timeline import Timeline, simulate
@@ -172,10 +173,9 @@ def explain_step(
         got = ", ".join(unknown) or "none"
         raise ValueError(f"routes: expected some of {', '.join(have)} ({device.name}{needs}), got {got}")
     names = tuple(name for name in ROUTES if name in names)
-    pinned = {"split_splits": splits, "workqueue_splits": splits}
     step: dict[str, Any] = {"layers": layers, "available": names, "options": options}
-    taken = CalibratedPolicy(**pinned).decide(shape, lens, device, **step)
-    oracle = OraclePolicy(**pinned).decide(shape, lens, device, **step)
+    taken = CalibratedPolicy(split_splits=splits, workqueue_splits=splits).decide(shape, lens, device, **step)
+    oracle = OraclePolicy(split_splits=splits, workqueue_splits=splits).decide(shape, lens, device, **step)
     return StepReport(
         shape=shape,
         seq_lens=lens,
@@ -186,7 +186,7 @@ def explain_step(
         reason=taken.reason,
         routes=tuple(
             _route_step(
-                name, models[name], shape, lens, device, splits if name in HOST_ROUTES else None,
+                name, models[name], shape, lens, device, splits if name in PINNED_ROUTES else None,
                 as_read(name, options), closed_us=taken.layer_us[name], step_us=taken.prices[name],
                 timeline_step_us=oracle.prices[name], host_us=taken.host_us[name],
             )

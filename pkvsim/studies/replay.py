@@ -10,7 +10,7 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import OWN_ROUTES
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.policy.calibrated import HOST_ROUTES
+from pkvsim.policy.choose import PINNED_ROUTES
 from pkvsim.policy.decision import Decision, Policy
 from pkvsim.policy.paper import PAPER_ROUTES, PAPER_TILE_TOKENS, PaperPolicy
 from pkvsim.pricing.counters import MIB, StepCounters, flashinfer_counters, schedule_counters
@@ -65,7 +65,7 @@ def route_counters(
     else:
         model = device_routes(device)[route]
         tile = int(model.tile_tokens)
-        if route in HOST_ROUTES:
+        if route in PINNED_ROUTES:
             splits = policy.split_counts(route, shape, seq_lens, device, options=options)  # type: ignore[attr-defined]
             schedule = make_schedule(route, shape, seq_lens, splits=splits, tile_tokens=tile, window=options.reach)
         else:

@@ -10,17 +10,21 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec, get_device
 from pkvsim.models.model_spec import ModelSpec, with_kv_heads
-from pkvsim.policy.by_name import make_policy
+from pkvsim.policy.by_name import Policy, make_policy
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.serving.costs import check_policies
+from pkvsim.serving.costs import check_policies, fit_note
+from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
+from pkvsim.studies.provenance import basis_note
+from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = ("device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache")
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
+IMPOSSIBLE = "impossible"
 _WORDS = ("device", "policy", "prefix_cache")
 Progress = Callable[[int, int], None]  # cells done, of how many
 
@@ -30,20 +34,25 @@ class Sweep:
     """The cells of a sweep in the order of its axes, the last one changing fastest."""
 
     axes: dict[str, tuple[Any, ...]]
-    cells: tuple[dict[str, Any], ...]  # figures of each cell: a run's summary, or a step's prices
+    # Figures of each cell: a run's summary, or a step's prices; of a cell that cannot be, its reason under IMPOSSIBLE.
+    cells: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()  # what a reader must know of the cells
 
     def values(self, metric: str) -> np.ndarray:
         """One figure of every cell, float64 [len(axis) for every axis]; NaN where a cell has none.
 
         metric: a key of a cell, with dots into its parts (`ttft_s.p99`). ValueError naming what there is.
         """
-        numbers = [_figure(cell, metric) for cell in self.cells]
+        numbers = [np.nan if IMPOSSIBLE in cell else _figure(cell, metric) for cell in self.cells]
         return np.array(numbers, np.float64).reshape([len(values) for values in self.axes.values()])
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `pkvsim sweep --json` prints: every cell with its place on the axes."""
         places = itertools.product(*self.axes.values())
-        cells = [dict(zip(self.axes, place)) | {"result": cell} for place, cell in zip(places, self.cells)]
+        cells = []
+        for place, cell in zip(places, self.cells):
+            result = {"result": None, "reason": cell[IMPOSSIBLE]} if IMPOSSIBLE in cell else {"result": cell}
+            cells.append(dict(zip(self.axes, place)) | result)
         return {"axes": {name: list(values) for name, values in self.axes.items()}, "cells": cells}
 
 
@@ -63,6 +72,15 @@ def parse_axes(texts: Sequence[str], known: Sequence[str]) -> dict[str, tuple[An
     if not axes:
         raise ValueError("over: expected at least one axis")
     return axes
+
+
+def check_used(has_trace: bool, **given: bool) -> None:
+    """ValueError naming an option that was given (True) and that the sweep would ignore: `layers` with a trace, all
+    others without one."""
+    for name, is_given in given.items():
+        if is_given and has_trace == (name == "layers"):
+            where = "without a trace alone" if name == "layers" else "with a trace alone"
+            raise ValueError(f"{name}: means something {where}")
 
 
 def _value(name: str, text: str) -> Any:
@@ -97,37 +115,87 @@ def serving_sweep(
     config: ServingConfig = ServingConfig(),
     *,
     metric: str | None = None,
+    weight_bits: int | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say.
 
-    metric: a figure that the cells will be asked for, so that a wrong one is refused after the first run.
+    Every cell stands for itself: a model that does not fit its GPU as it comes has narrower weights there (weight_bits:
+    these everywhere), and a cell that cannot be is empty with its reason. Notes say of which cells they hold. metric: a
+    figure that the cells will be asked for, so that a wrong one is refused after the first run. ValueError where an
+    axis is wrong, or no cell can be.
     """
     _check_axes(axes, SERVING_AXES)
-    runs = []
-    for place in _places(axes):
+    places = _places(axes)
+    for place in places:
         check_policies([place.get("policy", policy)])
-        names = ("max_batch", "page_size", "splits", "prefix_cache")
-        settings: dict[str, Any] = {name: place[name] for name in names if name in place}
-        if "max_batch" in settings:
-            settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
-        runs.append(
-            (
-                scale_rate(trace, place["rate"]) if "rate" in place else trace,
-                with_group_size(model, place["group_size"]) if "group_size" in place else model,
-                get_device(place["device"]) if "device" in place else device,
-                place.get("policy", policy),
-                replace(config, **settings),
-            )
-        )
-    cells = []
-    for run in runs:
-        cells.append(simulate(*run).summary)
-        if metric is not None:
-            _figure(cells[0], metric)
+        if "device" in place:
+            get_device(place["device"])
+    cells, notes = [], _CellNotes(len(places))
+    for place in places:
+        try:
+            cell, said = _serving_cell(place, trace, model, device, policy, config, weight_bits)
+        except ValueError as error:
+            cell, said = {IMPOSSIBLE: str(error)}, (f"empty: {error}",)
+        cells.append(cell)
+        notes.add(place, said)
+        if metric is not None and IMPOSSIBLE not in cell:
+            _figure(cell, metric)
         if progress is not None:
-            progress(len(cells), len(runs))
-    return Sweep({name: tuple(values) for name, values in axes.items()}, tuple(cells))
+            progress(len(cells), len(places))
+    return _swept(axes, cells, (*trace.notes, *notes.lines()))
+
+
+def _serving_cell(
+    place: dict[str, Any], trace: RequestTrace, model: ModelSpec, device: DeviceSpec, policy: str,
+    config: ServingConfig, weight_bits: int | None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
+    """(summary, notes) of one run."""
+    settings: dict[str, Any] = {k: place[k] for k in ("max_batch", "page_size", "splits", "prefix_cache") if k in place}
+    if "max_batch" in settings:
+        settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
+    config = replace(config, **settings)
+    gpu = get_device(place["device"]) if "device" in place else device
+    name = place.get("policy", policy)
+    heads = with_group_size(model, place["group_size"]) if "group_size" in place else model
+    fitted, notes = fit_model(heads, gpu, config, weight_bits)
+    requests = scale_rate(trace, place["rate"]) if "rate" in place else trace
+    run = simulate(requests, fitted, gpu, name, config)
+    basis = run_basis(fitted, gpu, config, [run])
+    notes += run_notes(requests, fitted, gpu, config, {name: run})
+    return run.summary, (*notes, f"attention prices of {gpu.name}: {fit_note(gpu)}", basis_note(basis))
+
+
+def _swept(axes: Mapping[str, Sequence[Any]], cells: list[dict[str, Any]], notes: tuple[str, ...]) -> Sweep:
+    """ValueError where no cell can be."""
+    if all(IMPOSSIBLE in cell for cell in cells):
+        raise ValueError(cells[0][IMPOSSIBLE])
+    return Sweep({name: tuple(values) for name, values in axes.items()}, tuple(cells), notes)
+
+
+class _CellNotes:
+    """Notes by the cells of which they hold."""
+
+    NAMED = 3  # cells
+
+    def __init__(self, num_cells: int) -> None:
+        self._num_cells = num_cells
+        self._places: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, place: dict[str, Any], notes: Sequence[str]) -> None:
+        for note in notes:
+            self._places.setdefault(note, []).append(place)
+
+    def lines(self) -> tuple[str, ...]:
+        """Each note once; what does not hold of all cells names the first of which it does."""
+        return tuple(note + self._of(places) for note, places in self._places.items())
+
+    def _of(self, places: list[dict[str, Any]]) -> str:
+        if len(places) == self._num_cells:
+            return ""
+        named = ["(" + ", ".join(f"{name}={value}" for name, value in place.items()) + ")" for place in places]
+        more = f" and {len(named) - self.NAMED} more" if len(named) > self.NAMED else ""
+        return f" -- {' '.join(named[: self.NAMED])}{more}"
 
 
 def step_sweep(
@@ -145,34 +213,43 @@ def step_sweep(
     this makes, and the us of every route that the policy prices.
     """
     _check_axes(axes, STEP_AXES)
-    cells = []
+    cells, notes = [], _CellNotes(len(_places(axes)))
     for place in _places(axes):
-        place = STEP_DEFAULTS | place
-        batch = check_int("batch", place["batch"], 1, 1 << 16)
-        seq_lens = np.full(batch, check_int("length", place["length"], 1, MAX_TOKENS), np.int32)
+        name = place.get("policy", policy)
         gpu = get_device(place["device"]) if "device" in place else device
-        heads = shape
-        if "group_size" in place:
-            if shape.num_q_heads % place["group_size"]:
-                raise ValueError(
-                    f"group_size: expected a divisor of {shape.num_q_heads} query heads, got {place['group_size']}"
-                )
-            heads = replace(shape, num_kv_heads=shape.num_q_heads // place["group_size"])
-        splits = place.get("splits")
-        rules = make_policy(place.get("policy", policy), split_splits=splits, workqueue_splits=splits)
-        decision = rules.decide(heads, seq_lens, gpu, layers=layers)
-        us = decision.prices[decision.route]
-        cells.append(
-            {
-                "batch": batch,
-                "length": place["length"],
-                "route": decision.route,
-                "us": us,
-                "kv_gb_s": layers * useful_kv_bytes(heads, seq_lens) / us / 1e3,
-                "routes_us": dict(decision.prices),
-            }
-        )
-    return Sweep({name: tuple(values) for name, values in axes.items()}, tuple(cells))
+        rules = make_policy(name, split_splits=place.get("splits"), workqueue_splits=place.get("splits"))
+        try:
+            cell = _step_cell(STEP_DEFAULTS | place, shape, gpu, rules, layers)
+        except ValueError as error:
+            cell = {IMPOSSIBLE: str(error)}
+            notes.add(place, (f"empty: {error}",))
+        cells.append(cell)
+    return _swept(axes, cells, notes.lines())
+
+
+def _step_cell(
+    place: dict[str, Any], shape: DecodeShape, device: DeviceSpec, policy: Policy, layers: int
+) -> dict[str, Any]:
+    """Prices of one step."""
+    batch = check_int("batch", place["batch"], 1, 1 << 16)
+    seq_lens = np.full(batch, check_int("length", place["length"], 1, MAX_TOKENS), np.int32)
+    heads = shape
+    if "group_size" in place:
+        if shape.num_q_heads % place["group_size"]:
+            raise ValueError(
+                f"group_size: expected a divisor of {shape.num_q_heads} query heads, got {place['group_size']}"
+            )
+        heads = replace(shape, num_kv_heads=shape.num_q_heads // place["group_size"])
+    decision = policy.decide(heads, seq_lens, device, layers=layers)
+    us = decision.prices[decision.route]
+    return {
+        "batch": batch,
+        "length": place["length"],
+        "route": decision.route,
+        "us": us,
+        "kv_gb_s": layers * useful_kv_bytes(heads, seq_lens) / us / 1e3,
+        "routes_us": dict(decision.prices),
+    }
 
 
 def _check_axes(axes: Mapping[str, Sequence[Any]], known: Sequence[str]) -> None:

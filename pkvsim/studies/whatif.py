@@ -1,7 +1,7 @@
 """What if: one trace, one model, one GPU, several policies, side by side."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,11 +9,12 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.presets import ModelSpec
-from pkvsim.serving.costs import check_policies, fit_note, page_budget
+from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget
 from pkvsim.serving.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
+from pkvsim.studies.provenance import Basis, basis_note, serving_basis
 from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
 
@@ -32,6 +33,8 @@ class WhatIf:
     results: dict[str, ServingResult]  # by policy, in the order asked for
     checks: dict[str, TimelineCheck | None]  # by policy, a sample of its steps task by task
     notes: tuple[str, ...]
+    left_out: dict[str, str]  # policies that cannot serve the model on this GPU, and why
+    basis: tuple[Basis, ...]  # what the figures stand on
 
     def rejected(self) -> dict[str, np.ndarray]:
         """Places in the trace of the requests that cannot be served, int64 [k], by reason; the same in every run."""
@@ -58,6 +61,8 @@ class WhatIf:
             },
             "rejected": {name: ids.tolist() for name, ids in self.rejected().items()},
             "notes": list(self.notes),
+            "left_out": self.left_out,
+            "basis": [row.to_dict() for row in self.basis],
         }
 
 
@@ -70,21 +75,54 @@ def whatif(
     *,
     progress: PolicyProgress | None = None,
 ) -> WhatIf:
-    """Serves the trace under each policy. ValueError before the first run where anything is wrong."""
+    """Serves the trace under each policy; those that cannot serve the model on this GPU are left out with the reason.
+
+    ValueError before the first run where anything is wrong, or no policy is left.
+    """
     check_policies(policies)
     page_budget(model, device, config)
+    left_out = {policy: reason for policy in policies if (reason := why_left_out(model, device, policy, config))}
+    if len(left_out) == len(policies):
+        raise ValueError("; ".join(left_out.values()))
     results = {}
-    for policy in policies:
+    for policy in (name for name in policies if name not in left_out):
         report = None if progress is None else (lambda done, total, name=policy: progress(name, done, total))
         results[policy] = simulate(trace, model, device, policy, config, progress=report)
     checks = {name: check_timeline(run.sample, model, device, config) for name, run in results.items()}
-    return WhatIf(trace, model, device, config, results, checks, _notes(trace, model, device, config, results))
+    basis = run_basis(model, device, config, results.values())
+    notes = (
+        *trace.notes,
+        *run_notes(trace, model, device, config, results),
+        *(f"left out: {reason}" for reason in left_out.values()),
+        f"attention prices of {device.name}: {fit_note(device)}",
+        basis_note(basis),
+    )
+    return WhatIf(trace, model, device, config, results, checks, notes, left_out, basis)
 
 
-def _notes(
+def why_left_out(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> str | None:
+    """Why the GPU cannot run the policy on this model, None where it can."""
+    try:
+        attention_costs(model, device, policy, config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def run_basis(
+    model: ModelSpec, device: DeviceSpec, config: ServingConfig, results: Iterable[ServingResult]
+) -> tuple[Basis, ...]:
+    """What the figures of these runs stand on; shares of time are the first run's."""
+    runs = list(results)
+    routes = dict.fromkeys(name for run in runs for name in run.summary["routes"])
+    return serving_basis(model, device, config, routes=routes, shares=runs[0].summary)
+
+
+def run_notes(
     trace: RequestTrace, model: ModelSpec, device: DeviceSpec, config: ServingConfig, results: dict[str, ServingResult]
 ) -> tuple[str, ...]:
-    notes = list(trace.notes)
+    """What a reader must know of these runs beside what their figures stand on."""
+    notes = []
     first = next(iter(results.values()))
     for reason, limit in (
         (TOO_LONG_FOR_POOL, f"longer than the KV pool of {first.num_pages * first.page_size:,} tokens"),
@@ -96,7 +134,7 @@ def _notes(
             notes.append(f"{len(rejected):,} requests rejected, {limit}: requests {named}")
     saturated = [name for name, result in results.items() if result.summary["saturated"]]
     if saturated:
-        notes.append(f"saturated, the queue grows to the end: {', '.join(saturated)}")
+        notes.append(f"saturated, requests come faster than they are served: {', '.join(saturated)}")
     if {"calibrated", "oracle"} <= set(results):
         notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
     if model.tensor_parallel > 1:
@@ -107,5 +145,4 @@ def _notes(
         )
     else:
         notes.append("decode layer by layer: attention takes at least as long as the host needs to issue it")
-    notes.append(f"attention prices of {device.name}: {fit_note(device)}")
     return tuple(notes)

@@ -3,7 +3,7 @@
 Every running CTA reads at the lesser of its own speed and an equal share of what all read, so all that read advance
 alike and one virtual clock (bytes read by a CTA that has read all along) orders their ends: a heap, O(tasks log slots)
 or less, for equal tasks that start together are one entry. A task's fixed cost comes before its bytes and takes no
-bandwidth. The constants are the closed form's (pkvsim.pricing.layer), which sums up what is simulated here.
+bandwidth. The constants are the closed form's (pkvsim.pricing.prices), which sums up what is simulated here.
 """
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 
 from pkvsim.devices.route_model import RouteModel
 from pkvsim.devices.route_options import read_lens
-from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.options import KV_ELEMENT_BYTES, PLAIN, AttentionOptions
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES, cta_slots, merge_us, query_us, read_speeds
-from pkvsim.pricing.counters import KV_ELEMENT_BYTES
-from pkvsim.pricing.layer import price_variant, row_splits
-from pkvsim.schedule.costs import MEASURED_COSTS
+from pkvsim.pricing.cuts import row_splits, sorted_lengths, tokens_read
+from pkvsim.pricing.layer import heads_of
+from pkvsim.pricing.prices import price_route
 from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.shapes import DecodeShape, check_seq_lens
-from pkvsim.timeline.event_loop import run_tasks
+from pkvsim.timeline.event_loop import Record, Slots, StepTasks, run_tasks
 
-PINNABLE = ("buckets", "queue")  # the rules that take pinned splits, as in pricing.price_pinned
+PINNABLE = ("buckets", "queue")  # the rules that take pinned splits, as in pkvsim.pricing.prices
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,13 +62,13 @@ def simulate(
     # longest block it has seen, and page faults of memory got anew take longer than the simulation.
     block = np.empty((8, num_tasks))
     start, end, read, slot = block[0], block[1], block[2], block[3].view(np.int32)[:num_tasks]
-    finish = run_tasks(*run.args, slot, start, end, read)
+    finish = run_tasks(run.step, run.slots, run.ramp_us, Record(slot, start, end, read))
     return Timeline(
         makespan_us=finish,
         schedule=run.schedule,
-        num_slots=run.num_slots,
-        cta_gb_s=run.alone / 1e3,
-        shared_gb_s=run.shared / 1e3,
+        num_slots=run.slots.num_slots,
+        cta_gb_s=run.slots.alone / 1e3,
+        shared_gb_s=run.slots.shared / 1e3,
         merge_us=run.merge_us,
         slot=slot,
         start_us=start,
@@ -83,8 +83,8 @@ def makespan_us(
 ) -> float:  # fmt: skip
     """simulate(...).makespan_us, for which no task's slot and times are written down."""
     nothing = np.empty(0)
-    args = _prepare(model, shape, seq_lens, num_sms, splits, options).args
-    return run_tasks(*args, np.empty(0, np.int32), nothing, nothing, nothing)
+    run = _prepare(model, shape, seq_lens, num_sms, splits, options)
+    return run_tasks(run.step, run.slots, run.ramp_us, Record(np.empty(0, np.int32), nothing, nothing, nothing))
 
 
 def route_schedule(
@@ -99,46 +99,43 @@ def route_schedule(
 
 
 def _schedule(
-    model: RouteModel, c: np.ndarray, shape: DecodeShape, lens: np.ndarray, num_sms: int, splits: int | None,
+    model: RouteModel, constants: np.ndarray, shape: DecodeShape, lens: np.ndarray, num_sms: int, splits: int | None,
     options: AttentionOptions,
 ) -> Schedule:  # fmt: skip
     tile, window = int(model.tile_tokens), options.reach
     if model.rule == "balanced":
         return make_schedule(
-            "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(c, num_sms), window=window,
-            costs=MEASURED_COSTS._replace(pair=int(model.pair_cost)).of_kernel(
+            "balanced", shape, lens, tile_tokens=tile, num_ctas=cta_slots(constants, num_sms), window=window,
+            costs=model.costs.of_kernel(
                 columns=options.query_shape(shape).group_size, v_head_dim=options.value_dim(shape),
                 kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size),
         )  # fmt: skip
     name = "split" if model.rule == "buckets" else "workqueue"
     if splits is not None and model.rule in PINNABLE:
         return make_schedule(name, shape, lens, splits=splits, tile_tokens=tile, window=window)
-    prices, most, reaches = np.empty(1), np.zeros(1, np.int64), np.full(1, window or 0)
-    price_variant(
-        lens, shape.num_kv_heads, options.query_shape(shape).group_size, shape.head_dim, options.value_dim(shape),
-        options.kv_element_bytes(shape), num_sms, reaches, c[None], prices, most,
-    )  # fmt: skip
+    ordered = sorted_lengths(lens)
+    reads = ordered if window is None else tokens_read(ordered, window, constants)
+    _, longest = price_route(ordered, reads, heads_of(shape, num_sms, options), constants, 0)
     counts = np.empty(len(lens), np.int64)
-    row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, c, int(most[0]), counts)
+    row_splits(lens, read_lens(lens, window, tile), shape.num_kv_heads, num_sms, constants, longest, counts)
     return make_schedule(name, shape, lens, splits=counts, tile_tokens=tile, window=window)
 
 
-def queries_us(c: np.ndarray, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
-    """Reading q and writing the output of lens [batch_size], part of the ramp-up; c: RouteModel.to_row."""
+def queries_us(constants: np.ndarray, shape: DecodeShape, lens: np.ndarray, options: AttentionOptions = PLAIN) -> float:
+    """Reading q and writing the output of lens [batch_size], part of the ramp-up; constants: RouteModel.to_row."""
     heads = int(np.count_nonzero(lens)) * options.query_shape(shape).num_q_heads
-    return query_us(c, heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
+    return query_us(constants, heads, 0.5 * (shape.head_dim + options.value_dim(shape)), KV_ELEMENT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A step ready to run: run_tasks' arguments but for its outputs, and what a Timeline says of them."""
+    """A step ready to run."""
 
     schedule: Schedule
-    num_slots: int
-    alone: float  # bytes per us of one CTA
-    shared: float  # bytes per us of all
+    step: StepTasks
+    slots: Slots
+    ramp_us: float  # when the first launch's CTAs start
     merge_us: float  # sum over the launches
-    args: tuple
 
 
 def _prepare(
@@ -146,41 +143,46 @@ def _prepare(
     options: AttentionOptions,
 ) -> _Run:  # fmt: skip
     lens = check_seq_lens(seq_lens)
-    c, columns = model.to_row(), options.query_shape(shape).group_size
-    slots, width = cta_slots(c, num_sms), options.kv_token_bytes(shape)
-    schedule = _schedule(model, c, shape, lens, num_sms, splits, options)
+    constants, columns = model.to_row(), options.query_shape(shape).group_size
+    slots, width = cta_slots(constants, num_sms), options.kv_token_bytes(shape)
+    schedule = _schedule(model, constants, shape, lens, num_sms, splits, options)
     reads = read_lens(lens, options.reach, schedule.tile_tokens)
     kv_bytes = int(reads.sum(dtype=np.int64)) * shape.num_kv_heads * width
-    alone, shared = read_speeds(c, kv_bytes, columns, options.kv_element_bytes(shape), num_sms)
+    alone, shared = read_speeds(constants, kv_bytes, columns, options.kv_element_bytes(shape), num_sms)
     state = columns * (2 + options.value_dim(shape)) * float(PARTIAL_ELEMENT_BYTES)
-    spans, launch_spans, gaps, merges = _launches(model, c, schedule, shape, lens, state)
+    spans, launch_spans, gaps, merges = _launches(model, constants, schedule, shape, lens, state)
     cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0
     if model.strided:
         cta_us, task_us = 0.0, model.task_us
-    ramp = model.fixed_us + queries_us(c, shape, lens, options)
-    args = (
-        schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype.names or ())), lens,
-        schedule.tile_tokens, float(width), spans, launch_spans,
-        schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),
-        bool(model.strided), gaps, slots, cta_us, task_us, alone, shared, ramp,
-    )  # fmt: skip
-    return _Run(schedule, slots, alone, shared, merges, args)
+    ramp = model.fixed_us + queries_us(constants, shape, lens, options)
+    step = StepTasks(
+        tasks=schedule.tasks.view(np.int32).reshape(-1, len(schedule.tasks.dtype.names or ())),
+        lens=lens,
+        tile_tokens=schedule.tile_tokens,
+        token_bytes=float(width),
+        spans=spans,
+        launch_spans=launch_spans,
+        cta_offsets=schedule.cta_offsets if model.rule == "balanced" else np.empty(0, np.int32),
+        strided=bool(model.strided),
+        gaps_us=gaps,
+    )
+    return _Run(schedule, step, Slots(slots, float(cta_us), float(task_us), alone, shared), float(ramp), merges)
 
 
 def _launches(
-    model: RouteModel, c: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray, state_bytes: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    model: RouteModel, constants: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray,
+    state_bytes: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
     """Task ranges in launch order [num_spans, 2] int64, the launches' offsets into them [num_launches + 1] int64, the
     time after each launch (merge and next launch) [num_launches] float64, and the sum of the merges.
 
     state_bytes: of a task's partial state.
     """
     row_counts = np.diff(schedule.split_offsets)
-    memory = model.bandwidth_gb_s * 1e3
     if model.rule != "buckets":
         cut = schedule.num_partial_tasks if row_counts.max(initial=0) > 1 else 0
         gap = model.launch_us if model.rule == "queue" else 0.0
-        merging = merge_us(c, float(row_counts.max()), float(cut), state_bytes, memory) if cut else 0.0
+        merging = merge_us(constants, state_bytes, float(row_counts.max()), float(cut)) if cut else 0.0
         return np.array([[0, len(schedule.tasks)]]), np.array([0, 1]), np.array([gap + merging]), merging
     rows = np.argsort(-lens, kind="stable")[: np.count_nonzero(lens)]
     row_tasks = schedule.split_offsets * np.int64(shape.num_kv_heads)
@@ -190,7 +192,7 @@ def _launches(
     tasks = np.diff(np.append(0, np.cumsum(row_counts[rows]))[launch_spans]) * float(shape.num_kv_heads)
     splits = row_counts[rows[launch_spans[:-1]]].astype(float)
     # py_func is the formula without its compiled code, and takes arrays.
-    merging = (splits > 1) * merge_us.py_func(c, splits, tasks, state_bytes, memory)
+    merging = (splits > 1) * merge_us.py_func(constants, state_bytes, splits, tasks)
     gaps = merging + model.launch_us * (splits > 1)
     gaps[:-1] += model.launch_us
     return spans, launch_spans, gaps, float(merging.sum())

@@ -17,9 +17,12 @@ from paths import SHARED
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import get_device
+from pkvsim.devices.route_model import ROUTES, constants_matrix
 from pkvsim.models.presets import get_model
 from pkvsim.models.weight_bits import with_weight_bits
-from pkvsim.pricing.counters import ROUTES, constants_matrix, price_routes
+from pkvsim.pricing.cuts import sorted_lengths
+from pkvsim.pricing.layer import heads_of
+from pkvsim.pricing.prices import Candidates, price_routes
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.timeline import timeline
@@ -93,8 +96,10 @@ def ragged_rows() -> np.ndarray:
 def test_price_256_rows_on_every_route(benchmark) -> None:
     device = get_device("h200")
     prices, splits = np.zeros(len(ROUTES)), np.zeros(len(ROUTES), np.int64)
-    constants = constants_matrix(device_routes(device))
-    benchmark(price_routes, ragged_rows(), 8, 4, 128, 2, device.num_sms, constants, prices, splits)
+    none = np.zeros(len(ROUTES), np.int64)
+    candidates = Candidates(constants_matrix(device_routes(device)), none, none)
+    rows, heads = sorted_lengths(ragged_rows()), heads_of(MODEL.shape(16), device.num_sms)
+    benchmark(price_routes, rows, heads, candidates, prices, splits)
 
 
 @pytest.mark.parametrize("route", ROUTES)

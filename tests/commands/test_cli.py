@@ -1,12 +1,17 @@
 """The pkvsim command as a user runs it."""
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from paths import ROOT
 
+from pkvsim import __version__
+from pkvsim.compiled.notice import NOTICE
 from pkvsim.devices.device import DEVICES
 
 PAPER_RUN = (
@@ -25,10 +30,13 @@ ENGINE_KEYS = [
 
 
 def pkvsim(*args, cwd=ROOT, **environment):
-    return subprocess.run(
+    """A run of the command; a first one's notice that it compiles is left out of stderr."""
+    done = subprocess.run(
         [sys.executable, "-m", "pkvsim", *args],
         cwd=cwd, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment},
     )  # fmt: skip
+    done.stderr = done.stderr.replace(NOTICE + "\n", "")
+    return done
 
 
 def test_json():
@@ -91,7 +99,7 @@ def test_options_reach_the_replay(tmp_path):
     [
         (["--family", "normal"], "family: expected one of uniform"),
         (["--device", "b300"], "device: expected one of a10, a100_40gb"),
-        (["--policy", "best"], "policy: expected one of calibrated, paper, oracle, flashinfer_cuda_core"),
+        (["--policy", "best"], "policy: expected one of paper, calibrated, oracle, flashinfer, flashinfer_cuda_core"),
         (["--requests", "0"], "requests: expected an integer in [1, 1000000], got 0"),
         (["--requests", "9999999999"], "requests: expected an integer in [1, 1000000], got 9999999999"),
         (["--layers", str(10**20)], f"layers: expected an integer in [1, 2147483647], got {10**20}"),
@@ -119,14 +127,70 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message):
     assert message in done.stderr
 
 
-def test_no_command():
-    done = pkvsim()
-    assert (done.returncode, done.stderr) == (2, "pkvsim: error: Missing command.\n")
-
-
 def test_help():
-    assert pkvsim("--help").returncode == pkvsim("replay", "--help").returncode == 0
-    assert "replay" in pkvsim("--help").stdout
+    bare, asked = pkvsim(), pkvsim("--help")
+    assert (bare.returncode, bare.stderr) == (asked.returncode, asked.stderr) == (0, "")
+    assert bare.stdout == asked.stdout and "replay" in bare.stdout and "--version" in bare.stdout
+    assert pkvsim("replay", "--help").returncode == 0
+
+
+def test_version():
+    done = pkvsim("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(rf"pkvsim {re.escape(__version__)} \(Python [\d.]+\S*, Numba \d\S+\)\n", done.stdout)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    shown = pkvsim(_PKVSIM_COMPLETE=f"source_{shell}")
+    assert shown.returncode == 0 and "_PKVSIM_COMPLETE" in shown.stdout
+    completed = pkvsim(_PKVSIM_COMPLETE="complete_bash", COMP_WORDS="pkvsim wha", COMP_CWORD="1")
+    assert (completed.returncode, completed.stdout.split()) == (0, ["whatif"])
+
+
+# Little output and much, tables and JSON: what fails early and what fails as the program ends.
+@pytest.mark.parametrize("args", ["devices", "devices --json", "step --seq-lens 8x2", "step --seq-lens 8x2 --json", ""])
+def test_output_that_cannot_be_written(args):
+    command = [sys.executable, "-m", "pkvsim", *args.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = done.stderr.replace(NOTICE + "\n", "")
+    assert (done.returncode, said) == (1, "pkvsim: error: cannot write the output: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does when it has its line
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_an_interrupted_run_is_one_line():
+    program = (
+        "import sys, time, pkvsim.devices.device as device, pkvsim.cli as cli\n"
+        "def wait(name):\n    print('waits', flush=True)\n    time.sleep(60)\n"
+        "device.get_device = wait\nsys.argv = ['pkvsim', 'devices', 'l4']\ncli.main()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline() == "waits\n"
+        time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 128 + signal.SIGINT
+        assert running.stderr.read() == "pkvsim: error: interrupted\n"
+
+
+def test_a_first_run_says_that_it_compiles(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from pkvsim.compiled import notice
+
+    seconds = iter([0.0, 0.5, 1.5, 2.5])
+    monkeypatch.setattr(notice.time, "monotonic", lambda: next(seconds))
+    listener = notice._Notice()
+    for module in ("elsewhere.price", "pkvsim.pricing", "pkvsim.pricing", "pkvsim.pricing", "pkvsim.pricing"):
+        function = SimpleNamespace(py_func=SimpleNamespace(__module__=module))
+        listener.on_start(SimpleNamespace(data={"dispatcher": function}))
+    assert capsys.readouterr().err == NOTICE + "\n"
 
 
 def test_a_second_replay_compiles_nothing(tmp_path):

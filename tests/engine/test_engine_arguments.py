@@ -210,6 +210,6 @@ def test_the_engine_pairs_ctas_as_its_gpus_model_says(gpu, options) -> None:
     shape, model = DecodeShape(32, 8, 128, 16), get_device("h200").routes["balanced"]
     engine = DecodeEngine(shape, options=options)
     columns = options.query_shape(shape).group_size
-    pair = paired(int(model.pair_cost), columns, 128, options.kv_element_bytes(shape), shape.page_size)
+    pair = paired(model.costs.pair, columns, 128, options.kv_element_bytes(shape), shape.page_size)
     assert engine.schedule_engine.costs.pair == pair
     assert DecodeEngine(shape, options=options, costs=BalancedCosts(pair=3)).schedule_engine.costs == (0, 1, 0, 3)

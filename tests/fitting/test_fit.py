@@ -16,7 +16,9 @@ from pkvsim.fitting.fit_starts import fit_starts, free_constants
 from pkvsim.fitting.fit_steps import step_constants
 from pkvsim.fitting.measured_tables import read_measurements
 from pkvsim.fitting.measurements import HEADER, Measurement, format_seq_lens, parse_seq_lens, write_measurements
-from pkvsim.pricing.layer import price_route, sorted_lengths
+from pkvsim.pricing.cuts import sorted_lengths
+from pkvsim.pricing.layer import heads_of
+from pkvsim.pricing.prices import price_route
 
 H200 = get_device("h200")
 HEADS = ((32, 8), (32, 32), (64, 8), (128, 8))
@@ -56,7 +58,8 @@ def test_prediction_is_the_price():
     lens = [9000, 0, 300]
     one = Measurement(route="split", shape=DecodeShape(32, 8, 128, 16), seq_lens=tuple(lens), splits=6, kernel_us=1.0)
     model = replace(H200.routes["split"], plan_us=11.0)
-    us, splits = price_route(sorted_lengths(np.array(lens)), 8, 4, 128, 2, 132, model.to_row(), 6)
+    rows = sorted_lengths(np.array(lens))
+    us, splits = price_route(rows, rows, heads_of(one.shape, 132), model.to_row(), 6)
     assert splits == 6 and predict_us(model, [one], num_sms=132) == [us]
     assert predict_us(model, [replace(one, planned=True)], num_sms=132) == [us + 11]
     two = replace(one, other_steps=((4000,),))

@@ -95,6 +95,26 @@ def with_cache(kv_dtype: str, kv_scales: str) -> None:
     check(*kv_types.run(DecodeEngine(SHAPE, options=options), step), step.case(), dtype="float16")
 
 
+def grouped(groups: str, head_dim: int = 128, group: int = 4) -> None:
+    """Rows that read together: told or found, among rows that do not."""
+    import numpy as np
+    from decode_ref import check, run_poisoned
+    from shared_steps import make_shared_case
+
+    from gpu import DecodeEngine
+    from pkvsim.schedule.groups import PrefixGroups
+    from pkvsim.schedule.prefixes import SharingRule
+
+    given = PrefixGroups([0, 0, -1, 1, 0, 1, 0, 0], [40, 3])
+    lens = np.array([700, 640, 300, 50, 650, 48, 1, 900], np.int32)
+    shape = DecodeShape(2 * group, 2, head_dim, 16)
+    case = make_shared_case(shape, lens, given, seed=3)
+    engine = DecodeEngine(shape, sharing_rule=SharingRule(0, 0))
+    for _ in range(2):
+        engine.plan(case.seq_lens, case.block_table, groups="auto" if groups == "found" else given)
+        check(*run_poisoned(engine, case), case, dtype="float16")
+
+
 def append(kv_dtype: str | None, style: str | None) -> None:
     from append_ref import assert_same_bits, expected, make_step, rope_of
 
@@ -132,6 +152,8 @@ def checks() -> dict[str, Callable[[], None]]:
     found |= {form if ids == "int32" else f"{form}, {ids}": partial(with_tables, form, ids)
               for form in FORMS for ids in ("int32", "int64")}
     found["csr and last pages, page size 1"] = partial(with_tables, FORMS[2], "int64", 1)
+    found |= {f"groups {how}": partial(grouped, how) for how in ("told", "found")}
+    found["groups told, head_dim 64"] = partial(grouped, "told", 64, 8)
     found |= {f"{kv_dtype} by {kv_scales}": partial(with_cache, kv_dtype, kv_scales)
               for kv_dtype in KV_DTYPES for kv_scales in KV_SCALES}
     found |= {" ".join(filter(None, ("append", kv_dtype or "float16", style))): partial(append, kv_dtype, style)

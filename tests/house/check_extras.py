@@ -1,8 +1,8 @@
 """Proves that the GPU extras stand alone: `make check-extras`, on any machine, without a GPU or a CUDA toolkit.
 
-For each extra a fresh environment installs it (some 3 GB are downloaded) and compiles every kernel of cuda_src for sm_86
-and sm_90 with the NVRTC and the headers that came with it, the way CuPy would: its NVRTC, its include folders. nvcc is
-hidden from PATH, CUDA_PATH and CUDA_HOME are unset. Prints what was installed and compiled, and with --json writes it.
+For each extra a fresh environment installs it (some 3 GB are downloaded) and compiles every kernel of cuda_src for
+sm_86 and sm_90 with the NVRTC and the headers that came with it, the way CuPy would: its NVRTC, its include folders.
+nvcc is hidden from PATH, CUDA_PATH and CUDA_HOME are unset. Prints what was installed and compiled; --json writes it.
 """
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ TOLD = ("torch", "cupy-", "cuda-toolkit", "flashinfer-python", "nvidia-cuda-nvrt
 def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]:
     """(file, what, defines) of every kernel: plain attention, every option, pages of 8 bits, appends."""
     from gpu.cache import append_variant
+    from gpu.inputs.block_tables import TableLayout
     from gpu.kernels.variant import DTYPES, kernel_config
     from gpu.measure.timing import STREAM_SHAPES
     from pkvsim import AttentionOptions, DecodeShape
@@ -45,7 +46,10 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         shape = DecodeShape(32, 8, 128, 16)
         defines = append_variant.defines(shape, "float16", kv_dtype=kv_dtype or "float16", head_dim_v=128, rope=None)
         yield "append.cu", kv_dtype or "float16", defines
+    for layout in (TableLayout(), TableLayout(int64=True, csr=True, last_page=True)):
+        yield "prefixes.cu", f"{layout}", layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
     yield "plan.cu", "", {}
+    yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):
         yield "stream.cu", f"unroll {unroll}", {"UNROLL": unroll}
 

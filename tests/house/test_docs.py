@@ -18,6 +18,7 @@ from trace_writers import mooncake
 from pkvsim import DecodeShape, reference
 from pkvsim.devices.device import NUMBER_FIELDS
 from pkvsim.devices.route_model import NO_LIMIT, RULES, CalibratedRoute, FitError, RouteModel
+from pkvsim.schedule.costs import BalancedCosts
 
 DOCS = ROOT / "docs"
 
@@ -111,6 +112,8 @@ def test_the_device_file_s_constants_are_those_of_a_route_model_with_their_defau
         assert unit, field.name
         if field.default is MISSING:
             assert default == "", field.name
+        elif field.name == "costs":
+            assert default == "measured" and all(f"`{name}`" in table["costs"][3] for name in BalancedCosts._fields)
         else:
             assert (float("inf") if default == NO_LIMIT else float(default)) == field.default, field.name
     assert set(re.findall(r"`(\w+)`", table["rule"][3])) == set(RULES)

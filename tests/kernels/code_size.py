@@ -26,7 +26,7 @@ from pathlib import Path
 from gpu.cache import append_variant
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
-from gpu.kernels.variant import kernel_config
+from gpu.kernels.variant import kernel_config, read_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.reference.rope import HALF, Rope
 from tests.support import nvrtc
@@ -118,6 +118,14 @@ def sources() -> list[tuple[str, str, str, dict[str, int], int]]:
             shape = DecodeShape(group, 1, head_dim, page_size)
             defines = kernel_config(shape, dtype, capability, options=options).defines() | layout.defines()
             found.append((f"sm_{capability} {name}", file, kernel, defines, capability))
+        for name, group, head_dim, kv_dtype in (
+            ("shared reads", 4, 128, None), ("shared reads, head_dim 64", 8, 64, None),
+            ("shared reads, fp8", 4, 128, "float8_e4m3fn"),
+        ):  # fmt: skip
+            shape = DecodeShape(group, 1, head_dim, 16)
+            config = kernel_config(shape, "float16", capability, options=AttentionOptions(kv_dtype=kv_dtype))
+            found.append((f"sm_{capability} {name}", "shared.cu", "pkv_decode_shared",
+                          read_config(config, capability).read_defines(), capability))
         shape = DecodeShape(4, 1, 128, 16)
         found.append((f"sm_{capability} merge", "merge.cu", "pkv_merge",
                       kernel_config(shape, "float16", capability).defines(), capability))

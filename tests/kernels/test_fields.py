@@ -14,7 +14,7 @@ from gpu.inputs.block_tables import TableLayout
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
-from gpu.kernels.variant import kernel_config
+from gpu.kernels.variant import kernel_config, read_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 
@@ -24,6 +24,7 @@ DECODE_VARIANTS = [
     for kv_dtype in (None, "int8")
     for layout in (TableLayout(), TableLayout(int64=True, csr=True, last_page=True))
 ]
+CONFIG = kernel_config(SHAPE, "float16", 90)
 APPEND_DEFINES = append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=None)
 STRUCTURES = [
     *((fields.DECODE, defines) for defines in DECODE_VARIANTS),
@@ -33,8 +34,8 @@ STRUCTURES = [
 ]
 FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", "pkv_merge": "merge.cu",
          "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu",
-         "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu", "pkv_gather": "gather.cu",
-         "pkv_scatter": "gather.cu"}
+         "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
+         "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>
@@ -84,7 +85,8 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
-    others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {}}
+    others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
+              "pkv_decode_shared": read_config(CONFIG, 90).read_defines()}
     defines = others.get(name, DECODE_VARIANTS[3])
     text = nvrtc.ptx(SOURCE_DIR / FILES[name], 90, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]

@@ -8,7 +8,7 @@ import numpy as np
 from gpu.cache import append_variant
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
-from gpu.kernels.variant import TILE_TOKENS, kernel_config
+from gpu.kernels.variant import TILE_TOKENS, kernel_config, read_config
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import HALF, Rope
 
@@ -19,7 +19,7 @@ TEXT = (SOURCE_DIR / "variant.cuh").read_text()
 def test_every_constant_is_explained() -> None:
     rope = Rope(style=HALF, cos_sin=np.zeros((1, 128), np.float32))
     said = {
-        *kernel_config(SHAPE, "float16", 90).defines(),
+        *read_config(kernel_config(SHAPE, "float16", 90), 90).read_defines(),
         *TableLayout(int64=True, csr=True, last_page=True).defines(),
         *append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=rope),
         "UNROLL",

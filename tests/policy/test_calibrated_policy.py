@@ -10,6 +10,7 @@ from pkvsim import DecodeShape, make_schedule
 from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import OWN_ROUTES, ROUTES
 from pkvsim.policy.by_name import POLICIES, CalibratedPolicy, FixedPolicy, OraclePolicy, PaperPolicy, make_policy
+from pkvsim.pricing.cuts import sorted_lengths
 from pkvsim.pricing.step_times import step_times
 from pkvsim.studies.replay import replay
 from pkvsim.timeline.timeline import simulate
@@ -53,7 +54,7 @@ def test_planning_grows_with_rows_and_distinct_lengths():
     model = replace(H200.routes["split"], plan_us=100.0, plan_row_us=2.0, plan_length_us=30.0, host_us=7.0, run_us=0.0)
     constants, gpu_us, host_us = model.to_row()[None], np.empty(1), np.empty(1)
     for lens, plan_us in (([9, 9, 9], 106), ([9, 8, 9, 0], 136), ([3, 2, 1], 166), ([0], 100)):
-        step_times(np.array(lens, np.int32), 3, constants, np.full(1, 11.0), gpu_us, host_us)
+        step_times(sorted_lengths(np.array(lens, np.int32)), 3, constants, np.full(1, 11.0), gpu_us, host_us)
         assert host_us == plan_us + 7 and gpu_us == model.isolated_us + 33
 
 
@@ -128,7 +129,7 @@ def test_bad_arguments():
         CalibratedPolicy(split_splits=0)
     with pytest.raises(ValueError, match="seq_lens.0.: expected a length"):
         CalibratedPolicy().decide(SHAPE, [-1], H200)
-    with pytest.raises(ValueError, match="policy: expected one of calibrated, paper"):
+    with pytest.raises(ValueError, match="policy: expected one of paper, calibrated"):
         make_policy("best")
     with pytest.raises(ValueError, match="min_context: expected none with the policy calibrated, got 0"):
         make_policy("calibrated", min_context=0)

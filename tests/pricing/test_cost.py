@@ -4,8 +4,8 @@ import pytest
 
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.devices.device import get_device
-from pkvsim.policy.by_name import PaperPolicy
-from pkvsim.pricing.counters import MIB, flashinfer_counters, paper_price_us, schedule_counters
+from pkvsim.policy.paper import PaperPolicy, paper_price_us
+from pkvsim.pricing.counters import MIB, flashinfer_counters, schedule_counters
 from pkvsim.studies.replay import replay
 from pkvsim.traces.paper_families import paper_trace
 

@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prices import layer_prices
 
+from pkvsim import DecodeShape
 from pkvsim.devices.derive import derive_routes, device_routes
 from pkvsim.devices.device import DEVICES, get_device
 from pkvsim.devices.route_model import CONSTANTS, NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
-from pkvsim.pricing.constants import MERGE
-from pkvsim.pricing.layer import PLAN, price_routes, row_splits, sorted_lengths
-from pkvsim.pricing.rows import chunk_tokens
+from pkvsim.pricing.constants import MERGE, PLAN
+from pkvsim.pricing.cuts import chunk_tokens, row_splits, sorted_lengths
 
 H200 = get_device("h200")
 CONSTANTS_H200 = constants_matrix(H200.routes)
@@ -17,9 +18,7 @@ lengths = st.lists(st.integers(0, 60000), min_size=1, max_size=40)
 
 
 def price(lens, constants=CONSTANTS_H200, *, heads=8, group=4, num_sms=132, dtype=np.int32):
-    prices, splits = np.empty(len(ROUTES)), np.empty(len(ROUTES), np.int64)
-    price_routes(np.array(lens, dtype), heads, group, 128, 2, num_sms, constants, prices, splits)
-    return prices, splits
+    return layer_prices(np.array(lens, dtype), DecodeShape(heads * group, heads, 128, 16), constants, num_sms)
 
 
 def test_columns_are_the_fields():

@@ -44,7 +44,7 @@ def spans_of(batch, costs):
     reads, shared_of_row = expected_reads(batch)
     heads, shared = range(batch.shape.num_kv_heads), batch.shared_costs
     for index, (tiles, rows, columns, eighths) in enumerate(reads):
-        segment = max(costs.segment, -(-columns * shared.segment // 8))
+        segment = max(1, costs.segment, -(-columns * shared.segment // 8))
         yield from ((index, rows[0], head, 0, tiles, segment, eighths) for head in heads)
     for row, length in enumerate(batch.lens):
         first = shared_of_row[row]
@@ -58,9 +58,9 @@ def expected_tasks(batch, costs, num_ctas):
     """Tasks of the balanced schedule, each tile put where its position lies: [(read, row, head, part, begin, end)] of
     every range, and the total cost."""
     spans = list(spans_of(batch, costs))
-    total = sum(segment + max(1, tiles) * eighths // 8 for *_, tiles, segment, eighths in spans)
+    total = sum(segment - (-max(1, tiles) * eighths // 8) for *_, tiles, segment, eighths in spans)
     most = batch.shared_costs.columns // batch.columns * batch.columns
-    read = max(costs.segment, -(-most * batch.shared_costs.segment // 8)) - (
+    read = max(1, costs.segment, -(-most * batch.shared_costs.segment // 8)) - (
         -max(8, -(-most * batch.shared_costs.tile // 64)) // 8)  # fmt: skip
     gap = max(1 + costs.segment + batch.shared_costs.merge, read)
     least = costs._replace(minimum=max(costs.minimum, gap))
@@ -74,7 +74,7 @@ def expected_tasks(batch, costs, num_ctas):
         for part, (home, these) in enumerate(itertools.groupby(range(len(homes)), homes.__getitem__)):
             these = list(these)
             ranges[home].append((index, row, head, part, first + these[0], first + min(tiles, these[-1] + 1)))
-        start += segment + max(1, tiles) * eighths // 8
+        start += segment - (-max(1, tiles) * eighths // 8)
     return ranges, total, gap
 
 

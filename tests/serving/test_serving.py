@@ -12,8 +12,7 @@ from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, p
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.policy.calibrated import CalibratedPolicy
-from pkvsim.pricing.counters import ROUTES, constants_matrix, price_routes, step_times
-from pkvsim.serving.costs import linear_table_us, page_budget
+from pkvsim.serving.costs import attention_kinds, linear_table_us, page_budget
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import LOG_CAPACITY, SERVED, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
@@ -86,7 +85,7 @@ def test_the_incremental_loop_is_the_plain_one(case, model) -> None:
         trace, **{name: getattr(trace, name)[fits] for name in ("arrival_s", "prompt_tokens", "output_tokens")}
     )
     result = simulate(trace, model, DEVICE, "balanced", config)
-    expected = serving_reference.serve(trace, model, DEVICE, ROUTES.index("balanced"), "balanced", config)
+    expected = serving_reference.serve(trace, model, DEVICE, "balanced", config)
     requests = result.requests
     np.testing.assert_array_equal(requests.preemptions, [request.preemptions for request in expected])
     np.testing.assert_allclose(requests.finish_s, [request.finish_us / 1e6 for request in expected], rtol=1e-9)
@@ -119,19 +118,11 @@ def test_a_step_costs_what_its_parts_cost(model) -> None:
     prompt, output = 1000, 5
     result = simulate(make_trace([(0, prompt, output)]), model, DEVICE, "calibrated", ServingConfig())
     linear_us = linear_table_us(model, DEVICE, ServingConfig())
-    constants = constants_matrix(device_routes(DEVICE))
     for step, length in enumerate(range(prompt + 1, prompt + output), start=1):
         expected = linear_us[1]
-        for layers, seen in (
-            (model.num_full_layers, length),
-            (model.num_sliding_layers, min(length, model.sliding_window)),
-        ):
-            prices, splits = np.zeros(len(ROUTES)), np.zeros(len(ROUTES), np.int64)
-            heads = (model.num_kv_heads, model.num_q_heads // model.num_kv_heads, model.head_dim)
-            price_routes(np.array([seen]), *heads, 2, DEVICE.num_sms, constants, prices, splits)
-            gpu_us, host_us = np.empty((2, len(ROUTES)))
-            step_times(np.array([seen]), layers, constants, prices, gpu_us, host_us)
-            expected += (gpu_us + host_us).min() if layers else 0
+        for shape, options, layers in attention_kinds(model, 16):
+            decision = CalibratedPolicy().decide(shape, np.array([length]), DEVICE, layers=layers, options=options)
+            expected += min(decision.prices.values())
         assert result.steps.duration_us[step] == pytest.approx(expected, rel=1e-6)
     assert result.summary["routes"] and sum(result.summary["routes"].values()) == output - 1
 

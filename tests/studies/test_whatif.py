@@ -16,7 +16,8 @@ from serving_cases import DEVICE, GPT_OSS, MODEL, kv_gib, make_trace, poisson_tr
 from pkvsim import cli
 from pkvsim.models.presets import decode_weight_bytes, flops_per_token, get_model, weight_bytes
 from pkvsim.models.weight_bits import with_weight_bits
-from pkvsim.serving.costs import POLICIES, attention_costs, linear_table_us, page_budget
+from pkvsim.policy.by_name import POLICIES
+from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.studies.sweep import Sweep, parse_axes, serving_sweep, step_sweep
 from pkvsim.studies.whatif import whatif
@@ -52,7 +53,9 @@ def test_json(capsys, monkeypatch, trace_file) -> None:
     code, out, err = pkvsim(capsys, monkeypatch, *args)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert list(report) == ["trace", "model", "device", "accuracy", "config", "policies", "rejected", "notes"]
+    assert list(report) == [
+        "trace", "model", "device", "accuracy", "config", "policies", "rejected", "notes", "left_out", "basis",
+    ]  # fmt: skip
     assert list(report["policies"]) == ["paper", "calibrated", "oracle"]
     for summary in report["policies"].values():
         assert list(summary) == SUMMARY_KEYS

@@ -6,15 +6,17 @@ import sys
 import pytest
 
 from pkvsim import cli
+from pkvsim.compiled.notice import NOTICE
 
 
 def pkvsim(capsys, monkeypatch, *args: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
+    """Exit code, stdout and stderr, without a first run's notice that it compiles."""
     monkeypatch.setattr(sys, "argv", ["pkvsim", *args])
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    return stopped.value.code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err.replace(NOTICE + "\n", "")
 
 
 def azure_trace(requests: int) -> str:

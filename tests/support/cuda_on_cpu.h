@@ -25,6 +25,8 @@ using std::min;
 
 static float __int_as_float(int x) { return bits<float>(x); }
 static int __ffs(unsigned x) { return __builtin_ffs(x); }
+[[maybe_unused]] static int __popc(unsigned x) { return __builtin_popcount(x); }
+[[maybe_unused]] static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 template <class T>
 static T __ldg(const T* at) { return *at; }
 
@@ -120,6 +122,17 @@ static void __syncthreads() {
   if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings, ++progress;
   else while (cta_meetings == meeting) yield();
 }
+[[maybe_unused]] static int __syncthreads_or(bool vote) {
+  static int votes[2], meeting = 0;  // of this meeting and the next
+  const int mine = meeting;
+  votes[mine % 2] |= vote;
+  __syncthreads();
+  const int result = votes[mine % 2];
+  __syncthreads();
+  meeting = mine + 1, votes[mine % 2] = 0;
+  __syncthreads();
+  return result;
+}
 template <class T>
 static T __shfl_sync(unsigned, T value, int from) { return together(value, [&](auto of) { return of(from % 32); }); }
 template <class T>
@@ -139,6 +152,13 @@ static unsigned __ballot_sync(unsigned, bool vote) {
 }
 static bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 static bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == 0xffffffffu; }
+[[maybe_unused]] static unsigned __match_any_sync(unsigned, int value) {
+  return together(value, [&](auto of) {
+    unsigned same = 0;
+    for (int lane = 0; lane < 32; ++lane) same |= static_cast<unsigned>(of(lane) == value) << lane;
+    return same;
+  });
+}
 template <class Fold>
 static int folded(int value, Fold fold) {
   return together(value, [&](auto of) {

@@ -1,4 +1,4 @@
-// cuda_src/decode.cu or balanced.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
+// cuda_src/decode.cu, balanced.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 //
 // Stands in for mma.cuh, which is nothing but instructions; the test puts an empty file in its place. Whatever a warp
 // does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the
@@ -243,7 +243,9 @@ static float exp2_fast(float x) { return std::exp2(x); }
 
 }  // namespace pkv
 
-#if BALANCED
+#if READ_COLUMNS
+#include "shared.cu"
+#elif BALANCED
 #include "balanced.cu"
 #else
 #include "decode.cu"
@@ -254,7 +256,7 @@ static float exp2_fast(float x) { return std::exp2(x); }
 static pkv::DecodeArguments given;
 static const pkv::Task* tasks;
 static const int *split_offsets, *rows;
-static int numbers[5];
+static int numbers[11];
 
 static void run_grid(int x, int y) {
   gridDim = {x, y, 1};
@@ -284,7 +286,26 @@ extern "C" void write_late(int* at, const int* before, int count) {
 
 extern "C" int arguments_bytes() { return sizeof given; }
 
-#if BALANCED
+#if READ_COLUMNS
+// integers: costs, those of shared reads, num_groups, max_tokens. groups: group_of_row, prefix_pages.
+static const int *group_of_row, *prefix_pages;
+extern "C" const char* run(int num_ctas, const void* arguments, const int* integers, const int* of_row,
+                           const int* pages) {
+  std::memcpy(&given, arguments, sizeof given);
+  std::copy_n(integers, 11, numbers);
+  group_of_row = of_row, prefix_pages = pages;
+  if (READ_SHARED_BYTES + 4 * pkv::Readers::words(given.batch_size, numbers[9]) > static_cast<int>(sizeof memory))
+    return "too many rows";
+  body = [] {
+    const int* n = numbers;
+    pkv_decode_shared(given, {n[0], n[1], n[2], n[3]}, {n[4], n[5], n[6], n[7], n[8]}, group_of_row, prefix_pages, n[9],
+                      n[10]);
+  };
+  run_grid(num_ctas, 1);
+  pkv::late.clear();
+  return complaint;
+}
+#elif BALANCED
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 5, numbers);

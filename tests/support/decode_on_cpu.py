@@ -16,10 +16,11 @@ import numpy as np
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR
 from gpu.kernels.launch import Arguments
-from gpu.kernels.variant import KernelConfig, kernel_config
+from gpu.kernels.variant import RECORD_BYTES, KernelConfig, kernel_config, read_config
 from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference.append import FP8_DTYPES, dequantize
-from pkvsim.schedule.costs import BalancedCosts
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts
+from pkvsim.schedule.groups import PrefixGroups
 
 HARNESS = Path(__file__).with_name("decode_harness.cpp")
 LENGTHS = (0, 1, 15, 16, 17, 33, 70, 200)
@@ -36,7 +37,8 @@ def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.C
         for path in SOURCE_DIR.glob("*.cu*"):
             shutil.copy(path, folder)
         (folder / "mma.cuh").write_text("")
-        defines = config.defines() | {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
+        defines = config.read_defines() if config.read_columns else config.defines()
+        defines |= {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
         return cpp.build(HARNESS, folder / "decode.so", "-std=c++20", "-O1", "-w", f"-I{folder}", f"-I{HARNESS.parent}",
                          *(f"-D{name}={value}" for name, value in defines.items()))
     finally:
@@ -67,6 +69,7 @@ class Step:
     lens: np.ndarray
     sinks: np.ndarray | None
     query_lens: np.ndarray | None
+    groups: PrefixGroups | None = None  # of rows whose tables begin with the same pages
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """(K, V) as float64; 0 for NaN, which only tokens without a row may hold."""
@@ -77,14 +80,20 @@ class Step:
 
 
 def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed: int, lens: tuple[int, ...] = LENGTHS,
-              spread: float = 1.0, ragged: bool = False) -> Step:
-    """spread: the scales' powers of two reach so far up and down. ragged: rows have fewer query tokens than others."""
+              spread: float = 1.0, ragged: bool = False, groups: PrefixGroups | None = None) -> Step:
+    """spread: the scales' powers of two reach so far up and down. ragged: rows have fewer query tokens than others.
+    groups: rows that are long enough begin with the pages of their group's first such row."""
     rng, slots, kv_dtype = np.random.default_rng(seed), shape.page_size, options.kv_dtype
     lens = np.array(lens, np.int32)
     pages = -(-lens // slots)
     count = int(pages.sum()) + 3
     table = np.full((len(lens), int(pages.max()) + 1), 0x7FFFFFFF, np.int32)
     table[np.arange(table.shape[1]) < pages[:, None]] = rng.permutation(count)[:pages.sum()]
+    first: dict[int, int] = {}
+    for row, group in enumerate(() if groups is None else groups.group_of_row.tolist()):
+        prefix = int(groups.prefix_pages[group]) if group >= 0 else 0
+        if 0 < prefix * slots <= lens[row]:
+            table[row, :prefix] = table[first.setdefault(group, row), :prefix]
     owned = np.zeros((count, slots), bool)
     for row, length in enumerate(lens):
         at = np.arange(length)
@@ -113,22 +122,28 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
     q = aligned(rng.standard_normal((len(lens), *tokens, shape.num_q_heads, shape.head_dim)).astype(dtype))
     sinks = rng.standard_normal(shape.num_q_heads).astype(np.float32) if options.sinks else None
     counts = np.minimum(lens, rng.integers(0, options.query_tokens + 1, len(lens))).astype(np.int32) if ragged else None
-    return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks, counts)
+    return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks, counts, groups)
 
 
 def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
         converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS, costs: BalancedCosts = BalancedCosts(1, 2),
-        before: tuple[np.ndarray, ...] | None = None,
+        shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
         between: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(out, lse) float64 of a step by schedule "balanced" or "workqueue". hurry: copies arrive as they are started.
-    stages: of a ring, where the variant's are too many. costs: of balanced. before: the lengths,
-    page table and records of plans that each CTA finds until the previous kernel ends. between: changes the records
-    [ctas, 64] int32 that the first of two launches left, by which the second need not give the same result any more."""
+    """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
+    shared reads, which serve shared_costs.columns. hurry: copies arrive as they are started.
+    stages: of a ring, where the variant's are too many. costs: of balanced. before: the lengths, page table and
+    records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends.
+    between: changes the records [ctas, 64] int32 that the first of two launches left, by which the second need not give
+    the same result any more."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
     if stages is not None:
         config = replace(config, stages=stages)
+    groups = step.groups
+    if groups is not None:
+        config = read_config(config, 90, columns=shared_costs.columns, stages=2)
+        shared_costs = shared_costs._replace(columns=config.read_columns)
     library = build(config, balanced, converts_e4m3)
     library.run.restype = ctypes.c_char_p
     ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
@@ -136,7 +151,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
     lse = np.full(step.q.shape[:-1], np.nan, np.float32)
     heads = DecodeShape(shape.num_q_heads, shape.num_kv_heads * config.head_split, shape.head_dim, shape.page_size)
     if balanced:
-        partials = aligned(np.full(config.workspace_bytes(ctas), 0xFF, np.uint8))
+        partials = aligned(np.full(config.workspace_bytes(ctas, len(step.lens) * heads.num_kv_heads), 0xFF, np.uint8))
     else:
         queue = make_schedule("workqueue", heads, step.lens, splits=3, tile_tokens=32, window=options.reach)
         tasks, offsets = np.ascontiguousarray(queue.tasks), queue.split_offsets.astype(np.int32)
@@ -166,16 +181,21 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
         library.write_late(ctypes.c_void_p(address(array)), ctypes.c_void_p(address(was)), array.size)
 
     if balanced:
-        sizes = (ctypes.c_int * 5)(*costs, step.table.shape[1] * shape.page_size)
+        max_tokens = step.table.shape[1] * shape.page_size
+        pointers = () if groups is None else (groups.group_of_row, groups.prefix_pages)
+        sizes = (*costs, max_tokens) if groups is None else (
+            *costs, *shared_costs, len(groups.prefix_pages), max_tokens)  # fmt: skip
         first = None
-        slots, records = np.split(partials, [config.slots_bytes(ctas)])
+        slots, records, row_slots = np.split(
+            partials, np.cumsum([config.slots_bytes(ctas), ctas * RECORD_BYTES]))
         for _ in range(2):  # the second finds the first one's records
             if before is not None:
-                for array, was in zip((step.lens, step.table, records.view(np.int32)), before):
+                for array, was in zip((step.lens, step.table, records.view(np.int32), *pointers), before):
                     write_late(array, was)
-            complaint = library.run(ctas, ctypes.c_void_p(start), sizes)
+            complaint = library.run(ctas, ctypes.c_void_p(start), (ctypes.c_int * len(sizes))(*sizes),
+                                    *(ctypes.c_void_p(address(array)) for array in pointers))
             assert complaint is None, complaint
-            assert (slots == 0xFF).all()  # empty again, for the next launch
+            assert (slots == 0xFF).all() and (row_slots == 0xFF).all()  # empty again, for the next launch
             if first is None:
                 first = out.tobytes(), lse.tobytes()
                 out[...], lse[...] = np.nan, np.nan

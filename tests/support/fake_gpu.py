@@ -17,10 +17,13 @@ import numpy as np
 
 from gpu.kernels import fields
 from pkvsim import AttentionOptions, DecodeShape, reference
+from pkvsim.schedule import prefixes
 
 LOG2_E = 1.4426950408889634
 ENGINE_MODULES = (
     "gpu.decode_engine",
+    "gpu.engine.prefixes",
+    "gpu.engine.shared_reads",
     "gpu.engine.schedule_engine",
     "gpu.engine.task_list",
     "gpu.engine.plan",
@@ -82,6 +85,8 @@ class FakeKernel:
         for name, letter in zip(fields.names(self.name, self.defines), letters, strict=True):
             assert isinstance(values[name], float if letter == "f" else (int, np.integer)), (name, letter, values[name])
         self.launches += 1
+        if self.name == "pkv_find_prefixes":
+            find_prefixes(self.defines, types.SimpleNamespace(**values))
         if self.name.startswith("pkv_decode"):
             decode(self.defines, types.SimpleNamespace(**values), tasks=self.name == "pkv_decode_tasks")
 
@@ -138,6 +143,21 @@ def decode(defines: dict[str, int], given: types.SimpleNamespace, *, tasks: bool
         live[memory(given.tasks, np.int32, (given.num_tasks, 5))[:, 0]] = True
     memory(given.out, dim, out.shape)[live] = out[live].astype(dim)
     memory(given.lse, np.float32, lse.shape)[live] = lse[live]
+
+
+def find_prefixes(defines: dict[str, int], given: types.SimpleNamespace) -> None:
+    """What pkv_find_prefixes writes, of an int32 block table with lengths."""
+    assert not any(defines.get(name) for name in ("TABLE_CSR", "TABLE_INT64", "LAST_PAGE_LENGTHS"))
+    rows = given.batch_size
+    lens = memory(given.lengths, np.int32, (rows,))
+    table = memory(given.page_ids, np.int32, (rows, given.table_stride))
+    rule = prefixes.SharingRule(given.tokens_per_member, given.least_tokens)
+    found = prefixes.find_prefixes(table, lens, page_size=defines["PAGE_SIZE"], query_tokens=given.query_tokens,
+                                   rule=rule)
+    memory(given.group_of_row, np.int32, (rows,))[:] = found.group_of_row
+    pages = memory(given.prefix_pages, np.int32, (max(1, rows // 2),))
+    pages[:] = 0
+    pages[: len(found.prefix_pages)] = found.prefix_pages
 
 
 @dataclass(slots=True)

@@ -1,7 +1,6 @@
 // cuda_src/prefixes.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 #include "cuda_on_cpu.h"
 
-[[maybe_unused]] static int __popc(unsigned x) { return __builtin_popcount(x); }
 [[maybe_unused]] static void __threadfence() {}
 template <class T>
 static T atomicMax(T* at, T value) {
@@ -19,18 +18,6 @@ static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
-static int __syncthreads_or(bool vote) {
-  static int votes[2], meeting = 0;  // of this meeting and the next
-  const int mine = meeting;
-  votes[mine % 2] |= vote;
-  __syncthreads();
-  const int result = votes[mine % 2];
-  __syncthreads();
-  meeting = mine + 1, votes[mine % 2] = 0;
-  __syncthreads();
-  return result;
-}
-
 #include "prefixes.cu"
 
 struct Given {

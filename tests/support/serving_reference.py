@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.models.presets import kv_bytes_per_token
-from pkvsim.pricing.counters import KV_ELEMENT_BYTES, price_routes, step_times
-from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
+from pkvsim.policy.calibrated import CalibratedPolicy
+from pkvsim.serving.costs import attention_kinds, linear_table_us, page_budget
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Request:
     preemptions: int = 0
 
 
-def serve(trace, model, device, route: int, policy: str, config) -> list[Request]:
+def serve(trace, model, device, route: str, config) -> list[Request]:
     """Every request after a run without a prefix cache; requests longer than the pool must not be in the trace."""
-    costs, linear_us = attention_costs(model, device, policy, config), linear_table_us(model, device, config)
+    prices, linear_us = CalibratedPolicy(), linear_table_us(model, device, config)
     peak = device.fp16_tflops * config.prefill_attention_efficiency * 1e6
     layer_kv_us = kv_bytes_per_token(model) / model.num_layers / (device.beta_gb_s * 1e3)
     num_pages = free = page_budget(model, device, config)
@@ -89,19 +89,8 @@ def serve(trace, model, device, route: int, policy: str, config) -> list[Request
             budget -= tokens
         if decoders:
             seen = np.array([requests[i].cached + 1 for i in decoders])
-            for layers, lens in (
-                (model.num_full_layers, seen),
-                (model.num_sliding_layers, np.minimum(seen, model.sliding_window)),
-            ):
-                if layers:
-                    prices, splits = np.zeros(len(costs.constants)), np.zeros(len(costs.constants), np.int64)
-                    price_routes(
-                        lens, costs.num_kv_heads, costs.group_size, costs.head_dim, KV_ELEMENT_BYTES, costs.num_sms,
-                        costs.constants, prices, splits,
-                    )  # fmt: skip
-                    gpu_us, host_us = np.empty((2, len(prices)))
-                    step_times(lens, layers, costs.constants, prices, gpu_us, host_us)
-                    us += gpu_us[route] + host_us[route]
+            for shape, options, layers in attention_kinds(model, config.page_size):
+                us += prices.decide(shape, seen, device, layers=layers, options=options).prices[route]
         now += us + linear_us[len(decoders) + prefilled] + config.host_us
         for i in sorted(running):
             request = requests[i]

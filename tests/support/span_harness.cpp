@@ -38,10 +38,10 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
         else readers.rows[listed++] = row;
       }
   }
-  int total = 0, num_spans = 0, most = 0, least = INT_MAX;
+  int total = 0, reads_total = 0, num_spans = 0, most = 0, least = INT_MAX;
   for (int index = 0; index < axis.num_entries(); ++index) {
     const pkv::Entry entry = axis.entry(index);
-    if (index < num_groups) readers.at[index] = total;
+    if (index < num_groups) readers.at[index] = total, reads_total += entry.cost();
     total += entry.cost(), num_spans += entry.spans;
     if (entry.cost() > most) most = entry.cost();
     if (entry.cost() > 0 && entry.cost() < least) least = entry.cost();
@@ -51,14 +51,31 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
   for (int range = 0; range < cut.num_ranges; ++range) {
     cta_offsets[range] = count;
     if (total == 0) continue;
-    int index = 0, begin = 0;
-    while (begin + axis.entry(index).cost() <= cut.begin(range)) begin += axis.entry(index++).cost();
-    pkv::SpanWalk walk{axis, {}, 0, 0, 0, 0, 0};
-    walk.start(axis, index, begin, cut.begin(range), cut.begin(range + 1));
-    for (pkv::SpanSegment s; walk.next(s); ++count)
+    // Reads are laid before rows, and a range holds some of either.
+    const int x_begin = cut.begin(range), x_end = cut.begin(range + 1);
+    const auto list = [&](const pkv::Segment& s, int group, int read, int members) {
       if (count < max_tasks)
-        tasks[count] = {s.group, s.read, s.members, s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin,
-                        s.tile_end};
+        tasks[count] = {group, read, members, s.row, s.kv_head, range - cut.range_of(s.slot), s.tile_begin, s.tile_end};
+      ++count;
+    };
+    const auto entry_at = [&](int first, int x, int& begin) {
+      for (begin = first ? reads_total : 0; begin + axis.entry(first).cost() <= x;) begin += axis.entry(first++).cost();
+      return first;
+    };
+    int begin;
+    if (x_begin < reads_total) {
+      pkv::ReadWalk reads;
+      const int group = entry_at(0, x_begin, begin);
+      reads.start(axis, group, begin, x_begin, x_end < reads_total ? x_end : reads_total);
+      for (pkv::ReadPiece s; reads.next(s);) list(s, s.group, s.read, s.members);
+    }
+    if (x_end > reads_total) {
+      pkv::RowWalk rows;
+      const int from = x_begin > reads_total ? x_begin : reads_total;
+      const int row = entry_at(num_groups, from, begin) - num_groups;
+      rows.start(axis, row, begin, from, x_end);
+      for (pkv::RowPiece s; rows.next(s);) list(s, -1, -1, 1);
+    }
   }
   cta_offsets[cut.num_ranges] = count;
   for (int row = 0; row < batch_size; ++row)

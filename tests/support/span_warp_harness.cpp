@@ -2,15 +2,6 @@
 #define WARPS 1
 #include "cuda_on_cpu.h"
 
-static int __popc(unsigned x) { return __builtin_popcount(x); }
-static unsigned __match_any_sync(unsigned, int value) {
-  return together(value, [&](auto of) {
-    unsigned same = 0;
-    for (int lane = 0; lane < 32; ++lane) same |= static_cast<unsigned>(of(lane) == value) << lane;
-    return same;
-  });
-}
-
 #include "plan_spans.cu"
 
 static void* const* p;

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prices import layer_prices
 from timeline_reference import step_through
 
 from pkvsim import AttentionOptions, DecodeShape
@@ -10,8 +11,7 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.pricing.layer import price_routes
-from pkvsim.timeline.event_loop import run_tasks
+from pkvsim.timeline.event_loop import Record, Slots, StepTasks, run_tasks
 from pkvsim.timeline.timeline import makespan_us, simulate
 
 H200 = get_device("h200")
@@ -105,10 +105,12 @@ def test_equal_tasks_that_start_together_run_as_one_by_one(drawn, num_slots, rul
     tasks = np.zeros((count, 5), np.int32)
     tasks[:, 0], tasks[:, 4] = np.arange(count), 1
     slot, start, end, read = np.empty(count, np.int32), *np.empty((3, count))
-    finish = run_tasks(
+    step = StepTasks(
         tasks, np.array(sizes, np.int32), 16, 1.0, np.array([[0, count]]), np.array([0, 1]), bounds.astype(np.int32),
-        rule == "strided", np.zeros(1), num_slots, cta_us, task_us, 1.0, shared, 0.0, slot, start, end, read,
+        rule == "strided", np.zeros(1),
     )  # fmt: skip
+    slots = Slots(num_slots, float(cta_us), float(task_us), 1.0, float(shared))
+    finish = run_tasks(step, slots, 0.0, Record(slot, start, end, read))
     np.testing.assert_allclose(start, want_start, atol=1e-6)
     np.testing.assert_allclose(end, want_end, atol=1e-6)
     assert finish == end.max()
@@ -136,10 +138,11 @@ def test_tasks_that_start_together_end_by_size(sizes, launches, strided):
     tasks[:, 0], tasks[:, 4] = np.arange(len(lens)), 1
     bounds = np.arange(launches + 1) * len(sizes)
     slot, start, end, read = np.empty(len(lens), np.int32), *np.empty((3, len(lens)))
-    finish = run_tasks(
+    step = StepTasks(
         tasks, lens, 16, 1e6, np.stack((bounds[:-1], bounds[1:]), axis=1), np.arange(launches + 1),
-        np.empty(0, np.int32), strided, np.full(launches, 3.0), 12, 1.0, 0.5, 60e3, 200e3, 5.0, slot, start, end, read,
+        np.empty(0, np.int32), strided, np.full(launches, 3.0),
     )  # fmt: skip
+    finish = run_tasks(step, Slots(12, 1.0, 0.5, 60e3, 200e3), 5.0, Record(slot, start, end, read))
     np.testing.assert_array_equal(read, lens * 1e6)
     assert slot.tolist() == list(range(len(sizes))) * launches
     now = 5.0
@@ -222,12 +225,9 @@ def test_closed_form_is_close_to_the_timeline(name):
     """Half of all prices within 2 %, nine tenths within 13 %, all within 40 %."""
     device = get_device(name)
     models = device_routes(device)
-    constants, prices, splits = constants_matrix(models), np.empty(len(ROUTES)), np.empty(len(ROUTES), np.int64)
     apart = []
     for shape, lens in ordinary_steps():
-        price_routes(
-            lens, shape.num_kv_heads, shape.group_size, shape.head_dim, 2, device.num_sms, constants, prices, splits
-        )
+        prices, _ = layer_prices(lens, shape, constants_matrix(models), device.num_sms)
         for route, model in models.items():
             lane = simulate(model, shape, lens, num_sms=device.num_sms)
             apart.append(abs(prices[ROUTES.index(route)] / lane.makespan_us - 1))

@@ -1,0 +1,72 @@
+"""Steps whose rows share leading pages, and how they lie in a pool."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gpu.measure.pools import BenchPool, CellPages
+from pkvsim import DecodeShape
+
+
+@dataclass(frozen=True, slots=True)
+class SharedCell:
+    """`groups` groups of as many of the rows each: prefix tokens in common, then `own` tokens of each row."""
+
+    rows: int
+    prefix: int
+    own: int
+    groups: int = 1
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+
+    @property
+    def name(self) -> str:
+        count = f"{self.groups} x {self.rows // self.groups}" if self.groups > 1 else str(self.rows)
+        heads = "" if (self.num_q_heads, self.num_kv_heads, self.head_dim) == (32, 8, 128) else (
+            f", {self.num_q_heads}/{self.num_kv_heads} heads of {self.head_dim}")  # fmt: skip
+        shared = f"{_label(self.prefix)} shared + " if self.prefix else ""
+        return f"{count} rows x ({shared}{_label(self.own)} own){heads}"
+
+    @property
+    def shape(self) -> DecodeShape:
+        return DecodeShape(self.num_q_heads, self.num_kv_heads, self.head_dim, 16)
+
+    def lengths(self) -> np.ndarray:
+        return np.full(self.rows, self.prefix + self.own, np.int32)
+
+    def group_of_row(self) -> np.ndarray:
+        return np.arange(self.rows, dtype=np.int32) // (self.rows // self.groups)
+
+    def distinct_bytes(self) -> int:
+        """Of K and V, 16-bit, each page counted once."""
+        tokens = self.groups * self.prefix + self.rows * self.own
+        return tokens * self.num_kv_heads * self.head_dim * 2 * 2
+
+    def lay_out(self, pool: BenchPool, *, l2_size: int, seed: int) -> CellPages:
+        """Scattered pages, those of a prefix in all its rows."""
+        parts = np.array([*[self.prefix] * (self.groups if self.prefix else 0), *[self.own] * self.rows], np.int64)
+        pages = pool.lay_out(self.shape, parts, kv_bytes=self.distinct_bytes(), l2_size=l2_size, seed=seed)
+        if not self.prefix:
+            return pages
+        prefixes = pages.block_table[: self.groups, : self.prefix // 16][self.group_of_row()]
+        return replace(pages, block_table=np.concatenate(
+            [prefixes, pages.block_table[self.groups :, : -(-self.own // 16)]], axis=1))  # fmt: skip
+
+
+def _label(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+CELLS = (
+    SharedCell(64, 8192, 512),
+    SharedCell(256, 2048, 256),
+    SharedCell(8, 32768, 4096),
+    SharedCell(64, 4096, 1024, groups=4),
+    SharedCell(16, 8192, 512),
+    SharedCell(64, 8192, 512, num_q_heads=64, num_kv_heads=8, head_dim=64),
+    SharedCell(64, 8192, 512, num_q_heads=28, num_kv_heads=4),
+    SharedCell(64, 8192, 512, num_q_heads=32, num_kv_heads=32),
+)
+NOTHING_SHARED = (SharedCell(64, 0, 1024), SharedCell(64, 0, 4096), SharedCell(16, 0, 2048))

@@ -1,0 +1,138 @@
+"""What bench_vllm measures: shapes, in groups that one prefill serves, and the model and processes they run on."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Prompt lengths of the first 32 requests of Azure's code trace (AzureLLMInferenceTrace_code.csv, November 2023,
+# https://github.com/Azure/AzurePublicDataset, CC-BY).
+AZURE = (4808, 3180, 110, 7433, 34, 374, 6985, 34, 1145, 201, 137, 7427, 1555, 3893, 1827, 394, 675, 7436, 158, 6587,
+         763, 1556, 5108, 159, 458, 2464, 4009, 1632, 2567, 730, 5108, 2569)
+
+# https://huggingface.co/meta-llama/Llama-3.1-8B/blob/main/config.json
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False, "attention_bias": False,
+    "mlp_bias": False, "initializer_range": 0.02, "bos_token_id": 128000, "eos_token_id": 128001,
+    "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+}
+# The shape of the model that --check makes; its weights are drawn so that logits differ well beyond rounding.
+SMALL = {key: value for key, value in LLAMA_8B.items() if key != "rope_scaling"} | {
+    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 8192,
+    "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One line of the table: so many rows of the group's prompts, the first ones, decode."""
+
+    name: str
+    rows: int
+    reference_ms: float | None = None  # FlashAttention 3 of vLLM 0.24.0 on an H200, before this backend
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Prompts that are prefilled once, and the shapes measured on them: each drops rows of the one before it."""
+
+    name: str
+    prompts: tuple[int, ...]  # tokens of each
+    shapes: tuple[Shape, ...]
+
+
+GROUPS = (
+    Group("1.2K", (1100,) * 128, (Shape("128 x 1.2K", 128, 10.95), Shape("32 x 1.2K", 32, 6.39),
+                                  Shape("8 x 1.2K", 8, 5.27), Shape("1 x 1.2K", 1, 4.91))),
+    Group("32.8K", (32700,) * 8, (Shape("8 x 32.8K", 8, 12.9), Shape("6 x 32.8K", 6, 13.1),
+                                  Shape("4 x 32.8K", 4, 8.89))),
+    Group("azure", AZURE, (Shape("32 x azure", 32),)),
+    Group("8.3K", (8250,) * 32, (Shape("32 x 8.3K", 32, 13.2), Shape("8 x 8.3K", 8, 7.00))),
+    Group("120K", (120000,), (Shape("1 x 120K", 1, 8.60),)),
+)
+CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes of CUDA graphs: those that vLLM would pad our shapes to
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one process does: one backend with one type of cache, its model, and where results go."""
+
+    backend: str
+    kv_cache_dtype: str
+    model: str
+    results: str  # JSON, written anew after every shape
+    groups: tuple[str, ...] = ()
+    steps: int = 60
+    seconds: float = 600.0
+    eager: bool = False
+    tokens: bool = False  # greedy tokens and log-probabilities in place of times
+
+    @property
+    def name(self) -> str:
+        return self.backend if self.kv_cache_dtype == "auto" else f"{self.backend} {self.kv_cache_dtype}"
+
+    def write(self, path: Path) -> Path:
+        path.write_text(json.dumps(asdict(self)))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        given = json.loads(path.read_text())
+        return cls(**given | {"groups": tuple(given["groups"])})
+
+
+def write_model(folder: Path, config: Mapping[str, object]) -> Path:
+    """A folder with a config.json and nothing else, which vLLM fills with dummy weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_plugin(folder: Path) -> Path:
+    """A folder that, on PYTHONPATH, makes every Python process see our entry point as an installed one.
+
+    importlib.metadata reads entry points of every *.dist-info beside the packages of sys.path, so that vLLM's own
+    start of its plug-ins finds it in each process, whether spawned or forked.
+    """
+    info = folder / "persistentkv_working_tree-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: persistentkv-working-tree\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\npersistentkv = gpu.drop_ins.vllm_plugin:register\n")
+    return folder
+
+
+def environment(plugin: Path, backend: str) -> dict[str, str]:
+    """Environment variables of a process that measures: offline, one process, the working tree's packages."""
+    path = [str(plugin), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    quiet = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
+             "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    own = {"PYTHONPATH": os.pathsep.join(path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if backend == "FLASHINFER":
+        own["FLASHINFER_DISABLE_VERSION_CHECK"] = "1"
+    return quiet | dict(os.environ) | own
+
+
+def engine_arguments(job: Job) -> dict[str, object]:
+    """Arguments of vllm.LLM for a job."""
+    given: dict[str, object] = {
+        "model": job.model, "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0,
+        "attention_backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "dtype": "bfloat16",
+        "max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.9,
+        "enforce_eager": job.eager, "load_format": "auto" if job.tokens else "dummy",
+    }
+    if not job.eager:
+        given["compilation_config"] = {"cudagraph_capture_sizes": list(CAPTURED)}
+    if job.tokens:
+        given |= {"max_logprobs": 20, "gpu_memory_utilization": 0.4}
+    if job.backend == "FLASHINFER":
+        given |= {"dtype": "float16", "kernel_config": {"enable_flashinfer_autotune": False}}
+    return given

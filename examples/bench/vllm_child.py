@@ -1,0 +1,152 @@
+"""One process of bench_vllm: starts vLLM with one backend, and times decode steps or writes greedy tokens."""
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.vllm_cases import GROUPS, Group, Job, Shape, engine_arguments
+
+SETTLING_STEPS = 6  # after rows come or go, before steps are timed
+GREEDY_TOKENS, TOP = 64, 10  # of each row of --check, and log-probabilities kept of each token
+PROMPTS = (5, 17, 64, 200, 777, 1500, 3001)  # tokens of --check's rows
+
+
+def run(job: Job) -> None:
+    """Does a job; its results lie in job.results, whole after every shape."""
+    begin = time.perf_counter()
+    counted = _count_our_runs() if job.backend == "CUSTOM" else {}
+    from vllm import LLM
+
+    llm = LLM(**engine_arguments(job))
+    config = llm.llm_engine.vllm_config
+    found: dict[str, Any] = {
+        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "start_s": time.perf_counter() - begin,
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [],
+    }
+    print(f"{job.name}: started in {found['start_s']:.0f} s", flush=True)
+    found |= {f"{what}_at_start": count for what, count in counted.items()}
+    _write(job, found)
+    if job.tokens:
+        found["rows"] = _greedy(llm, Path(job.model))
+        _write(job, found)
+        return
+    ids = itertools.count()
+    for group in (group for group in GROUPS if group.name in job.groups):
+        if time.perf_counter() - begin > job.seconds:
+            print(f"{job.name}: out of time before {group.name}", flush=True)
+            break
+        for shape, result in _measure(llm.llm_engine, group, job, begin, ids):
+            found["shapes"].append(result)
+            _write(job, found)
+            print(f"{job.name}: {shape.name}: {result['median_ms']:.3f} ms ({result['steps']} steps, "
+                  f"{result['low_ms']:.3f} to {result['high_ms']:.3f}, mean context {result['mean_context']:.0f})",
+                  flush=True)
+    if counted:
+        found |= counted
+        _write(job, found)
+        print(f"{job.name}: {counted}", flush=True)
+
+
+def _write(job: Job, found: dict[str, Any]) -> None:
+    Path(job.results).write_text(json.dumps(found))
+
+
+def _count_our_runs() -> dict[str, int]:
+    """How often a layer of ours decodes, and how often of that on queries that it must copy first, from here on.
+
+    Replays of a CUDA graph do not count.
+    """
+    from gpu.drop_ins.vllm_engines import LayerDecoder
+
+    counted, own = {"our_runs": 0, "our_copies_of_queries": 0}, LayerDecoder.run
+
+    def counting(decoder: Any, rows: Any, q: Any, *others: Any) -> None:
+        counted["our_runs"] += 1
+        counted["our_copies_of_queries"] += not q.is_contiguous()
+        own(decoder, rows, q, *others)
+
+    LayerDecoder.run = counting
+    return counted
+
+
+def _prompt(length: int, row: int, vocabulary: int = 100000) -> dict[str, list[int]]:
+    return {"prompt_token_ids": [1000 + (row * 7919 + place * 104729) % (vocabulary - 1000) for place in range(length)]}
+
+
+def _measure(engine: Any, group: Group, job: Job, begin: float, ids: Any) -> Any:
+    """Yields (shape, result) of a group's shapes. The engine is left without requests."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    most = (job.steps + SETTLING_STEPS + 4) * (len(group.shapes) + 1) + len(group.prompts) * 64 + 512
+    params = SamplingParams(max_tokens=most, ignore_eos=True, detokenize=False, temperature=0.0,
+                            output_kind=RequestOutputKind.DELTA)
+    rows = [f"{group.name}-{next(ids)}" for _ in group.prompts]
+    for number, (row, length) in enumerate(zip(rows, group.prompts)):
+        engine.add_request(row, _prompt(length, number), params)
+    produced = dict.fromkeys(rows, 0)
+    filled = time.perf_counter()
+    while not all(produced.values()):
+        for output in engine.step():
+            produced[output.request_id] += len(output.outputs[0].token_ids)
+    print(f"{job.name}: {group.name} prefilled in {time.perf_counter() - filled:.1f} s", flush=True)
+    for shape in group.shapes:
+        if time.perf_counter() - begin > job.seconds:
+            print(f"{job.name}: out of time before {shape.name}", flush=True)
+            break
+        engine.abort_request(rows[shape.rows:])
+        rows = rows[:shape.rows]
+        yield shape, _time_steps(engine, shape, rows, produced, group, job.steps)
+    engine.abort_request(rows)
+    while engine.has_unfinished_requests():
+        engine.step()
+
+
+def _time_steps(engine: Any, shape: Shape, rows: list[str], produced: dict[str, int], group: Group,
+                steps: int) -> dict[str, Any]:
+    """Times between the ends of successive steps in which each of the rows, and no other, made one token."""
+    times: list[float] = []
+    settled, last = 0, None
+    for _ in range(10 * steps):
+        outputs = engine.step()
+        now = time.perf_counter()
+        made = {output.request_id: len(output.outputs[0].token_ids) for output in outputs}
+        for row, count in made.items():
+            produced[row] += count
+        whole = made == dict.fromkeys(rows, 1)
+        settled = settled + 1 if whole else 0
+        if whole and last is not None and settled > SETTLING_STEPS:
+            times.append((now - last) * 1e3)
+        last = now
+        if len(times) == steps:
+            break
+    if not times:
+        raise RuntimeError(f"{shape.name}: no step in which every row made one token")
+    lengths = [length + produced[row] for row, length in zip(rows, group.prompts)]
+    order = sorted(times)
+    return {"shape": shape.name, "rows": len(rows), "steps": len(times), "median_ms": statistics.median(times),
+            "low_ms": order[len(order) // 10], "high_ms": order[-1 - len(order) // 10],
+            "mean_context": statistics.fmean(lengths)}
+
+
+def _greedy(llm: Any, model: Path) -> list[dict[str, Any]]:
+    """Greedy tokens of rows of several lengths, with the most likely tokens of each place and their log-probability."""
+    from vllm import SamplingParams
+
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    texts = model / "prompts.json"  # of a converted model: token ids of texts
+    given = json.loads(texts.read_text()) if texts.exists() else []
+    prompts = [{"prompt_token_ids": ids} for ids in given]
+    prompts += [_prompt(length, row, vocabulary) for row, length in enumerate(PROMPTS)]
+    params = SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True, detokenize=False, temperature=0.0, logprobs=TOP)
+    found = []
+    for output in llm.generate(prompts, params):
+        one = output.outputs[0]
+        top = [{int(token): entry.logprob for token, entry in place.items()} for place in one.logprobs]
+        found.append({"prompt_tokens": len(output.prompt_token_ids), "tokens": list(one.token_ids), "top": top})
+    return found

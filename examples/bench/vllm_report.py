@@ -1,0 +1,64 @@
+"""What bench_vllm prints: step times by backend, and how far two backends' greedy tokens agree."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.vllm_cases import GROUPS
+from rich.table import Table
+
+
+def times_table(found: Iterable[dict[str, Any]]) -> Table:
+    """Median step times: a line for each shape, a column for each backend and type of cache, and ours over the best."""
+    found = list(found)
+    names = [_name(one) for one in found]
+    medians = {(_name(one), shape["shape"]): shape["median_ms"] for one in found for shape in one["shapes"]}
+    table = Table("shape", *names, "ours over the best other, %", "reference, ms",
+                  title="decode steps, median ms; reference: FlashAttention 3, vLLM 0.24.0, H200")
+    others = [_name(one) for one in found if one["backend"] != "CUSTOM" and one["kv_cache_dtype"] == "auto"]
+    for shape in (shape for group in GROUPS for shape in group.shapes):
+        times = [medians.get((name, shape.name)) for name in names]
+        best = min((medians[name, shape.name] for name in others if (name, shape.name) in medians), default=None)
+        own = medians.get(("CUSTOM", shape.name))
+        over = "" if own is None or best is None else f"{100 * (own / best - 1):+.1f}"
+        if any(time is not None for time in times):
+            table.add_row(shape.name, *("" if time is None else f"{time:.3f}" for time in times), over,
+                          "" if shape.reference_ms is None else f"{shape.reference_ms:.2f}")
+    return table
+
+
+def _name(one: dict[str, Any]) -> str:
+    return one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Greedy tokens of one backend against another's, until the first place of each row where they part.
+
+    parted: (row, place, gap) with the gap in log-probability that the other backend sees between its token and ours,
+    None where ours is not among its likely ones.
+    """
+
+    compared: int  # tokens
+    parted: tuple[tuple[int, int, float | None], ...]
+    largest_difference: float  # of log-probabilities of the tokens that agree
+
+    def within(self, gap: float) -> bool:
+        """Whether rows part only at ties: where the other backend sees at most so large a gap."""
+        return all(seen is not None and seen <= gap for _, _, seen in self.parted)
+
+
+def compare(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> Agreement:
+    """own, other: rows of the same prompts, as bench.vllm_child writes them, read back from JSON or not."""
+    compared, parted, largest = 0, [], 0.0
+    for row, (mine, theirs) in enumerate(zip(own, other, strict=True)):
+        for place, (a, b) in enumerate(zip(mine["tokens"], theirs["tokens"], strict=True)):
+            seen = {int(token): value for token, value in theirs["top"][place].items()}
+            if a != b:
+                parted.append((row, place, seen[b] - seen[a] if a in seen else None))
+                break
+            compared += 1
+            held = {int(token): value for token, value in mine["top"][place].items()}
+            largest = max(largest, abs(held[a] - seen[a]))
+    return Agreement(compared, tuple(parted), largest)

@@ -1,0 +1,138 @@
+"""Rows that share leading pages: one read for all, against reading them apart and FlashInfer, on the same pages.
+
+    python examples/bench_shared.py                            # every cell, FlashInfer's decode where it is installed
+    python examples/bench_shared.py --cascade --json shared.json
+    python examples/bench_shared.py --cells 0,2 --calibrate    # which costs and variants are the best
+
+Results are checked against float64 before they are timed. Times are per call inside a CUDA graph whose calls read
+distinct pages, over four times the L2, before any page comes back. "told": the groups are given; "found":
+groups="auto", which finds them once a graph. The cascade's time has a copy of its output in it.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+
+from gpu.measure.environment import environment, lacks_gpu, write_json
+
+ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
+# What --calibrate tries, one field at a time from the best so far.
+SWEEP = (("tile", (8, 10, 12, 14, 16, 20, 24)), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)),
+         ("again", (3, 5, 8)), ("tile", (8, 10, 12, 14, 16, 20, 24)))  # fmt: skip
+VARIANTS = ((64, None), (64, 6), (64, 4), (32, None))  # columns of a read, stages of its rings
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default="all", help="numbers of cells, from 0, or all")
+    parser.add_argument("--pool-gib", type=float, default=16.0, help="K and V pages together")
+    parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
+    parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, which may be built first")
+    parser.add_argument("--calibrate", action="store_true", help="sweep over the costs of shared reads instead")
+    parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
+    return parser.parse_args(argv)
+
+
+def chosen(text: str, cells: tuple) -> list:
+    if text == "all":
+        return list(cells)
+    try:
+        return [cells[int(number)] for number in text.split(",")]
+    except (ValueError, IndexError):
+        raise SystemExit(f"bench_shared: --cells: expected numbers from 0 to {len(cells) - 1}, got {text!r}") from None
+
+
+def calibrate(bench, cells: list, console) -> list[dict]:
+    """The time of every variant and of the costs around the best ones, cell by cell."""
+    import torch
+    from bench.tables import Table
+
+    from gpu.measure.timing import graph_time_us
+    from pkvsim.schedule.costs import SharedCosts
+
+    found = []
+    for cell in cells:
+        pages = bench.lay_out(cell, 0)
+        q = torch.randn(cell.rows, cell.num_q_heads, cell.head_dim, device="cuda").half()
+        out = torch.empty_like(q)
+
+        def time_us(costs, stages, cell=cell, pages=pages, q=q, out=out) -> float:
+            run = bench.ours(cell, pages, q, "told", costs, stages)
+            us = graph_time_us(lambda i: run(*pages.layers[i], out), variants=len(pages.layers), repeats=3).median_us
+            found.append({"cell": cell.name, **costs._asdict(), "stages": stages, "us": us})
+            return us
+
+        best_us, best, best_stages = float("inf"), SharedCosts(), None
+        for columns, stages in VARIANTS:
+            try:
+                us = time_us(SharedCosts(columns=columns), stages)
+            except ValueError as error:
+                console.print(f"{cell.name}: {columns} columns, {stages} stages: {error}", markup=False)
+                continue
+            if us < best_us:
+                best_us, best, best_stages = us, SharedCosts(columns=columns), stages
+        for name, values in SWEEP:
+            for value in values:
+                costs = best._replace(**{name: value})
+                if costs != best and (us := time_us(costs, best_stages)) < best_us:
+                    best_us, best = us, costs
+        fields = ("columns", "stages", "tile", "again", "segment", "merge")
+        own = sorted((entry for entry in found if entry["cell"] == cell.name), key=lambda entry: entry["us"])
+        rows = tuple((*(str(entry[name] or "-") for name in fields), f"{entry['us']:.1f}") for entry in own[:8])
+        Table(cell.name, (*fields, "us"), rows).print(console)
+    return found
+
+
+def table(results: list):
+    from bench.tables import Table, us
+
+    def over(best: float | None, ours: float | None) -> str:
+        return "-" if best is None or ours is None else f"{best / ours:.2f}"
+
+    rows = [(r.cell, us(r.limit_us), *(us(r.times.get(name)) for name in ROUTES),
+             over(r.best_other(), r.times.get("told")), over(r.best_flashinfer(), r.times.get("found")))
+            for r in results]  # fmt: skip
+    return Table("Rows that share pages, us", ("cell", "limit", *ROUTES, "told x", "found x"), tuple(rows),
+                 "limit: the distinct bytes at the streaming rate. told x: over the best of FlashInfer and plain; "
+                 "found x: over FlashInfer's best.")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if lacks_gpu("bench_shared"):
+        return 1
+    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell
+    from bench.shared_measure import SharedBench
+    from rich.console import Console
+
+    from gpu.measure.pools import fitting_gib
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    about = environment()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    start = time.perf_counter()
+    bench = SharedBench(pool_gib=fitting_gib(args.pool_gib), repeats=args.repeats, cascade=args.cascade)
+    document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()}}
+    if args.calibrate:
+        document["calibration"] = calibrate(bench, chosen(args.cells, CELLS), console)
+    else:
+        results = [bench.measure(cell) for cell in chosen(args.cells, (*CELLS, *NOTHING_SHARED))]
+        find_us = bench.find_us(SharedCell(256, 2047 * 16, 16))
+        table(results).print(console)
+        console.print(f"groups of 256 rows x 2,048 pages found in {find_us:.2f} us")
+        for result in results:
+            for name, note in result.notes.items():
+                console.print(f"not timed: {result.cell}: {name}: {note}", markup=False)
+        document |= {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us}
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    if args.json is not None:
+        write_json(args.json, document)
+        console.print(f"wrote {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

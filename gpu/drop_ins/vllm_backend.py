@@ -1,0 +1,296 @@
+"""vLLM's attention backend CUSTOM: rows that decode run on our balanced kernel, rows that prefill as they would have.
+
+Written for vLLM 0.24. 16-bit caches build on vLLM's FlashAttention backend, 8-bit ones on its Triton backend, which
+takes 16-bit queries: those store new keys and values and prefill. Decode rows' lengths and block table stay where vLLM
+keeps them, so that nothing is copied, planned on the host or waited for, and a captured graph follows them. What our
+kernels do not serve decodes on the base backend, and one log line says so and why.
+
+vLLM wraps these classes for some models: chunked local attention, shared caches with fast prefill, encoders and cross
+attention subclass the builder, and give metadata further attributes.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from gpu.drop_ins.vllm_engines import KV_TYPES, Engines, LayerDecoder, LayerKind, is_eight_bit, own_planes, unserved
+from gpu.drop_ins.vllm_step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
+from pkvsim import DecodeShape
+
+LOG = init_logger("vllm.persistentkv")  # vLLM shows the loggers below its own name
+_Mixin: Any = object  # what stands before either of vLLM's classes, whose methods super() finds
+
+
+@dataclass(eq=False)
+class StepMetadata:
+    """What forward() needs of a step: the rows that decode here, and the base backend's metadata of the others."""
+
+    num_actual_tokens: int
+    slot_mapping: torch.Tensor  # [num_tokens] int64
+    decode: DecodeRows | None
+    base: Any | None  # None where no row is left for it
+
+
+class _Builder(_Mixin):
+    """build() of either base: it cuts the step, and has the base build the metadata of the rows that prefill."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    base_name: ClassVar[str]
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig,
+                 device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        speculative = vllm_config.speculative_config
+        drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
+        self._query_tokens = served_query_tokens(drafts)
+        self._most_rows = max(vllm_config.scheduler_config.max_num_seqs,
+                              vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self._engines = Engines(device)
+        self._num_prepared, self._decodes = 0, True
+        if vllm_config.parallel_config.use_ubatching:
+            self._leave("two halves of a batch at once, on streams of their own")
+        self._prepare_layers()
+        if self._decodes:
+            self.reorder_batch_threshold = self._query_tokens[-1]
+
+    def _prepare_layers(self) -> None:
+        """Compiles what the layers decode on, before any capture. A drafter's builder gets layers after it was made."""
+        names, self._num_prepared = self.layer_names[self._num_prepared:], len(self.layer_names)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in names:
+            if not self._decodes:
+                return
+            layer = layers[name]
+            try:
+                layer.impl.prepare_decode(layer, self.kv_cache_spec.block_size, self.vllm_config.model_config.dtype,
+                                          self._query_tokens, self._most_rows, self._engines)
+            except (ValueError, ImportError) as error:
+                self._leave(str(error))
+
+    def _leave(self, reason: str) -> None:
+        """The base backend decodes too. Metadata of other groups' builders must not reach these layers."""
+        self._decodes = self.supports_update_block_table = False
+        LOG.warning_once("PersistentKV leaves decode steps to vLLM's %s, as it does not serve: %s", self.base_name,
+                         reason)
+
+    def _cut(self, common: CommonAttentionMetadata) -> Cut:
+        if len(self.layer_names) != self._num_prepared:
+            self._prepare_layers()
+        images = common.mm_req_doc_ranges and any(common.mm_req_doc_ranges.values())
+        if not self._decodes or common.causal is not True or images:
+            return Cut(0, 1, True)
+        return cut_step(common.query_start_loc_cpu, common.num_actual_tokens, self._query_tokens, self._most_rows)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata,
+              fast_build: bool = False) -> StepMetadata:
+        common = common_attn_metadata
+        cut, decode, base = self._cut(common), None, None
+        if cut.rows:
+            decode = DecodeRows(common.seq_lens[:cut.rows], common.block_table_tensor[:cut.rows], cut.rows,
+                                cut.query_tokens)
+        if decode is None:
+            base = super().build(0, common, fast_build)
+        elif cut.rest:
+            base = super().build(0, without_first(common, decode.num_rows, decode.num_tokens), fast_build)
+        return StepMetadata(common.num_actual_tokens, common.slot_mapping, decode, base)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepMetadata:
+        return self.build(0, common_attn_metadata)  # the base's may write to metadata of its own kind
+
+    def update_block_table(self, metadata: StepMetadata, blk_table: torch.Tensor,
+                           slot_mapping: torch.Tensor) -> StepMetadata:
+        updated = copy.copy(metadata)
+        updated.slot_mapping = slot_mapping
+        rows, tokens = 0, 0
+        if metadata.decode is not None:
+            rows, tokens = metadata.decode.num_rows, metadata.decode.num_tokens
+            updated.decode = DecodeRows(metadata.decode.seq_lens, blk_table[:rows], rows, metadata.decode.query_tokens)
+        if metadata.base is not None:
+            updated.base = super().update_block_table(metadata.base, blk_table[rows:], slot_mapping[tokens:])
+        return updated
+
+    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+
+class FlashBuilder(_Builder, FlashAttentionMetadataBuilder):
+    """Of 16-bit caches."""
+
+    base_name = "FLASH_ATTN"
+
+
+class TritonBuilder(_Builder, TritonAttentionMetadataBuilder):
+    """Of 8-bit caches."""
+
+    base_name = "TRITON_ATTN"
+
+
+class _Impl(_Mixin):
+    """forward() of either base: decode rows by our engine, then the base on what is left."""
+
+    _decoder: LayerDecoder | None = None
+
+    def prepare_decode(self, layer: torch.nn.Module, block_size: int, dtype: torch.dtype,
+                       query_tokens: tuple[int, ...], most_rows: int, engines: Engines) -> None:
+        """Gives the layer its decoder. Raises ValueError saying what no kernel of ours serves."""
+        kind_of_attention = str(getattr(self.attn_type, "value", self.attn_type))
+        name = str(dtype).removeprefix("torch.")
+        reason = unserved(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_size=self.head_size,
+                          head_size_v=layer.head_size_v, alibi=self.alibi_slopes is not None,
+                          attention_type=kind_of_attention, kv_cache_dtype=self.kv_cache_dtype, dtype=name,
+                          context_ranks=self.total_cp_world_size)
+        if reason is not None:
+            raise ValueError(reason)
+        left, _ = self.sliding_window  # tokens before a query's own that it sees; -1: all
+        kv_dtype, kv_scales = KV_TYPES[self.kv_cache_dtype]
+        kind = LayerKind(DecodeShape(self.num_heads, self.num_kv_heads, self.head_size, block_size), name,
+                         None if left < 0 else left + 1, self.logits_soft_cap or None, self.sinks is not None, kv_dtype,
+                         kv_scales, self.scale)
+        self._decoder = engines.decoder(kind, query_tokens, most_rows, self.sinks, self._decoder)
+        LOG.info_once("PersistentKV decodes on the GPU's balanced schedule: %s query heads of %s over %s KV heads, "
+                      "pages of %s tokens, cache %s", self.num_heads, self.head_size, self.num_kv_heads, block_size,
+                      self.kv_cache_dtype)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self._decoder is not None and self.sinks is not None:
+            self._decoder.copy_sinks(self.sinks)
+
+    def forward(self, layer: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                kv_cache: torch.Tensor, attn_metadata: StepMetadata | None, output: torch.Tensor,
+                output_scale: torch.Tensor | None = None,
+                output_block_scale: torch.Tensor | None = None) -> torch.Tensor:
+        if attn_metadata is None:
+            return output.fill_(0)  # vLLM's profiling run
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("output_scale: expected None, as outputs are 16-bit")
+        done, rows = 0, attn_metadata.decode
+        cache = self._values_of(kv_cache)
+        if rows is not None:
+            done = rows.num_tokens
+            k_pages, v_pages = cache.unbind(1)
+            self._decoder.run(rows, query[:done], k_pages, v_pages, output[:done], *self._scales(layer))
+        if attn_metadata.base is not None:
+            if done:
+                query, key, value, rest = query[done:], key[done:], value[done:], output[done:]
+            else:
+                rest = output
+            super().forward(layer, query, key, value, cache, attn_metadata.base, rest)
+        return output
+
+    def fused_output_quant_supported(self, quant_key: object) -> bool:
+        return False  # our kernel writes 16-bit outputs
+
+    def _values_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return kv_cache
+
+    def _scales(self, layer: torch.nn.Module) -> tuple[object, object]:
+        return None, None
+
+
+class FlashImpl(_Impl, FlashAttentionImpl):
+    """Of 16-bit caches."""
+
+
+class TritonImpl(_Impl, TritonAttentionImpl):
+    """Of 8-bit caches, with one scale of all K and of all V, or one of each token and head."""
+
+    _viewed: tuple | None = None  # where the cache lies that the views below are of
+    _values: torch.Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_quant_query_input = False  # our kernel takes 16-bit queries, and this base does as well
+
+    def _values_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        if not self._is_per_token_head_quant:
+            return kv_cache
+        place = kv_cache.data_ptr(), kv_cache.shape, kv_cache.stride()
+        if place != self._viewed:
+            self._values, self._k_scale_cache, self._v_scale_cache = own_planes(kv_cache, self.head_size)
+            self._viewed = place
+        return self._values
+
+    def _ensure_scale_caches(self, kv_cache: torch.Tensor) -> None:
+        """The base would take the scales from between the values; _values_of has them from planes of their own."""
+
+    def do_kv_cache_update(self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor,
+                           kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        super().do_kv_cache_update(layer, key, value, self._values_of(kv_cache), slot_mapping)
+
+    def _scales(self, layer: torch.nn.Module) -> tuple[object, object]:
+        if self._is_per_token_head_quant:
+            return self._k_scale_cache, self._v_scale_cache
+        if is_eight_bit(self.kv_cache_dtype):
+            return layer._k_scale, layer._v_scale
+        return None, None  # a layer that --kv-cache-dtype-skip-layers leaves at 16 bits
+
+
+def _base_backend() -> type[AttentionBackend]:
+    """vLLM's backend that the one of the current configuration builds on."""
+    return _base_of(get_current_vllm_config().cache_config.cache_dtype)
+
+
+def _base_of(kv_cache_dtype: str | None) -> type[AttentionBackend]:
+    return TritonAttentionBackend if is_eight_bit(kv_cache_dtype) else FlashAttentionBackend
+
+
+class PersistentBackend(FlashAttentionBackend):
+    """The class that vLLM asks what is served; it says what the base of the cache's type does."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(KV_TYPES)
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        return TritonImpl if _base_backend() is TritonAttentionBackend else FlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        return TritonBuilder if _base_backend() is TritonAttentionBackend else FlashBuilder
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int,
+                           cache_dtype_str: str = "auto") -> tuple[int, ...]:
+        return _base_of(cache_dtype_str).get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size,
+                                                            cache_dtype_str)
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        return _base_of(kv_cache_dtype).supports_kv_cache_dtype(kv_cache_dtype)
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # where a row is cut depends on the others
+
+    @classmethod
+    def validate_configuration(cls, *, kv_cache_dtype: str | None, use_batch_invariant: bool = False,
+                               use_kv_connector: bool = False, **others: Any) -> list[str]:
+        """Why this configuration is refused: all that the base refuses, and what no part of us can serve."""
+        reasons = _base_of(kv_cache_dtype).validate_configuration(
+            kv_cache_dtype=kv_cache_dtype, use_batch_invariant=use_batch_invariant, use_kv_connector=use_kv_connector,
+            **others)
+        if use_batch_invariant:
+            reasons = [*reasons, "batch invariance not supported"]
+        if use_kv_connector and KV_TYPES.get(kv_cache_dtype or "auto", (None, None))[1] == "token":
+            reasons = [*reasons, "KV connector not supported with scales of tokens, which lie in planes of their own"]
+        return reasons

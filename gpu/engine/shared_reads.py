@@ -1,0 +1,149 @@
+"""An engine's steps whose rows read together: kernel variant, workspace, and where a step's groups are."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import cupy
+import numpy as np
+
+from gpu.engine.prefixes import PrefixFinder, default_rule
+from gpu.inputs import arrays
+from gpu.inputs.checks import expect
+from gpu.kernels.variant import KernelConfig, most_readers, read_config, shared_limit_bytes
+from pkvsim.options import AttentionOptions
+from pkvsim.schedule import groups as host_groups
+from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, SharedCosts, check_shared_costs
+from pkvsim.schedule.prefixes import SharingRule
+from pkvsim.shapes import DecodeShape
+
+if TYPE_CHECKING:
+    from gpu.engine.plan import Plan
+
+AUTO = "auto"
+NAMES = ("group_of_row", "prefix_pages")
+
+
+@dataclass(slots=True)
+class StepGroups:
+    """The groups of a planned step. `kept` are arrays behind the addresses, the caller's or the engine's own."""
+
+    group_of_row: int  # address, [batch_size] int32
+    prefix_pages: int  # address, [num_groups] int32
+    num_groups: int
+    workspace_at: int
+    kept: tuple
+    owned: tuple  # of those, and with the workspace, what nothing but the engine keeps
+    copied: bool  # they are copies of what is on the host
+    finder: PrefixFinder | None = None  # finds them anew in every step
+    found_in: int | None = field(default=None)  # where that was: a capture's number, 0 outside of any
+
+    def arguments(self) -> tuple[int, int, int]:
+        return self.group_of_row, self.prefix_pages, self.num_groups
+
+
+class SharedReads:
+    """What an engine needs for them, made by its first plan with groups."""
+
+    __slots__ = ("config", "costs", "most_readers", "shared_bytes", "_num_ctas", "_num_kv_heads", "_workspace",
+                 "_make_finder", "_finder")
+
+    def __init__(self, shape: DecodeShape, config: KernelConfig, compute_capability: int, options: AttentionOptions, *,
+                 num_ctas: int, costs: SharedCosts | None, rule: SharingRule | None, stages: int | None) -> None:
+        """Raises ValueError naming the argument with which no read can serve two rows."""
+        costs = SharedCosts() if costs is None else check_shared_costs(costs)
+        self.config = read_config(config, compute_capability, columns=costs.columns, stages=stages)
+        self.costs = costs._replace(columns=self.config.read_columns)
+        self.most_readers = most_readers(self.config, compute_capability)
+        self.shared_bytes = shared_limit_bytes(compute_capability)
+        self._num_ctas, self._num_kv_heads, self._workspace = num_ctas, shape.num_kv_heads, None
+        rule = default_rule(shape, options) if rule is None else rule
+        self._make_finder = lambda: PrefixFinder(shape.page_size, options.query_tokens, rule,
+                                                 shared_limit_bytes=self.shared_bytes)
+        self._finder: PrefixFinder | None = None
+
+    def place(self, groups: object, plan: Plan, device_id: int) -> StepGroups:
+        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find.
+
+        Raises ValueError naming the argument.
+        """
+        batch = plan.batch_size
+        if isinstance(groups, str) and groups == AUTO:
+            if self._finder is None:
+                self._finder = self._make_finder()
+            kept = owned = self._finder.prepare(plan.layout, batch)
+            copied = False
+            placed, finder = self._finder.groups, self._finder
+            at, num_groups = [array.data.ptr for array in placed], placed.prefix_pages.shape[0]
+        else:
+            views = check_groups(groups, batch, device_id)
+            host = [arrays.to_host(name, getattr(groups, name)) for name in NAMES if views[name].device < 0]
+            if len(host) == len(NAMES):
+                host_groups.PrefixGroups(*host)  # the values of what the host knows whole
+            pairs = [arrays.to_gpu(name, getattr(groups, name)) for name in NAMES]
+            kept, finder = tuple(array for array, _ in pairs), None
+            owned = tuple(array for name, array in zip(NAMES, kept) if views[name].device < 0)
+            copied = bool(owned)
+            at, num_groups = [address for _, address in pairs], views["prefix_pages"].shape[0]
+        expect("groups", f"at most {self.most_readers} rows and groups together on this GPU", batch + num_groups,
+               batch + num_groups <= self.most_readers)
+        workspace = self._reserve(batch)
+        return StepGroups(*at, num_groups, workspace.data.ptr, kept, (*owned, workspace), copied, finder)
+
+    def most_tile_cost(self) -> int:
+        """Plain tiles that a shared one may cost more than its members' own would: at least 1."""
+        costs = self.costs
+        return max(1, -(-self.config.columns * costs.tile // (SHARED_COLUMNS * EIGHTHS)))
+
+    def _reserve(self, batch_size: int) -> object:
+        """The workspace for so many rows. Its words are empty between launches, so one of more rows serves fewer."""
+        need = self.config.workspace_bytes(self._num_ctas, batch_size * self._num_kv_heads)
+        if self._workspace is None or self._workspace.nbytes < need:
+            self._workspace = cupy.full(need, 0xFF, dtype=cupy.uint8)
+        return self._workspace
+
+    def find(self, plan: Plan, stream: int) -> None:
+        """Finds the groups of a step if its finder has not: once after each plan, and once in each capture, whose
+        replays find them anew."""
+        step = plan.groups
+        here = arrays.capture_number(stream)
+        if step.found_in == here:
+            return
+        step.finder.find(plan.layout, page_ids=plan.page_ids, row_begins=plan.row_begins, lengths=plan.lengths,
+                         stride=plan.stride, batch_size=plan.batch_size, max_tokens=plan.max_tokens, stream=stream)
+        step.found_in = here
+
+
+def check_groups(groups: object, batch_size: int, device_id: int) -> dict[str, arrays.ArrayView]:
+    """Shapes, dtypes and places of groups that a caller gives."""
+    expect("groups", 'PrefixGroups or "auto"', repr(groups), all(hasattr(groups, name) for name in NAMES))
+    views = {name: arrays.view(name, getattr(groups, name)) for name in NAMES}
+    for name, size in zip(NAMES, (batch_size, "num_groups")):
+        array = views[name]
+        expect(name, f"int32 [{size}]", array, array.dtype == "int32" and len(array.shape) == 1
+               and (name != "group_of_row" or array.shape[0] == batch_size))
+        expect(name, "contiguous", f"strides {array.strides}", array.strides == (1,) or array.shape[0] <= 1)
+        expect(name, f"an array on the host or on cuda:{device_id}", array, array.device in (-1, device_id))
+    return views
+
+
+def groups_key(groups: object) -> object:
+    """What a plan's groups must have in common with the last one's to pass unlooked at; their addresses beside."""
+    if groups is None or isinstance(groups, str):
+        return groups, ()
+    addresses, keys = arrays.fingerprints(getattr(groups, name, None) for name in NAMES)
+    return (tuple(keys), tuple(addresses)) if all(addresses) else (object(), ())
+
+
+def check_host(groups: object, tables: object, lens: np.ndarray, page_size: int) -> None:
+    """For validate=True: the rows of each group have the same ids. Copies to the host; a ValueError names others."""
+    given = host_groups.PrefixGroups(*(arrays.to_host(name, getattr(groups, name)) for name in NAMES))
+    if tables.is_csr:
+        most = int(given.prefix_pages.max(initial=0))
+        table = np.zeros((len(lens), most), np.int64)
+        for row, (begin, end) in enumerate(zip(tables.indptr, tables.indptr[1:])):
+            ids = tables.indices[begin:end][:most]
+            table[row, : len(ids)] = ids
+    else:
+        table = tables.block_table
+    given.check(table, lens, page_size=page_size)

@@ -1,0 +1,81 @@
+"""What every command prints fits a terminal of 80 columns: nothing cut, no line that runs over."""
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+
+import pytest
+from command import azure_trace
+from rich.cells import cell_len
+
+from pkvsim import cli
+from pkvsim.commands import serving_inputs
+from pkvsim.devices.device import DEVICES
+from pkvsim.reports.table_replay import print_fit
+
+COMMANDS = (
+    "devices",
+    "devices h200 rtx3060 b200",
+    "replay --steps 8",
+    "replay --steps 8 --policy paper --device h200",
+    "step --seq-lens 65536,2048x15",
+    "step --seq-lens 15200x32 --window 4096 --layers 32 --device h200",
+    "step --seq-lens 1048576x256 --device b200 --layers 126",
+    "sweep --over batch=1,8,64 --over length=1024,8192,65536,131072,1048576 --device h200",
+    "sweep --over policy=calibrated,paper,oracle,flashinfer_tensor_core,flashinfer_cuda_core --over batch=1,64",
+    "sweep --over batch=1,64 --over policy=calibrated,paper,oracle,flashinfer_tensor_core,flashinfer_cuda_core",
+    "sweep --over batch=1 --over length=8192 --over splits=1,4 --policy split",
+    "sweep --trace TRACE --over policy=calibrated,flashinfer_tensor_core --over device=rtx3060,h100_sxm",
+    "trace TRACE",
+    "whatif --trace TRACE",
+    "whatif --trace TRACE --device h200 --policies "
+    "paper,calibrated,flashinfer,flashinfer_cuda_core,flashinfer_tensor_core,workqueue,balanced,split,oracle",
+)
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def check(shown: str) -> None:
+    lines = ESCAPES.sub("", shown).splitlines()
+    assert lines and not [line for line in lines if "…" in line]
+    assert not [line for line in lines if cell_len(line) > 80]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """stdout as rich sees a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(serving_inputs, "progress_bar", lambda show, unit: contextlib.nullcontext())
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")  # typer's, for help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tables(tmp_path, monkeypatch, capsys, terminal, command):
+    trace = tmp_path / "a_long_name_of_a_trace_from_a_service_in_production.csv"
+    trace.write_text(azure_trace(20))
+    args = [str(trace) if part == "TRACE" else part for part in command.split()]
+    monkeypatch.setattr(sys, "argv", ["pkvsim", *args])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    check(capsys.readouterr().out)
+
+
+def test_a_fit(capsys, terminal):
+    device = DEVICES["h200"]
+    fitted = {name for name, route in device.calibration.items() if route.in_sample}
+    assert fitted
+    print_fit(device, fitted, {"xqa": 3})
+    check(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["", *(command.__name__ for command in cli.COMMANDS)])
+def test_help_has_examples(monkeypatch, capsys, terminal, command):
+    monkeypatch.setattr(sys, "argv", ["pkvsim", *command.split(), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"Examples:\n    pkvsim {command}" in shown or f"Examples:\n  pkvsim {command}" in shown
+    check(shown)

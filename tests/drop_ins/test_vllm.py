@@ -1,0 +1,245 @@
+"""The vLLM adapter on stand-ins of vLLM 0.24's recorded interface: steps cut anywhere, and what it leaves to vLLM."""
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+from fake_vllm import fake_vllm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm_steps import Case, attention_layer, builder_of, prepare, run
+
+from gpu.drop_ins.vllm_engines import KV_TYPES, own_planes
+from gpu.drop_ins.vllm_step import cut_step, served_query_tokens
+
+CACHES = ("auto", "fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head")
+
+
+@st.composite
+def cases(draw) -> tuple[Case, int | None]:
+    """(a step, drafts of each row)."""
+    drafts = draw(st.sampled_from([None, None, 1, 3, 9]))
+    most = 1 + (drafts or 0)
+    kinds = [st.just(1), st.just(most), st.integers(1, most), st.integers(2, 24)]
+    uniform = draw(st.booleans())
+    rows = draw(st.integers(1, 6))
+    lens = [draw(st.sampled_from([1, most]))] * rows if uniform else draw(st.lists(
+        st.one_of(*kinds), min_size=rows, max_size=rows))
+    if draw(st.booleans()):
+        lens = sorted(lens)
+    contexts = draw(st.lists(st.integers(0, 34), min_size=rows, max_size=rows))
+    cache = draw(st.sampled_from(CACHES))
+    hnd = draw(st.booleans())
+    case = Case(tuple(lens), tuple(contexts), padding=draw(st.integers(0, 3)) if uniform else 0,
+                num_kv_heads=draw(st.sampled_from([1, 2, 4])), window=draw(st.sampled_from([None, 1, 7])),
+                soft_cap=draw(st.sampled_from([None, 5.0])), sinks=draw(st.booleans()), kv_cache_dtype=cache,
+                hnd=hnd, spread=1 if hnd else draw(st.sampled_from([1, 2])))
+    return case, drafts
+
+
+@given(cases(), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=30)
+def test_every_token_is_attended_once_and_right(step, seed) -> None:
+    case, drafts = step
+    with fake_vllm() as vllm:
+        vllm.configure(cache_dtype=case.kv_cache_dtype, drafts=drafts)
+        layer = attention_layer(vllm, case, "layer")
+        builder = builder_of(vllm, ["layer"])
+        prepared = prepare(vllm, case, layer, seed=seed)
+        metadata = builder.build(0, prepared.common)
+        torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected, atol=1e-5, rtol=1e-5)
+        by = {who for who, _, _ in vllm.writes}
+        assert ("ours" in by) == (case.query_lens[0] in served_query_tokens(drafts or 0))
+        if len({*case.query_lens}) == 1 and "ours" in by:
+            assert by == {"ours"} and metadata.base is None
+
+
+@given(st.lists(st.integers(0, 12), min_size=0, max_size=9), st.integers(0, 9), st.integers(1, 9), st.integers(0, 5))
+@settings(deadline=None, max_examples=200)
+def test_cuts_leave_no_token_and_take_none_twice(lens, drafts, most_rows, more) -> None:
+    served = served_query_tokens(drafts)
+    starts = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+    cut = cut_step(starts, sum(lens) + more, served, most_rows)
+    assert 0 <= cut.rows <= min(len(lens), most_rows) and cut.query_tokens in (*served, 1)
+    assert all(length in (0, cut.query_tokens) for length in lens[:cut.rows])
+    assert cut.rows * cut.query_tokens <= sum(lens) + more
+    assert cut.rest == any(lens[cut.rows:])
+    assert not cut.rest or all(lens[:cut.rows])  # padding is last
+    assert cut.rows or not lens or lens[0] not in served or lens[0] == 0
+
+
+def test_query_tokens_that_decode() -> None:
+    assert [served_query_tokens(drafts) for drafts in (0, 1, 7, 8)] == [(1,), (1, 2), (1, 8), (1,)]
+
+
+@pytest.mark.parametrize("hnd", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_planes_of_values_and_scales_share_a_block_without_overlap(hnd, heads) -> None:
+    inner = (heads, 16) if hnd else (16, heads)
+    whole = torch.zeros(10, 2, *inner, 20, dtype=torch.int8)
+    cache = whole[1::2].transpose(2, 3) if hnd else whole[1::2]
+    values, k_scales, v_scales = own_planes(cache, 16)
+    values.copy_(torch.randint(-99, 99, values.shape))
+    k_scales.copy_(torch.rand(k_scales.shape)), v_scales.copy_(torch.rand(v_scales.shape))
+    kept = values.clone(), k_scales.clone(), v_scales.clone()
+    again = own_planes(cache, 16)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again)) and not whole[::2].any()
+    assert values.shape == (5, 2, 16, heads, 16) and k_scales.shape == v_scales.shape == (5, 16, heads)
+    for other, size in ((cache, 15), (cache.short(), 16), (cache[..., :19], 15), (torch.zeros(
+            5, 2, 16, heads, 24, dtype=torch.int8)[..., :20], 16)):
+        with pytest.raises(ValueError, match="^kv_cache"):
+            own_planes(other, size)
+
+
+def test_a_step_is_planned_once_for_all_layers_and_its_table_updated_for_other_groups() -> None:
+    case = Case((1, 1, 9), (4, 20, 3))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        layers = [attention_layer(vllm, case, name) for name in "ab"]
+        others = attention_layer(vllm, case, "c")
+        builder, other = builder_of(vllm, ["a", "b"]), builder_of(vllm, ["c"])
+        assert len(vllm.engines) == 2 and builder.supports_update_block_table
+        assert len([line for line in vllm.said if "decodes on" in line]) == 3  # one text, which vLLM logs once
+        prepared = prepare(vllm, case, layers[0])
+        metadata = builder.build(0, prepared.common)
+        plans = vllm.engines[0].plans
+        for layer in layers:
+            prepared.layer = layer
+            torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected)
+        assert vllm.engines[0].plans == plans + 1
+        moved = prepare(vllm, case, others, seed=1)
+        updated = other.update_block_table(metadata, moved.common.block_table_tensor, moved.common.slot_mapping)
+        torch.testing.assert_close(run(vllm, moved, updated), moved.expected)
+        assert type(updated) is type(metadata) and vllm.engines[1].plans == 2
+        again = builder_of(vllm, ["a", "b"])  # as after profiling: graphs may use the engines that there are
+        assert len(vllm.engines) == 2 and again.build_for_cudagraph_capture(prepared.common).decode.num_rows == 2
+
+
+def test_what_vllm_wraps_around_it() -> None:
+    """Subclassed builders set attributes on metadata, or make metadata of a subclass that has its fields copied."""
+    case = Case((1, 1), (4, 20))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        layer = attention_layer(vllm, case, "a")
+        builder = builder_of(vllm, ["a"])
+        prepared = prepare(vllm, case, layer)
+        metadata = builder.build(0, prepared.common)
+        metadata.make_virtual_batches_block_table = max
+        updated = builder.update_block_table(metadata, prepared.common.block_table_tensor, metadata.slot_mapping)
+        assert updated.make_virtual_batches_block_table is max
+
+        class Wrapped(type(metadata)):
+            def __init__(self, other: object) -> None:
+                for one in dataclasses.fields(type(other)):
+                    setattr(self, one.name, getattr(other, one.name))
+                self.num_logits_indices = 3
+
+        wrapped = builder.update_block_table(Wrapped(metadata), prepared.common.block_table_tensor,
+                                             metadata.slot_mapping)
+        assert wrapped.num_logits_indices == 3
+        torch.testing.assert_close(run(vllm, prepared, wrapped), prepared.expected)
+        drafted = builder.build_for_drafting(prepared.common, 0)
+        torch.testing.assert_close(run(vllm, prepared, drafted), prepared.expected)
+
+
+def test_layers_that_join_a_drafters_builder_decode_too() -> None:
+    case = Case((1, 1), (4, 20))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        layers, names = [attention_layer(vllm, case, name) for name in "ab"], ["a"]
+        builder = builder_of(vllm, names)
+        names.append("b")
+        prepared = prepare(vllm, case, layers[1])
+        torch.testing.assert_close(run(vllm, prepared, builder.build(0, prepared.common)), prepared.expected)
+        assert {who for who, _, _ in vllm.writes} == {"ours"}
+
+
+UNSERVED = ("engine", "ubatching", "values", "encoder", "alibi", "context", "not causal", "images")
+
+
+@pytest.mark.parametrize("why", UNSERVED)
+def test_what_is_not_served_decodes_on_vllms_own_attention(why) -> None:
+    case = Case((1, 1, 5), (4, 20, 0))
+    with fake_vllm() as vllm:
+        vllm.configure(ubatching=why == "ubatching")
+        layer = attention_layer(vllm, case, "a")
+        vllm.refused = "head_dim: expected one of (64, 128), got 16" if why == "engine" else None
+        layer.head_size_v += why == "values"
+        layer.impl.attn_type = "encoder_decoder" if why == "encoder" else "decoder"
+        layer.impl.alibi_slopes = [0.5] * 4 if why == "alibi" else None
+        layer.impl.total_cp_world_size += why == "context"
+        builder = builder_of(vllm, ["a"])
+        prepared = prepare(vllm, case, layer)
+        prepared.common.causal = why != "not causal"
+        prepared.common.mm_req_doc_ranges = {0: [], 2: [(0, 3)]} if why == "images" else None
+        metadata = builder.build(0, prepared.common)
+        torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected)
+        assert {who for who, _, _ in vllm.writes} == {"base"} and metadata.base.common is prepared.common
+        lines = [line for line in vllm.said if "leaves decode steps" in line]
+        if why in ("not causal", "images"):
+            assert not lines and builder.reorder_batch_threshold == 1
+        else:
+            assert len(lines) == 1 and "FLASH_ATTN" in lines[0] and builder.reorder_batch_threshold is None
+            assert builder.supports_update_block_table is False
+
+
+def test_texts_beside_images_decode() -> None:
+    case = Case((1, 1, 5), (4, 20, 0))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        layer = attention_layer(vllm, case, "a")
+        prepared = prepare(vllm, case, layer)
+        prepared.common.mm_req_doc_ranges = {0: [], 2: []}
+        metadata = builder_of(vllm, ["a"]).build(0, prepared.common)
+        assert metadata.decode.num_rows == 2 and metadata.base.common.mm_req_doc_ranges == {0: []}
+        torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected)
+
+
+def test_sinks_follow_reloaded_weights_in_place() -> None:
+    case = Case((1,), (4,), sinks=True)
+    with fake_vllm() as vllm:
+        vllm.configure()
+        layer = attention_layer(vllm, case, "a")
+        builder_of(vllm, ["a"])
+        held = layer.impl._decoder.sinks
+        address = held.data_ptr()
+        layer.impl.sinks.fill_(0.5)
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+        assert held.dtype == torch.float32 and held.data_ptr() == address and (held == 0.5).all()
+
+
+def test_profiling_outputs_and_refusals() -> None:
+    case = Case((1,), (4,))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        layer = attention_layer(vllm, case, "a")
+        out = torch.ones(3, 4, 16)
+        assert (layer.impl.forward(layer, None, None, None, None, None, out) == 0).all()
+        assert not layer.impl.fused_output_quant_supported(None)
+        with pytest.raises(NotImplementedError, match="^output_scale"):
+            layer.impl.forward(layer, None, None, None, None, object(), out, output_scale=out)
+
+
+def test_what_vllm_is_told_when_it_asks() -> None:
+    with fake_vllm() as vllm:
+        backend = vllm.adapter.PersistentBackend
+        asked = dict.fromkeys(("head_size", "dtype", "block_size", "use_mla", "has_sink", "use_sparse", "use_mm_prefix",
+                               "use_per_head_quant_scales", "device_capability", "attn_type"))
+        for kind in (None, *KV_TYPES):
+            assert backend.validate_configuration(kv_cache_dtype=kind, **asked) == []
+        assert backend.validate_configuration(kv_cache_dtype="nvfp4", **asked) == ["kv_cache_dtype not supported"]
+        assert backend.validate_configuration(kv_cache_dtype="auto", use_kv_connector=True, **asked) == []
+        for given_too in ({"use_batch_invariant": True}, {"use_kv_connector": True}):
+            (reason,) = backend.validate_configuration(kv_cache_dtype="int8_per_token_head", **asked, **given_too)
+            assert "not supported" in reason
+        assert backend.get_name() == "CUSTOM" and backend.get_impl_cls() is vllm.adapter.FlashImpl
+        vllm.configure(cache_dtype="fp8")
+        assert backend.get_impl_cls() is vllm.adapter.TritonImpl
+        assert backend.get_builder_cls() is vllm.adapter.TritonBuilder
+        assert not attention_layer(vllm, Case((1,), (1,), kv_cache_dtype="fp8"), "a").impl.supports_quant_query_input
+        mixed = Case((1,), (1,))  # a layer that stays at 16 bits
+        layer = attention_layer(vllm, mixed, "b")
+        builder_of(vllm, ["b"])
+        assert layer.impl._decoder.kind.kv_dtype is None and layer.impl._scales(layer) == (None, None)

@@ -1,0 +1,127 @@
+"""vLLM's recorded interfaces: our overrides take what theirs do, and bands are served whose interface is the same."""
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+
+import pytest
+from paths import ROOT
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+from bench.vllm_cases import write_plugin
+from fake_vllm import INTERFACES, fake_vllm
+
+from gpu.drop_ins import vllm_plugin
+from tests.drop_ins import record_vllm
+
+RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(INTERFACES.glob("*.json"))}
+BASE = "vllm.v1.attention.backend"
+OVERRIDES = {  # what of ours stands where which of vLLM's does
+    "FlashBuilder": (BASE, "AttentionMetadataBuilder"),
+    "TritonBuilder": (BASE, "AttentionMetadataBuilder"),
+    "FlashImpl": ("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl"),
+    "TritonImpl": ("vllm.v1.attention.backends.triton_attn", "TritonAttentionImpl"),
+    "PersistentBackend": (BASE, "AttentionBackend"),
+}
+
+
+@pytest.mark.parametrize("ours", OVERRIDES)
+def test_overrides_take_what_vllm_passes(ours) -> None:
+    module, name = OVERRIDES[ours]
+    with fake_vllm() as vllm:
+        own = getattr(vllm.adapter, ours)
+        members = RECORDED["0.24"]["modules"][module][name]["members"]
+        methods = {member: what for member, what in members.items() if isinstance(what, dict)}
+        mine = [one for one in own.__mro__ if one.__module__ == vllm.adapter.__name__]
+        checked = 0
+        for method, recorded in methods.items():
+            if not any(method in vars(one) for one in mine):
+                continue
+            checked += 1
+            found = inspect.signature(getattr(own, method)).parameters
+            if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found.values()):
+                continue
+            wanted = [parameter for _, parameter, _, _ in recorded["parameters"]]
+            bound = "staticmethod" not in recorded["decorators"] and "classmethod" in recorded["decorators"]
+            assert [*found] == wanted[bound:], method
+            for _, parameter, _, default in recorded["parameters"][bound:]:
+                given = found[parameter].default
+                assert (given is inspect.Parameter.empty) == (default is None), (method, parameter)
+                assert default is None or repr(given) == default, (method, parameter)
+        assert checked
+
+
+def test_dataclass_fields_that_a_step_without_its_first_rows_replaces_are_all_there_are() -> None:
+    """A field that counts rows or tokens and is not cut would pair rows with others' values."""
+    fields = set(RECORDED["0.24"]["modules"][BASE]["CommonAttentionMetadata"]["members"]) - {"replace"}
+    source = inspect.getsource(importlib.import_module("gpu.drop_ins.vllm_step").without_first)
+    kept = {"max_query_len", "max_seq_len", "causal"}  # bounds, and what does not go by rows where rows decode
+    assert {name for name in fields if f" {name}=" not in source} == kept
+
+
+def test_bands_are_served_whose_interface_the_adapter_was_written_for() -> None:
+    assert record_vllm.WRITTEN_FOR in vllm_plugin.BANDS and {*vllm_plugin.BANDS} <= {*RECORDED}
+    for band, interface in RECORDED.items():
+        same = not record_vllm.differences(RECORDED[record_vllm.WRITTEN_FOR], interface)
+        assert same == (band in vllm_plugin.BANDS), band
+
+
+def test_the_table_of_differences_is_that_of_the_records() -> None:
+    assert (INTERFACES / "differences.md").read_text() == record_vllm.write_table()
+
+
+def test_records_come_from_a_wheels_own_sources(tmp_path) -> None:
+    wheel = tmp_path / "vllm-9.8.7-cp38-abi3-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("vllm/config/__init__.py", "from vllm.config.deep import get_current_vllm_config as "
+                                                    "get_current_vllm_config\nfrom vllm.config.deep import ModelConfig")
+        archive.writestr("vllm/config/deep.py", "class ModelConfig:\n    dtype: int = 3\n    other = 4\n"
+                                                "def get_current_vllm_config(a, *b, c: int = 1, **d): ...\n")
+    found = record_vllm.record(wheel)
+    assert found["release"] == "9.8.7" and found["modules"]["vllm.config"]["VllmConfig"] is None
+    flat = record_vllm.flatten(found)
+    assert flat["vllm.config.ModelConfig.dtype"] == ": int = 3" and "vllm.config.ModelConfig.other" not in flat
+    assert flat["vllm.config.get_current_vllm_config"] == "(a, *b, c=1, **d)"
+    gone = [name for name, _, new in record_vllm.differences(RECORDED["0.24"], found) if new == "-"]
+    assert "vllm.logger.init_logger" in gone
+
+
+RELEASES = (("0.24.0", True), ("0.24.1rc2+cu130", True), ("0.33.0", False), (None, False))
+
+
+@pytest.mark.parametrize("release, served", RELEASES)
+def test_the_entry_point_registers_or_says_in_one_line_why_not(release, served, monkeypatch, caplog) -> None:
+    def version(name: str) -> str:
+        if release is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr(vllm_plugin, "version", version)
+    with fake_vllm() as vllm, caplog.at_level(logging.WARNING):
+        vllm_plugin.register()
+        vllm_plugin.register()  # vLLM may load plug-ins more than once
+        assert vllm.registered == ({"CUSTOM": vllm_plugin.BACKEND} if served else {})
+        module, _, name = vllm_plugin.BACKEND.rpartition(".")
+        assert vllm.adapter.__name__ == module and hasattr(vllm.adapter, name)
+    assert bool(caplog.records) != served
+    assert served or "0.24.x" in caplog.text
+
+
+def test_the_entry_point_of_the_package_and_of_a_working_tree(tmp_path) -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    told = setup["options.entry_points"]["vllm.general_plugins"].strip()
+    code = ("from importlib.metadata import entry_points\n"
+            "(one,) = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'persistentkv']\n"
+            "print(one.name, '=', one.value, one.load().__name__)")
+    path = os.pathsep.join([str(write_plugin(tmp_path)), str(ROOT)])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.strip() == f"{told} register"

@@ -1,0 +1,141 @@
+"""Steps whose rows read together, on a fake GPU: what the kernel is told, what is refused, what a graph keeps."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_gpu import fake_gpu, memory
+
+from gpu.kernels.variant import kernel_config, most_readers, read_config
+from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.schedule.costs import SharedCosts
+from pkvsim.schedule.groups import PrefixGroups
+from pkvsim.schedule.prefixes import SharingRule
+
+SHAPE = DecodeShape(8, 2, 64, 16)
+LENS = np.array([100, 96, 130, 33], np.int32)
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with fake_gpu() as gpu:
+        yield gpu
+
+
+def make_engine(**options):
+    from gpu.decode_engine import DecodeEngine
+
+    return DecodeEngine(SHAPE, **options)
+
+
+def tables(gpu):
+    rng = np.random.default_rng(0)
+    table = rng.permutation(40).astype(np.int32).reshape(4, 10)
+    table[1, :6] = table[2, :6] = table[0, :6]
+    return {"seq_lens": gpu.array(LENS.copy()), "block_table": gpu.array(table)}
+
+
+def run(gpu, engine):
+    """The values of the launch of the last kernel that decodes."""
+    rng = np.random.default_rng(1)
+    pages = [gpu.array(rng.standard_normal((40, 2, 16, 64)).astype(np.float16)) for _ in range(2)]
+    seen = []
+    plan = engine.schedule_engine._plan
+    decode = plan.decode
+    plan.decode = lambda grid, args, stream, pairs: (seen.append(dict(zip(decode.given, args))),
+                                                     decode(grid, args, stream, pairs))
+    engine.run(gpu.array(rng.standard_normal((4, 8, 64)).astype(np.float16)), *pages)
+    plan.decode = decode
+    return seen[-1]
+
+
+def test_the_kernel_is_told_the_groups(gpu) -> None:
+    engine, given = make_engine(), tables(gpu)
+    groups = PrefixGroups([0, 0, 0, -1], [6])
+    engine.plan(**given, groups=groups)
+    values = run(gpu, engine)
+    assert memory(values["group_of_row"], np.int32, (4,)).tolist() == [0, 0, 0, -1]
+    assert memory(values["prefix_pages"], np.int32, (values["num_groups"],)).tolist() == [6]
+    assert values["columns"] == engine.schedule_engine._shared.config.read_columns
+    device = type("Groups", (), {"group_of_row": gpu.array(groups.group_of_row),
+                                 "prefix_pages": gpu.array(groups.prefix_pages)})  # fmt: skip
+    engine.plan(**given, groups=device)
+    plan = engine.schedule_engine._plan
+    engine.plan(**given, groups=device)
+    assert engine.schedule_engine._plan is plan  # passes unlooked at
+    values = run(gpu, engine)
+    assert values["group_of_row"] == device.group_of_row.data.ptr
+    assert values["prefix_pages"] == device.prefix_pages.data.ptr
+    engine.plan(**given)
+    assert "group_of_row" not in run(gpu, engine)
+
+
+def test_the_workspace_is_empty_and_grows(gpu) -> None:
+    engine = make_engine()
+    engine.plan(**tables(gpu), groups=PrefixGroups([0, 0, 0, -1], [6]))
+    config, shared = engine.schedule_engine._shared.config, engine.schedule_engine._plan.groups
+    need = config.workspace_bytes(engine.schedule_engine.num_ctas, 4 * SHAPE.num_kv_heads)
+    assert (memory(shared.workspace_at, np.uint8, (need,)) == 0xFF).all()
+    lens = np.full(9, 20, np.int32)
+    engine.plan(gpu.array(lens), gpu.array(np.zeros((9, 2), np.int32)), groups=PrefixGroups([-1] * 9, []))
+    assert engine.schedule_engine._plan.groups.workspace_at != shared.workspace_at
+
+
+def test_auto_finds_once_a_plan_and_once_a_capture(gpu, monkeypatch) -> None:
+    monkeypatch.setattr("gpu.kernels.launch.capture_id", lambda stream: capture)
+    engine, given = make_engine(sharing_rule=SharingRule(0, 0)), tables(gpu)
+    engine.plan(**given, groups="auto")
+    finder = next(kernel for kernel in reversed(gpu.kernels) if kernel.name == "pkv_find_prefixes")
+    values = run(gpu, engine)
+    assert memory(values["group_of_row"], np.int32, (4,)).tolist() == [0, 0, 0, -1]
+    assert memory(values["prefix_pages"], np.int32, (values["num_groups"],)).tolist() == [6, 0]
+    run(gpu, engine)
+    assert finder.launches == 1
+    engine.plan(**given, groups="auto")
+    run(gpu, engine)
+    assert finder.launches == 2
+    gpu.capturing = True
+    try:
+        for _ in range(3):
+            run(gpu, engine)
+        assert finder.launches == 4
+        assert engine.schedule_engine._in_graphs[-1][-1] == engine.schedule_engine._plan.groups.owned
+    finally:
+        gpu.capturing = False
+
+
+@pytest.mark.parametrize(("groups", "options", "words"), [
+    (PrefixGroups([0, 0, 0], [1]), {}, r"group_of_row: expected int32 \[4\]"),
+    ("found", {}, 'groups: expected PrefixGroups or "auto"'),
+    (PrefixGroups([0] * 4, [1]), {"options": AttentionOptions(window=9)}, "window: expected None with groups"),
+    (PrefixGroups([0] * 4, [1]), {"schedule": "workqueue"}, "groups: expected None for schedule 'workqueue'"),
+    (PrefixGroups([0] * 4, [1]), {"shared_costs": SharedCosts(columns=4)}, "groups: expected at most"),
+    (PrefixGroups([0] * 4, np.zeros(5000, np.int64)), {}, "groups: expected at most .* rows and groups together"),
+])  # fmt: skip
+def test_what_is_refused(gpu, groups, options, words) -> None:
+    engine = make_engine(**options)
+    with pytest.raises(ValueError, match=words):
+        engine.plan(**tables(gpu), groups=groups)
+
+
+def test_validate_compares_the_pages(gpu) -> None:
+    engine = make_engine()
+    engine.plan(**tables(gpu), groups=PrefixGroups([0, 0, 0, -1], [6]), validate=True)
+    with pytest.raises(ValueError, match=r"group_of_row\[3\]: expected the page ids of row 0"):
+        engine.plan(**tables(gpu), groups=PrefixGroups([0, 0, 0, 0], [2]), validate=True)
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_variant_that_reads_for_groups_fits(capability, head_dim, group, kv_dtype) -> None:
+    options = AttentionOptions(kv_dtype=kv_dtype, kv_scales="token" if kv_dtype else None)
+    config = kernel_config(DecodeShape(group, 1, head_dim, 16), "float16", capability, options=options)
+    try:
+        found = read_config(config, capability)
+    except ValueError as error:
+        # A team of two warps on a small GPU serves 16 columns of such heads.
+        assert (head_dim > 128 and group == 16) and "groups: expected at most" in str(error)
+        return
+    assert found.read_columns % group == 0 and found.read_columns >= 2 * group
+    assert most_readers(found, capability) >= 512

@@ -1,0 +1,114 @@
+"""cuda_src/shared.cu itself, built for the CPU: rows that read their common pages once, against float64 attention."""
+from __future__ import annotations
+
+import numpy as np
+import nvrtc
+import pytest
+from decode_on_cpu import aligned, make_step, run
+from test_decode_kernel import assert_close, expected
+
+from gpu.kernels.compile import SOURCE_DIR, compile_options
+from gpu.kernels.variant import kernel_config, read_config
+from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts
+from pkvsim.schedule.groups import PrefixGroups
+
+
+def grouped(shape, dtype, options, lens, groups, **more):
+    return make_step(shape, dtype, options, seed=len(lens), lens=lens, groups=PrefixGroups(*groups), **more)
+
+
+# group size, head_dim, page size, dtype, CTAs, columns of a read; lengths, groups; options
+CASES = {
+    "one group": (4, 128, 16, "float16", 7, 16, (100, 96, 130, 33), ((0, 0, 0, -1), (5,)), {}),
+    "several reads": (4, 64, 16, "float16", 9, 16, (90, 83, 80, 131, 97, 96, 85), ((0,) * 7, (5,)), {}),
+    "several groups": (2, 64, 16, "bfloat16", 11, 16, (70, 150, 64, 0, 161, 144, 20, 7, 150),
+                       ((1, 0, 1, 1, 0, 0, -1, -1, 0), (9, 4)), {"sinks": True}),
+    "short and unused": (4, 64, 16, "float16", 5, 16, (64, 48, 47, 0, 64, 200), ((0, 0, 0, 0, 3, 2), (3, 0, 12, 2)),
+                         {}),
+    "few members of a wide read": (4, 128, 16, "float16", 6, 64, (100, 97, 96), ((0, 0, 0), (6,)), {}),
+    "one head, many parts": (1, 64, 16, "float16", 29, 16, (400, 390, 512), ((0, 0, 0), (24,)), {"soft_cap": 4.0}),
+    "query tokens": (2, 64, 16, "float16", 6, 16, (100, 82, 81, 90, 3), ((0, 0, 0, 0, -1), (5,)), {"query_tokens": 2}),
+    "pages of three": (4, 64, 3, "float16", 6, 16, (100, 97, 96), ((0, 0, 0), (32,)), {}),
+    "fp8": (4, 64, 16, "float16", 6, 16, (100, 97, 96), ((0, 0, 0), (6,)), {"kv_dtype": "float8_e4m3fn"}),
+    "int8 by token": (4, 64, 16, "bfloat16", 6, 16, (100, 97, 96), ((0, 0, 0), (6,)),
+                      {"kv_dtype": "int8", "kv_scales": "token"}),
+    "head_dim 256": (4, 256, 16, "float16", 6, 16, (60, 50, 48), ((0, 0, 0), (3,)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_members_get_what_they_would_alone(name) -> None:
+    group, head_dim, page_size, dtype, ctas, columns, lens, groups, more = CASES[name]
+    step = grouped(DecodeShape(2 * group, 2, head_dim, page_size), dtype, AttentionOptions(**more), lens, groups)
+    got = run(step, "balanced", ctas=ctas, shared_costs=SharedCosts(columns=columns))
+    assert_close(got, expected(step), dtype)
+
+
+PLAIN = DecodeShape(8, 2, 64, 16)  # with reads of 16 columns: four rows
+
+
+def random_batch(rng) -> tuple[list[int], PrefixGroups]:
+    """Rows and groups of which some are too short, alone or empty, and some rests are none."""
+    num_groups, rows = int(rng.integers(1, 4)), int(rng.integers(2, 12))
+    pages = rng.integers(0, 9, num_groups)
+    groups = rng.integers(-1, num_groups, rows)
+    more = rng.choice([0, 0, 1, 15, 16, 40, -20], rows)
+    lens = [max(0, (int(pages[group]) * 16 if group >= 0 else 0) + int(own)) for group, own in zip(groups, more)]
+    return lens, PrefixGroups(groups, pages)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches(seed) -> None:
+    """By one build of the kernel: few and many CTAs, so that spans are whole, cut once or cut often."""
+    rng = np.random.default_rng(seed)
+    lens, groups = random_batch(rng)
+    step = make_step(PLAIN, "float16", AttentionOptions(), seed=seed, lens=tuple(lens), groups=groups)
+    costs = BalancedCosts(int(rng.integers(0, 9)), int(rng.integers(1, 9)), int(rng.integers(0, 3)))
+    shared = SharedCosts(16, *(int(rng.integers(*span)) for span in ((8, 100), (1, 8), (0, 9), (0, 3))))
+    got = run(step, "balanced", ctas=int(rng.choice([1, 2, 5, 17, 40])), costs=costs, shared_costs=shared)
+    assert_close(got, expected(step), "float16")
+
+
+@pytest.mark.parametrize("case", ["none to some", "some to none", "others", "lengths", "same", "nonsense"])
+def test_what_is_read_early_may_change(case) -> None:
+    """Until the previous kernel ends, lengths, groups and prefixes are those of another step."""
+    lens, group_of_row, pages = (100, 96, 130, 33, 120), [0, 0, 0, -1, 0], [5, 2]
+    step = make_step(PLAIN, "float16", AttentionOptions(), seed=1, lens=lens, groups=PrefixGroups(group_of_row, pages))
+    before = [step.lens.copy(), step.table.copy(), np.zeros(6 * 64, np.int32), np.array(group_of_row, np.int32),
+              np.array(pages, np.int32)]
+    if case == "none to some":
+        before[3][:] = -1
+    elif case == "some to none":
+        step.groups.group_of_row[:] = -1
+    elif case == "others":
+        before[3][:], before[4][:] = [1, 1, 0, 0, 1], [1, 3]
+    elif case == "lengths":
+        before[0][:] = [200, 0, 7, 33, 60]
+    elif case == "nonsense":
+        before[0][:], before[3][:] = [-5, 2**31 - 1, 3, 2**30, 0], [2**30, 0, -7, 0, 1]
+        before[4][:] = [2**31 - 1, -(2**31)]
+    before = tuple(aligned(array) for array in before)
+    for hurry in (False, True):
+        got = run(step, "balanced", ctas=6, shared_costs=SharedCosts(columns=16), before=before, hurry=hurry)
+        assert_close(got, expected(step), "float16")
+
+
+def test_rows_beside_a_group_are_those_decoded_alone() -> None:
+    lens, groups = (100, 96, 130, 85), PrefixGroups([0, 0, 0, 0], [5])
+    step = make_step(PLAIN, "float16", AttentionOptions(), seed=3, lens=lens, groups=groups)
+    together = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16))
+    step.groups = PrefixGroups([-1] * 4, [])
+    alone = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16))
+    step.groups = None
+    plain = run(step, "balanced", ctas=5)
+    assert all((a == b).all() for a, b in zip(alone, plain))  # the plain kernel's code, to the bit
+    np.testing.assert_allclose(together[0], alone[0], atol=2e-3)
+    np.testing.assert_allclose(together[1], alone[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_both_widths_fit_the_registers(capability) -> None:
+    config = read_config(kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability), capability)
+    used = nvrtc.kernel_resources(SOURCE_DIR / "shared.cu", capability, compile_options(config.read_defines()))
+    assert used["pkv_decode_shared"].spills == used["pkv_decode_shared"].stack == 0
