@@ -109,7 +109,7 @@ class CudaPages:
                 raise ValueError(f"{name}: expected all layers' as {first}, got {view} in layer {at // 2}")
             if view.pointer % VECTOR_BYTES or self.run_bytes % VECTOR_BYTES or self._page_stride % VECTOR_BYTES:
                 raise ValueError(f"{name}: expected pages on boundaries of {VECTOR_BYTES} bytes, got {view}")
-        if first.strides[1:] != _contiguous(first.shape[1:]):
+        if not _in_one_piece(first.shape[1:], first.strides[1:]):
             raise ValueError(f"k_pages: expected the bytes of a page in one piece, got strides {first.strides}")
         self._library, self._device = first.library, first.device
         self.num_pages, self.num_layers = first.shape[0], len(k_pages)
@@ -199,6 +199,11 @@ class CudaPages:
         copy_runs(targets, sources, self.run_bytes, stream.ptr)
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of an array of that shape in one piece, in elements."""
-    return tuple(int(np.prod(shape[at + 1 :])) for at in range(len(shape)))
+def _in_one_piece(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether an array of that shape and strides, in elements, has no gaps; an axis of one element may say anything."""
+    wanted = 1
+    for length, stride in zip(reversed(shape), reversed(strides)):
+        if length > 1 and stride != wanted:
+            return False
+        wanted *= length
+    return True
