@@ -17,8 +17,9 @@ import numpy as np
 from gpu.cache.tiers.device import Device, DoneTicket, Ticket
 from gpu.cache.tiers.disk_files import ALIGNMENT, HEADER_BYTES
 from gpu.cache.tiers.disk_reads import LimitedReader, Reader
+from gpu.cache.tiers.handles import LoadHandle
 from gpu.cache.tiers.open_reader import open_reader
-from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, LoadHandle, TieredKVCache
+from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
 from pkvsim.memory.load_or_recompute import load_times_s
 from pkvsim.memory.tiers import DISK, HOST, Tier
 
