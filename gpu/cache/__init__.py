@@ -2,5 +2,5 @@
 
 `pool` allocates rows and keeps their tables on the GPU; `writer` puts new tokens into pages in one launch, rotated
 and quantised on the way; `append_checks` and `append_variant` are its checks and its kernel's side, and need no
-GPU.
+GPU. `tiers` keeps blocks of KV in host memory and on disks.
 """

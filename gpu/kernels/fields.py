@@ -69,6 +69,10 @@ APPEND = Parameter("AppendArguments", (
     *_fields("q", "scale_page scale_head scale_token"),
     *_fields("f", "rope_factor k_scale v_scale"),
 ))  # fmt: skip
+RUNS = _values(  # of pages moved between host memory and the GPU
+    *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
+    *_fields("i", "run_bytes num_blocks first_run num_runs"),
+)  # fmt: skip
 
 KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_balanced": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
@@ -96,6 +100,8 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
         *_fields("p", "group_of_row prefix_pages workspace"),
     ),
     "pkv_append": (APPEND,),
+    "pkv_gather": RUNS,
+    "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),
 }  # fmt: skip
 

@@ -1,5 +1,10 @@
-"""Who owns which page: the allocator of a paged pool, and the cache of shared prefixes.
+"""Who owns which page, and which blocks of KV are kept where.
 
 `page_allocator` hands pages to rows and takes them back; the GPU's pool calls it. `prefix_cache` is the simulated
 server's: blocks of prompts named by hashes, who uses them, and which goes when pages are short.
+
+The pool beyond a GPU's pages: `tiers` says what devices there are and `tier_presets` whole machines of them,
+`placement` which device a block goes to, `block_index` where each block is and who uses it, `retention` which one goes,
+`load_or_recompute` how much of a prompt is worth loading. `memory_pool` is the face that the simulator
+(`simulate_tiers`) and the GPU's tiered cache both call, so that they decide alike.
 """

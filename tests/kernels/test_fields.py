@@ -35,7 +35,7 @@ STRUCTURES = [
 FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", "pkv_merge": "merge.cu",
          "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu",
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
-         "pkv_decode_shared": "shared.cu"}
+         "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>

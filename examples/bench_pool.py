@@ -1,0 +1,194 @@
+"""The pool beyond HBM, measured on this machine, each figure beside its roof from the same run.
+
+    python examples/bench_pool.py --directory /tmp                      # all of it, within three minutes on an H200
+    python examples/bench_pool.py --parts disk,tiers --directory /tmp   # what needs no GPU
+    python examples/bench_pool.py --json pool.json
+
+Copies: scattered pages layer by layer, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
+and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
+directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
+from host memory, and 3:1 from host memory and two limited disks, against host memory and then one disk by files.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.tables import Table
+from pool_bench import disks
+from rich.console import Console
+
+from gpu.measure.environment import environment, lacks_gpu, write_json
+from pkvsim.memory.placement import BANDWIDTH, EQUAL
+
+PARTS = ("copies", "decode", "disk", "tiers", "ttft")
+NEED_GPU = ("copies", "decode", "ttft")
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
+DISK_BLOCKS = (2 * MIB, 256 * KIB)
+TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
+TTFT_TOKENS = 128 * 1024
+TTFT_RATES = (36.0, 6.0, 6.0)  # GB/s of host memory and two limited disks: 3:1
+SHM = Path("/dev/shm")
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Options; exits with 2 where one is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    parser.add_argument("--total-gib", type=float, default=2.0, help="bytes of each copy and disk measurement")
+    parser.add_argument("--tokens", type=int, default=TTFT_TOKENS, help="of the prompt of the first-token part")
+    parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
+    parser.add_argument("--json", type=Path, help="writes all figures there")
+    args = parser.parse_args(words)
+    args.parts = args.parts.split(",")
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"--parts: expected of {', '.join(PARTS)}, got {unknown[0]}")
+    if not 0.01 <= args.total_gib <= 64:
+        parser.error(f"--total-gib: expected 0.01 to 64, got {args.total_gib:g}")
+    if args.tokens < 1024 or args.tokens % 256:
+        parser.error(f"--tokens: expected a multiple of 256 from 1024 on, got {args.tokens}")
+    if not args.directory.is_dir():
+        parser.error(f"--directory: expected a directory, got {args.directory}")
+    return args
+
+
+def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
+    """Scattered pages each way."""
+    from pool_bench import copies as measured
+
+    roof = measured.roofs(total_bytes)
+    ways = [("kernel", False, run) for run in RUNS] + [("batched DMA", True, run) for run in (64 * KIB, 512 * KIB)]
+    rows, found = [], []
+    for way, batched, run_bytes in ways:
+        figures = measured.scattered(run_bytes, total_bytes, batched=batched)
+        found.append({"way": way, **dataclasses.asdict(figures)})
+        rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in (
+            figures.in_gb_s, figures.out_gb_s, figures.both_in_gb_s, figures.both_out_gb_s))))  # fmt: skip
+    alone = ("in_gb_s", "out_gb_s", "both_gb_s", "both_gb_s")
+    rows.append(("roof", "one piece", *(f"{roof[name]:.1f}" for name in alone)))
+    table = Table("Scattered pages, GB/s", ("way", "run", "to GPU", "to host", "both: to GPU", "to host"), tuple(rows))
+    return table, {"roof": roof, "scattered": found}
+
+
+def decode(total_bytes: int) -> tuple[Table, dict[str, Any]]:
+    """What a decode step loses while pages come in."""
+    from pool_bench import copies as measured
+
+    figures = measured.decode_while_loading(total_bytes)
+    values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
+    columns = ("alone us", "loading us", "slower %", "GB/s in")
+    table = Table("Decode, 8 rows of 32K, while pages come in", columns, (tuple(f"{value:.1f}" for value in values),))
+    return table, {**dataclasses.asdict(figures), "slower_percent": figures.slower_percent}
+
+
+def device_for(block_bytes: int, pages: int, on_gpu: bool) -> Any:
+    """Pages of a GPU, or none where there is none."""
+    if not on_gpu:
+        return disks.NoPages(block_bytes, pages)
+    from pool_bench import copies as measured
+
+    return measured.make_pages(pages, block_bytes // (2 * measured.LAYERS))
+
+
+def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Table, list[dict[str, Any]]]:
+    """One disk against the C loop."""
+    rows, found = [], []
+    for block_bytes in DISK_BLOCKS:
+        device = device_for(block_bytes, 512, on_gpu)
+        figures = disks.one_disk(args.directory, device, total_bytes=total_bytes, reader=args.reader)
+        found.append(dataclasses.asdict(figures))
+        roof = figures.roof_gb_s
+        rows.append((
+            f"{block_bytes // KIB} KiB", f"{figures.pool_gb_s:.2f}", f"{roof:.2f}" if roof else "-",
+            f"{figures.pool_gb_s / roof * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
+            f"{figures.roof_cores_per_gb_s:.3f}" if roof else "-",
+            figures.reader + ("" if figures.direct else ", buffered"),
+        ))  # fmt: skip
+    columns = ("block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "C loop's", "reader")
+    note = f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; checksums included" + (
+        "" if on_gpu else "; no GPU: blocks are read and checked, and copied nowhere") + "."  # fmt: skip
+    return Table(f"Random blocks of {args.directory}", columns, tuple(rows), note), found
+
+
+def tiers(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, Any]]:
+    """Three unlike tiers at once."""
+    places = [args.directory, SHM if SHM.is_dir() else args.directory, SHM if SHM.is_dir() else args.directory]
+    device = device_for(2 * MIB, 512, on_gpu)
+    rates, rows, found = [rate * 1e9 for rate in TIER_RATES], [], {}
+    for placement in (BANDWIDTH, EQUAL):
+        figures = disks.three_tiers(places, rates, device, blocks=768, placement=placement)
+        found[placement] = figures
+        rows.append((placement, f"{figures['gb_s']:.2f}", f"{figures['sum_gb_s']:.2f}", f"{figures['share'] * 100:.0f}",
+                     f"{figures['predicted_error_percent']:.1f}"))  # fmt: skip
+    note = f"Limiters of {', '.join(f'{rate:g}' for rate in TIER_RATES)} GB/s on {', '.join(map(str, places))}."
+    columns = ("placement", "GB/s", "sum GB/s", "%", "prediction off by %")
+    return Table("Three unlike tiers at once", columns, tuple(rows), note), found
+
+
+def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
+    """The first token of a long prompt."""
+    from pool_bench import copies as measured
+    from pool_bench import ttft as first
+
+    link = measured.roofs(GIB)["in_gb_s"] * 1e9
+    model = first.Model(args.tokens // first.PAGE)
+    compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
+    rates = [rate * 1e9 for rate in TTFT_RATES]
+    shared = {"link_bytes_per_s": link, "compute_s": compute_s}
+    found = [first.from_pool(model, "host memory", [link], [], **shared)]
+    if SHM.is_dir():
+        found.append(first.from_pool(model, "host 3 : 1 two limited disks", rates, [SHM, SHM], **shared))
+        found.append(first.from_files(model, link, rates[1], SHM, host_share=0.75, compute_s=compute_s))
+    rows = tuple(
+        (one.what, f"{one.gb:.1f}", f"{one.ttft_s * 1e3:.0f}", f"{one.bound_s * 1e3:.0f}", f"{one.over_bound:.2f}",
+         f"{one.predicted_s * 1e3:.0f}", f"{found[-1].ttft_s / one.ttft_s:.1f}") for one in found
+    )  # fmt: skip
+    note = (f"Bound: bytes over the rates or the link, and the last chunk's compute of {compute_s * 1e3:.0f} ms. "
+            f"Limiters of {TTFT_RATES[1]:g} GB/s on {SHM}.")  # fmt: skip
+    columns = ("KV in", "GB", "TTFT ms", "bound ms", "x bound", "predicted ms", "files / this")
+    return Table(f"First token of {args.tokens // 1024}K tokens, Llama-3.1-8B's sizes", columns, rows, note), [
+        {**dataclasses.asdict(one), "over_bound": one.over_bound} for one in found
+    ]
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parse_args(words)
+    on_gpu = any(part in NEED_GPU for part in args.parts)
+    if on_gpu and lacks_gpu("bench_pool"):
+        return 1
+    if not on_gpu and importlib.util.find_spec("cupy") is not None:
+        import cupy
+
+        on_gpu = cupy.is_available()
+    total = int(args.total_gib * GIB)
+    console, found = Console(width=130), {}
+    begin = time.perf_counter()
+    for part in args.parts:
+        if part == "copies":
+            table, found[part] = copies(total)
+        elif part == "decode":
+            table, found[part] = decode(total)
+        elif part == "disk":
+            table, found[part] = disk(args, total // 2, on_gpu)
+        elif part == "tiers":
+            table, found[part] = tiers(args, on_gpu)
+        else:
+            table, found[part] = ttft(args)
+        table.print(console)
+    console.print(f"{time.perf_counter() - begin:.0f} s")
+    if args.json is not None:
+        write_json(args.json, {"environment": environment() if on_gpu else {}, "parts": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The pages that blocks are loaded into and stored from: what a tiered cache asks of them, and pages of host memory.
+
+A block is one page of every layer. Outside the device it is one run of bytes, layer after layer, and within a layer the
+page of K before that of V, so that a disk reads it whole and the GPU takes it layer by layer.
+"""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Ticket(Protocol):
+    """Copies that have been asked for."""
+
+    def done(self) -> bool:
+        """Whether they have ended."""
+
+    def wait(self) -> None:
+        """Until they have."""
+
+
+class Device(Protocol):
+    """Pages of all layers. Copies go to streams of their own, one for each direction, and in the order asked for."""
+
+    num_layers: int
+    block_bytes: int  # of one page of all layers
+    num_pages: int
+
+    def mark(self) -> object:
+        """This point of the caller's stream: everything launched before it."""
+
+    def copy_in(
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+    ) -> Sequence[Ticket]:  # fmt: skip
+        """Host blocks at addresses [n] int64 into pages [n] int32, once the mark is reached; a ticket for each layer
+        in their order, or one for all of them."""
+
+    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
+        """Pages [n] int32 to host blocks at addresses [n] int64, once the mark is reached."""
+
+    def wait(self, ticket: Ticket) -> None:
+        """Lets what the caller's stream is given next wait for the ticket; this thread goes on."""
+
+
+class DoneTicket:
+    """Copies that ended before they were told of."""
+
+    __slots__ = ()
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+
+class HostPages:
+    """Pages in host memory, for tests and for machines without a GPU: pages[p, l] is a layer's part of a block."""
+
+    __slots__ = ("pages", "num_layers", "block_bytes", "num_pages")
+
+    def __init__(self, *, num_pages: int, num_layers: int, run_bytes: int) -> None:
+        """run_bytes: K and V of one page in one layer."""
+        self.pages = np.zeros((num_pages, num_layers, run_bytes), np.uint8)
+        self.num_pages, self.num_layers, self.block_bytes = num_pages, num_layers, num_layers * run_bytes
+
+    def mark(self) -> object:
+        return None
+
+    def copy_in(
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+    ) -> Sequence[Ticket]:  # fmt: skip
+        for address, page in zip(addresses.tolist(), pages.tolist()):
+            ctypes.memmove(self.pages[page].ctypes.data, address, self.block_bytes)
+        return [DoneTicket()] * (self.num_layers if each_layer else 1)
+
+    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
+        for address, page in zip(addresses.tolist(), pages.tolist()):
+            ctypes.memmove(address, self.pages[page].ctypes.data, self.block_bytes)
+        return DoneTicket()
+
+    def wait(self, ticket: Ticket) -> None:
+        return None

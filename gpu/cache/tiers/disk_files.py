@@ -1,0 +1,196 @@
+"""A directory on a disk as numbered slots of one block each, that a restart reads without trusting any of it.
+
+    lock       held by the one process that uses the directory
+    pool.json  what the slots hold; another model's or layout's blocks are refused
+    blocks     slot s at s * slot_bytes: a header of 4 KiB, then the block, padded to 4 KiB; preallocated
+    complete   64 bytes a slot: the key of the block that is complete there, or zeros
+
+A slot's record in `complete` is cleared before the slot is written, and written after. So whenever a process dies, what
+the records list had been written whole. A header repeats key and slot and has the block's checksum, which every read
+checks: torn writes, flipped bits, blocks of elsewhere and records that outlived a power cut are misses, never KV.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+ALIGNMENT = 4096  # bytes: of O_DIRECT's buffers, offsets and lengths on every device met
+HEADER_BYTES = ALIGNMENT
+MAX_KEY_BYTES = 32
+FORMAT = 1
+
+_HEADER = struct.Struct("<8sQQQI4x32sI4x")  # magic, slot, block bytes, checksum, kind * 256 + key bytes, key; its CRC
+_RECORD = struct.Struct("<4sI32sI20x")  # magic, key bytes, key, CRC of these
+_HEADER_MAGIC, _RECORD_MAGIC = b"PKVBLK01", b"DONE"
+RECORD_BYTES = _RECORD.size
+XXH3, CRC32 = 1, 2
+
+
+def _find_checksums() -> dict[int, object]:
+    """Checksums this process can compute, by number, the one to write with first."""
+    found: dict[int, object] = {}
+    try:
+        import xxhash
+    except ImportError:  # about a twentieth of the speed, which stats() shows as the checksum's name
+        pass
+    else:
+        found[XXH3] = xxhash.xxh3_64_intdigest
+    found[CRC32] = zlib.crc32
+    return found
+
+
+_CHECKSUMS = _find_checksums()
+CHECKSUM = next(iter(_CHECKSUMS))
+CHECKSUM_NAME = {XXH3: "xxh3_64", CRC32: "crc32"}[CHECKSUM]
+
+
+def round_up(num_bytes: int) -> int:
+    """To a multiple of ALIGNMENT."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def view(address: int, num_bytes: int) -> memoryview:
+    """Bytes of this process at an address, which its owner keeps."""
+    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
+
+
+def check_key(key: object) -> bytes:
+    """ValueError unless the key is 1 to 32 bytes."""
+    if not isinstance(key, bytes) or not 1 <= len(key) <= MAX_KEY_BYTES:
+        raise ValueError(f"key: expected 1 to {MAX_KEY_BYTES} bytes, got {key!r}")
+    return key
+
+
+def seal(address: int, block_bytes: int, key: bytes, slot: int) -> None:
+    """Writes the header of the block that lies behind it in a buffer of HEADER_BYTES + block_bytes."""
+    checksum = _CHECKSUMS[CHECKSUM](view(address + HEADER_BYTES, block_bytes))
+    head = _HEADER.pack(_HEADER_MAGIC, slot, block_bytes, checksum, CHECKSUM << 8 | len(key), key, 0)
+    target = view(address, HEADER_BYTES)
+    target[: len(head)] = head[:-8] + struct.pack("<I4x", zlib.crc32(head[:-8]))
+    target[len(head) :] = bytes(HEADER_BYTES - len(head))
+
+
+def find_fault(address: int, block_bytes: int, key: bytes, slot: int) -> str | None:
+    """What is wrong with the block in a buffer that was read from a slot; None where it is the one of that key."""
+    head = bytes(view(address, _HEADER.size))
+    magic, at, length, checksum, kind, stored, crc = _HEADER.unpack(head)
+    if magic != _HEADER_MAGIC or crc != zlib.crc32(head[:-8]):
+        return "no valid header"
+    if at != slot or length != block_bytes or stored[: kind & 255] != key:
+        return "another block's header"
+    function = _CHECKSUMS.get(kind >> 8)
+    if function is None:
+        return f"checksum of kind {kind >> 8}, which this process cannot compute"
+    if function(view(address + HEADER_BYTES, block_bytes)) != checksum:
+        return "wrong checksum"
+    return None
+
+
+class DiskFiles:
+    """The files of one directory, open and locked.
+
+    fd: of the blocks, for reads and writes of slot_bytes at offset(slot). direct: whether they pass the page cache by;
+    False on file systems without O_DIRECT.
+    """
+
+    __slots__ = ("directory", "block_bytes", "slots", "slot_bytes", "fd", "direct", "_lock", "_complete")
+
+    def __init__(self, directory: str | os.PathLike, *, block_bytes: int, slots: int, contents: str = "") -> None:
+        """block_bytes: of a block; slots: how many; contents: what a block is (model, layout, type), which must be what
+        the directory's blocks are. Raises ValueError naming the argument, among others where another process has it."""
+        if block_bytes < 1 or slots < 1:
+            raise ValueError(f"block_bytes, slots: expected >= 1, got {block_bytes}, {slots}")
+        self.directory = Path(directory)
+        self.block_bytes, self.slots = block_bytes, slots
+        self.slot_bytes = HEADER_BYTES + round_up(block_bytes)
+        self.fd = self._lock = self._complete = -1
+        self.direct = True
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"directory: expected one that nobody uses, {directory} is locked") from None
+            self._check_contents(contents)
+            self._open_blocks()
+            self._complete = os.open(self.directory / "complete", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            self.close()
+            raise ValueError(f"directory: {directory} cannot hold the blocks: {error}") from error
+        except ValueError:
+            self.close()
+            raise
+
+    def _check_contents(self, contents: str) -> None:
+        place = self.directory / "pool.json"
+        wanted = {"format": FORMAT, "block_bytes": self.block_bytes, "contents": contents}
+        try:
+            found = json.loads(place.read_text())
+        except FileNotFoundError:
+            scratch = place.with_suffix(".new")
+            scratch.write_text(json.dumps(wanted))
+            scratch.replace(place)
+            return
+        except ValueError:
+            raise ValueError(f"directory: {place} is no description of a pool") from None
+        if found != wanted:
+            raise ValueError(f"directory: expected blocks of {wanted}, {self.directory} has those of {found}")
+
+    def _open_blocks(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            self.fd = os.open(self.directory / "blocks", flags | os.O_DIRECT, 0o644)
+        except OSError:
+            self.fd, self.direct = os.open(self.directory / "blocks", flags, 0o644), False
+        length, wanted = os.fstat(self.fd).st_size, self.slots * self.slot_bytes
+        if length >= wanted:
+            return
+        room = os.fstatvfs(self.fd)
+        if wanted - length > room.f_bavail * room.f_frsize:  # else allocation first fills the disk, then says so
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            os.posix_fallocate(self.fd, length, wanted - length)
+        except OSError:
+            os.ftruncate(self.fd, length)  # gives back what it took before it failed
+            raise
+
+    def offset(self, slot: int) -> int:
+        """Of a slot in fd, bytes."""
+        return slot * self.slot_bytes
+
+    def complete(self) -> list[tuple[bytes, int]]:
+        """(key, slot) of the blocks that had been written whole."""
+        records = os.pread(self._complete, self.slots * RECORD_BYTES, 0)
+        found = []
+        for slot in range(len(records) // RECORD_BYTES):
+            record = records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES]
+            magic, length, key, crc = _RECORD.unpack(record)
+            if magic == _RECORD_MAGIC and crc == zlib.crc32(record[:40]) and 1 <= length <= MAX_KEY_BYTES:
+                found.append((key[:length], slot))
+        return found
+
+    def begin(self, slot: int) -> None:
+        """The slot is about to be written, or has no valid block. OSError where that cannot be noted."""
+        os.pwrite(self._complete, bytes(RECORD_BYTES), slot * RECORD_BYTES)
+
+    def finish(self, slot: int, key: bytes) -> None:
+        """The slot has been written whole. OSError where that cannot be noted."""
+        record = _RECORD.pack(_RECORD_MAGIC, len(key), key, 0)
+        record = record[:40] + struct.pack("<I", zlib.crc32(record[:40])) + record[44:]
+        os.pwrite(self._complete, record, slot * RECORD_BYTES)
+
+    def close(self) -> None:
+        """Closes the files and lets another process have the directory."""
+        for fd in (self.fd, self._complete, self._lock):
+            if fd >= 0:
+                with contextlib.suppress(OSError):  # already closed under us by a fault: nothing is left to keep
+                    os.close(fd)
+        self.fd = self._complete = self._lock = -1

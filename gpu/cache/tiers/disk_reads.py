@@ -1,0 +1,139 @@
+"""Reads and writes of whole buffers, many at a time: one interface over io_uring, threads and NVMe passthrough.
+
+`submit` hands over requests and returns at once; `poll` returns those that have ended. A buffer belongs to the kernel
+from the one to the other, whatever happens to its request meanwhile. Who bounds bytes in flight and gives up on a
+stalled device is disk_tier.
+"""
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from gpu.cache.tiers.disk_files import view
+
+THREADS = 16  # of a pool: 64 KiB reads of a virtual disk are fastest there, and larger ones lose nothing
+
+
+class Request(NamedTuple):
+    """One read into a buffer, or one write from it."""
+
+    tag: int  # who asks; of one request at a time
+    fd: int
+    offset: int
+    address: int
+    num_bytes: int
+    write: bool = False
+
+
+class Done(NamedTuple):
+    """An ended request. result: bytes moved, or an error as -errno."""
+
+    tag: int
+    result: int
+
+
+class Reader(Protocol):
+    """What carries out requests."""
+
+    name: str
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Begins all of them. No more than the depth it was opened with may be under way."""
+
+    def poll(self, wait_s: float) -> list[Done]:
+        """Those that have ended: waits until at least one has, at most wait_s; empty where none is or was under way."""
+
+    def close(self) -> None:
+        """Ends it. Requests under way keep their buffers."""
+
+
+class ThreadReader:
+    """preadv and pwritev in a pool of threads: works everywhere, at the price of a thread's wake-up a request."""
+
+    __slots__ = ("name", "_todo", "_done", "_under_way", "_threads")
+
+    def __init__(self, *, threads: int = THREADS) -> None:
+        if threads < 1:
+            raise ValueError(f"threads: expected >= 1, got {threads}")
+        self.name = "preadv"
+        self._todo: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        self._under_way = 0
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (request := self._todo.get()) is not None:
+            call = os.pwritev if request.write else os.preadv
+            try:
+                result = call(request.fd, [view(request.address, request.num_bytes)], request.offset)
+            except OSError as error:
+                result = -(error.errno or errno.EIO)
+            self._done.put(Done(request.tag, result))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._under_way += len(requests)
+        for request in requests:
+            self._todo.put(request)
+
+    def poll(self, wait_s: float) -> list[Done]:
+        if not self._under_way:
+            return []
+        out = []
+        try:
+            out.append(self._done.get(timeout=wait_s) if wait_s > 0 else self._done.get_nowait())
+            while True:
+                out.append(self._done.get_nowait())
+        except queue.Empty:
+            pass
+        self._under_way -= len(out)
+        return out
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._todo.put(None)
+
+
+class LimitedReader:
+    """Another reader slowed to a rate, as if its device were that slow: for measuring unlike tiers on one machine."""
+
+    __slots__ = ("name", "_reader", "_bytes_per_s", "_free_s", "_sizes", "_late")
+
+    def __init__(self, reader: Reader, bytes_per_s: float) -> None:
+        self.name = f"{reader.name} limited to {bytes_per_s / 1e9:g} GB/s"
+        self._reader = reader
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0
+        self._sizes: dict[int, int] = {}
+        self._late: list[tuple[float, Done]] = []  # ended, to be told at that time; in order
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._sizes[request.tag] = request.num_bytes
+        self._reader.submit(requests)
+
+    def poll(self, wait_s: float) -> list[Done]:
+        until = time.perf_counter() + wait_s
+        while True:
+            now = time.perf_counter()
+            first = self._late[0][0] if self._late else until
+            for done in self._reader.poll(max(0.0, min(first, until) - now)):
+                now = time.perf_counter()
+                self._free_s = max(self._free_s, now) + self._sizes.pop(done.tag) / self._bytes_per_s
+                self._late.append((self._free_s, done))
+            now = time.perf_counter()
+            due = [done for at, done in self._late if at <= now]
+            if due or now >= until or not (self._late or self._sizes):
+                self._late = self._late[len(due) :]
+                return due
+            if self._late and not self._sizes:
+                time.sleep(max(0.0, min(self._late[0][0], until) - now))
+
+    def close(self) -> None:
+        self._reader.close()

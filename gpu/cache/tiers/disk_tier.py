@@ -1,0 +1,287 @@
+"""One disk of the pool at work: a thread that keeps it busy and checks every block before anybody sees it.
+
+Reads and writes wait in one queue. Bytes under way are bounded; each request has a slot of a pinned ring, from its
+submission until the GPU has taken the block out of it or the write has ended. Whatever goes wrong ends in the job's
+`ended(..., fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s. A stalled
+disk gets nothing more to do, and its buffers stay its own for as long as it may still write to them.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from gpu.cache.tiers.device import Ticket
+from gpu.cache.tiers.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
+from gpu.cache.tiers.disk_jobs import DiskCounts, ReadJob, WriteJob
+from gpu.cache.tiers.disk_reads import Done, Reader, Request
+from gpu.cache.tiers.host_arena import HostArena
+
+OBSERVED_BYTES = 64 * 2**20  # read between two reports of the rate
+
+
+class DiskTier:
+    """The thread, queue and ring of one directory."""
+
+    def __init__(
+        self,
+        files: DiskFiles,
+        reader: Reader,
+        ring: HostArena,
+        *,
+        bytes_under_way: int,
+        stall_s: float = 30.0,
+        observe: Callable[[int, float], None] | None = None,
+        stalled: Callable[[], None] | None = None,
+    ) -> None:
+        """ring: buffers of files.slot_bytes; observe(bytes, seconds): told the rate of reads now and then; stalled():
+        told once, when a request is given up."""
+        if ring.slot_bytes < files.slot_bytes:
+            raise ValueError(f"ring: expected slots of {files.slot_bytes} bytes, got {ring.slot_bytes}")
+        self.files = files
+        self.counts = DiskCounts()
+        self._reader, self._ring = reader, ring
+        self._depth = max(1, min(bytes_under_way // files.slot_bytes, ring.slots))
+        self._stall_s = stall_s
+        self._observe, self._stalled = observe, stalled
+        self._wake = threading.Condition()
+        self._jobs: deque[ReadJob | WriteJob] = deque()
+        self._closing = self._is_stalled = False
+        self._free = list(range(ring.slots))
+        self._under_way: dict[int, tuple[ReadJob | WriteJob, float]] = {}  # ring slot -> job, when it began
+        self._given_up: set[int] = set()
+        self._draining: deque[tuple[Ticket, list[int]]] = deque()  # copies to the GPU, and their ring slots
+        self._seen_bytes, self._seen_since = 0, 0.0
+        self._thread = threading.Thread(target=self._run, name=f"tier {files.directory.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_stalled(self) -> bool:
+        return self._is_stalled
+
+    @property
+    def reader_name(self) -> str:
+        return self._reader.name
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait or are under way."""
+        return len(self._jobs) + len(self._under_way)
+
+    def add(self, jobs: list[ReadJob] | list[WriteJob]) -> None:
+        """Queues jobs. Each ends, whatever happens."""
+        with self._wake:
+            if not (self._closing or self._is_stalled):
+                self._jobs.extend(jobs)
+                self._wake.notify()
+                return
+        for job in jobs:
+            job.ended(job, "the disk is gone")
+
+    def close(self) -> None:
+        """Finishes what is queued and ends the thread; buffers of a stalled disk are left to it."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        if self._given_up:
+            self._collect(self._reader.poll(0.0))
+        self._reader.close()
+        if self._given_up:
+            self._ring.keep()
+        self.files.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._jobs or self._under_way or self._draining or self._closing):
+                    self._wake.wait()
+                if self._closing and not (self._jobs or self._under_way or self._draining):
+                    return
+            busy = bool(self._under_way)
+            began = time.perf_counter()
+            try:
+                self._turn()
+            except Exception as error:  # a fault of the ring: every job ends, and the disk is not used again
+                self._give_up(f"{type(error).__name__}: {error}", list(self._under_way))
+            self.counts.thread_s = time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
+            if busy:
+                self.counts.busy_s += time.perf_counter() - began
+
+    def _turn(self) -> None:
+        """One round: frees buffers, submits, and waits for what ends first."""
+        while self._draining and (self._draining[0][0].done() or not (self._free or self._under_way)):
+            ticket, slots = self._draining.popleft()
+            ticket.wait()
+            self._free += slots
+        self._submit()
+        if self._under_way or self._given_up:
+            ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0))
+            try:
+                self._submit()  # before what has ended is looked at, so that the disk has work meanwhile
+            finally:
+                self._finish(ended)
+            self._check_stall()
+        elif self._draining:
+            ticket, slots = self._draining.popleft()
+            ticket.wait()
+            self._free += slots
+
+    def _submit(self) -> None:
+        reads: list[ReadJob] = []
+        writes: list[WriteJob] = []
+        with self._wake:
+            room = min(self._depth - len(self._under_way), len(self._free))
+            while self._jobs and len(reads) + len(writes) < room:
+                job = self._jobs.popleft()
+                if isinstance(job, WriteJob):
+                    writes.append(job)
+                elif not job.cancelled:
+                    reads.append(job)
+                else:
+                    self._end(job, "cancelled")
+        now = time.perf_counter()
+        if reads and not self._under_way:
+            self._seen_bytes, self._seen_since = 0, now
+        requests = [self._request(job, now) for job in reads] + self._prepare(writes)
+        if requests:
+            self._reader.submit(requests)
+
+    def _request(self, job: ReadJob | WriteJob, now: float, at: int | None = None) -> Request:
+        if at is None:
+            at = self._free.pop()
+        self._under_way[at] = job, now
+        files, write = self.files, isinstance(job, WriteJob)
+        return Request(at, files.fd, files.offset(job.slot), self._ring.address(at), files.slot_bytes, write)
+
+    def _prepare(self, jobs: list[WriteJob]) -> list[Request]:
+        """Blocks of jobs, copied from the GPU and sealed, as requests."""
+        requests = []
+        for group in _groups(jobs, "fill"):
+            slots = [self._free.pop() for _ in group]
+            buffers = self._ring.addresses(np.array(slots))
+            try:
+                group[0].fill(buffers + HEADER_BYTES, group).wait()
+            except Exception as error:  # of the GPU: its blocks are not stored
+                self._free += slots
+                for job in group:
+                    self._end(job, f"{type(error).__name__}: {error}")
+                continue
+            for job, slot, buffer in zip(group, slots, buffers.tolist()):
+                seal(buffer, self.files.block_bytes, job.key, job.slot)
+                try:
+                    self.files.begin(job.slot)
+                except OSError as error:
+                    self._free.append(slot)
+                    self._end(job, _error_name(error.errno))
+                else:
+                    requests.append(self._request(job, time.perf_counter(), slot))
+        return requests
+
+    def _collect(self, ended: list[Done]) -> list[tuple[ReadJob | WriteJob, int, int]]:
+        """(job, ring slot, result) of what has ended; what was given up is over with that."""
+        out = []
+        for tag, result in ended:
+            if tag in self._given_up:
+                self._given_up.remove(tag)
+                self._free.append(tag)
+            else:
+                out.append((self._under_way.pop(tag)[0], tag, result))
+        return out
+
+    def _finish(self, ended: list[tuple[ReadJob | WriteJob, int, int]]) -> None:
+        """Checks what was read and hands it over; ends what was written."""
+        arrived: list[tuple[ReadJob, int]] = []
+        for job, tag, result in ended:
+            fault = None
+            if result < 0:
+                fault = _error_name(-result)
+            elif result != self.files.slot_bytes:
+                fault = f"short {'write' if isinstance(job, WriteJob) else 'read'} of {result} bytes"
+            if isinstance(job, WriteJob):
+                self._free.append(tag)
+                self._end_write(job, fault)
+                continue
+            if fault is None and not job.cancelled:
+                self._seen_bytes += self.files.slot_bytes
+                fault = find_fault(self._ring.address(tag), self.files.block_bytes, job.key, job.slot)
+            if fault is None and not job.cancelled:
+                arrived.append((job, tag))
+            else:
+                self._free.append(tag)
+                self._end(job, fault or "cancelled")
+        for group in _groups([job for job, _ in arrived], "take"):
+            slots = [tag for job, tag in arrived if job in group]
+            fault = None
+            try:
+                ticket = group[0].take(self._ring.addresses(np.array(slots)) + HEADER_BYTES, group)
+            except Exception as error:  # of the GPU: its blocks do not arrive
+                ticket, fault = None, f"{type(error).__name__}: {error}"
+            if ticket is None:
+                self._free += slots
+            else:
+                self._draining.append((ticket, slots))
+            for job in group:
+                self._end(job, fault)
+        if self._observe is not None and self._seen_bytes >= OBSERVED_BYTES:
+            now = time.perf_counter()
+            self._observe(self._seen_bytes, now - self._seen_since)
+            self._seen_bytes, self._seen_since = 0, now
+
+    def _end_write(self, job: WriteJob, fault: str | None) -> None:
+        if fault is None:
+            try:
+                self.files.finish(job.slot, job.key)
+            except OSError as error:
+                fault = _error_name(error.errno)
+        self._end(job, fault)
+
+    def _end(self, job: ReadJob | WriteJob, fault: str | None) -> None:
+        if fault is None:
+            self.counts.written += isinstance(job, WriteJob)
+            self.counts.read += isinstance(job, ReadJob)
+        elif fault != "cancelled":
+            self.counts.faults += 1
+            self.counts.last_fault = fault
+            if isinstance(job, ReadJob):
+                with contextlib.suppress(OSError):  # the header's checksum refuses the block again where this fails
+                    self.files.begin(job.slot)
+        job.ended(job, fault)
+
+    def _check_stall(self) -> None:
+        late = [at for at, (_, began) in self._under_way.items() if time.perf_counter() - began > self._stall_s]
+        if late:
+            self._give_up(f"stalled for {self._stall_s:g} s", list(self._under_way))
+
+    def _give_up(self, fault: str, slots: list[int]) -> None:
+        """Ends every job; the ring slots of those under way belong to the disk until it tells of them."""
+        with self._wake:
+            self._is_stalled = True
+            queued, self._jobs = list(self._jobs), deque()
+        self._given_up.update(slots)
+        jobs = [self._under_way.pop(at)[0] for at in slots] + queued
+        for job in jobs:
+            self.counts.faults += 1
+            self.counts.last_fault = fault
+            job.ended(job, fault)
+        if self._stalled is not None:
+            self._stalled()
+
+
+def _groups(jobs: list, name: str) -> list[list]:
+    """Jobs by their equal attribute of that name, in order."""
+    groups: dict[object, list] = {}
+    for job in jobs:
+        groups.setdefault(getattr(job, name), []).append(job)
+    return list(groups.values())
+
+
+def _error_name(number: int | None) -> str:
+    number = number or errno.EIO
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"

@@ -1,0 +1,166 @@
+"""Loads and stores under way: what their callers wait on, and what disks and copies tell them."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from gpu.cache.tiers.device import Device, Ticket
+from gpu.cache.tiers.disk_jobs import ReadJob, WriteJob
+from pkvsim.memory.memory_pool import Read, Write
+
+
+class Owner(Protocol):
+    """What the handles tell the cache, in any thread."""
+
+    device: Device
+
+    def _failed(self, read: Read) -> None:
+        """A disk gave no valid block."""
+
+    def _after_copies(self, handle: LoadHandle) -> None:
+        """All blocks of a load have been handed over."""
+
+    def _stored(self, write: Write, ok: bool) -> None:
+        """A write has ended."""
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """A prompt has been stored."""
+
+    def _count_fault(self, tier: int) -> None:
+        """A disk failed once more."""
+
+
+class LoadHandle:
+    """A load under way. blocks: how many leading blocks it set out to load."""
+
+    def __init__(self, cache: Owner, reads: Sequence[Read], pages: np.ndarray, after: object) -> None:
+        self.blocks = len(reads)
+        self._cache, self._reads, self._pages, self._after = cache, reads, pages, after
+        self._changed = threading.Condition()
+        self._pending = 1  # blocks that a disk still owes, and one until load() has asked for everything
+        self._valid = len(reads)  # leading blocks that are right so far
+        self._cancelled = self._closed = False
+        self._layers: Sequence[Ticket] = ()  # of the blocks from host memory
+        self._tickets: list[Ticket] = []  # of the blocks from disks
+        self._jobs: list[ReadJob] = []
+
+    def wait_layer(self, layer: int) -> int:
+        """Lets the caller's stream wait until layer `layer` of the loaded blocks is there; returns how many leading
+        blocks are valid, the same for every layer, fewer than `blocks` where a tier failed. Blocks this thread only as
+        long as disks still read. ValueError after cancel()."""
+        valid = self._wait_disks()
+        device = self._cache.device
+        if not 0 <= layer < device.num_layers:
+            raise ValueError(f"layer: expected [0, {device.num_layers}), got {layer}")
+        for ticket in (*self._layers[layer : layer + 1], *self._tickets):
+            device.wait(ticket)
+        return valid
+
+    def wait(self) -> int:
+        """Blocks this thread until everything is in its pages; returns how many leading blocks are valid."""
+        valid = self._wait_disks()
+        for ticket in (*self._layers, *self._tickets):
+            ticket.wait()
+        return valid
+
+    def _wait_disks(self) -> int:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending or self._cancelled)
+            if self._cancelled:
+                raise ValueError("load: expected one that was not cancelled")
+            return self._valid
+
+    def cancel(self) -> None:
+        """Gives the load up. When it returns nothing writes to the pages any more."""
+        with self._changed:
+            self._cancelled = True
+            for job in self._jobs:
+                job.cancelled = True
+            tickets = [*self._layers, *self._tickets]
+            self._changed.notify_all()
+        for ticket in tickets:
+            ticket.wait()
+
+    def _take(self, buffers: np.ndarray, jobs: list[ReadJob]) -> Ticket | None:
+        """Called by a disk's thread with blocks that have arrived."""
+        with self._changed:
+            if self._cancelled:
+                return None
+            pages = self._pages[[job.tag for job in jobs]]
+            ticket = self._cache.device.copy_in(buffers, pages, after=self._after, each_layer=False)[0]
+            self._tickets.append(ticket)
+            return ticket
+
+    def _ended(self, job: ReadJob, fault: str | None) -> None:
+        if fault is not None and fault != "cancelled":
+            self._cache._failed(self._reads[job.tag])
+        with self._changed:
+            if fault is not None:
+                self._valid = min(self._valid, job.tag)
+        self._one_less()
+
+    def _one_less(self) -> None:
+        with self._changed:
+            self._pending -= 1
+            if self._pending:
+                return
+            self._changed.notify_all()
+        self._cache._after_copies(self)
+
+
+class StoreHandle:
+    """A store under way. blocks: how many blocks are being written."""
+
+    def __init__(self, cache: Owner, writes: Sequence[Write], keys: Sequence[bytes], pages: np.ndarray,
+                 after: object) -> None:  # fmt: skip
+        self.blocks = len(writes)
+        self._cache, self._writes, self._keys, self._pages, self._after = cache, writes, keys, pages, after
+        self._changed = threading.Condition()
+        self._uncopied = self._pending = len(writes)
+
+    def wait_copied(self) -> None:
+        """Blocks this thread until the pages have been read and may be overwritten."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._uncopied)
+
+    def wait(self) -> None:
+        """Blocks this thread until every block has been written, or could not be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending)
+
+    def _copy(self, writes: Sequence[Write], addresses: np.ndarray) -> Ticket:
+        pages = self._pages[[write.at for write in writes]]
+        return self._cache.device.copy_out(pages, addresses, after=self._after)
+
+    def _fill(self, buffers: np.ndarray, jobs: list[WriteJob]) -> Ticket:
+        ticket = self._copy([self._writes[job.tag] for job in jobs], buffers)
+        ticket.wait()
+        self._copied(len(jobs))
+        return ticket
+
+    def _copied(self, count: int) -> None:
+        with self._changed:
+            self._uncopied -= count
+            if not self._uncopied:
+                self._changed.notify_all()
+
+    def _disk_ended(self, job: WriteJob, fault: str | None) -> None:
+        write = self._writes[job.tag]
+        self._ended(write, fault is None)
+        if fault is not None:
+            self._cache._count_fault(write.place.tier)
+
+    def _ended(self, write: Write, ok: bool) -> None:
+        self._cache._stored(write, ok)
+        with self._changed:
+            self._pending -= 1
+            last = not self._pending
+            if last:
+                self._uncopied = 0
+        if last:
+            self._cache._touch(self._keys)
+            with self._changed:
+                self._changed.notify_all()

@@ -1,0 +1,306 @@
+"""KV blocks kept beyond the GPU's pages: stored to host memory and disks, loaded from all of them at once.
+
+    cache = TieredKVCache(device, host=[HostStore(...)], disks=[DiskStore(...)])
+    handle = cache.store(keys, pages)             a prompt's whole blocks, from its start, and the pages they are in
+    hits = cache.lookup(keys)                     how many leading blocks it could load
+    handle = cache.load(keys, pages)              into pages that the caller has allocated
+    handle.wait_layer(l)                          the caller's stream may attend to layer l of that many blocks
+
+What goes where, and what goes when there is no room, pkvsim.memory decides, as it does for the simulator. A key covers
+everything before its block and how it was computed (model, type, layout): equal keys are equal KV. Whatever a tier does
+wrong costs hits: a block is used only where its key and checksum are right, and every wait ends.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gpu.cache.tiers.device import Device, Ticket
+from gpu.cache.tiers.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
+from gpu.cache.tiers.disk_jobs import ReadJob, WriteJob
+from gpu.cache.tiers.disk_reads import Reader
+from gpu.cache.tiers.disk_tier import DiskTier
+from gpu.cache.tiers.handles import LoadHandle, StoreHandle
+from gpu.cache.tiers.host_arena import HostArena
+from gpu.cache.tiers.open_reader import open_reader
+from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
+from pkvsim.memory.memory_pool import MemoryPool, Read, Write
+from pkvsim.memory.tiers import DISK, HOST, Tier
+
+MOST_FAULTS = 64  # of one disk, after which it is not used any more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStore:
+    """An arena of host memory. node: of NUMA, None for any; pin: registers it with CUDA."""
+
+    tier: Tier
+    node: int | None = None
+    pin: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskStore:
+    """A directory on a disk.
+
+    ring_bytes: pinned memory that its blocks pass through; bytes_under_way: most that the disk is asked for at once;
+    reader: of open_reader(), or what makes one from (depth, buffers); stall_s: after which it is given up.
+    """
+
+    tier: Tier
+    directory: str
+    ring_bytes: int = 256 * 2**20
+    bytes_under_way: int = 64 * 2**20
+    reader: str | Callable[[int, Sequence[tuple[int, int]]], Reader] = "auto"
+    stall_s: float = 30.0
+    pin: bool = True
+
+
+class TieredKVCache:
+    """Host memory and disks behind a device's pages."""
+
+    def __init__(
+        self, device: Device, *, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (), contents: str = "",
+        link_bytes_per_s: float = float("inf"), **pool_options: Any,
+    ) -> None:  # fmt: skip
+        """contents: what a block is (model, type, layout), noted in the disks' directories; link_bytes_per_s: of
+        load-or-recompute; pool_options: placement, retention, admission and drift of MemoryPool. Takes in what the
+        disks kept. Raises ValueError naming the argument, and has opened nothing then."""
+        for kind, tiers in ((HOST, [one.tier for one in host]), (DISK, [one.tier for one in disks])):
+            for tier in tiers:
+                if tier.kind != kind:
+                    raise ValueError(f"{kind}: expected a tier of that kind, got {tier.kind} {tier.name}")
+        self.device = device
+        self._pool = MemoryPool([one.tier for one in (*host, *disks)], block_bytes=device.block_bytes, **pool_options)
+        self._lock = threading.Lock()
+        self._link = link_bytes_per_s
+        self._arenas: list[HostArena] = []
+        self._disks: list[DiskTier] = []
+        self._rings: list[HostArena] = []
+        self._lost: set[int] = set()
+        self._closed = False
+        self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
+        try:
+            for store in host:
+                self._arenas.append(HostArena(
+                    slots=max(1, store.tier.slots(device.block_bytes)), slot_bytes=device.block_bytes, node=store.node,
+                    pin=store.pin,
+                ))  # fmt: skip
+            for directory in disks:
+                self._open_disk(len(self._arenas) + len(self._disks), directory, contents)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_disk(self, tier: int, store: DiskStore, contents: str) -> None:
+        block_bytes = self.device.block_bytes
+        files = DiskFiles(
+            store.directory, block_bytes=block_bytes, slots=max(1, store.tier.slots(block_bytes)), contents=contents
+        )
+        try:
+            buffers = max(2, store.ring_bytes // files.slot_bytes)
+            ring = HostArena(slots=buffers, slot_bytes=files.slot_bytes, pin=store.pin)
+            depth = max(1, min(store.bytes_under_way // files.slot_bytes, buffers))
+            if callable(store.reader):
+                reader = store.reader(depth, [ring.region])
+            else:
+                reader = open_reader(depth=depth, buffers=[ring.region], kind=store.reader)
+        except BaseException:
+            files.close()
+            raise
+        self._rings.append(ring)
+        self._pool.restore(tier, files.complete())
+        self._disks.append(DiskTier(
+            files, reader, ring, bytes_under_way=store.bytes_under_way, stall_s=store.stall_s,
+            observe=partial(self._observe, tier), stalled=partial(self._lose, tier),
+        ))  # fmt: skip
+
+    def lookup(self, keys: Sequence[bytes], compute_s: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
+        """How many leading blocks load() would load: all that are there or, with compute_s (seconds to compute the rest
+        of the prompt after n loaded blocks [k] -> [k]), as many as give the first token soonest."""
+        with self._lock:
+            hits = self._pool.ready_prefix(keys)
+            if compute_s is None or not hits:
+                return hits
+            places = self._pool.places(keys[:hits])
+            rates = np.where(self._pool.shares.weights > 0, self._pool.shares.weights, np.inf)
+        queued = [0] * len(self._arenas) + [disk.queued for disk in self._disks]
+        block_bytes = self.device.block_bytes
+        backlog = np.array(queued) * block_bytes / rates
+        times = load_times_s(places, block_bytes, rates, backlog_s=backlog, link_bytes_per_s=self._link)
+        layers = self.device.num_layers if in_layers(self._pool.tiers, places) else 1
+        return choose_prefix(times, compute_s, num_layers=layers).blocks
+
+    def load(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> LoadHandle:
+        """Begins to load the leading blocks of keys into pages, at most as many as there are pages.
+
+        Pages may be in use by what the caller's stream was given before. Raises ValueError naming the argument.
+        """
+        pages = self._check(keys, pages)
+        with self._lock:
+            reads = self._pool.want(list(keys), limit=len(pages))
+        handle = LoadHandle(self, reads, pages, self.device.mark())
+        by_tier: dict[int, list[int]] = {}
+        for at, read in enumerate(reads):
+            by_tier.setdefault(read.place.tier, []).append(at)
+        jobs = {
+            tier: [ReadJob(reads[at].place.slot, reads[at].key, at, handle._take, handle._ended) for at in blocks]
+            for tier, blocks in by_tier.items() if tier >= len(self._arenas)
+        }  # fmt: skip
+        handle._jobs = [job for group in jobs.values() for job in group]
+        handle._pending += len(handle._jobs)
+        for tier, group in jobs.items():  # disks first: they are the slower ones and work while host memory is copied
+            self._disks[tier - len(self._arenas)].add(group)
+        host = [at for tier, blocks in by_tier.items() if tier < len(self._arenas) for at in blocks]
+        if host:
+            addresses = np.concatenate([
+                self._arenas[tier].addresses(np.array([reads[at].place.slot for at in blocks]))
+                for tier, blocks in by_tier.items() if tier < len(self._arenas)
+            ])  # fmt: skip
+            handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
+        handle._one_less()
+        return handle
+
+    def store(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> StoreHandle:
+        """Begins to store the blocks of a prompt, whole ones from its start, that the pool has not, up to the first
+        for which it has no room. pages [len(keys)] must keep their KV until handle.wait_copied(). Raises ValueError."""
+        pages = self._check(keys, pages)
+        if len(pages) != len(keys):
+            raise ValueError(f"pages: expected one for each of {len(keys)} keys, got {len(pages)}")
+        with self._lock:
+            writes = self._pool.store(keys)
+        handle = StoreHandle(self, writes, keys, pages, self.device.mark())
+        host = [write for write in writes if write.place.tier < len(self._arenas)]
+        for tier, disk in enumerate(self._disks, len(self._arenas)):
+            jobs = [
+                WriteJob(write.place.slot, write.key, at, handle._fill, handle._disk_ended)
+                for at, write in enumerate(writes) if write.place.tier == tier
+            ]  # fmt: skip
+            if jobs:
+                disk.add(jobs)
+        if host:
+            addresses = np.array([self._arenas[write.place.tier].address(write.place.slot) for write in host])
+            ticket = handle._copy(host, addresses)
+            self._waiter.submit(self._host_stored, handle, host, ticket)
+        return handle
+
+    def free(self, keys: Sequence[bytes]) -> None:
+        """Forgets blocks that will not be asked for again, where nobody reads or writes them."""
+        with self._lock:
+            self._pool.forget(keys)
+
+    def hold(self, keys: Sequence[bytes], until_s: float) -> int:
+        """Keeps a session's blocks until expire() is told that time; see pkvsim.memory.retention.choose_ttl_s."""
+        with self._lock:
+            return self._pool.hold(keys, until_s)
+
+    def expire(self, now_s: float) -> None:
+        """Ends the holds whose time is over."""
+        with self._lock:
+            self._pool.expire(now_s)
+
+    def tiers_of(self, keys: Sequence[bytes]) -> list[int]:
+        """Which tier each of these blocks lies on, host memory before disks. KeyError where one is nowhere."""
+        with self._lock:
+            return self._pool.places(keys)
+
+    def stats(self) -> dict[str, Any]:
+        """What it has done so far, by tier."""
+        with self._lock:
+            out: dict[str, Any] = {"blocks": len(self._pool), **asdict(self._pool.counts)}
+            out["quarantined"], out["replans"] = self._pool.index.quarantined, self._pool.shares.replans
+            weights = self._pool.shares.weights
+        for tier, disk in enumerate(self._disks, len(self._arenas)):
+            counts, read_bytes = disk.counts, disk.counts.read * self.device.block_bytes
+            out[self._pool.tiers[tier].name] = {
+                "reader": disk.reader_name, "direct": disk.files.direct, "checksum": CHECKSUM_NAME, "read": counts.read,
+                "written": counts.written, "faults": counts.faults, "busy_s": counts.busy_s, "read_bytes": read_bytes,
+                "thread_s": counts.thread_s, "stalled": disk.is_stalled, "last_fault": counts.last_fault,
+                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]),
+            }  # fmt: skip
+        return out
+
+    def close(self) -> None:
+        """Finishes what is under way and closes the files."""
+        if self._closed:
+            return
+        self._closed = True
+        for disk in self._disks:
+            disk.close()
+        self._waiter.shutdown()
+        for arena in (*self._arenas, *self._rings):
+            arena.close()
+
+    def __enter__(self) -> TieredKVCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> np.ndarray:
+        if self._closed:
+            raise ValueError("cache: expected one that is open")
+        if not all(type(key) is bytes and 0 < len(key) <= MAX_KEY_BYTES for key in keys):
+            for key in keys:
+                check_key(key)
+        if len(set(keys)) < len(keys):
+            raise ValueError("keys: expected each once")
+        array = np.asarray(pages, np.int32)
+        if array.ndim != 1 or (len(array) and not 0 <= array.min() <= array.max() < self.device.num_pages):
+            raise ValueError(f"pages: expected [n] in [0, {self.device.num_pages}), got {array.tolist()}")
+        return array
+
+    # Called by the threads of disks and copies.
+
+    def _after_copies(self, handle: LoadHandle) -> None:
+        """All blocks of a load have been handed over: once they are copied, the pool may move them again."""
+        tickets = (*handle._layers, *handle._tickets)
+        if all(ticket.done() for ticket in tickets) or self._closed:
+            self._loaded(handle, tickets)
+        else:
+            self._waiter.submit(self._loaded, handle, tickets)
+
+    def _loaded(self, handle: LoadHandle, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.wait()
+        with self._lock:
+            self._pool.done_all(handle._reads)
+
+    def _host_stored(self, handle: StoreHandle, writes: Sequence[Write], ticket: Ticket) -> None:
+        ticket.wait()
+        handle._copied(len(writes))
+        for write in writes:
+            handle._ended(write, True)
+
+    def _stored(self, write: Write, ok: bool) -> None:
+        with self._lock:
+            self._pool.stored(write, ok=ok)
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            self._pool.touch(keys)
+
+    def _failed(self, read: Read) -> None:
+        with self._lock:
+            self._pool.failed(read.key, read.place)
+        self._count_fault(read.place.tier)
+
+    def _count_fault(self, tier: int) -> None:
+        if self._disks[tier - len(self._arenas)].counts.faults >= MOST_FAULTS:
+            self._lose(tier)
+
+    def _lose(self, tier: int) -> None:
+        with self._lock:
+            if tier not in self._lost:
+                self._lost.add(tier)
+                self._pool.lose_tier(tier)
+
+    def _observe(self, tier: int, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self._pool.shares.observe(tier, num_bytes, seconds)

@@ -1,0 +1,292 @@
+"""Faults of disks, processes and devices: each costs hits, none gives wrong KV or a hang."""
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import ROOT
+from pool_cases import (
+    BLOCK_BYTES,
+    EIO,
+    ENOSPC,
+    FaultyReader,
+    check,
+    compute,
+    device,
+    disk,
+    got,
+    host,
+    keys,
+    put,
+)  # fmt: skip
+
+from gpu.cache.tiers.disk_files import DiskFiles
+from gpu.cache.tiers.tiered_cache import TieredKVCache
+
+BLOCKS = 10
+
+
+def reopened(path: Path, spoil) -> int:
+    """Hits of a prompt whose files were spoilt while nobody used them."""
+    with TieredKVCache(device(), disks=[disk(path)]) as cache:
+        put(cache, keys("p", BLOCKS))
+    spoil(path)
+    with TieredKVCache(device(), disks=[disk(path)]) as cache:
+        first = got(cache, keys("p", BLOCKS))
+        again = got(cache, keys("p", BLOCKS))
+        assert again <= first
+        put(cache, keys("p", BLOCKS))  # what is missing is stored again, and all of it is there
+        assert got(cache, keys("p", BLOCKS)) == BLOCKS
+        cache._pool.check()
+    return first
+
+
+def damage(name: str, change):
+    def spoil(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        (path / name).write_bytes(change(content))
+
+    return spoil
+
+
+def flip(at: int):
+    def change(content: bytearray) -> bytearray:
+        content[at] ^= 1
+        return content
+
+    return change
+
+
+SLOT = 4096 + BLOCK_BYTES
+
+
+@pytest.mark.parametrize(("spoil", "hits"), [
+    (lambda path: (path / "blocks").unlink(), 0),
+    (lambda path: (path / "complete").unlink(), 0),
+    (damage("blocks", lambda content: content[: 4 * SLOT]), 4),
+    (damage("blocks", lambda content: content[: 4 * SLOT + 5000]), 4),
+    (damage("blocks", lambda content: b""), 0),
+    (damage("blocks", flip(5 * SLOT + 4096 + 77)), 5),  # KV
+    (damage("blocks", flip(5 * SLOT + 20)), 5),  # a header
+    (damage("blocks", lambda content: content[SLOT:] + content[:SLOT]), 0),  # blocks where they do not belong
+    (damage("complete", flip(3 * 64 + 9)), 3),
+    (damage("complete", lambda content: content[: 3 * 64 + 10]), 3),
+    (damage("complete", lambda content: os.urandom(len(content))), 0),
+    (lambda path: None, BLOCKS),
+])  # fmt: skip
+def test_damaged_files_cost_hits(tmp_path, spoil, hits):
+    assert reopened(tmp_path / "a", spoil) == hits
+
+
+def test_a_description_that_is_none_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "pool.json").write_text("{")
+    with pytest.raises(ValueError, match="no description"):
+        TieredKVCache(device(), disks=[disk(tmp_path / "a")])
+
+
+def faulty(rule, made):
+    def make(depth, buffers):
+        made.append(FaultyReader(rule, depth))
+        return made[-1]
+
+    return make
+
+
+@pytest.mark.parametrize("what", [EIO, 100, 0, "flip"])
+def test_bad_reads_cost_hits(tmp_path, what):
+    bad = {"on": True}
+    prompt = keys("p", BLOCKS)
+    rule = lambda request, count: what if bad["on"] and not request.write and request.offset == 6 * SLOT else None  # noqa: E731
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader=faulty(rule, []))]) as cache:
+        put(cache, prompt)
+        assert got(cache, prompt) == 6
+        assert cache.stats()["a"]["faults"] == 1 and cache.stats()["a"]["last_fault"]
+        assert got(cache, prompt) == 6  # it is not asked for again
+        bad["on"] = False
+        put(cache, prompt)
+        assert got(cache, prompt) == BLOCKS
+
+
+@pytest.mark.parametrize("what", [EIO, ENOSPC, 4096, "flip"])
+def test_bad_writes_cost_hits(tmp_path, what):
+    rule = lambda request, count: what if request.write and request.offset == 6 * SLOT else None  # noqa: E731
+    prompt = keys("p", BLOCKS)
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader=faulty(rule, []))]) as cache:
+        put(cache, prompt)
+        # A flipped bit on its way back leaves the disk's block as it was sealed.
+        assert got(cache, prompt) == (BLOCKS if what == "flip" else 6)
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a")]) as cache:
+        assert got(cache, prompt) == (BLOCKS if what == "flip" else 6)
+
+
+def test_a_file_removed_under_an_open_pool_costs_nothing_until_it_is_closed(tmp_path):
+    prompt = keys("p", BLOCKS)
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a")]) as cache:
+        put(cache, prompt)
+        (tmp_path / "a" / "blocks").unlink()
+        assert got(cache, prompt) == BLOCKS
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a")]) as cache:
+        assert got(cache, prompt) == 0
+
+
+def test_a_file_truncated_under_an_open_pool(tmp_path):
+    prompt = keys("p", BLOCKS)
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a")]) as cache:
+        put(cache, prompt)
+        os.truncate(tmp_path / "a" / "blocks", 4 * SLOT)
+        assert got(cache, prompt) == 4
+
+
+def test_a_disk_that_fails_again_and_again_is_left(tmp_path):
+    rule = lambda request, count: EIO  # noqa: E731
+    with TieredKVCache(device(), host=[host()], disks=[disk(tmp_path / "a", 200, reader=faulty(rule, []))]) as cache:
+        for i in range(8):
+            put(cache, keys(f"p{i}", 20))
+        assert cache.stats()["a"]["weight_bytes_per_s"] == 0
+        put(cache, keys("after", 20))
+        assert got(cache, keys("after", 20)) == 20  # all in host memory
+
+
+def test_a_disk_that_stalls_ends_its_loads_and_keeps_its_buffers(tmp_path):
+    """What it delivers long after it was given up reaches nobody's pages, and its buffers serve nobody else before."""
+    made = []
+    stalling = {"on": False}
+    rule = lambda request, count: "stall" if stalling["on"] and not request.write else None  # noqa: E731
+    stores = {"host": [host()], "disks": [disk(tmp_path / "a", reader=faulty(rule, made), stall_s=0.15)]}
+    with TieredKVCache(device(), **stores) as cache:
+        prompt = keys("p", BLOCKS)
+        put(cache, prompt)
+        stalling["on"] = True
+        began = time.perf_counter()
+        valid = got(cache, prompt)
+        assert valid < BLOCKS and time.perf_counter() - began < 5.0
+        assert cache.stats()["a"]["stalled"] and cache.stats()["quarantined"] == 0
+        before = cache.device.pages.copy()
+        made[0].release()
+        time.sleep(0.05)
+        assert (cache.device.pages == before).all()
+        put(cache, prompt)
+        assert got(cache, prompt) == BLOCKS  # without the disk
+
+
+def test_writes_that_stall_end_too(tmp_path):
+    rule = lambda request, count: "stall" if request.write else None  # noqa: E731
+    stores = {"disks": [disk(tmp_path / "a", reader=faulty(rule, []), stall_s=0.15), disk(tmp_path / "b")]}
+    with TieredKVCache(device(), **stores) as cache:
+        put(cache, keys("p", BLOCKS))
+        assert got(cache, keys("p", BLOCKS)) < BLOCKS
+        put(cache, keys("q", BLOCKS))
+        assert got(cache, keys("q", BLOCKS)) == BLOCKS
+
+
+class BrokenPages:
+    """A device whose copies fail."""
+
+    def __init__(self, pages):
+        self._pages, self.broken = pages, False
+
+    def __getattr__(self, name):
+        return getattr(self._pages, name)
+
+    def copy_in(self, *arguments, **options):
+        if self.broken:
+            raise RuntimeError("the GPU has fallen off the bus")
+        return self._pages.copy_in(*arguments, **options)
+
+
+def test_a_device_that_fails_ends_the_load(tmp_path):
+    pages = BrokenPages(device())
+    with TieredKVCache(pages, disks=[disk(tmp_path / "a")]) as cache:
+        prompt = keys("p", BLOCKS)
+        compute(pages, prompt, range(BLOCKS))
+        cache.store(prompt, np.arange(BLOCKS)).wait()
+        pages.broken = True
+        assert cache.load(prompt, np.arange(BLOCKS)).wait_layer(0) == 0
+        assert "bus" in cache.stats()["a"]["last_fault"]
+
+
+CHILD = """
+    import sys
+    import numpy as np
+    from pathlib import Path
+    from pool_cases import *
+    class Slow(FaultyReader):
+        def submit(self, requests):
+            import time
+            time.sleep(0.002)
+            super().submit(requests)
+    cache = TieredKVCache(device(), disks=[disk(Path(sys.argv[1]), 24, reader=lambda d, b: Slow(lambda r, n: None, d))])
+    print("ready", flush=True)
+    for i in range(10**6):
+        prompt = keys(str(i % 7), 9)
+        compute(cache.device, prompt, range(9))
+        cache.store(prompt, np.arange(9)).wait_copied()
+        print(i, flush=True)
+"""
+
+
+def start(path: Path) -> subprocess.Popen:
+    places = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests" / "support")]
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+    )  # fmt: skip
+
+
+def test_killed_in_the_middle_of_a_store_then_restarted(tmp_path):
+    """Whenever it dies, a restart serves complete blocks and those alone; meanwhile nobody else may open the place."""
+    for stores in (1, 12):
+        child = start(tmp_path / "a")
+        assert child.stdout.readline() == "ready\n"
+        for _ in range(stores):
+            child.stdout.readline()
+        with pytest.raises(ValueError, match="locked"):
+            DiskFiles(tmp_path / "a", block_bytes=BLOCK_BYTES, slots=24)
+        child.send_signal(signal.SIGKILL)
+        child.wait(10)
+        child.stdout.close()
+        with TieredKVCache(device(), disks=[disk(tmp_path / "a", 24)]) as cache:
+            kept = cache.stats()["blocks"]
+            assert kept >= min(9 * (stores - 1), 12)
+            found = sum(got(cache, keys(str(i), 9)) for i in range(7))
+            assert found > 0 or kept == 0
+            assert cache.stats()["a"]["faults"] == 0, "a block that was not complete counted as such"
+            cache._pool.check()
+
+
+def test_random_faults_soak(tmp_path, soak_requests):
+    """Requests over host memory and two disks whose reads and writes fail at random, with restarts and cancels: every
+    loaded block is right, and no slot, thread or file handle is left behind."""
+    rng = np.random.default_rng(7)
+    kinds = [EIO, ENOSPC, 100, "flip"]
+    rule = lambda request, count: kinds[count % 4] if (count * 2654435761) % 61 == 0 else None  # noqa: E731
+    stores = lambda: {"host": [host(6)], "disks": [disk(tmp_path / n, 30, reader=faulty(rule, [])) for n in "ab"]}  # noqa: E731
+    handles = len(os.listdir("/proc/self/fd"))
+    hits = 0
+    cache = TieredKVCache(device(), **stores())
+    for i in range(soak_requests):
+        prompt = keys(str(min(int(rng.zipf(1.6)), 30)), int(rng.integers(1, 13)))
+        load = cache.load(prompt, np.arange(len(prompt)))
+        if i % 17 == 3:
+            load.cancel()
+            valid = 0
+        else:
+            valid = load.wait()
+        check(cache.device, prompt[:valid], range(valid))
+        hits += valid
+        compute(cache.device, prompt[valid:], range(valid, len(prompt)))
+        cache.store(prompt, np.arange(len(prompt))).wait_copied()
+        if i % 100 == 99:
+            cache.close()
+            cache._pool.check()
+            assert cache.stats()["quarantined"] == 0
+            cache = TieredKVCache(device(), **stores())
+    cache.close()
+    assert hits > soak_requests
+    assert len(os.listdir("/proc/self/fd")) == handles

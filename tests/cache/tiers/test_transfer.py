@@ -1,0 +1,177 @@
+"""gpu.cache.tiers.transfer on a CuPy of host memory: what it launches and copies, in which order, on which stream."""
+import contextlib
+import ctypes
+import sys
+import types
+
+import numpy as np
+import pytest
+from fake_gpu import FakeArray, memory
+from pool_cases import check, content, host, keys
+
+from gpu.cache.tiers import transfer
+from gpu.cache.tiers.tiered_cache import TieredKVCache
+from gpu.kernels import fields
+
+LAYERS, RUN = 3, 2048  # K or V of a page of a layer: pool_cases has 4096 for both
+
+
+class Stream:
+    """Work is done as it is asked for; what was asked for is noted."""
+
+    made: list = []
+
+    def __init__(self, non_blocking):
+        assert non_blocking
+        self.ptr, self.told = 100 + len(Stream.made), []
+        Stream.made.append(self)
+
+    def wait_event(self, event):
+        self.told.append(("wait", event.ptr))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+class Event:
+    count = 0
+
+    def __init__(self, block=False, disable_timing=False):
+        assert disable_timing
+        Event.count += 1
+        self.ptr, self.done = Event.count, False
+
+    def record(self, stream):
+        stream.told.append(("record", self.ptr))
+
+    def synchronize(self):
+        self.done = True
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    Stream.made = []
+    waits = []
+    device = contextlib.nullcontext()
+    current = types.SimpleNamespace(ptr=7, synchronize=lambda: None)
+    cuda = types.SimpleNamespace(
+        Stream=Stream, Event=Event, Device=lambda index=0: device, get_current_stream=lambda: current,
+        runtime=types.SimpleNamespace(
+            eventRecord=lambda event, stream: waits.append(("mark", event, stream)),
+            streamWaitEvent=lambda stream, event, flags: waits.append(("wait", stream, event)),
+        ),
+    )  # fmt: skip
+    cupy = types.ModuleType("cupy")
+    cupy.__dict__.update(ndarray=FakeArray, cuda=cuda, asarray=lambda array: FakeArray(np.array(array)))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    launches = []
+
+    def load_kernel(file_name, kernel_name, defines, *, threads):
+        assert file_name == "gather.cu" and threads == defines["THREADS"] == 512
+
+        def launch(grid, args, stream):
+            names = fields.names(kernel_name, defines)
+            for value, letter in zip(args, fields.signature(kernel_name, defines), strict=True):
+                assert isinstance(value, (int, np.integer)), letter
+            at = types.SimpleNamespace(**dict(zip(names, args)))
+            launches.append((kernel_name, grid, stream, at.first_run, at.num_runs, at.num_blocks))
+            hosts, pages = memory(at.hosts, np.int64, (at.num_blocks,)), memory(at.pages, np.int32, (at.num_blocks,))
+            bases = memory(at.bases, np.int64, (2 * LAYERS,))
+            for block in range(at.num_blocks):
+                for run in range(at.first_run, at.first_run + at.num_runs):
+                    ends = [int(bases[run]) + int(pages[block]) * at.page_stride, int(hosts[block]) + run * at.run_bytes]
+                    ctypes.memmove(*(ends if kernel_name == "pkv_gather" else ends[::-1]), at.run_bytes)
+
+        return launch
+
+    monkeypatch.setattr(transfer, "load_kernel", load_kernel)
+    return types.SimpleNamespace(launches=launches, waits=waits, monkeypatch=monkeypatch)
+
+
+class Pages(transfer.CudaPages):
+    """With the pages as pool_cases looks at them."""
+
+    __slots__ = ("both",)
+
+    def __init__(self, both, **options):
+        super().__init__(*([FakeArray(both[layer, :, part]) for layer in range(LAYERS)] for part in range(2)), **options)
+        self.both = both  # [layers, pages, 2, bytes]
+
+    @property
+    def pages(self):
+        return self.both.transpose(1, 0, 2, 3).reshape(self.both.shape[1], LAYERS, 2 * RUN)
+
+
+def make(**options):
+    """Combined pages: K and V of a page beside each other, so that a page's stride is twice its bytes."""
+    raw = np.zeros(LAYERS * 16 * 2 * RUN + 16, np.uint8)
+    begin = -raw.ctypes.data % 16
+    return Pages(raw[begin : begin + LAYERS * 16 * 2 * RUN].reshape(LAYERS, 16, 2, RUN), **options)
+
+
+def test_blocks_go_out_and_come_back_layer_by_layer(fake):
+    pages = make()
+    assert (pages.block_bytes, pages.num_pages, pages.run_bytes) == (LAYERS * 2 * RUN, 16, RUN)
+    prompt = keys("p", 5)
+    with TieredKVCache(pages, host=[host(8)]) as cache:
+        for key, page in zip(prompt, (3, 9, 1, 15, 0)):
+            pages.both[:, page] = content(key).reshape(LAYERS, 2, RUN)
+        cache.store(prompt, [3, 9, 1, 15, 0]).wait()
+        handle = cache.load(prompt, [2, 4, 6, 8, 10])
+        assert [handle.wait_layer(layer) for layer in range(LAYERS)] == [5] * LAYERS
+        handle.wait()
+        check(pages, prompt, [2, 4, 6, 8, 10])
+    layers, _, stores = Stream.made
+    assert [(name, stream, first, count) for name, _, stream, first, count, _ in fake.launches] == [
+        ("pkv_scatter", stores.ptr, 0, 6), *(("pkv_gather", layers.ptr, 2 * at, 2) for at in range(LAYERS))]
+    # Loads wait for the caller's mark, and the caller's stream for the layers' events alone.
+    recorded = [event for what, event in layers.told if what == "record"]
+    assert layers.told[0][0] == "wait" and len(recorded) == LAYERS
+    assert [event for what, stream, event in fake.waits if what == "wait" and stream == 7] == recorded
+
+
+def test_many_blocks_take_several_launches(fake):
+    fake.monkeypatch.setattr(transfer, "MAX_VECTORS", 2 * 2 * LAYERS * RUN // 16)
+    pages = make()
+    buffer = np.random.default_rng(0).integers(0, 256, (5, pages.block_bytes), np.uint8)
+    addresses = buffer.ctypes.data + np.arange(5) * pages.block_bytes
+    pages.copy_in(addresses, np.arange(5), after=pages.mark(), each_layer=False)
+    assert [count for *_, count in fake.launches] == [2, 2, 1]
+    assert (pages.pages[:5].reshape(5, -1) == buffer).all()
+
+
+@pytest.mark.parametrize("has_batch", [True, False])
+def test_long_runs_go_by_dma(fake, has_batch):
+    def batch(targets, sources, sizes, count, attributes, first, num_attributes, failed, stream):
+        assert (num_attributes.value, first._obj.value, attributes._obj.order) == (1, 0, 1)
+        arrays = [memory(pointer.value, np.int64, (count.value,)) for pointer in (targets, sources, sizes)]
+        for target, source, size in zip(*arrays):
+            ctypes.memmove(int(target), int(source), int(size))
+        return 0
+
+    sys.modules["cupy"].cuda.runtime.memcpyAsync = lambda to, source, size, kind, stream: ctypes.memmove(to, source, size)
+    sys.modules["cupy"].cuda.runtime.memcpyDefault = 4
+    fake.monkeypatch.setattr(transfer, "_batch_copy", lambda: batch if has_batch else None)
+    pages = make(batched_from_bytes=RUN)
+    wanted = np.random.default_rng(1).integers(0, 256, (4, pages.block_bytes), np.uint8)
+    addresses = wanted.ctypes.data + np.arange(4) * pages.block_bytes
+    pages.copy_in(addresses, np.array([5, 2, 7, 0]), after=pages.mark(), each_layer=True)
+    assert (pages.pages[[5, 2, 7, 0]].reshape(4, -1) == wanted).all() and not fake.launches
+    before = wanted.copy()
+    wanted[:] = 0
+    pages.copy_out(np.array([5, 2, 7, 0]), addresses, after=pages.mark())
+    assert (wanted == before).all()
+
+
+def test_pages_that_do_not_fit_each_other_are_named(fake):
+    good = FakeArray(np.zeros((4, 64), np.uint8))
+    for k, v, said in (
+        ([], [], "one of each"), ([good], [], "one of each"), ([good], [FakeArray(np.zeros((4, 32), np.uint8))], "v_pages"),
+        ([FakeArray(np.zeros((4, 24), np.uint8))] , [FakeArray(np.zeros((4, 24), np.uint8))], "boundaries"),
+        ([FakeArray(np.zeros((4, 4, 32), np.uint8)[:, ::2])], [FakeArray(np.zeros((4, 4, 32), np.uint8)[:, ::2])], "one piece"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            transfer.CudaPages(k, v)

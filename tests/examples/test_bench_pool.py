@@ -1,0 +1,43 @@
+"""examples/bench_pool.py as far as no GPU is needed: its options, and disks and tiers on a few MiB."""
+from __future__ import annotations
+
+import json
+import re
+
+import bench_pool
+import pytest
+import without_gpu
+from pool_bench import copies, disks, ttft
+
+
+def test_help_and_a_machine_without_a_gpu() -> None:
+    assert "bench_pool needs a CUDA GPU with CuPy and PyTorch" in without_gpu.run_main("bench_pool").stderr
+
+
+def test_the_parts_that_need_a_gpu_load_without_one() -> None:
+    assert copies.DecodeFigures(100.0, 103.0, 48.0).slower_percent == pytest.approx(3.0)
+    assert ttft.FirstToken("", 1.0, 0.55, 0.1, 0.5, 0.5).over_bound == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    ("--parts disk,hbm", "--parts: expected of copies, decode, disk, tiers, ttft, got hbm"),
+    ("--total-gib 0", "--total-gib: expected 0.01 to 64, got 0"), ("--tokens 1000", "--tokens: expected a multiple"),
+    ("--directory /none", "--directory: expected a directory, got /none"),
+])
+def test_bad_options_are_named(words: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_pool.parse_args(words.split())
+    assert stopped.value.code == 2 and re.search(re.escape(said), capsys.readouterr().err)
+
+
+def test_disks_and_tiers_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench_pool, "DISK_BLOCKS", (64 * 1024,))
+    monkeypatch.setattr(bench_pool, "SHM", tmp_path)
+    words = ["--parts", "disk", "--directory", str(tmp_path), "--total-gib", "0.02", "--json", str(tmp_path / "found.json")]
+    assert bench_pool.main(words) == 0
+    assert "Random blocks" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())["parts"]["disk"][0]
+    assert found["pool_gb_s"] > 0 and found["block_bytes"] == 65536
+    figures = disks.three_tiers([tmp_path] * 3, [4e7, 2e7, 1e7], disks.NoPages(65536, 64), blocks=70, placement="bandwidth")
+    assert 0.5 < figures["share"] < 1.2
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # nothing is left on the disk

@@ -1,0 +1,23 @@
+"""examples/unified_pool.py: bounds that its figures must keep."""
+import unified_pool as script
+
+from pkvsim.memory.tier_presets import SERIAL_FILES, UNIFIED_POOL
+from pkvsim.models.presets import get_model
+
+
+def test_times_are_between_their_bounds():
+    model = get_model("gpt-oss-20b")
+    context = 16384
+    pool_s, loaded = script.pooled(model, context, UNIFIED_POOL)
+    num_bytes = loaded.bytes_by_tier[-1].sum()
+    assert num_bytes == (context - script.CHUNK_TOKENS) * 12 * 8 * 64 * 2 * 2  # its twelve full layers
+    link_s, chunk = num_bytes / script.HOST_READ, script.chunk_s(model, context)
+    assert link_s <= pool_s <= link_s * 1.02 + chunk + 2e-4
+    files = SERIAL_FILES[1].read_bytes_per_s
+    serial_s, loads = script.serial(model, context, script.serial_tiers(model, context, files))
+    assert serial_s >= chunk + loads.bytes_by_tier[-1, 1] / files > pool_s
+
+
+def test_the_page_names_what_it_assumes():
+    page = script.page([])
+    assert "arxiv.org/abs/2606.14779" in page and "Assumed" in page and "30.7" in page

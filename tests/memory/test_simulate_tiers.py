@@ -1,0 +1,136 @@
+"""The simulated tiers: load times by arithmetic, bounds of policies, and the choice between loading and computing."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
+from pkvsim.memory.retention import choose_ttl_s
+from pkvsim.memory.simulate_tiers import BlockRequests, TierOptions, simulate_tiers
+from pkvsim.memory.tier_presets import SERIAL_FILES, TIER_PRESETS, UNIFIED_POOL
+from pkvsim.memory.tiers import Tier
+
+
+def tier(name, blocks, rate):
+    return Tier(name=name, kind="disk", capacity_bytes=blocks * 100, read_bytes_per_s=rate, write_bytes_per_s=rate)
+
+
+def requests(prompts, gap_s=1e6):
+    lengths = [len(prompt) for prompt in prompts]
+    return BlockRequests(
+        np.arange(len(prompts)) * gap_s, np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        np.array([block for prompt in prompts for block in prompt], np.int64),
+    )  # fmt: skip
+
+
+def test_all_devices_at_once_or_one_after_the_other():
+    tiers, asked = [tier("a", 99, 300.0), tier("b", 99, 100.0)], requests([range(8)] * 2)
+    pooled = simulate_tiers(asked, tiers, block_bytes=100)
+    assert pooled.hits.tolist() == [0, 8] and pooled.bytes_by_tier[1].tolist() == [600, 200]
+    assert pooled.blocked_s[1].tolist() == [2.0, 2.0] and pooled.load_s.tolist() == [0.0, 2.0]
+    serial = simulate_tiers(asked, tiers, block_bytes=100, options=TierOptions(serial=True))
+    assert serial.load_s[1] == 4.0 and serial.blocked_s[1].tolist() == [2.0, 4.0]
+    equal = simulate_tiers(asked, tiers, block_bytes=100, options=TierOptions(placement="equal"))
+    assert equal.load_s[1] == 4.0  # twice the slowest
+    linked = simulate_tiers(asked, tiers, block_bytes=100, options=TierOptions(link_bytes_per_s=200.0))
+    assert linked.load_s[1] == 4.0
+
+
+def test_requests_that_come_together_wait_for_each_other():
+    asked = requests([range(4), range(4), range(4)])._replace(arrival_s=np.array([0.0, 100.0, 101.0]))
+    loads = simulate_tiers(asked, [tier("a", 9, 100.0)], block_bytes=100)
+    assert loads.load_s.tolist() == [0.0, 4.0, 7.0]
+
+
+PROMPTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=40).map(
+    lambda pairs: [[10 * branch * (depth > 1) + depth for depth in range(length)] for branch, length in pairs]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROMPTS, st.integers(1, 12))
+def test_no_policy_hits_more_than_everything_kept(prompts, slots):
+    asked = requests(prompts)
+    everything = simulate_tiers(asked, [tier("a", 10**4, 1.0)], block_bytes=100)
+    for retention, admission in (("lru", "all"), ("belady", "all"), ("lru", "tinylfu")):
+        options = TierOptions(retention=retention, admission=admission)
+        some = simulate_tiers(asked, [tier("a", slots, 1.0)], block_bytes=100, options=options)
+        assert (some.hits <= everything.hits).all() and (some.hits <= some.blocks).all()
+        assert (some.bytes_by_tier.sum(axis=1) == some.loaded * 100).all()
+
+
+def test_belady_beats_lru_on_a_loop():
+    """Prompts of one block asked for in turn, one more than there is room for: LRU hits nothing."""
+    asked = requests([[i % 5] for i in range(100)])
+    lru, belady = (simulate_tiers(asked, [tier("a", 4, 1.0)], block_bytes=100, options=TierOptions(retention=name))
+                   for name in ("lru", "belady"))
+    assert lru.hits.sum() == 0 and belady.hits.sum() >= 70
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.floats(0.01, 5), st.floats(0, 3), st.sampled_from([1, 4]))
+def test_the_choice_is_the_best_of_all(places, token_s, backlog, layers):
+    rates = np.array([100.0, 50.0, 10.0])
+    times = load_times_s(places, 100, rates, backlog_s=[0.0, backlog, 0.0], link_bytes_per_s=90.0)
+    for n in range(len(places) + 1):
+        counts = np.bincount(places[:n], minlength=3)
+        wanted = max([counts[i] * 100 / rates[i] + (backlog if i == 1 else 0) for i in range(3) if counts[i]] + [n * 100 / 90])
+        assert times[n] == pytest.approx(wanted if n else 0)
+    choice = choose_prefix(times, lambda n: (len(places) - n) * token_s, num_layers=layers)
+    compute = (len(places) - np.arange(len(places) + 1)) * token_s
+    total = np.maximum(times + compute / layers, times / layers + compute)
+    assert choice.total_s == total.min() and choice.total_s == total[choice.blocks]
+
+
+def test_a_slow_disk_is_left_alone_where_computing_is_faster():
+    asked = requests([range(10)] * 2)
+    slow = simulate_tiers(asked, [tier("a", 99, 1.0)], block_bytes=100, compute_s=lambda i, n: (10 - n) * 0.5)
+    fast = simulate_tiers(asked, [tier("a", 99, 1e6)], block_bytes=100, compute_s=lambda i, n: (10 - n) * 0.5)
+    assert slow.hits[1] == 10 and slow.loaded[1] == 0 and slow.ttft_s[1] == 5.0
+    assert fast.loaded[1] == 10 and fast.ttft_s[1] < 0.01
+
+
+def test_a_time_to_live_covers_short_calls_and_not_long_ones():
+    assert choose_ttl_s([1, 1, 2, 500], benefit_s=5, cost_s_per_s=0.5) == 2
+    assert choose_ttl_s([400, 500], benefit_s=5, cost_s_per_s=0.5) == 0
+    assert choose_ttl_s([3.0], benefit_s=1, cost_s_per_s=0.5) == 0
+    assert choose_ttl_s([], benefit_s=5, cost_s_per_s=0.5) == 0
+
+
+def test_a_session_is_held_over_a_short_pause_and_not_over_a_long_one():
+    """Two turns of every session with other prompts between them, in a tier that holds two prompts."""
+    prompts, sessions, times, now = [], [], [], 0.0
+    for i in range(40):
+        for block, session, pause in ((i, i, 0.0), (1000 + 2 * i, -1, 1.0), (1001 + 2 * i, -1, 1.0), (i, i, 1.0)):
+            now += pause
+            prompts.append([block])
+            sessions.append(session)
+            times.append(now)
+        now += 50.0
+    asked = requests(prompts)._replace(arrival_s=np.array(times), session=np.array(sessions))
+
+    def serve(cost):
+        options = TierOptions(hold_cost=cost)
+        return simulate_tiers(asked, [tier("a", 2, 1e9)], block_bytes=100, options=options,
+                              compute_s=lambda i, n: (1 - n) * 9.0).hits.sum()  # fmt: skip
+
+    assert serve(None) == 0 and serve(1.0) >= 38 and serve(100.0) == 0
+
+
+def test_presets_say_where_their_rates_come_from():
+    assert all(tier.source for tiers in TIER_PRESETS.values() for tier in tiers)
+    blocks = np.arange(2048)
+    asked = requests([blocks, blocks])
+    pooled = simulate_tiers(asked, UNIFIED_POOL, block_bytes=2**21).load_s[1]
+    serial = simulate_tiers(asked, SERIAL_FILES, block_bytes=2**21, options=TierOptions(serial=True, placement="in_order"))
+    assert pooled < serial.load_s[1]
+
+
+def test_refusals():
+    asked = requests([[1]])
+    for options in ({"retention": "mru"}, {"admission": "some"}, {"link_bytes_per_s": 0}, {"num_layers": 0}, {"hold_cost": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            TierOptions(**options)
+    with pytest.raises(ValueError, match="hold_cost"):
+        simulate_tiers(asked, [tier("a", 1, 1.0)], block_bytes=1, options=TierOptions(hold_cost=1.0))
+    with pytest.raises(ValueError, match="offsets"):
+        simulate_tiers(asked._replace(offsets=np.array([0, 2])), [tier("a", 1, 1.0)], block_bytes=1)
