@@ -23,7 +23,7 @@ class EngineProfile:
     output_ms: float = 0.0  # between a step's end and its tokens at the client
     attention: str = "policy"  # decode attention: "policy" by our routes, "flash" by the engine's own kernel
     admission: str = WHOLE_PROMPT  # pages free for the whole prompt, or for the chunk that is about to run
-    keep_free_fraction: float = 0.0  # of the pages, that an admission leaves
+    reserve_output: float = 0.0  # of the tokens still to come, for which an admission keeps room; 1: nobody gives way
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -36,6 +36,8 @@ class EngineProfile:
             raise ValueError(f"attention: expected policy or flash, got {self.attention!r}")
         if self.admission not in (WHOLE_PROMPT, CHUNK):
             raise ValueError(f"admission: expected {WHOLE_PROMPT} or {CHUNK}, got {self.admission!r}")
+        if not 0 <= self.reserve_output <= 1:
+            raise ValueError(f"reserve_output: expected a number in [0, 1], got {self.reserve_output!r}")
         for name in ("queue_ms", "output_ms"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
@@ -60,12 +62,12 @@ PROFILES = {
         source="vLLM 0.24 (asynchronous scheduling, CUDA graphs), watched on an H200, 2026-11-29",
     ),
     "sglang": EngineProfile(
-        name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, attention="flash",
+        name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=0.5,
         source="assumed to be as vLLM, one step in flight",
     ),
     "trtllm": EngineProfile(
-        name="trtllm", constants="trtllm", graph_sizes=VLLM_GRAPHS, attention="flash",
-        source="assumed to be as vLLM, one step in flight",
+        name="trtllm", constants="trtllm", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=1.0,
+        source="graphs assumed to be as vLLM's; its capacity scheduler's default, GUARANTEED_NO_EVICT, keeps room for all",
     ),
 }  # fmt: skip
 
