@@ -12,13 +12,14 @@ from pkvsim.outside.step_costs import PARTS, heated, step_parts
 
 
 @outer
-def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserve_output, steps_in_flight):
+def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserve_output, steps_in_flight, mixes):
     """(mean TTFT in us, mean TPOT in us) of len(prompts) requests [n] int64 that `clients` clients send one after the
     other, all beginning at once.
 
     kv_tokens: room of the cache. A request is admitted where its prompt, and reserve_output of its output, find room
     beside what the running hold or reserve; where the cache is full all the same, the latest gives way and is computed
-    again. steps_in_flight: 2 where what comes while a step runs waits for the next but one.
+    again. steps_in_flight: 2 where what comes while a step runs waits for the next but one. mixes: False where rows do
+    not decode in a step that computes prompts.
     """
     n = len(prompts)
     cached, target = np.zeros(n, np.int64), prompts.copy()
@@ -65,7 +66,8 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
         while (away > 0 or admitted < sent) and budget > 0 and rows < clients and not gave_way:
             request = preempted[away - 1] if away > 0 else admitted
             need = target[request] + int(reserve_output * left[request])
-            if need > room and rows > 0:
+            # One that gave way comes back when the others have a page each to grow into, or it would soon go again.
+            if need + (16 * rows if away > 0 else 0) > room and rows > 0:
                 break
             if ready_step[request] > step and rows > 0:
                 waits = True
@@ -86,6 +88,9 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
             steps = 1
         elif reserve_output < 1 and decoding > 0:
             steps = max(1, min(steps, room // decoding))
+        if count > 0 and not mixes:
+            budget += decoding
+            decoding = 0
         lens[:decoding] = np.sort(lens[:decoding])[::-1] + (steps - 1) // 2
         warm = heat / costs.boost_us if costs.boost_us > 0 else 1.0
         us = step_parts(costs, lens[:decoding], begins[:count], chunks[:count], decoding + count, True, warm, parts)
@@ -98,6 +103,10 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
         kept = 0
         for at in range(rows):
             request = running[at]
+            if not mine[request] and decoding == 0:
+                running[kept] = request
+                kept += 1
+                continue
             if not mine[request]:
                 cached[request] += steps
                 left[request] -= steps

@@ -148,6 +148,6 @@ def _run(point: ServingPoint, profile: EngineProfile, tables: object, room: int)
     ]
     ttft_us, tpot_us = closed_loop(
         tables, lengths[0], lengths[1], point.clients, STEP_TOKENS, room, profile.reserve_output,
-        profile.steps_in_flight,
+        profile.steps_in_flight, profile.mixes,
     )  # fmt: skip
     return ttft_us / 1e3 + profile.queue_ms + profile.output_ms, tpot_us / 1e3

@@ -19,6 +19,7 @@ class EngineProfile:
     graph_sizes: tuple[int, ...] = ()  # decode batches are padded up to the next of these; beyond, and empty: none
     chunk_graph_tokens: int = 0  # steps with a chunk of at most this many tokens are padded to graph_sizes as well
     steps_in_flight: int = 1  # 2: step k + 1 is planned when step k starts, so that what comes then waits for k + 2
+    mixes: bool = True  # False: rows do not decode in a step that computes prompts
     queue_ms: float = 0.0  # between a request's submission and the scheduler's queue
     output_ms: float = 0.0  # between a step's end and its tokens at the client
     attention: str = "policy"  # decode attention: "policy" by our routes, "flash" by the engine's own kernel
@@ -62,7 +63,7 @@ PROFILES = {
         source="vLLM 0.24 (asynchronous scheduling, CUDA graphs), watched on an H200, 2026-11-29",
     ),
     "sglang": EngineProfile(
-        name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=0.5,
+        name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=0.5, mixes=False,
         source="assumed to be as vLLM, one step in flight",
     ),
     "trtllm": EngineProfile(
