@@ -48,9 +48,10 @@ def errors(points: Sequence[ServingPoint], priced: np.ndarray) -> PointErrors:
 
 
 def fit_constants(
-    points: Sequence[ServingPoint], device: DeviceSpec, start: OutsideConstants
+    points: Sequence[ServingPoint], device: DeviceSpec, start: OutsideConstants, *, free: Sequence[str] | None = None
 ) -> tuple[OutsideConstants, tuple[str, ...]]:
-    """(constants that price these points best, names of those fitted). ValueError below LEAST_POINTS points."""
+    """(constants that price these points best, names of those fitted). free: which may move, of SPREADS and the shares of
+    the rates; all of them by default. ValueError below LEAST_POINTS points."""
     from scipy.optimize import least_squares
 
     if len(points) < LEAST_POINTS:
@@ -59,6 +60,8 @@ def fit_constants(
     spreads["fp8_share" if points[0].precision == "fp8" else "matrix_share"] = RATE_SPREAD
     if all(point.tensor_parallel == 1 for point in points):
         spreads = {name: spread for name, spread in spreads.items() if not name.startswith("all_reduce")}
+    if free is not None:
+        spreads = {name: spread for name, spread in spreads.items() if name in free}
     names = tuple(spreads)
     origin = np.array([getattr(start, name) or NOT_ZERO[name] for name in names])
     scale = np.log(np.array([spreads[name] for name in names]))
@@ -67,7 +70,8 @@ def fit_constants(
 
     def constants(at: np.ndarray) -> OutsideConstants:
         values = dict(zip(names, (origin * np.exp(at * scale)).tolist()))
-        values["roofline_power"] = max(1.0, values["roofline_power"])
+        if "roofline_power" in values:
+            values["roofline_power"] = max(1.0, values["roofline_power"])
         return replace(start, **values)
 
     def residuals(at: np.ndarray) -> np.ndarray:
@@ -86,10 +90,17 @@ def _rounded(constants: OutsideConstants) -> OutsideConstants:
 
 
 def fit_serving(
-    base: DeviceSpec, points: Sequence[ServingPoint], *, source: str, date: str, seed: int = 0
+    base: DeviceSpec,
+    points: Sequence[ServingPoint],
+    *,
+    source: str,
+    date: str,
+    seed: int = 0,
+    free: Sequence[str] | None = None,
 ) -> tuple[DeviceSpec, dict[str, PointErrors]]:
     """(base with constants outside attention for every engine of the points, errors on the half held out by engine).
 
+    free: constants that may move, as in fit_constants.
     A fit to a random half gives the errors on the other; the constants that are kept are those of a fit to all. Points
     of other GPUs are left out. ValueError naming the argument where no engine has enough points.
     """
@@ -100,16 +111,17 @@ def fit_serving(
         mine = [p for p in points if p.engine == engine and p.device == base.name]
         if len(mine) < 2 * LEAST_POINTS:
             continue
-        start = outside_entry(base, engine).constants
+        before = outside_entry(base, engine)
+        start = before.constants
         half = half_of(len(mine), seed)
-        tried, _ = fit_constants([p for p, taken in zip(mine, half) if taken], base, start)
+        tried, _ = fit_constants([p for p, taken in zip(mine, half) if taken], base, start, free=free)
         others = [p for p, taken in zip(mine, half) if not taken]
         held_out[engine] = errors(others, price_points(others, base, tried))
-        constants, names = fit_constants(mine, base, tried)
+        constants, names = fit_constants(mine, base, tried, free=free)
         found = errors(mine, price_points(mine, base, constants))
         fitted[engine] = OutsideEntry(
             constants=constants, status="fitted", source=f"{len(mine)} points of {source}", date=date,
-            basis=dict.fromkeys(names, "fitted"), band_percent=round(max(10.0, 2.5 * held_out[engine].tpot_mean), 1),
+            basis=before.basis | dict.fromkeys(names, "fitted"), band_percent=round(max(10.0, 2.5 * held_out[engine].tpot_mean), 1),
             in_sample=_fit_error(found), held_out=_fit_error(held_out[engine]),
         )  # fmt: skip
     if not fitted:

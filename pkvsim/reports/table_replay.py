@@ -70,7 +70,7 @@ def print_devices(devices: list[DeviceSpec]) -> None:
     for device in devices:
         print_line(console, f"[bold]{escape(device.name)}[/]: {escape(device.label)}", markup=True)
         rows = []
-        for name in NUMBER_FIELDS:
+        for name in device.sources:
             value = getattr(device, name)
             shown = ".".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
             rows.append((name, shown, device.sources[name].status, device.sources[name].source))
