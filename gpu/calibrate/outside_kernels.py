@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 Say = Callable[[str], None]
+# What a kernel that this PyTorch, FlashInfer or GPU lacks, or has no memory for, ends in.
+FAILURES = (RuntimeError, AttributeError, NotImplementedError, ImportError, OSError, TypeError, ValueError)
 # (out, in) features: Llama-3.1-8B's products and its LM head, then the 70B's on one of four GPUs.
 SHAPES = (
     (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (2560, 8192), (8192, 2048),
@@ -84,7 +86,7 @@ def _tried(what: str, say: Say, measure: Callable[[], KernelTime]) -> Iterator[K
     """One measurement, or a note why there is none: another kernel's times are worth having without it."""
     try:
         yield measure()
-    except (RuntimeError, AttributeError, NotImplementedError, ImportError, OSError, TypeError, ValueError) as error:
+    except FAILURES as error:
         say(f"left out {what}: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
 
 
@@ -269,9 +271,8 @@ def all_reduce_times(sizes: Sizes, *, device: str, say: Say) -> Iterator[KernelT
                 import torch.cuda.nccl as nccl
 
                 parts = [torch.zeros(num_bytes // 2, device=f"cuda:{at}", dtype=torch.float16) for at in range(ranks)]
-                return KernelTime(
-                    ALL_REDUCE, "nccl", tokens=ranks, bytes=num_bytes, us=_reduce_us(lambda: nccl.all_reduce(parts), ranks)
-                )
+                us = _reduce_us(lambda: nccl.all_reduce(parts), ranks)
+                return KernelTime(ALL_REDUCE, "nccl", tokens=ranks, bytes=num_bytes, us=us)
 
             yield from _tried(f"all-reduce of {num_bytes} over {ranks}", say, measure)
         ranks *= 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpu.calibrate.outside_attention import Heads, chunk_attention, rows_attention, runs
-from gpu.calibrate.outside_kernels import Say, call_us
+from gpu.calibrate.outside_kernels import FAILURES, Say, call_us
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,10 @@ def stack_times(
 
     stack = Stack(shape, device)
     heads = Heads(shape.query_heads, shape.kv_heads, shape.head_dim)
-    kernels = {attention: runs(attention, heads=heads, device=device, say=say) for attention in (chunk_attention, rows_attention)}
+    kernels = {
+        attention: runs(attention, heads=heads, device=device, say=say)
+        for attention in (chunk_attention, rows_attention)
+    }
     for cell in cells:
         try:
             attention = chunk_attention if cell.chunk else rows_attention
@@ -138,11 +141,17 @@ def stack_times(
             q = torch.randn(
                 cell.tokens, shape.query_heads, shape.head_dim, device=device, dtype=torch.float16
             )
-            layer_us = call_us(
-                lambda i: stack.layer(i, x, cosine, sine, attend), device=device, variants=shape.layers  # noqa: B023
-            )
-            attention_us = call_us(lambda i: attend(i, q), device=device, variants=shape.layers)  # noqa: B023
-        except (RuntimeError, AttributeError, NotImplementedError, ImportError, OSError, TypeError, ValueError) as error:
+
+
+            def layer(index: int) -> torch.Tensor:
+                return stack.layer(index, x, cosine, sine, attend)  # noqa: B023
+
+            def attention_alone(index: int) -> torch.Tensor:
+                return attend(index, q)  # noqa: B023
+
+            layer_us = call_us(layer, device=device, variants=shape.layers)
+            attention_us = call_us(attention_alone, device=device, variants=shape.layers)
+        except FAILURES as error:
             say(f"left out {cell}: {type(error).__name__}: {str(error)[:160]}")
             continue
         yield StackTime(cell, kernel, layer_us, attention_us)

@@ -51,6 +51,7 @@ def fit(
 
         from pkvsim.devices.device import get_device
         from pkvsim.fitting.fit_device import fit_device, select
+        from pkvsim.fitting.fit_serving import PointErrors, fit_serving
         from pkvsim.fitting.measured_tables import read_measurements
         from pkvsim.reports.table_outside import print_outside_fit
         from pkvsim.reports.table_replay import print_fit
@@ -58,7 +59,9 @@ def fit(
         if not (measurements or serving or outside):
             raise ValueError("measurements: expected --measurements, --serving or --outside")
         fitted, today = get_device(device_base), date.today().isoformat()
-        routes, skipped, held_out = set(), {}, {}
+        routes: set[str] = set()
+        skipped: dict[str, int] = {}
+        held_out: dict[str, PointErrors] = {}
         if measurements:
             table = [m for path in measurements for m in read_measurements(path)]
             chosen = select(table, table_device=table_device, routes=route)
@@ -80,7 +83,6 @@ def fit(
             source = ", ".join(Path(path).name for path in outside)
             fitted = fit_outside(fitted, kernels, start, source=source, date=today)
         if serving:
-            from pkvsim.fitting.fit_serving import fit_serving
             from pkvsim.fitting.serving_points import read_points
 
             points = [point for path in serving for point in read_points(path)]

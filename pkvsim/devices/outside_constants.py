@@ -6,7 +6,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from pkvsim.devices.route_model import FitError
+from pkvsim.devices.route_model import FitError, read_error
 
 STATUSES = ("measured", "fitted", "estimated")
 
@@ -73,7 +73,7 @@ class OutsideConstants:
 
 CONSTANTS = tuple(f.name for f in fields(OutsideConstants))
 REQUIRED = tuple(f.name for f in fields(OutsideConstants) if f.default is MISSING)
-POSITIVE = tuple(name for name in CONSTANTS if name.endswith("_share") or name.endswith("_gb_s"))
+POSITIVE = tuple(name for name in CONSTANTS if name.endswith(("_share", "_gb_s")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,18 +132,8 @@ def read_outside(where: str, entry: Any) -> OutsideEntry:
         values = OutsideConstants(**constants)
     except ValueError as error:
         raise ValueError(f"{where}.constants.{error}") from None
-    errors = {name: _read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
+    errors = {name: read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
     return OutsideEntry(
         constants=values, status=entry["status"], source=entry["source"], date=entry["date"], basis=dict(basis),
         band_percent=float(band), **errors,
     )  # fmt: skip
-
-
-def _read_error(where: str, entry: Any) -> FitError:
-    names = {f.name for f in fields(FitError)}
-    if not isinstance(entry, dict) or set(entry) != names:
-        raise ValueError(f"{where}: expected {', '.join(sorted(names))}, got {entry!r:.80}")
-    for name, value in entry.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{where}.{name}: expected a finite number >= 0, got {value!r}")
-    return FitError(**entry)

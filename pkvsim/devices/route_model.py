@@ -140,7 +140,7 @@ def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
             raise ValueError(f"{where}.{key}: expected text, got {entry.get(key)!r}")
     if entry["status"] not in ("calibrated", "estimated"):
         raise ValueError(f"{where}.status: expected calibrated or estimated, got {entry['status']!r}")
-    errors = {name: _read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
+    errors = {name: read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
     constants: dict[str, Any] = entry["model"]
     odd = ({"rule", *_REQUIRED} - set(constants)) | (set(constants) - {"rule", *CONSTANTS})
     if odd:
@@ -153,7 +153,8 @@ def read_route(where: str, route: str, entry: Any) -> CalibratedRoute:
     return CalibratedRoute(model=model, status=entry["status"], source=entry["source"], date=entry["date"], **errors)
 
 
-def _read_error(where: str, entry: Any) -> FitError:
+def read_error(where: str, entry: Any) -> FitError:
+    """The error of a fit as a device file has it; ValueError that starts with `where`."""
     names = {f.name for f in fields(FitError)}
     if not isinstance(entry, dict) or set(entry) != names:
         raise ValueError(f"{where}: expected {', '.join(sorted(names))}, got {entry!r}")

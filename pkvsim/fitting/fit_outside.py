@@ -1,8 +1,8 @@
-"""Fits OutsideConstants to the kernel times of gpu.calibrate.outside, and prices whole layers to be held against them."""
+"""Fits OutsideConstants to the kernel times of gpu.calibrate.outside; prices whole layers to be held against them."""
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,8 @@ EAGER_LAUNCHES = 14  # of a layer: products, norms, rope, append, attention, act
 LEAST_MATRICES = 8
 ATTENTION_HEADS, ATTENTION_DIM = 32, 128  # of gpu.calibrate.outside_kernels
 BAND_PERCENT = 10.0
+NOT_ZERO = {"half_rate_tokens": 8.0, "wave_weight": 0.3, "attention_half_tokens": 64.0}  # where a fit begins
+MOST = {"roofline_power": 20.0, "wave_weight": 1.0}
 
 
 def fit_outside(
@@ -37,12 +39,18 @@ def fit_outside(
     products = [t for t in times if t.kernel == MATRIX]
     if sum(t.kind == BITS16 for t in products) < LEAST_MATRICES:
         raise ValueError(f"outside: expected at least {LEAST_MATRICES} products in 16 bits, got {len(products)}")
-    constants, basis = start, {}
+    constants = start
+    basis: dict[str, str] = {}
     for part in (_fit_matrices, _fit_attention, _fit_elementwise, _fit_host, _fit_all_reduce, _fit_heat):
         found = part(times, device, constants)
-        constants = replace(constants, **{name: float(f"{value:.4g}") for name, value in found.items()})
+        rounded = {name: float(f"{value:.4g}") for name, value in found.items()}
+        constants = replace(constants, **rounded)
         basis |= dict.fromkeys(found, "measured")
-    cool = replace(constants, **{name: getattr(constants, name) * constants.boost for name in ("matrix_share", "fp8_share")})
+    cool = replace(
+        constants,
+        matrix_share=constants.matrix_share * constants.boost,
+        fp8_share=constants.fp8_share * constants.boost,
+    )
     off = np.array([abs(_matrix_us(t, device, cool) / t.us - 1) for t in products])
     entry = OutsideEntry(
         constants=constants, status="measured", source=source, date=date, basis=basis, band_percent=BAND_PERCENT,
@@ -56,20 +64,26 @@ def fit_outside(
 
 def _matrix_us(time: KernelTime, device: DeviceSpec, constants: OutsideConstants) -> float:
     size = time.out_features * time.in_features * WEIGHT_BYTES[time.kind]
-    return float(matrix_us(time.tokens, Matrix(time.out_features, time.in_features, size, time.kind), device, constants))
+    matrix = Matrix(time.out_features, time.in_features, size, time.kind)
+    return float(matrix_us(time.tokens, matrix, device, constants))
 
 
-def _least(names: tuple[str, ...], start: OutsideConstants, price, measured: np.ndarray) -> dict[str, float]:
+def _least(
+    names: tuple[str, ...],
+    start: OutsideConstants,
+    price: Callable[[OutsideConstants], np.ndarray],
+    measured: np.ndarray,
+) -> dict[str, float]:
     """Values of these constants that price best, in the robust mean of logarithms."""
     from scipy.optimize import least_squares
 
-    floor = {"half_rate_tokens": 8.0, "wave_weight": 0.3, "attention_half_tokens": 64.0}
-    origin = np.array([getattr(start, name) or floor.get(name, 1.0) for name in names])
-    upper = np.array([{"roofline_power": np.log(20 / x), "wave_weight": np.log(1 / x)}.get(n, 4.0) for n, x in zip(names, origin)])
-    lower = np.array([np.log(1 / x) if n == "roofline_power" else -4.0 for n, x in zip(names, origin)]) - 1e-9
+    origin = np.array([getattr(start, name) or NOT_ZERO.get(name, 1.0) for name in names])
+    lower = np.array([np.log(1 / x) if name == "roofline_power" else -4.0 for name, x in zip(names, origin)]) - 1e-9
+    upper = np.array([np.log(MOST[name] / x) if name in MOST else 4.0 for name, x in zip(names, origin)])
+    least = np.array([1.0 if name == "roofline_power" else 0.0 for name in names])
 
     def values(at: np.ndarray) -> dict[str, float]:
-        return dict(zip(names, np.maximum(origin * np.exp(at), [1.0 if n == "roofline_power" else 0 for n in names]).tolist()))
+        return dict(zip(names, np.maximum(origin * np.exp(at), least).tolist()))
 
     def residuals(at: np.ndarray) -> np.ndarray:
         return np.log(price(replace(start, **values(at))) / measured)

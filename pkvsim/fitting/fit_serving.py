@@ -24,6 +24,7 @@ TTFT_WEIGHT = 0.5  # of a TTFT's error beside a TPOT's
 PRIOR_WEIGHT = 0.05  # error that a constant one spread away from its start counts as, times the square root of points
 LOSS_SCALE = 0.08  # error beyond which points count as outliers
 LEAST_POINTS = 12
+LEAST_BAND, BAND_OF_MEAN = 10.0, 2.5  # percent; nine of ten errors lie within this many times their mean
 NOT_ZERO = {"half_rate_tokens": 16.0, "narrow_us": 1.0, "chunk_step_us": 500.0, "step_us": 100.0, "row_us": 1.0}
 
 
@@ -48,10 +49,14 @@ def errors(points: Sequence[ServingPoint], priced: np.ndarray) -> PointErrors:
 
 
 def fit_constants(
-    points: Sequence[ServingPoint], device: DeviceSpec, start: OutsideConstants, *, free: Sequence[str] | None = None
+    points: Sequence[ServingPoint],
+    device: DeviceSpec,
+    start: OutsideConstants,
+    *,
+    free: Sequence[str] | None = None,
 ) -> tuple[OutsideConstants, tuple[str, ...]]:
-    """(constants that price these points best, names of those fitted). free: which may move, of SPREADS and the shares of
-    the rates; all of them by default. ValueError below LEAST_POINTS points."""
+    """(constants that price these points best, names of those fitted). free: which may move, of SPREADS and the
+    shares of the rates; all of them by default. ValueError below LEAST_POINTS points."""
     from scipy.optimize import least_squares
 
     if len(points) < LEAST_POINTS:
@@ -121,7 +126,8 @@ def fit_serving(
         found = errors(mine, price_points(mine, base, constants))
         fitted[engine] = OutsideEntry(
             constants=constants, status="fitted", source=f"{len(mine)} points of {source}", date=date,
-            basis=before.basis | dict.fromkeys(names, "fitted"), band_percent=round(max(10.0, 2.5 * held_out[engine].tpot_mean), 1),
+            basis=before.basis | dict.fromkeys(names, "fitted"),
+            band_percent=round(max(LEAST_BAND, BAND_OF_MEAN * held_out[engine].tpot_mean), 1),
             in_sample=_fit_error(found), held_out=_fit_error(held_out[engine]),
         )  # fmt: skip
     if not fitted:

@@ -95,8 +95,8 @@ def fit_step_tables(
     *,
     free: Sequence[str] = FREE,
 ) -> OutsideConstants:
-    """The constants that price these steps best. Decode steps and steps with a chunk count alike, whatever their number;
-    steps far off count little."""
+    """The constants that price these steps best. Decode steps and steps with a chunk count alike, whatever their
+    number; steps far off count little."""
     from scipy.optimize import least_squares
 
     measured = np.array([step.us for step in steps])

@@ -13,8 +13,8 @@ MATRIX, ATTENTION, ELEMENTWISE, SAMPLING, HEAT, HOST, ALL_REDUCE = KERNELS = (
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
-    """One timed kernel. tokens: of the product, chunk or step, rows of sampling, GPUs of an all-reduce; past: tokens cached
-    before the chunk, or how long the GPU had been busy (us, heat); bytes: moved, of each GPU in an all-reduce."""
+    """One timed kernel. tokens: of the product, chunk or step, rows of sampling, GPUs of an all-reduce; past: tokens
+    cached before the chunk, or how long the GPU had been busy (us, heat); bytes: moved, of each GPU in a sum."""
 
     kernel: str  # one of KERNELS
     kind: str  # matrices: one of pkvsim.outside.matrices.KINDS; otherwise which kernel
@@ -42,7 +42,8 @@ def read_kernel_times(path: str | Path) -> list[KernelTime]:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if set(reader.fieldnames or ()) != set(types):
-                raise ValueError(f"{path}: expected columns {', '.join(types)}, got {', '.join(reader.fieldnames or ())}")
+                got = ", ".join(reader.fieldnames or ())
+                raise ValueError(f"{path}: expected columns {', '.join(types)}, got {got}")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 if row["kernel"] not in KERNELS:

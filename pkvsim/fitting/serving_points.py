@@ -1,7 +1,7 @@
 """Published serving points: mean TTFT and TPOT of closed loops of fixed lengths, and what our prices say of them.
 
-The table is that of aiconfigurator's silicon_sample.csv (github.com/ai-dynamo/aiconfigurator, Apache-2.0), which has its
-own runs and those of SemiAnalysis InferenceX.
+The table is that of aiconfigurator's silicon_sample.csv (github.com/ai-dynamo/aiconfigurator, Apache-2.0), which has
+its own runs and those of SemiAnalysis InferenceX.
 """
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.outside_constants import OutsideConstants
 from pkvsim.fitting.closed_loop import closed_loop
 from pkvsim.models.model_costs import kv_bytes_per_token, weight_bytes
-from pkvsim.models.model_spec import ModelSpec
+from pkvsim.models.model_spec import ModelSpec, Weights
 from pkvsim.models.presets import catalogue, get_model
 from pkvsim.models.quantization import fp8
 from pkvsim.outside.engine_profile import EngineProfile, get_profile
-from pkvsim.outside.step_costs import step_costs
+from pkvsim.outside.step_costs import StepCosts, step_costs
 
 COLUMNS = (
     "backend", "model_path", "system", "precision", "isl", "osl", "tp_size", "concurrency", "silicon_ttft_ms",
@@ -100,7 +100,7 @@ def point_model(point: ServingPoint) -> ModelSpec:
 def _in_fp8(model: ModelSpec) -> ModelSpec:
     bits = fp8().bits
 
-    def narrow(weights):
+    def narrow(weights: Weights) -> Weights:
         return replace(weights, bytes=min(weights.bytes, weights.parameters * bits / 8))
 
     layers = tuple(
@@ -114,7 +114,7 @@ def price_points(
     points: Sequence[ServingPoint], device: DeviceSpec, constants: OutsideConstants
 ) -> np.ndarray:
     """(TTFT, TPOT) in ms of every point on this GPU: float64 [points, 2]."""
-    costs: dict[object, object] = {}
+    costs: dict[tuple[str, str, int, str], tuple[StepCosts, int]] = {}
     priced = np.zeros((len(points), 2))
     for at, point in enumerate(points):
         profile = get_profile(point.engine)
@@ -137,7 +137,7 @@ def cache_tokens(model: ModelSpec, device: DeviceSpec) -> int:
     return max(1, int(left * 2**30 / kv_bytes_per_token(model)))
 
 
-def _run(point: ServingPoint, profile: EngineProfile, tables: object, room: int) -> tuple[float, float]:
+def _run(point: ServingPoint, profile: EngineProfile, tables: StepCosts, room: int) -> tuple[float, float]:
     count = min(MOST_REQUESTS, REQUESTS_PER_CLIENT * point.clients)
     generator = np.random.default_rng([point.prompt, point.output, point.clients])
     lengths = [

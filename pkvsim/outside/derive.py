@@ -11,16 +11,18 @@ from pkvsim.devices.outside_constants import OutsideEntry
 # when the H100 is priced from the H200 (tests/outside/test_points.py), the third that of the RTX 4090 from it.
 SAME_GPU_BAND, SAME_ARCHITECTURE_BAND, OTHER_ARCHITECTURE_BAND = 20.0, 20.0, 35.0
 REFERENCE = "h200"
+MOST_OF_PEAK = 0.95
 FALLBACK_ENGINES = ("vllm", "pytorch")
 
 
 def outside_entry(device: DeviceSpec, engine: str) -> OutsideEntry:
     """The constants of an engine's kernels on a GPU, in this order: its own; the same engine's on the GPU of the
-    catalogue that is most like it (same compute capability, then the H200); another engine's on the GPU itself, or on
+    catalogue that is most like it (a GeForce card for a GeForce card, then the same compute capability, then the
+    H200); another engine's on the GPU itself, or on
     the H200.
 
     Shares, which are fractions of a GPU's own bandwidth and rates, and latencies are carried over as they are, but for
-    what one CTA reads, which never exceeds the GPU's bandwidth. ValueError where nobody measured any engine.
+    reads, which reach at most MOST_OF_PEAK of the bandwidth on paper. ValueError where nobody measured any engine.
     """
     if engine in device.outside:
         return device.outside[engine]
@@ -35,9 +37,9 @@ def outside_entry(device: DeviceSpec, engine: str) -> OutsideEntry:
 
 def _distance(other: DeviceSpec, device: DeviceSpec) -> tuple[bool, bool, bool, bool]:
     return (
+        ("GeForce" in other.label) != ("GeForce" in device.label),
         other.compute_capability != device.compute_capability,
         other.compute_capability[0] != device.compute_capability[0],
-        ("GeForce" in other.label) != ("GeForce" in device.label),
         other.name != REFERENCE,
     )
 
@@ -48,9 +50,11 @@ def _carried(other: DeviceSpec, device: DeviceSpec, name: str, engine: str) -> O
     band = OTHER_ARCHITECTURE_BAND
     if other.compute_capability == device.compute_capability:
         band = SAME_GPU_BAND if other.name == device.name else SAME_ARCHITECTURE_BAND
-    bandwidth = device.beta_gb_s
+    bandwidth, most = device.beta_gb_s, max(1.0, MOST_OF_PEAK * device.peak_gb_s / device.beta_gb_s)
     constants = replace(
         c,
+        weight_share=min(c.weight_share, most),
+        decode_share=min(c.decode_share, most),
         decode_cta_gb_s=min(c.decode_cta_gb_s, bandwidth),
         mixed_cta_gb_s=min(c.mixed_cta_gb_s, bandwidth),
     )

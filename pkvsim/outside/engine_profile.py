@@ -68,7 +68,7 @@ PROFILES = {
     ),
     "trtllm": EngineProfile(
         name="trtllm", constants="trtllm", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=1.0,
-        source="graphs assumed to be as vLLM's; its capacity scheduler's default, GUARANTEED_NO_EVICT, keeps room for all",
+        source="graphs assumed to be as vLLM's; its default GUARANTEED_NO_EVICT keeps room for every token to come",
     ),
 }  # fmt: skip
 

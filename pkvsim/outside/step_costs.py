@@ -1,6 +1,7 @@
 """A model on a GPU under an engine, as the tables that a step's price is added up from. Compiled code reads them."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from pkvsim.compiled import drop_stale, outer
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.outside_constants import OutsideConstants
-from pkvsim.models.model_spec import CHUNKED, FULL, LATENT, SLIDING, AttentionSpec, LayerSpec, ModelSpec
+from pkvsim.models.model_spec import CHUNKED, FULL, LATENT, SLIDING, AttentionSpec, ModelSpec
 from pkvsim.outside.communication import all_reduce_us
 from pkvsim.outside.engine_profile import EngineProfile
 from pkvsim.outside.flash_decode import flash_decode_us
@@ -40,7 +41,7 @@ class StepCosts(NamedTuple):
     heads: np.ndarray  # [K] int64, KV heads
     entry_bytes: np.ndarray  # [K] float64, of a cached entry, all heads
     entry_flops: np.ndarray  # [K, 2] float64, of a (query, entry) pair: decode, prefill
-    index: np.ndarray  # [K, 2] float64, of an entry's index key: bytes, FLOPs
+    index_keys: np.ndarray  # [K, 2] float64, of an entry's index key: bytes, FLOPs
     state: np.ndarray  # [K, 2] float64, of a token: bytes of the state, read and written, FLOPs
     attention_flop_us: float  # FLOP per us of attention on a warm GPU
     attention_half_tokens: float
@@ -107,7 +108,7 @@ def step_costs(
         heads=np.array([max(1, a.num_kv_heads) for a, _ in groups], np.int64),
         entry_bytes=np.array([a.kv_elements * kv_element_bytes for a, _ in groups], np.float64),
         entry_flops=np.array([_pair_flops(a) for a, _ in groups], np.float64).reshape(-1, 2),
-        index=np.array(
+        index_keys=np.array(
             [(a.index_bytes, 2.0 * a.index_heads * a.index_dim) for a, _ in groups], np.float64
         ).reshape(-1, 2),
         state=np.array([(2.0 * a.state_bytes, a.state_flops) for a, _ in groups], np.float64).reshape(-1, 2),
@@ -133,8 +134,6 @@ def step_costs(
 
 
 def _boosted(c: OutsideConstants) -> OutsideConstants:
-    from dataclasses import replace
-
     shares = ("matrix_share", "fp8_share", "int8_share", "fp4_share", "weight_only_share")
     return replace(c, **{name: getattr(c, name) * c.boost for name in shares})
 
@@ -147,11 +146,6 @@ def _pair_flops(a: AttentionSpec) -> tuple[float, float]:
     """(decode, prefill): latent layers attend with expanded heads in prefill."""
     width = a.head_dim + a.value_dim
     return 2.0 * a.num_q_heads * width, 2.0 * a.num_q_heads * (sum(a.prefill_dims) if a.kind == LATENT else width)
-
-
-def layers_of(model: ModelSpec) -> list[tuple[LayerSpec, int]]:
-    """The model's layers in groups of equal ones."""
-    return list(model.layer_groups)
 
 
 @outer
@@ -167,8 +161,8 @@ def prefill_attention_us(costs, begin, chunk, warm):
     for k in range(len(costs.kinds)):
         layers, kind, window, selected, per_entry = costs.kinds[k]
         flops = chunk_pairs(kind, window, selected, per_entry, begin, chunk) * costs.entry_flops[k, 1]
-        if costs.index[k, 1] > 0:
-            flops += index_pairs(per_entry, begin, chunk) * costs.index[k, 1]
+        if costs.index_keys[k, 1] > 0:
+            flops += index_pairs(per_entry, begin, chunk) * costs.index_keys[k, 1]
         flops += chunk * costs.state[k, 1]
         read = entries_read(kind, window, 0, per_entry, begin + chunk) * costs.entry_bytes[k] + costs.state[k, 0]
         us += layers * (costs.attention_us + max(flops / rate, read / (costs.decode_gb_s * 1e3)))
@@ -195,10 +189,10 @@ def decode_attention_us(costs, lens, mixed):
             longest = max(longest, read)
         moved = entries * costs.entry_bytes[k] + count * costs.state[k, 0]
         flops = entries * costs.entry_flops[k, 0] + count * costs.state[k, 1]
-        if costs.index[k, 1] > 0:
+        if costs.index_keys[k, 1] > 0:
             for row in range(count):
-                moved += lens[row] // per_entry * costs.index[k, 0]
-                flops += lens[row] // per_entry * costs.index[k, 1]
+                moved += lens[row] // per_entry * costs.index_keys[k, 0]
+                flops += lens[row] // per_entry * costs.index_keys[k, 1]
         if mixed:
             head_bytes = longest * costs.entry_bytes[k] / costs.heads[k]
             layer_us = moved / (costs.mixed_gb_s * 1e3) + head_bytes / (costs.mixed_cta_gb_s * 1e3)
@@ -218,9 +212,9 @@ def decode_attention_us(costs, lens, mixed):
 def step_parts(costs, lens, begins, chunks, logits, with_decode, warm, parts):
     """Fills parts [len(PARTS)] with a step's times in us; returns their sum.
 
-    lens [rows] int64: tokens that the rows which decode attend to, longest first. begins, chunks [prompts] int64: first
-    token and tokens of each prompt's chunk. logits: tokens that need the LM head, the decoding rows' included.
-    with_decode: False where the caller prices decode attention. warm: from 0, a GPU that was not busy, to 1; see heated.
+    lens [rows] int64: tokens that the rows which decode attend to, longest first. begins, chunks [prompts] int64:
+    first token and tokens of each prompt's chunk. logits: tokens that need the LM head, the decoding rows' included.
+    with_decode: False where the caller prices decode attention. warm: from 0, a GPU that was not busy, to 1 (heated).
     """
     rows, tokens = len(lens), len(lens)
     prefill_us = 0.0
@@ -250,8 +244,8 @@ def step_parts(costs, lens, begins, chunks, logits, with_decode, warm, parts):
 
 @outer
 def heated(costs, heat_us, tokens, us):
-    """A GPU's heat after a step of `tokens` tokens and `us`, from 0 to boost_us: its time of computing at full rate less
-    its other time. heat / boost_us is what step_parts takes as warm (1 where boost_us is 0)."""
+    """A GPU's heat after a step of `tokens` tokens and `us`, from 0 to boost_us: its time of computing at full rate
+    less its other time. heat / boost_us is what step_parts takes as warm (1 where boost_us is 0)."""
     heats = costs.layer_us[0, tokens] > HEAT_SHARE * costs.cool_matrices_us[tokens]
     return min(costs.boost_us, heat_us + us) if heats else max(0.0, heat_us - us)
 

@@ -15,7 +15,9 @@ def print_outside_fit(device: DeviceSpec, held_out: Mapping[str, PointErrors]) -
     rows = []
     for engine, entry in sorted(device.outside.items()):
         error, held = entry.in_sample, held_out.get(engine)
-        known = (f"{error.measurements}", f"{error.median_percent:.1f}", f"{error.mean_percent:.1f}") if error else ("",) * 3
+        known = ("", "", "")
+        if error is not None:
+            known = f"{error.measurements}", f"{error.median_percent:.1f}", f"{error.mean_percent:.1f}"
         left = ("", "", "")
         if held is not None:
             ttft = "" if held.ttft_median != held.ttft_median else f"{held.ttft_median:.1f}"

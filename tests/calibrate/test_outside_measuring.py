@@ -11,6 +11,7 @@ from pkvsim.fitting.outside_table import KernelTime, read_kernel_times, write_ke
 from pkvsim.models.presets import get_model
 
 torch = pytest.importorskip("torch")
+HEAD = "kernel,kind,tokens,out_features,in_features,past,bytes,us\n"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,8 @@ def test_attention_that_is_timed_is_causal_attention():
         scores = torch.einsum("hd,thd->ht", q[at].float(), k[: 6 + at]) / 4
         expected = torch.einsum("ht,thd->hd", scores.softmax(-1), v[: 6 + at])
         assert torch.allclose(got[at], expected, atol=0.02)
-    assert rows_attention(3, 7, heads, layers=2, device="cpu", kernel=SDPA)(1, torch.randn(3, 4, 16).half()).shape == (3, 4, 16)
+    rows = rows_attention(3, 7, heads, layers=2, device="cpu", kernel=SDPA)
+    assert rows(1, torch.randn(3, 4, 16).half()).shape == (3, 4, 16)
 
 
 def test_a_layer_is_a_llama_layer():
@@ -115,7 +117,8 @@ def test_a_fit_finds_the_constants_of_a_table(tmp_path):
     device, true = get_device("h200"), constants()
     write_kernel_times(tmp_path / "times.csv", table(device, true))
     start = replace(true, matrix_share=0.6, weight_share=0.8, attention_share=0.4, kernel_us=1.0, all_reduce_us=5.0)
-    fitted = fit_outside(device, read_kernel_times(tmp_path / "times.csv"), start, source="times.csv", date="2026-11-29")
+    times = read_kernel_times(tmp_path / "times.csv")
+    fitted = fit_outside(device, times, start, source="times.csv", date="2026-11-29")
     entry = fitted.outside[ENGINE]
     c = entry.constants
     assert c.boost == pytest.approx(1.3, rel=0.03) and c.boost_ms == pytest.approx(120, rel=0.1)
@@ -136,9 +139,9 @@ def test_too_few_products_are_refused():
     ("text", "message"),
     [
         ("a,b\n1,2\n", "expected columns kernel"),
-        ("kernel,kind,tokens,out_features,in_features,past,bytes,us\nx,y,1,1,1,1,1,1\n", ":2: kernel: expected one of"),
-        ("kernel,kind,tokens,out_features,in_features,past,bytes,us\nheat,y,1,1,1,1,1,-1\n", ":2: us: expected a number"),
-        ("kernel,kind,tokens,out_features,in_features,past,bytes,us\nheat,y,z,1,1,1,1,1\n", ":2: expected numbers"),
+        (HEAD + "x,y,1,1,1,1,1,1\n", ":2: kernel: expected one of"),
+        (HEAD + "heat,y,1,1,1,1,1,-1\n", ":2: us: expected a number"),
+        (HEAD + "heat,y,z,1,1,1,1,1\n", ":2: expected numbers"),
     ],
 )  # fmt: skip
 def test_odd_tables_are_refused(tmp_path, text, message):

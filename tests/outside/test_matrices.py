@@ -33,7 +33,9 @@ H200 = get_device("h200")
 sizes = st.integers(16, 30_000)
 
 
-@given(sizes, sizes, st.integers(1, 9000), st.sampled_from([BITS16, FP8, INT8, WEIGHT_ONLY]), st.sampled_from([1, 16, 64]))
+@given(
+    sizes, sizes, st.integers(1, 9000), st.sampled_from([BITS16, FP8, INT8, WEIGHT_ONLY]), st.sampled_from([1, 16, 64])
+)
 def test_a_product_takes_no_less_than_its_bytes_and_flops(out, into, tokens, kind, tile):
     c = replace(CONSTANTS, tile_tokens=float(tile))
     matrix = Matrix(out, into, out * into * 1.0, kind)
@@ -80,7 +82,8 @@ def test_experts_cost_what_a_batch_touches(name):
     [
         (16, "none", "l4", BITS16), (8, "fp8", "h200", FP8), (8, "modelopt fp8", "a100_80gb", WEIGHT_ONLY),
         (8, "compressed-tensors int8", "a100_80gb", INT8), (8.1, "gptq int8", "h200", WEIGHT_ONLY),
-        (4.25, "mxfp4", "b200", FP4), (4.5, "modelopt nvfp4", "h200", WEIGHT_ONLY), (4.2, "awq int4", "b200", WEIGHT_ONLY),
+        (4.25, "mxfp4", "b200", FP4), (4.5, "modelopt nvfp4", "h200", WEIGHT_ONLY),
+        (4.2, "awq int4", "b200", WEIGHT_ONLY),
     ],
 )  # fmt: skip
 def test_what_is_multiplied(bits, label, gpu, kind):
@@ -98,4 +101,5 @@ def test_all_reduces_grow_with_bytes_and_ranks(name, num_bytes, ranks):
     assert all_reduce_us(num_bytes, 1, device, CONSTANTS) == 0
     us = all_reduce_us(num_bytes, ranks, device, CONSTANTS)
     assert us >= 2 * (ranks - 1) / ranks * num_bytes / (device.link_gb_s * 1e3)
-    assert all_reduce_us(num_bytes, ranks + 1, device, CONSTANTS) >= us <= all_reduce_us(num_bytes + 1024, ranks, device, CONSTANTS)
+    assert us <= all_reduce_us(num_bytes, ranks + 1, device, CONSTANTS)
+    assert us <= all_reduce_us(num_bytes + 1024, ranks, device, CONSTANTS)

@@ -18,8 +18,8 @@ from pkvsim.outside.step_costs import PARTS, step_costs, step_parts
 POINTS = SHARED / "reference" / "serving" / "h100_h200_llama_points.csv"
 needs_shared = pytest.mark.skipif(not POINTS.exists(), reason="needs the published points")
 H200 = get_device("h200")
-# Of aiconfigurator's silicon_sample.csv (github.com/ai-dynamo/aiconfigurator, Apache-2.0; runs of SemiAnalysis InferenceX):
-# Llama-3.1-70B in FP8 on H200, vLLM: prompt, output, GPUs, clients, TTFT, TPOT in ms.
+# Of aiconfigurator's silicon_sample.csv (github.com/ai-dynamo/aiconfigurator, Apache-2.0), runs of SemiAnalysis
+# InferenceX: Llama-3.1-70B in FP8 on H200, vLLM: prompt, output, GPUs, clients, TTFT, TPOT in ms.
 SAMPLE = (
     (1024, 1024, 1, 4, 202.75, 21.46), (1024, 8192, 1, 16, 325.13, 27.29), (8192, 1024, 1, 8, 1660.2, 33.07),
     (1024, 1024, 2, 8, 154.12, 14.35), (8192, 1024, 2, 16, 1248.9, 27.47), (1024, 8192, 2, 64, 412.97, 26.84),
@@ -43,7 +43,8 @@ def test_the_shipped_constants_meet_published_points():
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("engine", "name"), [("vllm", "h200"), ("vllm", "h100_sxm"), ("trtllm", "h200"), ("trtllm", "h100_sxm"), ("sglang", "h200")]
+    ("engine", "name"),
+    [("vllm", "h200"), ("vllm", "h100_sxm"), ("trtllm", "h200"), ("trtllm", "h100_sxm"), ("sglang", "h200")],
 )
 def test_all_points_by_engine_and_gpu(engine, name):
     device = get_device(name)
@@ -118,8 +119,8 @@ def test_points_models():
 @pytest.mark.parametrize(("field", "value"), [("isl", "x"), ("silicon_tpot_ms", "0"), ("concurrency", "-4")])
 def test_odd_points_are_refused(tmp_path, field, value):
     row = {
-        "backend": "vllm", "model_path": "m", "system": "h200_sxm", "precision": "fp8", "isl": "1", "osl": "1", "tp_size": "1",
-        "concurrency": "1", "silicon_ttft_ms": "1", "silicon_tpot_ms": "1", "source": "mine",
+        "backend": "vllm", "model_path": "m", "system": "h200_sxm", "precision": "fp8", "isl": "1", "osl": "1",
+        "tp_size": "1", "concurrency": "1", "silicon_ttft_ms": "1", "silicon_tpot_ms": "1", "source": "mine",
     } | {field: value}  # fmt: skip
     path = tmp_path / "points.csv"
     path.write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")

@@ -26,8 +26,8 @@ class Step:
 
 
 class ReferenceServer:
-    """First come, first served; prompts in chunks; the latest gives way where no page is free. Under steps_in_flight 2 a
-    step is planned when the one before it starts, so that plans run ahead of what has ended by one step."""
+    """First come, first served; prompts in chunks; the latest gives way where no page is free. Under steps_in_flight 2
+    a step is planned when the one before it starts, so that plans run ahead of what has ended by one step."""
 
     def __init__(self, requests, costs: StepCosts, profile: EngineProfile, *, num_pages: int, step_tokens: int = 2048,
                  max_batch: int = 256, page_size: int = 16) -> None:
