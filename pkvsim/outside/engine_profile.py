@@ -24,6 +24,7 @@ class EngineProfile:
     output_ms: float = 0.0  # between a step's end and its tokens at the client
     attention: str = "policy"  # decode attention: "policy" by our routes, "flash" by the engine's own kernel
     admission: str = WHOLE_PROMPT  # pages free for the whole prompt, or for the chunk that is about to run
+    workspace_gib: float = 1.0  # beside weights and KV pages: activations, CUDA context, graphs
     reserve_output: float = 0.0  # of the tokens still to come, for which an admission keeps room; 1: nobody gives way
     source: str = ""
 
@@ -39,7 +40,7 @@ class EngineProfile:
             raise ValueError(f"admission: expected {WHOLE_PROMPT} or {CHUNK}, got {self.admission!r}")
         if not 0 <= self.reserve_output <= 1:
             raise ValueError(f"reserve_output: expected a number in [0, 1], got {self.reserve_output!r}")
-        for name in ("queue_ms", "output_ms"):
+        for name in ("queue_ms", "output_ms", "workspace_gib"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
 
@@ -59,12 +60,13 @@ PROFILES = {
     "pkvsim": EngineProfile(name="pkvsim", constants="pytorch", source="this project's engine"),
     "vllm": EngineProfile(
         name="vllm", constants="vllm", graph_sizes=VLLM_GRAPHS, chunk_graph_tokens=512, steps_in_flight=2,
-        queue_ms=1.1, attention="flash", admission=CHUNK,
+        queue_ms=1.1, attention="flash", admission=CHUNK, workspace_gib=1.2,
         source="vLLM 0.24 (asynchronous scheduling, CUDA graphs), watched on an H200, 2026-11-29",
     ),
     "sglang": EngineProfile(
-        name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=0.5, mixes=False,
-        source="assumed to be as vLLM, one step in flight",
+        name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, steps_in_flight=2, attention="flash",
+        reserve_output=0.5,
+        source="graphs assumed to be as vLLM's; its overlap scheduler plans a step ahead as well",
     ),
     "trtllm": EngineProfile(
         name="trtllm", constants="trtllm", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=1.0,

@@ -8,7 +8,7 @@ from paths import SHARED
 from reference_server import ReferenceServer
 
 from pkvsim.devices.device import get_device
-from pkvsim.models.presets import get_model
+from pkvsim.models.presets import get_model, weight_bytes
 from pkvsim.outside.derive import outside_entry
 from pkvsim.outside.engine_profile import get_profile
 from pkvsim.outside.step_costs import step_costs
@@ -69,6 +69,24 @@ def test_the_requests_of_a_vllm_on_an_rtx_4090():
         assert abs(off(np.quantile(got[:, 1], quantile), np.quantile(true[:, 1], quantile))) < 0.06
     for quantile in (0.5, 0.9):
         assert abs(off(np.quantile(got[:, 0], quantile), np.quantile(true[:, 0], quantile))) < 0.08
+
+
+@pytest.mark.parametrize(("gpu", "gib", "blocks"), [("rtx4090", 25_250_627_584 / 2**30, 2588), ("h200", 139.8, 56_105)])
+def test_the_workspace_leaves_the_kv_blocks_that_a_vllm_reports(gpu, gib, blocks):
+    """0.9 of the memory, less weights and workspace; RTX 4090: github.com/casys-kaist/LLMServingSim, commit 5daddb21."""
+    left = 0.9 * gib - weight_bytes(get_model("llama-3.1-8b")) / 2**30 - get_profile("vllm").workspace_gib
+    assert left * 2**30 / (16 * 131_072) == pytest.approx(blocks, rel=0.02)
+
+
+@needs_shared
+def test_an_rtx_4090_whose_kv_blocks_are_derived():
+    """TTFT within 12 %."""
+    (requests, true), = measured_cases(SERVING / "RTX4090_Llama-3.1-8B.csv").values()
+    device = get_device("rtx4090")
+    left = 0.9 * device.memory_gib - weight_bytes(get_model("llama-3.1-8b")) / 2**30 - get_profile("vllm").workspace_gib
+    got = serve(requests, device, int(left * 2**30 / (16 * 131_072)))
+    for quantile in (0.5, 0.9):
+        assert abs(off(np.quantile(got[:, 0], quantile), np.quantile(true[:, 0], quantile))) < 0.12
 
 
 def test_every_token_comes_once_and_pages_come_back():
