@@ -53,8 +53,7 @@ def fit(
         from pkvsim.fitting.fit_device import fit_device, select
         from pkvsim.fitting.fit_serving import PointErrors, fit_serving
         from pkvsim.fitting.measured_tables import read_measurements
-        from pkvsim.reports.table_outside import print_outside_fit
-        from pkvsim.reports.table_replay import print_fit
+        from pkvsim.reports.table_replay import print_fit, print_outside_fit
 
         if not (measurements or serving or outside):
             raise ValueError("measurements: expected --measurements, --serving or --outside")

@@ -20,7 +20,7 @@ SPREADS = {
     "chunk_step_us": 5.0, "all_reduce_us": 2.0, "all_reduce_rank_us": 3.0, "all_reduce_share": 1.5,
 }  # fmt: skip
 RATE_SPREAD = 1.6  # of the share of the rate that the points' precision runs at
-TTFT_WEIGHT = 0.5  # of a TTFT's error beside a TPOT's
+TTFT_WEIGHT = 0.45  # of a TTFT's error beside a TPOT's
 PRIOR_WEIGHT = 0.05  # error that a constant one spread away from its start counts as, times the square root of points
 LOSS_SCALE = 0.08  # error beyond which points count as outliers
 LEAST_POINTS = 12

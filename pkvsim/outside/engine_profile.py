@@ -60,7 +60,7 @@ PROFILES = {
     "pkvsim": EngineProfile(name="pkvsim", constants="pytorch", source="this project's engine"),
     "vllm": EngineProfile(
         name="vllm", constants="vllm", graph_sizes=VLLM_GRAPHS, chunk_graph_tokens=512, steps_in_flight=2,
-        queue_ms=1.1, attention="flash", admission=CHUNK, workspace_gib=1.2,
+        queue_ms=1.1, attention="flash", admission=CHUNK, workspace_gib=1.17,
         source="vLLM 0.24 (asynchronous scheduling, CUDA graphs), watched on an H200, 2026-11-29",
     ),
     "sglang": EngineProfile(

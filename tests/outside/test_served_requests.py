@@ -73,7 +73,7 @@ def test_the_requests_of_a_vllm_on_an_rtx_4090():
 
 @pytest.mark.parametrize(("gpu", "gib", "blocks"), [("rtx4090", 25_250_627_584 / 2**30, 2588), ("h200", 139.8, 56_105)])
 def test_the_workspace_leaves_the_kv_blocks_that_a_vllm_reports(gpu, gib, blocks):
-    """0.9 of the memory, less weights and workspace; RTX 4090: github.com/casys-kaist/LLMServingSim, commit 5daddb21."""
+    """0.9 of the memory, less weights and workspace. RTX 4090: github.com/casys-kaist/LLMServingSim, 5daddb21."""
     left = 0.9 * gib - weight_bytes(get_model("llama-3.1-8b")) / 2**30 - get_profile("vllm").workspace_gib
     assert left * 2**30 / (16 * 131_072) == pytest.approx(blocks, rel=0.02)
 
