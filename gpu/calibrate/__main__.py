@@ -1,5 +1,8 @@
 import sys
 
-from gpu.calibrate.run import main
+if "--outside" in sys.argv[1:]:
+    from gpu.calibrate.outside import main
+else:
+    from gpu.calibrate.run import main
 
 sys.exit(main())

@@ -9,9 +9,6 @@ from pkvsim.commands.errors import one_line_errors
 
 
 def fit(
-    measurements: Annotated[
-        list[str], typer.Option(help="CSV of measured step times, of gpu.calibrate or a published table; repeatable.")
-    ],
     device_base: Annotated[str, typer.Option(help="The GPU they ran on: a name of `pkvsim devices`, or a .json file.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Device file to write.")],
     route: Annotated[
@@ -24,37 +21,79 @@ def fit(
         Optional[str], typer.Option(help="Constants to fit, separated by commas; the others stay the base's.")
     ] = None,
     name: Annotated[Optional[str], typer.Option(help="Name of the fitted device; the base's by default.")] = None,
+    measurements: Annotated[
+        Optional[list[str]],
+        typer.Option(help="CSV of measured attention times, of gpu.calibrate or a published table; repeatable."),
+    ] = None,
+    serving: Annotated[
+        Optional[list[str]],
+        typer.Option(help="CSV of serving points (mean TTFT and TPOT of closed loops), fitted engine by engine."),
+    ] = None,
+    outside: Annotated[
+        Optional[list[str]],
+        typer.Option(help="CSV of kernel times outside decode attention, of gpu.calibrate --outside; repeatable."),
+    ] = None,
 ) -> None:
     """Fits the model's constants to measured times and writes a device file.
+
+    --measurements fits decode attention, --outside and --serving what stands beside it; one or more of them.
 
     \b
     Examples:
       pkvsim fit --measurements mygpu.csv --device-base rtx4090 -o mygpu.json
       pkvsim fit --measurements peer.csv --table-device l40s \\
           --device-base l40s -o l40s_fitted.json
+      pkvsim fit --serving points.csv --device-base h200 -o h200_fitted.json
     """
     with one_line_errors():
+        from dataclasses import replace
         from datetime import date
         from pathlib import Path
 
         from pkvsim.devices.device import get_device
         from pkvsim.fitting.fit_device import fit_device, select
+        from pkvsim.fitting.fit_serving import PointErrors, fit_serving
         from pkvsim.fitting.measured_tables import read_measurements
-        from pkvsim.reports.table_replay import print_fit
+        from pkvsim.reports.table_replay import print_fit, print_outside_fit
 
-        base = get_device(device_base)
-        table = [m for path in measurements for m in read_measurements(path)]
-        chosen = select(table, table_device=table_device, routes=route)
-        fitted, skipped = fit_device(
-            base,
-            chosen,
-            free=None if free is None else tuple(free.split(",")),
-            source=", ".join(Path(path).name for path in measurements),
-            date=date.today().isoformat(),
-            name=name,
-        )
+        if not (measurements or serving or outside):
+            raise ValueError("measurements: expected --measurements, --serving or --outside")
+        fitted, today = get_device(device_base), date.today().isoformat()
+        routes: set[str] = set()
+        skipped: dict[str, int] = {}
+        held_out: dict[str, PointErrors] = {}
+        if measurements:
+            table = [m for path in measurements for m in read_measurements(path)]
+            chosen = select(table, table_device=table_device, routes=route)
+            fitted, skipped = fit_device(
+                fitted,
+                chosen,
+                free=None if free is None else tuple(free.split(",")),
+                source=", ".join(Path(path).name for path in measurements),
+                date=today,
+            )
+            routes = {m.route for m in chosen} - set(skipped)
+        if outside:
+            from pkvsim.fitting.fit_outside import fit_outside
+            from pkvsim.fitting.outside_table import read_kernel_times
+            from pkvsim.outside.derive import outside_entry
+
+            kernels = [time for path in outside for time in read_kernel_times(path)]
+            start = outside_entry(fitted, "pytorch").constants
+            source = ", ".join(Path(path).name for path in outside)
+            fitted = fit_outside(fitted, kernels, start, source=source, date=today)
+        if serving:
+            from pkvsim.fitting.serving_points import read_points
+
+            points = [point for path in serving for point in read_points(path)]
+            source = ", ".join(Path(path).name for path in serving)
+            fitted, held_out = fit_serving(fitted, points, source=source, date=today)
+        fitted = replace(fitted, name=name or fitted.name)
         try:
             Path(output).write_text(fitted.to_json(), encoding="utf-8")
         except OSError as error:
             raise ValueError(f"output: cannot write {output}: {error.strerror}") from None
-    print_fit(fitted, {m.route for m in chosen} - set(skipped), skipped)
+    if measurements:
+        print_fit(fitted, routes, skipped)
+    if serving or outside:
+        print_outside_fit(fitted, held_out)

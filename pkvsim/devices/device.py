@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pkvsim.devices.outside_constants import OutsideEntry, read_outside
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel, read_route
 from pkvsim.schedule.costs import default_costs
 
@@ -41,6 +42,12 @@ class DeviceSpec:
     cta_read_gb_s: float  # what one CTA alone can read
     sources: dict[str, NumberSource]  # by field name, one for every number
     calibration: dict[str, CalibratedRoute] = field(default_factory=dict)  # by route; empty: a datasheet device
+    # None where a file does not say, which for a rate means that the GPU has none.
+    fp8_tflops: float | None = None  # dense FP8 tensor-core peak
+    int8_tops: float | None = None  # dense INT8 tensor-core peak
+    fp4_tflops: float | None = None  # dense FP4 tensor-core peak
+    link_gb_s: float | None = None  # from one GPU of a host to another, one direction: NVLink, or PCIe without it
+    outside: dict[str, OutsideEntry] = field(default_factory=dict)  # by engine; see pkvsim.outside
 
     @property
     def routes(self) -> dict[str, RouteModel]:
@@ -49,14 +56,19 @@ class DeviceSpec:
 
     def to_json(self) -> str:
         """The catalogue's file format, which `load_device` reads back."""
-        numbers = {name: {"value": getattr(self, name)} | asdict(self.sources[name]) for name in NUMBER_FIELDS}
+        known = NUMBER_FIELDS + tuple(name for name in OPTIONAL_FIELDS if getattr(self, name) is not None)
+        numbers = {name: {"value": getattr(self, name)} | asdict(self.sources[name]) for name in known}
         data: dict[str, Any] = {"name": self.name, "label": self.label, "numbers": numbers}
         if self.calibration:
             data["routes"] = {name: entry.to_dict() for name, entry in self.calibration.items()}
+        if self.outside:
+            data["outside"] = {name: entry.to_dict() for name, entry in self.outside.items()}
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "label", "sources", "calibration"))
+OPTIONAL_FIELDS = ("fp8_tflops", "int8_tops", "fp4_tflops", "link_gb_s")
+_NO_NUMBERS = ("name", "label", "sources", "calibration", "outside", *OPTIONAL_FIELDS)
+NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in _NO_NUMBERS)
 
 
 def load_device(path: str | Path) -> DeviceSpec:
@@ -75,11 +87,11 @@ def load_device(path: str | Path) -> DeviceSpec:
         if not isinstance(data.get(key), str):
             raise ValueError(f"{path}: {key}: expected text, got {data.get(key)!r}")
     numbers = data["numbers"]
-    odd = set(numbers) ^ set(NUMBER_FIELDS)
+    odd = set(numbers) - set(OPTIONAL_FIELDS) ^ set(NUMBER_FIELDS)
     if odd:
         raise ValueError(f"{path}: numbers: missing or unknown: {', '.join(sorted(odd))}")
-    values = {name: _number(f"{path}: {name}", name, numbers[name]) for name in NUMBER_FIELDS}
-    sources = {name: NumberSource(numbers[name]["status"], numbers[name]["source"]) for name in NUMBER_FIELDS}
+    values = {name: _number(f"{path}: {name}", name, numbers[name]) for name in numbers}
+    sources = {name: NumberSource(entry["status"], entry["source"]) for name, entry in numbers.items()}
     routes = data.get("routes", {})
     if not isinstance(routes, dict):
         raise ValueError(f"{path}: routes: expected an object by route, got {routes!r}")
@@ -87,7 +99,13 @@ def load_device(path: str | Path) -> DeviceSpec:
     calibration = {
         name: read_route(f"{path}: routes.{name}", name, entry, costs=costs) for name, entry in routes.items()
     }
-    return DeviceSpec(name=data["name"], label=data["label"], sources=sources, calibration=calibration, **values)
+    entries = data.get("outside", {})
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: outside: expected an object by engine, got {entries!r}")
+    outside = {name: read_outside(f"{path}: outside.{name}", entry) for name, entry in entries.items()}
+    return DeviceSpec(
+        name=data["name"], label=data["label"], sources=sources, calibration=calibration, outside=outside, **values
+    )
 
 
 def _number(where: str, name: str, entry: Any) -> Any:

@@ -154,7 +154,7 @@ def read_route(where: str, route: str, entry: Any, *, costs: BalancedCosts = UNP
             raise ValueError(f"{where}.{key}: expected text, got {entry.get(key)!r}")
     if entry["status"] not in ("calibrated", "estimated"):
         raise ValueError(f"{where}.status: expected calibrated or estimated, got {entry['status']!r}")
-    errors = {name: _read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
+    errors = {name: read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}
     constants = dict(entry["model"])
     costs = _read_costs(f"{where}.model", constants, costs)
     odd = ({"rule", *_REQUIRED} - set(constants)) | (set(constants) - {"rule", *CONSTANTS})
@@ -187,7 +187,8 @@ def _read_costs(where: str, constants: dict[str, Any], default: BalancedCosts) -
         raise ValueError(f"{where}.{error}") from None
 
 
-def _read_error(where: str, entry: Any) -> FitError:
+def read_error(where: str, entry: Any) -> FitError:
+    """The error of a fit as a device file has it; ValueError that starts with `where`."""
     names = {f.name for f in fields(FitError)}
     if not isinstance(entry, dict) or set(entry) != names:
         raise ValueError(f"{where}: expected {', '.join(sorted(names))}, got {entry!r}")

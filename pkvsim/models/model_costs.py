@@ -88,7 +88,7 @@ def experts_touched(model: ModelSpec, tokens: Any) -> Any:
     choose evenly, which is an assumption: E (1 - (1 - k/E)^tokens). 1 in a dense model."""
     if not model.num_experts:
         return np.ones_like(np.asarray(tokens, np.float64))[()]
-    return _touched(model.num_experts, model.experts_per_token, tokens)
+    return experts_touched_by(model.num_experts, model.experts_per_token, tokens)
 
 
 def decode_weight_bytes(model: ModelSpec, batch: Any) -> Any:
@@ -100,7 +100,7 @@ def decode_weight_bytes(model: ModelSpec, batch: Any) -> Any:
         read = read + count * layer.weights(0).bytes
         experts = layer.feed_forward
         if experts.num_experts:
-            read = read + count * layer.expert.bytes * _touched(
+            read = read + count * layer.expert.bytes * experts_touched_by(
                 experts.num_experts, experts.experts_per_token, tokens
             )
     return read[()]
@@ -118,7 +118,8 @@ def _layers(model: ModelSpec) -> Weights:
     return sum((layer.weights().times(count) for layer, count in model.layer_groups), Weights())
 
 
-def _touched(experts: int, per_token: int, tokens: Any) -> Any:
+def experts_touched_by(experts: int, per_token: int, tokens: Any) -> Any:
+    """Of `experts`, those that a step of `tokens` tokens reads where each chooses per_token, evenly."""
     missed = (1 - per_token / experts) ** np.asarray(tokens, np.float64)
     return (experts * (1 - missed))[()]
 

@@ -1,12 +1,16 @@
 """Replays and GPUs as tables on stdout."""
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from pkvsim.devices.device import NUMBER_FIELDS, DeviceSpec
+from pkvsim.devices.device import DeviceSpec
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
+
+if TYPE_CHECKING:
+    from pkvsim.fitting.fit_serving import PointErrors
 
 
 def print_replay(report: dict[str, Any]) -> None:
@@ -72,7 +76,7 @@ def print_devices(devices: list[DeviceSpec]) -> None:
     for device in devices:
         print_line(console, f"[bold]{escape(device.name)}[/]: {escape(device.label)}", markup=True)
         rows = []
-        for name in NUMBER_FIELDS:
+        for name in device.sources:
             value = getattr(device, name)
             shown = ".".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
             rows.append((name, shown, device.sources[name].status, device.sources[name].source))
@@ -119,3 +123,24 @@ def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> 
     )
     for route, count in sorted(skipped.items()):
         print_line(console, f"{route}: {count} measurements are too few to fit")
+
+
+def print_outside_fit(device: DeviceSpec, held_out: Mapping[str, PointErrors]) -> None:
+    """A line an engine: errors of its constants, and those of a fit to a random half of its points on the other."""
+    console = table_console()
+    heads = ("status", "points or\ntimings", "median", "mean", "held-out TPOT\nmedian", "mean", "held-out TTFT\nmedian")
+    rows = []
+    for engine, entry in sorted(device.outside.items()):
+        error, held = entry.in_sample, held_out.get(engine)
+        known = ("", "", "")
+        if error is not None:
+            known = f"{error.measurements}", f"{error.median_percent:.1f}", f"{error.mean_percent:.1f}"
+        left = ("", "", "")
+        if held is not None:
+            ttft = "" if held.ttft_median != held.ttft_median else f"{held.ttft_median:.1f}"
+            left = (f"{held.tpot_median:.1f}", f"{held.tpot_mean:.1f}", ttft)
+        rows.append((engine, entry.status, *known, *left))
+    print_grid(
+        console, [Column("engine", "left"), *(Column(head) for head in heads)], rows,
+        title=f"{device.name}: absolute error in %",
+    )  # fmt: skip

@@ -76,7 +76,7 @@ def test_devices():
         assert text in done.stdout
     done = pkvsim("devices", "l4", "--json")
     assert [device["name"] for device in json.loads(done.stdout)] == ["l4"]
-    assert pkvsim("devices", "b300").returncode == 2
+    assert pkvsim("devices", "b999").returncode == 2
 
 
 def test_options_reach_the_replay(tmp_path):
@@ -98,7 +98,7 @@ def test_options_reach_the_replay(tmp_path):
     ("args", "message"),
     [
         (["--family", "normal"], "family: expected one of uniform"),
-        (["--device", "b300"], "device: expected one of a10, a100_40gb"),
+        (["--device", "b999"], "device: expected one of a10, a100_40gb"),
         (["--policy", "best"], "policy: expected one of paper, calibrated, oracle, flashinfer, flashinfer_cuda_core"),
         (["--requests", "0"], "requests: expected an integer in [1, 1000000], got 0"),
         (["--requests", "9999999999"], "requests: expected an integer in [1, 1000000], got 9999999999"),

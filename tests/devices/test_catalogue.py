@@ -8,11 +8,13 @@ from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, get_device
 
 NAMES = {
     "a10", "a100_40gb", "a100_80gb", "b200", "h100_pcie", "h100_sxm", "h200", "l4", "l40s", "rtx3060", "rtx3090",
-    "rtx4060ti", "rtx4090", "rtx5090",
+    "rtx4060ti", "rtx4090", "rtx5090", "h20", "h100_nvl", "gh200", "b300", "l20", "a30", "rtx_a6000", "rtx_6000_ada",
+    "rtx_pro_6000", "rtx4070", "rtx5070ti",
 }  # fmt: skip
-SMEM_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (10, 0): 228, (12, 0): 100}
+SMEM_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (10, 0): 228, (10, 3): 228, (12, 0): 100}
 # Dense FP16 tensor FLOP with FP32 sums, per SM and clock; GeForce halves what its chips do elsewhere.
-FLOP_PER_CLOCK = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
+FLOP_PER_CLOCK = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192, (12, 0): 1024}
+CAPPED = {"h20", "l20"}  # arithmetic cut for export, below what the chip's clock gives
 
 
 def test_the_catalogue_is_complete():
@@ -29,9 +31,20 @@ def test_numbers_agree_with_one_another(name):
         assert device.cta_read_gb_s * device.num_sms <= device.peak_gb_s
     geforce = 2 if "GeForce" in device.label else 1
     clock_ghz = device.fp16_tflops * 1e3 * geforce / (device.num_sms * FLOP_PER_CLOCK[device.compute_capability])
-    assert 1.3 < clock_ghz < 2.6
+    assert 1.3 < clock_ghz < 2.65 or (name in CAPPED and clock_ghz <= 1.3)
     gigabytes = float(re.search(r"(\d+) GB$", device.label)[1])
     assert 0.9 * gigabytes < device.memory_gib <= gigabytes
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_narrow_rates_are_multiples_of_the_16_bit_rate(name):
+    device = get_device(name)
+    for narrow, factors in ((device.fp8_tflops, (2, 2)), (device.int8_tops, (2, 4)), (device.fp4_tflops, (4, 8))):
+        if narrow is not None:
+            assert 0.98 * factors[0] <= narrow / device.fp16_tflops <= 1.02 * factors[1]
+    assert (device.fp8_tflops is not None) == (device.compute_capability >= (8, 9))
+    assert (device.fp4_tflops is not None) == (device.compute_capability >= (10, 0))
+    assert device.link_gb_s >= 16
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))

@@ -4,20 +4,22 @@ import json
 import pytest
 from command import pkvsim
 
-from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, STATUSES, get_device, load_device
+from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, OPTIONAL_FIELDS, STATUSES, get_device, load_device
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_number_has_a_source(name, tmp_path):
     device = get_device(name)
-    assert device.name == name and set(device.sources) == set(NUMBER_FIELDS)
+    assert device.name == name and set(NUMBER_FIELDS) <= set(device.sources) <= {*NUMBER_FIELDS, *OPTIONAL_FIELDS}
+    assert all((getattr(device, f) is None) == (f not in device.sources) for f in OPTIONAL_FIELDS)
     assert all(s.status in STATUSES and s.source for s in device.sources.values())
     assert device.beta_gb_s < device.peak_gb_s
     path = tmp_path / "mine.json"
     path.write_text(device.to_json())
     again = get_device(str(path))
     assert [getattr(again, f) for f in NUMBER_FIELDS] == [getattr(device, f) for f in NUMBER_FIELDS]
-    assert again.sources == device.sources
+    assert [getattr(again, f) for f in OPTIONAL_FIELDS] == [getattr(device, f) for f in OPTIONAL_FIELDS]
+    assert again.sources == device.sources and again.outside == device.outside
 
 
 def test_the_papers_constants():
@@ -55,8 +57,8 @@ def test_bad_device_files(tmp_path, text, message):
 
 
 def test_unknown_device():
-    with pytest.raises(ValueError, match="device: expected one of a10, .* or the path of a .json file, got 'b300'"):
-        get_device("b300")
+    with pytest.raises(ValueError, match="device: expected one of a10, .* or the path of a .json file, got 'b999'"):
+        get_device("b999")
 
 
 DATASHEET = {"status": "datasheet", "source": "s"}

@@ -16,7 +16,8 @@ from paths import ROOT
 from trace_writers import mooncake
 
 from pkvsim import DecodeShape, reference
-from pkvsim.devices.device import NUMBER_FIELDS
+from pkvsim.devices.device import NUMBER_FIELDS, OPTIONAL_FIELDS
+from pkvsim.devices.outside_constants import OutsideConstants, OutsideEntry
 from pkvsim.devices.route_model import NO_LIMIT, RULES, CalibratedRoute, FitError, RouteModel
 from pkvsim.schedule.costs import BalancedCosts
 
@@ -94,7 +95,17 @@ def test_every_json_key_is_documented_and_every_documented_key_is_printed(
 
 
 def test_the_device_file_s_numbers_are_those_of_a_spec() -> None:
-    assert first_cells("reference/device_file.md", "Numbers") == set(NUMBER_FIELDS)
+    assert first_cells("reference/device_file.md", "Numbers") == {*NUMBER_FIELDS, *OPTIONAL_FIELDS}
+
+
+def test_the_device_file_s_outside_is_that_of_an_entry_with_its_defaults() -> None:
+    assert first_cells("reference/device_file.md", "Outside") == {field.name for field in fields(OutsideEntry)}
+    table = {re.search(r"`(\w+)`", row[0]).group(1): row for row in rows("reference/device_file.md", "Constants outside")}
+    assert list(table) == [field.name for field in fields(OutsideConstants)]
+    for field in fields(OutsideConstants):
+        _, unit, default, _ = table[field.name]
+        assert unit and (default == "") == (field.default is MISSING), field.name
+        assert field.default is MISSING or float(default) == field.default, field.name
 
 
 def test_the_device_file_s_routes_are_those_of_a_calibrated_route() -> None:
