@@ -13,7 +13,7 @@ from gpu.inputs.block_tables import StepTables, TableLayout
 from pkvsim.shapes import MAX_TOKENS
 
 if TYPE_CHECKING:
-    from gpu.engine.shared_reads import StepGroups
+    from gpu.engine.step_groups import StepGroups
     from gpu.kernels.launch import Kernel
 
 

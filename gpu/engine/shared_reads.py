@@ -1,13 +1,13 @@
 """An engine's steps whose rows read together: kernel variant, workspace, and where a step's groups are."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import cupy
 import numpy as np
 
 from gpu.engine.prefixes import PrefixFinder, default_rule
+from gpu.engine.step_groups import StepGroups
 from gpu.inputs import arrays
 from gpu.inputs.checks import expect
 from gpu.kernels.variant import KernelConfig, most_readers, read_config, shared_limit_bytes
@@ -22,24 +22,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 NAMES = ("group_of_row", "prefix_pages")
-
-
-@dataclass(slots=True)
-class StepGroups:
-    """The groups of a planned step. `kept` are arrays behind the addresses, the caller's or the engine's own."""
-
-    group_of_row: int  # address, [batch_size] int32
-    prefix_pages: int  # address, [num_groups] int32
-    num_groups: int
-    workspace_at: int
-    kept: tuple
-    owned: tuple  # of those, and with the workspace, what nothing but the engine keeps
-    copied: bool  # they are copies of what is on the host
-    finder: PrefixFinder | None = None  # finds them anew in every step
-    found_in: int | None = field(default=None)  # where that was: a capture's number, 0 outside of any
-
-    def arguments(self) -> tuple[int, int, int]:
-        return self.group_of_row, self.prefix_pages, self.num_groups
 
 
 class SharedReads:
@@ -88,7 +70,8 @@ class SharedReads:
         expect("groups", f"at most {self.most_readers} rows and groups together on this GPU", batch + num_groups,
                batch + num_groups <= self.most_readers)
         workspace = self._reserve(batch)
-        return StepGroups(*at, num_groups, workspace.data.ptr, kept, (*owned, workspace), copied, finder)
+        of_row, prefixes = at
+        return StepGroups(of_row, prefixes, num_groups, workspace.data.ptr, kept, (*owned, workspace), copied, finder)
 
     def most_tile_cost(self) -> int:
         """Plain tiles that a shared one may cost more than its members' own would: at least 1."""

@@ -247,7 +247,7 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
     # The rows' rings leave room for the plan: where they do not, with one buffer less, then with stages less.
     rows = itertools.product(range(config.stages, 0, -config.team), range(config.buffers, 0, -1))
     for row_stages, buffers in rows:
-        found = []
+        found: list[KernelConfig] = []
         for team in (team for team in teams if team * blocks * 8 >= served):
             most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
             found += itertools.islice((

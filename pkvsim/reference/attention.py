@@ -139,6 +139,7 @@ def _empty_state(columns: int, value_dim: int) -> tuple[np.ndarray, np.ndarray, 
 
 def _check_shared(shared: SharedReads, tile_tokens: int, step: StepState, shape: DecodeShape) -> None:
     """ValueError unless the members of each read have the same pages under its tiles."""
+    assert step.block_table is not None  # run_schedule was given one
     for read, tiles in enumerate(shared.reads["tiles"].tolist()):
         members = shared.members_of(read)
         ids = step.block_table[members, : -(-tiles * tile_tokens // shape.page_size)]
