@@ -110,7 +110,7 @@ struct Cut {
       const int each = few ? divide(num_ranges, num_heads) : divide(num_heads + num_ranges - 1, num_ranges);
       const int needed = few ? num_heads * each : divide(num_heads + each - 1, each);
       const int idle = (num_ranges - needed) * (few ? PKV_IDLE_OF_PARTS : PKV_IDLE_OF_HEADS);
-      if (halved || idle <= num_ranges) num_ranges = needed, parts = few ? each : 0;
+      if (halved || num_ranges < most || idle <= num_ranges) num_ranges = needed, parts = few ? each : 0;
     }
     const int whole = parts > 0 ? head_cost - segment_cost : total, pieces = parts > 0 ? parts : num_ranges;
     quotient = divide(whole, pieces);

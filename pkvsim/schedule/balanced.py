@@ -29,7 +29,8 @@ def balanced_ranges(
     Never so many that one could be empty. A head of n tiles in p parts takes about n / p + costs.part * p, least at
     p = sqrt(n / costs.part): no more are made of the mean head. even: whether all heads have the same tiles. If so,
     short ranges come in multiples of the heads where that idles at most 1/8 of the CTAs, or with the same number of
-    heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all.
+    heads each where that idles at most 1/32: heads are then cut into equal parts, or not at all. They always are where
+    the cost asks for fewer ranges than there are CTAs, since some idle then whatever the cut.
 
     Two neighbouring SMs share their way to memory, which one of them fills alone. So a short step whose heads divide
     half the CTAs but for at most 1/6 is cut for those, and then always into equal parts or whole heads: there are fewer
@@ -49,13 +50,13 @@ def balanced_ranges(
     if halved or (num_heads > 0 and even and total_cost // ranges < SHORT_RANGE_TILES):
         if num_heads <= ranges:
             spare = ranges % num_heads
-            if halved or spare * IDLE_OF_PARTS <= ranges:
+            if halved or ranges < most or spare * IDLE_OF_PARTS <= ranges:
                 ranges -= spare
                 return ranges, ranges // num_heads
         else:
             heads_each = (num_heads + ranges - 1) // ranges
             needed = (num_heads + heads_each - 1) // heads_each
-            if halved or (ranges - needed) * IDLE_OF_HEADS <= ranges:
+            if halved or ranges < most or (ranges - needed) * IDLE_OF_HEADS <= ranges:
                 ranges = needed
     return ranges, 0
 

@@ -27,7 +27,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     """(file, what, defines) of every kernel: plain attention, every option, pages of 8 bits, appends."""
     from gpu.cache import append_variant
     from gpu.inputs.block_tables import TableLayout
-    from gpu.kernels.variant import DTYPES, kernel_config
+    from gpu.kernels.variant import DTYPES, kernel_config, read_config
     from gpu.measure.timing import STREAM_SHAPES
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES
@@ -48,6 +48,11 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         yield "append.cu", kv_dtype or "float16", defines
     for layout in (TableLayout(), TableLayout(int64=True, csr=True, last_page=True)):
         yield "prefixes.cu", f"{layout}", layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
+    for dtype, head_dim in (("float16", 128), ("bfloat16", 128), ("float16", 64)):
+        config = kernel_config(DecodeShape(32, 8, head_dim, 16), dtype, capability)
+        reads = read_config(config, capability)
+        yield "shared.cu", f"{dtype}, head_dim {head_dim}", reads.read_defines() | TableLayout().defines()
+    yield "gather.cu", "", {"THREADS": 512}
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):
