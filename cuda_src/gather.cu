@@ -5,7 +5,7 @@
 // num_runs) of each block, so one layer of many blocks, or all layers of few.
 //
 // Grid: few CTAs, so that decode keeps its SMs (32 fill PCIe 5.0 x16 with runs of 4 KiB, 16 from 32 KiB on; writing to
-// the host takes half as many); block: THREADS.
+// the host takes half as many); block: THREADS, which the host gives (-D).
 //
 //   hosts        [num_blocks] addresses of blocks in pinned memory, on 16-byte boundaries
 //   pages        [num_blocks] int32, the page of each block
@@ -19,9 +19,6 @@
 // Its speed is bound by the link, given enough bytes under way: a CTA has UNROLL * THREADS * 16 of them, 32 KiB. That
 // piece of all runs laid end to end may be part of one run or many short ones.
 
-#ifndef THREADS
-#define THREADS 512
-#endif
 #define UNROLL 4
 
 namespace pkv {

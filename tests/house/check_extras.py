@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("gpu", "gpu-cuda13")
 CAPABILITIES = (86, 90)
-TOLD = ("torch", "cupy-", "cuda-toolkit", "flashinfer-python", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
+TOLD = ("torch", "cupy-", "cuda-toolkit", "flashinfer-python", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "xxhash")
 
 
 def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]:

@@ -53,7 +53,9 @@ def paths(value: object, names: dict[str, str], where: str = "") -> set[str]:
 NAMES = {  # where keys are names, and what the page calls them
     "routes": "ROUTE", "policies": "POLICY", "engines": "ENGINE", "engines.ENGINE.routes": "ROUTE",
     "policies.POLICY.routes": "ROUTE", "cells[].result.routes_us": "ROUTE", "cells[].result.routes": "ROUTE",
-    "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING", "[].bits_per_weight": "CLASS", "[].ignored": "FIELD",
+    "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING",
+    "[].bits_per_weight": "CLASS", "[].ignored": "FIELD", "[].outside": "ENGINE", "[].outside.ENGINE.basis": "CONSTANT",
+    "[].outside.ENGINE.constants": "CONSTANT",
 }
 RUNS = {
     "step": ("--seq-lens 4096,17 --device rtx3060", "--seq-lens 0 --device h200"),
