@@ -21,12 +21,10 @@ from pkvsim.serving.state import (
     LOG_FILL,
     LOG_STRIDE,
     LOG_USED,
-    NEXT_ARRIVAL,
-    NEXT_WAITING,
     NUM_CHUNKS,
     NUM_DECODING,
-    NUM_PREEMPTED,
     NUM_RUNNING,
+    NUM_WAITING,
     PAGES,
     PREFILL,
     PREFILL_TOKENS,
@@ -46,12 +44,12 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
     """
     counts = state.counts
     for _ in range(max_steps):
-        ready_us = next_work_us(requests, state, log.clock_us[0])
+        ready_us = next_work_us(state, log.clock_us[0])
         while ready_us > log.clock_us[0]:
             if ready_us == math.inf:
                 return True
             log.clock_us[0] = ready_us
-            ready_us = next_work_us(requests, state, ready_us)
+            ready_us = next_work_us(state, ready_us)
         plan_step(requests, limits, state, log.clock_us[0])
         decode_rows = counts[NUM_DECODING]
         tokens, running_us = prefill_us(attention, state, np.int64(0), counts[FIRST_ADMITTED])
@@ -66,7 +64,7 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
             (ROW_COUNT, float(counts[NUM_RUNNING])),
             (DECODE_ROWS, float(decode_rows)),
             (PREFILL_TOKENS, float(tokens)),
-            (WAITING_COUNT, float(counts[NEXT_ARRIVAL] - counts[NEXT_WAITING] + counts[NUM_PREEMPTED])),
+            (WAITING_COUNT, float(counts[NUM_WAITING])),
             (PAGES, float(limits.num_pages - state.pool.counts[FREE_PAGES] - state.pool.counts[EVICTABLE_PAGES])),
             (ATTENTION, attention_us),
             (REST, decode_linear_us + host_us),
@@ -79,6 +77,8 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
             log.log_routes[entry, route] += 1
             log.route_steps[route] += 1
         log.clock_us[0] += duration_us
+        if requests.concurrency:  # what was sent during the step found no slot that its end sets free
+            next_work_us(state, log.clock_us[0])
         end_step(requests, limits, state, log.clock_us[0])
         log.counts[STEPS] += 1
     return False

@@ -43,9 +43,9 @@ SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
 class RequestLog:
     """One entry a request [n], in trace order; NaN where it was rejected. Times are seconds from the first arrival."""
 
-    arrival_s: np.ndarray  # float64
-    queue_s: np.ndarray  # float64, from arrival to first admission
-    ttft_s: np.ndarray  # float64, from arrival to the first output token
+    arrival_s: np.ndarray  # float64, when it was sent, which may be later than the trace has it
+    queue_s: np.ndarray  # float64, from then to first admission
+    ttft_s: np.ndarray  # float64, from then to the first output token
     tpot_s: np.ndarray  # float64, mean time between output tokens; NaN where there is one token
     finish_s: np.ndarray  # float64
     prompt_tokens: np.ndarray  # int64
@@ -113,13 +113,13 @@ def make_result(
     policy: str, work: Requests, limits: Limits, state: SchedulerState, log: RunLog
 ) -> ServingResult:
     """Copies what a finished run left behind into plain arrays."""
-    output = state.generated
+    output, sent_us = state.generated, state.clients.sent_us
     with np.errstate(invalid="ignore", divide="ignore"):
         tpot_s = (state.finish_us - state.first_token_us) / (output - 1) / 1e6
     requests = RequestLog(
-        arrival_s=work.arrival_us / 1e6,
-        queue_s=(state.start_us - work.arrival_us) / 1e6,
-        ttft_s=(state.first_token_us - work.arrival_us) / 1e6,
+        arrival_s=sent_us / 1e6,
+        queue_s=(state.start_us - sent_us) / 1e6,
+        ttft_s=(state.first_token_us - sent_us) / 1e6,
         tpot_s=np.where(output > 1, tpot_s, np.nan),
         finish_s=state.finish_us / 1e6,
         prompt_tokens=work.prompt,

@@ -1,9 +1,9 @@
 """Who runs in a step, who waits, who gives way. Compiled; pkvsim.serving.scheduler is the way in from Python.
 
 A step computes one token of every request past prefill and, with what is left of step_tokens, chunks of prompts in
-order of arrival. Admission takes the earliest waiting request and preemption the latest running one, so all that wait
-arrived after all that run: `running` is in trace order, and so is the stack of the preempted with the earliest on top.
-`decoding` stays sorted by length without sorting, because all its rows grow by one token a step.
+order of admission. Admission takes the first of those that wait (pkvsim.serving.waiting), and preemption the running
+one that would be the last of them; it waits again. `decoding` stays sorted by length without sorting, because all its
+rows grow by one token a step.
 """
 from __future__ import annotations
 
@@ -12,46 +12,47 @@ import math
 from pkvsim.compiled import drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, allocate, free, release, resident_prefix
 from pkvsim.pricing.constants import compiled
+from pkvsim.serving.clients import end, next_request, next_send_us, send
 from pkvsim.serving.state import (
     DECODING,
     FINISHED,
     FIRST_ADMITTED,
     JUST_PREEMPTED,
-    NEXT_ARRIVAL,
-    NEXT_WAITING,
     NUM_CHUNKS,
     NUM_DECODING,
-    NUM_PREEMPTED,
     NUM_RUNNING,
+    NUM_WAITING,
     POOL_FULL,
     PREEMPTED,
     PREFILLING,
     SERVED,
+    WAITING,
 )
+from pkvsim.serving.waiting import before, leave, wait
 
 
 @compiled
-def next_work_us(requests, state, now_us):
-    """now_us where a request runs or waits, else when the next one arrives that is served, infinity after the last."""
-    counts, at = state.counts, state.counts[NEXT_ARRIVAL]
-    end = len(requests.arrival_us)
-    if counts[NUM_RUNNING] > 0 and (at == end or requests.arrival_us[at] > now_us):
-        return now_us
-    while at < end and requests.arrival_us[at] <= now_us:
-        at += 1
-    counts[NEXT_ARRIVAL] = at
-    _skip_rejected(requests, counts)
-    if counts[NUM_RUNNING] > 0 or counts[NUM_PREEMPTED] > 0 or counts[NEXT_WAITING] < at:
-        return now_us
-    while at < end and requests.rejected[at] != SERVED:
-        at += 1
-    return requests.arrival_us[at] if at < end else math.inf
+def next_work_us(state, now_us):
+    """now_us where a request runs or waits, else when the next one is sent, infinity after the last. Takes in what is
+    sent until now_us."""
+    clients = state.clients
+    send_us = next_send_us(clients)
+    idle = state.counts[NUM_RUNNING] == 0 and state.counts[NUM_WAITING] == 0
+    while send_us <= now_us or (idle and send_us < math.inf and clients.rejected[next_request(clients)] != SERVED):
+        request = send(clients)
+        if clients.rejected[request] == SERVED:
+            take_in(state, request)
+            idle = False
+        send_us = next_send_us(clients)
+    return send_us if idle else now_us
 
 
 @inner
-def _skip_rejected(requests, counts):
-    while counts[NEXT_WAITING] < counts[NEXT_ARRIVAL] and requests.rejected[counts[NEXT_WAITING]] != SERVED:
-        counts[NEXT_WAITING] += 1
+def take_in(state, request):
+    """A request that is to be served has been sent to this server."""
+    wait(state, request)
+    if state.waiting[0] == request:
+        state.counts[POOL_FULL] = 0
 
 
 @compiled
@@ -79,7 +80,7 @@ def _private_pages(requests, limits, request, tokens):
 
 @inner
 def _grow(requests, limits, state):
-    """Gives every decoding request the page of its next token, at the cost of the latest when none is free."""
+    """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
     counts = state.counts
     at = 0
     while at < counts[NUM_RUNNING]:
@@ -90,19 +91,33 @@ def _grow(requests, limits, state):
                 if allocate(state.pool, requests.blocks, need):
                     state.private_pages[request] += need
                     break
-                latest = state.running[counts[NUM_RUNNING] - 1]
-                _preempt(requests, limits, state, latest)
-                if latest == request:
+                place = _last(state)
+                _preempt(requests, limits, state, place)
+                if place <= at:
+                    at -= 1
+                if state.phase[request] == PREEMPTED:
                     break
         at += 1
 
 
 @inner
-def _preempt(requests, limits, state, request):
-    """Puts the latest running request back to the head of the queue; its pages go, its tokens stay."""
-    counts = state.counts
+def _last(state):
+    """Where in `running` the request is that gives way first."""
+    last = state.counts[NUM_RUNNING] - 1
+    for at in range(last - 1, -1, -1):
+        if before(state, state.running[last], state.running[at]):
+            last = at
+    return last
+
+
+@inner
+def _preempt(requests, limits, state, place):
+    """Lets the request at `place` of `running` wait again; its pages go, its tokens stay."""
+    counts, request = state.counts, state.running[place]
     _give_back(requests, limits, state, request)
     counts[NUM_RUNNING] -= 1
+    for at in range(place, counts[NUM_RUNNING]):
+        state.running[at] = state.running[at + 1]
     if state.phase[request] == DECODING:
         at = 0
         while state.decoding[at] != request:
@@ -113,9 +128,9 @@ def _preempt(requests, limits, state, request):
     state.phase[request] = PREEMPTED
     state.cached[request] = 0
     state.preemptions[request] += 1
-    state.preempted[counts[NUM_PREEMPTED]] = request
-    counts[NUM_PREEMPTED] += 1
+    state.preempted[counts[JUST_PREEMPTED]] = request
     counts[JUST_PREEMPTED] += 1
+    wait(state, request)
 
 
 @inner
@@ -151,18 +166,12 @@ def _continue_prefills(state, budget):
 
 @inner
 def _admit(requests, limits, state, budget, now_us):
-    """Admits in order of arrival while tokens, rows and pages last."""
+    """Admits those that wait while tokens, rows and pages last."""
     counts = state.counts
     tokens = 0
-    while tokens < budget and counts[NUM_RUNNING] < len(state.running):
-        again = counts[NUM_PREEMPTED] > 0
-        if again:
-            request = state.preempted[counts[NUM_PREEMPTED] - 1]
-        else:
-            _skip_rejected(requests, counts)
-            if counts[NEXT_WAITING] == counts[NEXT_ARRIVAL]:
-                break
-            request = counts[NEXT_WAITING]
+    while tokens < budget and counts[NUM_RUNNING] < len(state.running) and counts[NUM_WAITING] > 0:
+        place = 0
+        request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
         private = _private_pages(requests, limits, request, target)
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
@@ -171,10 +180,8 @@ def _admit(requests, limits, state, budget, now_us):
             counts[POOL_FULL] = 1  # until somebody gives pages back
             break
         hit_tokens = min(hit_tokens, target - 1)
-        if again:
-            counts[NUM_PREEMPTED] -= 1
-        else:
-            counts[NEXT_WAITING] += 1
+        leave(state, place)
+        if state.phase[request] == WAITING:
             state.start_us[request] = now_us
             state.hit_blocks[request] = hit_blocks
             state.hit_tokens[request] = hit_tokens
@@ -191,7 +198,8 @@ def _admit(requests, limits, state, budget, now_us):
 
 @compiled
 def end_step(requests, limits, state, now_us):
-    """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding."""
+    """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding. What was sent
+    until then was taken in before."""
     counts = state.counts
     for at in range(counts[NUM_CHUNKS]):
         state.cached[state.chunk_request[at]] += state.chunk_tokens[at]
@@ -213,6 +221,7 @@ def end_step(requests, limits, state, now_us):
             state.phase[request] = FINISHED
             state.finish_us[request] = now_us
             _give_back(requests, limits, state, request)
+            end(state.clients, request, now_us)
             finished += 1
             continue
         state.running[running] = request

@@ -14,7 +14,7 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES
-from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool
+from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
@@ -50,7 +50,7 @@ def simulate(
     requests = requests_of(trace, model, config, limits)
     attention = attention_costs(model, device, policy, config)
     linear_us = linear_table_us(model, device, config)
-    state = new_scheduler_state(len(trace), limits, page_pool(requests.blocks, limits.num_pages))
+    state = new_scheduler_state(requests, limits)
     log = new_log(len(trace), len(ROUTES), limits)
     total = int(trace.output_tokens[requests.rejected == SERVED].sum())
     done = False
@@ -89,6 +89,9 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
         output=trace.output_tokens,
         rejected=rejected,
         blocks=_blocks(trace, config, rejected == SERVED),
+        after=np.zeros(0, np.int32) if trace.after is None else trace.after,
+        think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
+        concurrency=trace.concurrency or 0,
     )
 
 

@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.memory.prefix_cache import PagePool, PromptBlocks
+from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
-# Of SchedulerState.counts: the trace up to NEXT_ARRIVAL has arrived, up to NEXT_WAITING was admitted; the lengths of
-# `running`, `decoding`, `preempted` and of the chunks, those of requests just admitted from FIRST_ADMITTED on;
-# preempted by the step; 1 while no page is free for the next to be admitted.
-(NEXT_ARRIVAL, NEXT_WAITING, NUM_RUNNING, NUM_DECODING, NUM_PREEMPTED, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED,
- POOL_FULL) = range(9)  # fmt: skip
+# Of SchedulerState.counts: the lengths of `running`, `decoding`, `waiting` and of the chunks, those of requests just
+# admitted from FIRST_ADMITTED on; preempted by the step; 1 while no page is free for the next to be admitted.
+(NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL) = range(7)
+# Of Clients.counts: the trace up to NEXT_ARRIVAL is due or follows others; the length of `due`; sent and not ended;
+# sent. Of Clients.times: when the last slot became free after all were taken.
+NEXT_ARRIVAL, NUM_DUE, IN_FLIGHT, NUM_SENT = range(4)
+FULL_UNTIL = 0
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
@@ -41,6 +43,9 @@ class Requests(NamedTuple):
     output: np.ndarray  # [n] int64, tokens
     rejected: np.ndarray  # [n] int8, SERVED or why not
     blocks: PromptBlocks
+    after: np.ndarray  # [n] int32, the earlier request that it follows, -1 none; [0] where all are -1
+    think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
+    concurrency: int  # most requests that are sent and not ended, 0 for no limit
 
 
 class Limits(NamedTuple):
@@ -54,14 +59,33 @@ class Limits(NamedTuple):
     cache_kind: int  # index into prefix_cache.KINDS
 
 
+class Clients(NamedTuple):
+    """Who has sent what, and when the rest is due. f is n, or 0 where no request follows another."""
+
+    counts: np.ndarray  # [4] int64
+    times: np.ndarray  # [1] float64
+    concurrency: int
+    rejected: np.ndarray  # [n] int8
+    after: np.ndarray  # [f] int32
+    think_us: np.ndarray  # [f] float64
+    first_follower: np.ndarray  # [f] int32, a request that follows, -1 none
+    next_follower: np.ndarray  # [f] int32, another one that follows the same, -1 none
+    due_us: np.ndarray  # [n] float64; of what follows others until their end, the earliest that it can be
+    due: np.ndarray  # [f] int64, a heap of what follows others that have ended, the earliest on top
+    sent_us: np.ndarray  # [n] float64, NaN before
+    place: np.ndarray  # [n] int64, how many were sent before
+
+
 class SchedulerState(NamedTuple):
     """Where every request stands, who runs, and what the step is made of."""
 
-    counts: np.ndarray  # [9] int64
+    counts: np.ndarray  # [7] int64
     phase: np.ndarray  # [n] int8, WAITING to FINISHED
-    running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in trace order
+    running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in order of admission
     decoding: np.ndarray  # [max_batch] int64, the decoding ones, longest first
-    preempted: np.ndarray  # [max_batch + 1] int64, a stack, earliest on top
+    waiting: np.ndarray  # [n] int64, a heap of what was sent and does not run, the next to run on top
+    rank: np.ndarray  # [n] float64, what is to run first has the least
+    preempted: np.ndarray  # [max_batch] int64, by the step
     chunk_request: np.ndarray  # [max_batch] int64, prompts of which the step computes tokens
     chunk_begin: np.ndarray  # [max_batch] int64, the first of these tokens
     chunk_tokens: np.ndarray  # [max_batch] int64, how many
@@ -76,6 +100,7 @@ class SchedulerState(NamedTuple):
     hit_blocks: np.ndarray  # [n] int32, at first admission
     hit_tokens: np.ndarray  # [n] int64, at first admission
     pool: PagePool
+    clients: Clients
 
 
 class Attention(NamedTuple):
@@ -113,15 +138,41 @@ class RunLog(NamedTuple):
     sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
 
 
-def new_scheduler_state(num_requests: int, limits: Limits, pool: PagePool) -> SchedulerState:
+def new_clients(requests: Requests) -> Clients:
+    """Nothing was sent."""
+    n, follow = len(requests.prompt), len(requests.after)
+    first, following = np.full(follow, -1, np.int32), np.full(follow, -1, np.int32)
+    for request in np.flatnonzero(requests.after >= 0)[::-1]:  # so that the earliest comes first
+        following[request] = first[requests.after[request]]
+        first[requests.after[request]] = request
+    return Clients(
+        counts=np.zeros(4, np.int64),
+        times=np.zeros(1),
+        concurrency=requests.concurrency,
+        rejected=requests.rejected,
+        after=requests.after,
+        think_us=requests.think_us,
+        first_follower=first,
+        next_follower=following,
+        due_us=requests.arrival_us.copy(),
+        due=np.zeros(follow, np.int64),
+        sent_us=np.full(n, np.nan),
+        place=np.zeros(n, np.int64),
+    )
+
+
+def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
     """Nothing has arrived."""
-    n, most = num_requests, min(limits.max_batch, num_requests)
+    n = len(requests.prompt)
+    most = min(limits.max_batch, n)
     return SchedulerState(
-        counts=np.zeros(9, np.int64),
+        counts=np.zeros(7, np.int64),
         phase=np.full(n, WAITING, np.int8),
         running=np.zeros(most, np.int64),
         decoding=np.zeros(most, np.int64),
-        preempted=np.zeros(most + 1, np.int64),
+        waiting=np.zeros(n, np.int64),
+        rank=np.zeros(n),
+        preempted=np.zeros(most, np.int64),
         chunk_request=np.zeros(most, np.int64),
         chunk_begin=np.zeros(most, np.int64),
         chunk_tokens=np.zeros(most, np.int64),
@@ -135,7 +186,8 @@ def new_scheduler_state(num_requests: int, limits: Limits, pool: PagePool) -> Sc
         preemptions=np.zeros(n, np.int32),
         hit_blocks=np.zeros(n, np.int32),
         hit_tokens=np.zeros(n, np.int64),
-        pool=pool,
+        pool=page_pool(requests.blocks, limits.num_pages),
+        clients=new_clients(requests),
     )
 
 
