@@ -7,24 +7,25 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
+from pkvsim.commands.load_options import RequestOptions, with_request_options
 from pkvsim.commands.shared_options import (
     AsJson,
     Device,
-    Jitter,
     KVGib,
-    Limit,
     MaxBatch,
     Model,
     PageSize,
     PrefixCache,
-    RateScale,
-    Seed,
     WeightBits,
 )  # fmt: skip
 
 
+@with_request_options
 def whatif(
-    trace: Annotated[str, typer.Option(help="Request trace: Azure, Mooncake, BurstGPT, vidur or the paper's format.")],
+    trace: Annotated[
+        Optional[str], typer.Option(help="Request trace, as `pkvsim trace` reads it; or --input-tokens and so on.")
+    ] = None,
+    source: RequestOptions = RequestOptions(),
     device: Device = "rtx3060",
     model: Model = "llama-3.1-8b",
     policies: Annotated[
@@ -34,10 +35,6 @@ def whatif(
             "kernels, XQA not among them), or a route: split, workqueue, balanced, xqa, ..."
         ),
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
-    rate_scale: RateScale = 1.0,
-    limit: Limit = None,
-    jitter: Jitter = 0.0,
-    seed: Seed = 0,
     prefix_cache: PrefixCache = "none",
     max_batch: MaxBatch = 256,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
@@ -73,7 +70,7 @@ def whatif(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
+    """Serves requests under several policies: what would this policy do on that GPU with my traffic.
 
     \b
     Examples:
@@ -83,6 +80,10 @@ def whatif(
           --model qwen3-30b-a3b --rate-scale 4
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --json
+      pkvsim whatif --input-tokens 1024 --output-tokens 128 --rate 4 \\
+          --device h200 --model llama-3.1-8b
+      pkvsim whatif --input-tokens 200 --output-tokens 300 --turns 1-8 \\
+          --think-time exponential:mean=10 --concurrency 64 --prefix-cache lru
     """
     with one_line_errors():
         from dataclasses import replace
@@ -91,7 +92,6 @@ def whatif(
         from pkvsim.devices.device import get_device
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.studies.whatif import whatif as run_whatif
-        from pkvsim.traces.readers import load_requests
 
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
@@ -121,7 +121,7 @@ def whatif(
         )
         spec = get_device(device)
         chosen, notes = load_model(model, weight_bits, tensor_parallel, spec, config)
-        requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
+        requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
         names = [name.strip() for name in policies.split(",") if name.strip()]
         with progress_bar(not as_json, "tokens") as progress:

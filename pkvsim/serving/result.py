@@ -190,19 +190,21 @@ def is_saturated(requests: RequestLog) -> bool:
     instant, and some had to wait.
     """
     served = requests.rejected == SERVED
-    arrival, wait = requests.arrival_s[served], requests.queue_s[served]
+    order = np.argsort(requests.arrival_s[served], kind="stable")  # what follows others is sent out of trace order
+    columns = (requests.arrival_s, requests.queue_s, requests.finish_s)
+    arrival, wait, finish = (column[served][order] for column in columns)
     if not len(arrival):
         return False
     if arrival[-1] <= arrival[0]:
         return bool(wait.max() > 0)
-    if np.median(wait) > np.median(requests.finish_s[served] - arrival - wait):
+    if np.median(wait) > np.median(finish - arrival - wait):
         return True
     if len(arrival) < 8:
         return False
     centred = arrival - arrival.mean()
     slope = float(centred @ wait / (centred @ centred))
     last = slice(-(len(arrival) // 4), None)
-    service = (requests.finish_s[served] - arrival - wait)[last].mean()
+    service = (finish - arrival - wait)[last].mean()
     return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
 
 
