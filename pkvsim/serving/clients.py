@@ -10,7 +10,7 @@ import math
 
 from pkvsim.compiled import inner
 from pkvsim.pricing.constants import compiled
-from pkvsim.serving.state import FULL_UNTIL, IN_FLIGHT, NEXT_ARRIVAL, NUM_DUE, NUM_SENT, SERVED
+from pkvsim.serving.state import FULL_UNTIL, IN_FLIGHT, NEXT_ARRIVAL, NEXT_SEND, NUM_DUE, NUM_SENT, SERVED
 
 
 @inner
@@ -68,6 +68,8 @@ def end(clients, request, now_us):
     if counts[IN_FLIGHT] == clients.concurrency:
         clients.times[FULL_UNTIL] = now_us
     counts[IN_FLIGHT] -= 1
+    if clients.concurrency or len(clients.after):
+        clients.times[NEXT_SEND] = 0.0
     if not len(clients.after):
         return
     follower = clients.first_follower[request]

@@ -21,6 +21,7 @@ from pkvsim.serving.state import (
     LOG_FILL,
     LOG_STRIDE,
     LOG_USED,
+    NEXT_SEND,
     NUM_CHUNKS,
     NUM_DECODING,
     NUM_RUNNING,
@@ -44,12 +45,14 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
     """
     counts = state.counts
     for _ in range(max_steps):
-        ready_us = next_work_us(state, log.clock_us[0])
-        while ready_us > log.clock_us[0]:
-            if ready_us == math.inf:
-                return True
-            log.clock_us[0] = ready_us
-            ready_us = next_work_us(state, ready_us)
+        # A call with the whole state costs as much as a small step's scheduling.
+        if counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= log.clock_us[0]:
+            ready_us = next_work_us(state, log.clock_us[0])
+            while ready_us > log.clock_us[0]:
+                if ready_us == math.inf:
+                    return True
+                log.clock_us[0] = ready_us
+                ready_us = next_work_us(state, ready_us)
         plan_step(requests, limits, state, log.clock_us[0])
         decode_rows = counts[NUM_DECODING]
         tokens, running_us = prefill_us(attention, state, np.int64(0), counts[FIRST_ADMITTED])

@@ -18,6 +18,7 @@ from pkvsim.serving.state import (
     FINISHED,
     FIRST_ADMITTED,
     JUST_PREEMPTED,
+    NEXT_SEND,
     NUM_CHUNKS,
     NUM_DECODING,
     NUM_RUNNING,
@@ -44,6 +45,7 @@ def next_work_us(state, now_us):
             take_in(state, request)
             idle = False
         send_us = next_send_us(clients)
+    clients.times[NEXT_SEND] = send_us
     return send_us if idle else now_us
 
 
@@ -70,23 +72,23 @@ def plan_step(requests, limits, state, now_us):
 
 
 @inner
-def _private_pages(requests, limits, request, tokens):
-    """Pages beside the prompt's blocks that `tokens` cached tokens of a request need."""
-    shared = 0
-    if requests.blocks.offsets[request] < requests.blocks.offsets[request + 1]:
-        shared = requests.prompt[request]
-    return (max(0, tokens - shared) + limits.page_size - 1) // limits.page_size
+def _private_pages(offsets, prompt, page_size, request, tokens):
+    """Pages beside the prompt's blocks that `tokens` cached tokens of a request need. Called for every row of every
+    step: it takes the arrays that it reads, as each one that a call is given costs time."""
+    shared = prompt[request] if offsets[request] < offsets[request + 1] else 0
+    return (max(0, tokens - shared) + page_size - 1) // page_size
 
 
 @inner
 def _grow(requests, limits, state):
     """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
-    counts = state.counts
+    counts, offsets, prompt = state.counts, requests.blocks.offsets, requests.prompt
     at = 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         if state.phase[request] == DECODING:
-            need = _private_pages(requests, limits, request, state.cached[request] + 1) - state.private_pages[request]
+            need = _private_pages(offsets, prompt, limits.page_size, request, state.cached[request] + 1)
+            need -= state.private_pages[request]
             while need > 0:
                 if allocate(state.pool, requests.blocks, need):
                     state.private_pages[request] += need
@@ -173,7 +175,7 @@ def _admit(requests, limits, state, budget, now_us):
         place = 0
         request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
-        private = _private_pages(requests, limits, request, target)
+        private = _private_pages(requests.blocks.offsets, requests.prompt, limits.page_size, request, target)
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
         keep_free = limits.keep_free if counts[NUM_RUNNING] > 0 else 0
         if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private, keep_free):

@@ -18,9 +18,10 @@ WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request
 # admitted from FIRST_ADMITTED on; preempted by the step; 1 while no page is free for the next to be admitted.
 (NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL) = range(7)
 # Of Clients.counts: the trace up to NEXT_ARRIVAL is due or follows others; the length of `due`; sent and not ended;
-# sent. Of Clients.times: when the last slot became free after all were taken.
+# sent. Of Clients.times: when the last slot became free after all were taken;
+# before NEXT_SEND nothing is sent.
 NEXT_ARRIVAL, NUM_DUE, IN_FLIGHT, NUM_SENT = range(4)
-FULL_UNTIL = 0
+FULL_UNTIL, NEXT_SEND = range(2)
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
@@ -63,7 +64,7 @@ class Clients(NamedTuple):
     """Who has sent what, and when the rest is due. f is n, or 0 where no request follows another."""
 
     counts: np.ndarray  # [4] int64
-    times: np.ndarray  # [1] float64
+    times: np.ndarray  # [2] float64
     concurrency: int
     rejected: np.ndarray  # [n] int8
     after: np.ndarray  # [f] int32
@@ -147,7 +148,7 @@ def new_clients(requests: Requests) -> Clients:
         first[requests.after[request]] = request
     return Clients(
         counts=np.zeros(4, np.int64),
-        times=np.zeros(1),
+        times=np.zeros(2),
         concurrency=requests.concurrency,
         rejected=requests.rejected,
         after=requests.after,
