@@ -31,3 +31,6 @@ KVGib = Annotated[Optional[float], typer.Option(help="GiB of KV pages; by defaul
 WeightBits = Annotated[
     Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits.")
 ]
+Order = Annotated[
+    str, typer.Option(help="Who runs first of those that wait: fcfs, shortest, batchllm, kvshare or continuum.")
+]

@@ -14,6 +14,7 @@ from pkvsim.commands.shared_options import (
     KVGib,
     MaxBatch,
     Model,
+    Order,
     PageSize,
     PrefixCache,
     WeightBits,
@@ -26,7 +27,7 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache; rate is a factor of the trace's own: rate=2 halves every gap. "
+            "splits, group_size, prefix_cache, order; rate is a factor of the trace's own: rate=2 halves every gap. "
             "Without: device, policy, batch, length, group_size, splits."
         ),
     ],
@@ -44,6 +45,7 @@ def sweep(
         Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
     ] = None,
     prefix_cache: PrefixCache = "none",
+    order: Order = "fcfs",
     max_batch: MaxBatch = 256,
     page_size: PageSize = 16,
     kv_gib: KVGib = None,
@@ -90,13 +92,15 @@ def sweep(
                 check_plot_path(path, option=option)
                 check_axes(axes, option=option, trace=serving)
         config = ServingConfig(
-            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs
+            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs,
+            order=order,
         )
         spec = get_device(device)
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
             serving, layers=layers != 1, **source.given(), prefix_cache=prefix_cache != "none",
             max_batch=max_batch != 256, kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
+            order=order != "fcfs",
         )  # fmt: skip
         if not serving:
             shape = get_model(model).shape(page_size)

@@ -14,6 +14,7 @@ from pkvsim.commands.shared_options import (
     KVGib,
     MaxBatch,
     Model,
+    Order,
     PageSize,
     PrefixCache,
     WeightBits,
@@ -36,6 +37,10 @@ def whatif(
         ),
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
     prefix_cache: PrefixCache = "none",
+    order: Order = "fcfs",
+    kv_ttl: Annotated[
+        float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
+    ] = 10.0,
     max_batch: MaxBatch = 256,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
     page_size: PageSize = 16,
@@ -64,6 +69,9 @@ def whatif(
     ] = None,
     timeline: Annotated[
         Optional[str], typer.Option(help="Write steps and requests to this .json file, for Perfetto.")
+    ] = None,
+    requests_csv: Annotated[
+        Optional[str], typer.Option(help="Write a line for every request and policy to this .csv file.")
     ] = None,
     report_file: Annotated[
         Optional[str], typer.Option("--report", help="Write a self-contained .html page of tables and charts.")
@@ -101,6 +109,10 @@ def whatif(
             from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
+        if requests_csv is not None:
+            from pkvsim.reports.requests_csv import check_csv_path
+
+            check_csv_path(requests_csv)
         if report_file is not None:
             from pkvsim.reports.html_page import check_report_path
 
@@ -117,6 +129,8 @@ def whatif(
             host_us=host_us,
             graphs=graphs,
             prefix_cache=prefix_cache,
+            order=order,
+            kv_ttl_s=kv_ttl,
             splits=splits,
         )
         spec = get_device(device)
@@ -134,6 +148,10 @@ def whatif(
             from pkvsim.reports.perfetto import serving_events, write_timeline
 
             tell_left_out(write_timeline(serving_events(report), timeline))
+        if requests_csv is not None:
+            from pkvsim.reports.requests_csv import write_requests
+
+            write_requests(report, requests_csv)
         if report_file is not None:
             from pkvsim.reports.html_page import write_html
 

@@ -17,6 +17,8 @@ from pkvsim.serving.state import (
     DECODE_ROWS,
     DURATION,
     FIRST_ADMITTED,
+    GAP_BINS,
+    GAPS_PER_E,
     LOG_CAPACITY,
     LOG_FILL,
     LOG_STRIDE,
@@ -82,9 +84,27 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
         log.clock_us[0] += duration_us
         if requests.concurrency:  # what was sent during the step found no slot that its end sets free
             next_work_us(state, log.clock_us[0])
+        _count_gaps(state, log, duration_us, decode_rows)
         end_step(requests, limits, state, log.clock_us[0])
         log.counts[STEPS] += 1
     return False
+
+
+@inner
+def _count_gaps(state, log, duration_us, decode_rows):
+    """Counts the times since their requests' tokens before of the tokens that the step gives at the clock's time. A row
+    that decodes did so, or ended its prompt, in the step before; a preempted one has waited since."""
+    if decode_rows > 0:
+        log.gaps[_gap_bin(duration_us)] += decode_rows
+    for at in range(state.counts[NUM_CHUNKS]):
+        request = state.chunk_request[at]
+        if state.generated[request] and state.chunk_begin[at] + state.chunk_tokens[at] == state.target[request]:
+            log.gaps[_gap_bin(log.clock_us[0] - state.paused_us[request])] += 1
+
+
+@inner
+def _gap_bin(us):
+    return min(GAP_BINS - 1, int(math.log(max(us, 1.0)) * GAPS_PER_E))
 
 
 @inner

@@ -14,6 +14,7 @@ from pkvsim.serving.state import (
     BEST,
     DECODE_ROWS,
     DURATION,
+    GAPS_PER_E,
     LOG_COLUMNS,
     LOG_FILL,
     LOG_STRIDE,
@@ -54,6 +55,11 @@ class RequestLog:
     hit_blocks: np.ndarray  # int32
     preemptions: np.ndarray  # int32
     rejected: np.ndarray  # int8, 0 or serving_state.TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL
+
+    @property
+    def e2e_s(self) -> np.ndarray:
+        """From sending to the last token, float64 [n]."""
+        return self.finish_s - self.arrival_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +112,7 @@ class ServingResult:
     evicted_blocks: int
     totals: dict[str, float]  # sums over all steps, by LOG_COLUMNS
     routes: dict[str, int]  # decode steps by route of the full-attention layers
+    gaps: np.ndarray  # int64, times between a request's tokens, counted as state.RunLog does
     summary: dict[str, Any]
 
 
@@ -146,7 +153,8 @@ def make_result(
         evicted_blocks=int(counts[EVICTED]),
         totals=totals,
         routes=routes,
-        summary=_summary(requests, steps, totals, routes, limits, work),
+        gaps=log.gaps,
+        summary=_summary(requests, steps, totals, routes, limits, work, log.gaps),
     )
 
 
@@ -181,6 +189,15 @@ def percentiles(values: np.ndarray) -> dict[str, float | None]:
     return {f"p{p}": float(np.percentile(known, p)) for p in PERCENTILES}
 
 
+def gap_percentiles(gaps: np.ndarray) -> dict[str, float | None]:
+    """p50, p90, p99 in seconds of the times between tokens that RunLog.gaps counts, within a quarter of a percent."""
+    total = int(gaps.sum())
+    if not total:
+        return {f"p{p}": None for p in PERCENTILES}
+    bins = np.searchsorted(np.cumsum(gaps), [np.ceil(total * p / 100) for p in PERCENTILES])
+    return {f"p{p}": float(np.exp((at + 0.5) / GAPS_PER_E) / 1e6) for p, at in zip(PERCENTILES, bins)}
+
+
 def is_saturated(requests: RequestLog) -> bool:
     """Whether requests came faster than they could be served.
 
@@ -210,7 +227,7 @@ def is_saturated(requests: RequestLog) -> bool:
 
 def _summary(
     requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits,
-    work: Requests,
+    work: Requests, gaps: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     served = requests.rejected == SERVED
     output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
@@ -235,6 +252,8 @@ def _summary(
         "busy_share": share(busy_us / 1e6, makespan_s),
         "ttft_s": percentiles(requests.ttft_s),
         "tpot_s": percentiles(requests.tpot_s),
+        "itl_s": gap_percentiles(gaps),
+        "e2e_s": percentiles(requests.e2e_s),
         "queue_s": percentiles(requests.queue_s),
         "steps": num_steps,
         "step_us": share(busy_us, num_steps),

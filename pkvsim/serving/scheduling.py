@@ -1,7 +1,7 @@
 """Who runs in a step, who waits, who gives way. Compiled; pkvsim.serving.scheduler is the way in from Python.
 
 A step computes one token of every request past prefill and, with what is left of step_tokens, chunks of prompts in
-order of admission. Admission takes the first of those that wait (pkvsim.serving.waiting), and preemption the running
+order of admission. Admission takes the first of those that wait (pkvsim.serving.queueing), and preemption the running
 one that would be the last of them; it waits again. `decoding` stays sorted by length without sorting, because all its
 rows grow by one token a step.
 """
@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 
 from pkvsim.compiled import drop_stale, inner
-from pkvsim.memory.prefix_cache import acquire, allocate, free, release, resident_prefix
+from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
 from pkvsim.pricing.constants import compiled
-from pkvsim.serving.clients import end, next_request, next_send_us, send
+from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
+from pkvsim.serving.queueing.orders import KVSHARE, SHORTEST
+from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
+from pkvsim.serving.queueing.waiting import before, leave, wait
 from pkvsim.serving.state import (
     DECODING,
     FINISHED,
@@ -21,6 +24,7 @@ from pkvsim.serving.state import (
     NEXT_SEND,
     NUM_CHUNKS,
     NUM_DECODING,
+    NUM_HELD,
     NUM_RUNNING,
     NUM_WAITING,
     POOL_FULL,
@@ -29,7 +33,6 @@ from pkvsim.serving.state import (
     SERVED,
     WAITING,
 )
-from pkvsim.serving.waiting import before, leave, wait
 
 
 @compiled
@@ -53,7 +56,7 @@ def next_work_us(state, now_us):
 def take_in(state, request):
     """A request that is to be served has been sent to this server."""
     wait(state, request)
-    if state.waiting[0] == request:
+    if state.waiting[0] == request or state.finds_hits:
         state.counts[POOL_FULL] = 0
 
 
@@ -62,7 +65,9 @@ def plan_step(requests, limits, state, now_us):
     """Makes a step of those that decode, of further chunks of those in prefill, and of whom there is room to admit."""
     counts = state.counts
     counts[NUM_CHUNKS] = counts[JUST_PREEMPTED] = 0
-    _grow(requests, limits, state)
+    if counts[NUM_HELD] > 0:
+        expire(requests, limits, state, now_us)
+    _grow(requests, limits, state, now_us)
     budget = limits.step_tokens - counts[NUM_DECODING]
     if counts[NUM_DECODING] < counts[NUM_RUNNING]:
         budget -= _continue_prefills(state, budget)
@@ -72,29 +77,24 @@ def plan_step(requests, limits, state, now_us):
 
 
 @inner
-def _private_pages(offsets, prompt, page_size, request, tokens):
-    """Pages beside the prompt's blocks that `tokens` cached tokens of a request need. Called for every row of every
-    step: it takes the arrays that it reads, as each one that a call is given costs time."""
-    shared = prompt[request] if offsets[request] < offsets[request + 1] else 0
-    return (max(0, tokens - shared) + page_size - 1) // page_size
-
-
-@inner
-def _grow(requests, limits, state):
+def _grow(requests, limits, state, now_us):
     """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
     counts, offsets, prompt = state.counts, requests.blocks.offsets, requests.prompt
     at = 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         if state.phase[request] == DECODING:
-            need = _private_pages(offsets, prompt, limits.page_size, request, state.cached[request] + 1)
+            need = private_pages_of(offsets, prompt, limits.page_size, request, state.cached[request] + 1)
             need -= state.private_pages[request]
             while need > 0:
                 if allocate(state.pool, requests.blocks, need):
                     state.private_pages[request] += need
                     break
-                place = _last(state)
-                _preempt(requests, limits, state, place)
+                if counts[NUM_HELD] > 0:
+                    drop(requests, limits, state, counts[NUM_HELD] - 1)
+                    continue
+                place = _last(requests, limits, state)
+                _preempt(requests, limits, state, place, now_us)
                 if place <= at:
                     at -= 1
                 if state.phase[request] == PREEMPTED:
@@ -103,8 +103,12 @@ def _grow(requests, limits, state):
 
 
 @inner
-def _last(state):
+def _last(requests, limits, state):
     """Where in `running` the request is that gives way first."""
+    if limits.order == SHORTEST:
+        for at in range(state.counts[NUM_RUNNING]):
+            request = state.running[at]
+            state.rank[request] = requests.output[request] - state.generated[request]
     last = state.counts[NUM_RUNNING] - 1
     for at in range(last - 1, -1, -1):
         if before(state, state.running[last], state.running[at]):
@@ -113,14 +117,15 @@ def _last(state):
 
 
 @inner
-def _preempt(requests, limits, state, place):
+def _preempt(requests, limits, state, place, now_us):
     """Lets the request at `place` of `running` wait again; its pages go, its tokens stay."""
     counts, request = state.counts, state.running[place]
-    _give_back(requests, limits, state, request)
+    give_back(requests, limits, state, request)
     counts[NUM_RUNNING] -= 1
     for at in range(place, counts[NUM_RUNNING]):
         state.running[at] = state.running[at + 1]
     if state.phase[request] == DECODING:
+        state.paused_us[request] = now_us
         at = 0
         while state.decoding[at] != request:
             at += 1
@@ -133,15 +138,6 @@ def _preempt(requests, limits, state, place):
     state.preempted[counts[JUST_PREEMPTED]] = request
     counts[JUST_PREEMPTED] += 1
     wait(state, request)
-
-
-@inner
-def _give_back(requests, limits, state, request):
-    """A request's pages."""
-    state.counts[POOL_FULL] = 0
-    free(state.pool, state.private_pages[request])
-    state.private_pages[request] = 0
-    release(state.pool, requests.blocks, limits.cache_kind, request, state.cached[request])
 
 
 @inner
@@ -167,20 +163,44 @@ def _continue_prefills(state, budget):
 
 
 @inner
+def _best_hit(requests, state):
+    """Where in `waiting` the request is of whose prompt the largest part is cached; ties as they were sent."""
+    best, best_share = 0, -1.0
+    for at in range(state.counts[NUM_WAITING]):
+        request = state.waiting[at]
+        share = resident_prefix(state.pool, requests.blocks, request)[1] / requests.prompt[request]
+        if share > best_share or (share == best_share and before(state, request, state.waiting[best])):
+            best, best_share = at, share
+    return best
+
+
+@inner
 def _admit(requests, limits, state, budget, now_us):
     """Admits those that wait while tokens, rows and pages last."""
     counts = state.counts
     tokens = 0
     while tokens < budget and counts[NUM_RUNNING] < len(state.running) and counts[NUM_WAITING] > 0:
-        place = 0
+        place = _best_hit(requests, state) if limits.order == KVSHARE else 0
         request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
-        private = _private_pages(requests.blocks.offsets, requests.prompt, limits.page_size, request, target)
+        private = private_pages_of(requests.blocks.offsets, requests.prompt, limits.page_size, request, target)
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
+        held, previous, carried = held_for(state, request), -1, 0
+        if held >= 0:
+            previous = state.held[held]
+            if requests.blocks.offsets[request] == requests.blocks.offsets[request + 1]:
+                carried = state.private_pages[previous]
         keep_free = limits.keep_free if counts[NUM_RUNNING] > 0 else 0
-        if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private, keep_free):
+        if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private - carried, keep_free):
+            if counts[NUM_RUNNING] == 0 and counts[NUM_HELD] > 0:
+                drop(requests, limits, state, counts[NUM_HELD] - 1)
+                continue
             counts[POOL_FULL] = 1  # until somebody gives pages back
             break
+        if held >= 0:
+            hit_tokens = max(hit_tokens, state.cached[previous])
+            state.private_pages[previous] -= carried
+            drop(requests, limits, state, held)
         hit_tokens = min(hit_tokens, target - 1)
         leave(state, place)
         if state.phase[request] == WAITING:
@@ -222,7 +242,8 @@ def end_step(requests, limits, state, now_us):
         if state.generated[request] == requests.output[request]:
             state.phase[request] = FINISHED
             state.finish_us[request] = now_us
-            _give_back(requests, limits, state, request)
+            if not hold(requests, limits, state, request):
+                give_back(requests, limits, state, request)
             end(state.clients, request, now_us)
             finished += 1
             continue

@@ -19,6 +19,7 @@ from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
 from pkvsim.serving.prompt_blocks import prompt_blocks
+from pkvsim.serving.queueing.orders import ORDERS, ranks
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
@@ -71,11 +72,15 @@ def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Li
         max_batch=config.max_batch,
         step_tokens=config.step_tokens,
         cache_kind=KINDS.index(config.prefix_cache),
+        order=ORDERS.index(config.order),
+        hold_us=config.kv_ttl_s * 1e6 if config.order == "continuum" else 0.0,
     )
 
 
 def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, limits: Limits) -> Requests:
     """The trace as the scheduler takes it, arrivals from the first on. ValueError where no request can be served."""
+    if config.order == "kvshare" and config.prefix_cache == "none":
+        raise ValueError("order: kvshare orders by what a prefix cache holds, expected --prefix-cache with it")
     rejected = _rejected(trace, model, config, limits.num_pages)
     if rejected.all():
         raise ValueError(
@@ -92,6 +97,7 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
         after=np.zeros(0, np.int32) if trace.after is None else trace.after,
         think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
         concurrency=trace.concurrency or 0,
+        rank=ranks(trace, config.order),
     )
 
 

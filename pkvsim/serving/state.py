@@ -11,12 +11,14 @@ import numpy as np
 from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
+from pkvsim.serving.queueing.orders import FCFS, KVSHARE
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
 # Of SchedulerState.counts: the lengths of `running`, `decoding`, `waiting` and of the chunks, those of requests just
-# admitted from FIRST_ADMITTED on; preempted by the step; 1 while no page is free for the next to be admitted.
-(NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL) = range(7)
+# admitted from FIRST_ADMITTED on; preempted by the step; 1 while no page is free for the next to be admitted; the
+# length of `held`.
+(NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL, NUM_HELD) = range(8)
 # Of Clients.counts: the trace up to NEXT_ARRIVAL is due or follows others; the length of `due`; sent and not ended;
 # sent. Of Clients.times: when the last slot became free after all were taken;
 # before NEXT_SEND nothing is sent.
@@ -36,6 +38,10 @@ LOG_COLUMNS = (
 )
 
 
+# Times between a request's tokens are counted in bins of half a percent.
+GAP_BINS, GAPS_PER_E = 4096, 200
+
+
 class Requests(NamedTuple):
     """The requests."""
 
@@ -47,6 +53,7 @@ class Requests(NamedTuple):
     after: np.ndarray  # [n] int32, the earlier request that it follows, -1 none; [0] where all are -1
     think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
     concurrency: int  # most requests that are sent and not ended, 0 for no limit
+    rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.queueing.orders
 
 
 class Limits(NamedTuple):
@@ -58,6 +65,8 @@ class Limits(NamedTuple):
     max_batch: int
     step_tokens: int  # most tokens of a step, decode rows and prefill chunks together
     cache_kind: int  # index into prefix_cache.KINDS
+    order: int = FCFS  # index into queueing.orders.ORDERS
+    hold_us: float = 0.0  # how long a request's KV is kept for the one that follows it
 
 
 class Clients(NamedTuple):
@@ -80,13 +89,16 @@ class Clients(NamedTuple):
 class SchedulerState(NamedTuple):
     """Where every request stands, who runs, and what the step is made of."""
 
-    counts: np.ndarray  # [7] int64
+    counts: np.ndarray  # [8] int64
     phase: np.ndarray  # [n] int8, WAITING to FINISHED
     running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in order of admission
     decoding: np.ndarray  # [max_batch] int64, the decoding ones, longest first
     waiting: np.ndarray  # [n] int64, a heap of what was sent and does not run, the next to run on top
     rank: np.ndarray  # [n] float64, what is to run first has the least
+    finds_hits: bool  # whether the next to run is the one with the largest part in the prefix cache
     preempted: np.ndarray  # [max_batch] int64, by the step
+    paused_us: np.ndarray  # [n] float64, when a preempted request gave its latest token
+    held: np.ndarray  # [f] int64, ended requests whose pages are kept for those that follow them
     chunk_request: np.ndarray  # [max_batch] int64, prompts of which the step computes tokens
     chunk_begin: np.ndarray  # [max_batch] int64, the first of these tokens
     chunk_tokens: np.ndarray  # [max_batch] int64, how many
@@ -135,6 +147,7 @@ class RunLog(NamedTuple):
     route_steps: np.ndarray  # [R] int64, decode steps by the route of their last kind of layers
     log: np.ndarray  # [LOG_CAPACITY, len(LOG_COLUMNS)] float64, sums over the steps of an entry
     log_routes: np.ndarray  # [LOG_CAPACITY, R] float64, steps of the entry on each route
+    gaps: np.ndarray  # [GAP_BINS] int64, times between tokens: bin i from exp(i / GAPS_PER_E) us on
     sample_lens: np.ndarray  # [SAMPLES, max_batch] int64, lengths of a decode step, longest first
     sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
 
@@ -167,13 +180,16 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
     n = len(requests.prompt)
     most = min(limits.max_batch, n)
     return SchedulerState(
-        counts=np.zeros(7, np.int64),
+        counts=np.zeros(8, np.int64),
         phase=np.full(n, WAITING, np.int8),
         running=np.zeros(most, np.int64),
         decoding=np.zeros(most, np.int64),
         waiting=np.zeros(n, np.int64),
-        rank=np.zeros(n),
+        rank=requests.rank.copy(),
+        finds_hits=limits.order == KVSHARE,
         preempted=np.zeros(most, np.int64),
+        paused_us=np.full(n, np.nan),
+        held=np.zeros(len(requests.after), np.int64),
         chunk_request=np.zeros(most, np.int64),
         chunk_begin=np.zeros(most, np.int64),
         chunk_tokens=np.zeros(most, np.int64),
@@ -206,6 +222,7 @@ def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
         route_steps=np.zeros(num_routes, np.int64),
         log=np.zeros((LOG_CAPACITY, len(LOG_COLUMNS))),
         log_routes=np.zeros((LOG_CAPACITY, num_routes)),
+        gaps=np.zeros(GAP_BINS, np.int64),
         sample_lens=np.zeros((SAMPLES, most), np.int64),
         sample_choice=np.zeros((SAMPLES, 3), np.int64),
     )

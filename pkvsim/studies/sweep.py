@@ -21,11 +21,11 @@ from pkvsim.studies.provenance import basis_note
 from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.traces.requests import RequestTrace, scale_rate
 
-SERVING_AXES = ("device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache")
+SERVING_AXES = ("device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order")
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
 IMPOSSIBLE = "impossible"
-_WORDS = ("device", "policy", "prefix_cache")
+_WORDS = ("device", "policy", "prefix_cache", "order")
 Progress = Callable[[int, int], None]  # cells done, of how many
 
 
@@ -151,7 +151,8 @@ def _serving_cell(
     config: ServingConfig, weight_bits: int | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
-    settings: dict[str, Any] = {k: place[k] for k in ("max_batch", "page_size", "splits", "prefix_cache") if k in place}
+    set_by_axes = ("max_batch", "page_size", "splits", "prefix_cache", "order")
+    settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
     config = replace(config, **settings)

@@ -41,3 +41,19 @@ def test_a_sweep_needs_no_file(run):
     assert code == 2 and "rate: means something with a trace alone" in err
     code, out, err = run("whatif", *SERVER)
     assert code == 2 and "expected a request trace, or --input-tokens and --output-tokens" in err
+
+
+def test_an_order_and_a_line_for_every_request(run, tmp_path):
+    path = tmp_path / "requests.csv"
+    whatif(run, *LOAD, "--rate", "4", "--order", "shortest", "--requests-csv", str(path))
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    assert len(lines) == 61 and lines[0][:4] == ["policy", "request", "session", "arrival_s"]
+    first = dict(zip(lines[0], lines[1]))
+    assert (first["policy"], first["request"], first["output_tokens"], first["rejected"]) == ("balanced", "0", "20", "")
+    assert float(first["e2e_s"]) == pytest.approx(float(first["ttft_s"]) + 19 * float(first["tpot_s"]), rel=1e-6)
+    for args, message in (
+        (("--requests-csv", "x.txt"), "requests_csv: expected a file ending in .csv"),
+        (("--order", "lifo"), "order: expected one of fcfs, shortest, batchllm, kvshare, continuum, got 'lifo'"),
+    ):
+        code, out, err = run("whatif", *SERVER, *LOAD, *args)
+        assert code == 2 and message in err
