@@ -34,3 +34,7 @@ WeightBits = Annotated[
 Order = Annotated[
     str, typer.Option(help="Who runs first of those that wait: fcfs, shortest, batchllm, kvshare or continuum.")
 ]
+Replicas = Annotated[int, typer.Option(help="Equal servers behind a router.")]
+RouterName = Annotated[
+    str, typer.Option("--router", help="Who gets which request: round-robin, least-tokens or prefix (see --replicas).")
+]

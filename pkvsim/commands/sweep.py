@@ -17,6 +17,8 @@ from pkvsim.commands.shared_options import (
     Order,
     PageSize,
     PrefixCache,
+    Replicas,
+    RouterName,
     WeightBits,
 )  # fmt: skip
 
@@ -27,8 +29,8 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache, order; rate is a factor of the trace's own: rate=2 halves every gap. "
-            "Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache, order, replicas, router; rate is a factor of the "
+            "trace's own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
         ),
     ],
     trace: Annotated[
@@ -46,6 +48,8 @@ def sweep(
     ] = None,
     prefix_cache: PrefixCache = "none",
     order: Order = "fcfs",
+    replicas: Replicas = 1,
+    router: RouterName = "round-robin",
     max_batch: MaxBatch = 256,
     page_size: PageSize = 16,
     kv_gib: KVGib = None,
@@ -93,14 +97,14 @@ def sweep(
                 check_axes(axes, option=option, trace=serving)
         config = ServingConfig(
             page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs,
-            order=order,
+            order=order, replicas=replicas, router=router,
         )
         spec = get_device(device)
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
             serving, layers=layers != 1, **source.given(), prefix_cache=prefix_cache != "none",
             max_batch=max_batch != 256, kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
-            order=order != "fcfs",
+            order=order != "fcfs", replicas=replicas != 1, router=router != "round-robin",
         )  # fmt: skip
         if not serving:
             shape = get_model(model).shape(page_size)

@@ -17,6 +17,8 @@ from pkvsim.commands.shared_options import (
     Order,
     PageSize,
     PrefixCache,
+    Replicas,
+    RouterName,
     WeightBits,
 )  # fmt: skip
 
@@ -41,6 +43,8 @@ def whatif(
     kv_ttl: Annotated[
         float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
     ] = 10.0,
+    replicas: Replicas = 1,
+    router: RouterName = "round-robin",
     max_batch: MaxBatch = 256,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
     page_size: PageSize = 16,
@@ -91,7 +95,8 @@ def whatif(
       pkvsim whatif --input-tokens 1024 --output-tokens 128 --rate 4 \\
           --device h200 --model llama-3.1-8b
       pkvsim whatif --input-tokens 200 --output-tokens 300 --turns 1-8 \\
-          --think-time exponential:mean=10 --concurrency 64 --prefix-cache lru
+          --think-time exponential:mean=10 --concurrency 64 --prefix-cache lru \\
+          --order continuum --replicas 2 --router prefix --requests-csv runs.csv
     """
     with one_line_errors():
         from dataclasses import replace
@@ -109,6 +114,8 @@ def whatif(
             from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
+            if replicas > 1:
+                raise ValueError(f"timeline: expected one server, got --replicas {replicas}")
         if requests_csv is not None:
             from pkvsim.reports.requests_csv import check_csv_path
 
@@ -131,6 +138,8 @@ def whatif(
             prefix_cache=prefix_cache,
             order=order,
             kv_ttl_s=kv_ttl,
+            replicas=replicas,
+            router=router,
             splits=splits,
         )
         spec = get_device(device)

@@ -11,7 +11,7 @@ from pkvsim.serving.result import RequestLog
 from pkvsim.studies.whatif import REJECTIONS, WhatIf
 
 TIMES = ("arrival_s", "queue_s", "ttft_s", "tpot_s", "e2e_s", "finish_s")
-COUNTS = ("prompt_tokens", "output_tokens", "hit_tokens", "preemptions")
+COUNTS = ("replica", "prompt_tokens", "output_tokens", "hit_tokens", "preemptions")
 
 
 def check_csv_path(path: str | Path) -> Path:

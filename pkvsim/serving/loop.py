@@ -29,6 +29,7 @@ from pkvsim.serving.state import (
     NUM_RUNNING,
     NUM_WAITING,
     PAGES,
+    PLANNED,
     PREFILL,
     PREFILL_TOKENS,
     REST,
@@ -40,21 +41,34 @@ from pkvsim.serving.state import (
 
 
 @compiled
-def advance(requests, limits, attention, linear_us, host_us, state, log, max_steps):
-    """Simulates up to max_steps more steps; True when no request is left.
+def advance(requests, limits, attention, linear_us, host_us, state, log, max_steps, until_us, plan_until_us, alone):
+    """Simulates up to max_steps more steps; True when nothing is left to run.
 
+    Steps end until until_us and begin until plan_until_us; one that has begun is priced, and the clock says when it
+    ends. alone: this server takes in what is sent; otherwise the caller does, and sets an idle server's clock.
     linear_us [step_tokens + 1] float64: the layers without attention, by the tokens of the step.
     """
     counts = state.counts
     for _ in range(max_steps):
+        if log.counts[PLANNED]:
+            if log.clock_us[0] > until_us:
+                return False
+            if alone and requests.concurrency:  # what was sent during the step found no slot that its end sets free
+                next_work_us(state, log.clock_us[0])
+            end_step(requests, limits, state, log.clock_us[0])
+            log.counts[PLANNED] = 0
         # A call with the whole state costs as much as a small step's scheduling.
-        if counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= log.clock_us[0]:
+        if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= log.clock_us[0]):
             ready_us = next_work_us(state, log.clock_us[0])
             while ready_us > log.clock_us[0]:
                 if ready_us == math.inf:
                     return True
                 log.clock_us[0] = ready_us
                 ready_us = next_work_us(state, ready_us)
+        if counts[NUM_RUNNING] == 0 and counts[NUM_WAITING] == 0:
+            return True
+        if log.clock_us[0] > plan_until_us:
+            return False
         plan_step(requests, limits, state, log.clock_us[0])
         decode_rows = counts[NUM_DECODING]
         tokens, running_us = prefill_us(attention, state, np.int64(0), counts[FIRST_ADMITTED])
@@ -82,10 +96,8 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
             log.log_routes[entry, route] += 1
             log.route_steps[route] += 1
         log.clock_us[0] += duration_us
-        if requests.concurrency:  # what was sent during the step found no slot that its end sets free
-            next_work_us(state, log.clock_us[0])
         _count_gaps(state, log, duration_us, decode_rows)
-        end_step(requests, limits, state, log.clock_us[0])
+        log.counts[PLANNED] = 1
         log.counts[STEPS] += 1
     return False
 

@@ -52,12 +52,20 @@ def next_work_us(state, now_us):
     return send_us if idle else now_us
 
 
-@inner
+@compiled
 def take_in(state, request):
     """A request that is to be served has been sent to this server."""
     wait(state, request)
     if state.waiting[0] == request or state.finds_hits:
         state.counts[POOL_FULL] = 0
+
+
+@compiled
+def forget(requests, limits, state, request):
+    """Drops the KV that was kept for a request that another server serves."""
+    held = held_for(state, request)
+    if held >= 0:
+        drop(requests, limits, state, held)
 
 
 @compiled

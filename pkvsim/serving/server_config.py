@@ -9,6 +9,8 @@ from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.serving.queueing.orders import ORDERS
 from pkvsim.shapes import MAX_TOKENS, check_int
 
+ROUTERS = ("round-robin", "least-tokens", "prefix")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
@@ -28,6 +30,8 @@ class ServingConfig:
     prefix_cache: str = "none"  # one of prefix_cache.KINDS
     order: str = "fcfs"  # who runs first, one of queueing.orders.ORDERS
     kv_ttl_s: float = 10.0  # continuum: how long a request's KV is kept for the one that follows it
+    replicas: int = 1  # equal servers behind a router
+    router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
 
     def __post_init__(self) -> None:
@@ -39,6 +43,9 @@ class ServingConfig:
                 raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)!r}")
         if not 0 <= self.keep_free_fraction < 1:
             raise ValueError(f"keep_free_fraction: expected a number in [0, 1), got {self.keep_free_fraction!r}")
+        check_int("replicas", self.replicas, 1, 1024)
+        if self.router not in ROUTERS:
+            raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {self.router!r}")
         if self.order not in ORDERS:
             raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {self.order!r}")
         for name in ("workspace_gib", "host_us", "kv_ttl_s"):

@@ -20,6 +20,7 @@ from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.queueing.orders import ORDERS, ranks
+from pkvsim.serving.replicas import serve_replicas
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
@@ -51,15 +52,26 @@ def simulate(
     requests = requests_of(trace, model, config, limits)
     attention = attention_costs(model, device, policy, config)
     linear_us = linear_table_us(model, device, config)
-    state = new_scheduler_state(requests, limits)
-    log = new_log(len(trace), len(ROUTES), limits)
+    states = [new_scheduler_state(requests, limits) for _ in range(config.replicas)]
+    states = [state._replace(clients=states[0].clients) for state in states]
+    logs = [new_log(len(trace), len(ROUTES), limits) for _ in states]
     total = int(trace.output_tokens[requests.rejected == SERVED].sum())
+
+    def report() -> None:
+        if progress is not None:
+            progress(sum(int(state.generated.sum()) for state in states), total)
+
+    if config.replicas > 1:
+        owner = serve_replicas(trace, requests, limits, attention, linear_us, config, states, logs, report)
+        return make_result(policy, requests, limits, states, logs, owner)
     done = False
     while not done:
-        done = advance(requests, limits, attention, linear_us, float(config.host_us), state, log, CHUNK_STEPS)
-        if progress is not None:
-            progress(int(state.generated.sum()), total)
-    return make_result(policy, requests, limits, state, log)
+        done = advance(
+            requests, limits, attention, linear_us, float(config.host_us), states[0], logs[0], CHUNK_STEPS, np.inf,
+            np.inf, True,
+        )  # fmt: skip
+        report()
+    return make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
 
 
 def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:

@@ -27,7 +27,8 @@ FULL_UNTIL, NEXT_SEND = range(2)
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
-STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE = range(7)  # of RunLog.counts
+# Of RunLog.counts; PLANNED is 1 while a step runs that ends at the clock's time.
+STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE, PLANNED = range(8)
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
@@ -140,7 +141,7 @@ class RunLog(NamedTuple):
     """What a run leaves behind of its steps, and room for the step being priced."""
 
     clock_us: np.ndarray  # [1] float64
-    counts: np.ndarray  # [7] int64
+    counts: np.ndarray  # [8] int64
     lens: np.ndarray  # [max_batch] int64, scratch: lengths of decoding
     prices: Prices  # scratch
     totals: np.ndarray  # [len(LOG_COLUMNS)] float64, sums over steps
@@ -211,7 +212,7 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
 def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
     """No step has run."""
     most = min(limits.max_batch, num_requests)
-    counts = np.zeros(7, np.int64)
+    counts = np.zeros(8, np.int64)
     counts[LOG_STRIDE] = counts[SAMPLE_STRIDE] = 1
     return RunLog(
         clock_us=np.zeros(1),

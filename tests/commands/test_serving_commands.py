@@ -57,3 +57,15 @@ def test_an_order_and_a_line_for_every_request(run, tmp_path):
     ):
         code, out, err = run("whatif", *SERVER, *LOAD, *args)
         assert code == 2 and message in err
+
+
+def test_two_servers_share_the_load(run):
+    one, two = (
+        whatif(run, *LOAD, "--replicas", n, "--router", "least-tokens")["policies"]["balanced"] for n in ("1", "2")
+    )
+    assert sum(part["requests"] for part in two["replicas"]) == 60 and len(one["replicas"]) == 1
+    assert two["kv_pages"] == 2 * one["kv_pages"] and two["makespan_s"] < one["makespan_s"]
+    code, out, err = run("sweep", *SERVER, *LOAD, "--over", "replicas=1,2", "--over", "router=round-robin,prefix", "--json")
+    assert (code, err) == (0, "") and len(json.loads(out)["cells"]) == 4
+    code, out, err = run("whatif", *SERVER, *LOAD, "--replicas", "2", "--timeline", "x.json")
+    assert code == 2 and "timeline: expected one server" in err

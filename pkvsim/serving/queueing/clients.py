@@ -41,7 +41,7 @@ def next_send_us(clients):
     return max(clients.due_us[request], clients.times[FULL_UNTIL]) if request >= 0 else math.inf
 
 
-@inner
+@compiled
 def send(clients):
     """Sends the request that next_send_us speaks of, and returns it."""
     counts = clients.counts
