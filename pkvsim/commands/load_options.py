@@ -64,6 +64,10 @@ class RequestOptions:
         Optional[int], typer.Option(help="Tokens that all prompts begin with, on top of --input-tokens.")
     ] = None
 
+    def given(self) -> dict[str, bool]:
+        """Which options differ from their defaults."""
+        return {field.name: getattr(self, field.name) != field.default for field in fields(self)}
+
     def load(self, file: str | None) -> RequestTrace:
         """The requests of the file, or of the load that the options describe. Raises ValueError naming an option."""
         if file is None and self.input_tokens is None and self.output_tokens is None:

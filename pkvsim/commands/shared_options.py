@@ -31,3 +31,10 @@ KVGib = Annotated[Optional[float], typer.Option(help="GiB of KV pages; by defaul
 WeightBits = Annotated[
     Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits.")
 ]
+Order = Annotated[
+    str, typer.Option(help="Who runs first of those that wait: fcfs, shortest, batchllm, kvshare or continuum.")
+]
+Replicas = Annotated[int, typer.Option(help="Equal servers behind a router.")]
+RouterName = Annotated[
+    str, typer.Option("--router", help="Who gets which request: round-robin, least-tokens or prefix (see --replicas).")
+]

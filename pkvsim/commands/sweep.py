@@ -7,32 +7,37 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
+from pkvsim.commands.load_options import RequestOptions, with_request_options
 from pkvsim.commands.shared_options import (
     AsJson,
     Device,
-    Jitter,
     KVGib,
-    Limit,
     MaxBatch,
     Model,
+    Order,
     PageSize,
     PrefixCache,
-    RateScale,
-    Seed,
+    Replicas,
+    RouterName,
     WeightBits,
 )  # fmt: skip
 
 
+@with_request_options
 def sweep(
     over: Annotated[
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache; rate is a factor of the trace's own: rate=2 halves every gap. "
-            "Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache, order, replicas, router; rate is a factor of the "
+            "trace's own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
         ),
     ],
-    trace: Annotated[Optional[str], typer.Option(help="Request trace to serve; without one, steps are priced.")] = None,
+    trace: Annotated[
+        Optional[str],
+        typer.Option(help="Request trace to serve; without one, and without --input-tokens, steps are priced."),
+    ] = None,
+    source: RequestOptions = RequestOptions(),
     device: Device = "rtx3060",
     model: Model = "llama-3.1-8b",
     policy: Annotated[
@@ -41,11 +46,10 @@ def sweep(
     metric: Annotated[
         Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
     ] = None,
-    limit: Limit = None,
-    rate_scale: RateScale = 1.0,
-    jitter: Jitter = 0.0,
-    seed: Seed = 0,
     prefix_cache: PrefixCache = "none",
+    order: Order = "fcfs",
+    replicas: Replicas = 1,
+    router: RouterName = "round-robin",
     max_batch: MaxBatch = 256,
     page_size: PageSize = 16,
     kv_gib: KVGib = None,
@@ -70,6 +74,8 @@ def sweep(
           --device l4 --route-map routes.png
       pkvsim sweep --trace requests.csv --over device=rtx3060,l4 \\
           --over rate=0.5,1,2 --metric ttft_s.p99
+      pkvsim sweep --input-tokens 1024 --output-tokens 128 --rate 4 \\
+          --over device=l4,h200 --over max_batch=16,64
     """
     with one_line_errors():
         from pkvsim.commands.serving_inputs import progress_bar
@@ -79,31 +85,32 @@ def sweep(
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.shapes import MAX_TOKENS, check_int
         from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, parse_axes, serving_sweep, step_sweep
-        from pkvsim.traces.readers import load_requests
 
-        axes = parse_axes(over, STEP_AXES if trace is None else SERVING_AXES)
+        serving = trace is not None or source.input_tokens is not None or source.output_tokens is not None
+        axes = parse_axes(over, SERVING_AXES if serving else STEP_AXES)
         for option, path in (("plot", plot), ("route_map", route_map)):
             if path is not None:
                 from pkvsim.reports.plot_sweep import check_axes
                 from pkvsim.reports.plots import check_plot_path
 
                 check_plot_path(path, option=option)
-                check_axes(axes, option=option, trace=trace is not None)
+                check_axes(axes, option=option, trace=serving)
         config = ServingConfig(
-            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs
+            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs,
+            order=order, replicas=replicas, router=router,
         )
         spec = get_device(device)
-        metric = metric or ("us" if trace is None else "tokens_per_s")
+        metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
-            trace is not None, layers=layers != 1, limit=limit is not None, rate_scale=rate_scale != 1,
-            jitter=jitter != 0, seed=seed != 0, prefix_cache=prefix_cache != "none", max_batch=max_batch != 256,
-            kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
+            serving, layers=layers != 1, **source.given(), prefix_cache=prefix_cache != "none",
+            max_batch=max_batch != 256, kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
+            order=order != "fcfs", replicas=replicas != 1, router=router != "round-robin",
         )  # fmt: skip
-        if trace is None:
+        if not serving:
             shape = get_model(model).shape(page_size)
             report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1, MAX_TOKENS))
         else:
-            requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
+            requests = source.load(trace)
             with progress_bar(not as_json, "cells") as bar:
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
                 report = serving_sweep(
@@ -113,7 +120,7 @@ def sweep(
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]
         prices = tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
-        notes = report.notes + (prices if trace is None else ())
+        notes = report.notes + (() if serving else prices)
         if plot is not None:
             from pkvsim.reports.plot_sweep import plot_sweep
 

@@ -7,24 +7,28 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
+from pkvsim.commands.load_options import RequestOptions, with_request_options
 from pkvsim.commands.shared_options import (
     AsJson,
     Device,
-    Jitter,
     KVGib,
-    Limit,
     MaxBatch,
     Model,
+    Order,
     PageSize,
     PrefixCache,
-    RateScale,
-    Seed,
+    Replicas,
+    RouterName,
     WeightBits,
 )  # fmt: skip
 
 
+@with_request_options
 def whatif(
-    trace: Annotated[str, typer.Option(help="Request trace: Azure, Mooncake, BurstGPT, vidur or the paper's format.")],
+    trace: Annotated[
+        Optional[str], typer.Option(help="Request trace, as `pkvsim trace` reads it; or --input-tokens and so on.")
+    ] = None,
+    source: RequestOptions = RequestOptions(),
     device: Device = "rtx3060",
     model: Model = "llama-3.1-8b",
     policies: Annotated[
@@ -34,11 +38,13 @@ def whatif(
             "kernels, XQA not among them), or a route: split, workqueue, balanced, xqa, ..."
         ),
     ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
-    rate_scale: RateScale = 1.0,
-    limit: Limit = None,
-    jitter: Jitter = 0.0,
-    seed: Seed = 0,
     prefix_cache: PrefixCache = "none",
+    order: Order = "fcfs",
+    kv_ttl: Annotated[
+        float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
+    ] = 10.0,
+    replicas: Replicas = 1,
+    router: RouterName = "round-robin",
     max_batch: MaxBatch = 256,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
     page_size: PageSize = 16,
@@ -68,12 +74,15 @@ def whatif(
     timeline: Annotated[
         Optional[str], typer.Option(help="Write steps and requests to this .json file, for Perfetto.")
     ] = None,
+    requests_csv: Annotated[
+        Optional[str], typer.Option(help="Write a line for every request and policy to this .csv file.")
+    ] = None,
     report_file: Annotated[
         Optional[str], typer.Option("--report", help="Write a self-contained .html page of tables and charts.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serves a request trace under several policies: what would this policy do on that GPU with my traffic.
+    """Serves requests under several policies: what would this policy do on that GPU with my traffic.
 
     \b
     Examples:
@@ -83,6 +92,11 @@ def whatif(
           --model qwen3-30b-a3b --rate-scale 4
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --json
+      pkvsim whatif --input-tokens 1024 --output-tokens 128 --rate 4 \\
+          --device h200 --model llama-3.1-8b
+      pkvsim whatif --input-tokens 200 --output-tokens 300 --turns 1-8 \\
+          --think-time exponential:mean=10 --concurrency 64 --prefix-cache lru \\
+          --order continuum --replicas 2 --router prefix --requests-csv runs.csv
     """
     with one_line_errors():
         from dataclasses import replace
@@ -91,7 +105,6 @@ def whatif(
         from pkvsim.devices.device import get_device
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.studies.whatif import whatif as run_whatif
-        from pkvsim.traces.readers import load_requests
 
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
@@ -101,6 +114,12 @@ def whatif(
             from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
+            if replicas > 1:
+                raise ValueError(f"timeline: expected one server, got --replicas {replicas}")
+        if requests_csv is not None:
+            from pkvsim.reports.requests_csv import check_csv_path
+
+            check_csv_path(requests_csv)
         if report_file is not None:
             from pkvsim.reports.html_page import check_report_path
 
@@ -117,11 +136,15 @@ def whatif(
             host_us=host_us,
             graphs=graphs,
             prefix_cache=prefix_cache,
+            order=order,
+            kv_ttl_s=kv_ttl,
+            replicas=replicas,
+            router=router,
             splits=splits,
         )
         spec = get_device(device)
         chosen, notes = load_model(model, weight_bits, tensor_parallel, spec, config)
-        requests = load_requests(trace, limit=limit, rate_scale=rate_scale, jitter_s=jitter, seed=seed)
+        requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
         names = [name.strip() for name in policies.split(",") if name.strip()]
         with progress_bar(not as_json, "tokens") as progress:
@@ -134,6 +157,10 @@ def whatif(
             from pkvsim.reports.perfetto import serving_events, write_timeline
 
             tell_left_out(write_timeline(serving_events(report), timeline))
+        if requests_csv is not None:
+            from pkvsim.reports.requests_csv import write_requests
+
+            write_requests(report, requests_csv)
         if report_file is not None:
             from pkvsim.reports.html_page import write_html
 

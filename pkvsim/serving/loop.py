@@ -17,17 +17,19 @@ from pkvsim.serving.state import (
     DECODE_ROWS,
     DURATION,
     FIRST_ADMITTED,
+    GAP_BINS,
+    GAPS_PER_E,
     LOG_CAPACITY,
     LOG_FILL,
     LOG_STRIDE,
     LOG_USED,
-    NEXT_ARRIVAL,
-    NEXT_WAITING,
+    NEXT_SEND,
     NUM_CHUNKS,
     NUM_DECODING,
-    NUM_PREEMPTED,
     NUM_RUNNING,
+    NUM_WAITING,
     PAGES,
+    PLANNED,
     PREFILL,
     PREFILL_TOKENS,
     REST,
@@ -39,19 +41,34 @@ from pkvsim.serving.state import (
 
 
 @compiled
-def advance(requests, limits, attention, linear_us, host_us, state, log, max_steps):
-    """Simulates up to max_steps more steps; True when no request is left.
+def advance(requests, limits, attention, linear_us, host_us, state, log, max_steps, until_us, plan_until_us, alone):
+    """Simulates up to max_steps more steps; True when nothing is left to run.
 
+    Steps end until until_us and begin until plan_until_us; one that has begun is priced, and the clock says when it
+    ends. alone: this server takes in what is sent; otherwise the caller does, and sets an idle server's clock.
     linear_us [step_tokens + 1] float64: the layers without attention, by the tokens of the step.
     """
     counts = state.counts
     for _ in range(max_steps):
-        ready_us = next_work_us(requests, state, log.clock_us[0])
-        while ready_us > log.clock_us[0]:
-            if ready_us == math.inf:
-                return True
-            log.clock_us[0] = ready_us
-            ready_us = next_work_us(requests, state, ready_us)
+        if log.counts[PLANNED]:
+            if log.clock_us[0] > until_us:
+                return False
+            if alone and requests.concurrency:  # what was sent during the step found no slot that its end sets free
+                next_work_us(state, log.clock_us[0])
+            end_step(requests, limits, state, log.clock_us[0])
+            log.counts[PLANNED] = 0
+        # A call with the whole state costs as much as a small step's scheduling.
+        if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= log.clock_us[0]):
+            ready_us = next_work_us(state, log.clock_us[0])
+            while ready_us > log.clock_us[0]:
+                if ready_us == math.inf:
+                    return True
+                log.clock_us[0] = ready_us
+                ready_us = next_work_us(state, ready_us)
+        if counts[NUM_RUNNING] == 0 and counts[NUM_WAITING] == 0:
+            return True
+        if log.clock_us[0] > plan_until_us:
+            return False
         plan_step(requests, limits, state, log.clock_us[0])
         decode_rows = counts[NUM_DECODING]
         tokens, running_us = prefill_us(attention, state, np.int64(0), counts[FIRST_ADMITTED])
@@ -66,7 +83,7 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
             (ROW_COUNT, float(counts[NUM_RUNNING])),
             (DECODE_ROWS, float(decode_rows)),
             (PREFILL_TOKENS, float(tokens)),
-            (WAITING_COUNT, float(counts[NEXT_ARRIVAL] - counts[NEXT_WAITING] + counts[NUM_PREEMPTED])),
+            (WAITING_COUNT, float(counts[NUM_WAITING])),
             (PAGES, float(limits.num_pages - state.pool.counts[FREE_PAGES] - state.pool.counts[EVICTABLE_PAGES])),
             (ATTENTION, attention_us),
             (REST, decode_linear_us + host_us),
@@ -79,9 +96,27 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
             log.log_routes[entry, route] += 1
             log.route_steps[route] += 1
         log.clock_us[0] += duration_us
-        end_step(requests, limits, state, log.clock_us[0])
+        _count_gaps(state, log, duration_us, decode_rows)
+        log.counts[PLANNED] = 1
         log.counts[STEPS] += 1
     return False
+
+
+@inner
+def _count_gaps(state, log, duration_us, decode_rows):
+    """Counts the times since their requests' tokens before of the tokens that the step gives at the clock's time. A row
+    that decodes did so, or ended its prompt, in the step before; a preempted one has waited since."""
+    if decode_rows > 0:
+        log.gaps[_gap_bin(duration_us)] += decode_rows
+    for at in range(state.counts[NUM_CHUNKS]):
+        request = state.chunk_request[at]
+        if state.generated[request] and state.chunk_begin[at] + state.chunk_tokens[at] == state.target[request]:
+            log.gaps[_gap_bin(log.clock_us[0] - state.paused_us[request])] += 1
+
+
+@inner
+def _gap_bin(us):
+    return min(GAP_BINS - 1, int(math.log(max(us, 1.0)) * GAPS_PER_E))
 
 
 @inner

@@ -1,8 +1,8 @@
 """What a simulated run gave: per request, per step, and in sum."""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from pkvsim.serving.state import (
     BEST,
     DECODE_ROWS,
     DURATION,
+    GAPS_PER_E,
     LOG_COLUMNS,
     LOG_FILL,
     LOG_STRIDE,
@@ -23,6 +24,7 @@ from pkvsim.serving.state import (
     PREFILL_TOKENS,
     REST,
     ROW_COUNT,
+    SAMPLES,
     SAMPLES_USED,
     SERVED,
     START,
@@ -43,9 +45,9 @@ SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
 class RequestLog:
     """One entry a request [n], in trace order; NaN where it was rejected. Times are seconds from the first arrival."""
 
-    arrival_s: np.ndarray  # float64
-    queue_s: np.ndarray  # float64, from arrival to first admission
-    ttft_s: np.ndarray  # float64, from arrival to the first output token
+    arrival_s: np.ndarray  # float64, when it was sent, which may be later than the trace has it
+    queue_s: np.ndarray  # float64, from then to first admission
+    ttft_s: np.ndarray  # float64, from then to the first output token
     tpot_s: np.ndarray  # float64, mean time between output tokens; NaN where there is one token
     finish_s: np.ndarray  # float64
     prompt_tokens: np.ndarray  # int64
@@ -54,6 +56,12 @@ class RequestLog:
     hit_blocks: np.ndarray  # int32
     preemptions: np.ndarray  # int32
     rejected: np.ndarray  # int8, 0 or serving_state.TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL
+    replica: np.ndarray  # int64, the server that it ran on
+
+    @property
+    def e2e_s(self) -> np.ndarray:
+        """From sending to the last token, float64 [n]."""
+        return self.finish_s - self.arrival_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,38 +114,30 @@ class ServingResult:
     evicted_blocks: int
     totals: dict[str, float]  # sums over all steps, by LOG_COLUMNS
     routes: dict[str, int]  # decode steps by route of the full-attention layers
+    gaps: np.ndarray  # int64, times between a request's tokens, counted as state.RunLog does
     summary: dict[str, Any]
 
 
 def make_result(
-    policy: str, work: Requests, limits: Limits, state: SchedulerState, log: RunLog
-) -> ServingResult:
-    """Copies what a finished run left behind into plain arrays."""
-    output = state.generated
-    with np.errstate(invalid="ignore", divide="ignore"):
-        tpot_s = (state.finish_us - state.first_token_us) / (output - 1) / 1e6
-    requests = RequestLog(
-        arrival_s=work.arrival_us / 1e6,
-        queue_s=(state.start_us - work.arrival_us) / 1e6,
-        ttft_s=(state.first_token_us - work.arrival_us) / 1e6,
-        tpot_s=np.where(output > 1, tpot_s, np.nan),
-        finish_s=state.finish_us / 1e6,
-        prompt_tokens=work.prompt,
-        output_tokens=output,
-        hit_tokens=state.hit_tokens,
-        hit_blocks=state.hit_blocks,
-        preemptions=state.preemptions,
-        rejected=work.rejected,
-    )
-    totals = dict(zip(LOG_COLUMNS, log.totals.tolist()))
-    routes = dict(zip(ROUTES, log.route_steps.tolist()))
-    counts, sampled = state.pool.counts, int(log.counts[SAMPLES_USED])
-    steps = _step_log(log)
+    policy: str, work: Requests, limits: Limits, states: Sequence[SchedulerState], logs: Sequence[RunLog],
+    owner: np.ndarray,
+) -> ServingResult:  # fmt: skip
+    """Copies what a finished run left behind into plain arrays. owner [n] int64: the server of each request."""
+    parts = [_step_log(log) for log in logs]
+    requests, steps = _request_log(work, states, owner), _in_order(parts)
+    totals = dict(zip(LOG_COLUMNS, np.sum([log.totals for log in logs], axis=0).tolist()))
+    routes = dict(zip(ROUTES, np.sum([log.route_steps for log in logs], axis=0).tolist()))
+    counts = np.sum([state.pool.counts for state in states], axis=0)
+    gaps = np.sum([log.gaps for log in logs], axis=0)
+    summary = _summary(requests, steps, totals, routes, limits, work, gaps, len(logs))
+    summary["replicas"] = [
+        _replica(requests, owner == at, part, limits, summary["makespan_s"]) for at, part in enumerate(parts)
+    ]
     return ServingResult(
         policy=policy,
         requests=requests,
         steps=steps,
-        sample=StepSample(log.sample_lens[:sampled], *log.sample_choice[:sampled].T),
+        sample=_sample(logs),
         num_pages=limits.num_pages,
         page_size=limits.page_size,
         allocated_pages=int(counts[ALLOCATED]),
@@ -146,7 +146,33 @@ def make_result(
         evicted_blocks=int(counts[EVICTED]),
         totals=totals,
         routes=routes,
-        summary=_summary(requests, steps, totals, routes, limits, work),
+        gaps=gaps,
+        summary=summary,
+    )
+
+
+def _request_log(work: Requests, states: Sequence[SchedulerState], owner: np.ndarray) -> RequestLog:
+    def column(name: str) -> np.ndarray:
+        return np.stack([getattr(state, name) for state in states])[owner, np.arange(len(owner))]
+
+    output, sent_us, first_us, finish_us = (
+        column("generated"), states[0].clients.sent_us, column("first_token_us"), column("finish_us"),
+    )  # fmt: skip
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tpot_s = (finish_us - first_us) / (output - 1) / 1e6
+    return RequestLog(
+        arrival_s=sent_us / 1e6,
+        queue_s=(column("start_us") - sent_us) / 1e6,
+        ttft_s=(first_us - sent_us) / 1e6,
+        tpot_s=np.where(output > 1, tpot_s, np.nan),
+        finish_s=finish_us / 1e6,
+        prompt_tokens=work.prompt,
+        output_tokens=output,
+        hit_tokens=column("hit_tokens"),
+        hit_blocks=column("hit_blocks"),
+        preemptions=column("preemptions"),
+        rejected=work.rejected,
+        replica=owner,
     )
 
 
@@ -173,12 +199,60 @@ def _step_log(log: RunLog) -> StepLog:
     )
 
 
+def _in_order(parts: Sequence[StepLog]) -> StepLog:
+    """The steps of all servers by their starts."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(StepLog)}
+    order = np.argsort(columns["start_s"], kind="stable")
+    return StepLog(**{name: column[order] for name, column in columns.items()})
+
+
+def _sample(logs: Sequence[RunLog]) -> StepSample:
+    """Of several servers a share each."""
+    parts = []
+    for log in logs:
+        used = int(log.counts[SAMPLES_USED])
+        kept = np.linspace(0, used - 1, min(used, max(1, SAMPLES // len(logs)))).astype(int) if used else slice(0, 0)
+        parts.append((log.sample_lens[kept], log.sample_choice[kept]))
+    lens, choice = (np.concatenate(arrays) for arrays in zip(*parts))
+    return StepSample(lens, *choice.T)
+
+
+def _replica(
+    requests: RequestLog, own: np.ndarray, steps: StepLog, limits: Limits, makespan_s: float
+) -> dict[str, Any]:
+    """One server's part of a run."""
+    weight = steps.duration_us * steps.steps
+    busy_us = float(weight.sum())
+    own = own & (requests.rejected == SERVED)
+    return {
+        "requests": int(own.sum()),
+        "output_tokens": int(requests.output_tokens[own].sum()),
+        "busy_share": busy_us / 1e6 / makespan_s if makespan_s else None,
+        "mean_rows": float(steps.rows @ weight / busy_us) if busy_us else None,
+        "kv_occupancy": float(steps.pages @ weight / limits.num_pages / busy_us) if busy_us else None,
+        "preemptions": int(requests.preemptions[own].sum()),
+        "prefix_hit_tokens": int(requests.hit_tokens[own].sum()),
+        "ttft_s": percentiles(requests.ttft_s[own]),
+    }
+
+
 def percentiles(values: np.ndarray) -> dict[str, float | None]:
     """p50, p90, p99 of values that are not NaN; None where there are none."""
     known = values[~np.isnan(values)]
     if not len(known):
         return {f"p{p}": None for p in PERCENTILES}
     return {f"p{p}": float(np.percentile(known, p)) for p in PERCENTILES}
+
+
+def gap_percentiles(gaps: np.ndarray) -> dict[str, float | None]:
+    """p50, p90, p99 in seconds of the times between tokens that RunLog.gaps counts, within a quarter of a percent."""
+    total = int(gaps.sum())
+    if not total:
+        return {f"p{p}": None for p in PERCENTILES}
+    bins = np.searchsorted(np.cumsum(gaps), [np.ceil(total * p / 100) for p in PERCENTILES])
+    return {f"p{p}": float(np.exp((at + 0.5) / GAPS_PER_E) / 1e6) for p, at in zip(PERCENTILES, bins)}
 
 
 def is_saturated(requests: RequestLog) -> bool:
@@ -190,25 +264,27 @@ def is_saturated(requests: RequestLog) -> bool:
     instant, and some had to wait.
     """
     served = requests.rejected == SERVED
-    arrival, wait = requests.arrival_s[served], requests.queue_s[served]
+    order = np.argsort(requests.arrival_s[served], kind="stable")  # what follows others is sent out of trace order
+    columns = (requests.arrival_s, requests.queue_s, requests.finish_s)
+    arrival, wait, finish = (column[served][order] for column in columns)
     if not len(arrival):
         return False
     if arrival[-1] <= arrival[0]:
         return bool(wait.max() > 0)
-    if np.median(wait) > np.median(requests.finish_s[served] - arrival - wait):
+    if np.median(wait) > np.median(finish - arrival - wait):
         return True
     if len(arrival) < 8:
         return False
     centred = arrival - arrival.mean()
     slope = float(centred @ wait / (centred @ centred))
     last = slice(-(len(arrival) // 4), None)
-    service = (requests.finish_s[served] - arrival - wait)[last].mean()
+    service = (finish - arrival - wait)[last].mean()
     return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
 
 
 def _summary(
     requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits,
-    work: Requests,
+    work: Requests, gaps: np.ndarray, replicas: int,
 ) -> dict[str, Any]:  # fmt: skip
     served = requests.rejected == SERVED
     output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
@@ -230,9 +306,11 @@ def _summary(
         "makespan_s": makespan_s,
         "tokens_per_s": share(output_tokens, makespan_s),
         "requests_per_s": share(finished, makespan_s),
-        "busy_share": share(busy_us / 1e6, makespan_s),
+        "busy_share": share(busy_us / 1e6, replicas * makespan_s),
         "ttft_s": percentiles(requests.ttft_s),
         "tpot_s": percentiles(requests.tpot_s),
+        "itl_s": gap_percentiles(gaps),
+        "e2e_s": percentiles(requests.e2e_s),
         "queue_s": percentiles(requests.queue_s),
         "steps": num_steps,
         "step_us": share(busy_us, num_steps),
@@ -243,7 +321,7 @@ def _summary(
         "attention_us_per_decode_step": share(totals["attention_us"], sum(routes.values())),
         "routes": {name: count for name, count in routes.items() if count},
         "regret": share(totals["attention_us"] - best_us, best_us),
-        "kv_pages": limits.num_pages,
+        "kv_pages": replicas * limits.num_pages,
         "kv_occupancy": share(steps.pages @ weight / limits.num_pages, busy_us),
         "preemptions": int(requests.preemptions.sum()),
         "prefix_hit_share": share(requests.hit_blocks.sum(), blocks),

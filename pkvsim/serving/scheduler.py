@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.memory.prefix_cache import page_pool
 from pkvsim.serving.scheduling import end_step, next_work_us, plan_step
 from pkvsim.serving.state import (
     FINISHED,
@@ -25,7 +24,6 @@ from pkvsim.serving.state import (
     JUST_PREEMPTED,
     NUM_CHUNKS,
     NUM_DECODING,
-    NUM_PREEMPTED,
     NUM_RUNNING,
     Limits,
     Requests,
@@ -43,7 +41,7 @@ class StepWork:
     prompt and tokens generated so far) prefill_tokens [chunks] are computed from prefill_begins [chunks] on; the first
     prefill_begins tokens are cached. A chunk that ends a prompt gives the request's next token.
     admitted: those of `prefill` that begin to run with this step; preempted: requests that stopped before it, whose
-    pages are gone, the latest first.
+    pages are gone, in that order.
     """
 
     decode: np.ndarray
@@ -72,14 +70,12 @@ class Scheduler:
     def __init__(self, requests: Requests, limits: Limits) -> None:
         # Whoever stops a request early changes how many tokens it gives.
         self.requests, self.limits = requests._replace(output=requests.output.copy()), limits
-        self.state: SchedulerState = new_scheduler_state(
-            len(requests.prompt), limits, page_pool(requests.blocks, limits.num_pages)
-        )
+        self.state: SchedulerState = new_scheduler_state(self.requests, limits)
         self._planned = False
 
     def next_work_us(self, now_us: float) -> float:
         """now_us where a request runs or waits, else when the next one arrives, infinity after the last."""
-        return next_work_us(self.requests, self.state, float(now_us))
+        return next_work_us(self.state, float(now_us))
 
     def next_step(self, now_us: float) -> StepWork:
         """Plans a step of what there is at now_us; nothing runs where next_work_us is later. RuntimeError where the
@@ -93,7 +89,7 @@ class Scheduler:
         decode = state.decoding[: counts[NUM_DECODING]].copy()
         chunks = slice(counts[NUM_CHUNKS])
         prefill = state.chunk_request[chunks].copy()
-        preempted = state.preempted[counts[NUM_PREEMPTED] - counts[JUST_PREEMPTED] : counts[NUM_PREEMPTED]].copy()
+        preempted = state.preempted[: counts[JUST_PREEMPTED]].copy()
         return StepWork(
             decode=decode,
             decode_lens=state.cached[decode] + 1,
@@ -114,6 +110,7 @@ class Scheduler:
             raise RuntimeError("end_step: call next_step() first")
         for request in stopped:
             self.requests.output[request] = self.state.generated[request] + 1
+        self.next_work_us(now_us)  # what is sent during the step finds no slot that its end sets free
         before = self.state.running[: self.state.counts[NUM_RUNNING]].copy()
         end_step(self.requests, self.limits, self.state, float(now_us))
         self._planned = False

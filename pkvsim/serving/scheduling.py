@@ -1,57 +1,71 @@
 """Who runs in a step, who waits, who gives way. Compiled; pkvsim.serving.scheduler is the way in from Python.
 
 A step computes one token of every request past prefill and, with what is left of step_tokens, chunks of prompts in
-order of arrival. Admission takes the earliest waiting request and preemption the latest running one, so all that wait
-arrived after all that run: `running` is in trace order, and so is the stack of the preempted with the earliest on top.
-`decoding` stays sorted by length without sorting, because all its rows grow by one token a step.
+order of admission. Admission takes the first of those that wait (pkvsim.serving.queueing), and preemption the running
+one that would be the last of them; it waits again. `decoding` stays sorted by length without sorting, because all its
+rows grow by one token a step.
 """
 from __future__ import annotations
 
 import math
 
 from pkvsim.compiled import drop_stale, inner
-from pkvsim.memory.prefix_cache import acquire, allocate, free, release, resident_prefix
+from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
 from pkvsim.pricing.constants import compiled
+from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
+from pkvsim.serving.queueing.orders import KVSHARE, SHORTEST
+from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
+from pkvsim.serving.queueing.waiting import before, leave, wait
 from pkvsim.serving.state import (
     DECODING,
     FINISHED,
     FIRST_ADMITTED,
     JUST_PREEMPTED,
-    NEXT_ARRIVAL,
-    NEXT_WAITING,
+    NEXT_SEND,
     NUM_CHUNKS,
     NUM_DECODING,
-    NUM_PREEMPTED,
+    NUM_HELD,
     NUM_RUNNING,
+    NUM_WAITING,
     POOL_FULL,
     PREEMPTED,
     PREFILLING,
     SERVED,
+    WAITING,
 )
 
 
 @compiled
-def next_work_us(requests, state, now_us):
-    """now_us where a request runs or waits, else when the next one arrives that is served, infinity after the last."""
-    counts, at = state.counts, state.counts[NEXT_ARRIVAL]
-    end = len(requests.arrival_us)
-    if counts[NUM_RUNNING] > 0 and (at == end or requests.arrival_us[at] > now_us):
-        return now_us
-    while at < end and requests.arrival_us[at] <= now_us:
-        at += 1
-    counts[NEXT_ARRIVAL] = at
-    _skip_rejected(requests, counts)
-    if counts[NUM_RUNNING] > 0 or counts[NUM_PREEMPTED] > 0 or counts[NEXT_WAITING] < at:
-        return now_us
-    while at < end and requests.rejected[at] != SERVED:
-        at += 1
-    return requests.arrival_us[at] if at < end else math.inf
+def next_work_us(state, now_us):
+    """now_us where a request runs or waits, else when the next one is sent, infinity after the last. Takes in what is
+    sent until now_us."""
+    clients = state.clients
+    send_us = next_send_us(clients)
+    idle = state.counts[NUM_RUNNING] == 0 and state.counts[NUM_WAITING] == 0
+    while send_us <= now_us or (idle and send_us < math.inf and clients.rejected[next_request(clients)] != SERVED):
+        request = send(clients)
+        if clients.rejected[request] == SERVED:
+            take_in(state, request)
+            idle = False
+        send_us = next_send_us(clients)
+    clients.times[NEXT_SEND] = send_us
+    return send_us if idle else now_us
 
 
-@inner
-def _skip_rejected(requests, counts):
-    while counts[NEXT_WAITING] < counts[NEXT_ARRIVAL] and requests.rejected[counts[NEXT_WAITING]] != SERVED:
-        counts[NEXT_WAITING] += 1
+@compiled
+def take_in(state, request):
+    """A request that is to be served has been sent to this server."""
+    wait(state, request)
+    if state.waiting[0] == request or state.finds_hits:
+        state.counts[POOL_FULL] = 0
+
+
+@compiled
+def forget(requests, limits, state, request):
+    """Drops the KV that was kept for a request that another server serves."""
+    held = held_for(state, request)
+    if held >= 0:
+        drop(requests, limits, state, held)
 
 
 @compiled
@@ -59,7 +73,9 @@ def plan_step(requests, limits, state, now_us):
     """Makes a step of those that decode, of further chunks of those in prefill, and of whom there is room to admit."""
     counts = state.counts
     counts[NUM_CHUNKS] = counts[JUST_PREEMPTED] = 0
-    _grow(requests, limits, state)
+    if counts[NUM_HELD] > 0:
+        expire(requests, limits, state, now_us)
+    _grow(requests, limits, state, now_us)
     budget = limits.step_tokens - counts[NUM_DECODING]
     if counts[NUM_DECODING] < counts[NUM_RUNNING]:
         budget -= _continue_prefills(state, budget)
@@ -69,41 +85,55 @@ def plan_step(requests, limits, state, now_us):
 
 
 @inner
-def _private_pages(requests, limits, request, tokens):
-    """Pages beside the prompt's blocks that `tokens` cached tokens of a request need."""
-    shared = 0
-    if requests.blocks.offsets[request] < requests.blocks.offsets[request + 1]:
-        shared = requests.prompt[request]
-    return (max(0, tokens - shared) + limits.page_size - 1) // limits.page_size
-
-
-@inner
-def _grow(requests, limits, state):
-    """Gives every decoding request the page of its next token, at the cost of the latest when none is free."""
-    counts = state.counts
+def _grow(requests, limits, state, now_us):
+    """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
+    counts, offsets, prompt = state.counts, requests.blocks.offsets, requests.prompt
     at = 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         if state.phase[request] == DECODING:
-            need = _private_pages(requests, limits, request, state.cached[request] + 1) - state.private_pages[request]
+            need = private_pages_of(offsets, prompt, limits.page_size, request, state.cached[request] + 1)
+            need -= state.private_pages[request]
             while need > 0:
                 if allocate(state.pool, requests.blocks, need):
                     state.private_pages[request] += need
                     break
-                latest = state.running[counts[NUM_RUNNING] - 1]
-                _preempt(requests, limits, state, latest)
-                if latest == request:
+                if counts[NUM_HELD] > 0:
+                    drop(requests, limits, state, counts[NUM_HELD] - 1)
+                    continue
+                place = _last(requests, limits, state)
+                _preempt(requests, limits, state, place, now_us)
+                if place <= at:
+                    at -= 1
+                if state.phase[request] == PREEMPTED:
                     break
         at += 1
 
 
 @inner
-def _preempt(requests, limits, state, request):
-    """Puts the latest running request back to the head of the queue; its pages go, its tokens stay."""
-    counts = state.counts
-    _give_back(requests, limits, state, request)
+def _last(requests, limits, state):
+    """Where in `running` the request is that gives way first."""
+    if limits.order == SHORTEST:
+        for at in range(state.counts[NUM_RUNNING]):
+            request = state.running[at]
+            state.rank[request] = requests.output[request] - state.generated[request]
+    last = state.counts[NUM_RUNNING] - 1
+    for at in range(last - 1, -1, -1):
+        if before(state, state.running[last], state.running[at]):
+            last = at
+    return last
+
+
+@inner
+def _preempt(requests, limits, state, place, now_us):
+    """Lets the request at `place` of `running` wait again; its pages go, its tokens stay."""
+    counts, request = state.counts, state.running[place]
+    give_back(requests, limits, state, request)
     counts[NUM_RUNNING] -= 1
+    for at in range(place, counts[NUM_RUNNING]):
+        state.running[at] = state.running[at + 1]
     if state.phase[request] == DECODING:
+        state.paused_us[request] = now_us
         at = 0
         while state.decoding[at] != request:
             at += 1
@@ -113,18 +143,9 @@ def _preempt(requests, limits, state, request):
     state.phase[request] = PREEMPTED
     state.cached[request] = 0
     state.preemptions[request] += 1
-    state.preempted[counts[NUM_PREEMPTED]] = request
-    counts[NUM_PREEMPTED] += 1
+    state.preempted[counts[JUST_PREEMPTED]] = request
     counts[JUST_PREEMPTED] += 1
-
-
-@inner
-def _give_back(requests, limits, state, request):
-    """A request's pages."""
-    state.counts[POOL_FULL] = 0
-    free(state.pool, state.private_pages[request])
-    state.private_pages[request] = 0
-    release(state.pool, requests.blocks, limits.cache_kind, request, state.cached[request])
+    wait(state, request)
 
 
 @inner
@@ -150,31 +171,47 @@ def _continue_prefills(state, budget):
 
 
 @inner
+def _best_hit(requests, state):
+    """Where in `waiting` the request is of whose prompt the largest part is cached; ties as they were sent."""
+    best, best_share = 0, -1.0
+    for at in range(state.counts[NUM_WAITING]):
+        request = state.waiting[at]
+        share = resident_prefix(state.pool, requests.blocks, request)[1] / requests.prompt[request]
+        if share > best_share or (share == best_share and before(state, request, state.waiting[best])):
+            best, best_share = at, share
+    return best
+
+
+@inner
 def _admit(requests, limits, state, budget, now_us):
-    """Admits in order of arrival while tokens, rows and pages last."""
+    """Admits those that wait while tokens, rows and pages last."""
     counts = state.counts
     tokens = 0
-    while tokens < budget and counts[NUM_RUNNING] < len(state.running):
-        again = counts[NUM_PREEMPTED] > 0
-        if again:
-            request = state.preempted[counts[NUM_PREEMPTED] - 1]
-        else:
-            _skip_rejected(requests, counts)
-            if counts[NEXT_WAITING] == counts[NEXT_ARRIVAL]:
-                break
-            request = counts[NEXT_WAITING]
+    while tokens < budget and counts[NUM_RUNNING] < len(state.running) and counts[NUM_WAITING] > 0:
+        place = _best_hit(requests, state) if limits.order == KVSHARE else 0
+        request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
-        private = _private_pages(requests, limits, request, target)
+        private = private_pages_of(requests.blocks.offsets, requests.prompt, limits.page_size, request, target)
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
+        held, previous, carried = held_for(state, request), -1, 0
+        if held >= 0:
+            previous = state.held[held]
+            if requests.blocks.offsets[request] == requests.blocks.offsets[request + 1]:
+                carried = state.private_pages[previous]
         keep_free = limits.keep_free if counts[NUM_RUNNING] > 0 else 0
-        if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private, keep_free):
+        if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private - carried, keep_free):
+            if counts[NUM_RUNNING] == 0 and counts[NUM_HELD] > 0:
+                drop(requests, limits, state, counts[NUM_HELD] - 1)
+                continue
             counts[POOL_FULL] = 1  # until somebody gives pages back
             break
+        if held >= 0:
+            hit_tokens = max(hit_tokens, state.cached[previous])
+            state.private_pages[previous] -= carried
+            drop(requests, limits, state, held)
         hit_tokens = min(hit_tokens, target - 1)
-        if again:
-            counts[NUM_PREEMPTED] -= 1
-        else:
-            counts[NEXT_WAITING] += 1
+        leave(state, place)
+        if state.phase[request] == WAITING:
             state.start_us[request] = now_us
             state.hit_blocks[request] = hit_blocks
             state.hit_tokens[request] = hit_tokens
@@ -191,7 +228,8 @@ def _admit(requests, limits, state, budget, now_us):
 
 @compiled
 def end_step(requests, limits, state, now_us):
-    """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding."""
+    """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding. What was sent
+    until then was taken in before."""
     counts = state.counts
     for at in range(counts[NUM_CHUNKS]):
         state.cached[state.chunk_request[at]] += state.chunk_tokens[at]
@@ -212,7 +250,9 @@ def end_step(requests, limits, state, now_us):
         if state.generated[request] == requests.output[request]:
             state.phase[request] = FINISHED
             state.finish_us[request] = now_us
-            _give_back(requests, limits, state, request)
+            if not hold(requests, limits, state, request):
+                give_back(requests, limits, state, request)
+            end(state.clients, request, now_us)
             finished += 1
             continue
         state.running[running] = request

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.serving.queueing.orders import ORDERS
 from pkvsim.shapes import MAX_TOKENS, check_int
+
+ROUTERS = ("round-robin", "least-tokens", "prefix")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,10 @@ class ServingConfig:
     host_us: float = 0.0  # host time of a step that the GPU waits for, beside attention's
     graphs: bool = False  # decode in captured graphs: attention waits for no host but its planning
     prefix_cache: str = "none"  # one of prefix_cache.KINDS
+    order: str = "fcfs"  # who runs first, one of queueing.orders.ORDERS
+    kv_ttl_s: float = 10.0  # continuum: how long a request's KV is kept for the one that follows it
+    replicas: int = 1  # equal servers behind a router
+    router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
 
     def __post_init__(self) -> None:
@@ -36,7 +43,12 @@ class ServingConfig:
                 raise ValueError(f"{name}: expected a number in (0, 1], got {getattr(self, name)!r}")
         if not 0 <= self.keep_free_fraction < 1:
             raise ValueError(f"keep_free_fraction: expected a number in [0, 1), got {self.keep_free_fraction!r}")
-        for name in ("workspace_gib", "host_us"):
+        check_int("replicas", self.replicas, 1, 1024)
+        if self.router not in ROUTERS:
+            raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {self.router!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {self.order!r}")
+        for name in ("workspace_gib", "host_us", "kv_ttl_s"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
         if self.kv_gib is not None and not 0 < self.kv_gib < np.inf:

@@ -14,11 +14,13 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES
-from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks, page_pool
+from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
 from pkvsim.serving.prompt_blocks import prompt_blocks
+from pkvsim.serving.queueing.orders import ORDERS, ranks
+from pkvsim.serving.replicas import serve_replicas
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
@@ -50,15 +52,26 @@ def simulate(
     requests = requests_of(trace, model, config, limits)
     attention = attention_costs(model, device, policy, config)
     linear_us = linear_table_us(model, device, config)
-    state = new_scheduler_state(len(trace), limits, page_pool(requests.blocks, limits.num_pages))
-    log = new_log(len(trace), len(ROUTES), limits)
+    states = [new_scheduler_state(requests, limits) for _ in range(config.replicas)]
+    states = [state._replace(clients=states[0].clients) for state in states]
+    logs = [new_log(len(trace), len(ROUTES), limits) for _ in states]
     total = int(trace.output_tokens[requests.rejected == SERVED].sum())
+
+    def report() -> None:
+        if progress is not None:
+            progress(sum(int(state.generated.sum()) for state in states), total)
+
+    if config.replicas > 1:
+        owner = serve_replicas(trace, requests, limits, attention, linear_us, config, states, logs, report)
+        return make_result(policy, requests, limits, states, logs, owner)
     done = False
     while not done:
-        done = advance(requests, limits, attention, linear_us, float(config.host_us), state, log, CHUNK_STEPS)
-        if progress is not None:
-            progress(int(state.generated.sum()), total)
-    return make_result(policy, requests, limits, state, log)
+        done = advance(
+            requests, limits, attention, linear_us, float(config.host_us), states[0], logs[0], CHUNK_STEPS, np.inf,
+            np.inf, True,
+        )  # fmt: skip
+        report()
+    return make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
 
 
 def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:
@@ -71,11 +84,15 @@ def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Li
         max_batch=config.max_batch,
         step_tokens=config.step_tokens,
         cache_kind=KINDS.index(config.prefix_cache),
+        order=ORDERS.index(config.order),
+        hold_us=config.kv_ttl_s * 1e6 if config.order == "continuum" else 0.0,
     )
 
 
 def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, limits: Limits) -> Requests:
     """The trace as the scheduler takes it, arrivals from the first on. ValueError where no request can be served."""
+    if config.order == "kvshare" and config.prefix_cache == "none":
+        raise ValueError("order: kvshare orders by what a prefix cache holds, expected --prefix-cache with it")
     rejected = _rejected(trace, model, config, limits.num_pages)
     if rejected.all():
         raise ValueError(
@@ -89,6 +106,10 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
         output=trace.output_tokens,
         rejected=rejected,
         blocks=_blocks(trace, config, rejected == SERVED),
+        after=np.zeros(0, np.int32) if trace.after is None else trace.after,
+        think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
+        concurrency=trace.concurrency or 0,
+        rank=ranks(trace, config.order),
     )
 
 

@@ -8,21 +8,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.memory.prefix_cache import PagePool, PromptBlocks
+from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
+from pkvsim.serving.queueing.orders import FCFS, KVSHARE
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
-# Of SchedulerState.counts: the trace up to NEXT_ARRIVAL has arrived, up to NEXT_WAITING was admitted; the lengths of
-# `running`, `decoding`, `preempted` and of the chunks, those of requests just admitted from FIRST_ADMITTED on;
-# preempted by the step; 1 while no page is free for the next to be admitted.
-(NEXT_ARRIVAL, NEXT_WAITING, NUM_RUNNING, NUM_DECODING, NUM_PREEMPTED, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED,
- POOL_FULL) = range(9)  # fmt: skip
+# Of SchedulerState.counts: the lengths of `running`, `decoding`, `waiting` and of the chunks, those of requests just
+# admitted from FIRST_ADMITTED on; preempted by the step; 1 while no page is free for the next to be admitted; the
+# length of `held`.
+(NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL, NUM_HELD) = range(8)
+# Of Clients.counts: the trace up to NEXT_ARRIVAL is due or follows others; the length of `due`; sent and not ended;
+# sent. Of Clients.times: when the last slot became free after all were taken;
+# before NEXT_SEND nothing is sent.
+NEXT_ARRIVAL, NUM_DUE, IN_FLIGHT, NUM_SENT = range(4)
+FULL_UNTIL, NEXT_SEND = range(2)
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
-STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE = range(7)  # of RunLog.counts
+# Of RunLog.counts; PLANNED is 1 while a step runs that ends at the clock's time.
+STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE, PLANNED = range(8)
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
@@ -33,6 +39,10 @@ LOG_COLUMNS = (
 )
 
 
+# Times between a request's tokens are counted in bins of half a percent.
+GAP_BINS, GAPS_PER_E = 4096, 200
+
+
 class Requests(NamedTuple):
     """The requests."""
 
@@ -41,6 +51,10 @@ class Requests(NamedTuple):
     output: np.ndarray  # [n] int64, tokens
     rejected: np.ndarray  # [n] int8, SERVED or why not
     blocks: PromptBlocks
+    after: np.ndarray  # [n] int32, the earlier request that it follows, -1 none; [0] where all are -1
+    think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
+    concurrency: int  # most requests that are sent and not ended, 0 for no limit
+    rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.queueing.orders
 
 
 class Limits(NamedTuple):
@@ -52,16 +66,40 @@ class Limits(NamedTuple):
     max_batch: int
     step_tokens: int  # most tokens of a step, decode rows and prefill chunks together
     cache_kind: int  # index into prefix_cache.KINDS
+    order: int = FCFS  # index into queueing.orders.ORDERS
+    hold_us: float = 0.0  # how long a request's KV is kept for the one that follows it
+
+
+class Clients(NamedTuple):
+    """Who has sent what, and when the rest is due. f is n, or 0 where no request follows another."""
+
+    counts: np.ndarray  # [4] int64
+    times: np.ndarray  # [2] float64
+    concurrency: int
+    rejected: np.ndarray  # [n] int8
+    after: np.ndarray  # [f] int32
+    think_us: np.ndarray  # [f] float64
+    first_follower: np.ndarray  # [f] int32, a request that follows, -1 none
+    next_follower: np.ndarray  # [f] int32, another one that follows the same, -1 none
+    due_us: np.ndarray  # [n] float64; of what follows others until their end, the earliest that it can be
+    due: np.ndarray  # [f] int64, a heap of what follows others that have ended, the earliest on top
+    sent_us: np.ndarray  # [n] float64, NaN before
+    place: np.ndarray  # [n] int64, how many were sent before
 
 
 class SchedulerState(NamedTuple):
     """Where every request stands, who runs, and what the step is made of."""
 
-    counts: np.ndarray  # [9] int64
+    counts: np.ndarray  # [8] int64
     phase: np.ndarray  # [n] int8, WAITING to FINISHED
-    running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in trace order
+    running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in order of admission
     decoding: np.ndarray  # [max_batch] int64, the decoding ones, longest first
-    preempted: np.ndarray  # [max_batch + 1] int64, a stack, earliest on top
+    waiting: np.ndarray  # [n] int64, a heap of what was sent and does not run, the next to run on top
+    rank: np.ndarray  # [n] float64, what is to run first has the least
+    finds_hits: bool  # whether the next to run is the one with the largest part in the prefix cache
+    preempted: np.ndarray  # [max_batch] int64, by the step
+    paused_us: np.ndarray  # [n] float64, when a preempted request gave its latest token
+    held: np.ndarray  # [f] int64, ended requests whose pages are kept for those that follow them
     chunk_request: np.ndarray  # [max_batch] int64, prompts of which the step computes tokens
     chunk_begin: np.ndarray  # [max_batch] int64, the first of these tokens
     chunk_tokens: np.ndarray  # [max_batch] int64, how many
@@ -76,6 +114,7 @@ class SchedulerState(NamedTuple):
     hit_blocks: np.ndarray  # [n] int32, at first admission
     hit_tokens: np.ndarray  # [n] int64, at first admission
     pool: PagePool
+    clients: Clients
 
 
 class Attention(NamedTuple):
@@ -102,26 +141,56 @@ class RunLog(NamedTuple):
     """What a run leaves behind of its steps, and room for the step being priced."""
 
     clock_us: np.ndarray  # [1] float64
-    counts: np.ndarray  # [7] int64
+    counts: np.ndarray  # [8] int64
     lens: np.ndarray  # [max_batch] int64, scratch: lengths of decoding
     prices: Prices  # scratch
     totals: np.ndarray  # [len(LOG_COLUMNS)] float64, sums over steps
     route_steps: np.ndarray  # [R] int64, decode steps by the route of their last kind of layers
     log: np.ndarray  # [LOG_CAPACITY, len(LOG_COLUMNS)] float64, sums over the steps of an entry
     log_routes: np.ndarray  # [LOG_CAPACITY, R] float64, steps of the entry on each route
+    gaps: np.ndarray  # [GAP_BINS] int64, times between tokens: bin i from exp(i / GAPS_PER_E) us on
     sample_lens: np.ndarray  # [SAMPLES, max_batch] int64, lengths of a decode step, longest first
     sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
 
 
-def new_scheduler_state(num_requests: int, limits: Limits, pool: PagePool) -> SchedulerState:
+def new_clients(requests: Requests) -> Clients:
+    """Nothing was sent."""
+    n, follow = len(requests.prompt), len(requests.after)
+    first, following = np.full(follow, -1, np.int32), np.full(follow, -1, np.int32)
+    for request in np.flatnonzero(requests.after >= 0)[::-1]:  # so that the earliest comes first
+        following[request] = first[requests.after[request]]
+        first[requests.after[request]] = request
+    return Clients(
+        counts=np.zeros(4, np.int64),
+        times=np.zeros(2),
+        concurrency=requests.concurrency,
+        rejected=requests.rejected,
+        after=requests.after,
+        think_us=requests.think_us,
+        first_follower=first,
+        next_follower=following,
+        due_us=requests.arrival_us.copy(),
+        due=np.zeros(follow, np.int64),
+        sent_us=np.full(n, np.nan),
+        place=np.zeros(n, np.int64),
+    )
+
+
+def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
     """Nothing has arrived."""
-    n, most = num_requests, min(limits.max_batch, num_requests)
+    n = len(requests.prompt)
+    most = min(limits.max_batch, n)
     return SchedulerState(
-        counts=np.zeros(9, np.int64),
+        counts=np.zeros(8, np.int64),
         phase=np.full(n, WAITING, np.int8),
         running=np.zeros(most, np.int64),
         decoding=np.zeros(most, np.int64),
-        preempted=np.zeros(most + 1, np.int64),
+        waiting=np.zeros(n, np.int64),
+        rank=requests.rank.copy(),
+        finds_hits=limits.order == KVSHARE,
+        preempted=np.zeros(most, np.int64),
+        paused_us=np.full(n, np.nan),
+        held=np.zeros(len(requests.after), np.int64),
         chunk_request=np.zeros(most, np.int64),
         chunk_begin=np.zeros(most, np.int64),
         chunk_tokens=np.zeros(most, np.int64),
@@ -135,14 +204,15 @@ def new_scheduler_state(num_requests: int, limits: Limits, pool: PagePool) -> Sc
         preemptions=np.zeros(n, np.int32),
         hit_blocks=np.zeros(n, np.int32),
         hit_tokens=np.zeros(n, np.int64),
-        pool=pool,
+        pool=page_pool(requests.blocks, limits.num_pages),
+        clients=new_clients(requests),
     )
 
 
 def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
     """No step has run."""
     most = min(limits.max_batch, num_requests)
-    counts = np.zeros(7, np.int64)
+    counts = np.zeros(8, np.int64)
     counts[LOG_STRIDE] = counts[SAMPLE_STRIDE] = 1
     return RunLog(
         clock_us=np.zeros(1),
@@ -153,6 +223,7 @@ def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
         route_steps=np.zeros(num_routes, np.int64),
         log=np.zeros((LOG_CAPACITY, len(LOG_COLUMNS))),
         log_routes=np.zeros((LOG_CAPACITY, num_routes)),
+        gaps=np.zeros(GAP_BINS, np.int64),
         sample_lens=np.zeros((SAMPLES, most), np.int64),
         sample_choice=np.zeros((SAMPLES, 3), np.int64),
     )

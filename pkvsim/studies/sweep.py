@@ -21,11 +21,14 @@ from pkvsim.studies.provenance import basis_note
 from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.traces.requests import RequestTrace, scale_rate
 
-SERVING_AXES = ("device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache")
+SERVING_AXES = (
+    "device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order", "replicas",
+    "router",
+)  # fmt: skip
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
 IMPOSSIBLE = "impossible"
-_WORDS = ("device", "policy", "prefix_cache")
+_WORDS = ("device", "policy", "prefix_cache", "order", "router")
 Progress = Callable[[int, int], None]  # cells done, of how many
 
 
@@ -151,7 +154,8 @@ def _serving_cell(
     config: ServingConfig, weight_bits: int | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
-    settings: dict[str, Any] = {k: place[k] for k in ("max_batch", "page_size", "splits", "prefix_cache") if k in place}
+    set_by_axes = ("max_batch", "page_size", "splits", "prefix_cache", "order", "replicas", "router")
+    settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
     config = replace(config, **settings)
@@ -270,7 +274,7 @@ def _figure(cell: dict[str, Any], metric: str) -> float:
         if not isinstance(value, dict) or part not in value:
             raise ValueError(f"metric: expected a figure such as {', '.join(figures(cell))}, got {metric!r}")
         value = value[part]
-    if isinstance(value, (dict, str)):
+    if isinstance(value, (dict, str, list)):
         raise ValueError(f"metric: expected a number such as {', '.join(figures(cell))}, got {metric!r}")
     return np.nan if value is None else float(value)
 
@@ -281,6 +285,6 @@ def figures(cell: dict[str, Any], prefix: str = "") -> list[str]:
     for name, value in cell.items():
         if isinstance(value, dict):
             names += figures(value, f"{prefix}{name}.")
-        elif not isinstance(value, str):
+        elif not isinstance(value, (str, list)):
             names.append(prefix + name)
     return names

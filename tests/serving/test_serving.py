@@ -8,7 +8,7 @@ import pytest
 import serving_reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace
+from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace, waits
 
 from pkvsim.devices.derive import device_routes
 from pkvsim.policy.calibrated import CalibratedPolicy
@@ -75,8 +75,8 @@ def test_the_gpu_idles_only_when_nobody_is_there(case) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(crowded(), st.sampled_from([MODEL, GPT_OSS]))
-def test_the_incremental_loop_is_the_plain_one(case, model) -> None:
+@given(crowded(), st.sampled_from([MODEL, GPT_OSS]), st.data())
+def test_the_incremental_loop_is_the_plain_one(case, model, data) -> None:
     trace, config = case
     longest = page_budget(model, DEVICE, config) * config.page_size
     fits = trace.prompt_tokens + trace.output_tokens - 1 <= longest
@@ -84,6 +84,7 @@ def test_the_incremental_loop_is_the_plain_one(case, model) -> None:
     trace = replace(
         trace, **{name: getattr(trace, name)[fits] for name in ("arrival_s", "prompt_tokens", "output_tokens")}
     )
+    trace = data.draw(waits(trace))
     result = simulate(trace, model, DEVICE, "balanced", config)
     expected = serving_reference.serve(trace, model, DEVICE, "balanced", config)
     requests = result.requests

@@ -1,6 +1,8 @@
 """Traces and configurations that the serving tests share."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -38,6 +40,18 @@ def make_trace(rows, *, gap_s: float = 0.0, blocks: bool = False) -> RequestTrac
             hashes.append(names.setdefault(path, len(names)))
         offsets.append(len(hashes))
     return RequestTrace("case", arrival, prompt, output, np.array(hashes), np.array(offsets), BLOCK_TOKENS)
+
+
+@st.composite
+def waits(draw, trace):
+    """The trace with requests that follow others, and at most so many in flight; either may be missing."""
+    n = len(trace)
+    concurrency = draw(st.none() | st.integers(1, 6))
+    if draw(st.booleans()):
+        return replace(trace, concurrency=concurrency)
+    after = [draw(st.integers(-1, at - 1)) for at in range(n)]
+    think_us = draw(st.lists(st.sampled_from([0.0, 1.0, 5e3, 2e5]), min_size=n, max_size=n))
+    return replace(trace, after=np.array(after), think_us=np.array(think_us), concurrency=concurrency)
 
 
 def poisson_trace(n: int, rate: float, prompt: int, output: int, seed: int) -> RequestTrace:

@@ -12,9 +12,12 @@ from pkvsim.serving.costs import attention_kinds, linear_table_us, page_budget
 
 @dataclass
 class Request:
-    arrival_us: float
+    arrival_us: float  # when it was sent, once it was
     prompt: int
     output: int
+    after: int = -1
+    think_us: float = 0.0
+    sent: bool = False
     cached: int = 0
     generated: int = 0
     pages: int = 0
@@ -33,8 +36,36 @@ def serve(trace, model, device, route: str, config) -> list[Request]:
     start = trace.arrival_s[0]
     lengths = zip(trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
     requests = [Request((at - start) * 1e6, *both) for at, both in zip(trace.arrival_s.tolist(), lengths)]
+    if trace.after is not None:
+        for request, after, think_us in zip(requests, trace.after.tolist(), trace.think_us.tolist()):
+            request.after, request.think_us = after, think_us
     running: set[int] = set()
-    now = 0.0
+    queue: list[int] = []  # as sent
+    now = slot_us = 0.0
+
+    def due_us(request: Request) -> float:
+        if request.after < 0:
+            return request.arrival_us
+        end_us = requests[request.after].finish_us
+        return max(request.arrival_us, end_us + request.think_us) if end_us == end_us else np.nan
+
+    def in_flight() -> int:
+        return sum(request.sent and np.isnan(request.finish_us) for request in requests)
+
+    def next_sent() -> tuple[float, int]:
+        """When and which request is sent next, as far as is known; infinity where it waits for an end."""
+        known = [(due_us(r), i) for i, r in enumerate(requests) if not r.sent]
+        known = [(at, i) for at, i in known if at == at]
+        if not known or (trace.concurrency is not None and in_flight() >= trace.concurrency):
+            return np.inf, -1
+        at, i = min(known)
+        return max(at, slot_us), i
+
+    def send_until(us: float) -> None:
+        while (next_one := next_sent())[0] <= us:
+            at, i = next_one
+            requests[i].arrival_us, requests[i].sent = at, True
+            queue.append(i)
 
     def pages_of(tokens: int) -> int:
         return -(-tokens // config.page_size)
@@ -48,29 +79,29 @@ def serve(trace, model, device, route: str, config) -> list[Request]:
         return us
 
     while any(np.isnan(request.finish_us) for request in requests):
-        waiting = [i for i, r in enumerate(requests) if np.isnan(r.finish_us) and i not in running]
-        arrived = [i for i in waiting if requests[i].arrival_us <= now]
+        send_until(now)
+        arrived = [i for i in queue if np.isnan(requests[i].finish_us) and i not in running]
         if not running and not arrived:
-            now = requests[waiting[0]].arrival_us
+            now = next_sent()[0]
             continue
         preempted = False
-        for i in sorted(running):
+        for i in sorted(running, key=queue.index):
             request = requests[i]
             while i in running and request.decoding and request.pages < pages_of(request.cached + 1):
                 if free:
                     free, request.pages = free - 1, request.pages + 1
                     continue
-                preempted, latest = True, max(running)
+                preempted, latest = True, max(running, key=queue.index)
                 running.remove(latest)
                 loser = requests[latest]
                 free += loser.pages
                 loser.pages = loser.cached = 0
                 loser.decoding, loser.preemptions = False, loser.preemptions + 1
-        decoders = [i for i in sorted(running) if requests[i].decoding]
+        decoders = [i for i in sorted(running, key=queue.index) if requests[i].decoding]
         budget = config.step_tokens - len(decoders)
         us = 0.0
         prefilled = 0
-        for i in [i for i in sorted(running) if not requests[i].decoding] + ([] if preempted else arrived):
+        for i in [i for i in sorted(running, key=queue.index) if not requests[i].decoding] + ([] if preempted else arrived):
             request = requests[i]
             target = request.prompt + request.generated
             if budget == 0:
@@ -92,7 +123,9 @@ def serve(trace, model, device, route: str, config) -> list[Request]:
             for shape, options, layers in attention_kinds(model, config.page_size):
                 us += prices.decide(shape, seen, device, layers=layers, options=options).prices[route]
         now += us + linear_us[len(decoders) + prefilled] + config.host_us
-        for i in sorted(running):
+        send_until(now)  # before slots are free
+        full = trace.concurrency is not None and in_flight() == trace.concurrency
+        for i in sorted(running, key=queue.index):
             request = requests[i]
             if request.decoding:
                 request.cached += 1
@@ -106,5 +139,6 @@ def serve(trace, model, device, route: str, config) -> list[Request]:
                 request.finish_us = now
                 running.remove(i)
                 free += request.pages
+                slot_us = now if full else slot_us
     assert free == num_pages
     return requests

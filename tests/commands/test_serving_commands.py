@@ -1,0 +1,71 @@
+"""whatif and sweep on a load that is made up."""
+import json
+
+import pytest
+from command import pkvsim
+
+LOAD = ("--input-tokens", "100-300", "--output-tokens", "20", "--requests", "60")
+SERVER = ("--device", "h200", "--model", "llama-3.1-8b")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *args: pkvsim(capsys, monkeypatch, *args)
+
+
+def whatif(run, *args):
+    code, out, err = run("whatif", *SERVER, "--policies", "balanced", *args, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def test_whatif_needs_no_file(run):
+    told = whatif(run, *LOAD, "--rate", "4")
+    assert told["policies"]["balanced"]["finished"] == 60 and told["notes"][0].startswith("made up, seed 0: 4 requests")
+    slow, fast = (whatif(run, *LOAD, "--concurrency", str(n))["policies"]["balanced"] for n in (1, 8))
+    assert slow["mean_rows"] == pytest.approx(1) and 6 < fast["mean_rows"] <= 8
+    assert fast["tokens_per_s"] > 3 * slow["tokens_per_s"] and not fast["saturated"]
+
+
+def test_turns_wait_for_answers(run):
+    turns = ("--turns", "5", "--think-time", "10")
+    together = whatif(run, *LOAD, *turns, "--prefix-cache", "lru")["policies"]["balanced"]
+    assert 40 < together["makespan_s"] < 50 and together["prefix_hit_share"] > 0.4  # four pauses of 10 s
+
+
+def test_a_sweep_needs_no_file(run):
+    code, out, err = run("sweep", *SERVER, *LOAD, "--rate", "9", "--over", "max_batch=1,8", "--policy", "balanced", "--json")
+    one, eight = (cell["result"] for cell in json.loads(out)["cells"])
+    assert (code, err) == (0, "") and one["ttft_s"]["p90"] > eight["ttft_s"]["p90"]
+    code, out, err = run("sweep", "--rate", "9", "--over", "batch=1,8")
+    assert code == 2 and "rate: means something with a trace alone" in err
+    code, out, err = run("whatif", *SERVER)
+    assert code == 2 and "expected a request trace, or --input-tokens and --output-tokens" in err
+
+
+def test_an_order_and_a_line_for_every_request(run, tmp_path):
+    path = tmp_path / "requests.csv"
+    whatif(run, *LOAD, "--rate", "4", "--order", "shortest", "--requests-csv", str(path))
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    assert len(lines) == 61 and lines[0][:4] == ["policy", "request", "session", "arrival_s"]
+    first = dict(zip(lines[0], lines[1]))
+    assert (first["policy"], first["request"], first["output_tokens"], first["rejected"]) == ("balanced", "0", "20", "")
+    assert float(first["e2e_s"]) == pytest.approx(float(first["ttft_s"]) + 19 * float(first["tpot_s"]), rel=1e-6)
+    for args, message in (
+        (("--requests-csv", "x.txt"), "requests_csv: expected a file ending in .csv"),
+        (("--order", "lifo"), "order: expected one of fcfs, shortest, batchllm, kvshare, continuum, got 'lifo'"),
+    ):
+        code, out, err = run("whatif", *SERVER, *LOAD, *args)
+        assert code == 2 and message in err
+
+
+def test_two_servers_share_the_load(run):
+    one, two = (
+        whatif(run, *LOAD, "--replicas", n, "--router", "least-tokens")["policies"]["balanced"] for n in ("1", "2")
+    )
+    assert sum(part["requests"] for part in two["replicas"]) == 60 and len(one["replicas"]) == 1
+    assert two["kv_pages"] == 2 * one["kv_pages"] and two["makespan_s"] < one["makespan_s"]
+    code, out, err = run("sweep", *SERVER, *LOAD, "--over", "replicas=1,2", "--over", "router=round-robin,prefix", "--json")
+    assert (code, err) == (0, "") and len(json.loads(out)["cells"]) == 4
+    code, out, err = run("whatif", *SERVER, *LOAD, "--replicas", "2", "--timeline", "x.json")
+    assert code == 2 and "timeline: expected one server" in err

@@ -1,0 +1,88 @@
+"""Several servers behind a router."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_cases import DEVICE, MODEL, crowded, make_trace, waits
+
+from pkvsim.serving.queueing.orders import ORDERS
+from pkvsim.serving.server_config import ROUTERS, ServingConfig
+from pkvsim.serving.simulate import simulate
+from pkvsim.serving.state import SERVED
+
+
+@settings(max_examples=80, deadline=None)
+@given(crowded(blocks=True), st.integers(2, 4), st.sampled_from(ROUTERS), st.sampled_from(ORDERS), st.data())
+def test_every_request_is_served_once_and_clients_wait_for_whichever_server(case, n, router, order, data) -> None:
+    trace, config = case
+    trace = data.draw(waits(trace))
+    config = replace(config, replicas=n, router=router, order=order, prefix_cache="lru")
+    result = simulate(trace, MODEL, DEVICE, "balanced", config)
+    requests, served = result.requests, result.requests.rejected == SERVED
+    np.testing.assert_array_equal(requests.output_tokens, np.where(served, trace.output_tokens, 0))
+    assert result.allocated_pages == result.freed_pages + result.cached_pages
+    assert [part["requests"] for part in result.summary["replicas"]] == np.bincount(
+        requests.replica[served], minlength=n
+    ).tolist()
+    ends, due = np.where(served, requests.finish_s, requests.arrival_s), trace.arrival_s - trace.arrival_s[0]
+    if trace.after is not None:
+        follows = trace.after >= 0
+        due[follows] = np.maximum(due, ends[trace.after] + trace.think_us / 1e6)[follows]
+    assert (requests.arrival_s >= due - 1e-9).all() and (requests.queue_s[served] >= 0).all()
+    if trace.concurrency is None:
+        np.testing.assert_allclose(requests.arrival_s, due, rtol=1e-12, atol=1e-9)
+        return
+    for at in requests.arrival_s[served]:
+        assert ((requests.arrival_s[served] <= at) & (ends[served] > at)).sum() <= trace.concurrency
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowded(), st.integers(2, 3))
+def test_round_robin_of_independent_requests_is_as_many_servers_alone(case, n) -> None:
+    trace, config = case
+    result = simulate(trace, MODEL, DEVICE, "balanced", replace(config, replicas=n))
+    served = np.flatnonzero(result.requests.rejected == SERVED)
+    for at in range(n):
+        own = served[at::n]
+        assert (result.requests.replica[own] == at).all()
+        if not len(own):
+            continue
+        part = replace(
+            trace, arrival_s=trace.arrival_s[own], prompt_tokens=trace.prompt_tokens[own],
+            output_tokens=trace.output_tokens[own],
+        )  # fmt: skip
+        alone = simulate(part, MODEL, DEVICE, "balanced", config).requests
+        np.testing.assert_allclose(alone.ttft_s, result.requests.ttft_s[own], rtol=1e-9, atol=1e-9)
+        np.testing.assert_array_equal(alone.preemptions, result.requests.preemptions[own])
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_one_server_by_the_router_s_loop_is_the_loop_alone(coupled, monkeypatch) -> None:
+    """Two servers, of which the second is never sent anything."""
+    from pkvsim.serving import replicas
+
+    monkeypatch.setattr(replicas.Router, "route", lambda self, request: 0)
+    trace = make_trace([(0.002, 150 + 31 * at % 97, 3 + 17 * at % 40) for at in range(60)])
+    if coupled:
+        trace = replace(trace, concurrency=5, after=np.arange(60) // 2 - 1, think_us=np.full(60, 4000.0))
+    config = ServingConfig(max_batch=8, step_tokens=100)
+    alone, two = (simulate(trace, MODEL, DEVICE, "balanced", replace(config, replicas=n)).requests for n in (1, 2))
+    for name in ("arrival_s", "queue_s", "ttft_s", "finish_s"):
+        np.testing.assert_allclose(getattr(two, name), getattr(alone, name), rtol=1e-9, atol=1e-12)
+
+
+def test_least_tokens_and_prefix() -> None:
+    rows = [(0, 3200, 400, [0]), (0, 320, 4, [1]), (0, 320, 4, [2]), (0, 320, 4, [3]), (1e-4, 3200, 4, [0])]
+    trace = make_trace(rows, blocks=True)
+
+    def owners(router):
+        config = ServingConfig(replicas=2, router=router, prefix_cache="lru")
+        return simulate(trace, MODEL, DEVICE, "balanced", config).requests.replica.tolist()
+
+    assert owners("round-robin") == [0, 1, 0, 1, 0]
+    assert owners("least-tokens") == [0, 1, 1, 1, 1]
+    assert owners("prefix") == [0, 1, 1, 1, 0]
