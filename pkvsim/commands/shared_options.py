@@ -31,3 +31,9 @@ KVGib = Annotated[Optional[float], typer.Option(help="GiB of KV pages; by defaul
 WeightBits = Annotated[
     Optional[int], typer.Option(help="16, 8 or 4 bits for layer weights; by default 16, or what fits.")
 ]
+# Who computes the cells of a study.
+WorkerCount = Annotated[int, typer.Option("--workers", help="Processes of this machine that share the cells.")]
+Dask = Annotated[
+    Optional[str],
+    typer.Option(help="Address of a Dask scheduler whose workers compute the cells, such as tcp://10.0.0.1:8786."),
+]

@@ -9,6 +9,7 @@ import typer
 from pkvsim.commands.errors import one_line_errors
 from pkvsim.commands.shared_options import (
     AsJson,
+    Dask,
     Device,
     Jitter,
     KVGib,
@@ -20,6 +21,7 @@ from pkvsim.commands.shared_options import (
     RateScale,
     Seed,
     WeightBits,
+    WorkerCount,
 )  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def sweep(
     route_map: Annotated[
         Optional[str], typer.Option(help="Draw which route each step takes to this .png or .svg file, without a trace.")
     ] = None,
+    workers: WorkerCount = 1,
+    dask: Dask = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs every combination of a few settings: two axes make a heat map.
@@ -78,7 +82,9 @@ def sweep(
         from pkvsim.serving.costs import fit_note
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.shapes import MAX_TOKENS, check_int
-        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, parse_axes, serving_sweep, step_sweep
+        from pkvsim.studies.cells import parse_axes
+        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, serving_sweep, step_sweep
+        from pkvsim.studies.workers import Workers
         from pkvsim.traces.readers import load_requests
 
         axes = parse_axes(over, STEP_AXES if trace is None else SERVING_AXES)
@@ -92,12 +98,14 @@ def sweep(
         config = ServingConfig(
             page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs
         )
+        crew = Workers(workers, dask)
         spec = get_device(device)
         metric = metric or ("us" if trace is None else "tokens_per_s")
         check_used(
             trace is not None, layers=layers != 1, limit=limit is not None, rate_scale=rate_scale != 1,
             jitter=jitter != 0, seed=seed != 0, prefix_cache=prefix_cache != "none", max_batch=max_batch != 256,
             kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
+            workers=workers != 1, dask=dask is not None,
         )  # fmt: skip
         if trace is None:
             shape = get_model(model).shape(page_size)
@@ -108,7 +116,7 @@ def sweep(
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
                 report = serving_sweep(
                     axes, requests, get_model(model), spec, policy, config, metric=metric, weight_bits=weight_bits,
-                    progress=done,
+                    workers=crew, progress=done,
                 )  # fmt: skip
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]
