@@ -13,7 +13,7 @@ from pkvsim.serving.state import SERVED
 
 METRICS = {
     "ttft": "time to first token",
-    "tpot": "time per output token, mean of a request",
+    "tpot": "mean time per output token after the first",
     "e2e": "time from arrival to the last token",
     "queue": "time from arrival to admission",
 }
