@@ -169,6 +169,9 @@ def _servers(
             impossible.append(_empty(place, place.get("model", model), gpu, str(error)))
     if not servers:
         raise ValueError(impossible[0].reason)
+    # Slow servers run at low rates, where batches are small and steps many, so that their searches take longest. They
+    # begin first, so that no worker is left with one at the end.
+    servers.sort(key=lambda server: server.device.beta_gb_s * server.model.tensor_parallel)
     return servers, impossible
 
 
