@@ -19,7 +19,7 @@ def table(search: CapacitySearch) -> tuple[list[str], list[list[str]]]:
     heads += ["replicas", "GPUs"] if wanted else []
     heads += ["output\ntokens/s"]
     heads += [f"{one.name}\nof {seconds(one.bound_s)}" for one in search.objectives]
-    heads += ["good\nrequests", "given up by"]
+    heads += ["good\nrequests", "missed\njust above"]
     heads += ["$ per\nhour", "$ per M\noutput", "$ per M\ntokens"] if priced else []
     return heads, [_row(search, cell, wanted, priced) for cell in search.cells]
 

@@ -77,10 +77,11 @@ def _answer(search: CapacitySearch) -> str:
 def _question(search: CapacitySearch) -> str:
     wanted = ""
     if search.wanted_rate_per_s is not None:
-        wanted = f" A replica's rate then says how many replicas {search.wanted_rate_per_s:g} requests per second need."
+        wanted = f" Its rate says how many replicas {search.wanted_rate_per_s:g} requests per second need."
     return (
-        "For every server the trace's requests were sent faster and slower, in simulation, to find the highest rate at "
-        f"which it keeps all of these, with a queue that does not keep growing (to {search.tolerance:.2%}):{wanted}"
+        "For every server the trace's requests were sent faster and slower, in simulation, to find the highest rate "
+        f"(to {100 * search.tolerance:g} %) at which its queue does not keep growing and all of the objectives "
+        f"below are met.{wanted}"
     )
 
 
@@ -126,11 +127,11 @@ def _glossary(search: CapacitySearch) -> list[tuple[str, str]]:
     if search.wanted_rate_per_s is not None:
         terms.append(("replicas, GPUs", f"that {search.wanted_rate_per_s:g} requests per second need together"))
     terms.append(("output tokens/s", "that requests at this rate ask of one replica"))
-    terms += [(one.name, METRICS[one.metric] + f", {one.percentile:g}th percentile") for one in search.objectives]
+    terms += [(one.name, f"{METRICS[one.metric]}: {one.percentile:g} % of the requests had at most this") for one in search.objectives]
     terms += [
         ("good requests", "those that keep every bound by themselves"),
-        ("given up by", f"the objectives that a rate {search.tolerance:.2%} higher, or less, misses; saturated: the "
-                        "queue keeps growing"),
+        ("missed just above", f"objectives that a rate higher by at most {100 * search.tolerance:g} % misses; saturated: the "
+                              "queue keeps growing"),
     ]  # fmt: skip
     if search.prices:
         serve = "the wanted rate" if search.wanted_rate_per_s is not None else "their highest rate"

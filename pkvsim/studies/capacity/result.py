@@ -83,9 +83,14 @@ class CapacityCell:
 
     @property
     def label(self) -> str:
-        """The values that name it."""
-        return ", ".join(f"{value}" if isinstance(value, str) else f"{name} {value}"
-                         for name, value in self.place.items())  # fmt: skip
+        """The values that name it: `h200, 2 GPUs, batch 64`."""
+        words = []
+        for name, value in self.place.items():
+            if name == "tp":
+                words.append("1 GPU" if value == 1 else f"{value} GPUs")
+            else:
+                words.append(value if isinstance(value, str) else f"{name.replace('_', ' ')} {value}")
+        return ", ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""

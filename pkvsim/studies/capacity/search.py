@@ -289,7 +289,7 @@ def _why_none(lowest: Point, full: ServingResult) -> str:
 
 def _search_notes(wanted_rate_per_s: float | None, tolerance: float) -> tuple[str, ...]:
     notes = [
-        f"a rate is kept if every objective is met and the queue does not grow without end; {tolerance:.2%} above the "
+        f"a rate is kept if every objective is met and the queue does not grow without end; {100 * tolerance:g} % above the "
         "highest rate one was tried and missed"
     ]
     if wanted_rate_per_s is not None:
