@@ -127,12 +127,16 @@ def _glossary(search: CapacitySearch) -> list[tuple[str, str]]:
     if search.wanted_rate_per_s is not None:
         terms.append(("replicas, GPUs", f"that {search.wanted_rate_per_s:g} requests per second need together"))
     terms.append(("output tokens/s", "that requests at this rate ask of one replica"))
-    terms += [(one.name, f"{METRICS[one.metric]}: {one.percentile:g} % of the requests had at most this") for one in search.objectives]
+    for one in search.objectives:
+        terms.append((one.name, f"{METRICS[one.metric]}: {one.percentile:g} % of the requests had at most this"))
     terms += [
         ("good requests", "those that keep every bound by themselves"),
-        ("missed just above", f"objectives that a rate higher by at most {100 * search.tolerance:g} % misses; saturated: the "
-                              "queue keeps growing"),
-    ]  # fmt: skip
+        (
+            "missed just above",
+            f"objectives that a rate higher by at most {100 * search.tolerance:g} % misses; saturated: the queue keeps "
+            "growing",
+        ),
+    ]
     if search.prices:
         serve = "the wanted rate" if search.wanted_rate_per_s is not None else "their highest rate"
         given = ", ".join(f"{name} {money(dollars)}" for name, dollars in search.prices.items())

@@ -289,8 +289,8 @@ def _why_none(lowest: Point, full: ServingResult) -> str:
 
 def _search_notes(wanted_rate_per_s: float | None, tolerance: float) -> tuple[str, ...]:
     notes = [
-        f"a rate is kept if every objective is met and the queue does not grow without end; {100 * tolerance:g} % above the "
-        "highest rate one was tried and missed"
+        "a rate is kept if every objective is met and the queue does not grow without end; a rate at most "
+        f"{100 * tolerance:g} % above the highest one was tried and missed"
     ]
     if wanted_rate_per_s is not None:
         notes.append(
