@@ -7,6 +7,8 @@ import pytest
 from serving_cases import DEVICE, MODEL, poisson_trace
 from worker_cases import work
 
+from pkvsim.studies.capacity.search import capacity_search
+from pkvsim.studies.objectives import parse_objectives
 from pkvsim.studies.sweep import serving_sweep
 from pkvsim.studies.workers import Failed, Workers, run_cells
 
@@ -69,6 +71,15 @@ def test_a_sweep_on_a_dask_cluster_is_the_sweep_here(cluster) -> None:
     here = serving_sweep(axes, trace, MODEL, DEVICE, "balanced")
     there = serving_sweep(axes, trace, MODEL, DEVICE, "balanced", workers=Workers(dask=cluster))
     assert here.to_dict() == there.to_dict() and here.notes == there.notes
+
+
+def test_a_capacity_search_on_a_dask_cluster_is_the_search_here(cluster) -> None:
+    axes, trace = {"device": ("h200", "l4"), "tp": (1, 3)}, poisson_trace(20, 4, 500, 10, seed=2)
+    here, there = (
+        capacity_search(axes, trace, parse_objectives("ttft_p90=1s"), policy="balanced", tolerance=0.5, workers=workers)
+        for workers in (Workers(), Workers(dask=cluster))
+    )
+    assert here.to_dict() == there.to_dict()
 
 
 def test_a_cluster_out_of_reach(monkeypatch) -> None:

@@ -15,12 +15,16 @@ from pkvsim.studies.objectives import METRICS, Objective
 
 SHOWN_AT_FIRST = 8  # More lines than that in one chart cannot be told apart; the others are a click away.
 AXIS_WORDS = {
-    "device": "the GPU's model", "tp": "GPUs that share every layer of the model (tensor parallel); one replica has so "
-    "many", "batch": "most requests that run at once in a replica", "policy": "how decode attention is chosen a kernel",
-    "model": "the language model", "page_size": "tokens of a page of the KV cache",
-    "prefix_cache": "how prompt prefixes are reused", "weight_bits": "bits of a layer weight",
+    "device": "the GPU's model",
+    "tp": "GPUs that share every layer of the model (tensor parallel); one replica has so many",
+    "batch": "most requests that run at once in a replica",
+    "policy": "how the kernel of decode attention is chosen",
+    "model": "the language model",
+    "page_size": "tokens of a page of the KV cache",
+    "prefix_cache": "how prompt prefixes are reused",
+    "weight_bits": "bits of a layer weight",
     "step_tokens": "most tokens of one step, prompt chunks included",
-}  # fmt: skip
+}
 
 
 def write_capacity(search: CapacitySearch, path: str | Path) -> None:
