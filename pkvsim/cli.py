@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pkvsim.commands import devices, fit, models, replay, step, sweep, trace, whatif
+from pkvsim.commands import capacity, devices, fit, models, replay, step, sweep, trace, whatif
 from pkvsim.commands.errors import print_error
 from pkvsim.compiled.notice import compile_notice
 
 COMMANDS = (
-    devices.devices, fit.fit, models.models, replay.replay, step.step, sweep.sweep, trace.trace, whatif.whatif,
+    capacity.capacity, devices.devices, fit.fit, models.models, replay.replay, step.step, sweep.sweep, trace.trace,
+    whatif.whatif,
 )  # fmt: skip
 UNWRITTEN, BAD_INPUT = 1, 2
 INTERRUPTED, PIPE_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as a shell names those who die of them

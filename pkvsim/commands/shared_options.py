@@ -38,3 +38,9 @@ Replicas = Annotated[int, typer.Option(help="Equal servers behind a router.")]
 RouterName = Annotated[
     str, typer.Option("--router", help="Who gets which request: round-robin, least-tokens or prefix (see --replicas).")
 ]
+# Who computes the cells of a study.
+WorkerCount = Annotated[int, typer.Option("--workers", help="Processes of this machine that share the cells.")]
+Dask = Annotated[
+    Optional[str],
+    typer.Option(help="Address of a Dask scheduler whose workers compute the cells, such as tcp://10.0.0.1:8786."),
+]

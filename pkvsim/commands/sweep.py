@@ -10,6 +10,7 @@ from pkvsim.commands.errors import one_line_errors
 from pkvsim.commands.load_options import RequestOptions, with_request_options
 from pkvsim.commands.shared_options import (
     AsJson,
+    Dask,
     Device,
     KVGib,
     MaxBatch,
@@ -20,6 +21,7 @@ from pkvsim.commands.shared_options import (
     Replicas,
     RouterName,
     WeightBits,
+    WorkerCount,
 )  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def sweep(
     route_map: Annotated[
         Optional[str], typer.Option(help="Draw which route each step takes to this .png or .svg file, without a trace.")
     ] = None,
+    workers: WorkerCount = 1,
+    dask: Dask = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs every combination of a few settings: two axes make a heat map.
@@ -84,7 +88,9 @@ def sweep(
         from pkvsim.serving.costs import fit_note
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.shapes import MAX_TOKENS, check_int
-        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, parse_axes, serving_sweep, step_sweep
+        from pkvsim.studies.cells import parse_axes
+        from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, serving_sweep, step_sweep
+        from pkvsim.studies.workers import Workers
 
         serving = trace is not None or source.input_tokens is not None or source.output_tokens is not None
         axes = parse_axes(over, SERVING_AXES if serving else STEP_AXES)
@@ -99,12 +105,14 @@ def sweep(
             page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs,
             order=order, replicas=replicas, router=router,
         )
+        crew = Workers(workers, dask)
         spec = get_device(device)
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
             serving, layers=layers != 1, **source.given(), prefix_cache=prefix_cache != "none",
             max_batch=max_batch != 256, kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
-            order=order != "fcfs", replicas=replicas != 1, router=router != "round-robin",
+            order=order != "fcfs", replicas=replicas != 1, router=router != "round-robin", workers=workers != 1,
+            dask=dask is not None,
         )  # fmt: skip
         if not serving:
             shape = get_model(model).shape(page_size)
@@ -115,7 +123,7 @@ def sweep(
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
                 report = serving_sweep(
                     axes, requests, get_model(model), spec, policy, config, metric=metric, weight_bits=weight_bits,
-                    progress=done,
+                    workers=crew, progress=done,
                 )  # fmt: skip
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]

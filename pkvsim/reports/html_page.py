@@ -33,16 +33,20 @@ def check_report_path(path: str | Path) -> Path:
 
 def write_html(report: WhatIf, path: str | Path) -> None:
     """Writes the page. ValueError as check_report_path, or where writing fails."""
+    write_page(html_page(report), path)
+
+
+def write_page(text: str, path: str | Path) -> None:
+    """Writes any page. ValueError as check_report_path, or where writing fails."""
     path = check_report_path(path)
     try:
-        path.write_text(html_page(report), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"report: cannot write {path}: {error.strerror or error}") from None
 
 
 def html_page(report: WhatIf) -> str:
     """The page's text."""
-    page = files("pkvsim") / "reports" / "page"
     trace, first = report.trace, next(iter(report.results.values()))
     parts = {
         "title": escape(f"{report.model.name} on {report.device.label}"),
@@ -55,11 +59,22 @@ def html_page(report: WhatIf) -> str:
         "summary": _table(list(report.results), table_rows(report)),
         "figures": _figures(report),
         "config": _config(report),
-        "data": json.dumps(_chart_data(report), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    parts["style"] = (page / "page.css").read_text(encoding="utf-8")
-    parts["script"] = (page / "page.js").read_text(encoding="utf-8")
-    return Template((page / "page.html").read_text(encoding="utf-8")).substitute(parts)
+    return fill_page("page", parts, _chart_data(report))
+
+
+def fill_page(name: str, parts: dict[str, str], data: dict[str, Any]) -> str:
+    """The text of NAME.html of reports/page, with HTML for its placeholders, the style that pages share, and the shared
+    script and NAME.js, which draw `data`."""
+    page = files("pkvsim") / "reports" / "page"
+
+    def read(file: str) -> str:
+        return (page / file).read_text(encoding="utf-8")
+
+    # "<" is written as JSON's escape, so that no name in the data can end the script element.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    script = read("charts.js") + read(f"{name}.js")
+    return Template(read(f"{name}.html")).substitute(parts, style=read("page.css"), script=script, data=text)
 
 
 def _table(policies: list[str], rows: list[tuple[str, list[str]]]) -> str:

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
+from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.provenance import basis_note
 from pkvsim.studies.whatif import run_basis, run_notes
+from pkvsim.studies.workers import Failed, Progress, Workers, each_result
 from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = (
@@ -28,8 +31,6 @@ SERVING_AXES = (
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
 IMPOSSIBLE = "impossible"
-_WORDS = ("device", "policy", "prefix_cache", "order", "router")
-Progress = Callable[[int, int], None]  # cells done, of how many
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,30 +52,11 @@ class Sweep:
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `pkvsim sweep --json` prints: every cell with its place on the axes."""
-        places = itertools.product(*self.axes.values())
         cells = []
-        for place, cell in zip(places, self.cells):
+        for place, cell in zip(itertools.product(*self.axes.values()), self.cells):
             result = {"result": None, "reason": cell[IMPOSSIBLE]} if IMPOSSIBLE in cell else {"result": cell}
             cells.append(dict(zip(self.axes, place)) | result)
         return {"axes": {name: list(values) for name, values in self.axes.items()}, "cells": cells}
-
-
-def parse_axes(texts: Sequence[str], known: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """`name=value,value,...` each; ValueError naming the axis and what was expected."""
-    axes: dict[str, tuple[Any, ...]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or name not in known:
-            raise ValueError(f"over: expected NAME=VALUE,VALUE,... with a name of {', '.join(known)}, got {text!r}")
-        if name in axes:
-            raise ValueError(f"over: expected each name once, got {name} twice")
-        axes[name] = tuple(_value(name, part.strip()) for part in values.split(","))
-        if len(set(axes[name])) < len(axes[name]):
-            raise ValueError(f"over: {name}: expected each value once, got {values}")
-    if not axes:
-        raise ValueError("over: expected at least one axis")
-    return axes
 
 
 def check_used(has_trace: bool, **given: bool) -> None:
@@ -84,21 +66,6 @@ def check_used(has_trace: bool, **given: bool) -> None:
         if is_given and has_trace == (name == "layers"):
             where = "without a trace alone" if name == "layers" else "with a trace alone"
             raise ValueError(f"{name}: means something {where}")
-
-
-def _value(name: str, text: str) -> Any:
-    if name in _WORDS:
-        if not text:
-            raise ValueError(f"over: {name}: expected names, got an empty one")
-        return text
-    try:
-        number = float(text) if name == "rate" else int(text)
-    except ValueError:
-        kind = "numbers" if name == "rate" else "integers"
-        raise ValueError(f"over: {name}: expected {kind}, got {text!r}") from None
-    if not 0 < number < np.inf:
-        raise ValueError(f"over: {name}: expected numbers > 0, got {text}")
-    return number
 
 
 def with_group_size(model: ModelSpec, group_size: int) -> ModelSpec:
@@ -119,6 +86,7 @@ def serving_sweep(
     *,
     metric: str | None = None,
     weight_bits: int | None = None,
+    workers: Workers = Workers(),
     progress: Progress | None = None,
 ) -> Sweep:
     """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say.
@@ -128,30 +96,35 @@ def serving_sweep(
     figure that the cells will be asked for, so that a wrong one is refused after the first run. ValueError where an
     axis is wrong, or no cell can be.
     """
-    _check_axes(axes, SERVING_AXES)
-    places = _places(axes)
-    for place in places:
+    check_axes(axes, SERVING_AXES)
+    where = places(axes)
+    for place in where:
         check_policies([place.get("policy", policy)])
-        if "device" in place:
-            get_device(place["device"])
-    cells, notes = [], _CellNotes(len(places))
-    for place in places:
-        try:
-            cell, said = _serving_cell(place, trace, model, device, policy, config, weight_bits)
-        except ValueError as error:
-            cell, said = {IMPOSSIBLE: str(error)}, (f"empty: {error}",)
-        cells.append(cell)
-        notes.add(place, said)
-        if metric is not None and IMPOSSIBLE not in cell:
-            _figure(cell, metric)
+    devices = {name: get_device(name) for name in axes.get("device", ())}
+    run = partial(
+        _serving_cell, trace=trace, model=model, device=device, devices=devices, policy=policy, config=config,
+        weight_bits=weight_bits,
+    )  # fmt: skip
+    cells: list[dict[str, Any]] = [{} for _ in where]
+    said: list[tuple[str, ...]] = [() for _ in where]
+    for done, (at, result) in enumerate(each_result(run, where, workers), 1):
+        if isinstance(result, Failed):
+            cells[at], said[at] = {IMPOSSIBLE: result.reason}, (f"empty: {result.reason}",)
+        else:
+            cells[at], said[at] = result
+        if metric is not None and IMPOSSIBLE not in cells[at]:
+            _figure(cells[at], metric)
         if progress is not None:
-            progress(len(cells), len(places))
+            progress(done, len(where))
+    notes = CellNotes(len(where))
+    for place, lines in zip(where, said):
+        notes.add(place, lines)
     return _swept(axes, cells, (*trace.notes, *notes.lines()))
 
 
 def _serving_cell(
-    place: dict[str, Any], trace: RequestTrace, model: ModelSpec, device: DeviceSpec, policy: str,
-    config: ServingConfig, weight_bits: int | None,
+    place: Place, *, trace: RequestTrace, model: ModelSpec, device: DeviceSpec, devices: Mapping[str, DeviceSpec],
+    policy: str, config: ServingConfig, weight_bits: int | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
     set_by_axes = ("max_batch", "page_size", "splits", "prefix_cache", "order", "replicas", "router")
@@ -159,7 +132,7 @@ def _serving_cell(
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
     config = replace(config, **settings)
-    gpu = get_device(place["device"]) if "device" in place else device
+    gpu = devices[place["device"]] if "device" in place else device
     name = place.get("policy", policy)
     heads = with_group_size(model, place["group_size"]) if "group_size" in place else model
     fitted, notes = fit_model(heads, gpu, config, weight_bits)
@@ -177,31 +150,6 @@ def _swept(axes: Mapping[str, Sequence[Any]], cells: list[dict[str, Any]], notes
     return Sweep({name: tuple(values) for name, values in axes.items()}, tuple(cells), notes)
 
 
-class _CellNotes:
-    """Notes by the cells of which they hold."""
-
-    NAMED = 3  # cells
-
-    def __init__(self, num_cells: int) -> None:
-        self._num_cells = num_cells
-        self._places: dict[str, list[dict[str, Any]]] = {}
-
-    def add(self, place: dict[str, Any], notes: Sequence[str]) -> None:
-        for note in notes:
-            self._places.setdefault(note, []).append(place)
-
-    def lines(self) -> tuple[str, ...]:
-        """Each note once; what does not hold of all cells names the first of which it does."""
-        return tuple(note + self._of(places) for note, places in self._places.items())
-
-    def _of(self, places: list[dict[str, Any]]) -> str:
-        if len(places) == self._num_cells:
-            return ""
-        named = ["(" + ", ".join(f"{name}={value}" for name, value in place.items()) + ")" for place in places]
-        more = f" and {len(named) - self.NAMED} more" if len(named) > self.NAMED else ""
-        return f" -- {' '.join(named[: self.NAMED])}{more}"
-
-
 def step_sweep(
     axes: Mapping[str, Sequence[Any]],
     shape: DecodeShape,
@@ -216,9 +164,10 @@ def step_sweep(
     that the policy (pkvsim.policy.by_name.POLICIES) takes, its us, the GB/s of KV that
     this makes, and the us of every route that the policy prices.
     """
-    _check_axes(axes, STEP_AXES)
-    cells, notes = [], _CellNotes(len(_places(axes)))
-    for place in _places(axes):
+    check_axes(axes, STEP_AXES)
+    where = places(axes)
+    cells, notes = [], CellNotes(len(where))
+    for place in where:
         name = place.get("policy", policy)
         gpu = get_device(place["device"]) if "device" in place else device
         rules = make_policy(name, split_splits=place.get("splits"), workqueue_splits=place.get("splits"))
@@ -254,18 +203,6 @@ def _step_cell(
         "kv_gb_s": layers * useful_kv_bytes(heads, seq_lens) / us / 1e3,
         "routes_us": dict(decision.prices),
     }
-
-
-def _check_axes(axes: Mapping[str, Sequence[Any]], known: Sequence[str]) -> None:
-    for name, values in axes.items():
-        if name not in known or not len(values):
-            raise ValueError(f"axes: expected values for names of {', '.join(known)}, got {name}={list(values)}")
-    if not axes:
-        raise ValueError("axes: expected at least one")
-
-
-def _places(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
 def _figure(cell: dict[str, Any], metric: str) -> float:

@@ -56,6 +56,8 @@ NAMES = {  # where keys are names, and what the page calls them
     "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING",
     "[].bits_per_weight": "CLASS", "[].ignored": "FIELD", "[].outside": "ENGINE", "[].outside.ENGINE.basis": "CONSTANT",
     "[].outside.ENGINE.constants": "CONSTANT",
+    "objectives": "OBJECTIVE", "cells[].result.objectives": "OBJECTIVE", "cells[].points[].values_s": "OBJECTIVE",
+    "prices": "DEVICE", "cells[].result.summary.routes": "ROUTE",
 }
 RUNS = {
     "step": ("--seq-lens 4096,17 --device rtx3060", "--seq-lens 0 --device h200"),
@@ -63,6 +65,10 @@ RUNS = {
     "whatif": ("--trace mooncake.jsonl --device h200 --policies calibrated,paper --prefix-cache lru",
                "--trace azure.csv --device l4"),
     "sweep": ("--over batch=1,2 --over length=1024 --device l4", "--over rate=1,2 --trace azure.csv --device l4"),
+    "capacity": ("--trace azure.csv --slo ttft_p90=1s --price l4=0.8 --over device=l4 --over tp=1 --over batch=8 "
+                 "--over policy=balanced --over model=llama-3.1-8b --over page_size=16 --over prefix_cache=none "
+                 "--over weight_bits=16 --over step_tokens=256",
+                 "--trace azure.csv --slo ttft_p90=1us --over device=l4"),
     "trace": ("mooncake.jsonl", "azure.csv"),
     "models": ("", ),
     "devices": ("h200 l4",),
@@ -70,11 +76,12 @@ RUNS = {
 
 
 def documented(command: str) -> set[str]:
-    """Keys of the command's table; a sweep of a trace has those of one policy of whatif."""
+    """Keys of the command's table; a sweep of a trace and a search have those of one policy of whatif."""
     keys = first_cells("reference/json.md", f"pkvsim {command}")
-    if command == "sweep":
+    place = {"sweep": "cells[].result", "capacity": "cells[].result.summary"}.get(command)
+    if place is not None:
         served = {key for key in documented("whatif") if key.startswith("policies.POLICY.")}
-        keys |= {key.replace("policies.POLICY", "cells[].result") for key in served if ".timeline" not in key}
+        keys |= {key.replace("policies.POLICY", place) for key in served if ".timeline" not in key}
     return keys
 
 

@@ -180,18 +180,18 @@ def test_the_tables_in_a_browser(tab, report) -> None:
 
 
 def lines_of(tab, chart: str) -> list[str]:
-    return tab.eval_on_selector_all(f"#{chart} .line", "lines => lines.map(line => line.dataset.policy)")
+    return tab.eval_on_selector_all(f"#{chart} .line", "lines => lines.map(line => line.dataset.name)")
 
 
 def test_the_toggles(tab) -> None:
-    buttons = tab.eval_on_selector_all("#policies button", "all => all.map(button => button.dataset.policy)")
+    buttons = tab.eval_on_selector_all("#policies button", "all => all.map(button => button.dataset.name)")
     assert buttons == POLICIES == lines_of(tab, "ttft") == lines_of(tab, "tpot") == lines_of(tab, "run")
-    tab.click("#policies button[data-policy=paper]")
-    assert tab.get_attribute("#policies button[data-policy=paper]", "aria-pressed") == "false"
+    tab.click("#policies button[data-name=paper]")
+    assert tab.get_attribute("#policies button[data-name=paper]", "aria-pressed") == "false"
     for chart in ("ttft", "tpot", "run"):
         assert lines_of(tab, chart) == POLICIES[1:]
     for chart in ("parts", "routes"):
-        bars = tab.eval_on_selector_all(f"#{chart} .bar", "bars => bars.map(bar => bar.dataset.policy)")
+        bars = tab.eval_on_selector_all(f"#{chart} .bar", "bars => bars.map(bar => bar.dataset.name)")
         assert set(bars) == set(POLICIES[1:])
     for table in ("summary", "figures"):
         cells = "all => all.map(cell => [cell.dataset.column, cell.hidden])"
@@ -199,16 +199,16 @@ def test_the_toggles(tab) -> None:
         assert {policy for policy, is_hidden in hidden if is_hidden} == {"paper"}
         assert {policy for policy, is_hidden in hidden if not is_hidden} == set(POLICIES[1:])
     for policy in POLICIES[1:]:
-        tab.click(f"#policies button[data-policy={policy}]")
+        tab.click(f"#policies button[data-name={policy}]")
     assert lines_of(tab, "run") == [] and tab.inner_text("#ttft") != ""
-    tab.focus("#policies button[data-policy=oracle]")
+    tab.focus("#policies button[data-name=oracle]")
     tab.keyboard.press("Enter")
     assert lines_of(tab, "run") == ["oracle"]
 
 
 def test_the_values_under_the_pointer(tab, report) -> None:
     box = tab.locator("#ttft svg").bounding_box()
-    height, top, bottom = 270, 8, 40  # the chart's own units, as in page.js
+    height, top, bottom = 270, 8, 40  # the chart's own units, as in charts.js
     scale = box["height"] / height
     tab.locator("#ttft svg").hover(position={"x": box["width"] / 2, "y": (top + (height - top - bottom) / 2) * scale})
     text = tab.inner_text("#tip")

@@ -19,7 +19,8 @@ from pkvsim.models.weight_bits import with_weight_bits
 from pkvsim.policy.by_name import POLICIES
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.studies.sweep import Sweep, parse_axes, serving_sweep, step_sweep
+from pkvsim.studies.cells import parse_axes
+from pkvsim.studies.sweep import Sweep, serving_sweep, step_sweep
 from pkvsim.studies.whatif import whatif
 
 SUMMARY_KEYS = [
