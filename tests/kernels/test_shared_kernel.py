@@ -10,7 +10,7 @@ from test_decode_kernel import assert_close, expected
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.variant import kernel_config, read_config
 from pkvsim import AttentionOptions, DecodeShape
-from pkvsim.schedule.costs import BalancedCosts, SharedCosts
+from pkvsim.schedule.costs import MEASURED_COSTS, BalancedCosts, SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
 
 
@@ -43,6 +43,14 @@ def test_members_get_what_they_would_alone(name) -> None:
     step = grouped(DecodeShape(2 * group, 2, head_dim, page_size), dtype, AttentionOptions(**more), lens, groups)
     got = run(step, "balanced", ctas=ctas, shared_costs=SharedCosts(columns=columns))
     assert_close(got, expected(step), dtype)
+
+
+def test_the_variant_of_an_h200() -> None:
+    """Reads for 40 columns by teams of four warps from rings of eight stages. One is cut over two CTAs, the second of
+    which has several own spans too."""
+    step = grouped(DecodeShape(4, 1, 128, 16), "float16", AttentionOptions(), (352,) * 20, ((0,) * 20, (20,)))
+    got = run(step, "balanced", variant=None, read_stages=None, ctas=5, costs=MEASURED_COSTS)
+    assert_close(got, expected(step), "float16")
 
 
 PLAIN = DecodeShape(8, 2, 64, 16)  # with reads of 16 columns: four rows

@@ -125,13 +125,15 @@ def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed
     return Step(shape, options, q, pools[0], pools[2], pools[1], pools[3], table, lens, sinks, counts, groups)
 
 
-def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages: int | None = None,
-        converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS, costs: BalancedCosts = BalancedCosts(1, 2),
+def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), stages: int | None = None,
+        read_stages: int | None = 2, converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS,
+        costs: BalancedCosts = BalancedCosts(1, 2),  # noqa: B008
         shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
         between: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
     shared reads, which serve shared_costs.columns. hurry: copies arrive as they are started.
-    stages: of a ring, where the variant's are too many. costs: of balanced. before: the lengths, page table and
+    variant, read_stages: None of both is what an H200 runs. stages: of a ring, where the variant's are too many. costs:
+    of balanced. before: the lengths, page table and
     records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends.
     between: changes the records [ctas, 64] int32 that the first of two launches left, by which the second need not give
     the same result any more."""
@@ -142,7 +144,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] = (2, 2), stages:
         config = replace(config, stages=stages)
     groups = step.groups
     if groups is not None:
-        config = read_config(config, 90, columns=shared_costs.columns, stages=2)
+        config = read_config(config, 90, columns=shared_costs.columns, stages=read_stages)
         shared_costs = shared_costs._replace(columns=config.read_columns)
     library = build(config, balanced, converts_e4m3)
     library.run.restype = ctypes.c_char_p
