@@ -30,7 +30,7 @@ class DecodeKernels:
         """planned_on_gpu: the balanced schedule. overlap: see gpu.kernels.compile.load_kernel."""
         self._config, self._planned_on_gpu, self._overlap = config, planned_on_gpu, overlap
         self._decode: dict[TableLayout, Kernel] = {}
-        self._shared: dict[TableLayout, Kernel] = {}
+        self._shared: dict[tuple[TableLayout, int], Kernel] = {}  # and by columns of a read
         self._merge: Kernel | None = None
 
     def decode(self, layout: TableLayout) -> Kernel:
@@ -47,11 +47,12 @@ class DecodeKernels:
 
     def shared(self, layout: TableLayout, config: KernelConfig, shared_bytes: int) -> Kernel:
         """Takes SHARED_VALUES. config: with reads for several rows."""
-        if layout not in self._shared:
-            self._shared[layout] = load_kernel(
+        key = layout, config.read_columns
+        if key not in self._shared:
+            self._shared[key] = load_kernel(
                 "shared.cu", "pkv_decode_shared", config.read_defines() | layout.defines(), threads=config.threads,
                 shared_bytes=shared_bytes, overlap=self._overlap, given=SHARED_VALUES)
-        return self._shared[layout]
+        return self._shared[key]
 
     def merge(self) -> Kernel:
         """Takes MERGE_VALUES."""

@@ -18,7 +18,14 @@ from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import TILE_TOKENS, kernel_config
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.costs import BalancedCosts, SharedCosts, check_costs, default_costs
+from pkvsim.schedule.costs import (
+    BalancedCosts,
+    SharedCosts,
+    check_costs,
+    check_shared_costs,
+    columns_for,
+    default_costs,
+)
 from pkvsim.schedule.make import Schedule
 from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import check_int, check_seq_lens
@@ -54,8 +61,10 @@ class ScheduleEngine:
         self.costs = check_costs(costs)
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
-        self._capability, self._sharing = gpu.compute_capability, (shared_costs, sharing_rule, read_stages)
-        self._shared: SharedReads | None = None
+        self._capability, self._sharing = gpu.compute_capability, (
+            None if shared_costs is None else check_shared_costs(shared_costs), sharing_rule, read_stages)
+        self._shared: SharedReads | None = None  # of the last plan with groups
+        self._shared_of: dict[int, SharedReads] = {}  # by columns of a read
         self._plan: Plan | None = None
         self._checked_plan: list | None = None
         self._in_graphs: list[tuple] = []  # what captured graphs read of the engine's own
@@ -82,10 +91,8 @@ class ScheduleEngine:
         checks.check_room(views, self._heads, segment_cost=self.costs.segment)
         if groups is not None:
             checks.expect("groups", f"None for schedule {self.schedule!r}", repr(groups), self.schedule == "balanced")
-            if self._shared is None:
-                costs, rule, stages = self._sharing
-                self._shared = SharedReads(self._heads, self.config, self._capability, self.options,
-                                           num_ctas=self.num_ctas, costs=costs, rule=rule, stages=stages)
+            rows = views["last_page_len" if "last_page_len" in views else "seq_lens"].shape[0]
+            self._shared = self._shared_reads(rows * self._heads.group_size * self.options.query_tokens)
             checks.check_room(views, self._heads, segment_cost=self.costs.segment + self._shared.costs.merge,
                               tile_cost=self._shared.most_tile_cost())
         host = host_lens = None
@@ -118,6 +125,17 @@ class ScheduleEngine:
         on_gpu = all(array.device >= 0 for array in views.values()) and (groups is None or not plan.groups.copied)
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
         self._plan = plan
+
+    def _shared_reads(self, batch_columns: int) -> SharedReads:
+        """What serves groups in steps whose rows have so many query columns of a KV head together."""
+        costs, rule, stages = self._sharing
+        if costs is None:
+            costs = SharedCosts(columns=columns_for(batch_columns))
+        if costs.columns not in self._shared_of:
+            self._shared_of[costs.columns] = SharedReads(
+                self._heads, self.config, self._capability, self.options, num_ctas=self.num_ctas, costs=costs,
+                rule=rule, stages=stages)
+        return self._shared_of[costs.columns]
 
     def _reserve_partials(self, schedule: Schedule) -> None:
         need = max(1, int(schedule.split_offsets[-1])) * self._heads.num_kv_heads * self.config.state_bytes

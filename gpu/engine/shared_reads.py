@@ -13,7 +13,7 @@ from gpu.inputs.checks import expect
 from gpu.kernels.variant import KernelConfig, most_readers, read_config, shared_limit_bytes
 from pkvsim.options import AttentionOptions
 from pkvsim.schedule import groups as host_groups
-from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, SharedCosts, check_shared_costs
+from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, SharedCosts
 from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import DecodeShape
 
@@ -31,9 +31,8 @@ class SharedReads:
                  "_make_finder", "_finder")
 
     def __init__(self, shape: DecodeShape, config: KernelConfig, compute_capability: int, options: AttentionOptions, *,
-                 num_ctas: int, costs: SharedCosts | None, rule: SharingRule | None, stages: int | None) -> None:
+                 num_ctas: int, costs: SharedCosts, rule: SharingRule | None, stages: int | None) -> None:
         """Raises ValueError naming the argument with which no read can serve two rows."""
-        costs = SharedCosts() if costs is None else check_shared_costs(costs)
         self.config = read_config(config, compute_capability, columns=costs.columns, stages=stages)
         self.costs = costs._replace(columns=self.config.read_columns)
         self.most_readers = most_readers(self.config, compute_capability)

@@ -49,13 +49,16 @@ class SharedCosts(NamedTuple):
     several reads, which find in L2 what another has read. segment: cost of a read's end for each column, in eighths
     of a tile; it costs no less than BalancedCosts.segment or a tile. merge: tiles that a member's own segment costs
     beside BalancedCosts.segment, since it takes up the states of the read.
+
+    tile, segment and merge are the best of a sweep on one H200 (2026-11-29, `examples/bench_shared.py --calibrate`: 64
+    rows of 8K shared and 512 own tokens, and 8 rows of 32K and 4K).
     """
 
     columns: int = 64
-    tile: int = 16
+    tile: int = 24
     again: int = 8
     segment: int = 3
-    merge: int = 2
+    merge: int = 0
 
     def tile_eighths(self, columns: int, reads: int) -> int:
         """Cost of a tile that is read for so many columns, in eighths of a plain tile. reads: of its group."""
@@ -87,6 +90,12 @@ def check_costs(costs: object) -> BalancedCosts:
         part=check_int("costs.part", costs.part, 0, MAX_PART_COST),
         pair=check_int("costs.pair", costs.pair, 0, MAX_PAIR_COST),
     )
+
+
+def columns_for(batch_columns: int) -> int:
+    """Columns that reads are made for in a step whose rows have so many together. Reads for 32 take a quarter less time
+    than those for 64 where 32 are all there are (8 rows of 4 heads on one H200, 2026-11-29: 99 and 126 us)."""
+    return SHARED_COLUMNS // 2 if batch_columns <= SHARED_COLUMNS // 2 else SHARED_COLUMNS
 
 
 def check_shared_costs(costs: object) -> SharedCosts:
