@@ -67,13 +67,22 @@ def values_of(pages: torch.Tensor, kv_dtype: str | None, dtype: torch.dtype) -> 
 
 def error_over_16_bit(shape: DecodeShape, options: AttentionOptions, q: torch.Tensor, out: torch.Tensor,
                       lens: np.ndarray, table: np.ndarray, layer: Layer) -> float:
-    """The largest difference of `out` from what DecodeEngine makes of a 16-bit cache of the same values."""
+    """The largest difference of `out` from what DecodeEngine makes of a 16-bit cache of the same values.
+
+    One KV head after the other, so that a small GPU has room for the values beside the pools.
+    """
     from gpu import DecodeEngine
 
     used, places = np.unique(table, return_inverse=True)
     ids = torch.from_numpy(used.astype(np.int64)).cuda()
-    values = [values_of(pages[ids], options.kv_dtype, q.dtype) for pages in (layer.k, layer.v)]
-    options = replace(options, kv_dtype=None, kv_scales=None)
-    engine = DecodeEngine(shape, str(q.dtype).removeprefix("torch."), options=options)
+    group = shape.group_size
+    engine = DecodeEngine(replace(shape, num_q_heads=group, num_kv_heads=1), str(q.dtype).removeprefix("torch."),
+                          options=replace(options, kv_dtype=None, kv_scales=None))
     engine.plan(torch.from_numpy(lens).cuda(), torch.from_numpy(places.reshape(table.shape).astype(np.int32)).cuda())
-    return float((out.float() - engine.run(q, *values)[0].float()).abs().max())
+    worst = 0.0
+    for head in range(shape.num_kv_heads):
+        values = [values_of(pages[ids, head : head + 1], options.kv_dtype, q.dtype) for pages in (layer.k, layer.v)]
+        own = slice(head * group, (head + 1) * group)
+        found = engine.run(q[..., own, :].contiguous(), *values)[0]
+        worst = max(worst, float((out[..., own, :].float() - found.float()).abs().max()))
+    return worst
