@@ -106,6 +106,9 @@ def whatif(
         from pkvsim.serving.server_config import ServingConfig
         from pkvsim.studies.whatif import whatif as run_whatif
 
+        for option, path in (("plot", plot), ("timeline", timeline), ("report", report_file)):
+            if path is not None and replicas > 1:  # their axes of time hold the steps of one server
+                raise ValueError(f"{option}: expected one server, got --replicas {replicas}")
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
 
@@ -114,10 +117,8 @@ def whatif(
             from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
-            if replicas > 1:
-                raise ValueError(f"timeline: expected one server, got --replicas {replicas}")
         if requests_csv is not None:
-            from pkvsim.reports.requests_csv import check_csv_path
+            from pkvsim.reports.export.requests_csv import check_csv_path
 
             check_csv_path(requests_csv)
         if report_file is not None:
@@ -158,7 +159,7 @@ def whatif(
 
             tell_left_out(write_timeline(serving_events(report), timeline))
         if requests_csv is not None:
-            from pkvsim.reports.requests_csv import write_requests
+            from pkvsim.reports.export.requests_csv import write_requests
 
             write_requests(report, requests_csv)
         if report_file is not None:

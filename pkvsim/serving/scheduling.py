@@ -12,8 +12,8 @@ import math
 from pkvsim.compiled import drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
 from pkvsim.pricing.constants import compiled
+from pkvsim.serving.orders import KVSHARE, SHORTEST
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
-from pkvsim.serving.queueing.orders import KVSHARE, SHORTEST
 from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
 from pkvsim.serving.queueing.waiting import before, leave, wait
 from pkvsim.serving.state import (

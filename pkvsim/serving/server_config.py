@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.memory.prefix_cache import KINDS
-from pkvsim.serving.queueing.orders import ORDERS
+from pkvsim.serving.orders import ORDERS
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 ROUTERS = ("round-robin", "least-tokens", "prefix")
@@ -28,7 +28,7 @@ class ServingConfig:
     host_us: float = 0.0  # host time of a step that the GPU waits for, beside attention's
     graphs: bool = False  # decode in captured graphs: attention waits for no host but its planning
     prefix_cache: str = "none"  # one of prefix_cache.KINDS
-    order: str = "fcfs"  # who runs first, one of queueing.orders.ORDERS
+    order: str = "fcfs"  # who runs first, one of orders.ORDERS
     kv_ttl_s: float = 10.0  # continuum: how long a request's KV is kept for the one that follows it
     replicas: int = 1  # equal servers behind a router
     router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas

@@ -3,8 +3,8 @@
 One step computes a token of every decoding request and chunks of prompts up to step_tokens, as vLLM's scheduler
 does. Its time is the sum of three parts: decode attention on the route the policy picked, priced by the lengths in
 the batch (pkvsim.policy.choose); prefill attention, by a roofline of causal FLOPs and KV bytes; and everything else in
-the layers, by a roofline of weight bytes and FLOPs. Requests are admitted first come, first served once the
-pages of their whole prompt are free; when a decoding request finds no page, the latest one is recomputed later.
+the layers, by a roofline of weight bytes and FLOPs. Requests are admitted in config.order once the pages of their
+whole prompt are free; when a decoding request finds no page, the last in that order is recomputed later.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
 from pkvsim.serving.loop import advance
+from pkvsim.serving.orders import ORDERS, ranks
 from pkvsim.serving.prompt_blocks import prompt_blocks
-from pkvsim.serving.queueing.orders import ORDERS, ranks
 from pkvsim.serving.replicas import serve_replicas
 from pkvsim.serving.result import ServingResult, make_result
 from pkvsim.serving.server_config import ServingConfig

@@ -11,7 +11,7 @@ import numpy as np
 from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
-from pkvsim.serving.queueing.orders import FCFS, KVSHARE
+from pkvsim.serving.orders import FCFS, KVSHARE
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
@@ -54,7 +54,7 @@ class Requests(NamedTuple):
     after: np.ndarray  # [n] int32, the earlier request that it follows, -1 none; [0] where all are -1
     think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
     concurrency: int  # most requests that are sent and not ended, 0 for no limit
-    rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.queueing.orders
+    rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
 
 
 class Limits(NamedTuple):
@@ -66,7 +66,7 @@ class Limits(NamedTuple):
     max_batch: int
     step_tokens: int  # most tokens of a step, decode rows and prefill chunks together
     cache_kind: int  # index into prefix_cache.KINDS
-    order: int = FCFS  # index into queueing.orders.ORDERS
+    order: int = FCFS  # index into orders.ORDERS
     hold_us: float = 0.0  # how long a request's KV is kept for the one that follows it
 
 

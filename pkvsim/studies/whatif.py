@@ -19,6 +19,12 @@ from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
 
 REJECTIONS = {"too_long_for_pool": TOO_LONG_FOR_POOL, "too_long_for_model": TOO_LONG_FOR_MODEL}
+ORDER_NOTES = {
+    "shortest": "shortest remaining first: every output length is known, which no server knows",
+    "batchllm": "BatchLLM's order: all requests and output lengths are known from the start, as in offline batches",
+    "kvshare": "KVShare's order: the largest cached part of the prompt first; others may wait long",
+    "continuum": "Continuum's order: conversations first come first served, KV kept for the next turn",
+}
 PolicyProgress = Callable[[str, int, int], None]  # policy, output tokens produced, of how many
 
 
@@ -137,6 +143,12 @@ def run_notes(
         notes.append(f"saturated, requests come faster than they are served: {', '.join(saturated)}")
     if {"calibrated", "oracle"} <= set(results):
         notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
+    if config.order != "fcfs":
+        notes.append(ORDER_NOTES[config.order] + (f" ({config.kv_ttl_s:g} s)" if config.order == "continuum" else ""))
+        if config.prefix_cache == "belady":
+            notes.append("belady looks ahead in trace order, which is not the order of admission: no bound")
+    if config.replicas > 1:
+        notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
     if model.tensor_parallel > 1:
         notes.append(f"one GPU's share of tensor parallel {model.tensor_parallel}: all-reduces are left out")
     if config.graphs:

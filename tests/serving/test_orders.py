@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, kv_gib, make_trace, waits
 from test_serving import check_conserved
 
-from pkvsim.serving.queueing.orders import ORDERS, prefix_groups, program_ranks
+from pkvsim.serving.orders import ORDERS, prefix_groups, program_ranks
 from pkvsim.serving.result import gap_percentiles
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate

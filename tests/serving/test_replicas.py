@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import DEVICE, MODEL, crowded, make_trace, waits
 
-from pkvsim.serving.queueing.orders import ORDERS
+from pkvsim.serving.orders import ORDERS
 from pkvsim.serving.server_config import ROUTERS, ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED

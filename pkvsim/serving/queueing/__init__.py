@@ -1,2 +1,5 @@
-"""Requests before and between their steps: `clients` (who sends what when), `orders` (who goes first), `waiting` (the
-queue), `pages` (what a request holds of the pool, and what is kept for the next turn)."""
+"""Requests before and between their steps.
+
+`clients` says who sends what when, `waiting` is the queue, and `pages` what a request holds of the pool and what is
+kept for the next turn of its conversation. All compiled, and called by the scheduler.
+"""

@@ -1,6 +1,6 @@
 """Requests that were sent and do not run: a heap by rank, then by the order in which they were sent. Compiled.
 
-What a rank says is pkvsim.serving.queueing.orders' matter; the request of the least rank runs first.
+What a rank says is pkvsim.serving.orders' matter; the request of the least rank runs first.
 """
 from __future__ import annotations
 
