@@ -97,7 +97,7 @@ def list_by_warps(tmp_path_factory):
     return call
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shared_batches(max_rows=40, max_pages=40), balanced_costs, st.integers(1, 150))
 @example(case([2048] * 8, [-1] * 8, []), MEASURED_COSTS, 132)  # plain: whole heads for half the CTAs
 @example(case([8192, 0], [0, 0], [20]), MEASURED_COSTS, 132)  # nobody to read with: heads cut alike
@@ -114,7 +114,7 @@ def test_header_lists_the_tasks_of_pkvsim(list_spans, batch, costs, num_ctas):
     assert_listed(list_spans(batch, costs, num_ctas), batch, costs, num_ctas)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shared_batches(max_rows=40, max_pages=20), balanced_costs, st.integers(1, 12))
 @example(case([600 + row for row in range(70)], [row % 35 for row in range(70)], [32] * 40), MEASURED_COSTS, 9)
 def test_warps_list_the_tasks_of_pkvsim(list_by_warps, batch, costs, num_ctas):

@@ -15,7 +15,7 @@ from pkvsim.serving.state import SERVED
 from pkvsim.traces.requests import closed_loop
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(crowded(), st.data())
 def test_who_follows_waits_and_no_more_are_in_flight_than_may_be(case, data) -> None:
     trace, config = case

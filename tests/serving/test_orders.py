@@ -26,7 +26,7 @@ def started(result) -> list[int]:
     return np.argsort(result.requests.arrival_s + result.requests.queue_s, kind="stable").tolist()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(crowded(blocks=True), st.sampled_from(ORDERS), st.sampled_from(["none", "lru", "infinite"]), st.data())
 def test_all_are_served_whatever_the_order(case, order, cache, data) -> None:
     trace, config = case

@@ -15,7 +15,7 @@ from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(crowded(blocks=True), st.integers(2, 4), st.sampled_from(ROUTERS), st.sampled_from(ORDERS), st.data())
 def test_every_request_is_served_once_and_clients_wait_for_whichever_server(case, n, router, order, data) -> None:
     trace, config = case
