@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from bench.shared_cells import SharedCell
 from fake_gpu import fake_gpu
 
-from gpu.measure.pools import CellPages
+torch = pytest.importorskip("torch")
+from bench.shared_cells import SharedCell  # noqa: E402
+
+from gpu.measure.pools import CellPages  # noqa: E402
 
 CELL = SharedCell(6, 64, 40, groups=2, num_q_heads=4, num_kv_heads=2, head_dim=64)
 
