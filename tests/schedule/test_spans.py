@@ -128,8 +128,10 @@ def test_ranges_cost_alike(batch, costs, num_ctas):
     for tasks in ranges:
         cost = 0
         for read, row, head, part, begin, end in tasks:
-            first, _, segment, eighths = cost_of[read, row, head]
-            cost += max(1, end - begin) * eighths / 8 + (segment if part == 0 else 0)
+            first, tiles, segment, eighths = cost_of[read, row, head]
+            start = 0 if part == 0 else segment + (begin - first) * eighths // 8
+            whole = segment - (-max(1, tiles) * eighths // 8)  # a span costs whole tiles, its last one rounded up
+            cost += (whole if end == first + tiles else segment + (end - first) * eighths // 8) - start
         assert abs(cost - total / len(ranges)) <= gap + 1
 
 
