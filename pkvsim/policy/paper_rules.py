@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 from numba.extending import register_jitable
 
+from pkvsim.compiled import outer
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES
 from pkvsim.pricing.counters import MIB
 
@@ -73,7 +73,7 @@ def workqueue_splits(tiles, rows, num_kv_heads):
     return max(MIN_SPLITS, min(wanted, cap, tiles))
 
 
-@numba.njit(cache=True)
+@outer
 def paper_choice(ordered, num_kv_heads, group_size, head_dim, kv_element_bytes, num_sms, rules):
     """(FLASHINFER, SPLIT or WORKQUEUE; splits of the longest row) for ordered [rows] int64 > 0, longest first.
 

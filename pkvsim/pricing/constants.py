@@ -6,7 +6,7 @@ import math
 import numba
 import numpy as np
 
-from pkvsim.compiled import inner
+from pkvsim.compiled import CACHED, inner
 from pkvsim.devices.route_model import CONSTANTS, RULES
 from pkvsim.schedule.costs import BalancedCosts
 
@@ -20,10 +20,10 @@ RULE = 0
 COSTS = 1 + len(CONSTANTS)  # the first of BalancedCosts' fields
 WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
 # As pkvsim.compiled.inner, and with a way in from Python.
-compiled = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True)
+compiled = numba.njit(cache=CACHED, error_model="numpy", no_cfunc_wrapper=True)
 # As compiled, and part of its compiled callers: every function between a caller and the rules would be one more copy of
 # them to optimise.
-merged = numba.njit(cache=True, error_model="numpy", no_cfunc_wrapper=True, inline="always")
+merged = numba.njit(cache=CACHED, error_model="numpy", no_cfunc_wrapper=True, inline="always")
 
 
 @compiled

@@ -16,10 +16,11 @@ from pkvsim.pricing.constants import (
     read_speeds,
     sm_gb_s,
 )
-from pkvsim.schedule.costs import BalancedCosts, paired
+from pkvsim.schedule.costs import BalancedCosts, paired, segment_of
 from pkvsim.shapes import DecodeShape
 
 _paired = inner(paired)
+_segment_of = inner(segment_of)
 
 
 class Heads(NamedTuple):
@@ -82,5 +83,5 @@ def make_layer(heads: Heads, constants: np.ndarray, tokens: int) -> Layer:
         token_bytes / shared,
         token_bytes / (sm_gb_s(constants, heads.columns, heads.kv_element_bytes) * 1e3),
         heads.columns * (2 + heads.v_head_dim) * float(PARTIAL_ELEMENT_BYTES),
-        BalancedCosts(costs.segment, costs.minimum, costs.part, pair),
+        BalancedCosts(_segment_of(costs.segment, heads.columns), costs.minimum, costs.part, pair),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
-from pkvsim.devices.route_options import as_read, asked, serving_routes
+from pkvsim.devices.route_options import as_read, asked, serving_routes, why_not
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.policy.calibrated import CalibratedPolicy
 from pkvsim.policy.choose import PINNED_ROUTES
@@ -166,6 +166,9 @@ def explain_step(
         check_int("splits", splits, 1, MAX_TOKENS)
     models = device_routes(device)
     have = serving_routes(shape, options, tuple(name for name in ROUTES if name in models))
+    if not have:
+        reasons = (f"{name}: {why_not(name, shape, options)}" for name in ROUTES if name in models)
+        raise ValueError(f"shape: expected one that a route of {device.name} serves; {'; '.join(reasons)}")
     names = have if routes is None else tuple(routes)
     unknown = [name for name in names if name not in have]
     if unknown or not names:

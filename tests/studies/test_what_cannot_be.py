@@ -70,7 +70,7 @@ def test_a_step_that_no_route_serves_is_refused() -> None:
     for shape in (DecodeShape(32, 8, 80, 16), DecodeShape(32, 8, 80, 1024)):
         with pytest.raises(ValueError, match="head_dim 80 is not one of"):
             CalibratedPolicy().decide(shape, np.array([15_200], np.int32), DEVICE)
-        with pytest.raises(ValueError, match="routes: expected some of"):
+        with pytest.raises(ValueError, match="shape: expected one that a route of h200 serves; .*balanced: head_dim 80 is not one of"):
             explain_step(shape, [15_200], DEVICE)
     assert "page size 1024" in why_not("balanced", DecodeShape(32, 8, 128, 1024), PLAIN)
     one = CalibratedPolicy().decide(DecodeShape(32, 8, 128, 1), np.array([4096], np.int32), DEVICE)
