@@ -20,6 +20,7 @@ _HOMES = {
     "PagedKVCache": "gpu.cache.pool",
     "PrefixGroups": "gpu.engine.prefixes",
     "find_prefixes": "gpu.engine.prefixes",
+    "flash_attn_with_kvcache": "gpu.drop_ins.flash_attn.with_kvcache",
 }
 __all__ = list(_HOMES)
 

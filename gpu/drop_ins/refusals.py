@@ -21,9 +21,12 @@ def _none(value: object) -> bool:
 
 KV_DATA_TYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 REFUSALS = {
+    "alibi_slopes": Refusal(_none, "None: no additive bias"),
     "backend": Refusal(lambda v: v in ("auto", "fa2", "fa3"), "auto, fa2 or fa3"),
+    "cache_leftpad": Refusal(_none, "None: rows begin at their first page"),
     "disable_split_kv": Refusal(lambda v: not v, "False: rows are split wherever that balances the CTAs"),
     "dropout": Refusal(lambda v: not v, "0: decode is for inference"),
+    "dropout_p": Refusal(lambda v: not v, "0: these functions are for inference"),
     "fixed_split_size": Refusal(_none, "None: rows are split wherever that balances the CTAs"),
     "jit_args": Refusal(_none, "None: no kernels of the caller's"),
     "kv_cache_sf": Refusal(_none, "None: no NVFP4 pages"),
