@@ -24,6 +24,10 @@ def step(
     seq_lens: Annotated[
         str, typer.Option(help="Tokens in cache of every row: 65536,2048 or, for sixteen rows alike, 2048x16.")
     ],
+    shared: Annotated[
+        Optional[str],
+        typer.Option(help="Tokens that the first rows share: 8192x48 or, for several groups, 8192x48,4096x16."),
+    ] = None,
     device: Device = "rtx3060",
     num_q_heads: NumQHeads = 32,
     num_kv_heads: NumKVHeads = 8,
@@ -53,6 +57,8 @@ def step(
           --routes balanced,workqueue --plot step.png
       pkvsim step --seq-lens 65536x8 --device h200 \\
           --window 4096 --query-tokens 4
+      pkvsim step --seq-lens 8704x48,1000x4 --shared 8192x48 \\
+          --device h200
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
     """
     with one_line_errors():
@@ -60,6 +66,7 @@ def step(
         from pkvsim.options import AttentionOptions
         from pkvsim.shapes import DecodeShape
         from pkvsim.studies.explain_step import explain_step, parse_seq_lens
+        from pkvsim.studies.shared_step import parse_shared
 
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
@@ -69,14 +76,16 @@ def step(
             from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
+        lens = parse_seq_lens(seq_lens)
         report = explain_step(
             DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size),
-            parse_seq_lens(seq_lens),
+            lens,
             get_device(device),
             routes=None if routes is None else [name.strip() for name in routes.split(",") if name.strip()],
             layers=layers,
             splits=splits,
             options=AttentionOptions(window=window, query_tokens=query_tokens),
+            groups=None if shared is None else parse_shared(shared, lens, page_size),
         )
         if plot is not None:
             from pkvsim.reports.plot_step import plot_step
