@@ -19,8 +19,6 @@
 // Its speed is bound by the link, given enough bytes under way: a CTA has UNROLL * THREADS * 16 of them, 32 KiB. That
 // piece of all runs laid end to end may be part of one run or many short ones.
 
-#define UNROLL 4
-
 namespace pkv {
 
 struct Runs {
