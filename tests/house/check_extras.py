@@ -52,7 +52,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         config = kernel_config(DecodeShape(32, 8, head_dim, 16), dtype, capability)
         reads = read_config(config, capability)
         yield "shared.cu", f"{dtype}, head_dim {head_dim}", reads.read_defines() | TableLayout().defines()
-    yield "gather.cu", "", {"THREADS": 512}
+    yield "gather.cu", "", {"THREADS": 128, "UNROLL": 8}
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):

@@ -86,8 +86,8 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
-              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512},
-              "pkv_scatter": {"THREADS": 512}}
+              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 128, "UNROLL": 8},
+              "pkv_scatter": {"THREADS": 128, "UNROLL": 8}}
     defines = others.get(name, DECODE_VARIANTS[3])
     text = nvrtc.ptx(SOURCE_DIR / FILES[name], 90, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]
