@@ -57,8 +57,8 @@ def rank_config(shape: DecodeShape, dtype: str, compute_capability: int, *, num_
     check_int("num_ranks", num_ranks, 2, MAX_RANKS)
     check_int("max_batch", max_batch, 1)
     if options.window is not None:
-        raise ValueError(f"window: expected None with several ranks, of which none knows where its tokens lie in a row, "
-                         f"got {options.window}")
+        raise ValueError(f"window: expected None with several ranks, of which none knows where its tokens lie in a "
+                         f"row, got {options.window}")
     if options.query_tokens != 1:
         raise ValueError(f"query_tokens: expected 1 with several ranks, got {options.query_tokens}")
     config = kernel_config(shape, dtype, compute_capability, variant=variant, options=options,

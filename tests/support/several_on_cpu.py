@@ -16,7 +16,6 @@ from decode_on_cpu import HARNESS, LOG2_E, Step, address, aligned
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR
 from gpu.kernels.launch import Arguments
-from gpu.kernels.variant import RECORD_BYTES
 from gpu.several import inbox
 from gpu.several.inbox import HEAD_BYTES, OWNERS, RankConfig
 from pkvsim.schedule.costs import BalancedCosts
@@ -157,7 +156,7 @@ class Ranks:
         heads = step.shape.num_kv_heads * config.kernel.head_split
         size, places = config.kernel.state_bytes, len(step.lens) * heads
         left = [rank.inbox[HEAD_BYTES:][:places * size].reshape(places, size) for rank in self.ranks]
-        for r, rank in enumerate(self.ranks):
+        for r in range(len(self.ranks)):
             begin, end = inbox.owned_places(self.owner, r, num_ranks=config.num_ranks, batch_size=len(step.lens),
                                             num_kv_heads=step.shape.num_kv_heads, head_split=config.kernel.head_split)
             states = aligned(np.concatenate([source[begin:end] for source in left]))
@@ -188,5 +187,3 @@ class Ranks:
         return all((rank.inbox[HEAD_BYTES:] == 0xFF).all() and (rank.workspace[:slots] == 0xFF).all()
                    for rank in self.ranks)
 
-
-WORDS_AFTER = RECORD_BYTES  # of each CTA's record, behind which the warps' step numbers lie
