@@ -52,7 +52,7 @@ def check_group(group: object) -> Group:
     if not all(hasattr(group, name) for name in ("num_ranks", "ranks", "in_kernel", "inboxes")):
         raise ValueError(f"group: expected a group of gpu.several, got {type(group).__name__}")
     check_int("group.num_ranks", group.num_ranks, 2, MAX_RANKS)  # type: ignore[attr-defined]
-    return group  # type: ignore[return-value]
+    return group
 
 
 def check_devices(devices: Iterable[int], available: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ class PageShares:
         cycle, within = np.divmod(pages, self.cycle_pages)
         rank = np.searchsorted(ends, within, side="right")
         own = np.asarray(self.pages_of_rank, np.int64)[rank]
-        return rank, cycle * own + within - (ends[rank] - own)
+        return np.asarray(rank), cycle * own + within - (ends[rank] - own)
 
 
 def interleaved(num_ranks: int, page_size: int, *, pages: int = 1) -> PageShares:
