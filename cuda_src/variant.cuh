@@ -39,6 +39,9 @@
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
+// A step of several GPUs: several.cu, which takes what balanced.cu takes beside this (but WINDOWED, LAST_PAGE_LENGTHS
+// and more QUERY_TOKENS than 1)
+// RANKS              2 to 8           ranks that a row's pages are spread over; default 0: none    gpu/several
 // The plan: balanced.cu, shared.cu and plan.cu (WINDOWED also decode.cu)
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
@@ -92,6 +95,9 @@
 #ifndef READ_COLUMNS
 #define READ_COLUMNS 0
 #endif
+#ifndef RANKS
+#define RANKS 0
+#endif
 #ifndef TABLE_INT64
 #define TABLE_INT64 0
 #endif
@@ -113,6 +119,11 @@
 #define PKV_CSR(...) __VA_ARGS__
 #else
 #define PKV_CSR(...)
+#endif
+#if RANKS
+#define PKV_RANKS(...) __VA_ARGS__
+#else
+#define PKV_RANKS(...)
 #endif
 #if LAST_PAGE_LENGTHS
 #define PKV_LAST_PAGE(...) __VA_ARGS__

@@ -29,6 +29,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     from gpu.inputs.block_tables import TableLayout
     from gpu.kernels.variant import DTYPES, kernel_config, read_config
     from gpu.measure.timing import STREAM_SHAPES
+    from gpu.several.inbox import rank_config
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES
 
@@ -52,7 +53,14 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         config = kernel_config(DecodeShape(32, 8, head_dim, 16), dtype, capability)
         reads = read_config(config, capability)
         yield "shared.cu", f"{dtype}, head_dim {head_dim}", reads.read_defines() | TableLayout().defines()
+<<<<<<< HEAD
     yield "gather.cu", "", {"THREADS": 128, "UNROLL": 8}
+=======
+    for num_ranks in (2, 8):
+        ranks = rank_config(DecodeShape(32, 8, 128, 16), "float16", capability, num_ranks=num_ranks, max_batch=1)
+        yield "several.cu", f"{num_ranks} ranks", ranks.defines()
+    yield "gather.cu", "", {"THREADS": 512}
+>>>>>>> several
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):

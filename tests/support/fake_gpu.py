@@ -30,6 +30,10 @@ ENGINE_MODULES = (
     "gpu.engine.decode_kernels",
     "gpu.cache.writer",
     "gpu.cache.pool",
+    "gpu.several.collectives",
+    "gpu.several.one_process",
+    "gpu.several.rank_engine",
+    "gpu.several.sharded_decode",
 )
 FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
 
