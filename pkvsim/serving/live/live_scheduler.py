@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.memory.prefix_cache import EVICTED, FREED, HEAP_SIZE, KINDS, LRU, NONE, PagePool, PromptBlocks
+from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, EVICTED, FREE_PAGES, FREED, HEAP_SIZE, KINDS, LRU, NONE, PagePool, PromptBlocks
 from pkvsim.serving.live.page_book import NewPages, PageBook
 from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
 from pkvsim.serving.scheduling import cancel, end_step, plan_step, take_in
@@ -115,6 +115,16 @@ class LiveScheduler:
     @property
     def num_waiting(self) -> int:
         return int(self.state.counts[NUM_WAITING])
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of running requests; blocks that the prefix cache merely keeps are as good as free."""
+        counts = self.state.pool.counts
+        return self.limits.num_pages - int(counts[FREE_PAGES]) - int(counts[EVICTABLE_PAGES])
+
+    def holds(self, key: int) -> bool:
+        """Whether a request of that key has not ended."""
+        return key in self._places
 
     def pages_needed(self, prompt_tokens: int, output_tokens: int) -> int:
         """Pages that a request has at its end; the last token is never cached."""
