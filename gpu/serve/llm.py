@@ -23,7 +23,7 @@ from gpu.serve.decoder import Decoder
 from gpu.serve.gguf import GgufFile, is_gguf
 from gpu.serve.model_config import ModelConfig
 from gpu.serve.runner import Runner, graph_rows
-from gpu.serve.server import Request, Server
+from gpu.serve.server import REFUSED, Event, Request, Server
 from gpu.serve.step import GREEDY, SamplingParams
 from gpu.serve.weights import Weights, load
 from pkvsim.kv_types import KV_DTYPES
@@ -224,7 +224,7 @@ class AsyncLLM:
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
         self._orders: list[Callable[[], None]] = []  # what coroutines ask the thread to do between steps
-        self._queues: dict[int, asyncio.Queue[tuple[list[int], Request]]] = {}  # by request
+        self._queues: dict[int, asyncio.Queue[Event | None]] = {}  # by request
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
         self._failure: BaseException | None = None
@@ -245,7 +245,7 @@ class AsyncLLM:
         """The request's tokens as they come. Leaving the iteration cancels it. ValueError where it is refused,
         RuntimeError where the loop has failed."""
         ids = self.llm.encode(prompt)
-        queue: asyncio.Queue[tuple[list[int], Request]] = asyncio.Queue()
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
         request: Request | None = None
 
         def add() -> None:
@@ -256,14 +256,14 @@ class AsyncLLM:
         self._ask(add)
         try:
             while True:
-                tokens, told = await queue.get()
-                if told is None:
+                event = await queue.get()
+                if event is None:
                     raise RuntimeError("stream: the serving loop has ended") from self._failure
-                for token in tokens:
+                for token in event.tokens:
                     yield token
-                if told.status == "refused":
-                    raise ValueError(told.reason)
-                if told.end_us is not None:
+                if event.ended and event.request.status == REFUSED:
+                    raise ValueError(event.request.reason)
+                if event.ended:
                     return
         finally:
             self._ask(lambda: request is not None and self.llm.server.cancel(request))
@@ -292,7 +292,7 @@ class AsyncLLM:
                     for request in server.unfinished():
                         server.cancel(request)
                 for event in server.step():
-                    self._tell(event.request, event.tokens)
+                    self._tell(event)
                 if closing and not server.has_work:
                     return
         except BaseException as error:
@@ -300,11 +300,11 @@ class AsyncLLM:
             raise
         finally:
             for queue in self._queues.values():
-                self._loop.call_soon_threadsafe(queue.put_nowait, ([], None))
+                self._loop.call_soon_threadsafe(queue.put_nowait, None)
 
-    def _tell(self, request: Request, tokens: list[int]) -> None:
-        queue = self._queues.get(request.id)
+    def _tell(self, event: Event) -> None:
+        queue = self._queues.get(event.request.id)
         if queue is not None:
-            self._loop.call_soon_threadsafe(queue.put_nowait, (tokens, request))
-            if request.end_us is not None:
-                del self._queues[request.id]
+            self._loop.call_soon_threadsafe(queue.put_nowait, event)
+            if event.ended:
+                del self._queues[event.request.id]

@@ -3,7 +3,7 @@
     server.add_request(prompt, params)
     while server.has_work:
         for event in server.step():
-            ...                              # event.tokens are new; event.request.status says whether it has ended
+            ...                              # event.tokens are new; event.ended: event.request.status says how
 
 A step is planned and launched while the one before still runs, whose tokens are read then: the host's work hides behind
 the device's. So a request that ends with an end-of-sequence token is found out one step late, and the token that it
@@ -46,10 +46,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Event:
-    """New tokens of a request, or its end, or both."""
+    """New tokens of a request, or its end, or both; after the event that says so there is none of this request."""
 
     request: Request
     tokens: list[int]
+    ended: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class StepRecord:
     pages: int  # in use, those of blocks that are only kept not among them
     preempted: int
     plan_us: float  # of the host, from the start of planning to the end of launching
+    follows: bool  # there was work when the step before ended, so that the device should not have waited
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +80,7 @@ class _InFlight:
     outputs: list[Request]
     plan: LiveStep
     numbers: tuple[int, int, int, float]  # running, waiting, pages, plan_us
+    follows: bool
 
 
 class Server:
@@ -159,18 +162,20 @@ class Server:
         events = []
         while len(self._in_flight) > (1 if self.scheduler.has_work else 0):
             events += self._collect()
-        events += [Event(request, []) for request in self._ended]
+        events += [Event(request, [], True) for request in self._ended]
         self._ended.clear()
         return events
 
     def _launch(self) -> None:
         now_us = self.runner.now_us()
         plan = self.scheduler.next_step(now_us)
-        numbers = self.scheduler.num_running, self.scheduler.num_waiting, self._used_pages()
+        numbers: tuple = (self.scheduler.num_running, self.scheduler.num_waiting, self._used_pages())
         inputs, outputs = self._inputs(plan, now_us)
         if inputs.num_tokens:
+            follows = bool(self._in_flight)
             launched = self.runner.launch(inputs)
-            self._in_flight.append(_InFlight(launched, outputs, plan, (*numbers, self.runner.now_us() - now_us)))
+            numbers = *numbers, self.runner.now_us() - now_us
+            self._in_flight.append(_InFlight(launched, outputs, plan, numbers, follows))
         for key in self.scheduler.end_step(now_us).tolist():  # its last token is under way
             self._give_slot_back(self._requests[key])
 
@@ -243,7 +248,7 @@ class Server:
                 self._leave(request)
                 request.reason = "stop" if stops else "length"
                 request.status, request.end_us = SERVED, now_us
-            events.append(Event(request, [token]))
+            events.append(Event(request, [token], request.end_us is not None))
         if self.steps is not None:
             self.steps.append(_record(step))
         return events
@@ -286,4 +291,5 @@ def _record(step: _InFlight) -> StepRecord:
         decode_rows=rows, padded_rows=times.padded_rows, context_tokens=int(plan.decode_lens.sum()),
         prefill_tokens=int(plan.prefill_tokens.sum()), prefill_context=int(plan.prefill_begins.sum()), chunks=chunks,
         running=running, waiting=waiting, pages=pages, preempted=len(plan.preempted), plan_us=plan_us,
+        follows=step.follows,
     )  # fmt: skip
