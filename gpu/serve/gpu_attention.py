@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu.cache.writer import CacheWriter
@@ -17,6 +18,7 @@ from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reference.rope import HALF, Rope
 
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
+PLANS_UNDER_WAY = 3  # one more than steps that are launched and not waited for
 FLASHINFER_BACKENDS = ("fa3", "fa2")  # FlashInfer's names, the faster first; fa3 needs Hopper
 
 
@@ -77,17 +79,22 @@ class GpuAttention:
 
 
 class _FlashInferChunks:
-    """FlashInfer's prefill over pages, all chunks of a step in one launch a layer."""
+    """FlashInfer's prefill over pages, all chunks of a step in one launch a layer.
 
-    name = "flashinfer"
-    __slots__ = ("_config", "_pages", "_dtype", "_wrapper")
+    A plan goes to the device from a pinned buffer of its wrapper's, which must not be written again before the copy is
+    made; a step is planned while the one before may not have begun. So wrappers take turns.
+    """
+
+    __slots__ = ("name", "_config", "_pages", "_dtype", "_wrappers", "_planned")
 
     def __init__(self, config: ModelConfig, pages: KVPages, dtype: torch.dtype, backend: str) -> None:
         import flashinfer
 
         self._config, self._pages, self._dtype = config, pages, dtype
         workspace = torch.empty(FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=pages.k[0].device)
-        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend=backend)
+        self.name, self._planned = f"flashinfer {backend}", 0
+        make = flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        self._wrappers = [make(workspace, "HND", backend=backend) for _ in range(PLANS_UNDER_WAY)]
 
     def begin(self, chunks: list[Chunk]) -> None:
         page_size, c = self._pages.page_size, self._config
@@ -102,13 +109,14 @@ class _FlashInferChunks:
         # On the host but for the page ids: what FlashInfer plans with it would copy back, and wait for.
         host = [torch.tensor(values, dtype=torch.int32) for values in (tokens, kv_pages, last)]
         page_ids = torch.tensor(ids, dtype=torch.int32).pin_memory().to(self._pages.k[0].device, non_blocking=True)
-        self._wrapper.plan(
+        self._planned += 1
+        self._wrappers[self._planned % PLANS_UNDER_WAY].plan(
             host[0], host[1], page_ids, host[2], c.num_q_heads, c.num_kv_heads, c.head_dim, page_size, causal=True,
             window_left=-1 if c.window is None else c.window - 1, q_data_type=self._dtype, kv_data_type=self._dtype,
         )  # fmt: skip
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
-        self._wrapper.run(q, (self._pages.k[layer], self._pages.v[layer]), out=out)
+        self._wrappers[self._planned % PLANS_UNDER_WAY].run(q, (self._pages.k[layer], self._pages.v[layer]), out=out)
 
 
 class _TorchChunks:
@@ -165,6 +173,4 @@ def _chunk_attention(config: ModelConfig, pages: KVPages, dtype: torch.dtype,
 
 def _first_page(page_size: int) -> Chunk:
     """A chunk of the pool's first page."""
-    import numpy as np
-
     return Chunk(slot=0, begin=0, tokens=np.zeros(page_size, np.int32), ends=False, page_ids=[0])

@@ -207,8 +207,8 @@ class Runner:
         decode, chunks = len(inputs.decode_slots), inputs.chunks
         ends = decode + np.cumsum([len(chunk.tokens) for chunk in chunks], dtype=np.int64)
         done = np.array([chunk.ends for chunk in chunks], bool)
-        slots = np.concatenate([inputs.decode_slots, [chunk.slot for chunk in chunks]])
-        lens = np.concatenate([inputs.decode_lens, [chunk.begin + len(chunk.tokens) for chunk in chunks]])
+        chunk_rows = np.array([(chunk.slot, chunk.begin + len(chunk.tokens)) for chunk in chunks], np.int32)
+        slots, lens = np.concatenate([(inputs.decode_slots, inputs.decode_lens), chunk_rows.reshape(-1, 2).T], axis=1)
         outputs = np.concatenate([np.ones(decode, bool), done])
         parts = self._send(
             [inputs.page_slots, inputs.page_columns, inputs.page_ids, slots, lens,
