@@ -255,7 +255,7 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, s
          position: torch.Tensor) -> torch.Tensor:
     """A token for each row of logits [n, vocab_size], int64 [n], as SamplingParams says; parameters are [n] each."""
     scaled = logits.float() / temperature.clamp_min(1e-6)[:, None]
-    likely, ids = scaled.softmax(-1).sort(-1, descending=True, stable=True)
+    likely, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     ahead = likely.cumsum(-1) - likely  # of all likelier tokens together
     kept = torch.where(ahead < top_p[:, None], likely, 0.0).cumsum(-1)
     at = uniform(seed, position)[:, None] * kept[:, -1:]
