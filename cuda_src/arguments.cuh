@@ -42,6 +42,15 @@ struct DecodeArguments {
 #if TABLE_CSR
   const int* row_begins;                      // [batch_size + 1]; see PageTable
 #endif
+#if SELECTED
+  const int* selected_pages;                  // [batch_size, num_kv_heads / HEAD_SPLIT, max_selected]; see PageLists
+  const int* selected_counts;                 // [batch_size, num_kv_heads / HEAD_SPLIT]
+  int max_selected;
+#endif
+#if PAGE_LSE
+  float* page_lse;                            // [batch_size, QUERY_TOKENS, page_lse_tiles, num_kv_heads * GROUP_SIZE]
+  int page_lse_tiles;
+#endif
 
   // A window reaches back from the first query token, lengths count to the last.
   __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }

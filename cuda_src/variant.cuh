@@ -39,6 +39,12 @@
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
+// Selected pages: selected.cu, which takes what balanced.cu takes beside these (but WINDOWED)
+// SELECTED           0 1              1: each (row, KV head) reads the pages of a list; default  KernelConfig
+//                                     0: a row's tokens are all read                             (selected_defines)
+// By-products: balanced.cu, selected.cu
+// PAGE_LSE           0 1              1: the log-sum-exp of every tile and query head is         KernelConfig
+//                                     written; PAGE_SIZE is a multiple of PKV_TILE; default 0    (selected_defines)
 // The plan: balanced.cu, shared.cu and plan.cu (WINDOWED also decode.cu)
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
@@ -92,6 +98,12 @@
 #ifndef READ_COLUMNS
 #define READ_COLUMNS 0
 #endif
+#ifndef SELECTED
+#define SELECTED 0
+#endif
+#ifndef PAGE_LSE
+#define PAGE_LSE 0
+#endif
 #ifndef TABLE_INT64
 #define TABLE_INT64 0
 #endif
@@ -113,6 +125,16 @@
 #define PKV_CSR(...) __VA_ARGS__
 #else
 #define PKV_CSR(...)
+#endif
+#if SELECTED
+#define PKV_SELECTED(...) __VA_ARGS__
+#else
+#define PKV_SELECTED(...)
+#endif
+#if PAGE_LSE
+#define PKV_PAGE_LSE(...) __VA_ARGS__
+#else
+#define PKV_PAGE_LSE(...)
 #endif
 #if LAST_PAGE_LENGTHS
 #define PKV_LAST_PAGE(...) __VA_ARGS__

@@ -57,6 +57,10 @@ DECODE = Parameter("DecodeArguments", (
     *_fields("i", "scale_head_stride scale_token_stride", "CACHE_TYPE"),
     *_fields("f", "v_scale", "CACHE_TYPE"),
     *_fields("p", "row_begins", "TABLE_CSR"),
+    *_fields("p", "selected_pages selected_counts", "SELECTED"),
+    *_fields("i", "max_selected", "SELECTED"),
+    *_fields("p", "page_lse", "PAGE_LSE"),
+    *_fields("i", "page_lse_tiles", "PAGE_LSE"),
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
 SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
@@ -76,6 +80,7 @@ RUNS = _values(  # of pages moved between host memory and the GPU
 
 KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_balanced": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
+    "pkv_decode_selected": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
     "pkv_decode_shared": (
         DECODE, COSTS, SHARED_COSTS, *_values(*_fields("p", "group_of_row prefix_pages"),
                                               *_fields("i", "num_groups max_tokens")),

@@ -20,6 +20,7 @@ def test_every_constant_is_explained() -> None:
     rope = Rope(style=HALF, cos_sin=np.zeros((1, 128), np.float32))
     said = {
         *read_config(kernel_config(SHAPE, "float16", 90), 90).read_defines(),
+        *kernel_config(SHAPE, "float16", 90).selected_defines(selected=True, page_lse=True),
         *TableLayout(int64=True, csr=True, last_page=True).defines(),
         *append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=rope),
         "UNROLL",
