@@ -15,6 +15,7 @@ from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import kernel_config, read_config
+from gpu.selection.variant import selection_defines
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 
@@ -27,16 +28,20 @@ DECODE_VARIANTS = [
 LISTED_VARIANTS = [defines | {"SELECTED": 1, "PAGE_LSE": 1} for defines in DECODE_VARIANTS]
 CONFIG = kernel_config(SHAPE, "float16", 90)
 APPEND_DEFINES = append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=None)
+SELECTION_DEFINES = selection_defines(SHAPE, "float16", "mean_std", "softmax_mean")
 STRUCTURES = [
     *((fields.DECODE, defines) for defines in (*DECODE_VARIANTS, *LISTED_VARIANTS)),
     (fields.COSTS, DECODE_VARIANTS[0]),
     (fields.SHARED_COSTS, DECODE_VARIANTS[0]),
     (fields.APPEND, APPEND_DEFINES),
+    (fields.SELECT, SELECTION_DEFINES),
+    (fields.SUMMARY, SELECTION_DEFINES),
 ]
 FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", "pkv_merge": "merge.cu",
          "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu",
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
-         "pkv_decode_selected": "selected.cu", "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu"}
+         "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu",
+         "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>
@@ -88,6 +93,7 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 def test_kernels_take_the_tables_parameters(name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(),
+              "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True), "pkv_gather": {"THREADS": 512},
               "pkv_scatter": {"THREADS": 512}}
     defines = others.get(name, DECODE_VARIANTS[3])
