@@ -18,8 +18,8 @@ from pkvsim.shapes import MAX_TOKENS, check_int
 class PageSummaries:
     """Of every page and KV head: mean and standard deviation of its keys, or minimum and maximum, 16-bit.
 
-    array [num_pages, num_kv_heads, 2, head_dim], torch or CuPy as the pages are. It is right for the pages that update()
-    was told of: those of a row's new tokens, after every append.
+    array [num_pages, num_kv_heads, 2, head_dim], torch or CuPy as the pages are. It is right for the pages that
+    update() was told of: those of a row's new tokens, after every append.
     """
 
     __slots__ = ("shape", "dtype", "kind", "layout", "array", "_kernels", "_device_id")
@@ -38,8 +38,8 @@ class PageSummaries:
         self.array = arrays.empty_like(k_pages, (num_pages, shape.num_kv_heads, 2, shape.head_dim), dtype)
 
     def update(self, k_pages: object, seq_lens: object, block_table: object, *, new_tokens: int | None = None) -> None:
-        """Summarises anew the pages of each row's last `new_tokens` tokens, all of its pages by default, on the caller's
-        current stream: one launch.
+        """Summarises anew the pages of each row's last `new_tokens` tokens, by default all of its pages, in one launch
+        on the caller's current stream.
 
         seq_lens [batch_size] int32 with the new tokens counted in, block_table [batch_size, max_pages] int32 or int64,
         on the GPU or the host. Raises ValueError naming the argument. The first call compiles its kernel, and must not
@@ -80,7 +80,7 @@ class PageSummaries:
         checks.expect("k_pages", f"{self.dtype} [num_pages, {inner[0]}, {inner[1]}, {shape.head_dim}] on "
                       f"cuda:{self._device_id}", view, view.dtype == self.dtype and len(view.shape) == 4
                       and view.shape[1:] == (*inner, shape.head_dim) and view.device == self._device_id)  # fmt: skip
-        checks.expect("k_pages", "a contiguous last axis, other strides in multiples of 8 elements, on a 16-byte boundary",
+        checks.expect("k_pages", "a contiguous last axis, strides in multiples of 8 elements, a 16-byte boundary",
                       f"strides {view.strides}", view.strides[3] == 1 and view.pointer % 16 == 0
                       and all(0 <= stride and stride % 8 == 0 for stride in view.strides[:3]))
         return view

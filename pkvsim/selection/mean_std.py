@@ -1,9 +1,9 @@
 """Mean + std, the default: a page is scored by its mean logit plus one standard deviation.
 
 Elements of a key are taken to vary on their own, so the variance of q . k over a page is the sum of (q_d std_d)^2.
-Scores become weights by a softmax over the row's pages, which are averaged over the query heads of the group: heads with
-one sharp page then count as much as heads with many equal ones. Scored by no paper that we know of; the best in a trial
-on a real model against Quest's bound, whose pages of a wide spread crowd out the others.
+Scores become weights by a softmax over the row's pages, and these are averaged over the query heads of the group: a
+head with one sharp page then counts as much as one with many equal pages. No paper that we know of scores so; on a real
+model it did better than Quest's bound (examples/study_selection.py measures both).
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Quest (Tang et al., ICML 2024, arXiv 2406.10774): an upper bound of a page's logits, from its keys' extremes.
 
-score = sum over d of max(q_d min_d, q_d max_d); top k pages at every step, the first two layers dense. The paper has one
-KV head per query head; where query heads share one, a page counts as the head that wants it most does.
+score = sum over d of max(q_d min_d, q_d max_d); top k pages at every step, the first two layers dense. The paper has a
+KV head for each query head; where query heads share one, a page counts as the head that wants it most says.
 """
 from __future__ import annotations
 
