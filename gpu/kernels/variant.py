@@ -144,6 +144,10 @@ class KernelConfig:
                 "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
                 "CACHE_SCALES": int(self.tile_scales)}
 
+    def selected_defines(self, *, selected: bool, page_lse: bool) -> dict[str, int]:
+        """Those of the balanced kernels that read lists of pages, or write the mass of every page."""
+        return self.defines() | {"SELECTED": int(selected), "PAGE_LSE": int(page_lse)}
+
     def read_defines(self) -> dict[str, int]:
         """Those of the kernel that reads for several rows."""
         return self.defines() | {"READ_COLUMNS": self.read_columns, "READ_TEAM": self.read_team,

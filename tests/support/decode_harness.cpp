@@ -1,4 +1,4 @@
-// cuda_src/decode.cu, balanced.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
+// cuda_src/decode.cu, balanced.cu, selected.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 //
 // Stands in for mma.cuh, which is nothing but instructions; the test puts an empty file in its place. Whatever a warp
 // does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the
@@ -265,6 +265,8 @@ static float exp2_fast(float x) { return std::exp2(x); }
 #include "shared.cu"
 #elif RANKS
 #include "several.cu"
+#elif SELECTED
+#include "selected.cu"
 #elif BALANCED
 #include "balanced.cu"
 #else
@@ -357,6 +359,9 @@ extern "C" int rank_arguments_bytes() { return sizeof rank_arguments; }
 extern "C" int inbox_bytes() { return sizeof(pkv::Inbox); }
 extern "C" int opened_bytes() { return pkv::OPENED_BYTES; }
 #elif BALANCED
+#if SELECTED
+#define pkv_decode_balanced pkv_decode_selected
+#endif
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 5, numbers);
