@@ -29,8 +29,8 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     from gpu.inputs.block_tables import TableLayout
     from gpu.kernels.variant import DTYPES, kernel_config, read_config
     from gpu.measure.timing import STREAM_SHAPES
-    from gpu.several.inbox import rank_config
     from gpu.selection.variant import selection_defines
+    from gpu.several.inbox import rank_config
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES
 

@@ -9,8 +9,8 @@ from gpu.cache import append_variant
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.variant import TILE_TOKENS, kernel_config, read_config
-from gpu.several.inbox import rank_config
 from gpu.selection.variant import selection_defines
+from gpu.several.inbox import rank_config
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import HALF, Rope
 
