@@ -11,7 +11,7 @@ namespace pkv {
 // What the CTA's threads tell each other of the plan, in shared memory.
 struct ListNotes {
   int total[WARPS], live[WARPS], most[WARPS], least[WARPS];  // of each warp's lists
-  int first, tiles, begin;                                   // where the CTA's range begins
+  int first, begin;                                          // the list that the CTA's range begins in, and where
 };
 
 // One CTA's plan of a step. The whole CTA makes it, each thread of as many neighbouring lists as the others.
@@ -46,17 +46,17 @@ struct ListPlan : RangePlace {
     const Cut cut(total, live, most == least, gridDim.x, costs);
     some_empty = live < lists.count();
     walk.lists = lists, walk.segment_cost = costs.segment;
-    walk.v = walk.tiles = walk.tile = walk.x0 = walk.x_end = 0;  // an empty walk
+    walk.v = walk.pages = walk.row_len = walk.tile = walk.x0 = walk.x_end = 0;  // an empty walk
     range = first = paired_place(cut.num_ranges);
     if (total <= 0 || range >= cut.num_ranges) return;  // the whole CTA
     const int x_begin = cut.begin(range), x_end = cut.begin(range + 1);
     if (before <= x_begin && x_begin < before + own) {
-      int v = begin, tiles = lists.tiles(v), cost = row_cost(tiles, 1, costs.segment);
-      while (before + cost <= x_begin) before += cost, tiles = lists.tiles(++v), cost = row_cost(tiles, 1, costs.segment);
-      notes.first = v, notes.tiles = tiles, notes.begin = before;
+      int v = begin, cost = row_cost(lists.tiles(v), 1, costs.segment);
+      while (before + cost <= x_begin) before += cost, cost = row_cost(lists.tiles(++v), 1, costs.segment);
+      notes.first = v, notes.begin = before;
     }
     __syncthreads();
-    walk.start(notes.first, notes.tiles, notes.begin, x_begin, x_end);
+    walk.start(notes.first, notes.begin, x_begin, x_end);
     if (walk.tile > 0) first = cut.range_of(walk.x0);
   }
 };

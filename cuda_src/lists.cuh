@@ -54,36 +54,48 @@ struct ListWalk {
   using Piece = ListPiece;
   Lists lists;
   int segment_cost;
-  int v, tiles, tile, x0, x_end;  // the list at hand, its tiles, the next one of them, and where they lie
+  int v, pages, row_len;  // the list at hand, its pages and its row's tokens, which are looked up a piece ahead
+  int tile, x0, x_end;    // the next of its tiles, and where they lie
 
-  // first, first_tiles, list_begin: the first list that is not empty and reaches past x_begin, and where it lies.
-  __device__ __forceinline__ void start(int first, int first_tiles, int list_begin, int x_begin, int end) {
-    v = first, tiles = first_tiles, x0 = list_begin, x_end = end;
+  // first, list_begin: the first list that is not empty and reaches past x_begin, and where it lies.
+  __device__ __forceinline__ void start(int first, int list_begin, int x_begin, int end) {
+    v = first, x0 = list_begin, x_end = end;
+    look_up();
     tile = tile_at(x_begin, x0, segment_cost);
-    if (tile >= tiles) step();
+    if (tile >= tiles()) step();
   }
   __device__ __forceinline__ bool next(ListPiece& s) {
     if (x0 >= x_end) return false;
-    const int end = min(tile_at(x_end, x0, segment_cost), tiles);
-    s.row = lists.row_of(v), s.kv_head = v - s.row * lists.heads, s.list = lists.list_of(v);
-    s.row_len = lists.lens[s.row];
-    const int pages = lists.pages_of(v, s.row_len), row_pages = divide(s.row_len + PAGE_SIZE - 1, PAGE_SIZE);
+    const int end = min(tile_at(x_end, x0, segment_cost), tiles());
+    s.row = lists.row_of(v), s.kv_head = v - s.row * lists.heads, s.list = lists.list_of(v), s.row_len = row_len;
     s.seq_len = pages * PAGE_SIZE;
     // Of all pages only the row's last may have room left.
+    const int row_pages = divide(row_len + PAGE_SIZE - 1, PAGE_SIZE);
     if (PAGE_SIZE > 1 && lists.lists.place(s.list, max(0, pages - 1)) == row_pages - 1)
-      s.seq_len -= row_pages * PAGE_SIZE - s.row_len;
-    s.tile_begin = tile, s.tile_end = max(tile, min(end, tiles_of(s.seq_len)));
-    s.begins = tile == 0, s.ends = end == tiles, s.slot = x0;
+      s.seq_len -= row_pages * PAGE_SIZE - row_len;
+    s.tile_begin = tile, s.tile_end = end;
+    if constexpr (PAGE_SIZE > PKV_TILE) s.tile_end = max(tile, min(end, tiles_of(s.seq_len)));
+    s.begins = tile == 0, s.ends = end == tiles(), s.slot = x0;
     step();
     return true;
   }
 
  private:
+  __device__ __forceinline__ int tiles() const { return tiles_of(pages * PAGE_SIZE); }
+  __device__ __forceinline__ void look_up() {
+    row_len = lists.lens[lists.row_of(v)];
+    pages = lists.pages_of(v, row_len);
+  }
   __device__ __forceinline__ void step() {
-    x0 += tiles + segment_cost, tile = 0;
+    x0 += tiles() + segment_cost, tile = 0;
     if (x0 >= x_end) return;
-    do tiles = lists.tiles(++v); while (tiles == 0 && v < lists.count());
-    if (v >= lists.count()) x_end = x0;
+    do {
+      if (++v >= lists.count()) {  // past the last list only where lengths or counts change meanwhile
+        x_end = x0;
+        return;
+      }
+      look_up();
+    } while (pages == 0);
   }
 };
 

@@ -102,10 +102,12 @@ struct Loader {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
     const int t = s.first + (skip + index) * W::STREAMS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
-    if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
 #if SELECTED
+    // How many tokens a list has takes its last place, which whole tiles of pages need not wait for.
+    if (!live || t >= s.tile_end || (!TILE_IN_PAGE && token >= s.seq_len)) return 0;
     return pages.table.stored<EARLY>(s.row, pages.lists.place(s.list, token / PAGE_SIZE));
 #else
+    if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
     return pages.table.stored<EARLY>(s.row, token / PAGE_SIZE);
 #endif
   }

@@ -63,7 +63,7 @@ class SelectionBench:
         seq_lens, table = case.on_gpu()
         engine = DecodeEngine(SHAPE)
         engine.plan(seq_lens, table)
-        lse = torch.empty(case.q.shape[:2], device="cuda")
+        lse = torch.empty(case.q.shape[:2], device=case.q.device)
         rng = np.random.default_rng(rows)
         row_pages = -(-length // SHAPE.page_size)
         even = self._lists(rng, rows, row_pages, np.full((rows, 8), self.budget.pages(row_pages, PINS)))
@@ -88,7 +88,7 @@ class SelectionBench:
             if not result.errors[name] < TOLERANCE:
                 raise SystemExit(f"bench_selection: {rows} x {length}: {name} differs by {result.errors[name]:.2g}")
             time_of(name, lambda i, out, lists=lists: ours(i, out, selected=lists))
-        masses = torch.empty(rows, row_pages * SHAPE.page_size // 16, 32, device="cuda")
+        masses = torch.empty(rows, row_pages * SHAPE.page_size // 16, 32, device=case.q.device)
         time_of("dense_page_lse", lambda i, out: ours(i, out, page_lse=masses))
 
         # Each layer has summaries of its own.
@@ -122,12 +122,13 @@ class SelectionBench:
     @staticmethod
     def _error(case: StepCase, out: torch.Tensor, lists: PageList) -> float:
         """The largest difference from float64 over some (row, KV head)s, a NaN shows."""
-        worst, rng = torch.zeros((), dtype=torch.float64, device="cuda"), np.random.default_rng(0)
+        device = case.q.device
+        worst, rng = torch.zeros((), dtype=torch.float64, device=device), np.random.default_rng(0)
         k, v = case.layers[0]
-        table = torch.from_numpy(case.block_table).cuda()
+        table = torch.from_numpy(case.block_table).to(device)
         for row, head in zip(rng.integers(0, len(case.seq_lens), CHECKED), rng.integers(0, 8, CHECKED)):
             places = lists.pages[row, head, : int(lists.counts[row, head])].long()
-            at = (places[:, None] * 16 + torch.arange(16, device="cuda")).view(-1)
+            at = (places[:, None] * 16 + torch.arange(16, device=device)).view(-1)
             live = at < int(case.seq_lens[row])
             ids = table[row, places].long()
             keys, values = (pool[ids, head].reshape(-1, 128)[live].double() for pool in (k, v))
@@ -158,11 +159,11 @@ class SelectionBench:
         shape = DecodeShape(4, 1, 128, 16)
         q = case.q.view(rows * 8, 4, 128)
         layers = [tuple(pool.view(-1, 1, 16, 128) for pool in layer) for layer in case.layers]
-        table = torch.from_numpy(case.block_table).cuda()
+        table = torch.from_numpy(case.block_table).to(q.device)
 
         def fold() -> tuple[np.ndarray, np.ndarray]:
             ids = table[:, None].expand(-1, 8, -1).gather(2, lists.pages.clamp(min=0).long())
-            ids = ids.int() * 8 + torch.arange(8, dtype=torch.int32, device="cuda")[:, None]
+            ids = ids.int() * 8 + torch.arange(8, dtype=torch.int32, device=q.device)[:, None]
             ids = ids.view(rows * 8, -1).cpu().numpy()
             tokens = (lists.counts.view(-1).cpu().numpy() * 16).astype(np.int32)
             return tokens, ids

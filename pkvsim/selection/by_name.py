@@ -6,7 +6,7 @@ from types import ModuleType
 import numpy as np
 
 from pkvsim.schedule.page_lists import PageList
-from pkvsim.selection import mean_std, quest
+from pkvsim.selection.methods import mean_std, quest
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages
 from pkvsim.selection.summaries import row_summaries
 from pkvsim.shapes import DecodeShape
