@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import sys
 import time
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams of ranks on one GPU must not queue up in one
-from gpu.measure.environment import lacks_gpu
+from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
 
 TOLERANCE = 2e-3
 CHUNK = 1 << 16  # tokens that are filled, and checked, at a time
@@ -25,6 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--ranks", type=int, default=2, help="where there is one GPU")
     parser.add_argument("--steps", type=int, default=20, help="decode steps, each of which appends a token")
+    parser.add_argument("--json", type=pathlib.Path, help="write what was found here")
     return parser.parse_args(argv)
 
 
@@ -67,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             if not worst < TOLERANCE or not same:
                 print(f"several: error: ranks {'agree' if same else 'differ'}, error {worst:.2g}", file=sys.stderr)
                 return 1
+    if args.json is not None:
+        write_json(args.json, {"environment": environment(), "options": options_of(args), "ranks": group.num_ranks,
+                               "gpus": count, "largest_error": worst, "step_us": [us * 1e6 for us in times]})
     where = f"{count} GPUs" if count > 1 else f"{group.num_ranks} ranks on one GPU"
     print(f"{args.tokens:,} tokens over {where} ({cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}): "
           f"largest error {worst:.1e}, {min(times) * 1e6:.0f} us a step with its launches, all ranks alike")
