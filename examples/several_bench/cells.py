@@ -54,3 +54,23 @@ CELLS = (
 )
 LONG = SeveralCell("1 x 1M", 1, 1 << 20)
 ONE_GPU = (CELLS[1], CELLS[3])  # what ranks that share a GPU are compared on
+
+
+def local_tables(cell: SeveralCell, shares: PageShares) -> list[np.ndarray]:
+    """Each rank's block table [rows, local pages] int32, of its own pages in random order."""
+    row_pages = -(-cell.tokens // PAGE_SIZE)
+    rng, tables = np.random.default_rng(20260623), []
+    for rank in range(shares.num_ranks):
+        count = shares.local_pages(row_pages, rank)
+        tables.append(rng.permutation(cell.rows * count).astype(np.int32).reshape(cell.rows, count))
+    return tables
+
+
+def whole_table(tables: list[np.ndarray], each: int, shares: PageShares) -> np.ndarray:
+    """The rows' pages on a device that has all ranks', in the rows' order."""
+    row_pages = sum(table.shape[1] for table in tables)
+    of, place = shares.place(np.arange(row_pages))
+    whole = np.empty((len(tables[0]), row_pages), np.int32)
+    for rank, table in enumerate(tables):
+        whole[:, of == rank] = table[:, place[of == rank]] + rank * each
+    return whole

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from several_bench.cells import PAGE_SIZE, SeveralCell
+from several_bench.cells import PAGE_SIZE, SeveralCell, local_tables, whole_table
 
 from gpu import DecodeEngine
 from gpu.inputs.run import Run
@@ -235,26 +235,6 @@ class plain_run:  # noqa: N801 - a function with an output that can be looked at
 
     def __call__(self, layer: int) -> None:
         self.engine.run(self.q, *self.layer_pages(layer), out=self.out, lse=self.lse)
-
-
-def local_tables(cell: SeveralCell, shares: PageShares) -> list[np.ndarray]:
-    """Each rank's block table [rows, local pages] int32, of its own pages in random order."""
-    row_pages = -(-cell.tokens // PAGE_SIZE)
-    rng, tables = np.random.default_rng(20260623), []
-    for rank in range(shares.num_ranks):
-        count = shares.local_pages(row_pages, rank)
-        tables.append(rng.permutation(cell.rows * count).astype(np.int32).reshape(cell.rows, count))
-    return tables
-
-
-def whole_table(tables: list[np.ndarray], each: int, shares: PageShares) -> np.ndarray:
-    """The rows' pages on a device that has all ranks', in the rows' order."""
-    row_pages = sum(table.shape[1] for table in tables)
-    of, place = shares.place(np.arange(row_pages))
-    whole = np.empty((len(tables[0]), row_pages), np.int32)
-    for rank, table in enumerate(tables):
-        whole[:, of == rank] = table[:, place[of == rank]] + rank * each
-    return whole
 
 
 def lay_out(cell: SeveralCell, tables: list[np.ndarray], device: int, layers: int) -> Pages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pkvsim.schedule.shares import MAX_RANKS
 from pkvsim.shapes import check_int
@@ -47,11 +47,11 @@ class Group(Protocol):
         """Returns when all ranks have called it."""
 
 
-def check_group(group: object) -> Group:
+def check_group(group: Any) -> Group:
     """Raises ValueError naming group."""
     if not all(hasattr(group, name) for name in ("num_ranks", "ranks", "in_kernel", "inboxes")):
         raise ValueError(f"group: expected a group of gpu.several, got {type(group).__name__}")
-    check_int("group.num_ranks", group.num_ranks, 2, MAX_RANKS)  # type: ignore[attr-defined]
+    check_int("group.num_ranks", group.num_ranks, 2, MAX_RANKS)
     return group
 
 

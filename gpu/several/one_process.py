@@ -48,7 +48,7 @@ class DeviceGroup:
         with contextlib.ExitStack() as stack:
             stack.enter_context(cupy.cuda.Device(self._devices[rank]))
             stack.enter_context(stream)
-            if torch is not None:
+            if torch is not None and torch.cuda.is_available():
                 own = torch.cuda.ExternalStream(stream.ptr, device=self._devices[rank])
                 stack.enter_context(torch.cuda.stream(own))
             yield stream

@@ -139,7 +139,7 @@ def shares_of(kind: str, num_ranks: int):
     return interleaved(num_ranks, 16, pages=2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(num_ranks=st.integers(2, 4), owner=st.sampled_from(sorted(inbox.OWNERS)),
        kind=st.sampled_from(["interleaved", "runs", "unlike"]), host=st.booleans(), int64=st.booleans(),
        lens=st.lists(st.integers(0, 200), min_size=1, max_size=5), seed=st.integers(0, 99))
