@@ -87,7 +87,8 @@ def step_kinds(steps: StepLog) -> list[StepKind]:
     for kind, chosen in zip(KINDS, (decode & ~prefill, decode & prefill, prefill & ~decode)):
         if chosen.any():
             us = steps.duration_us[chosen]
-            found.append(StepKind(kind, int(steps.steps[chosen].sum()), float(us.mean()), *_percentiles(us, 50, 90),
+            p50_us, p90_us = _percentiles(us, 50, 90)
+            found.append(StepKind(kind, int(steps.steps[chosen].sum()), float(us.mean()), p50_us, p90_us,
                                   float(steps.decode_rows[chosen].mean()), float(steps.prefill_tokens[chosen].mean())))
     return found
 
@@ -99,7 +100,8 @@ def host_gaps(steps: Sequence[StepRecord]) -> HostGaps | None:
     if not pairs:
         return None
     gaps, times = np.array(pairs).T
-    return HostGaps(len(pairs), *_percentiles(gaps, 50, 90), float(gaps.sum() / (gaps.sum() + times.sum())))
+    p50_us, p90_us = _percentiles(gaps, 50, 90)
+    return HostGaps(len(pairs), p50_us, p90_us, float(gaps.sum() / (gaps.sum() + times.sum())))
 
 
 def _percentiles(values: np.ndarray, *which: int) -> list[float]:
@@ -164,8 +166,8 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
 def _print_measured(console: Any, run: Replay, llm: LLM, result: ServingResult) -> None:
     s = result.summary
     print_line(console, f"{llm.config.name}: {s['finished']:,} of {s['requests']:,} requests served, "
-                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV pages "
-                        f"of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
+                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV "
+                        f"pages of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
     rows = [("tokens/s", f"{s['tokens_per_s'] or 0:,.1f}")]
     for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("between tokens", "itl_s"), ("end to end", "e2e_s")):
         rows += [(f"{label} {p}", seconds(s[key][p]) or "-") for p in ("p50", "p90", "p99")]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from serving_cases import make_trace
+from serving_cases import DEVICE, MODEL, kv_gib, make_trace
 
 from pkvsim.memory.prefix_cache import FREE_PAGES, KINDS
 from pkvsim.serving.live.live_scheduler import LiveScheduler
@@ -15,7 +15,6 @@ from pkvsim.serving.scheduler import Scheduler
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import limits_of, requests_of
 from pkvsim.serving.state import Limits
-from serving_cases import DEVICE, MODEL, kv_gib
 
 PAGE = 4
 
