@@ -7,7 +7,7 @@
 Copies: scattered pages layer by layer, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
 and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
-from host memory, and 3:1 from host memory and two limited disks, against host memory and then one disk by files.
+from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
 DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
 TTFT_TOKENS = 128 * 1024
-TTFT_RATES = (36.0, 6.0, 6.0)  # GB/s of host memory and two limited disks: 3:1
+TTFT_RATES = (36.0, 3.0, 3.0, 3.0, 3.0)  # GB/s of host memory and four limited disks: 3:1
 SHM = Path("/dev/shm")
 
 
@@ -143,10 +143,12 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     model = first.Model(args.tokens // first.PAGE)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
     rates = [rate * 1e9 for rate in TTFT_RATES]
-    shared = {"link_bytes_per_s": link, "compute_s": compute_s}
+    runs = measured.scattered(model.device.run_bytes, GIB).in_gb_s * 1e9
+    shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
     found = [first.from_pool(model, "host memory", [link], [], **shared)]
     if SHM.is_dir():
-        found.append(first.from_pool(model, "host 3 : 1 two limited disks", rates, [SHM, SHM], **shared))
+        disks = [SHM] * (len(rates) - 1)
+        found.append(first.from_pool(model, "host 3 : 1 four limited disks", rates, disks, **shared))
         found.append(first.from_files(model, link, rates[1], SHM, host_share=0.75, compute_s=compute_s))
     rows = tuple(
         (one.what, f"{one.gb:.1f}", f"{one.ttft_s * 1e3:.0f}", f"{one.bound_s * 1e3:.0f}", f"{one.over_bound:.2f}",

@@ -32,7 +32,9 @@ WARM_UP, REPEATS = 1, 3
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute."""
+    """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
+    predicted_s: the same with the rate at which runs of a layer's page come in, and layers computed while others load.
+    """
 
     what: str
     gb: float
@@ -110,9 +112,10 @@ def median_s(body: Callable[[], None], before: Callable[[], None]) -> float:
 
 def from_pool(
     model: Model, what: str, rates: Sequence[float], directories: Sequence[Path], *, link_bytes_per_s: float,
-    compute_s: float,
+    runs_bytes_per_s: float, compute_s: float,
 ) -> FirstToken:  # fmt: skip
-    """rates [1 + disks]: of host memory and of disks limited to theirs."""
+    """rates [1 + disks]: of host memory and of disks limited to theirs. link_bytes_per_s: of one piece;
+    runs_bytes_per_s: of scattered runs of a layer's page, measured alone."""
     block_bytes = model.device.block_bytes
     whole, total = model.blocks * block_bytes, sum(rates)
     places = [Path(tempfile.mkdtemp(dir=directory, prefix="pool-")) for directory in directories]
@@ -143,9 +146,11 @@ def from_pool(
     finally:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
-    load = max(whole / total if disks else 0.0, whole / link_bytes_per_s)
+    of_tiers = whole / total if disks else 0.0
+    bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
+    load = max(of_tiers, whole / runs_bytes_per_s)
     predicted = load + compute_s if disks else max(load + compute_s / LAYERS, load / LAYERS + compute_s)
-    return FirstToken(what, whole / 1e9, ttft, compute_s, load + compute_s, predicted)
+    return FirstToken(what, whole / 1e9, ttft, compute_s, bound, predicted)
 
 
 def from_files(model: Model, host_bytes_per_s: float, disk_bytes_per_s: float, directory: Path, *, host_share: float,

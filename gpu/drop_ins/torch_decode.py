@@ -25,17 +25,19 @@ class EngineCache:
     The MAX_ENGINES last used are kept, and for good those that a captured graph uses.
     """
 
-    __slots__ = ("_make", "_engines", "_captured", "_lock")
+    __slots__ = ("_make", "_engines", "_captured", "_spares", "_lock")
 
-    def __init__(self, make: Callable[[DecodeShape, str, AttentionOptions], object]) -> None:
-        """make(shape, dtype, options): builds an engine on the current device."""
+    def __init__(self, make: Callable[[DecodeShape, str, AttentionOptions], object], *, spares: bool = False) -> None:
+        """make(shape, dtype, options): builds an engine on the current device. spares: a call outside of any capture
+        leaves an engine behind that the first capture on any other stream may take."""
         self._make = make
+        self._spares: dict[tuple, object] | None = {} if spares else None  # by key without the stream
         self._engines: OrderedDict[tuple, object] = OrderedDict()
         self._captured: dict[tuple, object] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._engines) + len(self._captured)
+        return len(self._engines) + len(self._captured) + len(self._spares or ())
 
     def run(
         self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
@@ -47,16 +49,21 @@ class EngineCache:
         key = q.device, stream, sizes, q.dtype, block_table.dtype, window, soft_cap, sinks is None
         with self._lock:  # between plan() and run() no other thread may plan
             engine = self._captured.get(key) or self._engines.get(key)
+            if engine is None and capturing and self._spares:
+                engine = self._spares.pop((key[0], *key[2:]), None)
             if engine is None:
                 if capturing:
                     raise RuntimeError("decode_attention: expected a call with these shapes on this stream before a "
                                        "CUDA graph captures it, as an engine cannot be built during a capture")
                 engine = self._build(q, k_pages, v_pages, window, soft_cap, sinks)
             self._keep(key, engine, capturing)
-            engine.plan(seq_lens, block_table)
-            found = engine.run(q.contiguous(), k_pages, v_pages, scale=scale, sinks=sinks)
-            engine.release_arrays()  # else they would outlive their call, in a pool that a captured graph owns
-            return found
+            q = q.contiguous()
+            if self._spares is not None and not capturing and (spare_key := (key[0], *key[2:])) not in self._spares:
+                spare = self._build(q, k_pages, v_pages, window, soft_cap, sinks)
+                _step(spare, q, k_pages, v_pages, block_table, seq_lens, scale, sinks)  # compiles its kernels
+                spare.drain()
+                self._spares[spare_key] = spare
+            return _step(engine, q, k_pages, v_pages, block_table, seq_lens, scale, sinks)
 
     def _keep(self, key: tuple, engine: object, capturing: bool) -> None:
         if capturing or key in self._captured:
@@ -80,6 +87,15 @@ class EngineCache:
         return self._make(shape, str(q.dtype).removeprefix("torch."), options)
 
 
+def _step(engine: object, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
+          seq_lens: torch.Tensor, scale: float | None, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plans and runs."""
+    engine.plan(seq_lens, block_table)
+    found = engine.run(q, k_pages, v_pages, scale=scale, sinks=sinks)
+    engine.release_arrays()  # else they would outlive their call, in a pool that a captured graph owns
+    return found
+
+
 def check_shapes(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
     """ValueError unless a head shape can be told; the engine checks everything else."""
     if q.dim() not in (3, 4) or q.dim() == 4 and q.shape[1] == 1:
@@ -91,13 +107,13 @@ def check_shapes(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) 
                              f"got {list(pages.shape)}")
 
 
-def _make_engine(shape: DecodeShape, dtype: str, options: AttentionOptions) -> object:
+def make_engine(shape: DecodeShape, dtype: str, options: AttentionOptions) -> object:
     from gpu.decode_engine import DecodeEngine
 
     return DecodeEngine(shape, dtype, "balanced", options=options)
 
 
-ENGINES = EngineCache(_make_engine)  # of this process, as a stream's engine outlives the calls
+ENGINES = EngineCache(make_engine)  # of this process, as a stream's engine outlives the calls
 
 torch.library.define("pkv::decode_attention", SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 

@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, make_model, prompts
 from torch_paged import serve_op_on_cpu
 from transformers import DynamicCache
 
-from gpu.drop_ins import transformers_attention
+from gpu.drop_ins.flash_attn import dense
 from gpu.drop_ins.transformers_attention import attention, register
 from gpu.drop_ins.transformers_cache import PagedCache
 from gpu.drop_ins.transformers_rows import PagedRows
@@ -199,7 +199,7 @@ def test_soft_caps_and_sinks(family, padding, window, logits_at_a_time, monkeypa
 
     Where padding is not on the left, Transformers counts it in the window, and a window that is never full is compared.
     """
-    monkeypatch.setattr(transformers_attention, "DENSE_LOGITS", logits_at_a_time)
+    monkeypatch.setattr(dense, "DENSE_LOGITS", logits_at_a_time)
     model, inputs = CAPPED[family, window], prompts([11, 2, 7, 1], padding)
     caches = {"eager": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -1,9 +1,12 @@
-// cuda_src/decode.cu, balanced.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
+// cuda_src/decode.cu, balanced.cu, selected.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 //
 // Stands in for mma.cuh, which is nothing but instructions; the test puts an empty file in its place. Whatever a warp
 // does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the
 // layouts of the PTX manual. A copy arrives when it is waited for, no sooner; or, with copies_hurry, the moment it is started.
 #include "cuda_on_cpu.h"
+
+#include <sched.h>
+#include <time.h>
 
 #include <deque>
 #include <utility>
@@ -235,6 +238,21 @@ static void wait_for_previous_kernel() {
 template <class T>
 static void send(T* to, const T& value) { *to = value; }
 [[maybe_unused]] static float2 receive(const float2* from) { return *from; }
+// Between ranks, which are threads with a copy each of all that is here (several_on_cpu.py).
+template <class T>
+static void send_to_rank(T* to, const T& value) { *to = value; }
+template <class T>
+inline T receive_from_rank(const T* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  sched_yield();
+  return value;
+}
+[[maybe_unused]] static long long nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1'000'000'000ll + now.tv_nsec;
+}
 [[maybe_unused]] static float hyperbolic_tangent(float x) { return std::tanh(x); }
 static float __fdividef(float a, float b) { return a / b; }
 static float exp2_fast(float x) { return std::exp2(x); }
@@ -245,6 +263,10 @@ static float exp2_fast(float x) { return std::exp2(x); }
 
 #if READ_COLUMNS
 #include "shared.cu"
+#elif RANKS
+#include "several.cu"
+#elif SELECTED
+#include "selected.cu"
 #elif BALANCED
 #include "balanced.cu"
 #else
@@ -305,7 +327,41 @@ extern "C" const char* run(int num_ctas, const void* arguments, const int* integ
   pkv::late.clear();
   return complaint;
 }
+#elif RANKS
+// One CTA. integers: its number, that of all CTAs, a seed; costs, max_tokens.
+static pkv::RankArguments rank_arguments;
+extern "C" const char* run(const void* arguments, const void* of_rank, const int* integers) {
+  std::memcpy(&given, arguments, sizeof given);
+  std::memcpy(&rank_arguments, of_rank, sizeof rank_arguments);
+  std::copy_n(integers, 8, numbers);
+  body = [] {
+    const int* n = numbers + 3;
+    pkv_decode_several(given, {n[0], n[1], n[2], n[3]}, rank_arguments, n[4]);
+  };
+  gridDim = {numbers[1], 1, 1}, blockIdx = {numbers[0], 0, 0}, order = static_cast<unsigned>(numbers[2]);
+  pkv::previous_kernel(true);
+  run_cta();
+  return complaint;
+}
+// pkv_merge_ranks. integers: stride, rank, owner.
+extern "C" const char* merge(const void* arguments, const void* states, const int* integers) {
+  std::memcpy(&given, arguments, sizeof given);
+  tasks = static_cast<const pkv::Task*>(states);
+  std::copy_n(integers, 3, numbers);
+  body = [] {
+    pkv_merge_ranks(reinterpret_cast<const pkv::Slot*>(tasks), numbers[0], given.out, given.lse, given.sinks, numbers[1],
+                    numbers[2], given.batch_size, given.num_kv_heads);
+  };
+  run_grid(2, 1);
+  return complaint;
+}
+extern "C" int rank_arguments_bytes() { return sizeof rank_arguments; }
+extern "C" int inbox_bytes() { return sizeof(pkv::Inbox); }
+extern "C" int opened_bytes() { return pkv::OPENED_BYTES; }
 #elif BALANCED
+#if SELECTED
+#define pkv_decode_balanced pkv_decode_selected
+#endif
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 5, numbers);

@@ -17,7 +17,10 @@ import numpy as np
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 
-THREADS = 512
+# Of a CTA, and vectors that each thread has under way: with at most 80 registers a thread such a CTA fits beside one of
+# the decode kernel, which leaves 10,240 registers of an SM on Hopper, so that neither waits for the other to leave.
+THREADS, UNROLL = 128, 8
+DEFINES = {"THREADS": THREADS, "UNROLL": UNROLL}
 VECTOR_BYTES = 16
 MAX_VECTORS = 2**31 - 1  # of a launch
 BATCHED_FROM_BYTES = 512 * 2**10  # runs from which on the DMA engines are as fast, and cost no SM
@@ -123,7 +126,7 @@ class CudaPages:
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]  # layers, whole blocks, stores
             self._bases = cupy.asarray(self._host_bases)
             self._gather, self._scatter = (
-                load_kernel("gather.cu", name, {"THREADS": THREADS}, threads=THREADS)
+                load_kernel("gather.cu", name, DEFINES, threads=THREADS)
                 for name in ("pkv_gather", "pkv_scatter")
             )
             cupy.cuda.get_current_stream().synchronize()
