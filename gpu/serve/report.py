@@ -19,6 +19,7 @@ from pkvsim.reports.table_serving import print_whatif, seconds
 from pkvsim.serving.result import ServingResult, StepLog
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.studies.whatif import WhatIf, whatif
+from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
 KINDS = ("decode", "mixed", "prefill")
@@ -47,15 +48,16 @@ class HostGaps:
     share: float  # of these steps' time
 
 
-def serving_config(llm: LLM) -> ServingConfig:
-    """The same server as the simulator has it."""
+def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
+    """The same server as the simulator has it. What it caches of prompts it knows by the trace's block hashes."""
     from gpu.serve.attention import page_bytes
 
     o = llm.options
     page = page_bytes(llm.config, page_size=o.page_size, kv_dtype="float16")  # pkvsim counts 16-bit caches
     return ServingConfig(
         page_size=o.page_size, max_batch=o.max_batch, step_tokens=o.step_tokens,
-        kv_gib=llm.pages.num_pages * page / GIB, graphs=o.graphs, prefix_cache=o.prefix_cache, order=o.order,
+        kv_gib=llm.pages.num_pages * page / GIB, graphs=o.graphs,
+        prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
     )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def device_at_hand() -> DeviceSpec:
 
 def beside_prediction(run: Replay, llm: LLM, device: DeviceSpec) -> WhatIf:
     """whatif's report of the trace on the schedule that ran, with the measured run as one more of its results."""
-    model, config = known_to_pkvsim(llm.config), serving_config(llm)
+    model, config = known_to_pkvsim(llm.config), serving_config(llm, run.trace)
     predicted = whatif(run.trace, model, device, ["balanced"], config)
     results = {MEASURED: as_result(run, llm.server), "predicted": predicted.results["balanced"]}
     checks = {MEASURED: None, "predicted": predicted.checks["balanced"]}
