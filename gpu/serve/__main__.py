@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,34 +17,34 @@ def serve(
         str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or with --dummy-weights a preset.")
     ] = "smollm2",
     trace: Annotated[
-        Optional[str], typer.Option(help="Request trace, as `pkvsim trace` reads it; or --input-tokens and so on.")
+        str | None, typer.Option(help="Request trace, as `pkvsim trace` reads it; or --input-tokens and so on.")
     ] = None,
     source: RequestOptions = RequestOptions(),
     dummy_weights: Annotated[bool, typer.Option(help="Random weights of the model's shape.")] = False,
-    dtype: Annotated[Optional[str], typer.Option(help="float16 or bfloat16; float32 on the CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 or bfloat16; float32 on the CPU.")] = None,
     kv_dtype: Annotated[
-        Optional[str], typer.Option(help="float8_e4m3fn, float8_e5m2 or int8; by default the model's.")
+        str | None, typer.Option(help="float8_e4m3fn, float8_e5m2 or int8; by default the model's.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="PyTorch on the CPU, though there is a GPU.")] = False,
     page_size: Annotated[int, typer.Option(help="Tokens per KV page.")] = 16,
     max_batch: Annotated[int, typer.Option(help="Most requests running at once.")] = 256,
     step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
-    max_context: Annotated[Optional[int], typer.Option(help="Most tokens of a request; by default the model's.")] = None,
-    kv_gib: Annotated[Optional[float], typer.Option(help="GiB of KV pages; by default what weights leave.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Most tokens of a request; by default the model's.")] = None,
+    kv_gib: Annotated[float | None, typer.Option(help="GiB of KV pages; by default what weights leave.")] = None,
     memory_fraction: Annotated[float, typer.Option(help="Part of the GPU's memory that the server uses.")] = 0.9,
     prefix_cache: Annotated[str, typer.Option(help="Reuse of prompts' pages: none or lru.")] = "none",
     order: Annotated[str, typer.Option(help="Who runs first of those that wait: fcfs, shortest or kvshare.")] = "fcfs",
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="Decode in captured graphs.")] = True,
     predict: Annotated[bool, typer.Option("--predict", help="whatif's prediction of the same run beside it.")] = False,
     device: Annotated[
-        Optional[str], typer.Option(help="With --predict: the GPU, as `pkvsim devices` lists it; by default this one.")
+        str | None, typer.Option(help="With --predict: the GPU, as `pkvsim devices` lists it; by default this one.")
     ] = None,
-    steps_csv: Annotated[Optional[Path], typer.Option(help="Write a line for every step to this file.")] = None,
+    steps_csv: Annotated[Path | None, typer.Option(help="Write a line for every step to this file.")] = None,
     requests_csv: Annotated[
-        Optional[str], typer.Option(help="With --predict: a line for every request, measured and predicted.")
+        str | None, typer.Option(help="With --predict: a line for every request, measured and predicted.")
     ] = None,
     timeline: Annotated[
-        Optional[str], typer.Option(help="With --predict: both runs' steps and requests in one file for Perfetto.")
+        str | None, typer.Option(help="With --predict: both runs' steps and requests in one file for Perfetto.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -111,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

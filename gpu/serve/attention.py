@@ -46,7 +46,7 @@ class Attention(Protocol):
 
 
 class KVPages:
-    """Pages of all layers. 8-bit ones hold value / scale: FP8 with a scale of 1, int8 with one of each token and head."""
+    """Pages of all layers. Of 8 bits they hold value / scale: FP8 with a scale of 1, int8 with one a token and head."""
 
     __slots__ = ("num_pages", "page_size", "dtype", "k", "v", "k_scales", "v_scales")
 

@@ -52,7 +52,8 @@ class Decoder:
         return _add_product(x, silu(gate) * up, layer.down, layer.down_bias)
 
 
-def _add_product(x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _add_product(x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor,
+                 bias: torch.Tensor | None) -> torch.Tensor:
     """x [n, h] += factor @ weight.T + bias, the product and the sum in one kernel."""
     x.addmm_(factor, weight.t())
     return x if bias is None else x.add_(bias)

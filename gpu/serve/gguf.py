@@ -18,6 +18,8 @@ PARTS = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "
          "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
          "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+               r"\s+(?!\S)|\s+")  # of Qwen2's tokenizer.json
 WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
          "output.weight": "lm_head.weight"}
 
@@ -102,7 +104,7 @@ class GgufFile:
             yield hf_name(tensor.name), np.array(weight, np.float32)
 
     def tokenizer(self) -> Any:
-        """The byte-level BPE inside, as a Transformers tokenizer with its chat template. ValueError for another kind."""
+        """The byte-level BPE inside, as Transformers' tokenizer with its chat template. ValueError for another kind."""
         if self.told("tokenizer.ggml.model") != "gpt2":
             raise ValueError(f"{self.path}: tokenizer.ggml.model: expected gpt2, got "
                              f"{self.told('tokenizer.ggml.model')!r}")
@@ -113,14 +115,13 @@ class GgufFile:
         merges = [tuple(merge.split(" ", 1)) for merge in self.told("tokenizer.ggml.merges")]
         tokenizer = Tokenizer(models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=merges))
         splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        # SmolLM's splits digits singly before GPT-2's rule (its tokenizer.json on huggingface.co).
-        digits = [pre_tokenizers.Digits(individual_digits=True)] if self.told("tokenizer.ggml.pre") == "smollm" else []
+        before: list[Any] = []
+        if self.told("tokenizer.ggml.pre") == "smollm":  # digits singly, then GPT-2's rule: SmolLM2's tokenizer.json
+            before = [pre_tokenizers.Digits(individual_digits=True)]
         if self.told("tokenizer.ggml.pre") == "qwen2":
-            pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-                       r"\s+(?!\S)|\s+")
-            digits = [pre_tokenizers.Split(Regex(pattern), "isolated")]
+            before = [pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated")]
             splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, splitter])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, splitter])
         tokenizer.decoder = decoders.ByteLevel()
         kinds = self.told("tokenizer.ggml.token_type")
         special = [token for token, kind in zip(tokens, kinds) if kind == 3]  # control tokens

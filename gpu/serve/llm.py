@@ -21,11 +21,10 @@ import torch
 from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
 from gpu.serve.decoder import Decoder
 from gpu.serve.gguf import GgufFile, is_gguf
-from gpu.serve.model_config import ModelConfig
 from gpu.serve.runner import Runner, graph_rows
 from gpu.serve.server import REFUSED, Event, Request, Server
 from gpu.serve.step import GREEDY, SamplingParams
-from gpu.serve.weights import Weights, load
+from gpu.serve.weights import load
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.serving.orders import ORDERS
@@ -109,7 +108,8 @@ class LLM:
         dtype = options.dtype or ("bfloat16" if cuda else "float32")
         if cuda and dtype == "float32":
             raise ValueError("dtype: expected float16 or bfloat16 on the GPU, got 'float32'")
-        self.options, self.notes, self._model, self._tokenizer = options, [], model, None
+        self.options, self._model, self._tokenizer = options, model, None
+        self.notes: list[str] = []
 
         def note(line: str) -> None:
             self.notes.append(line)

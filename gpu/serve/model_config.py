@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from pkvsim import DecodeShape
+from pkvsim.models.hugging_face import model_from_config
 from pkvsim.models.model_spec import ModelSpec
 from pkvsim.models.presets import catalogue, get_model
-from pkvsim.models.hugging_face import model_from_config
 
 FAMILIES = {  # architecture: (biases of q, k, v by default, norms of query and key heads)
     "LlamaForCausalLM": (False, False),

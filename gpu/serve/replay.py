@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu.serve.server import REFUSED, SERVED, Request, Server, StepRecord
 from gpu.serve.step import SamplingParams
+from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import no_blocks
 from pkvsim.serving.queueing.clients import end, next_send_us, send
 from pkvsim.serving.result import RequestLog, ServingResult, StepLog, StepSample, summarise
@@ -23,7 +24,6 @@ from pkvsim.serving.state import (
     new_clients,
 )
 from pkvsim.serving.state import SERVED as NOT_REJECTED
-from pkvsim.devices.route_model import ROUTES
 from pkvsim.traces.requests import RequestTrace
 
 MEASURED = "measured"
@@ -151,6 +151,7 @@ def _request_log(run: Replay, server: Server) -> RequestLog:
         """Seconds of the trace."""
         return np.array([nan if value is None else (value - run.begin_us) / 1e6 for value in values])
 
+    hits = np.array([request.hit_tokens for request in requests], np.int64)
     arrival = times([request.arrival_us for request in requests])
     first = times([request.token_us[0] if request.token_us else None for request in requests])
     finish = times([request.end_us if request.status == SERVED else None for request in requests])
@@ -171,8 +172,8 @@ def _request_log(run: Replay, server: Server) -> RequestLog:
         finish_s=finish,
         prompt_tokens=np.array([len(request.prompt) for request in requests], np.int64),
         output_tokens=counts,
-        hit_tokens=np.array([request.hit_tokens for request in requests], np.int64),
-        hit_blocks=np.array([request.hit_tokens for request in requests], np.int32) // server.scheduler.limits.page_size,
+        hit_tokens=hits,
+        hit_blocks=(hits // server.scheduler.limits.page_size).astype(np.int32),
         preemptions=np.array([request.preemptions for request in requests], np.int32),
         rejected=np.array(rejected, np.int8),
         replica=np.zeros(len(requests), np.int64),

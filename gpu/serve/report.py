@@ -19,6 +19,7 @@ from pkvsim.reports.table_serving import print_whatif, seconds
 from pkvsim.serving.result import ServingResult, StepLog
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.studies.whatif import WhatIf, whatif
+from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
 KINDS = ("decode", "mixed", "prefill")
@@ -47,15 +48,16 @@ class HostGaps:
     share: float  # of these steps' time
 
 
-def serving_config(llm: LLM) -> ServingConfig:
-    """The same server as the simulator has it."""
+def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
+    """The same server as the simulator has it. What it caches of prompts it knows by the trace's block hashes."""
     from gpu.serve.attention import page_bytes
 
     o = llm.options
     page = page_bytes(llm.config, page_size=o.page_size, kv_dtype="float16")  # pkvsim counts 16-bit caches
     return ServingConfig(
         page_size=o.page_size, max_batch=o.max_batch, step_tokens=o.step_tokens,
-        kv_gib=llm.pages.num_pages * page / GIB, graphs=o.graphs, prefix_cache=o.prefix_cache, order=o.order,
+        kv_gib=llm.pages.num_pages * page / GIB, graphs=o.graphs,
+        prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
     )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def device_at_hand() -> DeviceSpec:
 
 def beside_prediction(run: Replay, llm: LLM, device: DeviceSpec) -> WhatIf:
     """whatif's report of the trace on the schedule that ran, with the measured run as one more of its results."""
-    model, config = known_to_pkvsim(llm.config), serving_config(llm)
+    model, config = known_to_pkvsim(llm.config), serving_config(llm, run.trace)
     predicted = whatif(run.trace, model, device, ["balanced"], config)
     results = {MEASURED: as_result(run, llm.server), "predicted": predicted.results["balanced"]}
     checks = {MEASURED: None, "predicted": predicted.checks["balanced"]}
@@ -87,7 +89,8 @@ def step_kinds(steps: StepLog) -> list[StepKind]:
     for kind, chosen in zip(KINDS, (decode & ~prefill, decode & prefill, prefill & ~decode)):
         if chosen.any():
             us = steps.duration_us[chosen]
-            found.append(StepKind(kind, int(steps.steps[chosen].sum()), float(us.mean()), *_percentiles(us, 50, 90),
+            p50_us, p90_us = _percentiles(us, 50, 90)
+            found.append(StepKind(kind, int(steps.steps[chosen].sum()), float(us.mean()), p50_us, p90_us,
                                   float(steps.decode_rows[chosen].mean()), float(steps.prefill_tokens[chosen].mean())))
     return found
 
@@ -99,7 +102,8 @@ def host_gaps(steps: Sequence[StepRecord]) -> HostGaps | None:
     if not pairs:
         return None
     gaps, times = np.array(pairs).T
-    return HostGaps(len(pairs), *_percentiles(gaps, 50, 90), float(gaps.sum() / (gaps.sum() + times.sum())))
+    p50_us, p90_us = _percentiles(gaps, 50, 90)
+    return HostGaps(len(pairs), p50_us, p90_us, float(gaps.sum() / (gaps.sum() + times.sum())))
 
 
 def _percentiles(values: np.ndarray, *which: int) -> list[float]:
@@ -164,8 +168,8 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
 def _print_measured(console: Any, run: Replay, llm: LLM, result: ServingResult) -> None:
     s = result.summary
     print_line(console, f"{llm.config.name}: {s['finished']:,} of {s['requests']:,} requests served, "
-                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV pages "
-                        f"of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
+                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV "
+                        f"pages of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
     rows = [("tokens/s", f"{s['tokens_per_s'] or 0:,.1f}")]
     for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("between tokens", "itl_s"), ("end to end", "e2e_s")):
         rows += [(f"{label} {p}", seconds(s[key][p]) or "-") for p in ("p50", "p90", "p99")]

@@ -1,9 +1,9 @@
 """Steps on a device: what goes there, the model over it, the tokens that come back.
 
 Tables, last tokens and sampling parameters stay on the device, by slot; a step sends what changed. Steps that decode
-alone replay a CUDA graph of the next larger number of rows: tables, all layers, and the choice of tokens, which the next
-step finds on the device. Steps with prompt chunks are issued layer by layer, over fewer launches than their tokens are
-worth. Nothing here waits for the device but LaunchedStep.wait().
+alone replay a CUDA graph of the next larger number of rows: tables, all layers, and the choice of tokens, which the
+next step finds on the device. Steps with prompt chunks are issued layer by layer. Nothing here waits for the device but
+LaunchedStep.wait().
 """
 from __future__ import annotations
 
@@ -244,7 +244,8 @@ class Runner:
         """The next token of hidden states x [n, h] of slots [n]: kept as their last one, and put out."""
         logits, slots = self.model.logits(x), slots.long()
         if draws:
-            chosen = draw(logits, *(kept.index_select(0, slots) for kept in self._sampling), lens.long())
+            temperature, top_p, seed = (kept.index_select(0, slots) for kept in self._sampling)
+            chosen = draw(logits, temperature, top_p, seed, lens.long())
         else:
             chosen = logits.argmax(-1)
         self._last_token.index_copy_(0, slots, chosen)

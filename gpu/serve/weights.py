@@ -71,7 +71,8 @@ def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = Fa
          seed: int = 0) -> tuple[ModelConfig, Weights]:
     """The model of a preset's name (with dummy weights), a Hugging Face folder, a GGUF file or "smollm2".
 
-    dummy: weights drawn from `seed`, whatever files there are. Raises ValueError naming what is missing or does not fit.
+    dummy: weights drawn from `seed`, whatever files there are. Raises ValueError naming what is missing or does not
+    fit.
     """
     if is_gguf(model):
         file = GgufFile(model)

