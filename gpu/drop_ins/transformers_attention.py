@@ -73,8 +73,9 @@ def attention(
     step = layer.store(key, value, _kept(attention_mask, new_tokens, seen))
     if new_tokens == 1:
         rows = layer.rows
+        groups = rows.groups if rows.groups is not None and sliding_window is None else (None, None)
         out, _ = decode_attention(query[:, :, 0], layer.keys, layer.values, rows.table, rows.lens, scaling,
-                                  sliding_window, softcap, None if s_aux is None else s_aux.detach().float())
+                                  sliding_window, softcap, None if s_aux is None else s_aux.detach().float(), *groups)
         return out[:, None], None
     if seen:
         key, value, attention_mask = _with_past(layer, step, sliding_window)

@@ -22,7 +22,7 @@ class GroupedEngine(TorchEngine):
     """Checks that what it is told to read together is the same in every row."""
 
     def plan(self, seq_lens, block_table, *, groups=None) -> None:
-        super().plan(seq_lens, block_table)
+        super().plan(seq_lens, block_table, groups=groups)
         self.groups = None if groups is None else PrefixGroups(*(array.numpy() for array in groups))
         if groups is not None:
             self.groups.check(block_table.numpy(), seq_lens.numpy(), page_size=self.shape.page_size)
