@@ -37,6 +37,8 @@
 //                                     are no reads
 // READ_TEAM          1 2 4            TEAM of the warps that work on a read                      KernelConfig
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
+// READ_TILES         0 2 4            tiles that a warpgroup of sm_90a multiplies with at once, which   KernelConfig
+//                                     divide READ_STAGES; default 0: reads are multiplied by mma.sync
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
 // The plan: balanced.cu, shared.cu and plan.cu (WINDOWED also decode.cu)
@@ -91,6 +93,9 @@
 #endif
 #ifndef READ_COLUMNS
 #define READ_COLUMNS 0
+#endif
+#ifndef READ_TILES
+#define READ_TILES 0
 #endif
 #ifndef TABLE_INT64
 #define TABLE_INT64 0

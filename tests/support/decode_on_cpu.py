@@ -36,7 +36,8 @@ def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.C
     try:
         for path in SOURCE_DIR.glob("*.cu*"):
             shutil.copy(path, folder)
-        (folder / "mma.cuh").write_text("")
+        for instructions in ("mma.cuh", "wgmma.cuh"):
+            (folder / instructions).write_text("")
         defines = config.read_defines() if config.read_columns else config.defines()
         defines |= {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
         return cpp.build(HARNESS, folder / "decode.so", "-std=c++20", "-O1", "-w", f"-I{folder}", f"-I{HARNESS.parent}",
