@@ -6,7 +6,9 @@
 // of their tokens.
 //
 // A group of tiles lies in its part of the ring as the products want it: all K, then all V, each in blocks of 64 elements
-// of every token, a token's 128 bytes in a row, swizzled. A segment's last group may have fewer tiles.
+// of every token, a token's 128 bytes in a row, swizzled. A segment's last group may have fewer tiles; zeros are in place
+// of the others, and their tokens are masked, so that the products are the same for every group: of products under a
+// condition the compiler waits for each.
 #pragma once
 #include "attend.cuh"
 #include "spans.cuh"
@@ -61,6 +63,7 @@ struct GroupLoader : Loader<ReadWalk, ReadWidth> {
     if (now.tile_end - tile > IDS_TILES * ReadWidth::STREAMS) load_next_ids(pages, lane);
   }
   __device__ __forceinline__ void copy_group(const PagedTensor& tensor, unsigned to, int lane) const {
+    if (held == 0) return;
     constexpr int VECTORS = K_ROW_BYTES / 16, ROWS = 128 / VECTORS;  // that the warpgroup copies at once
     const int own = ReadWidth::team_member() * 32 + lane, row = own / VECTORS, vector = own % VECTORS;
     const cache_type* from = keep_address(tensor.at + static_cast<long long>(pending_head) * tensor.head_stride
@@ -68,14 +71,13 @@ struct GroupLoader : Loader<ReadWalk, ReadWidth> {
     const unsigned place = to + vector / 8 * BLOCK_BYTES + row * BLOCK_ROW_BYTES + (((vector ^ row) & 7) << 4);
     #pragma unroll
     for (int j = 0; j < READ_TILES; ++j) {
-      if (j >= held) break;
       const unsigned id = __shfl_sync(ALL_LANES, pending_ids, pending_count % IDS_TILES + j);
       const int token = (pending_tile + j * ReadWidth::STREAMS) * PKV_TILE % PAGE_SIZE;
       const cache_type* tile_at = from + id * tensor.page_stride + static_cast<long long>(token) * tensor.token_stride;
       #pragma unroll
       for (int first = 0; first < PKV_TILE; first += ROWS)
         copy_async(place + j * BLOCK_TILE_BYTES + first * BLOCK_ROW_BYTES,
-                   tile_at + static_cast<long long>(tensor.token_stride) * first);
+                   tile_at + static_cast<long long>(tensor.token_stride) * first, j < held ? 16 : 0);
     }
   }
 };
@@ -217,14 +219,13 @@ __device__ __forceinline__ void score_group(float (&s)[GROUP_TOKENS / 2], const 
   }
   end_products(s);
 }
-__device__ __forceinline__ void accumulate_group(GroupState& state, const unsigned (&p)[READ_TILES][4], int held,
+__device__ __forceinline__ void accumulate_group(GroupState& state, const unsigned (&p)[READ_TILES][4],
                                                  unsigned values) {
   hold(state.acc);
   begin_products();
   #pragma unroll
   for (int j = 0; j < READ_TILES; ++j)
-    if (j < held)
-      multiply_group<true>(state.acc, p[j], shared_operand(values + j * BLOCK_TILE_BYTES, BLOCK_BYTES), true);
+    multiply_group<true>(state.acc, p[j], shared_operand(values + j * BLOCK_TILE_BYTES, BLOCK_BYTES), true);
   end_products(state.acc);
 }
 
@@ -269,7 +270,7 @@ __device__ __forceinline__ bool attend_groups(const ReadWalk& source, const Page
         score_group(s, query, ring.slot);
         state.weigh(p, s, held, given.scale, given.cap);
         ring.await_values();
-        accumulate_group(state, p, held, ring.slot + GROUP_VALUES);
+        accumulate_group(state, p, ring.slot + GROUP_VALUES);
         ring.leave();
       }
     }
