@@ -37,6 +37,8 @@
 //                                     are no reads
 // READ_TEAM          1 2 4            TEAM of the warps that work on a read                      KernelConfig
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
+// READ_TILES         0 2 4            tiles that a warpgroup of sm_90a multiplies with at once, which   KernelConfig
+//                                     divide READ_STAGES; default 0: reads are multiplied by mma.sync
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
 // A step of several GPUs: several.cu, which takes what balanced.cu takes beside this (but WINDOWED, LAST_PAGE_LENGTHS
@@ -114,6 +116,9 @@
 #endif
 #ifndef PAGE_LSE
 #define PAGE_LSE 0
+#endif
+#ifndef READ_TILES
+#define READ_TILES 0
 #endif
 #ifndef TABLE_INT64
 #define TABLE_INT64 0

@@ -25,6 +25,9 @@ READER_BYTES = 16  # of a row or a group: four ints of pkv::Readers in cuda_src/
 LEAST_READERS = 512  # rows and groups that any variant which reads for groups has room for
 READ_COLUMNS = 64  # columns that a read is made to serve, where they fit
 QUERY_BLOCKS = 16  # blocks of 8 columns x steps of 16 elements whose queries stay in registers (pkv::Width)
+GROUP_TILES = 4  # tiles that a warpgroup multiplies with at once
+WARPGROUP = 4  # warps of one
+WGMMA_DIMS = (64, 128)  # head_dims whose queries, logits and sums a warpgroup's registers hold for 64 columns
 MOST_READ_BYTES = 128 * 1024  # in flight, beyond which an H200 gained nothing
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
 
@@ -71,6 +74,7 @@ class KernelConfig:
     read_columns: int = 0  # that a read for several rows serves, a multiple of `columns`; 0: no such reads
     read_team: int = 1  # warps that share a ring of its tiles
     read_stages: int = 0  # of each such ring
+    read_tiles: int = 0  # that a warpgroup multiplies with at once (wgmma); 0: mma.sync
 
     @property
     def columns(self) -> int:
@@ -151,7 +155,8 @@ class KernelConfig:
     def read_defines(self) -> dict[str, int]:
         """Those of the kernel that reads for several rows."""
         return self.defines() | {"READ_COLUMNS": self.read_columns, "READ_TEAM": self.read_team,
-                                 "READ_STAGES": self.read_stages, "READ_SHARED_BYTES": self.read_shared_bytes}
+                                 "READ_STAGES": self.read_stages, "READ_TILES": self.read_tiles,
+                                 "READ_SHARED_BYTES": self.read_shared_bytes}
 
 
 def shared_limit_bytes(compute_capability: int) -> int:
@@ -231,10 +236,16 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
     return fitting[0]
 
 
+def reads_by_warpgroups(config: KernelConfig, compute_capability: int) -> bool:
+    """Whether its reads are multiplied by wgmma, which compute capability 9.0 alone has: 16-bit tiles, in one page."""
+    return (compute_capability == 90 and config.kv_dtype is None and config.head_dim == config.v_dim
+            and config.head_dim in WGMMA_DIMS and config.page_size % TILE_TOKENS == 0 and config.warps % WARPGROUP == 0)
+
+
 def read_config(config: KernelConfig, compute_capability: int, *, columns: int = READ_COLUMNS,
-                stages: int | None = None) -> KernelConfig:
+                stages: int | None = None, tiles: int | None = None) -> KernelConfig:
     """`config` with reads for several rows: as near `columns` as a team's registers hold, and as many stages as fit, or
-    so many.
+    so many. tiles: of a warpgroup's products, where it makes them, or 0 for none.
 
     Raises ValueError naming the argument where a read cannot serve two rows, or a window may hide what it reads.
     """
@@ -246,6 +257,11 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
     blocks = min(MAX_ACCUMULATED // config.v_dim // 8, QUERY_BLOCKS // (config.head_dim // 16))
     teams = [team for team in TEAMS if config.warps % team == 0 and config.warps // team <= MOST_TEAMS]
     served = min(columns, teams[-1] * blocks * 8) // config.columns * config.columns
+    tiles = GROUP_TILES if tiles is None else tiles
+    if served > READ_COLUMNS or not reads_by_warpgroups(config, compute_capability):
+        tiles = 0
+    if tiles:
+        teams = [WARPGROUP]
     if served < 2 * config.columns:
         raise ValueError(f"groups: expected at most {min(columns, teams[-1] * blocks * 8) // 2} query columns of a row "
                          f"(group_size times query_tokens), so that a read serves two, got {config.columns}")
@@ -257,9 +273,9 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
         for team in (team for team in teams if team * blocks * 8 >= served):
             most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
             found += itertools.islice((
-                fitting for depth in ((stages,) if stages else range(most, 0, -1))
+                fitting for depth in ((stages,) if stages else range(most - most % (tiles or 1), 0, -(tiles or 1)))
                 if (fitting := replace(config, stages=row_stages, buffers=buffers, read_columns=served, read_team=team,
-                                       read_stages=depth)).read_shared_bytes <= limit), 1)
+                                       read_stages=depth, read_tiles=tiles)).read_shared_bytes <= limit), 1)
         # A smaller team reads the tiles from shared memory less often, but its rings are more.
         if found:
             return next((fitting for fitting in found if fitting.read_stages > 1), found[0])

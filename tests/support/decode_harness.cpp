@@ -215,6 +215,49 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
 }
 
+#if READ_TILES
+// What wgmma.cuh has. A product is done at once, of what the copies brought that have been waited for.
+static void publish_copies() {}
+static void begin_products() { __syncwarp(); }
+template <int COUNT>
+static void hold(float (&)[COUNT]) {}
+template <int COUNT>
+static void end_products(float (&)[COUNT]) { __syncwarp(); }
+static unsigned long long shared_operand(unsigned address, unsigned bytes_between_blocks) {
+  if (address % 16 || bytes_between_blocks % 16) complain("an operand of a warpgroup is not aligned");
+  return address | static_cast<unsigned long long>(bytes_between_blocks) << 32;
+}
+// Rows of 128 bytes whose vectors are XORed with bits 7 to 9 of their address, eight rows to the KiB.
+static float shared_element(unsigned long long operand, int row, int column) {
+  const unsigned at = static_cast<unsigned>(operand) + column / 64 * static_cast<unsigned>(operand >> 32)
+                      + row / 8 * 1024 + row % 8 * 128 + column % 64 * 2;
+  operand_type value;
+  std::memcpy(&value, memory + (at ^ (at >> 7 & 7) << 4), sizeof value);
+  return value;
+}
+template <bool ROWS_ARE_K, int COUNT>
+static void multiply_group(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) {
+  struct Operand { unsigned a[4]; } mine = {{a[0], a[1], a[2], a[3]}};
+  struct Row { float of[2][16]; };  // of a, that a lane's sums need
+  const int lane = my_lane();
+  float row[2][16];
+  for (int k = 0; k < 16; ++k) {
+    const auto pair = together(mine, [=](auto of) {
+      const Operand& from = of(lane / 4 * 4 + k % 8 / 2);
+      return std::pair<unsigned, unsigned>(from.a[k / 8 * 2], from.a[k / 8 * 2 + 1]);
+    });
+    row[0][k] = half_of<operand_type>(pair.first, k % 2), row[1][k] = half_of<operand_type>(pair.second, k % 2);
+  }
+  for (int i = 0; i < COUNT; ++i) {
+    const int n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += double(row[i / 2 % 2][k]) * double(ROWS_ARE_K ? shared_element(b, k, n) : shared_element(b, n, k));
+    d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
+  }
+}
+#endif
+
 constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
 

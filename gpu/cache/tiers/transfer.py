@@ -21,9 +21,9 @@ THREADS, UNROLL = 128, 8  # of a CTA, and vectors that each thread has under way
 DEFINES = {"THREADS": THREADS, "UNROLL": UNROLL}
 VECTOR_BYTES = 16
 MAX_VECTORS = 2**31 - 1  # of a launch
-# Runs from which on the DMA engines copy, to the GPU and to the host: as fast from there on (49.7 GB/s of 64 KiB runs
-# to the GPU, where the kernel has 48.5; to the host 40.0 and 51.4), and decode beside them loses 6 % where it loses 17 %
-# beside the kernel, whose reads of host memory hold up those of its SM.
+# Runs from which on the DMA engines copy, to the GPU and to the host. Runs of 64 KiB come in as fast as by the kernel
+# (49.7 and 48.5 GB/s; to the host 40.0 and 51.4), and decode beside them loses 6 % where it loses 17 % beside the kernel,
+# whose reads of host memory hold up those of its SM.
 BATCHED_FROM_BYTES = 64 * 2**10, 512 * 2**10
 SHORT_RUN_BYTES = 32 * 2**10
 # Twice as many CTAs fill the link no better, and slow decode by 60 %, since more SMs wait for host memory.
@@ -84,8 +84,8 @@ class CudaPages:
 
     k_pages, v_pages: an array of each layer, [num_pages, ...] of one shape, type and stride, the bytes of a page in one
     piece; PagedKVCache's, or views of combined caches, whose K and V of a page are one run of twice the length.
-    `arrays` has them as K and V of layer 0, of layer 1 and so on. run_bytes: of each run; runs_per_layer: 1 of combined caches,
-    else 2. Host blocks are in memory registered with CUDA.
+    `arrays` has them as K and V of layer 0, of layer 1 and so on. run_bytes: of each run; runs_per_layer: 1 of combined
+    caches, else 2. Host blocks are in memory registered with CUDA.
     """
 
     __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "batched_from_bytes",
