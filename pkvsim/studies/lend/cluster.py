@@ -38,7 +38,8 @@ class Replica:
     free: int
     running: list[Job] = field(default_factory=list)
     waiting: list[Job] = field(default_factory=list)
-    ready_us: float = 0.0  # when its next step may begin
+    stepping: list[Job] = field(default_factory=list)  # who gets a token in the step that runs
+    ready_us: float = 0.0  # when that ends
     debt_us: float = 0.0  # attention over lent pages that its next step has to make up for
 
 

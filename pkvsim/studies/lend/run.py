@@ -28,6 +28,7 @@ from pkvsim.studies.lend.cluster import Cluster, Job, Tally
 from pkvsim.traces.requests import RequestTrace
 
 WAYS = ("borrow", "preempt", "move", "recompute")
+ENDS, SENT, BEGINS = range(3)  # what happens at an instant, in this order
 
 
 class Prices(Protocol):
@@ -105,35 +106,33 @@ class _Run:
         self._exchange_us = functools.lru_cache(1 << 10)(prices.exchange_us)
 
     def serve(self, jobs: list[Job], progress: Callable[[int], None] | None) -> None:
-        replicas, sent = self.cluster.replicas, 0
+        """At an instant steps end first, then what is due is sent, and then idle replicas begin a step."""
+        replicas, sent, now_us = self.cluster.replicas, 0, 0.0
         while True:
-            now_us = jobs[sent].arrival_us if sent < len(jobs) else math.inf
-            turn = -1
-            for at in range(len(replicas)):
-                begins_us = self._begins_us(at)
-                if begins_us < now_us:
-                    now_us, turn = begins_us, at
-            if turn >= 0:
-                self._step(turn, now_us)
-            elif now_us < math.inf:
-                self._send(jobs[sent])
+            events = [(replica.ready_us, ENDS, at) if replica.stepping else (self._begins_us(at, now_us), BEGINS, at)
+                      for at, replica in enumerate(replicas)]
+            if sent < len(jobs):
+                events.append((jobs[sent].arrival_us, SENT, sent))
+            now_us, kind, which = min(events)
+            if now_us == math.inf:
+                return
+            if kind == ENDS:
+                self._end(which, now_us)
+            elif kind == SENT:
+                self._send(jobs[which])
                 sent += 1
                 if progress is not None:
                     progress(sent)
             else:
-                return
+                self._begin(which, now_us)
 
-    def _begins_us(self, at: int) -> float:
+    def _begins_us(self, at: int, now_us: float) -> float:
         """When the replica's next step can begin, as things stand."""
         replica = self.cluster.replicas[at]
         there = [job.available_us for job in replica.running]
-        if replica.waiting and (not there or self._fits(at, replica.waiting[0])):
-            there.append(max(replica.waiting[0].arrival_us, replica.waiting[0].available_us))
-        return max(replica.ready_us, min(there)) if there and self._can_run(at) else math.inf
-
-    def _can_run(self, at: int) -> bool:
-        replica = self.cluster.replicas[at]
-        return bool(replica.running) or self._fits(at, replica.waiting[0])
+        if replica.waiting and self._fits(at, replica.waiting[0]):
+            there.append(replica.waiting[0].available_us)
+        return max(now_us, min(there)) if there else math.inf
 
     def _send(self, job: Job) -> None:
         cluster = self.cluster
@@ -225,7 +224,7 @@ class _Run:
             job.cached, job.available_us = 0, now_us
         replica.waiting.insert(0, job)
 
-    def _step(self, at: int, now_us: float) -> None:
+    def _begin(self, at: int, now_us: float) -> None:
         cluster, prices, tally = self.cluster, self.prices, self.cluster.tally
         replica = cluster.replicas[at]
         self._grow(at, now_us)
@@ -233,8 +232,6 @@ class _Run:
         # Rows whose KV is on its way wait, and a replica whose memory is lent waits for it.
         rows = [job for job in replica.running if job.available_us <= now_us and job.cached and job not in begun]
         if not rows and not begun:
-            waits = [job.available_us for job in (*replica.running, *replica.waiting[:1])]
-            replica.ready_us = min((us for us in waits if us > now_us), default=now_us)
             return
         chunk = sum(job.tokens for job in begun)
         lent: dict[int, int] = {}
@@ -261,13 +258,18 @@ class _Run:
         tally.exchange_us += exchange_us
         tally.steps += 1
         tally.busy_us += step_us
-        replica.ready_us = end_us = now_us + step_us
-        for job in (*rows, *begun):
+        replica.ready_us, replica.stepping = now_us + step_us, [*rows, *begun]
+
+    def _end(self, at: int, now_us: float) -> None:
+        """A token for every row of the step; pages of those that have their last one come back."""
+        replica = self.cluster.replicas[at]
+        for job in replica.stepping:
             job.cached = job.tokens
             job.generated += 1
             if job.first_us < 0:
-                job.first_us = end_us
+                job.first_us = now_us
             if job.generated == job.output:
-                job.end_us = end_us
+                job.end_us = now_us
                 replica.running.remove(job)
-                cluster.give_back(job)
+                self.cluster.give_back(job)
+        replica.stepping = []
