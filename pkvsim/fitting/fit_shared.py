@@ -10,6 +10,7 @@ from scipy.optimize import least_squares
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.shared import PRICES, SharedPrices
+from pkvsim.schedule.costs import SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline.shared import simulate_shared
@@ -28,6 +29,7 @@ class MeasuredShared:
     groups: PrefixGroups
     us: float
     options: AttentionOptions = PLAIN
+    costs: SharedCosts | None = None  # what the measured engine weighed; None: what it does by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,9 @@ def errors(measured: Sequence[MeasuredShared], device: DeviceSpec, prices: Share
     for step in measured:
         model = device.routes["balanced"]
         one = simulate_shared(
-            model, step.shape, step.seq_lens, step.groups, device, options=step.options, prices=prices
-        )
+            model, step.shape, step.seq_lens, step.groups, device, options=step.options, prices=prices,
+            costs=step.costs,
+        )  # fmt: skip
         if one is None:
             raise ValueError(f"measured: expected steps whose rows read together, got {step.name}")
         found.append(one.timeline.makespan_us / step.us - 1)
