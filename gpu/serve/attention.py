@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu.serve.model_config import ModelConfig
+from gpu.serve.model.config import ModelConfig
 from gpu.serve.step import Chunk
 from pkvsim.kv_types import KV_DTYPES, SCALE_BYTES
 from pkvsim.reference.append import INT8_STEPS

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu.serve.llm import LLM
-from gpu.serve.model_config import known_to_pkvsim
+from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.server import StepRecord
 from pkvsim.devices.device import DEVICES, DeviceSpec, get_device

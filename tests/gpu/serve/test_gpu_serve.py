@@ -10,7 +10,8 @@ import torch
 from gpu.serve.attention import KVPages, StepRows, TorchAttention
 from gpu.serve.gpu_attention import GpuAttention
 from gpu.serve.llm import LLM, ServeOptions
-from gpu.serve.model_config import read_config
+from gpu.serve.model.config import read_config
+from gpu.serve.model.products import StreamedProducts, TorchProducts
 from gpu.serve.step import Chunk, SamplingParams
 
 CONFIG = {
@@ -148,3 +149,50 @@ def test_smollm2_says_what_transformers_says(options):
     # Both round to bfloat16 after every operation, in different orders: logits near each other may swap.
     wrong = disagreements(as_transformers(llm), [one.prompt for one in done], [one.tokens for one in done], tie=0.5)
     assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("columns", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize(("rows", "depth"), [(1536, 1024), (6144, 4096), (4096, 14336), (960, 576)])
+def test_streamed_products_are_pytorchs(dtype, columns, rows, depth):
+    torch.manual_seed(columns)
+    streamed, usual = StreamedProducts(1e-5), TorchProducts(1e-5)
+    kind = getattr(torch, dtype)
+    weight = (torch.randn(rows, depth, device="cuda") * depth**-0.5).to(kind)
+    norm, bias = (torch.randn(size, device="cuda").to(kind) for size in (depth, rows))
+    x, given = (torch.randn(columns, size, device="cuda").to(kind) for size in (rows, depth))
+    tolerance = {"rtol": 0.01, "atol": 0.01} if dtype == "float16" else {"rtol": 0.05, "atol": 0.06}
+    for one in (None, bias):
+        for name in ("normed", "gated"):
+            ours, theirs = (getattr(by, name)(given, norm, weight, one) for by in (streamed, usual))
+            torch.testing.assert_close(ours, theirs, **tolerance)
+        ours, theirs = (by.add(x.clone(), given, weight, one) for by in (streamed, usual))
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_streamed_products_in_a_graph_follow_their_inputs():
+    """A chain, in which each product waits for the one before while its weights are already under way."""
+    torch.manual_seed(0)
+    products = StreamedProducts(1e-5)
+    weights = [(torch.randn(1024, 1024, device="cuda") / 32).half() for _ in range(12)]
+    norm, x = torch.ones(1024, device="cuda").half(), torch.zeros(2, 1024, device="cuda").half()
+
+    def chain(x, by):
+        for weight in weights:
+            x = by.add(x, by.normed(x, norm, weight, None), weight, None)
+        return x
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        chain(x.clone(), products)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = chain(x.clone(), products)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            start = torch.randn(2, 1024, device="cuda").half()
+            x.copy_(start)
+            graph.replay()
+            torch.testing.assert_close(out, chain(start.clone(), TorchProducts(1e-5)), rtol=0.02, atol=0.02)
