@@ -55,6 +55,7 @@ class ServeOptions:
     prefix_cache: str = "none"  # or "lru"
     order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
     graphs: bool = True  # decode steps in CUDA graphs
+    streamed_products: bool = True  # products of few rows by our kernel, which streams weights; else by PyTorch
     dummy_weights: bool = False
     seed: int = 0  # of dummy weights
 
@@ -132,7 +133,7 @@ class LLM:
             self.prefill = attention.prefill
         else:
             attention, self.prefill = TorchAttention(self.config, self.pages), "torch"
-        products = StreamedProducts(self.config.norm_eps) if cuda else TorchProducts(self.config.norm_eps)
+        products = (StreamedProducts if cuda and options.streamed_products else TorchProducts)(self.config.norm_eps)
         self.runner = Runner(Decoder(self.config, self.weights, products), attention, max_batch=options.max_batch,
                              max_pages=-(-max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())
