@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="decode steps of a cell")
     parser.add_argument("--rate", type=float, help="GB/s that the GPU streams; measured by default")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--torch-products", action="store_true", help="matrix products of few rows by PyTorch too")
+    parser.add_argument("--streamed-products", action="store_true", help="products of few rows by our own kernel")
     parser.add_argument("--profile", action="store_true", help="the kernels of a cell's decode step")
     parser.add_argument("--loops", action="store_true", help="closed loops beside the prediction")
     parser.add_argument("--traces", type=Path, help="traces of this folder beside the prediction")
@@ -65,9 +65,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                  "max_batch": max(rows for rows, _ in cells), "step_tokens": 4096}
     else:
         sizes = {"prefix_cache": "lru"}
-    llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True,
-                                       graphs=not args.eager, streamed_products=not args.torch_products, **sizes), record=True,
-              say=lambda line: print(line, file=sys.stderr))
+    options = ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True, graphs=not args.eager,
+                           streamed_products=args.streamed_products, **sizes)
+    llm = LLM(args.model, options, record=True, say=lambda line: print(line, file=sys.stderr))
     print_line(console, f"{llm.config.name}, {args.dtype}, cache {llm.pages.dtype}: {llm.weights.step_bytes / 1e9:.2f} "
                         f"GB of weights a step; prompt chunks by {llm.prefill}")
     found: dict[str, Any] = {"model": llm.config.name, "dtype": args.dtype, "prefill": llm.prefill}

@@ -146,7 +146,7 @@ class TorchAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         page, slot, cosine, sine = self._where
-        q, k = (rotate(part, cosine.to(part.dtype), sine.to(part.dtype)) for part in (q, k))
+        q, k = (rotate(part.float(), cosine, sine).to(part.dtype) for part in (q, k))
         self.pages.write(layer, page, slot, k, v)
         out = torch.empty_like(q)
         for begin, end, ids, length in self._spans:

@@ -55,7 +55,7 @@ class ServeOptions:
     prefix_cache: str = "none"  # or "lru"
     order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
     graphs: bool = True  # decode steps in CUDA graphs
-    streamed_products: bool = True  # products of few rows by our kernel, which streams weights; else by PyTorch
+    streamed_products: bool = False  # products of few rows by our kernel, which streams weights, in place of PyTorch
     dummy_weights: bool = False
     seed: int = 0  # of dummy weights
 
