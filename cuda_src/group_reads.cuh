@@ -2,7 +2,7 @@
 //
 // Query columns are the M of these products, 64 of them, which a warpgroup's registers hold; READ_TILES tiles at once are
 // the N of S = Q K^T, and V's elements that of O = P V. P goes from the registers of one product to those of the next.
-// A stream is a warpgroup. What a read's tiles are is simple: they are whole, in one page each, and all columns see all
+// A stream is a warpgroup, or two that share its columns. What a read's tiles are is simple: they are whole, in one page each, and all columns see all
 // of their tokens.
 //
 // A group of tiles lies in its part of the ring as the products want it: all K, then all V, each in blocks of 64 elements
@@ -23,8 +23,8 @@ constexpr int BLOCK_BYTES = READ_TILES * BLOCK_TILE_BYTES;  // of a group
 constexpr int GROUP_VALUES = READ_TILES * K_TILE_BYTES;     // where V begins
 
 static_assert(CACHE_TYPE == 0 && TILE_IN_PAGE && HEAD_SPLIT == 1 && HEAD_DIM == V_DIM, "others are read by mma.sync");
-static_assert(READ_TEAM == 4 && READ_COLUMNS <= 64 && READ_STAGES % READ_TILES == 0 && IDS_TILES % READ_TILES == 0,
-              "a warpgroup reads whole groups");
+static_assert(READ_TEAM % 4 == 0 && READ_COLUMNS <= READ_TEAM * 16 && READ_STAGES % READ_TILES == 0
+              && IDS_TILES % READ_TILES == 0, "warpgroups read whole groups");
 static_assert(sizeof(SharedMemory<ReadWidth>::ring) % 1024 == 0, "the swizzle is one of addresses");
 
 // Loads groups of a stream's tiles; see Loader.
@@ -64,13 +64,16 @@ struct GroupLoader : Loader<ReadWalk, ReadWidth> {
   }
   __device__ __forceinline__ void copy_group(const PagedTensor& tensor, unsigned to, int lane) const {
     if (held == 0) return;
-    constexpr int VECTORS = K_ROW_BYTES / 16, ROWS = 128 / VECTORS;  // that the warpgroup copies at once
-    const int own = ReadWidth::team_member() * 32 + lane, row = own / VECTORS, vector = own % VECTORS;
+    constexpr int VECTORS = K_ROW_BYTES / 16, ROWS = ReadWidth::TEAM_SIZE * 32 / VECTORS;  // that a stream copies at once
+    constexpr int TILES = ROWS > PKV_TILE ? ROWS / PKV_TILE : 1;  // of which each lane copies one
+    const int own = ReadWidth::team_member() * 32 + lane, vector = own % VECTORS;
+    const int row = own / VECTORS % PKV_TILE, ahead = own / VECTORS / PKV_TILE;  // of the tiles copied at once
     const cache_type* from = keep_address(tensor.at + static_cast<long long>(pending_head) * tensor.head_stride
                                           + static_cast<long long>(row) * tensor.token_stride + vector * 8);
     const unsigned place = to + vector / 8 * BLOCK_BYTES + row * BLOCK_ROW_BYTES + (((vector ^ row) & 7) << 4);
     #pragma unroll
-    for (int j = 0; j < READ_TILES; ++j) {
+    for (int first_tile = 0; first_tile < READ_TILES; first_tile += TILES) {
+      const int j = first_tile + ahead;
       const unsigned id = __shfl_sync(ALL_LANES, pending_ids, pending_count % IDS_TILES + j);
       const int token = (pending_tile + j * ReadWidth::STREAMS) * PKV_TILE % PAGE_SIZE;
       const cache_type* tile_at = from + id * tensor.page_stride + static_cast<long long>(token) * tensor.token_stride;

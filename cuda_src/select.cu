@@ -27,6 +27,8 @@ namespace pkv {
 enum Aggregation { MAXIMUM = 0, SOFTMAX_MEAN = 1 };
 
 constexpr int SELECT_THREADS = WARPS * 32;
+constexpr int PAGES_TOGETHER = GROUP_SIZE <= 4 ? 4 : GROUP_SIZE <= 8 ? 2 : 1;  // whose scores a thread reads at once
+constexpr float LEAST_SCORE = -1e30f;
 
 struct SelectMemory {
   TopPages top;
@@ -87,33 +89,55 @@ struct Selection {
     }
   }
 
+  // The scores of the pages i, i + SELECT_THREADS, .., all asked for at once; the lowest past the row's end.
+  __device__ __forceinline__ void read(float (&s)[PAGES_TOGETHER][GROUP_SIZE], int i) const {
+    #pragma unroll
+    for (int j = 0; j < PAGES_TOGETHER; ++j)
+      #pragma unroll
+      for (int g = 0; g < (SCORING == GIVEN ? 1 : GROUP_SIZE); ++g) {
+        const int page = i + j * SELECT_THREADS;
+        s[j][g] = page < row_pages ? load_past_l1(scores(g) + page) : LEAST_SCORE;
+      }
+  }
+
   // The largest of each column's scores, and the sum of 2^(score - that), for SOFTMAX_MEAN.
   __device__ __forceinline__ void weigh(SelectMemory& memory, float (&maximum)[GROUP_SIZE],
                                         float (&inverse)[GROUP_SIZE]) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float m[GROUP_SIZE], l[GROUP_SIZE];
+    #pragma unroll
+    for (int g = 0; g < GROUP_SIZE; ++g) m[g] = LEAST_SCORE, l[g] = 0.0f;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
+      float s[PAGES_TOGETHER][GROUP_SIZE];
+      read(s, i);
+      #pragma unroll
+      for (int g = 0; g < GROUP_SIZE; ++g) {
+        float top = m[g];
+        #pragma unroll
+        for (int j = 0; j < PAGES_TOGETHER; ++j) top = fmaxf(top, s[j][g]);
+        l[g] *= exp2_fast(m[g] - top), m[g] = top;
+        #pragma unroll
+        for (int j = 0; j < PAGES_TOGETHER; ++j) l[g] += exp2_fast(s[j][g] - top);
+      }
+    }
     #pragma unroll
     for (int g = 0; g < GROUP_SIZE; ++g) {
-      float m = -1e30f, l = 0.0f;
-      for (int i = threadIdx.x; i < row_pages; i += SELECT_THREADS) {
-        const float s = load_past_l1(scores(g) + i);
-        const float top = fmaxf(m, s);
-        l = l * exp2_fast(m - top) + exp2_fast(s - top), m = top;
-      }
-      float top = m;
+      float top = m[g], sum = l[g];
       #pragma unroll
       for (int hop = 1; hop < 32; hop <<= 1) top = fmaxf(top, __shfl_xor_sync(EVERY_LANE, top, hop));
-      l *= exp2_fast(m - top);
+      sum *= exp2_fast(m[g] - top);
       #pragma unroll
-      for (int hop = 1; hop < 32; hop <<= 1) l += __shfl_xor_sync(EVERY_LANE, l, hop);
-      if (lane == 0) memory.maximum[warp][g] = top, memory.sum[warp][g] = l;
+      for (int hop = 1; hop < 32; hop <<= 1) sum += __shfl_xor_sync(EVERY_LANE, sum, hop);
+      if (lane == 0) memory.maximum[warp][g] = top, memory.sum[warp][g] = sum;
     }
     __syncthreads();
     #pragma unroll
     for (int g = 0; g < GROUP_SIZE; ++g) {
-      float top = -1e30f, l = 0.0f;
+      float top = LEAST_SCORE, sum = 0.0f;
       for (int w = 0; w < WARPS; ++w) top = fmaxf(top, memory.maximum[w][g]);
-      for (int w = 0; w < WARPS; ++w) l += memory.sum[w][g] * exp2_fast(memory.maximum[w][g] - top);
-      maximum[g] = top, inverse[g] = __fdividef(1.0f, l);
+      for (int w = 0; w < WARPS; ++w) sum += memory.sum[w][g] * exp2_fast(memory.maximum[w][g] - top);
+      maximum[g] = top, inverse[g] = __fdividef(1.0f, sum);
     }
   }
 
@@ -122,22 +146,26 @@ struct Selection {
     unsigned* keys = reinterpret_cast<unsigned*>(&memory + 1);
     float maximum[GROUP_SIZE], inverse[GROUP_SIZE];
     if constexpr (SCORING != GIVEN && AGGREGATION == SOFTMAX_MEAN) weigh(memory, maximum, inverse);
-    for (int i = threadIdx.x; i < row_pages; i += SELECT_THREADS) {
-      float score;
-      if constexpr (SCORING == GIVEN) {
-        score = scores(0)[i];
-      } else if constexpr (AGGREGATION == SOFTMAX_MEAN) {
-        score = 0.0f;
-        #pragma unroll
-        for (int g = 0; g < GROUP_SIZE; ++g)
-          score += exp2_fast(load_past_l1(scores(g) + i) - maximum[g]) * inverse[g];
-      } else {
-        score = load_past_l1(scores(0) + i);
-        #pragma unroll
-        for (int g = 1; g < GROUP_SIZE; ++g) score = fmaxf(score, load_past_l1(scores(g) + i));
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
+      float s[PAGES_TOGETHER][GROUP_SIZE];
+      read(s, i);
+      #pragma unroll
+      for (int j = 0; j < PAGES_TOGETHER; ++j) {
+        const int page = i + j * SELECT_THREADS;
+        if (page >= row_pages) break;
+        float score = s[j][0];
+        if constexpr (SCORING != GIVEN && AGGREGATION == SOFTMAX_MEAN) {
+          score = 0.0f;
+          #pragma unroll
+          for (int g = 0; g < GROUP_SIZE; ++g) score += exp2_fast(s[j][g] - maximum[g]) * inverse[g];
+        } else if constexpr (SCORING != GIVEN) {
+          #pragma unroll
+          for (int g = 1; g < GROUP_SIZE; ++g) score = fmaxf(score, s[j][g]);
+        }
+        const bool pinned = page < given.sink_pages || page >= row_pages - given.recent_pages;
+        keys[page] = pinned ? PINNED : key_of(score);
       }
-      const bool pinned = i < given.sink_pages || i >= row_pages - given.recent_pages;
-      keys[i] = pinned ? PINNED : key_of(score);
     }
     __syncthreads();
     memory.top.list(keys, row_pages, budget, pages());

@@ -35,7 +35,7 @@
 // Reads for several rows: shared.cu, which takes what balanced.cu takes beside these (but WINDOWED)
 // READ_COLUMNS       from 2 rows'     columns that a read serves at most; default 0, where there   KernelConfig
 //                                     are no reads
-// READ_TEAM          1 2 4            TEAM of the warps that work on a read                      KernelConfig
+// READ_TEAM          1 2 4 8          TEAM of the warps that work on a read                      KernelConfig
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
 // READ_TILES         0 2 4            tiles that a warpgroup of sm_90a multiplies with at once, which   KernelConfig
 //                                     divide READ_STAGES; default 0: reads are multiplied by mma.sync

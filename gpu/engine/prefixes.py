@@ -68,7 +68,7 @@ class PrefixFinder:
         if self.groups is None or self.groups.group_of_row.shape[0] != batch_size:
             self.groups = PrefixGroups(cupy.full(batch_size, -1, dtype=cupy.int32),
                                        cupy.zeros(max(1, batch_size // 2), dtype=cupy.int32))
-            self._workspace = cupy.zeros(batch_size, dtype=cupy.uint64)
+            self._workspace = cupy.zeros(2 * batch_size, dtype=cupy.int32)  # 64-bit words
         return *self.groups, self._workspace
 
     def _room(self, batch_size: int) -> int:

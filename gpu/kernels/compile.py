@@ -52,8 +52,8 @@ def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> cupy.Ra
 
 @contextlib.contextmanager
 def _architecture_alone(compiler: object) -> Iterator[None]:
-    """Has CuPy compile for sm_90a and the like. CuPy 13 and 14 have no option for it, and ask this function of theirs for
-    every compilation and for the name that it is kept under on disk."""
+    """Has CuPy compile for sm_90a and the like. CuPy 13 and 14 have no option for it, and ask this function of theirs
+    for every compilation and for the name that it is kept under on disk."""
     asked = compiler._get_arch_for_options_for_nvrtc
     option, method = asked()
     compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (option + "a", method)

@@ -256,24 +256,26 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
                          f"{config.columns * config.head_split} (group_size times query_tokens)")
     blocks = min(MAX_ACCUMULATED // config.v_dim // 8, QUERY_BLOCKS // (config.head_dim // 16))
     teams = [team for team in TEAMS if config.warps % team == 0 and config.warps // team <= MOST_TEAMS]
-    served = min(columns, teams[-1] * blocks * 8) // config.columns * config.columns
-    tiles = GROUP_TILES if tiles is None else tiles
-    if served > READ_COLUMNS or not reads_by_warpgroups(config, compute_capability):
+    if not reads_by_warpgroups(config, compute_capability):
         tiles = 0
+    elif tiles is None:  # rings hold whole groups
+        tiles = next((count for count in (GROUP_TILES, GROUP_TILES // 2) if (stages or count) % count == 0), 0)
+    most = config.warps // WARPGROUP * READ_COLUMNS if tiles else teams[-1] * blocks * 8
+    served = min(columns, most) // config.columns * config.columns
     if tiles:
-        teams = [WARPGROUP]
+        teams = [WARPGROUP] if served <= READ_COLUMNS else [2 * WARPGROUP]
     if served < 2 * config.columns:
-        raise ValueError(f"groups: expected at most {min(columns, teams[-1] * blocks * 8) // 2} query columns of a row "
+        raise ValueError(f"groups: expected at most {min(columns, most) // 2} query columns of a row "
                          f"(group_size times query_tokens), so that a read serves two, got {config.columns}")
     limit = shared_limit_bytes(compute_capability) - LEAST_READERS * READER_BYTES
     # The rows' rings leave room for the plan: where they do not, with one buffer less, then with stages less.
     rows = itertools.product(range(config.stages, 0, -config.team), range(config.buffers, 0, -1))
     for row_stages, buffers in rows:
         found: list[KernelConfig] = []
-        for team in (team for team in teams if team * blocks * 8 >= served):
-            most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
+        for team in (team for team in teams if tiles or team * blocks * 8 >= served):
+            deepest = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
             found += itertools.islice((
-                fitting for depth in ((stages,) if stages else range(most - most % (tiles or 1), 0, -(tiles or 1)))
+                fitting for depth in ((stages,) if stages else range(deepest - deepest % (tiles or 1), 0, -(tiles or 1)))
                 if (fitting := replace(config, stages=row_stages, buffers=buffers, read_columns=served, read_team=team,
                                        read_stages=depth, read_tiles=tiles)).read_shared_bytes <= limit), 1)
         # A smaller team reads the tiles from shared memory less often, but its rings are more.

@@ -69,7 +69,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         defines = selection_defines(DecodeShape(32, 8, 128, 16), "float16", summary, aggregation)
         yield "select.cu", summary, defines
         yield "summaries.cu", summary, defines
-    yield "gather.cu", "", {"THREADS": 128, "UNROLL": 8}
+    yield "gather.cu", "", {"THREADS": 512, "UNROLL": 4}
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):

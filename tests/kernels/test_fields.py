@@ -98,8 +98,8 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
-              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 128, "UNROLL": 8},
-              "pkv_scatter": {"THREADS": 128, "UNROLL": 8}, "pkv_decode_several": RANK_DEFINES,
+              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
+              "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
               "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}

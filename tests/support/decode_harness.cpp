@@ -105,6 +105,34 @@ extern "C" int opened_bytes() { return pkv::OPENED_BYTES; }
 #elif BALANCED
 #if SELECTED
 #define pkv_decode_balanced pkv_decode_selected
+
+// What the CTAs plan: lines of (list, tile_begin, tile_end), and how many each CTA has. integers as of run().
+static int* listed;
+static int num_listed;
+static void list_pieces() {
+  const pkv::Costs costs{numbers[0], numbers[1], numbers[2], numbers[3]};
+  const pkv::PageLists lists{given.selected_pages, given.selected_counts, given.max_selected,
+                             (numbers[4] - 1) / PAGE_SIZE};
+  const pkv::Lists all{{given.lengths, given.batch_size, numbers[4], given.reach()}, lists, given.num_kv_heads};
+  const pkv::ListPlan plan(all, costs, *reinterpret_cast<pkv::ListNotes*>(memory));
+  if (threadIdx.x != 0) return;
+  pkv::ListWalk walk = plan.walk;
+  for (pkv::ListPiece s; walk.next(s); ++num_listed) {
+    const int line[3] = {s.row * given.num_kv_heads + s.kv_head, s.tile_begin, s.tile_end};
+    std::copy_n(line, 3, listed + 3 * num_listed);
+  }
+}
+extern "C" const char* list_tasks(int num_ctas, const void* arguments, const int* integers, int* lines, int* counts) {
+  std::memcpy(&given, arguments, sizeof given);
+  std::copy_n(integers, 5, numbers);
+  listed = lines, num_listed = 0, body = list_pieces, gridDim = {num_ctas, 1, 1};
+  for (blockIdx = {0, 0, 0}; blockIdx.x < num_ctas; ++blockIdx.x) {
+    const int before = num_listed;
+    run_cta();
+    counts[blockIdx.x] = num_listed - before;
+  }
+  return complaint;
+}
 #endif
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);

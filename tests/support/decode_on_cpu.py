@@ -136,13 +136,14 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         costs: BalancedCosts = BalancedCosts(1, 2),  # noqa: B008
         shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
         between: Callable[[np.ndarray], None] | None = None,
-        page_lse: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        page_lse: np.ndarray | None = None, plan_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
     shared reads, which serve shared_costs.columns. hurry: copies arrive as they are started.
     variant, read_stages: None of both is what an H200 runs. stages: of a ring, where the variant's are too many. costs:
     of balanced. before: the lengths, page table and
     records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends.
-    page_lse: float32, to be written; the kernel is then the one that does so.
+    page_lse: float32, to be written; the kernel is then the one that does so. plan_only, of a step with lists: returns
+    (tasks [num_tasks, 3] of list, tile_begin and tile_end, tasks of each CTA) as they are planned.
     between: changes the records [ctas, 64] int32 that the first of two launches left, by which the second need not give
     the same result any more."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
@@ -190,6 +191,15 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
     written.write(*(values[field.name] for field in present))
     (start,) = written.starts
     assert library.arguments_bytes() == written.num_bytes
+    if plan_only:
+        library.list_tasks.restype = ctypes.c_char_p
+        sizes = (ctypes.c_int * 5)(*costs, step.table.shape[1] * shape.page_size)
+        lines = np.zeros((len(step.lens) * heads.num_kv_heads + ctas, 3), np.int32)
+        counts = np.zeros(ctas, np.int32)
+        complaint = library.list_tasks(ctas, ctypes.c_void_p(start), sizes, *map(ctypes.c_void_p, map(address, (
+            lines, counts))))
+        assert complaint is None, complaint
+        return lines[: counts.sum()], counts
 
     def write_late(array: np.ndarray, was: np.ndarray) -> None:
         assert array.shape == was.shape and was.flags.c_contiguous
