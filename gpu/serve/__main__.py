@@ -62,7 +62,7 @@ def serve(
     with one_line_errors():
         from gpu.serve.llm import LLM, ServeOptions
         from gpu.serve.replay import replay, warm_up
-        from gpu.serve.report import beside_prediction, device_at_hand, show, to_dict, write_steps
+        from gpu.serve.report import beside_prediction, check_predictable, device_at_hand, show, to_dict, write_steps
         from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
 
@@ -86,6 +86,8 @@ def serve(
         requests = source.load(trace)
         spec = None if not predict else device_at_hand() if device is None else get_device(device)
         llm = LLM(model, options, record=True, say=lambda line: typer.echo(line, err=True))
+        if spec is not None:
+            check_predictable(llm, requests, spec)
         warm_up(llm.server, step_tokens=step_tokens)
         with progress_bar(not as_json, "tokens") as progress:
             report_progress = None if progress is None else (lambda done, total: progress("serving", done, total))
