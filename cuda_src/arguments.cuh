@@ -57,6 +57,22 @@ struct DecodeArguments {
 };
 #endif
 
+#if RANKS
+struct Inbox;
+
+// What a rank of several is given beside them (several.cu).
+struct RankArguments {
+  Inbox* const* inboxes;                      // [RANKS] every rank's, where this one reaches them
+  Inbox* own;                                 // this rank's
+  unsigned* failure;                          // [1] where the host looks: the rank that was waited for in vain
+  long long half_slots;                       // of each half of an inbox
+  long long patience_ns;                      // how long a rank is waited for
+  int rank, owner;                            // owner: see Owner
+  int in_kernel;                              // 0: states are left in `own`, and the host exchanges and merges them
+  int share_begin, share_tokens, share_cycle; // see RankShare
+};
+#endif
+
 #ifdef SCORING
 // pkv_select_pages's arguments; select.cu has the shapes of those that are not said here.
 struct SelectArguments {

@@ -240,6 +240,40 @@ __device__ __forceinline__ float2 receive(const float2* from) {
   return v;
 }
 
+// The same between GPUs: system scope.
+__device__ __forceinline__ void send_to_rank(float4* to, const float4& v) {
+  asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1,%2,%3,%4};"
+               ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void send_to_rank(float2* to, const float2& v) {
+  asm volatile("st.relaxed.sys.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
+}
+__device__ __forceinline__ void send_to_rank(unsigned* to, unsigned v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ float4 receive_from_rank(const float4* from) {
+  float4 v;
+  asm volatile("ld.relaxed.sys.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 receive_from_rank(const float2* from) {
+  float2 v;
+  asm volatile("ld.relaxed.sys.global.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
+  return v;
+}
+__device__ __forceinline__ unsigned receive_from_rank(const unsigned* from) {
+  unsigned v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+  return v;
+}
+// Nanoseconds of a clock that all SMs share.
+__device__ __forceinline__ long long nanoseconds() {
+  long long now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // tanh, right to about 1e-7: the instruction tanh.approx errs by 5e-4.

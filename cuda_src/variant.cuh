@@ -35,10 +35,15 @@
 // Reads for several rows: shared.cu, which takes what balanced.cu takes beside these (but WINDOWED)
 // READ_COLUMNS       from 2 rows'     columns that a read serves at most; default 0, where there   KernelConfig
 //                                     are no reads
-// READ_TEAM          1 2 4            TEAM of the warps that work on a read                      KernelConfig
+// READ_TEAM          1 2 4 8          TEAM of the warps that work on a read                      KernelConfig
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
+// READ_TILES         0 2 4            tiles that a warpgroup of sm_90a multiplies with at once, which   KernelConfig
+//                                     divide READ_STAGES; default 0: reads are multiplied by mma.sync
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
+// A step of several GPUs: several.cu, which takes what balanced.cu takes beside this (but WINDOWED, LAST_PAGE_LENGTHS
+// and more QUERY_TOKENS than 1)
+// RANKS              2 to 8           ranks that a row's pages are spread over; default 0: none    gpu/several
 // Selected pages: selected.cu, which takes what balanced.cu takes beside these (but WINDOWED)
 // SELECTED           0 1              1: each (row, KV head) reads the pages of a list; default  KernelConfig
 //                                     0: a row's tokens are all read                             (selected_defines)
@@ -103,11 +108,17 @@
 #ifndef READ_COLUMNS
 #define READ_COLUMNS 0
 #endif
+#ifndef RANKS
+#define RANKS 0
+#endif
 #ifndef SELECTED
 #define SELECTED 0
 #endif
 #ifndef PAGE_LSE
 #define PAGE_LSE 0
+#endif
+#ifndef READ_TILES
+#define READ_TILES 0
 #endif
 #ifndef TABLE_INT64
 #define TABLE_INT64 0
@@ -130,6 +141,11 @@
 #define PKV_CSR(...) __VA_ARGS__
 #else
 #define PKV_CSR(...)
+#endif
+#if RANKS
+#define PKV_RANKS(...) __VA_ARGS__
+#else
+#define PKV_RANKS(...)
 #endif
 #if SELECTED
 #define PKV_SELECTED(...) __VA_ARGS__

@@ -13,17 +13,19 @@ where they are used, so that CPU tools can use the rest.
 from __future__ import annotations
 
 _HOMES = {
-    "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
-    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
+    "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer.wrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer.wrapper",
     "CacheWriter": "gpu.cache.writer",
     "DecodeEngine": "gpu.decode_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
+    "MultiLevelCascadeAttentionWrapper": "gpu.drop_ins.flashinfer.cascade",
     "PagedKVCache": "gpu.cache.pool",
     "PageList": "pkvsim.schedule.page_lists",
     "PageSelector": "gpu.selection.page_selector",
     "PageSummaries": "gpu.selection.page_summaries",
     "PrefixGroups": "gpu.engine.prefixes",
     "find_prefixes": "gpu.engine.prefixes",
+    "flash_attn_with_kvcache": "gpu.drop_ins.flash_attn.with_kvcache",
 }
 __all__ = list(_HOMES)
 

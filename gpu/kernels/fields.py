@@ -64,6 +64,10 @@ DECODE = Parameter("DecodeArguments", (
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
 SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
+RANK = Parameter("RankArguments", (  # of a step over several GPUs
+    *_fields("p", "inboxes own failure"), *_fields("q", "half_slots patience_ns"),
+    *_fields("i", "rank owner in_kernel share_begin share_tokens share_cycle"),
+))  # fmt: skip
 APPEND = Parameter("AppendArguments", (
     *_fields("p", "k_new v_new q q_out k_pages v_pages k_scales v_scales seq_lens block_table token_offsets rope"),
     *_fields("i", "num_tokens batch_size num_kv_heads num_q_heads page_size num_pages max_pages max_positions chunks"),
@@ -93,6 +97,11 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_shared": (
         DECODE, COSTS, SHARED_COSTS, *_values(*_fields("p", "group_of_row prefix_pages"),
                                               *_fields("i", "num_groups max_tokens")),
+    ),
+    "pkv_decode_several": (DECODE, COSTS, RANK, *_values(Field("max_tokens", "i"))),
+    "pkv_merge_ranks": _values(
+        Field("states", "p"), Field("stride", "i"), *_fields("p", "out lse sinks"),
+        *_fields("i", "rank owner batch_size num_kv_heads"),
     ),
     "pkv_decode_tasks": (DECODE, *_values(*_fields("p", "tasks split_offsets"), *_fields("i", "num_tasks tile_scale"))),
     "pkv_merge": _values(*_fields("p", "partials split_offsets rows out lse query_lens sinks")),

@@ -47,6 +47,7 @@ class DeviceSpec:
     int8_tops: float | None = None  # dense INT8 tensor-core peak
     fp4_tflops: float | None = None  # dense FP4 tensor-core peak
     link_gb_s: float | None = None  # from one GPU of a host to another, one direction: NVLink, or PCIe without it
+    link_us: float | None = None  # until a store to a peer's memory is seen there, one way
     outside: dict[str, OutsideEntry] = field(default_factory=dict)  # by engine; see pkvsim.outside
 
     @property
@@ -66,7 +67,7 @@ class DeviceSpec:
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-OPTIONAL_FIELDS = ("fp8_tflops", "int8_tops", "fp4_tflops", "link_gb_s")
+OPTIONAL_FIELDS = ("fp8_tflops", "int8_tops", "fp4_tflops", "link_gb_s", "link_us")
 _NO_NUMBERS = ("name", "label", "sources", "calibration", "outside", *OPTIONAL_FIELDS)
 NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in _NO_NUMBERS)
 

@@ -5,6 +5,9 @@
 // layouts of the PTX manual. A copy arrives when it is waited for, no sooner; or, with copies_hurry, the moment it is started.
 #include "cuda_on_cpu.h"
 
+#include <sched.h>
+#include <time.h>
+
 #include <deque>
 #include <utility>
 
@@ -212,6 +215,49 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
 }
 
+#if READ_TILES
+// What wgmma.cuh has. A product is done at once, of what the copies brought that have been waited for.
+static void publish_copies() {}
+static void begin_products() { __syncwarp(); }
+template <int COUNT>
+static void hold(float (&)[COUNT]) {}
+template <int COUNT>
+static void end_products(float (&)[COUNT]) { __syncwarp(); }
+static unsigned long long shared_operand(unsigned address, unsigned bytes_between_blocks) {
+  if (address % 16 || bytes_between_blocks % 16) complain("an operand of a warpgroup is not aligned");
+  return address | static_cast<unsigned long long>(bytes_between_blocks) << 32;
+}
+// Rows of 128 bytes whose vectors are XORed with bits 7 to 9 of their address, eight rows to the KiB.
+static float shared_element(unsigned long long operand, int row, int column) {
+  const unsigned at = static_cast<unsigned>(operand) + column / 64 * static_cast<unsigned>(operand >> 32)
+                      + row / 8 * 1024 + row % 8 * 128 + column % 64 * 2;
+  operand_type value;
+  std::memcpy(&value, memory + (at ^ (at >> 7 & 7) << 4), sizeof value);
+  return value;
+}
+template <bool ROWS_ARE_K, int COUNT>
+static void multiply_group(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) {
+  struct Operand { unsigned a[4]; } mine = {{a[0], a[1], a[2], a[3]}};
+  struct Row { float of[2][16]; };  // of a, that a lane's sums need
+  const int lane = my_lane();
+  float row[2][16];
+  for (int k = 0; k < 16; ++k) {
+    const auto pair = together(mine, [=](auto of) {
+      const Operand& from = of(lane / 4 * 4 + k % 8 / 2);
+      return std::pair<unsigned, unsigned>(from.a[k / 8 * 2], from.a[k / 8 * 2 + 1]);
+    });
+    row[0][k] = half_of<operand_type>(pair.first, k % 2), row[1][k] = half_of<operand_type>(pair.second, k % 2);
+  }
+  for (int i = 0; i < COUNT; ++i) {
+    const int n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += double(row[i / 2 % 2][k]) * double(ROWS_ARE_K ? shared_element(b, k, n) : shared_element(b, n, k));
+    d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
+  }
+}
+#endif
+
 constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
 
@@ -235,6 +281,21 @@ static void wait_for_previous_kernel() {
 template <class T>
 static void send(T* to, const T& value) { *to = value; }
 [[maybe_unused]] static float2 receive(const float2* from) { return *from; }
+// Between ranks, which are threads with a copy each of all that is here (several_on_cpu.py).
+template <class T>
+static void send_to_rank(T* to, const T& value) { *to = value; }
+template <class T>
+inline T receive_from_rank(const T* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  sched_yield();
+  return value;
+}
+[[maybe_unused]] static long long nanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1'000'000'000ll + now.tv_nsec;
+}
 [[maybe_unused]] static float hyperbolic_tangent(float x) { return std::tanh(x); }
 static float __fdividef(float a, float b) { return a / b; }
 static float exp2_fast(float x) { return std::exp2(x); }
@@ -245,6 +306,8 @@ static float exp2_fast(float x) { return std::exp2(x); }
 
 #if READ_COLUMNS
 #include "shared.cu"
+#elif RANKS
+#include "several.cu"
 #elif SELECTED
 #include "selected.cu"
 #elif BALANCED
@@ -307,6 +370,37 @@ extern "C" const char* run(int num_ctas, const void* arguments, const int* integ
   pkv::late.clear();
   return complaint;
 }
+#elif RANKS
+// One CTA. integers: its number, that of all CTAs, a seed; costs, max_tokens.
+static pkv::RankArguments rank_arguments;
+extern "C" const char* run(const void* arguments, const void* of_rank, const int* integers) {
+  std::memcpy(&given, arguments, sizeof given);
+  std::memcpy(&rank_arguments, of_rank, sizeof rank_arguments);
+  std::copy_n(integers, 8, numbers);
+  body = [] {
+    const int* n = numbers + 3;
+    pkv_decode_several(given, {n[0], n[1], n[2], n[3]}, rank_arguments, n[4]);
+  };
+  gridDim = {numbers[1], 1, 1}, blockIdx = {numbers[0], 0, 0}, order = static_cast<unsigned>(numbers[2]);
+  pkv::previous_kernel(true);
+  run_cta();
+  return complaint;
+}
+// pkv_merge_ranks. integers: stride, rank, owner.
+extern "C" const char* merge(const void* arguments, const void* states, const int* integers) {
+  std::memcpy(&given, arguments, sizeof given);
+  tasks = static_cast<const pkv::Task*>(states);
+  std::copy_n(integers, 3, numbers);
+  body = [] {
+    pkv_merge_ranks(reinterpret_cast<const pkv::Slot*>(tasks), numbers[0], given.out, given.lse, given.sinks, numbers[1],
+                    numbers[2], given.batch_size, given.num_kv_heads);
+  };
+  run_grid(2, 1);
+  return complaint;
+}
+extern "C" int rank_arguments_bytes() { return sizeof rank_arguments; }
+extern "C" int inbox_bytes() { return sizeof(pkv::Inbox); }
+extern "C" int opened_bytes() { return pkv::OPENED_BYTES; }
 #elif BALANCED
 #if SELECTED
 #define pkv_decode_balanced pkv_decode_selected

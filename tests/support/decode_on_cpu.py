@@ -38,7 +38,8 @@ def build(config: KernelConfig, balanced: bool, converts_e4m3: bool, selected: b
     try:
         for path in SOURCE_DIR.glob("*.cu*"):
             shutil.copy(path, folder)
-        (folder / "mma.cuh").write_text("")
+        for instructions in ("mma.cuh", "wgmma.cuh"):
+            (folder / instructions).write_text("")
         defines = config.read_defines() if config.read_columns else config.defines()
         if selected or page_lse:
             defines = config.selected_defines(selected=selected, page_lse=page_lse)

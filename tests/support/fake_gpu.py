@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
-from gpu.kernels import fields
+from gpu.kernels import fields, this_gpu
 from pkvsim import AttentionOptions, DecodeShape, PageList, reference
 from pkvsim.schedule import prefixes
 from pkvsim.selection import by_name, rules, summaries
@@ -31,6 +31,10 @@ ENGINE_MODULES = (
     "gpu.engine.decode_kernels",
     "gpu.cache.writer",
     "gpu.cache.pool",
+    "gpu.several.collectives",
+    "gpu.several.one_process",
+    "gpu.several.rank_engine",
+    "gpu.several.sharded_decode",
     "gpu.selection.page_summaries",
     "gpu.selection.page_selector",
 )
@@ -259,6 +263,7 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: in
 
     kept = {name: sys.modules.pop(name, None) for name in (*ENGINE_MODULES, "cupy")}
     sys.modules["cupy"] = cupy
+    this_gpu._properties.cache_clear()
     try:
         for name in ENGINE_MODULES:
             module = importlib.import_module(name)
@@ -266,6 +271,7 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: in
                 module.load_kernel = load_kernel
         yield gpu
     finally:
+        this_gpu._properties.cache_clear()
         for name, module in kept.items():
             sys.modules.pop(name, None)
             if module is not None:
