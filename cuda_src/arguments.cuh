@@ -81,6 +81,7 @@ struct SelectArguments {
   const page_id* page_ids;                    // as DecodeArguments has them
   const int *lengths, *row_begins;
   float* scores;
+  float2* sums;
   int* tickets;
   const int* budgets;
   int *pages, *counts;
