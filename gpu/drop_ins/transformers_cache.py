@@ -6,6 +6,7 @@ their true length.
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,6 +14,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gpu.drop_ins.torch_append import append_tokens
 from gpu.drop_ins.transformers_rows import NewTokens, PagedRows
+
+if TYPE_CHECKING:
+    from gpu.selection.paged_selection import PagedSelection
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -29,9 +33,9 @@ class PagedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rows: PagedRows) -> None:
+    def __init__(self, rows: PagedRows, index: int = 0, selection: PagedSelection | None = None) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.index, self.selection = rows, index, selection
         self.seen = 0  # tokens a row that went through, padding included
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -122,7 +126,8 @@ class PagedCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, *, max_batch_size: int, max_seq_len: int, page_size: int = 16,
-                 num_pages: int | None = None, rows_per_prompt: int = 1) -> None:
+                 num_pages: int | None = None, rows_per_prompt: int = 1, selection: str | None = None,
+                 budget: float = 0.1, dense_layers: int = 2) -> None:
         """
         config: the model's. max_batch_size: rows, those of num_return_sequences or num_beams counted. max_seq_len:
         tokens of a row, padding not counted. num_pages: of each layer's pool, by default enough for every row to be
@@ -130,6 +135,9 @@ class PagedCache(Cache):
         rows_per_prompt: neighbouring rows that begin with one prompt, as generate() makes them with
         num_return_sequences or num_beams. They share the prompt's full pages, which a decode step reads once where that
         is worth it, and which num_pages need not count for each.
+        selection: "mean_std" or "quest": decode steps read the `budget` part of each row's pages that scores best, for
+        every KV head others, in all but the first dense_layers layers and those with windows; prefill reads all. Not
+        with several rows per prompt.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.
         """
@@ -141,7 +149,14 @@ class PagedCache(Cache):
             num_pages = max_batch_size * -(-max_seq_len // page_size)
         self.rows = PagedRows(max_batch_size=max_batch_size, max_seq_len=max_seq_len, page_size=page_size,
                               num_pages=num_pages, rows_per_prompt=rows_per_prompt)
-        super().__init__(layers=[PagedLayer(self.rows) for _ in range(config.num_hidden_layers)])
+        self.selection = None
+        if selection is not None:
+            from gpu.selection.paged_selection import PagedSelection
+
+            if rows_per_prompt != 1:
+                raise ValueError(f"rows_per_prompt: expected 1 with selection, got {rows_per_prompt}")
+            self.selection = PagedSelection(selection, budget, dense_layers=dense_layers)
+        super().__init__(layers=[PagedLayer(self.rows, i, self.selection) for i in range(config.num_hidden_layers)])
 
     @property
     def num_free_pages(self) -> int:
@@ -164,3 +179,5 @@ class PagedCache(Cache):
         """Empties the cache: all pages are free again."""
         super().reset()
         self.rows.reset()
+        if self.selection is not None:
+            self.selection.reset()
