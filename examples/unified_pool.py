@@ -22,7 +22,8 @@ from rich.console import Console
 
 from pkvsim.devices.device import get_device
 from pkvsim.memory.placement import BANDWIDTH, EQUAL, IN_ORDER
-from pkvsim.memory.simulate_tiers import BlockRequests, TierLoads, TierOptions, simulate_tiers
+from pkvsim.memory.simulate_tiers import BlockRequests, TierLoads, simulate_tiers
+from pkvsim.memory.tier_options import TierOptions
 from pkvsim.memory.tier_presets import FILE_SYSTEM_SHARE, HOST_READ, SERIAL_FILES, UNIFIED_POOL
 from pkvsim.memory.tiers import Tier
 from pkvsim.models.model_costs import (

@@ -38,11 +38,13 @@ from pkvsim.serving.state import (
     STEPS,
     WAITING_COUNT,
 )  # fmt: skip
+from pkvsim.serving.tiers.gate import asks, next_ready_us
 
 
 @compiled
 def advance(requests, limits, attention, linear_us, host_us, state, log, max_steps, until_us, plan_until_us, alone):
-    """Simulates up to max_steps more steps; True when nothing is left to run.
+    """Simulates up to max_steps more steps; True when nothing is left to run. Returns early where a request asks the
+    pool (pkvsim.serving.tiers).
 
     Steps end until until_us and begin until plan_until_us; one that has begun is priced, and the clock says when it
     ends. alone: this server takes in what is sent; otherwise the caller does, and sets an idle server's clock.
@@ -70,7 +72,14 @@ def advance(requests, limits, attention, linear_us, host_us, state, log, max_ste
         if log.clock_us[0] > plan_until_us:
             return False
         plan_step(requests, limits, state, log.clock_us[0])
+        if asks(state.gate):
+            return False
         decode_rows = counts[NUM_DECODING]
+        if decode_rows == 0 and counts[NUM_CHUNKS] == 0:
+            ready_us = next_ready_us(state.gate, state.running, counts[NUM_RUNNING], log.clock_us[0])
+            if ready_us < math.inf:  # all that run wait for their blocks
+                log.clock_us[0] = min(ready_us, max(log.clock_us[0], state.clients.times[NEXT_SEND]))
+                continue
         tokens, running_us = prefill_us(attention, state, np.int64(0), counts[FIRST_ADMITTED])
         more_tokens, admitted_us = prefill_us(attention, state, counts[FIRST_ADMITTED], counts[NUM_CHUNKS])
         tokens += more_tokens

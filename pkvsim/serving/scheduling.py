@@ -33,6 +33,7 @@ from pkvsim.serving.state import (
     SERVED,
     WAITING,
 )
+from pkvsim.serving.tiers.gate import ask, is_ready
 
 
 @compiled
@@ -78,7 +79,7 @@ def plan_step(requests, limits, state, now_us):
     _grow(requests, limits, state, now_us)
     budget = limits.step_tokens - counts[NUM_DECODING]
     if counts[NUM_DECODING] < counts[NUM_RUNNING]:
-        budget -= _continue_prefills(state, budget)
+        budget -= _continue_prefills(state, budget, now_us)
     counts[FIRST_ADMITTED] = counts[NUM_CHUNKS]
     if counts[JUST_PREEMPTED] == 0 and counts[POOL_FULL] == 0:
         _admit(requests, limits, state, budget, now_us)
@@ -158,12 +159,12 @@ def _add_chunk(state, request, begin, tokens):
 
 
 @inner
-def _continue_prefills(state, budget):
-    """Chunks of the running requests that are not past prefill; their tokens."""
+def _continue_prefills(state, budget, now_us):
+    """Chunks of the running requests that are not past prefill and wait for no blocks; their tokens."""
     tokens = 0
     for at in range(state.counts[NUM_RUNNING]):
         request = state.running[at]
-        if state.phase[request] == PREFILLING and tokens < budget:
+        if state.phase[request] == PREFILLING and tokens < budget and is_ready(state.gate, request, now_us):
             chunk = min(budget - tokens, state.target[request] - state.cached[request])
             _add_chunk(state, request, state.cached[request], chunk)
             tokens += chunk
@@ -221,6 +222,8 @@ def _admit(requests, limits, state, budget, now_us):
         state.target[request] = target
         state.private_pages[request] = private
         state.cached[request] = hit_tokens
+        if ask(state.gate, request):  # its first chunk comes once its blocks are there
+            break
         chunk = min(budget - tokens, target - hit_tokens)
         _add_chunk(state, request, hit_tokens, chunk)
         tokens += chunk

@@ -9,6 +9,7 @@ whole prompt are free; when a decoding request finds no page, the last in that o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from pkvsim.serving.loop import advance
 from pkvsim.serving.orders import ORDERS, ranks
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.replicas import serve_replicas
-from pkvsim.serving.result import ServingResult, make_result
+from pkvsim.serving.result import ServingResult, make_result, with_tiers
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
     SERVED,
@@ -32,6 +33,8 @@ from pkvsim.serving.state import (
     new_log,
     new_scheduler_state,
 )
+from pkvsim.serving.tiers.prompt_prices import prompt_us
+from pkvsim.serving.tiers.start import start_tiers
 from pkvsim.traces.requests import RequestTrace
 
 CHUNK_STEPS = 20_000  # steps between two reports of progress
@@ -64,14 +67,18 @@ def simulate(
     if config.replicas > 1:
         owner = serve_replicas(trace, requests, limits, attention, linear_us, config, states, logs, report)
         return make_result(policy, requests, limits, states, logs, owner)
+    prices = partial(prompt_us, attention, linear_us)
+    tiers = start_tiers(trace, model, device, config, requests, prices)
     done = False
     while not done:
         done = advance(
             requests, limits, attention, linear_us, float(config.host_us), states[0], logs[0], CHUNK_STEPS, np.inf,
             np.inf, True,
         )  # fmt: skip
-        report()
-    return make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
+        if tiers is None or not tiers.answer(states[0], logs[0].clock_us[0]):
+            report()
+    result = make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
+    return result if tiers is None else with_tiers(result, config.tiers, tiers.finish(states[0]))
 
 
 def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:
@@ -86,6 +93,7 @@ def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Li
         cache_kind=KINDS.index(config.prefix_cache),
         order=ORDERS.index(config.order),
         hold_us=config.kv_ttl_s * 1e6 if config.order == "continuum" else 0.0,
+        tiers=config.tiers is not None,
     )
 
 

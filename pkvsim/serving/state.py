@@ -12,6 +12,7 @@ from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.serving.orders import FCFS, KVSHARE
+from pkvsim.serving.tiers.gate import TierGate, new_gate
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
@@ -68,6 +69,7 @@ class Limits(NamedTuple):
     cache_kind: int  # index into prefix_cache.KINDS
     order: int = FCFS  # index into orders.ORDERS
     hold_us: float = 0.0  # how long a request's KV is kept for the one that follows it
+    tiers: bool = False  # whether admitted requests ask a pool of KV beyond HBM
 
 
 class Clients(NamedTuple):
@@ -115,6 +117,7 @@ class SchedulerState(NamedTuple):
     hit_tokens: np.ndarray  # [n] int64, at first admission
     pool: PagePool
     clients: Clients
+    gate: TierGate
 
 
 class Attention(NamedTuple):
@@ -206,6 +209,7 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
         hit_tokens=np.zeros(n, np.int64),
         pool=page_pool(requests.blocks, limits.num_pages),
         clients=new_clients(requests),
+        gate=new_gate(n, limits.tiers),
     )
 
 
