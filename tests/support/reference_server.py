@@ -58,7 +58,7 @@ class ReferenceServer:
             warm = heat / self.costs.boost_us if self.costs.boost_us else 1.0
             us = step_parts(
                 self.costs, np.array(step.lens, np.int64), np.array([b for _, b, _ in step.chunks], np.int64),
-                np.array(chunks, np.int64), len(step.lens) + len(chunks), True, warm, parts,
+                np.array(chunks, np.int64), len(step.lens) + len(chunks), 0.0, warm, parts,
             )
             us *= self.costs.wake_factor if idle else 1.0
             heat = heated(self.costs, heat, len(step.lens) + sum(chunks), us)

@@ -1,7 +1,7 @@
 """What the compiled loop knows of loads: who asks the pool, and when what it loads is there. Compiled.
 
-The loop returns to Python as soon as a request asks, gets `cached` and `ready_us` set, and plans the step again: until
-then nothing of the plan has been run.
+The loop returns to Python as soon as a request asks. Its `cached` and `ready_us` are set there, and the step is planned
+again as of the same time, of which nothing has been run by then.
 """
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ class TierGate(NamedTuple):
     """t is the number of requests, or 0 where no tiers stand behind the GPU."""
 
     asking: np.ndarray  # [1] int64, the admitted request that the pool is asked about, -1 none
+    asked_us: np.ndarray  # [1] float64, when it began to ask
     ready_us: np.ndarray  # [t] float64, when a request's loaded blocks are there, infinity until the pool has answered
 
 
 def new_gate(num_requests: int, tiers: bool) -> TierGate:
     """Nobody asks."""
-    return TierGate(np.full(1, -1, np.int64), np.zeros(num_requests if tiers else 0))
+    return TierGate(np.full(1, -1, np.int64), np.zeros(1), np.zeros(num_requests if tiers else 0))
 
 
 @inner
-def ask(gate, request):
+def ask(gate, request, now_us):
     """Lets an admitted request ask the pool; False where there is none."""
     if len(gate.ready_us) == 0:
         return False
     gate.asking[0] = request
+    gate.asked_us[0] = now_us
     gate.ready_us[request] = math.inf
     return True
 

@@ -73,9 +73,9 @@ class TierServer:
             self._pool.counts,
         )  # fmt: skip
 
-    def answer(self, state: SchedulerState, now_us: float) -> bool:
-        """Answers the request that asks, as of now_us; False where none does."""
-        request = int(state.gate.asking[0])
+    def answer(self, state: SchedulerState) -> bool:
+        """Answers the request that asks, as of when it does; False where none does."""
+        request, now_us = int(state.gate.asking[0]), float(state.gate.asked_us[0])
         if request < 0:
             return False
         state.gate.asking[0] = -1
