@@ -6,6 +6,7 @@ import math
 
 from pkvsim.compiled import drop_stale, inner
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
+from pkvsim.memory.tier_gate import asks, next_ready_us
 from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, step_parts
 from pkvsim.pricing.constants import compiled
 from pkvsim.serving.attention import decode_us, fill_lens
@@ -43,7 +44,6 @@ from pkvsim.serving.state import (
     STEPS,
     WAITING_COUNT,
 )  # fmt: skip
-from pkvsim.serving.tiers.gate import asks, next_ready_us
 
 
 @compiled

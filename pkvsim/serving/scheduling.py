@@ -11,6 +11,7 @@ import math
 
 from pkvsim.compiled import drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
+from pkvsim.memory.tier_gate import ask, is_ready
 from pkvsim.pricing.constants import compiled
 from pkvsim.serving.orders import KVSHARE, SHORTEST
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
@@ -37,7 +38,6 @@ from pkvsim.serving.state import (
     SERVED,
     WAITING,
 )
-from pkvsim.serving.tiers.gate import ask, is_ready
 
 
 @compiled
