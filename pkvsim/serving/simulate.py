@@ -79,7 +79,7 @@ def simulate(
         if tiers is None or not answer_all(tiers, requests, limits, states[0], logs[0]):
             report()
     result = make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
-    return result if tiers is None else with_tiers(result, config.tiers, tiers.finish(states[0]))
+    return result if tiers is None else with_tiers(result, tiers.setup, tiers.finish(states[0]))
 
 
 def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:

@@ -54,7 +54,7 @@ class TierServer:
     ) -> None:  # fmt: skip
         """blocks: of every prompt, the last one partly filled; block_tokens: of a whole one; block_bytes: in all
         layers of all the model's GPUs. Raises ValueError naming the argument."""
-        self._setup, self._blocks, self._prices = setup, blocks, prices
+        self.setup, self._blocks, self._prices = setup, blocks, prices
         self._block_tokens, self._block_bytes = block_tokens, block_bytes
         self._whole = prompt_tokens // block_tokens  # [n], whole blocks of each prompt
         self._next_use: dict[int, float] = {}
@@ -90,7 +90,7 @@ class TierServer:
         begins = np.minimum(np.maximum(begins * self._block_tokens, resident), end - 1)
         choice, layers = self._choose(tail[:hits], begins, end, now_s)
         reads = self._pool.want(tail, limit=choice.blocks)
-        counts = np.bincount([read.place.tier for read in reads], minlength=len(self._setup.tiers))
+        counts = np.bincount([read.place.tier for read in reads], minlength=len(self.setup.tiers))
         loaded = self._clock.read(counts * self._block_bytes, now_s)
         load_s = loaded.end_s - now_s
         # Where layers arrive one by one the prompt is computed while they do, and nothing but the first is waited for.
@@ -121,16 +121,16 @@ class TierServer:
 
     def _choose(self, tail: list[int], begins: np.ndarray, end: int, now_s: float) -> tuple[Choice, int]:
         """(how many of these blocks to load, layers that arrive one by one)."""
-        if not tail or self._setup.load == ALWAYS_COMPUTE:
+        if not tail or self.setup.load == ALWAYS_COMPUTE:
             return Choice(0, 0.0, float(self._prices(begins[:1], end)[0]) / 1e6, 0.0), 1
         places = self._pool.places(tail)
-        layers = self._options.num_layers if in_layers(self._setup.tiers, places) else 1
+        layers = self._options.num_layers if in_layers(self.setup.tiers, places) else 1
         times = self._clock.load_times_s(places, self._block_bytes, now_s)
         compute_s = self._prices(begins, end) / 1e6
-        if self._setup.load == ALWAYS_LOAD:
+        if self.setup.load == ALWAYS_LOAD:
             return Choice(len(tail), float(times[-1]), float(compute_s[-1]), float(times[-1])), layers
         choice = choose_prefix(times, lambda loaded: compute_s[loaded], num_layers=layers)
-        return choice, self._options.num_layers if in_layers(self._setup.tiers, places[: choice.blocks]) else 1
+        return choice, self._options.num_layers if in_layers(self.setup.tiers, places[: choice.blocks]) else 1
 
     def _note(
         self, request: int, counts: np.ndarray, begins_s: np.ndarray, ends_s: np.ndarray, now_s: float, load_s: float,
