@@ -57,6 +57,29 @@ class DoneTicket:
         return None
 
 
+class NoPages:
+    """A device that takes every block and keeps none: disks alone are measured where there is no GPU."""
+
+    __slots__ = ("num_layers", "block_bytes", "num_pages")
+
+    def __init__(self, block_bytes: int, num_pages: int, num_layers: int = 32) -> None:
+        self.block_bytes, self.num_pages, self.num_layers = block_bytes, num_pages, num_layers
+
+    def mark(self) -> object:
+        return None
+
+    def copy_in(
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+    ) -> Sequence[Ticket]:  # fmt: skip
+        return [DoneTicket()] * (self.num_layers if each_layer else 1)
+
+    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
+        return DoneTicket()
+
+    def wait(self, ticket: Ticket) -> None:
+        return None
+
+
 class HostPages:
     """Pages in host memory, for tests and for machines without a GPU: pages[p, l] is a layer's part of a block."""
 
