@@ -137,8 +137,8 @@ class PagedCache(Cache):
                  num_pages: int | None = None, tiers: PromptPool | None = None) -> None:
         """
         config: the model's. max_seq_len: tokens of a row, padding not counted. num_pages: of each layer's pool, by
-        default enough for every row to be full. The pools are made where and of what type the first keys are. tiers: where
-        prompts' KV is kept beyond the pages.
+        default enough for every row to be full. The pools are made where and of what type the first keys are.
+        tiers: where prompts' KV is kept beyond the pages.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.
         """

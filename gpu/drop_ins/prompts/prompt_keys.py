@@ -43,7 +43,7 @@ def check_positions(config: PreTrainedConfig) -> None:
     for one in every:
         kind = one.get("rope_type", one.get("type"))
         if kind in LENGTH_DEPENDENT:
-            raise NotImplementedError(f"tiers: expected rotary embeddings that depend on a token's place alone, got {kind}")
+            raise NotImplementedError(f"tiers: expected rotary embeddings by a token's place alone, got {kind}")
 
 
 def row_tokens(ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[int]]:

@@ -36,8 +36,8 @@ class PromptPool:
         return self._cache is not None
 
     def open(self, k_pages: Sequence[torch.Tensor], v_pages: Sequence[torch.Tensor]) -> None:
-        """Puts the tiers behind the pages of all layers, [num_pages, num_kv_heads, page_size, head_dim] each. What disks
-        kept is taken in. ValueError where they hold something else, or are in use."""
+        """Puts the tiers behind the pages of all layers, [num_pages, num_kv_heads, page_size, head_dim] each, and takes
+        in what disks kept. ValueError where they hold something else, or are in use."""
         if self._cache is not None:
             raise ValueError("tiers: expected a pool that no other cache uses")
         device: Device
