@@ -45,7 +45,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compare", type=int, default=6, help="questions that are asked without the pool as well")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--tier", action="append", default=[], metavar="TIER",
-                        help="host:CAPACITY:RATE, NAME:CAPACITY:RATE=DIRECTORY for a disk, or a measured one's name")  # fmt: skip
+                        help="host:CAPACITY:GB/s, or NAME:CAPACITY:GB/s=DIRECTORY; or a measured one's name")
     parser.add_argument("--device", help="a device file whose measured tiers --tier may name")
     parser.add_argument("--directory", type=Path, help="where the disk's tier is kept where no --tier is given")
     parser.add_argument("--seed", type=int, default=0)

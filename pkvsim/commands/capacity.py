@@ -113,8 +113,9 @@ def capacity(
             done = None if bar is None else (lambda at, total: bar("servers", at, total))
             search = capacity_search(
                 axes, load, objectives, model=model, device=device, policy=policy, config=config,
-                tensor_parallel=server.tensor_parallel, weight_bits=server.weight_bits, wanted_rate_per_s=rate, prices=prices,
-                rank=rank, tolerance=tolerance, curve=report_file is not None, workers=crew, progress=done,
+                tensor_parallel=server.tensor_parallel, weight_bits=server.weight_bits, wanted_rate_per_s=rate,
+                prices=prices, rank=rank, tolerance=tolerance, curve=report_file is not None, workers=crew,
+                progress=done,
             )  # fmt: skip
         if csv_file is not None:
             from pkvsim.reports.capacity.csv_file import write_csv

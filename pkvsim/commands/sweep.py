@@ -20,9 +20,9 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache, order, replicas, router, engine, tensor_parallel, tiers (host:64GiB:50+disk:2TiB:7, or none), placement, "
-            "retention, tier_admission, load_or_recompute; rate is a factor of the "
-            "trace's own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache, order, replicas, router, engine, tensor_parallel, tiers (or none; + between "
+            "several), placement, retention, tier_admission, load_or_recompute; rate is a factor of the trace's own: "
+            "rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
         ),
     ],
     trace: Annotated[
@@ -97,7 +97,8 @@ def sweep(
         )  # fmt: skip
         if not serving:
             shape = get_model(model, tensor_parallel=server.tensor_parallel).shape(server.page_size)
-            report = step_sweep(axes, shape, spec, policy or default_policy(config), layers=check_int("layers", layers, 1, MAX_TOKENS))
+            layers = check_int("layers", layers, 1, MAX_TOKENS)
+            report = step_sweep(axes, shape, spec, policy or default_policy(config), layers=layers)
         else:
             requests = source.load(trace)
             chosen = model if "tensor_parallel" in axes else get_model(model, tensor_parallel=server.tensor_parallel)

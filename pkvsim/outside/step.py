@@ -71,8 +71,8 @@ def step_time(
     kv_element_bytes: float = 2,
 ) -> StepTime:
     """A step of an engine on one GPU. Where the profile's attention is not "flash", decode attention of grouped-query
-    layers is the caller's, by our routes, and 0 here. warm: 0 for a GPU that was not busy, to 1. Raises ValueError where the GPU has
-    no rate of the model's products."""
+    layers is the caller's, by our routes, and 0 here. warm: 0 for a GPU that was not busy, to 1. Raises ValueError
+    where the GPU has no rate of the model's products."""
     entry = outside_entry(device, profile.constants)
     rows = len(work.decode_lens)
     most = max(int(profile.padded(work.tokens)[-1]), work.tokens)

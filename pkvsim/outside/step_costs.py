@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import drop_stale, outer
+from pkvsim.compiled import compiled, drop_stale, merged
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.outside_constants import OutsideConstants
 from pkvsim.models.decode_groups import GROUPED
@@ -151,7 +151,7 @@ def _pair_flops(a: AttentionSpec) -> tuple[float, float]:
     return 2.0 * a.num_q_heads * width, 2.0 * a.num_q_heads * (sum(a.prefill_dims) if a.kind == LATENT else width)
 
 
-@outer
+@compiled
 def prefill_attention_us(costs, begin, chunk, warm):
     """Attention of the tokens [begin, begin + chunk) of a prompt over all layers.
 
@@ -172,7 +172,7 @@ def prefill_attention_us(costs, begin, chunk, warm):
     return us
 
 
-@outer
+@compiled
 def decode_attention_us(costs, lens, mixed):
     """Decode attention of rows of lens [rows] tokens, those decoded included, longest first, over all layers but those
     that the caller prices (costs.routed).
@@ -214,13 +214,14 @@ def decode_attention_us(costs, lens, mixed):
     return us
 
 
-@outer
+@merged
 def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
     """Fills parts [len(PARTS)] with a step's times in us; returns their sum.
 
     lens [rows] int64: tokens that the rows which decode attend to, longest first. begins, chunks [prompts] int64:
     first token and tokens of each prompt's chunk. logits: tokens that need the LM head, the decoding rows' included.
-    routed_us: decode attention of the layers that the caller prices (costs.routed). warm: from 0, a GPU that was not busy, to 1 (heated).
+    routed_us: decode attention of the layers that the caller prices (costs.routed). warm: from 0, a GPU that was not
+    busy, to 1 (heated).
     """
     rows, tokens = len(lens), len(lens)
     prefill_us = 0.0
@@ -248,7 +249,7 @@ def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
     return total
 
 
-@outer
+@merged
 def rest_us(costs, rows, warm):
     """A step of `rows` decoding rows alone, without their attention."""
     computed = min(costs.padded[rows], costs.layer_us.shape[1] - 1) if rows <= costs.most_graph_tokens else rows
@@ -257,7 +258,7 @@ def rest_us(costs, rows, warm):
     return us + costs.step_us + costs.row_us * rows
 
 
-@outer
+@merged
 def heated(costs, heat_us, tokens, us):
     """A GPU's heat after a step of `tokens` tokens and `us`, from 0 to boost_us: its time of computing at full rate
     less its other time. heat / boost_us is what step_parts takes as warm (1 where boost_us is 0)."""

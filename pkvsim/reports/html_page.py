@@ -124,13 +124,11 @@ def _config(report: WhatIf) -> str:
 
 
 def _basis(report: WhatIf) -> str:
-    """What every figure stands on, with where it comes from."""
-    heads = (*(column.head for column in BASIS_COLUMNS), "source")
-    rows = [(*cells, row.source) for cells, row in zip(basis_rows(report.basis), report.basis)]
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    """What every figure stands on; --json says where it comes from, as a page names no address."""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (column.head for column in BASIS_COLUMNS))
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for name, *cells in rows
+        for name, *cells in basis_rows(report.basis)
     )
     return f'<table id="basis"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 

@@ -10,16 +10,15 @@ import math
 
 import numpy as np
 
-from pkvsim.compiled import inner
+from pkvsim.compiled import inner, merged
 from pkvsim.outside.pairs import entries_read
 from pkvsim.policy.choose import PAPER, Routing, price, take
-from pkvsim.pricing.constants import merged
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
 from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 
-@inner
+@merged
 def fill_lens(state, log, rows):
     """The tokens that each row that decodes attends to, longest first, into log.lens."""
     for at in range(rows):
@@ -60,7 +59,15 @@ def _kernel_lens(reads, lens, found):
     """Chunks and selected entries are shorter rows to a kernel; longest first again."""
     for row in range(len(lens)):
         found[row] = entries_read(reads[0], reads[1], reads[2], reads[3], lens[row])
-    found[:] = np.sort(found)[::-1]
+    gap = len(found) // 2
+    while gap > 0:  # Shell's sort: NumPy's takes a second more to compile
+        for row in range(gap, len(found)):
+            length, at = found[row], row
+            while at >= gap and found[at - gap] < length:
+                found[at] = found[at - gap]
+                at -= gap
+            found[at] = length
+        gap //= 2
     return found
 
 

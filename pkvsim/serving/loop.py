@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from pkvsim.compiled import drop_stale, inner
+from pkvsim.compiled import compiled, drop_stale, inner, merged
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
 from pkvsim.memory.tier_gate import asks, next_ready_us
 from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, step_parts
-from pkvsim.pricing.constants import compiled
 from pkvsim.serving.attention import decode_us, fill_lens
 from pkvsim.serving.queueing.clients import next_send_us
 from pkvsim.serving.scheduling import commit_step, finish_step, next_work_us, plan_step
@@ -29,8 +28,10 @@ from pkvsim.serving.state import (
     LOG_STRIDE,
     LOG_USED,
     NEXT_SEND,
+    NUM_BEGINNING,
     NUM_CHUNKS,
     NUM_DECODING,
+    NUM_LEAVING,
     NUM_RUNNING,
     NUM_WAITING,
     PAGES,
@@ -68,9 +69,10 @@ def advance(
                 return False
             if alone and requests.concurrency:  # what was sent during the step found no slot that its end sets free
                 next_work_us(state, clock[CLOCK])
-            finish_step(requests, limits, state, clock[CLOCK])
+            # A call with the whole state costs as much as a small step's scheduling.
+            if counts[NUM_BEGINNING] or counts[NUM_LEAVING]:
+                finish_step(requests, limits, state, clock[CLOCK])
             log.counts[PLANNED] = 0
-        # A call with the whole state costs as much as a small step's scheduling.
         if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= clock[CLOCK]):
             ready_us = next_work_us(state, clock[CLOCK])
             while ready_us > clock[CLOCK]:
@@ -93,7 +95,7 @@ def advance(
                 continue
         start_us = clock[CLOCK]
         _run_step(requests, limits, attention, costs, state, log)
-        commit_step(requests, state)
+        commit_step(requests.output, state)
         if steps_in_flight == 2:
             log.counts[FOLLOWING] = plan_step(requests, limits, state, start_us)
             if asks(state.gate):
@@ -116,7 +118,7 @@ def _plan_late(requests, limits, state, log, plan_until_us, alone):
         at_us = state.clients.times[NEXT_SEND]
 
 
-@inner
+@merged
 def _run_step(requests, limits, attention, costs, state, log):
     """Prices and logs the planned step, which begins at the clock's time, and sets the clock to its end."""
     counts, clock = state.counts, log.clock_us
@@ -171,7 +173,7 @@ def _run_step(requests, limits, attention, costs, state, log):
     log.counts[STEPS] += 1
 
 
-@inner
+@merged
 def _count_gaps(limits, state, log, duration_us, decode_rows):
     """Counts the times since their requests' tokens before of the tokens that the step gives at the clock's time. A row
     that decodes did so, or ended its prompt, in the step before, unless it waited for prompts; a preempted one has

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 
-from pkvsim.compiled import drop_stale, inner
+from pkvsim.compiled import compiled, drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
 from pkvsim.memory.tier_gate import ask, is_ready
-from pkvsim.pricing.constants import compiled
 from pkvsim.serving.orders import KVSHARE, SHORTEST
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
 from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
@@ -288,12 +287,12 @@ def _admit(requests, limits, state, budget, now_us):
 def end_step(requests, limits, state, now_us):
     """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding. What was sent
     until then was taken in before."""
-    commit_step(requests, state)
+    commit_step(requests.output, state)
     finish_step(requests, limits, state, now_us)
 
 
 @compiled
-def commit_step(requests, state):
+def commit_step(output, state):
     """What the planned step does to those that run, once it has begun: the step after it may be planned then. Who gets
     a first or a last token by it is known; finish_step says when."""
     counts = state.counts
@@ -314,7 +313,7 @@ def commit_step(requests, state):
         if state.generated[request] == 1:
             state.beginning[counts[NUM_BEGINNING]] = request
             counts[NUM_BEGINNING] += 1
-        if state.generated[request] == requests.output[request]:
+        if state.generated[request] == output[request]:
             state.phase[request] = LEAVING
             state.leaving[counts[NUM_LEAVING]] = request
             counts[NUM_LEAVING] += 1

@@ -70,7 +70,8 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Goodput:
     """What the requests that keep every bound add up to. A metric's bound is the widest of its objectives': a request
-    may be beyond ttft_p50's as long as it is within ttft_p99's. Times between tokens (itl) are no bound of a request."""
+    may be beyond ttft_p50's as long as it is within ttft_p99's. Times between tokens (itl) bound no
+    request."""
 
     requests: int
     request_share: float  # of all requests, rejected ones included

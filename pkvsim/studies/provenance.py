@@ -83,7 +83,7 @@ def serving_basis(
             source="given" if config.kv_gib is not None else
             f"{config.memory_fraction:.0%} of the memory less weights and {profile.workspace_gib:g} GiB of workspace",
         ),
-        Basis(quantity=f"habits of the engine, {profile.name}", basis="assumed", source=profile.source),
+        Basis(quantity=f"scheduling of the engine, {profile.name}", basis="assumed", source=profile.source),
     )  # fmt: skip
 
 

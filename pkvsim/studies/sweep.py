@@ -91,8 +91,9 @@ def serving_sweep(
     workers: Workers = Workers(),
     progress: Progress | None = None,
 ) -> Sweep:
-    """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say. model: by name where
-    an axis is tensor_parallel. policy: by default the engine's own attention, or the calibrated choice of our routes.
+    """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say. model: by name
+    where an axis is tensor_parallel. policy: by default the engine's own attention, or the calibrated choice of our
+    routes.
 
     Every cell stands for itself: a model that does not fit its GPU as it comes has narrower weights there (weight_bits:
     these everywhere), and a cell that cannot be is empty with its reason. Notes say of which cells they hold. metric: a

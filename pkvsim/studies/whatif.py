@@ -153,9 +153,9 @@ def run_notes(
     if config.replicas > 1:
         notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
     if model.tensor_parallel > 1:
-        notes.append(f"tensor parallel {model.tensor_parallel}: one GPU's share of the layers, all-reduces between them")
+        notes.append(f"tensor parallel {model.tensor_parallel}: one GPU's share of the layers, with all-reduces")
     if config.profile.graph_sizes:
-        notes.append("decode in captured graphs, of padded sizes; attention waits for the host's planning alone (--eager)")
+        notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")
     else:
-        notes.append("decode layer by layer: a step takes at least as long as the host needs to issue it (--graphs)")
+        notes.append("decode layer by layer: a step takes at least as long as the host needs to issue it")
     return (*notes, *tier_notes(config.tiers, device), *model.notes)

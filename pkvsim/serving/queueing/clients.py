@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 
-from pkvsim.compiled import inner
-from pkvsim.pricing.constants import compiled
+from pkvsim.compiled import compiled, inner
 from pkvsim.serving.state import FULL_UNTIL, IN_FLIGHT, NEXT_ARRIVAL, NEXT_SEND, NUM_DUE, NUM_SENT, SERVED
 
 
@@ -75,7 +74,8 @@ def end(clients, request, now_us):
         return
     follower = clients.first_follower[request]
     while follower >= 0:
-        clients.due_us[follower] = max(clients.due_us[follower], now_us + clients.turnaround_us + clients.think_us[follower])
+        next_us = now_us + clients.turnaround_us + clients.think_us[follower]
+        clients.due_us[follower] = max(clients.due_us[follower], next_us)
         at = counts[NUM_DUE]
         counts[NUM_DUE] += 1
         while at > 0 and _earlier(clients, follower, clients.due[(at - 1) // 2]):

@@ -81,8 +81,8 @@ def capacity_search(
     axes: values for names of CAPACITY_AXES; what no axis sets is as the arguments say. prices: dollars per GPU and hour
     by device. rank: of RANKS; by default dollars where there are prices, else GPUs for a wanted rate, else the rate.
     curve: also tries the rates of CURVE. ValueError before the first run where anything is wrong; a server that cannot
-    be, or keeps the objectives at no rate, is a cell without a result. policy: by default the engine's own attention, or
-    the calibrated choice of our routes.
+    be, or keeps the objectives at no rate, is a cell without a result. policy: by default the engine's own
+    attention, or the calibrated choice of our routes.
     """
     _check(axes, trace, objectives, wanted_rate_per_s, tolerance)
     servers, impossible = _servers(axes, model, device, policy, config, tensor_parallel, weight_bits)
