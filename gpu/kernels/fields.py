@@ -78,13 +78,16 @@ APPEND = Parameter("AppendArguments", (
     *_fields("f", "rope_factor k_scale v_scale"),
 ))  # fmt: skip
 SELECT = Parameter("SelectArguments", (
-    *_fields("p", "q summaries page_ids lengths row_begins scores tickets budgets pages counts"),
+    *_fields("p", "q summaries page_ids lengths row_begins scores sums tickets budgets pages counts"),
     *_fields("i", "batch_size num_kv_heads table_stride num_pages max_tokens max_selected score_stride chunk_pages"),
     *_fields("i", "sink_pages recent_pages least_pages parts"), Field("scale", "f"),
 ))  # fmt: skip
 SUMMARY = Parameter("SummaryArguments", (
     *_fields("p", "k_pages summaries page_ids lengths row_begins"), Field("k_page_stride", "q"),
     *_fields("i", "k_head_stride k_token_stride batch_size num_kv_heads table_stride num_pages max_tokens new_tokens"),
+))  # fmt: skip
+PRODUCT = Parameter("ProductArguments", (
+    *_fields("p", "x weight norm bias out"), *_fields("i", "columns rows x_stride out_stride"), Field("eps", "f"),
 ))  # fmt: skip
 RUNS = _values(  # of pages moved between host memory and the GPU
     *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
@@ -125,6 +128,7 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_append": (APPEND,),
     "pkv_select_pages": (SELECT,),
     "pkv_summarize_pages": (SUMMARY,),
+    "pkv_product": (PRODUCT,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),
