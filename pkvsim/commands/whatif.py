@@ -68,6 +68,13 @@ def whatif(
         ),
     ] = False,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
+    lend: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Instead of policies: what --replicas do whose KV pages run out, some of borrow, preempt, move, "
+            "recompute, or all."
+        ),
+    ] = None,
     plot: Annotated[
         Optional[str], typer.Option(help="Draw time splits and latencies to this .png or .svg file.")
     ] = None,
@@ -97,6 +104,8 @@ def whatif(
       pkvsim whatif --input-tokens 200 --output-tokens 300 --turns 1-8 \\
           --think-time exponential:mean=10 --concurrency 64 --prefix-cache lru \\
           --order continuum --replicas 2 --router prefix --requests-csv runs.csv
+      pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 \\
+          --replicas 4 --kv-gib 2 --rate-scale 8 --lend all
     """
     with one_line_errors():
         from dataclasses import replace
@@ -147,6 +156,16 @@ def whatif(
         chosen, notes = load_model(model, weight_bits, tensor_parallel, spec, config)
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
+        if lend is not None:
+            for option, given in (("plot", plot), ("timeline", timeline), ("report", report_file),
+                                  ("requests_csv", requests_csv)):  # fmt: skip
+                if given is not None:
+                    raise ValueError(f"{option}: expected None with --lend, got {given}")
+            from pkvsim.commands.lend import whatif_lend
+
+            with progress_bar(not as_json, "requests") as progress:
+                whatif_lend(lend, requests, chosen, spec, config, as_json=as_json, progress=progress)
+            return
         names = [name.strip() for name in policies.split(",") if name.strip()]
         with progress_bar(not as_json, "tokens") as progress:
             report = run_whatif(requests, chosen, spec, names, config, progress=progress)
