@@ -4,8 +4,8 @@
 // of K, then that of V. On the GPU each run is a page of its own array. One launch moves runs [first_run, first_run +
 // num_runs) of each block, so one layer of many blocks, or all layers of few.
 //
-// Grid: few CTAs, so that decode keeps its SMs (32 fill PCIe 5.0 x16 with runs of 4 KiB, 16 from 32 KiB on; writing to
-// the host takes half as many); block: THREADS, which the host gives (-D).
+// Grid: as many CTAs as fill the link; block: THREADS, each with UNROLL vectors under way, both given by the host (-D)
+// so that a CTA fits into the registers that the decode kernel leaves of an SM, and neither waits for the other.
 //
 //   hosts        [num_blocks] addresses of blocks in pinned memory, on 16-byte boundaries
 //   pages        [num_blocks] int32, the page of each block
@@ -16,10 +16,8 @@
 //
 // num_blocks * num_runs * run_bytes / 16 must stay below 2^31.
 //
-// Its speed is bound by the link, given enough bytes under way: a CTA has UNROLL * THREADS * 16 of them, 32 KiB. That
-// piece of all runs laid end to end may be part of one run or many short ones.
-
-#define UNROLL 4
+// Its speed is bound by the link, given enough bytes under way: a CTA has UNROLL * THREADS * 16 of them. That piece of
+// all runs laid end to end may be part of one run or many short ones.
 
 namespace pkv {
 

@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
 pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, const pkv::SharedCosts shared_costs,
                   const int* group_of_row, const int* prefix_pages, int num_groups, int max_tokens) {
   using namespace pkv;
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   SharedMemories& shared = *reinterpret_cast<SharedMemories*>(memory);
   StepPlan& step = *reinterpret_cast<StepPlan*>(memory + sizeof(SharedMemories));
   const int stream = threadIdx.x / 32 / RowWidth::TEAM_SIZE, lane = threadIdx.x % 32;

@@ -7,7 +7,7 @@
 Copies: scattered pages layer by layer, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
 and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
-from host memory, and 3:1 from host memory and two limited disks, against host memory and then one disk by files.
+from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
 """
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ PARTS = ("copies", "decode", "disk", "tiers", "ttft")
 NEED_GPU = ("copies", "decode", "ttft")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
+DMA_RUNS = 32 * KIB, 64 * KIB, 512 * KIB
 DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
 TTFT_TOKENS = 128 * 1024
-TTFT_RATES = (36.0, 6.0, 6.0)  # GB/s of host memory and two limited disks: 3:1
+TTFT_RATES = (36.0, 3.0, 3.0, 3.0, 3.0)  # GB/s of host memory and four limited disks: 3:1
 SHM = Path("/dev/shm")
 
 
@@ -66,10 +67,10 @@ def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
     from pool_bench import copies as measured
 
     roof = measured.roofs(total_bytes)
-    ways = [("kernel", False, run) for run in RUNS] + [("batched DMA", True, run) for run in (64 * KIB, 512 * KIB)]
+    ways = [("kernels", run) for run in RUNS] + [("DMA", run) for run in DMA_RUNS] + [("DMA in, kernel out", 64 * KIB)]
     rows, found = [], []
-    for way, batched, run_bytes in ways:
-        figures = measured.scattered(run_bytes, total_bytes, batched=batched)
+    for way, run_bytes in ways:
+        figures = measured.scattered(run_bytes, total_bytes, way)
         found.append({"way": way, **dataclasses.asdict(figures)})
         rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in (
             figures.in_gb_s, figures.out_gb_s, figures.both_in_gb_s, figures.both_out_gb_s))))  # fmt: skip
@@ -79,15 +80,19 @@ def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
     return table, {"roof": roof, "scattered": found}
 
 
-def decode(total_bytes: int) -> tuple[Table, dict[str, Any]]:
+def decode(total_bytes: int) -> tuple[Table, list[dict[str, Any]]]:
     """What a decode step loses while pages come in."""
     from pool_bench import copies as measured
 
-    figures = measured.decode_while_loading(total_bytes)
-    values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
-    columns = ("alone us", "loading us", "slower %", "GB/s in")
-    table = Table("Decode, 8 rows of 32K, while pages come in", columns, (tuple(f"{value:.1f}" for value in values),))
-    return table, {**dataclasses.asdict(figures), "slower_percent": figures.slower_percent}
+    rows, found = [], []
+    for way, run_bytes in (("kernels", 32 * KIB), *(("DMA", run_bytes) for run_bytes in DMA_RUNS)):
+        figures = measured.decode_while_loading(total_bytes, way, run_bytes=run_bytes)
+        values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
+        rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in values)))
+        found.append({"way": way, "run_bytes": run_bytes, **dataclasses.asdict(figures),
+                      "slower_percent": figures.slower_percent})  # fmt: skip
+    columns = ("way", "run", "alone us", "loading us", "slower %", "GB/s in")
+    return Table("Decode, 8 rows of 32K, while pages come in", columns, tuple(rows)), found
 
 
 def device_for(block_bytes: int, pages: int, on_gpu: bool) -> Any:
@@ -143,10 +148,12 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     model = first.Model(args.tokens // first.PAGE)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
     rates = [rate * 1e9 for rate in TTFT_RATES]
-    shared = {"link_bytes_per_s": link, "compute_s": compute_s}
+    runs = measured.scattered(model.device.run_bytes, GIB, "DMA in, kernel out").in_gb_s * 1e9
+    shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
     found = [first.from_pool(model, "host memory", [link], [], **shared)]
     if SHM.is_dir():
-        found.append(first.from_pool(model, "host 3 : 1 two limited disks", rates, [SHM, SHM], **shared))
+        disks = [SHM] * (len(rates) - 1)
+        found.append(first.from_pool(model, "host 3 : 1 four limited disks", rates, disks, **shared))
         found.append(first.from_files(model, link, rates[1], SHM, host_share=0.75, compute_s=compute_s))
     rows = tuple(
         (one.what, f"{one.gb:.1f}", f"{one.ttft_s * 1e3:.0f}", f"{one.bound_s * 1e3:.0f}", f"{one.over_bound:.2f}",

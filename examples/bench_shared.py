@@ -3,6 +3,7 @@
     python examples/bench_shared.py                            # every cell, FlashInfer's decode where it is installed
     python examples/bench_shared.py --cascade --json shared.json
     python examples/bench_shared.py --cells 0,2 --calibrate    # which costs and variants are the best
+    python examples/bench_shared.py --drawn 48 --json grid.json  # random steps, for the prices of the simulator
 
 Results are checked against float64 before they are timed. Times are per call inside a CUDA graph whose calls read
 distinct pages, over four times the L2, before any page comes back. "told": the groups are given; "found":
@@ -20,8 +21,9 @@ from gpu.measure.environment import environment, lacks_gpu, write_json
 
 ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
-SWEEP = (("tile", (8, 10, 12, 14, 16, 20, 24)), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)),
-         ("again", (3, 5, 8)), ("tile", (8, 10, 12, 14, 16, 20, 24)))  # fmt: skip
+TILES = (8, 12, 16, 20, 24, 28, 32, 40)
+SWEEP = (("tile", TILES), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)), ("again", (3, 5, 8)),
+         ("tile", TILES))  # fmt: skip
 VARIANTS = ((64, None), (64, 6), (64, 4), (32, None))  # columns of a read, stages of its rings
 
 POOL_GIB = 16.0
@@ -34,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, which may be built first")
     parser.add_argument("--calibrate", action="store_true", help="sweep over the costs of shared reads instead")
+    parser.add_argument("--drawn", type=int, metavar="N", help="N random steps instead of the cells, ours alone")
+    parser.add_argument("--seed", type=int, default=20260623, help="of the random steps (20260623)")
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
     return parser.parse_args(argv)
 
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("bench_shared"):
         return 1
-    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell
+    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell, drawn
     from bench.shared_measure import SharedBench
     from rich.console import Console
 
@@ -125,6 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()}}
     if args.calibrate:
         document["calibration"] = calibrate(bench, chosen(args.cells, CELLS), console)
+    elif args.drawn is not None:
+        cells = drawn(args.drawn, args.seed)
+        results = [bench.measure(cell, only_ours=True) for cell in cells]
+        table(results).print(console)
+        document |= {"results": [{**dataclasses.asdict(cell), **dataclasses.asdict(result)}
+                                 for cell, result in zip(cells, results)]}  # fmt: skip
     else:
         results = [bench.measure(cell) for cell in chosen(args.cells, (*CELLS, *NOTHING_SHARED))]
         find_us = bench.find_us(SharedCell(256, 2047 * 16, 16))

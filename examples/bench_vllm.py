@@ -35,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of vLLM's names, and CUSTOM; one after another")
     parser.add_argument("--groups", default=",".join(group.name for group in GROUPS), help="of rows to prefill")
-    parser.add_argument("--eight-bit", action="store_true", help="CUSTOM with 8-bit caches too, on the 32.8K group")
+    parser.add_argument("--eight-bit", nargs="?", const=",".join(EIGHT_BIT), default="", metavar="DTYPES",
+                        help="CUSTOM with 8-bit caches too, on the 32.8K group; by default " + " and ".join(EIGHT_BIT))
     parser.add_argument("--steps", type=int, default=60, help="steps timed for each shape")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which nothing more is begun")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile: starts faster")
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     groups = tuple(args.groups.split(","))
     runs = [(backend, "auto", groups) for backend in args.backends.split(",")]
     if args.eight_bit:
-        runs[1:1] = [("CUSTOM", kind, ("32.8K",)) for kind in EIGHT_BIT]
+        runs[1:1] = [("CUSTOM", kind, ("32.8K",)) for kind in args.eight_bit.split(",")]
     found: list[dict[str, Any]] = []
     for number, (backend, kind, wanted) in enumerate(runs):
         left = end - time.perf_counter()

@@ -69,4 +69,24 @@ CELLS = (
     SharedCell(64, 8192, 512, num_q_heads=28, num_kv_heads=4),
     SharedCell(64, 8192, 512, num_q_heads=32, num_kv_heads=32),
 )
+# Of what drawn() draws: groups, their rows, shared and own tokens, and head shapes, the commonest more often.
+DRAWN_GROUPS, DRAWN_MEMBERS = (1, 1, 1, 2, 4, 8), (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+DRAWN_PREFIX, DRAWN_OWN = (512, 32768), (16, 4096)
+DRAWN_HEADS = ((32, 8, 128), (32, 8, 128), (32, 8, 128), (28, 4, 128), (64, 8, 64), (32, 32, 128), (64, 8, 128))
+MOST_ROWS, MOST_BYTES = 256, 1 << 30  # of distinct K and V
+
+
+def drawn(count: int, seed: int) -> tuple[SharedCell, ...]:
+    """So many steps that share pages, all unlike; lengths are log-uniform in whole pages."""
+    rng, cells = np.random.default_rng(seed), []
+    while len(cells) < count:
+        groups, members = int(rng.choice(DRAWN_GROUPS)), int(rng.choice(DRAWN_MEMBERS))
+        prefix, own = (int(16 * round(np.exp(rng.uniform(*np.log(span))) / 16)) for span in (DRAWN_PREFIX, DRAWN_OWN))
+        heads = DRAWN_HEADS[rng.integers(len(DRAWN_HEADS))]
+        cell = SharedCell(groups * members, prefix, max(16, own), groups, *heads)
+        if cell.rows <= MOST_ROWS and cell.distinct_bytes() <= MOST_BYTES and cell not in cells:
+            cells.append(cell)
+    return tuple(cells)
+
+
 NOTHING_SHARED = (SharedCell(64, 0, 1024), SharedCell(64, 0, 4096), SharedCell(16, 0, 2048))

@@ -89,12 +89,17 @@ def make_pages(num_pages: int, run_bytes: int, layers: int = LAYERS) -> CudaPage
     return CudaPages(k, v)
 
 
-def scattered(run_bytes: int, total_bytes: int, *, batched: bool = False) -> CopyFigures:
-    """Blocks of 2 * LAYERS runs at random places of both sides, layer by layer in, whole out; checked first."""
+WAYS = {"kernels": (2**60, 2**60), "DMA": (0, 0), "DMA in, kernel out": (0, 2**60)}  # CudaPages.batched_from_bytes
+
+
+def scattered(run_bytes: int, total_bytes: int, way: str) -> CopyFigures:
+    """Blocks of 2 * LAYERS runs at random places of both sides, layer by layer in, whole out; checked first.
+
+    way: of WAYS.
+    """
     blocks = total_bytes // (2 * LAYERS * run_bytes)
     pages = make_pages(2 * blocks, run_bytes)
-    if batched:
-        pages.batched_from_bytes = 0
+    pages.batched_from_bytes = WAYS[way]
     arena = HostArena(slots=2 * blocks, slot_bytes=pages.block_bytes, pin=True)
     rng = np.random.default_rng(0)
     # Loads and stores have pages and slots of their own, so that both may run at once.
@@ -145,7 +150,7 @@ def together(load: Callable[[], None], store: Callable[[], None], repeats: int =
     return out[0], out[1]
 
 
-def decode_while_loading(total_bytes: int, *, run_bytes: int = 32 * 1024, steps: int = 400) -> DecodeFigures:
+def decode_while_loading(total_bytes: int, way: str, *, run_bytes: int, steps: int = 400) -> DecodeFigures:
     """Steps of 8 rows of 32K tokens, 32 query and 8 KV heads of 128, alone and while blocks come in without a pause."""
     import cupy
 
@@ -176,6 +181,7 @@ def decode_while_loading(total_bytes: int, *, run_bytes: int = 32 * 1024, steps:
 
     blocks = total_bytes // (2 * LAYERS * run_bytes)
     pages = make_pages(blocks, run_bytes)
+    pages.batched_from_bytes = WAYS[way]
     arena = HostArena(slots=blocks, slot_bytes=pages.block_bytes, pin=True)
     addresses, places = arena.addresses(rng.permutation(blocks)), rng.permutation(blocks).astype(np.int32)
     step_us()

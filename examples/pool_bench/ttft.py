@@ -32,7 +32,9 @@ WARM_UP, REPEATS = 1, 3
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute."""
+    """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
+    predicted_s: the same with the rate at which runs of a layer's page come in, and layers computed while others load.
+    """
 
     what: str
     gb: float
@@ -53,9 +55,9 @@ class Model:
         import torch
 
         self.blocks = blocks
-        shape = (blocks, KV_HEADS, PAGE, HEAD_DIM)
-        self.k, self.v = ([torch.empty(shape, dtype=torch.float16, device="cuda").normal_() for _ in range(LAYERS)]
-                          for _ in range(2))  # fmt: skip
+        shape = (blocks, 2, KV_HEADS, PAGE, HEAD_DIM)  # K and V of a page beside each other: one run of 64 KiB
+        both = [torch.empty(shape, dtype=torch.float16, device="cuda").normal_() for _ in range(LAYERS)]
+        self.k, self.v = ([pages[:, part] for pages in both] for part in range(2))
         make = lambda rows, columns: torch.randn(rows, columns, dtype=torch.float16, device="cuda") * rows**-0.5  # noqa: E731
         wide = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
         self.weights = make(HIDDEN, wide), make(HIDDEN, HIDDEN), make(HIDDEN, 2 * INNER), make(INNER, HIDDEN)
@@ -87,7 +89,8 @@ class Model:
 
     def checksums(self) -> list[float]:
         """Of every layer's pages, to see that what was loaded is what was stored."""
-        return [float(pages[at].view(-1)[::101].double().sum()) for pages in (self.k, self.v) for at in range(LAYERS)]
+        arrays = (pages[at].reshape(-1) for pages in (self.k, self.v) for at in range(LAYERS))
+        return [float(array[::101].double().sum()) for array in arrays]
 
     def clear(self) -> None:
         import torch
@@ -110,9 +113,10 @@ def median_s(body: Callable[[], None], before: Callable[[], None]) -> float:
 
 def from_pool(
     model: Model, what: str, rates: Sequence[float], directories: Sequence[Path], *, link_bytes_per_s: float,
-    compute_s: float,
+    runs_bytes_per_s: float, compute_s: float,
 ) -> FirstToken:  # fmt: skip
-    """rates [1 + disks]: of host memory and of disks limited to theirs."""
+    """rates [1 + disks]: of host memory and of disks limited to theirs. link_bytes_per_s: of one piece;
+    runs_bytes_per_s: of scattered runs of a layer's page, measured alone."""
     block_bytes = model.device.block_bytes
     whole, total = model.blocks * block_bytes, sum(rates)
     places = [Path(tempfile.mkdtemp(dir=directory, prefix="pool-")) for directory in directories]
@@ -143,9 +147,11 @@ def from_pool(
     finally:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
-    load = max(whole / total if disks else 0.0, whole / link_bytes_per_s)
+    of_tiers = whole / total if disks else 0.0
+    bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
+    load = max(of_tiers, whole / runs_bytes_per_s)
     predicted = load + compute_s if disks else max(load + compute_s / LAYERS, load / LAYERS + compute_s)
-    return FirstToken(what, whole / 1e9, ttft, compute_s, load + compute_s, predicted)
+    return FirstToken(what, whole / 1e9, ttft, compute_s, bound, predicted)
 
 
 def from_files(model: Model, host_bytes_per_s: float, disk_bytes_per_s: float, directory: Path, *, host_share: float,

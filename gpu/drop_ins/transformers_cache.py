@@ -99,8 +99,11 @@ class PagedLayer(CacheLayerMixin):
             self.keys.zero_()
             self.values.zero_()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("num_beams: expected 1, as a PagedCache does not copy rows")
+    def copy_pages(self, from_ids: torch.Tensor, to_ids: torch.Tensor) -> None:
+        """Page to_ids[i] becomes what page from_ids[i] was; both [n] int64, which may have ids in common."""
+        if self.is_initialized:
+            for pages in (self.keys, self.values):
+                pages[to_ids] = pages[from_ids]
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("crop: a PagedCache only grows, so it does not serve assisted decoding")
@@ -119,10 +122,14 @@ class PagedCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, *, max_batch_size: int, max_seq_len: int, page_size: int = 16,
-                 num_pages: int | None = None) -> None:
+                 num_pages: int | None = None, rows_per_prompt: int = 1) -> None:
         """
-        config: the model's. max_seq_len: tokens of a row, padding not counted. num_pages: of each layer's pool, by
-        default enough for every row to be full. The pools are made where and of what type the first keys are.
+        config: the model's. max_batch_size: rows, those of num_return_sequences or num_beams counted. max_seq_len:
+        tokens of a row, padding not counted. num_pages: of each layer's pool, by default enough for every row to be
+        full. The pools are made where and of what type the first keys are.
+        rows_per_prompt: neighbouring rows that begin with one prompt, as generate() makes them with
+        num_return_sequences or num_beams. They share the prompt's full pages, which a decode step reads once where that
+        is worth it, and which num_pages need not count for each.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.
         """
@@ -133,7 +140,7 @@ class PagedCache(Cache):
         if num_pages is None:
             num_pages = max_batch_size * -(-max_seq_len // page_size)
         self.rows = PagedRows(max_batch_size=max_batch_size, max_seq_len=max_seq_len, page_size=page_size,
-                              num_pages=num_pages)
+                              num_pages=num_pages, rows_per_prompt=rows_per_prompt)
         super().__init__(layers=[PagedLayer(self.rows) for _ in range(config.num_hidden_layers)])
 
     @property
@@ -145,6 +152,13 @@ class PagedCache(Cache):
         `past_key_values`, which newer versions warn about, before."""
         takes = inspect.signature(model.forward).parameters
         return {"cache" if "cache" in takes else "past_key_values": self}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row r becomes what row beam_idx[r] was, as beam search asks; both are of one prompt. Copies what rows do not
+        share."""
+        copies = self.rows.reorder(beam_idx.to(self.rows.lens.device))
+        for layer in self.layers:
+            layer.copy_pages(*copies)
 
     def reset(self) -> None:
         """Empties the cache: all pages are free again."""

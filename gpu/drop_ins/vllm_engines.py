@@ -169,9 +169,10 @@ def own_planes(cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch
 
     cache: [num_blocks, 2, block_size, num_kv_heads, head_size + 4] of one byte an element, each block NHD or HND
     without gaps. The bytes of a block's K, and of its V, are laid out as all values, then all scales: values are
-    aligned to 16 bytes so, which inline ones are not. Returns values [num_blocks, 2, block_size, num_kv_heads,
-    head_size] like cache, k_scales and v_scales [num_blocks, block_size, num_kv_heads] float32, all views. Raises
-    ValueError for another cache.
+    aligned to 16 bytes so, which inline ones are not, and a head's scales of a block lie side by side, since a kernel
+    that reads one head would otherwise fetch a sector of 32 bytes for each token's 4. Returns values [num_blocks, 2,
+    block_size, num_kv_heads, head_size] like cache, k_scales and v_scales [num_blocks, block_size, num_kv_heads]
+    float32, all views. Raises ValueError for another cache.
     """
     num_blocks, two, block_size, heads, padded = cache.shape
     block, half = cache.stride(0), block_size * heads * padded  # bytes from block to block, of a block's K or V
@@ -185,6 +186,6 @@ def own_planes(cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch
                               (block, half, heads * head_size, head_size, 1))
     words = torch.empty(0, dtype=torch.float32, device=cache.device).set_(cache.untyped_storage())
     first = cache.storage_offset() + block_size * heads * head_size
-    k_scales, v_scales = (words.as_strided((num_blocks, block_size, heads), (block // 4, heads, 1),
+    k_scales, v_scales = (words.as_strided((num_blocks, block_size, heads), (block // 4, 1, block_size),
                                            (first + side * half) // 4) for side in (0, 1))
     return values, k_scales, v_scales

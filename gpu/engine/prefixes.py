@@ -9,6 +9,7 @@ from gpu.inputs import arrays
 from gpu.inputs.block_tables import TableLayout
 from gpu.inputs.checks import ID_DTYPES, expect
 from gpu.kernels.compile import load_kernel
+from gpu.kernels.this_gpu import this_gpu
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.prefixes import SharingRule, sharing_rule
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 WARPS = 16  # of a CTA of pkv_find_prefixes
 ROW_BYTES = 56  # of its shared memory: pkv::PrefixMemory::INTS
+LEAST_ROWS = 256  # that every launch has room for; one that has room for more runs on fewer CTAs of an SM
 # An H200's (examples/results/h200_decode.md). On a slower GPU bytes are worth more against the merge, so the rule
 # shares less there than would pay.
 RULE_GB_PER_S = 4000.0
@@ -48,7 +50,7 @@ class PrefixFinder:
         self.page_size, self.query_tokens, self.rule = page_size, query_tokens, rule
         self.groups: PrefixGroups | None = None
         self._workspace: object = None
-        self._kernels: dict[TableLayout, Kernel] = {}
+        self._kernels: dict[tuple[TableLayout, int], Kernel] = {}  # and by rows that it has room for
         self._most_rows = min(2**14, shared_limit_bytes // ROW_BYTES)
 
     def prepare(self, layout: TableLayout, batch_size: int) -> tuple:
@@ -58,21 +60,25 @@ class PrefixFinder:
         """
         expect("groups", f"at most {self._most_rows} rows where they are found on this GPU", batch_size,
                batch_size <= self._most_rows)
-        if layout not in self._kernels:
+        key = layout, self._room(batch_size)
+        if key not in self._kernels:
             defines = layout.defines() | {"PAGE_SIZE": self.page_size, "WARPS": WARPS}
-            self._kernels[layout] = load_kernel("prefixes.cu", "pkv_find_prefixes", defines, threads=WARPS * 32,
-                                                shared_bytes=ROW_BYTES * self._most_rows)
+            self._kernels[key] = load_kernel("prefixes.cu", "pkv_find_prefixes", defines, threads=WARPS * 32,
+                                             shared_bytes=ROW_BYTES * key[1], overlap=this_gpu().overlaps)
         if self.groups is None or self.groups.group_of_row.shape[0] != batch_size:
             self.groups = PrefixGroups(cupy.full(batch_size, -1, dtype=cupy.int32),
                                        cupy.zeros(max(1, batch_size // 2), dtype=cupy.int32))
-            self._workspace = cupy.zeros(1 + 3 * batch_size, dtype=cupy.int32)
+            self._workspace = cupy.zeros(2 * batch_size, dtype=cupy.int32)  # 64-bit words
         return *self.groups, self._workspace
+
+    def _room(self, batch_size: int) -> int:
+        return min(self._most_rows, max(LEAST_ROWS, 1 << (batch_size - 1).bit_length()))
 
     def find(self, layout: TableLayout, *, page_ids: int, row_begins: int, lengths: int, stride: int, batch_size: int,
              max_tokens: int, stream: int) -> None:  # fmt: skip
         """Launches on a stream; the arrays are addresses, as gpu.engine.plan.Plan has them."""
         group_of_row, prefix_pages = self.groups
-        self._kernels[layout](batch_size, (
+        self._kernels[layout, self._room(batch_size)](batch_size, (
             page_ids, row_begins, lengths, stride, 2**31 - 1, batch_size, max_tokens, self.query_tokens, *self.rule,
             group_of_row.data.ptr, prefix_pages.data.ptr, self._workspace.data.ptr), stream)  # fmt: skip
 
@@ -110,7 +116,6 @@ def find_prefixes(
 
 
 def _shared_limit() -> int:
-    from gpu.kernels.this_gpu import this_gpu
     from gpu.kernels.variant import shared_limit_bytes
 
     return shared_limit_bytes(this_gpu().compute_capability)

@@ -1,8 +1,10 @@
 """Compiles cuda_src. The only file that does; importing it needs neither CuPy nor a GPU."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +34,33 @@ def compile_options(defines: dict[str, int | str]) -> tuple[str, ...]:
             *(f"-D{name}={value}" for name, value in sorted(defines.items())))
 
 
+def needs_own_architecture(defines: dict[str, int | str]) -> bool:
+    """Whether a variant has instructions that its architecture alone has, and none after it (wgmma: sm_90a)."""
+    return bool(defines.get("READ_TILES"))
+
+
 @functools.cache
 def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> cupy.RawModule:
     import cupy
 
-    return cupy.RawModule(code=(SOURCE_DIR / file_name).read_text(), options=compile_options(dict(defines)))
+    module = cupy.RawModule(code=(SOURCE_DIR / file_name).read_text(), options=compile_options(dict(defines)))
+    if needs_own_architecture(dict(defines)):
+        with _architecture_alone(cupy.cuda.compiler):
+            module.compile()
+    return module
+
+
+@contextlib.contextmanager
+def _architecture_alone(compiler: object) -> Iterator[None]:
+    """Has CuPy compile for sm_90a and the like. CuPy 13 and 14 have no option for it, and ask this function of theirs
+    for every compilation and for the name that it is kept under on disk."""
+    asked = compiler._get_arch_for_options_for_nvrtc
+    option, method = asked()
+    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (option + "a", method)
+    try:
+        yield
+    finally:
+        compiler._get_arch_for_options_for_nvrtc = asked
 
 
 def load_module(file_name: str, defines: dict[str, int | str]) -> cupy.RawModule:

@@ -57,6 +57,10 @@ DECODE = Parameter("DecodeArguments", (
     *_fields("i", "scale_head_stride scale_token_stride", "CACHE_TYPE"),
     *_fields("f", "v_scale", "CACHE_TYPE"),
     *_fields("p", "row_begins", "TABLE_CSR"),
+    *_fields("p", "selected_pages selected_counts", "SELECTED"),
+    *_fields("i", "max_selected", "SELECTED"),
+    *_fields("p", "page_lse", "PAGE_LSE"),
+    *_fields("i", "page_lse_tiles", "PAGE_LSE"),
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
 SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
@@ -73,6 +77,15 @@ APPEND = Parameter("AppendArguments", (
     *_fields("q", "scale_page scale_head scale_token"),
     *_fields("f", "rope_factor k_scale v_scale"),
 ))  # fmt: skip
+SELECT = Parameter("SelectArguments", (
+    *_fields("p", "q summaries page_ids lengths row_begins scores tickets budgets pages counts"),
+    *_fields("i", "batch_size num_kv_heads table_stride num_pages max_tokens max_selected score_stride chunk_pages"),
+    *_fields("i", "sink_pages recent_pages least_pages parts"), Field("scale", "f"),
+))  # fmt: skip
+SUMMARY = Parameter("SummaryArguments", (
+    *_fields("p", "k_pages summaries page_ids lengths row_begins"), Field("k_page_stride", "q"),
+    *_fields("i", "k_head_stride k_token_stride batch_size num_kv_heads table_stride num_pages max_tokens new_tokens"),
+))  # fmt: skip
 RUNS = _values(  # of pages moved between host memory and the GPU
     *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
     *_fields("i", "run_bytes num_blocks first_run num_runs"),
@@ -80,6 +93,7 @@ RUNS = _values(  # of pages moved between host memory and the GPU
 
 KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_balanced": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
+    "pkv_decode_selected": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
     "pkv_decode_shared": (
         DECODE, COSTS, SHARED_COSTS, *_values(*_fields("p", "group_of_row prefix_pages"),
                                               *_fields("i", "num_groups max_tokens")),
@@ -109,6 +123,8 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
         *_fields("p", "group_of_row prefix_pages workspace"),
     ),
     "pkv_append": (APPEND,),
+    "pkv_select_pages": (SELECT,),
+    "pkv_summarize_pages": (SUMMARY,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),

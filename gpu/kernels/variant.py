@@ -25,6 +25,9 @@ READER_BYTES = 16  # of a row or a group: four ints of pkv::Readers in cuda_src/
 LEAST_READERS = 512  # rows and groups that any variant which reads for groups has room for
 READ_COLUMNS = 64  # columns that a read is made to serve, where they fit
 QUERY_BLOCKS = 16  # blocks of 8 columns x steps of 16 elements whose queries stay in registers (pkv::Width)
+GROUP_TILES = 4  # tiles that a warpgroup multiplies with at once
+WARPGROUP = 4  # warps of one
+WGMMA_DIMS = (64, 128)  # head_dims whose queries, logits and sums a warpgroup's registers hold for 64 columns
 MOST_READ_BYTES = 128 * 1024  # in flight, beyond which an H200 gained nothing
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
 
@@ -71,6 +74,7 @@ class KernelConfig:
     read_columns: int = 0  # that a read for several rows serves, a multiple of `columns`; 0: no such reads
     read_team: int = 1  # warps that share a ring of its tiles
     read_stages: int = 0  # of each such ring
+    read_tiles: int = 0  # that a warpgroup multiplies with at once (wgmma); 0: mma.sync
 
     @property
     def columns(self) -> int:
@@ -144,10 +148,15 @@ class KernelConfig:
                 "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
                 "CACHE_SCALES": int(self.tile_scales)}
 
+    def selected_defines(self, *, selected: bool, page_lse: bool) -> dict[str, int]:
+        """Those of the balanced kernels that read lists of pages, or write the mass of every page."""
+        return self.defines() | {"SELECTED": int(selected), "PAGE_LSE": int(page_lse)}
+
     def read_defines(self) -> dict[str, int]:
         """Those of the kernel that reads for several rows."""
         return self.defines() | {"READ_COLUMNS": self.read_columns, "READ_TEAM": self.read_team,
-                                 "READ_STAGES": self.read_stages, "READ_SHARED_BYTES": self.read_shared_bytes}
+                                 "READ_STAGES": self.read_stages, "READ_TILES": self.read_tiles,
+                                 "READ_SHARED_BYTES": self.read_shared_bytes}
 
 
 def shared_limit_bytes(compute_capability: int) -> int:
@@ -227,10 +236,16 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
     return fitting[0]
 
 
+def reads_by_warpgroups(config: KernelConfig, compute_capability: int) -> bool:
+    """Whether its reads are multiplied by wgmma, which compute capability 9.0 alone has: 16-bit tiles, in one page."""
+    return (compute_capability == 90 and config.kv_dtype is None and config.head_dim == config.v_dim
+            and config.head_dim in WGMMA_DIMS and config.page_size % TILE_TOKENS == 0 and config.warps % WARPGROUP == 0)
+
+
 def read_config(config: KernelConfig, compute_capability: int, *, columns: int = READ_COLUMNS,
-                stages: int | None = None) -> KernelConfig:
+                stages: int | None = None, tiles: int | None = None) -> KernelConfig:
     """`config` with reads for several rows: as near `columns` as a team's registers hold, and as many stages as fit, or
-    so many.
+    so many. tiles: of a warpgroup's products, where it makes them, or 0 for none.
 
     Raises ValueError naming the argument where a read cannot serve two rows, or a window may hide what it reads.
     """
@@ -241,21 +256,28 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
                          f"{config.columns * config.head_split} (group_size times query_tokens)")
     blocks = min(MAX_ACCUMULATED // config.v_dim // 8, QUERY_BLOCKS // (config.head_dim // 16))
     teams = [team for team in TEAMS if config.warps % team == 0 and config.warps // team <= MOST_TEAMS]
-    served = min(columns, teams[-1] * blocks * 8) // config.columns * config.columns
+    if not reads_by_warpgroups(config, compute_capability):
+        tiles = 0
+    elif tiles is None:  # rings hold whole groups
+        tiles = next((count for count in (GROUP_TILES, GROUP_TILES // 2) if (stages or count) % count == 0), 0)
+    most = config.warps // WARPGROUP * READ_COLUMNS if tiles else teams[-1] * blocks * 8
+    served = min(columns, most) // config.columns * config.columns
+    if tiles:
+        teams = [WARPGROUP] if served <= READ_COLUMNS else [2 * WARPGROUP]
     if served < 2 * config.columns:
-        raise ValueError(f"groups: expected at most {min(columns, teams[-1] * blocks * 8) // 2} query columns of a row "
+        raise ValueError(f"groups: expected at most {min(columns, most) // 2} query columns of a row "
                          f"(group_size times query_tokens), so that a read serves two, got {config.columns}")
     limit = shared_limit_bytes(compute_capability) - LEAST_READERS * READER_BYTES
     # The rows' rings leave room for the plan: where they do not, with one buffer less, then with stages less.
     rows = itertools.product(range(config.stages, 0, -config.team), range(config.buffers, 0, -1))
     for row_stages, buffers in rows:
         found: list[KernelConfig] = []
-        for team in (team for team in teams if team * blocks * 8 >= served):
-            most = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
+        for team in (team for team in teams if tiles or team * blocks * 8 >= served):
+            deepest = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
             found += itertools.islice((
-                fitting for depth in ((stages,) if stages else range(most, 0, -1))
+                fitting for depth in ((stages,) if stages else range(deepest - deepest % (tiles or 1), 0, -(tiles or 1)))
                 if (fitting := replace(config, stages=row_stages, buffers=buffers, read_columns=served, read_team=team,
-                                       read_stages=depth)).read_shared_bytes <= limit), 1)
+                                       read_stages=depth, read_tiles=tiles)).read_shared_bytes <= limit), 1)
         # A smaller team reads the tiles from shared memory less often, but its rings are more.
         if found:
             return next((fitting for fitting in found if fitting.read_stages > 1), found[0])

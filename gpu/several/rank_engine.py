@@ -155,7 +155,9 @@ class RankEngine:
         if plan is None:
             raise RuntimeError("run: call plan() first")
         self.check()
-        q, k_pages, v_pages, out, lse, *others = run
+        q, k_pages, v_pages, out, lse, *others, selected, page_lse = run
+        for name, what in (("selected", selected), ("page_lse", page_lse)):
+            checks.expect(name, "None over several GPUs", type(what).__name__, what is None)
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:

@@ -30,6 +30,10 @@ def step(
     seq_lens: Annotated[
         str, typer.Option(help="Tokens in cache of every row: 65536,2048 or, for sixteen rows alike, 2048x16.")
     ],
+    shared: Annotated[
+        Optional[str],
+        typer.Option(help="Tokens that the first rows share: 8192x48 or, for several groups, 8192x48,4096x16."),
+    ] = None,
     device: Device = "rtx3060",
     num_q_heads: NumQHeads = 32,
     num_kv_heads: NumKVHeads = 8,
@@ -62,6 +66,8 @@ def step(
           --routes balanced,workqueue --plot step.png
       pkvsim step --seq-lens 65536x8 --device h200 \\
           --window 4096 --query-tokens 4
+      pkvsim step --seq-lens 8704x48,1000x4 --shared 8192x48 \\
+          --device h200
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
       pkvsim step --seq-lens 131072 --device h200 --kv-parallel 2
     """
@@ -70,6 +76,7 @@ def step(
         from pkvsim.options import AttentionOptions
         from pkvsim.shapes import DecodeShape
         from pkvsim.studies.explain_step import explain_step, parse_seq_lens
+        from pkvsim.studies.shared_step import parse_shared
 
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
@@ -82,12 +89,15 @@ def step(
         shape, lens = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size), parse_seq_lens(seq_lens)
         options = AttentionOptions(window=window, query_tokens=query_tokens)
         names = None if routes is None else [name.strip() for name in routes.split(",") if name.strip()]
+        groups = None if shared is None else parse_shared(shared, lens, page_size)
         if kv_parallel != 1:
+            if groups is not None:
+                raise ValueError(f"shared: expected none over several GPUs, got {shared}")
             _over_gpus(shape, lens, device, kv_parallel, options, names=names, splits=splits, layers=layers, plot=plot,
                        timeline=timeline, as_json=as_json)
             return
         report = explain_step(
-            shape, lens, get_device(device), routes=names, layers=layers, splits=splits, options=options
+            shape, lens, get_device(device), routes=names, layers=layers, splits=splits, options=options, groups=groups
         )
         if plot is not None:
             from pkvsim.reports.plot_step import plot_step

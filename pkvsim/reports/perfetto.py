@@ -16,7 +16,7 @@ import numpy as np
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.reports.plots import check_folder
 from pkvsim.serving.result import ServingResult
-from pkvsim.studies.explain_step import RouteStep, StepReport
+from pkvsim.studies.step_report import RouteStep, StepReport
 from pkvsim.studies.whatif import WhatIf
 
 MAX_EVENTS = 150_000  # of a file, about 25 MB
@@ -70,11 +70,15 @@ def _tasks(route: RouteStep, pid: int, kept: int, report: StepReport) -> Iterabl
     for slot in np.unique(line.slot[order]).tolist():
         yield _name("thread_name", pid, slot + 1, f"CTA slot {slot}")
         yield _sort("thread_sort_index", pid, slot + 1)
+    shared = line.schedule.shared
     for at in order.tolist():
         row, kv_head, split, begin, end = line.schedule.tasks[at].tolist()
         args = {"row": row, "kv_head": kv_head, "split": split, "tile_begin": begin, "tile_end": end}
         args |= {"row_tokens": int(report.seq_lens[row]), "kv_bytes": int(line.bytes[at])}
         name = f"row {row} head {kv_head}" + (f" split {split}" if split else "")
+        if shared is not None and shared.read_of_task[at] >= 0:
+            rows = shared.members_of(int(shared.read_of_task[at])).tolist()
+            name, args["rows"] = f"{len(rows)} rows head {kv_head}" + (f" split {split}" if split else ""), rows
         yield _complete(name, pid, int(line.slot[at]) + 1, float(line.start_us[at]), float(line.end_us[at]), args)
     times = np.concatenate((line.start_us[order], line.end_us[order]))
     change = np.repeat((1, -1), len(order))

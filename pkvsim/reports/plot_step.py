@@ -8,10 +8,11 @@ import numpy as np
 
 from pkvsim.reports.plots import picture
 from pkvsim.serving.costs import fit_note
-from pkvsim.studies.explain_step import RouteStep, StepReport
+from pkvsim.studies.step_report import RouteStep, StepReport
 
 MAX_SVG_TASKS = 5000  # A panel with more tasks is drawn as pixels inside the SVG.
 FEW_LENGTHS = 6
+READ_COLOUR = "#d62728"  # of tasks that read for several rows; no length has it
 OUTLINED_SLOTS = 64  # Bars are outlined where no more lie above each other.
 
 
@@ -68,10 +69,16 @@ def _draw(axes, report: StepReport, route: RouteStep, colours, where: str) -> No
     across, up = np.stack((left, left, right, right), 1), np.stack((low, low + 1, low + 1, low), 1)
     corners = np.stack((across, up), 2)  # [num_tasks, 4, 2]
     lengths = report.seq_lens[line.schedule.tasks["row"]]
+    colour = colours.to_rgba(np.maximum(lengths, 1)) if len(lengths) else np.zeros((0, 4))  # [num_tasks, 4]
+    shared = line.schedule.shared
+    if shared is not None:
+        from matplotlib.colors import to_rgba
+
+        colour[shared.read_of_task >= 0] = to_rgba(READ_COLOUR)
     outlined = route.used_slots <= OUTLINED_SLOTS and len(corners) <= MAX_SVG_TASKS
     bars = PolyCollection(
         corners,
-        facecolors=colours.to_rgba(np.maximum(lengths, 1)) if len(lengths) else "none",
+        facecolors=colour if len(colour) else "none",
         edgecolors="white" if outlined else "none",
         linewidths=0.35 if outlined else 0,
         antialiaseds=outlined,
@@ -84,5 +91,7 @@ def _draw(axes, report: StepReport, route: RouteStep, colours, where: str) -> No
     axes.set_yticks([0, used])
     axes.set_ylabel("CTA slot")
     name = f"{route.route} (taken)" if route.route == report.taken else route.route
+    if shared is not None:
+        name += ", red: read for several rows"
     slots = "" if used == line.num_slots else f"; {route.used_slots:,} of {line.num_slots:,} slots"
     axes.set_title(f"{where}{name}: {route.timeline_us:,.4g} us; {route.why()}{slots}", fontsize=9)

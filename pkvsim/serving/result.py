@@ -129,7 +129,7 @@ def make_result(
     routes = dict(zip(ROUTES, np.sum([log.route_steps for log in logs], axis=0).tolist()))
     counts = np.sum([state.pool.counts for state in states], axis=0)
     gaps = np.sum([log.gaps for log in logs], axis=0)
-    summary = _summary(requests, steps, totals, routes, limits, work, gaps, len(logs))
+    summary = summarise(requests, steps, totals, routes, limits, work, gaps, len(logs))
     summary["replicas"] = [
         _replica(requests, owner == at, part, limits, summary["makespan_s"]) for at, part in enumerate(parts)
     ]
@@ -282,10 +282,11 @@ def is_saturated(requests: RequestLog) -> bool:
     return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
 
 
-def _summary(
+def summarise(
     requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits,
     work: Requests, gaps: np.ndarray, replicas: int,
 ) -> dict[str, Any]:  # fmt: skip
+    """What `pkvsim whatif --json` prints of a run. totals, routes, gaps: as ServingResult has them."""
     served = requests.rejected == SERVED
     output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
     makespan_s = float(np.nanmax(requests.finish_s)) if finished else 0.0

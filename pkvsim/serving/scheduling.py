@@ -87,12 +87,12 @@ def plan_step(requests, limits, state, now_us):
 @inner
 def _grow(requests, limits, state, now_us):
     """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
-    counts, offsets, prompt = state.counts, requests.blocks.offsets, requests.prompt
+    counts, shared = state.counts, requests.shared
     at = 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         if state.phase[request] == DECODING:
-            need = private_pages_of(offsets, prompt, limits.page_size, request, state.cached[request] + 1)
+            need = private_pages_of(shared, limits.page_size, request, state.cached[request] + 1)
             need -= state.private_pages[request]
             while need > 0:
                 if allocate(state.pool, requests.blocks, need):
@@ -128,24 +128,51 @@ def _last(requests, limits, state):
 def _preempt(requests, limits, state, place, now_us):
     """Lets the request at `place` of `running` wait again; its pages go, its tokens stay."""
     counts, request = state.counts, state.running[place]
-    give_back(requests, limits, state, request)
-    counts[NUM_RUNNING] -= 1
-    for at in range(place, counts[NUM_RUNNING]):
-        state.running[at] = state.running[at + 1]
     if state.phase[request] == DECODING:
         state.paused_us[request] = now_us
-        at = 0
-        while state.decoding[at] != request:
-            at += 1
-        counts[NUM_DECODING] -= 1
-        for place in range(at, counts[NUM_DECODING]):
-            state.decoding[place] = state.decoding[place + 1]
+    give_back(requests, limits, state, request)
+    _stop(state, place)
     state.phase[request] = PREEMPTED
     state.cached[request] = 0
     state.preemptions[request] += 1
     state.preempted[counts[JUST_PREEMPTED]] = request
     counts[JUST_PREEMPTED] += 1
     wait(state, request)
+
+
+@inner
+def _stop(state, place):
+    """Takes the request at `place` of `running` out of those that run."""
+    counts, request = state.counts, state.running[place]
+    counts[NUM_RUNNING] -= 1
+    for at in range(place, counts[NUM_RUNNING]):
+        state.running[at] = state.running[at + 1]
+    if state.phase[request] == DECODING:
+        at = 0
+        while state.decoding[at] != request:
+            at += 1
+        counts[NUM_DECODING] -= 1
+        for later in range(at, counts[NUM_DECODING]):
+            state.decoding[later] = state.decoding[later + 1]
+
+
+@compiled
+def cancel(requests, limits, state, request, now_us):
+    """Ends a request that was taken in and has not finished, wherever it stands. Between steps."""
+    at = 0
+    if state.phase[request] == PREFILLING or state.phase[request] == DECODING:
+        while state.running[at] != request:
+            at += 1
+        give_back(requests, limits, state, request)
+        _stop(state, at)
+    else:
+        while state.waiting[at] != request:
+            at += 1
+        leave(state, at)
+    state.phase[request] = FINISHED
+    state.finish_us[request] = now_us
+    state.counts[POOL_FULL] = 0
+    end(state.clients, request, now_us)
 
 
 @inner
@@ -191,7 +218,7 @@ def _admit(requests, limits, state, budget, now_us):
         place = _best_hit(requests, state) if limits.order == KVSHARE else 0
         request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
-        private = private_pages_of(requests.blocks.offsets, requests.prompt, limits.page_size, request, target)
+        private = private_pages_of(requests.shared, limits.page_size, request, target)
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
         held, previous, carried = held_for(state, request), -1, 0
         if held >= 0:

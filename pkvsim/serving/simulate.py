@@ -100,12 +100,14 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
             f"and {model.name}'s context of {model.max_context:,}, the shortest has "
             f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
         )
+    blocks = _blocks(trace, config, rejected == SERVED)
     return Requests(
         arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
         prompt=trace.prompt_tokens,
         output=trace.output_tokens,
         rejected=rejected,
-        blocks=_blocks(trace, config, rejected == SERVED),
+        blocks=blocks,
+        shared=np.where(np.diff(blocks.offsets) > 0, trace.prompt_tokens, 0),
         after=np.zeros(0, np.int32) if trace.after is None else trace.after,
         think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
         concurrency=trace.concurrency or 0,

@@ -51,6 +51,7 @@ class Requests(NamedTuple):
     output: np.ndarray  # [n] int64, tokens
     rejected: np.ndarray  # [n] int8, SERVED or why not
     blocks: PromptBlocks
+    shared: np.ndarray  # [n] int64, tokens of the prompt that lie in blocks; those after them begin a page of their own
     after: np.ndarray  # [n] int32, the earlier request that it follows, -1 none; [0] where all are -1
     think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
     concurrency: int  # most requests that are sent and not ended, 0 for no limit

@@ -109,7 +109,7 @@ def test_auto_finds_once_a_plan_and_once_a_capture(gpu, monkeypatch) -> None:
     (PrefixGroups([0] * 4, [1]), {"options": AttentionOptions(window=9)}, "window: expected None with groups"),
     (PrefixGroups([0] * 4, [1]), {"schedule": "workqueue"}, "groups: expected None for schedule 'workqueue'"),
     (PrefixGroups([0] * 4, [1]), {"shared_costs": SharedCosts(columns=4)}, "groups: expected at most"),
-    (PrefixGroups([0] * 4, np.zeros(5000, np.int64)), {}, "groups: expected at most .* rows and groups together"),
+    (PrefixGroups([0] * 4, np.zeros(20000, np.int64)), {}, "groups: expected at most .* rows and groups together"),
 ])  # fmt: skip
 def test_what_is_refused(gpu, groups, options, words) -> None:
     engine = make_engine(**options)

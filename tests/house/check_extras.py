@@ -29,6 +29,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     from gpu.inputs.block_tables import TableLayout
     from gpu.kernels.variant import DTYPES, kernel_config, read_config
     from gpu.measure.timing import STREAM_SHAPES
+    from gpu.selection.variant import selection_defines
     from gpu.several.inbox import rank_config
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES
@@ -56,7 +57,14 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     for num_ranks in (2, 8):
         ranks = rank_config(DecodeShape(32, 8, 128, 16), "float16", capability, num_ranks=num_ranks, max_batch=1)
         yield "several.cu", f"{num_ranks} ranks", ranks.defines()
-    yield "gather.cu", "", {"THREADS": 512}
+    for page_lse in (False, True):
+        config = kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability)
+        yield "selected.cu", f"page_lse {page_lse}", config.selected_defines(selected=True, page_lse=page_lse)
+    for summary, aggregation in (("mean_std", "softmax_mean"), ("min_max", "maximum")):
+        defines = selection_defines(DecodeShape(32, 8, 128, 16), "float16", summary, aggregation)
+        yield "select.cu", summary, defines
+        yield "summaries.cu", summary, defines
+    yield "gather.cu", "", {"THREADS": 128, "UNROLL": 8}
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SUPPORT
 
-from gpu.cache.tiers.transfer import THREADS
+from gpu.cache.tiers.transfer import DEFINES
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 
 FEW = 32  # threads of a CTA that runs here
@@ -19,7 +19,7 @@ FEW = 32  # threads of a CTA that runs here
 def kernel(tmp_path_factory):
     options = [option for option in STRICT if option != "-Werror"]
     folder = tmp_path_factory.mktemp("gather")
-    return build(SUPPORT / "gather_harness.cpp", folder / "gather.so", *options, "-w", f"-DTHREADS={FEW}",
+    return build(SUPPORT / "gather_harness.cpp", folder / "gather.so", *options, "-w", f"-DTHREADS={FEW}", "-DUNROLL=4",
                  f"-I{SUPPORT}").run  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_runs_go_where_they_belong(kernel, to_host, ctas, blocks, layers, vector
 
 @pytest.mark.parametrize("capability", (86, 90))
 def test_it_fits(capability):
-    found = nvrtc.kernel_resources(SOURCE_DIR / "gather.cu", capability, compile_options({"THREADS": THREADS}))
+    found = nvrtc.kernel_resources(SOURCE_DIR / "gather.cu", capability, compile_options(DEFINES))
     assert set(found) == {"pkv_gather", "pkv_scatter"}
     for used in found.values():
         assert used.registers <= 64 and used.spills == used.stack == 0  # decode's CTAs keep room beside it

@@ -244,7 +244,10 @@ ELSEWHERE = {  # sources with more to test than that they compile, and the tests
     "plan_spans.cu": "test_span_header.py",
     "prefixes.cu": "test_prefix_kernel.py",
     "several.cu": "test_several_kernel.py",
+    "select.cu": "test_select_kernel.py",
+    "selected.cu": "test_selected_kernel.py",
     "shared.cu": "test_shared_kernel.py",
+    "summaries.cu": "test_select_kernel.py",
 }
 
 

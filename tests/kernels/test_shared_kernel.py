@@ -53,6 +53,28 @@ def test_the_variant_of_an_h200() -> None:
     assert_close(got, expected(step), "float16")
 
 
+# group size, head_dim, page size, dtype, columns of a read, CTAs; lengths, groups; options. Reads of no whole number of
+# groups of tiles, several of them in a range, and more columns in a warpgroup's product than a read has.
+BY_WARPGROUPS = {
+    "head_dim 64": (8, 64, 16, "float16", 64, 5, (356, 352, 700, 353) * 3, ((0, 0, 1, 0) * 3, (22, 40)), {}),
+    "63 columns, pages of 64": (7, 128, 64, "bfloat16", 64, 4, (459, 448, 460), ((0, 0, 0), (7,)),
+                                {"sinks": True, "soft_cap": 5.0}),
+    "two warpgroups": (8, 128, 16, "float16", 128, 6, (490, 482, 480, 483) * 4, ((0,) * 15 + (-1,), (30,)), {}),
+    "two warpgroups, head_dim 64": (8, 64, 16, "bfloat16", 96, 5, (330, 322, 320, 323) * 4, ((0,) * 16, (20,)), {}),
+    "query tokens": (4, 64, 32, "float16", 32, 7, (260, 259, 301, 258), ((0,) * 4, (8,)), {"query_tokens": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_WARPGROUPS)
+def test_reads_by_warpgroups(name) -> None:
+    group, head_dim, page_size, dtype, columns, ctas, lens, groups, more = BY_WARPGROUPS[name]
+    shape, options = DecodeShape(2 * group, 2, head_dim, page_size), AttentionOptions(**more)
+    assert read_config(kernel_config(shape, dtype, 90, options=options), 90, columns=columns).read_tiles == 4
+    step = grouped(shape, dtype, options, lens, groups)
+    got = run(step, "balanced", variant=None, read_stages=None, ctas=ctas, shared_costs=SharedCosts(columns=columns))
+    assert_close(got, expected(step), dtype)
+
+
 PLAIN = DecodeShape(8, 2, 64, 16)  # with reads of 16 columns: four rows
 
 

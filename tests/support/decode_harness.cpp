@@ -1,4 +1,4 @@
-// cuda_src/decode.cu, balanced.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
+// cuda_src/decode.cu, balanced.cu, selected.cu or shared.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 //
 // Stands in for mma.cuh, which is nothing but instructions; the test puts an empty file in its place. Whatever a warp
 // does together, the tensor cores' fragments above all, is worked out here from what all its lanes bring, by the
@@ -215,6 +215,49 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
 }
 
+#if READ_TILES
+// What wgmma.cuh has. A product is done at once, of what the copies brought that have been waited for.
+static void publish_copies() {}
+static void begin_products() { __syncwarp(); }
+template <int COUNT>
+static void hold(float (&)[COUNT]) {}
+template <int COUNT>
+static void end_products(float (&)[COUNT]) { __syncwarp(); }
+static unsigned long long shared_operand(unsigned address, unsigned bytes_between_blocks) {
+  if (address % 16 || bytes_between_blocks % 16) complain("an operand of a warpgroup is not aligned");
+  return address | static_cast<unsigned long long>(bytes_between_blocks) << 32;
+}
+// Rows of 128 bytes whose vectors are XORed with bits 7 to 9 of their address, eight rows to the KiB.
+static float shared_element(unsigned long long operand, int row, int column) {
+  const unsigned at = static_cast<unsigned>(operand) + column / 64 * static_cast<unsigned>(operand >> 32)
+                      + row / 8 * 1024 + row % 8 * 128 + column % 64 * 2;
+  operand_type value;
+  std::memcpy(&value, memory + (at ^ (at >> 7 & 7) << 4), sizeof value);
+  return value;
+}
+template <bool ROWS_ARE_K, int COUNT>
+static void multiply_group(float (&d)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) {
+  struct Operand { unsigned a[4]; } mine = {{a[0], a[1], a[2], a[3]}};
+  struct Row { float of[2][16]; };  // of a, that a lane's sums need
+  const int lane = my_lane();
+  float row[2][16];
+  for (int k = 0; k < 16; ++k) {
+    const auto pair = together(mine, [=](auto of) {
+      const Operand& from = of(lane / 4 * 4 + k % 8 / 2);
+      return std::pair<unsigned, unsigned>(from.a[k / 8 * 2], from.a[k / 8 * 2 + 1]);
+    });
+    row[0][k] = half_of<operand_type>(pair.first, k % 2), row[1][k] = half_of<operand_type>(pair.second, k % 2);
+  }
+  for (int i = 0; i < COUNT; ++i) {
+    const int n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += double(row[i / 2 % 2][k]) * double(ROWS_ARE_K ? shared_element(b, k, n) : shared_element(b, n, k));
+    d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
+  }
+}
+#endif
+
 constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
 
@@ -265,6 +308,8 @@ static float exp2_fast(float x) { return std::exp2(x); }
 #include "shared.cu"
 #elif RANKS
 #include "several.cu"
+#elif SELECTED
+#include "selected.cu"
 #elif BALANCED
 #include "balanced.cu"
 #else
@@ -357,6 +402,37 @@ extern "C" int rank_arguments_bytes() { return sizeof rank_arguments; }
 extern "C" int inbox_bytes() { return sizeof(pkv::Inbox); }
 extern "C" int opened_bytes() { return pkv::OPENED_BYTES; }
 #elif BALANCED
+#if SELECTED
+#define pkv_decode_balanced pkv_decode_selected
+
+// What the CTAs plan: lines of (list, tile_begin, tile_end), and how many each CTA has. integers as of run().
+static int* listed;
+static int num_listed;
+static void list_pieces() {
+  const pkv::Costs costs{numbers[0], numbers[1], numbers[2], numbers[3]};
+  const pkv::PageLists lists{given.selected_pages, given.selected_counts, given.max_selected,
+                             (numbers[4] - 1) / PAGE_SIZE};
+  const pkv::Lists all{{given.lengths, given.batch_size, numbers[4], given.reach()}, lists, given.num_kv_heads};
+  const pkv::ListPlan plan(all, costs, *reinterpret_cast<pkv::ListNotes*>(memory));
+  if (threadIdx.x != 0) return;
+  pkv::ListWalk walk = plan.walk;
+  for (pkv::ListPiece s; walk.next(s); ++num_listed) {
+    const int line[3] = {s.row * given.num_kv_heads + s.kv_head, s.tile_begin, s.tile_end};
+    std::copy_n(line, 3, listed + 3 * num_listed);
+  }
+}
+extern "C" const char* list_tasks(int num_ctas, const void* arguments, const int* integers, int* lines, int* counts) {
+  std::memcpy(&given, arguments, sizeof given);
+  std::copy_n(integers, 5, numbers);
+  listed = lines, num_listed = 0, body = list_pieces, gridDim = {num_ctas, 1, 1};
+  for (blockIdx = {0, 0, 0}; blockIdx.x < num_ctas; ++blockIdx.x) {
+    const int before = num_listed;
+    run_cta();
+    counts[blockIdx.x] = num_listed - before;
+  }
+  return complaint;
+}
+#endif
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
   std::memcpy(&given, arguments, sizeof given);
   std::copy_n(integers, 5, numbers);

@@ -79,7 +79,8 @@ def compiled(source: Path, capability: int, options: tuple[str, ...]) -> tuple[b
 
     Raises ValueError when the log does not say: a check that found nothing to check must not pass.
     """
-    options = (*options, f"--gpu-architecture=sm_{capability}", "--ptxas-options=-v")
+    alone = "a" if any(re.fullmatch(r"-DREAD_TILES=[^0]\d*", option) for option in options) else ""
+    options = (*options, f"--gpu-architecture=sm_{capability}{alone}", "--ptxas-options=-v")
     cubin, log = _compile(source, options, "CUBIN")
     # "... entry function 'NAME' for 'sm_90'", then that kernel's lines until the next entry.
     _, *entries = re.split(r"Compiling entry function '(\w+)'", log)

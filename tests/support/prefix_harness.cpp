@@ -22,14 +22,16 @@ static int atomicAdd(int* at, int value) {
 
 struct Given {
   const void *block_table, *row_begins, *seq_lens;
-  int *group_of_row, *prefix_pages, *workspace;
+  int *group_of_row, *prefix_pages;
+  unsigned long long* workspace;
   int numbers[7];  // table_stride, num_pages, batch_size, max_tokens, query_tokens, tokens_per_member, least_tokens
 };
 static Given given;
 
 extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) {
   typedef const int* ints;
-  given = {pointers[0], pointers[1], pointers[2], (int*)pointers[3], (int*)pointers[4], (int*)pointers[5], {}};
+  given = {pointers[0], pointers[1], pointers[2], (int*)pointers[3], (int*)pointers[4],
+           (unsigned long long*)pointers[5], {}};
   std::copy_n(numbers, 7, given.numbers);
   body = [] {
     const int* n = given.numbers;
@@ -40,11 +42,10 @@ extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) 
   const int batch_size = numbers[2];
   if (pkv::PrefixMemory::bytes(batch_size) > static_cast<int>(sizeof memory)) return "too many rows";
   gridDim = {batch_size, 1, 1};
-  // Any CTA may be the last.
+  // The last CTA waits for all others, which come in any order.
   const int first = static_cast<int>(order >> 8) % batch_size;
-  for (int i = 0; i < batch_size; ++i) {
-    blockIdx = {(first + i) % batch_size, 0, 0};
-    run_cta();
-  }
+  for (int i = 0; i < batch_size; ++i)
+    if (const int cta = (first + i) % batch_size; cta < batch_size - 1) blockIdx = {cta, 0, 0}, run_cta();
+  blockIdx = {batch_size - 1, 0, 0}, run_cta();
   return complaint;
 }

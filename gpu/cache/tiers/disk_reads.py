@@ -103,19 +103,20 @@ class ThreadReader:
 class LimitedReader:
     """Another reader slowed to a rate, as if its device were that slow: for measuring unlike tiers on one machine."""
 
-    __slots__ = ("name", "_reader", "_bytes_per_s", "_free_s", "_sizes", "_late")
+    __slots__ = ("name", "_reader", "_bytes_per_s", "_free_s", "_under_way", "_late")
 
     def __init__(self, reader: Reader, bytes_per_s: float) -> None:
         self.name = f"{reader.name} limited to {bytes_per_s / 1e9:g} GB/s"
         self._reader = reader
         self._bytes_per_s = bytes_per_s
         self._free_s = 0.0
-        self._sizes: dict[int, int] = {}
+        self._under_way: dict[int, tuple[float, int]] = {}  # tag -> when it was handed over, bytes
         self._late: list[tuple[float, Done]] = []  # ended, to be told at that time; in order
 
     def submit(self, requests: Sequence[Request]) -> None:
+        now = time.perf_counter()
         for request in requests:
-            self._sizes[request.tag] = request.num_bytes
+            self._under_way[request.tag] = now, request.num_bytes
         self._reader.submit(requests)
 
     def poll(self, wait_s: float) -> list[Done]:
@@ -124,15 +125,15 @@ class LimitedReader:
             now = time.perf_counter()
             first = self._late[0][0] if self._late else until
             for done in self._reader.poll(max(0.0, min(first, until) - now)):
-                now = time.perf_counter()
-                self._free_s = max(self._free_s, now) + self._sizes.pop(done.tag) / self._bytes_per_s
+                began, num_bytes = self._under_way.pop(done.tag)  # a device works on it from then on, not from its end
+                self._free_s = max(self._free_s, began) + num_bytes / self._bytes_per_s
                 self._late.append((self._free_s, done))
             now = time.perf_counter()
             due = [done for at, done in self._late if at <= now]
-            if due or now >= until or not (self._late or self._sizes):
+            if due or now >= until or not (self._late or self._under_way):
                 self._late = self._late[len(due) :]
                 return due
-            if self._late and not self._sizes:
+            if self._late and not self._under_way:
                 time.sleep(max(0.0, min(self._late[0][0], until) - now))
 
     def close(self) -> None:

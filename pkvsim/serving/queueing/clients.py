@@ -61,7 +61,7 @@ def send(clients):
     return request
 
 
-@inner
+@compiled
 def end(clients, request, now_us):
     """A sent request has ended: its slot is free, and what follows it is due once its client has thought."""
     counts = clients.counts
