@@ -68,6 +68,9 @@ def whatif(
         ),
     ] = False,
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
+    kv_parallel: Annotated[
+        int, typer.Option(help="GPUs of each server that hold every row's KV together (policy balanced).")
+    ] = 1,
     lend: Annotated[
         Optional[str],
         typer.Option(
@@ -149,6 +152,7 @@ def whatif(
             order=order,
             kv_ttl_s=kv_ttl,
             replicas=replicas,
+            kv_parallel=kv_parallel,
             router=router,
             splits=splits,
         )

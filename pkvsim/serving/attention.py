@@ -15,6 +15,7 @@ from pkvsim.policy.choose import PAPER, Routing, price, take
 from pkvsim.pricing.constants import merged
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
+from pkvsim.serving.kv_parallel import first_ranks
 from pkvsim.serving.state import DECODE_STEPS, NUM_DECODING, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 
@@ -52,6 +53,8 @@ def decode_us(attention, state, log):
     lens = log.lens[:count]
     for at in range(count):
         lens[at] = state.cached[state.decoding[at]] + 1
+    if attention.ranks > 1:
+        first_ranks(lens, np.int64(attention.heads[0, 5]), attention.ranks)
     route, splits = np.int64(-1), np.int64(0)  # bare numbers would compile what they are handed to twice
     us, best_us = 0.0, 0.0
     for kind in range(len(attention.layers)):
@@ -67,6 +70,9 @@ def decode_us(attention, state, log):
             price(lens, attention.layers[kind], _routing(attention, kind, attention.unpinned), log.prices)
             kind_best_us = _cheapest_us(log.prices)
         best_us += kind_best_us
+    if attention.ranks > 1:
+        us += attention.exchange_us[count]
+        best_us += attention.exchange_us[count]
     _sample(log, lens, route, splits)
     return route, us, best_us
 

@@ -20,6 +20,7 @@ from pkvsim.policy.choose import PINNED_ROUTES, make_routing
 from pkvsim.policy.fixed import FLASHINFER_ROUTES
 from pkvsim.policy.paper import PaperPolicy
 from pkvsim.policy.paper_rules import PaperRules
+from pkvsim.serving.kv_parallel import check_kv_parallel, exchange_table
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import Attention
 from pkvsim.shapes import DecodeShape
@@ -52,7 +53,7 @@ def fit_note(device: DeviceSpec) -> str:
 
 
 def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> int:
-    """KV pages of the whole model. ValueError where weights and workspace leave none."""
+    """KV pages of the whole model, on all GPUs of a server. ValueError where weights and workspace leave none."""
     page_bytes = kv_bytes_per_token(model) * config.page_size
     if config.kv_gib is not None:
         if config.kv_gib * GIB < page_bytes:
@@ -63,7 +64,7 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
                 f"kv_gib: expected at most the {max(0.0, room / GIB):.1f} GiB that the weights of {model.name} leave "
                 f"of the {device.memory_gib:g} of {device.name}, got {config.kv_gib:g}"
             )
-        return int(config.kv_gib * GIB // page_bytes)
+        return config.kv_parallel * int(config.kv_gib * GIB // page_bytes)
     left = device.memory_gib * config.memory_fraction * GIB - weight_bytes(model) - config.workspace_gib * GIB
     if left < page_bytes:
         raise ValueError(
@@ -71,7 +72,7 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
             f"{config.workspace_gib:g} of workspace leave no KV page of {config.memory_fraction:g} x "
             f"{device.memory_gib:g} GiB"
         )
-    return int(left // page_bytes)
+    return config.kv_parallel * int(left // page_bytes)
 
 
 def linear_table_us(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> np.ndarray:
@@ -136,6 +137,8 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
     check_policies([policy])
     models = step_models(device, config)
     kinds = attention_kinds(model, config.page_size)
+    if config.kv_parallel > 1:
+        check_kv_parallel(policy, kinds)
     paper = paper_rules(device) if policy == "paper" else None
     routings = []
     for shape, options, _ in kinds:
@@ -173,4 +176,6 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
                 for shape, options, _ in kinds
             ]
         ),
+        ranks=config.kv_parallel,
+        exchange_us=exchange_table(kinds, device, ranks=config.kv_parallel, max_batch=config.max_batch),
     )

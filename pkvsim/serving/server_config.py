@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.schedule.shares import MAX_RANKS
 from pkvsim.serving.orders import ORDERS
 from pkvsim.shapes import MAX_TOKENS, check_int
 
@@ -31,6 +32,7 @@ class ServingConfig:
     order: str = "fcfs"  # who runs first, one of orders.ORDERS
     kv_ttl_s: float = 10.0  # continuum: how long a request's KV is kept for the one that follows it
     replicas: int = 1  # equal servers behind a router
+    kv_parallel: int = 1  # GPUs of a server that hold every row's KV together, each with all weights
     router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
 
@@ -44,6 +46,7 @@ class ServingConfig:
         if not 0 <= self.keep_free_fraction < 1:
             raise ValueError(f"keep_free_fraction: expected a number in [0, 1), got {self.keep_free_fraction!r}")
         check_int("replicas", self.replicas, 1, 1024)
+        check_int("kv_parallel", self.kv_parallel, 1, MAX_RANKS)
         if self.router not in ROUTERS:
             raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {self.router!r}")
         if self.order not in ORDERS:

@@ -136,6 +136,8 @@ class Attention(NamedTuple):
     paper_routes: np.ndarray  # [K, 3] int64
     prefill_us_per_pair: np.ndarray  # [K] float64, one layer, one query token against one key token
     prefill_us_per_token: np.ndarray  # [K] float64, one layer, reading one cached token
+    ranks: int  # GPUs that hold every row's KV together
+    exchange_us: np.ndarray  # [rows + 1] float64, what they send each other in a step of so many rows
 
 
 class RunLog(NamedTuple):
