@@ -42,7 +42,7 @@ pkv_decode_several(const pkv::DecodeArguments given, const pkv::Costs costs, con
                     .number = reinterpret_cast<unsigned*>(records + gridDim.x) + blockIdx.x * WARPS + warp,
                     .lane = lane};
 
-  let_next_kernel_start();
+  if (!ranks.same_gpu) let_next_kernel_start();
   const bool early = KERNELS_OVERLAP && given.batch_size <= NOTED_LENGTHS;
   if (!early) wait_for_previous_kernel();
   RangePlan plan;

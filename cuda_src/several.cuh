@@ -14,6 +14,11 @@
 // Waiting ends: after patience_ns the rank that was waited for is written down here, with the host and with every rank
 // that can be reached, and from then on nothing is sent, awaited or merged. The inboxes are useless then until the
 // hosts have emptied them all together.
+//
+// Where each rank has a GPU for itself, the next launch's CTAs may take an SM as soon as one is free (early_plan.cuh).
+// Ranks that share a GPU must not let them before all ranks' CTAs of this step are there: they would take the SMs that
+// another rank needs for the states that this one waits for. started[] counts those CTAs; whoever finds all of them
+// there lets the next launch begin, and where nobody does it begins when this one has ended.
 #pragma once
 #include "balanced_step.cuh"
 
@@ -24,8 +29,9 @@ enum Owner { OWNER_ALL, OWNER_ROW, OWNER_HEAD };
 
 // What other ranks tell this one. All words are EMPTY_WORD before the first step. The slots follow.
 struct __align__(128) Inbox {
-  unsigned begun[RANKS];  // the last step that each rank has begun, from 0 on
-  unsigned failed;        // a rank that somebody waited for in vain
+  unsigned begun[RANKS];    // the last step that each rank has begun, from 0 on
+  unsigned failed;          // a rank that somebody waited for in vain
+  unsigned started[RANKS];  // CTAs of all steps so far, from -1 on (same_gpu)
 };
 
 // How steps of one rank count: each warp of each CTA has a word behind the plans' records, so that they need not agree.
@@ -34,8 +40,11 @@ struct OpenedStep {
   unsigned number;
   unsigned failed;
 };
+static_assert(sizeof(Inbox) == 128, "gpu/several/inbox.py has the same");
 // A warp's own, behind SharedMemory, since the registers are the main loop's.
 constexpr int OPENED_BYTES = sizeof(OpenedStep);
+// How often a warp looks for all CTAs of a step at its beginning: as often as it can until its first tile arrives.
+constexpr int LOOKS = 2;
 
 struct Patience {
   long long most, began;
@@ -192,6 +201,25 @@ struct Links {
   }
   __device__ __forceinline__ bool failed() const { return opened.failed != EMPTY_WORD; }
 
+  // Of ranks that share a GPU: counts this CTA among those that are there, once in a step.
+  __device__ __forceinline__ void count() const {
+    if (ranks.same_gpu && ranks.in_kernel && threadIdx.x < RANKS && !failed())
+      add_at_rank(&opened.inboxes[lane]->started[ranks.rank], 1);
+  }
+  // Lets the next launch begin if all CTAs of this step are there. One warp of a CTA is enough, and it looks a few times
+  // at most.
+  __device__ __forceinline__ void let_next_start(int looks) const {
+    if (!ranks.same_gpu || !ranks.in_kernel || threadIdx.x >= 32 || failed()) return;
+    const unsigned all = (opened.number + 1) * gridDim.x;
+    #pragma unroll 1
+    for (; looks > 0; --looks) {
+      const unsigned there = receive_from_rank(&ranks.own->started[lane < RANKS ? lane : 0]) + 1;
+      if (!__all_sync(ALL_LANES, static_cast<int>(there - all) >= 0)) continue;
+      let_next_kernel_start();
+      return;
+    }
+  }
+
   // The slots of this step that `source` fills at rank `to`.
   __device__ __forceinline__ Slot* slots(int to, int source) const {
     Slot* const all = reinterpret_cast<Slot*>(opened.inboxes[to] + 1);
@@ -239,6 +267,7 @@ struct Links {
       for (;;) {
         const int missing = states.read(from, who.places(), column, lane);
         if (missing == RANKS) break;
+        if (patience.began < 0) let_next_start(1);
         if (__any_sync(ALL_LANES, patience.over())) return fail(missing);
       }
       RankStates::empty(from, who.places(), column, lane);
@@ -283,7 +312,10 @@ struct RankStart {
   }
   __device__ __forceinline__ bool begin(const Pages& pages) {
     links.open(asked);
-    return early.begin(pages);
+    if (!early.begin(pages)) return false;
+    links.count();
+    links.let_next_start(LOOKS);
+    return true;
   }
 };
 
