@@ -71,6 +71,7 @@ struct RankArguments {
   int in_kernel;                              // 0: states are left in `own`, and the host exchanges and merges them
   int same_gpu;                               // all ranks share this GPU, and each has as many CTAs
   int share_begin, share_tokens, share_cycle; // see RankShare
+  int share_magic, share_shift;
 };
 #endif
 

@@ -70,19 +70,22 @@ struct Ownership {
   }
   // The rank r with floor(units * r / RANKS) <= unit < floor(units * (r + 1) / RANKS).
   __device__ __forceinline__ int rank_of(int row, int kv_head) const {
-    const int unit = owner == OWNER_ROW ? row : kv_head / HEAD_SPLIT;
-    return divide((unit + 1) * RANKS - 1, units());
+    const int upto = ((owner == OWNER_ROW ? row : kv_head / HEAD_SPLIT) + 1) * RANKS;
+    int rank = 0;
+    #pragma unroll
+    for (int r = 1; r < RANKS; ++r) rank += units() * r < upto;
+    return rank;
   }
   __device__ __forceinline__ int begin(int rank) const {
     if (owner == OWNER_ALL) return 0;
     return divide(units() * rank, RANKS) * (owner == OWNER_ROW ? num_kv_heads : HEAD_SPLIT * batch_size);
   }
   __device__ __forceinline__ int end(int rank) const { return owner == OWNER_ALL ? places() : begin(rank + 1); }
-  __device__ __forceinline__ int row_of(int place) const {
-    return owner == OWNER_HEAD ? place % batch_size : divide(place, num_kv_heads);
-  }
-  __device__ __forceinline__ int head_of(int place) const {
-    return owner == OWNER_HEAD ? divide(place, batch_size) : place % num_kv_heads;
+  // Row and KV head of a place.
+  __device__ __forceinline__ int2 at(int place) const {
+    const int inner = owner == OWNER_HEAD ? batch_size : num_kv_heads, outer = divide(place, inner);
+    const int rest = place - outer * inner;
+    return owner == OWNER_HEAD ? make_int2(rest, outer) : make_int2(outer, rest);
   }
 };
 
@@ -146,12 +149,12 @@ struct RankStates {
 
 // Writes a column that all ranks' states are in; zeros and -inf for a row that has no tokens anywhere.
 __device__ __forceinline__ void store_merged(const Output& output, int row, int kv_head, int column,
-                                             const HeadState& sum, int lane) {
-  if (sum.l != 0.0f) return store_result(output, row, kv_head, column, sum, lane);
-  const int at = (row * output.num_kv_heads + kv_head) * GROUP_SIZE + column;
-  uint2* out = reinterpret_cast<uint2*>(output.out + static_cast<long long>(at) * V_DIM);
-  for (int i = lane; i < HEAD_QUADS; i += 32) out[i] = make_uint2(0u, 0u);
-  if (lane == 0) output.lse[at] = __int_as_float(0xff800000);
+                                             HeadState sum, int lane) {
+  const bool none = sum.l == 0.0f;
+  if (none) sum.l = 1.0f;  // acc is 0
+  store_result(output, row, kv_head, column, sum, lane);
+  if (none && lane == 0)
+    output.lse[(row * output.num_kv_heads + kv_head) * GROUP_SIZE + column] = __int_as_float(0xff800000);
 }
 
 // One warp's way to the ranks' inboxes. It is what EarlyStart and Parts take for an output: store_result and
@@ -271,7 +274,8 @@ struct Links {
         if (__any_sync(ALL_LANES, patience.over())) return fail(missing);
       }
       RankStates::empty(from, who.places(), column, lane);
-      store_merged(output, who.row_of(place), who.head_of(place), column, states.sum(lane), lane);
+      const int2 at = who.at(place);
+      store_merged(output, at.x, at.y, column, states.sum(lane), lane);
     }
   }
   // Ends the step, for this warp's next launch.

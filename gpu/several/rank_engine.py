@@ -172,7 +172,7 @@ class RankEngine:
         share = WHOLE if self.shares is None else self.shares.of_rank(self.rank)
         of_rank = (self._reached.data.ptr, self._inboxes.own, self._failure.ctypes.data, self.config.half_slots,
                    int(self.timeout_s * 1e9), self.rank, OWNERS[self.owner], int(self.group.in_kernel),
-                   int(self._same_gpu), share.begin, share.tokens, share.cycle)
+                   int(self._same_gpu), *share.numbers())
         plan.decode(self.num_ctas, (*given, *self.costs, *of_rank, plan.max_tokens), stream, pairs=True)
         if not self.group.in_kernel:
             self._exchange(plan, run, out, lse, stream)

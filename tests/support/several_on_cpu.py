@@ -131,8 +131,8 @@ class Ranks:
             **dict(zip(("scale_page_stride", "scale_head_stride", "scale_token_stride"), (*scale_strides, 0, 0, 0))),
             "inboxes": address(self.addresses), "own": int(self.addresses[r]), "failure": address(rank.failure),
             "half_slots": self.config.half_slots, "patience_ns": self.patience_ns, "rank": r,
-            "owner": OWNERS[self.owner], "in_kernel": int(self.in_kernel), "same_gpu": int(self.same_gpu), "share_begin": share.begin,
-            "share_tokens": share.tokens, "share_cycle": share.cycle}
+            "owner": OWNERS[self.owner], "in_kernel": int(self.in_kernel), "same_gpu": int(self.same_gpu),
+            **dict(zip(("share_begin", "share_tokens", "share_cycle", "share_magic", "share_shift"), share.numbers()))}
         if not self.in_kernel:
             self.addresses_of_own = getattr(self, "addresses_of_own", {})
             alone = self.addresses_of_own.setdefault(r, np.full(len(self.ranks), self.addresses[r], np.int64))
