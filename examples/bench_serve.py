@@ -5,6 +5,7 @@
     python examples/bench_serve.py --loops --device h200 --json serve.json
     python examples/bench_serve.py --traces FOLDER --device h200          # azure*code*.csv and mooncake*.jsonl of it
     python examples/bench_serve.py --transformers                         # generate() on the same cells
+    python examples/bench_serve.py --soak 20000 --model smollm2           # bursts, cancellations, overlong prompts
 
 The limit of a step is the bytes that it must read, weights and KV, over the rate at which this GPU streams. Weights are
 random, of the model's shape.
@@ -17,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serve_bench import roofline, runs
+from serve_bench import roofline, runs, soak
 
 from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
@@ -35,20 +36,35 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="decode steps of a cell")
     parser.add_argument("--rate", type=float, help="GB/s that the GPU streams; measured by default")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--streamed-products", action="store_true", help="products of few rows by our own kernel")
     parser.add_argument("--profile", action="store_true", help="the kernels of a cell's decode step")
     parser.add_argument("--loops", action="store_true", help="closed loops beside the prediction")
     parser.add_argument("--traces", type=Path, help="traces of this folder beside the prediction")
+    parser.add_argument("--soak", type=int, metavar="N", help="N requests beyond what memory holds; 1 if unsound")
     parser.add_argument("--transformers", action="store_true", help="decode steps of Transformers on the cells")
     parser.add_argument("--device", help="of the prediction, as `pkvsim devices` lists it; by default this GPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if lacks_gpu("bench_serve"):
         return 1
-    found = measure(args)
+    found = soak_model(args) if args.soak else measure(args)
     if args.json:
         write_json(args.json, {"environment": environment(), **found})
     print(memory.peak_line())
-    return 0
+    return int(found.get("sound", True) is False)
+
+
+def soak_model(args: argparse.Namespace) -> dict[str, Any]:
+    """A long life of the model with too few pages; its weights are its own where there are any."""
+    from gpu.serve.llm import LLM, ServeOptions
+
+    llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=args.model != "smollm2",
+                                       max_context=2048, max_batch=64, num_pages=800, prefix_cache="lru",
+                                       graphs=not args.eager, streamed_products=args.streamed_products))
+    result = soak.soak(llm, args.soak)
+    print(f"{result.requests:,} requests in {result.seconds:.0f} s, {result.tokens:,} tokens: {result.ended}, "
+          f"{result.lost_pages} pages lost, peaks grew by {[n >> 20 for n in result.growth_bytes]} MiB (host, GPU)")
+    return asdict(result) | {"sound": result.sound}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,9 +80,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                  "max_batch": max(rows for rows, _ in cells), "step_tokens": 4096}
     else:
         sizes = {"prefix_cache": "lru"}
-    llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True,
-                                       graphs=not args.eager, **sizes), record=True,
-              say=lambda line: print(line, file=sys.stderr))
+    options = ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True, graphs=not args.eager,
+                           streamed_products=args.streamed_products, **sizes)
+    llm = LLM(args.model, options, record=True, say=lambda line: print(line, file=sys.stderr))
     print_line(console, f"{llm.config.name}, {args.dtype}, cache {llm.pages.dtype}: {llm.weights.step_bytes / 1e9:.2f} "
                         f"GB of weights a step; prompt chunks by {llm.prefill}")
     found: dict[str, Any] = {"model": llm.config.name, "dtype": args.dtype, "prefill": llm.prefill}

@@ -86,6 +86,9 @@ SUMMARY = Parameter("SummaryArguments", (
     *_fields("p", "k_pages summaries page_ids lengths row_begins"), Field("k_page_stride", "q"),
     *_fields("i", "k_head_stride k_token_stride batch_size num_kv_heads table_stride num_pages max_tokens new_tokens"),
 ))  # fmt: skip
+PRODUCT = Parameter("ProductArguments", (
+    *_fields("p", "x weight norm bias out"), *_fields("i", "columns rows x_stride out_stride"), Field("eps", "f"),
+))  # fmt: skip
 RUNS = _values(  # of pages moved between host memory and the GPU
     *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
     *_fields("i", "run_bytes num_blocks first_run num_runs"),
@@ -125,6 +128,7 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_append": (APPEND,),
     "pkv_select_pages": (SELECT,),
     "pkv_summarize_pages": (SUMMARY,),
+    "pkv_product": (PRODUCT,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),

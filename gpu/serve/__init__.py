@@ -4,9 +4,9 @@
     from gpu.serve import LLM; LLM("smollm2").generate(["The capital of France is"])
 
 Read `step` (what a step is given, and how a request samples), `server` (the loop: add_request, step, cancel) and
-`runner` (a step on the device: inputs, CUDA graphs, sampling). `decoder` is the model, whose attention is one of two
-executors: `attention` says what one does and has PyTorch's own, `gpu_attention` has our kernels. `model_config`,
-`weights` and `gguf` read checkpoints. `llm` is the way in for programs, `replay` serves a trace in real time, and
+`runner` (a step on the device: inputs, graphs, sampling). `decoder` takes tokens to logits; its attention is one of
+two executors: `attention` says what one does and has PyTorch's own, `gpu_attention` has our kernels. `model` has
+checkpoints and matrix products. `llm` is the way in for programs, `replay` serves a trace in real time, and
 `report` shows what was measured beside what pkvsim predicts.
 """
 from __future__ import annotations

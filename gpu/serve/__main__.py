@@ -35,6 +35,9 @@ def serve(
     prefix_cache: Annotated[str, typer.Option(help="Reuse of prompts' pages: none or lru.")] = "none",
     order: Annotated[str, typer.Option(help="Who runs first of those that wait: fcfs, shortest or kvshare.")] = "fcfs",
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="Decode in captured graphs.")] = True,
+    streamed_products: Annotated[
+        bool, typer.Option("--streamed-products", help="Products of few rows by our own kernel, on a GPU.")
+    ] = False,
     predict: Annotated[bool, typer.Option("--predict", help="whatif's prediction of the same run beside it.")] = False,
     device: Annotated[
         str | None, typer.Option(help="With --predict: the GPU, as `pkvsim devices` lists it; by default this one.")
@@ -59,7 +62,7 @@ def serve(
     with one_line_errors():
         from gpu.serve.llm import LLM, ServeOptions
         from gpu.serve.replay import replay, warm_up
-        from gpu.serve.report import beside_prediction, device_at_hand, show, to_dict, write_steps
+        from gpu.serve.report import beside_prediction, check_predictable, device_at_hand, show, to_dict, write_steps
         from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
 
@@ -78,10 +81,13 @@ def serve(
             dtype=dtype, kv_dtype=kv_dtype, device="cpu" if cpu else None, page_size=page_size, max_batch=max_batch,
             step_tokens=step_tokens, max_context=max_context, kv_gib=kv_gib, memory_fraction=memory_fraction,
             prefix_cache=prefix_cache, order=order, graphs=graphs, dummy_weights=dummy_weights,
+            streamed_products=streamed_products,
         )  # fmt: skip
         requests = source.load(trace)
         spec = None if not predict else device_at_hand() if device is None else get_device(device)
         llm = LLM(model, options, record=True, say=lambda line: typer.echo(line, err=True))
+        if spec is not None:
+            check_predictable(llm, requests, spec)
         warm_up(llm.server, step_tokens=step_tokens)
         with progress_bar(not as_json, "tokens") as progress:
             report_progress = None if progress is None else (lambda done, total: progress("serving", done, total))

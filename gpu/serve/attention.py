@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu.serve.model_config import ModelConfig
+from gpu.serve.model.config import ModelConfig
 from gpu.serve.step import Chunk
 from pkvsim.kv_types import KV_DTYPES, SCALE_BYTES
 from pkvsim.reference.append import INT8_STEPS
@@ -146,7 +146,7 @@ class TorchAttention:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         page, slot, cosine, sine = self._where
-        q, k = (rotate(part, cosine.to(part.dtype), sine.to(part.dtype)) for part in (q, k))
+        q, k = (rotate(part.float(), cosine, sine).to(part.dtype) for part in (q, k))
         self.pages.write(layer, page, slot, k, v)
         out = torch.empty_like(q)
         for begin, end, ids, length in self._spans:

@@ -1,21 +1,22 @@
-"""The model: tokens to logits, layer by layer, with attention left to an executor."""
+"""The model: tokens to logits, layer by layer, with attention and matrix products left to executors."""
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm
 
 from gpu.serve.attention import Attention
-from gpu.serve.model_config import ModelConfig
-from gpu.serve.weights import LayerWeights, Weights
+from gpu.serve.model.config import ModelConfig
+from gpu.serve.model.products import Products
+from gpu.serve.model.weights import LayerWeights, Weights
 
 
 class Decoder:
-    """A dense decoder. Its calls allocate, launch and return: they can be captured."""
+    """A dense decoder. Its calls allocate, launch and return: they can be captured once they have run."""
 
-    __slots__ = ("config", "weights")
+    __slots__ = ("config", "weights", "products")
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: ModelConfig, weights: Weights, products: Products) -> None:
+        self.config, self.weights, self.products = config, weights, products
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,26 +35,18 @@ class Decoder:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[n, vocab_size] of hidden states [n, h]."""
-        x = rms_norm(x, x.shape[1:], self.weights.norm, self.config.norm_eps)
-        return linear(x, self.weights.head)
+        return self.products.normed(x, self.weights.norm, self.weights.head, None)
 
     def _layer(self, index: int, layer: LayerWeights, x: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Adds the layer to x [n, h] in place."""
-        c, eps = self.config, self.config.norm_eps
-        mixed = linear(rms_norm(x, x.shape[1:], layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+        c, products = self.config, self.products
+        mixed = products.normed(x, layer.input_norm, layer.qkv, layer.qkv_bias)
         heads = mixed.view(len(x), -1, c.head_dim)
         q, k, v = heads.split((c.num_q_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if layer.q_norm is not None:
-            q, k = (rms_norm(part, part.shape[2:], norm, eps) for part, norm in ((q, layer.q_norm), (k, layer.k_norm)))
+            norms = (q, layer.q_norm), (k, layer.k_norm)
+            q, k = (rms_norm(part, part.shape[2:], norm, c.norm_eps) for part, norm in norms)
         attended = attention.attend(index, q, k, v)
-        x = _add_product(x, attended.view(len(x), -1), layer.out, layer.out_bias)
-        normed = rms_norm(x, x.shape[1:], layer.mlp_norm, eps)
-        gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=1)
-        return _add_product(x, silu(gate) * up, layer.down, layer.down_bias)
-
-
-def _add_product(x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor,
-                 bias: torch.Tensor | None) -> torch.Tensor:
-    """x [n, h] += factor @ weight.T + bias, the product and the sum in one kernel."""
-    x.addmm_(factor, weight.t())
-    return x if bias is None else x.add_(bias)
+        x = products.add(x, attended.view(len(x), -1), layer.out, layer.out_bias)
+        gated = products.gated(x, layer.mlp_norm, layer.gate_up, layer.gate_up_bias)
+        return products.add(x, gated, layer.down, layer.down_bias)

@@ -11,7 +11,7 @@ import torch
 from gpu.cache.writer import CacheWriter
 from gpu.decode_engine import DecodeEngine
 from gpu.serve.attention import KVPages, StepRows, attend_to
-from gpu.serve.model_config import ModelConfig
+from gpu.serve.model.config import ModelConfig
 from gpu.serve.step import Chunk
 from pkvsim import AttentionOptions
 from pkvsim.kv_types import KV_DTYPES

@@ -20,11 +20,12 @@ import torch
 
 from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
 from gpu.serve.decoder import Decoder
-from gpu.serve.gguf import GgufFile, is_gguf
+from gpu.serve.model.gguf import GgufFile, is_gguf
+from gpu.serve.model.products import StreamedProducts, TorchProducts
+from gpu.serve.model.weights import load
 from gpu.serve.runner import Runner, graph_rows
 from gpu.serve.server import REFUSED, Event, Request, Server
 from gpu.serve.step import GREEDY, SamplingParams
-from gpu.serve.weights import load
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.serving.orders import ORDERS
@@ -54,6 +55,7 @@ class ServeOptions:
     prefix_cache: str = "none"  # or "lru"
     order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
     graphs: bool = True  # decode steps in CUDA graphs
+    streamed_products: bool = False  # products of few rows by our kernel, which streams weights, in place of PyTorch
     dummy_weights: bool = False
     seed: int = 0  # of dummy weights
 
@@ -131,7 +133,8 @@ class LLM:
             self.prefill = attention.prefill
         else:
             attention, self.prefill = TorchAttention(self.config, self.pages), "torch"
-        self.runner = Runner(Decoder(self.config, self.weights), attention, max_batch=options.max_batch,
+        products = (StreamedProducts if cuda and options.streamed_products else TorchProducts)(self.config.norm_eps)
+        self.runner = Runner(Decoder(self.config, self.weights, products), attention, max_batch=options.max_batch,
                              max_pages=-(-max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())
         self.runner.capture()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu.serve.llm import LLM
-from gpu.serve.model_config import known_to_pkvsim
+from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.server import StepRecord
 from pkvsim.devices.device import DEVICES, DeviceSpec, get_device
@@ -18,7 +18,7 @@ from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.reports.table_serving import print_whatif, seconds
 from pkvsim.serving.result import ServingResult, StepLog
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.studies.whatif import WhatIf, whatif
+from pkvsim.studies.whatif import WhatIf, whatif, why_left_out
 from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
@@ -70,6 +70,13 @@ def device_at_hand() -> DeviceSpec:
         if known.lower() in name.lower().replace(" ", ""):
             return get_device(known)
     raise ValueError(f"device: expected --device with one of {', '.join(DEVICES)}, as none of them is {name}")
+
+
+def check_predictable(llm: LLM, trace: RequestTrace, device: DeviceSpec) -> None:
+    """ValueError where whatif has no price for the model on that GPU: to be asked before serving."""
+    reason = why_left_out(known_to_pkvsim(llm.config), device, "balanced", serving_config(llm, trace))
+    if reason is not None:
+        raise ValueError(f"predict: {reason}")
 
 
 def beside_prediction(run: Replay, llm: LLM, device: DeviceSpec) -> WhatIf:

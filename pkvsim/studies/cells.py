@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-WORDS = ("device", "model", "policy", "prefix_cache", "order", "router")  # axes whose values are names
+WORDS = ("device", "model", "policy", "prefix_cache", "order", "router", "engine")  # axes whose values are names
 Place = dict[str, Any]  # a value for every axis
 
 

@@ -41,13 +41,14 @@ def shared_costs_of(shape: DecodeShape, batch_size: int, options: AttentionOptio
 
 def shared_schedule(
     model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, *, num_sms: int,
-    options: AttentionOptions = PLAIN,
+    options: AttentionOptions = PLAIN, costs: SharedCosts | None = None,
 ) -> Schedule:  # fmt: skip
-    """The engine's schedule of lens [batch_size] int32; without `shared` where no two rows read together."""
+    """The engine's schedule of lens [batch_size] int32; without `shared` where no two rows read together. costs: what
+    it weighs, by default what the engine does."""
     return make_schedule(
         "balanced", shape, lens, tile_tokens=int(model.tile_tokens), num_ctas=cta_slots(model.to_row(), num_sms),
         window=options.reach, groups=groups, query_tokens=options.query_tokens,
-        shared_costs=shared_costs_of(shape, len(lens), options),
+        shared_costs=costs or shared_costs_of(shape, len(lens), options),
         costs=model.costs.of_kernel(
             columns=options.query_shape(shape).group_size, v_head_dim=options.value_dim(shape),
             kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size),
@@ -56,18 +57,19 @@ def shared_schedule(
 
 def simulate_shared(
     model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, device: DeviceSpec, *,
-    options: AttentionOptions = PLAIN, prices: SharedPrices = PRICES,
+    options: AttentionOptions = PLAIN, prices: SharedPrices = PRICES, costs: SharedCosts | None = None,
 ) -> SharedStep | None:  # fmt: skip
     """Runs one layer of a step of lens [batch_size] int32 on the balanced route; None where no two rows read together.
 
-    Raises ValueError naming the argument.
+    costs: as shared_schedule's. Raises ValueError naming the argument.
     """
-    schedule = shared_schedule(model, shape, lens, groups, num_sms=device.num_sms, options=options)
+    costs = costs or shared_costs_of(shape, len(lens), options)
+    schedule = shared_schedule(model, shape, lens, groups, num_sms=device.num_sms, options=options, costs=costs)
     shared = schedule.shared
     if shared is None:
         return None
     constants, columns = model.to_row(), options.query_shape(shape).group_size
-    reads = read_prices(model, device, shape, options, shared_costs_of(shape, len(lens), options), prices)
+    reads = read_prices(model, device, shape, options, costs, prices)
     tasks, of_read = schedule.tasks, shared.read_of_task >= 0
     ends = np.minimum(tasks["tile_end"].astype(np.int64) * schedule.tile_tokens, lens[tasks["row"]])
     tokens = np.maximum(0, ends - tasks["tile_begin"].astype(np.int64) * schedule.tile_tokens)

@@ -16,6 +16,7 @@ from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import kernel_config, read_config
 from gpu.selection.variant import selection_defines
+from gpu.serve.model.products import GATE, ProductVariant
 from gpu.several.inbox import rank_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
@@ -31,6 +32,7 @@ CONFIG = kernel_config(SHAPE, "float16", 90)
 RANK_DEFINES = rank_config(SHAPE, "float16", 90, num_ranks=2, max_batch=1).defines()
 APPEND_DEFINES = append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=None)
 SELECTION_DEFINES = selection_defines(SHAPE, "float16", "mean_std", "softmax_mean")
+PRODUCT_DEFINES = ProductVariant(128, 2, True, GATE, False, 2).defines()
 STRUCTURES = [
     *((fields.DECODE, defines) for defines in (*DECODE_VARIANTS, *LISTED_VARIANTS)),
     (fields.COSTS, DECODE_VARIANTS[0]),
@@ -45,7 +47,7 @@ FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", 
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
          "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu",
          "pkv_decode_several": "several.cu", "pkv_merge_ranks": "several.cu",
-         "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
+         "pkv_product": "product.cu", "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>
@@ -96,9 +98,9 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
-              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 128, "UNROLL": 8},
-              "pkv_scatter": {"THREADS": 128, "UNROLL": 8}, "pkv_decode_several": RANK_DEFINES,
-              "pkv_merge_ranks": RANK_DEFINES,
+              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
+              "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
+              "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}
     defines = others.get(name, DECODE_VARIANTS[3])

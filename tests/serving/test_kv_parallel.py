@@ -17,7 +17,7 @@ from pkvsim.serving.simulate import simulate
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_step_is_the_slowest_gpus_and_an_exchange(ranks) -> None:
     """Two rows that decode alone, step by step."""
-    config = ServingConfig(kv_parallel=ranks, max_batch=4, step_tokens=8192, kv_gib=4.0)
+    config = ServingConfig(kv_parallel=ranks, max_batch=4, step_tokens=8192, kv_gib=4.0, graphs=False)
     prompts, outputs = (5000, 37), (30, 30)
     result = simulate(make_trace([(0.0, *row) for row in zip(prompts, outputs)]), MODEL, DEVICE, "balanced", config)
     ((shape, options, layers),) = attention_kinds(MODEL, 16)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_models import make_model
 
 
 def write_model(folder: Path, family: str, **options: object):
     """A model of tiny_models in a folder, and itself; its heads are of 16, as rotation wants."""
+    from tiny_models import make_model
+
     model = make_model(family, head_dim=16, **options)
     model.save_pretrained(folder)
     return model

@@ -17,17 +17,18 @@ import numpy as np
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 
-THREADS, UNROLL = 128, 8  # of a CTA, and vectors that each thread has under way
+THREADS, UNROLL = 512, 4  # of a CTA, and vectors that each thread has under way
 DEFINES = {"THREADS": THREADS, "UNROLL": UNROLL}
 VECTOR_BYTES = 16
 MAX_VECTORS = 2**31 - 1  # of a launch
 # Runs from which on the DMA engines copy, to the GPU and to the host. Runs of 64 KiB come in as fast as by the kernel
-# (49.7 and 48.5 GB/s; to the host 40.0 and 51.4), and decode beside them loses 6 % where it loses 17 % beside the kernel,
-# whose reads of host memory hold up those of its SM.
+# (49.7 and 48.5 GB/s; to the host 40.0 and 51.4), and decode beside them loses 6 % where it loses 17 % beside the
+# kernel, whose reads of host memory hold up those of its SM.
 BATCHED_FROM_BYTES = 64 * 2**10, 512 * 2**10
 SHORT_RUN_BYTES = 32 * 2**10
-# Twice as many CTAs fill the link no better, and slow decode by 60 %, since more SMs wait for host memory.
-GATHER_CTAS, SCATTER_CTAS = (32, 32), (16, 16)  # for runs below SHORT_RUN_BYTES, and from it on
+# More CTAs fill the link no better, and slow decode by 60 % and more, since more SMs wait for host memory: CTAs of 128
+# threads and 8 vectors each did so from 64 on, and were as fast as these with 32 (one H200, 2026-11-29).
+GATHER_CTAS, SCATTER_CTAS = (32, 16), (16, 8)  # for runs below SHORT_RUN_BYTES, and from it on
 
 
 class EventTicket:

@@ -13,7 +13,6 @@ memory follows the requests at hand and not those ever seen.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +22,11 @@ from pkvsim.memory.prefix_cache import (
     EVICTED,
     FREE_PAGES,
     FREED,
-    HEAP_SIZE,
     KINDS,
     LRU,
     NONE,
-    PagePool,
-    PromptBlocks,
 )
+from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
 from pkvsim.serving.live.page_book import NewPages, PageBook
 from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
 from pkvsim.serving.scheduling import cancel, end_step, plan_step, take_in
@@ -43,19 +40,11 @@ from pkvsim.serving.state import (
     NUM_RUNNING,
     NUM_SENT,
     NUM_WAITING,
-    SERVED,
     Limits,
-    Requests,
     SchedulerState,
-    new_scheduler_state,
 )
 
-FIRST_ROOM = 64  # requests, doubled as needed
 SERVED_ORDERS = (FCFS, SHORTEST, KVSHARE)  # the others look at all requests before any has run
-_PER_REQUEST = (
-    "phase", "rank", "paused_us", "cached", "target", "generated", "private_pages", "start_us", "first_token_us",
-    "finish_us", "preemptions", "hit_blocks", "hit_tokens",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,10 +96,10 @@ class LiveScheduler:
         self._block_of: dict[bytes, int] = {}
         self._num_blocks = 0
         self._planned, self._dropped_at = False, (0, 0)
-        self.requests = _no_requests(limits.page_size, FIRST_ROOM, 0, 0)
-        self.state: SchedulerState = new_scheduler_state(self.requests, limits)
-        self._widen()
-        self._keys = np.zeros(FIRST_ROOM, np.int64)
+        room = room_for(1, 0, 0)
+        self.requests = no_requests(limits.page_size, room)
+        self.state: SchedulerState = empty_state(self.requests, limits)
+        self._keys = np.zeros(room.requests, np.int64)
 
     @property
     def has_work(self) -> bool:
@@ -278,89 +267,16 @@ class LiveScheduler:
         for place in live.tolist():
             used[requests.blocks.ids[requests.blocks.offsets[place] : requests.blocks.offsets[place + 1]]] = True
         kept = np.flatnonzero(used)
-        # Room for twice what is needed, so that this happens seldom.
-        self._move(live, kept, _room(len(live) + 1, FIRST_ROOM), _room(int(lengths.sum()) + blocks, 0),
-                   _room(len(kept) + blocks, 0))
+        self._move(live, kept, room_for(len(live) + 1, int(lengths.sum()) + blocks, len(kept) + blocks))
 
-    def _move(self, live: np.ndarray, kept: np.ndarray, room: int, id_room: int, block_room: int) -> None:
+    def _move(self, live: np.ndarray, kept: np.ndarray, room: Room) -> None:
         """Moves the requests `live` and the blocks `kept` to the beginning of new arrays."""
-        old, was = self.requests, self.state
-        new = _no_requests(self.limits.page_size, room, id_room, block_room)
-        place_of = np.full(len(old.prompt), -1, np.int64)
-        place_of[live] = np.arange(len(live))
-        block_of = np.full(len(old.blocks.tokens) + 1, -1, np.int32)
-        block_of[kept] = np.arange(len(kept), dtype=np.int32)
-        for name in ("arrival_us", "prompt", "output", "rejected", "shared", "rank"):
-            getattr(new, name)[: len(live)] = getattr(old, name)[live]
-        at = 0
-        for place, source in enumerate(live.tolist()):
-            ids = old.blocks.ids[old.blocks.offsets[source] : old.blocks.offsets[source + 1]]
-            new.blocks.ids[at : at + len(ids)] = block_of[ids]
-            at += len(ids)
-            new.blocks.offsets[place + 1 :] = at
-        state = new_scheduler_state(new, self.limits)
-        self.requests, self.state = new, state
-        self._widen()
-        state = self.state
-        state.counts[:] = was.counts
-        for name in _PER_REQUEST:
-            getattr(state, name)[: len(live)] = getattr(was, name)[live]
-        for name, count in (("running", NUM_RUNNING), ("decoding", NUM_DECODING), ("waiting", NUM_WAITING)):
-            length = int(was.counts[count])
-            getattr(state, name)[:length] = place_of[getattr(was, name)[:length]]
-        for name in ("sent_us", "place"):
-            getattr(state.clients, name)[: len(live)] = getattr(was.clients, name)[live]
-        state.clients.counts[:] = was.clients.counts
-        _move_pool(was.pool, state.pool, kept, block_of)
-        keys = np.zeros(room, np.int64)
+        self.requests, self.state = moved(self.requests, self.state, self.limits, live, kept, room)
+        keys = np.zeros(room.requests, np.int64)
         keys[: len(live)] = self._keys[live]
         self._keys, self._used = keys, len(live)
         self._places = {key: place for place, key in enumerate(keys[: len(live)].tolist())}
         self._digests = [self._digests[block] for block in kept.tolist()]
         self._block_of = {digest: block for block, digest in enumerate(self._digests)}
         self._num_blocks = len(kept)
-        self.pages.renumber_blocks(kept, block_room)
-
-    def _widen(self) -> None:
-        """Room for max_batch requests in a step, however few there are when the state is made."""
-        most = self.limits.max_batch
-        running, decoding, preempted, request, begin, tokens = np.zeros((6, most), np.int64)
-        self.state = self.state._replace(running=running, decoding=decoding, preempted=preempted,
-                                         chunk_request=request, chunk_begin=begin, chunk_tokens=tokens)
-
-
-def _room(needed: int, least: int) -> int:
-    """The next power of two from twice what is needed."""
-    return max(least, 1 << (2 * needed - 1).bit_length()) if needed else least
-
-
-def _no_requests(page_size: int, room: int, id_room: int, block_room: int) -> Requests:
-    """Room for requests; nothing is due ever, as they are taken in one by one."""
-    return Requests(
-        arrival_us=np.full(room, math.inf),
-        prompt=np.zeros(room, np.int64),
-        output=np.zeros(room, np.int64),
-        rejected=np.full(room, SERVED, np.int8),
-        blocks=PromptBlocks(
-            offsets=np.zeros(room + 1, np.int64),
-            ids=np.zeros(id_room, np.int32),
-            next_request=np.full(id_room, room, np.int64),
-            tokens=np.full(block_room, page_size, np.int32),
-            pages=np.ones(block_room, np.int32),
-        ),
-        shared=np.zeros(room, np.int64),
-        after=np.zeros(0, np.int32),
-        think_us=np.zeros(0),
-        concurrency=0,
-        rank=np.zeros(room),
-    )
-
-
-def _move_pool(was: PagePool, pool: PagePool, kept: np.ndarray, block_of: np.ndarray) -> None:
-    """The state of the blocks `kept`, by their new numbers block_of."""
-    for name in ("users", "key", "next_request"):
-        getattr(pool, name)[: len(kept)] = getattr(was, name)[kept]
-    heap = block_of[was.heap[: was.counts[HEAP_SIZE]]]
-    pool.heap[: len(heap)] = heap
-    pool.place[heap] = np.arange(len(heap), dtype=np.int32)
-    pool.counts[:] = was.counts
+        self.pages.renumber_blocks(kept, room.blocks)

@@ -70,7 +70,7 @@ def fake(monkeypatch):
     launches = []
 
     def load_kernel(file_name, kernel_name, defines, *, threads):
-        assert file_name == "gather.cu" and threads == defines["THREADS"] == 128
+        assert file_name == "gather.cu" and threads == defines["THREADS"] == 512
 
         def launch(grid, args, stream):
             names = fields.names(kernel_name, defines)

@@ -68,6 +68,29 @@ def test_logits_step_by_step_on_the_same_tokens(family: str, window: int | None,
     assert caches["pkv"].rows.lens.tolist() == [length + 41 for length in LENS]
 
 
+@pytest.mark.parametrize("family, window", [("gemma2", 50), ("gpt_oss", 50), ("gemma2", 400), ("gpt_oss", 400)])
+def test_soft_caps_and_sinks_on_the_same_tokens(family: str, window: int) -> None:
+    """Gemma 2 caps its logits, GPT-OSS has sinks, and both slide in every other layer: as Transformers' eager attention."""
+    options = {"gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64},
+               "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}}[family]
+    model = make_model(family, head_dim=64, dtype=torch.float16, device="cuda", sliding_window=window, **options)
+    inputs, generator = prompts(LENS, "left", device="cuda"), torch.Generator().manual_seed(3)
+    caches = {"eager": DynamicCache(config=model.config),
+              "pkv": PagedCache(model.config, max_batch_size=len(LENS), max_seq_len=300, page_size=16)}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for tokens in (1, 1, 5, 1, 0):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        logits = {}
+        for way, cache in caches.items():
+            model.set_attn_implementation(way)
+            with torch.no_grad():
+                logits[way] = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        kept = mask[:, -ids.shape[1]:].bool()
+        torch.testing.assert_close(logits["pkv"][kept], logits["eager"][kept], rtol=0.02, atol=0.05)
+        ids = torch.randint(2, 97, (len(LENS), tokens), generator=generator).cuda()
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+
+
 @pytest.mark.parametrize("dtype", NEAR_TIE)
 @pytest.mark.parametrize("told", [True, False])
 def test_answers_to_one_prompt_share_its_pages(told: bool, dtype: str) -> None:

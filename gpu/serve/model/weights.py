@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from gpu.serve.gguf import GgufFile, is_gguf
-from gpu.serve.model_config import ModelConfig, find_config, read_config
+from gpu.serve.model.config import ModelConfig, find_config, read_config
+from gpu.serve.model.gguf import GgufFile, is_gguf
 
 RANDOM_SCALE = 1.0  # standard deviation of a random matrix times the square root of its columns
 
