@@ -108,7 +108,7 @@ def whatif(
                                   ("requests_csv", requests_csv)):  # fmt: skip
                 if given is not None:
                     raise ValueError(f"{option}: expected None with --lend, got {given}")
-            from pkvsim.commands.lend import whatif_lend
+            from pkvsim.commands.several.lend import whatif_lend
 
             with progress_bar(not as_json, "requests") as progress:
                 whatif_lend(lend, requests, chosen, spec, config, as_json=as_json, progress=progress)

@@ -13,9 +13,9 @@ import numpy as np
 from pkvsim.compiled import inner, merged
 from pkvsim.outside.pairs import entries_read
 from pkvsim.policy.choose import PAPER, Routing, price, take
+from pkvsim.pricing.kv_parallel import first_ranks
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
-from pkvsim.serving.kv_parallel import first_ranks
 from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 

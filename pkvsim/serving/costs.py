@@ -25,8 +25,8 @@ from pkvsim.policy.choose import CHEAPEST, NO_PAPER, PINNED_ROUTES, make_routing
 from pkvsim.policy.fixed import FLASHINFER_ROUTES
 from pkvsim.policy.paper import PaperPolicy
 from pkvsim.policy.paper_rules import PaperRules
+from pkvsim.pricing.kv_parallel import POLICY, check_kv_parallel, exchange_table
 from pkvsim.pricing.layer import Heads
-from pkvsim.serving.kv_parallel import POLICY, check_kv_parallel, exchange_table
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import Attention
 from pkvsim.shapes import DecodeShape

@@ -40,7 +40,7 @@ def whatif_lend(
                     "pages": pages, "page_size": config.page_size, "ways": [result.to_dict() for result in results]}
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
-    from pkvsim.reports.table_lend import print_lend
+    from pkvsim.reports.several.table_lend import print_lend
 
     print_lend(results, f"{config.replicas} x {device.label}, {model.name}: {len(requests):,} requests of "
                         f"{requests.name}, {pages * config.page_size:,} tokens of KV in each replica")
