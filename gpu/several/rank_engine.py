@@ -43,7 +43,7 @@ class RankEngine:
     def __init__(self, shape: DecodeShape, dtype: str, *, group: Group, rank: int, owner: str,
                  shares: PageShares | None, max_batch: int, num_ctas: int | None, costs: BalancedCosts | None,
                  variant: tuple[int, int] | None, options: AttentionOptions, layout: str, scale: float | None,
-                 timeout_s: float) -> None:
+                 timeout_s: float, overlap: bool | None) -> None:
         """On the rank's device and stream, which are current. Raises ValueError naming the argument."""
         gpu = this_gpu()
         self.shape, self.dtype, self.options, self.layout, self.owner = shape, dtype, options, layout, owner
@@ -57,8 +57,8 @@ class RankEngine:
         # Ranks that share a GPU have to be there at a time.
         most = gpu.num_sms // sharers
         self.num_ctas = most if num_ctas is None else check_int("num_ctas", num_ctas, 1, most)
-        # A launch that begins before the last one has ended would take SMs that another rank's needs.
-        self._overlap = gpu.overlaps and sharers == 1
+        self._same_gpu = sharers > 1
+        self._overlap = gpu.overlaps and (not self._same_gpu if overlap is None else overlap)
         if costs is None:
             costs = default_costs(divmod(gpu.compute_capability, 10)).of_kernel(
                 columns=kernel.columns, v_head_dim=kernel.v_dim, kv_element_bytes=options.kv_element_bytes(shape),
@@ -172,7 +172,7 @@ class RankEngine:
         share = WHOLE if self.shares is None else self.shares.of_rank(self.rank)
         of_rank = (self._reached.data.ptr, self._inboxes.own, self._failure.ctypes.data, self.config.half_slots,
                    int(self.timeout_s * 1e9), self.rank, OWNERS[self.owner], int(self.group.in_kernel),
-                   share.begin, share.tokens, share.cycle)
+                   int(self._same_gpu), *share.numbers())
         plan.decode(self.num_ctas, (*given, *self.costs, *of_rank, plan.max_tokens), stream, pairs=True)
         if not self.group.in_kernel:
             self._exchange(plan, run, out, lse, stream)

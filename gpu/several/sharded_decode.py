@@ -36,7 +36,8 @@ class ShardedDecode:
                  shares: PageShares | str = SHARED, max_batch: int = 256, num_ctas: int | None = None,
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
-                 layout: str = "HND", scale: float | None = None, timeout_s: float = 2.0) -> None:
+                 layout: str = "HND", scale: float | None = None, timeout_s: float = 2.0,
+                 overlap: bool | None = None) -> None:
         """
         shape, dtype, costs, variant, options, kv_dtype, kv_scales, layout, scale: as gpu.DecodeEngine. Windows and
         several query tokens are refused.
@@ -47,6 +48,8 @@ class ShardedDecode:
         max_batch: rows of a step at most; inboxes of 2 * num_ranks states for each of their heads are kept for them.
         num_ctas: of a rank's launch, by default its part of the device's SMs.
         timeout_s: how long a rank waits for another before RankLost, and then on every rank.
+        overlap: whether a rank's launch may begin while the one before it ends (sm_90); by default where the rank has a
+        GPU for itself. Ranks that share one let it begin once all CTAs of the step are there.
 
         All ranks make it together. Raises ValueError naming the argument.
         """
@@ -71,7 +74,7 @@ class ShardedDecode:
                 self.engines[rank] = RankEngine(
                     shape, dtype, group=group, rank=rank, owner=owner, shares=dealt, max_batch=max_batch,
                     num_ctas=num_ctas, costs=costs, variant=variant, options=options, layout=layout, scale=scale,
-                    timeout_s=timeout_s)
+                    timeout_s=timeout_s, overlap=overlap)
         sizes = {engine.config.inbox_bytes for engine in self.engines.values()}
         checks.expect("group", "GPUs that run the same kernel variant", sorted(sizes), len(sizes) == 1)
         inboxes = group.inboxes(sizes.pop())

@@ -154,6 +154,8 @@ class Attention(NamedTuple):
     rule: int  # of pkvsim.policy.choose
     paper: PaperRules
     paper_routes: np.ndarray  # [K, 3] int64
+    ranks: int  # GPUs that hold every row's KV together
+    exchange_us: np.ndarray  # [rows + 1] float64, what they send each other in a step of so many rows
 
 
 class RunLog(NamedTuple):

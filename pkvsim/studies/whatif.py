@@ -150,6 +150,11 @@ def run_notes(
         notes.append(ORDER_NOTES[config.order] + (f" ({config.kv_ttl_s:g} s)" if config.order == "continuum" else ""))
         if config.prefix_cache == "belady":
             notes.append("belady looks ahead in trace order, which is not the order of admission: no bound")
+    if config.kv_parallel > 1:
+        notes.append(
+            f"{config.kv_parallel} GPUs a server hold every row's KV together, each with all weights; the merge of "
+            "their states is an assumption"
+        )
     if config.replicas > 1:
         notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
     if model.tensor_parallel > 1:

@@ -61,9 +61,9 @@ class Ranks:
     """The ranks of a step, with their memory from one launch to the next."""
 
     def __init__(self, step: Step, config: RankConfig, shares: PageShares, *, ctas: int, owner: str = "head",
-                 patience_ns: int = 20_000_000_000, in_kernel: bool = True) -> None:
+                 patience_ns: int = 20_000_000_000, in_kernel: bool = True, same_gpu: bool = False) -> None:
         self.config, self.shares, self.ctas, self.owner = config, shares, ctas, owner
-        self.patience_ns, self.in_kernel = patience_ns, in_kernel
+        self.patience_ns, self.in_kernel, self.same_gpu = patience_ns, in_kernel, same_gpu
         filled = [aligned(np.full(config.inbox_bytes + 128, 0xFF, np.uint8)) for _ in range(config.num_ranks)]
         boxes = [box[-box.ctypes.data % 128:][:config.inbox_bytes] for box in filled]
         self.ranks = [Rank(None, None, box, aligned(np.full(config.workspace_bytes(ctas), 0xFF, np.uint8)),
@@ -131,8 +131,8 @@ class Ranks:
             **dict(zip(("scale_page_stride", "scale_head_stride", "scale_token_stride"), (*scale_strides, 0, 0, 0))),
             "inboxes": address(self.addresses), "own": int(self.addresses[r]), "failure": address(rank.failure),
             "half_slots": self.config.half_slots, "patience_ns": self.patience_ns, "rank": r,
-            "owner": OWNERS[self.owner], "in_kernel": int(self.in_kernel), "share_begin": share.begin,
-            "share_tokens": share.tokens, "share_cycle": share.cycle}
+            "owner": OWNERS[self.owner], "in_kernel": int(self.in_kernel), "same_gpu": int(self.same_gpu),
+            **dict(zip(("share_begin", "share_tokens", "share_cycle", "share_magic", "share_shift"), share.numbers()))}
         if not self.in_kernel:
             self.addresses_of_own = getattr(self, "addresses_of_own", {})
             alone = self.addresses_of_own.setdefault(r, np.full(len(self.ranks), self.addresses[r], np.int64))

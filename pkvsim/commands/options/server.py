@@ -39,6 +39,9 @@ class ServerOptions(OptionGroup):
         float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
     ] = 10.0
     replicas: Replicas = 1
+    kv_parallel: Annotated[
+        int, typer.Option(help="GPUs of each server that hold every row's KV together (policy balanced).")
+    ] = 1
     router: RouterName = "round-robin"
     max_batch: MaxBatch = 256
     step_tokens: Annotated[
@@ -83,6 +86,7 @@ class ServerOptions(OptionGroup):
             order=self.order,
             kv_ttl_s=self.kv_ttl,
             replicas=self.replicas,
+            kv_parallel=self.kv_parallel,
             router=self.router,
             splits=self.splits,
         )
