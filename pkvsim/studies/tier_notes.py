@@ -19,7 +19,8 @@ def tier_notes(setup: TierSetup | None, device: DeviceSpec) -> tuple[str, ...]:
         f"{'one after another' if setup.serial else 'all at once'}; assumed: {ASSUMPTIONS}"
     ]
     if setup.load != BY_PRICE:
-        notes.append("tiers: nothing is loaded" if setup.load == ALWAYS_COMPUTE else "tiers: all that is there is loaded")
+        what = "nothing is loaded" if setup.load == ALWAYS_COMPUTE else "all that is there is loaded"
+        notes.append(f"tiers: {what}")
     if setup.retention == "belady":
         notes.append("belady of tiers looks ahead in trace order: a bound, no policy")
     return tuple(notes)
