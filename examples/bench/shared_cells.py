@@ -1,12 +1,14 @@
 """Steps whose rows share leading pages, and how they lie in a pool."""
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from gpu.measure.pools import BenchPool, CellPages
 from pkvsim import DecodeShape
+from pkvsim.fitting.fit_shared import MeasuredShared
+from pkvsim.schedule.groups import PrefixGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class SharedCell:
         """Of K and V, 16-bit, each page counted once."""
         tokens = self.groups * self.prefix + self.rows * self.own
         return tokens * self.num_kv_heads * self.head_dim * 2 * 2
+
+    def prefix_groups(self) -> PrefixGroups:
+        return PrefixGroups(self.group_of_row(), np.full(self.groups, self.prefix // 16, np.int32))
 
     def lay_out(self, pool: BenchPool, *, l2_size: int, seed: int) -> CellPages:
         """Scattered pages, those of a prefix in all its rows."""
@@ -87,6 +92,18 @@ def drawn(count: int, seed: int) -> tuple[SharedCell, ...]:
         if cell.rows <= MOST_ROWS and cell.distinct_bytes() <= MOST_BYTES and cell not in cells:
             cells.append(cell)
     return tuple(cells)
+
+
+def measured_of(document: dict) -> list[MeasuredShared]:
+    """The steps of what bench_shared wrote that were told their groups: of --drawn, or of the cells, by name."""
+    named, found = {cell.name: cell for cell in CELLS}, []
+    for result in document["results"]:
+        us = result["times"].get("told")
+        given = {field.name: result[field.name] for field in fields(SharedCell) if field.name in result}
+        cell = SharedCell(**given) if given else named.get(result["cell"])
+        if us is not None and cell is not None:
+            found.append(MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), us))
+    return found
 
 
 NOTHING_SHARED = (SharedCell(64, 0, 1024), SharedCell(64, 0, 4096), SharedCell(16, 0, 2048))

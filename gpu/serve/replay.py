@@ -126,7 +126,7 @@ def as_result(run: Replay, server: Server) -> ServingResult:
     routes = {"balanced": decode_steps}
     gaps = _gaps(run)
     work = _work(run.trace)
-    summary = summarise(requests, steps, totals, routes, limits, work, gaps, 1)
+    summary = summarise(requests, steps, totals, {}, routes, limits, work, gaps, 1, decode_steps)
     for name in ("attention_share", "rest_share", "prefill_share", "attention_us_per_decode_step", "regret",
                  "prefix_hit_share"):
         summary[name] = None

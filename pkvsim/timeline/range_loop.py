@@ -98,7 +98,7 @@ def run_ranges(
         for cta in range(ctas):
             if reading[cta]:
                 rate = min(speeds[place[cta]], level)
-                if left[cta] <= rate * step * (1.0 + 1e-12):
+                if left[cta] / rate <= step * (1.0 + 1e-12):  # of quotients, as products of the smallest are 0
                     task = place[cta]
                     end_us[task] = now
                     reading[cta] = False

@@ -28,7 +28,8 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k [batch_size + 1] int32: where sequences begin and the last one ends. Query i of n sees
     keys up to i + keys - n if causal; window_size: keys to the left and right of that one, -1 for all. softcap: 0 for
     none. s_aux [num_q_heads]: sinks, as in GPT-OSS. deterministic: forward passes are. With return_attn_probs (out,
-    lse [num_q_heads, total_q] float32 of natural log, None), as without dropout there.
+    lse [num_q_heads, total_q] float32 of natural log, None), as without dropout there; lse of queries that see nothing
+    is inf or -inf.
 
     Raises ValueError or NotImplementedError naming the argument.
     """

@@ -137,4 +137,5 @@ def prefill(
         causal=window[1] == 0, window_size=window, softcap=soft_cap, return_attn_probs=True,
         block_table=cache.block_table, s_aux=sinks)
     grouped = batch_size, new_tokens
+    lse = lse.masked_fill(lse == float("inf"), float("-inf"))  # what FlashAttention has of queries that see nothing
     return out.unflatten(0, grouped), lse.unflatten(1, grouped).transpose(0, 1)
