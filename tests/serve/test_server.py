@@ -175,7 +175,7 @@ class _Model:
 
 
 def test_streams_of_an_asynchronous_service():
-    from gpu.serve.llm import AsyncLLM
+    from gpu.serve.async_llm import AsyncLLM
 
     server = make_server(num_pages=60)
 
