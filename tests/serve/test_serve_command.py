@@ -44,6 +44,7 @@ def test_json_and_files_of_both_runs(model, tmp_path):
     measured = found["results"]["measured"]
     assert measured["output_tokens"] == found["results"]["predicted"]["output_tokens"]
     assert set(measured) == set(found["results"]["predicted"])
+    assert measured["kv_pages"] == found["results"]["predicted"]["kv_pages"] == found["kv_pages"]
     assert measured["prefix_hit_tokens"] > 0 and measured["ttft_s"]["p50"] > 0
     assert {kind["kind"] for kind in found["steps"]["measured"]} <= {"decode", "mixed", "prefill"}
     steps = list(csv.DictReader(files[0].open()))
