@@ -116,11 +116,15 @@ class ShardedDecode:
         given = [self._of_ranks(name, value) for name, value in (
             ("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse), ("sinks", sinks),
             ("k_scale", k_scale), ("v_scale", v_scale))]  # fmt: skip
-        results = []
+        prepared, results = [], []
         for rank, own_q, k, v, to, lse_to, own_sinks, own_k_scale, own_v_scale in zip(self.engines, *given):
             with self.group.use(rank):
-                results.append(self.engines[rank].run(Run(own_q, k, v, to, lse_to, scale, own_sinks, None, own_k_scale,
-                                                          own_v_scale)))
+                prepared.append(self.engines[rank].prepare(Run(own_q, k, v, to, lse_to, scale, own_sinks, None,
+                                                               own_k_scale, own_v_scale)))
+        # A rank that is launched waits for the others, so nothing is between these launches that could fail or block.
+        for rank, one in zip(self.engines, prepared):
+            with self.group.use(rank):
+                results.append(self.engines[rank].launch(one))
         return results[0] if len(self.group.ranks) == 1 else results
 
     def owned(self, rank: int, batch_size: int) -> tuple[range, range]:
