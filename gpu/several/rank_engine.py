@@ -95,6 +95,15 @@ class RankEngine:
         self._counts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         cupy.cuda.get_current_stream().synchronize()
 
+    @property
+    def planned(self) -> tuple[Plan | None, list | None]:
+        """The last plan, as plan() has left it."""
+        return None if self._plan is None else replace(self._plan), self._checked_plan
+
+    @planned.setter
+    def planned(self, planned: tuple[Plan | None, list | None]) -> None:
+        self._plan, self._checked_plan = planned
+
     def plan(self, tables: StepTables, *, validate: bool = False) -> None:
         """As gpu.several.ShardedDecode.plan, of this rank's tables."""
         addresses, key = fingerprint(tables)

@@ -92,13 +92,20 @@ class ShardedDecode:
         the tokens that this rank has). block_table [batch_size, max_pages] int32 or int64, or CSR: this rank's pages of
         each row in the row's order, pkvsim.schedule.shares says which; and so on as gpu.DecodeEngine.plan.
 
-        All ranks call it together the first time. Raises ValueError naming the argument.
+        All ranks call it together the first time. Raises ValueError naming the argument, and leaves the last plan as it
+        was.
         """
         given = [self._of_ranks(name, value) for name, value in
                  (("seq_lens", seq_lens), ("block_table", block_table), ("indptr", indptr), ("indices", indices))]
-        for rank, *tables in zip(self.engines, *given):
-            with self.group.use(rank):
-                self.engines[rank].plan(StepTables(*tables), validate=validate)
+        before = [engine.planned for engine in self.engines.values()]
+        try:
+            for rank, *tables in zip(self.engines, *given):
+                with self.group.use(rank):
+                    self.engines[rank].plan(StepTables(*tables), validate=validate)
+        except BaseException:
+            for engine, planned in zip(self.engines.values(), before):
+                engine.planned = planned
+            raise
         if not self._planned:
             self.group.barrier()  # a rank's first launch waits for no other's compiler
             self._planned = True

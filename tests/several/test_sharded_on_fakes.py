@@ -235,6 +235,10 @@ def test_plans_are_checked(gpu) -> None:
         with pytest.raises(ValueError, match=f"^{name}"):
             engine.plan(*arguments)
     engine.plan([lens, lens], [wide, table])
+    kept = [one.planned for one in engine.engines.values()]
+    with pytest.raises(ValueError, match="^seq_lens"):  # of rank 1, when rank 0 has planned
+        engine.plan([np.array([49], np.int32)] * 2, [wide, table])
+    assert [one.planned for one in engine.engines.values()] == kept
 
 
 def test_what_ranks_own_is_everything_once() -> None:
