@@ -48,7 +48,8 @@ struct DecodeArguments {
   int max_selected;
 #endif
 #if PAGE_LSE
-  float* page_lse;                            // [batch_size, QUERY_TOKENS, page_lse_tiles, num_kv_heads * GROUP_SIZE]
+  // [batch_size, num_kv_heads / HEAD_SPLIT, page_lse_tiles, QUERY_TOKENS, HEAD_SPLIT * GROUP_SIZE]
+  float* page_lse;
   int page_lse_tiles;
 #endif
 
@@ -82,6 +83,7 @@ struct SelectArguments {
   const page_id* page_ids;                    // as DecodeArguments has them
   const int *lengths, *row_begins;
   float* scores;
+  float2* sums;
   int* tickets;
   const int* budgets;
   int *pages, *counts;

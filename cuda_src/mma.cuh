@@ -198,6 +198,12 @@ __device__ __forceinline__ unsigned pack_bf16(float low, float high) {
   return pair;
 }
 
+// The same value, which the compiler takes for another each time: what is computed of it stays in its loop.
+__device__ __forceinline__ uint4 here_and_now(uint4 v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+  return v;
+}
+
 // Reads 16 bytes that nobody reads again, and what other CTAs have written meanwhile, which is not in L1.
 __device__ __forceinline__ uint4 load_once(const half_type* from) {
   uint4 v;
@@ -205,7 +211,8 @@ __device__ __forceinline__ uint4 load_once(const half_type* from) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
-__device__ __forceinline__ float load_past_l1(const float* from) { return __ldcg(from); }
+template <class T>
+__device__ __forceinline__ T load_past_l1(const T* from) { return __ldcg(from); }
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool KERNELS_OVERLAP = true;

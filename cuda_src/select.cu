@@ -12,6 +12,7 @@
 //   q           [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
 //   summaries   [num_pages, num_kv_heads, 2, HEAD_DIM]: mean and standard deviation, or minimum and maximum
 //   scores      [batch_size * num_kv_heads, GROUP_SIZE, score_stride] float, workspace; GIVEN: [.., 1, score_stride], in
+//   sums        [batch_size * num_kv_heads, gridDim.x, GROUP_SIZE] float2, workspace (SOFTMAX_MEAN)
 //   tickets     [batch_size * num_kv_heads] int, 0 between launches
 //   budgets     [batch_size, num_kv_heads] pages of each list, or null: max(least_pages, ceil(row's pages * parts / 2^16))
 //   pages, counts  of PageList, out: [batch_size, num_kv_heads, max_selected], [batch_size, num_kv_heads]
@@ -27,13 +28,15 @@ namespace pkv {
 enum Aggregation { MAXIMUM = 0, SOFTMAX_MEAN = 1 };
 
 constexpr int SELECT_THREADS = WARPS * 32;
-constexpr int PAGES_TOGETHER = GROUP_SIZE <= 4 ? 4 : GROUP_SIZE <= 8 ? 2 : 1;  // whose scores a thread reads at once
-constexpr float LEAST_SCORE = -1e30f;
+// CTAs of an SM: a warp has two halves of 16 summaries on their way, so that two CTAs' are more than an SM can read.
+constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 ? 2 : 1;
+constexpr int PAGES_TOGETHER = GROUP_SIZE <= 8 ? 2 : 1;  // whose scores a thread reads at once
 
 struct SelectMemory {
   TopPages top;
-  float maximum[WARPS][GROUP_SIZE], sum[WARPS][GROUP_SIZE];  // of each warp's pages
-  int last;                                                  // whether this CTA selects
+  float2 of_warp[WARPS][GROUP_SIZE];  // ScoreSum of each warp's pages,
+  float2 of_list[GROUP_SIZE];         // of all pages
+  int last;                           // whether this CTA selects
   // then the keys, [score_stride]
 };
 
@@ -59,33 +62,77 @@ struct Selection {
     return given.pages + static_cast<long long>(list) * given.max_selected;
   }
 
-  // Scores the pages [begin, end).
-  __device__ __forceinline__ void score(const PageTable& table, int begin, int end) const {
+  // Where the sums of a chunk's scores are.
+  __device__ __forceinline__ float2* sums(int chunk) const {
+    return given.sums + (static_cast<long long>(list) * gridDim.x + chunk) * GROUP_SIZE;
+  }
+
+  // Scores the pages [begin, end), chunk blockIdx.x of the list.
+  __device__ __forceinline__ void score(const PageTable& table, int begin, int end, SelectMemory& memory) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int STEP = WARPS * SCORED_PAGES;
     ScoreQuery query;
     query.load(given.q + (static_cast<long long>(row) * given.num_kv_heads + head) * GROUP_SIZE * HEAD_DIM, lane);
+    ScoreSum own[SCORE_BLOCKS][2];  // of heads 2 (lane % 4) and the next
+    #pragma unroll
+    for (int b = 0; b < SCORE_BLOCKS; ++b) own[b][0].reset(), own[b][1].reset();
     const auto id_of = [&](int page) { return table.cut(table.template stored<false>(row, min(page, end - 1))); };
     const auto summary = [&](int id) {
       return given.summaries + (static_cast<long long>(id) * given.num_kv_heads + head) * 2 * HEAD_DIM;
     };
     int first = begin + warp * SCORED_PAGES;
-    if (first >= end) return;
-    int low = id_of(first + lane / 4), high = id_of(first + lane / 4 + 8);
-    #pragma unroll 1
-    for (; first < end; first += WARPS * SCORED_PAGES) {
+    if (first < end) {
       ScoreRows rows;
-      rows.load(summary(low), summary(high), lane);
-      const int next = first + WARPS * SCORED_PAGES;
-      if (next < end) low = id_of(next + lane / 4), high = id_of(next + lane / 4 + 8);
-      float logits[SCORE_BLOCKS][4];
-      rows.score(logits, query, given.scale);
+      int low = id_of(first + lane / 4), high = id_of(first + lane / 4 + 8);
+      rows.template load<0>(summary(low), summary(high), lane);
+      rows.template load<1>(summary(low), summary(high), lane);
+      // Ids are looked up two steps ahead, summaries one: each half is asked for anew as soon as it has been used.
+      low = id_of(first + STEP + lane / 4), high = id_of(first + STEP + lane / 4 + 8);
+      #pragma unroll 1
+      for (; first < end; first += STEP) {
+        const bool more = first + STEP < end;
+        const half_type *low_at = summary(low), *high_at = summary(high);
+        if (more) low = id_of(first + 2 * STEP + lane / 4), high = id_of(first + 2 * STEP + lane / 4 + 8);
+        float sums[SCORE_BLOCKS][4], others[SCORE_BLOCKS][4];
+        rows.template multiply<0>(sums, query);
+        if (more) rows.template load<0>(low_at, high_at, lane);
+        rows.template multiply<1>(others, query);
+        if (more) rows.template load<1>(low_at, high_at, lane);
+        #pragma unroll
+        for (int b = 0; b < SCORE_BLOCKS; ++b)
+          #pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int column = b * 8 + lane % 4 * 2 + i, page = first + lane / 4;
+            float logits[2];
+            #pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const float logit = ScoreRows::logit(sums[b][j * 2 + i], others[b][j * 2 + i], given.scale);
+              if (column < GROUP_SIZE && page + j * 8 < end) scores(column)[page + j * 8] = logit;
+              logits[j] = page + j * 8 < end ? logit : LEAST_SCORE;
+            }
+            if constexpr (AGGREGATION == SOFTMAX_MEAN) own[b][i].add(logits[0], logits[1]);
+          }
+      }
+    }
+    if constexpr (AGGREGATION == SOFTMAX_MEAN) {
       #pragma unroll
       for (int b = 0; b < SCORE_BLOCKS; ++b)
         #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = b * 8 + lane % 4 * 2 + i % 2, page = first + lane / 4 + i / 2 * 8;
-          if (column < GROUP_SIZE && page < end) scores(column)[page] = logits[b][i];
+        for (int i = 0; i < 2; ++i) {
+          #pragma unroll
+          for (int hop = 4; hop < 32; hop <<= 1) own[b][i].merge_lanes(hop);
+          const int column = b * 8 + lane % 4 * 2 + i;
+          if (lane < 4 && column < GROUP_SIZE) memory.of_warp[warp][column] = make_float2(own[b][i].top, own[b][i].sum);
         }
+      __syncthreads();
+      if (threadIdx.x < GROUP_SIZE) {
+        ScoreSum all;
+        all.reset();
+        #pragma unroll
+        for (int w = 0; w < WARPS; ++w)
+          all.merge(memory.of_warp[w][threadIdx.x].x, memory.of_warp[w][threadIdx.x].y);
+        sums(blockIdx.x)[threadIdx.x] = make_float2(all.top, all.sum);
+      }
     }
   }
 
@@ -100,52 +147,34 @@ struct Selection {
       }
   }
 
-  // The largest of each column's scores, and the sum of 2^(score - that), for SOFTMAX_MEAN.
-  __device__ __forceinline__ void weigh(SelectMemory& memory, float (&maximum)[GROUP_SIZE],
-                                        float (&inverse)[GROUP_SIZE]) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float m[GROUP_SIZE], l[GROUP_SIZE];
-    #pragma unroll
-    for (int g = 0; g < GROUP_SIZE; ++g) m[g] = LEAST_SCORE, l[g] = 0.0f;
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
-      float s[PAGES_TOGETHER][GROUP_SIZE];
-      read(s, i);
-      #pragma unroll
-      for (int g = 0; g < GROUP_SIZE; ++g) {
-        float top = m[g];
-        #pragma unroll
-        for (int j = 0; j < PAGES_TOGETHER; ++j) top = fmaxf(top, s[j][g]);
-        l[g] *= exp2_fast(m[g] - top), m[g] = top;
-        #pragma unroll
-        for (int j = 0; j < PAGES_TOGETHER; ++j) l[g] += exp2_fast(s[j][g] - top);
+  // The sums over all of the list's chunks, for SOFTMAX_MEAN: a warp for each head, a lane for each chunk.
+  __device__ __forceinline__ void add_chunks(SelectMemory& memory, int chunks) const {
+    const int lane = threadIdx.x % 32;
+    for (int g = threadIdx.x / 32; g < GROUP_SIZE; g += WARPS) {
+      ScoreSum all;
+      all.reset();
+      for (int chunk = lane; chunk < chunks; chunk += 32) {
+        const float2 own = load_past_l1(sums(chunk) + g);
+        all.merge(own.x, own.y);
       }
-    }
-    #pragma unroll
-    for (int g = 0; g < GROUP_SIZE; ++g) {
-      float top = m[g], sum = l[g];
       #pragma unroll
-      for (int hop = 1; hop < 32; hop <<= 1) top = fmaxf(top, __shfl_xor_sync(EVERY_LANE, top, hop));
-      sum *= exp2_fast(m[g] - top);
-      #pragma unroll
-      for (int hop = 1; hop < 32; hop <<= 1) sum += __shfl_xor_sync(EVERY_LANE, sum, hop);
-      if (lane == 0) memory.maximum[warp][g] = top, memory.sum[warp][g] = sum;
+      for (int hop = 1; hop < 32; hop <<= 1) all.merge_lanes(hop);
+      if (lane == 0) memory.of_list[g] = make_float2(all.top, all.sum);
     }
     __syncthreads();
-    #pragma unroll
-    for (int g = 0; g < GROUP_SIZE; ++g) {
-      float top = LEAST_SCORE, sum = 0.0f;
-      for (int w = 0; w < WARPS; ++w) top = fmaxf(top, memory.maximum[w][g]);
-      for (int w = 0; w < WARPS; ++w) sum += memory.sum[w][g] * exp2_fast(memory.maximum[w][g] - top);
-      maximum[g] = top, inverse[g] = __fdividef(1.0f, sum);
-    }
   }
 
-  // Selects by all pages' scores.
-  __device__ __forceinline__ void select(SelectMemory& memory) const {
+  // Selects by all pages' scores, which `chunks` CTAs have left.
+  __device__ __forceinline__ void select(SelectMemory& memory, int chunks) const {
     unsigned* keys = reinterpret_cast<unsigned*>(&memory + 1);
     float maximum[GROUP_SIZE], inverse[GROUP_SIZE];
-    if constexpr (SCORING != GIVEN && AGGREGATION == SOFTMAX_MEAN) weigh(memory, maximum, inverse);
+    if constexpr (SCORING != GIVEN && AGGREGATION == SOFTMAX_MEAN) {
+      add_chunks(memory, chunks);
+      #pragma unroll
+      for (int g = 0; g < GROUP_SIZE; ++g)
+        maximum[g] = memory.of_list[g].x, inverse[g] = __fdividef(1.0f, memory.of_list[g].y);
+    }
+    unsigned largest = 0;  // of the keys that are not pinned
     #pragma unroll 1
     for (int i = threadIdx.x; i < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
       float s[PAGES_TOGETHER][GROUP_SIZE];
@@ -165,16 +194,17 @@ struct Selection {
         }
         const bool pinned = page < given.sink_pages || page >= row_pages - given.recent_pages;
         keys[page] = pinned ? PINNED : key_of(score);
+        if (!pinned) largest = max(largest, keys[page]);
       }
     }
-    __syncthreads();
-    memory.top.list(keys, row_pages, budget, pages());
+    const int pinned = min(row_pages, given.sink_pages + given.recent_pages);
+    memory.top.list(keys, row_pages, pinned, largest, budget, pages());
   }
 };
 
 }  // namespace pkv
 
-extern "C" __global__ void __launch_bounds__(pkv::SELECT_THREADS)
+extern "C" __global__ void __launch_bounds__(pkv::SELECT_THREADS, pkv::SELECT_CTAS)
 pkv_select_pages(const pkv::SelectArguments given) {
   using namespace pkv;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -194,10 +224,11 @@ pkv_select_pages(const pkv::SelectArguments given) {
     return;
   }
   if (begin >= selection.row_pages) return;
+  int chunks = 1;
   if constexpr (SCORING != GIVEN) {
-    selection.score(table, begin, min(begin + given.chunk_pages, selection.row_pages));
-    const int chunks = divide(selection.row_pages + given.chunk_pages - 1, given.chunk_pages);
-    // Scores that the CTA has written are seen by whoever finds its ticket taken.
+    selection.score(table, begin, min(begin + given.chunk_pages, selection.row_pages), shared);
+    chunks = divide(selection.row_pages + given.chunk_pages - 1, given.chunk_pages);
+    // What the CTA has written is seen by whoever finds its ticket taken.
     __syncthreads();
     if (chunks > 1) {
       if (threadIdx.x == 0) {
@@ -210,5 +241,5 @@ pkv_select_pages(const pkv::SelectArguments given) {
       if (!shared.last) return;
     }
   }
-  selection.select(shared);
+  selection.select(shared, chunks);
 }

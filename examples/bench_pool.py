@@ -24,6 +24,7 @@ from bench.tables import Table
 from pool_bench import disks
 from rich.console import Console
 
+from gpu.calibrate.tier_rates import link_rates
 from gpu.measure.environment import environment, lacks_gpu, write_json
 from pkvsim.memory.placement import BANDWIDTH, EQUAL
 
@@ -66,7 +67,7 @@ def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
     """Scattered pages each way."""
     from pool_bench import copies as measured
 
-    roof = measured.roofs(total_bytes)
+    roof = link_rates(total_bytes)
     ways = [("kernels", run) for run in RUNS] + [("DMA", run) for run in DMA_RUNS] + [("DMA in, kernel out", 64 * KIB)]
     rows, found = [], []
     for way, run_bytes in ways:
@@ -144,7 +145,7 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     from pool_bench import copies as measured
     from pool_bench import ttft as first
 
-    link = measured.roofs(GIB)["in_gb_s"] * 1e9
+    link = link_rates(GIB)["in_gb_s"] * 1e9
     model = first.Model(args.tokens // first.PAGE)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
     rates = [rate * 1e9 for rate in TTFT_RATES]

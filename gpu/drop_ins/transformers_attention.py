@@ -71,6 +71,14 @@ def attention(
     layer, key = key.layer, key.as_subclass(torch.Tensor)
     new_tokens, seen = key.shape[2], layer.seen
     step = layer.store(key, value, _kept(attention_mask, new_tokens, seen))
+    selected = layer.selection is not None and layer.selection.serves(layer.index, window=sliding_window)
+    if selected:
+        layer.selection.keep(layer.index, query.shape[1], layer.keys, layer.rows.lens, layer.rows.table, new_tokens)
+    if new_tokens == 1 and selected:
+        rows, sinks = layer.rows, None if s_aux is None else s_aux.detach().float()
+        out = layer.selection.attend(layer.index, query[:, :, 0].contiguous(), layer.keys, layer.values, rows.lens,
+                                     rows.table, scale=scaling, soft_cap=softcap, sinks=sinks)
+        return out[:, None], None
     if new_tokens == 1:
         rows = layer.rows
         groups = rows.groups if rows.groups is not None and sliding_window is None else (None, None)

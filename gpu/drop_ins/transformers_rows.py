@@ -106,6 +106,16 @@ class PagedRows:
         torch.cumsum(ends[:, -1] - old, 0, dtype=torch.int32, out=offsets[1:])
         self.step = NewTokens(kept, self.lens, offsets, ends)
 
+    def shorten(self, lens: torch.Tensor, seen: int) -> None:
+        """Takes back what extend() added, down to lens [batch_size] int64 on the host; pages stay the rows'."""
+        self._bounds = lens.numpy().astype(np.int64)
+        self.lens.copy_(lens)
+        self.seen, self.step = seen, None
+
+    def pages_of(self, row: int, count: int) -> np.ndarray:
+        """The row's first pages, int32 [count]."""
+        return self._pages.block_table[row, :count].copy()
+
     def _open(self, batch_size: int, device: torch.device) -> None:
         room, columns = self._pages.block_table.shape
         if batch_size > room:

@@ -61,10 +61,11 @@ class ListArguments:
             expect("page_lse", f"None where pages are not whole tiles of {TILE_TOKENS} tokens",
                    f"pages of {shape.page_size}", shape.page_size % TILE_TOKENS == 0)
             view = self._view("page_lse", page_lse, library)
-            outer = (batch_size,) if config.query_tokens == 1 else (batch_size, config.query_tokens)
-            tiles = view.shape[-2] if len(view.shape) > 2 else 0
-            expect("page_lse", f"float32 {[*outer, 'tiles', shape.num_q_heads]}", view,
-                   view.dtype == "float32" and view.shape == (*outer, tiles, shape.num_q_heads))
+            outer = batch_size, shape.num_kv_heads
+            inner = ((config.query_tokens,) if config.query_tokens > 1 else ()) + (shape.group_size,)
+            tiles = view.shape[2] if len(view.shape) > 2 else 0
+            expect("page_lse", f"float32 {[*outer, 'tiles', *inner]}", view,
+                   view.dtype == "float32" and view.shape == (*outer, tiles, *inner))
         self._sizes = listed, tiles
 
     def _view(self, name: str, array: object, library: str | None) -> arrays.ArrayView:

@@ -22,7 +22,7 @@ class Run(NamedTuple):
     k_scale: object = None
     v_scale: object = None
     selected: object = None  # PageList: the pages that each (row, KV head) reads
-    page_lse: object = None  # [batch_size, (query_tokens,) tiles, num_q_heads] float32, written
+    page_lse: object = None  # [batch_size, num_kv_heads, tiles, (query_tokens,) group_size] float32, written
 
 
 class StepPlanner(Protocol):

@@ -28,7 +28,7 @@ class PageSelector:
     """
 
     __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "lists", "_scale", "_plan", "_tables",
-                 "_kernels", "_scores", "_tickets", "_device_id", "_kept")
+                 "_kernels", "_scores", "_sums", "_tickets", "_device_id", "_kept")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", method: str | None = by_name.DEFAULT, *,
                  budget: Budget = Budget(), pins: Pins = Pins(), max_selected: int | None = None,  # noqa: B008
@@ -49,7 +49,7 @@ class PageSelector:
         self.lists: PageList | None = None  # of the last select()
         self._plan: Plan | None = None
         self._kernels: dict[tuple[TableLayout, int], Kernel] = {}
-        self._scores = self._tickets = None
+        self._scores = self._sums = self._tickets = None
         self._kept: list[tuple] = []  # buffers of other sizes, which captured graphs may read
 
     @property
@@ -111,7 +111,8 @@ class PageSelector:
         if self.method is None:
             grid, each = 1, max_pages
         self._kernel(plan.layout, max_pages)((grid, heads[0] * heads[1]), (
-            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at, self._tickets.data.ptr,
+            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
+            0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr,
             budgets_at, *(arrays.view("lists", array).pointer for array in self.lists), plan.batch_size,
             shape.num_kv_heads, plan.stride, num_pages, plan.max_tokens, room, max_pages, each, self.pins.sink_pages,
             self.pins.recent_pages, self.budget.least_pages, self.budget.parts, self._scale,
@@ -144,8 +145,11 @@ class PageSelector:
             cupy.cuda.get_current_stream().synchronize()  # the launch may be on another stream
         need = lists * self.shape.group_size * max_pages
         if self.method is not None and (self._scores is None or self._scores.shape[0] < need):
-            self._kept.append((self._scores,))
+            self._kept.append((self._scores, self._sums))
             self._scores = cupy.empty(need, dtype=cupy.float32)
+            # Of each chunk and query head two floats: chunks are whole PAGES_AT_ONCE pages.
+            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * self.shape.group_size),
+                                    dtype=cupy.float32)
 
     def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:
         key = layout, max_pages

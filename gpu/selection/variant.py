@@ -10,10 +10,11 @@ SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2}  # value of SCORING by the kind of
 AGGREGATIONS = {"maximum": 0, "softmax_mean": 1}  # value of AGGREGATION
 PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time: SCORED_PAGES of each warp
 CTAS_PER_SM = 2
+LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which takes CTAs that end at different times
 MAX_LISTS = 65535  # of a launch: its grid's second axis
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS = 16, 2048  # what a warp holds of a group's queries
-TOP_BYTES = (2048 + 2 * WARPS + 2) * 4  # pkv::TopPages
+TOP_BYTES = (2048 + 3 * WARPS + 2) * 4  # pkv::TopPages
 
 
 def check_shape(shape: DecodeShape, dtype: str) -> None:
@@ -37,13 +38,13 @@ def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggre
 
 def select_bytes(shape: DecodeShape, max_pages: int) -> int:
     """Bytes of pkv::SelectMemory and the keys of so many pages."""
-    return TOP_BYTES + 2 * WARPS * shape.group_size * 4 + 4 + max_pages * 4
+    return (TOP_BYTES + (WARPS + 1) * shape.group_size * 8 + 4 + 7) // 8 * 8 + max_pages * 4
 
 
 def chunks(max_pages: int, num_lists: int, num_sms: int) -> tuple[int, int]:
     """(CTAs of each list, pages that each scores) of a step whose rows have room for max_pages: CTAs enough for the
-    GPU, of no fewer pages than one scores at a time."""
-    wanted = max(1, -(-num_sms * CTAS_PER_SM // max(1, num_lists)))
+    GPU, no fewer than LEAST_CHUNKS of each list, of no fewer pages than one scores at a time."""
+    wanted = max(LEAST_CHUNKS, -(-num_sms * CTAS_PER_SM // max(1, num_lists)))
     each = -(-max_pages // wanted)
     each = -(-each // PAGES_AT_ONCE) * PAGES_AT_ONCE
     return -(-max_pages // each), each

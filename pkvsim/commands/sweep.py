@@ -10,6 +10,7 @@ from pkvsim.commands.errors import one_line_errors
 from pkvsim.commands.load_options import RequestOptions
 from pkvsim.commands.options.group import with_option_groups
 from pkvsim.commands.options.server import ServerOptions
+from pkvsim.commands.options.tiers import TierChoices
 from pkvsim.commands.shared_options import AsJson, Dask, Device, Model, WorkerCount
 
 
@@ -19,8 +20,9 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache, order, replicas, router, engine, tensor_parallel; rate is a factor "
-            "of the trace's own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache, order, replicas, router, engine, tensor_parallel, tiers (or none; + "
+            "between several), placement, retention, tier_admission, load_or_recompute; rate is a factor of the trace's "
+            "own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
         ),
     ],
     trace: Annotated[
@@ -41,6 +43,7 @@ def sweep(
         Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
     ] = None,
     server: ServerOptions = ServerOptions(),
+    tiers: TierChoices = TierChoices(),
     layers: Annotated[int, typer.Option(help="Layers that a step plans once for, without a trace.")] = 1,
     plot: Annotated[Optional[str], typer.Option(help="Draw the figures to this .png or .svg file.")] = None,
     route_map: Annotated[
@@ -64,6 +67,8 @@ def sweep(
           --over device=l4,h200 --over max_batch=16,64
     """
     with one_line_errors():
+        from dataclasses import replace
+
         from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
         from pkvsim.models.presets import get_model
@@ -82,12 +87,12 @@ def sweep(
 
                 check_plot_path(path, option=option)
                 check_axes(axes, option=option, trace=serving)
-        config = server.config()
         crew = Workers(workers, dask)
         spec = get_device(device)
+        config = replace(server.config(), tiers=tiers.setup(spec))
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
-            serving, layers=layers != 1, **source.given(), **server.given() | {"page_size": False},
+            serving, layers=layers != 1, **source.given(), **server.given() | {"page_size": False}, **tiers.given(),
             workers=workers != 1, dask=dask is not None,
         )  # fmt: skip
         if not serving:

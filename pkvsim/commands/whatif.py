@@ -10,6 +10,7 @@ from pkvsim.commands.errors import one_line_errors, tell_left_out
 from pkvsim.commands.load_options import RequestOptions
 from pkvsim.commands.options.group import with_option_groups
 from pkvsim.commands.options.server import ServerOptions
+from pkvsim.commands.options.tiers import TierChoices
 from pkvsim.commands.shared_options import AsJson, Device, Model
 
 
@@ -30,6 +31,7 @@ def whatif(
         ),
     ] = None,
     server: ServerOptions = ServerOptions(),
+    tiers: TierChoices = TierChoices(),
     lend: Annotated[
         Optional[str],
         typer.Option(
@@ -68,6 +70,8 @@ def whatif(
           --order continuum --replicas 2 --router prefix --requests-csv runs.csv
       pkvsim whatif --trace requests.csv --device h200 --engine vllm \\
           --policies engine,balanced
+      pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
+          --prefix-cache lru --tier host:256GiB:50 --tier disk:2TiB:7
       pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 \\
           --replicas 4 --kv-gib 2 --rate-scale 8 --lend all
     """
@@ -98,8 +102,8 @@ def whatif(
             from pkvsim.reports.html_page import check_report_path
 
             check_report_path(report_file)
-        config = server.config()
         spec = get_device(device)
+        config = replace(server.config(), tiers=tiers.setup(spec))
         chosen, notes = load_model(model, server.weight_bits, server.tensor_parallel, spec, config)
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)

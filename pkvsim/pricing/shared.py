@@ -11,12 +11,16 @@ from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts
 from pkvsim.shapes import DecodeShape
 
 FLOPS = 2  # of a multiplication and its addition
+# What mma.sync reaches of the dense FP16 peak on GPUs whose peak takes newer instructions, by major compute capability:
+# 62 % on Hopper (measured on an H100 in https://arxiv.org/abs/2402.13499, 2024-02-21); of Blackwell's GPUs for data
+# centres that is an assumption. Elsewhere mma.sync gives the peak.
+MMA_SYNC_SHARES = {9: 0.62, 10: 0.62}
 
 
 class SharedPrices(NamedTuple):
     """Constants of the balanced route's shared reads, which hold on every GPU as far as they are relative.
 
-    efficiency: share of the GPU's FP16 tensor peak that a read's products reach. start, read, row: in
+    efficiency: share of what the SMs' mma.sync gives that a read's products reach. start, read, row: in
     RouteModel.segment_us: what a step with reads takes more before its first and after its last task; the end of a part
     of a read, for 64 columns; merging the output of a member's KV head, for 4 columns of 128 sums. state: in the time
     in which a CTA reads it alone, what each state of such an output adds.
@@ -30,9 +34,9 @@ class SharedPrices(NamedTuple):
 
 
 # Fitted by pkvsim.fitting.fit_shared to the seven told cells with heads of 128 of examples/results/h200_shared.json, of
-# one H200 (2026-11-29): off by 2.2 % in the mean, by 4.1 % on each cell that a fit to the others has not seen. Heads of
+# one H200 (2026-11-29): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has not seen. Heads of
 # 64, whose kernel spills registers, take a quarter more than this says. For other GPUs it is an assumption.
-PRICES = SharedPrices(efficiency=0.1927, start=40.7, read=0.08, row=1.375, state=0.001)
+PRICES = SharedPrices(efficiency=0.3108, start=40.7, read=0.08, row=1.375, state=0.001)
 
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
 # to the same steps of one H200 with every row reading for itself.
@@ -50,7 +54,7 @@ class ReadPrices(NamedTuple):
 
     start_us: float
     read_us: float  # of the end of a part of a read, for each column
-    read_gb_s: float  # of KV that one SM keeps up with in a read
+    read_gb_s: float  # of KV that one CTA keeps up with in a read
     row_us: float  # of merging an output
     state_us: float  # of each state of it
 
@@ -64,12 +68,13 @@ def read_prices(
     value_dim = options.value_dim(shape)
     served = costs.columns // columns * columns
     flops = FLOPS * served * (shape.head_dim + value_dim)  # of a token
-    sm_tflops = prices.efficiency * device.fp16_tflops / device.num_sms
+    mma_tflops = device.fp16_tflops * MMA_SYNC_SHARES.get(device.compute_capability[0], 1.0)
+    cta_tflops = prices.efficiency * mma_tflops / (device.num_sms * max(1.0, model.ctas_per_sm))
     state_bytes = columns * (2 + value_dim) * PARTIAL_ELEMENT_BYTES
     return ReadPrices(
         start_us=prices.start * model.segment_us,
         read_us=prices.read * model.segment_us / SHARED_COLUMNS,
-        read_gb_s=sm_tflops * 1e3 / flops * options.kv_token_bytes(shape),
+        read_gb_s=cta_tflops * 1e3 / flops * options.kv_token_bytes(shape),
         row_us=prices.row * model.segment_us,
         state_us=prices.state * state_bytes / (model.cta_read_gb_s * 1e3),
     )

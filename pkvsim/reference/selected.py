@@ -69,16 +69,17 @@ def page_lse(
     shape: DecodeShape, q: np.ndarray, k_pages: np.ndarray, block_table: np.ndarray, seq_lens: np.ndarray, *,
     tokens: int | None = None, scale: float | None = None, options: AttentionOptions = PLAIN,
 ) -> np.ndarray:  # fmt: skip
-    """Log-sum-exp of the logits of every page for each query head, float64 [batch_size, most pages, num_q_heads], -inf
-    where there is nothing to see; exp(page_lse - lse) is the page's share of the attention.
+    """Log-sum-exp of the logits of every page for each query head, float64 [batch_size, num_kv_heads, most pages,
+    group_size], -inf where there is nothing to see; exp(page_lse - lse) is the page's share of the attention.
 
     tokens: of what counts as a page, by default page_size; the kernels write one for every 16. With several query
-    tokens [batch_size, query_tokens, ...]. Arguments as attention's.
+    tokens [batch_size, num_kv_heads, most pages, query_tokens, group_size]. Arguments as attention's.
     """
     given = _check(shape, q, k_pages, k_pages, block_table, seq_lens, scale, options, None, None)
     tokens = shape.page_size if tokens is None else tokens
     most = -(-int(given.step.seq_lens.max(initial=0)) // tokens)
-    found = np.full((given.step.batch_size, options.query_tokens, most, shape.num_q_heads), -np.inf)
+    inner = options.query_tokens, shape.group_size
+    found = np.full((given.step.batch_size, shape.num_kv_heads, most, *inner), -np.inf)
     for row, seq_len in enumerate(given.step.seq_lens.tolist()):
         at = np.arange(seq_len)
         ids, slots = given.pages_of(row)[at // shape.page_size], at % shape.page_size
@@ -86,9 +87,8 @@ def page_lse(
         logits = given.logits(row, 0, given.grouped(row) @ k.swapaxes(1, 2))  # [num_kv_heads, columns, tokens]
         for page in range(-(-seq_len // tokens)):
             values = np.logaddexp.reduce(logits[..., page * tokens : (page + 1) * tokens], axis=-1)
-            values = values.reshape(shape.num_kv_heads, options.query_tokens, shape.group_size)
-            found[row, :, page] = values.swapaxes(0, 1).reshape(options.query_tokens, -1)
-    return found[:, 0] if options.query_tokens == 1 else found
+            found[row, :, page] = values.reshape(shape.num_kv_heads, *inner)
+    return found[..., 0, :] if options.query_tokens == 1 else found
 
 
 def fold_lists(

@@ -7,6 +7,7 @@ from typing import Any
 from rich.markup import escape
 
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
+from pkvsim.reports.tiers.rows import tier_figures
 from pkvsim.studies.provenance import Basis
 from pkvsim.studies.whatif import WhatIf
 
@@ -51,6 +52,8 @@ def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
     ]
     figures = [result.summary | check for result, check in zip(report.results.values(), checks)]
     rows = [(label, [cell(figure) for figure in figures]) for label, cell in ROWS]
+    written = {"seconds": seconds, "percent": percent}
+    rows += [(label, [written[kind](value) for value in values]) for label, kind, values in tier_figures(figures)]
     return [(label, [text or "-" for text in cells]) for label, cells in rows if any(cells)]
 
 

@@ -26,9 +26,10 @@ def page_scores(tokens: np.ndarray, page_size: int) -> np.ndarray:
     return whole.reshape(*whole.shape[:-1], -1, page_size).sum(axis=-1)
 
 
-def page_masses(page_lse: np.ndarray, lse: np.ndarray, num_kv_heads: int) -> np.ndarray:
-    """Shares of the attention that pages got, means over the group: [num_kv_heads, pages] of a row's page_lse [pages,
-    num_q_heads] and lse [num_q_heads], as a dense step gives them (DecodeEngine.run(page_lse=...))."""
+def page_masses(page_lse: np.ndarray, lse: np.ndarray) -> np.ndarray:
+    """Shares of the attention that pages got, means over the group: [num_kv_heads, pages] of a row's page_lse
+    [num_kv_heads, pages, group_size] and lse [num_q_heads], as a dense step gives them (DecodeEngine.run(page_lse=..)).
+    """
     with np.errstate(invalid="ignore"):
-        shares = np.exp(page_lse - lse).T
-    return group_mean(np.nan_to_num(shares), num_kv_heads)
+        shares = np.exp(page_lse - lse.reshape(len(page_lse), 1, -1))
+    return np.nan_to_num(shares).mean(axis=-1)

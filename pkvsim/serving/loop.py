@@ -6,6 +6,7 @@ import math
 
 from pkvsim.compiled import compiled, drop_stale, inner, merged
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
+from pkvsim.memory.tier_gate import asks, next_ready_us
 from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, step_parts
 from pkvsim.serving.attention import decode_us, fill_lens
 from pkvsim.serving.queueing.clients import next_send_us
@@ -50,7 +51,8 @@ from pkvsim.serving.state import (
 def advance(
     requests, limits, attention, costs, steps_in_flight, state, log, max_steps, until_us, plan_until_us, alone
 ):
-    """Simulates up to max_steps more steps; True when nothing is left to run.
+    """Simulates up to max_steps more steps; True when nothing is left to run. Returns early where a request asks the
+    pool (pkvsim.serving.tiers).
 
     Steps end until until_us and begin until plan_until_us; one that has begun is priced, and the clock says when it
     ends. With 2 steps in flight the one after it is planned as it begins, or as soon as there is anything to plan.
@@ -61,6 +63,8 @@ def advance(
         if log.counts[PLANNED]:
             if steps_in_flight == 2 and not log.counts[FOLLOWING]:
                 _plan_late(requests, limits, state, log, plan_until_us, alone)
+                if asks(state.gate):
+                    return False
             if clock[CLOCK] > until_us:
                 return False
             if alone and requests.concurrency:  # what was sent during the step found no slot that its end sets free
@@ -80,13 +84,22 @@ def advance(
             return True
         if clock[CLOCK] > plan_until_us:
             return False
-        if not log.counts[FOLLOWING] and not plan_step(requests, limits, state, clock[CLOCK]):
-            continue
+        if not log.counts[FOLLOWING]:
+            planned = plan_step(requests, limits, state, clock[CLOCK])
+            if asks(state.gate):
+                return False
+            if not planned:
+                ready_us = next_ready_us(state.gate, state.running, counts[NUM_RUNNING], clock[CLOCK])
+                if ready_us < math.inf:  # all that run wait for their blocks
+                    clock[CLOCK] = min(ready_us, max(clock[CLOCK], state.clients.times[NEXT_SEND]))
+                continue
         start_us = clock[CLOCK]
         _run_step(requests, limits, attention, costs, state, log)
         commit_step(requests.output, state)
         if steps_in_flight == 2:
             log.counts[FOLLOWING] = plan_step(requests, limits, state, start_us)
+            if asks(state.gate):
+                return False
     return False
 
 
@@ -98,7 +111,7 @@ def _plan_late(requests, limits, state, log, plan_until_us, alone):
             log.counts[FOLLOWING] = plan_step(requests, limits, state, min(plan_until_us, log.clock_us[CLOCK]))
         return
     at_us = next_send_us(state.clients)
-    while at_us < log.clock_us[CLOCK] and not log.counts[FOLLOWING]:
+    while at_us < log.clock_us[CLOCK] and not log.counts[FOLLOWING] and not asks(state.gate):
         next_work_us(state, at_us)
         if state.counts[NUM_WAITING] > 0:
             log.counts[FOLLOWING] = plan_step(requests, limits, state, at_us)

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
+from pkvsim.memory.tier_options import TierSetup
 from pkvsim.outside.step_costs import PARTS
 from pkvsim.serving.state import (
     ATTENTION,
@@ -38,6 +39,8 @@ from pkvsim.serving.state import (
     RunLog,
     SchedulerState,
 )  # fmt: skip
+from pkvsim.serving.tiers.tier_result import TierResult, make_tier_result, tier_summary
+from pkvsim.serving.tiers.tier_server import TierLog
 
 PERCENTILES = (50, 90, 99)
 SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
@@ -118,6 +121,16 @@ class ServingResult:
     routes: dict[str, int]  # decode steps by route of the full-attention layers
     gaps: np.ndarray  # int64, times between a request's tokens, counted as state.RunLog does
     summary: dict[str, Any]
+    tiers: TierResult | None = None  # where the server had any
+
+
+def with_tiers(result: ServingResult, setup: TierSetup, log: TierLog) -> ServingResult:
+    """The result of a run with what its tiers did."""
+    requests = result.requests
+    tiers = make_tier_result(setup.tiers, log, queue_s=requests.queue_s, ttft_s=requests.ttft_s)
+    served = int(requests.prompt_tokens[requests.rejected == SERVED].sum())
+    summary = tier_summary(tiers, served, result.summary["makespan_s"], percentiles)
+    return replace(result, tiers=tiers, summary=result.summary | {"tiers": summary})
 
 
 def make_result(

@@ -11,6 +11,7 @@ import math
 
 from pkvsim.compiled import compiled, drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
+from pkvsim.memory.tier_gate import ask, is_ready
 from pkvsim.serving.orders import KVSHARE, SHORTEST
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
 from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
@@ -222,12 +223,12 @@ def _drop_chunk(state, request):
 
 @inner
 def _continue_prefills(requests, limits, state, now_us):
-    """Chunks of the running requests that are not past prefill; their tokens."""
+    """Chunks of the running requests that are not past prefill and wait for no blocks; their tokens."""
     counts, at, tokens = state.counts, 0, 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         room = _budget(limits, counts) - tokens
-        if state.phase[request] == PREFILLING and room > 0:
+        if state.phase[request] == PREFILLING and room > 0 and is_ready(state.gate, request, now_us):
             chunk = min(room, state.target[request] - state.cached[request])
             if limits.by_chunk:
                 need = private_pages_of(requests.shared, limits.page_size, request, state.cached[request] + chunk)
@@ -273,7 +274,7 @@ def _admit(requests, limits, state, budget, now_us):
                 carried = state.private_pages[previous]
         hit_tokens = min(hit_tokens, target - 1)
         chunk = min(budget - tokens, target - hit_tokens)
-        asked = hit_tokens + chunk if limits.by_chunk else target
+        asked = hit_tokens + chunk if limits.by_chunk and not limits.tiers else target
         if limits.reserve_output > 0:
             left = requests.output[request] - state.generated[request]
             asked = target + int(limits.reserve_output * (left - 1))  # the last token is never cached
@@ -301,6 +302,8 @@ def _admit(requests, limits, state, budget, now_us):
         state.target[request] = target
         state.private_pages[request] = private
         state.cached[request] = hit_tokens
+        if ask(state.gate, request, now_us):  # its first chunk comes once its blocks are there
+            break
         _add_chunk(state, request, hit_tokens, chunk)
         tokens += chunk
 

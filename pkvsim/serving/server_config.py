@@ -8,6 +8,7 @@ import numpy as np
 
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.memory.tier_options import TierSetup
 from pkvsim.outside.engine_profile import EngineProfile, get_profile
 from pkvsim.schedule.shares import MAX_RANKS
 from pkvsim.serving.orders import ORDERS
@@ -37,6 +38,7 @@ class ServingConfig:
     kv_parallel: int = 1  # GPUs of a server that hold every row's KV together, each with all weights
     router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
+    tiers: TierSetup | None = None  # of KV beyond HBM
 
     def __post_init__(self) -> None:
         check_int("page_size", self.page_size, 1, MAX_TOKENS)

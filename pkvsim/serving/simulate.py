@@ -23,7 +23,7 @@ from pkvsim.serving.loop import advance
 from pkvsim.serving.orders import ORDERS, ranks
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.replicas import serve_replicas
-from pkvsim.serving.result import ServingResult, make_result
+from pkvsim.serving.result import ServingResult, make_result, with_tiers
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
     SERVED,
@@ -34,6 +34,7 @@ from pkvsim.serving.state import (
     new_log,
     new_scheduler_state,
 )
+from pkvsim.serving.tiers.start import answer_all, start_tiers
 from pkvsim.traces.requests import RequestTrace
 
 CHUNK_STEPS = 20_000  # steps between two reports of progress
@@ -64,16 +65,21 @@ def simulate(
             progress(sum(int(state.generated.sum()) for state in states), total)
 
     if config.replicas > 1:
+        if config.tiers is not None:
+            raise ValueError(f"tier: expected one server, got replicas {config.replicas}")
         owner = serve_replicas(trace, requests, limits, attention, costs, config, states, logs, report)
         return make_result(policy, requests, limits, states, logs, owner)
+    tiers = start_tiers(trace, model, device, config, requests, costs)
     done = False
     while not done:
         done = advance(
             requests, limits, attention, costs, config.profile.steps_in_flight, states[0], logs[0], CHUNK_STEPS,
             np.inf, np.inf, True,
         )  # fmt: skip
-        report()
-    return make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
+        if tiers is None or not answer_all(tiers, requests, limits, states[0], logs[0]):
+            report()
+    result = make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
+    return result if tiers is None else with_tiers(result, tiers.setup, tiers.finish(states[0]))
 
 
 def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:
@@ -88,6 +94,7 @@ def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Li
         cache_kind=KINDS.index(config.prefix_cache),
         order=ORDERS.index(config.order),
         hold_us=config.kv_ttl_s * 1e6 if config.order == "continuum" else 0.0,
+        tiers=config.tiers is not None,
         by_chunk=profile.admission == CHUNK,
         reserve_output=float(profile.reserve_output),
         mixes=profile.mixes,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
+from pkvsim.memory.tier_gate import TierGate, new_gate
 from pkvsim.outside.step_costs import PARTS
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
@@ -79,6 +80,7 @@ class Limits(NamedTuple):
     cache_kind: int  # index into prefix_cache.KINDS
     order: int = FCFS  # index into orders.ORDERS
     hold_us: float = 0.0  # how long a request's KV is kept for the one that follows it
+    tiers: bool = False  # whether admitted requests ask a pool of KV beyond HBM
     by_chunk: bool = False  # an admission asks for the pages of the coming chunk, not of the whole prompt
     reserve_output: float = 0.0  # of the tokens still to come, for which an admission takes pages as well
     mixes: bool = True  # False: rows do not decode in a step that computes prompts
@@ -132,6 +134,7 @@ class SchedulerState(NamedTuple):
     hit_tokens: np.ndarray  # [n] int64, at first admission
     pool: PagePool
     clients: Clients
+    gate: TierGate
 
 
 class Attention(NamedTuple):
@@ -230,6 +233,7 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
         hit_tokens=np.zeros(n, np.int64),
         pool=page_pool(requests.blocks, limits.num_pages),
         clients=new_clients(requests),
+        gate=new_gate(n, limits.tiers),
     )
 
 

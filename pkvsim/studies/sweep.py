@@ -21,13 +21,14 @@ from pkvsim.serving.simulate import simulate
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.provenance import basis_note
+from pkvsim.studies.tier_axes import TIER_AXES, tiers_at
 from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.studies.workers import Failed, Progress, Workers, each_result
 from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = (
     "device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order", "replicas",
-    "router", "engine", "tensor_parallel",
+    "router", "engine", "tensor_parallel", *TIER_AXES,
 )  # fmt: skip
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
@@ -136,8 +137,8 @@ def _serving_cell(
     settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
-    config = replace(config, **settings)
     gpu = devices[place["device"]] if "device" in place else device
+    config = replace(config, **settings, tiers=tiers_at(place, config.tiers, gpu))
     name = place.get("policy", policy or default_policy(config))
     heads = get_model(model, tensor_parallel=place.get("tensor_parallel")) if isinstance(model, str) else model
     if "group_size" in place:

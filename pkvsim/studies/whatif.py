@@ -15,6 +15,7 @@ from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
+from pkvsim.studies.tier_notes import tier_notes
 from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
 
@@ -162,4 +163,4 @@ def run_notes(
         notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")
     else:
         notes.append("decode layer by layer: a step takes at least as long as the host needs to issue it")
-    return (*notes, *model.notes)
+    return (*notes, *tier_notes(config.tiers, device), *model.notes)

@@ -14,7 +14,8 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import cta_slots, read_speeds
 from pkvsim.pricing.shared import PRICES, ReadPrices, SharedPrices, read_prices
-from pkvsim.schedule.costs import SharedCosts, columns_for
+from pkvsim.pricing.shared_us import SharedLayer, shared_us
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts, columns_for
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.schedule.task_list import SharedReads
@@ -30,7 +31,7 @@ class SharedStep:
 
     timeline: Timeline
     split: TimeSplit
-    closed_us: float  # kernel time without simulating: the fullest range or the bandwidth, then the fullest merges
+    closed_us: float  # kernel time by the closed form
     read_gb_s: float  # that one CTA keeps up with in a read
 
 
@@ -49,9 +50,15 @@ def shared_schedule(
         "balanced", shape, lens, tile_tokens=int(model.tile_tokens), num_ctas=cta_slots(model.to_row(), num_sms),
         window=options.reach, groups=groups, query_tokens=options.query_tokens,
         shared_costs=costs or shared_costs_of(shape, len(lens), options),
-        costs=model.costs.of_kernel(
-            columns=options.query_shape(shape).group_size, v_head_dim=options.value_dim(shape),
-            kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size),
+        costs=kernel_costs(model, shape, options),
+    )  # fmt: skip
+
+
+def kernel_costs(model: RouteModel, shape: DecodeShape, options: AttentionOptions) -> BalancedCosts:
+    """What the route's schedule weighs for the kernel of these heads."""
+    return model.costs.of_kernel(
+        columns=options.query_shape(shape).group_size, v_head_dim=options.value_dim(shape),
+        kv_element_bytes=options.kv_element_bytes(shape), page_size=shape.page_size,
     )  # fmt: skip
 
 
@@ -97,10 +104,19 @@ def simulate_shared(
         task_starts_us=last_task - ramp - saturated - computing - alone_us, launches_us=ramp - queries,
         merge_us=makespan - last_task,
     )  # fmt: skip
-    each = np.add.reduceat(fixed + sizes / speeds, schedule.cta_offsets[:-1])
-    merging = np.diff(np.append(0.0, np.cumsum(merges.us))[merges.cta_offsets])
-    busy = max(float(each.max()), float(sizes.sum()) / bandwidth + float(fixed.sum()) / schedule.num_ctas)
-    return SharedStep(line, split, ramp + busy + float(merging.max(initial=0.0)), reads.read_gb_s)
+    members = groups.members(
+        lens, page_size=shape.page_size, tile_tokens=schedule.tile_tokens, query_tokens=options.query_tokens
+    )
+    layer = SharedLayer(
+        num_kv_heads=shape.num_kv_heads, columns=columns, slots=line.num_slots, tile=schedule.tile_tokens,
+        token_bytes=float(options.kv_token_bytes(shape)), start_us=ramp, segment_us=model.segment_us,
+        read_us=reads.read_us, row_us=reads.row_us + 2 * reads.state_us, alone=alone,
+        reading=min(alone, reads.read_gb_s * 1e3), bandwidth=bandwidth, costs=kernel_costs(model, shape, options),
+        shared=costs,
+    )  # fmt: skip
+    prefixes = groups.prefix_pages.astype(np.int64) * shape.page_size
+    closed_us = float(shared_us(lens.astype(np.int64), members, prefixes, layer))
+    return SharedStep(line, split, closed_us, reads.read_gb_s)
 
 
 def _merges(schedule: Schedule, shared: SharedReads, heads: int, prices: ReadPrices) -> RangeMerges:

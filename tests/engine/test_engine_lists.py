@@ -51,11 +51,11 @@ def test_lists_reach_the_kernel(gpu) -> None:
         np.testing.assert_allclose(step.out.host, want[0], atol=2e-3)
         np.testing.assert_allclose(step.lse.host, want[1], atol=1e-5)
         step.on_gpu.counts.host[:] = step.lists.counts[:] = np.minimum(1, step.lists.counts)
-    masses = gpu.array(np.full((4, 20, 4), -np.inf, np.float32))
+    masses = gpu.array(np.full((4, 2, 20, 2), -np.inf, np.float32))
     engine.run(step.q, step.k, step.v, out=step.out, lse=step.lse, page_lse=masses)
     live = LENS > 0
-    shares = np.exp(masses.host[live] - step.lse.host[live, None])
-    np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
+    shares = np.exp(masses.host[live] - step.lse.host.reshape(4, 2, 1, 2)[live])
+    np.testing.assert_allclose(shares.sum(axis=2), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["mean_std", "quest"])
@@ -130,4 +130,4 @@ def test_steps_that_serve_no_lists_say_so(gpu) -> None:
     with pytest.raises(ValueError, match="page_lse: expected float32"):
         engine = DecodeEngine(SHAPE)
         engine.plan(step.lens, step.table)
-        engine.run(step.q, step.k, step.v, page_lse=gpu.array(np.zeros((4, 20, 5), np.float32)))
+        engine.run(step.q, step.k, step.v, page_lse=gpu.array(np.zeros((4, 2, 20, 5), np.float32)))

@@ -35,7 +35,7 @@ def test_the_shipped_prices_are_within_five_percent_of_the_measured_steps():
 
 
 def test_a_fit_finds_what_steps_were_priced_with(monkeypatch):
-    true = SharedPrices(efficiency=0.11, start=12.0, read=1.5, row=0.6, state=0.2)
+    true = SharedPrices(efficiency=0.18, start=12.0, read=1.5, row=0.6, state=0.2)
     steps = [MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), 1.0)
              for cell in CELLS[:5]]
     steps = [MeasuredShared(step.name, step.shape, step.seq_lens, step.groups, us) for step, us in

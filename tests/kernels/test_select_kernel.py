@@ -96,13 +96,14 @@ class Case:
         defines = variant.selection_defines(self.shape, self.dtype, rule and rule.SUMMARY,
                                             rule.AGGREGATION if rule else "maximum")
         lists, most = len(self.lens) * self.shape.num_kv_heads, self.table.shape[1]
+        group = self.shape.group_size
         work = aligned(np.full((lists, self.shape.group_size, most), np.nan, np.float32)) if scores is None else scores
-        tickets = np.zeros(lists, np.int32)
+        tickets, sums = np.zeros(lists, np.int32), np.full((lists, -(-most // chunk_pages), group, 2), np.nan, np.float32)
         pages = np.full((len(self.lens), self.shape.num_kv_heads, room), -7, np.int32)
         counts = np.full(pages.shape[:2], -7, np.int32)
         assert variant.select_bytes(self.shape, most) <= 256 << 10
         values = self.common() | {
-            "q": address(self.q), "scores": address(work), "tickets": address(tickets), "budgets": address(budgets),
+            "q": address(self.q), "scores": address(work), "sums": address(sums), "tickets": address(tickets), "budgets": address(budgets),
             "pages": address(pages), "counts": address(counts), "max_selected": room, "score_stride": most,
             "chunk_pages": chunk_pages, "sink_pages": pins.sink_pages, "recent_pages": pins.recent_pages,
             "least_pages": budget.least_pages, "parts": budget.parts, "scale": self.shape.head_dim**-0.5}
@@ -177,7 +178,7 @@ def test_summaries_follow_growth(kind) -> None:
 
 
 def test_a_row_is_cut_for_the_gpu() -> None:
-    assert variant.chunks(2048, 512, 132) == (1, 2048)
+    assert variant.chunks(2048, 512, 132) == (3, 768)
     assert variant.chunks(8192, 8, 132) == (32, 256)
     assert variant.chunks(1, 1, 132) == (1, 128)
 

@@ -75,7 +75,7 @@ def test_shares_by_weight_add_up(weights, total, most) -> None:
 def test_tokens_become_pages() -> None:
     assert page_scores(np.arange(5.0)[None], 2).tolist() == [[1.0, 5.0, 4.0]]
     np.testing.assert_allclose(pooled(np.array([3.0, 0.0, 0.0, 3.0]), 3), [1.0, 1.0, 1.0, 1.0])
-    masses = page_masses(np.log([[0.25, 0.5], [0.75, 0.5]]), np.zeros(2), 1)
+    masses = page_masses(np.log([[[0.25, 0.5], [0.75, 0.5]]]), np.zeros(2))
     np.testing.assert_allclose(masses, [[0.375, 0.625]])
     lists = lists_of([[np.array([1, 4]), np.array([0])]], 3)
     assert lists.pages.tolist() == [[[1, 4, -1], [0, -1, -1]]] and lists.counts.tolist() == [[2, 1]]

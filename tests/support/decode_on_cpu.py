@@ -182,7 +182,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         "selected_pages": address(step.lists and step.lists.pages),
         "selected_counts": address(step.lists and step.lists.counts),
         "max_selected": step.lists.pages.shape[2] if step.lists else 0,
-        "page_lse": address(page_lse), "page_lse_tiles": 0 if page_lse is None else page_lse.shape[-2],
+        "page_lse": address(page_lse), "page_lse_tiles": 0 if page_lse is None else page_lse.shape[2],
         "k_scales": address(step.k_scales), "v_scales": address(step.v_scales), "v_scale": 1.0,
         **dict(zip(("scale_page_stride", "scale_head_stride", "scale_token_stride"), (*scale_strides, 0, 0, 0)))}
     present = fields.present(fields.DECODE, config.selected_defines(selected=step.lists is not None,

@@ -157,8 +157,8 @@ def decode(defines: dict[str, int], given: types.SimpleNamespace, *, tasks: bool
         out, lse = reference.attention(*arrays, **more)
     if defines.get("PAGE_LSE") and not defines.get("SELECTED"):
         found = reference.page_lse(*arrays[:3], *arrays[4:], tokens=16, scale=scale, options=options)
-        to = memory(given.page_lse, np.float32, (*axes[:-1], given.page_lse_tiles, q_heads))
-        to[..., : found.shape[-2], :] = found
+        to = memory(given.page_lse, np.float32, (*found.shape[:2], given.page_lse_tiles, *found.shape[3:]))
+        to[:, :, : found.shape[2]] = found
     live = np.ones(batch, bool)
     if tasks:
         live = lens == 0

@@ -181,26 +181,30 @@ class CudaPages:
             batched = self.run_bytes >= self.batched_from_bytes[to_host]
             kept: tuple[object, ...] = (self.arrays,)
             if not batched:
+                packed = np.empty(3 * len(pages), np.int32)  # one copy brings both to the GPU
+                packed[: 2 * len(pages)].view(np.int64)[:] = addresses
+                packed[2 * len(pages) :] = pages
                 with stream:
-                    kept += (cupy.asarray(addresses), cupy.asarray(pages))
+                    kept += (cupy.asarray(packed),)
             for run in range(0, self.runs_per_layer * self.num_layers, step):
                 if batched:
                     self._copy_batched(stream, addresses, pages, run, step, to_host)
                 else:
-                    self._launch(stream, kept[1], kept[2], run, step, to_host)
+                    self._launch(stream, kept[1].data.ptr, len(pages), run, step, to_host)
                 event = cupy.cuda.Event(block=True, disable_timing=True)
                 event.record(stream)
                 tickets.append(EventTicket(event, self._device, kept))
         return tickets
 
-    def _launch(self, stream: object, hosts: object, pages: object, run: int, num_runs: int, to_host: bool) -> None:
+    def _launch(self, stream: object, packed: int, blocks: int, run: int, num_runs: int, to_host: bool) -> None:
+        """packed: where the GPU has the hosts' addresses [blocks] int64 and behind them pages [blocks] int32."""
         vectors = num_runs * self.run_bytes // VECTOR_BYTES
         most = max(1, MAX_VECTORS // vectors)
         kernel, ctas = (self._scatter, self.scatter_ctas) if to_host else (self._gather, self.gather_ctas)
-        for begin in range(0, len(pages), most):
-            count = min(most, len(pages) - begin)
+        for begin in range(0, blocks, most):
+            count = min(most, blocks - begin)
             kernel(ctas, (
-                hosts.data.ptr + 8 * begin, pages.data.ptr + 4 * begin, self._bases.data.ptr, self._page_stride,
+                packed + 8 * begin, packed + 8 * blocks + 4 * begin, self._bases.data.ptr, self._page_stride,
                 self.run_bytes, count, run, num_runs,
             ), stream.ptr)  # fmt: skip
 

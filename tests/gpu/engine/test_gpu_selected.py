@@ -130,14 +130,13 @@ def test_page_lse(page_size: int, more: dict) -> None:
     assert (dense[~seen] == -np.inf).all()
 
     room, each = step.lists.pages.shape[2], page_size // 16
-    listed = torch.full((*want.shape[:-2], room * each, 8), float("-inf"), device="cuda")
+    listed = torch.full((*want.shape[:2], room * each, *want.shape[3:]), float("-inf"), device="cuda")
     step.run(selected=step.lists, page_lse=listed)
     listed = listed.cpu().numpy()
     for (row, head), count in np.ndenumerate(host.lists.counts):
-        heads = slice(head * 4, head * 4 + 4)
         for i, place in enumerate(host.lists.pages[row, head, :count]):
-            whole = want[row, ..., place * each : (place + 1) * each, heads]
-            mine = listed[row, ..., i * each : (i + 1) * each, heads][..., : whole.shape[-2], :]
+            whole = want[row, head, place * each : (place + 1) * each]
+            mine = listed[row, head, i * each : (i + 1) * each][: len(whole)]
             there = np.isfinite(whole)
             np.testing.assert_allclose(mine[there], whole[there], atol=3e-3)
 
@@ -154,7 +153,7 @@ def test_what_is_not_served_is_named() -> None:
         with pytest.raises(ValueError, match=match):
             step.run(selected=given)
     with pytest.raises(ValueError, match="page_lse: expected float32"):
-        step.run(selected=None, page_lse=torch.zeros(2, 5, 9, device="cuda"))
+        step.run(selected=None, page_lse=torch.zeros(2, 2, 9, 5, device="cuda"))
     windowed = GpuStep(SHAPE, "float16", AttentionOptions(window=50), (100, 30), 0)
     with pytest.raises(ValueError, match="window"):
         windowed.run(selected=windowed.lists)
