@@ -92,13 +92,20 @@ class ShardedDecode:
         the tokens that this rank has). block_table [batch_size, max_pages] int32 or int64, or CSR: this rank's pages of
         each row in the row's order, pkvsim.schedule.shares says which; and so on as gpu.DecodeEngine.plan.
 
-        All ranks call it together the first time. Raises ValueError naming the argument.
+        All ranks call it together the first time. Raises ValueError naming the argument, and leaves the last plan as it
+        was.
         """
         given = [self._of_ranks(name, value) for name, value in
                  (("seq_lens", seq_lens), ("block_table", block_table), ("indptr", indptr), ("indices", indices))]
-        for rank, *tables in zip(self.engines, *given):
-            with self.group.use(rank):
-                self.engines[rank].plan(StepTables(*tables), validate=validate)
+        before = [engine.planned for engine in self.engines.values()]
+        try:
+            for rank, *tables in zip(self.engines, *given):
+                with self.group.use(rank):
+                    self.engines[rank].plan(StepTables(*tables), validate=validate)
+        except BaseException:
+            for engine, planned in zip(self.engines.values(), before):
+                engine.planned = planned
+            raise
         if not self._planned:
             self.group.barrier()  # a rank's first launch waits for no other's compiler
             self._planned = True
@@ -116,11 +123,15 @@ class ShardedDecode:
         given = [self._of_ranks(name, value) for name, value in (
             ("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse), ("sinks", sinks),
             ("k_scale", k_scale), ("v_scale", v_scale))]  # fmt: skip
-        results = []
+        prepared, results = [], []
         for rank, own_q, k, v, to, lse_to, own_sinks, own_k_scale, own_v_scale in zip(self.engines, *given):
             with self.group.use(rank):
-                results.append(self.engines[rank].run(Run(own_q, k, v, to, lse_to, scale, own_sinks, None, own_k_scale,
-                                                          own_v_scale)))
+                prepared.append(self.engines[rank].prepare(Run(own_q, k, v, to, lse_to, scale, own_sinks, None,
+                                                               own_k_scale, own_v_scale)))
+        # A rank that is launched waits for the others, so nothing is between these launches that could fail or block.
+        for rank, one in zip(self.engines, prepared):
+            with self.group.use(rank):
+                results.append(self.engines[rank].launch(one))
         return results[0] if len(self.group.ranks) == 1 else results
 
     def owned(self, rank: int, batch_size: int) -> tuple[range, range]:

@@ -64,6 +64,21 @@ def test_lengths_change_between_steps() -> None:
     assert ranks.left_empty()
 
 
+@pytest.mark.parametrize("owner", ["head", "row"])
+def test_ranks_go_on_by_themselves(owner) -> None:
+    """Steps without a barrier between the ranks, which are late at random: one may be a step ahead, and every step gives
+    the same bits. By the row, rank 0 owns nothing of the one row, and only its peer's progress holds it back."""
+    ranks = ranks_of("two ranks by head", same_gpu=True)
+    ranks.owner = owner
+    if owner == "row":
+        ranks.set(make_step(ranks.step.shape, "float16", ranks.step.options, seed=1, lens=(100,)))
+    ranks.launch()
+    want = [rank.out.tobytes() + rank.lse.tobytes() for rank in ranks.ranks]
+    found = ranks.launch_apart(12, seed=5, delay_s=0.02)
+    assert found == [{one} for one in want] and ranks.left_empty()
+    assert all(rank.failure[0] == EMPTY_WORD for rank in ranks.ranks)
+
+
 def test_ranks_of_one_gpu_let_the_next_launch_begin_when_all_are_there() -> None:
     """A CTA is counted once a step with every rank; with a GPU for itself, a rank's launch says so at its beginning."""
     ranks = ranks_of("two ranks by head", same_gpu=True)

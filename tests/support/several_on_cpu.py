@@ -6,6 +6,7 @@ import functools
 import shutil
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,38 @@ class Ranks:
         for thread in threads:
             thread.join()
         assert not complaints, complaints
+
+    def launch_apart(self, steps: int, *, seed: int = 1, delay_s: float = 0.0) -> list[set[bytes]]:
+        """So many launches of every rank, each rank's one after the other and delayed at random by up to delay_s, no rank
+        waiting for another but in the kernel. Returns what each rank's launches gave, in bytes."""
+        self.clear()
+        complaints: list[bytes] = []
+        found: list[set[bytes]] = [set() for _ in self.ranks]
+        threads = []
+        for r, rank in enumerate(self.ranks):
+            random = np.random.default_rng(seed + r)
+
+            def ended(r=r, rank=rank, random=random) -> None:  # all CTAs of the rank's launch
+                found[r].add(rank.out.tobytes() + rank.lse.tobytes())
+                rank.out.fill(np.nan), rank.lse.fill(np.nan)
+                time.sleep(random.uniform(0, delay_s) if random.random() < 0.5 else 0.0)
+
+            barrier = threading.Barrier(self.ctas, action=ended)
+
+            def run(cta: int, r=r, barrier=barrier) -> None:
+                for step in range(steps):
+                    self._run(instance(self.config, r * self.ctas + cta), r, cta, seed + 1000 * step, complaints)
+                    barrier.wait(timeout=120)
+
+            threads += [threading.Thread(target=run, args=(cta,)) for cta in range(self.ctas)]
+        for number in range(len(self.ranks) * self.ctas):
+            instance(self.config, number)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not complaints, complaints
+        return found
 
     def _run(self, library, r: int, cta: int, seed: int, complaints: list) -> None:
         given, of_rank = self.arguments(r)
