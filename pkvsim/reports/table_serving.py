@@ -35,7 +35,7 @@ def print_whatif(report: WhatIf) -> None:
 
 def basis_rows(basis: Iterable[Basis]) -> list[tuple[str, ...]]:
     """(quantity, basis, share of the busy time, error or band) of each."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in basis:
         error = "" if row.error_percent is None else f"{row.error_percent:.1f} %"
         if row.error_percent is None and row.band_percent is not None:
