@@ -23,12 +23,13 @@ TILES = (16.0, 64.0, 128.0)
 # PyTorch's small kernels of a layer, none of them fused: two norms, two sums, silu and its product, and eight of rope
 # (four products, two sums, their concatenation and a copy of the queries).
 SMALL_KERNELS = 14
-# What they read and write, in hidden vectors of a token: norms 2 x 2, sums 2 x 3, the activation 5 MLP widths of 3.5, and
-# rope over 1.25 of query and key heads: 5 in its products, 3.75 in its sums, 2.5 in the concatenation, 2 in the copy.
+# What they read and write, in hidden vectors of a token: norms 2 x 2, sums 2 x 3, the activation 5 MLP widths of 3.5;
+# rope, over query and key heads of 1.25: 5 in its products, 3.75 in its sums, 2.5 in the concatenation, and 2 in the
+# copy.
 ELEMENTWISE_PASSES = 40.75
 EAGER_LAUNCHES = SMALL_KERNELS + 6  # of a layer: four products, attention and append beside them
-# Calls of a layer that keep the GPU busy before the median of three replays of four layers is taken: two of a first use,
-# two whole replays, and half of the three.
+# Calls of a layer that keep the GPU busy before the median of three replays of four layers is taken: two of a first
+# use, two whole replays, and half of the three.
 CALLS_BEFORE = 2 + 2 * 4 + 1.5 * 4
 LEAST_MATRICES = 8
 ATTENTION_HEADS, ATTENTION_DIM = 32, 128  # of gpu.calibrate.outside_kernels
