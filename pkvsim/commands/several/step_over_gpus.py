@@ -19,7 +19,7 @@ def step_over_gpus(
 ) -> None:  # fmt: skip
     """Explains a step whose rows' pages `ranks` GPUs hold together. ValueError naming the option."""
     from pkvsim.devices.device import get_device
-    from pkvsim.studies.kv_parallel import ROUTE, explain_kv_parallel
+    from pkvsim.studies.several.kv_parallel import ROUTE, explain_kv_parallel
 
     if names not in (None, [ROUTE]):
         raise ValueError(f"routes: expected {ROUTE} alone with kv_parallel, got {', '.join(names)}")
