@@ -21,7 +21,7 @@ from pkvsim.serving.simulate import simulate
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.provenance import basis_note
-from pkvsim.studies.tier_axes import TIER_AXES, tiers_at
+from pkvsim.studies.tiers.axes import TIER_AXES, tiers_at
 from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.studies.workers import Failed, Progress, Workers, each_result
 from pkvsim.traces.requests import RequestTrace, scale_rate

@@ -15,7 +15,7 @@ from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
-from pkvsim.studies.tier_notes import tier_notes
+from pkvsim.studies.tiers.notes import tier_notes
 from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pkvsim.memory.tier_presets import find_tiers
 from pkvsim.models.presets import get_model, kv_bytes_per_token
-from pkvsim.studies.decode_on_tiers import decode_on_tiers
+from pkvsim.studies.tiers.decode_on_tiers import decode_on_tiers
 
 MODEL = get_model("llama-3.1-8b")
 DISKS = find_tiers(["a:1TiB:6", "b:1TiB:2"], {})
