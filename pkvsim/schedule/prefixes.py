@@ -23,6 +23,7 @@ import numpy as np
 
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.groups import PrefixGroups
+from pkvsim.schedule.prefix_trees import group_sorted
 from pkvsim.shapes import DecodeShape, StepState, check_int
 
 STATE_ELEMENT_BYTES = 4  # float32: acc, m and l of each column
@@ -87,35 +88,15 @@ def find_prefixes(
     names = [table[row, :count].astype(">u4").tobytes() for row, count in enumerate(pages)]
     order = np.array(sorted(range(step.batch_size), key=names.__getitem__), np.int64)
     common = np.array([_common(names[a], names[b]) for a, b in zip(order[:-1], order[1:])], np.int64)  # of neighbours
-    found = []  # (rows, pages)
-    for begin, end in _runs(common >= 1):
-        found += _groups_of_tree(order[begin:end], common[begin : end - 1], page_size, rule)
-    found.sort(key=lambda group: group[0].min())
-    group_of_row = np.full(step.batch_size, -1, np.int32)
-    for index, (rows, _) in enumerate(found):
-        group_of_row[rows] = index
-    return PrefixGroups(group_of_row, np.array([count for _, count in found], np.int32))
-
-
-def _groups_of_tree(
-    rows: np.ndarray, common: np.ndarray, page_size: int, rule: SharingRule
-) -> list[tuple[np.ndarray, int]]:
-    """Steps 2 to 4, of rows [n] in the order of their strings and the pages [n - 1] that neighbours have in common."""
-    if len(rows) < 2:
-        return []
-    depths = np.sort(common)
-    saved = depths * (len(depths) - np.searchsorted(depths, depths))  # rows - components is the edges that are left
-    depth = depths[len(saved) - 1 - np.argmax(saved[::-1])]
-    groups, left = [], []
-    for begin, end in _runs(common >= depth):
-        least = int(common[begin : end - 1].min(initial=np.iinfo(np.int64).max))
-        if end - begin >= 2 and rule.pays(end - begin, least * page_size):
-            groups.append((rows[begin:end], least))
-        else:
-            left += rows[begin:end].tolist()
-    if rule.pays(len(left), int(common.min()) * page_size):
-        groups.append((np.array(left), int(common.min())))
-    return groups
+    grouped, prefix_of = np.empty((2, step.batch_size), np.int64)
+    num_groups = group_sorted(common, page_size, rule.tokens_per_member, rule.least_tokens, grouped, prefix_of)
+    found = np.full(step.batch_size, -1, np.int64)
+    found[order] = grouped
+    firsts = [int(np.argmax(found == group)) for group in range(num_groups)]
+    by_first = np.argsort(firsts, kind="stable")
+    number = np.full(num_groups + 1, -1, np.int32)  # the last is that of rows in no group
+    number[by_first] = np.arange(num_groups)
+    return PrefixGroups(number[found], prefix_of[by_first].astype(np.int32))
 
 
 def _common(a: bytes, b: bytes) -> int:
@@ -123,9 +104,3 @@ def _common(a: bytes, b: bytes) -> int:
     count = min(len(a), len(b)) // 4
     differs = np.frombuffer(a, np.uint32, count) != np.frombuffer(b, np.uint32, count)
     return int(differs.argmax()) if differs.any() else count
-
-
-def _runs(joined: np.ndarray) -> list[tuple[int, int]]:
-    """[begin, end) of the runs of n things, of whose neighbours joined [n - 1] says which belong together."""
-    edges = np.flatnonzero(~joined) + 1
-    return list(zip([0, *edges.tolist()], [*edges.tolist(), len(joined) + 1]))
