@@ -9,12 +9,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import inner
-from pkvsim.pricing.constants import compiled
-from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, BalancedCosts, SharedCosts
+from pkvsim.compiled import compiled, drop_stale, inner
+from pkvsim.pricing.constants import (
+    FIXED,
+    QUERY_ELEMENT_BYTES,
+    SEGMENT,
+    TILE,
+    balanced_costs,
+    cta_slots,
+    query_us,
+    read_speeds,
+)
+from pkvsim.pricing.layer import Heads
+from pkvsim.pricing.shared import ReadPrices
+from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, BalancedCosts, SharedCosts, paired, segment_of
 from pkvsim.schedule.make import balanced_ranges
 
 _ranges = inner(balanced_ranges)
+_paired = inner(paired)
+_segment_of = inner(segment_of)
 
 
 class SharedLayer(NamedTuple):
@@ -106,3 +119,69 @@ def shared_us(
         busy = max(busy, share * own_us)
         merging = max(1.0, share * merged) * layer.row_us if merged > 0 else 0.0
     return layer.start_us + busy + merging
+
+
+class ReadTokens(NamedTuple):
+    """Tokens of one KV head in a step with reads."""
+
+    all: int  # that the step reads, what each read of a group reads again included
+    reads: int  # of those, by reads
+    apart: int  # that the members of the reads would read of the same pages were each to read for itself
+
+
+@compiled
+def read_tokens(
+    tokens: int,  # of all rows
+    members: np.ndarray,  # [num_groups] int64, rows that read together; less than 2: none do
+    prefix_tokens: np.ndarray,  # [num_groups] int64
+    most: int,  # members of a read
+    tile: int,
+) -> ReadTokens:
+    """What a step reads."""
+    reads, apart = np.int64(0), np.int64(0)
+    for group in range(len(prefix_tokens)):
+        if members[group] >= 2:
+            whole = prefix_tokens[group] // tile * tile
+            reads += -(-members[group] // most) * whole
+            apart += members[group] * whole
+    return ReadTokens(tokens - apart + reads, reads, apart)
+
+
+@compiled
+def shared_layer(
+    rows: int,
+    tokens: int,  # of each KV head that the step reads, as ReadTokens.all
+    heads: Heads,
+    constants: np.ndarray,  # [NUM_CONSTANTS] float64, of the balanced route
+    reads: ReadPrices,
+    shared: SharedCosts,
+) -> SharedLayer:
+    """One layer of a step that reads so much."""
+    token_bytes = (heads.head_dim + heads.v_head_dim) * heads.kv_element_bytes
+    kv_bytes = tokens * heads.num_kv_heads * token_bytes
+    alone, bandwidth = read_speeds(constants, kv_bytes, heads.columns, heads.kv_element_bytes, heads.num_sms)
+    queries = query_us(
+        constants, rows * heads.num_kv_heads * heads.columns, 0.5 * (heads.head_dim + heads.v_head_dim),
+        QUERY_ELEMENT_BYTES,
+    )  # fmt: skip
+    costs = balanced_costs(constants)
+    pair = _paired(costs.pair, heads.columns, heads.v_head_dim, heads.kv_element_bytes, heads.page_size)
+    return SharedLayer(
+        heads.num_kv_heads,
+        heads.columns,
+        cta_slots(constants, heads.num_sms),
+        int(constants[TILE]),
+        token_bytes,
+        constants[FIXED] + reads.start_us + queries,
+        constants[SEGMENT],
+        reads.read_us,
+        reads.row_us + 2 * reads.state_us,
+        alone,
+        min(alone, reads.read_gb_s * 1e3),
+        bandwidth,
+        BalancedCosts(_segment_of(costs.segment, heads.columns), costs.minimum, costs.part, pair),
+        shared,
+    )
+
+
+drop_stale("pkvsim")

@@ -13,8 +13,9 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import RouteModel
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import cta_slots, read_speeds
+from pkvsim.pricing.layer import heads_of
 from pkvsim.pricing.shared import PRICES, ReadPrices, SharedPrices, read_prices
-from pkvsim.pricing.shared_us import SharedLayer, shared_us
+from pkvsim.pricing.shared_us import shared_layer, shared_us
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts, columns_for
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import Schedule, make_schedule
@@ -107,13 +108,8 @@ def simulate_shared(
     members = groups.members(
         lens, page_size=shape.page_size, tile_tokens=schedule.tile_tokens, query_tokens=options.query_tokens
     )
-    layer = SharedLayer(
-        num_kv_heads=shape.num_kv_heads, columns=columns, slots=line.num_slots, tile=schedule.tile_tokens,
-        token_bytes=float(options.kv_token_bytes(shape)), start_us=ramp, segment_us=model.segment_us,
-        read_us=reads.read_us, row_us=reads.row_us + 2 * reads.state_us, alone=alone,
-        reading=min(alone, reads.read_gb_s * 1e3), bandwidth=bandwidth, costs=kernel_costs(model, shape, options),
-        shared=costs,
-    )  # fmt: skip
+    rows, read = int(np.count_nonzero(lens)), int(tokens.sum()) // shape.num_kv_heads
+    layer = shared_layer(rows, read, heads_of(shape, device.num_sms, options), constants, reads, costs)
     prefixes = groups.prefix_pages.astype(np.int64) * shape.page_size
     closed_us = float(shared_us(lens.astype(np.int64), members, prefixes, layer))
     return SharedStep(line, split, closed_us, reads.read_gb_s)
