@@ -12,10 +12,19 @@ import numpy as np
 
 from pkvsim.compiled import inner, merged
 from pkvsim.outside.pairs import entries_read
-from pkvsim.policy.choose import PAPER, Routing, price, take
+from pkvsim.policy.choose import PAPER, Routing, cheapest, price, take
 from pkvsim.pricing.kv_parallel import first_ranks
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
+from pkvsim.serving.shared_reads import (
+    APART_BYTES,
+    BALANCED_ROUTE,
+    NUM_GROUPS,
+    READ_BYTES,
+    SAVED_US,
+    SHARED_STEPS,
+    share_reads,
+)
 from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 
@@ -29,12 +38,14 @@ def fill_lens(state, log, rows):
 @merged
 def decode_us(attention, log, rows):
     """(route of the last kind of layers or -1, us of the decode attention of all layers that have routes, us had every
-    choice been the cheapest) for the first `rows` of log.lens."""
+    choice been the cheapest) for the first `rows` of log.lens, where log.grouping says which rows may read together."""
     route, splits = np.int64(-1), np.int64(0)  # bare numbers would compile what they are handed to twice
     us, best_us = 0.0, 0.0
     if rows == 0 or len(attention.layers) == 0:
         return route, us, best_us
-    lens = log.lens[:rows]
+    lens, totals = log.lens[:rows], log.grouping.totals
+    together = attention.sharing.any and log.grouping.counts[NUM_GROUPS] > 0
+    shared_bytes = 0.0
     for kind in range(len(attention.layers)):
         lens = log.lens[:rows]
         if not attention.whole[kind]:
@@ -43,20 +54,36 @@ def decode_us(attention, log, rows):
             lens = first_ranks(lens, np.int64(attention.heads[kind, 5]), attention.ranks, log.kernel_lens[:rows])
         routing = _routing(attention, kind, attention.pinned)
         price(lens, attention.layers[kind], routing, log.prices)
+        read_bytes, apart_bytes, apart_us = 0.0, 0.0, 0.0
+        if together and attention.sharing.kinds[kind]:
+            apart_us = _us(log.prices, cheapest(routing.allowed, log.prices))
+            read_bytes, apart_bytes = share_reads(
+                lens, kind, attention.layers[kind], routing.heads, routing.candidates.constants[BALANCED_ROUTE],
+                attention.sharing, log.grouping, log.prices,
+            )  # fmt: skip
+        shared_best_us = _us(log.prices, BALANCED_ROUTE)
         kind_best_us = _cheapest_us(log.prices)
         route = take(lens, attention.layers[kind], routing, log.prices)
-        us += log.prices.gpu_us[route] + log.prices.host_us[route]
+        us += _us(log.prices, route)
+        if read_bytes > 0 and route == BALANCED_ROUTE:
+            shared_bytes += read_bytes
+            totals[APART_BYTES] += apart_bytes
+            totals[SAVED_US] += apart_us - _us(log.prices, route)
         splits = attention.pinned[route]
         if attention.rule == PAPER and route != attention.paper_routes[kind, 0]:
             splits = log.prices.splits[route]
         if attention.any_pinned:
             price(lens, attention.layers[kind], _routing(attention, kind, attention.unpinned), log.prices)
-            kind_best_us = _cheapest_us(log.prices)
+            kind_best_us = min(shared_best_us, _cheapest_us(log.prices))
         best_us += kind_best_us
     if attention.ranks > 1:
         us += attention.exchange_us[rows]
         best_us += attention.exchange_us[rows]
-    _sample(log, lens, route, splits)
+    if shared_bytes > 0:
+        totals[SHARED_STEPS] += 1
+        totals[READ_BYTES] += shared_bytes
+    else:  # the sample is simulated with every row reading for itself
+        _sample(log, lens, route, splits)
     return route, us, best_us
 
 
@@ -91,11 +118,17 @@ def _routing(attention, kind, pinned):
 
 
 @inner
+def _us(prices, route):
+    """The step's time by the wall clock on a route."""
+    return prices.gpu_us[route] + prices.host_us[route]
+
+
+@inner
 def _cheapest_us(prices):
     """The least price of any candidate, allowed or not."""
     best = math.inf
     for route in range(len(prices.gpu_us)):
-        best = min(best, prices.gpu_us[route] + prices.host_us[route])
+        best = min(best, _us(prices, route))
     return best
 
 

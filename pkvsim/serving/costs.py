@@ -28,6 +28,7 @@ from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.pricing.kv_parallel import POLICY, check_kv_parallel, exchange_table
 from pkvsim.pricing.layer import Heads
 from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.shared_reads import make_sharing
 from pkvsim.serving.state import Attention
 from pkvsim.shapes import DecodeShape
 
@@ -222,4 +223,5 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
         paper_routes=np.array([routing.paper_routes for routing in routings], np.int64).reshape(kinds, 3),
         ranks=config.kv_parallel,
         exchange_us=exchange_table(groups, device, ranks=config.kv_parallel, max_batch=config.max_batch),
+        sharing=make_sharing(groups, models.get("balanced"), device, share=config.shares_reads),
     )

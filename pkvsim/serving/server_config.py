@@ -32,6 +32,7 @@ class ServingConfig:
     kv_dtype: str | None = None  # of the cache, one of pkvsim.kv_types.KV_DTYPES; None: 16 bits
     graphs: bool | None = None  # decode in captured graphs, for which no layer waits for the host; None: as the engine
     prefix_cache: str = "none"  # one of prefix_cache.KINDS
+    shared_reads: bool = True  # rows that hit the same blocks read them once, where the engine can: shares_reads
     order: str = "fcfs"  # who runs first, one of orders.ORDERS
     kv_ttl_s: float = 10.0  # continuum: how long a request's KV is kept for the one that follows it
     replicas: int = 1  # equal servers behind a router
@@ -78,6 +79,11 @@ class ServingConfig:
         if self.keep_free_fraction is not None:
             profile = replace(profile, keep_free_fraction=self.keep_free_fraction)
         return profile
+
+    @property
+    def shares_reads(self) -> bool:
+        """Whether rows may read together: of one copy of their blocks, on one GPU, by our own kernels."""
+        return self.shared_reads and self.prefix_cache != "none" and self.engine == "pkv" and self.kv_parallel == 1
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, what the engine decides included."""

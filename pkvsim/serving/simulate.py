@@ -124,6 +124,7 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
         think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
         concurrency=trace.concurrency or 0,
         rank=ranks(trace, config.order),
+        block_tokens=0 if config.prefix_cache == "none" else int(trace.block_tokens),
         queue_us=config.profile.queue_ms * 1e3,
         output_us=config.profile.output_ms * 1e3,
     )

@@ -14,6 +14,7 @@ from pkvsim.outside.step_costs import PARTS
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.serving.orders import FCFS, KVSHARE
+from pkvsim.serving.shared_reads import Grouping, Sharing, new_grouping
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 # Where a request that is served stands. LEAVING: its last token is being computed, and it holds its pages until then.
@@ -65,6 +66,7 @@ class Requests(NamedTuple):
     think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
     concurrency: int  # most requests that are sent and not ended, 0 for no limit
     rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
+    block_tokens: int = 0  # of the blocks, but for what is left in a prompt's last
     queue_us: float = 0.0  # between a request's submission and the scheduler's queue
     output_us: float = 0.0  # between a step's end and its tokens at the client
 
@@ -156,6 +158,7 @@ class Attention(NamedTuple):
     paper_routes: np.ndarray  # [K, 3] int64
     ranks: int  # GPUs that hold every row's KV together
     exchange_us: np.ndarray  # [rows + 1] float64, what they send each other in a step of so many rows
+    sharing: Sharing
 
 
 class RunLog(NamedTuple):
@@ -175,6 +178,7 @@ class RunLog(NamedTuple):
     gaps: np.ndarray  # [GAP_BINS] int64, times between tokens: bin i from exp(i / GAPS_PER_E) us on
     sample_lens: np.ndarray  # [SAMPLES, max_batch] int64, lengths of a decode step, longest first
     sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
+    grouping: Grouping
 
 
 def new_clients(requests: Requests) -> Clients:
@@ -257,4 +261,5 @@ def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
         gaps=np.zeros(GAP_BINS, np.int64),
         sample_lens=np.zeros((SAMPLES, most), np.int64),
         sample_choice=np.zeros((SAMPLES, 3), np.int64),
+        grouping=new_grouping(most),
     )
