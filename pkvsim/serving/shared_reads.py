@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, inner
+from pkvsim.compiled import compiled, inner, merged
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
+from pkvsim.memory.prefix_cache import PromptBlocks
 from pkvsim.models.decode_groups import DecodeGroup
 from pkvsim.policy.choose import Prices
 from pkvsim.pricing.constants import TILE
@@ -30,6 +31,7 @@ _columns_for = inner(columns_for)
 BALANCED_ROUTE = ROUTES.index("balanced")
 HEAD_DIMS = 64, 256  # least and most of the kernels that read for several rows
 READ_COLUMNS = (SHARED_COLUMNS // 2, SHARED_COLUMNS)  # of the reads that columns_for chooses among
+ROW_BITS = 17  # of a key that sorts rows, of which there are at most 2^16
 NUM_ROWS, NUM_GROUPS = range(2)  # of Grouping.counts
 SHARED_STEPS, READ_BYTES, APART_BYTES, SAVED_US = range(4)  # of Grouping.totals
 
@@ -50,7 +52,7 @@ class Grouping(NamedTuple):
 
     counts: np.ndarray  # [2] int64
     requests: np.ndarray  # [max_batch] int64, the rows that were grouped
-    order: np.ndarray  # [max_batch] int64, scratch: places in `requests`, by blocks
+    order: np.ndarray  # [max_batch] int64, scratch: rows by their blocks
     common: np.ndarray  # [max_batch] int64, scratch: blocks that neighbours of that order have in common
     sorted_groups: np.ndarray  # [max_batch] int64, scratch
     group_of_row: np.ndarray  # [max_batch] int64, of each row the group or -1
@@ -103,45 +105,70 @@ def reads_together(group: DecodeGroup) -> bool:
     )  # fmt: skip
 
 
-@compiled
-def group_rows(decoding, offsets, ids, tokens, block_tokens, tokens_per_member, least_tokens, grouping):
-    """Groups the rows decoding [rows] int64, unless they are those that were grouped last.
+def block_places(blocks: PromptBlocks, prompt_tokens: np.ndarray, block_tokens: int) -> np.ndarray:
+    """Of each prompt its place among all when they are sorted by their whole blocks, and where these begin and end in
+    blocks.ids, int64 [n, 3].
 
-    offsets, ids, tokens: as pkvsim.memory.prefix_cache.PromptBlocks has them. Only blocks of block_tokens tokens are
-    read together: what a prompt's last block holds may end within a page.
+    Only blocks of block_tokens tokens are read together: what a prompt's last block holds may end within a page.
     """
-    rows, counts = len(decoding), grouping.counts
-    if counts[NUM_ROWS] == rows:
-        same = True
-        for row in range(rows):
-            same &= grouping.requests[row] == decoding[row]
-        if same:
-            return
+    begins = blocks.offsets[:-1]
+    ends = np.minimum(begins + prompt_tokens // block_tokens, blocks.offsets[1:])
+    names = [blocks.ids[begin:end].astype(">u4").tobytes() for begin, end in zip(begins, ends)]
+    ranks = np.empty(len(names), np.int64)
+    ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return np.stack((ranks, begins, ends), axis=1)
+
+
+@merged
+def are_grouped(decoding: np.ndarray, grouping: Grouping) -> bool:
+    """Whether the groups are those of these rows, decoding [rows] int64."""
+    same = grouping.counts[NUM_ROWS] == len(decoding)
+    at = 0
+    while same and at < len(decoding):
+        same = grouping.requests[at] == decoding[at]
+        at += 1
+    return same
+
+
+@compiled
+def group_rows(
+    decoding: np.ndarray,  # [rows] int64, requests
+    places: np.ndarray,  # [n, 3] int64, as block_places gives them: a line of the CPU's cache for each row
+    ids: np.ndarray,  # of pkvsim.memory.prefix_cache.PromptBlocks
+    block_tokens: int,
+    tokens_per_member: int,  # of SharingRule
+    least_tokens: int,
+    grouping: Grouping,
+) -> None:
+    """Groups the rows that decode."""
+    rows, counts, requests = len(decoding), grouping.counts, grouping.requests
     counts[NUM_ROWS] = rows
-    order, common = grouping.order[:rows], grouping.common[: max(0, rows - 1)]
+    requests[:rows] = decoding
+    order = grouping.order[:rows]
     for row in range(rows):
-        grouping.requests[row] = decoding[row]
-        order[row] = row
+        order[row] = places[decoding[row], 0] << ROW_BITS | row
     gap = rows // 2
-    while gap > 0:  # Shell's sort, as pkvsim.serving.attention says
+    while gap > 0:  # Shell's sort, for the reason that pkvsim.serving.attention gives
         for at in range(gap, rows):
-            row, place = order[at], at
-            while place >= gap:
-                other = order[place - gap]
-                depth = _common_blocks(offsets, ids, tokens, block_tokens, decoding[other], decoding[row])
-                if not _goes_before(offsets, ids, tokens, block_tokens, decoding[row], decoding[other], depth):
-                    break
-                order[place] = other
-                place -= gap
-            order[place] = row
+            key = order[at]
+            while at >= gap and order[at - gap] > key:
+                order[at] = order[at - gap]
+                at -= gap
+            order[at] = key
         gap //= 2
+    for row in range(rows):
+        order[row] &= (1 << ROW_BITS) - 1
     for at in range(rows - 1):
-        common[at] = _common_blocks(
-            offsets, ids, tokens, block_tokens, decoding[order[at]], decoding[order[at + 1]]
-        )  # fmt: skip
+        one, other = requests[order[at]], requests[order[at + 1]]
+        a, b, depth = places[one, 1], places[other, 1], 0
+        most = min(places[one, 2] - a, places[other, 2] - b)
+        while depth < most and ids[a + depth] == ids[b + depth]:
+            depth += 1
+        grouping.common[at] = depth
     counts[NUM_GROUPS] = group_sorted(
-        common, block_tokens, tokens_per_member, least_tokens, grouping.sorted_groups[:rows], grouping.prefix_tokens
-    )
+        grouping.common[: max(0, rows - 1)], block_tokens, tokens_per_member, least_tokens,
+        grouping.sorted_groups[:rows], grouping.prefix_tokens,
+    )  # fmt: skip
     for group in range(counts[NUM_GROUPS]):
         grouping.prefix_tokens[group] *= block_tokens
         grouping.members[group] = 0
@@ -152,34 +179,7 @@ def group_rows(decoding, offsets, ids, tokens, block_tokens, tokens_per_member, 
             grouping.members[group] += 1
 
 
-@inner
-def _whole_blocks(offsets, ids, tokens, block_tokens, request):
-    """Whole blocks of a prompt: all, or all but the last."""
-    begin, end = offsets[request], offsets[request + 1]
-    return end - begin - (end > begin and tokens[ids[end - 1]] < block_tokens)
-
-
-@inner
-def _common_blocks(offsets, ids, tokens, block_tokens, one, other):
-    """Whole leading blocks that two prompts have in common."""
-    a, b, depth = offsets[one], offsets[other], 0
-    most = min(offsets[one + 1] - a, offsets[other + 1] - b)
-    while depth < most and ids[a + depth] == ids[b + depth] and tokens[ids[a + depth]] == block_tokens:
-        depth += 1
-    return depth
-
-
-@inner
-def _goes_before(offsets, ids, tokens, block_tokens, one, other, depth):
-    """Whether a prompt's whole blocks sort before another's, with which it has `depth` in common."""
-    if depth == _whole_blocks(offsets, ids, tokens, block_tokens, other):
-        return False
-    if depth == _whole_blocks(offsets, ids, tokens, block_tokens, one):
-        return True
-    return ids[offsets[one] + depth] < ids[offsets[other] + depth]
-
-
-@compiled
+@merged
 def share_reads(
     lens: np.ndarray,  # [rows] int64, of the rows that were grouped, longest first
     kind: int,
@@ -196,17 +196,21 @@ def share_reads(
     costs = SharedCosts(_columns_for(rows * heads.columns), own[1], own[2], own[3], own[4])
     of = sharing.prices[kind, 0 if costs.columns == READ_COLUMNS[0] else 1]
     members, prefixes = grouping.members[:groups], grouping.prefix_tokens[:groups]
-    tokens, distinct = np.int64(0), 0
-    for row in range(rows):
-        tokens += lens[row]
-        distinct += row == 0 or lens[row] != lens[row - 1]
-    most = costs.columns // heads.columns
-    read = read_tokens(tokens, members, prefixes, most, int(constants[TILE]))
+    read = read_tokens(lens.sum(), members, prefixes, costs.columns // heads.columns, int(constants[TILE]))
     layer = shared_layer(rows, read.all, heads, constants, ReadPrices(of[0], of[1], of[2], of[3], of[4]), costs)
-    us = shared_us(lens, grouping.group_of_row[:rows], prefixes, layer)
-    if not us < prices.layer_us[BALANCED_ROUTE]:  # as where nothing is read together: NaN
-        return 0.0, 0.0
-    prices.layer_us[BALANCED_ROUTE] = us
-    prices.gpu_us[BALANCED_ROUTE], prices.host_us[BALANCED_ROUTE] = step_time(constants, rows, distinct, layers, us)
-    layer_bytes = layers * heads.num_kv_heads * layer.token_bytes
-    return read.reads * layer_bytes, read.apart * layer_bytes
+    token_bytes = heads.num_kv_heads * layer.token_bytes
+    # Less than that it cannot be: most steps of little in common end here, for a tenth of the time.
+    least_us = layer.start_us + read.all * token_bytes / layer.bandwidth + layer.row_us
+    shared = 0.0
+    if least_us < prices.layer_us[BALANCED_ROUTE]:
+        us = shared_us(lens, grouping.group_of_row[:rows], prefixes, layer)
+        if us < prices.layer_us[BALANCED_ROUTE]:  # not where nothing is read together: NaN
+            shared = layers * token_bytes
+            distinct = 0
+            for row in range(rows):
+                distinct += row == 0 or lens[row] != lens[row - 1]
+            prices.layer_us[BALANCED_ROUTE] = us
+            prices.gpu_us[BALANCED_ROUTE], prices.host_us[BALANCED_ROUTE] = step_time(
+                constants, rows, distinct, layers, us
+            )
+    return shared * read.reads, shared * read.apart

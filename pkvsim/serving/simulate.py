@@ -25,6 +25,7 @@ from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.replicas import serve_replicas
 from pkvsim.serving.result import ServingResult, make_result, with_tiers
 from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.shared_reads import block_places
 from pkvsim.serving.state import (
     SERVED,
     TOO_LONG_FOR_MODEL,
@@ -113,7 +114,7 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
             f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
         )
     blocks = _blocks(trace, config, rejected == SERVED)
-    return Requests(
+    requests = Requests(
         arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
         prompt=trace.prompt_tokens,
         output=trace.output_tokens,
@@ -124,10 +125,15 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
         think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
         concurrency=trace.concurrency or 0,
         rank=ranks(trace, config.order),
-        block_tokens=0 if config.prefix_cache == "none" else int(trace.block_tokens),
         queue_us=config.profile.queue_ms * 1e3,
         output_us=config.profile.output_ms * 1e3,
     )
+    if config.shares_reads:
+        requests = requests._replace(
+            block_tokens=int(trace.block_tokens),
+            block_places=block_places(blocks, trace.prompt_tokens, trace.block_tokens),
+        )
+    return requests
 
 
 def _blocks(trace: RequestTrace, config: ServingConfig, served: np.ndarray) -> PromptBlocks:

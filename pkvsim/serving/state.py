@@ -66,9 +66,12 @@ class Requests(NamedTuple):
     think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
     concurrency: int  # most requests that are sent and not ended, 0 for no limit
     rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
-    block_tokens: int = 0  # of the blocks, but for what is left in a prompt's last
     queue_us: float = 0.0  # between a request's submission and the scheduler's queue
     output_us: float = 0.0  # between a step's end and its tokens at the client
+    # Where rows read blocks together: tokens of a block, but for what is left in a prompt's last; and
+    # pkvsim.serving.shared_reads.block_places.
+    block_tokens: int = 0
+    block_places: np.ndarray = np.zeros((0, 3), np.int64)  # [n, 3]
 
 
 class Limits(NamedTuple):
