@@ -63,6 +63,8 @@ def whatif(
           --model qwen3-30b-a3b --rate-scale 4
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --json
+      pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
+          --prefix-cache lru --policies balanced --no-shared-reads
       pkvsim whatif --input-tokens 1024 --output-tokens 128 --rate 4 \\
           --device h200 --model llama-3.1-8b
       pkvsim whatif --input-tokens 200 --output-tokens 300 --turns 1-8 \\

@@ -79,6 +79,16 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
+def _shared(summary: dict[str, Any]) -> dict[str, Any]:
+    """What shared reads gave; empty where there were none."""
+    shared = summary.get("shared_reads") or {}
+    return shared if shared.get("steps") else {}
+
+
+def _terabytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e12:,.3g} TB"
+
+
 def _routes(summary: dict[str, Any]) -> str:
     total = sum(summary["routes"].values())
     parts = sorted(summary["routes"].items(), key=lambda item: -item[1])
@@ -103,6 +113,10 @@ ROWS = (
     ("running requests", lambda s: _number(s["mean_rows"])),
     ("KV pages in use", lambda s: percent(s["kv_occupancy"])),
     ("prefix blocks hit", lambda s: percent(s["prefix_hit_share"])),
+    ("steps with shared reads", lambda s: percent(_shared(s).get("step_share"))),
+    ("  read by them", lambda s: _terabytes(_shared(s).get("read_bytes"))),
+    ("  of pages read apart", lambda s: _terabytes(_shared(s).get("apart_bytes"))),
+    ("  attention time saved", lambda s: percent(_shared(s).get("saved_share"))),
     ("preemptions", lambda s: f"{s['preemptions']:,}"),
     ("rejected", lambda s: f"{s['rejected_too_long_for_pool'] + s['rejected_too_long_for_model']:,}"),
     ("saturated", lambda s: "yes" if s["saturated"] else "no"),

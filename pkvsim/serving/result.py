@@ -11,6 +11,7 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.memory.tier_options import TierSetup
 from pkvsim.outside.step_costs import PARTS
+from pkvsim.serving.shared_reads import sharing_summary
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,
@@ -147,6 +148,8 @@ def make_result(
     decode_steps = int(np.sum([log.counts[DECODE_STEPS] for log in logs]))
     part_us = dict(zip(PARTS, np.sum([log.part_totals for log in logs], axis=0).tolist()))
     summary = summarise(requests, steps, totals, part_us, routes, limits, work, gaps, len(logs), decode_steps)
+    groupings = [log.grouping for log in logs]
+    summary["shared_reads"] = sharing_summary(groupings, totals["attention_us"], decode_steps)
     summary["replicas"] = [
         _replica(requests, owner == at, part, limits, summary["makespan_s"]) for at, part in enumerate(parts)
     ]

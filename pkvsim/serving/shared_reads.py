@@ -7,7 +7,7 @@ kind of layers reads together only where that is cheaper than every row reading 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -214,3 +214,16 @@ def share_reads(
                 constants, rows, distinct, layers, us
             )
     return shared * read.reads, shared * read.apart
+
+
+def sharing_summary(groupings: Sequence[Grouping], attention_us: float, decode_steps: int) -> dict[str, Any]:
+    """What shared reads gave to a run, of several servers together. attention_us: of all its decode attention."""
+    steps, read_bytes, apart_bytes, saved_us = np.sum([grouping.totals for grouping in groupings], axis=0).tolist()
+    return {
+        "steps": int(steps),
+        "step_share": steps / decode_steps if decode_steps else None,
+        "read_bytes": read_bytes,
+        "apart_bytes": apart_bytes,
+        "attention_us_apart": attention_us + saved_us,
+        "saved_share": saved_us / (attention_us + saved_us) if attention_us else None,
+    }

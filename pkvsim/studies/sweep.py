@@ -28,7 +28,7 @@ from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = (
     "device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order", "replicas",
-    "router", "engine", "tensor_parallel", *TIER_AXES,
+    "router", "engine", "tensor_parallel", "shared_reads", *TIER_AXES,
 )  # fmt: skip
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
@@ -128,6 +128,12 @@ def serving_sweep(
     return _swept(axes, cells, (*trace.notes, *notes.lines()))
 
 
+def _switch(name: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(f"axes: {name}: expected on or off, got {text!r}")
+    return text == "on"
+
+
 def _serving_cell(
     place: Place, *, trace: RequestTrace, model: ModelSpec | str, device: DeviceSpec,
     devices: Mapping[str, DeviceSpec], policy: str | None, config: ServingConfig, weight_bits: int | None,
@@ -137,6 +143,8 @@ def _serving_cell(
     settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
+    if "shared_reads" in place:
+        settings["shared_reads"] = _switch("shared_reads", place["shared_reads"])
     gpu = devices[place["device"]] if "device" in place else device
     config = replace(config, **settings, tiers=tiers_at(place, config.tiers, gpu))
     name = place.get("policy", policy or default_policy(config))

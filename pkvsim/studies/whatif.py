@@ -155,6 +155,12 @@ def run_notes(
             f"{config.kv_parallel} GPUs a server hold every row's KV together, each with all weights; the merge of "
             "their states is an assumption"
         )
+    if any(result.summary["shared_reads"]["steps"] > 0 for result in results.values()):
+        notes.append(
+            "rows whose prompts begin with the same blocks read these once where balanced costs less so "
+            "(--no-shared-reads: each for itself); prices fitted to one H200, of other GPUs an assumption; "
+            "what rows that read apart find in L2 is left out, so less is saved in practice"
+        )
     if config.replicas > 1:
         notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
     if model.tensor_parallel > 1:

@@ -34,6 +34,13 @@ class ServerOptions(OptionGroup):
         typer.Option(help="What serves: pkv (this project's server), or vllm, sglang, trtllm with their own habits."),
     ] = "pkv"
     prefix_cache: PrefixCache = "none"
+    shared_reads: Annotated[
+        bool,
+        typer.Option(
+            "--shared-reads/--no-shared-reads",
+            help="With --prefix-cache and pkv: running rows that hit the same blocks read them once where that pays.",
+        ),
+    ] = True
     order: Order = "fcfs"
     kv_ttl: Annotated[
         float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
@@ -83,6 +90,7 @@ class ServerOptions(OptionGroup):
             workspace_gib=self.workspace_gib,
             graphs=self.graphs,
             prefix_cache=self.prefix_cache,
+            shared_reads=self.shared_reads,
             order=self.order,
             kv_ttl_s=self.kv_ttl,
             replicas=self.replicas,
