@@ -16,15 +16,8 @@ from pkvsim.policy.choose import PAPER, Routing, cheapest, price, take
 from pkvsim.pricing.kv_parallel import first_ranks
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
-from pkvsim.serving.shared_reads import (
-    APART_BYTES,
-    BALANCED_ROUTE,
-    NUM_GROUPS,
-    READ_BYTES,
-    SAVED_US,
-    SHARED_STEPS,
-    share_reads,
-)
+from pkvsim.serving.shared.grouping import APART_BYTES, NUM_GROUPS, READ_BYTES, SAVED_US, SHARED_STEPS
+from pkvsim.serving.shared.share import BALANCED_ROUTE, share_reads
 from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 

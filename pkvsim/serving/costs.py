@@ -28,7 +28,7 @@ from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.pricing.kv_parallel import POLICY, check_kv_parallel, exchange_table
 from pkvsim.pricing.layer import Heads
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.shared_reads import make_sharing
+from pkvsim.serving.shared.share import make_sharing
 from pkvsim.serving.state import Attention
 from pkvsim.shapes import DecodeShape
 

@@ -11,7 +11,7 @@ from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, s
 from pkvsim.serving.attention import decode_us, fill_lens
 from pkvsim.serving.queueing.clients import next_send_us
 from pkvsim.serving.scheduling import commit_step, finish_step, next_work_us, plan_step
-from pkvsim.serving.shared_reads import are_grouped, group_rows
+from pkvsim.serving.shared.grouping import are_grouped, group_rows
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,

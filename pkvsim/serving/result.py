@@ -11,7 +11,7 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.memory.tier_options import TierSetup
 from pkvsim.outside.step_costs import PARTS
-from pkvsim.serving.shared_reads import sharing_summary
+from pkvsim.serving.shared.grouping import sharing_summary
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,

@@ -25,7 +25,7 @@ from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.replicas import serve_replicas
 from pkvsim.serving.result import ServingResult, make_result, with_tiers
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.shared_reads import block_places
+from pkvsim.serving.shared.grouping import block_places
 from pkvsim.serving.state import (
     SERVED,
     TOO_LONG_FOR_MODEL,

@@ -14,7 +14,8 @@ from pkvsim.outside.step_costs import PARTS
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.serving.orders import FCFS, KVSHARE
-from pkvsim.serving.shared_reads import Grouping, Sharing, new_grouping
+from pkvsim.serving.shared.grouping import Grouping, new_grouping
+from pkvsim.serving.shared.share import Sharing
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 # Where a request that is served stands. LEAVING: its last token is being computed, and it holds its pages until then.

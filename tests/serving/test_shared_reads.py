@@ -18,7 +18,7 @@ from pkvsim.serving.costs import attention_costs, step_models
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.scheduler import Scheduler
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.shared_reads import NUM_GROUPS, are_grouped, block_places, group_rows, new_grouping
+from pkvsim.serving.shared.grouping import NUM_GROUPS, are_grouped, block_places, group_rows, new_grouping
 from pkvsim.serving.simulate import limits_of, requests_of, simulate
 from pkvsim.studies.sweep import serving_sweep
 from pkvsim.studies.whatif import whatif

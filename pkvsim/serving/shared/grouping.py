@@ -1,0 +1,128 @@
+"""Which of the rows that decode have leading blocks in common, and what reading these once has given. Compiled.
+
+The prefix cache keeps one copy of a block, so rows with equal leading blocks have equal page ids. Groups are those of
+pkvsim.schedule.prefixes over whole blocks, found again when other rows decode, as an engine plans such a step anew.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pkvsim.compiled import compiled, merged
+from pkvsim.memory.prefix_cache import PromptBlocks
+from pkvsim.schedule.prefix_trees import group_sorted
+
+ROW_BITS = 17  # of a key that sorts rows, of which there are at most 2^16
+NUM_ROWS, NUM_GROUPS = range(2)  # of Grouping.counts
+SHARED_STEPS, READ_BYTES, APART_BYTES, SAVED_US = range(4)  # of Grouping.totals
+
+
+class Grouping(NamedTuple):
+    """The groups of the rows that decode, and what sharing has given so far."""
+
+    counts: np.ndarray  # [2] int64
+    requests: np.ndarray  # [max_batch] int64, the rows that were grouped
+    order: np.ndarray  # [max_batch] int64, scratch: rows by their blocks
+    common: np.ndarray  # [max_batch] int64, scratch: blocks that neighbours of that order have in common
+    sorted_groups: np.ndarray  # [max_batch] int64, scratch
+    group_of_row: np.ndarray  # [max_batch] int64, of each row the group or -1
+    prefix_tokens: np.ndarray  # [max_batch] int64, of each group
+    members: np.ndarray  # [max_batch] int64, of each group
+    totals: np.ndarray  # [4] float64, sums over steps: steps, bytes by reads, bytes of the same apart, us saved
+
+
+def new_grouping(most_rows: int) -> Grouping:
+    """Nothing was grouped."""
+    requests, order, common, sorted_groups, group_of_row, prefix_tokens, members = np.zeros((7, most_rows), np.int64)
+    return Grouping(
+        np.array([-1, 0]), requests, order, common, sorted_groups, group_of_row, prefix_tokens, members, np.zeros(4)
+    )
+
+
+def block_places(blocks: PromptBlocks, prompt_tokens: np.ndarray, block_tokens: int) -> np.ndarray:
+    """Of each prompt its place among all when they are sorted by their whole blocks, and where these begin and end in
+    blocks.ids, int64 [n, 3].
+
+    Only blocks of block_tokens tokens are read together: what a prompt's last block holds may end within a page.
+    """
+    begins = blocks.offsets[:-1]
+    ends = np.minimum(begins + prompt_tokens // block_tokens, blocks.offsets[1:])
+    names = [blocks.ids[begin:end].astype(">u4").tobytes() for begin, end in zip(begins, ends)]
+    ranks = np.empty(len(names), np.int64)
+    ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return np.stack((ranks, begins, ends), axis=1)
+
+
+@merged
+def are_grouped(decoding: np.ndarray, grouping: Grouping) -> bool:
+    """Whether the groups are those of these rows, decoding [rows] int64."""
+    same = grouping.counts[NUM_ROWS] == len(decoding)
+    at = 0
+    while same and at < len(decoding):
+        same = grouping.requests[at] == decoding[at]
+        at += 1
+    return same
+
+
+@compiled
+def group_rows(
+    decoding: np.ndarray,  # [rows] int64, requests
+    places: np.ndarray,  # [n, 3] int64, as block_places gives them: a line of the CPU's cache for each row
+    ids: np.ndarray,  # of pkvsim.memory.prefix_cache.PromptBlocks
+    block_tokens: int,
+    tokens_per_member: int,  # of SharingRule
+    least_tokens: int,
+    grouping: Grouping,
+) -> None:
+    """Groups the rows that decode."""
+    rows, counts, requests = len(decoding), grouping.counts, grouping.requests
+    counts[NUM_ROWS] = rows
+    requests[:rows] = decoding
+    order = grouping.order[:rows]
+    for row in range(rows):
+        order[row] = places[decoding[row], 0] << ROW_BITS | row
+    gap = rows // 2
+    while gap > 0:  # Shell's sort, for the reason that pkvsim.serving.attention gives
+        for at in range(gap, rows):
+            key = order[at]
+            while at >= gap and order[at - gap] > key:
+                order[at] = order[at - gap]
+                at -= gap
+            order[at] = key
+        gap //= 2
+    for row in range(rows):
+        order[row] &= (1 << ROW_BITS) - 1
+    for at in range(rows - 1):
+        one, other = requests[order[at]], requests[order[at + 1]]
+        a, b, depth = places[one, 1], places[other, 1], 0
+        most = min(places[one, 2] - a, places[other, 2] - b)
+        while depth < most and ids[a + depth] == ids[b + depth]:
+            depth += 1
+        grouping.common[at] = depth
+    counts[NUM_GROUPS] = group_sorted(
+        grouping.common[: max(0, rows - 1)], block_tokens, tokens_per_member, least_tokens,
+        grouping.sorted_groups[:rows], grouping.prefix_tokens,
+    )  # fmt: skip
+    for group in range(counts[NUM_GROUPS]):
+        grouping.prefix_tokens[group] *= block_tokens
+        grouping.members[group] = 0
+    for at in range(rows):
+        group = grouping.sorted_groups[at]
+        grouping.group_of_row[order[at]] = group
+        if group >= 0:
+            grouping.members[group] += 1
+
+
+def sharing_summary(groupings: Sequence[Grouping], attention_us: float, decode_steps: int) -> dict[str, Any]:
+    """What shared reads gave to a run, of several servers together. attention_us: of all its decode attention."""
+    steps, read_bytes, apart_bytes, saved_us = np.sum([grouping.totals for grouping in groupings], axis=0).tolist()
+    return {
+        "steps": int(steps),
+        "step_share": steps / decode_steps if decode_steps else None,
+        "read_bytes": read_bytes,
+        "apart_bytes": apart_bytes,
+        "attention_us_apart": attention_us + saved_us,
+        "saved_share": saved_us / (attention_us + saved_us) if attention_us else None,
+    }
