@@ -59,8 +59,9 @@ def shared_us(
     """Kernel time of a layer. NaN where no two rows share."""
     groups, heads, shared, costs = len(prefix_tokens), layer.num_kv_heads, layer.shared, layer.costs
     most = shared.columns // layer.columns  # members of a read
-    table = np.zeros((5, groups), np.int64)  # one allocation: five take as long as the rest of a small step
-    members, costs_of, eighths_of, columns_of, span_cost_of = table[0], table[1], table[2], table[3], table[4]
+    table = np.zeros((6, groups), np.int64)  # one allocation: six take as long as the rest of a small step
+    members, costs_of, eighths_of = table[0], table[1], table[2]
+    columns_of, span_cost_of, skipped_of = table[3], table[4], table[5]  # skipped: tokens that members need not read
     for group in group_of_row:
         if group >= 0:
             members[group] += 1
@@ -70,6 +71,7 @@ def shared_us(
         if members[group] < 2 or tiles == 0:
             members[group] = 0
             continue
+        skipped_of[group] = tiles * layer.tile
         reads = -(-members[group] // most)
         columns_of[group] = -(-members[group] // reads) * layer.columns
         least = shared.again if reads > 1 else EIGHTHS
@@ -89,8 +91,7 @@ def shared_us(
     for row in range(len(lens)):
         group = group_of_row[row]
         is_member = group >= 0 and members[group] > 0
-        skipped = prefix_tokens[group] // layer.tile * layer.tile if is_member else 0
-        own = lens[row] - skipped
+        own = lens[row] - (skipped_of[group] if is_member else 0)
         if own <= 0 and not is_member:
             continue
         segment = costs.segment + (shared.merge if is_member else 0)

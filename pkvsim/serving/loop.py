@@ -11,7 +11,7 @@ from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, s
 from pkvsim.serving.attention import decode_us, fill_lens
 from pkvsim.serving.queueing.clients import next_send_us
 from pkvsim.serving.scheduling import commit_step, finish_step, next_work_us, plan_step
-from pkvsim.serving.shared.grouping import are_grouped, group_rows
+from pkvsim.serving.shared.grouping import NUM_ROWS, are_grouped, group_rows
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,
@@ -132,7 +132,9 @@ def _run_step(requests, limits, attention, costs, state, log):
         clock[HEAT] = 0.0
     warm = clock[HEAT] / costs.boost_us if costs.boost_us > 0 else 1.0
     fill_lens(state, log, rows)
-    if attention.sharing.any and not are_grouped(state.decoding[:rows], log.grouping):
+    if attention.sharing.any and not are_grouped(
+        state.decoding[:rows], log.grouping.counts[NUM_ROWS], log.grouping.requests
+    ):
         group_rows(
             state.decoding[:rows], requests.block_places, requests.blocks.ids, requests.block_tokens,
             attention.sharing.tokens_per_member, attention.sharing.least_tokens, log.grouping,

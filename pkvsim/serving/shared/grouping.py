@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, merged
+from pkvsim.compiled import compiled, inner
 from pkvsim.memory.prefix_cache import PromptBlocks
 from pkvsim.schedule.prefix_trees import group_sorted
 
@@ -55,15 +55,16 @@ def block_places(blocks: PromptBlocks, prompt_tokens: np.ndarray, block_tokens: 
     return np.stack((ranks, begins, ends), axis=1)
 
 
-@merged
-def are_grouped(decoding: np.ndarray, grouping: Grouping) -> bool:
-    """Whether the groups are those of these rows, decoding [rows] int64."""
-    same = grouping.counts[NUM_ROWS] == len(decoding)
-    at = 0
-    while same and at < len(decoding):
-        same = grouping.requests[at] == decoding[at]
-        at += 1
-    return same
+@inner
+def are_grouped(decoding: np.ndarray, num_rows: int, requests: np.ndarray) -> bool:
+    """Whether the groups are those of these rows, decoding [rows] int64. num_rows, requests: Grouping's own; asked in
+    every step, so it takes the array that it reads."""
+    if num_rows != len(decoding):
+        return False
+    for row in range(num_rows):
+        if requests[row] != decoding[row]:
+            return False
+    return True
 
 
 @compiled
