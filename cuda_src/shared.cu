@@ -47,18 +47,19 @@ pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, cons
       .early = overlapped, .groups = groups};
   planning.ask();
   prefetch_table(pages, given.batch_size);
-  const bool mine = groups.any_grouped(given.batch_size, threadIdx.x, THREADS);
+  const bool mine = note_rows(axis, threadIdx.x, THREADS);
   init_barriers(shared.rows);
   // The first plan is one that the CTA agrees on, since its threads may find different things. What they find later is
   // what the previous kernel left, so that warps which have to make another plan agree with those that have not.
-  bool together = __syncthreads_or(mine);
+  bool together = __syncthreads_or(mine), noted = true;
   if (!together) planning.recall();
   #pragma unroll 1
   for (;;) {
-    if (together ? attempt_shared(axis, step, planning.early, pages, given, output, shared)
+    if (together ? attempt_shared(axis, step, noted, planning.early, pages, given, output, shared)
                  : attempt_step(planning, plan, pages, given, output, shared.rows))
       break;
     planning.distrust();
+    noted = false;
     settle(planning.found), settle(plan);
     const bool before = together;
     together = __any_sync(ALL_LANES, groups.any_grouped(given.batch_size, lane, 32));

@@ -2,7 +2,7 @@
 //
 // As in early_plan.cuh the plan is made while the previous kernel may still write lengths, groups and page ids, and
 // counts if they are found again afterwards. It is one plan for the CTA, in shared memory:
-//   note_rows     every thread looks up some rows' lengths and groups, once
+//   note_rows     every thread looks up some rows' lengths and groups, once; also where no row turns out to be in one
 //   find_readers  one warp finds out who reads together, and how the step is cut (StepCut)
 //   start_walks   each warp finds its CTA's range
 // What is read twice is compared by each warp with the same notes, so all find the same.
@@ -40,7 +40,6 @@ struct SharedStart {
 
   // What was read again, where the plan is early.
   struct Again {
-    bool changed;     // a row or a group is another
     page_id ids;      // of the first segment's first tiles,
     int ids_before;   // which were these
   } again;
@@ -51,30 +50,37 @@ struct SharedStart {
   __device__ __forceinline__ void release(const Pages& pages, const AnyLoader& loader) {
     if (!early || begun) return;
     wait_for_previous_kernel();
-    again.changed = false;
-    #pragma unroll 4
-    for (int row = lane; row < axis.lens.batch_size; row += 32) again.changed |= axis.row_changed(row);
-    for (int group = lane; group < axis.groups.num_groups; group += 32) again.changed |= axis.group_changed(group);
     again.ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, lane);
     again.ids_before = loader.ids_ahead;
   }
   __device__ __forceinline__ bool begin(const Pages& pages) {
     if (begun) return true;
     begun = true;
-    if (early && __any_sync(ALL_LANES, again.changed || pages.table.cut(again.ids) != again.ids_before)) return false;
+    if (early && __any_sync(ALL_LANES, changed() || pages.table.cut(again.ids) != again.ids_before)) return false;
     if (plan.step.some_empty)
       store_empty_rows(output, axis.readers.length, axis.lens.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
                        gridDim.x * WARPS, lane);
     return true;
   }
+  // Whether one of this lane's rows or groups is another than was noted. It takes a trip to L2, for which the first tiles
+  // need not wait.
+  __device__ __forceinline__ bool changed() const {
+    bool found = false;
+    #pragma unroll 2
+    for (int row = lane; row < axis.lens.batch_size; row += 32) found |= axis.row_changed(row);
+    for (int group = lane; group < axis.groups.num_groups; group += 32) found |= axis.group_changed(group);
+    return found;
+  }
 };
 
-// One attempt at a step. False where the plan did not hold; nothing is written then, and all warps find so.
-__device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan& plan, bool early, const Pages& pages,
+// One attempt at a step. noted: note_rows has been called. False where the plan did not hold; nothing is written then,
+// and all warps find so.
+__device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan& plan, bool noted, bool early,
+                                               const Pages& pages,
                                                const DecodeArguments& given, const Output& output,
                                                SharedMemories& shared) {
   const int lane = threadIdx.x % 32;
-  note_rows(given_axis, threadIdx.x, THREADS);
+  if (!noted) note_rows(given_axis, threadIdx.x, THREADS);
   if (threadIdx.x == 0) plan.axis = given_axis;
   __syncthreads();
   const Axis& axis = plan.axis;

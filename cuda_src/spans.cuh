@@ -73,18 +73,19 @@ struct Groups {
     const int pages = read_early(prefix_pages + group);
     return pages > 0 && pages <= divide(most, page_size) ? pages * page_size : 0;
   }
-  // The group with which a row of this length reads if another row does, or -1.
-  PKV_HD int wanted(int row, int length, int most) const {
+  // The group that a row is in, long enough for it or not, or -1.
+  PKV_HD int asked(int row) const {
     const int group = read_early(of_row + row);
-    if (static_cast<unsigned>(group) >= static_cast<unsigned>(num_groups)) return -1;
-    const int prefix = tokens(group, most);
-    return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1) ? group : -1;
+    return static_cast<unsigned>(group) < static_cast<unsigned>(num_groups) ? group : -1;
   }
-  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
+  // Whether a row of this length may read a prefix of so many tokens with others.
+  PKV_HD bool fits(int length, int prefix) const {
+    return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1);
+  }
+  // Whether one of the rows first, first + step, .. is in a group.
   PKV_HD bool any_grouped(int batch_size, int first, int step) const {
     bool found = false;
-    for (int row = first; row < batch_size; row += step)
-      found |= static_cast<unsigned>(read_early(of_row + row)) < static_cast<unsigned>(num_groups);
+    for (int row = first; row < batch_size; row += step) found |= asked(row) >= 0;
     return found;
   }
 };
@@ -96,16 +97,17 @@ struct Readers {
   int* group;   // [batch_size] that the row reads with; -1 of a row with none, alone_in(group) where it is alone in it
   int* place;   // [batch_size] of a member among its group's
   int* rows;    // [batch_size] the members, group by group, ascending
-  int* tiles;   // [num_groups] that are shared
+  int* tokens;  // [num_groups] of the prefix
   int* count;   // [num_groups] members: 0 or at least 2
   int* begin;   // [num_groups] of each group's in `rows`
   int* at;      // [num_groups] where the group's entry begins on the axis
 
   PKV_HD Readers(int* memory, int batch_size, int num_groups)
       : length(memory), group(length + batch_size), place(group + batch_size), rows(place + batch_size),
-        tiles(rows + batch_size), count(tiles + num_groups), begin(count + num_groups), at(begin + num_groups) {}
+        tokens(rows + batch_size), count(tokens + num_groups), begin(count + num_groups), at(begin + num_groups) {}
   PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
   PKV_HD static int alone_in(int group) { return -2 - group; }
+  PKV_HD int tiles(int group) const { return tokens[group] / PKV_TILE; }  // that are shared
 };
 
 // Where a row's states of its read lie, for one KV head.
@@ -132,28 +134,28 @@ struct Axis {
   PKV_HD int read_of(int group, int place, int reads) const {
     return divide((place + 1) * reads - 1, readers.count[group]);
   }
-  PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles[readers.group[row]]; }
+  PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles(readers.group[row]); }
 
-  // What is read of a row and of a group; where members are counted from there, see find_readers.
-  PKV_HD void note_row(int row, int length) const {
-    readers.length[row] = length, readers.group[row] = groups.wanted(row, length, lens.most);
+  // What is read of a row and of a group; where members are counted from there, see find_readers. A row's group is the
+  // one that it asks for until all are noted, and then the one that it reads with if another row does.
+  PKV_HD void note_row(int row, int length, int asked) const {
+    readers.length[row] = length, readers.group[row] = asked;
   }
-  PKV_HD void note_group(int group) const {
-    readers.tiles[group] = groups.tokens(group, lens.most) / PKV_TILE, readers.count[group] = 0;
+  PKV_HD void note_group(int group, int tokens) const { readers.tokens[group] = tokens, readers.count[group] = 0; }
+  PKV_HD int wanted(int length, int asked) const {
+    return asked >= 0 && groups.fits(length, readers.tokens[asked]) ? asked : -1;
   }
-  // Whether what was noted of a row or a group is another than what is there.
+  // Whether what was noted of a row or a group is another than what is there; of a row, if no group is.
   PKV_HD bool row_changed(int row) const {
-    const int length = lens[row], noted = readers.group[row], wanted = groups.wanted(row, length, lens.most);
-    return length != readers.length[row] || (noted != wanted && (wanted < 0 || noted != Readers::alone_in(wanted)));
+    const int length = lens[row], noted = readers.group[row], now = wanted(length, groups.asked(row));
+    return length != readers.length[row] || (noted != now && (now < 0 || noted != Readers::alone_in(now)));
   }
-  PKV_HD bool group_changed(int group) const {
-    return readers.tiles[group] != groups.tokens(group, lens.most) / PKV_TILE;
-  }
+  PKV_HD bool group_changed(int group) const { return readers.tokens[group] != groups.tokens(group, lens.most); }
 
   PKV_HD Entry group_entry(int group) const {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
     const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
-    return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
+    return {readers.tiles(group), reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
             shared.tile_eighths(columns, reads)};
   }
   PKV_HD Entry row_entry(int row) const {
@@ -280,7 +282,7 @@ struct RowWalk {
   PKV_HD void enter(int next) {
     const int group = axis->readers.group[next];
     row = next, seq_len = axis->readers.length[next], member = group >= 0;
-    skipped = member ? axis->readers.tiles[group] : 0;
+    skipped = member ? axis->readers.tiles(group) : 0;
   }
   PKV_HD void step_span() {
     x0 += span_cost();
