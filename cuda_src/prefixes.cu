@@ -158,7 +158,7 @@ __device__ __forceinline__ Link find_link(const PrefixRows& rows, int own, int* 
   page_id own_id[1 + NUM_PROBES];
   #pragma unroll
   for (int i = 0; i <= NUM_PROBES; ++i) own_id[i] = rows.probed(own, i);
-  if (thread == 0) best[0] = best[1] = -1, differs[1] = first = guess_differs[0] = guess_differs[1] = NOBODY;
+  if (thread == 0) best[0] = best[1] = -1, first = own, differs[1] = guess_differs[0] = guess_differs[1] = NOBODY;
   // The rows that begin with the same id, and of these the first that agrees at the most probes.
   unsigned candidates = 0;  // bit j: row thread + j * WORKERS
   int best_rank = -1, earliest = NOBODY;

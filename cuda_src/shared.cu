@@ -9,8 +9,8 @@
 // a width of its own, and rows are read as in a plain step. Where no row is in a group the step is a plain one, by the
 // plain kernel's own code, and costs what it costs there.
 //
-//   given          as there, but partials: [num_ctas] Slot (of READ_COLUMNS), [num_ctas] PlanRecord, then
-//                  [2][batch_size][num_kv_heads] RowSlot; slots' words are EMPTY_WORD between launches
+//   given          as there, but partials: [num_ctas] Slot (of READ_COLUMNS), [num_ctas] PlanRecord, [num_ctas]
+//                  StepRecord, then [2][batch_size][num_kv_heads] RowSlot; slots' words are EMPTY_WORD between launches
 //   costs, shared_costs  of the schedule
 //   group_of_row   [batch_size] the group whose prefix the row begins with, or -1
 //   prefix_pages   [num_groups] pages that the group's rows have in common, 0 where it is unused
@@ -46,20 +46,30 @@ pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, cons
       .noted = reinterpret_cast<int*>(shared.rows.states[0][stream][RowWidth::first_column()]), .lane = lane,
       .early = overlapped, .groups = groups};
   planning.ask();
+  StepRecall recall;
+  recall.ask(reinterpret_cast<StepRecord*>(reinterpret_cast<PlanRecord*>(given.partials + gridDim.x) + gridDim.x)
+             + blockIdx.x);
   prefetch_table(pages, given.batch_size);
   const bool mine = note_rows(axis, threadIdx.x, THREADS);
   init_barriers(shared.rows);
   // The first plan is one that the CTA agrees on, since its threads may find different things. What they find later is
   // what the previous kernel left, so that warps which have to make another plan agree with those that have not.
-  bool together = __syncthreads_or(mine), noted = true;
-  if (!together) planning.recall();
+  bool together = __syncthreads_or(mine);
+  Known known = Known::NOTES;
+  if (!together) {
+    planning.recall();
+  } else if (__syncthreads_and(recall.fits(axis))) {
+    known = Known::PLAN;
+    recall.restore(axis, step);
+    __syncthreads();
+  }
   #pragma unroll 1
   for (;;) {
-    if (together ? attempt_shared(axis, step, noted, planning.early, pages, given, output, shared)
+    if (together ? attempt_shared(axis, step, known, planning.early, pages, given, output, shared)
                  : attempt_step(planning, plan, pages, given, output, shared.rows))
       break;
     planning.distrust();
-    noted = false;
+    known = Known::NOTHING;
     settle(planning.found), settle(plan);
     const bool before = together;
     together = __any_sync(ALL_LANES, groups.any_grouped(given.batch_size, lane, 32));

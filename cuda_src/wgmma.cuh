@@ -16,11 +16,7 @@ __device__ __forceinline__ unsigned long long shared_operand(unsigned address, u
 }
 
 // What the threads' copies wrote becomes visible to the products. Before the barrier after which others read it.
-__device__ __forceinline__ void publish_copies() {
-#ifndef PKV_NO_FENCE
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Registers of products are not touched from begin_products to end_products.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -20,7 +20,8 @@ MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
 RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/early_plan.cuh
-STEP_PLAN_BYTES = 256  # pkv::StepPlan in cuda_src/shared_step.cuh
+STEP_PLAN_BYTES = 512  # pkv::StepPlan in cuda_src/shared_step.cuh
+STEP_RECORD_WORDS = 64, 9  # of a CTA and of each thread of pkv::StepRecord there, 8 bytes each
 READER_BYTES = 16  # of a row or a group: four ints of pkv::Readers in cuda_src/spans.cuh
 LEAST_READERS = 512  # rows and groups that any variant which reads for groups has room for
 READ_COLUMNS = 64  # columns that a read is made to serve, where they fit
@@ -131,9 +132,17 @@ class KernelConfig:
 
     def workspace_bytes(self, num_ctas: int, row_heads: int = 0) -> int:
         """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan. With reads for
-        several rows, two slots for each of `row_heads` (row, KV head)s come last."""
+        several rows, records of plans with groups and two slots for each of `row_heads` (row, KV head)s come last."""
         plain = self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
-        return plain + (2 * row_heads * self.state_bytes if self.read_columns else 0)
+        if not self.read_columns:
+            return plain
+        return plain + num_ctas * self.step_record_bytes + 2 * row_heads * self.state_bytes
+
+    @property
+    def step_record_bytes(self) -> int:
+        """Bytes of pkv::StepRecord: what a CTA planned last of a step with groups."""
+        of_cta, of_thread = STEP_RECORD_WORDS
+        return 8 * (of_cta + of_thread * self.threads)
 
     def slots_bytes(self, num_ctas: int) -> int:
         """Bytes of all CTAs' slots, from which their records go on."""

@@ -124,6 +124,37 @@ def test_what_is_read_early_may_change(case) -> None:
         assert_close(got, expected(step), "float16")
 
 
+def word(records: np.ndarray, index: int) -> np.ndarray:
+    """The index-th word of pkv::RangeWork in every CTA's record: [ctas, (value, stamp)]."""
+    return records[:, 2 * index : 2 * index + 2]
+
+
+def end_walks(records: np.ndarray) -> None:
+    word(records, 25)[:, 0] = word(records, 32)[:, 0] = 0  # reads.x_end, rows.x_end
+
+
+def of_other_lengths(records: np.ndarray) -> None:
+    end_walks(records)
+    records[:, 128] += 1  # the first row's
+
+
+def torn(records: np.ndarray) -> None:
+    end_walks(records)
+    word(records, 25)[:, 1] += 1
+
+
+@pytest.mark.parametrize(("change", "trusted"), [(end_walks, True), (of_other_lengths, False), (torn, False)])
+def test_a_plan_is_remembered(change, trusted) -> None:
+    """A record of the same step is trusted, whatever it says; one of another step, or half written, is not."""
+    step = make_step(DecodeShape(4, 1, 64, 16), "float16", AttentionOptions(), seed=1, lens=(100, 96, 130, 33),
+                     groups=PrefixGroups([0, 0, 0, -1], [5]))  # fmt: skip
+    got = run(step, "balanced", ctas=4, shared_costs=SharedCosts(columns=16), between=change)
+    if trusted:
+        assert np.isnan(got[0]).all()
+    else:
+        assert_close(got, expected(step), "float16")
+
+
 def test_rows_beside_a_group_are_those_decoded_alone() -> None:
     lens, groups = (100, 96, 130, 85), PrefixGroups([0, 0, 0, 0], [5])
     step = make_step(PLAIN, "float16", AttentionOptions(), seed=3, lens=lens, groups=groups)

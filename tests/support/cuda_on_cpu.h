@@ -133,6 +133,7 @@ static void __syncthreads() {
   __syncthreads();
   return result;
 }
+[[maybe_unused]] static bool __syncthreads_and(bool vote) { return !__syncthreads_or(!vote); }
 template <class T>
 static T __shfl_sync(unsigned, T value, int from) { return together(value, [&](auto of) { return of(from % 32); }); }
 template <class T>

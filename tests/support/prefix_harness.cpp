@@ -47,5 +47,7 @@ extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) 
   for (int i = 0; i < batch_size; ++i)
     if (const int cta = (first + i) % batch_size; cta < batch_size - 1) blockIdx = {cta, 0, 0}, run_cta();
   blockIdx = {batch_size - 1, 0, 0}, run_cta();
+  for (const unsigned char* at = memory + std::max(28, pkv::PrefixMemory::bytes(batch_size)); at < memory + sizeof memory; ++at)
+    if (*at != 0xff) complain("shared memory is written past its end");
   return complaint;
 }
