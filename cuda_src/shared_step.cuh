@@ -47,6 +47,7 @@ struct __align__(16) StepRecord {
   unsigned long long items[NUM_ITEMS][THREADS];  // thread i has row i and group i
 };
 constexpr int WORK_WORDS = sizeof(RangeWork) / sizeof(int);
+static_assert(sizeof(StepRecord) == STEP_RECORD_BYTES, "gpu/kernels/variant.py computes the same");
 static_assert(WORK_WORDS <= 64 && sizeof(RangeWork) % sizeof(int) == 0, "a lane has two words");
 
 // A thread's part of the record, as it is read first.
@@ -138,7 +139,8 @@ struct SharedStart {
   const Axis& axis;
   const Output& output;
   const StepPlan& plan;
-  StepRecord* record;  // of this CTA where the plan is a new one, else null
+  const SpanSlots& slots;
+  bool remembered;  // the plan is the record's
   int lane;
   bool early, begun;
 
@@ -161,7 +163,7 @@ struct SharedStart {
     if (begun) return true;
     begun = true;
     if (early && __any_sync(ALL_LANES, changed() || pages.table.cut(again.ids) != again.ids_before)) return false;
-    if (record) remember_step(record, plan);
+    if (!remembered) remember_step(reinterpret_cast<StepRecord*>(slots.step_records()) + blockIdx.x, plan);
     if (plan.work.step.some_empty)
       store_empty_rows(output, axis.readers.length, axis.lens.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
                        gridDim.x * WARPS, lane);
@@ -212,14 +214,9 @@ __device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan&
   const Axis& axis = plan.axis;
   const RangeWork& work = plan.work;
   const Cut& cut = work.step.cut;
-  PlanRecord* records = reinterpret_cast<PlanRecord*>(given.partials + gridDim.x);
-  StepRecord* step_records = reinterpret_cast<StepRecord*>(records + gridDim.x);
-  RowSlot* row_slots = reinterpret_cast<RowSlot*>(step_records + gridDim.x);
-  const SpanSlots slots{given.partials, row_slots, row_slots + axis.lens.batch_size * axis.num_kv_heads,
-                        axis.num_kv_heads};
-  SharedStart start{.axis = axis, .output = output, .plan = plan,
-                    .record = known == Known::PLAN ? nullptr : step_records + blockIdx.x, .lane = lane, .early = early,
-                    .begun = false};
+  const SpanSlots slots{given};
+  SharedStart start{.axis = axis, .output = output, .plan = plan, .slots = slots, .remembered = known == Known::PLAN,
+                    .lane = lane, .early = early, .begun = false};
   if (work.reads.some()) {
     init_barriers(shared.reads);
     ReadEmit emit{.slots = slots, .range = work.place.range, .lane = lane};
