@@ -276,9 +276,10 @@ def read_config(config: KernelConfig, compute_capability: int, *, columns: int =
     for row_stages, buffers in rows:
         found: list[KernelConfig] = []
         for team in (team for team in teams if tiles or team * blocks * 8 >= served):
-            deepest = MOST_READ_BYTES // (config.warps // team * config.slot_bytes)
+            step = tiles or 1
+            deepest = MOST_READ_BYTES // (config.warps // team * config.slot_bytes) // step * step
             found += itertools.islice((
-                fitting for depth in ((stages,) if stages else range(deepest - deepest % (tiles or 1), 0, -(tiles or 1)))
+                fitting for depth in ((stages,) if stages else range(deepest, 0, -step))
                 if (fitting := replace(config, stages=row_stages, buffers=buffers, read_columns=served, read_team=team,
                                        read_stages=depth, read_tiles=tiles)).read_shared_bytes <= limit), 1)
         # A smaller team reads the tiles from shared memory less often, but its rings are more.
