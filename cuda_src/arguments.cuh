@@ -42,9 +42,69 @@ struct DecodeArguments {
 #if TABLE_CSR
   const int* row_begins;                      // [batch_size + 1]; see PageTable
 #endif
+#if SELECTED
+  const int* selected_pages;                  // [batch_size, num_kv_heads / HEAD_SPLIT, max_selected]; see PageLists
+  const int* selected_counts;                 // [batch_size, num_kv_heads / HEAD_SPLIT]
+  int max_selected;
+#endif
+#if PAGE_LSE
+  // [batch_size, num_kv_heads / HEAD_SPLIT, page_lse_tiles, QUERY_TOKENS, HEAD_SPLIT * GROUP_SIZE]
+  float* page_lse;
+  int page_lse_tiles;
+#endif
 
   // A window reaches back from the first query token, lengths count to the last.
   __device__ __forceinline__ int reach() const { return window + QUERY_TOKENS - 1; }
+};
+#endif
+
+#if RANKS
+struct Inbox;
+
+// What a rank of several is given beside them (several.cu).
+struct RankArguments {
+  Inbox* const* inboxes;                      // [RANKS] every rank's, where this one reaches them
+  Inbox* own;                                 // this rank's
+  unsigned* failure;                          // [1] where the host looks: the rank that was waited for in vain
+  long long half_slots;                       // of each half of an inbox
+  long long patience_ns;                      // how long a rank is waited for
+  int rank, owner;                            // owner: see Owner
+  int in_kernel;                              // 0: states are left in `own`, and the host exchanges and merges them
+  int share_begin, share_tokens, share_cycle; // see RankShare
+};
+#endif
+
+#ifdef SCORING
+// pkv_select_pages's arguments; select.cu has the shapes of those that are not said here.
+struct SelectArguments {
+  const half_type *q, *summaries;
+  const page_id* page_ids;                    // as DecodeArguments has them
+  const int *lengths, *row_begins;
+  float* scores;
+  float2* sums;
+  int* tickets;
+  const int* budgets;
+  int *pages, *counts;
+  int batch_size, num_kv_heads, table_stride, num_pages;
+  int max_tokens;                             // that a row of the table has room for
+  int max_selected, score_stride;
+  int chunk_pages;                            // that a CTA scores, a multiple of SCORED_PAGES
+  int sink_pages, recent_pages, least_pages;
+  int parts;                                  // of 2^16, of a row's pages
+  float scale;                                // of the logits
+};
+
+// pkv_summarize_pages's arguments. Strides are in elements.
+struct SummaryArguments {
+  const half_type* k_pages;                   // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM]
+  half_type* summaries;                       // [num_pages, num_kv_heads, 2, HEAD_DIM]
+  const page_id* page_ids;                    // as DecodeArguments has them
+  const int *lengths, *row_begins;
+  long long k_page_stride;
+  int k_head_stride, k_token_stride;
+  int batch_size, num_kv_heads, table_stride, num_pages;
+  int max_tokens;                             // that a row of the table has room for
+  int new_tokens;                             // of each row, its last ones, whose pages are summarised
 };
 #endif
 

@@ -11,6 +11,9 @@
 #pragma once
 #include "ring.cuh"
 #include "weights.cuh"
+#if PAGE_LSE
+#include "page_lse.cuh"
+#endif
 
 namespace pkv {
 
@@ -159,6 +162,8 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
     if constexpr (W::QUERY_EARLY) query.load(given.q, s, given.num_kv_heads, lane);
     mask = {s.seq_len, QUERY_TOKENS, given.window};
     if (QUERY_TOKENS > 1 && given.query_lens) mask.query_len = given.query_lens[s.row];
+    PKV_SELECTED(mask.row_len = s.row_len;
+                 mask.places = pages.lists.pages + static_cast<long long>(s.list) * pages.lists.stride;)
   };
 
   loader.template look_ahead<Start::EARLY>(pages, stream, lane);
@@ -193,6 +198,7 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
 #endif
         ring.keys_read();
         weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
+        PKV_PAGE_LSE(store_page_lse(given, share, tile, state, lane);)
         ring.await_values();
         accumulate(state, p, query, ring.slot + K_TILE_BYTES, lane);
         ring.values_read();

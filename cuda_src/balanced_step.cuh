@@ -33,7 +33,7 @@ __device__ __forceinline__ bool attempt_step(EarlyPlan& planning, const RangePla
                                              const DecodeArguments& given, const Output& output,
                                              SharedMemory<RowWidth>& shared) {
   planning.make();
-  EarlyStart start{.from = planning, .output = output};
+  EarlyStart<Output> start{.from = planning, .output = output};
   Parts parts{.slots = given.partials, .kept = shared.kept, .plan = plan, .lane = planning.lane};
   BalancedEmit emit{.output = output, .parts = parts};
   if (!attend(plan.walk, pages, given, shared, start, emit)) return false;

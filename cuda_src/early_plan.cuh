@@ -134,10 +134,12 @@ struct EarlyPlan {
   }
 };
 
-// The balanced kernel's `start` of attend: waits for the previous kernel, checks the plan, records it.
+// The balanced kernel's `start` of attend: waits for the previous kernel, checks the plan, records it. output: what
+// store_empty_rows takes.
+template <class AnyOutput>
 struct EarlyStart {
   const EarlyPlan& from;
-  const Output& output;
+  const AnyOutput& output;
 
   // What was read again, where the plan is early.
   struct Again {
@@ -178,7 +180,7 @@ struct EarlyStart {
     if (!from.recalled && lens.batch_size <= 32 && threadIdx.x < 32) from.record->remember(plan, lens, from.lane);
     if (plan.some_empty) {
       const int worker = blockIdx.x * WARPS + threadIdx.x / 32, workers = gridDim.x * WARPS;
-      if constexpr (LAST_PAGE_LENGTHS) store_empty_rows(output, lens, lens.batch_size, worker, workers, from.lane);
+      if constexpr (LAST_PAGE_LENGTHS || RANKS > 0) store_empty_rows(output, lens, lens.batch_size, worker, workers, from.lane);
       else store_empty_rows(output, lens.at, lens.batch_size, worker, workers, from.lane);
     }
     return true;

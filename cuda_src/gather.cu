@@ -4,8 +4,9 @@
 // of K, then that of V. On the GPU each run is a page of its own array. One launch moves runs [first_run, first_run +
 // num_runs) of each block, so one layer of many blocks, or all layers of few.
 //
-// Grid: as many CTAs as fill the link; block: THREADS, each with UNROLL vectors under way, both given by the host (-D)
-// so that a CTA fits into the registers that the decode kernel leaves of an SM, and neither waits for the other.
+// Grid: as many CTAs as fill the link; block: THREADS, each with UNROLL vectors under way, both given by the host, -D
+// (32 CTAs of 512 threads and 4 vectors fill PCIe 5.0 x16 with runs of 4 KiB, 16 from 32 KiB on, half as many to the
+// host).
 //
 //   hosts        [num_blocks] addresses of blocks in pinned memory, on 16-byte boundaries
 //   pages        [num_blocks] int32, the page of each block

@@ -8,6 +8,9 @@
 #include "mma.cuh"
 #include "arguments.cuh"
 #include "width.cuh"
+#if SELECTED
+#include "lists.cuh"
+#endif
 
 namespace pkv {
 
@@ -35,6 +38,7 @@ struct Pages {
 #if CACHE_SCALES
   PagedScales scales;
 #endif
+  PKV_SELECTED(PageLists lists;)
 };
 
 // The place of a row's vectors is XORed with this, so that the eight rows of an ldmatrix fall into different banks.
@@ -98,8 +102,14 @@ struct Loader {
     const int index = TILE_IN_PAGE ? lane : lane >> 4;
     const int t = s.first + (skip + index) * W::STREAMS;
     const int token = t * PKV_TILE + (TILE_IN_PAGE ? 0 : lane & 15);
+#if SELECTED
+    // How many tokens a list has takes its last place, which whole tiles of pages need not wait for.
+    if (!live || t >= s.tile_end || (!TILE_IN_PAGE && token >= s.seq_len)) return 0;
+    return pages.table.stored<EARLY>(s.row, pages.lists.place(s.list, token / PAGE_SIZE));
+#else
     if (!live || t >= s.tile_end || token >= s.seq_len) return 0;
     return pages.table.stored<EARLY>(s.row, token / PAGE_SIZE);
+#endif
   }
 
   __device__ __forceinline__ explicit Loader(const Source& first)

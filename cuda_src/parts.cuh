@@ -41,8 +41,10 @@ struct Parts {
     held.row = s.row, held.head = s.kv_head, held.any = true;
   }
 
-  // Merges the head whose part is kept, and writes its output. ring: this warp's part of its stream's, free by now.
-  __device__ __forceinline__ void finish(const Output& output, unsigned char* ring) const {
+  // Merges the head whose part is kept, and writes its output or whatever store_result does with another `output`.
+  // ring: this warp's part of its stream's, free by now.
+  template <class AnyOutput>
+  __device__ __forceinline__ void finish(const AnyOutput& output, unsigned char* ring) const {
     Fetched* fetched = reinterpret_cast<Fetched*>(ring);
     __syncwarp();
     #pragma unroll 1

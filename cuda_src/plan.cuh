@@ -18,6 +18,20 @@
 
 namespace pkv {
 
+#if RANKS
+// Which tokens of a row are a rank's: of every `cycle` tokens those in [begin, begin + tokens). The rank keeps them in
+// their order, in pages of its own.
+struct RankShare {
+  int begin, tokens, cycle;
+
+  PKV_HD int of(int seq_len) const {
+    const int cycles = static_cast<int>(static_cast<unsigned>(seq_len) / static_cast<unsigned>(cycle));
+    const int rest = seq_len - cycles * cycle - begin;
+    return cycles * tokens + (rest < 0 ? 0 : rest < tokens ? rest : tokens);
+  }
+};
+#endif
+
 // What the balanced schedule weighs against each other, in tiles: pkvsim.schedule.costs.BalancedCosts, field by field.
 struct Costs {
   int segment;  // what a segment costs beside its tiles
@@ -40,6 +54,7 @@ struct Lengths {
   int batch_size, most;
   int window;  // tokens, of the row's first query token back to where its last one's window begins (WINDOWED)
   PKV_LAST_PAGE(const int* row_begins;)  // [batch_size + 1] the rows' first pages
+  PKV_RANKS(RankShare share;)            // of this rank; lengths in memory are whole rows'
 
   // The tiles of a row that lie before its window, which are neither read nor scheduled.
   PKV_HD int skipped(int seq_len) const { return WINDOWED && seq_len > window ? (seq_len - window) / PKV_TILE : 0; }
@@ -57,7 +72,10 @@ struct Lengths {
 #endif
     return length;
   }
-  PKV_HD int cut(int length) const { return length < 0 ? 0 : length < most ? length : most; }
+  PKV_HD int cut(int length) const {
+    PKV_RANKS(length = share.of(length < 0 ? 0 : length);)
+    return length < 0 ? 0 : length < most ? length : most;
+  }
 };
 
 // floor(a / b) of a >= 0, b > 0. Without signs a division takes a third fewer instructions.

@@ -41,6 +41,20 @@
 //                                     divide READ_STAGES; default 0: reads are multiplied by mma.sync
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
+// A step of several GPUs: several.cu, which takes what balanced.cu takes beside this (but WINDOWED, LAST_PAGE_LENGTHS
+// and more QUERY_TOKENS than 1)
+// RANKS              2 to 8           ranks that a row's pages are spread over; default 0: none    gpu/several
+// Selected pages: selected.cu, which takes what balanced.cu takes beside these (but WINDOWED)
+// SELECTED           0 1              1: each (row, KV head) reads the pages of a list; default  KernelConfig
+//                                     0: a row's tokens are all read                             (selected_defines)
+// Selecting: select.cu, summaries.cu (beside HEAD_DIM, GROUP_SIZE, PAGE_SIZE, WARPS, DTYPE_BF16 and the tables)
+// SCORING            0 1 2            0: scores are given; 1: summaries are means and standard   selection_defines
+//                                     deviations; 2: minima and maxima (page_scores.cuh)
+// AGGREGATION        0 1              over the group's query heads: 0 the largest score, 1 the   selection_defines
+//                                     mean of the softmax over pages
+// By-products: balanced.cu, selected.cu
+// PAGE_LSE           0 1              1: the log-sum-exp of every tile and query head is         KernelConfig
+//                                     written; PAGE_SIZE is a multiple of PKV_TILE; default 0    (selected_defines)
 // The plan: balanced.cu, shared.cu and plan.cu (WINDOWED also decode.cu)
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
@@ -94,6 +108,15 @@
 #ifndef READ_COLUMNS
 #define READ_COLUMNS 0
 #endif
+#ifndef RANKS
+#define RANKS 0
+#endif
+#ifndef SELECTED
+#define SELECTED 0
+#endif
+#ifndef PAGE_LSE
+#define PAGE_LSE 0
+#endif
 #ifndef READ_TILES
 #define READ_TILES 0
 #endif
@@ -118,6 +141,21 @@
 #define PKV_CSR(...) __VA_ARGS__
 #else
 #define PKV_CSR(...)
+#endif
+#if RANKS
+#define PKV_RANKS(...) __VA_ARGS__
+#else
+#define PKV_RANKS(...)
+#endif
+#if SELECTED
+#define PKV_SELECTED(...) __VA_ARGS__
+#else
+#define PKV_SELECTED(...)
+#endif
+#if PAGE_LSE
+#define PKV_PAGE_LSE(...) __VA_ARGS__
+#else
+#define PKV_PAGE_LSE(...)
 #endif
 #if LAST_PAGE_LENGTHS
 #define PKV_LAST_PAGE(...) __VA_ARGS__

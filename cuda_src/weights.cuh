@@ -46,6 +46,7 @@ struct WarpState {
 #if CACHE_SCALES
   TileScales scales;  // of the tile at hand
 #endif
+  PKV_PAGE_LSE(float tile[HEAD_BLOCKS][2];)  // the sums of that tile's weights, of this lane's tokens
 
   __device__ __forceinline__ void reset() {
     #pragma unroll
@@ -78,6 +79,8 @@ struct Mask {
   int seq_len;
   int query_len;  // the row's query tokens, the last of its tokens
   int window;     // tokens that a query token sees, itself among them (WINDOWED)
+  // Of a list (SELECTED) seq_len counts its tokens; which of them a query token sees, their places in the row say.
+  PKV_SELECTED(int row_len; const int* places;)
 
   // Makes -inf of the logits s that a column does not see, in the tile that begins at token `first`.
   template <class W>
@@ -92,7 +95,13 @@ struct Mask {
       for (int i = 0; i < 4; ++i) {
         const int at = first + lane / 4 + i / 2 * 8;
         const int token = place_of(W::first_column() + b * 8 + lane % 4 * 2 + i % 2).token;
+#if SELECTED
+        const int place = QUERY_TOKENS > 1 && at < seq_len ? __ldg(places + at / PAGE_SIZE) : 0;
+        const bool later = QUERY_TOKENS > 1 && place * PAGE_SIZE + at % PAGE_SIZE >= row_len - (query_len - 1 - token);
+        const int end = later ? 0 : seq_len;
+#else
         const int end = QUERY_TOKENS > 1 ? min(seq_len, seq_len - (query_len - 1 - token)) : seq_len;
+#endif
         if (at >= end || (WINDOWED && at < end - window)) s[b][i] = none;
       }
   }
@@ -151,6 +160,7 @@ __device__ __forceinline__ void weigh(WarpState<W>& state, unsigned (&p)[W::HEAD
     second.x = state.scales.without_value(exponent[2], second.x, 1);
     second.y = state.scales.without_value(exponent[3], second.y, 1);
 #endif
+    PKV_PAGE_LSE(state.tile[b][0] = first.x + second.x, state.tile[b][1] = first.y + second.y;)
     state.l[b][0] += first.x + second.x;
     state.l[b][1] += first.y + second.y;
     p[b][0] = transpose(low);

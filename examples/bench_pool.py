@@ -24,6 +24,7 @@ from bench.tables import Table
 from pool_bench import disks
 from rich.console import Console
 
+from gpu.calibrate.tier_rates import link_rates
 from gpu.measure.environment import environment, lacks_gpu, write_json
 from pkvsim.memory.placement import BANDWIDTH, EQUAL
 
@@ -31,6 +32,7 @@ PARTS = ("copies", "decode", "disk", "tiers", "ttft")
 NEED_GPU = ("copies", "decode", "ttft")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
+DMA_RUNS = 32 * KIB, 64 * KIB, 512 * KIB
 DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
 TTFT_TOKENS = 128 * 1024
@@ -65,11 +67,11 @@ def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
     """Scattered pages each way."""
     from pool_bench import copies as measured
 
-    roof = measured.roofs(total_bytes)
-    ways = [("kernel", False, run) for run in RUNS] + [("batched DMA", True, run) for run in (64 * KIB, 512 * KIB)]
+    roof = link_rates(total_bytes)
+    ways = [("kernels", run) for run in RUNS] + [("DMA", run) for run in DMA_RUNS] + [("DMA in, kernel out", 64 * KIB)]
     rows, found = [], []
-    for way, batched, run_bytes in ways:
-        figures = measured.scattered(run_bytes, total_bytes, batched=batched)
+    for way, run_bytes in ways:
+        figures = measured.scattered(run_bytes, total_bytes, way)
         found.append({"way": way, **dataclasses.asdict(figures)})
         rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in (
             figures.in_gb_s, figures.out_gb_s, figures.both_in_gb_s, figures.both_out_gb_s))))  # fmt: skip
@@ -79,15 +81,19 @@ def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
     return table, {"roof": roof, "scattered": found}
 
 
-def decode(total_bytes: int) -> tuple[Table, dict[str, Any]]:
+def decode(total_bytes: int) -> tuple[Table, list[dict[str, Any]]]:
     """What a decode step loses while pages come in."""
     from pool_bench import copies as measured
 
-    figures = measured.decode_while_loading(total_bytes)
-    values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
-    columns = ("alone us", "loading us", "slower %", "GB/s in")
-    table = Table("Decode, 8 rows of 32K, while pages come in", columns, (tuple(f"{value:.1f}" for value in values),))
-    return table, {**dataclasses.asdict(figures), "slower_percent": figures.slower_percent}
+    rows, found = [], []
+    for way, run_bytes in (("kernels", 32 * KIB), *(("DMA", run_bytes) for run_bytes in DMA_RUNS)):
+        figures = measured.decode_while_loading(total_bytes, way, run_bytes=run_bytes)
+        values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
+        rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in values)))
+        found.append({"way": way, "run_bytes": run_bytes, **dataclasses.asdict(figures),
+                      "slower_percent": figures.slower_percent})  # fmt: skip
+    columns = ("way", "run", "alone us", "loading us", "slower %", "GB/s in")
+    return Table("Decode, 8 rows of 32K, while pages come in", columns, tuple(rows)), found
 
 
 def device_for(block_bytes: int, pages: int, on_gpu: bool) -> Any:
@@ -139,11 +145,11 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     from pool_bench import copies as measured
     from pool_bench import ttft as first
 
-    link = measured.roofs(GIB)["in_gb_s"] * 1e9
+    link = link_rates(GIB)["in_gb_s"] * 1e9
     model = first.Model(args.tokens // first.PAGE)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
     rates = [rate * 1e9 for rate in TTFT_RATES]
-    runs = measured.scattered(model.device.run_bytes, GIB).in_gb_s * 1e9
+    runs = measured.scattered(model.device.run_bytes, GIB, "DMA in, kernel out").in_gb_s * 1e9
     shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
     found = [first.from_pool(model, "host memory", [link], [], **shared)]
     if SHM.is_dir():

@@ -3,6 +3,8 @@
     python examples/bench_shared.py                            # every cell, FlashInfer's decode where it is installed
     python examples/bench_shared.py --cascade --json shared.json
     python examples/bench_shared.py --cells 0,2 --calibrate    # which costs and variants are the best
+    python examples/bench_shared.py --drawn 48 --json grid.json  # random steps, for the prices of the simulator
+    python examples/bench_shared.py --fit grid.json              # these prices, and their error; needs no GPU
 
 Results are checked against float64 before they are timed. Times are per call inside a CUDA graph whose calls read
 distinct pages, over four times the L2, before any page comes back. "told": the groups are given; "found":
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 import time
@@ -20,8 +23,9 @@ from gpu.measure.environment import environment, lacks_gpu, write_json
 
 ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
-SWEEP = (("tile", (8, 10, 12, 14, 16, 20, 24)), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)),
-         ("again", (3, 5, 8)), ("tile", (8, 10, 12, 14, 16, 20, 24)))  # fmt: skip
+TILES = (8, 12, 16, 20, 24, 28, 32, 40)
+SWEEP = (("tile", TILES), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)), ("again", (3, 5, 8)),
+         ("tile", TILES))  # fmt: skip
 VARIANTS = ((64, None), (64, 6), (64, 4), (32, None))  # columns of a read, stages of its rings
 
 POOL_GIB = 16.0
@@ -34,6 +38,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, which may be built first")
     parser.add_argument("--calibrate", action="store_true", help="sweep over the costs of shared reads instead")
+    parser.add_argument("--drawn", type=int, metavar="N", help="N random steps instead of the cells, ours alone")
+    parser.add_argument("--seed", type=int, default=20260623, help="of the random steps (20260623)")
+    parser.add_argument("--fit", type=pathlib.Path, metavar="JSON", help="fit pkvsim's prices to what --drawn wrote")
+    parser.add_argument("--device", default="h200", help="for --fit: the GPU of pkvsim's that was measured (h200)")
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
     return parser.parse_args(argv)
 
@@ -88,6 +96,25 @@ def calibrate(bench, cells: list, console) -> list[dict]:
     return found
 
 
+def fit(path: pathlib.Path, device: str) -> int:
+    """Prints the constants of pkvsim.pricing.shared that the file's steps ask for, and the cells furthest off."""
+    from bench.shared_cells import measured_of
+
+    from pkvsim.devices.device import get_device
+    from pkvsim.fitting.fit_shared import errors, fit_shared
+    from pkvsim.pricing.shared import PRICES
+
+    gpu, steps = get_device(device), measured_of(json.loads(path.read_text()))
+    found = fit_shared(steps, gpu)
+    shipped = errors(steps, gpu, PRICES)
+    print(f"{len(steps)} steps: the shipped constants are off by {abs(shipped).mean():.1%} in the mean, these by "
+          f"{found.in_sample:.1%}, and by {found.held_out:.1%} on the half that each half's fit has not seen")
+    print(found.prices)
+    for step, error in sorted(zip(steps, errors(steps, gpu, found.prices)), key=lambda pair: -abs(pair[1]))[:8]:
+        print(f"{error:+.1%}  {step.us:8.1f} us  {step.name}")
+    return 0
+
+
 def table(results: list):
     from bench.tables import Table, us
 
@@ -104,9 +131,11 @@ def table(results: list):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.fit is not None:
+        return fit(args.fit, args.device)
     if lacks_gpu("bench_shared"):
         return 1
-    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell
+    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell, drawn
     from bench.shared_measure import SharedBench
     from rich.console import Console
 
@@ -125,6 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()}}
     if args.calibrate:
         document["calibration"] = calibrate(bench, chosen(args.cells, CELLS), console)
+    elif args.drawn is not None:
+        cells = drawn(args.drawn, args.seed)
+        results = [bench.measure(cell, only_ours=True) for cell in cells]
+        table(results).print(console)
+        document |= {"results": [{**dataclasses.asdict(cell), **dataclasses.asdict(result)}
+                                 for cell, result in zip(cells, results)]}  # fmt: skip
     else:
         results = [bench.measure(cell) for cell in chosen(args.cells, (*CELLS, *NOTHING_SHARED))]
         find_us = bench.find_us(SharedCell(256, 2047 * 16, 16))

@@ -1,4 +1,4 @@
-"""Text generation by Transformers on our kernels: a ragged batch under pkv, SDPA and Transformers' own paged attention.
+"""Text generation by Transformers on our kernels: a ragged batch under pkv, SDPA and Transformers' continuous batching.
 
     python examples/generate.py                              # a small random-weight Llama
     python examples/generate.py --model ~/Llama-3.2-1B       # a local checkpoint
@@ -73,9 +73,11 @@ def load_model(args: argparse.Namespace, device: str) -> PreTrainedModel:
 
 def run_all(model: PreTrainedModel, batch: Batch, ways: list[str], *, page_size: int, tolerance: float) -> list[dict]:
     """One record a way, SDPA's first."""
+    from gpu.drop_ins.flash_attn.transformers_name import register_with_transformers
     from gpu.drop_ins.transformers_attention import register
 
     register()
+    register_with_transformers()
     ways = [WAYS[0], *(way for way in ways if way != WAYS[0])]
     results = [run_way(way, model, batch, page_size=page_size) for way in ways]
     expected, records = results[0].tokens, []

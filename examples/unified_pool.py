@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,37 +23,40 @@ from rich.console import Console
 
 from pkvsim.devices.device import get_device
 from pkvsim.memory.placement import BANDWIDTH, EQUAL, IN_ORDER
-from pkvsim.memory.simulate_tiers import BlockRequests, TierLoads, TierOptions, simulate_tiers
+from pkvsim.memory.simulate_tiers import BlockRequests, TierLoads, simulate_tiers
+from pkvsim.memory.tier_options import TierOptions
 from pkvsim.memory.tier_presets import FILE_SYSTEM_SHARE, HOST_READ, SERIAL_FILES, UNIFIED_POOL
 from pkvsim.memory.tiers import Tier
-from pkvsim.models.model_costs import (
-    decode_weight_bytes,
-    flops_per_token,
-    growing_kv_bytes_per_token,
-    prefill_attention_flops,
-)
+from pkvsim.models.model_costs import growing_kv_bytes_per_token
 from pkvsim.models.model_spec import ModelSpec
 from pkvsim.models.presets import get_model
+from pkvsim.outside.step_costs import StepCosts
+from pkvsim.serving.costs import outside_costs
+from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.tiers.prompt_prices import chunk_table_us, prompt_us
 
 MODELS = ("llama-3.1-8b", "gpt-oss-20b", "qwen3-30b-a3b")
 CONTEXTS = tuple(1024 * 2**i for i in range(8))  # 1K to 128K
 LONG = CONTEXTS[-1]
 BLOCK_TOKENS = 16
 CHUNK_TOKENS = 256  # computed once the rest is loaded
-EFFICIENCY = 0.5  # of the GPU's dense FP16 peak in matrix products and attention of a chunk
+DEVICE = "h100_sxm"
 HOST_SHARE = 0.25  # of a context that the baseline finds in host memory; the rest is on its SSD
 PUBLISHED_BASELINE_S, PUBLISHED_POOL_S, PUBLISHED_RATIO = 30.7, 10.0, 4.1
 SOURCE = "https://arxiv.org/abs/2606.14779v1"
 
 
-def chunk_s(model: ModelSpec, context: int, device: str = "h100_sxm") -> float:
-    """Seconds to compute the last chunk of a context: the larger of reading the weights and of the products."""
-    gpu = get_device(device)
-    flops = CHUNK_TOKENS * flops_per_token(model, lm_head=False) + prefill_attention_flops(
-        model, context - CHUNK_TOKENS, CHUNK_TOKENS
-    )
-    read_s = float(decode_weight_bytes(model, CHUNK_TOKENS)) / (gpu.beta_gb_s * 1e9)
-    return max(read_s, flops / (gpu.fp16_tflops * 1e12 * EFFICIENCY))
+def chunk_s(model: ModelSpec, context: int) -> float:
+    """Seconds to compute the last chunk of a context, by whatif's prices."""
+    costs, table_us = chunk_prices(model)
+    return float(prompt_us(costs, table_us, np.array([context - CHUNK_TOKENS]), context)[0]) / 1e6
+
+
+@cache
+def chunk_prices(model: ModelSpec) -> tuple[StepCosts, np.ndarray]:
+    """What prompt_us computes from."""
+    costs = outside_costs(model, get_device(DEVICE), "calibrated", ServingConfig(step_tokens=CHUNK_TOKENS))
+    return costs, chunk_table_us(costs, CHUNK_TOKENS)
 
 
 def block_bytes(model: ModelSpec) -> int:
@@ -166,8 +170,8 @@ def host_shares(pool: Sequence[Tier], disk_bytes_per_s: float) -> Table:
 ASSUMPTIONS = f"""\
 Assumed, since the paper's text was not at hand beyond its abstract:
 
-- the GPU: H100 SXM; a chunk of {CHUNK_TOKENS} tokens is computed at {EFFICIENCY:.0%} of its dense FP16 peak, the rest
-  of the context is loaded;
+- the GPU: H100 SXM; a chunk of {CHUNK_TOKENS} tokens is computed, at the prices of `pkvsim whatif`, and the rest of the
+  context is loaded;
 - one PCIe 5.0 x16 link to the GPU at {HOST_READ / 1e9:g} GB/s (measured on an H200 host), which every load passes; each
   host memory module alone could fill it;
 - each NVMe reads {UNIFIED_POOL[2].read_bytes_per_s / 1e9:g} GB/s (datasheet of a PCIe 5.0 x4 drive), 100 us to the

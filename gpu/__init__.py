@@ -2,8 +2,9 @@
 
 Read `inputs` (arrays of any library, block tables, checks), `kernels` (from cuda_src to a launch) and `engine`
 (plan notes where things are, run launches): a step goes through them in this order. `cache` is the pool that an
-engine reads and the writer that fills it. `routes` puts FlashInfer's backends beside our schedules and takes the
-cheapest of a step; `decode_engine` is the face of both. `drop_ins` are faces that other libraries' callers know.
+engine reads and the writer that fills it. `selection` chooses what a step reads of it. `routes` puts FlashInfer's
+backends beside our schedules and takes the cheapest of a step; `decode_engine` is the face of both. `drop_ins` are
+faces that other libraries' callers know.
 `measure`, `calibrate` and `tune` time all of it, and `as_card` runs all of it as another GPU would.
 
 What to decide (where to cut, which route, which page) is asked of pkvsim. torch, CuPy and FlashInfer are imported
@@ -12,14 +13,19 @@ where they are used, so that CPU tools can use the rest.
 from __future__ import annotations
 
 _HOMES = {
-    "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
-    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer_wrapper",
+    "BatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer.wrapper",
+    "CUDAGraphBatchDecodeWithPagedKVCacheWrapper": "gpu.drop_ins.flashinfer.wrapper",
     "CacheWriter": "gpu.cache.writer",
     "DecodeEngine": "gpu.decode_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
+    "MultiLevelCascadeAttentionWrapper": "gpu.drop_ins.flashinfer.cascade",
     "PagedKVCache": "gpu.cache.pool",
+    "PageList": "pkvsim.schedule.page_lists",
+    "PageSelector": "gpu.selection.page_selector",
+    "PageSummaries": "gpu.selection.page_summaries",
     "PrefixGroups": "gpu.engine.prefixes",
     "find_prefixes": "gpu.engine.prefixes",
+    "flash_attn_with_kvcache": "gpu.drop_ins.flash_attn.with_kvcache",
 }
 __all__ = list(_HOMES)
 

@@ -9,7 +9,8 @@ schedules are for its SMs; kernels have its shared memory, launches its features
 memory than it has. So what the card would refuse is refused, and what it would compute is computed. How fast it would
 be does not show: times are those of the GPU at hand. What comes compiled, in PyTorch and FlashInfer, runs as it is.
 
-Limits hold for each process: of pytest -n 14 every worker is a card of its own.
+The peak of the process's GPU memory is the last line, on standard error. Limits hold for each process: of pytest -n 14
+every worker is a card of its own.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from gpu.kernels import this_gpu
 from gpu.kernels.this_gpu import Gpu
+from gpu.measure import memory
 from pkvsim.devices.device import DEVICES, get_device
 
 OLDEST = (8, 0)
@@ -141,11 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     sys.argv = command
-    if module:
-        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(Path(command[0]).resolve().parent))
-        runpy.run_path(command[0], run_name="__main__")
+    try:
+        if module:
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(command[0]).resolve().parent))
+            runpy.run_path(command[0], run_name="__main__")
+    finally:  # also of a script that was interrupted
+        print(f"as {args.card}: {memory.peak_line()}", file=sys.stderr)
     return 0
 
 

@@ -108,7 +108,8 @@ class DecodeEngine:
 
     def run(self, q: object, k_pages: object, v_pages: object = None, *, out: object = None, lse: object = None,
             scale: float | None = None, sinks: object = None, query_lens: object = None, k_scale: object = None,
-            v_scale: object = None) -> tuple[object, object | None]:
+            v_scale: object = None, selected: object = None,
+            page_lse: object = None) -> tuple[object, object | None]:
         """Attention of the planned step, on the caller's current stream.
 
         q [batch_size, num_q_heads, head_dim]; k_pages, v_pages [num_pages, num_kv_heads, page_size, head_dim], or
@@ -124,9 +125,22 @@ class DecodeEngine:
         num_kv_heads], with "token" float32 of the pages' shape less the last axis, as CacheWriter writes them, none
         negative and V's at most 2^60 (below 2^-60 they count as 0).
 
+        selected (balanced): PageList(pages [batch_size, num_kv_heads, max_selected] int32, counts [batch_size,
+        num_kv_heads] int32) on the GPU: each (row, KV head) attends to the tokens of these pages alone. Pages are named
+        by their places in the row (column of the block table), ascending, each once; entries from counts on are not
+        read. A list without pages gives zeros and -inf. Both arrays may change in place between runs, also under a
+        captured graph. Not with a window or groups.
+        page_lse (balanced): float32 on the GPU, written: the log-sum-exp (natural log) of the logits of every 16 tokens
+        for each query head, so that exp(page_lse - lse) is the share of the attention that they get. [batch_size,
+        num_kv_heads, tiles, (query_tokens,) group_size], as many tiles of 16 tokens as are wanted, from a row's start
+        on; with `selected` they count through the listed pages. What is not read is left as it was. Not with groups, nor
+        with pages of other than whole tiles.
+        The first run with either compiles its kernel, and must not be under capture.
+
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.
         """
-        return self._runs.run(Run(q, k_pages, v_pages, out, lse, scale, sinks, query_lens, k_scale, v_scale))
+        return self._runs.run(
+            Run(q, k_pages, v_pages, out, lse, scale, sinks, query_lens, k_scale, v_scale, selected, page_lse))
 
     def release_arrays(self) -> None:
         """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""

@@ -16,10 +16,11 @@ from pkvsim import reference
 from pkvsim.options import AttentionOptions
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import Schedule, make_schedule
+from pkvsim.schedule.page_lists import PageList, list_schedule
 from pkvsim.schedule.prefixes import find_prefixes
 from pkvsim.shapes import DecodeShape, StepState
 
-__all__ = ["AttentionOptions", "DecodeShape", "PrefixGroups", "Schedule", "StepState", "find_prefixes", "make_schedule",
-           "reference"]
+__all__ = ["AttentionOptions", "DecodeShape", "PageList", "PrefixGroups", "Schedule", "StepState", "find_prefixes",
+           "list_schedule", "make_schedule", "reference"]
 
 __version__ = "0.1.0"

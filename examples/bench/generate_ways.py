@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-WAYS = ("sdpa", "pkv", "paged|sdpa")  # the first is what the others are compared with
+WAYS = ("sdpa", "pkv", "paged|sdpa", "paged|pkv_flash_2")  # the first is what the others are compared with
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """Steps whose rows share leading pages, and how they lie in a pool."""
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from gpu.measure.pools import BenchPool, CellPages
 from pkvsim import DecodeShape
+from pkvsim.fitting.fit_shared import MeasuredShared
+from pkvsim.schedule.groups import PrefixGroups
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,9 @@ class SharedCell:
         tokens = self.groups * self.prefix + self.rows * self.own
         return tokens * self.num_kv_heads * self.head_dim * 2 * 2
 
+    def prefix_groups(self) -> PrefixGroups:
+        return PrefixGroups(self.group_of_row(), np.full(self.groups, self.prefix // 16, np.int32))
+
     def lay_out(self, pool: BenchPool, *, l2_size: int, seed: int) -> CellPages:
         """Scattered pages, those of a prefix in all its rows."""
         parts = np.array([*[self.prefix] * (self.groups if self.prefix else 0), *[self.own] * self.rows], np.int64)
@@ -69,4 +74,36 @@ CELLS = (
     SharedCell(64, 8192, 512, num_q_heads=28, num_kv_heads=4),
     SharedCell(64, 8192, 512, num_q_heads=32, num_kv_heads=32),
 )
+# Of what drawn() draws: groups, their rows, shared and own tokens, and head shapes, the commonest more often.
+DRAWN_GROUPS, DRAWN_MEMBERS = (1, 1, 1, 2, 4, 8), (2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+DRAWN_PREFIX, DRAWN_OWN = (512, 32768), (16, 4096)
+DRAWN_HEADS = ((32, 8, 128), (32, 8, 128), (32, 8, 128), (28, 4, 128), (64, 8, 64), (32, 32, 128), (64, 8, 128))
+MOST_ROWS, MOST_BYTES = 256, 1 << 30  # of distinct K and V
+
+
+def drawn(count: int, seed: int) -> tuple[SharedCell, ...]:
+    """So many steps that share pages, all unlike; lengths are log-uniform in whole pages."""
+    rng, cells = np.random.default_rng(seed), []
+    while len(cells) < count:
+        groups, members = int(rng.choice(DRAWN_GROUPS)), int(rng.choice(DRAWN_MEMBERS))
+        prefix, own = (int(16 * round(np.exp(rng.uniform(*np.log(span))) / 16)) for span in (DRAWN_PREFIX, DRAWN_OWN))
+        heads = DRAWN_HEADS[rng.integers(len(DRAWN_HEADS))]
+        cell = SharedCell(groups * members, prefix, max(16, own), groups, *heads)
+        if cell.rows <= MOST_ROWS and cell.distinct_bytes() <= MOST_BYTES and cell not in cells:
+            cells.append(cell)
+    return tuple(cells)
+
+
+def measured_of(document: dict) -> list[MeasuredShared]:
+    """The steps of what bench_shared wrote that were told their groups: of --drawn, or of the cells, by name."""
+    named, found = {cell.name: cell for cell in CELLS}, []
+    for result in document["results"]:
+        us = result["times"].get("told")
+        given = {field.name: result[field.name] for field in fields(SharedCell) if field.name in result}
+        cell = SharedCell(**given) if given else named.get(result["cell"])
+        if us is not None and cell is not None:
+            found.append(MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), us))
+    return found
+
+
 NOTHING_SHARED = (SharedCell(64, 0, 1024), SharedCell(64, 0, 4096), SharedCell(16, 0, 2048))

@@ -56,15 +56,17 @@ class SharedBench:
     def lay_out(self, cell: SharedCell, seed: int) -> CellPages:
         return cell.lay_out(self.pool, l2_size=l2_bytes(), seed=seed)
 
-    def measure(self, cell: SharedCell, *, seed: int = 0) -> Result:
+    def measure(self, cell: SharedCell, *, seed: int = 0, only_ours: bool = False) -> Result:
+        """only_ours: plain and told alone."""
         pages = self.lay_out(cell, seed)
         result = Result(cell.name, cell.distinct_bytes(), self.limit.time_us(cell.distinct_bytes()))
         q = torch.randn(cell.rows, cell.num_q_heads, cell.head_dim, device=self.pool.flat.device).half()
         rows, expected = reference_rows(q, cell, pages)
         plain = None  # the checked output of that route, which nothing may write again
         timed = torch.empty_like(q)  # of every route, whose calls read other layers than those that are checked
-        routes = ["plain", *(["told"] if cell.prefix else []), "found"]
-        routes += [*FLASHINFER, *(["cascade"] if self.cascade and cell.prefix else [])] if fi.installed() else []
+        routes = ["plain", *(["told"] if cell.prefix else []), *([] if only_ours else ["found"])]
+        if not only_ours:
+            routes += [*FLASHINFER, *(["cascade"] if self.cascade and cell.prefix else [])] if fi.installed() else []
         for name in routes:
             out = torch.full_like(q, float("nan"))
             try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.transfer import CudaPages
+from gpu.calibrate.tier_rates import median_s
 
 LAYERS = 8
 MIB = 2**20
@@ -39,45 +40,6 @@ class DecodeFigures:
         return (self.loading_us / self.alone_us - 1) * 100
 
 
-def seconds_of(body: Callable[[], None], repeats: int = 5) -> float:
-    """Median wall time of body(), which ends when its work does; the first call is not counted."""
-    import time
-
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        body()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
-
-
-def roofs(num_bytes: int) -> dict[str, float]:
-    """Plain cudaMemcpyAsync of one piece from and to pinned memory, alone and both at once, GB/s each way."""
-    import cupy
-
-    arena = HostArena(slots=2, slot_bytes=num_bytes, pin=True)
-    device = cupy.zeros((2, num_bytes), cupy.uint8)
-    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
-
-    def copy(way: int) -> None:
-        pointers = (device[way].data.ptr, arena.address(way))
-        cupy.cuda.runtime.memcpyAsync(*(pointers if way == 0 else pointers[::-1]), num_bytes,
-                                      cupy.cuda.runtime.memcpyDefault, streams[way].ptr)  # fmt: skip
-
-    def run(ways: tuple[int, ...]) -> float:
-        def body() -> None:
-            for way in ways:
-                copy(way)
-            for way in ways:
-                streams[way].synchronize()
-
-        return num_bytes / seconds_of(body) / 1e9
-
-    found = {"in_gb_s": run((0,)), "out_gb_s": run((1,)), "both_gb_s": run((0, 1))}
-    arena.close()
-    return found
-
-
 def make_pages(num_pages: int, run_bytes: int, layers: int = LAYERS) -> CudaPages:
     """Pages of K and V of every layer, random."""
     import cupy
@@ -89,12 +51,17 @@ def make_pages(num_pages: int, run_bytes: int, layers: int = LAYERS) -> CudaPage
     return CudaPages(k, v)
 
 
-def scattered(run_bytes: int, total_bytes: int, *, batched: bool = False) -> CopyFigures:
-    """Blocks of 2 * LAYERS runs at random places of both sides, layer by layer in, whole out; checked first."""
+WAYS = {"kernels": (2**60, 2**60), "DMA": (0, 0), "DMA in, kernel out": (0, 2**60)}  # CudaPages.batched_from_bytes
+
+
+def scattered(run_bytes: int, total_bytes: int, way: str) -> CopyFigures:
+    """Blocks of 2 * LAYERS runs at random places of both sides, layer by layer in, whole out; checked first.
+
+    way: of WAYS.
+    """
     blocks = total_bytes // (2 * LAYERS * run_bytes)
     pages = make_pages(2 * blocks, run_bytes)
-    if batched:
-        pages.batched_from_bytes = 0
+    pages.batched_from_bytes = WAYS[way]
     arena = HostArena(slots=2 * blocks, slot_bytes=pages.block_bytes, pin=True)
     rng = np.random.default_rng(0)
     # Loads and stores have pages and slots of their own, so that both may run at once.
@@ -110,7 +77,7 @@ def scattered(run_bytes: int, total_bytes: int, *, batched: bool = False) -> Cop
         pages.copy_out(ends[1][1], ends[1][0], after=pages.mark()).wait()
 
     num_bytes = blocks * pages.block_bytes
-    in_s, out_s = seconds_of(load), seconds_of(store)
+    in_s, out_s = median_s(load), median_s(store)
     both_in, both_out = together(load, store)
     arena.close()
     return CopyFigures(run_bytes, *(num_bytes / s / 1e9 for s in (in_s, out_s, both_in, both_out)))
@@ -139,13 +106,13 @@ def together(load: Callable[[], None], store: Callable[[], None], repeats: int =
 
         thread = threading.Thread(target=keep_on)
         thread.start()
-        out.append(seconds_of(body, repeats))
+        out.append(median_s(body, repeats))
         stop.set()
         thread.join()
     return out[0], out[1]
 
 
-def decode_while_loading(total_bytes: int, *, run_bytes: int = 32 * 1024, steps: int = 400) -> DecodeFigures:
+def decode_while_loading(total_bytes: int, way: str, *, run_bytes: int, steps: int = 400) -> DecodeFigures:
     """Steps of 8 rows of 32K tokens, 32 query and 8 KV heads of 128, alone and while blocks come in without a pause."""
     import cupy
 
@@ -176,6 +143,7 @@ def decode_while_loading(total_bytes: int, *, run_bytes: int = 32 * 1024, steps:
 
     blocks = total_bytes // (2 * LAYERS * run_bytes)
     pages = make_pages(blocks, run_bytes)
+    pages.batched_from_bytes = WAYS[way]
     arena = HostArena(slots=blocks, slot_bytes=pages.block_bytes, pin=True)
     addresses, places = arena.addresses(rng.permutation(blocks)), rng.permutation(blocks).astype(np.int32)
     step_us()

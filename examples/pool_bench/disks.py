@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu.cache.tiers.device import Device, DoneTicket, Ticket
+from gpu.cache.tiers.device import Device, NoPages
 from gpu.cache.tiers.disk_files import ALIGNMENT, HEADER_BYTES
 from gpu.cache.tiers.disk_reads import LimitedReader, Reader
 from gpu.cache.tiers.handles import LoadHandle
@@ -27,27 +27,6 @@ ROOF_SOURCE = Path(__file__).with_name("roof.c")
 DEPTH_BYTES = 64 * 2**20  # under way at a disk, in the pool and in the C loop
 MIN_DEPTH, MAX_DEPTH = 8, 128
 RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for its check and for the GPU
-
-
-class NoPages:
-    """A device that takes every block and keeps none: disks alone are measured where there is no GPU."""
-
-    def __init__(self, block_bytes: int, num_pages: int, num_layers: int = 32) -> None:
-        self.block_bytes, self.num_pages, self.num_layers = block_bytes, num_pages, num_layers
-
-    def mark(self) -> object:
-        return None
-
-    def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
-    ) -> Sequence[Ticket]:  # fmt: skip
-        return [DoneTicket()] * (self.num_layers if each_layer else 1)
-
-    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
-        return DoneTicket()
-
-    def wait(self, ticket: Ticket) -> None:
-        return None
 
 
 @dataclass(frozen=True, slots=True)

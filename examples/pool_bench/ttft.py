@@ -55,9 +55,9 @@ class Model:
         import torch
 
         self.blocks = blocks
-        shape = (blocks, KV_HEADS, PAGE, HEAD_DIM)
-        self.k, self.v = ([torch.empty(shape, dtype=torch.float16, device="cuda").normal_() for _ in range(LAYERS)]
-                          for _ in range(2))  # fmt: skip
+        shape = (blocks, 2, KV_HEADS, PAGE, HEAD_DIM)  # K and V of a page beside each other: one run of 64 KiB
+        both = [torch.empty(shape, dtype=torch.float16, device="cuda").normal_() for _ in range(LAYERS)]
+        self.k, self.v = ([pages[:, part] for pages in both] for part in range(2))
         make = lambda rows, columns: torch.randn(rows, columns, dtype=torch.float16, device="cuda") * rows**-0.5  # noqa: E731
         wide = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
         self.weights = make(HIDDEN, wide), make(HIDDEN, HIDDEN), make(HIDDEN, 2 * INNER), make(INNER, HIDDEN)
@@ -89,7 +89,8 @@ class Model:
 
     def checksums(self) -> list[float]:
         """Of every layer's pages, to see that what was loaded is what was stored."""
-        return [float(pages[at].view(-1)[::101].double().sum()) for pages in (self.k, self.v) for at in range(LAYERS)]
+        arrays = (pages[at].reshape(-1) for pages in (self.k, self.v) for at in range(LAYERS))
+        return [float(array[::101].double().sum()) for array in arrays]
 
     def clear(self) -> None:
         import torch

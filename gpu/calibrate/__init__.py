@@ -1,5 +1,6 @@
 """python -m gpu.calibrate: measures a GPU into a device file.
 
 `run` is the whole of it: `constants` measures the GPU's own numbers, `cells` says which steps are timed, `measure`
-times every route on them, and pkvsim.fitting turns the times into constants.
+times every route on them, and pkvsim.fitting turns the times into constants. `tiers` adds host memory, disks and the
+link to them (--tiers), by `tier_rates`.
 """

@@ -6,13 +6,20 @@ their true length.
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from gpu.cache.tiers.handles import LoadHandle, StoreHandle
+from gpu.drop_ins.prompts.prompt_keys import block_keys, check_positions, row_tokens
+from gpu.drop_ins.prompts.prompt_pool import PromptPool
 from gpu.drop_ins.torch_append import append_tokens
 from gpu.drop_ins.transformers_rows import NewTokens, PagedRows
+
+if TYPE_CHECKING:
+    from gpu.selection.paged_selection import PagedSelection
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -29,9 +36,12 @@ class PagedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rows: PagedRows) -> None:
+    def __init__(self, rows: PagedRows, loads: list[LoadHandle], at: int, is_last: bool,
+                 selection: PagedSelection | None = None) -> None:
+        """loads: under way, of which this is layer `at`; the last one ends them."""
         super().__init__()
-        self.rows = rows
+        self.rows, self.index, self.selection = rows, at, selection
+        self._loads, self._is_last = loads, is_last
         self.seen = 0  # tokens a row that went through, padding included
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -64,6 +74,10 @@ class PagedLayer(CacheLayerMixin):
         keys, values as update() returned them; kept [batch_size, new_tokens] bool: no padding; None: none is.
         """
         batch_size, _, new_tokens, _ = keys.shape
+        for load in self._loads:
+            load.wait_layer(self.index)
+        if self._is_last:
+            self._loads.clear()
         if self.seen == self.rows.seen:
             self.rows.extend(kept, batch_size, new_tokens, keys.device)
         if self.seen + new_tokens != self.rows.seen:
@@ -99,8 +113,11 @@ class PagedLayer(CacheLayerMixin):
             self.keys.zero_()
             self.values.zero_()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise NotImplementedError("num_beams: expected 1, as a PagedCache does not copy rows")
+    def copy_pages(self, from_ids: torch.Tensor, to_ids: torch.Tensor) -> None:
+        """Page to_ids[i] becomes what page from_ids[i] was; both [n] int64, which may have ids in common."""
+        if self.is_initialized:
+            for pages in (self.keys, self.values):
+                pages[to_ids] = pages[from_ids]
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("crop: a PagedCache only grows, so it does not serve assisted decoding")
@@ -116,25 +133,57 @@ class PagedCache(Cache):
 
     The mask may pad a row's tokens anywhere; it must not change for tokens that were stored. reset() empties the cache
     for another batch.
+
+    With tiers, what a pool has of the prompts is loaded and not computed again:
+
+    >>> cache = PagedCache(model.config, max_batch_size=8, max_seq_len=4096, tiers=pool)
+    >>> cache.begin(model, **inputs)
+    >>> found = model.generate(**inputs, max_new_tokens=20, **cache.argument_of(model))
+    >>> cache.keep(found, inputs["attention_mask"])
     """
 
     def __init__(self, config: PreTrainedConfig, *, max_batch_size: int, max_seq_len: int, page_size: int = 16,
-                 num_pages: int | None = None) -> None:
+                 num_pages: int | None = None, rows_per_prompt: int = 1, selection: str | None = None,
+                 budget: float = 0.1, dense_layers: int = 2, tiers: PromptPool | None = None) -> None:
         """
-        config: the model's. max_seq_len: tokens of a row, padding not counted. num_pages: of each layer's pool, by
-        default enough for every row to be full. The pools are made where and of what type the first keys are.
+        config: the model's. max_batch_size: rows, those of num_return_sequences or num_beams counted. max_seq_len:
+        tokens of a row, padding not counted. num_pages: of each layer's pool, by default enough for every row to be
+        full. The pools are made where and of what type the first keys are.
+        rows_per_prompt: neighbouring rows that begin with one prompt, as generate() makes them with
+        num_return_sequences or num_beams. They share the prompt's full pages, which a decode step reads once where that
+        is worth it, and which num_pages need not count for each.
+        selection: "mean_std" or "quest": decode steps read the `budget` part of each row's pages that scores best, for
+        every KV head others, in all but the first dense_layers layers and those with windows; prefill reads all. Not
+        with several rows per prompt.
+        tiers: where prompts' KV is kept beyond the pages. Not with several rows per prompt, nor with selection.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.
         """
-        config = config.get_text_config(decoder=True)
+        self.tiers = tiers
+        self._config = config = config.get_text_config(decoder=True)
+        if tiers is not None:
+            check_positions(config)
         for layer_type in getattr(config, "layer_types", None) or ():
             if layer_type not in LAYER_TYPES:
                 raise NotImplementedError(f"config: expected layers of {' or '.join(LAYER_TYPES)}, got {layer_type}")
         if num_pages is None:
             num_pages = max_batch_size * -(-max_seq_len // page_size)
         self.rows = PagedRows(max_batch_size=max_batch_size, max_seq_len=max_seq_len, page_size=page_size,
-                              num_pages=num_pages)
-        super().__init__(layers=[PagedLayer(self.rows) for _ in range(config.num_hidden_layers)])
+                              num_pages=num_pages, rows_per_prompt=rows_per_prompt)
+        self.selection = None
+        if selection is not None:
+            from gpu.selection.paged_selection import PagedSelection
+
+            if rows_per_prompt != 1:
+                raise ValueError(f"rows_per_prompt: expected 1 with selection, got {rows_per_prompt}")
+            self.selection = PagedSelection(selection, budget, dense_layers=dense_layers)
+        if tiers is not None and (rows_per_prompt != 1 or selection is not None):
+            raise ValueError("tiers: expected None with several rows per prompt, and with selection")
+        self._loads: list[LoadHandle] = []
+        self._stores: list[StoreHandle] = []
+        count = config.num_hidden_layers
+        super().__init__(layers=[PagedLayer(self.rows, self._loads, at, at == count - 1, self.selection)
+                                 for at in range(count)])
 
     @property
     def num_free_pages(self) -> int:
@@ -146,7 +195,112 @@ class PagedCache(Cache):
         takes = inspect.signature(model.forward).parameters
         return {"cache" if "cache" in takes else "past_key_values": self}
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row r becomes what row beam_idx[r] was, as beam search asks; both are of one prompt. Copies what rows do not
+        share."""
+        copies = self.rows.reorder(beam_idx.to(self.rows.lens.device))
+        for layer in self.layers:
+            layer.copy_pages(*copies)
+
+    def begin(self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
+              **_: object) -> int:
+        """Loads what the tiers have of the beginnings of prompts [batch_size, tokens] into an empty cache; returns the
+        leading columns of input_ids that need not be computed. generate() and forward() go on from there: generate()
+        takes the whole input_ids, forward() what follows these columns.
+
+        Layers arrive while earlier ones are computed; where a tier fails, fewer columns are loaded. Raises ValueError
+        naming the argument.
+        """
+        tiers = self._tiers()
+        if self.get_seq_length():
+            raise ValueError("begin: expected an empty cache, reset() it")
+        self._open(model)
+        mask = None if attention_mask is None else attention_mask.cpu()
+        ends = torch.ones_like(input_ids, device="cpu") if mask is None else (mask != 0).long()
+        ends = ends.cumsum(1)  # [batch_size, tokens], of each row up to and including a column
+        keys = [block_keys(tokens, self.rows.page_size) for tokens in row_tokens(input_ids, mask)]
+        seen = self._columns(ends, [tiers.lookup(of_row) for of_row in keys])
+        if not seen:
+            return 0
+        kept = None if mask is None else (mask[:, :seen] != 0).to(model.device)
+        self.rows.extend(kept, len(input_ids), seen, model.device)
+        counts = (-(-ends[:, seen - 1] // self.rows.page_size)).tolist()
+        self._loads += [
+            tiers.load(of_row[:count], self.rows.pages_of(row, count))
+            for row, (of_row, count) in enumerate(zip(keys, counts)) if count
+        ]  # fmt: skip
+        valid, loads = [0] * len(keys), iter(self._loads)
+        for row, count in enumerate(counts):
+            valid[row] = next(loads).wait_layer(0) if count else 0
+        found = self._columns(ends[:, :seen + 1], valid)
+        if found < seen:  # a tier failed: what it did not give is computed
+            self.rows.shorten(ends[:, found - 1] if found else torch.zeros_like(ends[:, 0]), found)
+        for layer in self.layers:
+            layer.seen = found
+        return found
+
+    def keep(self, token_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
+        """Stores the rows' whole pages in the tiers, as far as they are not there; returns how many blocks are being
+        written. token_ids [batch_size, tokens]: what was computed, such as generate()'s answer, of which the last
+        token may be missing from the cache. attention_mask [batch_size, prompt tokens]: the prompts'; tokens behind it
+        are no padding. Raises ValueError naming the argument."""
+        tiers = self._tiers()
+        if self.rows.lens is None or len(token_ids) != len(self.rows.lens):
+            raise ValueError(f"token_ids: expected the cache's rows, got {list(token_ids.shape)}")
+        if not tiers.is_open:
+            self._open_pages(tiers)
+        mask = None
+        if attention_mask is not None:
+            mask = torch.ones_like(token_ids, device="cpu")
+            mask[:, :attention_mask.shape[1]] = attention_mask.cpu()
+        blocks = 0
+        for row, (tokens, length) in enumerate(zip(row_tokens(token_ids, mask), self.rows.lens.tolist())):
+            if length > len(tokens):
+                raise ValueError(f"token_ids: expected the {length} tokens of row {row}, got {len(tokens)}")
+            keys = block_keys(tokens[:length], self.rows.page_size)
+            self._stores.append(tiers.store(keys, self.rows.pages_of(row, len(keys))))
+            blocks += self._stores[-1].blocks
+        return blocks
+
     def reset(self) -> None:
-        """Empties the cache: all pages are free again."""
-        super().reset()
+        """Empties the cache: all pages are free again, once loads have ended and what is kept has been copied."""
+        for load in self._loads:
+            load.cancel()
+        for store in self._stores:
+            store.wait_copied()
+        self._loads.clear()
+        self._stores.clear()
+        if self.tiers is None or not self.tiers.is_open:
+            super().reset()
+        else:  # pages of zeros would be written beside copies of the next load
+            for layer in self.layers:
+                layer.seen = 0
         self.rows.reset()
+        if self.selection is not None:
+            self.selection.reset()
+
+    def _tiers(self) -> PromptPool:
+        if self.tiers is None:
+            raise ValueError("tiers: expected a PromptPool with begin() and keep(), got none")
+        return self.tiers
+
+    def _columns(self, ends: torch.Tensor, blocks: list[int]) -> int:
+        """Leading columns of which every row's tokens are in its first blocks; not all, as a query is needed."""
+        room = torch.tensor(blocks)[:, None] * self.rows.page_size
+        fits = (ends <= room).all(0)[:-1]
+        return int(fits.long().cumprod(0).sum())
+
+    def _open(self, model: PreTrainedModel) -> None:
+        """The pages, before the first keys come, and the tiers behind them."""
+        config = self._config
+        heads = config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for layer in self.layers:
+            if not layer.is_initialized:
+                empty = torch.empty((1, heads, 0, head_dim), dtype=model.dtype, device=model.device)
+                layer.lazy_initialization(empty, empty)
+        if not self._tiers().is_open:
+            self._open_pages(self._tiers())
+
+    def _open_pages(self, tiers: PromptPool) -> None:
+        tiers.open([layer.keys for layer in self.layers], [layer.values for layer in self.layers])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gpu.engine import page_lists
 from gpu.engine.arguments import VALUES
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import load_kernel
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # The values of a launch, in order: those of the run (gpu.engine.arguments), then the kernel's own.
 BALANCED_VALUES = (*VALUES, *BalancedCosts._fields, "max_tokens")
+LISTED_VALUES = (*BALANCED_VALUES, *page_lists.VALUES)
 SHARED_VALUES = (
     *VALUES, *BalancedCosts._fields, *SharedCosts._fields, "group_of_row", "prefix_pages", "num_groups", "max_tokens",
 )  # fmt: skip
@@ -24,13 +26,14 @@ MERGE_VALUES = (*VALUES, "split_offsets", "rows")
 class DecodeKernels:
     """Compiled when they are first asked for."""
 
-    __slots__ = ("_config", "_planned_on_gpu", "_overlap", "_decode", "_merge", "_shared")
+    __slots__ = ("_config", "_planned_on_gpu", "_overlap", "_decode", "_merge", "_shared", "_listed")
 
     def __init__(self, config: KernelConfig, *, planned_on_gpu: bool, overlap: bool) -> None:
         """planned_on_gpu: the balanced schedule. overlap: see gpu.kernels.compile.load_kernel."""
         self._config, self._planned_on_gpu, self._overlap = config, planned_on_gpu, overlap
         self._decode: dict[TableLayout, Kernel] = {}
         self._shared: dict[tuple[TableLayout, int], Kernel] = {}  # and by columns of a read
+        self._listed: dict[tuple[TableLayout, bool, bool], Kernel] = {}
         self._merge: Kernel | None = None
 
     def decode(self, layout: TableLayout) -> Kernel:
@@ -44,6 +47,19 @@ class DecodeKernels:
                 file, name, self._config.defines() | layout.defines(), threads=self._config.threads,
                 shared_bytes=self._config.shared_bytes, overlap=self._overlap, given=values)
         return self._decode[layout]
+
+    def listed(self, layout: TableLayout, *, selected: bool, page_lse: bool) -> Kernel:
+        """Takes LISTED_VALUES. selected: of listed pages alone. page_lse: with the mass of every tile."""
+        key = layout, selected, page_lse
+        if key not in self._listed:
+            file, name = (
+                ("selected.cu", "pkv_decode_selected") if selected else ("balanced.cu", "pkv_decode_balanced")
+            )  # fmt: skip
+            defines = self._config.selected_defines(selected=selected, page_lse=page_lse) | layout.defines()
+            self._listed[key] = load_kernel(
+                file, name, defines, threads=self._config.threads, shared_bytes=self._config.shared_bytes,
+                overlap=self._overlap, given=LISTED_VALUES)
+        return self._listed[key]
 
     def shared(self, layout: TableLayout, config: KernelConfig, shared_bytes: int) -> Kernel:
         """Takes SHARED_VALUES. config: with reads for several rows."""

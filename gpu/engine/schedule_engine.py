@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu.engine.arguments import DecodeArguments
 from gpu.engine.decode_kernels import DecodeKernels
+from gpu.engine.page_lists import ListArguments
 from gpu.engine.plan import Plan, place
 from gpu.engine.shared_reads import SharedReads, check_host, groups_key
 from gpu.engine.task_list import read_device_tasks, upload_tasks
@@ -63,6 +64,7 @@ class ScheduleEngine:
                                           scale=scale, device_id=self.device_id)
         self._capability, self._sharing = gpu.compute_capability, (
             None if shared_costs is None else check_shared_costs(shared_costs), sharing_rule, read_stages)
+        self._lists = ListArguments(shape, self.config, self.device_id)
         self._shared: SharedReads | None = None  # of the last plan with groups
         self._shared_of: dict[int, SharedReads] = {}  # by columns of a read
         self._plan: Plan | None = None
@@ -149,7 +151,7 @@ class ScheduleEngine:
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
-        q, k_pages, v_pages, out, lse, *others = run
+        q, k_pages, v_pages, out, lse, *others, selected, page_lse = run
         if v_pages is None:
             k_pages, v_pages = arrays.split_combined(k_pages)
         if out is None or lse is None:
@@ -163,6 +165,9 @@ class ScheduleEngine:
         if (plan.copies or plan.task_list or shared) and not plan.in_graph and arrays.is_capturing(stream):
             self._in_graphs.append((plan.copies, plan.task_list, self._partials, shared and shared.owned))
             plan.in_graph = True
+        if selected is not None or page_lse is not None:
+            self._run_listed(plan, given, selected, page_lse, stream)
+            return out, lse
         if shared is not None:
             if shared.finder is not None:
                 self._shared.find(plan, stream)
@@ -182,6 +187,16 @@ class ScheduleEngine:
                 merge_args = *given, offsets, bucket.rows.data.ptr
                 self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
         return out, lse
+
+    def _run_listed(self, plan: Plan, given: tuple, selected: object, page_lse: object, stream: int) -> None:
+        """Launches a run with lists of pages, or with the mass of every page as a by-product."""
+        for name, what in (("selected", selected), ("page_lse", page_lse)):
+            checks.expect(name, f"None for schedule {self.schedule!r}", type(what).__name__,
+                          what is None or self.schedule == "balanced")
+        more = self._lists.take(selected, page_lse, batch_size=plan.batch_size,
+                                grouped=plan.groups is not None, library=self._arguments.library)
+        kernel = self._kernels.listed(plan.layout, selected=selected is not None, page_lse=page_lse is not None)
+        kernel(self.num_ctas, (*given, *self.costs, plan.max_tokens, *more), stream, pairs=True)
 
     def release_arrays(self) -> None:
         """Lets go of the planned arrays, for a caller who keeps them alive or plans again before the next run."""

@@ -192,6 +192,11 @@ def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int,
            all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
 
 
+def check_contiguous(name: str, array: ArrayView) -> None:
+    """ValueError unless the elements lie in order."""
+    expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
+
+
 def _contiguous(array: ArrayView) -> bool:
     """Whether elements lie in order; the strides of axes of one element do not matter."""
     step = 1

@@ -21,6 +21,8 @@ class Run(NamedTuple):
     query_lens: object = None  # [batch_size] int32
     k_scale: object = None
     v_scale: object = None
+    selected: object = None  # PageList: the pages that each (row, KV head) reads
+    page_lse: object = None  # [batch_size, num_kv_heads, tiles, (query_tokens,) group_size] float32, written
 
 
 class StepPlanner(Protocol):

@@ -57,9 +57,17 @@ DECODE = Parameter("DecodeArguments", (
     *_fields("i", "scale_head_stride scale_token_stride", "CACHE_TYPE"),
     *_fields("f", "v_scale", "CACHE_TYPE"),
     *_fields("p", "row_begins", "TABLE_CSR"),
+    *_fields("p", "selected_pages selected_counts", "SELECTED"),
+    *_fields("i", "max_selected", "SELECTED"),
+    *_fields("p", "page_lse", "PAGE_LSE"),
+    *_fields("i", "page_lse_tiles", "PAGE_LSE"),
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
 SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
+RANK = Parameter("RankArguments", (  # of a step over several GPUs
+    *_fields("p", "inboxes own failure"), *_fields("q", "half_slots patience_ns"),
+    *_fields("i", "rank owner in_kernel share_begin share_tokens share_cycle"),
+))  # fmt: skip
 APPEND = Parameter("AppendArguments", (
     *_fields("p", "k_new v_new q q_out k_pages v_pages k_scales v_scales seq_lens block_table token_offsets rope"),
     *_fields("i", "num_tokens batch_size num_kv_heads num_q_heads page_size num_pages max_pages max_positions chunks"),
@@ -69,6 +77,18 @@ APPEND = Parameter("AppendArguments", (
     *_fields("q", "scale_page scale_head scale_token"),
     *_fields("f", "rope_factor k_scale v_scale"),
 ))  # fmt: skip
+SELECT = Parameter("SelectArguments", (
+    *_fields("p", "q summaries page_ids lengths row_begins scores sums tickets budgets pages counts"),
+    *_fields("i", "batch_size num_kv_heads table_stride num_pages max_tokens max_selected score_stride chunk_pages"),
+    *_fields("i", "sink_pages recent_pages least_pages parts"), Field("scale", "f"),
+))  # fmt: skip
+SUMMARY = Parameter("SummaryArguments", (
+    *_fields("p", "k_pages summaries page_ids lengths row_begins"), Field("k_page_stride", "q"),
+    *_fields("i", "k_head_stride k_token_stride batch_size num_kv_heads table_stride num_pages max_tokens new_tokens"),
+))  # fmt: skip
+PRODUCT = Parameter("ProductArguments", (
+    *_fields("p", "x weight norm bias out"), *_fields("i", "columns rows x_stride out_stride"), Field("eps", "f"),
+))  # fmt: skip
 RUNS = _values(  # of pages moved between host memory and the GPU
     *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
     *_fields("i", "run_bytes num_blocks first_run num_runs"),
@@ -76,9 +96,15 @@ RUNS = _values(  # of pages moved between host memory and the GPU
 
 KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_decode_balanced": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
+    "pkv_decode_selected": (DECODE, COSTS, *_values(Field("max_tokens", "i"))),
     "pkv_decode_shared": (
         DECODE, COSTS, SHARED_COSTS, *_values(*_fields("p", "group_of_row prefix_pages"),
                                               *_fields("i", "num_groups max_tokens")),
+    ),
+    "pkv_decode_several": (DECODE, COSTS, RANK, *_values(Field("max_tokens", "i"))),
+    "pkv_merge_ranks": _values(
+        Field("states", "p"), Field("stride", "i"), *_fields("p", "out lse sinks"),
+        *_fields("i", "rank owner batch_size num_kv_heads"),
     ),
     "pkv_decode_tasks": (DECODE, *_values(*_fields("p", "tasks split_offsets"), *_fields("i", "num_tasks tile_scale"))),
     "pkv_merge": _values(*_fields("p", "partials split_offsets rows out lse query_lens sinks")),
@@ -100,6 +126,9 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
         *_fields("p", "group_of_row prefix_pages workspace"),
     ),
     "pkv_append": (APPEND,),
+    "pkv_select_pages": (SELECT,),
+    "pkv_summarize_pages": (SUMMARY,),
+    "pkv_product": (PRODUCT,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),

@@ -1,6 +1,7 @@
 """The GPU at hand, as everything in gpu/ asks for it: one value, in whose place gpu.as_card puts another card."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 CLUSTERS_FROM = 90  # compute capability from which there are programmatic dependent launches and clusters of CTAs
@@ -43,7 +44,15 @@ def real_gpu() -> Gpu:
     """CuPy's current device, whatever card the process plays."""
     import cupy
 
-    found = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    return _properties(cupy.cuda.Device().id)
+
+
+@functools.cache
+def _properties(device: int) -> Gpu:
+    """Of a device. The driver takes a millisecond to tell, and launches ask."""
+    import cupy
+
+    found = cupy.cuda.runtime.getDeviceProperties(device)
     return Gpu(
         name=found["name"].decode(),
         compute_capability=found["major"] * 10 + found["minor"],

@@ -157,6 +157,10 @@ class KernelConfig:
                 "SHARED_BYTES": self.shared_bytes, "CACHE_TYPE": CACHE_TYPES.get(self.kv_dtype, 0),
                 "CACHE_SCALES": int(self.tile_scales)}
 
+    def selected_defines(self, *, selected: bool, page_lse: bool) -> dict[str, int]:
+        """Those of the balanced kernels that read lists of pages, or write the mass of every page."""
+        return self.defines() | {"SELECTED": int(selected), "PAGE_LSE": int(page_lse)}
+
     def read_defines(self) -> dict[str, int]:
         """Those of the kernel that reads for several rows."""
         return self.defines() | {"READ_COLUMNS": self.read_columns, "READ_TEAM": self.read_team,
@@ -205,9 +209,10 @@ def variants(shape: DecodeShape, dtype: str, choices: tuple[tuple[int, int], ...
 
 
 def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
-                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN) -> KernelConfig:
+                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN,
+                  spare_bytes: int = 0) -> KernelConfig:
     """The variant for a shape on a GPU (compute capability as major * 10 + minor): (warps, stages of each) as asked
-    for, as tuned, or by calculation.
+    for, as tuned, or by calculation. spare_bytes: shared memory that is left for something else.
 
     Raises ValueError naming the argument that no kernel serves.
     """
@@ -231,10 +236,11 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
         choices = CALCULATED_8BIT[shape.head_dim]
     else:
         choices = tuned_choice(shape, dtype, compute_capability) + CALCULATED[shape.head_dim]
-    fitting = variants(shape, dtype, choices, shared_limit_bytes(compute_capability), options)
+    limit_bytes = shared_limit_bytes(compute_capability) - spare_bytes
+    fitting = variants(shape, dtype, choices, limit_bytes, options)
     if not fitting:
         raise ValueError(f"{'variant' if variant else 'shape'}: no kernel variant of head_dim {shape.head_dim} and "
-                         f"group_size {shape.group_size} fits {shared_limit_bytes(compute_capability)} bytes of "
+                         f"group_size {shape.group_size} fits {limit_bytes} bytes of "
                          "shared memory")
     return fitting[0]
 

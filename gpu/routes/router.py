@@ -156,7 +156,8 @@ class Router:
 
         Raises ValueError naming what routes need not serve, RuntimeError when nothing was planned.
         """
-        checks.check_routed(scale=run.scale, query_lens=run.query_lens, k_scale=run.k_scale, v_scale=run.v_scale)
+        checks.check_routed(scale=run.scale, query_lens=run.query_lens, k_scale=run.k_scale, v_scale=run.v_scale,
+                            selected=run.selected, page_lse=run.page_lse)
         if self._active is None:
             raise RuntimeError("run: call plan() first")
         if run.lse is None and self._needs_lse and self.decision.route not in OWN_ROUTES:

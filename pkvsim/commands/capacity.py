@@ -7,36 +7,25 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
-from pkvsim.commands.shared_options import (
-    AsJson,
-    Dask,
-    Device,
-    Jitter,
-    KVGib,
-    Limit,
-    MaxBatch,
-    Model,
-    PageSize,
-    PrefixCache,
-    Seed,
-    WeightBits,
-    WorkerCount,
-)  # fmt: skip
+from pkvsim.commands.options.group import with_option_groups
+from pkvsim.commands.options.server import ServerOptions
+from pkvsim.commands.shared_options import AsJson, Dask, Device, Jitter, Limit, Model, Seed, WorkerCount
 
 
+@with_option_groups
 def capacity(
     slo: Annotated[
         str,
         typer.Option(
             help="Objectives, such as ttft_p90=2s,tpot_p90=50ms,e2e_p99=30s: ttft, tpot, e2e or queue, a percentile of "
-            "the requests, and a time in us, ms, s or min."
+            "the requests, or itl, one of the times between tokens; and a time in us, ms, s or min."
         ),
     ],
     over: Annotated[
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes: device, tp (GPUs that share the model), batch (most "
-            "running requests), policy, model, page_size, prefix_cache, weight_bits, step_tokens."
+            "running requests), policy, model, engine, page_size, prefix_cache, weight_bits, step_tokens."
         ),
     ],
     trace: Annotated[Optional[str], typer.Option(help="Request trace, whose arrivals are scaled to each rate.")] = None,
@@ -53,17 +42,13 @@ def capacity(
     device: Device = "rtx3060",
     model: Model = "llama-3.1-8b",
     policy: Annotated[
-        str, typer.Option(help="paper, calibrated, flashinfer, oracle, or a route's name.")
-    ] = "calibrated",
-    tensor_parallel: Annotated[Optional[int], typer.Option(help="GPUs that share each layer.")] = None,
-    max_batch: MaxBatch = 256,
-    page_size: PageSize = 16,
-    kv_gib: KVGib = None,
-    weight_bits: WeightBits = None,
-    prefix_cache: PrefixCache = "none",
-    graphs: Annotated[bool, typer.Option("--graphs/--eager", help="Decode in captured graphs, or layer by layer.")] = (
-        False
-    ),
+        Optional[str],
+        typer.Option(
+            help="paper, calibrated, flashinfer, oracle, a route's name, or engine for the --engine's own attention; "
+            "by default that, or calibrated."
+        ),
+    ] = None,
+    server: ServerOptions = ServerOptions(),
     input_tokens: Annotated[
         Optional[str],
         typer.Option(help="Instead of a trace, prompts of so many tokens: a number, 100-2000, lognormal:mean=1024."),
@@ -101,7 +86,6 @@ def capacity(
     with one_line_errors():
         from pkvsim.commands.load_options import RequestOptions
         from pkvsim.commands.serving_inputs import progress_bar
-        from pkvsim.serving.server_config import ServingConfig
         from pkvsim.studies.capacity.search import CAPACITY_AXES, capacity_search
         from pkvsim.studies.cells import parse_axes
         from pkvsim.studies.objectives import parse_objectives
@@ -117,10 +101,9 @@ def capacity(
             check_report_path(report_file)
         axes, objectives = parse_axes(over, CAPACITY_AXES), parse_objectives(slo)
         crew = Workers(workers, dask)
-        config = ServingConfig(
-            page_size=page_size, max_batch=max_batch, step_tokens=max(2048, max_batch), kv_gib=kv_gib,
-            prefix_cache=prefix_cache, graphs=graphs,
-        )  # fmt: skip
+        config = server.config()
+        if server.replicas != 1:
+            raise ValueError(f"replicas: expected none, as --rate finds how many are needed, got {server.replicas}")
         prices = _prices(price or [])
         load = RequestOptions(
             jitter=jitter, limit=limit, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens,
@@ -130,8 +113,9 @@ def capacity(
             done = None if bar is None else (lambda at, total: bar("servers", at, total))
             search = capacity_search(
                 axes, load, objectives, model=model, device=device, policy=policy, config=config,
-                tensor_parallel=tensor_parallel, weight_bits=weight_bits, wanted_rate_per_s=rate, prices=prices,
-                rank=rank, tolerance=tolerance, curve=report_file is not None, workers=crew, progress=done,
+                tensor_parallel=server.tensor_parallel, weight_bits=server.weight_bits, wanted_rate_per_s=rate,
+                prices=prices, rank=rank, tolerance=tolerance, curve=report_file is not None, workers=crew,
+                progress=done,
             )  # fmt: skip
         if csv_file is not None:
             from pkvsim.reports.capacity.csv_file import write_csv

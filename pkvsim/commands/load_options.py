@@ -1,17 +1,16 @@
 """Where a command's requests come from: a trace file and what is done to it, or a load that is made up.
 
-A command that takes these options has one parameter `source: RequestOptions` and the decorator
-`with_request_options`, which gives the command line one option for each of its fields.
+A command that takes these options has one parameter `source: RequestOptions = RequestOptions()` and the decorator
+pkvsim.commands.options.group.with_option_groups, which gives the command line one option for each of its fields.
 """
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from pkvsim.commands.options.group import OptionGroup
 from pkvsim.commands.shared_options import Jitter, Limit, RateScale, Seed
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ LENGTHS = "a number, a range (100-2000), lognormal:mean=1024,p99=8192, or file:P
 
 
 @dataclass(frozen=True, slots=True)
-class RequestOptions:
+class RequestOptions(OptionGroup):
     """The options as they are given; None or the default where they are not."""
 
     rate_scale: RateScale = 1.0
@@ -63,10 +62,6 @@ class RequestOptions:
     shared_prefix: Annotated[
         Optional[int], typer.Option(help="Tokens that all prompts begin with, on top of --input-tokens.")
     ] = None
-
-    def given(self) -> dict[str, bool]:
-        """Which options differ from their defaults."""
-        return {field.name: getattr(self, field.name) != field.default for field in fields(self)}
 
     def load(self, file: str | None) -> RequestTrace:
         """The requests of the file, or of the load that the options describe. Raises ValueError naming an option."""
@@ -131,28 +126,3 @@ class RequestOptions:
         given = [name for name in names if getattr(self, name) is not None]
         if given:
             raise ValueError(f"{given[0]}: expected only with {what}")
-
-
-def with_request_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every field of RequestOptions in place of its parameter `source`.
-
-    typer reads a command's options from its signature, which is therefore written here; it calls with keywords.
-    """
-    options = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hint)
-        for field, hint in zip(fields(RequestOptions), get_type_hints(RequestOptions, include_extras=True).values())
-    ]
-
-    def run(**values: Any) -> None:
-        source = RequestOptions(**{option.name: values.pop(option.name) for option in options})
-        command(source=source, **values)
-
-    signature = inspect.signature(command, eval_str=True)
-    parameters: list[inspect.Parameter] = []
-    for parameter in signature.parameters.values():
-        own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-        parameters += options if parameter.name == "source" else own
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
-    return run

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -19,11 +19,21 @@ from pkvsim.commands.shared_options import (
     Window,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pkvsim.options import AttentionOptions
+    from pkvsim.shapes import DecodeShape
+
 
 def step(
     seq_lens: Annotated[
         str, typer.Option(help="Tokens in cache of every row: 65536,2048 or, for sixteen rows alike, 2048x16.")
     ],
+    shared: Annotated[
+        Optional[str],
+        typer.Option(help="Tokens that the first rows share: 8192x48 or, for several groups, 8192x48,4096x16."),
+    ] = None,
     device: Device = "rtx3060",
     num_q_heads: NumQHeads = 32,
     num_kv_heads: NumKVHeads = 8,
@@ -36,6 +46,9 @@ def step(
     layers: Layers = 1,
     window: Window = None,
     query_tokens: QueryTokens = 1,
+    kv_parallel: Annotated[
+        int, typer.Option(help="GPUs that hold the rows' pages together, page by page in turn (balanced only).")
+    ] = 1,
     plot: Annotated[
         Optional[str], typer.Option(help="Draw the tasks on their CTA slots to this .png or .svg file.")
     ] = None,
@@ -53,13 +66,17 @@ def step(
           --routes balanced,workqueue --plot step.png
       pkvsim step --seq-lens 65536x8 --device h200 \\
           --window 4096 --query-tokens 4
+      pkvsim step --seq-lens 8704x48,1000x4 --shared 8192x48 \\
+          --device h200
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
+      pkvsim step --seq-lens 131072 --device h200 --kv-parallel 2
     """
     with one_line_errors():
         from pkvsim.devices.device import get_device
         from pkvsim.options import AttentionOptions
         from pkvsim.shapes import DecodeShape
         from pkvsim.studies.explain_step import explain_step, parse_seq_lens
+        from pkvsim.studies.shared_step import parse_shared
 
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
@@ -69,14 +86,18 @@ def step(
             from pkvsim.reports.perfetto import check_timeline_path
 
             check_timeline_path(timeline)
+        shape, lens = DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size), parse_seq_lens(seq_lens)
+        options = AttentionOptions(window=window, query_tokens=query_tokens)
+        names = None if routes is None else [name.strip() for name in routes.split(",") if name.strip()]
+        groups = None if shared is None else parse_shared(shared, lens, page_size)
+        if kv_parallel != 1:
+            if groups is not None:
+                raise ValueError(f"shared: expected none over several GPUs, got {shared}")
+            _over_gpus(shape, lens, device, kv_parallel, options, names=names, splits=splits, layers=layers, plot=plot,
+                       timeline=timeline, as_json=as_json)
+            return
         report = explain_step(
-            DecodeShape(num_q_heads, num_kv_heads, head_dim, page_size),
-            parse_seq_lens(seq_lens),
-            get_device(device),
-            routes=None if routes is None else [name.strip() for name in routes.split(",") if name.strip()],
-            layers=layers,
-            splits=splits,
-            options=AttentionOptions(window=window, query_tokens=query_tokens),
+            shape, lens, get_device(device), routes=names, layers=layers, splits=splits, options=options, groups=groups
         )
         if plot is not None:
             from pkvsim.reports.plot_step import plot_step
@@ -92,3 +113,28 @@ def step(
     from pkvsim.reports.table_step import print_step
 
     print_step(report)
+
+
+def _over_gpus(
+    shape: DecodeShape, lens: np.ndarray, device: str, ranks: int, options: AttentionOptions, *,
+    names: list[str] | None, splits: int | None, layers: int, plot: str | None, timeline: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    from pkvsim.devices.device import get_device
+    from pkvsim.studies.kv_parallel import ROUTE, explain_kv_parallel
+
+    if names not in (None, [ROUTE]):
+        raise ValueError(f"routes: expected {ROUTE} alone with kv_parallel, got {', '.join(names)}")
+    for option, given in (("splits", splits), ("timeline", timeline)):
+        if given is not None:
+            raise ValueError(f"{option}: expected None with kv_parallel, got {given}")
+    report = explain_kv_parallel(shape, lens, get_device(device), num_ranks=ranks, layers=layers, options=options)
+    if plot is not None:
+        from pkvsim.reports.plot_step import plot_step
+
+        plot_step(report.whole, plot, ranks=report.ranks)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+        return
+    from pkvsim.reports.table_kv_parallel import print_kv_parallel
+
+    print_kv_parallel(report)

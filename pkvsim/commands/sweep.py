@@ -7,32 +7,22 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
-from pkvsim.commands.load_options import RequestOptions, with_request_options
-from pkvsim.commands.shared_options import (
-    AsJson,
-    Dask,
-    Device,
-    KVGib,
-    MaxBatch,
-    Model,
-    Order,
-    PageSize,
-    PrefixCache,
-    Replicas,
-    RouterName,
-    WeightBits,
-    WorkerCount,
-)  # fmt: skip
+from pkvsim.commands.load_options import RequestOptions
+from pkvsim.commands.options.group import with_option_groups
+from pkvsim.commands.options.server import ServerOptions
+from pkvsim.commands.options.tiers import TierChoices
+from pkvsim.commands.shared_options import AsJson, Dask, Device, Model, WorkerCount
 
 
-@with_request_options
+@with_option_groups
 def sweep(
     over: Annotated[
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache, order, replicas, router; rate is a factor of the "
-            "trace's own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache, order, replicas, router, engine, tensor_parallel, tiers (or none; + "
+            "between several), placement, retention, tier_admission, load_or_recompute; rate is a factor of the trace's "
+            "own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, splits."
         ),
     ],
     trace: Annotated[
@@ -43,22 +33,17 @@ def sweep(
     device: Device = "rtx3060",
     model: Model = "llama-3.1-8b",
     policy: Annotated[
-        str, typer.Option(help="paper, calibrated, flashinfer, oracle, or a route's name.")
-    ] = "calibrated",
+        Optional[str],
+        typer.Option(
+            help="paper, calibrated, flashinfer, oracle, a route's name, or engine for the --engine's own attention; "
+            "by default that, or calibrated."
+        ),
+    ] = None,
     metric: Annotated[
         Optional[str], typer.Option(help="Figure to tabulate, as in --json: tokens_per_s, ttft_s.p99, us, ...")
     ] = None,
-    prefix_cache: PrefixCache = "none",
-    order: Order = "fcfs",
-    replicas: Replicas = 1,
-    router: RouterName = "round-robin",
-    max_batch: MaxBatch = 256,
-    page_size: PageSize = 16,
-    kv_gib: KVGib = None,
-    weight_bits: WeightBits = None,
-    graphs: Annotated[
-        bool, typer.Option("--graphs/--eager", help="Decode in captured graphs, or layer by layer; with a trace.")
-    ] = False,
+    server: ServerOptions = ServerOptions(),
+    tiers: TierChoices = TierChoices(),
     layers: Annotated[int, typer.Option(help="Layers that a step plans once for, without a trace.")] = 1,
     plot: Annotated[Optional[str], typer.Option(help="Draw the figures to this .png or .svg file.")] = None,
     route_map: Annotated[
@@ -82,11 +67,12 @@ def sweep(
           --over device=l4,h200 --over max_batch=16,64
     """
     with one_line_errors():
+        from dataclasses import replace
+
         from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
         from pkvsim.models.presets import get_model
-        from pkvsim.serving.costs import fit_note
-        from pkvsim.serving.server_config import ServingConfig
+        from pkvsim.serving.costs import default_policy, fit_note
         from pkvsim.shapes import MAX_TOKENS, check_int
         from pkvsim.studies.cells import parse_axes
         from pkvsim.studies.sweep import SERVING_AXES, STEP_AXES, check_used, serving_sweep, step_sweep
@@ -101,29 +87,26 @@ def sweep(
 
                 check_plot_path(path, option=option)
                 check_axes(axes, option=option, trace=serving)
-        config = ServingConfig(
-            page_size=page_size, max_batch=max_batch, kv_gib=kv_gib, prefix_cache=prefix_cache, graphs=graphs,
-            order=order, replicas=replicas, router=router,
-        )
         crew = Workers(workers, dask)
         spec = get_device(device)
+        config = replace(server.config(), tiers=tiers.setup(spec))
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
-            serving, layers=layers != 1, **source.given(), prefix_cache=prefix_cache != "none",
-            max_batch=max_batch != 256, kv_gib=kv_gib is not None, weight_bits=weight_bits is not None, graphs=graphs,
-            order=order != "fcfs", replicas=replicas != 1, router=router != "round-robin", workers=workers != 1,
-            dask=dask is not None,
+            serving, layers=layers != 1, **source.given(), **server.given() | {"page_size": False}, **tiers.given(),
+            workers=workers != 1, dask=dask is not None,
         )  # fmt: skip
         if not serving:
-            shape = get_model(model).shape(page_size)
-            report = step_sweep(axes, shape, spec, policy, layers=check_int("layers", layers, 1, MAX_TOKENS))
+            shape = get_model(model, tensor_parallel=server.tensor_parallel).shape(server.page_size)
+            layers = check_int("layers", layers, 1, MAX_TOKENS)
+            report = step_sweep(axes, shape, spec, policy or default_policy(config), layers=layers)
         else:
             requests = source.load(trace)
+            chosen = model if "tensor_parallel" in axes else get_model(model, tensor_parallel=server.tensor_parallel)
             with progress_bar(not as_json, "cells") as bar:
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
                 report = serving_sweep(
-                    axes, requests, get_model(model), spec, policy, config, metric=metric, weight_bits=weight_bits,
-                    workers=crew, progress=done,
+                    axes, requests, chosen, spec, policy, config,
+                    metric=metric, weight_bits=server.weight_bits, workers=crew, progress=done,
                 )  # fmt: skip
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]

@@ -7,11 +7,12 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors
-from pkvsim.commands.load_options import RequestOptions, with_request_options
+from pkvsim.commands.load_options import RequestOptions
+from pkvsim.commands.options.group import with_option_groups
 from pkvsim.commands.shared_options import AsJson
 
 
-@with_request_options
+@with_option_groups
 def trace(
     file: Annotated[
         Optional[str],

@@ -7,23 +7,14 @@ from typing import Annotated, Optional
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
-from pkvsim.commands.load_options import RequestOptions, with_request_options
-from pkvsim.commands.shared_options import (
-    AsJson,
-    Device,
-    KVGib,
-    MaxBatch,
-    Model,
-    Order,
-    PageSize,
-    PrefixCache,
-    Replicas,
-    RouterName,
-    WeightBits,
-)  # fmt: skip
+from pkvsim.commands.load_options import RequestOptions
+from pkvsim.commands.options.group import with_option_groups
+from pkvsim.commands.options.server import ServerOptions
+from pkvsim.commands.options.tiers import TierChoices
+from pkvsim.commands.shared_options import AsJson, Device, Model
 
 
-@with_request_options
+@with_option_groups
 def whatif(
     trace: Annotated[
         Optional[str], typer.Option(help="Request trace, as `pkvsim trace` reads it; or --input-tokens and so on.")
@@ -32,42 +23,15 @@ def whatif(
     device: Device = "rtx3060",
     model: Model = "llama-3.1-8b",
     policies: Annotated[
-        str,
+        Optional[str],
         typer.Option(
             help="Comma-separated: paper, calibrated, oracle, flashinfer (the better of its CUDA-core and tensor-core "
-            "kernels, XQA not among them), or a route: split, workqueue, balanced, xqa, ..."
+            "kernels, XQA not among them), a route (split, workqueue, balanced, xqa, ...), or engine, the --engine's "
+            "own attention; by default that, or six side by side."
         ),
-    ] = "paper,calibrated,flashinfer,workqueue,balanced,oracle",
-    prefix_cache: PrefixCache = "none",
-    order: Order = "fcfs",
-    kv_ttl: Annotated[
-        float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
-    ] = 10.0,
-    replicas: Replicas = 1,
-    router: RouterName = "round-robin",
-    max_batch: MaxBatch = 256,
-    step_tokens: Annotated[int, typer.Option(help="Most tokens of a step, prefill chunks included.")] = 2048,
-    page_size: PageSize = 16,
-    kv_gib: KVGib = None,
-    memory_fraction: Annotated[float, typer.Option(help="Part of the GPU's memory that the server uses.")] = 0.9,
-    workspace_gib: Annotated[float, typer.Option(help="Activations, context and graphs.")] = 1.0,
-    weight_bits: WeightBits = None,
-    tensor_parallel: Annotated[Optional[int], typer.Option(help="GPUs that share each layer.")] = None,
-    compute_efficiency: Annotated[float, typer.Option(help="Part of the FP16 peak that matrix products reach.")] = 0.6,
-    prefill_attention_efficiency: Annotated[
-        float, typer.Option(help="Part of the FP16 peak that prefill attention reaches.")
-    ] = 0.45,
-    host_us: Annotated[
-        float, typer.Option(help="Host time per step that the GPU waits for, beside attention's.")
-    ] = 0.0,
-    graphs: Annotated[
-        bool,
-        typer.Option(
-            "--graphs/--eager",
-            help="Decode in captured graphs, or layer by layer as the host issues it (as in replay).",
-        ),
-    ] = False,
-    splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None,
+    ] = None,
+    server: ServerOptions = ServerOptions(),
+    tiers: TierChoices = TierChoices(),
     plot: Annotated[
         Optional[str], typer.Option(help="Draw time splits and latencies to this .png or .svg file.")
     ] = None,
@@ -97,18 +61,22 @@ def whatif(
       pkvsim whatif --input-tokens 200 --output-tokens 300 --turns 1-8 \\
           --think-time exponential:mean=10 --concurrency 64 --prefix-cache lru \\
           --order continuum --replicas 2 --router prefix --requests-csv runs.csv
+      pkvsim whatif --trace requests.csv --device h200 --engine vllm \\
+          --policies engine,balanced
+      pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
+          --prefix-cache lru --tier host:256GiB:50 --tier disk:2TiB:7
     """
     with one_line_errors():
         from dataclasses import replace
 
         from pkvsim.commands.serving_inputs import load_model, progress_bar
         from pkvsim.devices.device import get_device
-        from pkvsim.serving.server_config import ServingConfig
+        from pkvsim.serving.costs import default_policies
         from pkvsim.studies.whatif import whatif as run_whatif
 
         for option, path in (("plot", plot), ("timeline", timeline), ("report", report_file)):
-            if path is not None and replicas > 1:  # their axes of time hold the steps of one server
-                raise ValueError(f"{option}: expected one server, got --replicas {replicas}")
+            if path is not None and server.replicas > 1:  # their axes of time hold the steps of one server
+                raise ValueError(f"{option}: expected one server, got --replicas {server.replicas}")
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
 
@@ -125,29 +93,14 @@ def whatif(
             from pkvsim.reports.html_page import check_report_path
 
             check_report_path(report_file)
-        config = ServingConfig(
-            page_size=page_size,
-            max_batch=max_batch,
-            step_tokens=step_tokens,
-            kv_gib=kv_gib,
-            memory_fraction=memory_fraction,
-            workspace_gib=workspace_gib,
-            compute_efficiency=compute_efficiency,
-            prefill_attention_efficiency=prefill_attention_efficiency,
-            host_us=host_us,
-            graphs=graphs,
-            prefix_cache=prefix_cache,
-            order=order,
-            kv_ttl_s=kv_ttl,
-            replicas=replicas,
-            router=router,
-            splits=splits,
-        )
         spec = get_device(device)
-        chosen, notes = load_model(model, weight_bits, tensor_parallel, spec, config)
+        config = replace(server.config(), tiers=tiers.setup(spec))
+        chosen, notes = load_model(model, server.weight_bits, server.tensor_parallel, spec, config)
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
-        names = [name.strip() for name in policies.split(",") if name.strip()]
+        names = list(default_policies(config))
+        if policies is not None:
+            names = [name.strip() for name in policies.split(",") if name.strip()]
         with progress_bar(not as_json, "tokens") as progress:
             report = run_whatif(requests, chosen, spec, names, config, progress=progress)
         if plot is not None:

@@ -24,6 +24,12 @@ inner = numba.njit(
     cache=CACHED, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **part_options()
 )
 
+# As inner, and with a way in from Python.
+compiled = numba.njit(cache=CACHED, error_model="numpy", no_cfunc_wrapper=True)
+# As compiled, and part of its compiled callers: for functions that take whole tables, which a call would copy, or that
+# would be optimised once more for every function between a caller and them.
+merged = numba.njit(cache=CACHED, error_model="numpy", no_cfunc_wrapper=True, inline="always")
+
 
 def drop_stale(package: str) -> None:
     """Removes the cache indices of the package's compiled functions that are older than the newest of their sources.

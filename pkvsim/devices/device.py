@@ -9,6 +9,7 @@ from typing import Any
 
 from pkvsim.devices.outside_constants import OutsideEntry, read_outside
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel, read_route
+from pkvsim.memory.tiers import Tier, read_tier
 from pkvsim.schedule.costs import default_costs
 
 CATALOGUE = Path(__file__).parent / "catalogue"
@@ -47,7 +48,11 @@ class DeviceSpec:
     int8_tops: float | None = None  # dense INT8 tensor-core peak
     fp4_tflops: float | None = None  # dense FP4 tensor-core peak
     link_gb_s: float | None = None  # from one GPU of a host to another, one direction: NVLink, or PCIe without it
+    link_us: float | None = None  # until a store to a peer's memory is seen there, one way
+    host_read_gb_s: float | None = None  # from pinned host memory to the GPU, in one piece
+    host_write_gb_s: float | None = None  # from the GPU to pinned host memory
     outside: dict[str, OutsideEntry] = field(default_factory=dict)  # by engine; see pkvsim.outside
+    tiers: dict[str, Tier] = field(default_factory=dict)  # measured places of KV beyond the GPU, by name
 
     @property
     def routes(self) -> dict[str, RouteModel]:
@@ -63,11 +68,13 @@ class DeviceSpec:
             data["routes"] = {name: entry.to_dict() for name, entry in self.calibration.items()}
         if self.outside:
             data["outside"] = {name: entry.to_dict() for name, entry in self.outside.items()}
+        if self.tiers:
+            data["tiers"] = {name: asdict(tier) for name, tier in self.tiers.items()}
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-OPTIONAL_FIELDS = ("fp8_tflops", "int8_tops", "fp4_tflops", "link_gb_s")
-_NO_NUMBERS = ("name", "label", "sources", "calibration", "outside", *OPTIONAL_FIELDS)
+OPTIONAL_FIELDS = ("fp8_tflops", "int8_tops", "fp4_tflops", "link_gb_s", "link_us", "host_read_gb_s", "host_write_gb_s")
+_NO_NUMBERS = ("name", "label", "sources", "calibration", "outside", "tiers", *OPTIONAL_FIELDS)
 NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in _NO_NUMBERS)
 
 
@@ -104,8 +111,21 @@ def load_device(path: str | Path) -> DeviceSpec:
         raise ValueError(f"{path}: outside: expected an object by engine, got {entries!r}")
     outside = {name: read_outside(f"{path}: outside.{name}", entry) for name, entry in entries.items()}
     return DeviceSpec(
-        name=data["name"], label=data["label"], sources=sources, calibration=calibration, outside=outside, **values
-    )
+        name=data["name"], label=data["label"], sources=sources, calibration=calibration, outside=outside,
+        tiers=_tiers(path, data.get("tiers", {})), **values,
+    )  # fmt: skip
+
+
+def _tiers(path: str | Path, entries: Any) -> dict[str, Tier]:
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: tiers: expected an object by name, got {entries!r}")
+    found = {}
+    for name, entry in entries.items():
+        try:
+            found[name] = read_tier(name, entry)
+        except ValueError as error:
+            raise ValueError(f"{path}: tiers.{name}: {error}") from None
+    return found
 
 
 def _number(where: str, name: str, entry: Any) -> Any:

@@ -93,7 +93,7 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
             decoding = 0
         lens[:decoding] = np.sort(lens[:decoding])[::-1] + (steps - 1) // 2
         warm = heat / costs.boost_us if costs.boost_us > 0 else 1.0
-        us = step_parts(costs, lens[:decoding], begins[:count], chunks[:count], decoding + count, True, warm, parts)
+        us = step_parts(costs, lens[:decoding], begins[:count], chunks[:count], decoding + count, 0.0, warm, parts)
         heat = heated(costs, heat, step_tokens - budget, us)
         now += steps * us
         step += steps

@@ -82,7 +82,7 @@ def price_steps(
         begins = np.array([step.begin]) if step.chunk else none
         chunks = np.array([step.chunk]) if step.chunk else none
         lens = np.full(step.rows, step.context, np.int64)
-        priced[at] = step_parts(costs, lens, begins, chunks, step.rows + len(chunks), True, 1.0, parts)
+        priced[at] = step_parts(costs, lens, begins, chunks, step.rows + len(chunks), 0.0, 1.0, parts)
     return priced
 
 

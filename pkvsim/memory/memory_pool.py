@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.memory.block_index import READY, BlockIndex, Entry, Place
-from pkvsim.memory.placement import BANDWIDTH, IN_ORDER, PLACEMENTS, Shares, place
+from pkvsim.memory.placement import BANDWIDTH, CAPACITY, IN_ORDER, PLACEMENTS, Shares, place
 from pkvsim.memory.retention import AdmitAll, Lru, Retention, TinyLfu
 from pkvsim.memory.tiers import Tier, check_tiers
 
@@ -158,10 +158,16 @@ class MemoryPool:
         already = np.zeros(len(self.tiers), np.int64)
         for key in known:
             already[self._index.get(key).place.tier] += 1  # type: ignore[union-attr]
-        room = [self._index.free_slots(tier) + len(policy) for tier, policy in enumerate(self._retention)]
+        weights = self.shares.weights
+        free = [self._index.free_slots(tier) if weights[tier] > 0 else 0 for tier in range(len(self.tiers))]
+        room = [slots + len(policy) for slots, policy in zip(free, self._retention)]
         if self._placement == IN_ORDER:  # earlier devices keep what they hold; the last one alone gives up blocks
-            room[:-1] = [self._index.free_slots(tier) for tier in range(len(room) - 1)]
-        devices = place(len(missing), self.shares.weights, room, already=already, placement=self._placement)
+            room[:-1] = free[:-1]
+        elif sum(free) >= len(missing):  # no device gives up a block while another has a free slot for its share
+            room = free
+        if self._placement == CAPACITY:
+            weights = np.where(weights > 0, [tier.slots(self.block_bytes) for tier in self.tiers], 0.0)
+        devices = place(len(missing), weights, room, already=already, placement=self._placement)
         writes = []
         for (at, key), tier in zip(missing, devices.tolist()):
             if not self._make_room(key, tier):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BANDWIDTH, EQUAL, IN_ORDER = "bandwidth", "equal", "in_order"
-PLACEMENTS = (BANDWIDTH, EQUAL, IN_ORDER)
+BANDWIDTH, EQUAL, CAPACITY, IN_ORDER = "bandwidth", "equal", "capacity", "in_order"
+PLACEMENTS = (BANDWIDTH, EQUAL, CAPACITY, IN_ORDER)
 
 
 def share_counts(
@@ -74,8 +74,9 @@ def place(
     """The device of each block of a group, int32 [num_blocks], or fewer where there is no room for all.
 
     already [devices]: blocks of the same prefix that the devices hold; the shares are of the whole prefix then, so that
-    a conversation which grows by a block at a time stays spread. placement: by bandwidth, in equal parts, or in order,
-    which fills one device before the next and leaves blocks in one run (what engines without a pool do).
+    a conversation which grows by a block at a time stays spread. placement: by bandwidth, in equal parts, by capacity
+    (weights are capacities then, so that no device gives up a prefix's blocks sooner than another), or in order, which
+    fills one device before the next and leaves blocks in one run (what engines without a pool do).
     """
     room = np.where(np.asarray(weights) > 0, np.asarray(room, np.int64), 0)
     if placement == IN_ORDER:

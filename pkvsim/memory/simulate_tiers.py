@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
-from pkvsim.memory.memory_pool import MemoryPool
-from pkvsim.memory.placement import BANDWIDTH
-from pkvsim.memory.retention import ADMISSIONS, BELADY_NAME, RETENTIONS, Belady, Lru, TinyLfu, choose_ttl_s
+from pkvsim.memory.device_clock import DeviceClock
+from pkvsim.memory.load_or_recompute import choose_prefix, in_layers
+from pkvsim.memory.retention import BELADY_NAME, choose_ttl_s
+from pkvsim.memory.tier_options import TierOptions
 from pkvsim.memory.tiers import Tier
 
 GAPS_KEPT = 1000  # between turns, that a time-to-live is chosen by
@@ -29,38 +29,6 @@ class BlockRequests(NamedTuple):
     offsets: np.ndarray  # [n + 1] int64
     hashes: np.ndarray  # [offsets[n]] int64
     session: np.ndarray | None = None  # [n] int, requests of one conversation share it, -1 none
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierOptions:
-    """How tiers are used. Raises ValueError naming the field.
-
-    serial: a request reads one device after another instead of all at once. link_bytes_per_s: what all loads share on
-    their way to the GPU. num_layers: of the model, whose first layers are attended to while later ones arrive; 1 where
-    nothing is computed before all is there. hold_cost: with prices and sessions, keeps a session's blocks after a turn
-    for as long as retention.choose_ttl_s says by the gaps between turns seen so far; seconds that others lose for each
-    second of it. None holds nothing.
-    """
-
-    placement: str = BANDWIDTH
-    retention: str = "lru"
-    admission: str = "all"
-    serial: bool = False
-    link_bytes_per_s: float = float("inf")
-    num_layers: int = 1
-    hold_cost: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.retention not in RETENTIONS:
-            raise ValueError(f"retention: expected one of {', '.join(RETENTIONS)}, got {self.retention!r}")
-        if self.admission not in ADMISSIONS:
-            raise ValueError(f"admission: expected one of {', '.join(ADMISSIONS)}, got {self.admission!r}")
-        if not self.link_bytes_per_s > 0:
-            raise ValueError(f"link_bytes_per_s: expected > 0, got {self.link_bytes_per_s!r}")
-        if self.hold_cost is not None and not self.hold_cost >= 0:
-            raise ValueError(f"hold_cost: expected >= 0 or None, got {self.hold_cost!r}")
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers: expected >= 1, got {self.num_layers!r}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,14 +71,8 @@ def simulate_tiers(
     gaps: list[float] = []
     next_use: dict[Hashable, float] = {}
     follows = _next_uses(requests) if options.retention == BELADY_NAME else None
-    pool = MemoryPool(
-        tiers,
-        block_bytes=block_bytes,
-        placement=options.placement,
-        retention=(lambda: Belady(lambda key: next_use[key])) if follows is not None else Lru,
-        admission=TinyLfu() if options.admission == "tinylfu" else None,
-    )
-    devices = _Devices(tiers, options)
+    pool = options.make_pool(tiers, block_bytes=block_bytes, next_use=next_use.__getitem__)
+    devices = DeviceClock(tiers, link_bytes_per_s=options.link_bytes_per_s, serial=options.serial)
     out = TierLoads(
         np.diff(offsets), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, len(tiers)), np.int64),
         np.zeros((n, len(tiers))), np.zeros(n), np.full(n, np.nan), 0, 0,
@@ -133,7 +95,8 @@ def simulate_tiers(
         counts = np.bincount([read.place.tier for read in reads], minlength=len(tiers))
         out.hits[i], out.loaded[i] = hits, len(reads)
         out.bytes_by_tier[i] = counts * block_bytes
-        out.blocked_s[i], out.load_s[i] = devices.read(out.bytes_by_tier[i], now)
+        loaded = devices.read(out.bytes_by_tier[i], now)
+        out.blocked_s[i], out.load_s[i] = loaded.ends_s - now, loaded.end_s - now
         if compute_s is not None:
             load = out.load_s[i]
             layers = options.num_layers if in_layers(tiers, [read.place.tier for read in reads]) else 1
@@ -155,48 +118,6 @@ def simulate_tiers(
         out.blocks, out.hits, out.loaded, out.bytes_by_tier, out.blocked_s, out.load_s, out.ttft_s,
         pool.counts.evicted, pool.counts.refused,
     )  # fmt: skip
-
-
-class _Devices:
-    """When each device and the link have read what was asked of them so far."""
-
-    __slots__ = ("_rates", "_latency", "_free_s", "_link_free_s", "_options")
-
-    def __init__(self, tiers: Sequence[Tier], options: TierOptions) -> None:
-        self._rates = np.array([tier.read_bytes_per_s for tier in tiers])
-        self._latency = np.array([tier.read_latency_s for tier in tiers])
-        self._free_s = np.zeros(len(tiers))
-        self._link_free_s = 0.0
-        self._options = options
-
-    def load_times_s(self, places: Sequence[int], block_bytes: int, now_s: float) -> np.ndarray:
-        """Seconds from now until the first k of the blocks at these places are read, float64 [blocks + 1]."""
-        backlog = np.maximum(self._free_s - now_s, 0.0) + self._latency
-        link = self._options.link_bytes_per_s
-        if not self._options.serial:
-            return load_times_s(places, block_bytes, self._rates, backlog_s=backlog, link_bytes_per_s=link)
-        each = block_bytes / self._rates
-        done = np.zeros(len(places) + 1)
-        for tier in range(len(each)):
-            count = np.concatenate(([0], np.cumsum(np.asarray(places, np.int64) == tier)))
-            done += np.where(count > 0, count * each[tier] + backlog[tier], 0.0)
-        return np.maximum(done, np.arange(len(places) + 1) * block_bytes / link)
-
-    def read(self, num_bytes: np.ndarray, now_s: float) -> tuple[np.ndarray, float]:
-        """Reads num_bytes [t] from now on; (seconds until each device is done [t], seconds until all is there)."""
-        ends = np.zeros(len(num_bytes))
-        at = now_s
-        for tier in np.flatnonzero(num_bytes):
-            begin = max(at if self._options.serial else now_s, self._free_s[tier])
-            ends[tier] = at = begin + self._latency[tier] + num_bytes[tier] / self._rates[tier]
-            self._free_s[tier] = at
-        if not num_bytes.any():
-            return ends, 0.0
-        link_s = float(num_bytes.sum() / self._options.link_bytes_per_s)
-        begin = max(now_s, self._link_free_s)
-        end = max(float(ends.max()), begin + link_s)
-        self._link_free_s = begin + link_s
-        return np.where(num_bytes > 0, ends - now_s, 0.0), end - now_s
 
 
 def _next_uses(requests: BlockRequests) -> np.ndarray:

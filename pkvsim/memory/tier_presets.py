@@ -1,9 +1,10 @@
 """Whole machines of tiers, each rate with its source or named as an assumption."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from pkvsim.memory.tiers import DISK, HOST, UNITS, Tier
+from pkvsim.memory.tiers import DISK, HOST, UNITS, Tier, check_tiers, parse_bytes, parse_tier
 
 GIB = UNITS["GiB"]
 PAPER = "arXiv 2606.14779v1 (10 June 2026)"
@@ -47,3 +48,23 @@ SERIAL_FILES = (
 )  # fmt: skip
 
 TIER_PRESETS: Mapping[str, tuple[Tier, ...]] = {"unified_pool": UNIFIED_POOL, "serial_files": SERIAL_FILES}
+
+
+def find_tiers(texts: Sequence[str], measured: Mapping[str, Tier]) -> tuple[Tier, ...]:
+    """The tiers that these name, in order: NAME:CAPACITY:READ[:WRITE] (parse_tier), a preset with all its tiers, or a
+    tier that was measured by its NAME, with NAME:CAPACITY another capacity. ValueError says what was expected."""
+    found: list[Tier] = []
+    for text in texts:
+        name, _, capacity = text.partition(":")
+        if text in TIER_PRESETS:
+            found += TIER_PRESETS[text]
+        elif name in measured and ":" not in capacity:
+            tier = measured[name]
+            found.append(replace(tier, capacity_bytes=parse_bytes(capacity)) if capacity else tier)
+        elif ":" not in capacity:
+            known = ", ".join((*TIER_PRESETS, *measured))
+            raise ValueError(f"tier: expected NAME:CAPACITY:READ[:WRITE], or one of {known}, got {text!r}")
+        else:
+            found.append(parse_tier(text))
+    check_tiers(found)
+    return tuple(found)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 HOST, DISK = "host", "disk"
 KINDS = (HOST, DISK)
@@ -53,6 +54,24 @@ class Tier:
     def slots(self, block_bytes: int) -> int:
         """Blocks of block_bytes that it holds."""
         return self.capacity_bytes // block_bytes
+
+
+def read_tier(name: str, entry: Any) -> Tier:
+    """The tier of that name in a JSON file, an object of Tier's fields. ValueError says what was expected."""
+    known = {field.name: field.type for field in fields(Tier)}
+    if not isinstance(entry, dict) or not set(entry) <= set(known):
+        raise ValueError(f"expected an object of {', '.join(known)}, got {entry!r}")
+    for field, value in entry.items():
+        kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[str(known[field])]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{field}: expected {known[field]}, got {value!r}")
+    try:
+        tier = Tier(**entry)
+    except TypeError as error:
+        raise ValueError(str(error).replace("Tier.__init__() ", "")) from None
+    if tier.name != name:
+        raise ValueError(f"name: expected {name}, got {tier.name!r}")
+    return tier
 
 
 def check_tiers(tiers: Sequence[Tier]) -> None:

@@ -1,7 +1,7 @@
 """What a serving engine does around the GPU's work: graphs, steps in flight, queues."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class EngineProfile:
     admission: str = WHOLE_PROMPT  # pages free for the whole prompt, or for the chunk that is about to run
     workspace_gib: float = 1.0  # beside weights and KV pages: activations, CUDA context, graphs
     reserve_output: float = 0.0  # of the tokens still to come, for which an admission keeps room; 1: nobody gives way
+    keep_free_fraction: float = 0.0  # of the pages, that an admission leaves while other requests run
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -40,9 +41,17 @@ class EngineProfile:
             raise ValueError(f"admission: expected {WHOLE_PROMPT} or {CHUNK}, got {self.admission!r}")
         if not 0 <= self.reserve_output <= 1:
             raise ValueError(f"reserve_output: expected a number in [0, 1], got {self.reserve_output!r}")
+        if not 0 <= self.keep_free_fraction < 1:
+            raise ValueError(f"keep_free_fraction: expected a number in [0, 1), got {self.keep_free_fraction!r}")
         for name in ("queue_ms", "output_ms", "workspace_gib"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)!r}")
+
+    def with_graphs(self, graphs: bool) -> EngineProfile:
+        """The engine with steps in CUDA graphs, of its own sizes or vLLM's, or issued layer by layer."""
+        if graphs:
+            return self if self.graph_sizes else replace(self, graph_sizes=VLLM_GRAPHS)
+        return replace(self, graph_sizes=(), chunk_graph_tokens=0)
 
     def padded(self, most_tokens: int) -> np.ndarray:
         """Tokens that the GPU computes for a batch of 0 .. most_tokens tokens in a graph: int64 [most_tokens + 1]."""
@@ -57,7 +66,10 @@ class EngineProfile:
 # vLLM 0.24's capture sizes, as its log names them: 51 of them.
 VLLM_GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
 PROFILES = {
-    "pkvsim": EngineProfile(name="pkvsim", constants="pytorch", source="this project's engine"),
+    "pkv": EngineProfile(
+        name="pkv", constants="pytorch", graph_sizes=VLLM_GRAPHS, keep_free_fraction=0.01,
+        source="this project's server: decode in CUDA graphs, attention by its own routes",
+    ),
     "vllm": EngineProfile(
         name="vllm", constants="vllm", graph_sizes=VLLM_GRAPHS, chunk_graph_tokens=512, steps_in_flight=2,
         queue_ms=1.1, attention="flash", admission=CHUNK, workspace_gib=1.17,

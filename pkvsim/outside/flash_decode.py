@@ -39,14 +39,14 @@ def flash_decode_us(lens, num_kv_heads, head_token_bytes, num_sms, bandwidth_gb_
         share = length * head_token_bytes / splits
         for _ in range(num_kv_heads * splits):
             _replace_least(heap, heap[0] + share)
-    ends = np.sort(heap)
     us, served = 0.0, 0.0
     for at in range(num_sms):
-        running = num_sms - at
-        if ends[at] > served:
+        running, end = num_sms - at, heap[0]
+        _replace_least(heap, np.inf)
+        if end > served:
             rate = min(cta_gb_s, bandwidth_gb_s / running) * 1e3  # bytes per us
-            us += (ends[at] - served) / rate
-            served = ends[at]
+            us += (end - served) / rate
+            served = end
     return us
 
 

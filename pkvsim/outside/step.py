@@ -70,9 +70,9 @@ def step_time(
     warm: float = 1.0,
     kv_element_bytes: float = 2,
 ) -> StepTime:
-    """A step of an engine on one GPU. Decode attention is priced where the profile says "flash"; otherwise it is the
-    caller's, by our routes, and 0 here. warm: 0 for a GPU that was not busy, to 1. Raises ValueError where the GPU has
-    no rate of the model's products."""
+    """A step of an engine on one GPU. Where the profile's attention is not "flash", decode attention of grouped-query
+    layers is the caller's, by our routes, and 0 here. warm: 0 for a GPU that was not busy, to 1. Raises ValueError
+    where the GPU has no rate of the model's products."""
     entry = outside_entry(device, profile.constants)
     rows = len(work.decode_lens)
     most = max(int(profile.padded(work.tokens)[-1]), work.tokens)
@@ -85,7 +85,7 @@ def step_time(
     begins, chunks = (np.array([chunk[at] for chunk in work.chunks], np.int64) for at in (0, 1))
     logits = rows + len(work.chunks) if work.logits is None else work.logits
     if work.tokens:
-        step_parts(costs, lens, begins, chunks, logits, profile.attention == "flash", warm, parts)
+        step_parts(costs, lens, begins, chunks, logits, 0.0, warm, parts)
     return StepTime(
         dict(zip(PARTS, parts.tolist())), part_basis(model, device, entry), entry.band_percent
     )

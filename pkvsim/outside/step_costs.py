@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import drop_stale, outer
+from pkvsim.compiled import compiled, drop_stale, merged
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.outside_constants import OutsideConstants
-from pkvsim.models.model_spec import CHUNKED, FULL, LATENT, SLIDING, AttentionSpec, ModelSpec
+from pkvsim.models.decode_groups import GROUPED
+from pkvsim.models.model_spec import LATENT, AttentionSpec, ModelSpec
 from pkvsim.outside.communication import all_reduce_us
 from pkvsim.outside.engine_profile import EngineProfile
 from pkvsim.outside.flash_decode import flash_decode_us
@@ -38,6 +39,7 @@ class StepCosts(NamedTuple):
     chunk_graph_tokens: int
     kinds: np.ndarray  # [K, 5] int64: layers, kind, window, selected entries, tokens per entry
     flash: np.ndarray  # [K] bool, whether flash_decode_us serves the kind
+    routed: np.ndarray  # [K] bool, whether the caller prices the kind's decode attention
     heads: np.ndarray  # [K] int64, KV heads
     entry_bytes: np.ndarray  # [K] float64, of a cached entry, all heads
     entry_flops: np.ndarray  # [K, 2] float64, of a (query, entry) pair: decode, prefill
@@ -104,7 +106,8 @@ def step_costs(
         most_graph_tokens=int(max(profile.graph_sizes, default=0)),
         chunk_graph_tokens=int(profile.chunk_graph_tokens),
         kinds=np.array([_kind_row(a, count) for a, count in groups], np.int64).reshape(-1, 5),
-        flash=np.array([a.kind in (FULL, SLIDING, CHUNKED) and not a.selected_entries for a, _ in groups], bool),
+        flash=np.array([a.kind in GROUPED and not a.selected_entries for a, _ in groups], bool),
+        routed=np.array([a.kind in GROUPED and profile.attention != "flash" for a, _ in groups], bool),
         heads=np.array([max(1, a.num_kv_heads) for a, _ in groups], np.int64),
         entry_bytes=np.array([a.kv_elements * kv_element_bytes for a, _ in groups], np.float64),
         entry_flops=np.array([_pair_flops(a) for a, _ in groups], np.float64).reshape(-1, 2),
@@ -148,7 +151,7 @@ def _pair_flops(a: AttentionSpec) -> tuple[float, float]:
     return 2.0 * a.num_q_heads * width, 2.0 * a.num_q_heads * (sum(a.prefill_dims) if a.kind == LATENT else width)
 
 
-@outer
+@compiled
 def prefill_attention_us(costs, begin, chunk, warm):
     """Attention of the tokens [begin, begin + chunk) of a prompt over all layers.
 
@@ -169,9 +172,10 @@ def prefill_attention_us(costs, begin, chunk, warm):
     return us
 
 
-@outer
+@compiled
 def decode_attention_us(costs, lens, mixed):
-    """Decode attention of rows of lens [rows] tokens, those decoded included, over all layers, longest first.
+    """Decode attention of rows of lens [rows] tokens, those decoded included, longest first, over all layers but those
+    that the caller prices (costs.routed).
 
     mixed: a prefill chunk runs beside it, in one launch that splits no row.
     """
@@ -180,6 +184,8 @@ def decode_attention_us(costs, lens, mixed):
     if count == 0:
         return 0.0
     for k in range(len(costs.kinds)):
+        if costs.routed[k]:
+            continue
         layers, kind, window, selected, per_entry = costs.kinds[k]
         entries, longest = 0, 0
         for row in range(count):
@@ -208,13 +214,14 @@ def decode_attention_us(costs, lens, mixed):
     return us
 
 
-@outer
-def step_parts(costs, lens, begins, chunks, logits, with_decode, warm, parts):
+@merged
+def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
     """Fills parts [len(PARTS)] with a step's times in us; returns their sum.
 
     lens [rows] int64: tokens that the rows which decode attend to, longest first. begins, chunks [prompts] int64:
     first token and tokens of each prompt's chunk. logits: tokens that need the LM head, the decoding rows' included.
-    with_decode: False where the caller prices decode attention. warm: from 0, a GPU that was not busy, to 1 (heated).
+    routed_us: decode attention of the layers that the caller prices (costs.routed). warm: from 0, a GPU that was not
+    busy, to 1 (heated).
     """
     rows, tokens = len(lens), len(lens)
     prefill_us = 0.0
@@ -230,7 +237,7 @@ def step_parts(costs, lens, begins, chunks, logits, with_decode, warm, parts):
     parts[ALL_REDUCE] = costs.layer_us[2, computed]
     parts[HEAD] = costs.head_us[min(logits, len(costs.head_us) - 1)]
     parts[PREFILL_ATTENTION] = prefill_us
-    parts[DECODE_ATTENTION] = decode_attention_us(costs, lens, mixed) if with_decode else 0.0
+    parts[DECODE_ATTENTION] = routed_us + decode_attention_us(costs, lens, mixed)
     host_us = costs.step_us + costs.row_us * (rows + len(chunks)) + (costs.chunk_step_us if mixed else 0.0)
     total = host_us
     for at in range(HOST):
@@ -242,7 +249,16 @@ def step_parts(costs, lens, begins, chunks, logits, with_decode, warm, parts):
     return total
 
 
-@outer
+@merged
+def rest_us(costs, rows, warm):
+    """A step of `rows` decoding rows alone, without their attention."""
+    computed = min(costs.padded[rows], costs.layer_us.shape[1] - 1) if rows <= costs.most_graph_tokens else rows
+    us = costs.cool_matrices_us[computed] * (1 - warm) + costs.layer_us[0, computed] * warm
+    us += costs.layer_us[1, computed] + costs.layer_us[2, computed] + costs.head_us[min(rows, len(costs.head_us) - 1)]
+    return us + costs.step_us + costs.row_us * rows
+
+
+@merged
 def heated(costs, heat_us, tokens, us):
     """A GPU's heat after a step of `tokens` tokens and `us`, from 0 to boost_us: its time of computing at full rate
     less its other time. heat / boost_us is what step_parts takes as warm (1 where boost_us is 0)."""

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import drop_stale
+from pkvsim.compiled import compiled, drop_stale, merged
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.devices.route_options import as_read, needs, serving_routes, unserved
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.policy.paper_rules import FLASHINFER, PaperRules, paper_choice
-from pkvsim.pricing.constants import compiled, merged
 from pkvsim.pricing.layer import Heads, heads_of
 from pkvsim.pricing.prices import Candidates, price_route, price_routes
 from pkvsim.pricing.step_times import step_time, step_times

@@ -3,10 +3,9 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
-from pkvsim.compiled import CACHED, inner
+from pkvsim.compiled import compiled, inner
 from pkvsim.devices.route_model import CONSTANTS, RULES
 from pkvsim.schedule.costs import BalancedCosts
 
@@ -19,11 +18,6 @@ RULE = 0
 ) = range(1, 1 + len(CONSTANTS))  # fmt: skip
 COSTS = 1 + len(CONSTANTS)  # the first of BalancedCosts' fields
 WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
-# As pkvsim.compiled.inner, and with a way in from Python.
-compiled = numba.njit(cache=CACHED, error_model="numpy", no_cfunc_wrapper=True)
-# As compiled, and part of its compiled callers: every function between a caller and the rules would be one more copy of
-# them to optimise.
-merged = numba.njit(cache=CACHED, error_model="numpy", no_cfunc_wrapper=True, inline="always")
 
 
 @compiled

@@ -8,6 +8,7 @@ import numpy as np
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES
+from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import Schedule
 from pkvsim.shapes import DecodeShape
 
@@ -32,6 +33,16 @@ def useful_kv_bytes(shape: DecodeShape, seq_lens: np.ndarray, options: Attention
     seen = seq_lens if options.reach is None else np.minimum(seq_lens, options.reach)
     tokens = int(np.sum(seen, dtype=np.int64))
     return int(tokens * shape.num_kv_heads * options.kv_token_bytes(shape))
+
+
+def distinct_kv_bytes(
+    shape: DecodeShape, seq_lens: np.ndarray, groups: PrefixGroups, options: AttentionOptions = PLAIN
+) -> int:
+    """useful_kv_bytes of a step whose rows share leading pages: those of a group, of which there is one copy, once."""
+    tokens = groups.prefix_pages.astype(np.int64) * shape.page_size  # [num_groups]
+    members = np.bincount(groups.group_of_row[groups.group_of_row >= 0], minlength=len(tokens))
+    again = int((tokens * np.maximum(0, members - 1)).sum())
+    return useful_kv_bytes(shape, seq_lens, options) - int(again * shape.num_kv_heads * options.kv_token_bytes(shape))
 
 
 def merge_bytes(shape: DecodeShape, num_partial_tasks: int, options: AttentionOptions = PLAIN) -> int:

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from pkvsim.compiled import inner
-from pkvsim.pricing.constants import BUCKETS, EVEN, MIN_SPLIT, RULE, TILE, WHOLE, compiled, cta_slots
+from pkvsim.compiled import compiled, inner
+from pkvsim.pricing.constants import BUCKETS, EVEN, MIN_SPLIT, RULE, TILE, WHOLE, cta_slots
 from pkvsim.schedule.make import skipped_tiles
 
 _skipped_tiles = inner(skipped_tiles)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import drop_stale
+from pkvsim.compiled import compiled, drop_stale, merged
 from pkvsim.pricing.constants import (
     BALANCED,
     BANDWIDTH,
@@ -21,8 +21,6 @@ from pkvsim.pricing.constants import (
     PLAN,
     QUERY_ELEMENT_BYTES,
     QUEUE,
-    compiled,
-    merged,
     query_us,
 )
 from pkvsim.pricing.cuts import tokens_read, total_tokens

@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from pkvsim.pricing.constants import BANDWIDTH, HOST, ISOLATED, PLAN, PLAN_LENGTH, PLAN_ROW, RUN, compiled
+from pkvsim.compiled import compiled
+from pkvsim.pricing.constants import BANDWIDTH, HOST, ISOLATED, PLAN, PLAN_LENGTH, PLAN_ROW, RUN
 
 
 @compiled

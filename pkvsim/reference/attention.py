@@ -199,15 +199,15 @@ class _Given:
         q = self.q[row].astype(np.float64).reshape(-1, self.shape.num_kv_heads, self.shape.group_size, self.q.shape[-1])
         return q.swapaxes(0, 1).reshape(self.shape.num_kv_heads, -1, self.q.shape[-1])
 
-    def logits(self, row: int, begin: int, products: np.ndarray) -> np.ndarray:
-        """Scales, caps and masks q k^T [.., columns, tokens] of tokens from `begin` on."""
+    def logits(self, row: int, begin: int | np.ndarray, products: np.ndarray) -> np.ndarray:
+        """Scales, caps and masks q k^T [.., columns, tokens] of tokens from `begin` on, or at begin [tokens]."""
         logits = products * self.scale
         if self.options.soft_cap is not None:
             logits = self.options.soft_cap * np.tanh(logits / self.options.soft_cap)
         length, count = int(self.step.seq_lens[row]), int(self.query_lens[row])
         token = np.arange(products.shape[-2]) // self.shape.group_size
         end = np.minimum(length, length - count + 1 + token)  # [columns]
-        at = begin + np.arange(products.shape[-1])
+        at = begin if isinstance(begin, np.ndarray) else begin + np.arange(products.shape[-1])
         seen = at[None, :] < end[:, None]
         if self.options.window is not None:
             seen &= at[None, :] >= end[:, None] - self.options.window

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.reports.plots import PART_COLOURS, ROUTE_COLOURS, check_folder, colour_of
-from pkvsim.reports.table_serving import seconds, table_rows
+from pkvsim.reports.table_serving import BASIS_COLUMNS, basis_rows, seconds, table_rows
 from pkvsim.studies.series import PARTS, busy_parts_s, distribution, is_wide, over_time, time_edges
 from pkvsim.studies.sweep import figures
 from pkvsim.studies.whatif import WhatIf
@@ -59,6 +59,7 @@ def html_page(report: WhatIf) -> str:
         "summary": _table(list(report.results), table_rows(report)),
         "figures": _figures(report),
         "config": _config(report),
+        "basis": _basis(report),
     }
     return fill_page("page", parts, _chart_data(report))
 
@@ -120,6 +121,16 @@ def _config(report: WhatIf) -> str:
     cells = {escape(name): escape(text) for name, text in texts.items()}
     body = "".join(f'<tr><th scope="row">{name}</th><td class="words">{text}</td></tr>' for name, text in cells.items())
     return f'<table id="config"><tbody>{body}</tbody></table>'
+
+
+def _basis(report: WhatIf) -> str:
+    """What every figure stands on; --json says where it comes from, as a page names no address."""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (column.head for column in BASIS_COLUMNS))
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for name, *cells in basis_rows(report.basis)
+    )
+    return f'<table id="basis"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _chart_data(report: WhatIf) -> dict[str, Any]:

@@ -15,12 +15,15 @@ import numpy as np
 
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.reports.plots import check_folder
+from pkvsim.reports.tiers.lanes import lane_events, lane_names
 from pkvsim.serving.result import ServingResult
-from pkvsim.studies.explain_step import RouteStep, StepReport
+from pkvsim.serving.tiers.tier_result import TierResult
+from pkvsim.studies.step_report import RouteStep, StepReport
 from pkvsim.studies.whatif import WhatIf
 
 MAX_EVENTS = 150_000  # of a file, about 25 MB
 STEPS_LANE = 1  # of a policy's process; its requests' lanes come after
+TIER_LANES = 1_000_000  # devices' lanes come after those
 TASK_PARTS = 3  # events of a task: itself, and a counter's change at each end
 REQUEST_PARTS = 3  # events of a request: the whole, prefill, decode
 STEP_PARTS = 5  # events of a step: itself, and four counters
@@ -70,11 +73,15 @@ def _tasks(route: RouteStep, pid: int, kept: int, report: StepReport) -> Iterabl
     for slot in np.unique(line.slot[order]).tolist():
         yield _name("thread_name", pid, slot + 1, f"CTA slot {slot}")
         yield _sort("thread_sort_index", pid, slot + 1)
+    shared = line.schedule.shared
     for at in order.tolist():
         row, kv_head, split, begin, end = line.schedule.tasks[at].tolist()
         args = {"row": row, "kv_head": kv_head, "split": split, "tile_begin": begin, "tile_end": end}
         args |= {"row_tokens": int(report.seq_lens[row]), "kv_bytes": int(line.bytes[at])}
         name = f"row {row} head {kv_head}" + (f" split {split}" if split else "")
+        if shared is not None and shared.read_of_task[at] >= 0:
+            rows = shared.members_of(int(shared.read_of_task[at])).tolist()
+            name, args["rows"] = f"{len(rows)} rows head {kv_head}" + (f" split {split}" if split else ""), rows
         yield _complete(name, pid, int(line.slot[at]) + 1, float(line.start_us[at]), float(line.end_us[at]), args)
     times = np.concatenate((line.start_us[order], line.end_us[order]))
     change = np.repeat((1, -1), len(order))
@@ -96,6 +103,8 @@ def serving_events(report: WhatIf, *, max_events: int = MAX_EVENTS) -> dict[str,
         events += [_name("process_name", pid, 0, f"policy {result.policy}"), _sort("process_sort_index", pid, 0)]
         events += _steps(result, pid, share // 2 // STEP_PARTS, left_out)
         events += _requests(result, pid, share // 2 // REQUEST_PARTS, left_out)
+        if result.tiers is not None:
+            events += _tiers(result.policy, result.tiers, pid, share // 2, left_out)
     about = {"model": report.model.name, "device": report.device.label, "trace": report.trace.name}
     return _file(events, about | {"notes": list(report.notes)}, left_out)
 
@@ -168,6 +177,19 @@ def _requests(result: ServingResult, pid: int, most: int, left_out: list[str]) -
         yield _span(f"request {request}", pid, tid, start, end, args)
         yield _span("prefill", pid, tid, start, first, {})
         yield _span("decode", pid, tid, first, end, {})
+
+
+def _tiers(policy: str, tiers: TierResult, pid: int, most: int, left_out: list[str]) -> Iterable[dict[str, Any]]:
+    """A lane for the reads and one for the writes of every device."""
+    for lane, name in enumerate(lane_names(tiers)):
+        yield _name("thread_name", pid, TIER_LANES + lane, name)
+        yield _sort("thread_sort_index", pid, TIER_LANES + lane)
+    work, dropped = lane_events(tiers, most)
+    if dropped:
+        left_out.append(f"{policy}: {dropped:,} reads and writes of tiers, evenly")
+    for one in work:
+        args = {"bytes": one.num_bytes}
+        yield _complete(one.name, pid, TIER_LANES + one.lane, one.begin_us, one.end_us, args)
 
 
 def _lanes(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Tables of simulated runs, on stdout."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.markup import escape
 
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
+from pkvsim.reports.tiers.rows import tier_figures
+from pkvsim.studies.provenance import Basis
 from pkvsim.studies.whatif import WhatIf
 
 
@@ -25,8 +28,20 @@ def print_whatif(report: WhatIf) -> None:
     for name, result in report.results.items():
         if result.summary["routes"]:
             print_line(console, f"routes of {name}: {_routes(result.summary)}")
+    print_grid(console, BASIS_COLUMNS, basis_rows(report.basis), title="what the figures stand on:")
     for note in report.notes:
         print_line(console, f"- {note}")
+
+
+def basis_rows(basis: Iterable[Basis]) -> list[tuple[str, ...]]:
+    """(quantity, basis, share of the busy time, error or band) of each."""
+    rows: list[tuple[str, ...]] = []
+    for row in basis:
+        error = "" if row.error_percent is None else f"{row.error_percent:.1f} %"
+        if row.error_percent is None and row.band_percent is not None:
+            error = f"within {row.band_percent:.0f} %"
+        rows.append((row.quantity, row.basis, percent(row.time_share), error))
+    return rows
 
 
 def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
@@ -37,6 +52,8 @@ def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
     ]
     figures = [result.summary | check for result, check in zip(report.results.values(), checks)]
     rows = [(label, [cell(figure) for figure in figures]) for label, cell in ROWS]
+    written = {"seconds": seconds, "percent": percent}
+    rows += [(label, [written[kind](value) for value in values]) for label, kind, values in tier_figures(figures)]
     return [(label, [text or "-" for text in cells]) for label, cells in rows if any(cells)]
 
 
@@ -53,6 +70,9 @@ def seconds(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share; empty for None."""
     return "" if value is None else f"{value:.1%}"
+
+
+BASIS_COLUMNS = (Column("", "left"), Column("basis", "left"), Column("of the time"), Column("error"))
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Attention in the serving loop: which route decode takes and what it costs, and what prefill costs. Compiled.
+"""Decode attention in the serving loop: which route it takes and what it costs. Compiled.
 
 A decode step's layers cost what CalibratedPolicy.decide(layers=) says of them, by the wall clock: planning, the first
 layer alone, and for every further one its kernel or the host's time to issue it, whichever is longer. The rest of the
@@ -10,51 +10,34 @@ import math
 
 import numpy as np
 
-from pkvsim.compiled import inner
+from pkvsim.compiled import inner, merged
+from pkvsim.outside.pairs import entries_read
 from pkvsim.policy.choose import PAPER, Routing, price, take
-from pkvsim.pricing.constants import merged
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
-from pkvsim.serving.state import DECODE_STEPS, NUM_DECODING, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
-
-
-@inner
-def prefill_attention_us(attention, begin, chunk):
-    """Attention of tokens [begin, begin + chunk) of a prompt, causal, over all layers."""
-    us = 0.0
-    for kind in range(len(attention.layers)):
-        window = attention.windows[kind] if attention.windows[kind] else begin + chunk
-        growing = max(0, min(chunk, window - begin))  # tokens that see all before them
-        pairs = growing * begin + growing * (growing + 1) / 2 + (chunk - growing) * window
-        read = min(begin, window) + chunk
-        compute_us = pairs * attention.prefill_us_per_pair[kind]
-        us += attention.layers[kind] * max(compute_us, read * attention.prefill_us_per_token[kind])
-    return us
-
-
-@inner
-def prefill_us(attention, state, first, end):
-    """(tokens, us of their attention) of the step's chunks [first, end)."""
-    tokens, us = np.int64(0), 0.0
-    for at in range(first, end):
-        tokens += state.chunk_tokens[at]
-        us += prefill_attention_us(attention, state.chunk_begin[at], state.chunk_tokens[at])
-    return tokens, us
+from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
 
 
 @merged
-def decode_us(attention, state, log):
-    """(route of the last kind of layers or -1, us of all layers' decode attention, us had every choice been the
-    cheapest)."""
-    count = state.counts[NUM_DECODING]
-    if count == 0:
-        return -1, 0.0, 0.0
-    lens = log.lens[:count]
-    for at in range(count):
-        lens[at] = state.cached[state.decoding[at]] + 1
+def fill_lens(state, log, rows):
+    """The tokens that each row that decodes attends to, longest first, into log.lens."""
+    for at in range(rows):
+        log.lens[at] = state.cached[state.decoding[at]] + 1
+
+
+@merged
+def decode_us(attention, log, rows):
+    """(route of the last kind of layers or -1, us of the decode attention of all layers that have routes, us had every
+    choice been the cheapest) for the first `rows` of log.lens."""
     route, splits = np.int64(-1), np.int64(0)  # bare numbers would compile what they are handed to twice
     us, best_us = 0.0, 0.0
+    if rows == 0 or len(attention.layers) == 0:
+        return route, us, best_us
+    lens = log.lens[:rows]
     for kind in range(len(attention.layers)):
+        lens = log.lens[:rows]
+        if not attention.whole[kind]:
+            lens = _kernel_lens(attention.reads[kind], lens, log.kernel_lens[:rows])
         routing = _routing(attention, kind, attention.pinned)
         price(lens, attention.layers[kind], routing, log.prices)
         kind_best_us = _cheapest_us(log.prices)
@@ -69,6 +52,23 @@ def decode_us(attention, state, log):
         best_us += kind_best_us
     _sample(log, lens, route, splits)
     return route, us, best_us
+
+
+@inner
+def _kernel_lens(reads, lens, found):
+    """Chunks and selected entries are shorter rows to a kernel; longest first again."""
+    for row in range(len(lens)):
+        found[row] = entries_read(reads[0], reads[1], reads[2], reads[3], lens[row])
+    gap = len(found) // 2
+    while gap > 0:  # Shell's sort: NumPy's takes a second more to compile
+        for row in range(gap, len(found)):
+            length, at = found[row], row
+            while at >= gap and found[at - gap] < length:
+                found[at] = found[at - gap]
+                at -= gap
+            found[at] = length
+        gap //= 2
+    return found
 
 
 @inner
@@ -97,8 +97,7 @@ def _cheapest_us(prices):
 def _sample(log, lens, route, splits):
     """Keeps every SAMPLE_STRIDE-th decode step's lengths and route; a full sample is thinned to half."""
     counts = log.counts
-    counts[DECODE_STEPS] += 1
-    if (counts[DECODE_STEPS] - 1) % counts[SAMPLE_STRIDE]:
+    if counts[DECODE_STEPS] % counts[SAMPLE_STRIDE]:
         return
     if counts[SAMPLES_USED] == SAMPLES:
         for at in range(SAMPLES // 2):

@@ -11,20 +11,28 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
 from pkvsim.devices.route_options import asked
-from pkvsim.models.decode_groups import decode_groups
-from pkvsim.models.model_spec import FULL, SLIDING, describe_attention
-from pkvsim.models.presets import ModelSpec, decode_weight_bytes, flops_per_token, kv_bytes_per_token, weight_bytes
+from pkvsim.models.decode_groups import DecodeGroup, decode_groups
+from pkvsim.models.model_costs import KV_ELEMENT_BYTES
+from pkvsim.models.model_spec import CHUNKED, FULL, describe_attention
+from pkvsim.models.presets import ModelSpec, kv_bytes_per_token, weight_bytes
 from pkvsim.options import AttentionOptions
+from pkvsim.outside.derive import outside_entry
+from pkvsim.outside.engine_profile import EngineProfile
+from pkvsim.outside.pairs import KIND_CODES
+from pkvsim.outside.step_costs import UNBOUNDED, StepCosts, step_costs
 from pkvsim.policy.by_name import POLICIES, policy_routes
-from pkvsim.policy.choose import PINNED_ROUTES, make_routing
+from pkvsim.policy.choose import CHEAPEST, NO_PAPER, PINNED_ROUTES, make_routing
 from pkvsim.policy.fixed import FLASHINFER_ROUTES
 from pkvsim.policy.paper import PaperPolicy
 from pkvsim.policy.paper_rules import PaperRules
+from pkvsim.pricing.layer import Heads
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import Attention
 from pkvsim.shapes import DecodeShape
 
 GIB = 2**30
+ENGINE = "engine"  # the policy that takes the engine's own decode attention
+OUR_POLICIES = ("paper", "calibrated", "flashinfer", "workqueue", "balanced", "oracle")  # shown side by side
 GRAPH_PLANNED = ("xqa", "balanced")  # read seq_lens on the GPU, so that a captured graph needs no new plan
 
 
@@ -33,10 +41,20 @@ def check_policies(policies: Sequence[str]) -> None:
     if not policies:
         raise ValueError("policies: expected at least one")
     for name in policies:
-        if name not in POLICIES:
-            raise ValueError(f"policies: expected names of {', '.join(POLICIES)}, got {name!r}")
+        if name not in (*POLICIES, ENGINE):
+            raise ValueError(f"policies: expected names of {', '.join((*POLICIES, ENGINE))}, got {name!r}")
     if len(set(policies)) < len(policies):
         raise ValueError(f"policies: expected each once, got {', '.join(policies)}")
+
+
+def default_policies(config: ServingConfig) -> tuple[str, ...]:
+    """What is compared where nobody says: an engine's own attention, or our routes side by side."""
+    return (ENGINE,) if config.profile.attention == "flash" else OUR_POLICIES
+
+
+def default_policy(config: ServingConfig) -> str:
+    """The one policy where nobody says."""
+    return ENGINE if config.profile.attention == "flash" else "calibrated"
 
 
 def fit_note(device: DeviceSpec) -> str:
@@ -51,9 +69,22 @@ def fit_note(device: DeviceSpec) -> str:
     return f"fit error {np.mean(errors):.1f} % ({len(errors)} of {len(ROUTES)} routes calibrated)"
 
 
+def cache_bytes_per_token(model: ModelSpec, config: ServingConfig) -> float:
+    """KV cache of one token over all layers of one GPU, scales of 8-bit types included."""
+    if config.kv_dtype is None:
+        return kv_bytes_per_token(model)
+    total = 0.0
+    for group in decode_groups(model, config.page_size, kv_dtype=config.kv_dtype):
+        if group.shape is not None and group.options is not None:
+            total += group.count * group.shape.num_kv_heads * group.options.kv_token_bytes(group.shape)
+        else:
+            total += group.count * group.attention.bytes_per_token(1)
+    return total
+
+
 def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> int:
     """KV pages of the whole model. ValueError where weights and workspace leave none."""
-    page_bytes = kv_bytes_per_token(model) * config.page_size
+    page_bytes = cache_bytes_per_token(model, config) * config.page_size
     if config.kv_gib is not None:
         if config.kv_gib * GIB < page_bytes:
             raise ValueError(f"kv_gib: expected at least one page of {page_bytes / GIB:.3g} GiB, got {config.kv_gib:g}")
@@ -64,27 +95,37 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
                 f"of the {device.memory_gib:g} of {device.name}, got {config.kv_gib:g}"
             )
         return int(config.kv_gib * GIB // page_bytes)
-    left = device.memory_gib * config.memory_fraction * GIB - weight_bytes(model) - config.workspace_gib * GIB
+    left = device.memory_gib * config.memory_fraction * GIB - weight_bytes(model) - config.profile.workspace_gib * GIB
     if left < page_bytes:
         raise ValueError(
             f"model: {model.name} does not fit {device.name}: {weight_bytes(model) / GIB:.1f} GiB of weights and "
-            f"{config.workspace_gib:g} of workspace leave no KV page of {config.memory_fraction:g} x "
+            f"{config.profile.workspace_gib:g} of workspace leave no KV page of {config.memory_fraction:g} x "
             f"{device.memory_gib:g} GiB"
         )
     return int(left // page_bytes)
 
 
-def linear_table_us(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> np.ndarray:
-    """Time of the layers without attention, by tokens in the step: float64 [step_tokens + 1], 0 for none.
+def server_profile(config: ServingConfig, policy: str) -> EngineProfile:
+    """The engine, with attention of its own under the policy ENGINE, by our routes under every other. ValueError where
+    it has none of its own."""
+    profile = config.profile
+    if policy != ENGINE:
+        return replace(profile, attention="policy")
+    if profile.attention != "flash":
+        raise ValueError(f"policies: {ENGINE}: expected an engine with attention of its own, got {profile.name}")
+    return profile
 
-    The larger of reading the weights once and of the matrix products' FLOPs at compute_efficiency of the peak; the
-    LM head counts for at most max_batch tokens, as a prompt needs it for its last token only.
-    """
-    tokens = np.arange(1, config.step_tokens + 1)
-    read_us = decode_weight_bytes(model, tokens) / (device.beta_gb_s * 1e3)
-    layers = flops_per_token(model, lm_head=False)
-    flops = tokens * layers + np.minimum(tokens, config.max_batch) * (flops_per_token(model) - layers)
-    return np.append(0.0, np.maximum(read_us, flops / (device.fp16_tflops * config.compute_efficiency * 1e6)))
+
+def outside_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> StepCosts:
+    """What a step costs beside the decode attention that the policy routes. ValueError where the GPU has no rate of the
+    model's products."""
+    profile = server_profile(config, policy)
+    most = max((size for size in profile.graph_sizes if size <= 2 * config.step_tokens), default=0)
+    return step_costs(
+        model, device, outside_entry(device, profile.constants).constants, profile,
+        step_tokens=max(config.step_tokens, most), max_batch=config.max_batch,
+        kv_element_bytes=KV_ELEMENT_BYTES if config.kv_dtype is None else 1,
+    )  # fmt: skip
 
 
 def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteModel]:
@@ -94,7 +135,7 @@ def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteMod
     the GPU (balanced) or has nothing to plan (XQA).
     """
     models = device_routes(device)
-    if not config.graphs:
+    if not config.profile.graph_sizes:
         return models
     no_plan: dict[str, Any] = {"plan_us": 0.0, "plan_row_us": 0.0, "plan_length_us": 0.0}
     return {
@@ -103,21 +144,24 @@ def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteMod
     }
 
 
-def attention_kinds(model: ModelSpec, page_size: int) -> tuple[tuple[DecodeShape, AttentionOptions, int], ...]:
-    """(shape, options, layers) of every kind of attention layer that the model has, those that see all tokens last.
+def attention_kinds(
+    model: ModelSpec, page_size: int, kv_dtype: str | None = None
+) -> tuple[tuple[DecodeShape, AttentionOptions, int], ...]:
+    """(shape, options, layers) of every kind of attention layer that routes serve, those that see all tokens last."""
+    return tuple((*_kernel(group), group.count) for group in routed_groups(model, page_size, kv_dtype))
 
-    ValueError where a kind is neither full nor sliding grouped-query attention, which no route serves.
-    """
-    kinds = []
-    for group in decode_groups(model, page_size):
-        known = group.attention.kind in (FULL, SLIDING) and not group.attention.selected_entries
-        if group.shape is None or group.options is None or not known:
-            raise ValueError(
-                f"model: {model.name}: expected layers of grouped-query attention, full or sliding, got "
-                f"{describe_attention(group.attention)}"
-            )
-        kinds.append((group.shape, group.options, group.count))
-    return tuple(sorted(kinds, key=lambda kind: kind[1].window is None))
+
+def routed_groups(model: ModelSpec, page_size: int, kv_dtype: str | None = None) -> tuple[DecodeGroup, ...]:
+    """The kinds of layers that routes serve, grouped-query attention, those that see all tokens last; what the others
+    (latent, compressed, state) cost is pkvsim.outside's matter."""
+    groups = [group for group in decode_groups(model, page_size, kv_dtype=kv_dtype) if group.shape is not None]
+    return tuple(sorted(groups, key=lambda group: (group.attention.kind == FULL, not group.attention.window)))
+
+
+def _kernel(group: DecodeGroup) -> tuple[DecodeShape, AttentionOptions]:
+    if group.shape is None or group.options is None:
+        raise ValueError(f"attention: expected a kind that kernels serve, got {describe_attention(group.attention)}")
+    return group.shape, group.options
 
 
 def paper_rules(device: DeviceSpec) -> PaperRules:
@@ -131,14 +175,15 @@ def paper_rules(device: DeviceSpec) -> PaperRules:
 
 
 def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: ServingConfig) -> Attention:
-    """Constants of attention. ValueError where the device cannot run the policy, or none of its routes
-    serves the model."""
+    """Constants of the decode attention that a policy routes: none under ENGINE. ValueError where the device cannot run
+    the policy, or none of its routes serves the model."""
     check_policies([policy])
+    profile = server_profile(config, policy)
+    groups = () if profile.attention == "flash" else routed_groups(model, config.page_size, config.kv_dtype)
     models = step_models(device, config)
-    kinds = attention_kinds(model, config.page_size)
     paper = paper_rules(device) if policy == "paper" else None
     routings = []
-    for shape, options, _ in kinds:
+    for shape, options in map(_kernel, groups):
         if paper is not None and asked(shape, options):
             needs = ", ".join(asked(shape, options))
             raise ValueError(f"policies: paper: expected plain attention, {model.name} has layers with {needs}")
@@ -149,28 +194,24 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
                 pinned=dict.fromkeys(PINNED_ROUTES, config.splits),
             )
         )  # fmt: skip
-    peak = device.fp16_tflops * config.prefill_attention_efficiency * 1e6  # FLOP per us
-    first = routings[0]
+    kinds, routes = len(routings), len(ROUTES)
+    constants = [routing.candidates.constants for routing in routings]
+    width = constants[0].shape[1] if constants else 1
+    pinned = routings[0].candidates.pinned if routings else np.zeros(routes, np.int64)
+    reads = [(KIND_CODES[g.attention.kind], g.attention.window or UNBOUNDED, g.attention.selected_entries,
+              g.attention.tokens_per_entry) for g in groups]  # fmt: skip
     return Attention(
-        layers=np.array([layers for *_, layers in kinds]),
-        windows=np.array([options.window or 0 for _, options, _ in kinds]),
-        heads=np.array([routing.heads for routing in routings], np.float64),
-        constants=np.stack([routing.candidates.constants for routing in routings]),
-        reaches=np.stack([routing.candidates.reaches for routing in routings]),
-        allowed=np.stack([routing.allowed for routing in routings]),
-        pinned=first.candidates.pinned,
-        unpinned=np.zeros_like(first.candidates.pinned),
-        any_pinned=bool(first.candidates.pinned.any()),
-        rule=first.rule,
-        paper=first.paper,
-        paper_routes=np.stack([routing.paper_routes for routing in routings]),
-        prefill_us_per_pair=np.array(
-            [2 * shape.num_q_heads * (shape.head_dim + options.value_dim(shape)) / peak for shape, options, _ in kinds]
-        ),
-        prefill_us_per_token=np.array(
-            [
-                shape.num_kv_heads * options.kv_token_bytes(shape) / (device.beta_gb_s * 1e3)
-                for shape, options, _ in kinds
-            ]
-        ),
+        layers=np.array([group.count for group in groups], np.int64),
+        reads=np.array(reads, np.int64).reshape(kinds, 4),
+        whole=np.array([g.attention.kind != CHUNKED and not g.attention.selected_entries for g in groups], bool),
+        heads=np.array([routing.heads for routing in routings], np.float64).reshape(kinds, len(Heads._fields)),
+        constants=np.array(constants, np.float64).reshape(kinds, routes, width),
+        reaches=np.array([routing.candidates.reaches for routing in routings], np.int64).reshape(kinds, routes),
+        allowed=np.array([routing.allowed for routing in routings], bool).reshape(kinds, routes),
+        pinned=pinned,
+        unpinned=np.zeros_like(pinned),
+        any_pinned=bool(pinned.any()),
+        rule=routings[0].rule if routings else CHEAPEST,
+        paper=NO_PAPER if paper is None else paper,
+        paper_routes=np.array([routing.paper_routes for routing in routings], np.int64).reshape(kinds, 3),
     )

@@ -24,7 +24,7 @@ def fit_model(
     except ValueError:
         for bits in WEIGHT_BITS[1:]:
             narrow = with_weight_bits(model, bits)
-            room = device.memory_gib * (config.memory_fraction - KV_SHARE) - config.workspace_gib
+            room = device.memory_gib * (config.memory_fraction - KV_SHARE) - config.profile.workspace_gib
             if weight_bytes(narrow) / GIB <= room:
                 break
     page_budget(narrow, device, config)

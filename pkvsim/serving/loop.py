@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
-from pkvsim.compiled import drop_stale, inner
+from pkvsim.compiled import compiled, drop_stale, inner, merged
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
-from pkvsim.pricing.constants import compiled
-from pkvsim.serving.attention import decode_us, prefill_us
-from pkvsim.serving.scheduling import end_step, next_work_us, plan_step
+from pkvsim.memory.tier_gate import asks, next_ready_us
+from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, step_parts
+from pkvsim.serving.attention import decode_us, fill_lens
+from pkvsim.serving.queueing.clients import next_send_us
+from pkvsim.serving.scheduling import commit_step, finish_step, next_work_us, plan_step
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,
+    BUSY_UNTIL,
+    CLOCK,
     DECODE_ROWS,
+    DECODE_STEPS,
     DURATION,
-    FIRST_ADMITTED,
+    FOLLOWING,
     GAP_BINS,
     GAPS_PER_E,
+    HEAT,
     LOG_CAPACITY,
     LOG_FILL,
     LOG_STRIDE,
     LOG_USED,
     NEXT_SEND,
+    NUM_BEGINNING,
     NUM_CHUNKS,
     NUM_DECODING,
+    NUM_LEAVING,
     NUM_RUNNING,
     NUM_WAITING,
     PAGES,
@@ -34,6 +40,7 @@ from pkvsim.serving.state import (
     PREFILL_TOKENS,
     REST,
     ROW_COUNT,
+    ROWS_WAIT,
     START,
     STEPS,
     WAITING_COUNT,
@@ -41,77 +48,152 @@ from pkvsim.serving.state import (
 
 
 @compiled
-def advance(requests, limits, attention, linear_us, host_us, state, log, max_steps, until_us, plan_until_us, alone):
-    """Simulates up to max_steps more steps; True when nothing is left to run.
+def advance(
+    requests, limits, attention, costs, steps_in_flight, state, log, max_steps, until_us, plan_until_us, alone
+):
+    """Simulates up to max_steps more steps; True when nothing is left to run. Returns early where a request asks the
+    pool (pkvsim.serving.tiers).
 
     Steps end until until_us and begin until plan_until_us; one that has begun is priced, and the clock says when it
-    ends. alone: this server takes in what is sent; otherwise the caller does, and sets an idle server's clock.
-    linear_us [step_tokens + 1] float64: the layers without attention, by the tokens of the step.
+    ends. With 2 steps in flight the one after it is planned as it begins, or as soon as there is anything to plan.
+    alone: this server takes in what is sent; otherwise the caller does, and sets an idle server's clock.
     """
-    counts = state.counts
+    counts, clock = state.counts, log.clock_us
     for _ in range(max_steps):
         if log.counts[PLANNED]:
-            if log.clock_us[0] > until_us:
+            if steps_in_flight == 2 and not log.counts[FOLLOWING]:
+                _plan_late(requests, limits, state, log, plan_until_us, alone)
+                if asks(state.gate):
+                    return False
+            if clock[CLOCK] > until_us:
                 return False
             if alone and requests.concurrency:  # what was sent during the step found no slot that its end sets free
-                next_work_us(state, log.clock_us[0])
-            end_step(requests, limits, state, log.clock_us[0])
+                next_work_us(state, clock[CLOCK])
+            # A call with the whole state costs as much as a small step's scheduling.
+            if counts[NUM_BEGINNING] or counts[NUM_LEAVING]:
+                finish_step(requests, limits, state, clock[CLOCK])
             log.counts[PLANNED] = 0
-        # A call with the whole state costs as much as a small step's scheduling.
-        if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= log.clock_us[0]):
-            ready_us = next_work_us(state, log.clock_us[0])
-            while ready_us > log.clock_us[0]:
+        if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= clock[CLOCK]):
+            ready_us = next_work_us(state, clock[CLOCK])
+            while ready_us > clock[CLOCK]:
                 if ready_us == math.inf:
                     return True
-                log.clock_us[0] = ready_us
+                clock[CLOCK] = ready_us
                 ready_us = next_work_us(state, ready_us)
-        if counts[NUM_RUNNING] == 0 and counts[NUM_WAITING] == 0:
+        if not log.counts[FOLLOWING] and counts[NUM_RUNNING] == 0 and counts[NUM_WAITING] == 0:
             return True
-        if log.clock_us[0] > plan_until_us:
+        if clock[CLOCK] > plan_until_us:
             return False
-        plan_step(requests, limits, state, log.clock_us[0])
-        decode_rows = counts[NUM_DECODING]
-        tokens, running_us = prefill_us(attention, state, np.int64(0), counts[FIRST_ADMITTED])
-        more_tokens, admitted_us = prefill_us(attention, state, counts[FIRST_ADMITTED], counts[NUM_CHUNKS])
-        tokens += more_tokens
-        route, attention_us, best_us = decode_us(attention, state, log)
-        decode_linear_us = linear_us[decode_rows]
-        duration_us = attention_us + (running_us + admitted_us) + linear_us[decode_rows + tokens] + host_us
-        entry = _log_entry(log)
-        for column, value in (
-            (DURATION, duration_us),
-            (ROW_COUNT, float(counts[NUM_RUNNING])),
-            (DECODE_ROWS, float(decode_rows)),
-            (PREFILL_TOKENS, float(tokens)),
-            (WAITING_COUNT, float(counts[NUM_WAITING])),
-            (PAGES, float(limits.num_pages - state.pool.counts[FREE_PAGES] - state.pool.counts[EVICTABLE_PAGES])),
-            (ATTENTION, attention_us),
-            (REST, decode_linear_us + host_us),
-            (PREFILL, running_us + admitted_us + linear_us[decode_rows + tokens] - decode_linear_us),
-            (BEST, best_us),
-        ):
-            log.log[entry, column] += value
-            log.totals[column] += value
-        if route >= 0:
-            log.log_routes[entry, route] += 1
-            log.route_steps[route] += 1
-        log.clock_us[0] += duration_us
-        _count_gaps(state, log, duration_us, decode_rows)
-        log.counts[PLANNED] = 1
-        log.counts[STEPS] += 1
+        if not log.counts[FOLLOWING]:
+            planned = plan_step(requests, limits, state, clock[CLOCK])
+            if asks(state.gate):
+                return False
+            if not planned:
+                ready_us = next_ready_us(state.gate, state.running, counts[NUM_RUNNING], clock[CLOCK])
+                if ready_us < math.inf:  # all that run wait for their blocks
+                    clock[CLOCK] = min(ready_us, max(clock[CLOCK], state.clients.times[NEXT_SEND]))
+                continue
+        start_us = clock[CLOCK]
+        _run_step(requests, limits, attention, costs, state, log)
+        commit_step(requests.output, state)
+        if steps_in_flight == 2:
+            log.counts[FOLLOWING] = plan_step(requests, limits, state, start_us)
+            if asks(state.gate):
+                return False
     return False
 
 
 @inner
-def _count_gaps(state, log, duration_us, decode_rows):
+def _plan_late(requests, limits, state, log, plan_until_us, alone):
+    """Nothing was there to plan as the running step began: what comes before it ends is planned as it comes."""
+    if not alone:
+        if state.counts[NUM_WAITING] > 0:
+            log.counts[FOLLOWING] = plan_step(requests, limits, state, min(plan_until_us, log.clock_us[CLOCK]))
+        return
+    at_us = next_send_us(state.clients)
+    while at_us < log.clock_us[CLOCK] and not log.counts[FOLLOWING] and not asks(state.gate):
+        next_work_us(state, at_us)
+        if state.counts[NUM_WAITING] > 0:
+            log.counts[FOLLOWING] = plan_step(requests, limits, state, at_us)
+        at_us = state.clients.times[NEXT_SEND]
+
+
+@merged
+def _run_step(requests, limits, attention, costs, state, log):
+    """Prices and logs the planned step, which begins at the clock's time, and sets the clock to its end."""
+    counts, clock = state.counts, log.clock_us
+    rows, chunks = 0 if counts[ROWS_WAIT] else counts[NUM_DECODING], counts[NUM_CHUNKS]
+    tokens = 0
+    for at in range(chunks):
+        tokens += state.chunk_tokens[at]
+    woken = clock[CLOCK] > clock[BUSY_UNTIL]
+    if woken:
+        clock[HEAT] = 0.0
+    warm = clock[HEAT] / costs.boost_us if costs.boost_us > 0 else 1.0
+    fill_lens(state, log, rows)
+    route, routed_us, best_us = decode_us(attention, log, rows)
+    duration_us = step_parts(
+        costs, log.lens[:rows], state.chunk_begin[:chunks], state.chunk_tokens[:chunks], rows + chunks, routed_us,
+        warm, log.parts,
+    )  # fmt: skip
+    if woken:
+        log.part_totals[HOST] += (costs.wake_factor - 1) * duration_us
+        duration_us *= costs.wake_factor
+    for part in range(len(log.parts)):
+        log.part_totals[part] += log.parts[part]
+    clock[HEAT] = heated(costs, clock[HEAT], rows + tokens, duration_us)
+    attention_us = log.parts[DECODE_ATTENTION]
+    decode_rest_us = duration_us - attention_us
+    if chunks > 0:
+        decode_rest_us = min(decode_rest_us, rest_us(costs, rows, warm)) if rows > 0 else 0.0
+    entry = _log_entry(log)
+    for column, value in (
+        (DURATION, duration_us),
+        (ROW_COUNT, float(counts[NUM_RUNNING])),
+        (DECODE_ROWS, float(rows)),
+        (PREFILL_TOKENS, float(tokens)),
+        (WAITING_COUNT, float(counts[NUM_WAITING])),
+        (PAGES, float(limits.num_pages - state.pool.counts[FREE_PAGES] - state.pool.counts[EVICTABLE_PAGES])),
+        (ATTENTION, attention_us),
+        (REST, decode_rest_us),
+        (PREFILL, duration_us - attention_us - decode_rest_us),
+        (BEST, attention_us - routed_us + best_us),
+    ):
+        log.log[entry, column] += value
+        log.totals[column] += value
+    if route >= 0:
+        log.log_routes[entry, route] += 1
+        log.route_steps[route] += 1
+    clock[CLOCK] += duration_us
+    clock[BUSY_UNTIL] = clock[CLOCK]
+    _count_gaps(limits, state, log, duration_us, rows)
+    log.counts[PLANNED] = 1
+    log.counts[FOLLOWING] = 0
+    log.counts[DECODE_STEPS] += rows > 0
+    log.counts[STEPS] += 1
+
+
+@merged
+def _count_gaps(limits, state, log, duration_us, decode_rows):
     """Counts the times since their requests' tokens before of the tokens that the step gives at the clock's time. A row
-    that decodes did so, or ended its prompt, in the step before; a preempted one has waited since."""
-    if decode_rows > 0:
-        log.gaps[_gap_bin(duration_us)] += decode_rows
+    that decodes did so, or ended its prompt, in the step before, unless it waited for prompts; a preempted one has
+    waited since."""
+    now_us = log.clock_us[CLOCK]
+    if limits.mixes:
+        if decode_rows > 0:
+            log.gaps[_gap_bin(duration_us)] += decode_rows
+    else:
+        for at in range(decode_rows):
+            request = state.decoding[at]
+            log.gaps[_gap_bin(now_us - state.paused_us[request])] += 1
+            state.paused_us[request] = now_us
     for at in range(state.counts[NUM_CHUNKS]):
         request = state.chunk_request[at]
-        if state.generated[request] and state.chunk_begin[at] + state.chunk_tokens[at] == state.target[request]:
-            log.gaps[_gap_bin(log.clock_us[0] - state.paused_us[request])] += 1
+        if state.chunk_begin[at] + state.chunk_tokens[at] == state.target[request]:
+            if state.generated[request]:
+                log.gaps[_gap_bin(now_us - state.paused_us[request])] += 1
+            if not limits.mixes:
+                state.paused_us[request] = now_us
 
 
 @inner
@@ -139,7 +221,7 @@ def _log_entry(log):
         counts[LOG_USED] = LOG_CAPACITY // 2
         counts[LOG_STRIDE] *= 2
     entry = counts[LOG_USED]
-    log.log[entry, START] = log.clock_us[0]
+    log.log[entry, START] = log.clock_us[CLOCK]
     counts[LOG_USED] += 1
     counts[LOG_FILL] = 1
     return entry

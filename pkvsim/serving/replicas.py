@@ -13,12 +13,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pkvsim.outside.step_costs import StepCosts
 from pkvsim.serving.loop import advance
 from pkvsim.serving.queueing.clients import next_send_us, send
 from pkvsim.serving.scheduling import forget, take_in
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
+    CLOCK,
     FINISHED,
+    FOLLOWING,
     NUM_RUNNING,
     NUM_WAITING,
     PLANNED,
@@ -83,7 +86,7 @@ class Router:
 
 
 def serve_replicas(
-    trace: RequestTrace, requests: Requests, limits: Limits, attention: Attention, linear_us: np.ndarray,
+    trace: RequestTrace, requests: Requests, limits: Limits, attention: Attention, costs: StepCosts,
     config: ServingConfig, states: list[SchedulerState], logs: list[RunLog], progress: Callable[[], None],
 ) -> np.ndarray:  # fmt: skip
     """Serves all requests on servers that share states[0].clients; the server of each request, int64 [n].
@@ -92,21 +95,22 @@ def serve_replicas(
     a step ends. At an instant steps end first, then what is due is sent, and then idle servers begin a step.
     """
     clients, router = states[0].clients, Router(trace, requests, states, config.router)
+    steps_in_flight = config.profile.steps_in_flight
     coupled = bool(clients.concurrency or len(clients.after))
 
     def run(until_us: float, plan_until_us: float) -> None:
         for state, log in zip(states, logs):
-            planned = log.counts[PLANNED] and log.clock_us[0] <= until_us
+            planned = log.counts[PLANNED] and log.clock_us[CLOCK] <= until_us
             idle = not log.counts[PLANNED] and state.counts[NUM_RUNNING] + state.counts[NUM_WAITING] == 0
             if planned or not (log.counts[PLANNED] or idle):
                 advance(
-                    requests, limits, attention, linear_us, float(config.host_us), state, log, STEPS, until_us,
-                    plan_until_us, False,
+                    requests, limits, attention, costs, steps_in_flight, state, log, STEPS, until_us, plan_until_us,
+                    False,
                 )  # fmt: skip
 
     instants = 0
     while True:
-        ends = [log.clock_us[0] for log in logs if log.counts[PLANNED]] if coupled else []
+        ends = [log.clock_us[CLOCK] for log in logs if log.counts[PLANNED]] if coupled else []
         now_us = min([next_send_us(clients), *ends])
         if now_us == math.inf:
             run(math.inf, math.inf)
@@ -120,7 +124,11 @@ def serve_replicas(
             state, log = states[at], logs[at]
             take_in(state, request)
             if not log.counts[PLANNED]:
-                log.clock_us[0] = now_us
+                log.clock_us[CLOCK] = now_us
+            elif steps_in_flight == 2 and not log.counts[FOLLOWING]:  # it may be planned behind the running step
+                advance(
+                    requests, limits, attention, costs, steps_in_flight, state, log, 1, -math.inf, now_us, False
+                )
             if limits.hold_us > 0:
                 for other in states:
                     if other is not state:

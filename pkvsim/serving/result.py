@@ -2,17 +2,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
+from pkvsim.memory.tier_options import TierSetup
+from pkvsim.outside.step_costs import PARTS
 from pkvsim.serving.state import (
     ATTENTION,
     BEST,
     DECODE_ROWS,
+    DECODE_STEPS,
     DURATION,
     GAPS_PER_E,
     LOG_COLUMNS,
@@ -36,6 +39,8 @@ from pkvsim.serving.state import (
     RunLog,
     SchedulerState,
 )  # fmt: skip
+from pkvsim.serving.tiers.tier_result import TierResult, make_tier_result, tier_summary
+from pkvsim.serving.tiers.tier_server import TierLog
 
 PERCENTILES = (50, 90, 99)
 SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
@@ -116,6 +121,16 @@ class ServingResult:
     routes: dict[str, int]  # decode steps by route of the full-attention layers
     gaps: np.ndarray  # int64, times between a request's tokens, counted as state.RunLog does
     summary: dict[str, Any]
+    tiers: TierResult | None = None  # where the server had any
+
+
+def with_tiers(result: ServingResult, setup: TierSetup, log: TierLog) -> ServingResult:
+    """The result of a run with what its tiers did."""
+    requests = result.requests
+    tiers = make_tier_result(setup.tiers, log, queue_s=requests.queue_s, ttft_s=requests.ttft_s)
+    served = int(requests.prompt_tokens[requests.rejected == SERVED].sum())
+    summary = tier_summary(tiers, served, result.summary["makespan_s"], percentiles)
+    return replace(result, tiers=tiers, summary=result.summary | {"tiers": summary})
 
 
 def make_result(
@@ -129,7 +144,9 @@ def make_result(
     routes = dict(zip(ROUTES, np.sum([log.route_steps for log in logs], axis=0).tolist()))
     counts = np.sum([state.pool.counts for state in states], axis=0)
     gaps = np.sum([log.gaps for log in logs], axis=0)
-    summary = _summary(requests, steps, totals, routes, limits, work, gaps, len(logs))
+    decode_steps = int(np.sum([log.counts[DECODE_STEPS] for log in logs]))
+    part_us = dict(zip(PARTS, np.sum([log.part_totals for log in logs], axis=0).tolist()))
+    summary = summarise(requests, steps, totals, part_us, routes, limits, work, gaps, len(logs), decode_steps)
     summary["replicas"] = [
         _replica(requests, owner == at, part, limits, summary["makespan_s"]) for at, part in enumerate(parts)
     ]
@@ -155,8 +172,10 @@ def _request_log(work: Requests, states: Sequence[SchedulerState], owner: np.nda
     def column(name: str) -> np.ndarray:
         return np.stack([getattr(state, name) for state in states])[owner, np.arange(len(owner))]
 
-    output, sent_us, first_us, finish_us = (
-        column("generated"), states[0].clients.sent_us, column("first_token_us"), column("finish_us"),
+    # As the client sees it: sent before the server's queue has it, answered after a step has ended.
+    output, queued_us, late_us = column("generated"), states[0].clients.sent_us, work.output_us
+    sent_us, first_us, finish_us = (
+        queued_us - work.queue_us, column("first_token_us") + late_us, column("finish_us") + late_us,
     )  # fmt: skip
     with np.errstate(invalid="ignore", divide="ignore"):
         tpot_s = (finish_us - first_us) / (output - 1) / 1e6
@@ -248,11 +267,16 @@ def percentiles(values: np.ndarray) -> dict[str, float | None]:
 
 def gap_percentiles(gaps: np.ndarray) -> dict[str, float | None]:
     """p50, p90, p99 in seconds of the times between tokens that RunLog.gaps counts, within a quarter of a percent."""
+    return {f"p{p}": gap_percentile(gaps, p) for p in PERCENTILES}
+
+
+def gap_percentile(gaps: np.ndarray, percentile: float) -> float | None:
+    """One of them; None where nothing was counted."""
     total = int(gaps.sum())
     if not total:
-        return {f"p{p}": None for p in PERCENTILES}
-    bins = np.searchsorted(np.cumsum(gaps), [np.ceil(total * p / 100) for p in PERCENTILES])
-    return {f"p{p}": float(np.exp((at + 0.5) / GAPS_PER_E) / 1e6) for p, at in zip(PERCENTILES, bins)}
+        return None
+    at = np.searchsorted(np.cumsum(gaps), np.ceil(total * percentile / 100))
+    return float(np.exp((at + 0.5) / GAPS_PER_E) / 1e6)
 
 
 def is_saturated(requests: RequestLog) -> bool:
@@ -282,10 +306,11 @@ def is_saturated(requests: RequestLog) -> bool:
     return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
 
 
-def _summary(
-    requests: RequestLog, steps: StepLog, totals: dict[str, float], routes: dict[str, int], limits: Limits,
-    work: Requests, gaps: np.ndarray, replicas: int,
+def summarise(
+    requests: RequestLog, steps: StepLog, totals: dict[str, float], parts: dict[str, float], routes: dict[str, int],
+    limits: Limits, work: Requests, gaps: np.ndarray, replicas: int, decode_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
+    """What `pkvsim whatif --json` prints of a run. totals, routes, gaps: as ServingResult has them."""
     served = requests.rejected == SERVED
     output_tokens, finished = int(requests.output_tokens.sum()), int(np.count_nonzero(~np.isnan(requests.finish_s)))
     makespan_s = float(np.nanmax(requests.finish_s)) if finished else 0.0
@@ -293,6 +318,7 @@ def _summary(
     best_us = totals["best_attention_us"]
     blocks = int(np.diff(work.blocks.offsets)[served].sum())
     weight = steps.duration_us * steps.steps  # us of each entry
+    routes_taken = any(routes.values())
 
     def share(part: float, whole: float) -> float | None:
         return float(part / whole) if whole else None
@@ -318,9 +344,10 @@ def _summary(
         "attention_share": share(totals["attention_us"], busy_us),
         "rest_share": share(totals["rest_us"], busy_us),
         "prefill_share": share(totals["prefill_us"], busy_us),
-        "attention_us_per_decode_step": share(totals["attention_us"], sum(routes.values())),
+        "part_shares": {name: share(us, busy_us) for name, us in parts.items()},
+        "attention_us_per_decode_step": share(totals["attention_us"], decode_steps),
         "routes": {name: count for name, count in routes.items() if count},
-        "regret": share(totals["attention_us"] - best_us, best_us),
+        "regret": share(totals["attention_us"] - best_us, best_us) if routes_taken else None,
         "kv_pages": replicas * limits.num_pages,
         "kv_occupancy": share(steps.pages @ weight / limits.num_pages, busy_us),
         "preemptions": int(requests.preemptions.sum()),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 
-from pkvsim.compiled import drop_stale, inner
+from pkvsim.compiled import compiled, drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
-from pkvsim.pricing.constants import compiled
+from pkvsim.memory.tier_gate import ask, is_ready
 from pkvsim.serving.orders import KVSHARE, SHORTEST
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
 from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
@@ -21,15 +21,19 @@ from pkvsim.serving.state import (
     FINISHED,
     FIRST_ADMITTED,
     JUST_PREEMPTED,
+    LEAVING,
     NEXT_SEND,
+    NUM_BEGINNING,
     NUM_CHUNKS,
     NUM_DECODING,
     NUM_HELD,
+    NUM_LEAVING,
     NUM_RUNNING,
     NUM_WAITING,
     POOL_FULL,
     PREEMPTED,
     PREFILLING,
+    ROWS_WAIT,
     SERVED,
     WAITING,
 )
@@ -70,44 +74,61 @@ def forget(requests, limits, state, request):
 
 @compiled
 def plan_step(requests, limits, state, now_us):
-    """Makes a step of those that decode, of further chunks of those in prefill, and of whom there is room to admit."""
+    """Makes a step of those that decode, of further chunks of those in prefill, and of whom there is room to admit.
+    Whether anything is to run: nothing is where all that run are leaving, or where the only one gave way."""
     counts = state.counts
-    counts[NUM_CHUNKS] = counts[JUST_PREEMPTED] = 0
+    counts[NUM_CHUNKS] = counts[JUST_PREEMPTED] = counts[ROWS_WAIT] = 0
     if counts[NUM_HELD] > 0:
         expire(requests, limits, state, now_us)
     _grow(requests, limits, state, now_us)
-    budget = limits.step_tokens - counts[NUM_DECODING]
+    tokens = 0
     if counts[NUM_DECODING] < counts[NUM_RUNNING]:
-        budget -= _continue_prefills(state, budget)
+        tokens = _continue_prefills(requests, limits, state, now_us)
     counts[FIRST_ADMITTED] = counts[NUM_CHUNKS]
     if counts[JUST_PREEMPTED] == 0 and counts[POOL_FULL] == 0:
-        _admit(requests, limits, state, budget, now_us)
+        _admit(requests, limits, state, _budget(limits, counts) - tokens, now_us)
+    if not limits.mixes and counts[NUM_CHUNKS] > 0:
+        counts[ROWS_WAIT] = 1
+    return counts[NUM_CHUNKS] > 0 or counts[NUM_DECODING] > 0
+
+
+@inner
+def _budget(limits, counts):
+    """Tokens of prompts that a step has room for."""
+    return limits.step_tokens - (counts[NUM_DECODING] if limits.mixes else 0)
 
 
 @inner
 def _grow(requests, limits, state, now_us):
     """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
-    counts, offsets, prompt = state.counts, requests.blocks.offsets, requests.prompt
+    counts, shared = state.counts, requests.shared
     at = 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         if state.phase[request] == DECODING:
-            need = private_pages_of(offsets, prompt, limits.page_size, request, state.cached[request] + 1)
+            need = private_pages_of(shared, limits.page_size, request, state.cached[request] + 1)
             need -= state.private_pages[request]
-            while need > 0:
-                if allocate(state.pool, requests.blocks, need):
-                    state.private_pages[request] += need
-                    break
-                if counts[NUM_HELD] > 0:
-                    drop(requests, limits, state, counts[NUM_HELD] - 1)
-                    continue
-                place = _last(requests, limits, state)
-                _preempt(requests, limits, state, place, now_us)
-                if place <= at:
-                    at -= 1
-                if state.phase[request] == PREEMPTED:
-                    break
+            if need > 0:
+                at -= _make_room(requests, limits, state, at, need, now_us)
         at += 1
+
+
+@inner
+def _make_room(requests, limits, state, at, need, now_us):
+    """Gives the request at `at` of `running` `need` pages, at the cost of the last when none is free; returns how many
+    at or before it gave way. It may have done so itself."""
+    request, gone = state.running[at], 0
+    while not allocate(state.pool, requests.blocks, need):
+        if state.counts[NUM_HELD] > 0:
+            drop(requests, limits, state, state.counts[NUM_HELD] - 1)
+            continue
+        place = _last(requests, limits, state)
+        _preempt(requests, limits, state, place, now_us)
+        gone += place <= at - gone
+        if state.phase[request] == PREEMPTED:
+            return gone
+    state.private_pages[request] += need
+    return gone
 
 
 @inner
@@ -117,9 +138,11 @@ def _last(requests, limits, state):
         for at in range(state.counts[NUM_RUNNING]):
             request = state.running[at]
             state.rank[request] = requests.output[request] - state.generated[request]
-    last = state.counts[NUM_RUNNING] - 1
-    for at in range(last - 1, -1, -1):
-        if before(state, state.running[last], state.running[at]):
+    last = -1
+    for at in range(state.counts[NUM_RUNNING] - 1, -1, -1):
+        if state.phase[state.running[at]] == LEAVING:
+            continue
+        if last < 0 or before(state, state.running[last], state.running[at]):
             last = at
     return last
 
@@ -128,24 +151,53 @@ def _last(requests, limits, state):
 def _preempt(requests, limits, state, place, now_us):
     """Lets the request at `place` of `running` wait again; its pages go, its tokens stay."""
     counts, request = state.counts, state.running[place]
-    give_back(requests, limits, state, request)
-    counts[NUM_RUNNING] -= 1
-    for at in range(place, counts[NUM_RUNNING]):
-        state.running[at] = state.running[at + 1]
     if state.phase[request] == DECODING:
         state.paused_us[request] = now_us
-        at = 0
-        while state.decoding[at] != request:
-            at += 1
-        counts[NUM_DECODING] -= 1
-        for place in range(at, counts[NUM_DECODING]):
-            state.decoding[place] = state.decoding[place + 1]
+    elif limits.by_chunk:  # the step may have a chunk of it already
+        _drop_chunk(state, request)
+    give_back(requests, limits, state, request)
+    _stop(state, place)
     state.phase[request] = PREEMPTED
     state.cached[request] = 0
     state.preemptions[request] += 1
     state.preempted[counts[JUST_PREEMPTED]] = request
     counts[JUST_PREEMPTED] += 1
     wait(state, request)
+
+
+@inner
+def _stop(state, place):
+    """Takes the request at `place` of `running` out of those that run."""
+    counts, request = state.counts, state.running[place]
+    counts[NUM_RUNNING] -= 1
+    for at in range(place, counts[NUM_RUNNING]):
+        state.running[at] = state.running[at + 1]
+    if state.phase[request] == DECODING:
+        at = 0
+        while state.decoding[at] != request:
+            at += 1
+        counts[NUM_DECODING] -= 1
+        for later in range(at, counts[NUM_DECODING]):
+            state.decoding[later] = state.decoding[later + 1]
+
+
+@compiled
+def cancel(requests, limits, state, request, now_us):
+    """Ends a request that was taken in and has not finished, wherever it stands. Between steps."""
+    at = 0
+    if state.phase[request] == PREFILLING or state.phase[request] == DECODING:
+        while state.running[at] != request:
+            at += 1
+        give_back(requests, limits, state, request)
+        _stop(state, at)
+    else:
+        while state.waiting[at] != request:
+            at += 1
+        leave(state, at)
+    state.phase[request] = FINISHED
+    state.finish_us[request] = now_us
+    state.counts[POOL_FULL] = 0
+    end(state.clients, request, now_us)
 
 
 @inner
@@ -158,15 +210,37 @@ def _add_chunk(state, request, begin, tokens):
 
 
 @inner
-def _continue_prefills(state, budget):
-    """Chunks of the running requests that are not past prefill; their tokens."""
-    tokens = 0
-    for at in range(state.counts[NUM_RUNNING]):
+def _drop_chunk(state, request):
+    counts, kept = state.counts, 0
+    for at in range(counts[NUM_CHUNKS]):
+        if state.chunk_request[at] != request:
+            state.chunk_request[kept] = state.chunk_request[at]
+            state.chunk_begin[kept] = state.chunk_begin[at]
+            state.chunk_tokens[kept] = state.chunk_tokens[at]
+            kept += 1
+    counts[NUM_CHUNKS] = kept
+
+
+@inner
+def _continue_prefills(requests, limits, state, now_us):
+    """Chunks of the running requests that are not past prefill and wait for no blocks; their tokens."""
+    counts, at, tokens = state.counts, 0, 0
+    while at < counts[NUM_RUNNING]:
         request = state.running[at]
-        if state.phase[request] == PREFILLING and tokens < budget:
-            chunk = min(budget - tokens, state.target[request] - state.cached[request])
-            _add_chunk(state, request, state.cached[request], chunk)
-            tokens += chunk
+        room = _budget(limits, counts) - tokens
+        if state.phase[request] == PREFILLING and room > 0 and is_ready(state.gate, request, now_us):
+            chunk = min(room, state.target[request] - state.cached[request])
+            if limits.by_chunk:
+                need = private_pages_of(requests.shared, limits.page_size, request, state.cached[request] + chunk)
+                need -= state.private_pages[request]
+                if need > 0:
+                    at -= _make_room(requests, limits, state, at, need, now_us)
+            if state.phase[request] == PREFILLING:
+                _add_chunk(state, request, state.cached[request], chunk)
+            tokens = 0  # others may have given way
+            for planned in range(counts[NUM_CHUNKS]):
+                tokens += state.chunk_tokens[planned]
+        at += 1
     return tokens
 
 
@@ -191,25 +265,32 @@ def _admit(requests, limits, state, budget, now_us):
         place = _best_hit(requests, state) if limits.order == KVSHARE else 0
         request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
-        private = private_pages_of(requests.blocks.offsets, requests.prompt, limits.page_size, request, target)
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
         held, previous, carried = held_for(state, request), -1, 0
         if held >= 0:
             previous = state.held[held]
+            hit_tokens = max(hit_tokens, state.cached[previous])
             if requests.blocks.offsets[request] == requests.blocks.offsets[request + 1]:
                 carried = state.private_pages[previous]
+        hit_tokens = min(hit_tokens, target - 1)
+        chunk = min(budget - tokens, target - hit_tokens)
+        asked = hit_tokens + chunk if limits.by_chunk and not limits.tiers else target
+        if limits.reserve_output > 0:
+            left = requests.output[request] - state.generated[request]
+            asked = target + int(limits.reserve_output * (left - 1))  # the last token is never cached
+        private = private_pages_of(requests.shared, limits.page_size, request, asked)
+        private = max(private, carried)
         keep_free = limits.keep_free if counts[NUM_RUNNING] > 0 else 0
         if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private - carried, keep_free):
             if counts[NUM_RUNNING] == 0 and counts[NUM_HELD] > 0:
                 drop(requests, limits, state, counts[NUM_HELD] - 1)
                 continue
-            counts[POOL_FULL] = 1  # until somebody gives pages back
+            if not limits.by_chunk:  # a smaller chunk may find its pages
+                counts[POOL_FULL] = 1  # until somebody gives pages back
             break
         if held >= 0:
-            hit_tokens = max(hit_tokens, state.cached[previous])
             state.private_pages[previous] -= carried
             drop(requests, limits, state, held)
-        hit_tokens = min(hit_tokens, target - 1)
         leave(state, place)
         if state.phase[request] == WAITING:
             state.start_us[request] = now_us
@@ -221,7 +302,8 @@ def _admit(requests, limits, state, budget, now_us):
         state.target[request] = target
         state.private_pages[request] = private
         state.cached[request] = hit_tokens
-        chunk = min(budget - tokens, target - hit_tokens)
+        if ask(state.gate, request, now_us):  # its first chunk comes once its blocks are there
+            break
         _add_chunk(state, request, hit_tokens, chunk)
         tokens += chunk
 
@@ -230,43 +312,71 @@ def _admit(requests, limits, state, budget, now_us):
 def end_step(requests, limits, state, now_us):
     """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding. What was sent
     until then was taken in before."""
+    commit_step(requests.output, state)
+    finish_step(requests, limits, state, now_us)
+
+
+@compiled
+def commit_step(output, state):
+    """What the planned step does to those that run, once it has begun: the step after it may be planned then. Who gets
+    a first or a last token by it is known; finish_step says when."""
     counts = state.counts
     for at in range(counts[NUM_CHUNKS]):
         state.cached[state.chunk_request[at]] += state.chunk_tokens[at]
-    counts[NUM_CHUNKS] = 0
-    running, finished = 0, 0
+    counts[NUM_CHUNKS] = counts[NUM_BEGINNING] = counts[NUM_LEAVING] = 0
     for at in range(counts[NUM_RUNNING]):
         request = state.running[at]
         prefilled = state.phase[request] == PREFILLING
-        if prefilled and state.cached[request] < state.target[request]:
-            state.running[running] = request
-            running += 1
-            continue
-        state.phase[request] = DECODING
-        state.cached[request] += 0 if prefilled else 1
-        state.generated[request] += 1
-        if math.isnan(state.first_token_us[request]):
-            state.first_token_us[request] = now_us
-        if state.generated[request] == requests.output[request]:
-            state.phase[request] = FINISHED
-            state.finish_us[request] = now_us
-            if not hold(requests, limits, state, request):
-                give_back(requests, limits, state, request)
-            end(state.clients, request, now_us)
-            finished += 1
-            continue
-        state.running[running] = request
-        running += 1
         if prefilled:
+            if state.cached[request] < state.target[request]:
+                continue
+        elif counts[ROWS_WAIT]:
+            continue
+        else:
+            state.cached[request] += 1
+        state.generated[request] += 1
+        if state.generated[request] == 1:
+            state.beginning[counts[NUM_BEGINNING]] = request
+            counts[NUM_BEGINNING] += 1
+        if state.generated[request] == output[request]:
+            state.phase[request] = LEAVING
+            state.leaving[counts[NUM_LEAVING]] = request
+            counts[NUM_LEAVING] += 1
+        elif prefilled:
+            state.phase[request] = DECODING
             _insert_by_length(state, request)
-    counts[NUM_RUNNING] = running
-    if finished:
+    if counts[NUM_LEAVING]:
         kept = 0
         for at in range(counts[NUM_DECODING]):
             if state.phase[state.decoding[at]] == DECODING:
                 state.decoding[kept] = state.decoding[at]
                 kept += 1
         counts[NUM_DECODING] = kept
+
+
+@compiled
+def finish_step(requests, limits, state, now_us):
+    """The committed step has ended: its first tokens have come, and who got a last one gives its pages back."""
+    counts = state.counts
+    for at in range(counts[NUM_BEGINNING]):
+        state.first_token_us[state.beginning[at]] = now_us
+    counts[NUM_BEGINNING] = 0
+    if counts[NUM_LEAVING] == 0:
+        return
+    for at in range(counts[NUM_LEAVING]):
+        request = state.leaving[at]
+        state.phase[request] = FINISHED
+        state.finish_us[request] = now_us
+        if not hold(requests, limits, state, request):
+            give_back(requests, limits, state, request)
+        end(state.clients, request, now_us)
+    counts[NUM_LEAVING] = 0
+    running = 0
+    for at in range(counts[NUM_RUNNING]):
+        if state.phase[state.running[at]] != FINISHED:
+            state.running[running] = state.running[at]
+            running += 1
+    counts[NUM_RUNNING] = running
 
 
 @inner

@@ -1,10 +1,11 @@
 """Continuous batching of a request trace on one GPU: what a policy does to latency and throughput.
 
 One step computes a token of every decoding request and chunks of prompts up to step_tokens, as vLLM's scheduler
-does. Its time is the sum of three parts: decode attention on the route the policy picked, priced by the lengths in
-the batch (pkvsim.policy.choose); prefill attention, by a roofline of causal FLOPs and KV bytes; and everything else in
-the layers, by a roofline of weight bytes and FLOPs. Requests are admitted in config.order once the pages of their
-whole prompt are free; when a decoding request finds no page, the last in that order is recomputed later.
+does. Its time is the sum of two parts: decode attention on the route the policy picked, priced by the lengths in the
+batch (pkvsim.policy.choose), or by the engine's own kernel; and all the rest of the step (pkvsim.outside): matrix
+products, prefill attention, small kernels, all-reduces and the host. Requests are admitted in config.order once there
+are the pages that the engine asks for (its profile); when a request finds no page, the last in that order is
+recomputed later.
 """
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks
 from pkvsim.models.presets import ModelSpec
-from pkvsim.serving.costs import attention_costs, linear_table_us, page_budget
+from pkvsim.outside.engine_profile import CHUNK
+from pkvsim.serving.costs import attention_costs, outside_costs, page_budget
 from pkvsim.serving.loop import advance
 from pkvsim.serving.orders import ORDERS, ranks
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.replicas import serve_replicas
-from pkvsim.serving.result import ServingResult, make_result
+from pkvsim.serving.result import ServingResult, make_result, with_tiers
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import (
     SERVED,
@@ -32,6 +34,7 @@ from pkvsim.serving.state import (
     new_log,
     new_scheduler_state,
 )
+from pkvsim.serving.tiers.start import answer_all, start_tiers
 from pkvsim.traces.requests import RequestTrace
 
 CHUNK_STEPS = 20_000  # steps between two reports of progress
@@ -51,7 +54,7 @@ def simulate(
     limits = limits_of(model, device, config)
     requests = requests_of(trace, model, config, limits)
     attention = attention_costs(model, device, policy, config)
-    linear_us = linear_table_us(model, device, config)
+    costs = outside_costs(model, device, policy, config)
     states = [new_scheduler_state(requests, limits) for _ in range(config.replicas)]
     states = [state._replace(clients=states[0].clients) for state in states]
     logs = [new_log(len(trace), len(ROUTES), limits) for _ in states]
@@ -62,30 +65,39 @@ def simulate(
             progress(sum(int(state.generated.sum()) for state in states), total)
 
     if config.replicas > 1:
-        owner = serve_replicas(trace, requests, limits, attention, linear_us, config, states, logs, report)
+        if config.tiers is not None:
+            raise ValueError(f"tier: expected one server, got replicas {config.replicas}")
+        owner = serve_replicas(trace, requests, limits, attention, costs, config, states, logs, report)
         return make_result(policy, requests, limits, states, logs, owner)
+    tiers = start_tiers(trace, model, device, config, requests, costs)
     done = False
     while not done:
         done = advance(
-            requests, limits, attention, linear_us, float(config.host_us), states[0], logs[0], CHUNK_STEPS, np.inf,
-            np.inf, True,
+            requests, limits, attention, costs, config.profile.steps_in_flight, states[0], logs[0], CHUNK_STEPS,
+            np.inf, np.inf, True,
         )  # fmt: skip
-        report()
-    return make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
+        if tiers is None or not answer_all(tiers, requests, limits, states[0], logs[0]):
+            report()
+    result = make_result(policy, requests, limits, states, logs, np.zeros(len(trace), np.int64))
+    return result if tiers is None else with_tiers(result, tiers.setup, tiers.finish(states[0]))
 
 
 def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Limits:
     """The scheduler's numbers. ValueError where the model does not fit."""
-    num_pages = page_budget(model, device, config)
+    num_pages, profile = page_budget(model, device, config), config.profile
     return Limits(
         page_size=config.page_size,
         num_pages=num_pages,
-        keep_free=int(num_pages * config.keep_free_fraction),
+        keep_free=int(num_pages * profile.keep_free_fraction),
         max_batch=config.max_batch,
         step_tokens=config.step_tokens,
         cache_kind=KINDS.index(config.prefix_cache),
         order=ORDERS.index(config.order),
         hold_us=config.kv_ttl_s * 1e6 if config.order == "continuum" else 0.0,
+        tiers=config.tiers is not None,
+        by_chunk=profile.admission == CHUNK,
+        reserve_output=float(profile.reserve_output),
+        mixes=profile.mixes,
     )
 
 
@@ -100,16 +112,20 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
             f"and {model.name}'s context of {model.max_context:,}, the shortest has "
             f"{int((trace.prompt_tokens + trace.output_tokens).min()):,}"
         )
+    blocks = _blocks(trace, config, rejected == SERVED)
     return Requests(
         arrival_us=(trace.arrival_s - trace.arrival_s[0]) * 1e6,
         prompt=trace.prompt_tokens,
         output=trace.output_tokens,
         rejected=rejected,
-        blocks=_blocks(trace, config, rejected == SERVED),
+        blocks=blocks,
+        shared=np.where(np.diff(blocks.offsets) > 0, trace.prompt_tokens, 0),
         after=np.zeros(0, np.int32) if trace.after is None else trace.after,
         think_us=np.zeros(0) if trace.think_us is None else trace.think_us,
         concurrency=trace.concurrency or 0,
         rank=ranks(trace, config.order),
+        queue_us=config.profile.queue_ms * 1e3,
+        output_us=config.profile.output_ms * 1e3,
     )
 
 

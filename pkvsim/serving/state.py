@@ -9,16 +9,23 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.memory.prefix_cache import PagePool, PromptBlocks, page_pool
+from pkvsim.memory.tier_gate import TierGate, new_gate
+from pkvsim.outside.step_costs import PARTS
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.serving.orders import FCFS, KVSHARE
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
-WAITING, PREFILLING, DECODING, PREEMPTED, FINISHED = range(5)  # where a request that is served stands
+# Where a request that is served stands. LEAVING: its last token is being computed, and it holds its pages until then.
+WAITING, PREFILLING, DECODING, PREEMPTED, LEAVING, FINISHED = range(6)
 # Of SchedulerState.counts: the lengths of `running`, `decoding`, `waiting` and of the chunks, those of requests just
 # admitted from FIRST_ADMITTED on; preempted by the step; 1 while no page is free for the next to be admitted; the
-# length of `held`.
-(NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL, NUM_HELD) = range(8)
+# lengths of `held`, `beginning` and `leaving`; 1 where rows do not decode in the step, as it computes prompts.
+(
+    NUM_RUNNING, NUM_DECODING, NUM_WAITING, NUM_CHUNKS, FIRST_ADMITTED, JUST_PREEMPTED, POOL_FULL, NUM_HELD,
+    NUM_BEGINNING, NUM_LEAVING, ROWS_WAIT,
+) = range(11)  # fmt: skip
+NUM_COUNTS = 11
 # Of Clients.counts: the trace up to NEXT_ARRIVAL is due or follows others; the length of `due`; sent and not ended;
 # sent. Of Clients.times: when the last slot became free after all were taken;
 # before NEXT_SEND nothing is sent.
@@ -27,8 +34,10 @@ FULL_UNTIL, NEXT_SEND = range(2)
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
-# Of RunLog.counts; PLANNED is 1 while a step runs that ends at the clock's time.
-STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE, PLANNED = range(8)
+# Of RunLog.counts; PLANNED is 1 while a step runs that ends at the clock's time, FOLLOWING while the one that begins
+# then has been planned.
+STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE, PLANNED, FOLLOWING = range(9)
+CLOCK, BUSY_UNTIL, HEAT = range(3)  # of RunLog.clock_us: the time, the end of the latest step, the GPU's heat
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
@@ -51,10 +60,13 @@ class Requests(NamedTuple):
     output: np.ndarray  # [n] int64, tokens
     rejected: np.ndarray  # [n] int8, SERVED or why not
     blocks: PromptBlocks
+    shared: np.ndarray  # [n] int64, tokens of the prompt that lie in blocks; those after them begin a page of their own
     after: np.ndarray  # [n] int32, the earlier request that it follows, -1 none; [0] where all are -1
     think_us: np.ndarray  # [n] or [0] float64, from the end of that one until it is due
     concurrency: int  # most requests that are sent and not ended, 0 for no limit
     rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
+    queue_us: float = 0.0  # between a request's submission and the scheduler's queue
+    output_us: float = 0.0  # between a step's end and its tokens at the client
 
 
 class Limits(NamedTuple):
@@ -68,6 +80,10 @@ class Limits(NamedTuple):
     cache_kind: int  # index into prefix_cache.KINDS
     order: int = FCFS  # index into orders.ORDERS
     hold_us: float = 0.0  # how long a request's KV is kept for the one that follows it
+    tiers: bool = False  # whether admitted requests ask a pool of KV beyond HBM
+    by_chunk: bool = False  # an admission asks for the pages of the coming chunk, not of the whole prompt
+    reserve_output: float = 0.0  # of the tokens still to come, for which an admission takes pages as well
+    mixes: bool = True  # False: rows do not decode in a step that computes prompts
 
 
 class Clients(NamedTuple):
@@ -76,12 +92,13 @@ class Clients(NamedTuple):
     counts: np.ndarray  # [4] int64
     times: np.ndarray  # [2] float64
     concurrency: int
+    turnaround_us: float  # from a step's end to the queue: its tokens to the client, whose next request comes
     rejected: np.ndarray  # [n] int8
     after: np.ndarray  # [f] int32
     think_us: np.ndarray  # [f] float64
     first_follower: np.ndarray  # [f] int32, a request that follows, -1 none
     next_follower: np.ndarray  # [f] int32, another one that follows the same, -1 none
-    due_us: np.ndarray  # [n] float64; of what follows others until their end, the earliest that it can be
+    due_us: np.ndarray  # [n] float64, in the queue; of what follows others until their end, the earliest it can be
     due: np.ndarray  # [f] int64, a heap of what follows others that have ended, the earliest on top
     sent_us: np.ndarray  # [n] float64, NaN before
     place: np.ndarray  # [n] int64, how many were sent before
@@ -90,9 +107,9 @@ class Clients(NamedTuple):
 class SchedulerState(NamedTuple):
     """Where every request stands, who runs, and what the step is made of."""
 
-    counts: np.ndarray  # [8] int64
+    counts: np.ndarray  # [NUM_COUNTS] int64
     phase: np.ndarray  # [n] int8, WAITING to FINISHED
-    running: np.ndarray  # [max_batch] int64, prefilling and decoding requests in order of admission
+    running: np.ndarray  # [max_batch] int64, prefilling, decoding and leaving requests in order of admission
     decoding: np.ndarray  # [max_batch] int64, the decoding ones, longest first
     waiting: np.ndarray  # [n] int64, a heap of what was sent and does not run, the next to run on top
     rank: np.ndarray  # [n] float64, what is to run first has the least
@@ -100,6 +117,8 @@ class SchedulerState(NamedTuple):
     preempted: np.ndarray  # [max_batch] int64, by the step
     paused_us: np.ndarray  # [n] float64, when a preempted request gave its latest token
     held: np.ndarray  # [f] int64, ended requests whose pages are kept for those that follow them
+    beginning: np.ndarray  # [max_batch] int64, requests whose first token the running step computes
+    leaving: np.ndarray  # [max_batch] int64, requests whose last token the running step computes
     chunk_request: np.ndarray  # [max_batch] int64, prompts of which the step computes tokens
     chunk_begin: np.ndarray  # [max_batch] int64, the first of these tokens
     chunk_tokens: np.ndarray  # [max_batch] int64, how many
@@ -115,14 +134,16 @@ class SchedulerState(NamedTuple):
     hit_tokens: np.ndarray  # [n] int64, at first admission
     pool: PagePool
     clients: Clients
+    gate: TierGate
 
 
 class Attention(NamedTuple):
-    """How a step's decode attention is routed and priced, and what prefill attention costs, by kind of layer; the last
-    kind is the one whose route is called the step's."""
+    """How a step's decode attention is routed and priced, by kind of layer that has routes; the last kind is the one
+    whose route is called the step's. No kind: all decode attention is priced by pkvsim.outside."""
 
     layers: np.ndarray  # [K] int64, layers of the kind
-    windows: np.ndarray  # [K] int64, tokens that a query sees, 0 for all
+    reads: np.ndarray  # [K, 4] int64, what a row is to a kernel: kind, window, selected and tokens per entry
+    whole: np.ndarray  # [K] bool, whether that is the row itself
     heads: np.ndarray  # [K, 7] float64, the fields of pkvsim.pricing.layer.Heads
     constants: np.ndarray  # [K, R, NUM_CONSTANTS] float64, NaN for routes that are no candidates
     reaches: np.ndarray  # [K, R] int64
@@ -133,18 +154,19 @@ class Attention(NamedTuple):
     rule: int  # of pkvsim.policy.choose
     paper: PaperRules
     paper_routes: np.ndarray  # [K, 3] int64
-    prefill_us_per_pair: np.ndarray  # [K] float64, one layer, one query token against one key token
-    prefill_us_per_token: np.ndarray  # [K] float64, one layer, reading one cached token
 
 
 class RunLog(NamedTuple):
     """What a run leaves behind of its steps, and room for the step being priced."""
 
-    clock_us: np.ndarray  # [1] float64
-    counts: np.ndarray  # [8] int64
+    clock_us: np.ndarray  # [3] float64
+    counts: np.ndarray  # [9] int64
     lens: np.ndarray  # [max_batch] int64, scratch: lengths of decoding
+    kernel_lens: np.ndarray  # [max_batch] int64, scratch: what they are to a kind's kernel
+    parts: np.ndarray  # [len(pkvsim.outside.step_costs.PARTS)] float64, scratch
     prices: Prices  # scratch
     totals: np.ndarray  # [len(LOG_COLUMNS)] float64, sums over steps
+    part_totals: np.ndarray  # [len(pkvsim.outside.step_costs.PARTS)] float64, sums over steps
     route_steps: np.ndarray  # [R] int64, decode steps by the route of their last kind of layers
     log: np.ndarray  # [LOG_CAPACITY, len(LOG_COLUMNS)] float64, sums over the steps of an entry
     log_routes: np.ndarray  # [LOG_CAPACITY, R] float64, steps of the entry on each route
@@ -164,12 +186,13 @@ def new_clients(requests: Requests) -> Clients:
         counts=np.zeros(4, np.int64),
         times=np.zeros(2),
         concurrency=requests.concurrency,
+        turnaround_us=float(requests.queue_us + requests.output_us),
         rejected=requests.rejected,
         after=requests.after,
         think_us=requests.think_us,
         first_follower=first,
         next_follower=following,
-        due_us=requests.arrival_us.copy(),
+        due_us=requests.arrival_us + requests.queue_us,
         due=np.zeros(follow, np.int64),
         sent_us=np.full(n, np.nan),
         place=np.zeros(n, np.int64),
@@ -181,7 +204,7 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
     n = len(requests.prompt)
     most = min(limits.max_batch, n)
     return SchedulerState(
-        counts=np.zeros(8, np.int64),
+        counts=np.zeros(NUM_COUNTS, np.int64),
         phase=np.full(n, WAITING, np.int8),
         running=np.zeros(most, np.int64),
         decoding=np.zeros(most, np.int64),
@@ -191,6 +214,8 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
         preempted=np.zeros(most, np.int64),
         paused_us=np.full(n, np.nan),
         held=np.zeros(len(requests.after), np.int64),
+        beginning=np.zeros(most, np.int64),
+        leaving=np.zeros(most, np.int64),
         chunk_request=np.zeros(most, np.int64),
         chunk_begin=np.zeros(most, np.int64),
         chunk_tokens=np.zeros(most, np.int64),
@@ -206,20 +231,24 @@ def new_scheduler_state(requests: Requests, limits: Limits) -> SchedulerState:
         hit_tokens=np.zeros(n, np.int64),
         pool=page_pool(requests.blocks, limits.num_pages),
         clients=new_clients(requests),
+        gate=new_gate(n, limits.tiers),
     )
 
 
 def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
     """No step has run."""
     most = min(limits.max_batch, num_requests)
-    counts = np.zeros(8, np.int64)
+    counts = np.zeros(9, np.int64)
     counts[LOG_STRIDE] = counts[SAMPLE_STRIDE] = 1
     return RunLog(
-        clock_us=np.zeros(1),
+        clock_us=np.array([0.0, -1.0, 0.0]),
         counts=counts,
         lens=np.zeros(most, np.int64),
+        kernel_lens=np.zeros(most, np.int64),
+        parts=np.zeros(len(PARTS)),
         prices=new_prices(),
         totals=np.zeros(len(LOG_COLUMNS)),
+        part_totals=np.zeros(len(PARTS)),
         route_steps=np.zeros(num_routes, np.int64),
         log=np.zeros((LOG_CAPACITY, len(LOG_COLUMNS))),
         log_routes=np.zeros((LOG_CAPACITY, num_routes)),

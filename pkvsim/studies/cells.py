@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-WORDS = ("device", "model", "policy", "prefix_cache", "order", "router")  # axes whose values are names
+WORDS = (
+    "device", "model", "policy", "prefix_cache", "order", "router", "engine", "tiers", "placement", "retention",
+    "tier_admission", "load_or_recompute",
+)  # axes whose values are names  # fmt: skip
 Place = dict[str, Any]  # a value for every axis
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,117 +14,16 @@ from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.policy.calibrated import CalibratedPolicy
 from pkvsim.policy.choose import PINNED_ROUTES
 from pkvsim.policy.oracle import OraclePolicy
-from pkvsim.pricing.counters import useful_kv_bytes
+from pkvsim.pricing.counters import distinct_kv_bytes, useful_kv_bytes
+from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
-from pkvsim.timeline.time_split import TimeSplit, saturated_by, time_split
+from pkvsim.studies.shared_step import apart_device
+from pkvsim.studies.step_report import RouteStep, StepReport
+from pkvsim.timeline.shared import SharedStep, simulate_shared
+from pkvsim.timeline.time_split import saturated_by, time_split
 from pkvsim.timeline.timeline import Timeline, simulate
 
 MAX_ROWS = 1 << 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RouteStep:
-    """One layer of the step on one route."""
-
-    route: str
-    status: str  # "calibrated" or "estimated"
-    model: RouteModel
-    timeline: Timeline
-    closed_us: float  # kernel time by the closed form
-    step_us: float  # of all layers by the closed form, the host's part included: what the calibrated policy compares
-    timeline_step_us: float  # the same by the timeline: what the oracle compares
-    host_us: float  # of step_us, what the wall clock sees beside the GPU: planning, issuing, synchronising
-    launches: int
-    splits: tuple[int, int]  # fewest and most of a row that has tokens
-    used_slots: int
-    busy_share: float  # of num_slots * makespan, in which a task runs
-    longest_task: int | None  # index into timeline.schedule.tasks
-    saturated_by: str  # what the most that all CTAs read is due to: "memory", "L2" or "arithmetic"
-    split: TimeSplit
-
-    @property
-    def timeline_us(self) -> float:
-        """Kernel time by the timeline."""
-        return self.timeline.makespan_us
-
-    def longest_task_us(self) -> float:
-        """How long the longest task ran; 0 without tasks."""
-        at = self.longest_task
-        return 0.0 if at is None else float(self.timeline.end_us[at] - self.timeline.start_us[at])
-
-    def why(self) -> str:
-        """What bounds the route, in a line."""
-        share = getattr(self.split, f"{self.split.bound}_us") / self.timeline_us if self.timeline_us else 0.0
-        line = self.timeline
-        speeds = f"{line.num_slots:,} CTA slots of {line.cta_gb_s:.3g} GB/s against {line.shared_gb_s:,.0f} GB/s"
-        words = {
-            "bandwidth": f"{self.saturated_by} bandwidth, {line.shared_gb_s:,.0f} GB/s",
-            "compute": f"compute: the SMs' arithmetic keeps up with {line.shared_gb_s:,.0f} GB/s of KV",
-            "cta_rate": f"a single CTA's rate: {self.used_slots:,} of {speeds}",
-            "tail": f"tail: slots run dry while the longest task takes {self.longest_task_us():,.4g} us",
-            "task_starts": f"task starts: {len(line.schedule.tasks):,} tasks' fixed cost on {self.used_slots:,} slots",
-            "launches": f"launching: the ramp-up of {self.launches} launches" if self.launches > 1 else "the launch",
-            "merge": f"merging {line.schedule.num_partial_tasks:,} partial states",
-        }[self.split.bound]
-        return f"{words} ({share:.0%} of the time)"
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `pkvsim step --json` prints of a route."""
-        line, at = self.timeline, self.longest_task
-        longest: dict[str, float] | None = None
-        if at is not None:
-            task = line.schedule.tasks[at]
-            longest = {name: int(task[name]) for name in ("row", "kv_head", "split")}
-            longest.update(us=self.longest_task_us(), kv_bytes=int(line.bytes[at]))
-        return {
-            "status": self.status,
-            "closed_us": self.closed_us,
-            "timeline_us": self.timeline_us,
-            "step_us": self.step_us,
-            "timeline_step_us": self.timeline_step_us,
-            "host_us": self.host_us,
-            "launches": self.launches,
-            "splits": list(self.splits),
-            "tasks": len(line.schedule.tasks),
-            "ctas": line.schedule.num_ctas if len(line.schedule.tasks) else 0,
-            "slots": line.num_slots,
-            "used_slots": self.used_slots,
-            "busy_share": self.busy_share,
-            "longest_task": longest,
-            "cta_gb_s": line.cta_gb_s,
-            "shared_gb_s": line.shared_gb_s,
-            "bound": self.split.bound,
-            "why": self.why(),
-            "time_us": asdict(self.split),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepReport:
-    """A step on every route asked for, in the order of ROUTES."""
-
-    shape: DecodeShape
-    seq_lens: np.ndarray  # [batch_size] int32
-    device: DeviceSpec
-    layers: int
-    options: AttentionOptions  # of every layer's attention
-    taken: str  # the cheapest by the closed form, planning included: what the calibrated policy does
-    reason: str
-    routes: tuple[RouteStep, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object that `pkvsim step --json` prints."""
-        return {
-            "device": self.device.name,
-            "shape": asdict(self.shape),
-            "seq_lens": self.seq_lens.tolist(),
-            "kv_bytes": useful_kv_bytes(self.shape, self.seq_lens, self.options),
-            "layers": self.layers,
-            "options": asdict(self.options),
-            "taken": self.taken,
-            "reason": self.reason,
-            "routes": {route.route: route.to_dict() for route in self.routes},
-        }
 
 
 def parse_seq_lens(text: str) -> np.ndarray:
@@ -154,13 +52,20 @@ def explain_step(
     layers: int = 1,
     splits: int | None = None,
     options: AttentionOptions = PLAIN,
+    groups: PrefixGroups | None = None,
 ) -> StepReport:
     """Prices and simulates one step, planned once for `layers` layers, on the routes named, or on all the device has.
 
     splits: pinned splits of every row (split and workqueue). options: of every layer's attention; by default only
-    routes that serve them are looked at. Raises ValueError naming the argument.
+    routes that serve them are looked at. groups: rows that share leading pages, which balanced reads once for them;
+    the other routes find them in L2 in part. Raises ValueError naming the argument.
     """
-    lens = check_seq_lens(seq_lens)
+    lens, own_device = check_seq_lens(seq_lens), device
+    if groups is not None:
+        if options.window is not None:
+            raise ValueError(f"window: expected None with shared pages, some of which it hides, got {options.window}")
+        kv_bytes = useful_kv_bytes(shape, lens, options)
+        device = apart_device(device, kv_bytes, distinct_kv_bytes(shape, lens, groups, options))
     check_int("layers", layers, 1, MAX_TOKENS)
     if splits is not None:
         check_int("splits", splits, 1, MAX_TOKENS)
@@ -179,16 +84,31 @@ def explain_step(
     step: dict[str, Any] = {"layers": layers, "available": names, "options": options}
     taken = CalibratedPolicy(split_splits=splits, workqueue_splits=splits).decide(shape, lens, device, **step)
     oracle = OraclePolicy(split_splits=splits, workqueue_splits=splits).decide(shape, lens, device, **step)
+    found = None
+    if groups is not None and "balanced" in names:
+        model = device_routes(own_device)["balanced"]
+        found = simulate_shared(model, shape, lens, groups, own_device, options=options)
+    prices, reason = dict(taken.prices), taken.reason
+    if found is not None:
+        prices["balanced"] += layers * (found.closed_us - taken.layer_us["balanced"])
+        best = min(names, key=prices.__getitem__)
+        reason = (
+            f"{best}: {prices[best]:,.1f} us a step, where balanced with shared reads takes {prices['balanced']:,.1f} "
+            f"and with every row reading apart {taken.prices['balanced']:,.1f}"
+        )
     return StepReport(
         shape=shape,
         seq_lens=lens,
-        device=device,
+        groups=groups,
+        device=own_device,
         layers=layers,
         options=options,
-        taken=taken.route,
-        reason=taken.reason,
+        taken=taken.route if found is None else best,
+        reason=reason,
         routes=tuple(
-            _route_step(
+            _shared_route_step(found, own_device, layers=layers, step_us=prices[name], host_us=taken.host_us[name])
+            if found is not None and name == "balanced"
+            else _route_step(
                 name, models[name], shape, lens, device, splits if name in PINNED_ROUTES else None,
                 as_read(name, options), closed_us=taken.layer_us[name], step_us=taken.prices[name],
                 timeline_step_us=oracle.prices[name], host_us=taken.host_us[name],
@@ -224,6 +144,34 @@ def _route_step(
         longest_task=int(np.argmax(took)) if len(took) else None,
         saturated_by=limit,
         split=time_split(model, line, shape, lens, limit=limit, options=options),
+    )
+
+
+def _shared_route_step(
+    found: SharedStep, device: DeviceSpec, *, layers: int, step_us: float, host_us: float
+) -> RouteStep:
+    """The balanced route of a step with reads."""
+    line = found.timeline
+    took, area = line.end_us - line.start_us, line.num_slots * line.makespan_us
+    counts = np.diff(line.schedule.split_offsets)
+    calibrated = device.calibration.get("balanced")
+    return RouteStep(
+        route="balanced",
+        status="estimated" if calibrated is None else calibrated.status,
+        model=device_routes(device)["balanced"],
+        timeline=line,
+        closed_us=found.closed_us,
+        step_us=step_us,
+        timeline_step_us=step_us + layers * (line.makespan_us - found.closed_us),
+        host_us=host_us,
+        launches=line.schedule.num_launches,
+        splits=(int(counts.min()), int(counts.max())),
+        used_slots=len(np.unique(line.slot)),
+        busy_share=float(took.sum() / area),
+        longest_task=int(np.argmax(took)),
+        saturated_by="memory",
+        split=found.split,
+        read_gb_s=found.read_gb_s,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.serving.result import RequestLog, ServingResult
+from pkvsim.serving.result import RequestLog, ServingResult, gap_percentile
 from pkvsim.serving.state import SERVED
 
 METRICS = {
@@ -16,6 +16,7 @@ METRICS = {
     "tpot": "mean time per output token after the first",
     "e2e": "time from arrival to the last token",
     "queue": "time from arrival to admission",
+    "itl": "time between two tokens of a request",
 }
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}  # seconds
 _FORM = "METRIC_pNN=TIME, such as ttft_p90=2s or tpot_p99=50ms"
@@ -24,7 +25,8 @@ _OBJECTIVE = re.compile(r"([a-z0-9]+)_p(\d+(?:\.\d+)?)=(\d*\.?\d+(?:e[+-]?\d+)?)
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """At least `percentile` % of the requests have a `metric` of at most bound_s. ValueError naming the field."""
+    """At least `percentile` % of the requests (of itl: of the times between tokens) have a `metric` of at most bound_s.
+    ValueError naming the field."""
 
     metric: str  # of METRICS
     percentile: float  # in (0, 100]
@@ -68,7 +70,8 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class Goodput:
     """What the requests that keep every bound add up to. A metric's bound is the widest of its objectives': a request
-    may be beyond ttft_p50's as long as it is within ttft_p99's."""
+    may be beyond ttft_p50's as long as it is within ttft_p99's. Times between tokens (itl) bound no
+    request."""
 
     requests: int
     request_share: float  # of all requests, rejected ones included
@@ -103,17 +106,26 @@ def _objective(text: str) -> Objective:
     return Objective(metric, float(percentile), float(number) * UNITS[unit])
 
 
-def evaluate(objectives: Sequence[Objective], requests: RequestLog) -> tuple[Outcome, ...]:
+def evaluate(
+    objectives: Sequence[Objective], requests: RequestLog, gaps: np.ndarray | None = None
+) -> tuple[Outcome, ...]:
     """What every objective came to. A rejected request is later than any bound; one of a single output token has no
-    time per output token and does not count there."""
-    return tuple(Outcome(one, _percentile(_times_s(one.metric, requests), one.percentile)) for one in objectives)
+    time per output token and does not count there, nor between tokens (gaps: as ServingResult has them)."""
+    outcomes = []
+    for one in objectives:
+        if one.metric == "itl":
+            value = None if gaps is None else gap_percentile(gaps, one.percentile) or 0.0
+        else:
+            value = _percentile(_times_s(one.metric, requests), one.percentile)
+        outcomes.append(Outcome(one, value))
+    return tuple(outcomes)
 
 
 def goodput(objectives: Sequence[Objective], result: ServingResult) -> Goodput:
     """The requests that keep every bound, and what they add up to."""
     log = result.requests
     good = (log.rejected == SERVED) & ~np.isnan(log.finish_s)
-    for metric in dict.fromkeys(one.metric for one in objectives):
+    for metric in dict.fromkeys(one.metric for one in objectives if one.metric != "itl"):
         bound_s = max(one.bound_s for one in objectives if one.metric == metric)
         times = _times_s(metric, log)
         good &= np.isnan(times) | (times <= bound_s)

@@ -1,18 +1,27 @@
 """What the figures of a run stand on: for every quantity whether it was measured, fitted, read or assumed."""
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pkvsim.devices.derive import all_routes
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.presets import ModelSpec
+from pkvsim.outside.derive import outside_entry
+from pkvsim.outside.step import part_basis
+from pkvsim.serving.costs import ENGINE, routed_groups
 from pkvsim.serving.server_config import ServingConfig
 
 # measured: on this GPU; fitted: constants fitted to measurements of it; estimated: carried over from another GPU;
 # datasheet: the maker's figure; computed: arithmetic on the model's config; assumed: nobody measured it.
 BASES = ("measured", "fitted", "estimated", "datasheet", "computed", "assumed")
+# The parts of pkvsim.outside.step_costs.PARTS in words.
+OUTSIDE = {
+    "matrices": "matrix products", "elementwise": "norms, activations and other small kernels",
+    "all_reduce": "all-reduces", "head": "LM head and sampling", "prefill_attention": "prefill attention",
+    "decode_attention": "decode attention", "host": "host time of a step",
+}  # fmt: skip
 _OF_STATUS = {"calibrated": "measured", "datasheet": "datasheet", "estimated": "estimated"}
 
 
@@ -24,6 +33,7 @@ class Basis:
     basis: str  # one of BASES
     source: str
     error_percent: float | None = None  # mean, on measurements that the fit has not seen where there are any
+    band_percent: float | None = None  # a step is expected to lie within this of its price, nine times of ten
     time_share: float | None = None  # of the time that the GPU is busy, what this quantity decides
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,34 +61,17 @@ def attention_basis(device: DeviceSpec, routes: Iterable[str]) -> tuple[Basis, .
 
 
 def serving_basis(
-    model: ModelSpec, device: DeviceSpec, config: ServingConfig, *, routes: Iterable[str],
-    shares: dict[str, float | None],
+    model: ModelSpec, device: DeviceSpec, config: ServingConfig, *, policies: Iterable[str], routes: Iterable[str],
+    shares: Mapping[str, float | None],
 ) -> tuple[Basis, ...]:  # fmt: skip
-    """Every quantity that a serving run rests on. shares: the summary's *_share."""
-    attention = attention_basis(device, routes)
-    if len(attention) == 1:
-        (only,) = attention
-        attention = (
-            Basis(
-                quantity=only.quantity, basis=only.basis, source=only.source, error_percent=only.error_percent,
-                time_share=shares.get("attention_share"),
-            ),
-        )  # fmt: skip
+    """Every quantity that a serving run rests on. shares: of the busy time, by pkvsim.outside.step_costs.PARTS."""
     bandwidth, peak, memory = (device.sources[name] for name in ("beta_gb_s", "fp16_tflops", "memory_gib"))
+    profile = config.profile
     return (
-        *attention,
-        Basis(
-            quantity="matrix products and other layers in decode",
-            basis="assumed",
-            source=f"roofline of {device.beta_gb_s:g} GB/s and {config.compute_efficiency:.0%} of the FP16 peak",
-            time_share=shares.get("rest_share"),
-        ),
-        Basis(
-            quantity="prefill",
-            basis="assumed",
-            source=f"{config.compute_efficiency:.0%} of the FP16 peak in matrix products, "
-            f"{config.prefill_attention_efficiency:.0%} in attention",
-            time_share=shares.get("prefill_share"),
+        *_decode_basis(model, device, config, tuple(policies), tuple(routes), shares.get("decode_attention")),
+        *(
+            row for part, row in _outside_basis(model, device, config, shares).items()
+            if part != "decode_attention" and (part != "all_reduce" or model.tensor_parallel > 1)
         ),
         Basis(quantity="memory bandwidth", basis=_OF_STATUS[bandwidth.status], source=bandwidth.source),
         Basis(quantity="FP16 peak", basis=_OF_STATUS[peak.status], source=peak.source),
@@ -88,14 +81,42 @@ def serving_basis(
             quantity="memory left to KV pages",
             basis="computed" if config.kv_gib is not None else "assumed",
             source="given" if config.kv_gib is not None else
-            f"{config.memory_fraction:.0%} of the memory less weights and {config.workspace_gib:g} GiB of workspace",
+            f"{config.memory_fraction:.0%} of the memory less weights and {profile.workspace_gib:g} GiB of workspace",
         ),
-        Basis(
-            quantity="host time of a step beside attention",
-            basis="assumed",
-            source=f"{config.host_us:g} us",
-        ),
+        Basis(quantity=f"scheduling of the engine, {profile.name}", basis="assumed", source=profile.source),
     )  # fmt: skip
+
+
+def _decode_basis(
+    model: ModelSpec, device: DeviceSpec, config: ServingConfig, policies: tuple[str, ...], routes: tuple[str, ...],
+    share: float | None,
+) -> list[Basis]:  # fmt: skip
+    """Decode attention: by our routes, and of the layers that no route serves, or that the engine's own kernel does."""
+    rows = list(attention_basis(device, routes))
+    if ENGINE in policies or len(routed_groups(model, config.page_size)) < len(model.attention_groups):
+        own = _outside_basis(model, device, config, {})["decode_attention"]
+        what = f"{config.engine}'s own kernel" if ENGINE in policies else "layers that no route serves"
+        rows.append(replace(own, quantity=f"decode attention, {what}"))
+    return [replace(rows[0], time_share=share)] if len(rows) == 1 else rows
+
+
+def _outside_basis(
+    model: ModelSpec, device: DeviceSpec, config: ServingConfig, shares: Mapping[str, float | None]
+) -> dict[str, Basis]:
+    """What pkvsim.outside prices, by part."""
+    entry = outside_entry(device, config.profile.constants)
+    error = entry.held_out or entry.in_sample
+    return {
+        part: Basis(
+            quantity=OUTSIDE[part],
+            basis="estimated" if entry.status == "estimated" else basis,
+            source=entry.source,
+            error_percent=None if error is None else error.mean_percent,
+            band_percent=entry.band_percent,
+            time_share=shares.get(part),
+        )
+        for part, basis in part_basis(model, device, entry).items()
+    }
 
 
 def basis_note(rows: Iterable[Basis]) -> str:
@@ -106,5 +127,7 @@ def basis_note(rows: Iterable[Basis]) -> str:
             continue
         share = "" if row.time_share is None else f" ({row.time_share:.0%} of the time)"
         error = "" if row.error_percent is None else f", {row.error_percent:.1f} % from measurements"
+        if row.error_percent is None and row.band_percent is not None:
+            error = f" (+-{row.band_percent:.0f} %)"
         parts.append(f"{row.quantity}{share} {row.basis}{error}")
     return "figures stand on: " + "; ".join(parts)

@@ -11,22 +11,24 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec, get_device
 from pkvsim.models.model_spec import ModelSpec, with_kv_heads
+from pkvsim.models.presets import get_model
 from pkvsim.policy.by_name import Policy, make_policy
 from pkvsim.pricing.counters import useful_kv_bytes
-from pkvsim.serving.costs import check_policies, fit_note
+from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.provenance import basis_note
+from pkvsim.studies.tier_axes import TIER_AXES, tiers_at
 from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.studies.workers import Failed, Progress, Workers, each_result
 from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = (
     "device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order", "replicas",
-    "router",
+    "router", "engine", "tensor_parallel", *TIER_AXES,
 )  # fmt: skip
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
@@ -79,9 +81,9 @@ def with_group_size(model: ModelSpec, group_size: int) -> ModelSpec:
 def serving_sweep(
     axes: Mapping[str, Sequence[Any]],
     trace: RequestTrace,
-    model: ModelSpec,
+    model: ModelSpec | str,
     device: DeviceSpec,
-    policy: str,
+    policy: str | None = None,
     config: ServingConfig = ServingConfig(),
     *,
     metric: str | None = None,
@@ -89,7 +91,9 @@ def serving_sweep(
     workers: Workers = Workers(),
     progress: Progress | None = None,
 ) -> Sweep:
-    """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say.
+    """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say. model: by name
+    where an axis is tensor_parallel. policy: by default the engine's own attention, or the calibrated choice of our
+    routes.
 
     Every cell stands for itself: a model that does not fit its GPU as it comes has narrower weights there (weight_bits:
     these everywhere), and a cell that cannot be is empty with its reason. Notes say of which cells they hold. metric: a
@@ -99,7 +103,9 @@ def serving_sweep(
     check_axes(axes, SERVING_AXES)
     where = places(axes)
     for place in where:
-        check_policies([place.get("policy", policy)])
+        check_policies([place.get("policy", policy or "calibrated")])
+    if "tensor_parallel" in axes and not isinstance(model, str):
+        raise ValueError(f"axes: tensor_parallel: expected the model by name, got one of {model.tensor_parallel} GPUs")
     devices = {name: get_device(name) for name in axes.get("device", ())}
     run = partial(
         _serving_cell, trace=trace, model=model, device=device, devices=devices, policy=policy, config=config,
@@ -123,18 +129,20 @@ def serving_sweep(
 
 
 def _serving_cell(
-    place: Place, *, trace: RequestTrace, model: ModelSpec, device: DeviceSpec, devices: Mapping[str, DeviceSpec],
-    policy: str, config: ServingConfig, weight_bits: int | None,
+    place: Place, *, trace: RequestTrace, model: ModelSpec | str, device: DeviceSpec,
+    devices: Mapping[str, DeviceSpec], policy: str | None, config: ServingConfig, weight_bits: int | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
-    set_by_axes = ("max_batch", "page_size", "splits", "prefix_cache", "order", "replicas", "router")
+    set_by_axes = ("max_batch", "page_size", "splits", "prefix_cache", "order", "replicas", "router", "engine")
     settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
-    config = replace(config, **settings)
     gpu = devices[place["device"]] if "device" in place else device
-    name = place.get("policy", policy)
-    heads = with_group_size(model, place["group_size"]) if "group_size" in place else model
+    config = replace(config, **settings, tiers=tiers_at(place, config.tiers, gpu))
+    name = place.get("policy", policy or default_policy(config))
+    heads = get_model(model, tensor_parallel=place.get("tensor_parallel")) if isinstance(model, str) else model
+    if "group_size" in place:
+        heads = with_group_size(heads, place["group_size"])
     fitted, notes = fit_model(heads, gpu, config, weight_bits)
     requests = scale_rate(trace, place["rate"]) if "rate" in place else trace
     run = simulate(requests, fitted, gpu, name, config)

@@ -14,7 +14,8 @@ from pkvsim.serving.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
-from pkvsim.studies.provenance import Basis, basis_note, serving_basis
+from pkvsim.studies.provenance import Basis, serving_basis
+from pkvsim.studies.tier_notes import tier_notes
 from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
 
@@ -60,7 +61,7 @@ class WhatIf:
             "model": self.model.name,
             "device": self.device.name,
             "accuracy": fit_note(self.device),
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "policies": {
                 name: result.summary | {"timeline": check and asdict(check)}
                 for (name, result), check in zip(self.results.items(), self.checks.values())
@@ -101,7 +102,6 @@ def whatif(
         *run_notes(trace, model, device, config, results),
         *(f"left out: {reason}" for reason in left_out.values()),
         f"attention prices of {device.name}: {fit_note(device)}",
-        basis_note(basis),
     )
     return WhatIf(trace, model, device, config, results, checks, notes, left_out, basis)
 
@@ -121,7 +121,10 @@ def run_basis(
     """What the figures of these runs stand on; shares of time are the first run's."""
     runs = list(results)
     routes = dict.fromkeys(name for run in runs for name in run.summary["routes"])
-    return serving_basis(model, device, config, routes=routes, shares=runs[0].summary)
+    policies = dict.fromkeys(run.policy for run in runs)
+    return serving_basis(
+        model, device, config, policies=policies, routes=routes, shares=runs[0].summary["part_shares"]
+    )
 
 
 def run_notes(
@@ -150,11 +153,9 @@ def run_notes(
     if config.replicas > 1:
         notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
     if model.tensor_parallel > 1:
-        notes.append(f"one GPU's share of tensor parallel {model.tensor_parallel}: all-reduces are left out")
-    if config.graphs:
-        notes.append(
-            "decode in captured graphs: attention waits for the host's planning alone (--eager: for each layer)"
-        )
+        notes.append(f"tensor parallel {model.tensor_parallel}: one GPU's share of the layers, with all-reduces")
+    if config.profile.graph_sizes:
+        notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")
     else:
-        notes.append("decode layer by layer: attention takes at least as long as the host needs to issue it")
-    return tuple(notes)
+        notes.append("decode layer by layer: a step takes at least as long as the host needs to issue it")
+    return (*notes, *tier_notes(config.tiers, device), *model.notes)

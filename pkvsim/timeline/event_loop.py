@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import inner
-from pkvsim.pricing.constants import compiled
+from pkvsim.compiled import compiled, inner
 
 FEW_ENDS = 8  # a launch with no more distinct task sizes needs no heap
 

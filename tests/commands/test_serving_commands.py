@@ -69,3 +69,35 @@ def test_two_servers_share_the_load(run):
     assert (code, err) == (0, "") and len(json.loads(out)["cells"]) == 4
     code, out, err = run("whatif", *SERVER, *LOAD, "--replicas", "2", "--timeline", "x.json")
     assert code == 2 and "timeline: expected one server" in err
+
+
+def test_tiers_behind_the_gpu(run, tmp_path):
+    """Conversations whose KV leaves a small HBM come back from host memory and disk."""
+    load = ("--input-tokens", "600", "--output-tokens", "20", "--requests", "60", "--turns", "4", "--think-time", "5",
+            "--rate", "2", "--kv-gib", "0.5", "--prefix-cache", "lru")  # fmt: skip
+    tiers, timeline = ("--tier", "host:1GiB:50", "--tier", "disk:64GiB:7"), tmp_path / "lanes.json"
+    told = whatif(run, *load, *tiers, "--placement", "equal", "--timeline", str(timeline))
+    found, without = told["policies"]["balanced"], whatif(run, *load)["policies"]["balanced"]
+    assert found["tiers"]["loaded_tokens"] > 10_000 and found["ttft_s"]["p50"] < without["ttft_s"]["p50"]
+    assert set(found["tiers"]["devices"]) == {"host", "disk"} and "tiers" not in without
+    assert told["config"]["tiers"]["placement"] == "equal"
+    assert any(note.startswith("KV beyond HBM: host 1 GiB at 50 GB/s") for note in told["notes"])
+    events = json.loads(timeline.read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    loads = [event for event in events if event["ph"] == "X" and lanes[event["tid"]] == "disk reads"]
+    assert sum(event["args"]["bytes"] for event in loads) == found["tiers"]["devices"]["disk"]["read_bytes"] > 0
+    code, out, err = run("whatif", *SERVER, *load, *tiers, "--policies", "balanced")
+    assert code == 0 and "blocked by disk p99" in out and "TTFT load p99" in out
+    sweep = ("sweep", *SERVER, *load, "--policy", "balanced", "--json")
+    code, out, err = run(*sweep, "--over", "tiers=none,host:1GiB:50+disk:64GiB:7", "--over", "load_or_recompute=price,recompute")
+    none, _, priced, recomputed = (cell["result"] for cell in json.loads(out)["cells"])
+    assert priced["tiers"]["loaded_tokens"] == pytest.approx(found["tiers"]["loaded_tokens"], rel=0.2)
+    assert recomputed["ttft_s"] == none["ttft_s"] and recomputed["tiers"]["loads"] == 0
+    for args, message in (
+        (("--tier", "nvme"), "tier: expected NAME:CAPACITY:READ[:WRITE], or one of unified_pool, serial_files, got"),
+        (("--retention", "belady"), "retention: expected only with --tier"),
+        ((*tiers, "--retention", "mru"), "retention: expected one of lru, belady, got 'mru'"),
+        ((*tiers, "--replicas", "2"), "tier: expected one server, got replicas 2"),
+    ):
+        code, out, err = run("whatif", *SERVER, *load, *args)
+        assert code == 2 and message in err

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from batch_decode_on_torch import HEADS, WORKSPACE, Step, Wrapper, planned
 from torch_paged import paged_attention
 
-from gpu.drop_ins import flashinfer_arguments
-from gpu.drop_ins import flashinfer_wrapper as batch_decode
+from gpu.drop_ins.flashinfer import arguments as flashinfer_arguments
+from gpu.drop_ins.flashinfer import wrapper as batch_decode
 
 RUN_ARGUMENTS = ("q", "paged_kv_cache", "args", "q_scale", "k_scale", "v_scale", "out", "lse", "return_lse",
                  "enable_pdl", "window_left", "sinks", "q_len_per_req",

@@ -16,10 +16,11 @@ from tiny_models import FAMILIES, make_model, prompts
 from torch_paged import serve_op_on_cpu
 from transformers import DynamicCache
 
-from gpu.drop_ins import transformers_attention
+from gpu.drop_ins.flash_attn import dense
 from gpu.drop_ins.transformers_attention import attention, register
 from gpu.drop_ins.transformers_cache import PagedCache
 from gpu.drop_ins.transformers_rows import PagedRows
+from pkvsim.schedule.prefixes import SharingRule
 
 serve_op_on_cpu()
 register()
@@ -140,9 +141,56 @@ def test_other_caches_and_other_batches_are_refused() -> None:
         model(torch.ones((1, 1), dtype=torch.long), past_key_values=cache)
     with pytest.raises(ValueError, match="^attention_mask: expected one mask"):
         model(torch.ones((2, 1), dtype=torch.long), past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 5))
-    cache = PagedCache(model.config, max_batch_size=4, max_seq_len=30)
-    with pytest.raises(NotImplementedError, match="^num_beams"):
-        generate(model, inputs, "pkv", **cache.argument_of(model), num_beams=2)
+    cache = PagedCache(model.config, max_batch_size=4, max_seq_len=30, rows_per_prompt=2)
+    with pytest.raises(ValueError, match=r"^rows_per_prompt: expected 2 neighbouring rows of one prompt, .* \[9, 3\]"):
+        generate(model, inputs, "pkv", **cache.argument_of(model))
+    cache = PagedCache(model.config, max_batch_size=4, max_seq_len=30, rows_per_prompt=3)
+    with pytest.raises(ValueError, match="^rows_per_prompt: expected a batch of whole prompts of 3 rows"):
+        generate(model, inputs, "pkv", **cache.argument_of(model))
+
+
+EVERY = SharingRule(tokens_per_member=0, least_tokens=0)
+
+
+@pytest.mark.parametrize("family, num_beams, told, padding", [
+    ("llama", 3, True, "both"), ("llama", 3, False, "left"), ("mistral, windowed", 4, True, "left"),
+    ("qwen3", 2, True, None)])
+def test_beams_share_their_prompt(family, num_beams, told, padding) -> None:
+    """As Transformers' own cache, which copies all of every row at each step; told: the cache knows of the beams."""
+    model = make_model("mistral", sliding_window=6) if "," in family else MODELS[family]
+    inputs = prompts([9, 3, 13] if padding else [12, 12], padding or "left")
+    inputs = inputs if padding else {"input_ids": inputs["input_ids"]}
+    expected = generate(model, inputs, "sdpa", num_beams=num_beams, num_return_sequences=2)
+    rows = num_beams * len(inputs["input_ids"])
+    cache = PagedCache(model.config, max_batch_size=rows, max_seq_len=30, page_size=4,
+                       rows_per_prompt=num_beams if told else 1)
+    cache.rows.rule = EVERY
+    for _ in range(2):
+        found = generate(model, inputs, "pkv", num_beams=num_beams, num_return_sequences=2, **cache.argument_of(model))
+        assert torch.equal(found, expected)
+        assert (cache.rows.groups is not None) == told
+        cache.reset()
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_several_answers_to_a_prompt_share_its_pages(page_size) -> None:
+    model, inputs = MODELS["qwen2"], prompts([9, 3, 20], "left")
+    model.set_attn_implementation("sdpa")
+    options = {"do_sample": True, "num_return_sequences": 4, "max_new_tokens": 9}
+    torch.manual_seed(5)
+    expected = model.generate(**inputs, **options)
+    model.set_attn_implementation("pkv")
+    free = {}
+    for rows_per_prompt in (1, 4):
+        cache = PagedCache(model.config, max_batch_size=12, max_seq_len=40, page_size=page_size,
+                           rows_per_prompt=rows_per_prompt)
+        cache.rows.rule = EVERY
+        torch.manual_seed(5)
+        assert torch.equal(model.generate(**inputs, **options, **cache.argument_of(model)), expected)
+        free[rows_per_prompt] = cache.num_free_pages
+    assert free[4] - free[1] == 3 * sum(length // page_size for length in (9, 3, 20))
+    cache.reset()
+    assert cache.num_free_pages == 12 * -(-40 // page_size)
 
 
 WINDOWED = {"mistral": make_model("mistral", sliding_window=6),
@@ -199,7 +247,7 @@ def test_soft_caps_and_sinks(family, padding, window, logits_at_a_time, monkeypa
 
     Where padding is not on the left, Transformers counts it in the window, and a window that is never full is compared.
     """
-    monkeypatch.setattr(transformers_attention, "DENSE_LOGITS", logits_at_a_time)
+    monkeypatch.setattr(dense, "DENSE_LOGITS", logits_at_a_time)
     model, inputs = CAPPED[family, window], prompts([11, 2, 7, 1], padding)
     caches = {"eager": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -14,7 +14,7 @@ def test_help_and_a_machine_without_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--ways pkv,flash", "--ways: expected some of sdpa, pkv, paged|sdpa, got 'flash'"),
+    ("--ways pkv,flash", "--ways: expected some of sdpa, pkv, paged|sdpa, paged|pkv_flash_2, got 'flash'"),
     ("--rows 0", "--rows: expected at least 1, got 0"), ("--prompts 0 5", "--prompts: expected at least 1, got 0"),
     ("--prompts 9 5", "--prompts: expected LEAST <= MOST, got 9 5"), ("--model nowhere", "--model: expected a folder"),
 ])

@@ -5,7 +5,8 @@
     python examples/bench_decode.py --json bench.json
     python -m tests.gpu.record --bench bench.json --junit gpu.xml card.xml
 
-tests/gpu/run_all.sh does all four.
+tests/gpu/run_all.sh does all four. `python -m tests.support.proven` then adds the hashes of the code that was proven, by
+which the record still stands after changes that leave it.
 """
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ import pathlib
 import platform
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Collection
 
-from gpu.kernels.compile import source_hash
+from gpu.kernels.compile import SOURCE_DIR, source_hash
 
 ITSELF = "itself"  # the run that plays no card
 CARDS = ("rtx3060",)  # that the tests must have passed as, beside the GPU at hand
@@ -41,23 +43,39 @@ def read_run(junit: pathlib.Path) -> tuple[str, dict[str, object]]:
     return told["card"] or ITSELF, found
 
 
-def wrong(record: dict, sources: str) -> list[str]:
-    """What keeps a record from standing for the sources of that hash, in sentences."""
+def wrong(record: dict, sources: str, kernels: Collection[str]) -> list[str]:
+    """What keeps a record from standing for the sources of that hash, in sentences. kernels: the .cu files among them.
+
+    A record of other sources stands for those whose machine code is what it was, which tests/kernels compares, and says
+    of every other that it is unproven, and why.
+    """
     found = []
     if record.get("source_hash") != sources:
-        found.append("its timings are of other sources")
+        proven = {name.split()[0] for name in record.get("code", {}).get("kernels", ())}
+        unproven = set(record.get("unproven", ()))
+        if not proven:
+            found.append("its runs are of other sources")
+        found += [f"{name} is neither of proven code nor named as unproven" for name in
+                  sorted(set(kernels) - proven - unproven)]
+        found += [f"{name} is named as unproven, and is not there" for name in sorted(unproven - set(kernels))]
+    elif record.get("unproven"):
+        found.append("it names sources as unproven that its runs had")
     runs = record.get("runs", {})
     for name in (ITSELF, *CARDS):
         run = runs.get(name)
         if run is None:
             found.append(f"no run of tests/gpu {'as the GPU at hand' if name == ITSELF else f'--card {name}'}")
-        elif run["source_hash"] != sources:
+        elif run["source_hash"] != record.get("source_hash"):
             found.append(f"the run {name} is of other sources")
         elif run["failures"] or run["errors"] or not run["passed"]:
             found.append(f"the run {name} did not pass: {run}")
     if not record.get("timings"):
         found.append("no timings")
     return found
+
+
+def kernel_files() -> list[str]:
+    return sorted(path.name for path in SOURCE_DIR.glob("*.cu"))
 
 
 def make_record(bench: dict, runs: dict[str, dict]) -> dict:
@@ -89,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"record: {error}", file=sys.stderr)
         return 1
-    found = wrong(record, source_hash())
+    found = wrong(record, source_hash(), kernel_files())
     if found:
         print(f"record: not written: {'; '.join(found)}", file=sys.stderr)
         return 1

@@ -115,6 +115,58 @@ def grouped(groups: str, head_dim: int = 128, group: int = 4) -> None:
         check(*run_poisoned(engine, case), case, dtype="float16")
 
 
+def grouped_replays() -> None:
+    """A captured step whose groups are found at each replay, and change between them."""
+    import numpy as np
+    import torch
+    from decode_ref import check
+    from shared_steps import make_shared_case
+
+    from gpu import DecodeEngine
+    from gpu.measure.timing import capture, shared_stream
+    from pkvsim.schedule.groups import PrefixGroups
+    from pkvsim.schedule.prefixes import SharingRule
+
+    lens = np.array([700, 640, 300, 650], np.int32)
+    cases = [make_shared_case(SHAPE, lens, PrefixGroups(groups, [18, 40]), seed=4)
+             for groups in ([0, 0, 0, 0], [1, 1, -1, 1], [-1, -1, -1, -1])]
+    names = "q", "k_pages", "v_pages", "block_table"
+    q, k_pages, v_pages, table = static = [getattr(cases[0], name).clone() for name in names]
+    engine, seq_lens = DecodeEngine(SHAPE, sharing_rule=SharingRule(0, 0)), cases[0].seq_lens
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device="cuda")
+
+    def step() -> None:
+        engine.plan(seq_lens, table, groups="auto")
+        engine.run(q, k_pages, v_pages, out=out, lse=lse)
+
+    with shared_stream():
+        step()
+        graph = capture(step)
+        for case in cases[::-1]:
+            for array, name in zip(static, names):
+                array.copy_(getattr(case, name))
+            graph.replay()
+            torch.cuda.synchronize()
+            check(out, lse, case, dtype="float16")
+
+
+def flash_attention() -> None:
+    """New tokens rotated, written and attended by FlashAttention's function, among rows that are none."""
+    import torch
+
+    from gpu.flash_attn import flash_attn_with_kvcache
+
+    torch.manual_seed(0)
+    lens = torch.tensor([-1, 0, 5, 300], dtype=torch.int32, device="cuda")
+    table = torch.tensor([[-1, -1], [3, -1], [0, -1], [2, 1]], dtype=torch.int32, device="cuda")
+    k_cache, v_cache = torch.randn(2, 4, 256, 2, 128, device="cuda").half()
+    q, (k, v) = torch.randn(4, 1, 8, 128, device="cuda").half(), torch.randn(2, 4, 1, 2, 128, device="cuda").half()
+    angles = torch.outer(torch.arange(512.0), 1e4 ** -torch.arange(32.0).div(32)).cuda()
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, angles.cos(), angles.sin(), lens, block_table=table)
+    assert not out[0].any() and out[1:].isfinite().all()
+    torch.testing.assert_close(out[1, 0], v[1, 0].repeat_interleave(4, 0))  # of one token
+
+
 def append(kv_dtype: str | None, style: str | None) -> None:
     from append_ref import assert_same_bits, expected, make_step, rope_of
 
@@ -153,6 +205,8 @@ def checks() -> dict[str, Callable[[], None]]:
               for form in FORMS for ids in ("int32", "int64")}
     found["csr and last pages, page size 1"] = partial(with_tables, FORMS[2], "int64", 1)
     found |= {f"groups {how}": partial(grouped, how) for how in ("told", "found")}
+    found["groups found in a graph"] = partial(grouped_replays)
+    found["flash_attn_with_kvcache"] = partial(flash_attention)
     found["groups told, head_dim 64"] = partial(grouped, "told", 64, 8)
     found |= {f"{kv_dtype} by {kv_scales}": partial(with_cache, kv_dtype, kv_scales)
               for kv_dtype in KV_DTYPES for kv_scales in KV_SCALES}

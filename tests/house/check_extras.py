@@ -27,8 +27,11 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     """(file, what, defines) of every kernel: plain attention, every option, pages of 8 bits, appends."""
     from gpu.cache import append_variant
     from gpu.inputs.block_tables import TableLayout
-    from gpu.kernels.variant import DTYPES, kernel_config, read_config
+    from gpu.kernels.variant import DTYPES, kernel_config, read_config, shared_limit_bytes
     from gpu.measure.timing import STREAM_SHAPES
+    from gpu.selection.variant import selection_defines
+    from gpu.serve.model.products import ADD, GATE, STORE, variant
+    from gpu.several.inbox import rank_config
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES
 
@@ -52,7 +55,21 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         config = kernel_config(DecodeShape(32, 8, head_dim, 16), dtype, capability)
         reads = read_config(config, capability)
         yield "shared.cu", f"{dtype}, head_dim {head_dim}", reads.read_defines() | TableLayout().defines()
-    yield "gather.cu", "", {"THREADS": 128, "UNROLL": 8}
+    for num_ranks in (2, 8):
+        ranks = rank_config(DecodeShape(32, 8, 128, 16), "float16", capability, num_ranks=num_ranks, max_batch=1)
+        yield "several.cu", f"{num_ranks} ranks", ranks.defines()
+    for depth, normed, end in ((4096, True, STORE), (4096, True, GATE), (14336, False, ADD)):
+        product = variant(rows=4096, depth=depth, columns=1, normed=normed, end=end, bfloat16=True,
+                          shared_limit=shared_limit_bytes(90))
+        yield "product.cu", f"{depth} deep, end {end}", product.defines()
+    for page_lse in (False, True):
+        config = kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability)
+        yield "selected.cu", f"page_lse {page_lse}", config.selected_defines(selected=True, page_lse=page_lse)
+    for summary, aggregation in (("mean_std", "softmax_mean"), ("min_max", "maximum")):
+        defines = selection_defines(DecodeShape(32, 8, 128, 16), "float16", summary, aggregation)
+        yield "select.cu", summary, defines
+        yield "summaries.cu", summary, defines
+    yield "gather.cu", "", {"THREADS": 512, "UNROLL": 4}
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):

@@ -60,7 +60,8 @@ NAMES = {  # where keys are names, and what the page calls them
     "prices": "DEVICE", "cells[].result.summary.routes": "ROUTE",
 }
 RUNS = {
-    "step": ("--seq-lens 4096,17 --device rtx3060", "--seq-lens 0 --device h200"),
+    "step": ("--seq-lens 4096,17 --device rtx3060", "--seq-lens 0 --device h200",
+             "--seq-lens 4096x8 --shared 2048x4 --device h200"),
     "replay": ("--requests 4 --steps 2 --device rtx3060", "--requests 4 --steps 2 --device rtx3060 --policy paper"),
     "whatif": ("--trace mooncake.jsonl --device h200 --policies calibrated,paper --prefix-cache lru",
                "--trace azure.csv --device l4"),

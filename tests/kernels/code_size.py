@@ -27,6 +27,7 @@ from gpu.cache import append_variant
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.variant import kernel_config, read_config
+from gpu.several.inbox import rank_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.reference.rope import HALF, Rope
 from tests.support import nvrtc
@@ -126,6 +127,9 @@ def sources() -> list[tuple[str, str, str, dict[str, int], int]]:
             config = kernel_config(shape, "float16", capability, options=AttentionOptions(kv_dtype=kv_dtype))
             found.append((f"sm_{capability} {name}", "shared.cu", "pkv_decode_shared",
                           read_config(config, capability).read_defines(), capability))
+        for name, group, head_dim in (("two ranks", 4, 128), ("two ranks, head_dim 64", 8, 64)):
+            config = rank_config(DecodeShape(group, 1, head_dim, 16), "float16", capability, num_ranks=2, max_batch=1)
+            found.append((f"sm_{capability} {name}", "several.cu", "pkv_decode_several", config.defines(), capability))
         shape = DecodeShape(4, 1, 128, 16)
         found.append((f"sm_{capability} merge", "merge.cu", "pkv_merge",
                       kernel_config(shape, "float16", capability).defines(), capability))

@@ -83,6 +83,15 @@ def test_steps_without_tokens(lens) -> None:
     assert (out == 0).all() and (lse == -np.inf).all()
 
 
+@pytest.mark.parametrize("more", [{}, {"query_tokens": 2}])
+def test_rows_of_negative_length_are_rows_without_tokens(more) -> None:
+    """Engines that pad a captured batch subtract a new token of rows that have none."""
+    step = make_step(DecodeShape(8, 2, 64, 16), "float16", AttentionOptions(**more), seed=1, lens=(0, 40, 0, 0, 7, 0))
+    wanted = expected(step)
+    step.lens[step.lens == 0] = -1
+    assert_close(run(step, "balanced", ctas=5), wanted, "float16")
+
+
 def of_case(case) -> tuple[DecodeShape, AttentionOptions]:
     kv_dtype, kv_scales, (head_dim, v_dim), group, page_size, _, _, more, _ = case
     options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales, v_head_dim=v_dim, **more)

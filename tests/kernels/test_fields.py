@@ -9,12 +9,15 @@ import pytest
 from cpp import COMPILER, STRICT
 
 from gpu.cache import append_variant
-from gpu.engine.decode_kernels import BALANCED_VALUES, MERGE_VALUES, TASKS_VALUES
+from gpu.engine.decode_kernels import BALANCED_VALUES, LISTED_VALUES, MERGE_VALUES, TASKS_VALUES
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import kernel_config, read_config
+from gpu.selection.variant import selection_defines
+from gpu.serve.model.products import GATE, ProductVariant
+from gpu.several.inbox import rank_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 
@@ -24,18 +27,27 @@ DECODE_VARIANTS = [
     for kv_dtype in (None, "int8")
     for layout in (TableLayout(), TableLayout(int64=True, csr=True, last_page=True))
 ]
+LISTED_VARIANTS = [defines | {"SELECTED": 1, "PAGE_LSE": 1} for defines in DECODE_VARIANTS]
 CONFIG = kernel_config(SHAPE, "float16", 90)
+RANK_DEFINES = rank_config(SHAPE, "float16", 90, num_ranks=2, max_batch=1).defines()
 APPEND_DEFINES = append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=None)
+SELECTION_DEFINES = selection_defines(SHAPE, "float16", "mean_std", "softmax_mean")
+PRODUCT_DEFINES = ProductVariant(128, 2, True, GATE, False, 2).defines()
 STRUCTURES = [
-    *((fields.DECODE, defines) for defines in DECODE_VARIANTS),
+    *((fields.DECODE, defines) for defines in (*DECODE_VARIANTS, *LISTED_VARIANTS)),
     (fields.COSTS, DECODE_VARIANTS[0]),
     (fields.SHARED_COSTS, DECODE_VARIANTS[0]),
+    (fields.RANK, RANK_DEFINES),
     (fields.APPEND, APPEND_DEFINES),
+    (fields.SELECT, SELECTION_DEFINES),
+    (fields.SUMMARY, SELECTION_DEFINES),
 ]
 FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", "pkv_merge": "merge.cu",
          "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu",
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
-         "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu"}
+         "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu",
+         "pkv_decode_several": "several.cu", "pkv_merge_ranks": "several.cu",
+         "pkv_product": "product.cu", "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>
@@ -86,8 +98,11 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_take_the_tables_parameters(name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
-              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 128, "UNROLL": 8},
-              "pkv_scatter": {"THREADS": 128, "UNROLL": 8}}
+              "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
+              "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
+              "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
+              "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
+              "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}
     defines = others.get(name, DECODE_VARIANTS[3])
     text = nvrtc.ptx(SOURCE_DIR / FILES[name], 90, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]
@@ -118,6 +133,10 @@ def test_launches_find_their_arguments_among_what_is_given(defines) -> None:
         assert len(set(given)) == len(given)
         order = fields.order(kernel, defines, given)
         assert tuple(given[i] for i in order) == fields.names(kernel, defines)
+    for kernel in ("pkv_decode_selected", "pkv_decode_balanced"):
+        listed = defines | {"SELECTED": kernel == "pkv_decode_selected", "PAGE_LSE": 1}
+        order = fields.order(kernel, listed, LISTED_VALUES)
+        assert tuple(LISTED_VALUES[i] for i in order) == fields.names(kernel, listed)
     with pytest.raises(ValueError, match="pkv_merge.*rows"):
         fields.order("pkv_merge", defines, MERGE_VALUES[:-1])
     assert fields.order("pkv_merge", defines, None) is None

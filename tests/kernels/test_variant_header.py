@@ -9,6 +9,8 @@ from gpu.cache import append_variant
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.variant import TILE_TOKENS, kernel_config, read_config
+from gpu.selection.variant import selection_defines
+from gpu.several.inbox import rank_config
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import HALF, Rope
 
@@ -20,8 +22,11 @@ def test_every_constant_is_explained() -> None:
     rope = Rope(style=HALF, cos_sin=np.zeros((1, 128), np.float32))
     said = {
         *read_config(kernel_config(SHAPE, "float16", 90), 90).read_defines(),
+        *kernel_config(SHAPE, "float16", 90).selected_defines(selected=True, page_lse=True),
         *TableLayout(int64=True, csr=True, last_page=True).defines(),
         *append_variant.defines(SHAPE, "float16", kv_dtype="int8", head_dim_v=64, rope=rope),
+        *rank_config(SHAPE, "float16", 90, num_ranks=2, max_batch=1).defines(),
+        *selection_defines(SHAPE, "float16", "mean_std", "softmax_mean"),
         "UNROLL",
         "PKV_RACECHECK",
     }

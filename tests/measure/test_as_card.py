@@ -126,13 +126,14 @@ def test_without_a_card_it_is_the_gpu_at_hand(machine) -> None:
     assert str(this_gpu.this_gpu()) == "Fake GPU" and this_gpu.this_gpu() == this_gpu.real_gpu()
 
 
-def test_a_script_and_a_module_are_run_as_typed(monkeypatch, tmp_path) -> None:
+def test_a_script_and_a_module_are_run_as_typed(monkeypatch, tmp_path, capsys) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nimport neighbour\nprint(__name__, sys.argv[1:], neighbour.HERE)\n")
     (tmp_path / "neighbour.py").write_text("HERE = 1\n")
     entered, ran = [], []
     monkeypatch.setattr(as_card, "enter", entered.append)
     monkeypatch.setattr("gpu.measure.environment.missing", lambda: None)
+    monkeypatch.setattr(as_card.memory, "peak_line", lambda: "peak 1")
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert as_card.main(["rtx3060", str(script), "--steps", "3"]) == 0
@@ -140,6 +141,11 @@ def test_a_script_and_a_module_are_run_as_typed(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(runpy, "run_module", lambda name, **how: ran.append((name, how, list(sys.argv))))
     as_card.main(["l4", "-m", "gpu.tune", "-o", "t.json"])
     assert ran == [("gpu.tune", {"run_name": "__main__", "alter_sys": True}, ["gpu.tune", "-o", "t.json"])]
+    assert capsys.readouterr().err.splitlines() == ["as rtx3060: peak 1", "as l4: peak 1"]
+    script.write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        as_card.main(["rtx3060", str(script)])
+    assert capsys.readouterr().err == "as rtx3060: peak 1\n"  # of what was reached, too
 
 
 @pytest.mark.parametrize("words, said", [

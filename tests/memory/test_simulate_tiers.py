@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
 from pkvsim.memory.retention import choose_ttl_s
-from pkvsim.memory.simulate_tiers import BlockRequests, TierOptions, simulate_tiers
+from pkvsim.memory.simulate_tiers import BlockRequests, simulate_tiers
+from pkvsim.memory.tier_options import TierOptions
 from pkvsim.memory.tier_presets import SERIAL_FILES, TIER_PRESETS, UNIFIED_POOL
 from pkvsim.memory.tiers import Tier
 

@@ -81,9 +81,9 @@ def loop(prompts, outputs, clients, *, room=1 << 40, reserve=0.0, flight=1, mixe
 def test_one_client_pays_for_its_own_steps():
     costs, (ttft_us, tpot_us) = loop([1000] * 3, [101] * 3, 1)
     parts, none = np.zeros(len(PARTS)), np.zeros(0, np.int64)
-    decode_us = step_parts(costs, np.array([1050]), none, none, 1, True, 1.0, parts)
+    decode_us = step_parts(costs, np.array([1050]), none, none, 1, 0.0, 1.0, parts)
     assert tpot_us == pytest.approx(decode_us, rel=0.02)
-    prefill = step_parts(costs, none, np.array([0]), np.array([1000]), 1, True, 0.0, parts)
+    prefill = step_parts(costs, none, np.array([0]), np.array([1000]), 1, 0.0, 0.0, parts)
     assert ttft_us == pytest.approx(prefill, rel=0.05)
 
 

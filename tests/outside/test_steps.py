@@ -123,7 +123,7 @@ def test_a_gpu_that_is_busy_slows_down():
 
 
 def test_where_decode_attention_is_the_callers():
-    assert price([1024], profile=PROFILES["pkvsim"]).parts_us["decode_attention"] == 0
+    assert price([1024], profile=PROFILES["pkv"]).parts_us["decode_attention"] == 0
 
 
 def test_what_a_step_stands_on():

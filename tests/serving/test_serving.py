@@ -8,11 +8,12 @@ import pytest
 import serving_reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace, waits
+from serving_cases import DEVICE, GPT_OSS, MODEL, crowded, kv_gib, make_trace, poisson_trace, steady, waits
 
 from pkvsim.devices.derive import device_routes
+from pkvsim.outside.step import StepWork, step_time
 from pkvsim.policy.calibrated import CalibratedPolicy
-from pkvsim.serving.costs import attention_kinds, linear_table_us, page_budget
+from pkvsim.serving.costs import attention_kinds, page_budget
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import LOG_CAPACITY, SERVED, TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
@@ -84,7 +85,7 @@ def test_the_incremental_loop_is_the_plain_one(case, model, data) -> None:
     trace = replace(
         trace, **{name: getattr(trace, name)[fits] for name in ("arrival_s", "prompt_tokens", "output_tokens")}
     )
-    trace = data.draw(waits(trace))
+    trace, config = data.draw(waits(trace)), replace(config, graphs=False)
     result = simulate(trace, model, DEVICE, "balanced", config)
     expected = serving_reference.serve(trace, model, DEVICE, "balanced", config)
     requests = result.requests
@@ -116,11 +117,11 @@ def test_what_cannot_be_served_is_counted_and_said() -> None:
 @pytest.mark.parametrize("model", [MODEL, GPT_OSS], ids=lambda model: model.name)
 def test_a_step_costs_what_its_parts_cost(model) -> None:
     """One request alone: the time of every decode step, from the prices of its length."""
-    prompt, output = 1000, 5
-    result = simulate(make_trace([(0, prompt, output)]), model, DEVICE, "calibrated", ServingConfig())
-    linear_us = linear_table_us(model, DEVICE, ServingConfig())
+    prompt, output, config = 1000, 5, ServingConfig(graphs=False)
+    device, profile = steady(DEVICE), replace(config.profile, attention="policy")
+    result = simulate(make_trace([(0, prompt, output)]), model, device, "calibrated", config)
     for step, length in enumerate(range(prompt + 1, prompt + output), start=1):
-        expected = linear_us[1]
+        expected = step_time(model, device, StepWork(decode_lens=(length,)), profile).us
         for shape, options, layers in attention_kinds(model, 16):
             decision = CalibratedPolicy().decide(shape, np.array([length]), DEVICE, layers=layers, options=options)
             expected += min(decision.prices.values())
@@ -132,7 +133,7 @@ def test_a_step_costs_what_its_parts_cost(model) -> None:
 @given(lens=st.lists(st.integers(1, 40_000), min_size=1, max_size=12))
 def test_a_step_costs_what_the_calibrated_policy_says(lens) -> None:
     """Requests that all come at once and fit one prefill step: the first decode step is decide(layers=)."""
-    config = ServingConfig(step_tokens=1 << 19, kv_gib=60)
+    config = ServingConfig(step_tokens=1 << 19, kv_gib=60, graphs=False)
     result = simulate(make_trace([(0, length, 2) for length in lens]), MODEL, DEVICE, "calibrated", config)
     decision = CalibratedPolicy().decide(MODEL.shape(16), np.array(lens) + 1, DEVICE, layers=MODEL.num_layers)
     assert result.steps.attention_us[1] == pytest.approx(min(decision.prices.values()), rel=1e-9)
@@ -179,9 +180,10 @@ def test_the_queue_is_an_md1_queue_where_service_is_constant(load) -> None:
     The sampling error of 200,000 waits is about 0.5 % at load 0.5 and 1.5 % at 0.8.
     """
     config = ServingConfig(max_batch=1, step_tokens=512)
-    alone = simulate(make_trace([(0, 512, 1)]), MODEL, DEVICE, "balanced", config).requests.ttft_s[0]
+    device = steady(DEVICE)
+    alone = simulate(make_trace([(0, 512, 1)]), MODEL, device, "balanced", config).requests.ttft_s[0]
     trace = poisson_trace(200_000, load / alone, 512, 1, seed=1)
-    waits = simulate(trace, MODEL, DEVICE, "balanced", config).requests.queue_s
+    waits = simulate(trace, MODEL, device, "balanced", config).requests.queue_s
     assert waits.mean() == pytest.approx(load / (2 * (1 - load)) * alone, rel=0.04)
 
 
@@ -192,7 +194,7 @@ def test_latency_grows_with_the_rate(seed) -> None:
     for rate in (2, 4, 8, 12):
         trace = poisson_trace(1500, 1.0, 2000, 60, seed)
         trace = replace(trace, arrival_s=trace.arrival_s / rate)
-        result = simulate(trace, MODEL, DEVICE, "calibrated", ServingConfig())
+        result = simulate(trace, MODEL, steady(DEVICE), "calibrated", ServingConfig())
         assert not result.summary["saturated"]
         means.append((np.mean(result.requests.ttft_s), np.nanmean(result.requests.tpot_s)))
     for slower, faster in zip(means, means[1:]):

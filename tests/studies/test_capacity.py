@@ -97,7 +97,7 @@ def test_every_server_keeps_its_rate_and_misses_the_next(search) -> None:
         rates = [point.rate_per_s for point in cell.points]
         assert rates == sorted(rates) and len(rates) == len(set(rates))
         assert {one.rate_per_s * share for share in (0.25, 0.5)} <= set(rates)
-        assert {row.quantity for row in cell.basis} >= {"prefill", "memory bandwidth"}
+        assert {row.quantity for row in cell.basis} >= {"prefill attention", "memory bandwidth"}
     assert any(note.startswith("empty: tensor_parallel") for note in search.notes)
 
 

@@ -23,7 +23,7 @@ from pkvsim.timeline.timeline import simulate
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 ROUTE_KEYS = [
     "status", "closed_us", "timeline_us", "step_us", "timeline_step_us", "host_us", "launches", "splits", "tasks",
-    "ctas", "slots", "used_slots", "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "time_us",
+    "ctas", "slots", "used_slots", "busy_share", "longest_task", "cta_gb_s", "shared_gb_s", "bound", "why", "shared_reads", "time_us",
 ]  # fmt: skip
 
 
@@ -99,13 +99,34 @@ def test_json(capsys, monkeypatch) -> None:
     code, out, err = pkvsim(capsys, monkeypatch, *args)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    assert list(report) == ["device", "shape", "seq_lens", "kv_bytes", "layers", "options", "taken", "reason",
-                            "routes"]
+    assert list(report) == ["device", "shape", "seq_lens", "kv_bytes", "distinct_kv_bytes", "shared", "layers",
+                            "options", "taken", "reason", "routes"]
+    assert report["distinct_kv_bytes"] == report["kv_bytes"] and report["shared"] == []
     assert report["taken"] == min(report["routes"], key=lambda name: report["routes"][name]["step_us"])
     for route in report["routes"].values():
         assert list(route) == ROUTE_KEYS
         assert route["step_us"] >= 32 * route["closed_us"] + route["host_us"] - 1e-6
     assert pkvsim(capsys, monkeypatch, *args)[1] == out
+
+
+def test_rows_that_share_pages(capsys, monkeypatch, tmp_path) -> None:
+    words = ("--seq-lens", "8704x48,1000x4", "--shared", "8200x48", "--device", "h200", "--layers", "4")
+    drawn = tmp_path / "step.svg", tmp_path / "step.json"
+    code, out, err = pkvsim(capsys, monkeypatch, "step", *words, "--plot", str(drawn[0]), "--timeline", str(drawn[1]))
+    assert (code, err) == (0, "")
+    assert "1 group of rows with pages in common: balanced reads them 3 times a KV head for 48 rows" in out
+    assert "150.6 MB distinct" in out
+    assert all(path.exists() for path in drawn) and "16 rows head 0" in drawn[1].read_text()
+    report = json.loads(pkvsim(capsys, monkeypatch, "step", *words, "--json")[1])
+    apart = json.loads(pkvsim(capsys, monkeypatch, "step", *words[:2], *words[4:], "--json")[1])
+    assert report["shared"] == [{"rows": list(range(48)), "prefix_tokens": 8192}]
+    assert report["kv_bytes"] - report["distinct_kv_bytes"] == 47 * 8192 * 8 * 2 * 128 * 2
+    balanced, others = report["routes"].pop("balanced"), report["routes"].values()
+    assert balanced["shared_reads"] == 3 and all(route["shared_reads"] == 0 for route in others)
+    assert report["taken"] == "balanced" and balanced["step_us"] < min(route["step_us"] for route in others)
+    for name, route in report["routes"].items():  # what rows share is found in L2
+        assert route["closed_us"] <= apart["routes"][name]["closed_us"] + 1e-9
+    assert sum(balanced["time_us"].values()) == pytest.approx(balanced["timeline_us"])
 
 
 def test_tables(capsys, monkeypatch) -> None:
@@ -126,6 +147,11 @@ def test_tables(capsys, monkeypatch) -> None:
         (["--seq-lens", "8x65536,8"], "seq_lens: expected at most 65536 rows"),
         (["--seq-lens", "8", "--routes", "xqa"], "routes: expected some of flashinfer_cuda_core"),
         (["--seq-lens", "8", "--routes", ","], "got none"),
+        (["--seq-lens", "64x4", "--shared", "64"], "shared: expected TOKENSxROWS, got '64'"),
+        (["--seq-lens", "64x4", "--shared", "64x5"], "shared: expected at most the 4 rows of seq_lens, got 5"),
+        (["--seq-lens", "64x4", "--shared", "32x2,65x2"], "shared: expected at most the 64 tokens of row 2, got 65"),
+        (["--seq-lens", "64x4", "--shared", "0x2"], "shared: expected an integer in [1, 2147483647], got 0"),
+        (["--seq-lens", "64x4", "--shared", "64x4", "--window", "9"], "window: expected None with shared pages"),
         (["--seq-lens", "8", "--splits", "0"], "splits: expected"),
         (["--seq-lens", "8", "--splits", str(10**20)], f"splits: expected an integer in [1, 2147483647], got {10**20}"),
         (["--seq-lens", "8", "--layers", "0"], "layers: expected"),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch_paged import TorchEngine, paged_attention
 
-from gpu.drop_ins import flashinfer_wrapper as batch_decode
+from gpu.drop_ins.flashinfer import wrapper as batch_decode
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 

@@ -21,6 +21,7 @@ from pkvsim import AttentionOptions, DecodeShape, make_schedule
 from pkvsim.reference.append import FP8_DTYPES, dequantize
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
+from pkvsim.schedule.page_lists import PageList
 
 HARNESS = Path(__file__).with_name("decode_harness.cpp")
 LENGTHS = (0, 1, 15, 16, 17, 33, 70, 200)
@@ -30,7 +31,8 @@ NAN_CODES = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7E, "int8": 0x7F}  # int8 h
 
 
 @functools.cache
-def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.CDLL:
+def build(config: KernelConfig, balanced: bool, converts_e4m3: bool, selected: bool = False,
+          page_lse: bool = False) -> ctypes.CDLL:
     """converts_e4m3: whether the GPU that is played has the instruction, as those from sm_89 on."""
     folder = Path(tempfile.mkdtemp(prefix="pkv_decode_"))
     try:
@@ -39,6 +41,8 @@ def build(config: KernelConfig, balanced: bool, converts_e4m3: bool) -> ctypes.C
         for instructions in ("mma.cuh", "wgmma.cuh"):
             (folder / instructions).write_text("")
         defines = config.read_defines() if config.read_columns else config.defines()
+        if selected or page_lse:
+            defines = config.selected_defines(selected=selected, page_lse=page_lse)
         defines |= {"BALANCED": int(balanced), "CONVERTS_E4M3": int(converts_e4m3)}
         return cpp.build(HARNESS, folder / "decode.so", "-std=c++20", "-O1", "-w", f"-I{folder}", f"-I{HARNESS.parent}",
                          *(f"-D{name}={value}" for name, value in defines.items()))
@@ -71,6 +75,7 @@ class Step:
     sinks: np.ndarray | None
     query_lens: np.ndarray | None
     groups: PrefixGroups | None = None  # of rows whose tables begin with the same pages
+    lists: PageList | None = None  # the pages that each (row, KV head) reads, int32
 
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """(K, V) as float64; 0 for NaN, which only tokens without a row may hold."""
@@ -130,12 +135,15 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         read_stages: int | None = 2, converts_e4m3: bool = True, hurry: bool = False, ctas: int = CTAS,
         costs: BalancedCosts = BalancedCosts(1, 2),  # noqa: B008
         shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
-        between: Callable[[np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        between: Callable[[np.ndarray], None] | None = None,
+        page_lse: np.ndarray | None = None, plan_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
     shared reads, which serve shared_costs.columns. hurry: copies arrive as they are started.
     variant, read_stages: None of both is what an H200 runs. stages: of a ring, where the variant's are too many. costs:
     of balanced. before: the lengths, page table and
     records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends.
+    page_lse: float32, to be written; the kernel is then the one that does so. plan_only, of a step with lists: returns
+    (tasks [num_tasks, 3] of list, tile_begin and tile_end, tasks of each CTA) as they are planned.
     between: changes the records [ctas, 64] int32 that the first of two launches left, by which the second need not give
     the same result any more."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
@@ -147,7 +155,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
     if groups is not None:
         config = read_config(config, 90, columns=shared_costs.columns, stages=read_stages)
         shared_costs = shared_costs._replace(columns=config.read_columns)
-    library = build(config, balanced, converts_e4m3)
+    library = build(config, balanced, converts_e4m3, step.lists is not None, page_lse is not None)
     library.run.restype = ctypes.c_char_p
     ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
     out = np.full((*step.q.shape[:-1], options.value_dim(shape)), np.nan, step.q.dtype)
@@ -171,13 +179,27 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         "out": address(out), "lse": address(lse), "partials": address(partials), **strides,
         "batch_size": len(step.lens), "num_kv_heads": heads.num_kv_heads, "table_stride": step.table.shape[1],
         "num_pages": len(step.k), "window": options.window or 0, "scale": scale, "cap": height,
+        "selected_pages": address(step.lists and step.lists.pages),
+        "selected_counts": address(step.lists and step.lists.counts),
+        "max_selected": step.lists.pages.shape[2] if step.lists else 0,
+        "page_lse": address(page_lse), "page_lse_tiles": 0 if page_lse is None else page_lse.shape[2],
         "k_scales": address(step.k_scales), "v_scales": address(step.v_scales), "v_scale": 1.0,
         **dict(zip(("scale_page_stride", "scale_head_stride", "scale_token_stride"), (*scale_strides, 0, 0, 0)))}
-    present = fields.present(fields.DECODE, config.defines())
+    present = fields.present(fields.DECODE, config.selected_defines(selected=step.lists is not None,
+                                                                    page_lse=page_lse is not None))
     written = Arguments(f"[{''.join(field.letter for field in present)}]")
     written.write(*(values[field.name] for field in present))
     (start,) = written.starts
     assert library.arguments_bytes() == written.num_bytes
+    if plan_only:
+        library.list_tasks.restype = ctypes.c_char_p
+        sizes = (ctypes.c_int * 5)(*costs, step.table.shape[1] * shape.page_size)
+        lines = np.zeros((len(step.lens) * heads.num_kv_heads + ctas, 3), np.int32)
+        counts = np.zeros(ctas, np.int32)
+        complaint = library.list_tasks(ctas, ctypes.c_void_p(start), sizes, *map(ctypes.c_void_p, map(address, (
+            lines, counts))))
+        assert complaint is None, complaint
+        return lines[: counts.sum()], counts
 
     def write_late(array: np.ndarray, was: np.ndarray) -> None:
         assert array.shape == was.shape and was.flags.c_contiguous

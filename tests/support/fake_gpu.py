@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
-from gpu.kernels import fields
-from pkvsim import AttentionOptions, DecodeShape, reference
+from gpu.kernels import fields, this_gpu
+from pkvsim import AttentionOptions, DecodeShape, PageList, reference
 from pkvsim.schedule import prefixes
+from pkvsim.selection import by_name, rules, summaries
 
 LOG2_E = 1.4426950408889634
 ENGINE_MODULES = (
@@ -30,6 +31,12 @@ ENGINE_MODULES = (
     "gpu.engine.decode_kernels",
     "gpu.cache.writer",
     "gpu.cache.pool",
+    "gpu.several.collectives",
+    "gpu.several.one_process",
+    "gpu.several.rank_engine",
+    "gpu.several.sharded_decode",
+    "gpu.selection.page_summaries",
+    "gpu.selection.page_selector",
 )
 FLOATS = {0: np.dtype(np.float16), 1: np.dtype(ml_dtypes.bfloat16)}  # by DTYPE_BF16
 
@@ -87,6 +94,10 @@ class FakeKernel:
         self.launches += 1
         if self.name == "pkv_find_prefixes":
             find_prefixes(self.defines, types.SimpleNamespace(**values))
+        if self.name == "pkv_summarize_pages":
+            summarize(self.defines, types.SimpleNamespace(**values))
+        if self.name == "pkv_select_pages":
+            select(self.defines, types.SimpleNamespace(**values))
         if self.name.startswith("pkv_decode"):
             decode(self.defines, types.SimpleNamespace(**values), tasks=self.name == "pkv_decode_tasks")
 
@@ -130,13 +141,24 @@ def decode(defines: dict[str, int], given: types.SimpleNamespace, *, tasks: bool
     soft_cap = given.cap / LOG2_E if defines["SOFT_CAP"] else None
     options = AttentionOptions(window=given.window if defines["WINDOWED"] else None, soft_cap=soft_cap,
                                sinks=bool(defines["SINKS"]), query_tokens=tokens, v_head_dim=widths[1])
-    out, lse = reference.attention(
+    arrays = (
         DecodeShape(q_heads, kv_heads, widths[0], page_size),
         memory(given.q, dim, (*axes, widths[0])).astype(np.float64),
-        *(pool.astype(np.float64) for pool in pools), table, lens,
-        scale=given.scale * soft_cap if soft_cap else given.scale / LOG2_E, options=options,
-        sinks=memory(given.sinks, np.float32, (q_heads,)) if given.sinks else None,
-        query_lens=memory(given.query_lens, np.int32, (batch,)) if given.query_lens else None)
+        *(pool.astype(np.float64) for pool in pools), table, lens)  # fmt: skip
+    scale = given.scale * soft_cap if soft_cap else given.scale / LOG2_E
+    more = {"scale": scale, "options": options,
+            "sinks": memory(given.sinks, np.float32, (q_heads,)) if given.sinks else None,
+            "query_lens": memory(given.query_lens, np.int32, (batch,)) if given.query_lens else None}
+    if defines.get("SELECTED"):
+        lists = PageList(memory(given.selected_pages, np.int32, (batch, kv_heads, given.max_selected)),
+                         memory(given.selected_counts, np.int32, (batch, kv_heads)))
+        out, lse = reference.selected_attention(*arrays, lists, **more)
+    else:
+        out, lse = reference.attention(*arrays, **more)
+    if defines.get("PAGE_LSE") and not defines.get("SELECTED"):
+        found = reference.page_lse(*arrays[:3], *arrays[4:], tokens=16, scale=scale, options=options)
+        to = memory(given.page_lse, np.float32, (*found.shape[:2], given.page_lse_tiles, *found.shape[3:]))
+        to[:, :, : found.shape[2]] = found
     live = np.ones(batch, bool)
     if tasks:
         live = lens == 0
@@ -158,6 +180,48 @@ def find_prefixes(defines: dict[str, int], given: types.SimpleNamespace) -> None
     pages = memory(given.prefix_pages, np.int32, (max(1, rows // 2),))
     pages[:] = 0
     pages[: len(found.prefix_pages)] = found.prefix_pages
+
+
+def summarize(defines: dict[str, int], given: types.SimpleNamespace) -> None:
+    """What pkv_summarize_pages writes, of an int32 block table."""
+    kind = {1: summaries.MEAN_STD, 2: summaries.MIN_MAX}[defines["SCORING"]]
+    size, width, dim = defines["PAGE_SIZE"], defines["HEAD_DIM"], FLOATS[defines["DTYPE_BF16"]]
+    table = memory(given.page_ids, np.int32, (given.batch_size, given.table_stride))
+    pages = memory(given.k_pages, dim, (given.num_pages, given.num_kv_heads, size, width),
+                   (given.k_page_stride, given.k_head_stride, given.k_token_stride, 1))
+    to = memory(given.summaries, dim, (given.num_pages, given.num_kv_heads, 2, width))
+    for row, length in enumerate(memory(given.lengths, np.int32, (given.batch_size,)).tolist()):
+        for page in range(max(0, length - given.new_tokens) // size, -(-length // size)):
+            for head in range(given.num_kv_heads):
+                keys = pages[table[row, page], head, : length - page * size]
+                to[table[row, page], head] = summaries.summarize(keys, kind).astype(dim)
+
+
+def select(defines: dict[str, int], given: types.SimpleNamespace) -> None:
+    """What pkv_select_pages writes, of an int32 block table."""
+    rule = {0: None, 1: by_name.method("mean_std"), 2: by_name.method("quest")}[defines["SCORING"]]
+    group, width, dim = defines["GROUP_SIZE"], defines["HEAD_DIM"], FLOATS[defines["DTYPE_BF16"]]
+    heads, pins = given.num_kv_heads, rules.Pins(given.sink_pages, given.recent_pages)
+    table = memory(given.page_ids, np.int32, (given.batch_size, given.table_stride))
+    pages = memory(given.pages, np.int32, (given.batch_size, heads, given.max_selected))
+    counts = memory(given.counts, np.int32, (given.batch_size, heads))
+    for row, length in enumerate(memory(given.lengths, np.int32, (given.batch_size,)).tolist()):
+        row_pages = -(-length // defines["PAGE_SIZE"])
+        for head in range(heads):
+            if rule is None:
+                scores = memory(given.scores, np.float32, (given.batch_size, heads, given.score_stride))
+                scores = scores[row, head, :row_pages]
+            elif row_pages:
+                q = memory(given.q, dim, (given.batch_size, heads, group, width))[row, head].astype(np.float64)
+                kept = memory(given.summaries, dim, (given.num_pages, heads, 2, width))
+                kept = kept[table[row, :row_pages], head].astype(np.float64)
+                scores = rule.scores(q, kept, given.scale)
+            asked = max(given.least_pages, -(-row_pages * given.parts // 2**16))
+            if given.budgets:
+                asked = int(memory(given.budgets, np.int32, (given.batch_size, heads))[row, head])
+            count = min(max(asked, pins.sink_pages + pins.recent_pages), row_pages, given.max_selected)
+            counts[row, head] = count
+            pages[row, head, :count] = rules.top_pages(scores, count, pins) if row_pages else ()
 
 
 @dataclass(slots=True)
@@ -199,6 +263,7 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: in
 
     kept = {name: sys.modules.pop(name, None) for name in (*ENGINE_MODULES, "cupy")}
     sys.modules["cupy"] = cupy
+    this_gpu._properties.cache_clear()
     try:
         for name in ENGINE_MODULES:
             module = importlib.import_module(name)
@@ -206,6 +271,7 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: in
                 module.load_kernel = load_kernel
         yield gpu
     finally:
+        this_gpu._properties.cache_clear()
         for name, module in kept.items():
             sys.modules.pop(name, None)
             if module is not None:

@@ -1,7 +1,5 @@
-"""A plain-Python server loop over pkvsim.outside: what an engine profile means, request by request.
-
-It stands for the compiled loop where that has no engine profiles, and is what their wiring is to be held against.
-"""
+"""A plain-Python server loop over pkvsim.outside: what an engine profile means, request by request, as a check of the
+compiled one."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -43,6 +41,7 @@ class ReferenceServer:
         self.running: list[int] = []
         self.preempted: list[int] = []
         self.arrived = 0
+        self.gave_way = False
 
     def run(self) -> np.ndarray:
         """(TTFT in s, TPOT in ms, end to end in s) of every request: float64 [n, 3]."""
@@ -58,7 +57,7 @@ class ReferenceServer:
             warm = heat / self.costs.boost_us if self.costs.boost_us else 1.0
             us = step_parts(
                 self.costs, np.array(step.lens, np.int64), np.array([b for _, b, _ in step.chunks], np.int64),
-                np.array(chunks, np.int64), len(step.lens) + len(chunks), True, warm, parts,
+                np.array(chunks, np.int64), len(step.lens) + len(chunks), 0.0, warm, parts,
             )
             us *= self.costs.wake_factor if idle else 1.0
             heat = heated(self.costs, heat, len(step.lens) + sum(chunks), us)
@@ -133,6 +132,7 @@ class ReferenceServer:
 
     def _give_way(self, step: Step) -> int:
         """The latest leaves; returns the tokens that the step had planned of it."""
+        self.gave_way = True
         request = self.running.pop()
         given_back = step.decode.count(request) + sum(tokens for who, _, tokens in step.chunks if who == request)
         step.decode = [who for who in step.decode if who != request]

@@ -7,8 +7,9 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from pkvsim.devices.device import get_device
+from pkvsim.devices.device import DeviceSpec, get_device
 from pkvsim.models.presets import get_model, kv_bytes_per_token
+from pkvsim.outside.derive import outside_entry
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.traces.requests import RequestTrace
 
@@ -16,6 +17,14 @@ DEVICE = get_device("h200")
 MODEL = get_model("llama-3.1-8b")
 GPT_OSS = get_model("gpt-oss-20b")  # half of its layers slide
 BLOCK_TOKENS = 32
+
+
+def steady(device: DeviceSpec) -> DeviceSpec:
+    """The GPU with clocks that neither its idling nor its heat changes, and a host that keeps up: equal steps take equal
+    times."""
+    entry = outside_entry(device, "vllm")
+    constants = replace(entry.constants, boost=1.0, boost_ms=0.0, wake_factor=1.0, eager_layer_us=0.0)
+    return replace(device, outside={"vllm": replace(entry, constants=constants)})
 
 
 def kv_gib(pages: int, page_size: int = 16, model=MODEL) -> float:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkvsim.models.presets import kv_bytes_per_token
+from pkvsim.outside.step_costs import PARTS, heated, step_parts
 from pkvsim.policy.calibrated import CalibratedPolicy
-from pkvsim.serving.costs import attention_kinds, linear_table_us, page_budget
+from pkvsim.serving.costs import attention_kinds, outside_costs, page_budget
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Request:
 
 
 def serve(trace, model, device, route: str, config) -> list[Request]:
-    """Every request after a run without a prefix cache; requests longer than the pool must not be in the trace."""
-    prices, linear_us = CalibratedPolicy(), linear_table_us(model, device, config)
-    peak = device.fp16_tflops * config.prefill_attention_efficiency * 1e6
-    layer_kv_us = kv_bytes_per_token(model) / model.num_layers / (device.beta_gb_s * 1e3)
+    """Every request after a run without a prefix cache and without graphs; requests longer than the pool must not be in
+    the trace."""
+    prices, costs = CalibratedPolicy(), outside_costs(model, device, route, config)
+    parts, heat, busy_until = np.zeros(len(PARTS)), 0.0, -1.0
     num_pages = free = page_budget(model, device, config)
     start = trace.arrival_s[0]
     lengths = zip(trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
@@ -70,14 +70,6 @@ def serve(trace, model, device, route: str, config) -> list[Request]:
     def pages_of(tokens: int) -> int:
         return -(-tokens // config.page_size)
 
-    def chunk_us(begin: int, tokens: int) -> float:
-        us = 0.0
-        for layers, window in ((model.num_full_layers, 1 << 40), (model.num_sliding_layers, model.sliding_window)):
-            pairs = sum(min(at + 1, window) for at in range(begin, begin + tokens))
-            flops_us = 4 * model.num_q_heads * model.head_dim * pairs / peak
-            us += layers * max(flops_us, (min(begin, window) + tokens) * layer_kv_us)
-        return us
-
     while any(np.isnan(request.finish_us) for request in requests):
         send_until(now)
         arrived = [i for i in queue if np.isnan(requests[i].finish_us) and i not in running]
@@ -99,30 +91,39 @@ def serve(trace, model, device, route: str, config) -> list[Request]:
                 loser.decoding, loser.preemptions = False, loser.preemptions + 1
         decoders = [i for i in sorted(running, key=queue.index) if requests[i].decoding]
         budget = config.step_tokens - len(decoders)
-        us = 0.0
-        prefilled = 0
+        begins, chunks = [], []
         for i in [i for i in sorted(running, key=queue.index) if not requests[i].decoding] + ([] if preempted else arrived):
             request = requests[i]
             target = request.prompt + request.generated
             if budget == 0:
                 break
             if i not in running:
-                keep = int(num_pages * config.keep_free_fraction) if running else 0
+                keep = int(num_pages * config.profile.keep_free_fraction) if running else 0
                 if len(running) == config.max_batch or free < pages_of(target) + keep:
                     break
                 running.add(i)
                 request.pages = pages_of(target)
                 free -= request.pages
             tokens = min(budget, target - request.cached)
-            us += chunk_us(request.cached, tokens)
+            begins.append(request.cached)
+            chunks.append(tokens)
             request.cached += tokens
-            prefilled += tokens
             budget -= tokens
+        seen = np.sort(np.array([requests[i].cached + 1 for i in decoders], np.int64))[::-1].copy()
+        attention_us = 0.0
         if decoders:
-            seen = np.array([requests[i].cached + 1 for i in decoders])
             for shape, options, layers in attention_kinds(model, config.page_size):
-                us += prices.decide(shape, seen, device, layers=layers, options=options).prices[route]
-        now += us + linear_us[len(decoders) + prefilled] + config.host_us
+                attention_us += prices.decide(shape, seen, device, layers=layers, options=options).prices[route]
+        woken = now > busy_until
+        heat = 0.0 if woken else heat
+        us = step_parts(
+            costs, seen, np.array(begins, np.int64), np.array(chunks, np.int64), len(seen) + len(chunks), attention_us,
+            heat / costs.boost_us if costs.boost_us else 1.0, parts,
+        )
+        us *= costs.wake_factor if woken else 1.0
+        heat = heated(costs, heat, len(seen) + sum(chunks), us)
+        now += us
+        busy_until = now
         send_until(now)  # before slots are free
         full = trace.concurrency is not None and in_flight() == trace.concurrency
         for i in sorted(running, key=queue.index):

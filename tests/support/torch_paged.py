@@ -7,14 +7,20 @@ import torch
 
 from pkvsim import DecodeShape
 from pkvsim.options import PLAIN, AttentionOptions
+from pkvsim.schedule.groups import PrefixGroups
 
 
 def paged_attention(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
     scale: float | None = None, window: int | None = None, soft_cap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None, group_of_row: torch.Tensor | None = None,
+    prefix_pages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What gpu.drop_ins.torch_decode.decode_attention gives, computed in float64."""
+    """What gpu.drop_ins.torch_decode.decode_attention gives, computed in float64. Groups must be of equal pages."""
+    if group_of_row is not None:
+        assert window is None
+        PrefixGroups(group_of_row.numpy(), prefix_pages.numpy()).check(block_table.numpy(), seq_lens.numpy(),
+                                                                       page_size=k_pages.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = q if q.dim() == 4 else q[:, None]  # [batch_size, query_tokens, num_q_heads, head_dim]
     count, heads = queries.shape[1:3]
@@ -71,10 +77,12 @@ class TorchEngine:
         self.shape, self.dtype, self.options = shape, dtype, options
         self.plans = self.runs = 0
 
-    def plan(self, seq_lens=None, block_table=None, *, indptr=None, indices=None, last_page_len=None) -> None:
+    def plan(self, seq_lens=None, block_table=None, *, indptr=None, indices=None, last_page_len=None,
+             groups=None) -> None:
         for array in (seq_lens, indptr, last_page_len):
             assert array is None or array.dtype == torch.int32
         self.tables = (block_table, seq_lens) if indptr is None else (indptr, indices, last_page_len)
+        self.groups = groups
         self.plans += 1
 
     def release_arrays(self) -> None:

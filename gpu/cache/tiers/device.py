@@ -57,6 +57,29 @@ class DoneTicket:
         return None
 
 
+class NoPages:
+    """A device that takes every block and keeps none: disks alone are measured where there is no GPU."""
+
+    __slots__ = ("num_layers", "block_bytes", "num_pages")
+
+    def __init__(self, block_bytes: int, num_pages: int, num_layers: int = 32) -> None:
+        self.block_bytes, self.num_pages, self.num_layers = block_bytes, num_pages, num_layers
+
+    def mark(self) -> object:
+        return None
+
+    def copy_in(
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+    ) -> Sequence[Ticket]:  # fmt: skip
+        return [DoneTicket()] * (self.num_layers if each_layer else 1)
+
+    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
+        return DoneTicket()
+
+    def wait(self, ticket: Ticket) -> None:
+        return None
+
+
 class HostPages:
     """Pages in host memory, for tests and for machines without a GPU: pages[p, l] is a layer's part of a block."""
 
@@ -80,6 +103,45 @@ class HostPages:
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
         for address, page in zip(addresses.tolist(), pages.tolist()):
             ctypes.memmove(address, self.pages[page].ctypes.data, self.block_bytes)
+        return DoneTicket()
+
+    def wait(self, ticket: Ticket) -> None:
+        return None
+
+
+class HostLayers:
+    """Pages in host memory as a model keeps them: an array of K and one of V for each layer."""
+
+    __slots__ = ("num_layers", "block_bytes", "num_pages", "_arrays", "_run_bytes")
+
+    def __init__(self, k_pages: Sequence[np.ndarray], v_pages: Sequence[np.ndarray]) -> None:
+        """[num_pages, ...] uint8 each, of one shape, a page's bytes in one piece. ValueError naming the argument."""
+        if not len(k_pages) or len(k_pages) != len(v_pages):
+            raise ValueError(f"k_pages, v_pages: expected one of each a layer, got {len(k_pages)} and {len(v_pages)}")
+        self._arrays = [array for pair in zip(k_pages, v_pages) for array in pair]
+        first = self._arrays[0]
+        if any(one.shape != first.shape or one.dtype != np.uint8 or not one[0].flags.c_contiguous
+               for one in self._arrays):  # fmt: skip
+            raise ValueError("k_pages, v_pages: expected uint8 arrays of one shape, pages without gaps")
+        self._run_bytes = first[0].size
+        self.num_pages, self.num_layers = len(first), len(k_pages)
+        self.block_bytes = len(self._arrays) * self._run_bytes
+
+    def mark(self) -> object:
+        return None
+
+    def copy_in(
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+    ) -> Sequence[Ticket]:  # fmt: skip
+        for address, page in zip(addresses.tolist(), pages.tolist()):
+            for at, array in enumerate(self._arrays):
+                ctypes.memmove(array[page].ctypes.data, address + at * self._run_bytes, self._run_bytes)
+        return [DoneTicket()] * (self.num_layers if each_layer else 1)
+
+    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
+        for address, page in zip(addresses.tolist(), pages.tolist()):
+            for at, array in enumerate(self._arrays):
+                ctypes.memmove(address + at * self._run_bytes, array[page].ctypes.data, self._run_bytes)
         return DoneTicket()
 
     def wait(self, ticket: Ticket) -> None:

@@ -77,18 +77,17 @@ def seal(address: int, block_bytes: int, key: bytes, slot: int) -> None:
     target[len(head) :] = bytes(HEADER_BYTES - len(head))
 
 
-def find_fault(address: int, block_bytes: int, key: bytes, slot: int) -> str | None:
+def find_fault(buffer: memoryview, block_bytes: int, key: bytes, slot: int) -> str | None:
     """What is wrong with the block in a buffer that was read from a slot; None where it is the one of that key."""
-    head = bytes(view(address, _HEADER.size))
-    magic, at, length, checksum, kind, stored, crc = _HEADER.unpack(head)
-    if magic != _HEADER_MAGIC or crc != zlib.crc32(head[:-8]):
+    magic, at, length, checksum, kind, stored, crc = _HEADER.unpack_from(buffer)
+    if magic != _HEADER_MAGIC or crc != zlib.crc32(buffer[: _HEADER.size - 8]):
         return "no valid header"
     if at != slot or length != block_bytes or stored[: kind & 255] != key:
         return "another block's header"
     function = _CHECKSUMS.get(kind >> 8)
     if function is None:
         return f"checksum of kind {kind >> 8}, which this process cannot compute"
-    if function(view(address + HEADER_BYTES, block_bytes)) != checksum:
+    if function(buffer[HEADER_BYTES : HEADER_BYTES + block_bytes]) != checksum:
         return "wrong checksum"
     return None
 

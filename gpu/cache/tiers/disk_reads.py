@@ -45,8 +45,8 @@ class Reader(Protocol):
     def submit(self, requests: Sequence[Request]) -> None:
         """Begins all of them. No more than the depth it was opened with may be under way."""
 
-    def poll(self, wait_s: float) -> list[Done]:
-        """Those that have ended: waits until at least one has, at most wait_s; empty where none is or was under way."""
+    def poll(self, wait_s: float, few: int = 1) -> list[Done]:
+        """Those that have ended: waits until `few` have, at most wait_s; empty where none is or was under way."""
 
     def close(self) -> None:
         """Ends it. Requests under way keep their buffers."""
@@ -82,12 +82,14 @@ class ThreadReader:
         for request in requests:
             self._todo.put(request)
 
-    def poll(self, wait_s: float) -> list[Done]:
+    def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         if not self._under_way:
             return []
         out = []
+        until = time.perf_counter() + wait_s
         try:
-            out.append(self._done.get(timeout=wait_s) if wait_s > 0 else self._done.get_nowait())
+            while len(out) < min(few, self._under_way) and wait_s > 0:
+                out.append(self._done.get(timeout=max(1e-6, until - time.perf_counter())))
             while True:
                 out.append(self._done.get_nowait())
         except queue.Empty:
@@ -119,22 +121,22 @@ class LimitedReader:
             self._under_way[request.tag] = now, request.num_bytes
         self._reader.submit(requests)
 
-    def poll(self, wait_s: float) -> list[Done]:
+    def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         until = time.perf_counter() + wait_s
         while True:
             now = time.perf_counter()
-            first = self._late[0][0] if self._late else until
+            first = self._late[few - 1][0] if len(self._late) >= few else until
             for done in self._reader.poll(max(0.0, min(first, until) - now)):
                 began, num_bytes = self._under_way.pop(done.tag)  # a device works on it from then on, not from its end
                 self._free_s = max(self._free_s, began) + num_bytes / self._bytes_per_s
                 self._late.append((self._free_s, done))
             now = time.perf_counter()
             due = [done for at, done in self._late if at <= now]
-            if due or now >= until or not (self._late or self._under_way):
+            if len(due) >= few or now >= until or not (self._late or self._under_way):
                 self._late = self._late[len(due) :]
                 return due
             if self._late and not self._under_way:
-                time.sleep(max(0.0, min(self._late[0][0], until) - now))
+                time.sleep(max(0.0, min(self._late[min(few, len(self._late)) - 1][0], until) - now))
 
     def close(self) -> None:
         self._reader.close()

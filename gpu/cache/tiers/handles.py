@@ -97,13 +97,13 @@ class LoadHandle:
     def _ended(self, job: ReadJob, fault: str | None) -> None:
         if fault is not None and fault != "cancelled":
             self._cache._failed(self._reads[job.tag])
-        with self._changed:
-            if fault is not None:
-                self._valid = min(self._valid, job.tag)
-        self._one_less()
+        self._one_less(job.tag if fault is not None else self.blocks)
 
-    def _one_less(self) -> None:
+    def _one_less(self, valid: int | None = None) -> None:
+        """One block that is owed has ended; valid: leading blocks that it leaves right."""
         with self._changed:
+            if valid is not None:
+                self._valid = min(self._valid, valid)
             self._pending -= 1
             if self._pending:
                 return

@@ -112,14 +112,14 @@ class Ring:
             elif ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
-    def wait(self, seconds: float) -> None:
-        """Until a completion is there, at most that long."""
-        if self._cq_head[0] != self._cq_tail[0] or seconds <= 0:
+    def wait(self, seconds: float, few: int = 1) -> None:
+        """Until that many completions are there, at most so long."""
+        if (int(self._cq_tail[0]) - int(self._cq_head[0])) & 0xFFFFFFFF >= few or seconds <= 0:
             return
         until = (ctypes.c_longlong * 2)(int(seconds), int(seconds % 1 * 1e9))
         argument = (ctypes.c_ulonglong * 3)(0, 0, ctypes.addressof(until))  # no signal mask; timeout's address
         flags = _GETEVENTS | _EXT_ARG
-        result = self._enter(ctypes.c_long(_ENTER), self.fd, 0, 1, flags, argument, ctypes.c_size_t(24))
+        result = self._enter(ctypes.c_long(_ENTER), self.fd, 0, few, flags, argument, ctypes.c_size_t(24))
         if result < 0 and ctypes.get_errno() not in (errno.EINTR, errno.ETIME):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
@@ -184,10 +184,10 @@ class IoUringReader:
             found[(begin <= addresses) & (addresses + lengths <= begin + length)] = at
         return found
 
-    def poll(self, wait_s: float) -> list[Done]:
+    def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         if not self._under_way:
             return []
-        self._ring.wait(wait_s)
+        self._ring.wait(wait_s, min(few, self._under_way))
         ended = self._ring.pop()
         self._under_way -= len(ended)
         return [Done(tag, result) for tag, result in zip(ended["user_data"].tolist(), ended["result"].tolist())]

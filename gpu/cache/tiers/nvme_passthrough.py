@@ -106,10 +106,10 @@ class NvmePassthroughReader:
         self._ring.push(len(pieces))
         self._under_way += len(pieces)
 
-    def poll(self, wait_s: float) -> list[Done]:
+    def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         if not self._left:
             return []
-        self._ring.wait(wait_s)
+        self._ring.wait(wait_s, min(few, self._under_way))
         out = []
         for tag, result in zip(*(self._popped())):
             left = self._left[tag]

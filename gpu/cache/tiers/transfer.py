@@ -17,14 +17,17 @@ import numpy as np
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 
-# Of a CTA, and vectors that each thread has under way: with at most 80 registers a thread such a CTA fits beside one of
-# the decode kernel, which leaves 10,240 registers of an SM on Hopper, so that neither waits for the other to leave.
-THREADS, UNROLL = 128, 8
+THREADS, UNROLL = 512, 4  # of a CTA, and vectors that each thread has under way
 DEFINES = {"THREADS": THREADS, "UNROLL": UNROLL}
 VECTOR_BYTES = 16
 MAX_VECTORS = 2**31 - 1  # of a launch
-BATCHED_FROM_BYTES = 512 * 2**10  # runs from which on the DMA engines are as fast, and cost no SM
+# Runs from which on the DMA engines copy, to the GPU and to the host. Runs of 64 KiB come in as fast as by the kernel
+# (49.7 and 48.5 GB/s; to the host 40.0 and 51.4), and decode beside them loses 6 % where it loses 17 % beside the
+# kernel, whose reads of host memory hold up those of its SM.
+BATCHED_FROM_BYTES = 64 * 2**10, 512 * 2**10
 SHORT_RUN_BYTES = 32 * 2**10
+# More CTAs fill the link no better, and slow decode by 60 % and more, since more SMs wait for host memory: CTAs of 128
+# threads and 8 vectors each did so from 64 on, and were as fast as these with 32 (one H200, 2026-11-29).
 GATHER_CTAS, SCATTER_CTAS = (32, 16), (16, 8)  # for runs below SHORT_RUN_BYTES, and from it on
 
 
@@ -81,19 +84,24 @@ class CudaPages:
     """The pages of all layers on one GPU, as gpu.cache.tiers.device.Device has it.
 
     k_pages, v_pages: an array of each layer, [num_pages, ...] of one shape, type and stride, the bytes of a page in one
-    piece; PagedKVCache's, or views of combined caches. `arrays` has them as K and V of layer 0, of layer 1 and so on.
-    Host blocks are in memory registered with CUDA.
+    piece; PagedKVCache's, or views of combined caches, whose K and V of a page are one run of twice the length.
+    `arrays` has them as K and V of layer 0, of layer 1 and so on. run_bytes: of each run; runs_per_layer: 1 of combined
+    caches, else 2. Host blocks are in memory registered with CUDA.
     """
 
-    __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "batched_from_bytes", "gather_ctas",
-                 "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
-                 "_gather", "_scatter", "_lock")  # fmt: skip
+    __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "batched_from_bytes",
+                 "gather_ctas", "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases",
+                 "_page_stride", "_streams", "_gather", "_scatter", "_lock")  # fmt: skip
 
     def __init__(
-        self, k_pages: Sequence[object], v_pages: Sequence[object], *, batched_from_bytes: int = BATCHED_FROM_BYTES,
-        gather_ctas: tuple[int, int] = GATHER_CTAS, scatter_ctas: tuple[int, int] = SCATTER_CTAS,
+        self, k_pages: Sequence[object], v_pages: Sequence[object], *,
+        batched_from_bytes: tuple[int, int] = BATCHED_FROM_BYTES, gather_ctas: tuple[int, int] = GATHER_CTAS,
+        scatter_ctas: tuple[int, int] = SCATTER_CTAS,
     ) -> None:  # fmt: skip
-        """batched_from_bytes: runs from which on the DMA engines copy. Raises ValueError naming the argument."""
+        """batched_from_bytes: runs from which on the DMA engines copy to the GPU, and to the host.
+
+        Raises ValueError naming the argument.
+        """
         import cupy
 
         if not len(k_pages) or len(k_pages) != len(v_pages):
@@ -117,10 +125,13 @@ class CudaPages:
         self._library, self._device = first.library, first.device
         self.num_pages, self.num_layers = first.shape[0], len(k_pages)
         self.block_bytes = self.num_layers * 2 * self.run_bytes
+        pointers, self.runs_per_layer = [view.pointer for view in views], 2
+        if all(v == k + self.run_bytes for k, v in zip(pointers[::2], pointers[1::2])):
+            pointers, self.runs_per_layer, self.run_bytes = pointers[::2], 1, 2 * self.run_bytes
         self.batched_from_bytes = batched_from_bytes
         short = self.run_bytes < SHORT_RUN_BYTES
         self.gather_ctas, self.scatter_ctas = gather_ctas[not short], scatter_ctas[not short]
-        self._host_bases = np.array([view.pointer for view in views], np.int64)
+        self._host_bases = np.array(pointers, np.int64)
         self._lock = threading.Lock()  # a kernel's arguments lie in one place, and threads of several disks launch it
         with cupy.cuda.Device(self._device):
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]  # layers, whole blocks, stores
@@ -143,11 +154,12 @@ class CudaPages:
         self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[EventTicket]:  # fmt: skip
         stream = self._streams[0 if each_layer else 1]
-        step = 2 if each_layer else 2 * self.num_layers
+        step = self.runs_per_layer * (1 if each_layer else self.num_layers)
         return self._copy(stream, addresses, pages, after, step=step, to_host=False)
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> EventTicket:
-        return self._copy(self._streams[2], addresses, pages, after, step=2 * self.num_layers, to_host=True)[0]
+        step = self.runs_per_layer * self.num_layers
+        return self._copy(self._streams[2], addresses, pages, after, step=step, to_host=True)[0]
 
     def wait(self, ticket: EventTicket) -> None:
         import cupy
@@ -166,29 +178,33 @@ class CudaPages:
         tickets = []
         with self._lock, cupy.cuda.Device(self._device):
             stream.wait_event(after)
-            batched = self.run_bytes >= self.batched_from_bytes
+            batched = self.run_bytes >= self.batched_from_bytes[to_host]
             kept: tuple[object, ...] = (self.arrays,)
             if not batched:
+                packed = np.empty(3 * len(pages), np.int32)  # one copy brings both to the GPU
+                packed[: 2 * len(pages)].view(np.int64)[:] = addresses
+                packed[2 * len(pages) :] = pages
                 with stream:
-                    kept += (cupy.asarray(addresses), cupy.asarray(pages))
-            for run in range(0, 2 * self.num_layers, step):
+                    kept += (cupy.asarray(packed),)
+            for run in range(0, self.runs_per_layer * self.num_layers, step):
                 if batched:
                     self._copy_batched(stream, addresses, pages, run, step, to_host)
                 else:
-                    self._launch(stream, kept[1], kept[2], run, step, to_host)
+                    self._launch(stream, kept[1].data.ptr, len(pages), run, step, to_host)
                 event = cupy.cuda.Event(block=True, disable_timing=True)
                 event.record(stream)
                 tickets.append(EventTicket(event, self._device, kept))
         return tickets
 
-    def _launch(self, stream: object, hosts: object, pages: object, run: int, num_runs: int, to_host: bool) -> None:
+    def _launch(self, stream: object, packed: int, blocks: int, run: int, num_runs: int, to_host: bool) -> None:
+        """packed: where the GPU has the hosts' addresses [blocks] int64 and behind them pages [blocks] int32."""
         vectors = num_runs * self.run_bytes // VECTOR_BYTES
         most = max(1, MAX_VECTORS // vectors)
         kernel, ctas = (self._scatter, self.scatter_ctas) if to_host else (self._gather, self.gather_ctas)
-        for begin in range(0, len(pages), most):
-            count = min(most, len(pages) - begin)
+        for begin in range(0, blocks, most):
+            count = min(most, blocks - begin)
             kernel(ctas, (
-                hosts.data.ptr + 8 * begin, pages.data.ptr + 4 * begin, self._bases.data.ptr, self._page_stride,
+                packed + 8 * begin, packed + 8 * blocks + 4 * begin, self._bases.data.ptr, self._page_stride,
                 self.run_bytes, count, run, num_runs,
             ), stream.ptr)  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Who sends which request when: at its arrival, after the answer that it follows, or when a slot is free. Compiled.
 
-A request is due at its arrival or, where it follows another, think_us after the end of that one, whichever is later.
+A request is due at its arrival or, where it follows another, think_us after the end of that one, whichever is later;
+both as the server's queue sees them: turnaround_us lies between an end and what its client sends at once.
 What is due is sent in order of due times, ties in trace order, while fewer than `concurrency` sent requests are
 unfinished. A request that cannot be served is refused as it is sent: that is its end.
 """
@@ -8,8 +9,7 @@ from __future__ import annotations
 
 import math
 
-from pkvsim.compiled import inner
-from pkvsim.pricing.constants import compiled
+from pkvsim.compiled import compiled, inner
 from pkvsim.serving.state import FULL_UNTIL, IN_FLIGHT, NEXT_ARRIVAL, NEXT_SEND, NUM_DUE, NUM_SENT, SERVED
 
 
@@ -61,12 +61,12 @@ def send(clients):
     return request
 
 
-@inner
+@compiled
 def end(clients, request, now_us):
     """A sent request has ended: its slot is free, and what follows it is due once its client has thought."""
     counts = clients.counts
     if counts[IN_FLIGHT] == clients.concurrency:
-        clients.times[FULL_UNTIL] = now_us
+        clients.times[FULL_UNTIL] = now_us + clients.turnaround_us
     counts[IN_FLIGHT] -= 1
     if clients.concurrency or len(clients.after):
         clients.times[NEXT_SEND] = 0.0
@@ -74,7 +74,8 @@ def end(clients, request, now_us):
         return
     follower = clients.first_follower[request]
     while follower >= 0:
-        clients.due_us[follower] = max(clients.due_us[follower], now_us + clients.think_us[follower])
+        next_us = now_us + clients.turnaround_us + clients.think_us[follower]
+        clients.due_us[follower] = max(clients.due_us[follower], next_us)
         at = counts[NUM_DUE]
         counts[NUM_DUE] += 1
         while at > 0 and _earlier(clients, follower, clients.due[(at - 1) // 2]):

@@ -12,11 +12,10 @@ from pkvsim.serving.state import NUM_HELD, POOL_FULL, SERVED
 
 
 @inner
-def private_pages_of(offsets, prompt, page_size, request, tokens):
+def private_pages_of(shared, page_size, request, tokens):
     """Pages beside the prompt's blocks that `tokens` cached tokens of a request need. Called for every row of every
-    step: it takes the arrays that it reads, as each one that a call is given costs time."""
-    shared = prompt[request] if offsets[request] < offsets[request + 1] else 0
-    return (max(0, tokens - shared) + page_size - 1) // page_size
+    step: it takes the array that it reads, as each one that a call is given costs time."""
+    return (max(0, tokens - shared[request]) + page_size - 1) // page_size
 
 
 @inner

@@ -18,7 +18,7 @@ import numpy as np
 from pkvsim.devices.device import DeviceSpec, get_device
 from pkvsim.models.model_spec import ModelSpec
 from pkvsim.models.presets import get_model
-from pkvsim.serving.costs import check_policies, fit_note
+from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
@@ -33,7 +33,8 @@ from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.studies.workers import Failed, Progress, Workers, each_result
 from pkvsim.traces.requests import RequestTrace, at_rate
 
-CAPACITY_AXES = ("device", "tp", "batch", "policy", "model", "page_size", "prefix_cache", "weight_bits", "step_tokens")
+CAPACITY_AXES = ("device", "tp", "batch", "policy", "model", "page_size", "prefix_cache", "weight_bits", "step_tokens",
+                 "engine")  # fmt: skip
 TOLERANCE = 0.02  # a rate this much higher than the one found was tried and missed
 MIN_TOLERANCE = 1e-4
 # A run whose arrivals last less than so many times what a request takes says little of a server that runs for good.
@@ -41,7 +42,7 @@ LONG_ENOUGH = 10
 FULL_QUEUE_RATE = 1e4  # requests/s, at which every server has all requests in its queue
 CURVE = (0.25, 0.5, 0.75, 0.9)  # of the highest rate: runs beside the search's own, for a chart
 # Fields of ServingConfig by axis.
-_OF_CONFIG = {"batch": "max_batch"} | {name: name for name in ("page_size", "prefix_cache", "step_tokens")}
+_OF_CONFIG = {"batch": "max_batch"} | {name: name for name in ("page_size", "prefix_cache", "step_tokens", "engine")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ def capacity_search(
     *,
     model: str = "llama-3.1-8b",
     device: str = "rtx3060",
-    policy: str = "calibrated",
+    policy: str | None = None,
     config: ServingConfig = ServingConfig(),
     tensor_parallel: int | None = None,
     weight_bits: int | None = None,
@@ -80,7 +81,8 @@ def capacity_search(
     axes: values for names of CAPACITY_AXES; what no axis sets is as the arguments say. prices: dollars per GPU and hour
     by device. rank: of RANKS; by default dollars where there are prices, else GPUs for a wanted rate, else the rate.
     curve: also tries the rates of CURVE. ValueError before the first run where anything is wrong; a server that cannot
-    be, or keeps the objectives at no rate, is a cell without a result.
+    be, or keeps the objectives at no rate, is a cell without a result. policy: by default the engine's own
+    attention, or the calibrated choice of our routes.
     """
     _check(axes, trace, objectives, wanted_rate_per_s, tolerance)
     servers, impossible = _servers(axes, model, device, policy, config, tensor_parallel, weight_bits)
@@ -142,11 +144,11 @@ def _checked_prices(prices: Mapping[str, float], devices: set[str]) -> dict[str,
 
 
 def _servers(
-    axes: Mapping[str, Sequence[Any]], model: str, device: str, policy: str, config: ServingConfig,
+    axes: Mapping[str, Sequence[Any]], model: str, device: str, policy: str | None, config: ServingConfig,
     tensor_parallel: int | None, weight_bits: int | None,
 ) -> tuple[list[Server], list[CapacityCell]]:  # fmt: skip
     """(servers to search, cells that cannot be). ValueError where a name is unknown or no server can be."""
-    check_policies(axes.get("policy", (policy,)))
+    check_policies(axes.get("policy", (policy or "calibrated",)))
     devices = {name: get_device(name) for name in axes.get("device", (device,))}
     for name in axes.get("model", (model,)):
         get_model(name)
@@ -157,12 +159,13 @@ def _servers(
             settings = {name: place[axis] for axis, name in _OF_CONFIG.items() if axis in place}
             if "batch" in place and "step_tokens" not in place:
                 settings["step_tokens"] = max(config.step_tokens, place["batch"])
+            server = replace(config, **settings)
             servers.append(Server(
                 place=place,
                 model=get_model(place.get("model", model), tensor_parallel=place.get("tp", tensor_parallel)),
                 device=devices[gpu],
-                policy=place.get("policy", policy),
-                config=replace(config, **settings),
+                policy=place.get("policy", policy or default_policy(server)),
+                config=server,
                 weight_bits=place.get("weight_bits", weight_bits),
             ))  # fmt: skip
         except ValueError as error:
@@ -192,7 +195,7 @@ def find_capacity(
 
     def keeps(rate: float) -> bool:
         run = simulate(at_rate(trace, rate), model, gpu, server.policy, config)
-        points[rate] = Point(rate, evaluate(objectives, run.requests), bool(run.summary["saturated"]))
+        points[rate] = Point(rate, evaluate(objectives, run.requests, run.gaps), bool(run.summary["saturated"]))
         if points[rate].kept:
             best.append(run)
         return points[rate].kept

@@ -11,4 +11,4 @@ import pytest
 @pytest.fixture
 def soak_requests():
     """How many requests a soak serves: POOL_SOAK=20000 for the long one."""
-    return int(os.environ.get("POOL_SOAK", "300"))
+    return int(os.environ.get("POOL_SOAK", "600"))

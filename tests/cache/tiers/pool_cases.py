@@ -109,7 +109,7 @@ class FaultyReader:
         self._spoilt.update({request.tag: None for request in late})
         self._inner.submit(late)
 
-    def poll(self, wait_s: float) -> list[Done]:
+    def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         told, self._told = self._told, []
         if not told and not self._spoilt and wait_s > 0:
             threading.Event().wait(min(wait_s, 0.01))  # nothing will come: as a kernel would, wait

@@ -15,7 +15,6 @@ from pool_cases import (
     EIO,
     ENOSPC,
     FaultyReader,
-    check,
     compute,
     device,
     disk,
@@ -24,6 +23,7 @@ from pool_cases import (
     keys,
     put,
 )  # fmt: skip
+from soak_tiers import soak
 
 from gpu.cache.tiers.disk_files import DiskFiles
 from gpu.cache.tiers.tiered_cache import TieredKVCache
@@ -261,32 +261,6 @@ def test_killed_in_the_middle_of_a_store_then_restarted(tmp_path):
 
 
 def test_random_faults_soak(tmp_path, soak_requests):
-    """Requests over host memory and two disks whose reads and writes fail at random, with restarts and cancels: every
-    loaded block is right, and no slot, thread or file handle is left behind."""
-    rng = np.random.default_rng(7)
-    kinds = [EIO, ENOSPC, 100, "flip"]
-    rule = lambda request, count: kinds[count % 4] if (count * 2654435761) % 61 == 0 else None  # noqa: E731
-    stores = lambda: {"host": [host(6)], "disks": [disk(tmp_path / n, 30, reader=faulty(rule, [])) for n in "ab"]}  # noqa: E731
-    handles = len(os.listdir("/proc/self/fd"))
-    hits = 0
-    cache = TieredKVCache(device(), **stores())
-    for i in range(soak_requests):
-        prompt = keys(str(min(int(rng.zipf(1.6)), 30)), int(rng.integers(1, 13)))
-        load = cache.load(prompt, np.arange(len(prompt)))
-        if i % 17 == 3:
-            load.cancel()
-            valid = 0
-        else:
-            valid = load.wait()
-        check(cache.device, prompt[:valid], range(valid))
-        hits += valid
-        compute(cache.device, prompt[valid:], range(valid, len(prompt)))
-        cache.store(prompt, np.arange(len(prompt))).wait_copied()
-        if i % 100 == 99:
-            cache.close()
-            cache._pool.check()
-            assert cache.stats()["quarantined"] == 0
-            cache = TieredKVCache(device(), **stores())
-    cache.close()
-    assert hits > soak_requests
-    assert len(os.listdir("/proc/self/fd")) == handles
+    """The short form of soak_tiers.py; POOL_SOAK says how many requests."""
+    found = soak(tmp_path, soak_requests, seed=7, restart_every=150)
+    assert found.requests == soak_requests and found.hits > soak_requests and found.cancelled and found.faults

@@ -40,7 +40,7 @@ class Controller:
             self._ended.append((entry["user_data"], status, 0))
         self._tail += count
 
-    def wait(self, seconds):
+    def wait(self, seconds, few=1):
         pass
 
     def pop(self):

@@ -70,7 +70,7 @@ def fake(monkeypatch):
     launches = []
 
     def load_kernel(file_name, kernel_name, defines, *, threads):
-        assert file_name == "gather.cu" and threads == defines["THREADS"] == 128
+        assert file_name == "gather.cu" and threads == defines["THREADS"] == 512
 
         def launch(grid, args, stream):
             names = fields.names(kernel_name, defines)
@@ -79,7 +79,7 @@ def fake(monkeypatch):
             at = types.SimpleNamespace(**dict(zip(names, args)))
             launches.append((kernel_name, grid, stream, at.first_run, at.num_runs, at.num_blocks))
             hosts, pages = memory(at.hosts, np.int64, (at.num_blocks,)), memory(at.pages, np.int32, (at.num_blocks,))
-            bases = memory(at.bases, np.int64, (2 * LAYERS,))
+            bases = memory(at.bases, np.int64, (at.first_run + at.num_runs,))
             for block in range(at.num_blocks):
                 for run in range(at.first_run, at.first_run + at.num_runs):
                     ends = [int(bases[run]) + int(pages[block]) * at.page_stride, int(hosts[block]) + run * at.run_bytes]
@@ -105,16 +105,19 @@ class Pages(transfer.CudaPages):
         return self.both.transpose(1, 0, 2, 3).reshape(self.both.shape[1], LAYERS, 2 * RUN)
 
 
-def make(**options):
-    """Combined pages: K and V of a page beside each other, so that a page's stride is twice its bytes."""
+def make(*, combined=True, **options):
+    """Combined pages: K and V of a page beside each other, so that they are one run and a page's stride is its bytes.
+    Others: K and V of a layer in arrays of their own."""
     raw = np.zeros(LAYERS * 16 * 2 * RUN + 16, np.uint8)
     begin = -raw.ctypes.data % 16
-    return Pages(raw[begin : begin + LAYERS * 16 * 2 * RUN].reshape(LAYERS, 16, 2, RUN), **options)
+    raw = raw[begin : begin + LAYERS * 16 * 2 * RUN]
+    return Pages(raw.reshape(LAYERS, 16, 2, RUN) if combined else raw.reshape(LAYERS, 2, 16, RUN).swapaxes(1, 2), **options)
 
 
-def test_blocks_go_out_and_come_back_layer_by_layer(fake):
-    pages = make()
-    assert (pages.block_bytes, pages.num_pages, pages.run_bytes) == (LAYERS * 2 * RUN, 16, RUN)
+@pytest.mark.parametrize("combined", [True, False])
+def test_blocks_go_out_and_come_back_layer_by_layer(fake, combined):
+    pages, each = make(combined=combined), 1 if combined else 2  # runs of a layer
+    assert (pages.block_bytes, pages.num_pages, pages.run_bytes) == (LAYERS * 2 * RUN, 16, 2 * RUN // each)
     prompt = keys("p", 5)
     with TieredKVCache(pages, host=[host(8)]) as cache:
         for key, page in zip(prompt, (3, 9, 1, 15, 0)):
@@ -126,7 +129,8 @@ def test_blocks_go_out_and_come_back_layer_by_layer(fake):
         check(pages, prompt, [2, 4, 6, 8, 10])
     layers, _, stores = Stream.made
     assert [(name, stream, first, count) for name, _, stream, first, count, _ in fake.launches] == [
-        ("pkv_scatter", stores.ptr, 0, 6), *(("pkv_gather", layers.ptr, 2 * at, 2) for at in range(LAYERS))]
+        ("pkv_scatter", stores.ptr, 0, each * LAYERS),
+        *(("pkv_gather", layers.ptr, each * at, each) for at in range(LAYERS))]
     # Loads wait for the caller's mark, and the caller's stream for the layers' events alone.
     recorded = [event for what, event in layers.told if what == "record"]
     assert layers.told[0][0] == "wait" and len(recorded) == LAYERS
@@ -155,7 +159,7 @@ def test_long_runs_go_by_dma(fake, has_batch):
     sys.modules["cupy"].cuda.runtime.memcpyAsync = lambda to, source, size, kind, stream: ctypes.memmove(to, source, size)
     sys.modules["cupy"].cuda.runtime.memcpyDefault = 4
     fake.monkeypatch.setattr(transfer, "_batch_copy", lambda: batch if has_batch else None)
-    pages = make(batched_from_bytes=RUN)
+    pages = make(batched_from_bytes=(RUN, RUN))
     wanted = np.random.default_rng(1).integers(0, 256, (4, pages.block_bytes), np.uint8)
     addresses = wanted.ctypes.data + np.arange(4) * pages.block_bytes
     pages.copy_in(addresses, np.array([5, 2, 7, 0]), after=pages.mark(), each_layer=True)

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from gpu.drop_ins.flashinfer_arguments import (
+from gpu.drop_ins.flashinfer.arguments import (
     check_number,
     check_numbers,
     check_tensor,
@@ -20,7 +20,7 @@ from gpu.drop_ins.flashinfer_arguments import (
     name_of,
     pages_of,
 )
-from gpu.drop_ins.flashinfer_buffers import CsrBuffers
+from gpu.drop_ins.flashinfer.buffers import CsrBuffers
 from gpu.drop_ins.refusals import check_served
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions

@@ -1,0 +1,108 @@
+// pkv_summarize_pages: summaries of the keys of the pages that an append has touched.
+//
+// For each page that holds any of a row's last new_tokens tokens, and each KV head: mean and standard deviation of the
+// keys, or their minimum and maximum, element by element, of the tokens that the row has in the page. So a summary is
+// right after growth, and after a page has come to another row.
+// Grid: [pages of a row that are looked at / WARPS, batch_size * num_kv_heads]; block: [WARPS * 32], a warp for each
+// page.
+//
+//   k_pages    [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM] by the strides, 16-bit
+//   summaries  [num_pages, num_kv_heads, 2, HEAD_DIM], out, 16-bit
+//
+// Bound by HBM: it reads what it summarises. After an append those pages are in L2 in part.
+#include "mma.cuh"
+#include "arguments.cuh"
+#include "page_scores.cuh"
+
+namespace pkv {
+
+constexpr int TOKEN_LANES = HEAD_DIM / 8;         // lanes that a token's key takes, 16 bytes each
+constexpr int AT_ONCE = 32 / TOKEN_LANES;         // tokens that a warp reads at once
+static_assert(TOKEN_LANES * AT_ONCE == 32, "lanes are whole tokens'");
+
+// The sum, minimum or maximum over the tokens of the lanes that have the same elements.
+template <class Combine>
+__device__ __forceinline__ void over_tokens(float (&x)[8], Combine combine) {
+  #pragma unroll
+  for (int i = 0; i < 8; ++i)
+    #pragma unroll
+    for (int hop = TOKEN_LANES; hop < 32; hop <<= 1) x[i] = combine(x[i], __shfl_xor_sync(0xffffffffu, x[i], hop));
+}
+
+__device__ __forceinline__ void widen(float (&to)[8], const uint4& from) {
+  const unsigned words[4] = {from.x, from.y, from.z, from.w};
+  #pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack(words[i]);
+    to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
+  }
+}
+__device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
+  return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+
+// One page of one head, of which the row has `tokens`. from: the page's keys; to: its summary.
+__device__ __forceinline__ void summarize(const half_type* from, int token_stride, int tokens, half_type* to,
+                                          int lane) {
+  const half_type* own = from + lane % TOKEN_LANES * 8;
+  float first[8], second[8], x[8];
+  const auto read = [&](int token) {
+    widen(x, *reinterpret_cast<const uint4*>(own + static_cast<long long>(token) * token_stride));
+  };
+  const int begin = lane / TOKEN_LANES;
+  if constexpr (SCORING == MEAN_STD) {
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) first[i] = second[i] = 0.0f;
+    for (int token = begin; token < tokens; token += AT_ONCE) {
+      read(token);
+      #pragma unroll
+      for (int i = 0; i < 8; ++i) first[i] += x[i];
+    }
+    over_tokens(first, [](float a, float b) { return a + b; });
+    const float share = 1.0f / static_cast<float>(tokens);
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) first[i] *= share;
+    for (int token = begin; token < tokens; token += AT_ONCE) {  // once more, from L1
+      read(token);
+      #pragma unroll
+      for (int i = 0; i < 8; ++i) second[i] += (x[i] - first[i]) * (x[i] - first[i]);
+    }
+    over_tokens(second, [](float a, float b) { return a + b; });
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) second[i] = sqrtf(second[i] * share);
+  } else {
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) first[i] = 3e38f, second[i] = -3e38f;
+    for (int token = begin; token < tokens; token += AT_ONCE) {
+      read(token);
+      #pragma unroll
+      for (int i = 0; i < 8; ++i) first[i] = fminf(first[i], x[i]), second[i] = fmaxf(second[i], x[i]);
+    }
+    over_tokens(first, [](float a, float b) { return fminf(a, b); });
+    over_tokens(second, [](float a, float b) { return fmaxf(a, b); });
+  }
+  if (lane >= TOKEN_LANES) return;
+  reinterpret_cast<uint4*>(to)[lane] = narrow(first);
+  reinterpret_cast<uint4*>(to + HEAD_DIM)[lane] = narrow(second);
+}
+
+}  // namespace pkv
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+pkv_summarize_pages(const pkv::SummaryArguments given) {
+  using namespace pkv;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const Lengths lens{given.lengths, given.batch_size, given.max_tokens, 0 PKV_LAST_PAGE(, given.row_begins)};
+  const PageTable table{given.page_ids, given.table_stride, given.num_pages
+                        PKV_CSR(, given.row_begins, given.batch_size)};
+  const int row = divide(blockIdx.y, given.num_kv_heads), head = blockIdx.y - row * given.num_kv_heads;
+  const int row_len = lens[row];
+  const int page = divide(max(0, row_len - given.new_tokens), PAGE_SIZE) + blockIdx.x * WARPS + threadIdx.x / 32;
+  if (page * PAGE_SIZE >= row_len) return;
+  const int id = table.cut(table.stored<false>(row, page));
+  summarize(given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride,
+            given.k_token_stride, min(PAGE_SIZE, row_len - page * PAGE_SIZE),
+            given.summaries + (static_cast<long long>(id) * given.num_kv_heads + head) * 2 * HEAD_DIM,
+            threadIdx.x % 32);
+}

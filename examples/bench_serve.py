@@ -1,0 +1,127 @@
+"""Serving on one GPU: decode steps against the memory's limit, and whole runs beside what whatif predicts.
+
+    python examples/bench_serve.py                                        # rows x context against the roofline
+    python examples/bench_serve.py --profile --cells 1x1024,32x1024       # which kernels a decode step consists of
+    python examples/bench_serve.py --loops --device h200 --json serve.json
+    python examples/bench_serve.py --traces FOLDER --device h200          # azure*code*.csv and mooncake*.jsonl of it
+    python examples/bench_serve.py --transformers                         # generate() on the same cells
+    python examples/bench_serve.py --soak 20000 --model smollm2           # bursts, cancellations, overlong prompts
+
+The limit of a step is the bytes that it must read, weights and KV, over the rate at which this GPU streams. Weights are
+random, of the model's shape.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from serve_bench import roofline, runs, soak
+
+from gpu.measure import memory
+from gpu.measure.environment import environment, lacks_gpu, write_json
+from pkvsim.reports.grid import print_line, table_console
+
+CELLS = "1x1024,8x1024,32x1024,128x1024,1x32768,8x32768"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", help="a preset of pkvsim, or a config.json")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--kv-dtype", help="float8_e4m3fn, float8_e5m2 or int8; by default the model's")
+    parser.add_argument("--cells", default=CELLS, help="rows x tokens of their prompts, comma-separated")
+    parser.add_argument("--steps", type=int, default=100, help="decode steps of a cell")
+    parser.add_argument("--rate", type=float, help="GB/s that the GPU streams; measured by default")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--streamed-products", action="store_true", help="products of few rows by our own kernel")
+    parser.add_argument("--profile", action="store_true", help="the kernels of a cell's decode step")
+    parser.add_argument("--loops", action="store_true", help="closed loops beside the prediction")
+    parser.add_argument("--traces", type=Path, help="traces of this folder beside the prediction")
+    parser.add_argument("--soak", type=int, metavar="N", help="N requests beyond what memory holds; 1 if unsound")
+    parser.add_argument("--transformers", action="store_true", help="decode steps of Transformers on the cells")
+    parser.add_argument("--device", help="of the prediction, as `pkvsim devices` lists it; by default this GPU")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if lacks_gpu("bench_serve"):
+        return 1
+    found = soak_model(args) if args.soak else measure(args)
+    if args.json:
+        write_json(args.json, {"environment": environment(), **found})
+    print(memory.peak_line())
+    return int(found.get("sound", True) is False)
+
+
+def soak_model(args: argparse.Namespace) -> dict[str, Any]:
+    """A long life of the model with too few pages; its weights are its own where there are any."""
+    from gpu.serve.llm import LLM, ServeOptions
+
+    llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=args.model != "smollm2",
+                                       max_context=2048, max_batch=64, num_pages=800, prefix_cache="lru",
+                                       graphs=not args.eager, streamed_products=args.streamed_products))
+    result = soak.soak(llm, args.soak)
+    print(f"{result.requests:,} requests in {result.seconds:.0f} s, {result.tokens:,} tokens: {result.ended}, "
+          f"{result.lost_pages} pages lost, peaks grew by {[n >> 20 for n in result.growth_bytes]} MiB (host, GPU)")
+    return asdict(result) | {"sound": result.sound}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs what was asked for, and returns what --json writes."""
+    from gpu.serve.llm import LLM, ServeOptions
+
+    cells = [tuple(map(int, cell.split("x"))) for cell in args.cells.split(",")]
+    whole = args.loops or args.traces is not None
+    console, rate = table_console(), args.rate
+    if not whole:
+        rate = rate or roofline.streaming_rate()
+        sizes = {"max_context": max(context for _, context in cells) + args.steps + 64,
+                 "max_batch": max(rows for rows, _ in cells), "step_tokens": 4096}
+    else:
+        sizes = {"prefix_cache": "lru"}
+    options = ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True, graphs=not args.eager,
+                           streamed_products=args.streamed_products, **sizes)
+    llm = LLM(args.model, options, record=True, say=lambda line: print(line, file=sys.stderr))
+    print_line(console, f"{llm.config.name}, {args.dtype}, cache {llm.pages.dtype}: {llm.weights.step_bytes / 1e9:.2f} "
+                        f"GB of weights a step; prompt chunks by {llm.prefill}")
+    found: dict[str, Any] = {"model": llm.config.name, "dtype": args.dtype, "prefill": llm.prefill}
+    if whole:
+        return found | {"runs": measure_runs(llm, args)}
+    if args.profile:
+        for rows, context in cells:
+            roofline.profile(llm, rows, context)
+        return found
+    if args.transformers:
+        del llm.pages, llm.server, llm.runner
+        times = {f"{rows}x{context}": runs.transformers_step_us(llm, rows, context) for rows, context in cells}
+        for cell, us in times.items():
+            print_line(console, f"Transformers, {cell}: {us:,.0f} us a step")
+        return found | {"transformers_us": times}
+    results = []
+    for rows, context in cells:
+        results.append(roofline.measure(llm, rows, context, steps=args.steps, rate=rate))
+        r = results[-1]
+        print(f"  {rows} x {context}: {r.step_us:.0f} us, limit {r.limit_us:.0f}, {r.over_limit:.3f} x, gap "
+              f"{r.gap_us:.1f} us, plan {r.plan_us:.0f} us", file=sys.stderr, flush=True)
+    roofline.show(console, results)
+    return found | {"gb_per_s": rate, "cells": [asdict(r) | {"over_limit": r.over_limit} for r in results]}
+
+
+def measure_runs(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+    from gpu.serve.replay import warm_up
+    from gpu.serve.report import device_at_hand
+    from pkvsim.devices.device import get_device
+
+    device = get_device(args.device) if args.device else device_at_hand()
+    warm_up(llm.server, step_tokens=llm.options.step_tokens)
+    results = []
+    for trace in [*(runs.loops() if args.loops else ()), *(runs.traces(args.traces) if args.traces else ())]:
+        print(f"  {trace.name}: {len(trace)} requests", file=sys.stderr, flush=True)
+        results.append(runs.run(llm, trace, device))
+    runs.show(table_console(), results)
+    return [result.to_dict() for result in results]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

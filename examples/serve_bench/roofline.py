@@ -1,0 +1,128 @@
+"""Decode steps of so many rows of so many tokens against the rate at which the GPU streams; their kernels."""
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+
+from pkvsim.reports.grid import Column, print_grid
+
+if TYPE_CHECKING:
+    from gpu.serve.llm import LLM
+    from gpu.serve.server import Server
+
+SKIPPED = 8  # decode steps of a cell before its first timed one
+STREAM_BYTES = 8 << 30
+PROFILED_STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """Decode steps of so many rows of about so many tokens, in us."""
+
+    rows: int
+    context: int
+    step_us: float  # median, from the end of a step to the next one's
+    device_us: float  # median, from its begin to its end
+    gap_us: float  # mean, between them
+    gap_share: float
+    plan_us: float  # median, of the host
+    limit_us: float
+    steps: int
+
+    @property
+    def over_limit(self) -> float:
+        return self.step_us / self.limit_us
+
+
+def streaming_rate() -> float:
+    """GB/s of a kernel that only reads, over a buffer too large for any cache."""
+    import torch
+
+    from gpu.measure.timing import StreamLimit
+
+    room = min(STREAM_BYTES, torch.cuda.mem_get_info()[0] // 2) // 16 * 16
+    buffer = torch.zeros(room, dtype=torch.uint8, device="cuda")
+    rate = room / StreamLimit(buffer).time_us(room) / 1e3
+    del buffer
+    torch.cuda.empty_cache()
+    return rate
+
+
+def fill(llm: LLM, rows: int, context: int, steps: int) -> None:
+    """Adds rows and runs their prompts, until all of them decode."""
+    from gpu.serve.step import SamplingParams
+
+    server = llm.server
+    rng = np.random.default_rng(0)
+    for _ in range(rows):
+        server.add_request(rng.integers(0, llm.config.vocab_size, context), SamplingParams(
+            max_tokens=steps + SKIPPED + rows * (context // llm.options.step_tokens + 1), ignore_eos=True))
+    while not server.steps or server.steps[-1].decode_rows < rows:
+        server.step()
+
+
+def drain(server: Server) -> None:
+    for request in server.unfinished():
+        server.cancel(request)
+    while server.has_work:
+        server.step()
+    server.steps.clear()
+
+
+def measure(llm: LLM, rows: int, context: int, *, steps: int, rate: float) -> CellResult:
+    from gpu.serve.attention import page_bytes
+
+    server = llm.server
+    fill(llm, rows, context, steps)
+    server.steps.clear()
+    while len(server.steps) < steps + SKIPPED and server.has_work:
+        server.step()
+    timed = [step for step in server.steps if step.kind == "decode" and step.decode_rows == rows][SKIPPED:]
+    pairs = list(zip(timed, timed[1:]))
+    device = [step.end_us - step.start_us for step in timed]
+    gaps = [two.start_us - one.end_us for one, two in pairs]
+    tokens = statistics.fmean(step.context_tokens for step in timed)
+    kv = tokens * page_bytes(llm.config, page_size=1, kv_dtype=llm.pages.dtype)
+    result = CellResult(
+        rows=rows, context=context, step_us=statistics.median(two.end_us - one.end_us for one, two in pairs),
+        device_us=statistics.median(device), gap_us=statistics.fmean(gaps),
+        gap_share=sum(gaps) / (sum(gaps) + sum(device)), plan_us=statistics.median(step.plan_us for step in timed),
+        limit_us=(llm.weights.step_bytes + kv) / rate / 1e3, steps=len(timed),
+    )  # fmt: skip
+    drain(server)
+    return result
+
+
+def profile(llm: LLM, rows: int, context: int) -> None:
+    """Prints what a decode step's time goes to, kernel by kernel, as CUPTI sees it."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    server = llm.server
+    fill(llm, rows, context, 2 * PROFILED_STEPS + SKIPPED)
+    for _ in range(4):
+        server.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_STEPS):
+            server.step()
+        torch.cuda.synchronize()
+    print(f"{rows} x {context}, {PROFILED_STEPS} steps:")
+    rows_of = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
+    for event in rows_of[:24]:
+        print(f"  {event.device_time_total / PROFILED_STEPS:9.1f} us a step  {event.count / PROFILED_STEPS:7.1f} x "
+              f"{event.device_time_total / max(1, event.count):8.2f} us  {event.key[:110]}")
+    print(f"  {sum(event.device_time_total for event in rows_of) / PROFILED_STEPS:9.1f} us a step in all", flush=True)
+    drain(server)
+
+
+def show(console: Console, results: list[CellResult]) -> None:
+    columns = [Column(name) for name in ("rows", "tokens", "step", "of it\nidle", "limit", "x limit", "tokens/s",
+                                         "host\nplans")]
+    print_grid(console, columns, [
+        (f"{r.rows}", f"{r.context:,}", f"{r.step_us / 1e3:.3f} ms", f"{r.gap_share:.1%}", f"{r.limit_us / 1e3:.3f} ms",
+         f"{r.over_limit:.3f}", f"{r.rows / r.step_us * 1e6:,.0f}", f"{r.plan_us:.0f} us") for r in results])

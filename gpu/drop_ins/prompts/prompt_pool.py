@@ -1,0 +1,86 @@
+"""A pool of prompts' KV behind the pages of a drop-in's cache: host memory and disks, in this and in later processes.
+
+    host, disks = parse_stores(["host:16GiB:50", "disk:200GiB:5=/mnt/nvme/kv"])
+    pool = PromptPool(host=host, disks=disks, contents=contents_of(model, page_size=16))
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu.cache.tiers.device import Device, HostLayers
+from gpu.cache.tiers.handles import LoadHandle, StoreHandle
+from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
+
+ComputeTimes = Callable[[np.ndarray], np.ndarray]  # blocks loaded [k] -> seconds to compute the rest of the prompt [k]
+
+
+class PromptPool:
+    """Tiers that hold KV of one model. One cache's pages at a time; close() it, or use it in a with statement."""
+
+    def __init__(
+        self, *, contents: str, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (), **options: Any
+    ) -> None:
+        """contents: of gpu.drop_ins.prompts.prompt_keys.contents_of; options: of TieredKVCache. ValueError naming the
+        argument where there are no tiers."""
+        if not host and not disks:
+            raise ValueError("host, disks: expected at least one tier")
+        self.contents, self.host, self.disks, self.options = contents, host, disks, options
+        self._cache: TieredKVCache | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._cache is not None
+
+    def open(self, k_pages: Sequence[torch.Tensor], v_pages: Sequence[torch.Tensor]) -> None:
+        """Puts the tiers behind the pages of all layers, [num_pages, num_kv_heads, page_size, head_dim] each, and takes
+        in what disks kept. ValueError where they hold something else, or are in use."""
+        if self._cache is not None:
+            raise ValueError("tiers: expected a pool that no other cache uses")
+        device: Device
+        if k_pages[0].is_cuda:
+            from gpu.cache.tiers.transfer import CudaPages
+
+            device = CudaPages(k_pages, v_pages)
+        else:
+            arrays = [[page.view(torch.uint8).numpy() for page in pages] for pages in (k_pages, v_pages)]
+            device = HostLayers(*arrays)
+        self._cache = TieredKVCache(
+            device, host=self.host, disks=self.disks, contents=self.contents, **self.options
+        )  # fmt: skip
+
+    def lookup(self, keys: Sequence[bytes], compute_s: ComputeTimes | None = None) -> int:
+        """Leading blocks that a load would bring, as TieredKVCache has it."""
+        return self._opened().lookup(keys, compute_s)
+
+    def load(self, keys: Sequence[bytes], pages: np.ndarray) -> LoadHandle:
+        """Begins to load the blocks into pages."""
+        return self._opened().load(keys, pages)
+
+    def store(self, keys: Sequence[bytes], pages: np.ndarray) -> StoreHandle:
+        """Begins to store the blocks that are in pages."""
+        return self._opened().store(keys, pages)
+
+    def stats(self) -> dict[str, Any]:
+        """As TieredKVCache has them."""
+        return self._opened().stats()
+
+    def close(self) -> None:
+        """Finishes what is under way; disks keep what they hold."""
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+
+    def __enter__(self) -> PromptPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened(self) -> TieredKVCache:
+        if self._cache is None:
+            raise ValueError("tiers: expected a pool behind a cache's pages, begin() or keep() opens it")
+        return self._cache

@@ -1,0 +1,6 @@
+"""Page selection on the GPU: which pages each (row, KV head) reads in a step, without the host.
+
+Read `page_selector`: it scores the pages of a planned step by their `page_summaries`, or takes scores that somebody
+else has, and leaves lists that DecodeEngine.run(selected=...) reads. Methods, pins and budgets are pkvsim.selection's;
+`variant` says which shapes the kernels serve and how they are cut.
+"""

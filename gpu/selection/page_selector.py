@@ -1,0 +1,163 @@
+"""PageSelector: scores, pins, budget and sorted lists of a step in one launch, with no host."""
+from __future__ import annotations
+
+import cupy
+
+from gpu.engine.plan import Plan, place
+from gpu.inputs import arrays, checks
+from gpu.inputs.block_tables import StepTables, TableLayout
+from gpu.kernels.compile import load_kernel
+from gpu.kernels.launch import Kernel
+from gpu.kernels.this_gpu import this_gpu
+from gpu.kernels.variant import shared_limit_bytes
+from gpu.selection import variant
+from gpu.selection.page_summaries import PageSummaries
+from pkvsim import DecodeShape, PageList
+from pkvsim.selection import by_name
+from pkvsim.selection.rules import Budget, Pins
+from pkvsim.shapes import check_int
+
+
+class PageSelector:
+    """Selects pages for one head shape, dtype and method.
+
+    plan() notes where lengths and tables are, which may change in place; select() is one launch and leaves its lists in
+    arrays of the selector's own, which stay where they are while batch size and table width do: a captured graph of
+    select() and DecodeEngine.run(selected=...) follows queries, lengths and tables. Both belong on one stream, and the
+    selector must live as long as such graphs.
+    """
+
+    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "lists", "_scale", "_plan", "_tables",
+                 "_kernels", "_scores", "_sums", "_tickets", "_device_id", "_kept")
+
+    def __init__(self, shape: DecodeShape, dtype: str = "float16", method: str | None = by_name.DEFAULT, *,
+                 budget: Budget = Budget(), pins: Pins = Pins(), max_selected: int | None = None,  # noqa: B008
+                 scale: float | None = None) -> None:
+        """method: "mean_std", "quest", or None, whose scores each select() is given. budget, pins: see
+        pkvsim.selection.rules. max_selected: room of each list; by default what the budget gives the longest row that
+        the table has room for. scale: of the logits, by default head_dim ** -0.5.
+
+        Raises ValueError naming the argument, or what no kernel serves.
+        """
+        variant.check_shape(shape, dtype)
+        if method is not None:
+            by_name.method(method)
+        self.shape, self.dtype, self.method, self.budget, self.pins = shape, dtype, method, budget, pins
+        self.max_selected = None if max_selected is None else check_int("max_selected", max_selected, 1)
+        self._scale = shape.head_dim**-0.5 if scale is None else checks.check_scale(scale)
+        self._device_id = cupy.cuda.Device().id
+        self.lists: PageList | None = None  # of the last select()
+        self._plan: Plan | None = None
+        self._kernels: dict[tuple[TableLayout, int], Kernel] = {}
+        self._scores = self._sums = self._tickets = None
+        self._kept: list[tuple] = []  # buffers of other sizes, which captured graphs may read
+
+    @property
+    def summary(self) -> str | None:
+        """The kind of summaries that the method scores."""
+        return None if self.method is None else by_name.method(self.method).SUMMARY
+
+    def plan(self, seq_lens: object, block_table: object) -> None:
+        """seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32 or int64; those on the GPU are used
+        where they are. Raises ValueError naming the argument."""
+        tables = StepTables(seq_lens, block_table)
+        views = tables.views()
+        checks.check_plan(views, self._device_id)
+        plan = place(tables, views, self.shape.page_size)
+        lists = plan.batch_size * self.shape.num_kv_heads
+        checks.expect("seq_lens", f"at most {variant.MAX_LISTS} rows times KV heads", lists, lists <= variant.MAX_LISTS)
+        need = variant.select_bytes(self.shape, self._max_pages(plan))
+        limit = shared_limit_bytes(this_gpu().compute_capability)
+        checks.expect("block_table", f"rows of at most {self._max_pages(plan) - (need - limit) // 4} pages on this GPU",
+                      self._max_pages(plan), need <= limit)
+        if plan.copies:
+            cupy.cuda.get_current_stream().synchronize()  # select() may be on another stream
+        self._plan = plan
+
+    def select(self, q: object, summaries: PageSummaries | None = None, *, scores: object = None,
+               budgets: object = None) -> PageList:
+        """The lists of the planned step, on the caller's current stream.
+
+        q [batch_size, num_q_heads, head_dim] with the layer's summaries; or, of method None, scores [batch_size,
+        num_kv_heads, max_pages] float32, contiguous. budgets [batch_size, num_kv_heads] int32 on the GPU: pages of each
+        list in place of the selector's budget. The lists are the selector's own arrays, which the next select() writes
+        again. Raises ValueError naming the argument; RuntimeError when nothing was planned. The first call of each
+        layout compiles its kernel, and must not be under capture.
+        """
+        plan, shape = self._plan, self.shape
+        if plan is None:
+            raise RuntimeError("select: call plan() first")
+        given = scores if self.method is None else q
+        library = arrays.view("scores" if self.method is None else "q", given).library
+        max_pages = self._max_pages(plan)
+        heads = plan.batch_size, shape.num_kv_heads
+        q_at, summaries_at, num_pages = 0, 0, 2**31 - 1
+        if self.method is None:
+            checks.expect("summaries", "None with scores", type(summaries).__name__, summaries is None)
+            scores_at = self._address("scores", scores, "float32", (*heads, max_pages), library)
+        else:
+            checks.expect("scores", "None of a method that scores itself", type(scores).__name__, scores is None)
+            checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtype", summaries,
+                          isinstance(summaries, PageSummaries) and summaries.kind == self.summary
+                          and (summaries.shape, summaries.dtype) == (shape, self.dtype))  # fmt: skip
+            q_at = self._address("q", q, self.dtype, (plan.batch_size, shape.num_q_heads, shape.head_dim), library)
+            summaries_at, num_pages = arrays.view("summaries", summaries.array).pointer, summaries.array.shape[0]
+        budgets_at = 0 if budgets is None else self._address("budgets", budgets, "int32", heads, library)
+        room = self.max_selected or max(1, self.budget.pages(max_pages, self.pins))
+        self._reserve(given, heads, max_pages, room)
+        if self.method is not None:
+            scores_at = self._scores.data.ptr
+        grid, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms)
+        if self.method is None:
+            grid, each = 1, max_pages
+        self._kernel(plan.layout, max_pages)((grid, heads[0] * heads[1]), (
+            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
+            0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr,
+            budgets_at, *(arrays.view("lists", array).pointer for array in self.lists), plan.batch_size,
+            shape.num_kv_heads, plan.stride, num_pages, plan.max_tokens, room, max_pages, each, self.pins.sink_pages,
+            self.pins.recent_pages, self.budget.least_pages, self.budget.parts, self._scale,
+        ), arrays.current_stream(library, self._device_id))  # fmt: skip
+        return self.lists
+
+    def _max_pages(self, plan: Plan) -> int:
+        return max(1, -(-plan.max_tokens // self.shape.page_size))
+
+    def _address(self, name: str, array: object, dtype: str, shape: tuple[int, ...], library: str) -> int:
+        view = arrays.view(name, array)
+        checks.expect(name, f"{dtype} {list(shape)} on cuda:{self._device_id} of {library}", view,
+                      (view.dtype, view.shape, view.device, view.library) == (dtype, shape, self._device_id, library))
+        checks.check_contiguous(name, view)
+        return view.pointer
+
+    def _reserve(self, like: object, heads: tuple[int, int], max_pages: int, room: int) -> None:
+        """The selector's arrays for a step: kept while they are of the right size."""
+        library = arrays.view("q", like).library
+        if self.lists is None or (self.lists.pages.shape, arrays.view("lists", self.lists.pages).library) != (
+            (*heads, room), library
+        ):  # fmt: skip
+            self._kept.append((self.lists,))
+            self.lists = PageList(arrays.empty_like(like, (*heads, room), "int32"),
+                                  arrays.empty_like(like, heads, "int32"))
+        lists = heads[0] * heads[1]
+        if self._tickets is None or self._tickets.shape[0] < lists:
+            self._kept.append((self._tickets,))
+            self._tickets = cupy.zeros(lists, dtype=cupy.int32)
+            cupy.cuda.get_current_stream().synchronize()  # the launch may be on another stream
+        need = lists * self.shape.group_size * max_pages
+        if self.method is not None and (self._scores is None or self._scores.shape[0] < need):
+            self._kept.append((self._scores, self._sums))
+            self._scores = cupy.empty(need, dtype=cupy.float32)
+            # Of each chunk and query head two floats: chunks are whole PAGES_AT_ONCE pages.
+            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * self.shape.group_size),
+                                    dtype=cupy.float32)
+
+    def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:
+        key = layout, max_pages
+        if key not in self._kernels:
+            rule = None if self.method is None else by_name.method(self.method)
+            aggregation = "maximum" if rule is None else rule.AGGREGATION
+            defines = variant.selection_defines(self.shape, self.dtype, self.summary, aggregation) | layout.defines()
+            self._kernels[key] = load_kernel(
+                "select.cu", "pkv_select_pages", defines, threads=variant.WARPS * 32,
+                shared_bytes=variant.select_bytes(self.shape, max_pages), overlap=this_gpu().overlaps)
+        return self._kernels[key]

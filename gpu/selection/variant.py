@@ -1,0 +1,50 @@
+"""The selecting kernels' variants and launches. Needs neither CuPy nor a GPU."""
+from __future__ import annotations
+
+from gpu.kernels.variant import DTYPES
+from pkvsim import DecodeShape
+from pkvsim.selection.summaries import MEAN_STD, MIN_MAX
+
+WARPS = 8  # of a CTA
+SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2}  # value of SCORING by the kind of summary; None: scores are given
+AGGREGATIONS = {"maximum": 0, "softmax_mean": 1}  # value of AGGREGATION
+PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time: SCORED_PAGES of each warp
+CTAS_PER_SM = 2
+LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which takes CTAs that end at different times
+MAX_LISTS = 65535  # of a launch: its grid's second axis
+HEAD_DIMS = (64, 128, 256)
+MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS = 16, 2048  # what a warp holds of a group's queries
+TOP_BYTES = (2048 + 3 * WARPS + 2) * 4  # pkv::TopPages
+
+
+def check_shape(shape: DecodeShape, dtype: str) -> None:
+    """Raises ValueError naming what the kernels do not serve."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if shape.head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim: expected one of {HEAD_DIMS} where pages are selected, got {shape.head_dim}")
+    most = min(MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS // shape.head_dim)
+    if shape.group_size > most:
+        raise ValueError(f"group_size: expected at most {most} of head_dim {shape.head_dim} where pages are selected, "
+                         f"got {shape.group_size}")
+
+
+def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str) -> dict[str, int]:
+    """Compile-time constants of select.cu and summaries.cu."""
+    return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
+            "DTYPE_BF16": DTYPES[dtype], "WARPS": WARPS, "SCORING": SCORINGS[summary],
+            "AGGREGATION": AGGREGATIONS[aggregation]}
+
+
+def select_bytes(shape: DecodeShape, max_pages: int) -> int:
+    """Bytes of pkv::SelectMemory and the keys of so many pages."""
+    return (TOP_BYTES + (WARPS + 1) * shape.group_size * 8 + 4 + 7) // 8 * 8 + max_pages * 4
+
+
+def chunks(max_pages: int, num_lists: int, num_sms: int) -> tuple[int, int]:
+    """(CTAs of each list, pages that each scores) of a step whose rows have room for max_pages: CTAs enough for the
+    GPU, no fewer than LEAST_CHUNKS of each list, of no fewer pages than one scores at a time."""
+    wanted = max(LEAST_CHUNKS, -(-num_sms * CTAS_PER_SM // max(1, num_lists)))
+    each = -(-max_pages // wanted)
+    each = -(-each // PAGES_AT_ONCE) * PAGES_AT_ONCE
+    return -(-max_pages // each), each

@@ -1,0 +1,313 @@
+"""The way in for programs: a model that generates, at once or as an asynchronous service.
+
+    llm = LLM("smollm2")
+    for done in llm.generate(["The capital of France is"], SamplingParams(max_tokens=16)):
+        print(done.text)
+
+    async with AsyncLLM(llm) as service:
+        async for token in service.stream(prompt, params): ...
+"""
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
+from gpu.serve.decoder import Decoder
+from gpu.serve.model.gguf import GgufFile, is_gguf
+from gpu.serve.model.products import StreamedProducts, TorchProducts
+from gpu.serve.model.weights import load
+from gpu.serve.runner import Runner, graph_rows
+from gpu.serve.server import REFUSED, Event, Request, Server
+from gpu.serve.step import GREEDY, SamplingParams
+from pkvsim.kv_types import KV_DTYPES
+from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.serving.orders import ORDERS
+from pkvsim.serving.state import Limits
+from pkvsim.shapes import check_int
+
+KEEP_FREE_FRACTION = 0.01  # of the pages, that an admission leaves while other requests run, as the simulator's default
+CPU_PAGES = 4096
+GIB = 2**30
+WORKSPACE_BYTES = GIB  # FlashInfer's and cuBLAS's workspaces, graphs, what PyTorch caches: an assumption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """How a model is served. Raises ValueError naming the field."""
+
+    dtype: str | None = None  # "float16", "bfloat16", on the CPU also "float32"; None: bfloat16, and float32 on the CPU
+    kv_dtype: str | None = None  # None: dtype; or of pkvsim.kv_types.KV_DTYPES
+    device: str | None = None  # "cuda" or "cpu"; None: cuda where there is one
+    page_size: int = 16  # tokens
+    max_batch: int = 256  # most requests running at once
+    step_tokens: int = 2048  # most tokens of a step, at least max_batch
+    max_context: int | None = None  # most tokens of a request; None: the model's, as far as the pages reach
+    num_pages: int | None = None  # of KV; None: kv_gib, or what the model leaves of memory_fraction
+    kv_gib: float | None = None
+    memory_fraction: float = 0.9  # of the GPU's memory
+    prefix_cache: str = "none"  # or "lru"
+    order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
+    graphs: bool = True  # decode steps in CUDA graphs
+    streamed_products: bool = False  # products of few rows by our kernel, which streams weights, in place of PyTorch
+    dummy_weights: bool = False
+    seed: int = 0  # of dummy weights
+
+    def __post_init__(self) -> None:
+        check_int("page_size", self.page_size, 1, 1 << 16)
+        check_int("max_batch", self.max_batch, 1, 1 << 12)
+        check_int("step_tokens", self.step_tokens, self.max_batch, 1 << 20)
+        for name in ("max_context", "num_pages"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1, 2**31 - 1)
+        if self.dtype not in (None, "float16", "bfloat16", "float32"):
+            raise ValueError(f"dtype: expected float16, bfloat16 or float32, got {self.dtype!r}")
+        if self.kv_dtype not in (None, self.dtype, *KV_DTYPES):
+            raise ValueError(f"kv_dtype: expected that of the model or one of {', '.join(KV_DTYPES)}, "
+                             f"got {self.kv_dtype!r}")
+        if self.prefix_cache not in ("none", "lru"):
+            raise ValueError(f"prefix_cache: expected none or lru, got {self.prefix_cache!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {self.order!r}")
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction: expected a number in (0, 1], got {self.memory_fraction!r}")
+        if self.device not in (None, "cpu") and not str(self.device).startswith("cuda"):
+            raise ValueError(f"device: expected cuda or cpu, got {self.device!r}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """What a request gave."""
+
+    prompt: list[int]
+    tokens: list[int]
+    text: str | None  # where there is a tokenizer; without the token that ended it
+    finish_reason: str  # "stop" or "length"; why it was refused otherwise
+    status: str  # gpu.serve.server's SERVED, REFUSED or CANCELLED
+
+
+class LLM:
+    """A model, its pages and the server over them."""
+
+    __slots__ = ("config", "weights", "options", "pages", "server", "runner", "prefill", "notes", "_model",
+                 "_tokenizer")
+
+    def __init__(self, model: str | Path, options: ServeOptions = ServeOptions(), *, record: bool = False,
+                 say: Callable[[str], None] = lambda line: None) -> None:
+        """model: a folder of Hugging Face's, a .gguf file, "smollm2", or with dummy weights also a preset of pkvsim.
+        record: keeps a record of every step (server.steps). say: is told of what takes time or differs from what was
+        asked for. Raises ValueError where the model cannot be read, served, or does not fit."""
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"device: expected cpu, as no CUDA device answers, got {device!r}")
+        cuda = device != "cpu"
+        dtype = options.dtype or ("bfloat16" if cuda else "float32")
+        if cuda and dtype == "float32":
+            raise ValueError("dtype: expected float16 or bfloat16 on the GPU, got 'float32'")
+        self.options, self._model, self._tokenizer = options, model, None
+        self.notes: list[str] = []
+
+        def note(line: str) -> None:
+            self.notes.append(line)
+            say(line)
+
+        self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
+                                         dummy=options.dummy_weights, seed=options.seed)
+        kv_dtype = options.kv_dtype or dtype
+        num_pages = self._num_pages(cuda, kv_dtype)
+        max_context = min(options.max_context or self.config.max_context, self.config.max_context,
+                          num_pages * options.page_size)
+        self.pages = KVPages(self.config, num_pages=num_pages, page_size=options.page_size, kv_dtype=kv_dtype,
+                             device=device)
+        attention: Attention
+        if cuda:
+            from gpu.serve.gpu_attention import GpuAttention
+
+            attention = GpuAttention(self.config, self.pages, dtype=dtype, max_rows=options.max_batch, say=note)
+            self.prefill = attention.prefill
+        else:
+            attention, self.prefill = TorchAttention(self.config, self.pages), "torch"
+        products = (StreamedProducts if cuda and options.streamed_products else TorchProducts)(self.config.norm_eps)
+        self.runner = Runner(Decoder(self.config, self.weights, products), attention, max_batch=options.max_batch,
+                             max_pages=-(-max_context // options.page_size),
+                             graphs=graph_rows(options.max_batch) if options.graphs else ())
+        self.runner.capture()
+        self.server = Server(
+            self.runner, _limits(options, num_pages), max_context=max_context, vocab_size=self.config.vocab_size,
+            eos_token_ids=self.config.eos_token_ids, record=record,
+        )  # fmt: skip
+
+    def _num_pages(self, cuda: bool, kv_dtype: str) -> int:
+        """KV pages, by what was asked for or by the memory at hand."""
+        options, page = self.options, page_bytes(self.config, page_size=self.options.page_size, kv_dtype=kv_dtype)
+        if options.num_pages is not None:
+            return options.num_pages
+        if options.kv_gib is not None:
+            room = options.kv_gib * GIB
+        elif not cuda:
+            room = CPU_PAGES * page
+        else:
+            free, total = torch.cuda.mem_get_info()
+            free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            room = free - (1 - options.memory_fraction) * total - WORKSPACE_BYTES - self._activation_bytes()
+        pages = int(room // page)
+        if pages < 1:
+            raise ValueError(f"model: expected room for KV pages of {page / 2**20:.3g} MiB beside its weights of "
+                             f"{self.weights.num_bytes / GIB:.2f} GiB, of which {room / GIB:.2f} GiB are left")
+        context = -(-(options.max_context or self.config.max_context) // options.page_size)
+        return min(pages, context * options.max_batch)  # more could never be in use
+
+    def _activation_bytes(self) -> int:
+        """Bytes of a largest step's intermediate results, roughly: those of the MLP, and logits in 32 bits too."""
+        c, o = self.config, self.options
+        return 2 * o.step_tokens * (4 * c.mlp_width + 8 * c.hidden_size) + 6 * o.max_batch * c.vocab_size
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, as Transformers has it. ValueError where there is none."""
+        if self._tokenizer is None:
+            if is_gguf(self._model):
+                self._tokenizer = GgufFile(self._model).tokenizer()
+            elif Path(self._model).is_dir():
+                from transformers import AutoTokenizer
+
+                self._tokenizer = AutoTokenizer.from_pretrained(str(self._model))
+            else:
+                raise ValueError(f"prompts: expected token ids, as {self._model} has no tokenizer")
+        return self._tokenizer
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a text; ids are left as they are."""
+        return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+
+    def completion(self, request: Request) -> Completion:
+        """What an ended request gave."""
+        tokens = list(request.tokens)
+        shown = tokens[:-1] if request.reason == "stop" else tokens
+        known = self._tokenizer is not None
+        return Completion(request.prompt.tolist(), tokens, self._tokenizer.decode(shown) if known else None,
+                          request.reason or request.status, request.status)
+
+    def generate(self, prompts: Sequence[str | Sequence[int]],
+                 params: SamplingParams | Sequence[SamplingParams] = GREEDY) -> list[Completion]:
+        """Serves all prompts, texts or token ids, and returns what they gave in their order."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params: expected one, or {len(prompts)} of them, got {len(each)}")
+        requests = [self.server.add_request(self.encode(prompt), one) for prompt, one in zip(prompts, each)]
+        while self.server.has_work:
+            self.server.step()
+        return [self.completion(request) for request in requests]
+
+
+def _limits(options: ServeOptions, num_pages: int) -> Limits:
+    return Limits(
+        page_size=options.page_size, num_pages=num_pages, keep_free=int(num_pages * KEEP_FREE_FRACTION),
+        max_batch=options.max_batch, step_tokens=options.step_tokens, cache_kind=KINDS.index(options.prefix_cache),
+        order=ORDERS.index(options.order),
+    )  # fmt: skip
+
+
+class AsyncLLM:
+    """An LLM whose loop runs in a thread of its own, for any number of coroutines of one event loop.
+
+    Leaving the context cancels what is left.
+    """
+
+    __slots__ = ("llm", "_thread", "_wake", "_orders", "_queues", "_loop", "_closing", "_failure")
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Condition()
+        self._orders: list[Callable[[], None]] = []  # what coroutines ask the thread to do between steps
+        self._queues: dict[int, asyncio.Queue[Event | None]] = {}  # by request
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+        self._failure: BaseException | None = None
+
+    async def __aenter__(self) -> AsyncLLM:
+        self._loop, self._closing = asyncio.get_running_loop(), False
+        self._thread = threading.Thread(target=self._run, name="serve", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    async def stream(self, prompt: str | Sequence[int], params: SamplingParams = GREEDY) -> AsyncIterator[int]:
+        """The request's tokens as they come. Leaving the iteration cancels it. ValueError where it is refused,
+        RuntimeError where the loop has failed."""
+        ids = self.llm.encode(prompt)
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        request: Request | None = None
+
+        def add() -> None:
+            nonlocal request
+            request = self.llm.server.add_request(ids, params)
+            self._queues[request.id] = queue
+
+        self._ask(add)
+        try:
+            while True:
+                event = await queue.get()
+                if event is None:
+                    raise RuntimeError("stream: the serving loop has ended") from self._failure
+                for token in event.tokens:
+                    yield token
+                if event.ended and event.request.status == REFUSED:
+                    raise ValueError(event.request.reason)
+                if event.ended:
+                    return
+        finally:
+            self._ask(lambda: request is not None and self.llm.server.cancel(request))
+
+    async def generate(self, prompt: str | Sequence[int], params: SamplingParams = GREEDY) -> list[int]:
+        """All tokens of a request. Errors as stream()."""
+        return [token async for token in self.stream(prompt, params)]
+
+    def _ask(self, order: Callable[[], object]) -> None:
+        with self._wake:
+            self._orders.append(order)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        server = self.llm.server
+        try:
+            while True:
+                with self._wake:
+                    while not (self._orders or self._closing or server.has_work):
+                        self._wake.wait()
+                    orders, self._orders = self._orders, []
+                    closing = self._closing
+                for order in orders:
+                    order()
+                if closing:
+                    for request in server.unfinished():
+                        server.cancel(request)
+                for event in server.step():
+                    self._tell(event)
+                if closing and not server.has_work:
+                    return
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            for queue in self._queues.values():
+                self._loop.call_soon_threadsafe(queue.put_nowait, None)
+
+    def _tell(self, event: Event) -> None:
+        queue = self._queues.get(event.request.id)
+        if queue is not None:
+            self._loop.call_soon_threadsafe(queue.put_nowait, event)
+            if event.ended:
+                del self._queues[event.request.id]

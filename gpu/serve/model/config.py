@@ -1,0 +1,194 @@
+"""What a decoder is made of: read from a Hugging Face config.json, a preset of pkvsim or a GGUF file's own words.
+
+Dense decoders of the Llama, Mistral, Qwen2 and Qwen3 families: RMS norms, rotary positions, grouped queries, SiLU.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkvsim import DecodeShape
+from pkvsim.models.hugging_face import model_from_config
+from pkvsim.models.model_spec import ModelSpec
+from pkvsim.models.presets import catalogue, get_model
+
+FAMILIES = {  # architecture: (biases of q, k, v by default, norms of query and key heads)
+    "LlamaForCausalLM": (False, False),
+    "MistralForCausalLM": (False, False),
+    "Qwen2ForCausalLM": (True, False),
+    "Qwen3ForCausalLM": (False, True),
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class RopeFrequencies:
+    """inv_freq [head_dim / 2] float64, radians per position; factor multiplies cosines and sines (YaRN)."""
+
+    inv_freq: np.ndarray
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ModelConfig:
+    """Sizes and constants of a decoder."""
+
+    name: str
+    architecture: str
+    hidden_size: int
+    mlp_width: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int  # tokens
+    norm_eps: float
+    rope: RopeFrequencies
+    tied: bool  # the embedding is the output matrix too
+    qkv_bias: bool
+    output_bias: bool  # of attention's output projection
+    mlp_bias: bool
+    head_norms: bool  # RMS norms of each query and key head
+    window: int | None  # tokens that every layer attends to, the query's own included
+    eos_token_ids: tuple[int, ...]
+    dtype: str  # of the checkpoint, one of DTYPES
+    source: Mapping[str, Any]  # the config as Hugging Face has it
+
+    def shape(self, page_size: int) -> DecodeShape:
+        return DecodeShape(self.num_q_heads, self.num_kv_heads, self.head_dim, page_size)
+
+    def spec(self) -> ModelSpec:
+        """The same model as pkvsim knows it."""
+        return model_from_config(dict(self.source), name=self.name, source=self.name, where=self.name)
+
+
+def find_config(model: str | Path) -> ModelConfig:
+    """The config of a preset's name, of a folder with config.json, or of a config.json. ValueError naming the model."""
+    presets = catalogue()
+    if str(model) in presets:
+        return read_config(_json(presets[str(model)])["config"], name=str(model))
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix != ".json" or not path.is_file():
+        raise ValueError(f"model: expected one of {', '.join(presets)}, smollm2, a .gguf file, or a folder with "
+                         f"config.json, got {str(model)!r}")
+    return read_config(_json(path), name=path.parent.name if path.name == "config.json" else path.stem)
+
+
+def read_config(config: Mapping[str, Any], *, name: str) -> ModelConfig:
+    """The decoder of a parsed config.json. ValueError naming the field that is missing or not served."""
+
+    def fail(field: str, expected: str) -> ValueError:
+        return ValueError(f"{name}: {field}: expected {expected}, got {config.get(field)!r}")
+
+    def integer(field: str, default: int | None = None) -> int:
+        value = config.get(field)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise fail(field, "an integer of 1 or more")
+        return value
+
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if architecture not in FAMILIES:
+        raise fail("architectures", f"one of {', '.join(FAMILIES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise fail("hidden_act", "silu")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{name}: quantization_config: expected none, as weights are served in 16 bits")
+    biased, head_norms = FAMILIES[architecture]
+    heads, hidden = integer("num_attention_heads"), integer("hidden_size")
+    head_dim = integer("head_dim", hidden // heads)
+    attention_bias = bool(config.get("attention_bias", False))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype not in DTYPES:
+        raise fail("torch_dtype", f"one of {', '.join(DTYPES)}")
+    eos = config.get("eos_token_id")
+    return ModelConfig(
+        name=name,
+        architecture=architecture,
+        hidden_size=hidden,
+        mlp_width=integer("intermediate_size"),
+        num_layers=integer("num_hidden_layers"),
+        num_q_heads=heads,
+        num_kv_heads=integer("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab_size=integer("vocab_size"),
+        max_context=integer("max_position_embeddings"),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope=rope_frequencies(config, head_dim, name=name),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=biased or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        head_norms=head_norms,
+        window=_window(config, architecture, name),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        dtype=dtype,
+        source=config,
+    )
+
+
+def rope_frequencies(config: Mapping[str, Any], head_dim: int, *, name: str) -> RopeFrequencies:
+    """Radians per position of each pair. Formulas: Llama 3.1's and YaRN's (arXiv 2309.00071, equations 16 to 22), as
+    Transformers' modeling_rope_utils has them. ValueError for another kind of scaling."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    inv_freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"{name}: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    if kind == "default":
+        return RopeFrequencies(inv_freq=inv_freq)
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return RopeFrequencies(inv_freq=inv_freq / factor)
+    original = int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    if kind == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        turns = original * inv_freq / (2 * np.pi)  # of a pair over the original context
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return RopeFrequencies(inv_freq=(1 - smooth) * inv_freq / factor + smooth * inv_freq)
+
+    def pair_of(rotations: float) -> float:
+        """The pair, as a fraction, that turns so often over the original context."""
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_of(float(rope.get("beta_fast") or 32))), 0)
+    high = min(math.ceil(pair_of(float(rope.get("beta_slow") or 1))), head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    scale = rope.get("attention_factor")
+    scale = 0.1 * math.log(factor) + 1.0 if scale is None and factor > 1 else scale or 1.0
+    return RopeFrequencies(inv_freq=ramp * inv_freq / factor + (1 - ramp) * inv_freq, factor=float(scale))
+
+
+def _window(config: Mapping[str, Any], architecture: str, name: str) -> int | None:
+    """The window of all layers. Qwen's take one only with use_sliding_window, and may take it in some layers alone."""
+    window = config.get("sliding_window")
+    qwen = architecture.startswith("Qwen")
+    if window is None or architecture == "LlamaForCausalLM" or qwen and not config.get("use_sliding_window", False):
+        return None
+    if qwen and config.get("max_window_layers", 0) > 0:
+        raise ValueError(f"{name}: max_window_layers: expected 0, as all layers share a window, got "
+                         f"{config['max_window_layers']!r}")
+    return int(window)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot read a model: {error}") from None
+
+
+def known_to_pkvsim(config: ModelConfig) -> ModelSpec:
+    """The preset of that name where there is one, which has a source of its own; else the model as it was read."""
+    return get_model(config.name) if config.name in catalogue() else config.spec()

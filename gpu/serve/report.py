@@ -1,0 +1,200 @@
+"""What a served trace took, beside what pkvsim predicts of it: tables, JSON, CSV and timelines."""
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu.serve.llm import LLM
+from gpu.serve.model.config import known_to_pkvsim
+from gpu.serve.replay import MEASURED, Replay, as_result
+from gpu.serve.server import StepRecord
+from pkvsim.devices.device import DEVICES, DeviceSpec, get_device
+from pkvsim.reports.grid import Column, print_grid, print_line, table_console
+from pkvsim.reports.table_serving import print_whatif, seconds
+from pkvsim.serving.result import ServingResult, StepLog
+from pkvsim.serving.server_config import ServingConfig
+from pkvsim.studies.whatif import WhatIf, whatif, why_left_out
+from pkvsim.traces.requests import RequestTrace
+
+GIB = 2**30
+KINDS = ("decode", "mixed", "prefill")
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """Steps of one kind: how many, their times and what they computed."""
+
+    kind: str  # of KINDS
+    steps: int
+    mean_us: float
+    p50_us: float
+    p90_us: float
+    decode_rows: float  # mean
+    prefill_tokens: float  # mean
+
+
+@dataclass(frozen=True, slots=True)
+class HostGaps:
+    """How long the device waited between steps that followed each other, of decode steps behind decode steps."""
+
+    steps: int
+    p50_us: float
+    p90_us: float
+    share: float  # of these steps' time
+
+
+def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
+    """The same server as the simulator has it. What it caches of prompts it knows by the trace's block hashes."""
+    from gpu.serve.attention import page_bytes
+
+    o = llm.options
+    page = page_bytes(llm.config, page_size=o.page_size, kv_dtype="float16")  # pkvsim counts 16-bit caches
+    return ServingConfig(
+        page_size=o.page_size, max_batch=o.max_batch, step_tokens=o.step_tokens,
+        kv_gib=llm.pages.num_pages * page / GIB, graphs=o.graphs,
+        prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
+    )  # fmt: skip
+
+
+def device_at_hand() -> DeviceSpec:
+    """The catalogue's entry of the GPU here. ValueError where there is none."""
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    for known in DEVICES:
+        if known.lower() in name.lower().replace(" ", ""):
+            return get_device(known)
+    raise ValueError(f"device: expected --device with one of {', '.join(DEVICES)}, as none of them is {name}")
+
+
+def check_predictable(llm: LLM, trace: RequestTrace, device: DeviceSpec) -> None:
+    """ValueError where whatif has no price for the model on that GPU: to be asked before serving."""
+    reason = why_left_out(known_to_pkvsim(llm.config), device, "balanced", serving_config(llm, trace))
+    if reason is not None:
+        raise ValueError(f"predict: {reason}")
+
+
+def beside_prediction(run: Replay, llm: LLM, device: DeviceSpec) -> WhatIf:
+    """whatif's report of the trace on the schedule that ran, with the measured run as one more of its results."""
+    model, config = known_to_pkvsim(llm.config), serving_config(llm, run.trace)
+    predicted = whatif(run.trace, model, device, ["balanced"], config)
+    results = {MEASURED: as_result(run, llm.server), "predicted": predicted.results["balanced"]}
+    checks = {MEASURED: None, "predicted": predicted.checks["balanced"]}
+    return WhatIf(run.trace, model, device, config, results, checks, (*predicted.notes, *llm.notes),
+                  predicted.left_out, predicted.basis)
+
+
+def step_kinds(steps: StepLog) -> list[StepKind]:
+    """The steps of a run by kind; of a long simulated run entries are means over several steps, which count as one."""
+    decode, prefill = steps.decode_rows > 0, steps.prefill_tokens > 0
+    found = []
+    for kind, chosen in zip(KINDS, (decode & ~prefill, decode & prefill, prefill & ~decode)):
+        if chosen.any():
+            us = steps.duration_us[chosen]
+            p50_us, p90_us = _percentiles(us, 50, 90)
+            found.append(StepKind(kind, int(steps.steps[chosen].sum()), float(us.mean()), p50_us, p90_us,
+                                  float(steps.decode_rows[chosen].mean()), float(steps.prefill_tokens[chosen].mean())))
+    return found
+
+
+def host_gaps(steps: Sequence[StepRecord]) -> HostGaps | None:
+    """Of decode steps that were planned while another one ran; None where there are none."""
+    pairs = [(two.start_us - one.end_us, two.end_us - two.start_us) for one, two in zip(steps, steps[1:])
+             if two.follows and one.kind == two.kind == "decode"]
+    if not pairs:
+        return None
+    gaps, times = np.array(pairs).T
+    p50_us, p90_us = _percentiles(gaps, 50, 90)
+    return HostGaps(len(pairs), p50_us, p90_us, float(gaps.sum() / (gaps.sum() + times.sum())))
+
+
+def _percentiles(values: np.ndarray, *which: int) -> list[float]:
+    return [float(value) for value in np.percentile(values, which)]
+
+
+def to_dict(run: Replay, llm: LLM, report: WhatIf | None) -> dict[str, Any]:
+    """The object that `python -m gpu.serve --json` prints."""
+    measured = as_result(run, llm.server) if report is None else report.results[MEASURED]
+    results = {MEASURED: measured} if report is None else report.results
+    gaps = host_gaps(run.steps)
+    ended: dict[str, int] = {}
+    for request in run.requests:
+        ended[request.status] = ended.get(request.status, 0) + 1
+    return {
+        "model": llm.config.name,
+        "trace": {"name": run.trace.name, "requests": len(run.trace), "notes": list(run.trace.notes)},
+        "kv_pages": llm.pages.num_pages,
+        "prefill": llm.prefill,
+        "weights_bytes": llm.weights.num_bytes,
+        "ended": ended,
+        "free_pages": llm.server.num_free_pages,
+        "results": {name: result.summary for name, result in results.items()},
+        "steps": {name: [_named(kind) for kind in step_kinds(result.steps)] for name, result in results.items()},
+        "host_gaps": None if gaps is None else _named(gaps),
+        "notes": list(llm.notes if report is None else report.notes),
+    }
+
+
+def _named(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
+    """Prints the tables."""
+    console = table_console()
+    if report is not None:
+        print_whatif(report)
+        results = report.results
+    else:
+        results = {MEASURED: as_result(run, llm.server)}
+        _print_measured(console, run, llm, results[MEASURED])
+    rows = []
+    for name, result in results.items():
+        for kind in step_kinds(result.steps):
+            rows.append((f"{name}, {kind.kind}", f"{kind.steps:,}", *(seconds(us / 1e6) for us in (
+                kind.mean_us, kind.p50_us, kind.p90_us)), f"{kind.decode_rows:.1f}", f"{kind.prefill_tokens:.0f}"))
+    columns = [Column("steps", "left"), *(Column(head) for head in (
+        "count", "mean", "p50", "p90", "decode\nrows", "prefill\ntokens"))]
+    print_grid(console, columns, rows)
+    gaps = host_gaps(run.steps)
+    if gaps is not None:
+        print_line(console, f"between decode steps the GPU waited {gaps.p50_us:.1f} us (p90 {gaps.p90_us:.1f}), "
+                            f"{gaps.share:.1%} of the time")
+    refused = [request for request in run.requests if request.status == "refused"]
+    for request in refused[:5]:
+        print_line(console, f"- refused: {request.reason}")
+    if len(refused) > 5:
+        print_line(console, f"- and {len(refused) - 5:,} more were refused")
+
+
+def _print_measured(console: Any, run: Replay, llm: LLM, result: ServingResult) -> None:
+    s = result.summary
+    print_line(console, f"{llm.config.name}: {s['finished']:,} of {s['requests']:,} requests served, "
+                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV "
+                        f"pages of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
+    rows = [("tokens/s", f"{s['tokens_per_s'] or 0:,.1f}")]
+    for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("between tokens", "itl_s"), ("end to end", "e2e_s")):
+        rows += [(f"{label} {p}", seconds(s[key][p]) or "-") for p in ("p50", "p90", "p99")]
+    rows += [("preemptions", f"{s['preemptions']:,}"), ("prompt tokens cached", f"{s['prefix_hit_tokens']:,}")]
+    print_grid(console, [Column("", "left"), Column("measured")], rows)
+    for note in llm.notes:
+        print_line(console, f"- {note}")
+
+
+def write_steps(run: Replay, path: Path) -> None:
+    """A line for each step as CSV, times from the trace's first arrival on. ValueError where it cannot be written."""
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow([field.name for field in fields(StepRecord)])
+            for step in run.steps:
+                start, end, *others = astuple(step)
+                lines.writerow([f"{start - run.begin_us:.1f}", f"{end - run.begin_us:.1f}",
+                                *(f"{value:.1f}" if isinstance(value, float) else value for value in others)])
+    except OSError as error:
+        raise ValueError(f"steps_csv: cannot write {path}: {error.strerror or error}") from None

@@ -1,0 +1,295 @@
+"""The loop: requests in, tokens out, a step at a time.
+
+    server.add_request(prompt, params)
+    while server.has_work:
+        for event in server.step():
+            ...                              # event.tokens are new; event.ended: event.request.status says how
+
+A step is planned and launched while the one before still runs, whose tokens are read then: the host's work hides behind
+the device's. So a request that ends with an end-of-sequence token is found out one step late, and the token that it
+has computed by then is dropped. Every request ends: served, refused with a reason, or cancelled.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpu.serve.step import GREEDY, Chunk, LaunchedStep, SamplingParams, SlotSampling, StepInputs, StepRunner
+from pkvsim.serving.live.live_scheduler import LiveScheduler, LiveStep
+from pkvsim.serving.state import Limits
+
+WAITING, RUNNING, SERVED, REFUSED, CANCELLED = "waiting", "running", "served", "refused", "cancelled"
+ENDED = (SERVED, REFUSED, CANCELLED)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and what has become of it. Times are readings of the runner's clock, in us."""
+
+    id: int
+    prompt: np.ndarray  # [tokens] int32
+    params: SamplingParams
+    arrival_us: float
+    tokens: list[int] = field(default_factory=list)  # generated
+    token_us: list[float] = field(default_factory=list)  # when the host had each
+    status: str = WAITING
+    reason: str | None = None  # why it was refused; "stop" or "length" of one that was served
+    first_run_us: float | None = None
+    end_us: float | None = None
+    hit_tokens: int = 0  # of the prompt, found in the prefix cache when it first ran
+    preemptions: int = 0
+    slot: int | None = None  # while it runs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """New tokens of a request, or its end, or both; after the event that says so there is none of this request."""
+
+    request: Request
+    tokens: list[int]
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step that has run. Times in us, of the device where there is one."""
+
+    start_us: float
+    end_us: float
+    kind: str  # "decode", "prefill" or "mixed"
+    decode_rows: int
+    padded_rows: int
+    context_tokens: int  # that the decoding rows attended to
+    prefill_tokens: int
+    prefill_context: int  # cached before the chunks, of all of them together
+    chunks: int
+    running: int
+    waiting: int
+    pages: int  # in use, those of blocks that are only kept not among them
+    preempted: int
+    plan_us: float  # of the host, from the start of planning to the end of launching
+    follows: bool  # there was work when the step before ended, so that the device should not have waited
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    launched: LaunchedStep
+    outputs: list[Request]
+    plan: LiveStep
+    numbers: tuple[int, int, int, float]  # running, waiting, pages, plan_us
+    follows: bool
+
+
+class Server:
+    """Serves requests in one thread: nothing here may be called by two at once."""
+
+    __slots__ = ("runner", "scheduler", "max_context", "vocab_size", "eos_token_ids", "steps", "_requests", "_ended",
+                 "_in_flight", "_free_slots", "_next_id", "_drawing")
+
+    def __init__(self, runner: StepRunner, limits: Limits, *, max_context: int, vocab_size: int,
+                 eos_token_ids: Sequence[int] = (), record: bool = False) -> None:
+        """max_context: most tokens of a prompt and its output. record: keeps a StepRecord of each step in `steps`."""
+        self.runner, self.scheduler = runner, LiveScheduler(limits)
+        self.max_context, self.vocab_size, self.eos_token_ids = max_context, vocab_size, frozenset(eos_token_ids)
+        self.steps: list[StepRecord] | None = [] if record else None
+        self._requests: dict[int, Request] = {}  # that have not ended
+        self._ended: list[Request] = []  # to be told of by the next step
+        self._in_flight: deque[_InFlight] = deque()
+        self._free_slots = list(range(limits.max_batch - 1, -1, -1))
+        self._next_id = 0
+        self._drawing: set[int] = set()  # requests that run and draw their tokens
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has anything to do or to tell."""
+        return bool(self._requests or self._ended or self._in_flight)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def unfinished(self) -> list[Request]:
+        """Requests that have not ended, in order of their ids."""
+        return list(self._requests.values())
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request uses; the prefix cache may hold some of them."""
+        return self.scheduler.limits.num_pages - self._used_pages()
+
+    def add_request(self, prompt: Sequence[int] | np.ndarray, params: SamplingParams = GREEDY, *,
+                    arrival_us: float | None = None) -> Request:
+        """Takes a request of token ids in. One that can never run comes back refused, with the reason."""
+        now_us = self.runner.now_us()
+        ids = np.asarray(prompt)
+        request = Request(self._next_id, ids, params, now_us if arrival_us is None else arrival_us)
+        self._next_id += 1
+        request.reason = self._refusal(ids, params)
+        if request.reason is None:
+            request.prompt = ids.astype(np.int32)
+            self.scheduler.add(request.id, prompt=request.prompt, output_tokens=params.max_tokens, now_us=now_us)
+            self._requests[request.id] = request
+        else:
+            self._end(request, REFUSED, now_us)
+        return request
+
+    def _refusal(self, ids: np.ndarray, params: SamplingParams) -> str | None:
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            return f"prompt: expected token ids, at least one, got {ids.dtype} {list(ids.shape)}"
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            return f"prompt: expected token ids in [0, {self.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+        total = len(ids) + params.max_tokens
+        if total > self.max_context:
+            return f"prompt: expected at most {self.max_context} tokens with its output, got {total}"
+        needed, pages = self.scheduler.pages_needed(len(ids), params.max_tokens), self.scheduler.limits.num_pages
+        return None if needed <= pages else f"prompt: expected at most {pages} pages with its output, got {needed}"
+
+    def cancel(self, request: Request) -> bool:
+        """Ends a request, wherever it stands; False where it had ended. Its pages are free at once."""
+        if request.id not in self._requests:
+            return False
+        self._leave(request)
+        self._end(request, CANCELLED, self.runner.now_us())
+        return True
+
+    def step(self) -> list[Event]:
+        """Plans and launches a step, and reads the tokens of the one before."""
+        if self.scheduler.has_work:
+            self._launch()
+        events = []
+        while len(self._in_flight) > (1 if self.scheduler.has_work else 0):
+            events += self._collect()
+        events += [Event(request, [], True) for request in self._ended]
+        self._ended.clear()
+        return events
+
+    def _launch(self) -> None:
+        now_us = self.runner.now_us()
+        plan = self.scheduler.next_step(now_us)
+        numbers: tuple = (self.scheduler.num_running, self.scheduler.num_waiting, self._used_pages())
+        inputs, outputs = self._inputs(plan, now_us)
+        if inputs.num_tokens:
+            follows = bool(self._in_flight)
+            launched = self.runner.launch(inputs)
+            numbers = *numbers, self.runner.now_us() - now_us
+            self._in_flight.append(_InFlight(launched, outputs, plan, numbers, follows))
+        for key in self.scheduler.end_step(now_us).tolist():  # its last token is under way
+            self._give_slot_back(self._requests[key])
+
+    def _inputs(self, plan: LiveStep, now_us: float) -> tuple[StepInputs, list[Request]]:
+        """The planned step by slots, and whose tokens it gives."""
+        requests = self._requests
+        for key in plan.preempted.tolist():
+            requests[key].preemptions += 1
+            requests[key].status = WAITING
+            self._give_slot_back(requests[key])
+        sampling = []
+        for key, begin in zip(plan.prefill.tolist(), plan.prefill_begins.tolist()):
+            request = requests[key]
+            if request.slot is None:
+                sampling.append(self._take_slot(request, begin, now_us))
+        chunks = []
+        for key, begin, count, ends in zip(plan.prefill.tolist(), plan.prefill_begins.tolist(),
+                                           plan.prefill_tokens.tolist(), plan.ends.tolist()):
+            tokens = _tokens_of(requests[key], begin, begin + count)
+            chunks.append(Chunk(requests[key].slot, begin, tokens, ends, self.scheduler.pages.pages(key)))
+        keys = plan.decode.tolist()
+        rows = [requests[key] for key in keys]
+        outputs = rows + [requests[key] for key in plan.prefill[plan.ends].tolist()]
+        slots = np.array([request.slot for request in rows], np.int32)
+        counts = [len(new.page_ids) for new in plan.new_pages]
+        new_slots = [requests[new.request].slot for new in plan.new_pages]
+        columns = [np.arange(new.first, new.first + len(new.page_ids)) for new in plan.new_pages]
+        ids = [np.array(new.page_ids, np.int64) for new in plan.new_pages]
+        inputs = StepInputs(
+            decode_slots=slots,
+            decode_lens=plan.decode_lens.astype(np.int32),
+            chunks=chunks,
+            page_slots=np.repeat(np.array(new_slots, np.int32), counts),
+            page_columns=_joined(columns),
+            page_ids=_joined(ids),
+            sampling=sampling,
+            draws=bool(self._drawing) and any(request.id in self._drawing for request in outputs),
+        )
+        return inputs, outputs
+
+    def _take_slot(self, request: Request, cached: int, now_us: float) -> SlotSampling:
+        request.slot, request.status = self._free_slots.pop(), RUNNING
+        if request.first_run_us is None:
+            request.first_run_us, request.hit_tokens = now_us, cached
+        params = request.params
+        if params.temperature > 0:
+            self._drawing.add(request.id)
+        return SlotSampling(request.slot, params.temperature, params.top_p, params.seed)
+
+    def _give_slot_back(self, request: Request) -> None:
+        if request.slot is not None:
+            self._free_slots.append(request.slot)
+            request.slot = None
+            self._drawing.discard(request.id)
+
+    def _collect(self) -> list[Event]:
+        """Reads the tokens of the step that was launched first of those under way."""
+        step = self._in_flight.popleft()
+        tokens = step.launched.wait().tolist()
+        now_us = self.runner.now_us()
+        events = []
+        for request, token in zip(step.outputs, tokens):
+            if request.id not in self._requests:
+                continue  # it had ended before this step, which was planned when nobody knew
+            request.tokens.append(token)
+            request.token_us.append(now_us)
+            params = request.params
+            stops = not params.ignore_eos and (token in self.eos_token_ids or token in params.stop_token_ids)
+            if stops or len(request.tokens) == params.max_tokens:
+                self._leave(request)
+                request.reason = "stop" if stops else "length"
+                request.status, request.end_us = SERVED, now_us
+            events.append(Event(request, [token], request.end_us is not None))
+        if self.steps is not None:
+            self.steps.append(_record(step))
+        return events
+
+    def _leave(self, request: Request) -> None:
+        """Takes a request out of all books."""
+        del self._requests[request.id]
+        if self.scheduler.holds(request.id):
+            self.scheduler.cancel(request.id, self.runner.now_us())
+        self._give_slot_back(request)
+
+    def _end(self, request: Request, status: str, now_us: float) -> None:
+        request.status, request.end_us = status, now_us
+        self._ended.append(request)
+
+    def _used_pages(self) -> int:
+        return self.scheduler.num_used_pages
+
+
+def _tokens_of(request: Request, begin: int, end: int) -> np.ndarray:
+    """Tokens [begin, end) of the prompt and what was generated since, int32: of a preempted request both are computed
+    anew. Those generated are all read by then, as it ran last two steps ago or earlier."""
+    prompt = request.prompt
+    if end <= len(prompt):
+        return prompt[begin:end]
+    generated = np.array(request.tokens[max(0, begin - len(prompt)) : end - len(prompt)], np.int32)
+    return np.concatenate([prompt[begin:], generated])
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int32) if arrays else np.zeros(0, np.int32)
+
+
+def _record(step: _InFlight) -> StepRecord:
+    times, plan = step.launched.times(), step.plan
+    running, waiting, pages, plan_us = step.numbers
+    rows, chunks = len(plan.decode), len(plan.prefill)
+    return StepRecord(
+        start_us=times.start_us, end_us=times.end_us, kind="decode" if not chunks else "mixed" if rows else "prefill",
+        decode_rows=rows, padded_rows=times.padded_rows, context_tokens=int(plan.decode_lens.sum()),
+        prefill_tokens=int(plan.prefill_tokens.sum()), prefill_context=int(plan.prefill_begins.sum()), chunks=chunks,
+        running=running, waiting=waiting, pages=pages, preempted=len(plan.preempted), plan_us=plan_us,
+        follows=step.follows,
+    )  # fmt: skip

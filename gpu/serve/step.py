@@ -1,0 +1,117 @@
+"""What a step is given and what it gives; how a request samples. Needs no torch."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from pkvsim.shapes import MAX_TOKENS, check_int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a request's tokens are chosen and when it ends. Raises ValueError naming the field.
+
+    temperature 0 takes the likeliest token. Otherwise a token is drawn from softmax(logits / temperature), cut to the
+    fewest likeliest tokens that have at least top_p of it together. Draws depend on the seed and the token's position
+    alone, not on which other requests run.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end-of-sequence tokens
+    ignore_eos: bool = False  # neither those nor the model's end it
+
+    def __post_init__(self) -> None:
+        check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
+
+
+GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Prompt tokens of one row: `tokens` [n] int32 from position begin on, behind what is cached.
+
+    ends: whether the row's next token follows from them. page_ids: all pages of the row, in order of its tokens.
+    """
+
+    slot: int
+    begin: int
+    tokens: np.ndarray
+    ends: bool
+    page_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotSampling:
+    """How the row in a slot samples from now on."""
+
+    slot: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """A step, by slots: places of a running request in the device's tables, [0, max_batch).
+
+    Tokens come in the order of decode_slots, then one for each chunk that ends.
+    """
+
+    decode_slots: np.ndarray  # [rows] int32; each decodes from the token that the device gave it last
+    decode_lens: np.ndarray  # [rows] int32, tokens in cache, the one decoded from included
+    chunks: list[Chunk]
+    page_slots: np.ndarray  # [pages] int32: table[page_slots[i], page_columns[i]] = page_ids[i], before the step
+    page_columns: np.ndarray  # [pages] int32
+    page_ids: np.ndarray  # [pages] int32
+    sampling: list[SlotSampling] = field(default_factory=list)  # of slots that are taken with this step
+    draws: bool = False  # whether any token of the step is drawn, in place of the likeliest taken
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.decode_slots) + sum(chunk.ends for chunk in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return len(self.decode_slots) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When a step ran on the device, in us from a common start; and how many rows it ran with padding."""
+
+    start_us: float
+    end_us: float
+    padded_rows: int
+
+
+class LaunchedStep(Protocol):
+    """A step that may still run."""
+
+    def wait(self) -> np.ndarray:
+        """The tokens, int64 [num_outputs], once they are there."""
+
+    def times(self) -> StepTimes:
+        """Once wait() has returned."""
+
+
+class StepRunner(Protocol):
+    """What executes steps, in order."""
+
+    def launch(self, inputs: StepInputs) -> LaunchedStep:
+        """Begins a step, and need not wait for its end."""
+
+    def now_us(self) -> float:
+        """The host's clock, of which StepTimes are readings."""

@@ -1,0 +1,88 @@
+"""How the simulated server is set up: the options that whatif, sweep and capacity have in common."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from pkvsim.commands.options.group import OptionGroup
+from pkvsim.commands.shared_options import (
+    KVGib,
+    MaxBatch,
+    Order,
+    PageSize,
+    PrefixCache,
+    Replicas,
+    RouterName,
+    WeightBits,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from pkvsim.serving.server_config import ServingConfig
+
+DEFAULT_STEP_TOKENS = 2048
+KV_NAMES = {"auto": None, "fp8": "float8_e4m3fn"}  # short names beside those of pkvsim.kv_types
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions(OptionGroup):
+    """The options as they are given; None or the default where they are not."""
+
+    engine: Annotated[
+        str,
+        typer.Option(help="What serves: pkv (this project's server), or vllm, sglang, trtllm with their own habits."),
+    ] = "pkv"
+    prefix_cache: PrefixCache = "none"
+    order: Order = "fcfs"
+    kv_ttl: Annotated[
+        float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
+    ] = 10.0
+    replicas: Replicas = 1
+    router: RouterName = "round-robin"
+    max_batch: MaxBatch = 256
+    step_tokens: Annotated[
+        Optional[int], typer.Option(help="Most tokens of a step, prefill chunks included; 2,048 by default.")
+    ] = None
+    page_size: PageSize = 16
+    kv_gib: KVGib = None
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of the KV cache: auto (16 bits), fp8, float8_e4m3fn, float8_e5m2 or int8.")
+    ] = "auto"
+    memory_fraction: Annotated[float, typer.Option(help="Part of the GPU's memory that the server uses.")] = 0.9
+    workspace_gib: Annotated[
+        Optional[float], typer.Option(help="Activations, context and graphs; by default the engine's.")
+    ] = None
+    weight_bits: WeightBits = None
+    tensor_parallel: Annotated[Optional[int], typer.Option(help="GPUs that share each layer.")] = None
+    graphs: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--graphs/--eager",
+            help="Decode in captured graphs, or layer by layer as the host issues it; by default as the engine does.",
+        ),
+    ] = None
+    splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None
+
+    def config(self) -> ServingConfig:
+        """The server. Raises ValueError naming an option."""
+        from pkvsim.serving.server_config import ServingConfig
+
+        steps = max(DEFAULT_STEP_TOKENS, self.max_batch) if self.step_tokens is None else self.step_tokens
+        return ServingConfig(
+            engine=self.engine,
+            page_size=self.page_size,
+            max_batch=self.max_batch,
+            step_tokens=steps,
+            kv_gib=self.kv_gib,
+            kv_dtype=KV_NAMES.get(self.kv_dtype, self.kv_dtype),
+            memory_fraction=self.memory_fraction,
+            workspace_gib=self.workspace_gib,
+            graphs=self.graphs,
+            prefix_cache=self.prefix_cache,
+            order=self.order,
+            kv_ttl_s=self.kv_ttl,
+            replicas=self.replicas,
+            router=self.router,
+            splits=self.splits,
+        )

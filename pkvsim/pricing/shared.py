@@ -1,0 +1,80 @@
+"""What steps cost whose rows read their common pages once: constants of such reads, relative to a route's own."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pkvsim.devices.device import DeviceSpec
+from pkvsim.devices.route_model import RouteModel
+from pkvsim.options import AttentionOptions
+from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES
+from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts
+from pkvsim.shapes import DecodeShape
+
+FLOPS = 2  # of a multiplication and its addition
+# What mma.sync reaches of the dense FP16 peak on GPUs whose peak takes newer instructions, by major compute capability:
+# 62 % on Hopper (measured on an H100 in https://arxiv.org/abs/2402.13499, 2024-02-21); of Blackwell's GPUs for data
+# centres that is an assumption. Elsewhere mma.sync gives the peak.
+MMA_SYNC_SHARES = {9: 0.62, 10: 0.62}
+
+
+class SharedPrices(NamedTuple):
+    """Constants of the balanced route's shared reads, which hold on every GPU as far as they are relative.
+
+    efficiency: share of what the SMs' mma.sync gives that a read's products reach. start, read, row: in
+    RouteModel.segment_us: what a step with reads takes more before its first and after its last task; the end of a part
+    of a read, for 64 columns; merging the output of a member's KV head, for 4 columns of 128 sums. state: in the time
+    in which a CTA reads it alone, what each state of such an output adds.
+    """
+
+    efficiency: float
+    start: float
+    read: float
+    row: float
+    state: float
+
+
+# Fitted by pkvsim.fitting.fit_shared to the seven told cells with heads of 128 of examples/results/h200_shared.json, of
+# one H200 (2026-11-29): off by 2.2 % in the mean, by 4.1 % on each cell that a fit to the others has not seen. Heads of
+# 64, whose kernel spills registers, take a quarter more than this says. For other GPUs it is an assumption.
+PRICES = SharedPrices(efficiency=0.3108, start=40.7, read=0.08, row=1.375, state=0.001)
+
+# How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
+# to the same steps of one H200 with every row reading for itself.
+REREAD_SPEEDUP = 2.0
+
+
+def apart_gb_s(bandwidth_gb_s: float, kv_bytes: float, distinct_bytes: float) -> float:
+    """What memory and L2 give together where rows with pages in common read kv_bytes apart, of distinct_bytes."""
+    again = max(0.0, kv_bytes - distinct_bytes)
+    return bandwidth_gb_s * kv_bytes / (distinct_bytes + again / REREAD_SPEEDUP) if kv_bytes > 0 else bandwidth_gb_s
+
+
+class ReadPrices(NamedTuple):
+    """The same of one layer on one GPU."""
+
+    start_us: float
+    read_us: float  # of the end of a part of a read, for each column
+    read_gb_s: float  # of KV that one CTA keeps up with in a read
+    row_us: float  # of merging an output
+    state_us: float  # of each state of it
+
+
+def read_prices(
+    model: RouteModel, device: DeviceSpec, shape: DecodeShape, options: AttentionOptions, costs: SharedCosts,
+    prices: SharedPrices = PRICES,
+) -> ReadPrices:  # fmt: skip
+    """Prices of the reads of a layer whose kernel reads for costs.columns columns."""
+    columns = options.query_shape(shape).group_size
+    value_dim = options.value_dim(shape)
+    served = costs.columns // columns * columns
+    flops = FLOPS * served * (shape.head_dim + value_dim)  # of a token
+    mma_tflops = device.fp16_tflops * MMA_SYNC_SHARES.get(device.compute_capability[0], 1.0)
+    cta_tflops = prices.efficiency * mma_tflops / (device.num_sms * max(1.0, model.ctas_per_sm))
+    state_bytes = columns * (2 + value_dim) * PARTIAL_ELEMENT_BYTES
+    return ReadPrices(
+        start_us=prices.start * model.segment_us,
+        read_us=prices.read * model.segment_us / SHARED_COLUMNS,
+        read_gb_s=cta_tflops * 1e3 / flops * options.kv_token_bytes(shape),
+        row_us=prices.row * model.segment_us,
+        state_us=prices.state * state_bytes / (model.cta_read_gb_s * 1e3),
+    )

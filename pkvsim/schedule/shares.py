@@ -1,0 +1,110 @@
+"""Which pages of a row lie on which rank, where several GPUs hold the rows' KV together."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pkvsim.shapes import MAX_TOKENS, check_int, check_seq_lens
+
+MAX_RANKS = 8  # RANKS in cuda_src/variant.cuh
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """The tokens of a row that are one rank's: of every `cycle` those in [begin, begin + tokens). As RankShare in
+    cuda_src/plan.cuh."""
+
+    begin: int
+    tokens: int
+    cycle: int
+
+    def of(self, seq_lens: np.ndarray) -> np.ndarray:
+        """Tokens that the rank has of rows of seq_lens (integers of any shape), int64."""
+        lens = np.asarray(seq_lens, np.int64)
+        return lens // self.cycle * self.tokens + np.clip(lens % self.cycle - self.begin, 0, self.tokens)
+
+
+WHOLE = RankShare(0, 1, 1)  # lengths are the rank's own already
+
+
+@dataclass(frozen=True, slots=True)
+class PageShares:
+    """Pages are dealt out in cycles: rank r gets pages_of_rank[r] pages in a run, then rank r + 1 its own, and so on.
+
+    One rule for all rows, so that a rank knows how many tokens it has of a row from the row's length. A rank keeps its
+    pages in the row's order, and the row's last page may be partly filled. Interleaving costs every rank the same to a
+    page of each row. Raises ValueError naming the field.
+    """
+
+    page_size: int
+    pages_of_rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_int("page_size", self.page_size, 1)
+        ranks, most = len(self.pages_of_rank), MAX_TOKENS // self.page_size
+        if not 1 <= ranks <= MAX_RANKS:
+            raise ValueError(f"pages_of_rank: expected 1 to {MAX_RANKS} ranks, got {ranks}")
+        for rank, pages in enumerate(self.pages_of_rank):
+            check_int(f"pages_of_rank[{rank}]", pages, 0, most)
+        if not 0 < sum(self.pages_of_rank) <= most:
+            raise ValueError(f"pages_of_rank: expected 1 to {most} pages together, got {sum(self.pages_of_rank)}")
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.pages_of_rank)
+
+    @property
+    def cycle_pages(self) -> int:
+        return sum(self.pages_of_rank)
+
+    def of_rank(self, rank: int) -> RankShare:
+        before = sum(self.pages_of_rank[:rank])
+        return RankShare(before * self.page_size, self.pages_of_rank[rank] * self.page_size,
+                         self.cycle_pages * self.page_size)
+
+    def local_lens(self, seq_lens: Any, rank: int) -> np.ndarray:
+        """Tokens of each row that the rank has, [batch_size] int32."""
+        return self.of_rank(rank).of(check_seq_lens(seq_lens)).astype(np.int32)
+
+    def local_pages(self, num_pages: int, rank: int) -> int:
+        """How many of a row's first num_pages pages are the rank's."""
+        full, rest = divmod(num_pages, self.cycle_pages)
+        own, before = self.pages_of_rank[rank], sum(self.pages_of_rank[:rank])
+        return full * own + min(max(rest - before, 0), own)
+
+    def place(self, pages: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(rank, place among the rank's pages) of a row's pages, by their numbers in the row; int64, as `pages`."""
+        pages = np.asarray(pages, np.int64)
+        ends = np.cumsum(self.pages_of_rank)
+        cycle, within = np.divmod(pages, self.cycle_pages)
+        rank = np.searchsorted(ends, within, side="right")
+        own = np.asarray(self.pages_of_rank, np.int64)[rank]
+        return np.asarray(rank), cycle * own + within - (ends[rank] - own)
+
+
+def interleaved(num_ranks: int, page_size: int, *, pages: int = 1) -> PageShares:
+    """`pages` at a time to each rank in turn."""
+    return PageShares(page_size, (check_int("pages", pages, 1),) * check_int("num_ranks", num_ranks, 1, MAX_RANKS))
+
+
+def in_runs(num_ranks: int, page_size: int, *, max_tokens: int) -> PageShares:
+    """A run for each rank, of rows of at most max_tokens: short rows are the first ranks' alone."""
+    num_ranks = check_int("num_ranks", num_ranks, 1, MAX_RANKS)
+    pages = -(-check_int("max_tokens", max_tokens, 1, MAX_TOKENS) // page_size)
+    return PageShares(page_size, (-(-pages // num_ranks),) * num_ranks)
+
+
+def in_proportion(weights: Sequence[float], page_size: int, *, cycle_pages: int = 64) -> PageShares:
+    """Of every cycle_pages so many to each rank as its weight says, by the largest remainder; the ranks' bandwidths
+    are the weights with which they take equally long. Raises ValueError naming the argument."""
+    given = np.asarray(weights, np.float64)
+    if given.ndim != 1 or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
+        raise ValueError(f"weights: expected numbers from 0 on, one of each rank, not all 0, got {weights!r}")
+    wanted = given / given.sum() * check_int("cycle_pages", cycle_pages, 1)
+    pages = np.floor(wanted).astype(np.int64)
+    left = np.argsort(pages - wanted, kind="stable")[:cycle_pages - int(pages.sum())]
+    pages[left] += 1
+    return PageShares(page_size, tuple(pages.tolist()))

@@ -1,0 +1,282 @@
+"""The scheduler of requests that come while others run, and end at any time.
+
+    scheduler = LiveScheduler(limits)
+    scheduler.add(key, prompt=token_ids, output_tokens=64, now_us=now)
+    while scheduler.has_work:
+        step = scheduler.next_step(now_us)       # run step.decode and the chunks of step.prefill
+        scheduler.end_step(now_us)               # its tokens are out
+        scheduler.cancel(key, now_us)            # at any time between steps
+
+It is pkvsim.serving.scheduling over arrays that grow: requests that have ended leave them when they are full, so that
+memory follows the requests at hand and not those ever seen.
+"""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkvsim.memory.prefix_cache import (
+    EVICTABLE_PAGES,
+    EVICTED,
+    FREE_PAGES,
+    FREED,
+    KINDS,
+    LRU,
+    NONE,
+)
+from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
+from pkvsim.serving.live.page_book import NewPages, PageBook
+from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
+from pkvsim.serving.scheduling import cancel, end_step, plan_step, take_in
+from pkvsim.serving.state import (
+    FINISHED,
+    FIRST_ADMITTED,
+    IN_FLIGHT,
+    JUST_PREEMPTED,
+    NUM_CHUNKS,
+    NUM_DECODING,
+    NUM_RUNNING,
+    NUM_SENT,
+    NUM_WAITING,
+    Limits,
+    SchedulerState,
+)
+
+SERVED_ORDERS = (FCFS, SHORTEST, KVSHARE)  # the others look at all requests before any has run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveStep:
+    """What runs in a step, requests by their keys; as pkvsim.serving.scheduler.StepWork has it, and with pages.
+
+    ends [chunks] bool: whether a chunk ends its prompt and so gives a token. new_pages: what requests have beyond the
+    pages that earlier steps told of; all pages of those admitted, which a preempted one gets anew.
+    """
+
+    decode: np.ndarray  # [rows] int64
+    decode_lens: np.ndarray  # [rows] int64, the token decoded from included
+    prefill: np.ndarray  # [chunks] int64
+    prefill_begins: np.ndarray  # [chunks] int64
+    prefill_tokens: np.ndarray  # [chunks] int64
+    ends: np.ndarray  # [chunks] bool
+    admitted: np.ndarray  # int64
+    preempted: np.ndarray  # int64
+    new_pages: list[NewPages]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed by the step."""
+        return len(self.decode) + int(self.prefill_tokens.sum())
+
+
+class LiveScheduler:
+    """Continuous batching of requests named by keys, integers of the caller's that it uses once.
+
+    pages: which page of the pool holds what. state: the scheduler's, by places that change; to be read alone.
+    """
+
+    __slots__ = ("limits", "pages", "requests", "state", "_places", "_keys", "_used", "_digests", "_block_of",
+                 "_num_blocks", "_planned", "_dropped_at")
+
+    def __init__(self, limits: Limits) -> None:
+        """ValueError for an order or a prefix cache that needs to know of requests beforehand."""
+        if limits.order not in SERVED_ORDERS:
+            names = ", ".join(ORDERS[order] for order in SERVED_ORDERS)
+            raise ValueError(f"order: expected one of {names}, got {ORDERS[limits.order]}")
+        if limits.cache_kind not in (NONE, LRU):
+            raise ValueError(f"prefix_cache: expected none or lru, got {KINDS[limits.cache_kind]}")
+        if limits.order == KVSHARE and limits.cache_kind == NONE:
+            raise ValueError("order: kvshare orders by what a prefix cache holds, expected prefix_cache lru with it")
+        self.limits, self.pages = limits, PageBook(limits.num_pages)
+        self._places: dict[int, int] = {}  # by key, of requests that have not ended
+        self._used = 0
+        self._digests: list[bytes] = []  # of blocks
+        self._block_of: dict[bytes, int] = {}
+        self._num_blocks = 0
+        self._planned, self._dropped_at = False, (0, 0)
+        room = room_for(1, 0, 0)
+        self.requests = no_requests(limits.page_size, room)
+        self.state: SchedulerState = empty_state(self.requests, limits)
+        self._keys = np.zeros(room.requests, np.int64)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request runs or waits."""
+        return bool(self.state.counts[NUM_RUNNING] or self.state.counts[NUM_WAITING])
+
+    @property
+    def num_running(self) -> int:
+        return int(self.state.counts[NUM_RUNNING])
+
+    @property
+    def num_waiting(self) -> int:
+        return int(self.state.counts[NUM_WAITING])
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of running requests; blocks that the prefix cache merely keeps are as good as free."""
+        counts = self.state.pool.counts
+        return self.limits.num_pages - int(counts[FREE_PAGES]) - int(counts[EVICTABLE_PAGES])
+
+    def holds(self, key: int) -> bool:
+        """Whether a request of that key has not ended."""
+        return key in self._places
+
+    def pages_needed(self, prompt_tokens: int, output_tokens: int) -> int:
+        """Pages that a request has at its end; the last token is never cached."""
+        page_size, shared = self.limits.page_size, self._shared_tokens(prompt_tokens)
+        return -(-(prompt_tokens + output_tokens - 1 - shared) // page_size) + shared // page_size
+
+    def _shared_tokens(self, prompt_tokens: int) -> int:
+        """Tokens of a prompt that others may find: whole pages, and not the last token, which is computed always."""
+        page_size = self.limits.page_size
+        return 0 if self.limits.cache_kind == NONE else (prompt_tokens - 1) // page_size * page_size
+
+    def add(self, key: int, *, prompt: np.ndarray, output_tokens: int, now_us: float) -> None:
+        """A request is there: it gives output_tokens tokens to its prompt [tokens] int32. ValueError where it can never
+        run, or its key is in use."""
+        if key in self._places:
+            raise ValueError(f"key: expected one that is not in use, got {key}")
+        needed = self.pages_needed(len(prompt), output_tokens)
+        if len(prompt) < 1 or output_tokens < 1 or needed > self.limits.num_pages:
+            raise ValueError(
+                f"prompt: expected a prompt and an output of a token or more, in {self.limits.num_pages} pages of "
+                f"{self.limits.page_size}, got {len(prompt)} and {output_tokens}, which take {needed}"
+            )
+        digests = self._digests_of(prompt)
+        self._make_room(len(digests))
+        for digest in digests:
+            if digest not in self._block_of:
+                self._block_of[digest] = self._num_blocks
+                self._digests.append(digest)
+                self._num_blocks += 1
+        place, requests, state = self._used, self.requests, self.state
+        self._used += 1
+        begin = requests.blocks.offsets[place]
+        requests.blocks.ids[begin : begin + len(digests)] = [self._block_of[digest] for digest in digests]
+        requests.blocks.offsets[place + 1 :] = begin + len(digests)
+        requests.prompt[place], requests.output[place] = len(prompt), output_tokens
+        requests.shared[place] = len(digests) * self.limits.page_size
+        state.rank[place] = output_tokens if self.limits.order == SHORTEST else 0.0
+        clients = state.clients
+        clients.sent_us[place], clients.place[place] = now_us, clients.counts[NUM_SENT]
+        clients.counts[NUM_SENT] += 1
+        clients.counts[IN_FLIGHT] += 1
+        self._places[key], self._keys[place] = place, key
+        take_in(state, place)
+
+    def _digests_of(self, prompt: np.ndarray) -> list[bytes]:
+        """A name for each whole page of the prompt that tells it and all before it."""
+        page_size, digests, last = self.limits.page_size, [], b""
+        tokens = np.ascontiguousarray(prompt, np.int32)
+        for begin in range(0, self._shared_tokens(len(prompt)), page_size):
+            last = hashlib.blake2b(last + tokens[begin : begin + page_size].tobytes(), digest_size=16).digest()
+            digests.append(last)
+        return digests
+
+    def next_step(self, now_us: float) -> LiveStep:
+        """Plans a step of what there is at now_us. RuntimeError where the step before has not ended, or has_work is
+        False."""
+        if self._planned or not self.has_work:
+            raise RuntimeError("next_step: " + ("call end_step() first" if self._planned else "nothing runs or waits"))
+        state = self.state
+        plan_step(self.requests, self.limits, state, float(now_us))
+        self._planned = True
+        counts = state.counts.tolist()
+        decode = state.decoding[: counts[NUM_DECODING]].copy()
+        chunks = slice(counts[NUM_CHUNKS])
+        prefill = state.chunk_request[chunks].copy()
+        begins, tokens = state.chunk_begin[chunks].copy(), state.chunk_tokens[chunks].copy()
+        preempted = self._keys[state.preempted[: counts[JUST_PREEMPTED]]]
+        admitted = prefill[counts[FIRST_ADMITTED] :]
+        return LiveStep(
+            decode=self._keys[decode],
+            decode_lens=state.cached[decode] + 1,
+            prefill=self._keys[prefill],
+            prefill_begins=begins,
+            prefill_tokens=tokens,
+            ends=begins + tokens == state.target[prefill],
+            admitted=self._keys[admitted],
+            preempted=preempted,
+            new_pages=self._number_pages(decode, admitted, preempted),
+        )
+
+    def _number_pages(self, decode: np.ndarray, admitted: np.ndarray, preempted: np.ndarray) -> list[NewPages]:
+        """Has the page book follow the planned step. decode, admitted: by their places; preempted: by keys."""
+        state, blocks = self.state, self.requests.blocks
+        for key in preempted.tolist():
+            self.pages.close(key)
+        self._drop_blocks()
+        # A row takes a page beside the prompt's when its last one is full, as private_pages_of counts them.
+        beyond = state.cached[decode] - self.requests.shared[decode]
+        grown = decode[beyond % self.limits.page_size == 0]
+        new = [self.pages.extend(int(self._keys[place]), int(state.private_pages[place])) for place in grown.tolist()]
+        for place in admitted.tolist():
+            own = blocks.ids[blocks.offsets[place] : blocks.offsets[place + 1]].astype(np.int64)
+            new.append(self.pages.open(int(self._keys[place]), own, int(state.private_pages[place])))
+        return new
+
+    def _drop_blocks(self) -> None:
+        pool = self.state.pool
+        at = int(pool.counts[EVICTED]), int(pool.counts[FREED])
+        if at != self._dropped_at:
+            self.pages.drop_blocks(pool.users)
+            self._dropped_at = at
+
+    def end_step(self, now_us: float) -> np.ndarray:
+        """Ends the planned step at now_us; the keys of the requests that finished with it, int64 [k]. RuntimeError
+        where no step is planned."""
+        if not self._planned:
+            raise RuntimeError("end_step: call next_step() first")
+        before = self.state.running[: self.state.counts[NUM_RUNNING]].copy()
+        end_step(self.requests, self.limits, self.state, float(now_us))
+        self._planned = False
+        finished = self._keys[before[self.state.phase[before] == FINISHED]]
+        for key in finished.tolist():
+            del self._places[key]
+            self.pages.close(key)
+        self._drop_blocks()
+        return finished
+
+    def cancel(self, key: int, now_us: float) -> None:
+        """Ends a request that has not finished; its pages are free. RuntimeError between next_step and end_step."""
+        if self._planned:
+            raise RuntimeError("cancel: call end_step() first")
+        place = self._places.pop(key)
+        runs = self._runs(place)
+        cancel(self.requests, self.limits, self.state, place, float(now_us))
+        if runs:
+            self.pages.close(key)
+            self._drop_blocks()
+
+    def _runs(self, place: int) -> bool:
+        return place in self.state.running[: self.state.counts[NUM_RUNNING]]
+
+    def _make_room(self, blocks: int) -> None:
+        """Makes sure that one more request fits, with so many blocks."""
+        requests, offset = self.requests, int(self.requests.blocks.offsets[self._used])
+        full = self._used == len(requests.prompt) or offset + blocks > len(requests.blocks.ids)
+        if not full and self._num_blocks + blocks <= len(requests.blocks.tokens):
+            return
+        live = np.array(sorted(self._places.values()), np.int64)
+        lengths = np.diff(requests.blocks.offsets)[live]
+        used = np.zeros(len(requests.blocks.tokens), bool)
+        used[: self._num_blocks] = self.state.pool.users[: self._num_blocks] >= 0
+        for place in live.tolist():
+            used[requests.blocks.ids[requests.blocks.offsets[place] : requests.blocks.offsets[place + 1]]] = True
+        kept = np.flatnonzero(used)
+        self._move(live, kept, room_for(len(live) + 1, int(lengths.sum()) + blocks, len(kept) + blocks))
+
+    def _move(self, live: np.ndarray, kept: np.ndarray, room: Room) -> None:
+        """Moves the requests `live` and the blocks `kept` to the beginning of new arrays."""
+        self.requests, self.state = moved(self.requests, self.state, self.limits, live, kept, room)
+        keys = np.zeros(room.requests, np.int64)
+        keys[: len(live)] = self._keys[live]
+        self._keys, self._used = keys, len(live)
+        self._places = {key: place for place, key in enumerate(keys[: len(live)].tolist())}
+        self._digests = [self._digests[block] for block in kept.tolist()]
+        self._block_of = {digest: block for block, digest in enumerate(self._digests)}
+        self._num_blocks = len(kept)
+        self.pages.renumber_blocks(kept, room.blocks)

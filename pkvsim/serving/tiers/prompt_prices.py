@@ -1,0 +1,39 @@
+"""What it costs to compute the rest of a prompt, by the loop's own prices. Compiled."""
+from __future__ import annotations
+
+import numpy as np
+
+from pkvsim.compiled import drop_stale, outer
+from pkvsim.outside.step_costs import PARTS, PREFILL_ATTENTION, prefill_attention_us, step_parts
+
+WARM = 1.0  # a GPU that computes a prompt long enough to be loaded is busy
+
+
+@outer
+def chunk_table_us(costs, step_tokens):
+    """us of a step of one chunk of a prompt without its attention, by its tokens, float64 [step_tokens + 1]."""
+    us = np.zeros(step_tokens + 1)
+    parts = np.zeros(len(PARTS))
+    lens, begins, chunk = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    for tokens in range(1, step_tokens + 1):
+        chunk[0] = tokens
+        us[tokens] = step_parts(costs, lens, begins, chunk, 1, 0.0, WARM, parts) - parts[PREFILL_ATTENTION]
+    return us
+
+
+@outer
+def prompt_us(costs, table_us, begins, end):
+    """us to compute tokens [begins[k], end) of a prompt alone on the server, in steps as large as they may be,
+    float64 [k]. table_us: of chunk_table_us."""
+    step_tokens = len(table_us) - 1
+    us = np.zeros(len(begins))
+    for at in range(len(begins)):
+        tokens = end - begins[at]
+        whole = tokens // step_tokens
+        us[at] = whole * table_us[step_tokens] + table_us[tokens - whole * step_tokens]
+        if tokens > 0:
+            us[at] += prefill_attention_us(costs, begins[at], tokens, WARM)
+    return us
+
+
+drop_stale("pkvsim")

@@ -1,0 +1,32 @@
+"""What a reader must know of the tiers behind a simulated server."""
+from __future__ import annotations
+
+from pkvsim.devices.device import DeviceSpec
+from pkvsim.memory.tier_options import ALWAYS_COMPUTE, BY_PRICE, TierSetup
+from pkvsim.memory.tiers import UNITS, Tier
+
+ASSUMPTIONS = "reads and writes of a tier do not slow each other, nor decode"
+
+
+def tier_notes(setup: TierSetup | None, device: DeviceSpec) -> tuple[str, ...]:
+    """None without tiers."""
+    if setup is None:
+        return ()
+    link = setup.host_link_gb_s or device.host_read_gb_s
+    behind = "no bound of the link to the GPU" if link is None else f"{link:g} GB/s to each GPU"
+    notes = [
+        f"KV beyond HBM: {'; '.join(map(_tier, setup.tiers))}; {behind}; placed by {setup.placement}, "
+        f"{'one after another' if setup.serial else 'all at once'}; assumed: {ASSUMPTIONS}"
+    ]
+    if setup.load != BY_PRICE:
+        told = "nothing is loaded" if setup.load == ALWAYS_COMPUTE else "all that is there is loaded"
+        notes.append(f"tiers: {told}")
+    if setup.retention == "belady":
+        notes.append("belady of tiers looks ahead in trace order: a bound, no policy")
+    return tuple(notes)
+
+
+def _tier(tier: Tier) -> str:
+    rates = f"{tier.read_bytes_per_s / 1e9:g} GB/s read, {tier.write_bytes_per_s / 1e9:g} written"
+    source = f" ({'assumed, ' if tier.assumed else ''}{tier.source})" if tier.source else ""
+    return f"{tier.name} {tier.capacity_bytes / UNITS['GiB']:g} GiB at {rates}{source}"

@@ -1,0 +1,39 @@
+"""bench_several as far as no GPU is needed: cells, how their pages lie, options."""
+from __future__ import annotations
+
+import bench_several
+import numpy as np
+import pytest
+import several
+import without_gpu
+from several_bench.cells import CELLS, LONG, ONE_GPU, SeveralCell, local_tables, whole_table
+
+
+@pytest.mark.parametrize("script", ["examples.bench_several", "examples.several"])
+def test_help_and_a_machine_without_a_gpu(script) -> None:
+    done = without_gpu.run_main(script)
+    assert "--ranks" in done.stdout and "needs a CUDA GPU" in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_every_page_of_a_row_is_some_ranks(ranks) -> None:
+    for cell in (SeveralCell("even", 3, 1000), SeveralCell("skewed", 2, 4000, (7, 3))):
+        shares = cell.shares(ranks)
+        tables = local_tables(cell, shares)
+        each = max(table.size for table in tables)
+        whole = whole_table(tables, each, shares)
+        assert whole.shape == (cell.rows, -(-cell.tokens // 16)) and len(np.unique(whole)) == whole.size
+        rank, place = shares.place(np.arange(whole.shape[1]))
+        for r, table in enumerate(tables):
+            assert (whole[:, rank == r] // each == r).all() and (whole[:, rank == r] % each == table[:, place[rank == r]]).all()
+            assert shares.local_lens(cell.lengths(), r).max() <= table.shape[1] * 16
+    skewed = CELLS[6].shares(2)
+    assert skewed.pages_of_rank == (7, 3) and CELLS[6].kv_bytes() == 131072 * 4096
+
+
+def test_cells_are_chosen_by_number(capsys) -> None:
+    assert bench_several.chosen("all", ONE_GPU, LONG) == list(ONE_GPU)
+    assert bench_several.chosen("1,long", CELLS, LONG) == [CELLS[1], LONG]
+    with pytest.raises(SystemExit, match="--cells: expected numbers from 0 to 1, long or all"):
+        bench_several.chosen("9", ONE_GPU, LONG)
+    assert several.parse_args(["--tokens", "5"]).tokens == 5

@@ -1,0 +1,58 @@
+"""The prices of shared reads: against what was measured, and found again by a fit."""
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from paths import EXAMPLES
+
+sys.path.insert(0, str(EXAMPLES))
+from bench.shared_cells import CELLS, measured_of  # noqa: E402
+
+from pkvsim.devices.device import get_device  # noqa: E402
+from pkvsim.fitting import fit_shared  # noqa: E402
+from pkvsim.fitting.fit_shared import MeasuredShared, errors, fit  # noqa: E402
+from pkvsim.pricing.shared import PRICES, SharedPrices, apart_gb_s  # noqa: E402
+from pkvsim.schedule.costs import SharedCosts, columns_for  # noqa: E402
+from pkvsim.schedule.groups import PrefixGroups  # noqa: E402
+from pkvsim.timeline.shared import simulate_shared  # noqa: E402
+
+H200 = get_device("h200")
+
+
+def test_the_shipped_prices_are_within_five_percent_of_the_measured_steps():
+    steps = measured_of(json.loads((EXAMPLES / "results" / "h200_shared.json").read_text()))
+    # What the engine weighed when it was measured.
+    steps = [replace(step, costs=SharedCosts(columns_for(len(step.seq_lens) * step.shape.group_size), 24, 8, 3, 0))
+             for step in steps]
+    assert len(steps) == len(CELLS)
+    found = {step.name: error for step, error in zip(steps, errors(steps, H200, PRICES))}
+    wide = np.array([found[step.name] for step in steps if step.shape.head_dim == 128])
+    assert np.abs(wide).mean() < 0.05 and np.abs(wide).max() < 0.1
+
+
+def test_a_fit_finds_what_steps_were_priced_with(monkeypatch):
+    true = SharedPrices(efficiency=0.18, start=12.0, read=1.5, row=0.6, state=0.2)
+    steps = [MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), 1.0)
+             for cell in CELLS[:5]]
+    steps = [MeasuredShared(step.name, step.shape, step.seq_lens, step.groups, us) for step, us in
+             zip(steps, 1 + errors(steps, H200, true))]
+    monkeypatch.setattr(fit_shared, "STARTS", fit_shared.STARTS[:1])
+    assert np.abs(errors(steps, H200, fit(steps, H200))).mean() < 0.02
+
+
+def test_a_step_in_which_nobody_shares_is_refused():
+    cell = CELLS[4]
+    alone = PrefixGroups(np.arange(cell.rows, dtype=np.int32), [4] * cell.rows)
+    with pytest.raises(ValueError, match="^measured: expected steps whose rows read together"):
+        errors([MeasuredShared("alone", cell.shape, cell.lengths(), alone, 1.0)], H200, PRICES)
+    assert simulate_shared(H200.routes["balanced"], cell.shape, cell.lengths(), alone, H200) is None
+
+
+def test_reading_apart_is_faster_the_more_is_read_again():
+    assert apart_gb_s(4000.0, 100.0, 100.0) == 4000.0 and apart_gb_s(4000.0, 0.0, 0.0) == 4000.0
+    speeds = [apart_gb_s(4000.0, 100.0, distinct) for distinct in (100.0, 60.0, 20.0, 1.0)]
+    assert speeds == sorted(speeds) and speeds[-1] < 2 * 4000.0

@@ -1,0 +1,198 @@
+"""cuda_src/select.cu and summaries.cu themselves, built for the CPU, against the rules of pkvsim.selection."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import cpp
+import ml_dtypes
+import numpy as np
+import nvrtc
+import pytest
+from decode_on_cpu import address, aligned
+from paths import SUPPORT
+
+from gpu.kernels import fields
+from gpu.kernels.compile import SOURCE_DIR, compile_options
+from gpu.kernels.launch import Arguments
+from gpu.selection import variant
+from pkvsim import DecodeShape
+from pkvsim.selection import by_name
+from pkvsim.selection.rules import Budget, Pins, top_pages
+from pkvsim.selection.summaries import row_summaries
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@functools.cache
+def build(defines: tuple, summaries: bool) -> ctypes.CDLL:
+    folder = Path(tempfile.mkdtemp(prefix="pkv_select_"))
+    try:
+        for path in SOURCE_DIR.glob("*.cu*"):
+            shutil.copy(path, folder)
+        (folder / "mma.cuh").write_text("")
+        macros = (f"-D{name}={value}" for name, value in (*defines, ("SUMMARIES", int(summaries))))
+        built = cpp.build(SUPPORT / "select_harness.cpp", folder / "select.so", "-std=c++20", "-O1", "-w",
+                          f"-I{folder}", f"-I{SUPPORT}", *macros)
+        built.run.restype = ctypes.c_char_p
+        return built
+    finally:
+        shutil.rmtree(folder)
+
+
+def launch(kernel: str, defines: dict, grid: tuple[int, int], values: dict) -> None:
+    (parameter,) = fields.KERNELS[kernel]
+    written = Arguments(f"[{''.join(field.letter for field in parameter.fields)}]")
+    written.write(*(values[field.name] for field in parameter.fields))
+    library = build(tuple(sorted(defines.items())), kernel == "pkv_summarize_pages")
+    assert library.arguments_bytes() == written.num_bytes
+    complaint = library.run(ctypes.c_void_p(written.starts[0]), *grid)
+    assert complaint is None, complaint
+
+
+class Case:
+    """A pool of keys with NaN wherever no row has a token, a step on it, and summaries that know nothing yet."""
+
+    def __init__(self, shape: DecodeShape, dtype: str, lens: tuple[int, ...], seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.shape, self.dtype, self.lens = shape, dtype, np.array(lens, np.int32)
+        pages = -(-self.lens // shape.page_size)
+        count = int(pages.sum()) + 2
+        self.table = np.full((len(lens), int(pages.max()) + 3), 0x7FFFFFFF, np.int32)
+        self.table[np.arange(self.table.shape[1]) < pages[:, None]] = rng.permutation(count)[: pages.sum()]
+        scale = rng.exponential(1.0, (count, shape.num_kv_heads, 1, shape.head_dim))
+        k = rng.standard_normal((count, shape.num_kv_heads, 1, shape.head_dim)) + scale * rng.standard_normal(
+            (count, shape.num_kv_heads, shape.page_size, shape.head_dim))  # fmt: skip
+        owned = np.zeros((count, shape.page_size), bool)
+        for row, length in enumerate(lens):
+            at = np.arange(length)
+            owned[self.table[row, at // shape.page_size], at % shape.page_size] = True
+        k.swapaxes(1, 2)[~owned] = np.nan
+        self.k = aligned(k.astype(DTYPES[dtype]))
+        q = rng.standard_normal((len(lens), shape.num_q_heads, shape.head_dim)) * 2
+        self.q = aligned(q.astype(DTYPES[dtype]))
+        self.summaries = aligned(np.full((count, shape.num_kv_heads, 2, shape.head_dim), np.nan, DTYPES[dtype]))
+
+    def summarize(self, kind: str, new_tokens: int = 2**31 - 1) -> None:
+        defines, k = variant.selection_defines(self.shape, self.dtype, kind, "maximum"), self.k
+        touched = min(self.table.shape[1] * self.shape.page_size, new_tokens + self.shape.page_size - 1)
+        grid = -(-(touched // self.shape.page_size + 1) // variant.WARPS), len(self.lens) * self.shape.num_kv_heads
+        launch("pkv_summarize_pages", defines, grid, self.common() | {
+            "k_pages": address(k), "k_page_stride": k[0].size, "k_head_stride": k[0, 0].size,
+            "k_token_stride": k.shape[-1], "new_tokens": new_tokens})  # fmt: skip
+
+    def common(self) -> dict:
+        return {"summaries": address(self.summaries), "page_ids": address(self.table), "lengths": address(self.lens),
+                "row_begins": 0, "batch_size": len(self.lens), "num_kv_heads": self.shape.num_kv_heads,
+                "table_stride": self.table.shape[1], "num_pages": len(self.k),
+                "max_tokens": self.table.shape[1] * self.shape.page_size}  # fmt: skip
+
+    def select(self, method: str | None, *, budget: Budget, pins: Pins, chunk_pages: int, room: int,
+               scores: np.ndarray | None = None, budgets: np.ndarray | None = None):
+        rule = None if method is None else by_name.method(method)
+        defines = variant.selection_defines(self.shape, self.dtype, rule and rule.SUMMARY,
+                                            rule.AGGREGATION if rule else "maximum")
+        lists, most = len(self.lens) * self.shape.num_kv_heads, self.table.shape[1]
+        group = self.shape.group_size
+        work = aligned(np.full((lists, self.shape.group_size, most), np.nan, np.float32)) if scores is None else scores
+        tickets, sums = np.zeros(lists, np.int32), np.full((lists, -(-most // chunk_pages), group, 2), np.nan, np.float32)
+        pages = np.full((len(self.lens), self.shape.num_kv_heads, room), -7, np.int32)
+        counts = np.full(pages.shape[:2], -7, np.int32)
+        assert variant.select_bytes(self.shape, most) <= 256 << 10
+        values = self.common() | {
+            "q": address(self.q), "scores": address(work), "sums": address(sums), "tickets": address(tickets), "budgets": address(budgets),
+            "pages": address(pages), "counts": address(counts), "max_selected": room, "score_stride": most,
+            "chunk_pages": chunk_pages, "sink_pages": pins.sink_pages, "recent_pages": pins.recent_pages,
+            "least_pages": budget.least_pages, "parts": budget.parts, "scale": self.shape.head_dim**-0.5}
+        launch("pkv_select_pages", defines, (-(-most // chunk_pages), lists), values)
+        assert (tickets == 0).all()
+        return pages, counts
+
+
+CASES = [("mean_std", 128, 12, 16, "float16"), ("quest", 64, 3, 4, "bfloat16")]
+
+
+@pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype"), CASES)
+def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype) -> None:
+    """A page that the rules take and the kernel leaves, or the other way, has a score as good as the last one taken."""
+    shape = DecodeShape(2 * group, 2, head_dim, page_size)
+    case = Case(shape, dtype, (0, 1, page_size * 40, page_size * 150 - page_size // 2), head_dim + group)
+    rule, budget, pins = by_name.method(method), Budget(0.2, 5), Pins(1, 2)
+    case.summarize(rule.SUMMARY)
+    for chunk_pages in (128, 1024):
+        pages, counts = case.select(method, budget=budget, pins=pins, chunk_pages=chunk_pages, room=40)
+        for row, length in enumerate(case.lens.tolist()):
+            row_pages = -(-length // page_size)
+            count = budget.pages(row_pages, pins)
+            assert (counts[row] == count).all() and (pages[row, :, count:] == -7).all()
+            for head in range(2 * (length > 0)):
+                at = np.arange(length)
+                keys = case.k[case.table[row, at // page_size], head, at % page_size].astype(np.float64)
+                q = case.q[row, head * group : (head + 1) * group].astype(np.float64)
+                scores = rule.scores(q, row_summaries(keys, page_size, rule.SUMMARY), head_dim**-0.5)
+                got, want = pages[row, head, :count], top_pages(scores, count, pins)
+                assert (np.diff(got) > 0).all() and got[0] >= 0 and got[-1] < row_pages
+                assert set(np.flatnonzero(pins.pinned(row_pages))) <= set(got.tolist())
+                edge = scores[[page for page in want if not pins.pinned(row_pages)[page]]].min(initial=np.inf)
+                wrong = np.setxor1d(got, want)
+                # MEAN_STD's squares are of eight bits, summaries of ten or seven.
+                np.testing.assert_allclose(scores[wrong], edge, rtol=0.03 if dtype == "float16" else 0.1)
+                assert len(wrong) <= 0.15 * count + 2
+
+
+def test_given_scores_and_budgets_select_exactly() -> None:
+    rng = np.random.default_rng(0)
+    case = Case(DecodeShape(4, 2, 64, 16), "float16", (16 * 300, 16 * 77, 5, 0), 1)
+    pins = Pins(2, 3)
+    for scores in (rng.standard_normal((4, 2, 303)), rng.integers(-2, 3, (4, 2, 303)), np.zeros((4, 2, 303)),
+                   np.exp(20 * rng.standard_normal((4, 2, 303)))):
+        scores = aligned(scores.astype(np.float32))
+        budgets = rng.integers(0, 330, (4, 2)).astype(np.int32)
+        pages, counts = case.select(None, budget=Budget(0.1), pins=pins, chunk_pages=303, room=290, scores=scores,
+                                    budgets=budgets)
+        for (row, head), count in np.ndenumerate(counts):
+            row_pages = -(-int(case.lens[row]) // 16)
+            assert count == min(max(budgets[row, head], 5), row_pages, 290)
+            want = top_pages(scores[row, head, :row_pages], count, pins)
+            assert pages[row, head, :count].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("kind", ["mean_std", "min_max"])
+def test_summaries_follow_growth(kind) -> None:
+    """Those of the pages of the new tokens are right, whoever had these pages before; others stay as they were."""
+    shape = DecodeShape(4, 2, 128, 16)
+    case = Case(shape, "float16", (0, 1, 16, 17, 100), 3)
+    case.summarize(kind, new_tokens=20)
+    for row, length in enumerate(case.lens.tolist()):
+        at = np.arange(length)
+        for head in range(2):
+            keys = case.k[case.table[row, at // 16], head, at % 16].astype(np.float64).reshape(length, 128)
+            want = row_summaries(keys, 16, kind)
+            got = case.summaries[case.table[row, : len(want)], head].astype(np.float64)
+            first = max(0, length - 20) // 16
+            np.testing.assert_allclose(got[first:], want[first:], atol=2e-3, rtol=1e-3)
+            assert np.isnan(got[:first]).all()
+
+
+def test_a_row_is_cut_for_the_gpu() -> None:
+    assert variant.chunks(2048, 512, 132) == (3, 768)
+    assert variant.chunks(8192, 8, 132) == (32, 256)
+    assert variant.chunks(1, 1, 132) == (1, 128)
+
+
+@pytest.mark.parametrize(("capability", "head_dim", "group", "dtype", "method"), [
+    (86, 128, 4, "float16", "mean_std"), (90, 128, 16, "bfloat16", "mean_std"), (86, 64, 16, "bfloat16", "quest"),
+    (90, 256, 8, "float16", "mean_std"), (90, 128, 4, "float16", None)])
+def test_they_fit_the_registers(capability, head_dim, group, dtype, method) -> None:
+    rule = None if method is None else by_name.method(method)
+    shape = DecodeShape(group, 1, head_dim, 16)
+    variant.check_shape(shape, dtype)
+    defines = variant.selection_defines(shape, dtype, rule and rule.SUMMARY, rule.AGGREGATION if rule else "maximum")
+    used = nvrtc.kernel_resources(SOURCE_DIR / "select.cu", capability, compile_options(defines))["pkv_select_pages"]
+    assert used.spills == used.stack == 0 and used.registers * variant.WARPS * 32 <= 65536
+    if rule is not None:
+        used = nvrtc.kernel_resources(SOURCE_DIR / "summaries.cu", capability, compile_options(defines))
+        assert used["pkv_summarize_pages"].spills == used["pkv_summarize_pages"].stack == 0

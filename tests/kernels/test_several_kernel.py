@@ -1,0 +1,103 @@
+"""cuda_src/several.cu itself, built for the CPU, ranks and their CTAs as threads, against float64 attention."""
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import nvrtc
+import pytest
+from decode_on_cpu import make_step
+from several_on_cpu import Ranks
+from test_decode_kernel import assert_close, expected
+
+from gpu.kernels.compile import SOURCE_DIR, compile_options
+from gpu.kernels.variant import shared_limit_bytes
+from gpu.several.inbox import EMPTY_WORD, rank_config
+from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.schedule.shares import PageShares, in_proportion, in_runs, interleaved
+
+LENS = (390, 0, 2, 33, 100, 16)
+SHORT = (70, 0, 17)  # of kernels that take long on a CPU
+# Ranks, CTAs of each, owner; group, head_dim, page size, dtype; shares; options.
+CASES = {
+    "two ranks by head": (2, 3, "head", 4, 64, 16, "float16", interleaved(2, 16), {}),
+    "three by row, one without pages": (3, 2, "row", 1, 64, 3, "float16", PageShares(3, (7, 0, 2)), {"soft_cap": 4.0}),
+    "four ranks, all own": (4, 1, "all", 2, 128, 16, "bfloat16", in_runs(4, 16, max_tokens=400), {"sinks": True}),
+    "a group in two parts": (2, 1, "head", 18, 256, 16, "float16", in_proportion((7, 3), 16, cycle_pages=10),
+                             {"kv_dtype": "int8", "kv_scales": "token"}),
+}  # fmt: skip
+
+
+def ranks_of(name: str, **more) -> Ranks:
+    ranks, ctas, owner, group, head_dim, page_size, dtype, shares, options = CASES[name]
+    shape, options = DecodeShape(2 * group, 2, head_dim, page_size), AttentionOptions(**options)
+    config = rank_config(shape, dtype, 90, num_ranks=ranks, max_batch=8, variant=(2, 2), options=options)
+    step = make_step(shape, dtype, options, seed=ranks, lens=SHORT if head_dim == 256 else LENS)
+    return Ranks(step, config, shares, ctas=ctas, owner=owner, **more)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_merge_what_one_would_compute(name) -> None:
+    """Three steps, so that each half of the inboxes is used again; then the way of collectives, to the same bits."""
+    ranks, dtype, found = ranks_of(name), CASES[name][6], []
+    for seed in range(3):
+        ranks.launch(seed=seed)
+        found.append(ranks.results())
+        assert_close(found[-1], expected(ranks.step), dtype)
+        assert ranks.left_empty() and all(rank.failure[0] == EMPTY_WORD for rank in ranks.ranks)
+    exchanged = ranks_of(name, in_kernel=False)
+    exchanged.launch()
+    exchanged.merge_exchanged()
+    found.append(exchanged.results())
+    assert len({out.tobytes() + lse.tobytes() for out, lse in found}) == 1
+
+
+def test_lengths_change_between_steps() -> None:
+    """A step of fewer rows lays its slots elsewhere in the halves."""
+    ranks = ranks_of("two ranks by head")
+    shape, options = ranks.step.shape, ranks.step.options
+    for seed, lens in enumerate(((5, 300), (0, 0), (17,), (40, 0, 1, 90, 200, 33, 1, 64), (128,))):
+        ranks.set(make_step(shape, "float16", options, seed=seed, lens=lens))
+        ranks.launch(seed=seed)
+        assert_close(ranks.results(), expected(ranks.step), "float16")
+    assert ranks.left_empty()
+
+
+@pytest.mark.parametrize(("name", "lost"), [("two ranks by head", 1), ("three by row, one without pages", 0)])
+def test_a_rank_that_does_not_come_is_told_of_in_time(name, lost) -> None:
+    ranks = ranks_of(name, patience_ns=200_000_000)
+    ranks.launch()
+    begin = time.perf_counter()
+    for _ in range(2):  # the second step ends at once
+        ranks.launch(but=(lost,))
+    assert 0.2 <= time.perf_counter() - begin < 5
+    for number, rank in enumerate(ranks.ranks):
+        assert rank.failure[0] == (EMPTY_WORD if number == lost else lost)
+        assert rank.inbox.view(np.uint32)[ranks.config.num_ranks] == lost  # all are told, also the one that is late
+
+
+def test_a_rank_that_owns_nothing_is_held_back() -> None:
+    """It receives nothing that it could wait for, but may not be two steps ahead of whom it sends to."""
+    ranks = ranks_of("two ranks by head", patience_ns=200_000_000)
+    ranks.owner = "row"
+    ranks.set(make_step(ranks.step.shape, "float16", ranks.step.options, seed=1, lens=(100,)))
+    ranks.launch()
+    ranks.launch(but=(1,))  # rank 0 of two owns none of one row: its first step ahead passes
+    assert ranks.ranks[0].failure[0] == EMPTY_WORD
+    ranks.launch(but=(1,))
+    assert ranks.ranks[0].failure[0] == 1
+
+
+@pytest.mark.parametrize(("capability", "num_ranks", "group", "head_dim", "kv_dtype"), [
+    (86, 2, 4, 128, None), (90, 8, 16, 64, None), (90, 2, 4, 128, "float8_e4m3fn"), (86, 8, 1, 256, "int8"),
+])
+def test_the_kernel_fits(capability, num_ranks, group, head_dim, kv_dtype) -> None:
+    options = AttentionOptions(kv_dtype=kv_dtype, sinks=group == 4)
+    config = rank_config(DecodeShape(group, 1, head_dim, 16), "float16", capability, num_ranks=num_ranks, max_batch=1,
+                         options=options)
+    assert config.shared_bytes <= shared_limit_bytes(capability)
+    found = nvrtc.kernel_resources(SOURCE_DIR / "several.cu", capability, compile_options(config.defines()))
+    assert set(found) == {"pkv_decode_several", "pkv_merge_ranks"}
+    for used in found.values():
+        assert used.spills == used.stack == used.static_shared == 0
+        assert config.kernel.threads * -(-used.registers // 8) * 8 <= 65536

@@ -1,0 +1,83 @@
+"""Pins, budgets, top k and top p, shared budgets: integers that the GPU must find too."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkvsim.selection.budgets import across_heads, across_layers, by_weight
+from pkvsim.selection.masses import page_masses, page_scores, pooled
+from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages, top_share
+
+SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3.0]), min_size=1, max_size=30).map(np.array)
+PINS = st.builds(Pins, st.integers(0, 3), st.integers(0, 3))
+
+
+@given(scores=SCORES, pins=PINS, count=st.integers(0, 30))
+def test_the_best_are_taken_and_the_pinned_first(scores, pins, count) -> None:
+    count = min(count, len(scores))
+    taken = top_pages(scores, count, pins)
+    assert len(taken) == count and (np.diff(taken) > 0).all()
+    rank = [(not pins.pinned(len(scores))[page], -scores[page], page) for page in range(len(scores))]
+    assert sorted(rank)[:count] == sorted(rank[page] for page in taken)
+
+
+@given(weights=SCORES.map(np.abs), pins=PINS, share=st.floats(0.05, 1.0))
+def test_a_share_takes_the_fewest(weights, pins, share) -> None:
+    taken = top_share(weights, share, pins)
+    pinned = np.flatnonzero(pins.pinned(len(weights)))
+    assert set(pinned) <= set(taken.tolist()) and (np.diff(taken) > 0).all()
+    if weights.sum() > 0 and len(taken) < len(weights):
+        assert weights[taken].sum() >= share * weights.sum() - 1e-9
+    others = np.setdiff1d(taken, pinned)
+    if len(others):  # without its least it would be too little
+        assert weights[taken].sum() - weights[others].min() <= share * weights.sum() + 1e-9
+
+
+@given(pages=st.integers(0, 10**6), fraction=st.floats(1e-4, 1.0), least=st.integers(0, 50), pins=PINS)
+def test_budgets_are_integers(pages, fraction, least, pins) -> None:
+    count = Budget(fraction, least).pages(pages, pins)
+    assert min(pages, max(least, pins.sink_pages + pins.recent_pages)) <= count <= pages
+    assert count <= max(least, pins.sink_pages + pins.recent_pages, int(np.ceil(pages * fraction)))
+    assert count >= min(pages, pages * fraction - pages / 2**16)
+
+
+def test_round_fractions_take_round_counts() -> None:
+    assert [Budget(fraction, 0).pages(pages) for fraction, pages in ((0.3, 20), (0.1, 2048), (0.1, 10), (0.25, 8))] == [
+        6, 205, 1, 2]  # fmt: skip
+    with pytest.raises(ValueError, match="fraction: expected"):
+        Budget(0.0)
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 60), st.integers(0, 3), PINS, st.integers(0, 99))
+def test_heads_share_a_budget(heads, pages, total, least, pins, seed) -> None:
+    scores = np.random.default_rng(seed).integers(0, 5, (heads, pages)).astype(float)
+    found = across_heads(scores, total, pins, least=least)
+    own = [min(pages, max(least, int(pins.pinned(pages).sum())))] * heads
+    assert sum(map(len, found)) == max(min(total, heads * pages), sum(own))
+    left = [scores[head][np.setdiff1d(np.arange(pages), places)].max(initial=-1) for head, places in enumerate(found)]
+    for head, places in enumerate(found):
+        assert set(top_pages(scores[head], own[head], pins)) <= set(places)
+        if len(places) > own[head]:  # what it has beyond its own is as good as anything that is left out
+            assert max(left) <= scores[head][places].max()
+    layers = across_layers([scores, scores + 1], total, pins, least=least)
+    assert [len(layer) for layer in layers] == [heads, heads]
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.integers(0, 100), st.integers(1, 20))
+def test_shares_by_weight_add_up(weights, total, most) -> None:
+    counts = by_weight(np.array(weights), total, most, least=1)
+    assert (counts >= 1).all() and (counts <= most).all()
+    assert counts.sum() == max(len(weights), min(total, most * len(weights)))
+
+
+def test_tokens_become_pages() -> None:
+    assert page_scores(np.arange(5.0)[None], 2).tolist() == [[1.0, 5.0, 4.0]]
+    np.testing.assert_allclose(pooled(np.array([3.0, 0.0, 0.0, 3.0]), 3), [1.0, 1.0, 1.0, 1.0])
+    masses = page_masses(np.log([[[0.25, 0.5], [0.75, 0.5]]]), np.zeros(2))
+    np.testing.assert_allclose(masses, [[0.375, 0.625]])
+    lists = lists_of([[np.array([1, 4]), np.array([0])]], 3)
+    assert lists.pages.tolist() == [[[1, 4, -1], [0, -1, -1]]] and lists.counts.tolist() == [[2, 1]]
+    with pytest.raises(ValueError, match="max_selected: expected at least 2"):
+        lists_of([[np.array([1, 4])]], 1)

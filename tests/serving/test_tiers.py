@@ -1,0 +1,116 @@
+"""Tiers behind the simulated server: nothing changes where nothing is loaded, TTFT adds up, loads take their time."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, make_trace
+
+from pkvsim.memory.tier_options import TierSetup
+from pkvsim.memory.tier_presets import find_tiers
+from pkvsim.models.presets import kv_bytes_per_token
+from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.simulate import simulate
+from pkvsim.serving.state import SERVED
+
+BLOCK_BYTES = BLOCK_TOKENS * kv_bytes_per_token(MODEL)
+FAST = find_tiers(["host:1TiB:1000"], {})
+
+
+def run(trace, config, **setup):
+    tiers = {"tiers": FAST, "host_link_gb_s": 1e6} | setup
+    return simulate(trace, MODEL, DEVICE, "balanced", replace(config, tiers=TierSetup(**tiers)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowded(blocks=True), st.sampled_from(["none", "lru"]), st.sampled_from(["pkv", "vllm"]))
+def test_tiers_that_give_nothing_change_nothing(case, prefix_cache, engine) -> None:
+    trace, config = case
+    config = replace(config, prefix_cache=prefix_cache, engine=engine)
+    with_tiers = run(trace, config, load="recompute")
+    without = simulate(trace, MODEL, DEVICE, "balanced", config)
+    for name in ("queue_s", "ttft_s", "finish_s", "hit_tokens", "preemptions"):
+        if engine == "pkv" or not without.requests.preemptions.any():  # an admission takes whole prompts' pages
+            np.testing.assert_array_equal(getattr(with_tiers.requests, name), getattr(without.requests, name))
+    assert not with_tiers.tiers.log.tokens.any()
+    served = without.requests.rejected == SERVED
+    assert bool(with_tiers.tiers.log.counts.stored) == bool((trace.prompt_tokens[served] >= BLOCK_TOKENS).any())
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowded(blocks=True), st.sampled_from(["pkv", "vllm"]), st.sampled_from(["load", "price"]),
+       st.sampled_from([["host:1GiB:50", "disk:1GiB:2"], ["host:1MiB:50", "disk:64MiB:0.01"]]))  # fmt: skip
+def test_every_request_is_served_and_its_first_token_adds_up(case, engine, load, tiers) -> None:
+    trace, config = case
+    result = run(trace, replace(config, engine=engine), load=load, tiers=find_tiers(tiers, {}))
+    served = result.requests.rejected == SERVED
+    assert (result.requests.output_tokens[served] == trace.output_tokens[served]).all()
+    log, requests = result.tiers.log, result.requests
+    once = served & (requests.preemptions == 0)
+    parts = requests.queue_s + log.exposed_s + result.tiers.compute_s
+    np.testing.assert_allclose(parts[once], requests.ttft_s[once])
+    assert (result.tiers.compute_s[once] > 0).all() and (log.exposed_s <= log.load_s + 1e-12).all()
+    assert (log.tokens[once].sum(axis=1) <= log.hit_blocks[once] * BLOCK_TOKENS).all()
+    if load == "load":
+        assert (log.tokens[once].sum(axis=1) == log.hit_blocks[once] * BLOCK_TOKENS).all()
+    assert (log.blocked_s.max(axis=1) <= log.load_s + 1e-12).all()
+    for tier in range(2):
+        for is_write in (False, True):
+            spans = [(one.begin_s, one.end_s) for one in log.work if (one.tier, one.is_write) == (tier, is_write)]
+            assert all(before[1] <= after[0] + 1e-9 for before, after in zip(spans, spans[1:]))
+
+
+def test_a_prompt_that_comes_again_is_loaded() -> None:
+    blocks = 64
+    rows = [(0.0, blocks * BLOCK_TOKENS + 1, 1, [0]), (100.0, blocks * BLOCK_TOKENS + 1, 1, [0])]
+    config = ServingConfig(step_tokens=2048)
+    slow = run(make_trace(rows, blocks=True), config, load="load", tiers=find_tiers(["disk:1TiB:1"], {}))
+    seconds = blocks * BLOCK_BYTES / 1e9
+    assert slow.tiers.log.load_s[1] == pytest.approx(seconds) and slow.requests.ttft_s[1] > seconds
+    assert slow.requests.ttft_s[1] - seconds < slow.requests.ttft_s[0] / 4  # one token is computed
+    by_price = run(make_trace(rows, blocks=True), config, tiers=find_tiers(["disk:1TiB:1"], {}))
+    assert by_price.requests.ttft_s[1] <= by_price.requests.ttft_s[0] * (1 + 1e-9)
+    host = run(make_trace(rows, blocks=True), config, load="load", tiers=find_tiers(["host:1TiB:1"], {}))
+    assert host.tiers.log.exposed_s[1] < host.tiers.log.load_s[1]  # the first layers are attended to before
+    linked = run(make_trace(rows, blocks=True), config, load="load", host_link_gb_s=0.5)
+    assert linked.tiers.log.load_s[1] == pytest.approx(2 * seconds)
+
+
+def test_decoding_rows_go_on_while_a_prompt_loads() -> None:
+    prompt = 64 * BLOCK_TOKENS + 1
+    rows = [(0.0, prompt, 1, [0]), (100.0, 33, 200, [1]), (0.01, prompt, 1, [0])]
+    result = run(make_trace(rows, blocks=True), ServingConfig(), load="load", tiers=find_tiers(["disk:1TiB:0.5"], {}))
+    load_s = result.tiers.log.load_s[2]
+    assert load_s > 0.4 and result.requests.finish_s[1] - result.requests.arrival_s[1] < 2 * load_s + 1
+    steps = result.steps
+    while_loading = (steps.start_s > 100.011) & (steps.start_s < 100.01 + load_s)
+    assert steps.decode_rows[while_loading].sum() > 20 and not steps.prefill_tokens[while_loading].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(crowded(blocks=True, serial=True), st.integers(1, 40))
+def test_no_retention_loads_more_than_a_tier_that_keeps_everything(case, slots) -> None:
+    """One request at a time, whole blocks alone."""
+    trace, config = case
+    tiers = (replace(FAST[0], capacity_bytes=slots * BLOCK_BYTES),)
+    some = {name: run(trace, config, load="load", retention=name, tiers=tiers) for name in ("lru", "belady")}
+    most = run(trace, config, load="load").tiers.log.tokens.sum()
+    assert all(result.tiers.log.tokens.sum() <= most for result in some.values())
+
+
+def test_refusals() -> None:
+    trace = make_trace([(0.0, 64, 1)])
+    with pytest.raises(ValueError, match="tier: expected a trace with block hashes"):
+        run(trace, ServingConfig())
+    with pytest.raises(ValueError, match="tier: expected one server"):
+        run(make_trace([(0.0, 64, 1, [0])], blocks=True), ServingConfig(replicas=2))
+    for wrong, name in (({"load": "some"}, "load_or_recompute"), ({"host_link_gb_s": 0}, "host_link"),
+                        ({"placement": "x"}, "placement"), ({"tiers": ()}, "tiers")):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            TierSetup(**{"tiers": FAST} | wrong)
+    for texts in (["nowhere"], ["host:1GiB"], ["a:1GiB:1", "a:1GiB:1"]):
+        with pytest.raises(ValueError, match="tier"):
+            find_tiers(texts, {})

@@ -1,0 +1,237 @@
+"""ShardedDecode's host side on a fake GPU: every rank's kernel gets what it needs to compute its part of a step."""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from fake_gpu import FakeArray, decode, fake_gpu, memory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu.kernels import fields
+from gpu.several import inbox
+from pkvsim import AttentionOptions, DecodeShape, reference
+from pkvsim.schedule.shares import RankShare, in_proportion, in_runs, interleaved
+
+SHAPE = DecodeShape(8, 4, 64, 16)
+
+
+@dataclass
+class Wire:
+    """What fake kernels have sent, by the address of the inbox; the last rank's launch merges all."""
+
+    num_ranks: int
+    sent: dict[int, tuple] = field(default_factory=dict)
+    lost: bool = False
+
+
+class SeveralKernel:
+    """pkv_decode_several in float64."""
+
+    def __init__(self, wire: Wire, defines: dict, given_names: tuple[str, ...]) -> None:
+        self.wire, self.defines, self.names = wire, defines, given_names
+
+    def __call__(self, grid: int, args: tuple, stream: int, pairs: bool = False) -> None:
+        values = types.SimpleNamespace(**dict(zip(self.names, args, strict=True)))
+        letters = fields.signature("pkv_decode_several", self.defines).replace("[", "").replace("]", "")
+        for name, letter in zip(fields.names("pkv_decode_several", self.defines), letters, strict=True):
+            assert isinstance(getattr(values, name), float if letter == "f" else (int, np.integer)), name
+        if self.wire.lost:
+            memory(values.failure, np.uint32, (1,))[0] = 1 - values.rank
+            return
+        batch, q_heads = values.batch_size, values.num_kv_heads * self.defines["GROUP_SIZE"]
+        lens = memory(values.lengths, np.int32, (batch,))
+        local = RankShare(values.share_begin, values.share_tokens, values.share_cycle).of(lens).astype(np.int32)
+        out = np.zeros((batch, q_heads, self.defines["V_DIM"]), np.float16)
+        lse = np.zeros((batch, q_heads), np.float32)
+        alone = types.SimpleNamespace(**vars(values) | {
+            "lengths": local.ctypes.data, "out": out.ctypes.data, "lse": lse.ctypes.data})
+        decode(self.defines | {"SINKS": 0}, alone, tasks=False)
+        reached = memory(values.inboxes, np.int64, (self.wire.num_ranks,))
+        assert reached[values.rank] == values.own and values.in_kernel == 1
+        self.wire.sent[int(values.own)] = out, lse, values
+        if len(self.wire.sent) == self.wire.num_ranks:
+            self.merge([self.wire.sent.pop(int(at)) for at in reached])
+
+    def merge(self, sent: list[tuple]) -> None:
+        lses = np.stack([lse for _, lse, _ in sent]).astype(np.float64)
+        with np.errstate(all="ignore"):
+            whole = np.logaddexp.reduce(lses, axis=0)
+            out = sum(np.exp(lse - whole)[..., None] * one.astype(np.float64) for (one, *_), lse in zip(sent, lses))
+        out = np.where(np.isfinite(whole)[..., None], out, 0)
+        owner = {number: name for name, number in inbox.OWNERS.items()}[sent[0][2].owner]
+        batch, q_heads, _ = out.shape
+        group = self.defines["GROUP_SIZE"]
+        for rank, (_, _, values) in enumerate(sent):
+            rows, heads = inbox.owned(owner, rank, num_ranks=len(sent), batch_size=batch, num_kv_heads=q_heads // group)
+            part = slice(rows.start, rows.stop), slice(heads.start * group, heads.stop * group)
+            memory(values.out, np.float16, out.shape)[part] = out[part]
+            memory(values.lse, np.float32, whole.shape)[part] = whole[part]
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with fake_gpu(num_sms=12) as gpu:
+        @contextlib.contextmanager
+        def entered():
+            yield
+
+        class Device:
+            id, synchronize = 0, staticmethod(lambda: None)
+
+            def __init__(self, index: int = 0) -> None:
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                return None
+
+        stream = types.SimpleNamespace(ptr=0, synchronize=lambda: None)
+
+        class Stream:
+            ptr = 0
+
+            def __init__(self, **_) -> None:
+                pass
+
+            def synchronize(self) -> None:
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                return None
+
+        cuda = gpu.cupy.cuda
+        cuda.Device, cuda.Stream, cuda.get_current_stream = Device, Stream, lambda: stream
+        cuda.alloc_pinned_memory = lambda size: bytearray(size)
+        cuda.runtime.getDeviceCount = lambda: 1
+        cuda.runtime.memset = lambda at, value, size: memory(at, np.uint8, (size,)).fill(value)
+        FakeArray.fill = lambda self, value: self.host.fill(value)
+        gpu.cupy.ndarray = FakeArray
+        yield gpu
+        del FakeArray.fill
+
+
+def make(gpu, num_ranks: int, **more):
+    import gpu.several.rank_engine as rank_engine
+    from gpu.several.one_process import DeviceGroup
+    from gpu.several.sharded_decode import ShardedDecode
+
+    wire = Wire(num_ranks)
+    rank_engine.load_kernel = lambda file, name, defines, *, given=None, **launch: SeveralKernel(wire, defines, given)
+    options = more.pop("options", AttentionOptions())
+    return ShardedDecode(SHAPE, group=DeviceGroup([0] * num_ranks), max_batch=8, options=options, **more), wire
+
+
+def shares_of(kind: str, num_ranks: int):
+    if kind == "runs":
+        return in_runs(num_ranks, 16, max_tokens=200)
+    if kind == "unlike":
+        return in_proportion([1, *range(num_ranks - 1, 0, -1)], 16, cycle_pages=6)
+    return interleaved(num_ranks, 16, pages=2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_ranks=st.integers(2, 4), owner=st.sampled_from(sorted(inbox.OWNERS)),
+       kind=st.sampled_from(["interleaved", "runs", "unlike"]), host=st.booleans(), int64=st.booleans(),
+       lens=st.lists(st.integers(0, 200), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_ranks_together_compute_the_step(gpu, num_ranks, owner, kind, host, int64, lens, seed) -> None:
+    shares = shares_of(kind, num_ranks)
+    engine, _ = make(gpu, num_ranks, owner=owner, shares=shares)
+    rng, lens = np.random.default_rng(seed), np.array(lens, np.int32)
+    pages = 13  # of a row
+    table = rng.permutation(len(lens) * pages).astype(np.int32).reshape(len(lens), pages)
+    of, place = shares.place(np.arange(pages))
+    pools = [rng.standard_normal((len(lens) * pages, 4, 16, 64)).astype(np.float16) for _ in range(2)]
+    q = rng.standard_normal((len(lens), 8, 64)).astype(np.float16)
+    locals_ = []
+    for rank in range(num_ranks):
+        local = np.full((len(lens), max(1, int((of == rank).sum()))), 0x7FFFFFFF, np.int64 if int64 else np.int32)
+        local[:, place[of == rank]] = table[:, of == rank]
+        locals_.append(local if host else gpu.array(local))
+    outs = [gpu.array(np.full(q.shape, np.nan, np.float16)) for _ in range(num_ranks)]
+    lses = [gpu.array(np.full(q.shape[:2], np.nan, np.float32)) for _ in range(num_ranks)]
+    engine.plan([lens if host else gpu.array(lens)] * num_ranks, locals_, validate=bool(seed % 2))
+    k, v = (gpu.array(pool) for pool in pools)
+    for _ in range(2):
+        engine.run([gpu.array(q)] * num_ranks, [k] * num_ranks, [v] * num_ranks, out=outs, lse=lses)
+        wanted, wanted_lse = reference.attention(SHAPE, q.astype(np.float64), *(p.astype(np.float64) for p in pools),
+                                                 table, lens)
+        for rank in range(num_ranks):
+            rows, heads = engine.owned(rank, len(lens))
+            part = slice(rows.start, rows.stop), slice(heads.start, heads.stop)
+            np.testing.assert_allclose(outs[rank].host[part].astype(np.float64), wanted[part], atol=4e-3)
+            np.testing.assert_allclose(lses[rank].host[part], wanted_lse[part], atol=1e-3)
+        engine.synchronize()
+
+
+def test_a_lost_rank_is_an_error_until_the_group_is_reset(gpu) -> None:
+    from gpu.several.rank_engine import RankLost
+
+    engine, wire = make(gpu, 2, timeout_s=0.5)
+    lens, table = np.array([20], np.int32), np.array([[0]], np.int32)
+    pool, q = gpu.array(np.zeros((2, 4, 16, 64), np.float16)), gpu.array(np.zeros((1, 8, 64), np.float16))
+    arguments = [q, q], [pool, pool], [pool, pool]
+    engine.plan([lens, lens], [table, table])
+    engine.run(*arguments)
+    wire.lost = True
+    engine.run(*arguments)
+    with pytest.raises(RankLost, match=r"rank 0: rank 1 did not do its part of a step within 0.5 s"):
+        engine.run(*arguments)
+    with pytest.raises(RankLost):
+        engine.synchronize()
+    engine.reset()
+    wire.lost = False
+    engine.run(*arguments)
+
+
+REFUSED = [
+    ("owner", {"owner": "token"}), ("timeout_s", {"timeout_s": 0.0}), ("shares", {"shares": "split"}),
+    ("shares", {"shares": interleaved(3, 16)}), ("shares", {"shares": interleaved(2, 32)}),
+    ("window", {"options": AttentionOptions(window=64)}), ("query_tokens", {"options": AttentionOptions(query_tokens=2)}),
+    ("num_ctas", {"num_ctas": 7}), ("max_batch", {"max_batch": 0}), ("group", {"group": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "more"), REFUSED, ids=[name for name, _ in REFUSED])
+def test_what_is_not_served_is_refused_by_name(gpu, name, more) -> None:
+    from gpu.several.one_process import DeviceGroup
+    from gpu.several.sharded_decode import ShardedDecode
+
+    given_ = {"group": DeviceGroup([0, 0]), "max_batch": 8} | more
+    with pytest.raises(ValueError, match=f"^{name}"):
+        ShardedDecode(SHAPE, **given_)
+
+
+def test_plans_are_checked(gpu) -> None:
+    engine, _ = make(gpu, 2)
+    lens, table = np.array([33], np.int32), np.array([[0]], np.int32)
+    wide = np.array([[0, 1]], np.int32)
+    for name, arguments in (
+        ("seq_lens", ([lens, lens], [table, table])),  # rank 0 has 17 of the tokens
+        ("block_table", ([lens, lens], [wide])),
+        ("seq_lens", (lens, [wide, wide])),
+        ("seq_lens", ([np.zeros(9, np.int32)] * 2, [np.zeros((9, 1), np.int32)] * 2)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            engine.plan(*arguments)
+    engine.plan([lens, lens], [wide, table])
+
+
+def test_what_ranks_own_is_everything_once() -> None:
+    for owner, ranks, batch, heads in itertools.product(("row", "head"), (2, 3, 8), (1, 2, 7), (1, 4, 8)):
+        seen = np.zeros((batch, heads), int)
+        for rank in range(ranks):
+            rows, kv_heads = inbox.owned(owner, rank, num_ranks=ranks, batch_size=batch, num_kv_heads=heads)
+            seen[rows.start:rows.stop, kv_heads.start:kv_heads.stop] += 1
+            begin, end = inbox.owned_places(owner, rank, num_ranks=ranks, batch_size=batch, num_kv_heads=heads)
+            assert end - begin == len(rows) * len(kv_heads)
+        assert (seen == 1).all()

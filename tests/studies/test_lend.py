@@ -1,0 +1,140 @@
+"""pkvsim.studies.lend: each way against a plain statement of its arithmetic, and what holds whatever happens."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkvsim.devices.device import get_device
+from pkvsim.models.presets import get_model
+from pkvsim.pricing.kv_parallel import MERGE_US
+from pkvsim.studies.lend.prices import HOST_GB_S, LendPrices
+from pkvsim.studies.lend.run import WAYS, serve_lending
+from pkvsim.traces.requests import RequestTrace
+
+
+@dataclass(frozen=True)
+class Round:
+    """Prices in round numbers."""
+
+    def rest_us(self, rows: int, chunk_tokens: int) -> float:
+        return 100.0 * (rows > 0) + 10.0 * chunk_tokens
+
+    def prefill_us(self, tokens: int) -> float:
+        return 0.0
+
+    def attention_us(self, tokens: int) -> float:
+        return float(tokens)
+
+    def exchange_us(self, rows: int) -> float:
+        return 7.0 * rows
+
+    def move_us(self, tokens: int) -> float:
+        return 3.0 * tokens
+
+    def swap_us(self, tokens: int) -> float:
+        return 5.0 * tokens
+
+
+def trace(*requests: tuple[float, int, int]) -> RequestTrace:
+    """(arrival in us, prompt, output) of each."""
+    at, prompt, output = map(np.array, zip(*requests))
+    return RequestTrace("made up", at / 1e6, prompt, output)
+
+
+def serve(way: str, requests: RequestTrace, **more):
+    return serve_lending(requests, Round(), way=way, **{"replicas": 2, "pages": 4, "page_size": 4} | more)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_request_alone_takes_its_prompt_and_its_steps(way) -> None:
+    """A prompt of 6 at 10 us a token, then steps of 100 us that attend to 6, 7 and 8 cached tokens."""
+    found = serve(way, trace((0, 6, 4)))
+    assert found.first_token_us[0] == 60 and found.latency_us[0] == 60 + 106 + 107 + 108
+    assert found.tally.steps == 4 and not found.tally.borrowed_pages
+
+
+def test_every_way_stated_plainly() -> None:
+    """Two replicas of 4 pages of 4 tokens: A and C (3 tokens, 8 of output) on the first, as D (11, 4) is on the other.
+
+    A and C begin together: 60 us for 6 prompt tokens. Steps of 100 + the cached tokens of both, 3 each at first, end
+    with 4, 5, 6, 7 cached. Then A has 8 tokens to cache and its next needs a third page: pages_of(9) is 3, and both
+    hold 2 of 4. The last admitted, C with 7 cached, leaves."""
+    requests, config = trace((0, 3, 8), (0, 11, 4), (0, 3, 8)), {"pages": 4}
+    times = [60.0]
+    for cached in (3, 4, 5, 6):
+        times.append(times[-1] + 100 + 2 * cached)
+    full_us = times[-1]  # both have generated 5 of 8
+    # A alone, with 7, 8 and 9 cached.
+    alone = full_us + sum(100 + cached for cached in (7, 8, 9))
+
+    swapped = serve("preempt", requests, **config)
+    assert swapped.latency_us[0] == alone and swapped.tally.swaps == 1
+    # C's 7 tokens go out at 5 us each and come in at 5 again when A has gone, then it goes on alone.
+    back = max(alone, full_us + 35) + 35
+    assert swapped.latency_us[2] == back + sum(100 + cached for cached in (7, 8, 9))
+
+    again = serve("recompute", requests, **config)
+    assert again.latency_us[0] == alone and (again.tally.recomputes, again.tally.recomputed_tokens) == (1, 7)
+    # When A has gone, C's 8 tokens are computed at 10 us each, which gives its sixth; two more steps.
+    assert again.latency_us[2] == alone + 80 + sum(100 + cached for cached in (8, 9))
+
+    moved = serve("move", requests, **config)
+    # D: 110 us for its prompt, steps of 100 + 11, 12, 13: gone at 446, before the others are full at 496.
+    assert full_us > 110 + 336
+    assert moved.tally.moves == 1 and moved.latency_us[0] == alone
+    assert moved.latency_us[2] == full_us + 3 * 7 + sum(100 + cached for cached in (7, 8, 9))
+
+    borrowed = serve("borrow", requests, **config)
+    # Each takes a page of replica 1: A looks first, then C. Until more than 8 are cached none of their tokens is there;
+    # then one of each is, at the same time as 16 at home: 100 + 16, and an exchange of two rows.
+    steps = [(7, 0), (8, 0), (8, 1)]
+    end = full_us + sum(100 + max(2 * own, 2 * away) + (14 if away else 0) for own, away in steps)
+    assert borrowed.latency_us[[0, 2]].tolist() == [end, end] and borrowed.tally.borrowed_pages == 2
+
+
+lens = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lens, st.sampled_from(WAYS), st.integers(2, 4), st.integers(2, 30), st.integers(1, 6))
+def test_whoever_fits_is_served_and_all_pages_come_back(requests, way, replicas, pages, max_batch) -> None:
+    requests = trace(*sorted(requests))
+    found = serve(way, requests, replicas=replicas, pages=pages, max_batch=max_batch)
+    whole = -(-(requests.prompt_tokens + requests.output_tokens) // 4)
+    fits = whole <= pages * (replicas if way == "borrow" else 1)
+    assert (np.isfinite(found.latency_us) == fits).all() and found.tally.rejected == (~fits).sum()
+    assert found.output_tokens == requests.output_tokens[fits].sum()
+    assert (found.latency_us[fits] >= found.first_token_us[fits]).all() and (found.first_token_us[fits] > 0).all()
+
+
+@given(lens)
+@settings(max_examples=20, deadline=None)
+def test_with_room_for_all_the_ways_are_one(requests) -> None:
+    requests = trace(*sorted(requests))
+    found = [serve(way, requests, pages=1000) for way in WAYS]
+    assert all((one.latency_us == found[0].latency_us).all() and one.tally == found[0].tally for one in found)
+
+
+def test_prices_are_the_rooflines_that_are_stated() -> None:
+    model, device = get_model("llama-3.1-8b"), get_device("h200")
+    prices = LendPrices(model, device)
+    token = 32 * 8 * 128 * 2 * 2
+    assert prices.token_bytes == token
+    assert prices.attention_us(1000) == pytest.approx(1000 * token / device.beta_gb_s / 1e3)
+    assert prices.move_us(1000) == pytest.approx(1000 * token / 450e3 + 0.68)
+    assert prices.swap_us(1000) == pytest.approx(1000 * token / HOST_GB_S / 1e3)
+    assert prices.exchange_us(1) == pytest.approx(32 * (0.68 + 32 * 130 * 4 / 2 / 450e3 + MERGE_US))
+    assert prices.rest_us(1, 0) == pytest.approx(16.06e9 / device.beta_gb_s / 1e3, rel=0.07)  # reads the weights
+    assert prices.rest_us(1, 4000) > 10 * prices.rest_us(1, 0)  # computes
+
+
+@pytest.mark.parametrize(("more", "name"), [
+    ({"way": "steal"}, "lend"), ({"replicas": 1}, "replicas"), ({"pages": 0}, "pages"), ({"max_batch": 0}, "max_batch"),
+])
+def test_what_cannot_be_is_refused_by_name(more, name) -> None:
+    with pytest.raises(ValueError, match=f"^{name}"):
+        serve(more.pop("way", "borrow"), trace((0, 3, 3)), **more)

@@ -1,0 +1,98 @@
+"""nano-vllm on our kernels: a Qwen3 of random weights served from a checkout of github.com/GeeeekExplorer/nano-vllm.
+
+    python tests/support/run_nano_vllm.py --source nano-vllm --rows 32 --prompts 100 1500 --new-tokens 128
+
+The checkout is used as it is: our module stands in for flash_attn. Greedy tokens (a temperature of 1e-5, as nano-vllm
+has no zero) are compared with Transformers' SDPA on the same weights; they may part where rounding decides.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import torch  # noqa: E402
+from bench.generate_ways import Batch, compare, reference_logits  # noqa: E402
+from generate import NEAR_TIE  # noqa: E402
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from gpu import flash_attn  # noqa: E402
+
+TEMPERATURE = 1e-5
+
+
+def save_model(folder: Path, *, layers: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of random weights that are wide enough that greedy tokens vary, with a tokenizer of numbers."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=4096, hidden_size=1024, intermediate_size=2048, num_hidden_layers=layers,
+                         num_attention_heads=16, num_key_value_heads=8, head_dim=128, initializer_range=0.05,
+                         max_position_embeddings=4096, tie_word_embeddings=False, dtype="bfloat16", bos_token_id=1,
+                         eos_token_id=2, pad_token_id=0)
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    words = {f"<{number}>": number for number in range(config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<2>", unk_token="<0>").save_pretrained(folder)
+    return model
+
+
+def serve(folder: Path, prompts: list[list[int]], new_tokens: int, *, eager: bool) -> tuple[torch.Tensor, float]:
+    """(tokens [rows, new_tokens], tokens per second of the whole call)."""
+    from nanovllm import LLM, SamplingParams
+
+    llm = LLM(str(folder), enforce_eager=eager, gpu_memory_utilization=0.5, max_model_len=4096)
+    asked = SamplingParams(temperature=TEMPERATURE, max_tokens=new_tokens, ignore_eos=True)
+    llm.generate(prompts[:2], asked, use_tqdm=False)
+    start = time.perf_counter()
+    found = llm.generate(prompts, asked, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    llm.exit()
+    return torch.tensor([output["token_ids"] for output in found]), len(prompts) * new_tokens / seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="a checkout of nano-vllm")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--prompts", type=int, nargs=2, default=(100, 1500), metavar=("LEAST", "MOST"))
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    args = parser.parse_args()
+    sys.path.insert(0, str(args.source.resolve()))
+    flash_attn.install()
+    generator = torch.Generator().manual_seed(1)
+    lens = torch.randint(args.prompts[0], args.prompts[1] + 1, (args.rows,), generator=generator).tolist()
+    shared = torch.randint(3, 4096, (600,), generator=generator).tolist()  # a prefix, which nano-vllm caches
+    prompts = [torch.randint(3, 4096, (length,), generator=generator).tolist() for length in lens]
+    prompts[1::4] = [shared + prompt[:200] for prompt in prompts[1::4]]
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_model(Path(folder), layers=args.layers)
+        tokens, speed = serve(Path(folder), prompts, args.new_tokens, eager=args.eager)
+    model = model.cuda().eval()
+    model.set_attn_implementation("sdpa")
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device="cuda")
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device="cuda")
+    model.generation_config.eos_token_id = None
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=args.new_tokens, do_sample=False)[:, width:]
+    batch = Batch(ids, mask, args.new_tokens)
+    agreement = compare(tokens, expected.cpu(), partial(reference_logits, model, batch, expected.cpu()),
+                        NEAR_TIE["bfloat16"])
+    print(f"{args.rows} rows: {speed:.0f} tokens/s, {agreement.same_rows} equal, {agreement.near_ties} near ties, "
+          f"{len(agreement.wrong)} wrong {agreement.wrong}")
+    return 1 if agreement.wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""Steps whose rows read together, simulated: the timeline's laws, and against the loop of plain steps."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shared_cases import shared_batches
+
+from pkvsim import AttentionOptions, DecodeShape
+from pkvsim.devices.device import get_device
+from pkvsim.pricing.counters import distinct_kv_bytes
+from pkvsim.schedule.groups import PrefixGroups
+from pkvsim.timeline.range_loop import RangeTasks, run_ranges
+from pkvsim.timeline.shared import shared_schedule, simulate_shared
+from pkvsim.timeline.timeline import simulate
+
+H200 = get_device("h200")
+MODEL = H200.routes["balanced"]
+SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lens=st.lists(st.integers(0, 20000), min_size=1, max_size=20), num_sms=st.integers(1, 140))
+def test_ranges_at_one_speed_run_as_plain_steps_do(lens, num_sms):
+    line = simulate(MODEL, SHAPE, lens, num_sms=num_sms)
+    count = len(line.bytes)
+    if not count:
+        return
+    start, end = np.zeros((2, count))
+    tasks = RangeTasks(line.schedule.cta_offsets, np.full(count, MODEL.segment_us), line.bytes,
+                       np.full(count, line.cta_gb_s * 1e3))
+    fixed = float(line.start_us.min())
+    parts = run_ranges(tasks, np.zeros(count, bool), line.shared_gb_s * 1e3, fixed, start, end)
+    np.testing.assert_allclose(end, line.end_us, rtol=1e-9)
+    np.testing.assert_allclose(start, line.start_us, rtol=1e-9)
+    assert parts[1] == 0.0 and sum(parts) <= end.max() - fixed + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), ctas=st.integers(1, 12), shared=st.floats(1, 50))
+def test_speeds_of_their_own_and_never_more_than_there_is(data, ctas, shared):
+    counts = data.draw(st.lists(st.integers(0, 4), min_size=ctas, max_size=ctas))
+    count = sum(counts)
+    floats = [data.draw(st.lists(st.floats(low, high), min_size=count, max_size=count))
+              for low, high in ((0, 3), (0, 40), (0.5, 9))]
+    fixed, sizes, speeds = (np.array(numbers, float) for numbers in floats)
+    start, end = np.zeros((2, count))
+    offsets = np.cumsum([0, *counts]).astype(np.int32)
+    parts = run_ranges(RangeTasks(offsets, fixed, sizes, speeds), np.ones(count, bool), shared, 1.0, start, end)
+    assert (end - start >= (fixed + sizes / speeds) * (1 - 1e-9) - 1e-9).all()
+    for begin, stop in zip(offsets, offsets[1:]):
+        if begin < stop:
+            assert start[begin] == 1.0 and (start[begin + 1:stop] == end[begin:stop - 1]).all()
+    if count:
+        took = end.max() - 1.0
+        assert sizes.sum() <= shared * took * (1 + 1e-9) + 1e-9
+        longest = max(float((fixed + sizes / speeds)[a:b].sum()) for a, b in zip(offsets, offsets[1:]))
+        assert longest - 1e-9 <= took <= longest + sizes.sum() / shared + 1e-9  # nobody waits while there is bandwidth
+        assert sum(parts) <= took + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=shared_batches(max_rows=12, max_pages=60))
+def test_steps_with_reads(batch):
+    shape = DecodeShape(batch.shape.num_q_heads, batch.shape.num_kv_heads, 128, batch.shape.page_size)
+    lens, options = np.array(batch.lens, np.int32), AttentionOptions(query_tokens=batch.query_tokens)
+    step = simulate_shared(MODEL, shape, lens, batch.groups, H200, options=options)
+    schedule = shared_schedule(MODEL, shape, lens, batch.groups, num_sms=H200.num_sms, options=options)
+    assert (step is None) == (schedule.shared is None)
+    if step is None:
+        return
+    line = step.timeline
+    assert (line.schedule.tasks == schedule.tasks).all() and line.num_slots == H200.num_sms
+    assert sum(getattr(step.split, name) for name in step.split.__slots__) == pytest.approx(line.makespan_us)
+    assert min(getattr(step.split, name) for name in step.split.__slots__) >= -1e-9
+    assert line.makespan_us >= line.end_us.max() and (line.end_us >= line.start_us).all()
+    # All distinct bytes are read, and what several reads of one group read again.
+    members = batch.groups.members(lens, page_size=shape.page_size, tile_tokens=16, query_tokens=batch.query_tokens)
+    told = PrefixGroups(members.astype(np.int32), batch.groups.prefix_pages)
+    tiles = PrefixGroups(told.group_of_row, told.prefix_pages * shape.page_size // 16)  # only whole tiles are shared
+    distinct = distinct_kv_bytes(DecodeShape(shape.num_q_heads, shape.num_kv_heads, 128, 16), lens, tiles, options)
+    assert line.bytes.sum() >= distinct - 1e-6
+    assert step.closed_us <= 1.5 * line.makespan_us and line.makespan_us <= 1.5 * step.closed_us
+
+
+def test_the_closed_form_is_near_the_timeline():
+    rng, apart = np.random.default_rng(5), []
+    for _ in range(40):
+        groups, each, heads = (int(rng.choice(some)) for some in ((1, 2, 4), (2, 4, 8, 16, 40), (0, 1, 2)))
+        shape = (SHAPE, DecodeShape(28, 4, 128, 16), DecodeShape(32, 32, 128, 16))[heads]
+        prefixes = rng.integers(32, 1500, groups).astype(np.int32)
+        of_row = np.repeat(np.arange(groups), each).astype(np.int32)
+        lens = (prefixes[of_row] * 16 + rng.integers(1, 2000, len(of_row))).astype(np.int32)
+        step = simulate_shared(MODEL, shape, lens, PrefixGroups(of_row, prefixes), H200)
+        apart.append(abs(step.closed_us / step.timeline.makespan_us - 1))
+    assert np.mean(apart) < 0.08 and max(apart) < 0.2, (np.mean(apart), max(apart))
+
+
+def test_reading_together_beats_reading_apart_where_much_is_shared():
+    lens, groups = np.full(64, 8704, np.int32), PrefixGroups(np.zeros(64, np.int32), [512])
+    shared = simulate_shared(MODEL, SHAPE, lens, groups, H200)
+    assert 2 * shared.timeline.makespan_us < simulate(MODEL, SHAPE, lens, num_sms=132).makespan_us
+    alone = PrefixGroups(np.arange(64, dtype=np.int32), [512] * 64)
+    assert simulate_shared(MODEL, SHAPE, lens, alone, H200) is None
