@@ -62,6 +62,11 @@ struct Entry {
   }
 };
 
+// With reads by warpgroups plans are remembered (StepRecord), and lengths and groups asked for at once, whatever they are.
+// Prefixes are noted in tokens then, otherwise in tiles.
+constexpr bool PLANS_REMEMBERED = READ_TILES > 0;
+constexpr int NOTED_TOKENS = PLANS_REMEMBERED ? 1 : PKV_TILE;
+
 // Which rows may read together, as the caller says. What is there is read early and cut to what can be: see Lengths.
 struct Groups {
   const int* of_row;        // [batch_size] or -1
@@ -82,10 +87,18 @@ struct Groups {
   PKV_HD bool fits(int length, int prefix) const {
     return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1);
   }
-  // Whether one of the rows first, first + step, .. is in a group.
+  // The group with which a row of this length reads if another row does, or -1.
+  PKV_HD int wanted(int row, int length, int most) const {
+    const int group = read_early(of_row + row);
+    if (static_cast<unsigned>(group) >= static_cast<unsigned>(num_groups)) return -1;
+    const int prefix = tokens(group, most);
+    return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1) ? group : -1;
+  }
+  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
   PKV_HD bool any_grouped(int batch_size, int first, int step) const {
     bool found = false;
-    for (int row = first; row < batch_size; row += step) found |= asked(row) >= 0;
+    for (int row = first; row < batch_size; row += step)
+      found |= static_cast<unsigned>(read_early(of_row + row)) < static_cast<unsigned>(num_groups);
     return found;
   }
 };
@@ -97,17 +110,17 @@ struct Readers {
   int* group;   // [batch_size] that the row reads with; -1 of a row with none, alone_in(group) where it is alone in it
   int* place;   // [batch_size] of a member among its group's
   int* rows;    // [batch_size] the members, group by group, ascending
-  int* tokens;  // [num_groups] of the prefix
+  int* prefix;  // [num_groups] in units of NOTED_TOKENS
   int* count;   // [num_groups] members: 0 or at least 2
   int* begin;   // [num_groups] of each group's in `rows`
   int* at;      // [num_groups] where the group's entry begins on the axis
 
   PKV_HD Readers(int* memory, int batch_size, int num_groups)
       : length(memory), group(length + batch_size), place(group + batch_size), rows(place + batch_size),
-        tokens(rows + batch_size), count(tokens + num_groups), begin(count + num_groups), at(begin + num_groups) {}
+        prefix(rows + batch_size), count(prefix + num_groups), begin(count + num_groups), at(begin + num_groups) {}
   PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
   PKV_HD static int alone_in(int group) { return -2 - group; }
-  PKV_HD int tiles(int group) const { return tokens[group] / PKV_TILE; }  // that are shared
+  PKV_HD int tiles(int group) const { return prefix[group] / (PKV_TILE / NOTED_TOKENS); }  // that are shared
 };
 
 // Where a row's states of its read lie, for one KV head.
@@ -136,21 +149,35 @@ struct Axis {
   }
   PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles(readers.group[row]); }
 
-  // What is read of a row and of a group; where members are counted from there, see find_readers. A row's group is the
-  // one that it asks for until all are noted, and then the one that it reads with if another row does.
+  // What is read of a row and of a group; where members are counted from there, see find_readers.
+  PKV_HD void note_row(int row, int length) const {
+    readers.length[row] = length, readers.group[row] = groups.wanted(row, length, lens.most);
+  }
+  PKV_HD void note_group(int group) const {
+    readers.prefix[group] = groups.tokens(group, lens.most) / NOTED_TOKENS, readers.count[group] = 0;
+  }
+  // The same of what was asked for before, where plans are remembered: a row's group is the one that it asks for until all
+  // are noted, and then the one that it reads with if another row does.
   PKV_HD void note_row(int row, int length, int asked) const {
     readers.length[row] = length, readers.group[row] = asked;
   }
-  PKV_HD void note_group(int group, int tokens) const { readers.tokens[group] = tokens, readers.count[group] = 0; }
-  PKV_HD int wanted(int length, int asked) const {
-    return asked >= 0 && groups.fits(length, readers.tokens[asked]) ? asked : -1;
+  PKV_HD void note_group(int group, int tokens) const { readers.prefix[group] = tokens, readers.count[group] = 0; }
+  // The group that a row of this length asks for, if it is long enough for what was noted of it in tokens, or -1.
+  PKV_HD int fitting(int length, int asked) const {
+    return asked >= 0 && groups.fits(length, readers.prefix[asked]) ? asked : -1;
+  }
+  // The group with which a row of this length reads if another row does, or -1, when all groups are noted.
+  PKV_HD int wanted(int row, int length) const {
+    return PLANS_REMEMBERED ? fitting(length, groups.asked(row)) : groups.wanted(row, length, lens.most);
   }
   // Whether what was noted of a row or a group is another than what is there; of a row, if no group is.
   PKV_HD bool row_changed(int row) const {
-    const int length = lens[row], noted = readers.group[row], now = wanted(length, groups.asked(row));
+    const int length = lens[row], noted = readers.group[row], now = wanted(row, length);
     return length != readers.length[row] || (noted != now && (now < 0 || noted != Readers::alone_in(now)));
   }
-  PKV_HD bool group_changed(int group) const { return readers.tokens[group] != groups.tokens(group, lens.most); }
+  PKV_HD bool group_changed(int group) const {
+    return readers.prefix[group] != groups.tokens(group, lens.most) / NOTED_TOKENS;
+  }
 
   PKV_HD Entry group_entry(int group) const {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};

@@ -152,6 +152,11 @@
 #else
 #define PKV_SELECTED(...)
 #endif
+#if READ_TILES
+#define PKV_TILES(...) __VA_ARGS__
+#else
+#define PKV_TILES(...)
+#endif
 #if PAGE_LSE
 #define PKV_PAGE_LSE(...) __VA_ARGS__
 #else

@@ -11,6 +11,7 @@ from pkvsim.schedule.costs import SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.prefixes import SharingRule
 
+pytestmark = pytest.mark.usefixtures("warpgroup_reads")
 SHAPE = DecodeShape(8, 2, 64, 16)
 LENS = np.array([100, 96, 130, 33], np.int32)
 
