@@ -1,4 +1,5 @@
 // pkv_find_prefixes: which rows of a step have their leading pages in common, by comparing every page id.
+// As prefixes.cu, but whatever is likely looked at is asked for at once, and links say themselves that they are there.
 //
 // pkvsim.schedule.prefixes states the rule; what this kernel writes equals it. In short: of each tree of rows with one
 // first id, the depth that saves the most pages; the rows that agree down to it are groups where that pays.
