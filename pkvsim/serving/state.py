@@ -67,6 +67,7 @@ class Requests(NamedTuple):
     rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
     queue_us: float = 0.0  # between a request's submission and the scheduler's queue
     output_us: float = 0.0  # between a step's end and its tokens at the client
+    remote: np.ndarray = np.zeros(0, np.int64)  # [n] or [0], tokens of a prompt whose KV comes with its request
 
 
 class Limits(NamedTuple):
