@@ -39,6 +39,8 @@ def serve(
         return simulate(trace, model, device, policy, config, progress=progress)
     if trace.after is not None or trace.concurrency is not None:
         raise ValueError("prefill_replicas: expected requests that wait for no answer, neither turns nor a closed loop")
+    if config.tiers is not None or config.kv_parallel != 1:
+        raise ValueError("prefill_replicas: expected 0 with tiers, and with several GPUs a server")
     prompts = replace(config, replicas=config.prefill_replicas, prefill_replicas=0)
     first = simulate(replace(trace, output_tokens=np.ones_like(trace.output_tokens)), model, device, policy, prompts)
     token_s = first.requests.arrival_s + first.requests.ttft_s
