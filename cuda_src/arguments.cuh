@@ -70,7 +70,9 @@ struct RankArguments {
   long long patience_ns;                      // how long a rank is waited for
   int rank, owner;                            // owner: see Owner
   int in_kernel;                              // 0: states are left in `own`, and the host exchanges and merges them
+  int same_gpu;                               // all ranks share this GPU, and each has as many CTAs
   int share_begin, share_tokens, share_cycle; // see RankShare
+  int share_magic, share_shift;
 };
 #endif
 

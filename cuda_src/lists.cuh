@@ -28,6 +28,13 @@ struct ListPiece : Segment {
   int row_len;  // tokens of the row, where seq_len has those of the list
 };
 
+// What is looked up of a list before it is planned.
+struct ListSize {
+  int pages, row_len;  // of the list, and its row's tokens
+
+  __device__ __forceinline__ int tiles() const { return tiles_of(pages * PAGE_SIZE); }
+};
+
 // All lists of a step as rows of the schedule: number v is head v % heads of row v / heads.
 struct Lists {
   Lengths lens;
@@ -37,15 +44,11 @@ struct Lists {
   __device__ __forceinline__ int count() const { return lens.batch_size * heads; }
   __device__ __forceinline__ int row_of(int v) const { return divide(v, heads); }
   __device__ __forceinline__ int list_of(int v) const { return HEAD_SPLIT == 1 ? v : divide(v, HEAD_SPLIT); }
-  // Pages that list v holds, of which a row has no more than its length says.
-  __device__ __forceinline__ int pages_of(int v, int row_len) const {
-    const int listed = min(read_early(lists.counts + list_of(v)), lists.stride);
-    return max(0, min(listed, divide(row_len + PAGE_SIZE - 1, PAGE_SIZE)));
-  }
-  // The tiles of list v as they are planned, 0 past the last list: those of its pages. The last of them may hold fewer,
-  // which is not known before the list's last place is.
-  __device__ __forceinline__ int tiles(int v) const {
-    return v < count() ? tiles_of(pages_of(v, lens[row_of(v)]) * PAGE_SIZE) : 0;
+  // The size of list v < count(), which holds no more pages than its row. Its tiles are those of its pages; the last of
+  // these may hold fewer, which is not known before the list's last place is.
+  __device__ __forceinline__ ListSize size(int v) const {
+    const int row_len = lens[row_of(v)], listed = min(read_early(lists.counts + list_of(v)), lists.stride);
+    return {max(0, min(listed, divide(row_len + PAGE_SIZE - 1, PAGE_SIZE))), row_len};
   }
 };
 
@@ -54,48 +57,43 @@ struct ListWalk {
   using Piece = ListPiece;
   Lists lists;
   int segment_cost;
-  int v, pages, row_len;  // the list at hand, its pages and its row's tokens, which are looked up a piece ahead
-  int tile, x0, x_end;    // the next of its tiles, and where they lie
+  int v;                // the list at hand
+  ListSize size;        // of it, which is looked up a piece ahead
+  int tile, x0, x_end;  // the next of its tiles, and where they lie
 
-  // first, list_begin: the first list that is not empty and reaches past x_begin, and where it lies.
-  __device__ __forceinline__ void start(int first, int list_begin, int x_begin, int end) {
-    v = first, x0 = list_begin, x_end = end;
-    look_up();
+  // first, first_size, list_begin: the first list that is not empty and reaches past x_begin, and where it lies.
+  __device__ __forceinline__ void start(int first, const ListSize& first_size, int list_begin, int x_begin, int end) {
+    v = first, size = first_size, x0 = list_begin, x_end = end;
     tile = tile_at(x_begin, x0, segment_cost);
-    if (tile >= tiles()) step();
+    if (tile >= size.tiles()) step();
   }
   __device__ __forceinline__ bool next(ListPiece& s) {
     if (x0 >= x_end) return false;
-    const int end = min(tile_at(x_end, x0, segment_cost), tiles());
-    s.row = lists.row_of(v), s.kv_head = v - s.row * lists.heads, s.list = lists.list_of(v), s.row_len = row_len;
-    s.seq_len = pages * PAGE_SIZE;
+    const int end = min(tile_at(x_end, x0, segment_cost), size.tiles());
+    s.row = lists.row_of(v), s.kv_head = v - s.row * lists.heads, s.list = lists.list_of(v), s.row_len = size.row_len;
+    s.seq_len = size.pages * PAGE_SIZE;
     // Of all pages only the row's last may have room left.
-    const int row_pages = divide(row_len + PAGE_SIZE - 1, PAGE_SIZE);
-    if (PAGE_SIZE > 1 && lists.lists.place(s.list, max(0, pages - 1)) == row_pages - 1)
-      s.seq_len -= row_pages * PAGE_SIZE - row_len;
+    const int row_pages = divide(size.row_len + PAGE_SIZE - 1, PAGE_SIZE);
+    if (PAGE_SIZE > 1 && lists.lists.place(s.list, max(0, size.pages - 1)) == row_pages - 1)
+      s.seq_len -= row_pages * PAGE_SIZE - size.row_len;
     s.tile_begin = tile, s.tile_end = end;
     if constexpr (PAGE_SIZE > PKV_TILE) s.tile_end = max(tile, min(end, tiles_of(s.seq_len)));
-    s.begins = tile == 0, s.ends = end == tiles(), s.slot = x0;
+    s.begins = tile == 0, s.ends = end == size.tiles(), s.slot = x0;
     step();
     return true;
   }
 
  private:
-  __device__ __forceinline__ int tiles() const { return tiles_of(pages * PAGE_SIZE); }
-  __device__ __forceinline__ void look_up() {
-    row_len = lists.lens[lists.row_of(v)];
-    pages = lists.pages_of(v, row_len);
-  }
   __device__ __forceinline__ void step() {
-    x0 += tiles() + segment_cost, tile = 0;
+    x0 += size.tiles() + segment_cost, tile = 0;
     if (x0 >= x_end) return;
     do {
       if (++v >= lists.count()) {  // past the last list only where lengths or counts change meanwhile
         x_end = x0;
         return;
       }
-      look_up();
-    } while (pages == 0);
+      size = lists.size(v);
+    } while (size.pages == 0);
   }
 };
 

@@ -274,6 +274,9 @@ __device__ __forceinline__ unsigned receive_from_rank(const unsigned* from) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
   return v;
 }
+__device__ __forceinline__ void add_at_rank(unsigned* to, unsigned more) {
+  asm volatile("red.relaxed.sys.global.add.u32 [%0], %1;" ::"l"(to), "r"(more) : "memory");
+}
 // Nanoseconds of a clock that all SMs share.
 __device__ __forceinline__ long long nanoseconds() {
   long long now;

@@ -23,9 +23,12 @@ namespace pkv {
 // their order, in pages of its own.
 struct RankShare {
   int begin, tokens, cycle;
+  int magic, shift;  // floor(n / cycle) is n * magic >> 32 + shift for n of 31 bits: pkvsim.schedule.shares
 
   PKV_HD int of(int seq_len) const {
-    const int cycles = static_cast<int>(static_cast<unsigned>(seq_len) / static_cast<unsigned>(cycle));
+    const unsigned long long wide = static_cast<unsigned long long>(static_cast<unsigned>(seq_len))
+                                    * static_cast<unsigned>(magic);
+    const int cycles = static_cast<int>(static_cast<unsigned>(wide >> 32) >> shift);
     const int rest = seq_len - cycles * cycle - begin;
     return cycles * tokens + (rest < 0 ? 0 : rest < tokens ? rest : tokens);
   }

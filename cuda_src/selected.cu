@@ -37,7 +37,7 @@ struct ListStart {
     if (!some_empty) return true;
     #pragma unroll 1
     for (int v = blockIdx.x * WARPS + threadIdx.x / 32; v < lists.count(); v += gridDim.x * WARPS) {
-      if (lists.tiles(v) > 0) continue;
+      if (lists.size(v).pages > 0) continue;
       const int row = lists.row_of(v), head = v - row * lists.heads;
       #pragma unroll 1
       for (int column = 0; column < COLUMNS; ++column) {

@@ -34,7 +34,7 @@ pkv_decode_several(const pkv::DecodeArguments given, const pkv::Costs costs, con
   const Pages pages = pages_of(given);
   const Output output = output_of(given);
   const Lengths lens{given.lengths, given.batch_size, max_tokens, given.reach(),
-                     {ranks.share_begin, ranks.share_tokens, ranks.share_cycle}};
+                     {ranks.share_begin, ranks.share_tokens, ranks.share_cycle, ranks.share_magic, ranks.share_shift}};
   const Ownership who{ranks.owner, given.batch_size, given.num_kv_heads};
   PlanRecord* const records = reinterpret_cast<PlanRecord*>(given.partials + gridDim.x);
   const Links links{.ranks = ranks, .who = who, .output = output,
@@ -42,7 +42,7 @@ pkv_decode_several(const pkv::DecodeArguments given, const pkv::Costs costs, con
                     .number = reinterpret_cast<unsigned*>(records + gridDim.x) + blockIdx.x * WARPS + warp,
                     .lane = lane};
 
-  let_next_kernel_start();
+  if (!ranks.same_gpu) let_next_kernel_start();
   const bool early = KERNELS_OVERLAP && given.batch_size <= NOTED_LENGTHS;
   if (!early) wait_for_previous_kernel();
   RangePlan plan;
@@ -73,7 +73,7 @@ pkv_merge_ranks(const pkv::Slot* states, int stride, half_type* out, float* lse,
   for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * WARPS) {
     RankStates found;
     found.read(states + item / COLUMNS, stride, item % COLUMNS, lane);
-    const int place = first + item / COLUMNS;
-    store_merged(output, who.row_of(place), who.head_of(place), item % COLUMNS, found.sum(lane), lane);
+    const int2 at = who.at(first + item / COLUMNS);
+    store_merged(output, at.x, at.y, item % COLUMNS, found.sum(lane), lane);
   }
 }

@@ -14,6 +14,11 @@
 // Waiting ends: after patience_ns the rank that was waited for is written down here, with the host and with every rank
 // that can be reached, and from then on nothing is sent, awaited or merged. The inboxes are useless then until the
 // hosts have emptied them all together.
+//
+// Where each rank has a GPU for itself, the next launch's CTAs may take an SM as soon as one is free (early_plan.cuh).
+// Ranks that share a GPU must not let them before all ranks' CTAs of this step are there: they would take the SMs that
+// another rank needs for the states that this one waits for. started[] counts those CTAs; whoever finds all of them
+// there lets the next launch begin, and where nobody does it begins when this one has ended.
 #pragma once
 #include "balanced_step.cuh"
 
@@ -24,8 +29,9 @@ enum Owner { OWNER_ALL, OWNER_ROW, OWNER_HEAD };
 
 // What other ranks tell this one. All words are EMPTY_WORD before the first step. The slots follow.
 struct __align__(128) Inbox {
-  unsigned begun[RANKS];  // the last step that each rank has begun, from 0 on
-  unsigned failed;        // a rank that somebody waited for in vain
+  unsigned begun[RANKS];    // the last step that each rank has begun, from 0 on
+  unsigned failed;          // a rank that somebody waited for in vain
+  unsigned started[RANKS];  // CTAs of all steps so far, from -1 on (same_gpu)
 };
 
 // How steps of one rank count: each warp of each CTA has a word behind the plans' records, so that they need not agree.
@@ -34,8 +40,11 @@ struct OpenedStep {
   unsigned number;
   unsigned failed;
 };
+static_assert(sizeof(Inbox) == 128, "gpu/several/inbox.py has the same");
 // A warp's own, behind SharedMemory, since the registers are the main loop's.
 constexpr int OPENED_BYTES = sizeof(OpenedStep);
+// How often a warp looks for all CTAs of a step at its beginning: as often as it can until its first tile arrives.
+constexpr int LOOKS = 2;
 
 struct Patience {
   long long most, began;
@@ -61,19 +70,22 @@ struct Ownership {
   }
   // The rank r with floor(units * r / RANKS) <= unit < floor(units * (r + 1) / RANKS).
   __device__ __forceinline__ int rank_of(int row, int kv_head) const {
-    const int unit = owner == OWNER_ROW ? row : kv_head / HEAD_SPLIT;
-    return divide((unit + 1) * RANKS - 1, units());
+    const int upto = ((owner == OWNER_ROW ? row : kv_head / HEAD_SPLIT) + 1) * RANKS;
+    int rank = 0;
+    #pragma unroll
+    for (int r = 1; r < RANKS; ++r) rank += units() * r < upto;
+    return rank;
   }
   __device__ __forceinline__ int begin(int rank) const {
     if (owner == OWNER_ALL) return 0;
     return divide(units() * rank, RANKS) * (owner == OWNER_ROW ? num_kv_heads : HEAD_SPLIT * batch_size);
   }
   __device__ __forceinline__ int end(int rank) const { return owner == OWNER_ALL ? places() : begin(rank + 1); }
-  __device__ __forceinline__ int row_of(int place) const {
-    return owner == OWNER_HEAD ? place % batch_size : divide(place, num_kv_heads);
-  }
-  __device__ __forceinline__ int head_of(int place) const {
-    return owner == OWNER_HEAD ? divide(place, batch_size) : place % num_kv_heads;
+  // Row and KV head of a place.
+  __device__ __forceinline__ int2 at(int place) const {
+    const int inner = owner == OWNER_HEAD ? batch_size : num_kv_heads, outer = divide(place, inner);
+    const int rest = place - outer * inner;
+    return owner == OWNER_HEAD ? make_int2(rest, outer) : make_int2(outer, rest);
   }
 };
 
@@ -137,12 +149,12 @@ struct RankStates {
 
 // Writes a column that all ranks' states are in; zeros and -inf for a row that has no tokens anywhere.
 __device__ __forceinline__ void store_merged(const Output& output, int row, int kv_head, int column,
-                                             const HeadState& sum, int lane) {
-  if (sum.l != 0.0f) return store_result(output, row, kv_head, column, sum, lane);
-  const int at = (row * output.num_kv_heads + kv_head) * GROUP_SIZE + column;
-  uint2* out = reinterpret_cast<uint2*>(output.out + static_cast<long long>(at) * V_DIM);
-  for (int i = lane; i < HEAD_QUADS; i += 32) out[i] = make_uint2(0u, 0u);
-  if (lane == 0) output.lse[at] = __int_as_float(0xff800000);
+                                             HeadState sum, int lane) {
+  const bool none = sum.l == 0.0f;
+  if (none) sum.l = 1.0f;  // acc is 0
+  store_result(output, row, kv_head, column, sum, lane);
+  if (none && lane == 0)
+    output.lse[(row * output.num_kv_heads + kv_head) * GROUP_SIZE + column] = __int_as_float(0xff800000);
 }
 
 // One warp's way to the ranks' inboxes. It is what EarlyStart and Parts take for an output: store_result and
@@ -192,6 +204,25 @@ struct Links {
   }
   __device__ __forceinline__ bool failed() const { return opened.failed != EMPTY_WORD; }
 
+  // Of ranks that share a GPU: counts this CTA among those that are there, once in a step.
+  __device__ __forceinline__ void count() const {
+    if (ranks.same_gpu && ranks.in_kernel && threadIdx.x < RANKS && !failed())
+      add_at_rank(&opened.inboxes[lane]->started[ranks.rank], 1);
+  }
+  // Lets the next launch begin if all CTAs of this step are there. One warp of a CTA is enough, and it looks a few times
+  // at most.
+  __device__ __forceinline__ void let_next_start(int looks) const {
+    if (!ranks.same_gpu || !ranks.in_kernel || threadIdx.x >= 32 || failed()) return;
+    const unsigned all = (opened.number + 1) * gridDim.x;
+    #pragma unroll 1
+    for (; looks > 0; --looks) {
+      const unsigned there = receive_from_rank(&ranks.own->started[lane < RANKS ? lane : 0]) + 1;
+      if (!__all_sync(ALL_LANES, static_cast<int>(there - all) >= 0)) continue;
+      let_next_kernel_start();
+      return;
+    }
+  }
+
   // The slots of this step that `source` fills at rank `to`.
   __device__ __forceinline__ Slot* slots(int to, int source) const {
     Slot* const all = reinterpret_cast<Slot*>(opened.inboxes[to] + 1);
@@ -239,10 +270,12 @@ struct Links {
       for (;;) {
         const int missing = states.read(from, who.places(), column, lane);
         if (missing == RANKS) break;
+        if (patience.began < 0) let_next_start(1);
         if (__any_sync(ALL_LANES, patience.over())) return fail(missing);
       }
       RankStates::empty(from, who.places(), column, lane);
-      store_merged(output, who.row_of(place), who.head_of(place), column, states.sum(lane), lane);
+      const int2 at = who.at(place);
+      store_merged(output, at.x, at.y, column, states.sum(lane), lane);
     }
   }
   // Ends the step, for this warp's next launch.
@@ -283,7 +316,10 @@ struct RankStart {
   }
   __device__ __forceinline__ bool begin(const Pages& pages) {
     links.open(asked);
-    return early.begin(pages);
+    if (!early.begin(pages)) return false;
+    links.count();
+    links.let_next_start(LOOKS);
+    return true;
   }
 };
 

@@ -25,6 +25,7 @@ from pool_bench import disks
 from rich.console import Console
 
 from gpu.calibrate.tier_rates import link_rates
+from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
 from pkvsim.memory.placement import BANDWIDTH, EQUAL
 
@@ -141,12 +142,16 @@ def tiers(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, Any]
 
 
 def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
-    """The first token of a long prompt."""
+    """The first token of a long prompt, of as many tokens as GPU memory has room for."""
+    import cupy
     from pool_bench import copies as measured
     from pool_bench import ttft as first
 
     link = link_rates(GIB)["in_gb_s"] * 1e9
-    model = first.Model(args.tokens // first.PAGE)
+    cupy.get_default_memory_pool().free_all_blocks()  # of the parts before, which PyTorch may need
+    blocks = memory.fitting(args.tokens // first.PAGE, bytes_each=first.BLOCK_BYTES)
+    tokens = blocks * first.PAGE
+    model = first.Model(blocks)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
     rates = [rate * 1e9 for rate in TTFT_RATES]
     runs = measured.scattered(model.device.run_bytes, GIB, "DMA in, kernel out").in_gb_s * 1e9
@@ -163,7 +168,9 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     note = (f"Bound: bytes over the rates or the link, and the last chunk's compute of {compute_s * 1e3:.0f} ms. "
             f"Limiters of {TTFT_RATES[1]:g} GB/s on {SHM}.")  # fmt: skip
     columns = ("KV in", "GB", "TTFT ms", "bound ms", "x bound", "predicted ms", "files / this")
-    return Table(f"First token of {args.tokens // 1024}K tokens, Llama-3.1-8B's sizes", columns, rows, note), [
+    if tokens < args.tokens:
+        note += f" {tokens:,} tokens in place of {args.tokens:,}, as GPU memory has room for."
+    return Table(f"First token of {tokens / 1024:.0f}K tokens, Llama-3.1-8B's sizes", columns, rows, note), [
         {**dataclasses.asdict(one), "over_bound": one.over_bound} for one in found
     ]
 

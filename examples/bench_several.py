@@ -5,7 +5,9 @@
     python examples/bench_several.py --gpus 2               # both GPUs from one process
 
 "one": one engine on one GPU that has all pages. "alone": every rank's pages by an engine of its own, the slowest one's
-time. "several, head": this project's kernel over all ranks, each of which owns some heads; "all": all own everything.
+time. "several, head": this project's kernel over all ranks, each of which owns some heads; "all": all own everything;
+"overlapping", of ranks that share a GPU: the next launch begins once all CTAs of the step are there, as launches of one
+engine and of ranks with a GPU each do anyway.
 "all-to-all", "all-gather": the same states through NCCL and a merge kernel. Results are checked against "one", and that
 they repeat bit for bit, before they are timed. Times are per call in CUDA graphs that are replayed on all ranks at a
 time, the slowest rank's; calls read distinct pages, over four times the L2, before any page comes back.

@@ -77,9 +77,10 @@ def tables(findings: list) -> list:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from rich.console import Console
-    from serving.gguf_to_hf import packaged_file
     from study import evictions, judge, texts
     from study.llama import Llama
+
+    from gpu.serve.model.gguf import packaged_file
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     model = Llama(args.gguf or packaged_file(), args.device)

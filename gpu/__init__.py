@@ -4,8 +4,8 @@ Read `inputs` (arrays of any library, block tables, checks), `kernels` (from cud
 (plan notes where things are, run launches): a step goes through them in this order. `cache` is the pool that an
 engine reads and the writer that fills it. `selection` chooses what a step reads of it. `routes` puts FlashInfer's
 backends beside our schedules and takes the cheapest of a step; `decode_engine` is the face of both. `drop_ins` are
-faces that other libraries' callers know.
-`measure`, `calibrate` and `tune` time all of it, and `as_card` runs all of it as another GPU would.
+faces that other libraries' callers know; `serve` is a serving loop of our own. `measure`, `calibrate` and `tune` time
+all of it, and `as_card` runs all of it as another GPU would.
 
 What to decide (where to cut, which route, which page) is asked of pkvsim. torch, CuPy and FlashInfer are imported
 where they are used, so that CPU tools can use the rest.

@@ -133,8 +133,8 @@ class DecodeEngine:
         page_lse (balanced): float32 on the GPU, written: the log-sum-exp (natural log) of the logits of every 16 tokens
         for each query head, so that exp(page_lse - lse) is the share of the attention that they get. [batch_size,
         num_kv_heads, tiles, (query_tokens,) group_size], as many tiles of 16 tokens as are wanted, from a row's start
-        on; with `selected` they count through the listed pages. What is not read is left as it was. Not with groups, nor
-        with pages of other than whole tiles.
+        on; with `selected` they count through the listed pages. What is not read is left as it was. Not with groups,
+        nor with pages of other than whole tiles.
         The first run with either compiles its kernel, and must not be under capture.
 
         Raises ValueError naming the argument, before any launch; RuntimeError when nothing was planned.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 32, 32, 8, 128, 4096, 14336
 PAGE, CHUNK = 16, 256
+BLOCK_BYTES = LAYERS * 2 * KV_HEADS * PAGE * HEAD_DIM * 2  # K and V of a page of all layers, FP16
 FILE_BLOCKS = 16  # of one chunk file of the baseline: 256 tokens, 32 MiB
 WARM_UP, REPEATS = 1, 3
 

@@ -140,6 +140,9 @@ class SeveralBench:
         self._alone(cell, shares, tables, pages, result)
         for owner in owners:
             self._several(self.ranks, f"several, {owner}", cell, shares, tables, pages, result, wanted, owner)
+            if group.sharers(group.ranks[0]) > 1:
+                self._several(self.ranks, f"several, {owner}, overlapping", cell, shares, tables, pages, result, wanted,
+                              owner, overlap=True)
         if self.collectives is not None:
             for owner in owners:
                 name = f"{'all-gather' if owner == 'all' else 'all-to-all'}, {owner}"
@@ -178,10 +181,11 @@ class SeveralBench:
         result.ways["alone"] = self.ranks.time_us(runs, layers=result.layers, repeats=self.repeats)
 
     def _several(self, ranks: Ranks, name: str, cell: SeveralCell, shares: PageShares, tables: list[np.ndarray],
-                 pages: dict[int, Pages], result: Result, wanted: dict, owner: str) -> None:
+                 pages: dict[int, Pages], result: Result, wanted: dict, owner: str, *,
+                 overlap: bool | None = None) -> None:
         group = ranks.group
         engine = ShardedDecode(cell.shape, group=group, owner=owner, shares=shares, max_batch=cell.rows,
-                               num_ctas=self.num_ctas)
+                               num_ctas=self.num_ctas, overlap=overlap)
         lens, local = [], []
         for rank in group.ranks:
             one, table = on_device(group.device(rank), cell.lengths(), tables[rank])

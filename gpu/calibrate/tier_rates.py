@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,9 @@ def disk_rates(directory: Path, device: Device, num_bytes: int, *, pin: bool) ->
                 _check(cache.load(some, pages[: len(some)]).wait(), len(some), cache)
 
             read_s = median_s(lambda: load(shuffled), repeats=2)
-            single_s = statistics.median(median_s(lambda at=at: load([shuffled[at]]), repeats=1)
-                                         for at in range(LATENCY_READS))  # fmt: skip
+            single_s = statistics.median(
+                median_s(partial(load, [shuffled[at]]), repeats=1) for at in range(LATENCY_READS)
+            )  # fmt: skip
             stats = cache.stats()["disk"]
     finally:
         shutil.rmtree(place, ignore_errors=True)

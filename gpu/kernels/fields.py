@@ -66,7 +66,7 @@ COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.
 SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
 RANK = Parameter("RankArguments", (  # of a step over several GPUs
     *_fields("p", "inboxes own failure"), *_fields("q", "half_slots patience_ns"),
-    *_fields("i", "rank owner in_kernel share_begin share_tokens share_cycle"),
+    *_fields("i", "rank owner in_kernel same_gpu share_begin share_tokens share_cycle share_magic share_shift"),
 ))  # fmt: skip
 APPEND = Parameter("AppendArguments", (
     *_fields("p", "k_new v_new q q_out k_pages v_pages k_scales v_scales seq_lens block_table token_offsets rope"),

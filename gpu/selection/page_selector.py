@@ -1,11 +1,13 @@
 """PageSelector: scores, pins, budget and sorted lists of a step in one launch, with no host."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cupy
 
 from gpu.engine.plan import Plan, place
 from gpu.inputs import arrays, checks
-from gpu.inputs.block_tables import StepTables, TableLayout
+from gpu.inputs.block_tables import StepTables, TableLayout, fingerprint
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.launch import Kernel
 from gpu.kernels.this_gpu import this_gpu
@@ -18,6 +20,19 @@ from pkvsim.selection.rules import Budget, Pins
 from pkvsim.shapes import check_int
 
 
+class _Launch(NamedTuple):
+    """What a select() launches with that depends on sizes alone."""
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    lists_at: tuple[int, ...]  # addresses of pages and counts
+    num_pages: int
+    room: int  # of a list
+    max_pages: int  # of a row
+    chunk_pages: int
+    library: str
+
+
 class PageSelector:
     """Selects pages for one head shape, dtype and method.
 
@@ -27,8 +42,8 @@ class PageSelector:
     selector must live as long as such graphs.
     """
 
-    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "lists", "_scale", "_plan", "_tables",
-                 "_kernels", "_scores", "_sums", "_tickets", "_device_id", "_kept")
+    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "lists", "_scale", "_plan", "_launch",
+                 "_checked", "_checked_plan", "_kernels", "_scores", "_sums", "_tickets", "_device_id", "_kept")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", method: str | None = by_name.DEFAULT, *,
                  budget: Budget = Budget(), pins: Pins = Pins(), max_selected: int | None = None,  # noqa: B008
@@ -48,6 +63,9 @@ class PageSelector:
         self._device_id = cupy.cuda.Device().id
         self.lists: PageList | None = None  # of the last select()
         self._plan: Plan | None = None
+        self._launch: _Launch | None = None
+        self._checked: list | None = None
+        self._checked_plan: list | None = None
         self._kernels: dict[tuple[TableLayout, int], Kernel] = {}
         self._scores = self._sums = self._tickets = None
         self._kept: list[tuple] = []  # buffers of other sizes, which captured graphs may read
@@ -61,6 +79,9 @@ class PageSelector:
         """seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32 or int64; those on the GPU are used
         where they are. Raises ValueError naming the argument."""
         tables = StepTables(seq_lens, block_table)
+        addresses, key = fingerprint(tables)
+        if key == self._checked_plan and self._plan.move(tables, addresses, self.shape.page_size):
+            return
         views = tables.views()
         checks.check_plan(views, self._device_id)
         plan = place(tables, views, self.shape.page_size)
@@ -72,7 +93,7 @@ class PageSelector:
                       self._max_pages(plan), need <= limit)
         if plan.copies:
             cupy.cuda.get_current_stream().synchronize()  # select() may be on another stream
-        self._plan = plan
+        self._plan, self._checked_plan = plan, None if plan.copies else key
 
     def select(self, q: object, summaries: PageSummaries | None = None, *, scores: object = None,
                budgets: object = None) -> PageList:
@@ -84,50 +105,64 @@ class PageSelector:
         again. Raises ValueError naming the argument; RuntimeError when nothing was planned. The first call of each
         layout compiles its kernel, and must not be under capture.
         """
-        plan, shape = self._plan, self.shape
+        plan = self._plan
         if plan is None:
             raise RuntimeError("select: call plan() first")
+        array = None if summaries is None else getattr(summaries, "array", summaries)
+        q = None if self.method is None else q
+        (q_at, summaries_at, scores_at, budgets_at), keys = arrays.fingerprints((q, array, scores, budgets))
+        keys += [plan.batch_size, plan.max_tokens, plan.layout, None if array is None else getattr(
+            summaries, "made_for", None)]
+        if keys != self._checked:
+            self._check(plan, q, summaries, scores, budgets)
+            self._checked = keys
+        launch, shape = self._launch, self.shape
+        if self.method is not None:
+            scores_at = self._scores.data.ptr
+        launch.kernel(launch.grid, (
+            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
+            0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr, budgets_at, *launch.lists_at,
+            plan.batch_size, shape.num_kv_heads, plan.stride, launch.num_pages, plan.max_tokens, launch.room,
+            launch.max_pages, launch.chunk_pages, self.pins.sink_pages, self.pins.recent_pages, self.budget.least_pages,
+            self.budget.parts, self._scale,
+        ), arrays.current_stream(launch.library, self._device_id))  # fmt: skip
+        return self.lists
+
+    def _check(self, plan: Plan, q: object, summaries: PageSummaries | None, scores: object, budgets: object) -> None:
+        """Checks what a select() is given, and prepares its launch."""
+        shape, max_pages = self.shape, self._max_pages(plan)
+        heads, num_pages = (plan.batch_size, shape.num_kv_heads), 2**31 - 1
         given = scores if self.method is None else q
         library = arrays.view("scores" if self.method is None else "q", given).library
-        max_pages = self._max_pages(plan)
-        heads = plan.batch_size, shape.num_kv_heads
-        q_at, summaries_at, num_pages = 0, 0, 2**31 - 1
         if self.method is None:
             checks.expect("summaries", "None with scores", type(summaries).__name__, summaries is None)
-            scores_at = self._address("scores", scores, "float32", (*heads, max_pages), library)
+            self._expect("scores", scores, "float32", (*heads, max_pages), library)
         else:
             checks.expect("scores", "None of a method that scores itself", type(scores).__name__, scores is None)
             checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtype", summaries,
-                          isinstance(summaries, PageSummaries) and summaries.kind == self.summary
-                          and (summaries.shape, summaries.dtype) == (shape, self.dtype))  # fmt: skip
-            q_at = self._address("q", q, self.dtype, (plan.batch_size, shape.num_q_heads, shape.head_dim), library)
-            summaries_at, num_pages = arrays.view("summaries", summaries.array).pointer, summaries.array.shape[0]
-        budgets_at = 0 if budgets is None else self._address("budgets", budgets, "int32", heads, library)
+                          isinstance(summaries, PageSummaries)
+                          and summaries.made_for == (self.summary, shape, self.dtype))  # fmt: skip
+            self._expect("q", q, self.dtype, (plan.batch_size, shape.num_q_heads, shape.head_dim), library)
+            num_pages = summaries.array.shape[0]
+        if budgets is not None:
+            self._expect("budgets", budgets, "int32", heads, library)
         room = self.max_selected or max(1, self.budget.pages(max_pages, self.pins))
         self._reserve(given, heads, max_pages, room)
-        if self.method is not None:
-            scores_at = self._scores.data.ptr
-        grid, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms)
+        chunks, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms)
         if self.method is None:
-            grid, each = 1, max_pages
-        self._kernel(plan.layout, max_pages)((grid, heads[0] * heads[1]), (
-            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
-            0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr,
-            budgets_at, *(arrays.view("lists", array).pointer for array in self.lists), plan.batch_size,
-            shape.num_kv_heads, plan.stride, num_pages, plan.max_tokens, room, max_pages, each, self.pins.sink_pages,
-            self.pins.recent_pages, self.budget.least_pages, self.budget.parts, self._scale,
-        ), arrays.current_stream(library, self._device_id))  # fmt: skip
-        return self.lists
+            chunks, each = 1, max_pages
+        lists_at = tuple(arrays.view("lists", array).pointer for array in self.lists)
+        self._launch = _Launch(self._kernel(plan.layout, max_pages), (chunks, heads[0] * heads[1]), lists_at, num_pages,
+                               room, max_pages, each, library)
 
     def _max_pages(self, plan: Plan) -> int:
         return max(1, -(-plan.max_tokens // self.shape.page_size))
 
-    def _address(self, name: str, array: object, dtype: str, shape: tuple[int, ...], library: str) -> int:
+    def _expect(self, name: str, array: object, dtype: str, shape: tuple[int, ...], library: str) -> None:
         view = arrays.view(name, array)
         checks.expect(name, f"{dtype} {list(shape)} on cuda:{self._device_id} of {library}", view,
                       (view.dtype, view.shape, view.device, view.library) == (dtype, shape, self._device_id, library))
         checks.check_contiguous(name, view)
-        return view.pointer
 
     def _reserve(self, like: object, heads: tuple[int, int], max_pages: int, room: int) -> None:
         """The selector's arrays for a step: kept while they are of the right size."""

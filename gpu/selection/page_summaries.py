@@ -37,6 +37,11 @@ class PageSummaries:
         num_pages = self._check_pages(k_pages).shape[0]
         self.array = arrays.empty_like(k_pages, (num_pages, shape.num_kv_heads, 2, shape.head_dim), dtype)
 
+    @property
+    def made_for(self) -> tuple[str, DecodeShape, str]:
+        """(kind, shape, dtype)"""
+        return self.kind, self.shape, self.dtype
+
     def update(self, k_pages: object, seq_lens: object, block_table: object, *, new_tokens: int | None = None) -> None:
         """Summarises anew the pages of each row's last `new_tokens` tokens, by default all of its pages, in one launch
         on the caller's current stream.

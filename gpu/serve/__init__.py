@@ -6,13 +6,13 @@
 Read `step` (what a step is given, and how a request samples), `server` (the loop: add_request, step, cancel) and
 `runner` (a step on the device: inputs, graphs, sampling). `decoder` takes tokens to logits; its attention is one of
 two executors: `attention` says what one does and has PyTorch's own, `gpu_attention` has our kernels. `model` has
-checkpoints and matrix products. `llm` is the way in for programs, `replay` serves a trace in real time, and
-`report` shows what was measured beside what pkvsim predicts.
+checkpoints and matrix products. `llm` and `async_llm` are the way in for programs. `replay` serves a trace in real
+time, and `report` shows what was measured beside what pkvsim predicts.
 """
 from __future__ import annotations
 
 _HOMES = {
-    "AsyncLLM": "gpu.serve.llm",
+    "AsyncLLM": "gpu.serve.async_llm",
     "LLM": "gpu.serve.llm",
     "SamplingParams": "gpu.serve.step",
     "Server": "gpu.serve.server",

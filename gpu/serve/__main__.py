@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from pkvsim.commands.errors import one_line_errors, tell_left_out
-from pkvsim.commands.load_options import RequestOptions, with_request_options
+from pkvsim.commands.load_options import RequestOptions
+from pkvsim.commands.options.group import with_option_groups
 
 
-@with_request_options
+@with_option_groups
 def serve(
     model: Annotated[
         str, typer.Option(help="smollm2, a .gguf file, a Hugging Face folder, or with --dummy-weights a preset.")

@@ -116,14 +116,14 @@ def attend_to(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int 
 class TorchAttention:
     """PyTorch's operations over the pages, row by row: on any device, and what the kernels are compared with."""
 
-    __slots__ = ("pages", "_inv_freq", "_factor", "_window", "_rows", "_where", "_spans")
+    __slots__ = ("pages", "_inv_freq", "_factor", "_window", "_where", "_there", "_spans")
 
     def __init__(self, config: ModelConfig, pages: KVPages) -> None:
         self.pages = pages
         self._inv_freq = torch.from_numpy(config.rope.inv_freq).float().to(pages.k[0].device)
         self._factor, self._window = config.rope.factor, config.window
-        self._rows: StepRows | None = None
         self._where: tuple[torch.Tensor, ...] = ()
+        self._there: torch.Tensor | None = None
         self._spans: list[tuple[int, int, torch.Tensor, int]] = []
 
     def begin(self, rows: StepRows) -> None:
@@ -134,21 +134,26 @@ class TorchAttention:
         row = np.repeat(np.arange(len(lens)), counts)
         position = np.arange(ends[-1]) - np.repeat(ends, counts) + np.repeat(lens, counts)
         device, page_size = rows.seq_lens.device, self.pages.page_size
-        positions, row = torch.from_numpy(position).to(device), torch.from_numpy(row).to(device)
+        there = position >= 0  # a row of length 0 pads the step
+        self._there = None if there.all() else torch.from_numpy(there).to(device)
+        positions, row = torch.from_numpy(np.maximum(position, 0)).to(device), torch.from_numpy(row).to(device)
         page = rows.block_table[row, positions // page_size].long()
         # Angles as Transformers computes them, in float32, so that tokens can be compared.
         angles = (positions.float()[:, None] * self._inv_freq[None])[:, None]
         self._where = page, positions % page_size, angles.cos() * self._factor, angles.sin() * self._factor
         self._spans = [
             (int(end - count), int(end), rows.block_table[at, : -(-length // page_size)].long(), int(length))
-            for at, (end, count, length) in enumerate(zip(ends, counts, lens.tolist()))
+            for at, (end, count, length) in enumerate(zip(ends, counts, lens.tolist())) if length
         ]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         page, slot, cosine, sine = self._where
         q, k = (rotate(part.float(), cosine, sine).to(part.dtype) for part in (q, k))
-        self.pages.write(layer, page, slot, k, v)
-        out = torch.empty_like(q)
+        if self._there is None:
+            self.pages.write(layer, page, slot, k, v)
+        else:
+            self.pages.write(layer, *(part[self._there] for part in (page, slot, k, v)))
+        out = torch.zeros_like(q)
         for begin, end, ids, length in self._spans:
             out[begin:end] = attend_to(q[begin:end], *self.pages.read(layer, ids, length), window=self._window)
         return out

@@ -108,7 +108,7 @@ class _FlashInferChunks:
             last.append((length - 1) % page_size + 1)
         # On the host but for the page ids: what FlashInfer plans with it would copy back, and wait for.
         host = [torch.tensor(values, dtype=torch.int32) for values in (tokens, kv_pages, last)]
-        page_ids = torch.tensor(ids, dtype=torch.int32).pin_memory().to(self._pages.k[0].device, non_blocking=True)
+        page_ids = _sent(ids, torch.int32, self._pages.k[0].device)
         self._planned += 1
         self._wrappers[self._planned % PLANS_UNDER_WAY].plan(
             host[0], host[1], page_ids, host[2], c.num_q_heads, c.num_kv_heads, c.head_dim, page_size, causal=True,
@@ -133,14 +133,20 @@ class _TorchChunks:
         self._spans, at, device = [], 0, self._pages.k[0].device
         for chunk in chunks:
             length = chunk.begin + len(chunk.tokens)
-            ids = torch.tensor(chunk.page_ids[: -(-length // self._pages.page_size)]).pin_memory()
-            self._spans.append((at, at + len(chunk.tokens), ids.to(device, non_blocking=True), length))
+            ids = _sent(chunk.page_ids[: -(-length // self._pages.page_size)], torch.int64, device)
+            self._spans.append((at, at + len(chunk.tokens), ids, length))
             at += len(chunk.tokens)
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
         for begin, end, ids, length in self._spans:
             k, v = self._pages.read(layer, ids, length)
             out[begin:end] = attend_to(q[begin:end], k, v, window=self._config.window)
+
+
+def _sent(values: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The values on the device, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _chunk_attention(config: ModelConfig, pages: KVPages, dtype: torch.dtype,

@@ -3,19 +3,21 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpu.serve.llm import LLM
+from gpu.serve.llm import KEEP_FREE_FRACTION, LLM
 from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.server import StepRecord
 from pkvsim.devices.device import DEVICES, DeviceSpec, get_device
+from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.reports.table_serving import print_whatif, seconds
+from pkvsim.serving.costs import cache_bytes_per_token
 from pkvsim.serving.result import ServingResult, StepLog
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.studies.whatif import WhatIf, whatif, why_left_out
@@ -50,15 +52,15 @@ class HostGaps:
 
 def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
     """The same server as the simulator has it. What it caches of prompts it knows by the trace's block hashes."""
-    from gpu.serve.attention import page_bytes
-
     o = llm.options
-    page = page_bytes(llm.config, page_size=o.page_size, kv_dtype="float16")  # pkvsim counts 16-bit caches
-    return ServingConfig(
+    config = ServingConfig(
         page_size=o.page_size, max_batch=o.max_batch, step_tokens=o.step_tokens,
-        kv_gib=llm.pages.num_pages * page / GIB, graphs=o.graphs,
+        kv_dtype=llm.pages.dtype if llm.pages.dtype in KV_DTYPES else None, graphs=o.graphs,
         prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
+        keep_free_fraction=KEEP_FREE_FRACTION,
     )  # fmt: skip
+    page = cache_bytes_per_token(known_to_pkvsim(llm.config), config) * o.page_size
+    return replace(config, kv_gib=(llm.pages.num_pages + 0.5) * page / GIB)  # half a page, against rounding down
 
 
 def device_at_hand() -> DeviceSpec:

@@ -19,15 +19,15 @@ import torch
 from gpu.serve.attention import Attention, StepRows
 from gpu.serve.decoder import Decoder
 from gpu.serve.step import SlotSampling, StepInputs, StepTimes
+from pkvsim.outside.engine_profile import get_profile
 
-GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 STAGES = 4  # steps that may be under way before a buffer is used again
 SLOTS, LENS, PAGE_SLOTS, PAGE_COLUMNS, PAGE_IDS = range(5)  # rows of a decode step's input
 
 
 def graph_rows(max_batch: int) -> tuple[int, ...]:
-    """Rows of the graphs that serve batches of up to max_batch."""
-    return (*(rows for rows in GRAPH_ROWS if rows < max_batch), max_batch)
+    """Rows of the graphs that serve batches of up to max_batch: those that the simulator pads decode batches to."""
+    return (*(rows for rows in get_profile("pkv").graph_sizes if rows < max_batch), max_batch)
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ import numpy as np
 from gpu.cache.pool import PagedKVCache
 from gpu.several.group import Group
 from pkvsim import DecodeShape
-from pkvsim.memory.sharded_allocator import ShardedAllocator
+from pkvsim.memory.page_allocator import ShardedAllocator
 from pkvsim.schedule.shares import PageShares, interleaved
 
 

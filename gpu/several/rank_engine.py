@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -34,6 +34,15 @@ class RankLost(RuntimeError):
     """A rank did not do its part of a step within the stated time. The group's steps are void until reset()."""
 
 
+class PreparedRun(NamedTuple):
+    """A run whose arguments have passed, and the arrays behind their addresses that are needed after the launch."""
+
+    given: tuple  # gpu.engine.arguments.VALUES
+    out: object
+    lse: object
+    sinks: object
+
+
 class RankEngine:
     """Decode attention of one rank; gpu.several.ShardedDecode says what each argument is.
 
@@ -43,7 +52,7 @@ class RankEngine:
     def __init__(self, shape: DecodeShape, dtype: str, *, group: Group, rank: int, owner: str,
                  shares: PageShares | None, max_batch: int, num_ctas: int | None, costs: BalancedCosts | None,
                  variant: tuple[int, int] | None, options: AttentionOptions, layout: str, scale: float | None,
-                 timeout_s: float) -> None:
+                 timeout_s: float, overlap: bool | None) -> None:
         """On the rank's device and stream, which are current. Raises ValueError naming the argument."""
         gpu = this_gpu()
         self.shape, self.dtype, self.options, self.layout, self.owner = shape, dtype, options, layout, owner
@@ -57,8 +66,8 @@ class RankEngine:
         # Ranks that share a GPU have to be there at a time.
         most = gpu.num_sms // sharers
         self.num_ctas = most if num_ctas is None else check_int("num_ctas", num_ctas, 1, most)
-        # A launch that begins before the last one has ended would take SMs that another rank's needs.
-        self._overlap = gpu.overlaps and sharers == 1
+        self._same_gpu = sharers > 1
+        self._overlap = gpu.overlaps and (not self._same_gpu if overlap is None else overlap)
         if costs is None:
             costs = default_costs(divmod(gpu.compute_capability, 10)).of_kernel(
                 columns=kernel.columns, v_head_dim=kernel.v_dim, kv_element_bytes=options.kv_element_bytes(shape),
@@ -85,6 +94,15 @@ class RankEngine:
         self._left: Any = None  # of collectives, the states that launches leave, a torch tensor [bytes]
         self._counts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         cupy.cuda.get_current_stream().synchronize()
+
+    @property
+    def planned(self) -> tuple[Plan | None, list | None]:
+        """The last plan, as plan() has left it."""
+        return None if self._plan is None else replace(self._plan), self._checked_plan
+
+    @planned.setter
+    def planned(self, planned: tuple[Plan | None, list | None]) -> None:
+        self._plan, self._checked_plan = planned
 
     def plan(self, tables: StepTables, *, validate: bool = False) -> None:
         """As gpu.several.ShardedDecode.plan, of this rank's tables."""
@@ -151,6 +169,13 @@ class RankEngine:
 
     def run(self, run: Run) -> tuple[object, object]:
         """As gpu.several.ShardedDecode.run, of this rank's arrays, on the caller's current stream."""
+        return self.launch(self.prepare(run))
+
+    def prepare(self, run: Run) -> PreparedRun:
+        """Everything of a run that can be refused: no rank is launched before every rank's arguments have passed.
+
+        Raises ValueError naming the argument, RankLost as check().
+        """
         plan = self._plan
         if plan is None:
             raise RuntimeError("run: call plan() first")
@@ -165,6 +190,11 @@ class RankEngine:
             out = arrays.empty_like(q, (*heads, self.options.value_dim(self.shape)), self.dtype) if out is None else out
             lse = arrays.empty_like(q, heads, "float32") if lse is None else lse
         given = self._arguments.take(plan, self._workspace.data.ptr, q, k_pages, v_pages, out, lse, *others)
+        return PreparedRun(given, out, lse, run.sinks)
+
+    def launch(self, prepared: PreparedRun) -> tuple[object, object]:
+        """The rank's part of the step, on the caller's current stream; returns (out, lse)."""
+        plan, given, out, lse = self._plan, prepared.given, prepared.out, prepared.lse
         stream = arrays.current_stream(self._arguments.library, self.device_id)
         if plan.copies and not plan.in_graph and arrays.is_capturing(stream):
             self._in_graphs.append((plan.copies,))
@@ -172,13 +202,13 @@ class RankEngine:
         share = WHOLE if self.shares is None else self.shares.of_rank(self.rank)
         of_rank = (self._reached.data.ptr, self._inboxes.own, self._failure.ctypes.data, self.config.half_slots,
                    int(self.timeout_s * 1e9), self.rank, OWNERS[self.owner], int(self.group.in_kernel),
-                   share.begin, share.tokens, share.cycle)
+                   int(self._same_gpu), *share.numbers())
         plan.decode(self.num_ctas, (*given, *self.costs, *of_rank, plan.max_tokens), stream, pairs=True)
         if not self.group.in_kernel:
-            self._exchange(plan, run, out, lse, stream)
+            self._exchange(plan, prepared, stream)
         return out, lse
 
-    def _exchange(self, plan: Plan, run: Run, out: object, lse: object, stream: int) -> None:
+    def _exchange(self, plan: Plan, prepared: PreparedRun, stream: int) -> None:
         import torch
 
         with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.device_id)):
@@ -187,7 +217,7 @@ class RankEngine:
         own = self._received.numel() // size
         if own:
             at = [0 if array is None else arrays.view(name, array).pointer
-                  for name, array in (("out", out), ("lse", lse), ("sinks", run.sinks))]
+                  for name, array in (("out", prepared.out), ("lse", prepared.lse), ("sinks", prepared.sinks))]
             warps = self.config.kernel.warps
             self._merge(min(self.num_ctas, -(-own * self.config.kernel.columns // warps)),
                         (self._received.data_ptr(), own, *at, self.rank, OWNERS[self.owner], plan.batch_size,

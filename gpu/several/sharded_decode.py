@@ -36,7 +36,8 @@ class ShardedDecode:
                  shares: PageShares | str = SHARED, max_batch: int = 256, num_ctas: int | None = None,
                  costs: BalancedCosts | None = None, variant: tuple[int, int] | None = None,
                  options: AttentionOptions = PLAIN, kv_dtype: str | None = None, kv_scales: str | None = None,
-                 layout: str = "HND", scale: float | None = None, timeout_s: float = 2.0) -> None:
+                 layout: str = "HND", scale: float | None = None, timeout_s: float = 2.0,
+                 overlap: bool | None = None) -> None:
         """
         shape, dtype, costs, variant, options, kv_dtype, kv_scales, layout, scale: as gpu.DecodeEngine. Windows and
         several query tokens are refused.
@@ -47,6 +48,8 @@ class ShardedDecode:
         max_batch: rows of a step at most; inboxes of 2 * num_ranks states for each of their heads are kept for them.
         num_ctas: of a rank's launch, by default its part of the device's SMs.
         timeout_s: how long a rank waits for another before RankLost, and then on every rank.
+        overlap: whether a rank's launch may begin while the one before it ends (sm_90); by default where the rank has a
+        GPU for itself. Ranks that share one let it begin once all CTAs of the step are there.
 
         All ranks make it together. Raises ValueError naming the argument.
         """
@@ -71,7 +74,7 @@ class ShardedDecode:
                 self.engines[rank] = RankEngine(
                     shape, dtype, group=group, rank=rank, owner=owner, shares=dealt, max_batch=max_batch,
                     num_ctas=num_ctas, costs=costs, variant=variant, options=options, layout=layout, scale=scale,
-                    timeout_s=timeout_s)
+                    timeout_s=timeout_s, overlap=overlap)
         sizes = {engine.config.inbox_bytes for engine in self.engines.values()}
         checks.expect("group", "GPUs that run the same kernel variant", sorted(sizes), len(sizes) == 1)
         inboxes = group.inboxes(sizes.pop())
@@ -89,13 +92,20 @@ class ShardedDecode:
         the tokens that this rank has). block_table [batch_size, max_pages] int32 or int64, or CSR: this rank's pages of
         each row in the row's order, pkvsim.schedule.shares says which; and so on as gpu.DecodeEngine.plan.
 
-        All ranks call it together the first time. Raises ValueError naming the argument.
+        All ranks call it together the first time. Raises ValueError naming the argument, and leaves the last plan as it
+        was.
         """
         given = [self._of_ranks(name, value) for name, value in
                  (("seq_lens", seq_lens), ("block_table", block_table), ("indptr", indptr), ("indices", indices))]
-        for rank, *tables in zip(self.engines, *given):
-            with self.group.use(rank):
-                self.engines[rank].plan(StepTables(*tables), validate=validate)
+        before = [engine.planned for engine in self.engines.values()]
+        try:
+            for rank, *tables in zip(self.engines, *given):
+                with self.group.use(rank):
+                    self.engines[rank].plan(StepTables(*tables), validate=validate)
+        except BaseException:
+            for engine, planned in zip(self.engines.values(), before):
+                engine.planned = planned
+            raise
         if not self._planned:
             self.group.barrier()  # a rank's first launch waits for no other's compiler
             self._planned = True
@@ -113,11 +123,15 @@ class ShardedDecode:
         given = [self._of_ranks(name, value) for name, value in (
             ("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("out", out), ("lse", lse), ("sinks", sinks),
             ("k_scale", k_scale), ("v_scale", v_scale))]  # fmt: skip
-        results = []
+        prepared, results = [], []
         for rank, own_q, k, v, to, lse_to, own_sinks, own_k_scale, own_v_scale in zip(self.engines, *given):
             with self.group.use(rank):
-                results.append(self.engines[rank].run(Run(own_q, k, v, to, lse_to, scale, own_sinks, None, own_k_scale,
-                                                          own_v_scale)))
+                prepared.append(self.engines[rank].prepare(Run(own_q, k, v, to, lse_to, scale, own_sinks, None,
+                                                               own_k_scale, own_v_scale)))
+        # A rank that is launched waits for the others, so nothing is between these launches that could fail or block.
+        for rank, one in zip(self.engines, prepared):
+            with self.group.use(rank):
+                results.append(self.engines[rank].launch(one))
         return results[0] if len(self.group.ranks) == 1 else results
 
     def owned(self, rank: int, batch_size: int) -> tuple[range, range]:

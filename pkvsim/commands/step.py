@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,12 +18,6 @@ from pkvsim.commands.shared_options import (
     QueryTokens,
     Window,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from pkvsim.options import AttentionOptions
-    from pkvsim.shapes import DecodeShape
 
 
 def step(
@@ -93,8 +87,10 @@ def step(
         if kv_parallel != 1:
             if groups is not None:
                 raise ValueError(f"shared: expected none over several GPUs, got {shared}")
-            _over_gpus(shape, lens, device, kv_parallel, options, names=names, splits=splits, layers=layers, plot=plot,
-                       timeline=timeline, as_json=as_json)
+            from pkvsim.commands.several.step_over_gpus import step_over_gpus
+
+            step_over_gpus(shape, lens, device, kv_parallel, options, names=names, splits=splits, layers=layers,
+                           plot=plot, timeline=timeline, as_json=as_json)
             return
         report = explain_step(
             shape, lens, get_device(device), routes=names, layers=layers, splits=splits, options=options, groups=groups
@@ -113,28 +109,3 @@ def step(
     from pkvsim.reports.table_step import print_step
 
     print_step(report)
-
-
-def _over_gpus(
-    shape: DecodeShape, lens: np.ndarray, device: str, ranks: int, options: AttentionOptions, *,
-    names: list[str] | None, splits: int | None, layers: int, plot: str | None, timeline: str | None, as_json: bool,
-) -> None:  # fmt: skip
-    from pkvsim.devices.device import get_device
-    from pkvsim.studies.kv_parallel import ROUTE, explain_kv_parallel
-
-    if names not in (None, [ROUTE]):
-        raise ValueError(f"routes: expected {ROUTE} alone with kv_parallel, got {', '.join(names)}")
-    for option, given in (("splits", splits), ("timeline", timeline)):
-        if given is not None:
-            raise ValueError(f"{option}: expected None with kv_parallel, got {given}")
-    report = explain_kv_parallel(shape, lens, get_device(device), num_ranks=ranks, layers=layers, options=options)
-    if plot is not None:
-        from pkvsim.reports.plot_step import plot_step
-
-        plot_step(report.whole, plot, ranks=report.ranks)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
-        return
-    from pkvsim.reports.table_kv_parallel import print_kv_parallel
-
-    print_kv_parallel(report)

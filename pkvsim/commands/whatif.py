@@ -32,6 +32,13 @@ def whatif(
     ] = None,
     server: ServerOptions = ServerOptions(),
     tiers: TierChoices = TierChoices(),
+    lend: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Instead of policies: what --replicas do whose KV pages run out, some of borrow, preempt, move, "
+            "recompute, or all."
+        ),
+    ] = None,
     plot: Annotated[
         Optional[str], typer.Option(help="Draw time splits and latencies to this .png or .svg file.")
     ] = None,
@@ -65,6 +72,8 @@ def whatif(
           --policies engine,balanced
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --tier host:256GiB:50 --tier disk:2TiB:7
+      pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 \\
+          --replicas 4 --kv-gib 2 --rate-scale 8 --lend all
     """
     with one_line_errors():
         from dataclasses import replace
@@ -74,9 +83,10 @@ def whatif(
         from pkvsim.serving.costs import default_policies
         from pkvsim.studies.whatif import whatif as run_whatif
 
+        servers = server.replicas + server.prefill_replicas
         for option, path in (("plot", plot), ("timeline", timeline), ("report", report_file)):
-            if path is not None and server.replicas > 1:  # their axes of time hold the steps of one server
-                raise ValueError(f"{option}: expected one server, got --replicas {server.replicas}")
+            if path is not None and servers > 1:  # their axes of time hold the steps of one server
+                raise ValueError(f"{option}: expected one server, got {servers}")
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
 
@@ -98,6 +108,16 @@ def whatif(
         chosen, notes = load_model(model, server.weight_bits, server.tensor_parallel, spec, config)
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
+        if lend is not None:
+            for option, given in (("plot", plot), ("timeline", timeline), ("report", report_file),
+                                  ("requests_csv", requests_csv)):  # fmt: skip
+                if given is not None:
+                    raise ValueError(f"{option}: expected None with --lend, got {given}")
+            from pkvsim.commands.several.lend import whatif_lend
+
+            with progress_bar(not as_json, "requests") as progress:
+                whatif_lend(lend, requests, chosen, spec, config, as_json=as_json, progress=progress)
+            return
         names = list(default_policies(config))
         if policies is not None:
             names = [name.strip() for name in policies.split(",") if name.strip()]

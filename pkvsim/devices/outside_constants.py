@@ -49,6 +49,8 @@ class OutsideConstants:
     # What is neither.
     kernel_us: float = 1.5  # of every norm, rope, activation or other small kernel beside its bytes
     elementwise_share: float = 0.7  # of beta_gb_s
+    small_kernels: float = 6.0  # of a layer: two norms, rope, cache append, activation and one more, where fused
+    elementwise_passes: float = 12.0  # times that they read or write a token's hidden vector, the MLP's width included
     step_us: float = 300.0  # of a step: inputs, sampling, what of the host's work the GPU waits for
     row_us: float = 2.0  # of a step, for every row
     chunk_step_us: float = 0.0  # of a step with a prefill chunk, which no whole graph covers

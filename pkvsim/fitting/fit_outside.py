@@ -15,12 +15,22 @@ from pkvsim.fitting.outside_table import ALL_REDUCE, ATTENTION, ELEMENTWISE, HEA
 from pkvsim.models.model_spec import ModelSpec
 from pkvsim.outside.communication import all_reduce_us
 from pkvsim.outside.matrices import BITS16, FP8, Matrix, layer_matrices_us, matrix_us
-from pkvsim.outside.step_costs import ELEMENTWISE_PASSES, SMALL_KERNELS
+from pkvsim.outside.step_costs import HEAT_SHARE
 
 ENGINE = "pytorch"  # whose kernels were timed
 WEIGHT_BYTES = {BITS16: 2.0, FP8: 1.0}
 TILES = (16.0, 64.0, 128.0)
-EAGER_LAUNCHES = 14  # of a layer: products, norms, rope, append, attention, activation, sums
+# PyTorch's small kernels of a layer, none of them fused: two norms, two sums, silu and its product, and eight of rope
+# (four products, two sums, their concatenation and a copy of the queries).
+SMALL_KERNELS = 14
+# What they read and write, in hidden vectors of a token: norms 2 x 2, sums 2 x 3, the activation 5 MLP widths of 3.5;
+# rope, over query and key heads of 1.25: 5 in its products, 3.75 in its sums, 2.5 in the concatenation, and 2 in the
+# copy.
+ELEMENTWISE_PASSES = 40.75
+EAGER_LAUNCHES = SMALL_KERNELS + 6  # of a layer: four products, attention and append beside them
+# Calls of a layer that keep the GPU busy before the median of three replays of four layers is taken: two of a first
+# use, two whole replays, and half of the three.
+CALLS_BEFORE = 2 + 2 * 4 + 1.5 * 4
 LEAST_MATRICES = 8
 ATTENTION_HEADS, ATTENTION_DIM = 32, 128  # of gpu.calibrate.outside_kernels
 BAND_PERCENT = 10.0
@@ -139,17 +149,14 @@ def _fit_elementwise(times: Sequence[KernelTime], device: DeviceSpec, start: Out
     def price(c: OutsideConstants) -> np.ndarray:
         return c.kernel_us + moved / (device.beta_gb_s * c.elementwise_share * 1e3)
 
-    return _least(("kernel_us", "elementwise_share"), start, price, np.array([t.us for t in chosen]))
+    found = _least(("kernel_us", "elementwise_share"), start, price, np.array([t.us for t in chosen]))
+    return found | {"small_kernels": float(SMALL_KERNELS), "elementwise_passes": ELEMENTWISE_PASSES}
 
 
 def _fit_host(times: Sequence[KernelTime], device: DeviceSpec, start: OutsideConstants) -> dict[str, float]:
+    """A graph's replay alone is no step: what the GPU waits for of a server's host stays as it was."""
     found = {t.kind: t.us for t in times if t.kernel == HOST}
-    constants = {}
-    if "eager_launch" in found:
-        constants["eager_layer_us"] = EAGER_LAUNCHES * found["eager_launch"]
-    if "graph_replay" in found:
-        constants["step_us"] = found["graph_replay"]
-    return constants
+    return {"eager_layer_us": EAGER_LAUNCHES * found["eager_launch"]} if "eager_launch" in found else {}
 
 
 def _fit_all_reduce(times: Sequence[KernelTime], device: DeviceSpec, start: OutsideConstants) -> dict[str, float]:
@@ -167,7 +174,8 @@ def _fit_all_reduce(times: Sequence[KernelTime], device: DeviceSpec, start: Outs
 
 
 def _fit_heat(times: Sequence[KernelTime], device: DeviceSpec, start: OutsideConstants) -> dict[str, float]:
-    """The rate of the first calls over that of the last, and twice the busy time at which it is half way down."""
+    """The rate of the first calls over that of the last, and twice the busy time at which it is half way down; a first
+    call may be slow for another reason."""
     chosen = sorted((t for t in times if t.kernel == HEAT), key=lambda t: t.past)
     if len(chosen) < 12:
         return {}
@@ -179,7 +187,7 @@ def _fit_heat(times: Sequence[KernelTime], device: DeviceSpec, start: OutsideCon
         shares["fp8_share"] = start.fp8_share / boost
     if boost < 1.02:
         return {"boost": 1.0, "boost_ms": 0.0}
-    half_way = next(t.past for t in chosen if t.us >= (first + last) / 2)
+    half_way = max(t.past for t in chosen if t.us < (first + last) / 2)
     return {"boost": boost, "boost_ms": max(1.0, 2 * half_way / 1e3), **shares}
 
 
@@ -217,8 +225,16 @@ def read_layers(path: str | Path) -> list[MeasuredLayer]:
 def price_layers(
     layers: Sequence[MeasuredLayer], model: ModelSpec, device: DeviceSpec, constants: OutsideConstants
 ) -> np.ndarray:
-    """Time in us of each layer without its attention, on a GPU that was not busy: float64 [layers]."""
-    c = replace(constants, matrix_share=constants.matrix_share * constants.boost)
+    """Time in us of each layer without its attention, as warm as timing it makes the GPU: float64 [layers]."""
+    c = constants
     tokens = np.array([layer.tokens for layer in layers])
-    moved = ELEMENTWISE_PASSES * model.hidden_size * 2 * tokens / (device.beta_gb_s * c.elementwise_share * 1e3)
-    return layer_matrices_us(tokens, model, model.layers[0], device, c) + SMALL_KERNELS * c.kernel_us + moved
+    warm, cool = (
+        layer_matrices_us(tokens, model, model.layers[0], device, used)
+        for used in (c, replace(c, matrix_share=c.matrix_share * c.boost))
+    )
+    heat = np.ones(len(layers))
+    if c.boost_ms > 0:
+        busy_ms = CALLS_BEFORE * np.array([layer.layer_us for layer in layers]) / 1e3
+        heat = np.where(warm > HEAT_SHARE * cool, np.minimum(1.0, busy_ms / c.boost_ms), 0.0)
+    moved = c.elementwise_passes * model.hidden_size * 2 * tokens / (device.beta_gb_s * c.elementwise_share * 1e3)
+    return cool + (warm - cool) * heat + c.small_kernels * c.kernel_us + moved

@@ -22,8 +22,6 @@ PARTS = (
     "matrices", "elementwise", "all_reduce", "head", "prefill_attention", "decode_attention", "host",
 )  # fmt: skip
 MATRICES, ELEMENTWISE, ALL_REDUCE, HEAD, PREFILL_ATTENTION, DECODE_ATTENTION, HOST = range(len(PARTS))
-ELEMENTWISE_PASSES = 12  # times that a layer's small kernels read or write a token's hidden vector, MLP's included
-SMALL_KERNELS = 6  # of a layer: two norms, rope, cache append, activation, one to spare
 HEAT_SHARE = 1.1  # sustained over cool time, above which a step heats the GPU
 UNBOUNDED = 1 << 40
 
@@ -88,8 +86,8 @@ def step_costs(
         for used in (c, _boosted(c))
     )
     beta = device.beta_gb_s * 1e3  # bytes per us
-    moved = ELEMENTWISE_PASSES * model.hidden_size * 2 * tokens / (beta * c.elementwise_share)
-    elementwise = model.num_layers * np.where(tokens > 0, SMALL_KERNELS * c.kernel_us + moved, 0.0)
+    moved = c.elementwise_passes * model.hidden_size * 2 * tokens / (beta * c.elementwise_share)
+    elementwise = model.num_layers * np.where(tokens > 0, c.small_kernels * c.kernel_us + moved, 0.0)
     # Two all-reduces a layer, after attention and after the MLP; one more after the embedding.
     reduces = 2 * model.num_layers + 1
     reduce = reduces * all_reduce_us(tokens * model.hidden_size * 2, model.tensor_parallel, device, c)

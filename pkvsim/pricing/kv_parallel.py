@@ -10,15 +10,22 @@ States go out as they are ready, while CTAs still read. What a layer ends with i
 KV head) of each CTA at most, paid once a layer and not once a row:
 
     exchange_us = link_us + bytes * min(1, SMs / (rows * KV heads)) / link_gb_s + MERGE_US
+
+A simulated server deals pages to its GPUs one after the other in turn, so that the first has the most of each row and
+is the slowest. Each GPU has all weights and does the rest of the step: a server has kv_parallel times the pages and,
+decode attention aside, the speed of one GPU.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pkvsim.compiled import inner
 from pkvsim.devices.device import DeviceSpec
+from pkvsim.models.decode_groups import DecodeGroup
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.outside.communication import DEFAULT_LINK_GB_S
 from pkvsim.schedule.shares import MAX_RANKS, PageShares
@@ -28,6 +35,7 @@ DEFAULT_LINK_US = 1.5  # of a GPU whose file does not say: peers over PCIe, an a
 MERGE_US = 1.0  # a rank's own states through L2, their sum and its output: an assumption
 STATE_ELEMENT_BYTES = 4
 OWNERS = ("head", "row", "all")
+POLICY = "balanced"  # whose kernel merges over GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +77,34 @@ def exchange_us(shape: DecodeShape, rows: Any, device: DeviceSpec, ranks: int, *
 def rank_lens(seq_lens: Any, shares: PageShares) -> np.ndarray:
     """Tokens that each rank has of each row, int32 [ranks, batch_size]."""
     return np.stack([shares.local_lens(seq_lens, rank) for rank in range(shares.num_ranks)])
+
+
+@inner
+def first_ranks(lens, page_size, ranks, found):
+    """The tokens that the first of so many ranks has of rows of these lengths, in `found`, which may be `lens`."""
+    cycle = page_size * ranks
+    for row in range(len(lens)):
+        found[row] = lens[row] // cycle * page_size + min(lens[row] % cycle, page_size)
+    return found
+
+
+def check_kv_parallel(policy: str, groups: Sequence[DecodeGroup]) -> None:
+    """ValueError where no kernel serves the policy, or one of the model's kinds of layers, over several GPUs."""
+    if policy != POLICY:
+        raise ValueError(f"policies: expected {POLICY} alone with kv_parallel, got {policy}")
+    if not groups:
+        raise ValueError("kv_parallel: expected 1 for a model without grouped-query attention")
+    for group in groups:
+        if group.options is not None and group.options.window is not None:
+            raise ValueError(f"kv_parallel: expected 1 for layers with windows, which no kernel serves over several "
+                             f"GPUs, got layers of {group.options.window} tokens")
+
+
+def exchange_table(groups: Sequence[DecodeGroup], device: DeviceSpec, *, ranks: int, max_batch: int) -> np.ndarray:
+    """us that a step of so many rows spends on exchanges over all layers, float64 [max_batch + 1]; [1] of one GPU."""
+    table = np.zeros(max_batch + 1 if ranks > 1 else 1)
+    for group in groups if ranks > 1 else ():
+        if group.shape is not None and group.options is not None:
+            table += group.count * exchange_us(group.shape, np.arange(max_batch + 1), device, ranks,
+                                               options=group.options)
+    return table

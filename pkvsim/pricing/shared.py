@@ -34,7 +34,7 @@ class SharedPrices(NamedTuple):
 
 
 # Fitted by pkvsim.fitting.fit_shared to the seven told cells with heads of 128 of examples/results/h200_shared.json, of
-# one H200 (2026-11-29): off by 2.2 % in the mean, by 4.1 % on each cell that a fit to the others has not seen. Heads of
+# one H200 (2026-11-29): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has not seen. Heads of
 # 64, whose kernel spills registers, take a quarter more than this says. For other GPUs it is an assumption.
 PRICES = SharedPrices(efficiency=0.3108, start=40.7, read=0.08, row=1.375, state=0.001)
 

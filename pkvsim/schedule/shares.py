@@ -19,7 +19,18 @@ class RankShare:
 
     begin: int
     tokens: int
-    cycle: int
+    cycle: int  # at least 2
+
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """The kernel's fields: these, and with which it divides by the cycle without a division.
+
+        For n of 31 bits floor(n / cycle) is n * magic >> (32 + shift), with l = ceil(log2(cycle)), shift = l - 1 and
+        magic = floor(2^(31 + l) / cycle) + 1 (Granlund and Montgomery, Division by Invariant Integers using
+        Multiplication, 1994, theorem 4.2). magic has 32 bits and is given as an int32.
+        """
+        bits = (self.cycle - 1).bit_length()
+        magic = (1 << (31 + bits)) // self.cycle + 1
+        return self.begin, self.tokens, self.cycle, magic - ((magic >> 31) << 32), bits - 1
 
     def of(self, seq_lens: np.ndarray) -> np.ndarray:
         """Tokens that the rank has of rows of seq_lens (integers of any shape), int64."""
@@ -27,7 +38,7 @@ class RankShare:
         return lens // self.cycle * self.tokens + np.clip(lens % self.cycle - self.begin, 0, self.tokens)
 
 
-WHOLE = RankShare(0, 1, 1)  # lengths are the rank's own already
+WHOLE = RankShare(0, 2, 2)  # lengths are the rank's own already
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +73,9 @@ class PageShares:
 
     def of_rank(self, rank: int) -> RankShare:
         before = sum(self.pages_of_rank[:rank])
-        return RankShare(before * self.page_size, self.pages_of_rank[rank] * self.page_size,
-                         self.cycle_pages * self.page_size)
+        # A cycle of one token is told as one of two.
+        times = self.page_size * (2 if self.page_size * self.cycle_pages == 1 else 1)
+        return RankShare(before * times, self.pages_of_rank[rank] * times, self.cycle_pages * times)
 
     def local_lens(self, seq_lens: Any, rank: int) -> np.ndarray:
         """Tokens of each row that the rank has, [batch_size] int32."""

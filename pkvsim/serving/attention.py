@@ -13,6 +13,7 @@ import numpy as np
 from pkvsim.compiled import inner, merged
 from pkvsim.outside.pairs import entries_read
 from pkvsim.policy.choose import PAPER, Routing, price, take
+from pkvsim.pricing.kv_parallel import first_ranks
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
 from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
@@ -38,6 +39,8 @@ def decode_us(attention, log, rows):
         lens = log.lens[:rows]
         if not attention.whole[kind]:
             lens = _kernel_lens(attention.reads[kind], lens, log.kernel_lens[:rows])
+        if attention.ranks > 1:
+            lens = first_ranks(lens, np.int64(attention.heads[kind, 5]), attention.ranks, log.kernel_lens[:rows])
         routing = _routing(attention, kind, attention.pinned)
         price(lens, attention.layers[kind], routing, log.prices)
         kind_best_us = _cheapest_us(log.prices)
@@ -50,6 +53,9 @@ def decode_us(attention, log, rows):
             price(lens, attention.layers[kind], _routing(attention, kind, attention.unpinned), log.prices)
             kind_best_us = _cheapest_us(log.prices)
         best_us += kind_best_us
+    if attention.ranks > 1:
+        us += attention.exchange_us[rows]
+        best_us += attention.exchange_us[rows]
     _sample(log, lens, route, splits)
     return route, us, best_us
 

@@ -25,6 +25,7 @@ from pkvsim.policy.choose import CHEAPEST, NO_PAPER, PINNED_ROUTES, make_routing
 from pkvsim.policy.fixed import FLASHINFER_ROUTES
 from pkvsim.policy.paper import PaperPolicy
 from pkvsim.policy.paper_rules import PaperRules
+from pkvsim.pricing.kv_parallel import POLICY, check_kv_parallel, exchange_table
 from pkvsim.pricing.layer import Heads
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import Attention
@@ -48,7 +49,10 @@ def check_policies(policies: Sequence[str]) -> None:
 
 
 def default_policies(config: ServingConfig) -> tuple[str, ...]:
-    """What is compared where nobody says: an engine's own attention, or our routes side by side."""
+    """What is compared where nobody says: an engine's own attention, or our routes side by side, of which one serves
+    several GPUs."""
+    if config.kv_parallel > 1:
+        return (POLICY,)
     return (ENGINE,) if config.profile.attention == "flash" else OUR_POLICIES
 
 
@@ -83,8 +87,10 @@ def cache_bytes_per_token(model: ModelSpec, config: ServingConfig) -> float:
 
 
 def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> int:
-    """KV pages of the whole model. ValueError where weights and workspace leave none."""
+    """KV pages of the whole model, on all GPUs of a server. ValueError where weights and workspace leave none."""
     page_bytes = cache_bytes_per_token(model, config) * config.page_size
+    if not page_bytes:
+        raise ValueError(f"model: {model.name}: expected layers that cache keys and values, got none")
     if config.kv_gib is not None:
         if config.kv_gib * GIB < page_bytes:
             raise ValueError(f"kv_gib: expected at least one page of {page_bytes / GIB:.3g} GiB, got {config.kv_gib:g}")
@@ -94,7 +100,7 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
                 f"kv_gib: expected at most the {max(0.0, room / GIB):.1f} GiB that the weights of {model.name} leave "
                 f"of the {device.memory_gib:g} of {device.name}, got {config.kv_gib:g}"
             )
-        return int(config.kv_gib * GIB // page_bytes)
+        return config.kv_parallel * int(config.kv_gib * GIB // page_bytes)
     left = device.memory_gib * config.memory_fraction * GIB - weight_bytes(model) - config.profile.workspace_gib * GIB
     if left < page_bytes:
         raise ValueError(
@@ -102,7 +108,7 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
             f"{config.profile.workspace_gib:g} of workspace leave no KV page of {config.memory_fraction:g} x "
             f"{device.memory_gib:g} GiB"
         )
-    return int(left // page_bytes)
+    return config.kv_parallel * int(left // page_bytes)
 
 
 def server_profile(config: ServingConfig, policy: str) -> EngineProfile:
@@ -180,6 +186,8 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
     check_policies([policy])
     profile = server_profile(config, policy)
     groups = () if profile.attention == "flash" else routed_groups(model, config.page_size, config.kv_dtype)
+    if config.kv_parallel > 1:
+        check_kv_parallel(policy, groups)
     models = step_models(device, config)
     paper = paper_rules(device) if policy == "paper" else None
     routings = []
@@ -214,4 +222,6 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
         rule=routings[0].rule if routings else CHEAPEST,
         paper=NO_PAPER if paper is None else paper,
         paper_routes=np.array([routing.paper_routes for routing in routings], np.int64).reshape(kinds, 3),
+        ranks=config.kv_parallel,
+        exchange_us=exchange_table(groups, device, ranks=config.kv_parallel, max_batch=config.max_batch),
     )

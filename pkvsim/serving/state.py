@@ -67,6 +67,7 @@ class Requests(NamedTuple):
     rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
     queue_us: float = 0.0  # between a request's submission and the scheduler's queue
     output_us: float = 0.0  # between a step's end and its tokens at the client
+    remote: np.ndarray = np.zeros(0, np.int64)  # [n] or [0], tokens of a prompt whose KV comes with its request
 
 
 class Limits(NamedTuple):
@@ -154,6 +155,8 @@ class Attention(NamedTuple):
     rule: int  # of pkvsim.policy.choose
     paper: PaperRules
     paper_routes: np.ndarray  # [K, 3] int64
+    ranks: int  # GPUs that hold every row's KV together
+    exchange_us: np.ndarray  # [rows + 1] float64, what they send each other in a step of so many rows
 
 
 class RunLog(NamedTuple):

@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 from pkvsim.devices.device import get_device, load_device
 from pkvsim.devices.outside_constants import OutsideConstants
 from pkvsim.fitting.fit_outside import ENGINE, _matrix_us, fit_outside, price_layers, read_layers
 from pkvsim.fitting.outside_table import KernelTime, read_kernel_times, write_kernel_times
 from pkvsim.models.presets import get_model
+from pkvsim.outside.derive import outside_entry
 
 torch = pytest.importorskip("torch")
 HEAD = "kernel,kind,tokens,out_features,in_features,past,bytes,us\n"
@@ -128,6 +130,21 @@ def test_a_fit_finds_the_constants_of_a_table(tmp_path):
     assert entry.status == "measured" and entry.basis["matrix_share"] == "measured" and entry.in_sample.mean_percent < 4
     (tmp_path / "mine.json").write_text(fitted.to_json())
     assert load_device(tmp_path / "mine.json").outside == fitted.outside
+
+
+def test_whole_layers_from_kernel_times_alone():
+    """38 layers of Llama-3.1-8B in PyTorch on an H200, no constant fitted to them: 5 % with their attention, which is
+    priced by its time alone, and without."""
+    results = ROOT / "examples" / "results"
+    device, times = get_device("h200"), read_kernel_times(results / "h200_outside.csv")
+    start = outside_entry(device, "vllm").constants
+    fitted = fit_outside(device, times, start, source="h200_outside.csv", date="2026-11-29").outside[ENGINE].constants
+    layers = read_layers(results / "h200_outside_layers.csv")
+    attention, whole = (np.array([getattr(layer, name) for layer in layers]) for name in ("attention_us", "layer_us"))
+    priced = price_layers(layers, get_model("llama-3.1-8b"), device, fitted)
+    assert len(layers) == 38 and fitted == device.outside[ENGINE].constants
+    assert np.abs(priced / (whole - attention) - 1).mean() < 0.05
+    assert np.abs((priced + attention) / whole - 1).mean() < 0.03
 
 
 def test_too_few_products_are_refused():

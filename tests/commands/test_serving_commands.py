@@ -76,9 +76,13 @@ def test_tiers_behind_the_gpu(run, tmp_path):
     load = ("--input-tokens", "600", "--output-tokens", "20", "--requests", "60", "--turns", "4", "--think-time", "5",
             "--rate", "2", "--kv-gib", "0.5", "--prefix-cache", "lru")  # fmt: skip
     tiers, timeline = ("--tier", "host:1GiB:50", "--tier", "disk:64GiB:7"), tmp_path / "lanes.json"
-    told = whatif(run, *load, *tiers, "--placement", "equal", "--timeline", str(timeline))
+    told = whatif(run, *load, *tiers, "--placement", "equal", "--timeline", str(timeline),
+                  "--requests-csv", str(tmp_path / "requests.csv"))
+    rows = [line.split(",") for line in (tmp_path / "requests.csv").read_text().splitlines()]
+    loaded = [int(row[rows[0].index("loaded_tokens")]) for row in rows[1:]]
     found, without = told["policies"]["balanced"], whatif(run, *load)["policies"]["balanced"]
     assert found["tiers"]["loaded_tokens"] > 10_000 and found["ttft_s"]["p50"] < without["ttft_s"]["p50"]
+    assert sum(loaded) == found["tiers"]["loaded_tokens"] and len(loaded) == 60
     assert set(found["tiers"]["devices"]) == {"host", "disk"} and "tiers" not in without
     assert told["config"]["tiers"]["placement"] == "equal"
     assert any(note.startswith("KV beyond HBM: host 1 GiB at 50 GB/s") for note in told["notes"])

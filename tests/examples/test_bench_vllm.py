@@ -15,7 +15,9 @@ from bench import vllm_child
 from bench.vllm_cases import CAPTURED, GROUPS, LLAMA_8B, Job, engine_arguments, environment, write_model, write_plugin
 from bench.vllm_report import compare, times_table
 from rich.console import Console
-from serving.gguf_to_hf import halves, hf_name, token_ids
+from serving.gguf_to_hf import token_ids
+
+from gpu.serve.model.gguf import halves, hf_name
 
 
 def test_shapes_drop_rows_and_fit_the_model_and_its_graphs() -> None:

@@ -178,6 +178,22 @@ def flash_attention() -> None:
     torch.testing.assert_close(out[1, 0], v[1, 0].repeat_interleave(4, 0))  # of one token
 
 
+def over_ranks(ranks: int, owner: str) -> None:
+    """Ranks that share the GPU: rows that some have nothing of, steps that use each half of the inboxes twice."""
+    from decode_ref import check, make_case
+    from several_ranks import RankArrays
+
+    from gpu.several import DeviceGroup, ShardedDecode
+
+    # The sanitizer slows every rank down, and none of them is lost.
+    engine = ShardedDecode(SHAPE, group=DeviceGroup([0] * ranks), owner=owner, max_batch=len(LENS), timeout_s=600)
+    arrays = RankArrays(engine, make_case(SHAPE, LENS, seed=5))
+    arrays.plan(validate=True)
+    for _ in range(4):
+        arrays.poison()
+        check(*arrays.run(), arrays.case, dtype="float16")
+
+
 def append(kv_dtype: str | None, style: str | None) -> None:
     from append_ref import assert_same_bits, expected, make_step, rope_of
 
@@ -217,6 +233,8 @@ def checks() -> dict[str, Callable[[], None]]:
     found["csr and last pages, page size 1"] = partial(with_tables, FORMS[2], "int64", 1)
     found |= {f"groups {how}": partial(grouped, how) for how in ("told", "found")}
     found |= {f"groups {how}, by warpgroups": partial(by_warpgroups, how) for how in ("told", "found")}
+    found |= {f"{ranks} ranks, by {owner}": partial(over_ranks, ranks, owner)
+              for ranks, owner in ((2, "head"), (3, "row"), (2, "all"))}
     found["groups found in a graph"] = partial(grouped_replays)
     found["flash_attn_with_kvcache"] = partial(flash_attention)
     found["groups told, head_dim 64"] = partial(grouped, "told", 64, 8)

@@ -52,11 +52,12 @@ def paths(value: object, names: dict[str, str], where: str = "") -> set[str]:
 
 NAMES = {  # where keys are names, and what the page calls them
     "routes": "ROUTE", "policies": "POLICY", "engines": "ENGINE", "engines.ENGINE.routes": "ROUTE",
-    "policies.POLICY.routes": "ROUTE", "cells[].result.routes_us": "ROUTE", "cells[].result.routes": "ROUTE",
+    "policies.POLICY.routes": "ROUTE", "policies.POLICY.tiers.devices": "TIER", "cells[].result.routes_us": "ROUTE", "cells[].result.routes": "ROUTE",
     "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING",
     "[].bits_per_weight": "CLASS", "[].ignored": "FIELD", "[].outside": "ENGINE", "[].outside.ENGINE.basis": "CONSTANT",
     "[].outside.ENGINE.constants": "CONSTANT",
     "objectives": "OBJECTIVE", "cells[].result.objectives": "OBJECTIVE", "cells[].points[].values_s": "OBJECTIVE",
+    "cells[].result.tiers.devices": "TIER",
     "prices": "DEVICE", "cells[].result.summary.routes": "ROUTE",
 }
 RUNS = {
@@ -64,8 +65,10 @@ RUNS = {
              "--seq-lens 4096x8 --shared 2048x4 --device h200"),
     "replay": ("--requests 4 --steps 2 --device rtx3060", "--requests 4 --steps 2 --device rtx3060 --policy paper"),
     "whatif": ("--trace mooncake.jsonl --device h200 --policies calibrated,paper --prefix-cache lru",
-               "--trace azure.csv --device l4"),
-    "sweep": ("--over batch=1,2 --over length=1024 --device l4", "--over rate=1,2 --trace azure.csv --device l4"),
+               "--trace azure.csv --device l4",
+               "--trace mooncake.jsonl --device h200 --policies balanced --tier host:1GiB:50"),
+    "sweep": ("--over batch=1,2 --over length=1024 --device l4", "--over rate=1,2 --trace azure.csv --device l4",
+              "--over rate=1 --trace mooncake.jsonl --device l4 --tier host:1GiB:50"),
     "capacity": ("--trace azure.csv --slo ttft_p90=1s --price l4=0.8 --over device=l4 --over tp=1 --over batch=8 "
                  "--over policy=balanced --over model=llama-3.1-8b --over page_size=16 --over prefix_cache=none "
                  "--over weight_bits=16 --over step_tokens=256",
@@ -82,7 +85,8 @@ def documented(command: str) -> set[str]:
     place = {"sweep": "cells[].result", "capacity": "cells[].result.summary"}.get(command)
     if place is not None:
         served = {key for key in documented("whatif") if key.startswith("policies.POLICY.")}
-        keys |= {key.replace("policies.POLICY", place) for key in served if ".timeline" not in key}
+        left_out = (".timeline",) if command == "sweep" else (".timeline", ".tiers")
+        keys |= {key.replace("policies.POLICY", place) for key in served if not any(part in key for part in left_out)}
     return keys
 
 

@@ -55,6 +55,7 @@ PROLOGUE = """
 #define __device__
 #define __forceinline__ inline
 struct half_type { unsigned short word; };
+struct float2 { float x, y; };
 template <class T> T __ldg(const T* at) { return *at; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 #include "arguments.cuh"

@@ -54,6 +54,7 @@ def expected(x, weight, norm, bias, out, end):
     return product
 
 
+@pytest.mark.parametrize("hurry", [0, 1])
 @pytest.mark.parametrize(("depth", "rows", "columns", "normed", "end", "bias", "bfloat16", "stages", "ctas"), [
     (128, 64, 1, True, STORE, False, False, 2, 2),
     (576, 96, 3, True, STORE, True, False, 4, 2),
@@ -62,7 +63,7 @@ def expected(x, weight, norm, bias, out, end):
     (64, 64, 5, False, ADD, False, True, 2, 2),  # fewer chunks than warps
     (2304, 64, 4, True, GATE, True, False, 2, 1),  # several vectors a thread
 ])
-def test_products_are_those_of_float64(depth, rows, columns, normed, end, bias, bfloat16, stages, ctas):
+def test_products_are_those_of_float64(hurry, depth, rows, columns, normed, end, bias, bfloat16, stages, ctas):
     rng, dtype = np.random.default_rng(depth + rows), np.dtype(ml_dtypes.bfloat16 if bfloat16 else np.float16)
     room = 1 << (columns - 1).bit_length()
     library = build(ProductVariant(depth, room, normed, end, bfloat16, stages))
@@ -70,6 +71,7 @@ def test_products_are_those_of_float64(depth, rows, columns, normed, end, bias, 
     def drawn(*shape, scale=1.0):
         return aligned((rng.standard_normal(shape) * scale).astype(dtype))
 
+    ctypes.c_int.in_dll(library, "copies_hurry").value = hurry  # copies arrive late, or at once
     x_stride, out_stride = depth + 8, (rows // 2 if end == GATE else rows) + 4
     x, weight = drawn(columns, x_stride, scale=3.0 if normed else 1.0), drawn(rows, depth, scale=depth**-0.5)
     norm, biases = drawn(depth), drawn(rows) if bias else None

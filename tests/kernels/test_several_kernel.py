@@ -1,13 +1,14 @@
 """cuda_src/several.cu itself, built for the CPU, ranks and their CTAs as threads, against float64 attention."""
 from __future__ import annotations
 
+import ctypes
 import time
 
 import numpy as np
 import nvrtc
 import pytest
 from decode_on_cpu import make_step
-from several_on_cpu import Ranks
+from several_on_cpu import Ranks, instance
 from test_decode_kernel import assert_close, expected
 
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -61,6 +62,47 @@ def test_lengths_change_between_steps() -> None:
         ranks.launch(seed=seed)
         assert_close(ranks.results(), expected(ranks.step), "float16")
     assert ranks.left_empty()
+
+
+@pytest.mark.parametrize("owner", ["head", "row"])
+def test_ranks_go_on_by_themselves(owner) -> None:
+    """Steps without a barrier between the ranks, which are late at random: one may be a step ahead, and every step gives
+    the same bits. By the row, rank 0 owns nothing of the one row, and only its peer's progress holds it back."""
+    ranks = ranks_of("two ranks by head", same_gpu=True)
+    ranks.owner = owner
+    if owner == "row":
+        ranks.set(make_step(ranks.step.shape, "float16", ranks.step.options, seed=1, lens=(100,)))
+    ranks.launch()
+    want = [rank.out.tobytes() + rank.lse.tobytes() for rank in ranks.ranks]
+    found = ranks.launch_apart(12, seed=5, delay_s=0.02)
+    assert found == [{one} for one in want] and ranks.left_empty()
+    assert all(rank.failure[0] == EMPTY_WORD for rank in ranks.ranks)
+
+
+def test_ranks_of_one_gpu_let_the_next_launch_begin_when_all_are_there() -> None:
+    """A CTA is counted once a step with every rank; with a GPU for itself, a rank's launch says so at its beginning."""
+    ranks = ranks_of("two ranks by head", same_gpu=True)
+    ctas, num = ranks.ctas, ranks.config.num_ranks
+    instances = [instance(ranks.config, at) for at in range(num * ctas)]
+    told = [ctypes.c_int.in_dll(library, "next_kernel_started") for library in instances]
+    for step in range(3):
+        for count in told:
+            count.value = 0
+        ranks.launch(seed=step)
+        assert_close(ranks.results(), expected(ranks.step), "float16")
+        for rank in ranks.ranks:
+            started = rank.inbox.view(np.uint32)[num + 1:2 * num + 1]
+            assert (started + np.uint32(1) == (step + 1) * ctas).all()
+        assert all(count.value <= 64 for count in told)  # one warp's lanes, twice at most
+    # Who is not there keeps the next launch of the others from beginning.
+    ranks = ranks_of("two ranks by head", same_gpu=True, patience_ns=100_000_000)
+    for count in told:
+        count.value = 0
+    ranks.launch(but=(1,))
+    assert all(count.value == 0 for count in told)
+    ranks = ranks_of("two ranks by head")
+    ranks.launch()
+    assert all(count.value >= 64 for count in told)  # every thread
 
 
 @pytest.mark.parametrize(("name", "lost"), [("two ranks by head", 1), ("three by row, one without pages", 0)])

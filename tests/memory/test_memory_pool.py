@@ -22,7 +22,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         slots=st.lists(st.integers(0, 9), min_size=1, max_size=3),
         kind=st.sampled_from(["lru", "belady", "tinylfu"]),
-        placement=st.sampled_from(["bandwidth", "equal", "in_order"]),
+        placement=st.sampled_from(["bandwidth", "equal", "capacity", "in_order"]),
     )
     def begin(self, slots, kind, placement):
         self.slots = slots
@@ -225,3 +225,21 @@ def test_refusals():
                  lambda: index.remove("b"), lambda: index.unpin("b", Place(0, 0))):
         with pytest.raises(ValueError):
             call()
+
+
+@pytest.mark.parametrize("placement", ["bandwidth", "equal", "capacity"])
+def test_no_device_gives_up_a_block_while_another_has_a_free_slot(placement):
+    """A fast device with 4 slots and a slow one with 40: the first is full long before the second."""
+    tiers = [Tier(name=name, kind="disk", capacity_bytes=slots, read_bytes_per_s=rate, write_bytes_per_s=rate)
+             for name, slots, rate in (("fast", 4, 9.0), ("slow", 40, 1.0))]  # fmt: skip
+    pool = MemoryPool(tiers, block_bytes=1, placement=placement)
+    for prompt in range(11):
+        for write in pool.store([(prompt, at) for at in range(4)]):
+            pool.stored(write)
+        pool.check()
+    assert len(pool) == 44 and pool.counts.evicted == 0
+    for write in pool.store([(11, at) for at in range(4)]):
+        pool.stored(write)
+    assert len(pool) == 44 and pool.counts.evicted == 4
+    if placement == "capacity":  # a new prompt takes the place of one old one, on each device as much
+        assert pool.places([(11, at) for at in range(4)]).count(1) >= 3

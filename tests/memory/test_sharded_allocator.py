@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkvsim.memory.sharded_allocator import ShardedAllocator
+from pkvsim.memory.page_allocator import ShardedAllocator
 from pkvsim.schedule.shares import PageShares, interleaved
 
 steps = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40)), max_size=25)

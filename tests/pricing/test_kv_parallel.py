@@ -1,4 +1,4 @@
-"""pkvsim.pricing.kv_parallel and studies.kv_parallel against a plain statement of their arithmetic."""
+"""pkvsim.pricing.kv_parallel and studies.several.kv_parallel against a plain statement of their arithmetic."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pkvsim.pricing.kv_parallel import DEFAULT_LINK_US, MERGE_US, exchange_bytes
 from pkvsim.schedule.shares import PageShares
 from pkvsim.shapes import DecodeShape
 from pkvsim.studies.explain_step import explain_step
-from pkvsim.studies.kv_parallel import explain_kv_parallel
+from pkvsim.studies.several.kv_parallel import explain_kv_parallel
 
 H200 = get_device("h200")
 

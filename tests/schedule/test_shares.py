@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkvsim.schedule.shares import MAX_RANKS, PageShares, in_proportion, in_runs, interleaved
+from pkvsim.schedule.shares import MAX_RANKS, PageShares, RankShare, in_proportion, in_runs, interleaved
 
 pages_of_rank = st.lists(st.integers(0, 9), min_size=1, max_size=MAX_RANKS).filter(any).map(tuple)
 
@@ -57,3 +57,12 @@ def test_shares_are_in_proportion_to_a_page(weights, cycle) -> None:
 def test_what_cannot_be_is_refused_by_name(make, name) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
         make()
+
+
+@given(st.integers(2, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
+def test_the_kernel_divides_by_multiplying(cycle, lens) -> None:
+    _, _, _, magic, shift = RankShare(0, 1, cycle).numbers()
+    assert -(2**31) <= magic < 2**31 and 0 <= shift < 32
+    edges = [edge for k in (1, 2, (2**31 - 1) // cycle) for edge in (k * cycle - 1, k * cycle) if edge < 2**31]
+    for length in (*lens, *edges, 2**31 - 1):
+        assert (length * (magic % 2**32)) >> 32 >> shift == length // cycle

@@ -11,6 +11,7 @@ import typer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from gpu.serve.__main__ import serve  # noqa: E402
+from gpu.serve.model.config import find_config  # noqa: E402
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 199,
@@ -43,6 +44,7 @@ def test_json_and_files_of_both_runs(model, tmp_path):
     measured = found["results"]["measured"]
     assert measured["output_tokens"] == found["results"]["predicted"]["output_tokens"]
     assert set(measured) == set(found["results"]["predicted"])
+    assert measured["kv_pages"] == found["results"]["predicted"]["kv_pages"] == found["kv_pages"]
     assert measured["prefix_hit_tokens"] > 0 and measured["ttft_s"]["p50"] > 0
     assert {kind["kind"] for kind in found["steps"]["measured"]} <= {"decode", "mixed", "prefill"}
     steps = list(csv.DictReader(files[0].open()))
@@ -83,9 +85,18 @@ def test_refusals_are_one_line(model, arguments, words):
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected one of"),
     ({"num_hidden_layers": None}, "num_hidden_layers: expected an integer"),
     ({"torch_dtype": "float64"}, "torch_dtype: expected one of"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a number above 0"),
+    ({"eos_token_id": "</s>"}, "eos_token_id: expected token ids"),
 ])
 def test_configs_that_are_not_served(tmp_path, change, words):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**CONFIG, **change}))
     done = run("--model", str(path), *LOAD)
     assert done.exit_code == 2 and words in done.stderr
+
+
+def test_tokens_that_end_a_turn_are_those_of_the_generation_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": 2}))
+    assert find_config(tmp_path).eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert find_config(tmp_path).eos_token_ids == (2, 7)

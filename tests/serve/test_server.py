@@ -99,18 +99,18 @@ class Machine(RuleBasedStateMachine):
             assert not self.open and self.server.num_free_pages == self.server.scheduler.limits.num_pages
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 TestMachine = Machine.TestCase
 
 
 def test_a_long_life_leaves_nothing_behind():
-    """2,000 requests in bursts, a third of them cancelled or refused: all end, pages and memory come back."""
+    """1,000 requests in bursts, a third of them cancelled or refused: all end, pages and memory come back."""
     server = make_server(num_pages=120, max_batch=12, step_tokens=64)
     rng = np.random.default_rng(0)
     ended: dict[str, int] = {}
     waiting: list = []
     sizes = []
-    for burst in range(40):
+    for burst in range(20):
         for _ in range(50):
             prompt = np.concatenate([np.arange(int(rng.integers(0, 40))), rng.integers(0, VOCABULARY, int(rng.integers(1, 70)))])
             waiting.append(server.add_request(prompt, SamplingParams(max_tokens=int(rng.integers(1, 20)))))
@@ -123,12 +123,12 @@ def test_a_long_life_leaves_nothing_behind():
                 expect(request)
         waiting.clear()
         assert server.num_free_pages == 120 and server.num_unfinished == 0
-        if burst == 9:
+        if burst == 4:
             tracemalloc.start()
-        if burst >= 19 and burst % 10 == 9:
+        if burst >= 9 and burst % 5 == 4:
             sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert sum(ended.values()) == 2000 and min(ended[status] for status in (SERVED, REFUSED, CANCELLED)) > 100
+    assert sum(ended.values()) == 1000 and min(ended[status] for status in (SERVED, REFUSED, CANCELLED)) > 50
     assert sizes[-1] < sizes[0] + 200_000
 
 
@@ -175,7 +175,7 @@ class _Model:
 
 
 def test_streams_of_an_asynchronous_service():
-    from gpu.serve.llm import AsyncLLM
+    from gpu.serve.async_llm import AsyncLLM
 
     server = make_server(num_pages=60)
 

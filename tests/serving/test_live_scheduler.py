@@ -112,7 +112,7 @@ class Machine(RuleBasedStateMachine):
         assert not self.prompt
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestMachine = Machine.TestCase
 
 

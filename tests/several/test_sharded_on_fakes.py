@@ -193,6 +193,17 @@ def test_a_lost_rank_is_an_error_until_the_group_is_reset(gpu) -> None:
     engine.run(*arguments)
 
 
+def test_no_rank_is_launched_where_an_argument_of_another_is_refused(gpu) -> None:
+    engine, wire = make(gpu, 2)
+    lens, table = np.array([20], np.int32), np.array([[0]], np.int32)
+    pool, q = gpu.array(np.zeros((2, 4, 16, 64), np.float16)), gpu.array(np.zeros((1, 8, 64), np.float16))
+    engine.plan([lens, lens], [table, table])
+    with pytest.raises(ValueError, match="^q: expected"):
+        engine.run([q, gpu.array(np.zeros((2, 8, 64), np.float16))], [pool, pool], [pool, pool])
+    assert not wire.sent
+    engine.run([q, q], [pool, pool], [pool, pool])
+
+
 REFUSED = [
     ("owner", {"owner": "token"}), ("timeout_s", {"timeout_s": 0.0}), ("shares", {"shares": "split"}),
     ("shares", {"shares": interleaved(3, 16)}), ("shares", {"shares": interleaved(2, 32)}),
@@ -224,6 +235,10 @@ def test_plans_are_checked(gpu) -> None:
         with pytest.raises(ValueError, match=f"^{name}"):
             engine.plan(*arguments)
     engine.plan([lens, lens], [wide, table])
+    kept = [one.planned for one in engine.engines.values()]
+    with pytest.raises(ValueError, match="^seq_lens"):  # of rank 1, when rank 0 has planned
+        engine.plan([np.array([49], np.int32)] * 2, [wide, table])
+    assert [one.planned for one in engine.engines.values()] == kept
 
 
 def test_what_ranks_own_is_everything_once() -> None:

@@ -261,7 +261,10 @@ static void multiply_group(float (&d)[COUNT], const unsigned (&a)[4], unsigned l
 #endif
 
 constexpr bool KERNELS_OVERLAP = true;
-static void let_next_kernel_start() {}
+extern "C" {
+int next_kernel_started = 0;  // how often a lane let it
+}
+static void let_next_kernel_start() { ++next_kernel_started; }
 
 // An array that the previous kernel writes: each CTA finds `before` there until its first thread waits for that kernel.
 struct Late {
@@ -293,6 +296,7 @@ inline T receive_from_rank(const T* from) {
   sched_yield();
   return value;
 }
+[[maybe_unused]] static void add_at_rank(unsigned* to, unsigned more) { __atomic_fetch_add(to, more, __ATOMIC_SEQ_CST); }
 [[maybe_unused]] static long long nanoseconds() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);

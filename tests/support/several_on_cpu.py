@@ -6,6 +6,7 @@ import functools
 import shutil
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,9 @@ class Ranks:
     """The ranks of a step, with their memory from one launch to the next."""
 
     def __init__(self, step: Step, config: RankConfig, shares: PageShares, *, ctas: int, owner: str = "head",
-                 patience_ns: int = 20_000_000_000, in_kernel: bool = True) -> None:
+                 patience_ns: int = 20_000_000_000, in_kernel: bool = True, same_gpu: bool = False) -> None:
         self.config, self.shares, self.ctas, self.owner = config, shares, ctas, owner
-        self.patience_ns, self.in_kernel = patience_ns, in_kernel
+        self.patience_ns, self.in_kernel, self.same_gpu = patience_ns, in_kernel, same_gpu
         filled = [aligned(np.full(config.inbox_bytes + 128, 0xFF, np.uint8)) for _ in range(config.num_ranks)]
         boxes = [box[-box.ctypes.data % 128:][:config.inbox_bytes] for box in filled]
         self.ranks = [Rank(None, None, box, aligned(np.full(config.workspace_bytes(ctas), 0xFF, np.uint8)),
@@ -102,6 +103,38 @@ class Ranks:
             thread.join()
         assert not complaints, complaints
 
+    def launch_apart(self, steps: int, *, seed: int = 1, delay_s: float = 0.0) -> list[set[bytes]]:
+        """So many launches of every rank, each rank's one after the other and delayed at random by up to delay_s, no rank
+        waiting for another but in the kernel. Returns what each rank's launches gave, in bytes."""
+        self.clear()
+        complaints: list[bytes] = []
+        found: list[set[bytes]] = [set() for _ in self.ranks]
+        threads = []
+        for r, rank in enumerate(self.ranks):
+            random = np.random.default_rng(seed + r)
+
+            def ended(r=r, rank=rank, random=random) -> None:  # all CTAs of the rank's launch
+                found[r].add(rank.out.tobytes() + rank.lse.tobytes())
+                rank.out.fill(np.nan), rank.lse.fill(np.nan)
+                time.sleep(random.uniform(0, delay_s) if random.random() < 0.5 else 0.0)
+
+            barrier = threading.Barrier(self.ctas, action=ended)
+
+            def run(cta: int, r=r, barrier=barrier) -> None:
+                for step in range(steps):
+                    self._run(instance(self.config, r * self.ctas + cta), r, cta, seed + 1000 * step, complaints)
+                    barrier.wait(timeout=120)
+
+            threads += [threading.Thread(target=run, args=(cta,)) for cta in range(self.ctas)]
+        for number in range(len(self.ranks) * self.ctas):
+            instance(self.config, number)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not complaints, complaints
+        return found
+
     def _run(self, library, r: int, cta: int, seed: int, complaints: list) -> None:
         given, of_rank = self.arguments(r)
         sizes = (cta, self.ctas, seed + 77 * r + cta, *BalancedCosts(1, 2), self.ranks[r].table.shape[1]
@@ -131,8 +164,8 @@ class Ranks:
             **dict(zip(("scale_page_stride", "scale_head_stride", "scale_token_stride"), (*scale_strides, 0, 0, 0))),
             "inboxes": address(self.addresses), "own": int(self.addresses[r]), "failure": address(rank.failure),
             "half_slots": self.config.half_slots, "patience_ns": self.patience_ns, "rank": r,
-            "owner": OWNERS[self.owner], "in_kernel": int(self.in_kernel), "share_begin": share.begin,
-            "share_tokens": share.tokens, "share_cycle": share.cycle}
+            "owner": OWNERS[self.owner], "in_kernel": int(self.in_kernel), "same_gpu": int(self.same_gpu),
+            **dict(zip(("share_begin", "share_tokens", "share_cycle", "share_magic", "share_shift"), share.numbers()))}
         if not self.in_kernel:
             self.addresses_of_own = getattr(self, "addresses_of_own", {})
             alone = self.addresses_of_own.setdefault(r, np.full(len(self.ranks), self.addresses[r], np.int64))

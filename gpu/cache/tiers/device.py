@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Device(Protocol):
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
         """Pages [n] int32 to host blocks at addresses [n] int64, once the mark is reached."""
 
-    def wait(self, ticket: Ticket) -> None:
+    def wait(self, ticket: Any) -> None:
         """Lets what the caller's stream is given next wait for the ticket; this thread goes on."""
 
 

@@ -85,7 +85,7 @@ class ThreadReader:
     def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         if not self._under_way:
             return []
-        out = []
+        out: list[Done] = []
         until = time.perf_counter() + wait_s
         try:
             while len(out) < min(few, self._under_way) and wait_s > 0:

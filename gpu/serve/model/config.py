@@ -80,7 +80,10 @@ def find_config(model: str | Path) -> ModelConfig:
     if path.suffix != ".json" or not path.is_file():
         raise ValueError(f"model: expected one of {', '.join(presets)}, smollm2, a .gguf file, or a folder with "
                          f"config.json, got {str(model)!r}")
-    return read_config(_json(path), name=path.parent.name if path.name == "config.json" else path.stem)
+    config, beside = _json(path), path.with_name("generation_config.json")
+    if path.name == "config.json" and beside.is_file():  # chat models name the tokens that end a turn there
+        config = {**config, "eos_token_id": _json(beside).get("eos_token_id", config.get("eos_token_id"))}
+    return read_config(config, name=path.parent.name if path.name == "config.json" else path.stem)
 
 
 def read_config(config: Mapping[str, Any], *, name: str) -> ModelConfig:
@@ -112,6 +115,9 @@ def read_config(config: Mapping[str, Any], *, name: str) -> ModelConfig:
     if dtype not in DTYPES:
         raise fail("torch_dtype", f"one of {', '.join(DTYPES)}")
     eos = config.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) for token in eos):
+        raise fail("eos_token_id", "token ids")
     return ModelConfig(
         name=name,
         architecture=architecture,
@@ -131,7 +137,7 @@ def read_config(config: Mapping[str, Any], *, name: str) -> ModelConfig:
         mlp_bias=bool(config.get("mlp_bias", False)),
         head_norms=head_norms,
         window=_window(config, architecture, name),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos_token_ids=tuple(eos),
         dtype=dtype,
         source=config,
     )
@@ -148,12 +154,20 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int, *, name: str) -> 
         raise ValueError(f"{name}: rope_type: expected one of {', '.join(ROPE_TYPES)}, got {kind!r}")
     if kind == "default":
         return RopeFrequencies(inv_freq=inv_freq)
-    factor = float(rope["factor"])
+
+    def number(field: str, default: Any = None) -> float:
+        value = rope.get(field)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}: rope_scaling: {field}: expected a number above 0, got {value!r}")
+        return float(value)
+
+    factor = number("factor")
     if kind == "linear":
         return RopeFrequencies(inv_freq=inv_freq / factor)
-    original = int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    original = number("original_max_position_embeddings", config.get("max_position_embeddings"))
     if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        low, high = number("low_freq_factor"), number("high_freq_factor")
         turns = original * inv_freq / (2 * np.pi)  # of a pair over the original context
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
         return RopeFrequencies(inv_freq=(1 - smooth) * inv_freq / factor + smooth * inv_freq)
@@ -162,12 +176,11 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int, *, name: str) -> 
         """The pair, as a fraction, that turns so often over the original context."""
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_of(float(rope.get("beta_fast") or 32))), 0)
-    high = min(math.ceil(pair_of(float(rope.get("beta_slow") or 1))), head_dim - 1)
+    low = max(math.floor(pair_of(number("beta_fast", 32))), 0)
+    high = min(math.ceil(pair_of(number("beta_slow", 1))), head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
-    scale = rope.get("attention_factor")
-    scale = 0.1 * math.log(factor) + 1.0 if scale is None and factor > 1 else scale or 1.0
-    return RopeFrequencies(inv_freq=ramp * inv_freq / factor + (1 - ramp) * inv_freq, factor=float(scale))
+    scale = number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return RopeFrequencies(inv_freq=ramp * inv_freq / factor + (1 - ramp) * inv_freq, factor=scale)
 
 
 def _window(config: Mapping[str, Any], architecture: str, name: str) -> int | None:

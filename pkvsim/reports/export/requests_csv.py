@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from pkvsim.serving.result import RequestLog
 from pkvsim.studies.whatif import REJECTIONS, WhatIf
 
 TIMES = ("arrival_s", "queue_s", "ttft_s", "tpot_s", "e2e_s", "finish_s")
+TIERS = ("load_s", "loaded_tokens")  # columns of runs with tiers
 COUNTS = ("replica", "prompt_tokens", "output_tokens", "hit_tokens", "preemptions")
 
 
@@ -31,14 +34,20 @@ def write_requests(report: WhatIf, path: str | Path) -> None:
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(("policy", "request", "session", *TIMES, *COUNTS, "rejected"))
+            tiers = TIERS if any(result.tiers is not None for result in report.results.values()) else ()
+            lines.writerow(("policy", "request", "session", *TIMES, *COUNTS, "rejected", *tiers))
             for policy, result in report.results.items():
-                lines.writerows((policy, *line) for line in _lines(result.requests, report.trace.session))
+                rows = _lines(result.requests, report.trace.session)
+                if result.tiers is not None:
+                    log = result.tiers.log
+                    loads = zip(map(_time, log.load_s.tolist()), log.tokens.sum(axis=1).tolist())
+                    rows = ((*row, *load) for row, load in zip(rows, loads))
+                lines.writerows((policy, *line) for line in rows)
     except OSError as error:
         raise ValueError(f"requests_csv: cannot write {path}: {error.strerror or error}") from None
 
 
-def _lines(requests: RequestLog, session: np.ndarray | None) -> zip:
+def _lines(requests: RequestLog, session: np.ndarray | None) -> Iterable[tuple[Any, ...]]:
     reasons = {reason: name for name, reason in REJECTIONS.items()}
     n = len(requests.arrival_s)
     sessions = [""] * n if session is None else ["" if value < 0 else value for value in session.tolist()]

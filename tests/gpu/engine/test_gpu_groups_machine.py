@@ -11,7 +11,7 @@ import numpy as np
 from decode_ref import MAX_ERROR
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from gpu import DecodeEngine, PrefixGroups
 from gpu.kernels import variant
@@ -118,13 +118,21 @@ class Machine(RuleBasedStateMachine):
         self.pages[row], self.tokens[row] = list(pages), tokens
         self.owners[pages] += 1
 
+    @initialize(counts=st.lists(st.integers(0, MAX_NEW), min_size=2, max_size=2), times=st.integers(0, 2), seed=SEEDS)
+    def begin(self, counts: list[int], times: int, seed: int) -> None:
+        """Two rows, from whose pages others begin."""
+        for which, count in enumerate(counts):
+            self.open()
+            self.grow(which, count + 1, seed + which)
+            self.fork(which, 1.0, times)
+
     @precondition(lambda self: len(self.pages) < ROWS)
     @rule()
     def open(self) -> None:
         self.open_row([], np.zeros((0, 2, SHAPE.num_kv_heads, SHAPE.head_dim), np.float16))
 
     @precondition(lambda self: self.pages and len(self.pages) < ROWS)
-    @rule(which=WHICH, share=st.floats(0, 1), times=st.integers(1, 3))
+    @rule(which=WHICH, share=st.sampled_from([1.0, 1.0, 0.5]), times=st.integers(1, 3))
     def fork(self, which: int, share: float, times: int) -> None:
         """Rows that begin with a share of another's full pages."""
         row = sorted(self.pages)[which % len(self.pages)]
@@ -132,7 +140,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(min(times, ROWS - len(self.pages))):
             self.open_row(self.pages[row][:count], self.tokens[row][:count * SHAPE.page_size])
 
-    @precondition(lambda self: self.pages)
+    @precondition(lambda self: len(self.pages) > 2)
     @rule(which=WHICH)
     def close(self, which: int) -> None:
         row = sorted(self.pages)[which % len(self.pages)]

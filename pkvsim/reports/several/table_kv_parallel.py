@@ -6,7 +6,7 @@ from rich.markup import escape
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.serving.costs import fit_note
-from pkvsim.studies.kv_parallel import KVParallelStep
+from pkvsim.studies.several.kv_parallel import KVParallelStep
 
 
 def print_kv_parallel(report: KVParallelStep) -> None:
