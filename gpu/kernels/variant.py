@@ -13,9 +13,9 @@ from pkvsim.devices.route_options import HEAD_DIMS, MAX_GROUP_SIZE, MAX_PAGE_SIZ
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import MAX_ACCUMULATED
 
-# Whether steps with groups are served by reads of warpgroups (wgmma) and all that came with them: plans of steps with
-# groups that are remembered, what such reads cost in the schedule, and groups found by prefixes_at_once.cu. No whole run
-# of the GPU tests has had them, so they have to be asked for here. A layer of 64 rows of 8K shared and 512 own tokens took
+# Whether steps with groups are served by reads of warpgroups (wgmma), and all that came with them: plans of such steps
+# that are remembered, what such reads cost in the schedule, and groups found by prefixes_at_once.cu. No whole run of
+# the GPU tests has had them, so they have to be asked for here. A layer of 64 rows of 8K shared and 512 own tokens took
 # one H200 86 us by such reads, before plans were remembered, and 103 us without (examples/results/h200_shared.md).
 WARPGROUP_READS = False
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/variant.cuh
