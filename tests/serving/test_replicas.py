@@ -34,7 +34,8 @@ def test_every_request_is_served_once_and_clients_wait_for_whichever_server(
     assert [part["requests"] for part in result.summary["replicas"]] == np.bincount(
         requests.replica[served], minlength=n
     ).tolist()
-    ends, due = np.where(served, requests.finish_s, requests.arrival_s), trace.arrival_s - trace.arrival_s[0]
+    told_s = requests.arrival_s + (config.profile.queue_ms + config.profile.output_ms) / 1e3  # that it is refused
+    ends, due = np.where(served, requests.finish_s, told_s), trace.arrival_s - trace.arrival_s[0]
     if trace.after is not None:
         follows = trace.after >= 0
         due[follows] = np.maximum(due, ends[trace.after] + trace.think_us / 1e6)[follows]
