@@ -64,6 +64,7 @@ def test_lengths_change_between_steps() -> None:
     assert ranks.left_empty()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner", ["head", "row"])
 def test_ranks_go_on_by_themselves(owner) -> None:
     """Steps without a barrier between the ranks, which are late at random: one may be a step ahead, and every step gives
