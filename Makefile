@@ -1,5 +1,5 @@
-# make demo: the main job. make test: the CPU test suite. make lint: style, types and the arrows between rooms.
-# make docs: the site, into site/. Each builds .venv where it is missing.
+# make demo: the main job. make test: the CPU test suite; make test-slow: the rest of it. make lint: style, types and the
+# arrows between rooms. make docs: the site, into site/. Each builds .venv where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 GPU_EXTRA = $(shell nvidia-smi 2>/dev/null | sed -n "s/.*CUDA[A-Za-z ]*Version: *\([0-9]*\).*/\1/p" | head -n 1 \
     | awk '{ print ($$1 >= 13) ? "gpu-cuda13" : "gpu" }')
 
-.PHONY: demo test lint docs check-extras clean
+.PHONY: demo test test-slow lint docs check-extras clean
 
 demo: .venv/.base
 	$(BIN)/pkvsim replay --family bimodal --requests 24 --max-active 8 --steps 48 --seed 20260623 \
@@ -27,7 +27,11 @@ demo: .venv/.base
 	fi
 
 test: .venv/.test
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# The rest of it, which takes as long again.
+test-slow: .venv/.test
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 # Downloads PyTorch and CUDA twice, once for each GPU extra, and compiles every kernel with what came; needs no GPU.
 check-extras:

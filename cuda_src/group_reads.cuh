@@ -213,22 +213,24 @@ struct GroupState {
 };
 
 __device__ __forceinline__ void score_group(float (&s)[GROUP_TOKENS / 2], const GroupQuery& query, unsigned keys) {
+  const unsigned long long first = shared_operand(keys, 16);
   hold(s);
   begin_products();
   #pragma unroll
   for (int step = 0; step < K_STEPS; ++step) {
-    const unsigned at = keys + step * 16 / BLOCK_ELEMENTS * BLOCK_BYTES + step * 16 % BLOCK_ELEMENTS * ELEMENT_BYTES;
-    multiply_group<false>(s, query.fragment[step], shared_operand(at, 16), step > 0);
+    const int at = step * 16 / BLOCK_ELEMENTS * BLOCK_BYTES + step * 16 % BLOCK_ELEMENTS * ELEMENT_BYTES;
+    multiply_group<false>(s, query.fragment[step], further(first, at), step > 0);
   }
   end_products(s);
 }
 __device__ __forceinline__ void accumulate_group(GroupState& state, const unsigned (&p)[READ_TILES][4],
                                                  unsigned values) {
+  const unsigned long long first = shared_operand(values, BLOCK_BYTES);
   hold(state.acc);
   begin_products();
   #pragma unroll
   for (int j = 0; j < READ_TILES; ++j)
-    multiply_group<true>(state.acc, p[j], shared_operand(values + j * BLOCK_TILE_BYTES, BLOCK_BYTES), true);
+    multiply_group<true>(state.acc, p[j], further(first, j * BLOCK_TILE_BYTES), true);
   end_products(state.acc);
 }
 

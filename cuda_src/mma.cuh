@@ -205,7 +205,7 @@ __device__ __forceinline__ uint4 here_and_now(uint4 v) {
 }
 
 // Reads 16 bytes that nobody reads again, and what other CTAs have written meanwhile, which is not in L1.
-__device__ __forceinline__ uint4 load_once(const half_type* from) {
+__device__ __forceinline__ uint4 load_constant(const half_type* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));

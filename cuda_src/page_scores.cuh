@@ -74,7 +74,7 @@ struct ScoreRows {
     #pragma unroll
     for (int j = 0; j < ROW_VECTORS; ++j) {
       const int at = HALF * HEAD_DIM + j * 32 + lane % 4 * 8;
-      low[HALF][j] = load_once(low_at + at), high[HALF][j] = load_once(high_at + at);
+      low[HALF][j] = load_constant(low_at + at), high[HALF][j] = load_constant(high_at + at);
     }
   }
   // The sums of one half: pages lane / 4 and + 8 by heads 2 (lane % 4) and the next, as the product has them.

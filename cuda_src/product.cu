@@ -93,7 +93,7 @@ __device__ __forceinline__ void stage_x(const ProductArguments& given, ProductMe
       const int piece = thread + i * PRODUCT_WARPS * 32;
       held[c][i] = make_uint4(0, 0, 0, 0);
       if (c < given.columns && piece < DEPTH / 8)
-        held[c][i] = load_once(given.x + static_cast<long long>(c) * given.x_stride + piece * 8);
+        held[c][i] = load_constant(given.x + static_cast<long long>(c) * given.x_stride + piece * 8);
     }
   }
 #if NORMED
@@ -199,7 +199,7 @@ pkv_product(const pkv::ProductArguments given) {
   #pragma unroll
   for (int i = 0; i < PIECES; ++i) {
     const int piece = threadIdx.x + i * PRODUCT_WARPS * 32;
-    norm[i] = piece < DEPTH / 8 ? load_once(given.norm + piece * 8) : make_uint4(0, 0, 0, 0);
+    norm[i] = piece < DEPTH / 8 ? load_constant(given.norm + piece * 8) : make_uint4(0, 0, 0, 0);
   }
 #endif
   let_next_kernel_start();

@@ -9,20 +9,46 @@
 // a read's last parts may take as long as the whole step. It empties what it has read. Rows that are in no read go the
 // way of a plain step (parts.cuh).
 #pragma once
+#include "early_plan.cuh"
 #include "parts.cuh"
 #include "warp_spans.cuh"
 
 namespace pkv {
 
+#if READ_TILES
+constexpr int STEP_RECORD_BYTES = 8 * (64 + 9 * THREADS);  // StepRecord (remembered_step.cuh), which lies before some
+
+// Where they are is worked out anew each time: as pointers they would take registers of the main loop.
 struct SpanSlots {
-  Slot* cut;              // [num_ctas]
-  RowSlot *shared, *own;  // [batch_size][num_kv_heads] each
+  const DecodeArguments& given;
+
+  __device__ __forceinline__ Slot* cut() const { return given.partials; }  // [num_ctas]
+  __device__ __forceinline__ unsigned char* step_records() const {         // [num_ctas]
+    return reinterpret_cast<unsigned char*>(reinterpret_cast<PlanRecord*>(given.partials + gridDim.x) + gridDim.x);
+  }
+  // [batch_size][num_kv_heads] each
+  __device__ __forceinline__ RowSlot* shared() const {
+    return reinterpret_cast<RowSlot*>(step_records() + static_cast<long long>(gridDim.x) * STEP_RECORD_BYTES);
+  }
+  __device__ __forceinline__ RowSlot* own() const { return shared() + given.batch_size * given.num_kv_heads; }
+  __device__ __forceinline__ long long at(int row, int head) const {
+    return static_cast<long long>(row) * given.num_kv_heads + head;
+  }
+};
+#else
+struct SpanSlots {
+  Slot* cut_slots;                    // [num_ctas]
+  RowSlot *shared_slots, *own_slots;  // [batch_size][num_kv_heads] each
   int num_kv_heads;
 
+  __device__ __forceinline__ Slot* cut() const { return cut_slots; }
+  __device__ __forceinline__ RowSlot* shared() const { return shared_slots; }
+  __device__ __forceinline__ RowSlot* own() const { return own_slots; }
   __device__ __forceinline__ long long at(int row, int head) const {
     return static_cast<long long>(row) * num_kv_heads + head;
   }
 };
+#endif
 
 // Where the results of a range's reads go.
 struct ReadEmit {
@@ -31,8 +57,8 @@ struct ReadEmit {
 
   __device__ __forceinline__ void operator()(const ReadPiece& s, int column, const HeadState& state) const {
     const int member = column / COLUMNS;
-    if (s.ends) send_state(slots.shared[slots.at(s.rows[member], s.kv_head)], column % COLUMNS, state, lane);
-    else send_state(slots.cut[range], column, state, lane);
+    if (s.ends) send_state(slots.shared()[slots.at(s.rows[member], s.kv_head)], column % COLUMNS, state, lane);
+    else send_state(slots.cut()[range], column, state, lane);
   }
 };
 
@@ -44,7 +70,7 @@ struct RowEmit {
 
   __device__ __forceinline__ void operator()(const RowPiece& s, int column, const HeadState& state) {
     if (!s.ends) parts.send(column, state);
-    else if (s.member) send_state(slots.own[slots.at(s.row, s.kv_head)], column, state, parts.lane);
+    else if (s.member) send_state(slots.own()[slots.at(s.row, s.kv_head)], column, state, parts.lane);
     else if (s.begins) store_result(output, s.row, s.kv_head, column, state, parts.lane);
     else parts.keep(s, column, state);
   }
@@ -133,10 +159,10 @@ struct MemberMerge {
       const long long at = slots.at(from(own.row, span), from(own.head, span));
       if (lane >= batch.count && lane < batch.count + count) {
         if (part == of_read || part == num_parts - 1) {
-          RowSlot& slot = (part == of_read ? slots.shared : slots.own)[at];
+          RowSlot& slot = (part == of_read ? slots.shared() : slots.own())[at];
           batch.acc = slot.acc[column], batch.ml = &slot.ml[column];
         } else {
-          Slot& slot = slots.cut[part < of_read ? first + part : begin + part - of_read - 1];
+          Slot& slot = slots.cut()[part < of_read ? first + part : begin + part - of_read - 1];
           const int place = part < of_read ? read_column : column;
           batch.acc = slot.acc[place], batch.ml = &slot.ml[place];
         }

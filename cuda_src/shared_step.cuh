@@ -9,9 +9,6 @@
 #pragma once
 #include "early_plan.cuh"
 #include "shared_parts.cuh"
-#if READ_TILES
-#include "group_reads.cuh"
-#endif
 
 namespace pkv {
 
@@ -97,11 +94,7 @@ __device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan&
   if (reads.some()) {
     init_barriers(shared.reads);
     ReadEmit emit{.slots = slots, .range = place.range, .lane = lane};
-#if READ_TILES
-    if (!attend_groups(reads, pages, given, shared.reads, start, emit)) return false;
-#else
     if (!attend(reads, pages, given, shared.reads, start, emit)) return false;
-#endif
     if (cut.begin(place.range + 1) <= plan.step.reads_total) return true;
     __syncthreads();  // the rows' memory is the reads'
   }

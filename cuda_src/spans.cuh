@@ -62,6 +62,11 @@ struct Entry {
   }
 };
 
+// With reads by warpgroups plans are remembered (StepRecord), and lengths and groups asked for at once, whatever they are.
+// Prefixes are noted in tokens then, otherwise in tiles.
+constexpr bool PLANS_REMEMBERED = READ_TILES > 0;
+constexpr int NOTED_TOKENS = PLANS_REMEMBERED ? 1 : PKV_TILE;
+
 // Which rows may read together, as the caller says. What is there is read early and cut to what can be: see Lengths.
 struct Groups {
   const int* of_row;        // [batch_size] or -1
@@ -72,6 +77,15 @@ struct Groups {
   PKV_HD int tokens(int group, int most) const {
     const int pages = read_early(prefix_pages + group);
     return pages > 0 && pages <= divide(most, page_size) ? pages * page_size : 0;
+  }
+  // The group that a row is in, long enough for it or not, or -1.
+  PKV_HD int asked(int row) const {
+    const int group = read_early(of_row + row);
+    return static_cast<unsigned>(group) < static_cast<unsigned>(num_groups) ? group : -1;
+  }
+  // Whether a row of this length may read a prefix of so many tokens with others.
+  PKV_HD bool fits(int length, int prefix) const {
+    return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1);
   }
   // The group with which a row of this length reads if another row does, or -1.
   PKV_HD int wanted(int row, int length, int most) const {
@@ -96,16 +110,17 @@ struct Readers {
   int* group;   // [batch_size] that the row reads with; -1 of a row with none, alone_in(group) where it is alone in it
   int* place;   // [batch_size] of a member among its group's
   int* rows;    // [batch_size] the members, group by group, ascending
-  int* tiles;   // [num_groups] that are shared
+  int* prefix;  // [num_groups] in units of NOTED_TOKENS
   int* count;   // [num_groups] members: 0 or at least 2
   int* begin;   // [num_groups] of each group's in `rows`
   int* at;      // [num_groups] where the group's entry begins on the axis
 
   PKV_HD Readers(int* memory, int batch_size, int num_groups)
       : length(memory), group(length + batch_size), place(group + batch_size), rows(place + batch_size),
-        tiles(rows + batch_size), count(tiles + num_groups), begin(count + num_groups), at(begin + num_groups) {}
+        prefix(rows + batch_size), count(prefix + num_groups), begin(count + num_groups), at(begin + num_groups) {}
   PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
   PKV_HD static int alone_in(int group) { return -2 - group; }
+  PKV_HD int tiles(int group) const { return prefix[group] / (PKV_TILE / NOTED_TOKENS); }  // that are shared
 };
 
 // Where a row's states of its read lie, for one KV head.
@@ -132,28 +147,42 @@ struct Axis {
   PKV_HD int read_of(int group, int place, int reads) const {
     return divide((place + 1) * reads - 1, readers.count[group]);
   }
-  PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles[readers.group[row]]; }
+  PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles(readers.group[row]); }
 
   // What is read of a row and of a group; where members are counted from there, see find_readers.
   PKV_HD void note_row(int row, int length) const {
     readers.length[row] = length, readers.group[row] = groups.wanted(row, length, lens.most);
   }
   PKV_HD void note_group(int group) const {
-    readers.tiles[group] = groups.tokens(group, lens.most) / PKV_TILE, readers.count[group] = 0;
+    readers.prefix[group] = groups.tokens(group, lens.most) / NOTED_TOKENS, readers.count[group] = 0;
   }
-  // Whether what was noted of a row or a group is another than what is there.
+  // The same of what was asked for before, where plans are remembered: a row's group is the one that it asks for until all
+  // are noted, and then the one that it reads with if another row does.
+  PKV_HD void note_row(int row, int length, int asked) const {
+    readers.length[row] = length, readers.group[row] = asked;
+  }
+  PKV_HD void note_group(int group, int tokens) const { readers.prefix[group] = tokens, readers.count[group] = 0; }
+  // The group that a row of this length asks for, if it is long enough for what was noted of it in tokens, or -1.
+  PKV_HD int fitting(int length, int asked) const {
+    return asked >= 0 && groups.fits(length, readers.prefix[asked]) ? asked : -1;
+  }
+  // The group with which a row of this length reads if another row does, or -1, when all groups are noted.
+  PKV_HD int wanted(int row, int length) const {
+    return PLANS_REMEMBERED ? fitting(length, groups.asked(row)) : groups.wanted(row, length, lens.most);
+  }
+  // Whether what was noted of a row or a group is another than what is there; of a row, if no group is.
   PKV_HD bool row_changed(int row) const {
-    const int length = lens[row], noted = readers.group[row], wanted = groups.wanted(row, length, lens.most);
-    return length != readers.length[row] || (noted != wanted && (wanted < 0 || noted != Readers::alone_in(wanted)));
+    const int length = lens[row], noted = readers.group[row], now = wanted(row, length);
+    return length != readers.length[row] || (noted != now && (now < 0 || noted != Readers::alone_in(now)));
   }
   PKV_HD bool group_changed(int group) const {
-    return readers.tiles[group] != groups.tokens(group, lens.most) / PKV_TILE;
+    return readers.prefix[group] != groups.tokens(group, lens.most) / NOTED_TOKENS;
   }
 
   PKV_HD Entry group_entry(int group) const {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
     const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
-    return {readers.tiles[group], reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
+    return {readers.tiles(group), reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
             shared.tile_eighths(columns, reads)};
   }
   PKV_HD Entry row_entry(int row) const {
@@ -280,7 +309,7 @@ struct RowWalk {
   PKV_HD void enter(int next) {
     const int group = axis->readers.group[next];
     row = next, seq_len = axis->readers.length[next], member = group >= 0;
-    skipped = member ? axis->readers.tiles[group] : 0;
+    skipped = member ? axis->readers.tiles(group) : 0;
   }
   PKV_HD void step_span() {
     x0 += span_cost();

@@ -38,7 +38,8 @@
 // READ_TEAM          1 2 4 8          TEAM of the warps that work on a read                      KernelConfig
 // READ_STAGES        1 or more        STAGES of their rings                                      KernelConfig
 // READ_TILES         0 2 4            tiles that a warpgroup of sm_90a multiplies with at once, which   KernelConfig
-//                                     divide READ_STAGES; default 0: reads are multiplied by mma.sync
+//                                     divide READ_STAGES; plans are remembered then; default 0:
+//                                     reads are multiplied by mma.sync
 // READ_SHARED_BYTES  sizeof both      what the host reserves beside the rows' plans (Readers);   KernelConfig
 //                                     a static_assert compares it (shared_step.cuh)
 // A step of several GPUs: several.cu, which takes what balanced.cu takes beside this (but WINDOWED, LAST_PAGE_LENGTHS
@@ -59,7 +60,8 @@
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
 //                                     their last ones; default 0
-// Page tables: balanced.cu, decode.cu, prefixes.cu (which takes PAGE_SIZE and WARPS, 1 to 16, beside these)
+// Page tables: balanced.cu, decode.cu, prefixes.cu and prefixes_at_once.cu (which take PAGE_SIZE and WARPS, 1 to 16,
+// beside these)
 // TABLE_INT64        0 1              1: page ids are int64, not int32; default 0                TableLayout
 // TABLE_CSR          0 1              1: the rows' ids lie end to end, and row_begins says       TableLayout
 //                                     where each row's begin; default 0: a block table
@@ -151,6 +153,11 @@
 #define PKV_SELECTED(...) __VA_ARGS__
 #else
 #define PKV_SELECTED(...)
+#endif
+#if READ_TILES
+#define PKV_TILES(...) __VA_ARGS__
+#else
+#define PKV_TILES(...)
 #endif
 #if PAGE_LSE
 #define PKV_PAGE_LSE(...) __VA_ARGS__

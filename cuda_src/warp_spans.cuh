@@ -6,6 +6,23 @@
 
 namespace pkv {
 
+#if READ_TILES
+// Notes lengths and groups, each of `workers` threads some, and returns whether one of those rows is in a group. All
+// meet before find_readers. Whatever there is to read is asked for at once.
+__device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int workers) {
+  const int batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
+  bool grouped = false;
+  #pragma unroll 1
+  for (int i = worker; i < max(batch_size, num_groups); i += workers) {
+    const int row = min(i, batch_size - 1), group = min(i, num_groups - 1);
+    const int length = axis.lens[row], asked = axis.groups.asked(row);
+    const int tokens = group < 0 ? 0 : axis.groups.tokens(group, axis.lens.most);
+    if (i < batch_size) axis.note_row(row, length, asked), grouped |= asked >= 0;
+    if (i < num_groups) axis.note_group(group, tokens);
+  }
+  return grouped;
+}
+#else
 // Notes lengths and groups, each of `workers` threads some. All meet before find_readers.
 __device__ __forceinline__ void note_rows(const Axis& axis, int worker, int workers) {
   #pragma unroll 4
@@ -13,6 +30,7 @@ __device__ __forceinline__ void note_rows(const Axis& axis, int worker, int work
   #pragma unroll 4
   for (int group = worker; group < axis.groups.num_groups; group += workers) axis.note_group(group);
 }
+#endif
 
 // Finds the members of all groups in what was noted. Called by one whole warp; others look at it after a barrier.
 __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
@@ -20,7 +38,8 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   const int batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
   for (int base = 0; base < batch_size; base += 32) {
     const int row = base + lane;
-    const int group = row < batch_size ? readers.group[row] : -1;
+    int group = row < batch_size ? readers.group[row] : -1;
+    if (PLANS_REMEMBERED && row < batch_size) group = readers.group[row] = axis.fitting(readers.length[row], group);
     const unsigned peers = __match_any_sync(0xffffffffu, group);
     const int rank = __popc(peers & ((1u << lane) - 1)), before = group >= 0 ? readers.count[group] : 0;
     __syncwarp();

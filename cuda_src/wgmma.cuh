@@ -15,12 +15,13 @@ __device__ __forceinline__ unsigned long long shared_operand(unsigned address, u
          | (address & 0x3ffff) >> 4;
 }
 
-// What the threads' copies wrote becomes visible to the products. Before the barrier after which others read it.
-__device__ __forceinline__ void publish_copies() {
-#ifndef PKV_NO_FENCE
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+// The operand that lies so many bytes further on, a multiple of 16.
+__device__ __forceinline__ unsigned long long further(unsigned long long operand, int bytes) {
+  return operand + (bytes >> 4);
 }
+
+// What the threads' copies wrote becomes visible to the products. Before the barrier after which others read it.
+__device__ __forceinline__ void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Registers of products are not touched from begin_products to end_products.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -8,6 +8,7 @@ import cupy
 from gpu.inputs import arrays
 from gpu.inputs.block_tables import TableLayout
 from gpu.inputs.checks import ID_DTYPES, expect
+from gpu.kernels import variant
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.this_gpu import this_gpu
 from pkvsim.options import PLAIN, AttentionOptions
@@ -44,7 +45,7 @@ def default_rule(shape: DecodeShape, options: AttentionOptions = PLAIN) -> Shari
 class PrefixFinder:
     """Finds the groups of steps of one page size. Its buffers are its own, and a captured graph reads them."""
 
-    __slots__ = ("page_size", "query_tokens", "rule", "groups", "_workspace", "_kernels", "_most_rows")
+    __slots__ = ("page_size", "query_tokens", "rule", "groups", "_workspace", "_kernels", "_most_rows", "_at_once")
 
     def __init__(self, page_size: int, query_tokens: int, rule: SharingRule, *, shared_limit_bytes: int) -> None:
         self.page_size, self.query_tokens, self.rule = page_size, query_tokens, rule
@@ -52,6 +53,7 @@ class PrefixFinder:
         self._workspace: object = None
         self._kernels: dict[tuple[TableLayout, int], Kernel] = {}  # and by rows that it has room for
         self._most_rows = min(2**14, shared_limit_bytes // ROW_BYTES)
+        self._at_once = variant.WARPGROUP_READS  # by prefixes_at_once.cu
 
     def prepare(self, layout: TableLayout, batch_size: int) -> tuple:
         """Compiles, and makes room for a step's groups; returns what a graph that captures find() must keep.
@@ -63,15 +65,20 @@ class PrefixFinder:
         key = layout, self._room(batch_size)
         if key not in self._kernels:
             defines = layout.defines() | {"PAGE_SIZE": self.page_size, "WARPS": WARPS}
-            self._kernels[key] = load_kernel("prefixes.cu", "pkv_find_prefixes", defines, threads=WARPS * 32,
-                                             shared_bytes=ROW_BYTES * key[1], overlap=this_gpu().overlaps)
+            self._kernels[key] = load_kernel(
+                "prefixes_at_once.cu" if self._at_once else "prefixes.cu", "pkv_find_prefixes", defines,
+                threads=WARPS * 32, shared_bytes=ROW_BYTES * key[1], overlap=self._at_once and this_gpu().overlaps)
         if self.groups is None or self.groups.group_of_row.shape[0] != batch_size:
             self.groups = PrefixGroups(cupy.full(batch_size, -1, dtype=cupy.int32),
                                        cupy.zeros(max(1, batch_size // 2), dtype=cupy.int32))
-            self._workspace = cupy.zeros(2 * batch_size, dtype=cupy.int32)  # 64-bit words
+            words = 2 * batch_size if self._at_once else 1 + 3 * batch_size  # of 32 bits
+            self._workspace = cupy.zeros(words, dtype=cupy.int32)
         return *self.groups, self._workspace
 
     def _room(self, batch_size: int) -> int:
+        """Rows that the launch for so many has room for."""
+        if not self._at_once:
+            return self._most_rows
         return min(self._most_rows, max(LEAST_ROWS, 1 << (batch_size - 1).bit_length()))
 
     def find(self, layout: TableLayout, *, page_ids: int, row_begins: int, lengths: int, stride: int, batch_size: int,
@@ -116,6 +123,4 @@ def find_prefixes(
 
 
 def _shared_limit() -> int:
-    from gpu.kernels.variant import shared_limit_bytes
-
-    return shared_limit_bytes(this_gpu().compute_capability)
+    return variant.shared_limit_bytes(this_gpu().compute_capability)

@@ -16,7 +16,7 @@ from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables, fingerprint
 from gpu.inputs.run import Run
 from gpu.kernels.this_gpu import this_gpu
-from gpu.kernels.variant import TILE_TOKENS, kernel_config
+from gpu.kernels.variant import TILE_TOKENS, kernel_config, reads_by_warpgroups
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import (
@@ -24,8 +24,8 @@ from pkvsim.schedule.costs import (
     SharedCosts,
     check_costs,
     check_shared_costs,
-    columns_for,
     default_costs,
+    default_shared_costs,
 )
 from pkvsim.schedule.make import Schedule
 from pkvsim.schedule.prefixes import SharingRule
@@ -132,7 +132,8 @@ class ScheduleEngine:
         """What serves groups in steps whose rows have so many query columns of a KV head together."""
         costs, rule, stages = self._sharing
         if costs is None:
-            costs = SharedCosts(columns=columns_for(batch_columns))
+            costs = default_shared_costs(
+                batch_columns, by_warpgroups=reads_by_warpgroups(self.config, self._capability))
         if costs.columns not in self._shared_of:
             self._shared_of[costs.columns] = SharedReads(
                 self._heads, self.config, self._capability, self.options, num_ctas=self.num_ctas, costs=costs,

@@ -85,6 +85,7 @@ def load_kernel(file_name: str, kernel_name: str, defines: dict[str, int | str],
         raise ValueError(f"shared_bytes: expected at most {limit} on {this_gpu()}, got {shared_bytes} of {kernel_name}")
     raw = load_module(file_name, defines).get_function(kernel_name)
     if shared_bytes:
-        raw.max_dynamic_shared_size_bytes = shared_bytes
+        # Every launch of the function has it, those of an earlier call with more room too.
+        raw.max_dynamic_shared_size_bytes = max(shared_bytes, raw.max_dynamic_shared_size_bytes)
     return Kernel(raw.kernel, fields.signature(kernel_name, defines), threads=threads, shared_bytes=shared_bytes,
                   overlap=overlap, order=fields.order(kernel_name, defines, given))

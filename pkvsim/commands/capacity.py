@@ -102,6 +102,8 @@ def capacity(
         axes, objectives = parse_axes(over, CAPACITY_AXES), parse_objectives(slo)
         crew = Workers(workers, dask)
         config = server.config()
+        if server.prefill_replicas:
+            raise ValueError("prefill_replicas: expected none, as one server is searched at a time")
         if server.replicas != 1:
             raise ValueError(f"replicas: expected none, as --rate finds how many are needed, got {server.replicas}")
         prices = _prices(price or [])

@@ -85,9 +85,10 @@ def whatif(
         from pkvsim.serving.costs import default_policies
         from pkvsim.studies.whatif import whatif as run_whatif
 
+        servers = server.replicas + server.prefill_replicas
         for option, path in (("plot", plot), ("timeline", timeline), ("report", report_file)):
-            if path is not None and server.replicas > 1:  # their axes of time hold the steps of one server
-                raise ValueError(f"{option}: expected one server, got --replicas {server.replicas}")
+            if path is not None and servers > 1:  # their axes of time hold the steps of one server
+                raise ValueError(f"{option}: expected one server, got {servers}")
         if plot is not None:
             from pkvsim.reports.plots import check_plot_path
 

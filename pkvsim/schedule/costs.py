@@ -15,6 +15,9 @@ MAX_PART_COST = 2**10  # keeps part * MOST_TILES_PER_HEAD within 31 bits
 MAX_PAIR_COST = 2**10  # the same of pair * CTAs
 EIGHTHS = 8  # of a tile: what a tile of a shared read costs is counted in
 SHARED_COLUMNS = 64  # for which SharedCosts.tile is stated
+# SharedCosts.tile of a read by warpgroups, whatever its columns. Of 8, 10, 12, 16 and 20 on one H200 in the first five
+# cells of bench_shared (2026-11-29) it was the best in three, and 3 and 5 % from it in the others.
+WARPGROUP_TILE = 12
 MAX_SHARED_COLUMNS = 128  # of a read
 MAX_SHARED_COST = 2**8  # of SharedCosts.tile, .segment and .merge
 
@@ -96,6 +99,15 @@ def columns_for(batch_columns: int) -> int:
     """Columns that reads are made for in a step whose rows have so many together. Reads for 32 take a quarter less time
     than those for 64 where 32 are all there are (8 rows of 4 heads on one H200, 2026-11-29: 99 and 126 us)."""
     return SHARED_COLUMNS // 2 if batch_columns <= SHARED_COLUMNS // 2 else SHARED_COLUMNS
+
+
+def default_shared_costs(batch_columns: int, *, by_warpgroups: bool) -> SharedCosts:
+    """SharedCosts of an engine whose step's rows have so many columns together. by_warpgroups: reads are multiplied by
+    warpgroups (wgmma), which take the same time for a tile however many columns they serve."""
+    costs = SharedCosts(columns=columns_for(batch_columns))
+    if not by_warpgroups:
+        return costs
+    return costs._replace(tile=WARPGROUP_TILE * SHARED_COLUMNS // costs.columns)
 
 
 def check_shared_costs(costs: object) -> SharedCosts:

@@ -90,6 +90,8 @@ def cache_bytes_per_token(model: ModelSpec, config: ServingConfig) -> float:
 def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> int:
     """KV pages of the whole model, on all GPUs of a server. ValueError where weights and workspace leave none."""
     page_bytes = cache_bytes_per_token(model, config) * config.page_size
+    if not page_bytes:
+        raise ValueError(f"model: {model.name}: expected layers that cache keys and values, got none")
     if config.kv_gib is not None:
         if config.kv_gib * GIB < page_bytes:
             raise ValueError(f"kv_gib: expected at least one page of {page_bytes / GIB:.3g} GiB, got {config.kv_gib:g}")

@@ -18,6 +18,7 @@ from pkvsim.serving.state import (
     DECODE_ROWS,
     DECODE_STEPS,
     DURATION,
+    GAP_BINS,
     GAPS_PER_E,
     LOG_COLUMNS,
     LOG_FILL,
@@ -271,6 +272,12 @@ def percentiles(values: np.ndarray) -> dict[str, float | None]:
 def gap_percentiles(gaps: np.ndarray) -> dict[str, float | None]:
     """p50, p90, p99 in seconds of the times between tokens that RunLog.gaps counts, within a quarter of a percent."""
     return {f"p{p}": gap_percentile(gaps, p) for p in PERCENTILES}
+
+
+def count_gaps(times_us: np.ndarray) -> np.ndarray:
+    """Times between tokens in the bins of RunLog.gaps: int64 [GAP_BINS]."""
+    bins = (np.log(np.maximum(times_us, 1.0)) * GAPS_PER_E).astype(np.int64)
+    return np.bincount(np.minimum(bins, GAP_BINS - 1), minlength=GAP_BINS)
 
 
 def gap_percentile(gaps: np.ndarray, percentile: float) -> float | None:

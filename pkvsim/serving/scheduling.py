@@ -266,6 +266,8 @@ def _admit(requests, limits, state, budget, now_us):
         request = state.waiting[place]
         target = requests.prompt[request] + state.generated[request]
         hit_blocks, hit_tokens = resident_prefix(state.pool, requests.blocks, request)
+        if len(requests.remote) > 0 and state.phase[request] == WAITING:
+            hit_tokens = max(hit_tokens, requests.remote[request])
         held, previous, carried = held_for(state, request), -1, 0
         if held >= 0:
             previous = state.held[held]

@@ -37,6 +37,8 @@ class ServingConfig:
     kv_ttl_s: float = 10.0  # continuum: how long a request's KV is kept for the one that follows it
     replicas: int = 1  # equal servers behind a router
     kv_parallel: int = 1  # GPUs of a server that hold every row's KV together, each with all weights
+    prefill_replicas: int = 0  # servers that compute prompts for the replicas, which decode alone; 0: each does both
+    transfer_gb_s: float | None = None  # at which a prompt's KV goes over; None: the GPU's link
     router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
     tiers: TierSetup | None = None  # of KV beyond HBM
@@ -54,6 +56,9 @@ class ServingConfig:
             raise ValueError(f"kv_dtype: expected None or one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         check_int("replicas", self.replicas, 1, 1024)
         check_int("kv_parallel", self.kv_parallel, 1, MAX_RANKS)
+        check_int("prefill_replicas", self.prefill_replicas, 0, 1024)
+        if self.transfer_gb_s is not None and not 0 < self.transfer_gb_s < np.inf:
+            raise ValueError(f"transfer_gb_s: expected a number > 0, got {self.transfer_gb_s!r}")
         if self.router not in ROUTERS:
             raise ValueError(f"router: expected one of {', '.join(ROUTERS)}, got {self.router!r}")
         if self.order not in ORDERS:

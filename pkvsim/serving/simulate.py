@@ -49,11 +49,15 @@ def simulate(
     policy: str,
     config: ServingConfig = ServingConfig(),
     *,
+    cached: np.ndarray | None = None,
     progress: Progress | None = None,
 ) -> ServingResult:
-    """Serves the whole trace. policy: of pkvsim.policy.by_name.POLICIES. ValueError where the model does not fit."""
+    """Serves the whole trace. policy: of pkvsim.policy.by_name.POLICIES. cached [n] int64: tokens of each prompt whose
+    KV comes with its request. ValueError where the model does not fit."""
     limits = limits_of(model, device, config)
     requests = requests_of(trace, model, config, limits)
+    if cached is not None:
+        requests = requests._replace(remote=cached)
     attention = attention_costs(model, device, policy, config)
     costs = outside_costs(model, device, policy, config)
     states = [new_scheduler_state(requests, limits) for _ in range(config.replicas)]

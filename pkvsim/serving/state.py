@@ -69,8 +69,9 @@ class Requests(NamedTuple):
     rank: np.ndarray  # [n] float64, before any has run; of pkvsim.serving.orders
     queue_us: float = 0.0  # between a request's submission and the scheduler's queue
     output_us: float = 0.0  # between a step's end and its tokens at the client
+    remote: np.ndarray = np.zeros(0, np.int64)  # [n] or [0], tokens of a prompt whose KV comes with its request
     # Where rows read blocks together: tokens of a block, but for what is left in a prompt's last; and
-    # pkvsim.serving.shared_reads.block_places.
+    # pkvsim.serving.shared.grouping.block_places.
     block_tokens: int = 0
     block_places: np.ndarray = np.zeros((0, 3), np.int64)  # [n, 3]
 

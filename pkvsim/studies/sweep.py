@@ -14,10 +14,10 @@ from pkvsim.models.model_spec import ModelSpec, with_kv_heads
 from pkvsim.models.presets import get_model
 from pkvsim.policy.by_name import Policy, make_policy
 from pkvsim.pricing.counters import useful_kv_bytes
+from pkvsim.serving.apart.stages import serve
 from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.simulate import simulate
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.provenance import basis_note
@@ -28,7 +28,7 @@ from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = (
     "device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order", "replicas",
-    "router", "engine", "tensor_parallel", "shared_reads", *TIER_AXES,
+    "router", "engine", "tensor_parallel", "shared_reads", "prefill_replicas", *TIER_AXES,
 )  # fmt: skip
 STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
@@ -139,7 +139,9 @@ def _serving_cell(
     devices: Mapping[str, DeviceSpec], policy: str | None, config: ServingConfig, weight_bits: int | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
-    set_by_axes = ("max_batch", "page_size", "splits", "prefix_cache", "order", "replicas", "router", "engine")
+    set_by_axes = (
+        "max_batch", "page_size", "splits", "prefix_cache", "order", "replicas", "router", "engine", "prefill_replicas",
+    )  # fmt: skip
     settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
@@ -153,7 +155,7 @@ def _serving_cell(
         heads = with_group_size(heads, place["group_size"])
     fitted, notes = fit_model(heads, gpu, config, weight_bits)
     requests = scale_rate(trace, place["rate"]) if "rate" in place else trace
-    run = simulate(requests, fitted, gpu, name, config)
+    run = serve(requests, fitted, gpu, name, config)
     basis = run_basis(fitted, gpu, config, [run])
     notes += run_notes(requests, fitted, gpu, config, {name: run})
     return run.summary, (*notes, f"attention prices of {gpu.name}: {fit_note(gpu)}", basis_note(basis))

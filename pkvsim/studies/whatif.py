@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
+from pkvsim.models.model_costs import state_bytes
 from pkvsim.models.presets import ModelSpec
+from pkvsim.serving.apart.stages import serve, transfer_gb_s
 from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget
 from pkvsim.serving.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
 from pkvsim.studies.tiers.notes import tier_notes
@@ -94,7 +95,7 @@ def whatif(
     results = {}
     for policy in (name for name in policies if name not in left_out):
         report = None if progress is None else (lambda done, total, name=policy: progress(name, done, total))
-        results[policy] = simulate(trace, model, device, policy, config, progress=report)
+        results[policy] = serve(trace, model, device, policy, config, progress=report)
     checks = {name: check_timeline(run.sample, model, device, config) for name, run in results.items()}
     basis = run_basis(model, device, config, results.values())
     notes = (
@@ -163,8 +164,19 @@ def run_notes(
         )
     if config.replicas > 1:
         notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
+    if config.prefill_replicas:
+        notes.append(
+            f"{config.prefill_replicas} servers compute prompts, {config.replicas} decode; KV goes over at "
+            f"{transfer_gb_s(device, config):g} GB/s, transfers beside each other, an assumption; steps, shares and "
+            "pages are the decode servers'"
+        )
     if model.tensor_parallel > 1:
         notes.append(f"tensor parallel {model.tensor_parallel}: one GPU's share of the layers, with all-reduces")
+    if state := state_bytes(model):
+        notes.append(
+            f"recurrent states of {state / 1e6:.4g} MB a running request are not taken from the memory of KV pages: "
+            f"{config.max_batch} requests have {config.max_batch * state / 2**30:.3g} GiB of them"
+        )
     if config.profile.graph_sizes:
         notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")
     else:

@@ -10,6 +10,7 @@ from study.llama import Llama  # noqa: E402
 from study.texts import Context, Needle  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, DIM, WORDS = 4, 4, 2, 8, 50
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

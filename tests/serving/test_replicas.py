@@ -9,26 +9,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import DEVICE, MODEL, crowded, make_trace, waits
 
+from pkvsim.serving.costs import default_policy
 from pkvsim.serving.orders import ORDERS
 from pkvsim.serving.server_config import ROUTERS, ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED
 
+# One of steps one after the other, and one that plans a step while the one before it runs.
+ENGINES = st.sampled_from(["pkv", "vllm"])
+
 
 @settings(max_examples=40, deadline=None)
-@given(crowded(blocks=True), st.integers(2, 4), st.sampled_from(ROUTERS), st.sampled_from(ORDERS), st.data())
-def test_every_request_is_served_once_and_clients_wait_for_whichever_server(case, n, router, order, data) -> None:
+@given(crowded(blocks=True), st.integers(1, 4), st.sampled_from(ROUTERS), st.sampled_from(ORDERS), ENGINES, st.data())
+def test_every_request_is_served_once_and_clients_wait_for_whichever_server(
+    case, n, router, order, engine, data
+) -> None:
     trace, config = case
     trace = data.draw(waits(trace))
-    config = replace(config, replicas=n, router=router, order=order, prefix_cache="lru")
-    result = simulate(trace, MODEL, DEVICE, "balanced", config)
+    config = replace(config, replicas=n, router=router, order=order, prefix_cache="lru", engine=engine)
+    result = simulate(trace, MODEL, DEVICE, default_policy(config), config)
     requests, served = result.requests, result.requests.rejected == SERVED
     np.testing.assert_array_equal(requests.output_tokens, np.where(served, trace.output_tokens, 0))
     assert result.allocated_pages == result.freed_pages + result.cached_pages
     assert [part["requests"] for part in result.summary["replicas"]] == np.bincount(
         requests.replica[served], minlength=n
     ).tolist()
-    ends, due = np.where(served, requests.finish_s, requests.arrival_s), trace.arrival_s - trace.arrival_s[0]
+    told_s = requests.arrival_s + (config.profile.queue_ms + config.profile.output_ms) / 1e3  # that it is refused
+    ends, due = np.where(served, requests.finish_s, told_s), trace.arrival_s - trace.arrival_s[0]
     if trace.after is not None:
         follows = trace.after >= 0
         due[follows] = np.maximum(due, ends[trace.after] + trace.think_us / 1e6)[follows]
@@ -37,14 +44,15 @@ def test_every_request_is_served_once_and_clients_wait_for_whichever_server(case
         np.testing.assert_allclose(requests.arrival_s, due, rtol=1e-12, atol=1e-9)
         return
     for at in requests.arrival_s[served]:
-        assert ((requests.arrival_s[served] <= at) & (ends[served] > at)).sum() <= trace.concurrency
+        assert ((requests.arrival_s[served] <= at) & (ends[served] > at + 1e-9)).sum() <= trace.concurrency
 
 
 @settings(max_examples=40, deadline=None)
-@given(crowded(), st.integers(2, 3))
-def test_round_robin_of_independent_requests_is_as_many_servers_alone(case, n) -> None:
-    trace, config = case
-    result = simulate(trace, MODEL, DEVICE, "balanced", replace(config, replicas=n))
+@given(crowded(), st.integers(2, 3), ENGINES)
+def test_round_robin_of_independent_requests_is_as_many_servers_alone(case, n, engine) -> None:
+    trace, config = case[0], replace(case[1], engine=engine)
+    policy = default_policy(config)
+    result = simulate(trace, MODEL, DEVICE, policy, replace(config, replicas=n))
     served = np.flatnonzero(result.requests.rejected == SERVED)
     for at in range(n):
         own = served[at::n]
@@ -55,7 +63,7 @@ def test_round_robin_of_independent_requests_is_as_many_servers_alone(case, n) -
             trace, arrival_s=trace.arrival_s[own], prompt_tokens=trace.prompt_tokens[own],
             output_tokens=trace.output_tokens[own],
         )  # fmt: skip
-        alone = simulate(part, MODEL, DEVICE, "balanced", config).requests
+        alone = simulate(part, MODEL, DEVICE, policy, config).requests
         np.testing.assert_allclose(alone.ttft_s, result.requests.ttft_s[own], rtol=1e-9, atol=1e-9)
         np.testing.assert_array_equal(alone.preemptions, result.requests.preemptions[own])
 

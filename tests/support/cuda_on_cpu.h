@@ -70,8 +70,12 @@ static void run_cta() {
     fibers[i].uc_link = &scheduler;
     makecontext(&fibers[i], start, 0);
   }
-  constexpr long MOST = 1'000'000;
-  long rounds = 0;
+#if RANKS  // CTAs of several ranks wait for each other, in threads that the system may keep from running for a while
+  constexpr long MOST = 1'000'000'000, LONGEST_IDLE = 1'000'000;
+#else
+  constexpr long MOST = 1'000'000, LONGEST_IDLE = 0;
+#endif
+  long rounds = 0, idle = 0;
   const unsigned patience = order >> 16 & 3;  // how often, in quarters, a turn lasts while it can
   while (!std::all_of(ended, ended + CTA_THREADS, [](bool end) { return end; })) {
     const long before = progress;
@@ -88,7 +92,8 @@ static void run_cta() {
         }
       }
     }
-    if (progress == before || rounds >= MOST) return complain("the CTA hangs");
+    idle = progress == before ? idle + 1 : 0;
+    if (idle > LONGEST_IDLE || rounds >= MOST) return complain("the CTA hangs");
   }
 }
 
@@ -133,6 +138,7 @@ static void __syncthreads() {
   __syncthreads();
   return result;
 }
+[[maybe_unused]] static bool __syncthreads_and(bool vote) { return !__syncthreads_or(!vote); }
 template <class T>
 static T __shfl_sync(unsigned, T value, int from) { return together(value, [&](auto of) { return of(from % 32); }); }
 template <class T>

@@ -211,8 +211,8 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         sizes = (*costs, max_tokens) if groups is None else (
             *costs, *shared_costs, len(groups.prefix_pages), max_tokens)  # fmt: skip
         first = None
-        slots, records, row_slots = np.split(
-            partials, np.cumsum([config.slots_bytes(ctas), ctas * RECORD_BYTES]))
+        slots, records, step_records, row_slots = np.split(partials, np.cumsum(
+            [config.slots_bytes(ctas), ctas * RECORD_BYTES, ctas * config.step_record_bytes * (groups is not None)]))
         for _ in range(2):  # the second finds the first one's records
             if before is not None:
                 for array, was in zip((step.lens, step.table, records.view(np.int32), *pointers), before):
@@ -225,7 +225,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
                 first = out.tobytes(), lse.tobytes()
                 out[...], lse[...] = np.nan, np.nan
                 if between is not None:
-                    between(records.view(np.int32).reshape(ctas, -1))
+                    between((records if groups is None else step_records).view(np.int32).reshape(ctas, -1))
         assert between is not None or first == (out.tobytes(), lse.tobytes())
     else:
         rows = np.arange(len(step.lens), dtype=np.int32)

@@ -82,6 +82,7 @@ class FakeKernel:
     name: str
     defines: dict[str, int]
     given: tuple[str, ...] | None  # names of the values of a launch, see gpu.kernels.compile.load_kernel
+    file_name: str = ""
     launches: int = 0
 
     def __call__(self, grid: object, args: tuple, stream: int, pairs: bool = False) -> None:
@@ -258,7 +259,7 @@ def fake_gpu(*, compute_capability: int = 90, num_sms: int = 4, memory_bytes: in
                                                            streamIsCapturing=lambda handle: gpu.capturing)))
 
     def load_kernel(file_name, kernel_name, defines, *, given=None, **launch):
-        gpu.kernels.append(FakeKernel(kernel_name, dict(defines), given))
+        gpu.kernels.append(FakeKernel(kernel_name, dict(defines), given, file_name))
         return gpu.kernels[-1]
 
     kept = {name: sys.modules.pop(name, None) for name in (*ENGINE_MODULES, "cupy")}

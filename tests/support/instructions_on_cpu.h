@@ -228,6 +228,7 @@ static unsigned long long shared_operand(unsigned address, unsigned bytes_betwee
   if (address % 16 || bytes_between_blocks % 16) complain("an operand of a warpgroup is not aligned");
   return address | static_cast<unsigned long long>(bytes_between_blocks) << 32;
 }
+static unsigned long long further(unsigned long long operand, int bytes) { return operand + bytes; }
 // Rows of 128 bytes whose vectors are XORed with bits 7 to 9 of their address, eight rows to the KiB.
 static float shared_element(unsigned long long operand, int row, int column) {
   const unsigned at = static_cast<unsigned>(operand) + column / 64 * static_cast<unsigned>(operand >> 32)

@@ -4,7 +4,7 @@
 #include <cmath>
 
 namespace pkv {
-inline uint4 load_once(const half_type* from) {
+inline uint4 load_constant(const half_type* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) complain("a vector is not aligned");
   uint4 value;
   std::memcpy(&value, from, sizeof value);

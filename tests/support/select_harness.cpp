@@ -62,7 +62,7 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
 [[maybe_unused]] static void multiply_add_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   product<bfloat16>(d, a, b0, b1);
 }
-static uint4 load_once(const half_type* from) {
+static uint4 load_constant(const half_type* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) complain("a load is not aligned");
   return *reinterpret_cast<const uint4*>(from);
 }

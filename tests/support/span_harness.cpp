@@ -25,7 +25,7 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
   pkv::Readers& readers = axis.readers;
   for (int group = 0; group < num_groups; ++group) axis.note_group(group);
   for (int row = 0; row < batch_size; ++row) {
-    axis.note_row(row, axis.lens[row]);
+    axis.note_row(row, axis.lens[row], axis.wanted(row, axis.lens[row]));
     if (readers.group[row] >= 0) readers.place[row] = readers.count[readers.group[row]]++;
   }
   int listed = 0;

@@ -49,6 +49,12 @@ class ServerOptions(OptionGroup):
     kv_parallel: Annotated[
         int, typer.Option(help="GPUs of each server that hold every row's KV together (policy balanced).")
     ] = 1
+    prefill_replicas: Annotated[
+        int, typer.Option(help="Servers that compute prompts, while the --replicas decode; 0: each does both.")
+    ] = 0
+    transfer_gb_s: Annotated[
+        Optional[float], typer.Option(help="GB/s at which a prompt's KV goes over; by default the GPU's link.")
+    ] = None
     router: RouterName = "round-robin"
     max_batch: MaxBatch = 256
     step_tokens: Annotated[
@@ -95,6 +101,8 @@ class ServerOptions(OptionGroup):
             kv_ttl_s=self.kv_ttl,
             replicas=self.replicas,
             kv_parallel=self.kv_parallel,
+            prefill_replicas=self.prefill_replicas,
+            transfer_gb_s=self.transfer_gb_s,
             router=self.router,
             splits=self.splits,
         )

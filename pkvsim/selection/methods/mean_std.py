@@ -2,8 +2,9 @@
 
 Elements of a key are taken to vary on their own, so the variance of q . k over a page is the sum of (q_d std_d)^2.
 Scores become weights by a softmax over the row's pages, and these are averaged over the query heads of the group: a
-head with one sharp page then counts as much as one with many equal pages. No paper that we know of scores so; on a real
-model it did better than Quest's bound (examples/study_selection.py measures both).
+head with one sharp page then counts as much as one with many equal pages. No paper that we know of scores so.
+examples/study_selection.py compares it with Quest's bound on a real model, and with other multiples of the deviation;
+examples/results/selection_study.md has a first look.
 """
 from __future__ import annotations
 
