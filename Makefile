@@ -27,11 +27,11 @@ demo: .venv/.base
 	fi
 
 test: .venv/.test
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 # The rest of it, which takes as long again.
 test-slow: .venv/.test
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 # Downloads PyTorch and CUDA twice, once for each GPU extra, and compiles every kernel with what came; needs no GPU.
 check-extras:

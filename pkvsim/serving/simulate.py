@@ -110,7 +110,7 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
     """The trace as the scheduler takes it, arrivals from the first on. ValueError where no request can be served."""
     if config.order == "kvshare" and config.prefix_cache == "none":
         raise ValueError("order: kvshare orders by what a prefix cache holds, expected --prefix-cache with it")
-    rejected = _rejected(trace, model, config, limits.num_pages)
+    rejected = refusals(trace, model, config, limits.num_pages)
     if rejected.all():
         raise ValueError(
             f"{trace.name}: expected a request that fits the KV pool of {limits.num_pages * config.page_size:,} tokens "
@@ -153,7 +153,7 @@ def _blocks(trace: RequestTrace, config: ServingConfig, served: np.ndarray) -> P
     return prompt_blocks(trace, config.page_size, served)
 
 
-def _rejected(trace: RequestTrace, model: ModelSpec, config: ServingConfig, num_pages: int) -> np.ndarray:
+def refusals(trace: RequestTrace, model: ModelSpec, config: ServingConfig, num_pages: int) -> np.ndarray:
     """Why a request cannot be served, int8 [n]: SERVED, TOO_LONG_FOR_POOL or TOO_LONG_FOR_MODEL."""
     cached = trace.prompt_tokens + trace.output_tokens - 1  # the last token is never cached
     pages = -(-cached // config.page_size)

@@ -48,6 +48,7 @@ def test_the_papers_traces_on_the_rtx3060():
                 assert predicted > other_predicted, (family, one, other)
 
 
+@pytest.mark.slow
 def test_other_systems():
     """Fitted to a random half for each device and system, the other half comes out within 8 % median and 12 % mean."""
     groups, errors = defaultdict(list), defaultdict(list)

@@ -30,7 +30,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     from gpu.kernels.variant import DTYPES, kernel_config, read_config, shared_limit_bytes
     from gpu.measure.timing import STREAM_SHAPES
     from gpu.selection.variant import selection_defines
-    from gpu.serve.model.products import ADD, GATE, STORE, variant
+    from gpu.serve.model.product_variant import ADD, GATE, STORE, variant
     from gpu.several.inbox import rank_config
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES

@@ -16,7 +16,7 @@ from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import kernel_config, read_config
 from gpu.selection.variant import selection_defines
-from gpu.serve.model.products import GATE, ProductVariant
+from gpu.serve.model.product_variant import GATE, ProductVariant
 from gpu.several.inbox import rank_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts

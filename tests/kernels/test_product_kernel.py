@@ -21,7 +21,7 @@ from gpu.kernels import fields  # noqa: E402
 from gpu.kernels.compile import SOURCE_DIR, compile_options  # noqa: E402
 from gpu.kernels.launch import Arguments  # noqa: E402
 from gpu.kernels.variant import shared_limit_bytes  # noqa: E402
-from gpu.serve.model.products import ADD, GATE, STORE, ProductVariant, variant  # noqa: E402
+from gpu.serve.model.product_variant import ADD, GATE, STORE, ProductVariant, variant  # noqa: E402
 
 EPS = 1e-5
 

@@ -35,6 +35,7 @@ def point(prompt, output, ranks, clients, ttft, tpot, engine="vllm"):
     )
 
 
+@pytest.mark.slow
 def test_the_shipped_constants_meet_published_points():
     points = [point(*row) for row in SAMPLE]
     found = errors(points, price_points(points, H200, outside_entry(H200, "vllm").constants))

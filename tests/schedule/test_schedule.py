@@ -298,6 +298,7 @@ def _fuzz(seed, count):
     return -1
 
 
+@pytest.mark.slow
 def test_a_million_random_steps():
     assert _fuzz(20260623, 1_000_000) == -1
 

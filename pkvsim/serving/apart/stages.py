@@ -17,7 +17,7 @@ from pkvsim.outside.communication import DEFAULT_LINK_GB_S
 from pkvsim.serving.costs import cache_bytes_per_token
 from pkvsim.serving.result import RequestLog, ServingResult, count_gaps, gap_percentiles, is_saturated, percentiles
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.simulate import simulate
+from pkvsim.serving.simulate import limits_of, refusals, simulate
 from pkvsim.serving.state import SERVED
 from pkvsim.traces.requests import RequestTrace
 
@@ -42,7 +42,10 @@ def serve(
     if config.tiers is not None or config.kv_parallel != 1:
         raise ValueError("prefill_replicas: expected 0 with tiers, and with several GPUs a server")
     prompts = replace(config, replicas=config.prefill_replicas, prefill_replicas=0)
-    first = simulate(replace(trace, output_tokens=np.ones_like(trace.output_tokens)), model, device, policy, prompts)
+    # What no server could decode is refused as it is sent, not once its prompt has been computed.
+    served = refusals(trace, model, config, limits_of(model, device, config).num_pages) == SERVED
+    one_token = replace(trace, output_tokens=np.where(served, 1, trace.output_tokens))
+    first = simulate(one_token, model, device, policy, prompts)
     token_s = first.requests.arrival_s + first.requests.ttft_s
     sent_s = token_s + trace.prompt_tokens * transfer_us_per_token(model, device, config) / 1e6
     goes_on = np.flatnonzero((first.requests.rejected == SERVED) & (trace.output_tokens > 1))
