@@ -76,6 +76,7 @@ BY_WARPGROUPS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_WARPGROUPS)
 @pytest.mark.parametrize("warpgroup_reads", [True], indirect=True)
 def test_reads_by_warpgroups(name, warpgroup_reads) -> None:
