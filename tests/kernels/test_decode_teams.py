@@ -36,6 +36,7 @@ def test_cases_cover_what_they_claim() -> None:
         assert {case[9].get("kv_scales") for case in own} >= {None, "token"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:9])))
 def test_a_team_attends_to_every_token_once(case) -> None:
     (splits, team), group, tokens, (head_dim, v_dim), page_size, dtype, schedule, variant, stages, more = case
