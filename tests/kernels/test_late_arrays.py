@@ -43,7 +43,7 @@ def records(data, lens_before, step, rng, ctas) -> np.ndarray:
     return found.reshape(-1)
 
 
-@pytest.mark.parametrize("name", ["one warp", "small pages", pytest.param("team", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["one warp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small pages", "team"))])
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_what_the_previous_kernel_writes_counts(name, data) -> None:

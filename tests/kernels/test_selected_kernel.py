@@ -105,6 +105,7 @@ def test_equal_lists_and_halved_grids() -> None:
         assert_selected(got, expected(step), "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page_size", "more"), [(16, {"query_tokens": 2}), (32, {"soft_cap": 3.0})])
 def test_the_mass_of_pages_is_a_by_product(page_size, more) -> None:
     """Of a dense step; and of a listed one, whose tiles count through the list."""
