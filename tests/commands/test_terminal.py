@@ -27,7 +27,13 @@ COMMANDS = (
     "sweep --over batch=1,64 --over policy=calibrated,paper,oracle,flashinfer_tensor_core,flashinfer_cuda_core",
     "sweep --over batch=1 --over length=8192 --over splits=1,4 --policy split",
     "sweep --trace TRACE --over policy=calibrated,flashinfer_tensor_core --over device=rtx3060,h100_sxm",
+    "step --seq-lens 8704x48,1000x4 --shared 8192x48 --device h200",
+    "step --seq-lens 131072 --device h200 --kv-parallel 2",
     "trace TRACE",
+    "whatif --trace TRACE --device h200 --engine vllm --policies engine,balanced",
+    "whatif --trace TRACE --device h200 --kv-parallel 2",
+    "whatif --trace TRACE --device h200 --replicas 2 --kv-gib 2 --lend all",
+    "whatif --trace TRACE --device h200 --prefill-replicas 1 --engine vllm",
     "whatif --trace TRACE",
     "whatif --trace TRACE --device h200 --policies "
     "paper,calibrated,flashinfer,flashinfer_cuda_core,flashinfer_tensor_core,workqueue,balanced,split,oracle",
