@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 from pkvsim.compiled import compiled, drop_stale, inner
-from pkvsim.memory.prefix_cache import acquire, allocate, resident_prefix
+from pkvsim.memory.prefix_cache import acquire, resident_prefix
 from pkvsim.memory.tier_gate import ask, is_ready
-from pkvsim.serving.orders import KVSHARE, SHORTEST
+from pkvsim.serving.orders import KVSHARE
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
+from pkvsim.serving.queueing.giving_way import grow, make_room
 from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
 from pkvsim.serving.queueing.waiting import before, leave, wait
 from pkvsim.serving.state import (
@@ -31,7 +32,6 @@ from pkvsim.serving.state import (
     NUM_RUNNING,
     NUM_WAITING,
     POOL_FULL,
-    PREEMPTED,
     PREFILLING,
     ROWS_WAIT,
     SERVED,
@@ -80,7 +80,7 @@ def plan_step(requests, limits, state, now_us):
     counts[NUM_CHUNKS] = counts[JUST_PREEMPTED] = counts[ROWS_WAIT] = 0
     if counts[NUM_HELD] > 0:
         expire(requests, limits, state, now_us)
-    _grow(requests, limits, state, now_us)
+    grow(requests, limits, state, now_us)
     tokens = 0
     if counts[NUM_DECODING] < counts[NUM_RUNNING]:
         tokens = _continue_prefills(requests, limits, state, now_us)
@@ -99,126 +99,12 @@ def _budget(limits, counts):
 
 
 @inner
-def _grow(requests, limits, state, now_us):
-    """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
-    counts, shared = state.counts, requests.shared
-    at = 0
-    while at < counts[NUM_RUNNING]:
-        request = state.running[at]
-        if state.phase[request] == DECODING:
-            need = private_pages_of(shared, limits.page_size, request, state.cached[request] + 1)
-            need -= state.private_pages[request]
-            if need > 0:
-                at -= _make_room(requests, limits, state, at, need, now_us)
-        at += 1
-
-
-@inner
-def _make_room(requests, limits, state, at, need, now_us):
-    """Gives the request at `at` of `running` `need` pages, at the cost of the last when none is free; returns how many
-    at or before it gave way. It may have done so itself."""
-    request, gone = state.running[at], 0
-    while not allocate(state.pool, requests.blocks, need):
-        if state.counts[NUM_HELD] > 0:
-            drop(requests, limits, state, state.counts[NUM_HELD] - 1)
-            continue
-        place = _last(requests, limits, state)
-        _preempt(requests, limits, state, place, now_us)
-        gone += place <= at - gone
-        if state.phase[request] == PREEMPTED:
-            return gone
-    state.private_pages[request] += need
-    return gone
-
-
-@inner
-def _last(requests, limits, state):
-    """Where in `running` the request is that gives way first."""
-    if limits.order == SHORTEST:
-        for at in range(state.counts[NUM_RUNNING]):
-            request = state.running[at]
-            state.rank[request] = requests.output[request] - state.generated[request]
-    last = -1
-    for at in range(state.counts[NUM_RUNNING] - 1, -1, -1):
-        if state.phase[state.running[at]] == LEAVING:
-            continue
-        if last < 0 or before(state, state.running[last], state.running[at]):
-            last = at
-    return last
-
-
-@inner
-def _preempt(requests, limits, state, place, now_us):
-    """Lets the request at `place` of `running` wait again; its pages go, its tokens stay."""
-    counts, request = state.counts, state.running[place]
-    if state.phase[request] == DECODING:
-        state.paused_us[request] = now_us
-    elif limits.by_chunk:  # the step may have a chunk of it already
-        _drop_chunk(state, request)
-    give_back(requests, limits, state, request)
-    _stop(state, place)
-    state.phase[request] = PREEMPTED
-    state.cached[request] = 0
-    state.preemptions[request] += 1
-    state.preempted[counts[JUST_PREEMPTED]] = request
-    counts[JUST_PREEMPTED] += 1
-    wait(state, request)
-
-
-@inner
-def _stop(state, place):
-    """Takes the request at `place` of `running` out of those that run."""
-    counts, request = state.counts, state.running[place]
-    counts[NUM_RUNNING] -= 1
-    for at in range(place, counts[NUM_RUNNING]):
-        state.running[at] = state.running[at + 1]
-    if state.phase[request] == DECODING:
-        at = 0
-        while state.decoding[at] != request:
-            at += 1
-        counts[NUM_DECODING] -= 1
-        for later in range(at, counts[NUM_DECODING]):
-            state.decoding[later] = state.decoding[later + 1]
-
-
-@compiled
-def cancel(requests, limits, state, request, now_us):
-    """Ends a request that was taken in and has not finished, wherever it stands. Between steps."""
-    at = 0
-    if state.phase[request] == PREFILLING or state.phase[request] == DECODING:
-        while state.running[at] != request:
-            at += 1
-        give_back(requests, limits, state, request)
-        _stop(state, at)
-    else:
-        while state.waiting[at] != request:
-            at += 1
-        leave(state, at)
-    state.phase[request] = FINISHED
-    state.finish_us[request] = now_us
-    state.counts[POOL_FULL] = 0
-    end(state.clients, request, now_us)
-
-
-@inner
 def _add_chunk(state, request, begin, tokens):
     at = state.counts[NUM_CHUNKS]
     state.chunk_request[at] = request
     state.chunk_begin[at] = begin
     state.chunk_tokens[at] = tokens
     state.counts[NUM_CHUNKS] += 1
-
-
-@inner
-def _drop_chunk(state, request):
-    counts, kept = state.counts, 0
-    for at in range(counts[NUM_CHUNKS]):
-        if state.chunk_request[at] != request:
-            state.chunk_request[kept] = state.chunk_request[at]
-            state.chunk_begin[kept] = state.chunk_begin[at]
-            state.chunk_tokens[kept] = state.chunk_tokens[at]
-            kept += 1
-    counts[NUM_CHUNKS] = kept
 
 
 @inner
@@ -234,7 +120,7 @@ def _continue_prefills(requests, limits, state, now_us):
                 need = private_pages_of(requests.shared, limits.page_size, request, state.cached[request] + chunk)
                 need -= state.private_pages[request]
                 if need > 0:
-                    at -= _make_room(requests, limits, state, at, need, now_us)
+                    at -= make_room(requests, limits, state, at, need, now_us)
             if state.phase[request] == PREFILLING:
                 _add_chunk(state, request, state.cached[request], chunk)
             tokens = 0  # others may have given way

@@ -29,7 +29,8 @@ from pkvsim.memory.prefix_cache import (
 from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
 from pkvsim.serving.live.page_book import NewPages, PageBook
 from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
-from pkvsim.serving.scheduling import cancel, end_step, plan_step, take_in
+from pkvsim.serving.queueing.giving_way import cancel
+from pkvsim.serving.scheduling import end_step, plan_step, take_in
 from pkvsim.serving.state import (
     FINISHED,
     FIRST_ADMITTED,
