@@ -60,8 +60,7 @@
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
 //                                     their last ones; default 0
-// Page tables: balanced.cu, decode.cu, prefixes.cu and prefixes_at_once.cu (which take PAGE_SIZE and WARPS, 1 to 16,
-// beside these)
+// Page tables: balanced.cu, decode.cu, prefixes.cu (which takes PAGE_SIZE and WARPS, 1 to 16, beside these)
 // TABLE_INT64        0 1              1: page ids are int64, not int32; default 0                TableLayout
 // TABLE_CSR          0 1              1: the rows' ids lie end to end, and row_begins says       TableLayout
 //                                     where each row's begin; default 0: a block table
@@ -153,11 +152,6 @@
 #define PKV_SELECTED(...) __VA_ARGS__
 #else
 #define PKV_SELECTED(...)
-#endif
-#if READ_TILES
-#define PKV_TILES(...) __VA_ARGS__
-#else
-#define PKV_TILES(...)
 #endif
 #if PAGE_LSE
 #define PKV_PAGE_LSE(...) __VA_ARGS__

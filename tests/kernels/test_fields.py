@@ -96,7 +96,7 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("name", "file_name"), [*FILES.items(), ("pkv_find_prefixes", "prefixes_at_once.cu")])
+@pytest.mark.parametrize(("name", "file_name"), [*FILES.items()])
 def test_kernels_take_the_tables_parameters(name, file_name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},

@@ -246,7 +246,6 @@ ELSEWHERE = {  # sources with more to test than that they compile, and the tests
     "product.cu": "test_product_kernel.py",
     "plan_spans.cu": "test_span_header.py",
     "prefixes.cu": "test_prefix_kernel.py",
-    "prefixes_at_once.cu": "test_prefix_kernel.py",
     "several.cu": "test_several_kernel.py",
     "select.cu": "test_select_kernel.py",
     "selected.cu": "test_selected_kernel.py",
