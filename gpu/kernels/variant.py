@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from gpu.kernels.tuned import tuned_choice
 from pkvsim import DecodeShape
+from pkvsim.devices import route_options
 from pkvsim.devices.route_options import HEAD_DIMS, MAX_GROUP_SIZE, MAX_PAGE_SIZE
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import MAX_ACCUMULATED
@@ -28,7 +29,6 @@ READ_COLUMNS = 64  # columns that a read is made to serve, where they fit
 QUERY_BLOCKS = 16  # blocks of 8 columns x steps of 16 elements whose queries stay in registers (pkv::Width)
 GROUP_TILES = 4  # tiles that a warpgroup multiplies with at once
 WARPGROUP = 4  # warps of one
-WGMMA_DIMS = (64, 128)  # head_dims whose queries, logits and sums a warpgroup's registers hold for 64 columns
 MOST_READ_BYTES = 128 * 1024  # in flight, beyond which an H200 gained nothing
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
 
@@ -246,9 +246,10 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
 
 
 def reads_by_warpgroups(config: KernelConfig, compute_capability: int) -> bool:
-    """Whether its reads are multiplied by wgmma, which compute capability 9.0 alone has: 16-bit tiles, in one page."""
-    return (compute_capability == 90 and config.kv_dtype is None and config.head_dim == config.v_dim
-            and config.head_dim in WGMMA_DIMS and config.page_size % TILE_TOKENS == 0 and config.warps % WARPGROUP == 0)
+    """Whether its reads are multiplied by wgmma."""
+    return config.warps % WARPGROUP == 0 and route_options.reads_by_warpgroups(
+        head_dim=config.head_dim, v_head_dim=config.v_dim, page_size=config.page_size, kv_dtype=config.kv_dtype,
+        compute_capability=divmod(compute_capability, 10))
 
 
 def read_config(config: KernelConfig, compute_capability: int, *, columns: int = READ_COLUMNS,
