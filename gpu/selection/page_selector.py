@@ -75,6 +75,10 @@ class PageSelector:
         """The kind of summaries that the method scores."""
         return None if self.method is None else by_name.method(self.method).SUMMARY
 
+    @property
+    def _aggregation(self) -> str:
+        return "maximum" if self.method is None else by_name.method(self.method).AGGREGATION
+
     def plan(self, seq_lens: object, block_table: object) -> None:
         """seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32 or int64; those on the GPU are used
         where they are. Raises ValueError naming the argument."""
@@ -87,10 +91,10 @@ class PageSelector:
         plan = place(tables, views, self.shape.page_size)
         lists = plan.batch_size * self.shape.num_kv_heads
         checks.expect("seq_lens", f"at most {variant.MAX_LISTS} rows times KV heads", lists, lists <= variant.MAX_LISTS)
-        need = variant.select_bytes(self.shape, self._max_pages(plan))
         limit = shared_limit_bytes(this_gpu().compute_capability)
-        checks.expect("block_table", f"rows of at most {self._max_pages(plan) - (need - limit) // 4} pages on this GPU",
-                      self._max_pages(plan), need <= limit)
+        most = variant.most_pages(self.shape, self._aggregation, limit)
+        checks.expect("block_table", f"rows of at most {most} pages on this GPU", self._max_pages(plan),
+                      self._max_pages(plan) <= most)
         if plan.copies:
             cupy.cuda.get_current_stream().synchronize()  # select() may be on another stream
         self._plan, self._checked_plan = plan, None if plan.copies else key
@@ -148,11 +152,12 @@ class PageSelector:
             self._expect("budgets", budgets, "int32", heads, library)
         room = self.max_selected or max(1, self.budget.pages(max_pages, self.pins))
         self._reserve(given, heads, max_pages, room)
-        chunks, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms)
+        chunks, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms,
+                                      variant.page_values(shape, self._aggregation))
         if self.method is None:
             chunks, each = 1, max_pages
         lists_at = tuple(arrays.view("lists", array).pointer for array in self.lists)
-        self._launch = _Launch(self._kernel(plan.layout, max_pages), (chunks, heads[0] * heads[1]), lists_at, num_pages,
+        self._launch = _Launch(self._kernel(plan.layout, max_pages), (chunks * heads[1], heads[0]), lists_at, num_pages,
                                room, max_pages, each, library)
 
     def _max_pages(self, plan: Plan) -> int:
@@ -178,21 +183,20 @@ class PageSelector:
             self._kept.append((self._tickets,))
             self._tickets = cupy.zeros(lists, dtype=cupy.int32)
             cupy.cuda.get_current_stream().synchronize()  # the launch may be on another stream
-        need = lists * self.shape.group_size * max_pages
+        need = lists * variant.page_values(self.shape, self._aggregation) * max_pages
         if self.method is not None and (self._scores is None or self._scores.shape[0] < need):
             self._kept.append((self._scores, self._sums))
             self._scores = cupy.empty(need, dtype=cupy.float32)
             # Of each chunk and query head two floats: chunks are whole PAGES_AT_ONCE pages.
-            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * self.shape.group_size),
+            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * variant.MAX_GROUP_SIZE),
                                     dtype=cupy.float32)
 
     def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:
         key = layout, max_pages
         if key not in self._kernels:
-            rule = None if self.method is None else by_name.method(self.method)
-            aggregation = "maximum" if rule is None else rule.AGGREGATION
-            defines = variant.selection_defines(self.shape, self.dtype, self.summary, aggregation) | layout.defines()
+            defines = variant.selection_defines(self.shape, self.dtype, self.summary, self._aggregation)
+            shared_bytes = variant.select_bytes(self.shape, max_pages, self._aggregation)
             self._kernels[key] = load_kernel(
-                "select.cu", "pkv_select_pages", defines, threads=variant.WARPS * 32,
-                shared_bytes=variant.select_bytes(self.shape, max_pages), overlap=this_gpu().overlaps)
+                "select.cu", "pkv_select_pages", defines | layout.defines(), threads=variant.WARPS * 32,
+                shared_bytes=shared_bytes, overlap=this_gpu().overlaps)
         return self._kernels[key]

@@ -93,21 +93,21 @@ class Case:
     def select(self, method: str | None, *, budget: Budget, pins: Pins, chunk_pages: int, room: int,
                scores: np.ndarray | None = None, budgets: np.ndarray | None = None):
         rule = None if method is None else by_name.method(method)
-        defines = variant.selection_defines(self.shape, self.dtype, rule and rule.SUMMARY,
-                                            rule.AGGREGATION if rule else "maximum")
+        aggregation = rule.AGGREGATION if rule else "maximum"
+        defines = variant.selection_defines(self.shape, self.dtype, rule and rule.SUMMARY, aggregation)
         lists, most = len(self.lens) * self.shape.num_kv_heads, self.table.shape[1]
         group = self.shape.group_size
-        work = aligned(np.full((lists, self.shape.group_size, most), np.nan, np.float32)) if scores is None else scores
-        tickets, sums = np.zeros(lists, np.int32), np.full((lists, -(-most // chunk_pages), group, 2), np.nan, np.float32)
+        values, chunks = variant.page_values(self.shape, aggregation), -(-most // chunk_pages)
+        work = aligned(np.full((lists, most, values), np.nan, np.float32)) if scores is None else scores
+        tickets, sums = np.zeros(lists, np.int32), np.full((lists, chunks, group, 2), np.nan, np.float32)
         pages = np.full((len(self.lens), self.shape.num_kv_heads, room), -7, np.int32)
         counts = np.full(pages.shape[:2], -7, np.int32)
-        assert variant.select_bytes(self.shape, most) <= 256 << 10
-        values = self.common() | {
-            "q": address(self.q), "scores": address(work), "sums": address(sums), "tickets": address(tickets), "budgets": address(budgets),
-            "pages": address(pages), "counts": address(counts), "max_selected": room, "score_stride": most,
-            "chunk_pages": chunk_pages, "sink_pages": pins.sink_pages, "recent_pages": pins.recent_pages,
+        given = self.common() | {
+            "q": address(self.q), "scores": address(work), "sums": address(sums), "tickets": address(tickets),
+            "budgets": address(budgets), "pages": address(pages), "counts": address(counts),
+            "max_selected": room, "score_stride": most, "chunk_pages": chunk_pages, "sink_pages": pins.sink_pages, "recent_pages": pins.recent_pages,
             "least_pages": budget.least_pages, "parts": budget.parts, "scale": self.shape.head_dim**-0.5}
-        launch("pkv_select_pages", defines, (-(-most // chunk_pages), lists), values)
+        launch("pkv_select_pages", defines, (chunks * self.shape.num_kv_heads, len(self.lens)), given)
         assert (tickets == 0).all()
         return pages, counts
 
@@ -122,7 +122,7 @@ def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype)
     case = Case(shape, dtype, (0, 1, page_size * 40, page_size * 150 - page_size // 2), head_dim + group)
     rule, budget, pins = by_name.method(method), Budget(0.2, 5), Pins(1, 2)
     case.summarize(rule.SUMMARY)
-    for chunk_pages in (128, 1024):
+    for chunk_pages in (128, 256):
         pages, counts = case.select(method, budget=budget, pins=pins, chunk_pages=chunk_pages, room=40)
         for row, length in enumerate(case.lens.tolist()):
             row_pages = -(-length // page_size)
@@ -177,9 +177,42 @@ def test_summaries_follow_growth(kind) -> None:
             assert np.isnan(got[:first]).all()
 
 
+def test_a_long_row_selects_exactly() -> None:
+    """More pages than a thread reads at once, of scores whose k-th largest has many, few or no others beside it."""
+    rng, pages, pins = np.random.default_rng(5), 5003, Pins(1, 2)
+    case = Case(DecodeShape(4, 4, 64, 1), "float16", (pages,), 1)
+    scores = aligned(np.stack((rng.standard_normal(pages), np.exp(rng.standard_normal(pages)),
+                               1 + rng.integers(0, 900, pages) * 2.0**-20, np.arange(pages) % 3 == 0),
+                              )[None].astype(np.float32))  # fmt: skip
+    scores = aligned(np.pad(scores, ((0, 0), (0, 0), (0, 3)), constant_values=np.nan))
+    for count in (4, 500, 3500):
+        got, counts = case.select(None, budget=Budget(0.1), pins=pins, chunk_pages=case.table.shape[1], room=3600,
+                                  scores=scores, budgets=np.full((1, 4), count, np.int32))
+        for head in range(4):
+            want = top_pages(scores[0, head, :pages], count, pins)
+            assert counts[0, head] == count and got[0, head, :count].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype"), CASES)
+def test_there_is_room_for_every_chunk(method, head_dim, group, page_size, dtype) -> None:
+    """The shared memory that is asked for holds what a CTA keeps, whatever the number of lists cuts a row into."""
+    rule, shape = by_name.method(method), DecodeShape(group, 1, head_dim, page_size)
+    aggregation = rule.AGGREGATION
+    defines = variant.selection_defines(shape, dtype, rule.SUMMARY, aggregation)
+    needed = build(tuple(sorted(defines.items())), False).needed_bytes
+    for max_pages in (1, 128, 4097, variant.most_pages(shape, aggregation, 227 * 1024)):
+        room = variant.select_bytes(shape, max_pages, aggregation)
+        assert room <= 227 * 1024
+        for lists in (1, 8, 512):
+            chunks, each = variant.chunks(max_pages, lists, 132, variant.page_values(shape, aggregation))
+            assert chunks * each >= max_pages and each % variant.PAGES_AT_ONCE == 0
+            assert needed(max_pages, chunks, each) <= room
+
+
 def test_a_row_is_cut_for_the_gpu() -> None:
-    assert variant.chunks(2048, 512, 132) == (3, 768)
-    assert variant.chunks(8192, 8, 132) == (32, 256)
+    assert variant.chunks(2048, 512, 132, 4) == (3, 768)
+    assert variant.chunks(8192, 8, 132, 4) == (32, 256)
+    assert variant.chunks(8192, 512, 132, 16) == (32, 256)
     assert variant.chunks(1, 1, 132) == (1, 128)
 
 

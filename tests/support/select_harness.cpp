@@ -3,11 +3,11 @@
 // Stands in for mma.cuh, as decode_harness.cpp does; products are worked out by the layouts of the PTX manual.
 #include "cuda_on_cpu.h"
 
-[[maybe_unused]] static void __threadfence() {}
 static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
+[[maybe_unused]] static void atomicOr(unsigned* at, unsigned bits) { *at |= bits; }
 [[maybe_unused]] static float __fdividef(float a, float b) { return a / b; }
 
 struct bfloat16 {
@@ -69,6 +69,9 @@ static uint4 load_constant(const half_type* from) {
 [[maybe_unused]] static uint4 here_and_now(uint4 v) { return v; }
 template <class T>
 static T load_past_l1(const T* from) { return *from; }
+[[maybe_unused]] static int take_ticket(int* from) { return atomicAdd(from, 1); }
+[[maybe_unused]] static void prefetch_l2(const void*) {}
+[[maybe_unused]] static float sqrt_fast(float x) { return std::sqrt(x); }
 static float exp2_fast(float x) { return std::exp2(x); }
 constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
@@ -82,6 +85,12 @@ typedef pkv::SummaryArguments Given;
 static void kernel(const Given& given) { pkv_summarize_pages(given); }
 #else
 #include "select.cu"
+// Bytes of shared memory of a step whose rows are of so many pages, in so many chunks.
+extern "C" int needed_bytes(int score_stride, int chunks, int chunk_pages) {
+  using namespace pkv;
+  const int selecting = (score_stride + (score_stride + 31) / 32 * 2 + (WEIGHS ? chunks * PAGE_VALUES : 0)) * 4;
+  return sizeof(SelectMemory) + max(selecting, WEIGHS ? chunk_pages * PAGE_VALUES * 4 : 0);
+}
 typedef pkv::SelectArguments Given;
 static void kernel(const Given& given) { pkv_select_pages(given); }
 #endif
@@ -94,10 +103,10 @@ extern "C" const char* run(const void* arguments, int x, int y) {
   std::memcpy(&given, arguments, sizeof given);
   body = [] { kernel(given); };
   gridDim = {x, y, 1};
-  for (int list = 0; list < y; ++list) {
+  for (int row = 0; row < y; ++row) {
     const int first = static_cast<int>(order >> 8) % x;  // any CTA may be the last
     for (int i = 0; i < x; ++i) {
-      blockIdx = {(first + i) % x, list, 0};
+      blockIdx = {(first + i) % x, row, 0};
       run_cta();
     }
   }
