@@ -11,7 +11,8 @@
 // by side, and CTAs that start side by side read them.
 //
 //   q           [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
-//   summaries   [num_pages, num_kv_heads, 2, HEAD_DIM]: mean and standard deviation, or minimum and maximum
+//   summaries   [num_pages, num_kv_heads, 2, HEAD_DIM]: mean and standard deviation, or minimum and maximum, or 8-bit
+//               codes of them (SUMMARY_CODES), whose scales are summary_scales [num_pages, num_kv_heads]
 //   scores      [batch_size * num_kv_heads, score_stride, PAGE_VALUES] float, workspace, or in where they are GIVEN
 //   sums        [batch_size * num_kv_heads, chunks, GROUP_SIZE] float2, workspace (SOFTMAX_MEAN)
 //   tickets     [batch_size * num_kv_heads] int, 0 between launches
@@ -22,9 +23,20 @@
 #include "mma.cuh"
 #include "arguments.cuh"
 #include "page_weights.cuh"
+#if SUMMARY_CODES
+#include "coded_scores.cuh"
+#endif
 #include "top_pages.cuh"
 
 namespace pkv {
+
+#if SUMMARY_CODES
+using PageQuery = CodedQuery;
+using PageRows = CodedRows;
+#else
+using PageQuery = ScoreQuery;
+using PageRows = ScoreRows;
+#endif
 
 // CTAs of an SM: a warp has two halves of 16 summaries on their way, so that two CTAs' are more than an SM can read.
 constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 ? 2 : 1;
@@ -73,35 +85,33 @@ struct Selection {
                                         SelectMemory& memory) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int STEP = WARPS * SCORED_PAGES;
-    ScoreQuery query;
-    query.load(given.q + static_cast<long long>(list) * GROUP_SIZE * HEAD_DIM, lane);
+    PageQuery query;
+    query.load(given.q + static_cast<long long>(list) * GROUP_SIZE * HEAD_DIM, given.scale, lane);
     float largest[SCORE_BLOCKS][2];  // of heads 2 (lane % 4) and the next
     #pragma unroll
     for (int b = 0; b < SCORE_BLOCKS; ++b) largest[b][0] = largest[b][1] = LEAST_SCORE;
     const auto id_of = [&](int page) { return table.cut(table.template stored<false>(row, min(page, end - 1))); };
-    const auto summary = [&](int id) {
-      return given.summaries + (static_cast<long long>(id) * given.num_kv_heads + head) * 2 * HEAD_DIM;
-    };
+    const auto summary = [&](int id) { return static_cast<long long>(id) * given.num_kv_heads + head; };
     int first = begin + warp * SCORED_PAGES;
     if (first < end) {
-      ScoreRows rows;
-      rows.template load<0>(summary(low), summary(high), lane);
-      rows.template load<1>(summary(low), summary(high), lane);
+      PageRows rows;
+      rows.template load<0>(given, summary(low), summary(high), lane);
+      rows.template load<1>(given, summary(low), summary(high), lane);
       // Ids are looked up two steps ahead, summaries one: each half is read anew as soon as it has been used.
       low = id_of(first + STEP + lane / 4), high = id_of(first + STEP + lane / 4 + 8);
       #pragma unroll 1
       for (; first < end; first += STEP) {
         const bool more = first + STEP < end;
-        const half_type *low_at = summary(low), *high_at = summary(high);
+        const long long low_at = summary(low), high_at = summary(high);
         if (more) {
-          ScoreRows::ask(low_at, high_at, lane);
+          PageRows::ask(given, low_at, high_at, lane);
           low = id_of(first + 2 * STEP + lane / 4), high = id_of(first + 2 * STEP + lane / 4 + 8);
         }
         float sums[SCORE_BLOCKS][4], others[SCORE_BLOCKS][4];
         rows.template multiply<0>(sums, query);
-        if (more) rows.template load<0>(low_at, high_at, lane);
+        if (more) rows.template load<0>(given, low_at, high_at, lane);
         rows.template multiply<1>(others, query);
-        if (more) rows.template load<1>(low_at, high_at, lane);
+        if (more) rows.template load<1>(given, low_at, high_at, lane);
         #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int page = first + lane / 4 + j * 8;
@@ -112,7 +122,7 @@ struct Selection {
             const int column = b * 8 + lane % 4 * 2;
             #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              logits[i] = ScoreRows::logit(sums[b][j * 2 + i], others[b][j * 2 + i], given.scale);
+              logits[i] = logit_of(sums[b][j * 2 + i], others[b][j * 2 + i], query.unit(b, i));
               if (column + i < GROUP_SIZE) of_page = fmaxf(of_page, logits[i]);
               if (page < end) largest[b][i] = fmaxf(largest[b][i], logits[i]);
             }

@@ -42,22 +42,26 @@ class PageSelector:
     selector must live as long as such graphs.
     """
 
-    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "lists", "_scale", "_plan", "_launch",
-                 "_checked", "_checked_plan", "_kernels", "_scores", "_sums", "_tickets", "_device_id", "_kept")
+    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "summary_dtype", "lists", "_scale",
+                 "_plan", "_launch", "_checked", "_checked_plan", "_kernels", "_scores", "_sums", "_tickets",
+                 "_device_id", "_kept")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", method: str | None = by_name.DEFAULT, *,
                  budget: Budget = Budget(), pins: Pins = Pins(), max_selected: int | None = None,  # noqa: B008
-                 scale: float | None = None) -> None:
+                 scale: float | None = None, summary_dtype: str | None = None) -> None:
         """method: "mean_std", "quest", or None, whose scores each select() is given. budget, pins: see
         pkvsim.selection.rules. max_selected: room of each list; by default what the budget gives the longest row that
-        the table has room for. scale: of the logits, by default head_dim ** -0.5.
+        the table has room for. scale: of the logits, by default head_dim ** -0.5. summary_dtype: of the PageSummaries
+        that it is given.
 
         Raises ValueError naming the argument, or what no kernel serves.
         """
         variant.check_shape(shape, dtype)
+        variant.check_summary_dtype(summary_dtype)
         if method is not None:
             by_name.method(method)
         self.shape, self.dtype, self.method, self.budget, self.pins = shape, dtype, method, budget, pins
+        self.summary_dtype = summary_dtype
         self.max_selected = None if max_selected is None else check_int("max_selected", max_selected, 1)
         self._scale = shape.head_dim**-0.5 if scale is None else checks.check_scale(scale)
         self._device_id = cupy.cuda.Device().id
@@ -114,7 +118,9 @@ class PageSelector:
             raise RuntimeError("select: call plan() first")
         array = None if summaries is None else getattr(summaries, "array", summaries)
         q = None if self.method is None else q
-        (q_at, summaries_at, scores_at, budgets_at), keys = arrays.fingerprints((q, array, scores, budgets))
+        scales = getattr(summaries, "scales", None)
+        (q_at, summaries_at, scales_at, scores_at, budgets_at), keys = arrays.fingerprints(
+            (q, array, scales, scores, budgets))
         keys += [plan.batch_size, plan.max_tokens, plan.layout, None if array is None else getattr(
             summaries, "made_for", None)]
         if keys != self._checked:
@@ -124,7 +130,7 @@ class PageSelector:
         if self.method is not None:
             scores_at = self._scores.data.ptr
         launch.kernel(launch.grid, (
-            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
+            q_at, summaries_at, scales_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
             0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr, budgets_at, *launch.lists_at,
             plan.batch_size, shape.num_kv_heads, plan.stride, launch.num_pages, plan.max_tokens, launch.room,
             launch.max_pages, launch.chunk_pages, self.pins.sink_pages, self.pins.recent_pages, self.budget.least_pages,
@@ -143,9 +149,9 @@ class PageSelector:
             self._expect("scores", scores, "float32", (*heads, max_pages), library)
         else:
             checks.expect("scores", "None of a method that scores itself", type(scores).__name__, scores is None)
-            checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtype", summaries,
-                          isinstance(summaries, PageSummaries)
-                          and summaries.made_for == (self.summary, shape, self.dtype))  # fmt: skip
+            wanted = self.summary, shape, self.dtype, self.summary_dtype
+            checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtypes", summaries,
+                          isinstance(summaries, PageSummaries) and summaries.made_for == wanted)
             self._expect("q", q, self.dtype, (plan.batch_size, shape.num_q_heads, shape.head_dim), library)
             num_pages = summaries.array.shape[0]
         if budgets is not None:
@@ -194,7 +200,8 @@ class PageSelector:
     def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:
         key = layout, max_pages
         if key not in self._kernels:
-            defines = variant.selection_defines(self.shape, self.dtype, self.summary, self._aggregation)
+            defines = variant.selection_defines(self.shape, self.dtype, self.summary, self._aggregation,
+                                                self.summary_dtype)
             shared_bytes = variant.select_bytes(self.shape, max_pages, self._aggregation)
             self._kernels[key] = load_kernel(
                 "select.cu", "pkv_select_pages", defines | layout.defines(), threads=variant.WARPS * 32,

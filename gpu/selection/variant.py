@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from gpu.kernels.variant import DTYPES
 from pkvsim import DecodeShape
-from pkvsim.selection.summaries import MEAN_STD, MIN_MAX
+from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX
 
 WARPS = 8  # of a CTA
 SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2}  # value of SCORING by the kind of summary; None: scores are given
@@ -30,11 +30,18 @@ def check_shape(shape: DecodeShape, dtype: str) -> None:
                          f"got {shape.group_size}")
 
 
-def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str) -> dict[str, int]:
+def check_summary_dtype(dtype: str | None) -> None:
+    """Raises ValueError naming summary_dtype."""
+    if dtype not in (None, CODES):
+        raise ValueError(f"summary_dtype: expected None, for that of the pages, or {CODES!r}, got {dtype!r}")
+
+
+def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str,
+                      summary_dtype: str | None = None) -> dict[str, int]:
     """Compile-time constants of select.cu and summaries.cu."""
     return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
             "DTYPE_BF16": DTYPES[dtype], "WARPS": WARPS, "SCORING": SCORINGS[summary],
-            "AGGREGATION": AGGREGATIONS[aggregation]}
+            "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES)}
 
 
 def page_values(shape: DecodeShape, aggregation: str) -> int:

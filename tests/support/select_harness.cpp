@@ -37,6 +37,29 @@ static unsigned pair_of(float low, float high) {
 static unsigned pack(float low, float high) { return pair_of<half_type>(low, high); }
 static unsigned pack_bf16(float low, float high) { return pair_of<bfloat16>(low, high); }
 static float2 unpack(unsigned pair) { return {half_of<half_type>(pair, 0), half_of<half_type>(pair, 1)}; }
+#if SUMMARY_CODES
+typedef _Float16 operand;
+#else
+typedef half_type operand;
+#endif
+[[maybe_unused]] static unsigned pack_operands(float low, float high) { return pair_of<operand>(low, high); }
+[[maybe_unused]] static unsigned permute(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(all >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+template <class Combine>
+static unsigned of_pairs(unsigned a, unsigned b, Combine combine) {
+  const auto half = [&](int i) { return combine(half_of<_Float16>(a, i), half_of<_Float16>(b, i)); };
+  return pair_of<_Float16>(half(0), half(1));
+}
+[[maybe_unused]] static unsigned add_pair(unsigned a, unsigned b) {
+  return of_pairs(a, b, [](float x, float y) { return x + y; });
+}
+[[maybe_unused]] static unsigned multiply_pair(unsigned a, unsigned b) {
+  return of_pairs(a, b, [](float x, float y) { return x * y; });
+}
 template <class T>
 static void product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Operands { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -57,7 +80,7 @@ static void product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
 }
 static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  product<half_type>(d, a, b0, b1);
+  product<operand>(d, a, b0, b1);
 }
 [[maybe_unused]] static void multiply_add_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   product<bfloat16>(d, a, b0, b1);
