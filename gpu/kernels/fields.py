@@ -78,12 +78,12 @@ APPEND = Parameter("AppendArguments", (
     *_fields("f", "rope_factor k_scale v_scale"),
 ))  # fmt: skip
 SELECT = Parameter("SelectArguments", (
-    *_fields("p", "q summaries page_ids lengths row_begins scores sums tickets budgets pages counts"),
+    *_fields("p", "q summaries summary_scales page_ids lengths row_begins scores sums tickets budgets pages counts"),
     *_fields("i", "batch_size num_kv_heads table_stride num_pages max_tokens max_selected score_stride chunk_pages"),
     *_fields("i", "sink_pages recent_pages least_pages parts"), Field("scale", "f"),
 ))  # fmt: skip
 SUMMARY = Parameter("SummaryArguments", (
-    *_fields("p", "k_pages summaries page_ids lengths row_begins"), Field("k_page_stride", "q"),
+    *_fields("p", "k_pages summaries summary_scales page_ids lengths row_begins"), Field("k_page_stride", "q"),
     *_fields("i", "k_head_stride k_token_stride batch_size num_kv_heads table_stride num_pages max_tokens new_tokens"),
 ))  # fmt: skip
 PRODUCT = Parameter("ProductArguments", (

@@ -5,6 +5,7 @@ from gpu.engine.schedule_engine import ScheduleEngine
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run
+from gpu.selection import variant
 from gpu.selection.page_selector import PageSelector
 from gpu.selection.page_summaries import PageSummaries
 from pkvsim import DecodeShape
@@ -20,12 +21,15 @@ class PagedSelection:
     keep() follows each append, attend() takes the place of a dense step. The first dense_layers layers read all pages.
     """
 
-    __slots__ = ("method", "budget", "pins", "dense_layers", "_summaries", "_selectors", "_engines")
+    __slots__ = ("method", "budget", "pins", "dense_layers", "summary_dtype", "_summaries", "_selectors", "_engines")
 
     def __init__(self, method: str = by_name.DEFAULT, budget: Budget | float = Budget(), *,  # noqa: B008
-                 pins: Pins = Pins(), dense_layers: int = 2) -> None:  # noqa: B008
-        """method: "mean_std" or "quest". budget: of pages, or the fraction of one. Raises ValueError naming it."""
+                 pins: Pins = Pins(), dense_layers: int = 2, summary_dtype: str | None = None) -> None:  # noqa: B008
+        """method: "mean_std" or "quest". budget: of pages, or the fraction of one. summary_dtype: as PageSummaries
+        takes it. Raises ValueError naming the argument."""
         by_name.method(method)
+        variant.check_summary_dtype(summary_dtype)
+        self.summary_dtype = summary_dtype
         self.method, self.pins = method, pins
         self.budget = budget if isinstance(budget, Budget) else Budget(budget)
         self.dense_layers = check_int("dense_layers", dense_layers, 0)
@@ -49,7 +53,8 @@ class PagedSelection:
             checks.expect("k_pages", "[num_pages, num_kv_heads, page_size, head_dim]", view, len(view.shape) == 4)
             shape = DecodeShape(num_q_heads, view.shape[1], view.shape[3], view.shape[2])
             kind = by_name.method(self.method).SUMMARY
-            self._summaries[layer] = PageSummaries(shape, k_pages, view.dtype, kind=kind)
+            self._summaries[layer] = PageSummaries(shape, k_pages, view.dtype, kind=kind,
+                                                   summary_dtype=self.summary_dtype)
         self._summaries[layer].update(k_pages, seq_lens, block_table, new_tokens=new_tokens)
 
     def attend(self, layer: int, q: object, k_pages: object, v_pages: object, seq_lens: object, block_table: object, *,
@@ -64,7 +69,7 @@ class PagedSelection:
         if key not in self._engines:
             self._engines[key] = ScheduleEngine(summaries.shape, summaries.dtype, options=options, scale=scale)
             self._selectors[key] = PageSelector(summaries.shape, summaries.dtype, self.method, budget=self.budget,
-                                                pins=self.pins, scale=scale)
+                                                pins=self.pins, scale=scale, summary_dtype=self.summary_dtype)
         engine, selector = self._engines[key], self._selectors[key]
         selector.plan(seq_lens, block_table)
         engine.plan(StepTables(seq_lens, block_table))

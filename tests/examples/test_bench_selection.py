@@ -61,7 +61,7 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     class Summaries(Planned):
-        def __init__(self, shape, k) -> None:
+        def __init__(self, shape, k, *, summary_dtype) -> None:
             self.k = k
 
     with fake_gpu():
@@ -93,8 +93,9 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
         monkeypatch.setattr(bench.__class__, "_host_us", lambda *args: {"dense": 1.0})
         result = bench.measure(2, 660)
     sys.modules.pop("bench.selection_measure", None)
-    assert set(result.times) == {"dense", "attend", "attend_skewed", "dense_page_lse", "summarize_one_token", "select",
-                                 "everything"}
+    of_summaries = {f"{name}{suffix}" for name in ("summarize_one_token", "select", "everything")
+                    for suffix in ("", "_8bit")}  # fmt: skip
+    assert set(result.times) == {"dense", "attend", "attend_skewed", "dense_page_lse", *of_summaries}
     assert max(result.errors.values()) < 2e-3 and set(result.notes) == {"flashinfer_tensor_core", "flashinfer_cuda_core"}
 
 
