@@ -12,9 +12,10 @@ import numpy as np
 
 from pkvsim.compiled import compiled, drop_stale
 from pkvsim.devices.selection_constants import SelectionConstants
-from pkvsim.pricing.constants import BANDWIDTH
+from pkvsim.pricing.constants import BANDWIDTH, RUN
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import price_route
+from pkvsim.pricing.step_times import step_time
 from pkvsim.selection.rules import PARTS
 from pkvsim.selection.setup import SUMMARY_ELEMENT_BYTES, SUMMARY_VECTORS, SelectionSetup
 
@@ -82,6 +83,21 @@ def selected_us(
     select = (selecting_us(ordered, heads, constants[BANDWIDTH], prices) + prices.gap_us) / rule.every
     keep = prices.keep_us + prices.keep_list_us * len(ordered) * heads.num_kv_heads
     return SelectedUs(keep, select, prices.attend_us + plain / prices.attend_share)
+
+
+@compiled
+def selected_step_time(
+    constants: np.ndarray, rows: int, layers: int, layer_us: float, issue_us: float
+) -> tuple[float, float]:
+    """step_time (pkvsim.pricing.step_times) of a balanced step some of whose layers select: (gpu_us, host_us).
+
+    layer_us: the mean layer's kernels. issue_us: what its selecting launches take the host more, in the mean; 0 in a
+    captured graph.
+    """
+    gpu_us, host_us = step_time(constants, rows, 1, layers, layer_us)
+    waits = max(0.0, (layers - 1) * (constants[RUN] - layer_us))
+    more = max(0.0, (layers - 1) * (constants[RUN] + issue_us - layer_us))
+    return gpu_us, host_us + issue_us + more - waits
 
 
 drop_stale("pkvsim")
