@@ -67,7 +67,7 @@ RUNS = {
              "--seq-lens 32768x8 --select mean_std:0.1 --device h200"),
     "replay": ("--requests 4 --steps 2 --device rtx3060", "--requests 4 --steps 2 --device rtx3060 --policy paper"),
     "whatif": ("--trace mooncake.jsonl --device h200 --policies calibrated,paper --prefix-cache lru",
-               "--trace azure.csv --device l4",
+               "--trace azure.csv --device l4 --select mean_std:0.1",
                "--trace mooncake.jsonl --device h200 --policies balanced --tier host:1GiB:50"),
     "sweep": ("--over batch=1,2 --over length=1024 --device l4", "--over rate=1,2 --trace azure.csv --device l4",
               "--over rate=1 --trace mooncake.jsonl --device l4 --tier host:1GiB:50"),
