@@ -42,6 +42,10 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        return f"{self.rows} x {self.length}, {self.fraction:.0%}"
+
     def over_dense(self, name: str) -> float | None:
         return self.times[name] / self.times["dense"] if name in self.times else None
 

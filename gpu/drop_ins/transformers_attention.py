@@ -73,7 +73,8 @@ def attention(
     step = layer.store(key, value, _kept(attention_mask, new_tokens, seen))
     selected = layer.selection is not None and layer.selection.serves(layer.index, window=sliding_window)
     if selected:
-        layer.selection.keep(layer.index, query.shape[1], layer.keys, layer.rows.lens, layer.rows.table, new_tokens)
+        selected = layer.selection.keep(layer.index, query.shape[1], layer.keys, layer.rows.lens, layer.rows.table,
+                                        new_tokens, bounds=layer.rows.bounds)
     if new_tokens == 1 and selected:
         rows, sinks = layer.rows, None if s_aux is None else s_aux.detach().float()
         out = layer.selection.attend(layer.index, query[:, :, 0].contiguous(), layer.keys, layer.values, rows.lens,

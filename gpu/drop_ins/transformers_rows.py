@@ -55,6 +55,11 @@ class PagedRows:
         return self._pages.num_free_pages
 
     @property
+    def bounds(self) -> np.ndarray:
+        """[batch_size] int64 on the host, each at least the row's length."""
+        return self._bounds
+
+    @property
     def columns_in_use(self) -> int:
         """Pages of the longest row at most."""
         return -(-int(self._bounds.max(initial=0)) // self.page_size)

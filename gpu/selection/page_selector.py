@@ -17,6 +17,7 @@ from gpu.selection.page_summaries import PageSummaries
 from pkvsim import DecodeShape, PageList
 from pkvsim.selection import by_name
 from pkvsim.selection.rules import Budget, Pins
+from pkvsim.selection.served import MAX_GROUP_SIZE
 from pkvsim.shapes import check_int
 
 
@@ -194,7 +195,7 @@ class PageSelector:
             self._kept.append((self._scores, self._sums))
             self._scores = cupy.empty(need, dtype=cupy.float32)
             # Of each chunk and query head two floats: chunks are whole PAGES_AT_ONCE pages.
-            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * variant.MAX_GROUP_SIZE),
+            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * MAX_GROUP_SIZE),
                                     dtype=cupy.float32)
 
     def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:

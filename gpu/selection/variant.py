@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from gpu.kernels.variant import DTYPES
 from pkvsim import DecodeShape
+from pkvsim.selection.served import HEAD_DIMS, most_group_size
 from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX
 
 WARPS = 8  # of a CTA
@@ -12,8 +13,6 @@ PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time: SCORED_PAGES of
 CTAS_PER_SM = 2
 LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which takes CTAs that end at different times
 MAX_LISTS = 65535  # of a launch: its grid's second axis
-HEAD_DIMS = (64, 128, 256)
-MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS = 16, 2048  # what a warp holds of a group's queries
 TOP_BYTES = (2048 + 2 * WARPS + 4) * 4  # pkv::TopPages, in whole 16 bytes
 MOST_LOGIT_BYTES = 16 * 1024  # of a chunk whose logits become weights
 
@@ -24,7 +23,7 @@ def check_shape(shape: DecodeShape, dtype: str) -> None:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if shape.head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS} where pages are selected, got {shape.head_dim}")
-    most = min(MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS // shape.head_dim)
+    most = most_group_size(shape.head_dim)
     if shape.group_size > most:
         raise ValueError(f"group_size: expected at most {most} of head_dim {shape.head_dim} where pages are selected, "
                          f"got {shape.group_size}")
