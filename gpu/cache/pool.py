@@ -145,13 +145,14 @@ class PagedKVCache:
 
     def fill_rows(self, rows, k: cupy.ndarray, v: cupy.ndarray) -> None:
         """A run of new tokens for each of rows [n]; k, v [n, tokens, num_kv_heads, head_dim]."""
-        rows, shape = np.asarray(rows, dtype=np.int64), getattr(k, "shape", ())
-        if len(shape) != 4 or shape[0] != len(rows) or getattr(v, "shape", ()) != shape:
+        rows = np.asarray(rows, dtype=np.int64)
+        if k.ndim != 4 or len(k) != len(rows) or v.shape != k.shape:
             raise ValueError(f"k, v: expected [{len(rows)}, tokens, {self.shape.num_kv_heads}, {self.shape.head_dim}], "
-                             f"got {list(shape)} and {list(getattr(v, 'shape', ()))}")
-        k, v = (new.reshape(-1, *shape[2:]) for new in (k, v))
-        self._check_tokens(k, v, len(rows) * shape[1])
-        self._write(rows, shape[1], k, v)
+                             f"got {list(k.shape)} and {list(v.shape)}")
+        tokens = k.shape[1]
+        k, v = (new.reshape(-1, *new.shape[2:]) for new in (k, v))
+        self._check_tokens(k, v, len(rows) * tokens)
+        self._write(rows, tokens, k, v)
 
     def _write(self, rows: np.ndarray, tokens: int, k: cupy.ndarray, v: cupy.ndarray) -> None:
         """`tokens` new ones for each of rows; k, v [len(rows) * tokens, num_kv_heads, head_dim]."""
