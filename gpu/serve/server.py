@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gpu.serve.step import GREEDY, Chunk, LaunchedStep, SamplingParams, SlotSampling, StepInputs, StepRunner
+from gpu.serve.step import GREEDY, LIKELIEST, Chunk, LaunchedStep, SamplingParams, SlotSampling, StepInputs, StepRunner
 from pkvsim.serving.live.live_scheduler import LiveScheduler, LiveStep
 from pkvsim.serving.state import Limits
 
@@ -87,7 +87,7 @@ class Server:
     """Serves requests in one thread: nothing here may be called by two at once."""
 
     __slots__ = ("runner", "scheduler", "max_context", "vocab_size", "eos_token_ids", "steps", "_requests", "_ended",
-                 "_in_flight", "_free_slots", "_next_id", "_drawing")
+                 "_in_flight", "_free_slots", "_next_id")
 
     def __init__(self, runner: StepRunner, limits: Limits, *, max_context: int, vocab_size: int,
                  eos_token_ids: Sequence[int] = (), record: bool = False) -> None:
@@ -100,7 +100,6 @@ class Server:
         self._in_flight: deque[_InFlight] = deque()
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
         self._next_id = 0
-        self._drawing: set[int] = set()  # requests that run and draw their tokens
 
     @property
     def has_work(self) -> bool:
@@ -212,7 +211,7 @@ class Server:
             page_columns=_joined(columns),
             page_ids=_joined(ids),
             sampling=sampling,
-            draws=bool(self._drawing) and any(request.id in self._drawing for request in outputs),
+            choice=max((request.params.choice for request in outputs), default=LIKELIEST),
         )
         return inputs, outputs
 
@@ -221,15 +220,12 @@ class Server:
         if request.first_run_us is None:
             request.first_run_us, request.hit_tokens = now_us, cached
         params = request.params
-        if params.temperature > 0:
-            self._drawing.add(request.id)
         return SlotSampling(request.slot, params.temperature, params.top_p, params.seed)
 
     def _give_slot_back(self, request: Request) -> None:
         if request.slot is not None:
             self._free_slots.append(request.slot)
             request.slot = None
-            self._drawing.discard(request.id)
 
     def _collect(self) -> list[Event]:
         """Reads the tokens of the step that was launched first of those under way."""
