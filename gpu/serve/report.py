@@ -60,7 +60,8 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
         keep_free_fraction=KEEP_FREE_FRACTION, shared_reads=False,  # its decode steps are planned without groups
     )  # fmt: skip
     page = cache_bytes_per_token(known_to_pkvsim(llm.config), config) * o.page_size
-    return replace(config, kv_gib=(llm.pages.num_pages + 0.5) * page / GIB)  # half a page, against rounding down
+    pages = llm.server.scheduler.limits.num_pages + 0.5  # half a page, against rounding down
+    return replace(config, kv_gib=pages * page / GIB)
 
 
 def device_at_hand() -> DeviceSpec:
@@ -130,7 +131,7 @@ def to_dict(run: Replay, llm: LLM, report: WhatIf | None) -> dict[str, Any]:
     return {
         "model": llm.config.name,
         "trace": {"name": run.trace.name, "requests": len(run.trace), "notes": list(run.trace.notes)},
-        "kv_pages": llm.pages.num_pages,
+        "kv_pages": llm.server.scheduler.limits.num_pages,
         "prefill": llm.prefill,
         "weights_bytes": llm.weights.num_bytes,
         "ended": ended,
@@ -177,7 +178,7 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
 def _print_measured(console: Any, run: Replay, llm: LLM, result: ServingResult) -> None:
     s = result.summary
     print_line(console, f"{llm.config.name}: {s['finished']:,} of {s['requests']:,} requests served, "
-                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV "
+                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {result.num_pages:,} KV "
                         f"pages of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
     rows = [("tokens/s", f"{s['tokens_per_s'] or 0:,.1f}")]
     for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("between tokens", "itl_s"), ("end to end", "e2e_s")):

@@ -64,14 +64,14 @@ class Launched:
 class Runner:
     """Runs the steps of one model. Steps must be waited for in order, at most STAGES later."""
 
-    __slots__ = ("model", "attention", "max_batch", "graph_rows", "_device", "_cuda", "_table", "_row_tables",
-                 "_last_token", "_staged", "_chosen", "_token_keys", "_sampling", "_host_sampling", "_stages",
-                 "_launched", "_stream", "_graphs", "_pool", "_origin", "_last_end", "_last_end_us")
+    __slots__ = ("model", "attention", "max_batch", "max_pages", "graph_rows", "_device", "_cuda", "_table",
+                 "_row_tables", "_last_token", "_staged", "_chosen", "_token_keys", "_sampling", "_host_sampling",
+                 "_stages", "_launched", "_stream", "_graphs", "_pool", "_origin", "_last_end", "_last_end_us")
 
     def __init__(self, model: Decoder, attention: Attention, *, max_batch: int, max_pages: int,
                  graphs: Sequence[int] = ()) -> None:
         """max_pages: of a row. graphs: rows that decode steps are captured for, ascending; none on the CPU."""
-        self.model, self.attention, self.max_batch = model, attention, max_batch
+        self.model, self.attention, self.max_batch, self.max_pages = model, attention, max_batch, max_pages
         self._device, self._cuda = model.device, model.device.type == "cuda"
         self.graph_rows = tuple(graphs) if self._cuda else ()
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
