@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
 KINDS = ("decode", "mixed", "prefill")
+CSV_COLUMNS = [field.name for field in fields(StepRecord) if field.type != "np.ndarray"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +195,9 @@ def write_steps(run: Replay, path: Path) -> None:
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             lines = csv.writer(file, lineterminator="\n")
-            lines.writerow([field.name for field in fields(StepRecord)])
+            lines.writerow(CSV_COLUMNS)
             for step in run.steps:
-                start, end, *others = astuple(step)
+                start, end, *others = (getattr(step, name) for name in CSV_COLUMNS)
                 lines.writerow([f"{start - run.begin_us:.1f}", f"{end - run.begin_us:.1f}",
                                 *(f"{value:.1f}" if isinstance(value, float) else value for value in others)])
     except OSError as error:

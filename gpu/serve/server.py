@@ -53,7 +53,7 @@ class Event:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepRecord:
     """A step that has run. Times in us, of the device where there is one."""
 
@@ -72,6 +72,9 @@ class StepRecord:
     preempted: int
     plan_us: float  # of the host, from the start of planning to the end of launching
     follows: bool  # there was work when the step before ended, so that the device should not have waited
+    decode_lens: np.ndarray  # [decode_rows] int64, tokens that each row attended to
+    chunk_begins: np.ndarray  # [chunks] int64, tokens cached before each
+    chunk_tokens: np.ndarray  # [chunks] int64
 
 
 @dataclass(slots=True, eq=False)
@@ -287,5 +290,6 @@ def _record(step: _InFlight) -> StepRecord:
         decode_rows=rows, padded_rows=times.padded_rows, context_tokens=int(plan.decode_lens.sum()),
         prefill_tokens=int(plan.prefill_tokens.sum()), prefill_context=int(plan.prefill_begins.sum()), chunks=chunks,
         running=running, waiting=waiting, pages=pages, preempted=len(plan.preempted), plan_us=plan_us,
-        follows=step.follows,
+        follows=step.follows, decode_lens=plan.decode_lens, chunk_begins=plan.prefill_begins,
+        chunk_tokens=plan.prefill_tokens,
     )  # fmt: skip
