@@ -4,8 +4,13 @@
     python examples/bench_serve.py --profile --cells 1x1024,32x1024       # which kernels a decode step consists of
     python examples/bench_serve.py --loops --device h200 --json serve.json
     python examples/bench_serve.py --traces FOLDER --device h200          # azure*code*.csv and mooncake*.jsonl of it
+    python examples/bench_serve.py --predictions --traces FOLDER --json found.json
     python examples/bench_serve.py --transformers                         # generate() on the same cells
     python examples/bench_serve.py --soak 20000 --model smollm2           # bursts, cancellations, overlong prompts
+
+--predictions fits the constants of a step to a load that is served first. Then it serves Azure's arrivals, Mooncake's
+prompts and a closed loop, and says how far whatif's figures lie from the measured ones, in two minutes on an H200.
+Where FOLDER has not a trace, a load like it is drawn.
 
 The limit of a step is the bytes that it must read, weights and KV, over the rate at which this GPU streams. Weights are
 random, of the model's shape.
@@ -14,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serve_bench import roofline, runs, soak
+from serve_bench import predictions, roofline, runs, soak
 
 from gpu.measure import memory
 from gpu.measure.environment import environment, lacks_gpu, write_json
@@ -40,6 +46,9 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="the kernels of a cell's decode step")
     parser.add_argument("--loops", action="store_true", help="closed loops beside the prediction")
     parser.add_argument("--traces", type=Path, help="traces of this folder beside the prediction")
+    parser.add_argument("--predictions", action="store_true", help="three loads beside what was fitted before them")
+    parser.add_argument("--as-is", action="store_true", help="with --predictions: the device's own constants, no fit")
+    parser.add_argument("--save-steps", type=Path, metavar="NPZ", help="with --predictions: every step, for other fits")
     parser.add_argument("--soak", type=int, metavar="N", help="N requests beyond what memory holds; 1 if unsound")
     parser.add_argument("--transformers", action="store_true", help="decode steps of Transformers on the cells")
     parser.add_argument("--device", help="of the prediction, as `pkvsim devices` lists it; by default this GPU")
@@ -71,6 +80,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs what was asked for, and returns what --json writes."""
     from gpu.serve.llm import LLM, ServeOptions
 
+    if args.predictions:
+        return measure_predictions(args)
     cells = [tuple(map(int, cell.split("x"))) for cell in args.cells.split(",")]
     whole = args.loops or args.traces is not None
     console, rate = table_console(), args.rate
@@ -106,6 +117,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
               f"{r.gap_us:.1f} us, plan {r.plan_us:.0f} us", file=sys.stderr, flush=True)
     roofline.show(console, results)
     return found | {"gb_per_s": rate, "cells": [asdict(r) | {"over_limit": r.over_limit} for r in results]}
+
+
+def measure_predictions(args: argparse.Namespace) -> dict[str, Any]:
+    """Serves and predicts the loads of serve_bench.predictions."""
+    from gpu.serve.llm import LLM, ServeOptions
+    from gpu.serve.replay import warm_up
+    from gpu.serve.report import device_at_hand, serving_config
+    from pkvsim.devices.device import get_device
+
+    begin = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - begin:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    device = get_device(args.device) if args.device else device_at_hand()
+    compiling = predictions.compile_prices(args.model, device.name)
+    llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True, max_batch=128,
+                                       graphs=not args.eager, streamed_products=args.streamed_products),
+              record=True, say=say)
+    say(f"{llm.config.name} is loaded, {llm.pages.num_pages:,} pages; prompt chunks by {llm.prefill}")
+    warm_up(llm.server, step_tokens=llm.options.step_tokens)
+    compiling.join()
+    say("whatif is compiled")
+    device, found, served = predictions.predictions(llm, device, args.traces, fit=not args.as_is, say=say)
+    constants = serving_config(llm, served[-1].trace).profile.constants
+    predictions.show(table_console(), found, device, constants)
+    if args.save_steps:
+        predictions.save_steps(args.save_steps, served)
+    return {"model": llm.config.name, "dtype": args.dtype, "prefill": llm.prefill,
+            "within": all(prediction.within for prediction in found),
+            "constants": None if args.as_is else device.outside[constants].to_dict(),
+            "predictions": [prediction.to_dict() for prediction in found]}
 
 
 def measure_runs(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:

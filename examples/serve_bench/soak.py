@@ -63,7 +63,7 @@ def soak(llm: LLM, requests: int, *, seed: int = 0) -> SoakResult:
     settled = settled or _peaks()
     growth = tuple(now - then for now, then in zip(_peaks(), settled))
     return SoakResult(requests, dict(ended), tokens, time.perf_counter() - begin,
-                      llm.pages.num_pages - server.num_free_pages, growth)
+                      server.scheduler.limits.num_pages - server.num_free_pages, growth)
 
 
 def _drawn(llm: LLM, rng: np.random.Generator, head: np.ndarray) -> tuple[np.ndarray, Any]:

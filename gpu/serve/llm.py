@@ -9,7 +9,7 @@ gpu.serve.async_llm makes an asynchronous service of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class LLM:
     """A model, its pages and the server over them."""
 
     __slots__ = ("config", "weights", "options", "pages", "server", "runner", "prefill", "notes", "_model",
-                 "_tokenizer")
+                 "_max_context", "_tokenizer")
 
     def __init__(self, model: str | Path, options: ServeOptions = ServeOptions(), *, record: bool = False,
                  say: Callable[[str], None] = lambda line: None) -> None:
@@ -118,8 +118,8 @@ class LLM:
                                          dummy=options.dummy_weights, seed=options.seed)
         kv_dtype = options.kv_dtype or dtype
         num_pages = self._num_pages(cuda, kv_dtype)
-        max_context = min(options.max_context or self.config.max_context, self.config.max_context,
-                          num_pages * options.page_size)
+        self._max_context = min(options.max_context or self.config.max_context, self.config.max_context,
+                                num_pages * options.page_size)
         self.pages = KVPages(self.config, num_pages=num_pages, page_size=options.page_size, kv_dtype=kv_dtype,
                              device=device)
         attention: Attention
@@ -132,12 +132,32 @@ class LLM:
             attention, self.prefill = TorchAttention(self.config, self.pages), "torch"
         products = (StreamedProducts if cuda and options.streamed_products else TorchProducts)(self.config.norm_eps)
         self.runner = Runner(Decoder(self.config, self.weights, products), attention, max_batch=options.max_batch,
-                             max_pages=-(-max_context // options.page_size),
+                             max_pages=-(-self._max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())
         self.runner.capture()
-        self.server = Server(
-            self.runner, _limits(options, num_pages), max_context=max_context, vocab_size=self.config.vocab_size,
-            eos_token_ids=self.config.eos_token_ids, record=record,
+        self.server = self._new_server(num_pages, record)
+
+    def restart(self, *, num_pages: int | None = None, max_batch: int | None = None, step_tokens: int | None = None,
+                prefix_cache: str | None = None, order: str | None = None) -> None:
+        """Begins anew: an empty cache, no requests, and where they are given other options over the same weights and
+        pages. ValueError where requests are under way or there are not so many pages or rows."""
+        if self.server.has_work:
+            raise ValueError(f"restart: expected no request under way, got {self.server.num_unfinished}")
+        pages, rows = self.pages.num_pages, self.runner.max_batch
+        if num_pages is not None and not 1 <= num_pages <= pages:
+            raise ValueError(f"num_pages: expected 1 to {pages}, which there are, got {num_pages}")
+        if max_batch is not None and not 1 <= max_batch <= rows:
+            raise ValueError(f"max_batch: expected 1 to {rows}, which the model was loaded for, got {max_batch}")
+        given = {"max_batch": max_batch, "step_tokens": step_tokens, "prefix_cache": prefix_cache, "order": order}
+        self.options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
+        self.server = self._new_server(num_pages or self.server.scheduler.limits.num_pages,
+                                       self.server.steps is not None)
+
+    def _new_server(self, num_pages: int, record: bool) -> Server:
+        return Server(
+            self.runner, _limits(self.options, num_pages),
+            max_context=min(self._max_context, num_pages * self.options.page_size),
+            vocab_size=self.config.vocab_size, eos_token_ids=self.config.eos_token_ids, record=record,
         )  # fmt: skip
 
     def _num_pages(self, cuda: bool, kv_dtype: str) -> int:

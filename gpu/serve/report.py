@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
 KINDS = ("decode", "mixed", "prefill")
+CSV_COLUMNS = [field.name for field in fields(StepRecord) if field.type != "np.ndarray"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
         keep_free_fraction=KEEP_FREE_FRACTION, shared_reads=False,  # its decode steps are planned without groups
     )  # fmt: skip
     page = cache_bytes_per_token(known_to_pkvsim(llm.config), config) * o.page_size
-    return replace(config, kv_gib=(llm.pages.num_pages + 0.5) * page / GIB)  # half a page, against rounding down
+    pages = llm.server.scheduler.limits.num_pages + 0.5  # half a page, against rounding down
+    return replace(config, kv_gib=pages * page / GIB)
 
 
 def device_at_hand() -> DeviceSpec:
@@ -130,7 +132,7 @@ def to_dict(run: Replay, llm: LLM, report: WhatIf | None) -> dict[str, Any]:
     return {
         "model": llm.config.name,
         "trace": {"name": run.trace.name, "requests": len(run.trace), "notes": list(run.trace.notes)},
-        "kv_pages": llm.pages.num_pages,
+        "kv_pages": llm.server.scheduler.limits.num_pages,
         "prefill": llm.prefill,
         "weights_bytes": llm.weights.num_bytes,
         "ended": ended,
@@ -177,7 +179,7 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
 def _print_measured(console: Any, run: Replay, llm: LLM, result: ServingResult) -> None:
     s = result.summary
     print_line(console, f"{llm.config.name}: {s['finished']:,} of {s['requests']:,} requests served, "
-                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {llm.pages.num_pages:,} KV "
+                        f"{s['output_tokens']:,} tokens in {seconds(s['makespan_s'])}; {result.num_pages:,} KV "
                         f"pages of {llm.pages.page_size} tokens; prompt chunks by {llm.prefill}")
     rows = [("tokens/s", f"{s['tokens_per_s'] or 0:,.1f}")]
     for label, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("between tokens", "itl_s"), ("end to end", "e2e_s")):
@@ -193,9 +195,9 @@ def write_steps(run: Replay, path: Path) -> None:
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             lines = csv.writer(file, lineterminator="\n")
-            lines.writerow([field.name for field in fields(StepRecord)])
+            lines.writerow(CSV_COLUMNS)
             for step in run.steps:
-                start, end, *others = astuple(step)
+                start, end, *others = (getattr(step, name) for name in CSV_COLUMNS)
                 lines.writerow([f"{start - run.begin_us:.1f}", f"{end - run.begin_us:.1f}",
                                 *(f"{value:.1f}" if isinstance(value, float) else value for value in others)])
     except OSError as error:

@@ -18,7 +18,8 @@ import torch
 
 from gpu.serve.attention import Attention, StepRows
 from gpu.serve.decoder import Decoder
-from gpu.serve.step import SlotSampling, StepInputs, StepTimes
+from gpu.serve.sampling import draw, token_keys
+from gpu.serve.step import FROM_NUCLEUS, LIKELIEST, SlotSampling, StepInputs, StepTimes
 from pkvsim.outside.engine_profile import get_profile
 
 STAGES = 4  # steps that may be under way before a buffer is used again
@@ -63,14 +64,14 @@ class Launched:
 class Runner:
     """Runs the steps of one model. Steps must be waited for in order, at most STAGES later."""
 
-    __slots__ = ("model", "attention", "max_batch", "graph_rows", "_device", "_cuda", "_table", "_row_tables",
-                 "_last_token", "_staged", "_chosen", "_sampling", "_host_sampling", "_stages", "_launched", "_stream",
-                 "_graphs", "_pool", "_origin", "_last_end", "_last_end_us")
+    __slots__ = ("model", "attention", "max_batch", "max_pages", "graph_rows", "_device", "_cuda", "_table",
+                 "_row_tables", "_last_token", "_staged", "_chosen", "_token_keys", "_sampling", "_host_sampling",
+                 "_stages", "_launched", "_stream", "_graphs", "_pool", "_origin", "_last_end", "_last_end_us")
 
     def __init__(self, model: Decoder, attention: Attention, *, max_batch: int, max_pages: int,
                  graphs: Sequence[int] = ()) -> None:
         """max_pages: of a row. graphs: rows that decode steps are captured for, ascending; none on the CPU."""
-        self.model, self.attention, self.max_batch = model, attention, max_batch
+        self.model, self.attention, self.max_batch, self.max_pages = model, attention, max_batch, max_pages
         self._device, self._cuda = model.device, model.device.type == "cuda"
         self.graph_rows = tuple(graphs) if self._cuda else ()
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None
@@ -81,12 +82,13 @@ class Runner:
         self._last_token = torch.zeros(slots, dtype=torch.int64, device=device)
         self._staged = torch.zeros((5, max_batch), dtype=torch.int32, device=device)
         self._chosen = torch.zeros(slots, dtype=torch.int64, device=device)
+        self._token_keys = token_keys(model.config.vocab_size, device)
         self._host_sampling = np.zeros(slots), np.ones(slots), np.zeros(slots, np.int64)
         kinds = torch.float32, torch.float32, torch.int64
         self._sampling = [torch.from_numpy(a).to(device, kind) for a, kind in zip(self._host_sampling, kinds)]
         self._stages = [self._new_stage(5 * max_batch) for _ in range(STAGES)]
         self._launched, self._last_end, self._last_end_us = 0, None, 0.0
-        self._graphs: dict[tuple[int, bool], Any] = {}
+        self._graphs: dict[tuple[int, int], Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._cuda else None
         if self._cuda:
             torch.cuda.synchronize(device)
@@ -102,7 +104,7 @@ class Runner:
     def capture(self) -> None:
         """Captures the graphs of greedy steps; those that draw are captured when one comes."""
         for rows in reversed(self.graph_rows):  # the largest first: the others fit into its memory
-            self._graph(rows, draws=False)
+            self._graph(rows, LIKELIEST)
 
     def launch(self, inputs: StepInputs) -> Launched:
         """Begins a step."""
@@ -164,7 +166,7 @@ class Runner:
 
     def _replay(self, inputs: StepInputs, rows: int, stage: _Stage) -> None:
         """A decode step by its graph."""
-        graph = self._graph(rows, inputs.draws)
+        graph = self._graph(rows, inputs.choice)
         given, updates = len(inputs.decode_slots), len(inputs.page_slots)
         host = stage.inputs.numpy()[: 5 * self.max_batch].reshape(5, self.max_batch)
         host[SLOTS, given:rows], host[LENS, given:rows] = self.max_batch, 0
@@ -176,23 +178,23 @@ class Runner:
         stage.start.record()
         graph.replay()
 
-    def _graph(self, rows: int, draws: bool) -> Any:
+    def _graph(self, rows: int, choice: int) -> Any:
         """The graph of a decode step of so many rows; made where there is none yet."""
-        if (rows, draws) not in self._graphs:
+        if (rows, choice) not in self._graphs:
             with self._on_stream():
                 staged = self._staged[:, :rows]
                 staged[SLOTS] = staged[PAGE_SLOTS] = self.max_batch
                 staged[LENS] = staged[PAGE_COLUMNS] = staged[PAGE_IDS] = 0
-                self._decode(rows, draws)  # compiles and allocates what a capture must not
+                self._decode(rows, choice)  # compiles and allocates what a capture must not
                 self._stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 # Relaxed: another library's first use of something must not end the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
-                    self._decode(rows, draws)
-            self._graphs[rows, draws] = graph
-        return self._graphs[rows, draws]
+                    self._decode(rows, choice)
+            self._graphs[rows, choice] = graph
+        return self._graphs[rows, choice]
 
-    def _decode(self, rows: int, draws: bool) -> None:
+    def _decode(self, rows: int, choice: int) -> None:
         """A decode step of the first `rows` columns of the staged input."""
         slots, lens, page_slots, page_columns, page_ids = self._staged[:, :rows]
         self._table.index_put_((page_slots, page_columns), page_ids)
@@ -200,7 +202,7 @@ class Runner:
         torch.index_select(self._table, 0, slots, out=table)
         self.attention.begin(StepRows(lens, table, None, rows, []))
         x = self.model.hidden(self._last_token.index_select(0, slots), self.attention)
-        self._choose(x, slots, lens, draws)
+        self._choose(x, slots, lens, choice)
 
     def _issue(self, inputs: StepInputs, stage: _Stage) -> None:
         """A step with prompt chunks, or on the CPU."""
@@ -226,7 +228,7 @@ class Runner:
         known = self._last_token.index_select(0, row_slots[:decode])
         x = self.model.hidden(torch.cat([known, *(part.long() for part in tokens)]), self.attention)
         if inputs.num_outputs:
-            self._choose(x.index_select(0, picked), output_slots, output_lens, inputs.draws)
+            self._choose(x.index_select(0, picked), output_slots, output_lens, inputs.choice)
         if not self._cuda:
             stage.end = self.now_us()
 
@@ -240,39 +242,14 @@ class Runner:
         sent = stage.inputs[:total].to(self._device, non_blocking=True)
         return list(sent.split(lengths))
 
-    def _choose(self, x: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, draws: bool) -> None:
+    def _choose(self, x: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, choice: int) -> None:
         """The next token of hidden states x [n, h] of slots [n]: kept as their last one, and put out."""
         logits, slots = self.model.logits(x), slots.long()
-        if draws:
+        if choice != LIKELIEST:
             temperature, top_p, seed = (kept.index_select(0, slots) for kept in self._sampling)
-            chosen = draw(logits, temperature, top_p, seed, lens.long())
+            chosen = draw(logits, temperature, top_p, seed, lens.long(), self._token_keys,
+                          cuts=choice == FROM_NUCLEUS)
         else:
             chosen = logits.argmax(-1)
         self._last_token.index_copy_(0, slots, chosen)
         self._chosen[: len(chosen)].copy_(chosen)
-
-
-def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, seed: torch.Tensor,
-         position: torch.Tensor) -> torch.Tensor:
-    """A token for each row of logits [n, vocab_size], int64 [n], as SamplingParams says; parameters are [n] each."""
-    scaled = logits.float() / temperature.clamp_min(1e-6)[:, None]
-    likely, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    ahead = likely.cumsum(-1) - likely  # of all likelier tokens together
-    kept = torch.where(ahead < top_p[:, None], likely, 0.0).cumsum(-1)
-    at = uniform(seed, position)[:, None] * kept[:, -1:]
-    place = (kept <= at).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1)
-    return torch.where(temperature > 0, ids.gather(-1, place)[:, 0], logits.argmax(-1))
-
-
-def uniform(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """A number in [0, 1) for each seed and position [n] int64: splitmix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-
-    def mixed(z: torch.Tensor, shift: int, factor: int) -> torch.Tensor:
-        z = z ^ z >> shift & (1 << 64 - shift) - 1  # int64 shifts keep the sign: its copies are cut off
-        return z * factor if factor else z
-
-    z = seed + (position + 1) * -7046029254386353131  # 0x9e3779b97f4a7c15
-    z = mixed(z, 30, -4658895280553007687)  # 0xbf58476d1ce4e5b9
-    z = mixed(z, 27, -7723592293110705685)  # 0x94d049bb133111eb
-    z = mixed(z, 31, 0)
-    return (z >> 40 & (1 << 24) - 1).float() / (1 << 24)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gpu.serve.step import GREEDY, Chunk, LaunchedStep, SamplingParams, SlotSampling, StepInputs, StepRunner
+from gpu.serve.step import GREEDY, LIKELIEST, Chunk, LaunchedStep, SamplingParams, SlotSampling, StepInputs, StepRunner
 from pkvsim.serving.live.live_scheduler import LiveScheduler, LiveStep
 from pkvsim.serving.state import Limits
 
@@ -53,7 +53,7 @@ class Event:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepRecord:
     """A step that has run. Times in us, of the device where there is one."""
 
@@ -72,6 +72,9 @@ class StepRecord:
     preempted: int
     plan_us: float  # of the host, from the start of planning to the end of launching
     follows: bool  # there was work when the step before ended, so that the device should not have waited
+    decode_lens: np.ndarray  # [decode_rows] int64, tokens that each row attended to
+    chunk_begins: np.ndarray  # [chunks] int64, tokens cached before each
+    chunk_tokens: np.ndarray  # [chunks] int64
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +90,7 @@ class Server:
     """Serves requests in one thread: nothing here may be called by two at once."""
 
     __slots__ = ("runner", "scheduler", "max_context", "vocab_size", "eos_token_ids", "steps", "_requests", "_ended",
-                 "_in_flight", "_free_slots", "_next_id", "_drawing")
+                 "_in_flight", "_free_slots", "_next_id")
 
     def __init__(self, runner: StepRunner, limits: Limits, *, max_context: int, vocab_size: int,
                  eos_token_ids: Sequence[int] = (), record: bool = False) -> None:
@@ -100,7 +103,6 @@ class Server:
         self._in_flight: deque[_InFlight] = deque()
         self._free_slots = list(range(limits.max_batch - 1, -1, -1))
         self._next_id = 0
-        self._drawing: set[int] = set()  # requests that run and draw their tokens
 
     @property
     def has_work(self) -> bool:
@@ -212,7 +214,7 @@ class Server:
             page_columns=_joined(columns),
             page_ids=_joined(ids),
             sampling=sampling,
-            draws=bool(self._drawing) and any(request.id in self._drawing for request in outputs),
+            choice=max((request.params.choice for request in outputs), default=LIKELIEST),
         )
         return inputs, outputs
 
@@ -221,15 +223,12 @@ class Server:
         if request.first_run_us is None:
             request.first_run_us, request.hit_tokens = now_us, cached
         params = request.params
-        if params.temperature > 0:
-            self._drawing.add(request.id)
         return SlotSampling(request.slot, params.temperature, params.top_p, params.seed)
 
     def _give_slot_back(self, request: Request) -> None:
         if request.slot is not None:
             self._free_slots.append(request.slot)
             request.slot = None
-            self._drawing.discard(request.id)
 
     def _collect(self) -> list[Event]:
         """Reads the tokens of the step that was launched first of those under way."""
@@ -291,5 +290,6 @@ def _record(step: _InFlight) -> StepRecord:
         decode_rows=rows, padded_rows=times.padded_rows, context_tokens=int(plan.decode_lens.sum()),
         prefill_tokens=int(plan.prefill_tokens.sum()), prefill_context=int(plan.prefill_begins.sum()), chunks=chunks,
         running=running, waiting=waiting, pages=pages, preempted=len(plan.preempted), plan_us=plan_us,
-        follows=step.follows,
+        follows=step.follows, decode_lens=plan.decode_lens, chunk_begins=plan.prefill_begins,
+        chunk_tokens=plan.prefill_tokens,
     )  # fmt: skip

@@ -9,6 +9,8 @@ import numpy as np
 
 from pkvsim.shapes import MAX_TOKENS, check_int
 
+LIKELIEST, DRAWN, FROM_NUCLEUS = range(3)  # how a token is chosen; by a top_p below 1 it comes from a nucleus
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -33,6 +35,11 @@ class SamplingParams:
             raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
+
+    @property
+    def choice(self) -> int:
+        """LIKELIEST, DRAWN or FROM_NUCLEUS."""
+        return LIKELIEST if not self.temperature else DRAWN if self.top_p == 1 else FROM_NUCLEUS
 
 
 GREEDY = SamplingParams()
@@ -76,7 +83,7 @@ class StepInputs:
     page_columns: np.ndarray  # [pages] int32
     page_ids: np.ndarray  # [pages] int32
     sampling: list[SlotSampling] = field(default_factory=list)  # of slots that are taken with this step
-    draws: bool = False  # whether any token of the step is drawn, in place of the likeliest taken
+    choice: int = LIKELIEST  # the most that any of its tokens asks for
 
     @property
     def num_outputs(self) -> int:

@@ -127,3 +127,25 @@ def test_a_checkpoint_that_lacks_a_tensor_is_named(llama, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
     with pytest.raises(ValueError, match="expected"):
         LLM(tmp_path, ServeOptions(device="cpu", num_pages=8, max_batch=1))
+
+
+def test_a_model_restarts_with_other_options_and_an_empty_cache(llama):
+    folder, model = llama
+    prompts = prompts_with_shared_heads(6, vocab_size=97, shared=30, longest=20, seed=6)
+    _, llm = serve(folder, prompts, prefix_cache="lru")
+    for options in ({"prefix_cache": "lru"}, {"num_pages": 14, "max_batch": 3, "step_tokens": 9}, {}):
+        llm.restart(**options)
+        assert not llm.server.steps
+        done = llm.generate(prompts, SamplingParams(max_tokens=10))
+        assert disagreements(model, prompts, [one.tokens for one in done], tie=1e-4) == []
+        cached = sum(step.prefill_tokens for step in llm.server.steps) < sum(map(len, prompts))
+        assert cached and llm.options.prefix_cache == "lru"
+        assert llm.server.num_free_pages == llm.server.scheduler.limits.num_pages
+        assert max(step.decode_rows for step in llm.server.steps) <= llm.options.max_batch
+    assert llm.server.scheduler.limits.num_pages == 14 and llm.options.max_batch == 3
+    for wrong, words in (({"num_pages": 65}, "1 to 64"), ({"max_batch": 6}, "1 to 5"), ({"step_tokens": 2}, "step_tokens")):
+        with pytest.raises(ValueError, match=words):
+            llm.restart(**wrong)
+    llm.server.add_request(prompts[0])
+    with pytest.raises(ValueError, match="no request under way, got 1"):
+        llm.restart()

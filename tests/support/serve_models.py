@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+ROWS_TOGETHER = 32  # sequences of one forward pass
+
 
 def write_model(folder: Path, family: str, **options: object):
     """A model of tiny_models in a folder, and itself; its heads are of 16, as rotation wants."""
@@ -42,14 +44,22 @@ def as_transformers(llm):
 @torch.inference_mode()
 def disagreements(model, prompts: list[list[int]], outputs: list[list[int]], *, tie: float = 0.0) -> list[tuple]:
     """(prompt, place, gap) of generated tokens that are not the model's own choice after what stands before them; gap:
-    how far its logit is below the largest. Those within `tie` are let pass."""
-    found = []
-    for at, (prompt, output) in enumerate(zip(prompts, outputs)):
-        ids = torch.tensor([[*prompt, *output]], device=model.device)
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-        gaps = logits.amax(-1) - logits.gather(-1, torch.tensor(output, device=model.device)[:, None])[:, 0]
-        found += [(at, int(place), float(gaps[place])) for place in torch.nonzero(gaps > tie)[:, 0]]
-    return found
+    how far its logit is below the largest. Those within `tie` are let pass.
+
+    Sequences run together, the longest ones first, padded behind, where nothing before sees the padding."""
+    found, device = [], model.device
+    order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]) - len(outputs[at]))
+    for begin in range(0, len(order), ROWS_TOGETHER):
+        rows = order[begin : begin + ROWS_TOGETHER]
+        ids = [torch.tensor([*prompts[at], *outputs[at]]) for at in rows]
+        hidden = model.model(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)).last_hidden_state
+        kept = [hidden[row, len(prompts[at]) - 1 : len(ids[row]) - 1] for row, at in enumerate(rows)]
+        logits = model.lm_head(torch.cat(kept)).float()
+        chosen = torch.tensor([token for at in rows for token in outputs[at]], device=device)
+        gaps = (logits.amax(-1) - logits.gather(-1, chosen[:, None])[:, 0]).cpu()
+        for at, part in zip(rows, gaps.split([len(outputs[at]) for at in rows])):
+            found += [(at, int(place), float(part[place])) for place in torch.nonzero(part > tie)[:, 0]]
+    return sorted(found)
 
 
 def prompts_with_shared_heads(count: int, *, vocab_size: int, shared: int, longest: int, seed: int) -> list[list[int]]:

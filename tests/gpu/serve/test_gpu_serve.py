@@ -9,10 +9,13 @@ import torch
 from serve_models import as_transformers, disagreements, prompts_with_shared_heads
 
 from gpu.serve.attention import KVPages, StepRows, TorchAttention
+from gpu.serve.decoder import Decoder
 from gpu.serve.gpu_attention import GpuAttention
 from gpu.serve.llm import LLM, ServeOptions
 from gpu.serve.model.config import read_config
 from gpu.serve.model.products import StreamedProducts, TorchProducts
+from gpu.serve.runner import Runner
+from gpu.serve.sampling import draw, token_keys
 from gpu.serve.step import Chunk, SamplingParams
 
 CONFIG = {
@@ -85,6 +88,35 @@ def folder(tmp_path_factory):
     return path
 
 
+OPTIONS = {"dtype": "float16", "dummy_weights": True, "max_batch": 8, "step_tokens": 96, "num_pages": 400}
+STARTS = {"graphs", "streamed_products"}  # options that a model is loaded with
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    llm = LLM(folder, ServeOptions(**OPTIONS), record=True)
+    return llm, as_transformers(llm)
+
+
+@pytest.fixture
+def small(loaded):
+    """The model, which a test restarts with options of its own, and the same numbers in Transformers."""
+    llm, _ = loaded
+    runner = llm.runner
+    yield loaded
+    llm.runner = runner
+
+
+def runner_of(llm: LLM, *, graphs: bool = True, streamed_products: bool = False) -> Runner:
+    """Another way to run the model's steps, over its weights, pages and attention."""
+    usual = llm.runner
+    products = StreamedProducts(llm.config.norm_eps) if streamed_products else usual.model.products
+    made = Runner(Decoder(llm.config, llm.weights, products), usual.attention, max_batch=usual.max_batch,
+                  max_pages=usual.max_pages, graphs=usual.graph_rows if graphs else ())
+    made.capture()
+    return made
+
+
 def prompts(count: int, *, longest: int = 150) -> list[list[int]]:
     rng = np.random.default_rng(3)
     head = rng.integers(0, 997, 60).tolist()
@@ -92,52 +124,75 @@ def prompts(count: int, *, longest: int = 150) -> list[list[int]]:
             for _ in range(count)]
 
 
-def serve(folder, *, params=SamplingParams(max_tokens=24), count=24, **options):
-    llm = LLM(folder, ServeOptions(dtype="float16", dummy_weights=True, **{"max_batch": 8, "step_tokens": 96,
-                                                                        "num_pages": 400, **options}), record=True)
+def serve(llm: LLM, *, params=SamplingParams(max_tokens=24), count=24, **options):
+    """Tokens of the prompts by the model with these options beside OPTIONS."""
+    usual = {name: OPTIONS[name] for name in ("num_pages", "max_batch", "step_tokens")}
+    llm.restart(**usual | {"prefix_cache": "none"} | options)
     done = llm.generate(prompts(count), params)
-    assert llm.server.num_free_pages == llm.pages.num_pages
-    return [completion.tokens for completion in done], llm
+    assert llm.server.num_free_pages == llm.server.scheduler.limits.num_pages
+    return [completion.tokens for completion in done]
 
 
-def wrong(llm: LLM, outputs: list[list[int]]) -> list[tuple]:
-    """Tokens that Transformers would not choose, but for those that rounding may swap."""
-    pytest.importorskip("transformers")
-    return disagreements(as_transformers(llm), prompts(len(outputs)), outputs, tie=0.1)
+def check_steps(llm: LLM) -> None:
+    """Steps do not overlap on the device, and graphs are the least that hold a decode step's rows."""
+    steps = llm.server.steps
+    assert {"decode", "mixed"} <= {step.kind for step in steps}
+    gaps = [two.start_us - one.end_us for one, two in zip(steps, steps[1:])]
+    assert min(gaps) > -1.0
+    sizes = llm.runner.graph_rows
+    for step in steps:
+        whole = step.kind != "decode" or not sizes
+        assert step.padded_rows == (step.decode_rows if whole else min(n for n in sizes if n >= step.decode_rows))
 
 
 @pytest.mark.parametrize("options", [
     {}, {"graphs": False}, {"prefix_cache": "lru"}, {"num_pages": 40}, {"step_tokens": 8},
     {"num_pages": 40, "prefix_cache": "lru"}, {"streamed_products": True},
 ])
-def test_tokens_are_transformers_own_however_they_are_served(folder, options):
-    outputs, llm = serve(folder, **options)
-    assert wrong(llm, outputs) == []
+def test_tokens_are_transformers_own_however_they_are_served(small, options):
+    llm, theirs = small
+    if STARTS & options.keys():
+        llm.runner = runner_of(llm, **options)
+    outputs = serve(llm, **{name: value for name, value in options.items() if name not in STARTS})
+    # Tokens that Transformers would not choose, but for those that rounding may swap.
+    assert disagreements(theirs, prompts(len(outputs)), outputs, tie=0.1) == []
+    check_steps(llm)
     steps = llm.server.steps
-    assert {"decode", "mixed"} <= {step.kind for step in steps}
-    if options.get("graphs", True):
-        assert any(step.padded_rows > step.decode_rows for step in steps if step.kind == "decode")
+    if options.get("graphs", True) and "step_tokens" not in options:
+        # A step's 96 tokens take several prompts, so that the last requests decode alone and end one after another.
+        assert any(step.padded_rows > step.decode_rows for step in steps)
     if "num_pages" in options:
         assert sum(step.preempted for step in steps) > 0
-    gaps = [two.start_us - one.end_us for one, two in zip(steps, steps[1:])]
-    assert min(gaps) > -1.0  # steps do not overlap on the device
 
 
-def test_drawn_tokens_depend_on_seed_and_position_alone(folder):
+def test_drawn_tokens_depend_on_seed_and_position_alone(small):
+    llm, _ = small
     params = [SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=at) for at in range(24)]
-    usual, _ = serve(folder, params=params)
-    other, _ = serve(folder, params=params, max_batch=3, num_pages=60)
-    # Logits that are summed in another order move the edge between two tokens, which seldom lies at a drawn number.
+    usual = serve(llm, params=params)
+    other = serve(llm, params=params, max_batch=3, num_pages=60)
+    # Logits that are summed in another order move a token's place in the race by their rounding alone.
     assert np.mean([one != two for one, two in zip(usual, other)]) <= 0.3
     assert len({tuple(tokens) for tokens in usual}) == 24
 
 
-@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
-def test_eight_bit_caches_serve(folder, kv_dtype):
-    tokens, _ = serve(folder, kv_dtype=kv_dtype)
-    assert all(len(one) == 24 for one in tokens)
+@pytest.mark.parametrize("cuts", [False, True])
+def test_draws_are_those_of_the_cpu(cuts):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50_000, generator=generator).half()
+    temperature = torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(16)
+    top_p = torch.rand(64, generator=generator).clamp_min(0.1) if cuts else torch.ones(64)
+    given = logits, temperature, top_p, torch.arange(64) * 2**50, torch.arange(64) * 1000
+    wanted = draw(*given, token_keys(50_000, "cpu"), cuts=cuts)
+    found = draw(*(part.cuda() for part in given), token_keys(50_000, "cuda"), cuts=cuts).cpu()
+    assert (found != wanted).sum() <= 1  # where logarithms are rounded otherwise
 
 
+@pytest.mark.parametrize(("kv_dtype", "options"), [
+    ("float8_e4m3fn", {"streamed_products": True}), ("int8", {"graphs": False})])
+def test_eight_bit_caches_serve(folder, kv_dtype, options):
+    llm = LLM(folder, ServeOptions(**OPTIONS, kv_dtype=kv_dtype, **options), record=True)
+    assert all(len(tokens) == 24 for tokens in serve(llm))
+    check_steps(llm)
 
 
 def test_smollm2_says_what_transformers_says():
