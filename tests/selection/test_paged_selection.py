@@ -25,7 +25,7 @@ NAME = "gpu.selection.paged_selection"
 class Summaries:
     """What has been summarised: tokens of each row."""
 
-    def __init__(self, shape, k_pages, dtype, *, kind) -> None:
+    def __init__(self, shape, k_pages, dtype, *, kind, summary_dtype=None) -> None:
         self.shape, self.dtype, self.right_to = shape, dtype, 0
 
     def update(self, k_pages, seq_lens, block_table, *, new_tokens=None) -> None:
