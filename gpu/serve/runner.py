@@ -247,7 +247,7 @@ class Runner:
             temperature, top_p, seed = (kept.index_select(0, slots) for kept in self._sampling)
             chosen = draw(logits, temperature, top_p, seed, lens.long())
         else:
-            chosen = logits.argmax(-1)
+            chosen = self.model.products.argmax(logits)
         self._last_token.index_copy_(0, slots, chosen)
         self._chosen[: len(chosen)].copy_(chosen)
 
