@@ -89,6 +89,11 @@ SUMMARY = Parameter("SummaryArguments", (
 PRODUCT = Parameter("ProductArguments", (
     *_fields("p", "x weight norm bias out"), *_fields("i", "columns rows x_stride out_stride"), Field("eps", "f"),
 ))  # fmt: skip
+NORM = Parameter("NormArguments", (
+    *_fields("p", "x weight out"), *_fields("i", "width x_stride"), Field("eps", "f"),
+))  # fmt: skip
+GATE = Parameter("GateArguments", (*_fields("p", "x out"), *_fields("i", "width x_stride")))
+CHOICE = Parameter("ChoiceArguments", (*_fields("p", "x out states"), *_fields("i", "width x_stride")))
 RUNS = _values(  # of pages moved between host memory and the GPU
     *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
     *_fields("i", "run_bytes num_blocks first_run num_runs"),
@@ -129,6 +134,9 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_select_pages": (SELECT,),
     "pkv_summarize_pages": (SUMMARY,),
     "pkv_product": (PRODUCT,),
+    "pkv_rms_norm": (NORM,),
+    "pkv_silu_gate": (GATE,),
+    "pkv_argmax": (CHOICE,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),

@@ -62,6 +62,8 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         product = variant(rows=4096, depth=depth, columns=1, normed=normed, end=end, bfloat16=True,
                           shared_limit=shared_limit_bytes(90))
         yield "product.cu", f"{depth} deep, end {end}", product.defines()
+    for bfloat16 in (0, 1):
+        yield "rows.cu", f"DTYPE_BF16 {bfloat16}", {"DTYPE_BF16": bfloat16, "NORM_VECTORS": 2}
     for page_lse in (False, True):
         config = kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability)
         yield "selected.cu", f"page_lse {page_lse}", config.selected_defines(selected=True, page_lse=page_lse)
