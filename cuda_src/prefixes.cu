@@ -106,8 +106,13 @@ struct SharingRule {
   int tokens_per_member, least_tokens;
 
   __device__ __forceinline__ bool pays(int members, long long prefix_pages) const {
-    const long long saved = (members - 1) * prefix_pages * PAGE_SIZE;
-    return members >= 2 && saved > static_cast<long long>(tokens_per_member) * members && saved > least_tokens;
+    return members >= 2 && saved(members, prefix_pages) > static_cast<long long>(tokens_per_member) * members;
+  }
+  __device__ __forceinline__ bool worth(unsigned long long saved_tokens) const {
+    return static_cast<long long>(saved_tokens) > least_tokens;
+  }
+  __device__ __forceinline__ static long long saved(int members, long long prefix_pages) {
+    return (members - 1) * prefix_pages * PAGE_SIZE;
   }
 };
 
@@ -320,14 +325,20 @@ __device__ __forceinline__ void group_rows(unsigned long long* words, const Pref
     const int tree = left ? m.tree[row] : -1;
     add_to(m.left, tree), lower(m.first_left, tree, row);
   }
+  unsigned long long& all_saved = m.saved[0];
+  if (thread == 0) all_saved = 0;
   __syncthreads();
+  unsigned long long saved = 0;
   for (int row = thread; row < batch_size; row += WORKERS) {
     const int tree = m.tree[row];
+    int members = m.size[row];
     if (m.leader[row] == NOBODY && m.left[tree] >= 2 && rule.pays(m.left[tree], m.least[tree])) {
       m.leader[row] = m.first_left[tree];
-      if (m.leader[row] == row) m.common[row] = m.least[tree];
+      if (m.leader[row] == row) m.common[row] = m.least[tree], members = m.left[tree];
     }
+    if (m.leader[row] == row) saved += rule.saved(members, m.common[row]);
   }
+  if (saved > 0) atomicAdd(&all_saved, saved);
   // Groups are numbered by their leaders: of 32 rows each `leaders` has a bit, and `before` the groups before them.
   int *leaders = m.to, *before = m.pages, &groups = m.size[0];
   __syncthreads();
@@ -347,17 +358,18 @@ __device__ __forceinline__ void group_rows(unsigned long long* words, const Pref
     if (lane == 0) groups = count;
   }
   __syncthreads();
+  const bool worth = rule.worth(all_saved);
   for (int row = thread; row < batch_size; row += WORKERS) {
     const int leader = m.leader[row];
     int group = -1;
-    if (leader != NOBODY) {
+    if (worth && leader != NOBODY) {
       const unsigned earlier = static_cast<unsigned>(leaders[leader / 32]) & ((1u << leader % 32) - 1);
       group = before[leader / 32] + __popc(earlier);
       if (leader == row) prefix_pages[group] = m.common[row];
     }
     group_of_row[row] = group;
   }
-  for (int group = groups + thread; group < max(1, batch_size / 2); group += WORKERS) prefix_pages[group] = 0;
+  for (int group = (worth ? groups : 0) + thread; group < max(1, batch_size / 2); group += WORKERS) prefix_pages[group] = 0;
 }
 
 }  // namespace pkv

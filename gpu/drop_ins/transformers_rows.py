@@ -155,6 +155,8 @@ class PagedRows:
         self._shared[::self.rows_per_prompt] = 0
         pays = [self.rule.pays(self.rows_per_prompt, int(count) * self.page_size) for count in pages]
         read_once = np.where(pays, pages, 0).astype(np.int32)
+        if not self.rule.worth((self.rows_per_prompt - 1) * self.page_size * int(read_once.sum())):
+            read_once[:] = 0
         if read_once.any():
             group_of_row = np.arange(len(counts), dtype=np.int32) // self.rows_per_prompt
             self.groups = torch.from_numpy(group_of_row).to(device), torch.from_numpy(read_once).to(device)

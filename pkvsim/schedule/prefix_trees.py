@@ -7,9 +7,9 @@ from pkvsim.compiled import compiled, inner
 
 
 @inner
-def _pays(members, prefix_tokens, tokens_per_member, least_tokens):
+def _pays(members, prefix_tokens, tokens_per_member):
     """SharingRule.pays."""
-    return members >= 2 and (members - 1) * prefix_tokens > max(tokens_per_member * members, least_tokens)
+    return members >= 2 and (members - 1) * prefix_tokens > tokens_per_member * members
 
 
 @inner
@@ -39,7 +39,7 @@ def group_sorted(
     prefix_of: np.ndarray,  # [rows] int64, out: ids that all rows of each group have in common
 ) -> int:
     """How many groups there are."""
-    groups, rows, begin = 0, len(group_of), 0
+    groups, rows, begin, saved = 0, len(group_of), 0, 0
     while begin < rows:
         end, of_all = begin + 1, np.int64(2**62)
         while end < rows and common[end - 1] >= 1:
@@ -56,19 +56,24 @@ def group_sorted(
             while last < end and common[last - 1] >= depth:
                 least = min(least, common[last - 1])
                 last += 1
-            together = last > first + 1 and _pays(last - first, least * id_tokens, tokens_per_member, least_tokens)
+            together = last > first + 1 and _pays(last - first, least * id_tokens, tokens_per_member)
             group_of[first:last] = groups if together else -1
             if together:
                 prefix_of[groups] = least
+                saved += (last - first - 1) * least * id_tokens
                 groups += 1
             else:
                 left += last - first
             first = last
-        if _pays(left, of_all * id_tokens, tokens_per_member, least_tokens):
+        if _pays(left, of_all * id_tokens, tokens_per_member):
             for row in range(begin, end):
                 if group_of[row] < 0:
                     group_of[row] = groups
             prefix_of[groups] = of_all
+            saved += (left - 1) * of_all * id_tokens
             groups += 1
         begin = end
-    return groups
+    if saved > least_tokens:  # SharingRule.worth
+        return groups
+    group_of[:] = -1
+    return 0

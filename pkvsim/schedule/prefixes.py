@@ -12,7 +12,8 @@ common prefix of rows i and j is written lcp(i, j).
   4. The rows of the tree that are in no group become one over the pages that all rows of the tree have in common, if
      they are two or more and it pays. (Questions on several documents under one system prompt: a group for each
      document, one for the rows that have the system prompt alone.)
-  5. Groups are numbered by their first rows.
+  5. Where all groups together save too little for a step that reads together, there are none.
+  6. Groups are numbered by their first rows.
 One row is in one group: there is one level. It takes O(rows * pages) comparisons beside a sort.
 """
 from __future__ import annotations
@@ -27,35 +28,44 @@ from pkvsim.schedule.prefix_trees import group_sorted
 from pkvsim.shapes import DecodeShape, StepState, check_int
 
 STATE_ELEMENT_BYTES = 4  # float32: acc, m and l of each column
+# Of 0 to 500 MB that a step must save, 300 MB were the best of 72 steps of five head shapes on one H200 (bench_shared with
+# and without --drawn 64, 2026-11-29): no step that shared was slower than a plain one, and all took 0.4 % more than the
+# faster way of each; 12 MB, what a merge of 3 us is worth, 22 % more, and up to 3.2 times a plain step. Rows that read
+# for themselves find what others have read in L2, so what is saved is worth a third of its time. Elsewhere an assumption.
+STEP_US = 75.0
 
 
 class SharingRule(NamedTuple):
-    """When reading a common prefix once pays: (members - 1) * prefix tokens, which are saved, must exceed both
-    tokens_per_member * members, what the members' extra states weigh, and least_tokens, what their merge takes.
+    """When reading common prefixes once pays. Of each group (members - 1) * prefix tokens are saved: they must exceed
+    tokens_per_member * members, what the members' extra states weigh, and those of all groups of a step least_tokens,
+    what such a step takes beside a plain one.
 
-    The defaults are those of 32/8 heads of 128 on an H200, calculated (sharing_rule) and not measured.
+    The defaults are those of 32/8 heads of 128 on an H200 (sharing_rule).
     """
 
     tokens_per_member: int = 26
-    least_tokens: int = 3400
+    least_tokens: int = 73243
 
     def pays(self, members: int, prefix_tokens: int) -> bool:
-        """Whether so many rows should read a common prefix of so many tokens once."""
-        saved = (members - 1) * prefix_tokens
-        return members >= 2 and saved > max(self.tokens_per_member * members, self.least_tokens)
+        """Whether so many rows should read a common prefix of so many tokens once, if the step is worth it."""
+        return members >= 2 and (members - 1) * prefix_tokens > self.tokens_per_member * members
+
+    def worth(self, saved_tokens: int) -> bool:
+        """Whether a step whose groups save so many tokens should read them together."""
+        return saved_tokens > self.least_tokens
 
 
 def sharing_rule(
     shape: DecodeShape,
     *,
     bandwidth_gb_per_s: float,
-    merge_us: float = 3.0,
+    step_us: float = STEP_US,
     parts: int = 2,
     options: AttentionOptions = PLAIN,
 ) -> SharingRule:
     """The rule by bytes, for a GPU that reads so fast.
 
-    merge_us: what the merge of shared parts adds to a step at its end. parts: into how many a read is cut. Each member
+    step_us: in which memory gives what a step must save that reads together. parts: into how many a read is cut. Each member
     then has parts + 1 states for each KV head that are written and read once more.
     """
     columns = shape.group_size * options.query_tokens
@@ -63,7 +73,7 @@ def sharing_rule(
     token = options.kv_token_bytes(shape)
     return SharingRule(
         tokens_per_member=int(np.ceil(2 * (parts + 1) * state / token)),
-        least_tokens=int(np.ceil(merge_us * 1e-6 * bandwidth_gb_per_s * 1e9 / (token * shape.num_kv_heads))),
+        least_tokens=int(np.ceil(step_us * 1e-6 * bandwidth_gb_per_s * 1e9 / (token * shape.num_kv_heads))),
     )
 
 

@@ -44,6 +44,8 @@ def stated(table, pages, page_size, rule):
                 left -= set(rows)
         if rule.pays(len(left), depths[0] * page_size):
             found.append((depths[0], sorted(left)))
+    if not rule.worth(sum((len(rows) - 1) * least * page_size for least, rows in found)):
+        return []
     return sorted(found, key=lambda group: group[1][0])
 
 
@@ -71,7 +73,7 @@ def test_documents_under_one_system_prompt():
             table[row, :32] = np.arange(32)
         if row < 64:
             table[row, 32:288] = 100 + np.arange(256) + 256 * (row % 4)
-    groups = find_prefixes(table, np.full(68, 300 * 16), page_size=16)
+    groups = find_prefixes(table, np.full(68, 300 * 16), page_size=16, rule=SharingRule(400, 0))
     assert groups.prefix_pages.tolist() == [288] * 4  # three rows of 512 tokens do not pay
     groups = find_prefixes(table, np.full(68, 300 * 16), page_size=16, rule=ALWAYS)
     assert groups.prefix_pages.tolist() == [288] * 4 + [32]
@@ -80,9 +82,9 @@ def test_documents_under_one_system_prompt():
 
 def test_when_sharing_pays():
     """The default is what bytes say of 32/8 heads of 128 on an H200, rounded."""
-    rule = sharing_rule(DecodeShape(32, 8, 128, 16), bandwidth_gb_per_s=4600)
-    assert rule.tokens_per_member == 25 and rule.least_tokens == 3370
-    assert SharingRule().pays(2, 3401) and not SharingRule().pays(2, 3400)
+    rule = sharing_rule(DecodeShape(32, 8, 128, 16), bandwidth_gb_per_s=4000)
+    assert rule.tokens_per_member == 25 and rule.least_tokens == SharingRule().least_tokens
+    assert rule.worth(73244) and not rule.worth(73243)
     assert SharingRule(26, 0).pays(64, 27) and not SharingRule(26, 0).pays(64, 26)
     assert not ALWAYS.pays(1, 10**6) and not ALWAYS.pays(0, 10**6)
 

@@ -14,7 +14,8 @@ static T atomicMin(T* at, T value) {
   *at = min(before, value), ++progress;
   return before;
 }
-static int atomicAdd(int* at, int value) {
+template <class T>
+static T atomicAdd(T* at, T value) {
   ++progress;
   return (*at += value) - value;
 }

@@ -286,5 +286,6 @@ def lay_out(levels: list[tuple[np.ndarray, ...]], *, page_size: int, query_token
         table[row, prefix[row]:prefix[row] + own_counts[row]] = own_ids[own_pages[row]:own_pages[row + 1]]
     own_tokens = np.where(own_counts > 0, (own_counts - 1) * page_size + own_last, 0)
     pays = np.array([rule.pays(int(count), int(pages) * page_size) for count, pages in zip(members, counts)], bool)
+    pays &= rule.worth(int(((members - 1) * counts * page_size)[pays].sum()))
     return HostStep(table, (prefix * page_size + own_tokens).astype(np.int32), group.astype(np.int32),
                     np.where(pays, counts, 0).astype(np.int32), query_tokens)
