@@ -8,8 +8,8 @@
 32 query and 8 KV heads of 128, pages of 16, FP16. Results are checked against float64 before they are timed. Times are
 per call inside a CUDA graph, cold in L2 where a step is large enough. "attend": lists at rest; "everything": scores,
 selection and attention, every list new in every call; "skewed": half the heads read 8 times what the others do, the
-same bytes in all; "page_lse": the dense step with the mass of every page; FlashInfer: heads folded into the batch,
-planned, the plan not counted.
+same bytes in all; "policy" (of --grid): lists with their summaries or all pages, as prices say; "page_lse": the dense
+step with the mass of every page; FlashInfer: heads folded into the batch, planned, the plan not counted.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import time
 from gpu.measure.environment import environment, lacks_gpu, write_json
 
 POOL_GIB = 18.0
-SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "dense_page_lse", "summarize_one_token",
+SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "policy", "dense_page_lse", "summarize_one_token",
          "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
 
 
