@@ -8,8 +8,9 @@
 32 query and 8 KV heads of 128, pages of 16, FP16. Results are checked against float64 before they are timed. Times are
 per call inside a CUDA graph, cold in L2 where a step is large enough. "attend": lists at rest; "everything": scores,
 selection and attention, every list new in every call; "8bit": of summaries in 8-bit codes; "skewed": half the heads
-read 8 times what the others do, the same bytes in all; "page_lse": the dense step with the mass of every page;
-FlashInfer: heads folded into the batch, planned, the plan not counted.
+read 8 times what the others do, the same bytes in all; "policy" (of --grid): lists with their summaries or all pages,
+as prices say; "page_lse": the dense step with the mass of every page; FlashInfer: heads folded into the batch, planned,
+the plan not counted.
 """
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ import time
 from gpu.measure.environment import environment, lacks_gpu, write_json
 
 POOL_GIB = 18.0
-SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit", "dense_page_lse",
-         "summarize_one_token", "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
+SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit", "policy",
+         "dense_page_lse", "summarize_one_token", "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

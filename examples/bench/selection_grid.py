@@ -1,5 +1,7 @@
 """Cells to which the prices of selected steps are fitted: dense, attend, select, both and the summaries, no checks.
 
+"policy": what PagedSelection does in the step, lists with their summaries or, where these do not pay, all pages.
+
 bench_selection measures its own cells in full, against float64 and FlashInfer; these are many and cheap.
 """
 from __future__ import annotations
@@ -13,6 +15,8 @@ from bench.selection_measure import MOST_LAYERS, PINS, SHAPE, Result, SelectionB
 from gpu import DecodeEngine, PageSelector, PageSummaries
 from gpu.measure.cases import lay_out
 from gpu.measure.timing import graph_time_us, l2_bytes, rotation_length
+from gpu.routes.router import this_device
+from gpu.selection.paged_selection import PagedSelection
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.selection.rules import Budget
 
@@ -67,5 +71,15 @@ def measure_cell(bench: SelectionBench, rows: int, length: int, fraction: float)
     time_of("attend", lambda i: attend(i, selected=lists))
     time_of("select", lambda i: selector.select(case.q, summaries[i]))
     time_of("everything", lambda i: attend(i, selected=selector.select(case.q, summaries[i])))
+    paged = PagedSelection(budget=budget, pins=PINS, dense_layers=0, device=this_device())
+
+    def by_policy(i: int) -> None:
+        k, v = case.layers[i]
+        if paged.keep(i, SHAPE.num_q_heads, k, seq_lens, table, 1):
+            paged.attend(i, case.q, k, v, seq_lens, table)
+        else:
+            attend(i)
+
+    time_of("policy", by_policy)
     time_of("summarize_one_token", lambda i: summaries[i].update(case.layers[i][0], seq_lens, table, new_tokens=1))
     return result

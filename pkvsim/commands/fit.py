@@ -95,7 +95,8 @@ def fit(
             source = ", ".join(Path(path).name for path in serving)
             fitted, held_out = fit_serving(fitted, points, source=source, date=today)
         if selection:
-            from pkvsim.fitting.fit_selection import fit_selection, read_selection_cells
+            from pkvsim.fitting.selection.cells import read_selection_cells
+            from pkvsim.fitting.selection.fit_selection import fit_selection
 
             files = [read_selection_cells(path) for path in selection]
             cells, source = [cell for found, _ in files for cell in found], "; ".join(about for _, about in files)

@@ -5,13 +5,17 @@ import contextlib
 import re
 import sys
 
+import numpy as np
 import pytest
 from command import azure_trace
+from paths import ROOT
 from rich.cells import cell_len
 
 from pkvsim import cli
 from pkvsim.commands import serving_inputs
 from pkvsim.devices.device import DEVICES
+from pkvsim.fitting.selection.cells import TIMES, read_selection_cells
+from pkvsim.reports.selection.table_fit import print_selection_fit
 from pkvsim.reports.table_replay import print_fit
 
 COMMANDS = (
@@ -29,6 +33,9 @@ COMMANDS = (
     "sweep --trace TRACE --over policy=calibrated,flashinfer_tensor_core --over device=rtx3060,h100_sxm",
     "step --seq-lens 8704x48,1000x4 --shared 8192x48 --device h200",
     "step --seq-lens 131072 --device h200 --kv-parallel 2",
+    "step --seq-lens 131072,8000x4 --select mean_std:0.1 --device h200",
+    "sweep --over length=8192,65536 --over select=off,mean_std:0.1 --device l4",
+    "whatif --trace TRACE --device h200 --policies balanced,calibrated --select mean_std:0.1",
     "trace TRACE",
     "whatif --trace TRACE --device h200 --engine vllm --policies engine,balanced",
     "whatif --trace TRACE --device h200 --kv-parallel 2",
@@ -73,6 +80,8 @@ def test_a_fit(capsys, terminal):
     fitted = {name for name, route in device.calibration.items() if route.in_sample}
     assert fitted
     print_fit(device, fitted, {"xqa": 3})
+    cells, _ = read_selection_cells(ROOT / "examples/results/h200_selection.json")
+    print_selection_fit(device, cells, dict.fromkeys(TIMES, np.full(len(cells), -0.123)))
     check(capsys.readouterr().out)
 
 

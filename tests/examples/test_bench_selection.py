@@ -112,6 +112,13 @@ def test_a_cell_of_the_grid_has_every_time_that_a_fit_asks_for(monkeypatch) -> N
             sys.modules.pop(name, None)
         grid = importlib.import_module("bench.selection_grid")
 
+        class Paged:
+            def __init__(self, **more) -> None:
+                pass
+
+            def keep(self, *given) -> bool:
+                return False
+
         def call_all(run_one, *, variants, repeats):
             run_one(0)
             return SimpleNamespace(median_us=float(variants))
@@ -126,6 +133,7 @@ def test_a_cell_of_the_grid_has_every_time_that_a_fit_asks_for(monkeypatch) -> N
 
         for name, value in {"DecodeEngine": Planned, "PageSelector": Planned, "PageSummaries": Summaries,
                             "l2_bytes": lambda: 0, "graph_time_us": call_all, "lay_out": lay_out,
+                            "PagedSelection": Paged, "this_device": lambda: None,
                             "GRID": ((1, 660, 0.1), (2, 660, 0.2))}.items():
             monkeypatch.setattr(grid, name, value)
         monkeypatch.setattr(StepCase, "on_gpu", lambda self: (torch.from_numpy(self.seq_lens),
@@ -135,7 +143,7 @@ def test_a_cell_of_the_grid_has_every_time_that_a_fit_asks_for(monkeypatch) -> N
     for name in ("bench.selection_measure", "bench.selection_grid"):
         sys.modules.pop(name, None)
     assert (done.rows, done.length, done.fraction) == (1, 660, 0.1) and left_out.startswith("2 x 660, 0.2: pool-gib")
-    assert set(done.times) == {"dense", "attend", "select", "everything", "summarize_one_token"}
+    assert set(done.times) == {"dense", "attend", "select", "everything", "policy", "summarize_one_token"}
 
 
 def test_the_tables_have_a_cell_for_every_time(capsys) -> None:

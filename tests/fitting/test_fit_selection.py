@@ -8,15 +8,8 @@ from paths import ROOT
 
 from pkvsim.devices.device import get_device, load_device
 from pkvsim.devices.selection_constants import SelectionConstants
-from pkvsim.fitting.fit_selection import (
-    TIMES,
-    MeasuredSelection,
-    errors,
-    fit,
-    fit_selection,
-    predicted,
-    read_selection_cells,
-)
+from pkvsim.fitting.selection.cells import TIMES, MeasuredSelection, read_selection_cells
+from pkvsim.fitting.selection.fit_selection import errors, fit, fit_selection, predicted
 
 DEVICE = get_device("h200")
 TRUE = SelectionConstants(7.0, 0.7, 1.5e-3, 2.0, 0.95, 0.5, 2.0, 2e-3, 20.0)

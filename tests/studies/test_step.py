@@ -100,7 +100,7 @@ def test_json(capsys, monkeypatch) -> None:
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert list(report) == ["device", "shape", "seq_lens", "kv_bytes", "distinct_kv_bytes", "shared", "layers",
-                            "options", "taken", "reason", "routes"]
+                            "options", "selection", "taken", "reason", "routes"]
     assert report["distinct_kv_bytes"] == report["kv_bytes"] and report["shared"] == []
     assert report["taken"] == min(report["routes"], key=lambda name: report["routes"][name]["step_us"])
     for route in report["routes"].values():

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.fitting.fit_selection import TIMES, MeasuredSelection, predicted
+from pkvsim.fitting.selection.cells import TIMES, MeasuredSelection
+from pkvsim.fitting.selection.fit_selection import predicted
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 
 

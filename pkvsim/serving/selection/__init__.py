@@ -1,2 +1,5 @@
-"""Servers whose decode steps read selected pages: which kinds of layers do, at what price, and what it gave (`pages`);
-what their summaries take of the memory (`memory`)."""
+"""Servers whose decode steps read selected pages.
+
+`memory` says which layers of a model select and what the summaries of their pages take, `pages` prices a step that
+selects and counts what it saved.
+"""

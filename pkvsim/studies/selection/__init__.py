@@ -1,1 +1,5 @@
-"""Studies of selected pages: what one step saves by them (`step`), and what to know of such figures (`notes`)."""
+"""Studies of selected pages.
+
+`step` sets a step over lists beside those that read all pages, `cells` does so for a sweep, and `notes` says what a
+reader must know of such figures.
+"""

@@ -1,16 +1,13 @@
-"""Fits the prices of selected pages to measured steps, the JSON of examples/bench_selection.py.
+"""Fits the prices of selected pages to measured steps.
 
 Selecting, attending to lists, both in one graph and the summaries of new tokens are each fitted to their own column,
 by relative errors of which large ones weigh less. `held_out` is of fits that leave one cell out, on that cell.
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -19,12 +16,13 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import FitError
 from pkvsim.devices.selection_constants import SelectionConstants, SelectionEntry
+from pkvsim.fitting.selection.cells import TIMES, MeasuredSelection
 from pkvsim.pricing.constants import BANDWIDTH
 from pkvsim.pricing.layer import heads_of
 from pkvsim.pricing.selected import list_rule, selected_us, selecting_us
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.setup import SelectionSetup
-from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
+from pkvsim.shapes import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)  # of bench_selection
 START = SelectionConstants(
@@ -39,67 +37,7 @@ FITTED_TO = (
     ("everything", ("gap_us",)),
     ("summarize_one_token", ("keep_us", "keep_list_us")),
 )
-TIMES = tuple(name for name, _ in FITTED_TO)
 LEAST_CELLS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredSelection:
-    """A step of equally long rows, and its times for a layer, microseconds by name."""
-
-    rows: int
-    length: int
-    fraction: float
-    times: dict[str, float]
-    run_us: float | None  # host time of issuing a selecting launch
-
-    @property
-    def label(self) -> str:
-        """As a fit names the cell."""
-        return f"{self.rows} x {self.length} at {self.fraction:g}"
-
-
-def read_selection_cells(path: str | Path) -> tuple[list[MeasuredSelection], str]:
-    """The cells of a file of bench_selection --json, and where they come from: file, command, date, GPU and driver.
-    Raises ValueError naming the file and what is wrong."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read measurements: {error.strerror}") from None
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: cannot read measurements: {error}") from None
-    results = data.get("results") if isinstance(data, dict) else None
-    if not isinstance(results, list) or not results:
-        raise ValueError(f"{path}: results: expected the cells of bench_selection --json, got {type(results).__name__}")
-    about = data.get("environment")
-    facts = [str(about[name]) for name in ("command", "date", "gpu", "driver") if name in about] if isinstance(
-        about, dict) else []  # fmt: skip
-    cells = [_cell(f"{path}: results[{at}]", result) for at, result in enumerate(results)]
-    return cells, ", ".join([Path(path).name, *facts])
-
-
-def _cell(where: str, result: Any) -> MeasuredSelection:
-    if not isinstance(result, dict) or not isinstance(result.get("times"), dict):
-        raise ValueError(f"{where}: expected an object with rows, length, fraction and times, got {result!r:.80}")
-    try:
-        rows = check_int("rows", result.get("rows"), 1, 1 << 16)
-        length = check_int("length", result.get("length"), 1, MAX_TOKENS)
-        fraction = Budget(_number("fraction", result.get("fraction"))).fraction
-        times = {name: _number(f"times.{name}", result["times"].get(name)) for name in TIMES}
-        host = result.get("host_us") or {}
-        run_us = None
-        if isinstance(host, dict) and {"dense", "select and run"} <= set(host):
-            both = _number("host_us.select and run", host["select and run"])
-            run_us = max(0.0, both - _number("host_us.dense", host["dense"]))
-    except ValueError as error:
-        raise ValueError(f"{where}.{error}") from None
-    return MeasuredSelection(rows, length, fraction, times, run_us)
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
-    return float(value)
 
 
 def predicted(cell: MeasuredSelection, device: DeviceSpec, constants: SelectionConstants) -> dict[str, float]:
