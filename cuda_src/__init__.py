@@ -14,16 +14,17 @@ What to read, in this order:
 8. shared.cu       the same for rows that begin alike: what they have in common is read once for all of them
    spans.cuh (the schedule's arithmetic), warp_spans.cuh (by a warp), width.cuh (two widths of the decode path),
    shared_step.cuh (what a CTA does), shared_parts.cuh (where states go and how members are merged); balanced_step.cuh
-   is the plain step of both kernels; prefixes.cu finds such rows. Asked for by gpu.kernels.variant.WARPGROUP_READS:
-   group_reads.cuh (reads by warpgroups; wgmma.cuh), remembered_step.cuh in place of shared_step.cuh, and
-   prefixes_at_once.cu
+   is the plain step of both kernels; prefixes.cu finds such rows; group_reads.cuh: reads by warpgroups of sm_90
+   (wgmma.cuh)
 9. decode.cu and merge.cu, the paper's two schedules over the same attend(): a list of tasks, then a merge
 10. selected.cu    the same for listed pages (lists.cuh, list_plan.cuh); select.cu makes the lists (page_scores.cuh,
-   top_pages.cuh) from what summaries.cu keeps of pages; page_lse.cuh is the mass of tiles as a by-product
+   page_weights.cuh, top_pages.cuh) from what summaries.cu keeps of pages; page_lse.cuh is the mass of tiles as a
+   by-product
 11. several.cu     the same over several GPUs: several.cuh sends states to the ranks that own the outputs
 Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu and plan_spans.cu (list the balanced
 schedules for tests), stream.cu (the speed of light), mma.cuh (the instructions everything is made of), read_early.cuh
-(one load), gather.cu (pages from and to host memory), product.cu (matrix products of few rows, for gpu.serve).
+(one load), gather.cu (pages from and to host memory), product.cu (matrix products of few rows, for gpu.serve),
+rows.cu (norms, gates and the likeliest token beside other products).
 
 How data flows in a decode step: a CTA finds its range -> its segments (a run of tiles of one row and KV head) -> tiles,
 dealt to its warps' streams -> page ids -> cp.async into each stream's ring -> ldmatrix -> S^T = K Q^T -> weights -> O^T

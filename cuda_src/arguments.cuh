@@ -77,9 +77,17 @@ struct RankArguments {
 #endif
 
 #ifdef SCORING
+#if SUMMARY_CODES
+typedef unsigned char summary_type;
+#else
+typedef half_type summary_type;
+#endif
+
 // pkv_select_pages's arguments; select.cu has the shapes of those that are not said here.
 struct SelectArguments {
-  const half_type *q, *summaries;
+  const half_type* q;
+  const summary_type* summaries;
+  const float2* summary_scales;               // of both vectors (SUMMARY_CODES)
   const page_id* page_ids;                    // as DecodeArguments has them
   const int *lengths, *row_begins;
   float* scores;
@@ -99,7 +107,8 @@ struct SelectArguments {
 // pkv_summarize_pages's arguments. Strides are in elements.
 struct SummaryArguments {
   const half_type* k_pages;                   // [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM]
-  half_type* summaries;                       // [num_pages, num_kv_heads, 2, HEAD_DIM]
+  summary_type* summaries;                    // [num_pages, num_kv_heads, 2, HEAD_DIM]
+  float2* summary_scales;                     // [num_pages, num_kv_heads], of both vectors (SUMMARY_CODES)
   const page_id* page_ids;                    // as DecodeArguments has them
   const int *lengths, *row_begins;
   long long k_page_stride;

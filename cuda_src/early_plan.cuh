@@ -148,9 +148,6 @@ struct EarlyStart {
     page_id ids;        // of the first segment's first tiles,
     int ids_before;     // which were these
     ReadRecord record;  // where the plan is from it
-#if READ_COLUMNS && !READ_TILES
-    bool grouped;       // one of this lane's rows is in a group
-#endif
   } again;
 
   static constexpr bool EARLY = KERNELS_OVERLAP;
@@ -163,9 +160,6 @@ struct EarlyStart {
     again.ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, from.lane);
     again.ids_before = loader.ids_ahead;
     if (from.recalled) again.record.read(from.record, from.lane);
-#if READ_COLUMNS && !READ_TILES
-    again.grouped = from.groups.any_grouped(from.lens.batch_size, from.lane, 32);
-#endif
   }
 
   // Whether the plan holds. What else there is to do is done here, while there is nothing to compute: the next launch's
@@ -177,11 +171,9 @@ struct EarlyStart {
       int changes = again.changes | (lens.cut(again.length) ^ plan.length);
       changes |= pages.table.cut(again.ids) ^ again.ids_before;
       if (from.recalled) changes |= (again.record.length ^ from.found.length) | (again.record.word ^ from.found.word);
-#if READ_TILES
+#if READ_COLUMNS
       // A trip to L2, for which the first tiles have not waited.
       changes |= from.groups.any_grouped(from.lens.batch_size, from.lane, 32);
-#elif READ_COLUMNS
-      changes |= again.grouped;
 #endif
       if (__any_sync(ALL_LANES, changes)) return false;
     }

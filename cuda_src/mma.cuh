@@ -247,6 +247,14 @@ __device__ __forceinline__ float2 receive(const float2* from) {
   return v;
 }
 
+// One more of what other CTAs count, too: how many were before. What a CTA wrote before it counted (its threads having
+// met) is seen by those that count later.
+__device__ __forceinline__ int take_ticket(int* from) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(from) : "memory");
+  return before;
+}
+
 // The same between GPUs: system scope.
 __device__ __forceinline__ void send_to_rank(float4* to, const float4& v) {
   asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1,%2,%3,%4};"
@@ -303,6 +311,12 @@ __device__ __forceinline__ float max_or_nan(float x, float y) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
   return larger;
+}
+
+__device__ __forceinline__ float sqrt_fast(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

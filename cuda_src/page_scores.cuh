@@ -7,7 +7,7 @@
 //             the elements of a key vary on their own. Squares are products of BF16, which has their range.
 //   MIN_MAX   scale * sum over d of max(q_d min_d, q_d max_d), which no key of the page exceeds (Quest)
 #pragma once
-#include "table.cuh"
+#include "arguments.cuh"
 
 namespace pkv {
 
@@ -19,15 +19,30 @@ constexpr int SCORE_BLOCKS = (GROUP_SIZE + 7) / 8;    // of 8 query heads
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LEAST_SCORE = -1e30f;
 
+// Asks for summaries as a whole, ahead of their halves: DRAM is quicker with what lies together than with twice the half
+// of it. What all CTAs ask for at a time has to have room in L2, as it has where kernels overlap (sm_90).
+__device__ __forceinline__ void ask_summaries(const summary_type* low_at, const summary_type* high_at, int lane) {
+  if constexpr (!KERNELS_OVERLAP) return;
+  constexpr int LINE = 128 / sizeof(summary_type);
+  #pragma unroll
+  for (int i = 0; i < 2 * HEAD_DIM; i += 4 * LINE) {
+    const int at = i + lane % 4 * LINE;
+    if (at < 2 * HEAD_DIM) prefetch_l2(low_at + at), prefetch_l2(high_at + at);
+  }
+}
+
+#if !SUMMARY_CODES
 // What a lane holds of 8 query heads: head lane / 4, elements 8 (lane % 4) to + 7 of each 32. Of MIN_MAX the negative
 // elements, and then the positive ones; of MEAN_STD the elements alone, whose squares are worked out anew each time,
 // since the registers are the summaries'.
 struct ScoreQuery {
   static constexpr int PARTS = SCORING == MEAN_STD ? 1 : 2;
   uint4 own[PARTS][SCORE_BLOCKS][ROW_VECTORS];
+  float scale;
 
   // q: [GROUP_SIZE, HEAD_DIM] of the row and KV head.
-  __device__ __forceinline__ void load(const half_type* q, int lane) {
+  __device__ __forceinline__ void load(const half_type* q, float logit_scale, int lane) {
+    scale = logit_scale * LOG2_E;
     #pragma unroll
     for (int b = 0; b < SCORE_BLOCKS; ++b)
       #pragma unroll
@@ -41,6 +56,8 @@ struct ScoreQuery {
           own[i][b][j] = PARTS == 1 ? v : make_uint4(part(v.x, i), part(v.y, i), part(v.z, i), part(v.w, i));
       }
   }
+  // What the logits of head 2 (lane % 4) + i of block b are multiplied by.
+  __device__ __forceinline__ float unit(int, int) const { return scale; }
   // The operands for one half of the summaries.
   template <int HALF>
   __device__ __forceinline__ uint4 of_half(int b, int j) const {
@@ -68,14 +85,19 @@ struct ScoreQuery {
 struct ScoreRows {
   uint4 low[2][ROW_VECTORS], high[2][ROW_VECTORS];  // by half
 
-  // low_at, high_at: the two pages' summaries, [2, HEAD_DIM] each.
+  // low_at, high_at: where the two pages' summaries are among those of [num_pages, num_kv_heads].
   template <int HALF>
-  __device__ __forceinline__ void load(const half_type* low_at, const half_type* high_at, int lane) {
+  __device__ __forceinline__ void load(const SelectArguments& given, long long low_at, long long high_at, int lane) {
     #pragma unroll
     for (int j = 0; j < ROW_VECTORS; ++j) {
       const int at = HALF * HEAD_DIM + j * 32 + lane % 4 * 8;
-      low[HALF][j] = load_constant(low_at + at), high[HALF][j] = load_constant(high_at + at);
+      low[HALF][j] = load_constant(given.summaries + low_at * (2 * HEAD_DIM) + at);
+      high[HALF][j] = load_constant(given.summaries + high_at * (2 * HEAD_DIM) + at);
     }
+  }
+  __device__ __forceinline__ static void ask(const SelectArguments& given, long long low_at, long long high_at,
+                                             int lane) {
+    ask_summaries(given.summaries + low_at * (2 * HEAD_DIM), given.summaries + high_at * (2 * HEAD_DIM), lane);
   }
   // The sums of one half: pages lane / 4 and + 8 by heads 2 (lane % 4) and the next, as the product has them.
   template <int HALF>
@@ -94,10 +116,6 @@ struct ScoreRows {
         add<SQUARES>(sums[b], lower, upper, q.of_half<HALF>(b, j));
     }
   }
-  // A logit in base 2 of the sums of both halves.
-  __device__ __forceinline__ static float logit(float first, float second, float scale) {
-    return scale * LOG2_E * (first + (SCORING == MEAN_STD ? sqrtf(second) : second));
-  }
 
  private:
   template <bool SQUARES>
@@ -108,16 +126,17 @@ struct ScoreRows {
   }
 };
 
-// The largest of a lane's scores of one head, and the sum of 2^(score - that).
+#endif
+
+// A logit in base 2 of the sums of both halves.
+__device__ __forceinline__ float logit_of(float first, float second, float unit) {
+  return unit * (first + (SCORING == MEAN_STD ? sqrt_fast(second) : second));
+}
+
+// The largest of some scores of one head, and the sum of 2^(score - that).
 struct ScoreSum {
   float top, sum;
 
-  __device__ __forceinline__ void reset() { top = LEAST_SCORE, sum = 0.0f; }
-  __device__ __forceinline__ void add(float first, float second) {
-    const float before = top;
-    top = fmaxf(before, fmaxf(first, second));
-    sum = sum * exp2_fast(before - top) + exp2_fast(first - top) + exp2_fast(second - top);
-  }
   __device__ __forceinline__ void merge(float other_top, float other_sum) {
     const float before = top;
     top = fmaxf(before, other_top);

@@ -9,8 +9,8 @@
 // a width of its own, and rows are read as in a plain step. Where no row is in a group the step is a plain one, by the
 // plain kernel's own code, and costs what it costs there.
 //
-//   given          as there, but partials: [num_ctas] Slot (of READ_COLUMNS), [num_ctas] PlanRecord, with READ_TILES
-//                  [num_ctas] StepRecord, then [2][batch_size][num_kv_heads] RowSlot; slots' words are EMPTY_WORD between
+//   given          as there, but partials: [num_ctas] Slot (of READ_COLUMNS), [num_ctas] PlanRecord, [num_ctas]
+//                  StepRecord, then [2][batch_size][num_kv_heads] RowSlot; slots' words are EMPTY_WORD between
 //                  launches
 //   costs, shared_costs  of the schedule
 //   group_of_row   [batch_size] the group whose prefix the row begins with, or -1
@@ -20,11 +20,7 @@
 // Its speed is bound by HBM and, where reads serve many columns, by the products; at its end by the latency of the
 // merge.
 #include "balanced_step.cuh"
-#if READ_TILES
-#include "remembered_step.cuh"
-#else
 #include "shared_step.cuh"
-#endif
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
 pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, const pkv::SharedCosts shared_costs,
@@ -55,36 +51,28 @@ pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, cons
       .noted = reinterpret_cast<int*>(shared.rows.states[0][stream][RowWidth::first_column()]), .lane = lane,
       .early = overlapped, .groups = groups};
   planning.ask();
-#if READ_TILES
   StepRecall recall;
   recall.ask(reinterpret_cast<const StepRecord*>(SpanSlots{given}.step_records()) + blockIdx.x);
-#endif
   prefetch_table(pages, given.batch_size);
-#if READ_TILES
   const bool mine = note_rows(axis, threadIdx.x, THREADS);
-#else
-  const bool mine = groups.any_grouped(given.batch_size, threadIdx.x, THREADS);
-#endif
   init_barriers(shared.rows);
   // The first plan is one that the CTA agrees on, since its threads may find different things. What they find later is
   // what the previous kernel left, so that warps which have to make another plan agree with those that have not.
   bool together = __syncthreads_or(mine);
   if (!together) planning.recall();
-#if READ_TILES
   Known known = Known::NOTES;
   if (together && __syncthreads_and(recall.fits(axis))) {
     known = Known::PLAN;
     recall.restore(axis, step);
     __syncthreads();
   }
-#endif
   #pragma unroll 1
   for (;;) {
-    if (together ? attempt_shared(axis, step, PKV_TILES(known,) planning.early, pages, given, output, shared)
+    if (together ? attempt_shared(axis, step, known, planning.early, pages, given, output, shared)
                  : attempt_step(planning, plan, pages, given, output, shared.rows))
       break;
     planning.distrust();
-    PKV_TILES(known = Known::NOTHING;)
+    known = Known::NOTHING;
     settle(planning.found), settle(plan);
     const bool before = together;
     together = __any_sync(ALL_LANES, groups.any_grouped(given.batch_size, lane, 32));

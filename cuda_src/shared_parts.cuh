@@ -15,8 +15,7 @@
 
 namespace pkv {
 
-#if READ_TILES
-constexpr int STEP_RECORD_BYTES = 8 * (64 + 9 * THREADS);  // StepRecord (remembered_step.cuh), which lies before some
+constexpr int STEP_RECORD_BYTES = 8 * (64 + 9 * THREADS);  // StepRecord (shared_step.cuh), which lies before some
 
 // Where they are is worked out anew each time: as pointers they would take registers of the main loop.
 struct SpanSlots {
@@ -35,20 +34,6 @@ struct SpanSlots {
     return static_cast<long long>(row) * given.num_kv_heads + head;
   }
 };
-#else
-struct SpanSlots {
-  Slot* cut_slots;                    // [num_ctas]
-  RowSlot *shared_slots, *own_slots;  // [batch_size][num_kv_heads] each
-  int num_kv_heads;
-
-  __device__ __forceinline__ Slot* cut() const { return cut_slots; }
-  __device__ __forceinline__ RowSlot* shared() const { return shared_slots; }
-  __device__ __forceinline__ RowSlot* own() const { return own_slots; }
-  __device__ __forceinline__ long long at(int row, int head) const {
-    return static_cast<long long>(row) * num_kv_heads + head;
-  }
-};
-#endif
 
 // Where the results of a range's reads go.
 struct ReadEmit {

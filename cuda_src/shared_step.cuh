@@ -2,13 +2,17 @@
 //
 // As in early_plan.cuh the plan is made while the previous kernel may still write lengths, groups and page ids, and
 // counts if they are found again afterwards. It is one plan for the CTA, in shared memory:
-//   note_rows     every thread looks up some rows' lengths and groups, once
-//   find_readers  one warp finds out who reads together, and how the step is cut (StepCut)
-//   start_walks   each warp finds its CTA's range
+//   note_rows     every thread looks up some rows' lengths and groups, once; also where no row turns out to be in one
+//   StepRecall    the record of the CTA's last plan becomes the plan, if it was made for the same; else
+//   plan_step     one warp finds out who reads together, how the step is cut (StepCut), and what the CTA has of it
 // What is read twice is compared by each warp with the same notes, so all find the same.
+// Planning is code that runs once and is fetched from L2 as it goes, at some 10 cycles an instruction: hence the record.
 #pragma once
 #include "early_plan.cuh"
 #include "shared_parts.cuh"
+#if READ_TILES
+#include "group_reads.cuh"
+#endif
 
 namespace pkv {
 
@@ -19,25 +23,129 @@ union SharedMemories {
 };
 // Behind it: the plan, then Readers::words ints. All of it is looked up where it is needed, since the registers are the
 // main loop's.
-constexpr int STEP_PLAN_BYTES = 256;
+constexpr int STEP_PLAN_BYTES = 512;
+struct RangeWork {
+  int batch_size, num_groups;  // of the step
+  StepCut step;
+  RangePlace place;
+  ReadWalk reads;
+  RowWalk rows;
+};
 struct __align__(16) StepPlan {
   Axis axis;
-  StepCut step;
+  RangeWork work;  // of this CTA
 };
 static_assert(sizeof(StepPlan) <= STEP_PLAN_BYTES && sizeof(SharedMemories) + STEP_PLAN_BYTES == READ_SHARED_BYTES,
               "gpu/kernels/variant.py computes the same");
+
+// What a CTA planned last, for launches of the same lengths, groups and prefixes, and these themselves; in the workspace,
+// all ones where there is none. It is read while the launch before may write it. So every word has a stamp beside it, the
+// same in the whole record, which each writing changes: a record of one stamp is one that somebody wrote whole.
+struct __align__(16) StepRecord {
+  enum { LENGTH, ASKED, GROUP, PLACE, ROWS, TOKENS, COUNT, BEGIN, AT, NUM_ITEMS };  // of a row, of a group
+  unsigned long long work[2][32];
+  unsigned long long items[NUM_ITEMS][THREADS];  // thread i has row i and group i
+};
+constexpr int WORK_WORDS = sizeof(RangeWork) / sizeof(int);
+static_assert(sizeof(StepRecord) == STEP_RECORD_BYTES, "gpu/kernels/variant.py computes the same");
+static_assert(WORK_WORDS <= 64 && sizeof(RangeWork) % sizeof(int) == 0, "a lane has two words");
+
+// A thread's part of the record, as it is read first.
+struct StepRecall {
+  unsigned long long work[2], items[StepRecord::NUM_ITEMS];
+  unsigned stamp;
+
+  // Asks for it. Nothing waits for the answers yet.
+  __device__ __forceinline__ void ask(const StepRecord* from) {
+    const auto read = [](const unsigned long long* at) {
+      return static_cast<unsigned long long>(read_early(reinterpret_cast<const long long*>(at)));
+    };
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) work[i] = read(&from->work[i][threadIdx.x % 32]);
+    #pragma unroll
+    for (int i = 0; i < StepRecord::NUM_ITEMS; ++i) items[i] = read(&from->items[i][threadIdx.x]);
+    stamp = static_cast<unsigned>(read(&from->work[0][0]) >> 32);
+  }
+  __device__ __forceinline__ static int value(unsigned long long word) { return static_cast<int>(word); }
+  // Whether this thread finds it whole and of what it has noted itself (note_rows). If all do, so it is.
+  __device__ __forceinline__ bool fits(const Axis& axis) const {
+    const int own = threadIdx.x, batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
+    bool same = batch_size <= THREADS && num_groups <= THREADS;
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) same &= work[i] >> 32 == stamp;
+    #pragma unroll
+    for (int i = 0; i < StepRecord::NUM_ITEMS; ++i) same &= items[i] >> 32 == stamp;
+    if (own % 32 < 2) same &= value(work[0]) == (own % 32 ? num_groups : batch_size);  // RangeWork begins with these
+    if (same && own < batch_size)
+      same = value(items[StepRecord::LENGTH]) == axis.readers.length[own]
+             && value(items[StepRecord::ASKED]) == axis.readers.group[own];
+    if (same && own < num_groups) same = value(items[StepRecord::TOKENS]) == axis.readers.prefix[own];
+    return same;
+  }
+  // Makes it the plan. All meet before anybody looks at it.
+  __device__ __forceinline__ void restore(const Axis& axis, StepPlan& plan) const {
+    const int own = threadIdx.x;
+    const Readers& readers = axis.readers;
+    if (own < axis.lens.batch_size) {
+      readers.group[own] = value(items[StepRecord::GROUP]), readers.place[own] = value(items[StepRecord::PLACE]);
+      readers.rows[own] = value(items[StepRecord::ROWS]);
+    }
+    if (own < axis.groups.num_groups) {
+      readers.count[own] = value(items[StepRecord::COUNT]), readers.begin[own] = value(items[StepRecord::BEGIN]);
+      readers.at[own] = value(items[StepRecord::AT]);
+    }
+    if (own >= 32) return;
+    int* to = reinterpret_cast<int*>(&plan.work);
+    #pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (own + i * 32 < WORK_WORDS) to[own + i * 32] = value(work[i]);
+    __syncwarp();
+    if (own == 0) plan.axis = axis, plan.work.reads.axis = plan.work.rows.axis = &plan.axis;
+  }
+};
+
+// Every warp calls this once for a plan that holds, when no launch before writes any more. asked: what its row asks for.
+__device__ __forceinline__ void remember_step(StepRecord* to, const StepPlan& plan) {
+  const Axis& axis = plan.axis;
+  const Readers& readers = axis.readers;
+  const int own = threadIdx.x, batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
+  if (batch_size > THREADS || num_groups > THREADS) return;
+  // A warp goes by the stamp of its own words, which no other changes.
+  const unsigned long long* mine = &to->items[0][own / 32 * 32];
+  const unsigned stamp = 1 + static_cast<unsigned>(
+      static_cast<unsigned long long>(read_early(reinterpret_cast<const long long*>(mine))) >> 32);
+  __syncwarp();
+  const auto write = [stamp](unsigned long long* at, int value) {
+    *at = static_cast<unsigned long long>(stamp) << 32 | static_cast<unsigned>(value);
+  };
+  const int row = min(own, batch_size - 1), group = min(own, num_groups - 1);
+  write(&to->items[StepRecord::LENGTH][own], readers.length[row]);
+  write(&to->items[StepRecord::ASKED][own], axis.groups.asked(row));
+  write(&to->items[StepRecord::GROUP][own], readers.group[row]);
+  write(&to->items[StepRecord::PLACE][own], readers.place[row]);
+  write(&to->items[StepRecord::ROWS][own], readers.rows[row]);
+  write(&to->items[StepRecord::TOKENS][own], group < 0 ? 0 : readers.prefix[group]);
+  write(&to->items[StepRecord::COUNT][own], group < 0 ? 0 : readers.count[group]);
+  write(&to->items[StepRecord::BEGIN][own], group < 0 ? 0 : readers.begin[group]);
+  write(&to->items[StepRecord::AT][own], group < 0 ? 0 : readers.at[group]);
+  if (own >= 32) return;
+  const int* words = reinterpret_cast<const int*>(&plan.work);
+  #pragma unroll
+  for (int i = 0; i < 2; ++i) write(&to->work[i][own], own + i * 32 < WORK_WORDS ? words[own + i * 32] : 0);
+}
 
 // The `start` of attend, of a range's reads and then of its rows: it waits and checks once.
 struct SharedStart {
   const Axis& axis;
   const Output& output;
   const StepPlan& plan;
+  const SpanSlots& slots;
+  bool remembered;  // the plan is the record's
   int lane;
   bool early, begun;
 
   // What was read again, where the plan is early.
   struct Again {
-    bool changed;     // a row or a group is another
     page_id ids;      // of the first segment's first tiles,
     int ids_before;   // which were these
   } again;
@@ -48,69 +156,88 @@ struct SharedStart {
   __device__ __forceinline__ void release(const Pages& pages, const AnyLoader& loader) {
     if (!early || begun) return;
     wait_for_previous_kernel();
-    again.changed = false;
-    #pragma unroll 4
-    for (int row = lane; row < axis.lens.batch_size; row += 32) again.changed |= axis.row_changed(row);
-    for (int group = lane; group < axis.groups.num_groups; group += 32) again.changed |= axis.group_changed(group);
     again.ids = loader.template stored_ids<true>(pages, loader.ahead, loader.ahead_live, 0, lane);
     again.ids_before = loader.ids_ahead;
   }
   __device__ __forceinline__ bool begin(const Pages& pages) {
     if (begun) return true;
     begun = true;
-    if (early && __any_sync(ALL_LANES, again.changed || pages.table.cut(again.ids) != again.ids_before)) return false;
-    if (plan.step.some_empty)
+    if (early && __any_sync(ALL_LANES, changed() || pages.table.cut(again.ids) != again.ids_before)) return false;
+    if (!remembered) remember_step(reinterpret_cast<StepRecord*>(slots.step_records()) + blockIdx.x, plan);
+    if (plan.work.step.some_empty)
       store_empty_rows(output, axis.readers.length, axis.lens.batch_size, blockIdx.x * WARPS + threadIdx.x / 32,
                        gridDim.x * WARPS, lane);
     return true;
   }
+  // Whether one of this lane's rows or groups is another than was noted. It takes a trip to L2, for which the first tiles
+  // need not wait.
+  __device__ __forceinline__ bool changed() const {
+    bool found = false;
+    #pragma unroll 2
+    for (int row = lane; row < axis.lens.batch_size; row += 32) found |= axis.row_changed(row);
+    for (int group = lane; group < axis.groups.num_groups; group += 32) found |= axis.group_changed(group);
+    return found;
+  }
 };
 
-// One attempt at a step. False where the plan did not hold; nothing is written then, and all warps find so.
-__device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan& plan, bool early, const Pages& pages,
-                                               const DecodeArguments& given, const Output& output,
-                                               SharedMemories& shared) {
-  const int lane = threadIdx.x % 32;
-  note_rows(given_axis, threadIdx.x, THREADS);
+// What is known of a step when an attempt begins: nothing, what note_rows finds, or all (StepRecall).
+enum class Known { NOTHING, NOTES, PLAN };
+
+// Makes the plan of a CTA, from what is noted.
+__device__ __forceinline__ void plan_step(const Axis& given_axis, StepPlan& plan) {
   if (threadIdx.x == 0) plan.axis = given_axis;
   __syncthreads();
-  const Axis& axis = plan.axis;
   if (threadIdx.x < 32) {
+    const int lane = threadIdx.x;
+    const Axis& axis = plan.axis;
     find_readers(axis, lane);
     const StepCut step = StepCut::of(axis, gridDim.x, lane);
-    if (lane == 0) plan.step = step;
+    const int range = paired_place(step.cut.num_ranges);
+    RangePlace place{range, range};
+    ReadWalk reads;
+    start_reads(reads, axis, step, range, lane);
+    RowWalk rows;
+    start_rows(rows, axis, step, range, lane);
+    if (rows.some() && rows.tile > 0) place.first = step.cut.range_of(rows.x0);
+    if (lane == 0) plan.work = {axis.lens.batch_size, axis.groups.num_groups, step, place, reads, rows};
   }
   __syncthreads();
-  const Cut& cut = plan.step.cut;
-  RangePlace place;
-  place.range = place.first = paired_place(cut.num_ranges);
-  PlanRecord* records = reinterpret_cast<PlanRecord*>(given.partials + gridDim.x);
-  RowSlot* row_slots = reinterpret_cast<RowSlot*>(records + gridDim.x);
-  const SpanSlots slots{given.partials, row_slots, row_slots + axis.lens.batch_size * axis.num_kv_heads,
-                        axis.num_kv_heads};
-  SharedStart start{.axis = axis, .output = output, .plan = plan, .lane = lane, .early = early, .begun = false};
-  ReadWalk reads;
-  start_reads(reads, axis, plan.step, place.range, lane);
-  if (reads.some()) {
+}
+
+// One attempt at a step. False where the plan did not hold; nothing is written then, and all warps find so.
+__device__ __forceinline__ bool attempt_shared(const Axis& given_axis, StepPlan& plan, Known known, bool early,
+                                               const Pages& pages, const DecodeArguments& given, const Output& output,
+                                               SharedMemories& shared) {
+  const int lane = threadIdx.x % 32;
+  if (known == Known::NOTHING) note_rows(given_axis, threadIdx.x, THREADS);
+  if (known != Known::PLAN) plan_step(given_axis, plan);
+  const Axis& axis = plan.axis;
+  const RangeWork& work = plan.work;
+  const Cut& cut = work.step.cut;
+  const SpanSlots slots{given};
+  SharedStart start{.axis = axis, .output = output, .plan = plan, .slots = slots, .remembered = known == Known::PLAN,
+                    .lane = lane, .early = early, .begun = false};
+  if (work.reads.some()) {
     init_barriers(shared.reads);
-    ReadEmit emit{.slots = slots, .range = place.range, .lane = lane};
-    if (!attend(reads, pages, given, shared.reads, start, emit)) return false;
-    if (cut.begin(place.range + 1) <= plan.step.reads_total) return true;
+    ReadEmit emit{.slots = slots, .range = work.place.range, .lane = lane};
+#if READ_TILES
+    if (!attend_groups(work.reads, pages, given, shared.reads, start, emit)) return false;
+#else
+    if (!attend(work.reads, pages, given, shared.reads, start, emit)) return false;
+#endif
+    if (!work.rows.some()) return true;
     __syncthreads();  // the rows' memory is the reads'
   }
-  RowWalk rows;
-  start_rows(rows, axis, plan.step, place.range, lane);
-  if (rows.tile > 0) place.first = cut.range_of(rows.x0);
   init_barriers(shared.rows);
-  Parts parts{.slots = given.partials, .kept = shared.rows.kept, .plan = place, .lane = lane};
+  Parts parts{.slots = given.partials, .kept = shared.rows.kept, .plan = work.place, .lane = lane};
   RowEmit emit{.output = output, .slots = slots, .parts = parts};
-  if (!attend(rows, pages, given, shared.rows, start, emit)) return false;
+  if (!attend(work.rows, pages, given, shared.rows, start, emit)) return false;
   unsigned char* ring = shared.rows.ring[threadIdx.x / 32 / RowWidth::TEAM_SIZE][0]
                         + RowWidth::team_member() * Parts::RING_BYTES;
   if (parts.held.any) parts.finish(output, ring);
-  const MemberMerge merge{.axis = axis, .cut = cut, .slots = slots, .output = output, .range = place.range,
+  const MemberMerge merge{.axis = axis, .cut = cut, .slots = slots, .output = output, .range = work.place.range,
                           .lane = lane};
-  merge.finish(rows, ring);
+  merge.finish(work.rows, ring);
   return true;
 }
 

@@ -62,11 +62,6 @@ struct Entry {
   }
 };
 
-// With reads by warpgroups plans are remembered (StepRecord), and lengths and groups asked for at once, whatever they are.
-// Prefixes are noted in tokens then, otherwise in tiles.
-constexpr bool PLANS_REMEMBERED = READ_TILES > 0;
-constexpr int NOTED_TOKENS = PLANS_REMEMBERED ? 1 : PKV_TILE;
-
 // Which rows may read together, as the caller says. What is there is read early and cut to what can be: see Lengths.
 struct Groups {
   const int* of_row;        // [batch_size] or -1
@@ -87,13 +82,6 @@ struct Groups {
   PKV_HD bool fits(int length, int prefix) const {
     return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1);
   }
-  // The group with which a row of this length reads if another row does, or -1.
-  PKV_HD int wanted(int row, int length, int most) const {
-    const int group = read_early(of_row + row);
-    if (static_cast<unsigned>(group) >= static_cast<unsigned>(num_groups)) return -1;
-    const int prefix = tokens(group, most);
-    return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1) ? group : -1;
-  }
   // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
   PKV_HD bool any_grouped(int batch_size, int first, int step) const {
     bool found = false;
@@ -110,7 +98,7 @@ struct Readers {
   int* group;   // [batch_size] that the row reads with; -1 of a row with none, alone_in(group) where it is alone in it
   int* place;   // [batch_size] of a member among its group's
   int* rows;    // [batch_size] the members, group by group, ascending
-  int* prefix;  // [num_groups] in units of NOTED_TOKENS
+  int* prefix;  // [num_groups] in tokens
   int* count;   // [num_groups] members: 0 or at least 2
   int* begin;   // [num_groups] of each group's in `rows`
   int* at;      // [num_groups] where the group's entry begins on the axis
@@ -120,7 +108,7 @@ struct Readers {
         prefix(rows + batch_size), count(prefix + num_groups), begin(count + num_groups), at(begin + num_groups) {}
   PKV_HD static int words(int batch_size, int num_groups) { return 4 * (batch_size + num_groups); }
   PKV_HD static int alone_in(int group) { return -2 - group; }
-  PKV_HD int tiles(int group) const { return prefix[group] / (PKV_TILE / NOTED_TOKENS); }  // that are shared
+  PKV_HD int tiles(int group) const { return prefix[group] / PKV_TILE; }  // that are shared
 };
 
 // Where a row's states of its read lie, for one KV head.
@@ -149,15 +137,8 @@ struct Axis {
   }
   PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles(readers.group[row]); }
 
-  // What is read of a row and of a group; where members are counted from there, see find_readers.
-  PKV_HD void note_row(int row, int length) const {
-    readers.length[row] = length, readers.group[row] = groups.wanted(row, length, lens.most);
-  }
-  PKV_HD void note_group(int group) const {
-    readers.prefix[group] = groups.tokens(group, lens.most) / NOTED_TOKENS, readers.count[group] = 0;
-  }
-  // The same of what was asked for before, where plans are remembered: a row's group is the one that it asks for until all
-  // are noted, and then the one that it reads with if another row does.
+  // Notes what was read of a row and of a group. A row's group is the one that it asks for until all are noted, and then
+  // the one that it reads with if another row does; where members are counted from there, see find_readers.
   PKV_HD void note_row(int row, int length, int asked) const {
     readers.length[row] = length, readers.group[row] = asked;
   }
@@ -168,7 +149,7 @@ struct Axis {
   }
   // The group with which a row of this length reads if another row does, or -1, when all groups are noted.
   PKV_HD int wanted(int row, int length) const {
-    return PLANS_REMEMBERED ? fitting(length, groups.asked(row)) : groups.wanted(row, length, lens.most);
+    return fitting(length, groups.asked(row));
   }
   // Whether what was noted of a row or a group is another than what is there; of a row, if no group is.
   PKV_HD bool row_changed(int row) const {
@@ -176,7 +157,7 @@ struct Axis {
     return length != readers.length[row] || (noted != now && (now < 0 || noted != Readers::alone_in(now)));
   }
   PKV_HD bool group_changed(int group) const {
-    return readers.prefix[group] != groups.tokens(group, lens.most) / NOTED_TOKENS;
+    return readers.prefix[group] != groups.tokens(group, lens.most);
   }
 
   PKV_HD Entry group_entry(int group) const {

@@ -2,12 +2,13 @@
 //
 // For each page that holds any of a row's last new_tokens tokens, and each KV head: mean and standard deviation of the
 // keys, or their minimum and maximum, element by element, of the tokens that the row has in the page. So a summary is
-// right after growth, and after a page has come to another row.
+// right after growth, and after a page has come to another row. With SUMMARY_CODES it is kept in 8-bit codes, as
+// pkvsim.selection.summaries says: each vector has a scale of its own, which is as new as its codes.
 // Grid: [pages of a row that are looked at / WARPS, batch_size * num_kv_heads]; block: [WARPS * 32], a warp for each
 // page.
 //
 //   k_pages    [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM] by the strides, 16-bit
-//   summaries  [num_pages, num_kv_heads, 2, HEAD_DIM], out, 16-bit
+//   summaries  [num_pages, num_kv_heads, 2, HEAD_DIM], out, 16-bit or codes
 //
 // Bound by HBM: it reads what it summarises. After an append those pages are in L2 in part.
 #include "mma.cuh"
@@ -41,9 +42,38 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
   return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 
-// One page of one head, of which the row has `tokens`. from: the page's keys; to: its summary.
-__device__ __forceinline__ void summarize(const half_type* from, int token_stride, int tokens, half_type* to,
-                                          int lane) {
+#if SUMMARY_CODES
+// How an element is rounded to a code: minima and maxima outward, so that they stay bounds.
+enum Rounding { NEAREST, DOWN, UP };
+constexpr float CODE_ZERO = 128.0f;
+// The largest magnitude in steps; what is rounded outward needs one more step.
+constexpr float SIGNED_STEPS = 127.0f, OUTWARD_STEPS = 126.5f, UNSIGNED_STEPS = 255.0f;
+
+// A vector's codes, of which this lane has 8 elements, and its scale, 0 where all elements are.
+template <Rounding ROUNDING>
+__device__ __forceinline__ float encode(const float (&x)[8], float steps, float zero, uint2& codes) {
+  float largest = 0.0f;
+  #pragma unroll
+  for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  #pragma unroll
+  for (int hop = 1; hop < TOKEN_LANES; hop <<= 1)
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
+  const float scale = largest / steps, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  unsigned words[2] = {0, 0};
+  #pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float at = x[i] * inverse;
+    const float code = zero + (ROUNDING == DOWN ? floorf(at) : ROUNDING == UP ? ceilf(at) : rintf(at));
+    words[i / 4] |= static_cast<unsigned>(fminf(fmaxf(code, 0.0f), 255.0f)) << i % 4 * 8;
+  }
+  codes = make_uint2(words[0], words[1]);
+  return scale;
+}
+#endif
+
+// One page of one head, of which the row has `tokens`. from: the page's keys; to, scales: its summary.
+__device__ __forceinline__ void summarize(const half_type* from, int token_stride, int tokens, summary_type* to,
+                                          float2* scales, int lane) {
   const half_type* own = from + lane % TOKEN_LANES * 8;
   float first[8], second[8], x[8];
   const auto read = [&](int token) {
@@ -81,9 +111,25 @@ __device__ __forceinline__ void summarize(const half_type* from, int token_strid
     over_tokens(first, [](float a, float b) { return fminf(a, b); });
     over_tokens(second, [](float a, float b) { return fmaxf(a, b); });
   }
+#if SUMMARY_CODES
+  uint2 codes[2];
+  float2 scale;
+  if constexpr (SCORING == MEAN_STD) {
+    scale.x = encode<NEAREST>(first, SIGNED_STEPS, CODE_ZERO, codes[0]);
+    scale.y = encode<NEAREST>(second, UNSIGNED_STEPS, 0.0f, codes[1]);
+  } else {
+    scale.x = encode<DOWN>(first, OUTWARD_STEPS, CODE_ZERO, codes[0]);
+    scale.y = encode<UP>(second, OUTWARD_STEPS, CODE_ZERO, codes[1]);
+  }
+  if (lane == 0) *scales = scale;
+  if (lane >= TOKEN_LANES) return;
+  reinterpret_cast<uint2*>(to)[lane] = codes[0];
+  reinterpret_cast<uint2*>(to + HEAD_DIM)[lane] = codes[1];
+#else
   if (lane >= TOKEN_LANES) return;
   reinterpret_cast<uint4*>(to)[lane] = narrow(first);
   reinterpret_cast<uint4*>(to + HEAD_DIM)[lane] = narrow(second);
+#endif
 }
 
 }  // namespace pkv
@@ -101,8 +147,8 @@ pkv_summarize_pages(const pkv::SummaryArguments given) {
   const int page = divide(max(0, row_len - given.new_tokens), PAGE_SIZE) + blockIdx.x * WARPS + threadIdx.x / 32;
   if (page * PAGE_SIZE >= row_len) return;
   const int id = table.cut(table.stored<false>(row, page));
+  const long long at = static_cast<long long>(id) * given.num_kv_heads + head;
   summarize(given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride,
             given.k_token_stride, min(PAGE_SIZE, row_len - page * PAGE_SIZE),
-            given.summaries + (static_cast<long long>(id) * given.num_kv_heads + head) * 2 * HEAD_DIM,
-            threadIdx.x % 32);
+            given.summaries + at * 2 * HEAD_DIM, given.summary_scales + at, threadIdx.x % 32);
 }

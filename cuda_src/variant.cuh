@@ -53,6 +53,7 @@
 //                                     deviations; 2: minima and maxima (page_scores.cuh)
 // AGGREGATION        0 1              over the group's query heads: 0 the largest score, 1 the   selection_defines
 //                                     mean of the softmax over pages
+// SUMMARY_CODES      0 1              1: summaries are 8-bit codes with scales; default 0        selection_defines
 // By-products: balanced.cu, selected.cu
 // PAGE_LSE           0 1              1: the log-sum-exp of every tile and query head is         KernelConfig
 //                                     written; PAGE_SIZE is a multiple of PKV_TILE; default 0    (selected_defines)
@@ -60,8 +61,7 @@
 // WINDOWED           0 1              1: a row reads its last `window` tokens only; default 0    KernelConfig
 // LAST_PAGE_LENGTHS  0 1              1: lengths are told by the rows' pages and the tokens in   TableLayout
 //                                     their last ones; default 0
-// Page tables: balanced.cu, decode.cu, prefixes.cu and prefixes_at_once.cu (which take PAGE_SIZE and WARPS, 1 to 16,
-// beside these)
+// Page tables: balanced.cu, decode.cu, prefixes.cu (which takes PAGE_SIZE and WARPS, 1 to 16, beside these)
 // TABLE_INT64        0 1              1: page ids are int64, not int32; default 0                TableLayout
 // TABLE_CSR          0 1              1: the rows' ids lie end to end, and row_begins says       TableLayout
 //                                     where each row's begin; default 0: a block table
@@ -119,6 +119,9 @@
 #ifndef PAGE_LSE
 #define PAGE_LSE 0
 #endif
+#ifndef SUMMARY_CODES
+#define SUMMARY_CODES 0
+#endif
 #ifndef READ_TILES
 #define READ_TILES 0
 #endif
@@ -154,11 +157,6 @@
 #else
 #define PKV_SELECTED(...)
 #endif
-#if READ_TILES
-#define PKV_TILES(...) __VA_ARGS__
-#else
-#define PKV_TILES(...)
-#endif
 #if PAGE_LSE
 #define PKV_PAGE_LSE(...) __VA_ARGS__
 #else
@@ -170,8 +168,9 @@
 #define PKV_LAST_PAGE(...)
 #endif
 
-// The operands of the products are FP16 where pages are 8-bit, whatever the queries are: FP16 holds all 8-bit values.
-#define FP16_OPERANDS (!DTYPE_BF16 || CACHE_TYPE != 0)
+// The operands of the products are FP16 where pages or summaries are 8-bit, whatever the queries are: FP16 holds all
+// 8-bit values.
+#define FP16_OPERANDS (!DTYPE_BF16 || CACHE_TYPE != 0 || SUMMARY_CODES)
 // BF16 queries of FP16 products are scaled: a power of two brings each column's largest magnitude to 2^14, below FP16's
 // largest number. What FP16 then cannot hold is 2^-39 of that magnitude.
 #define QUERY_SCALED (DTYPE_BF16 && FP16_OPERANDS)

@@ -6,7 +6,6 @@
 
 namespace pkv {
 
-#if READ_TILES
 // Notes lengths and groups, each of `workers` threads some, and returns whether one of those rows is in a group. All
 // meet before find_readers. Whatever there is to read is asked for at once.
 __device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int workers) {
@@ -22,15 +21,6 @@ __device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int work
   }
   return grouped;
 }
-#else
-// Notes lengths and groups, each of `workers` threads some. All meet before find_readers.
-__device__ __forceinline__ void note_rows(const Axis& axis, int worker, int workers) {
-  #pragma unroll 4
-  for (int row = worker; row < axis.lens.batch_size; row += workers) axis.note_row(row, axis.lens[row]);
-  #pragma unroll 4
-  for (int group = worker; group < axis.groups.num_groups; group += workers) axis.note_group(group);
-}
-#endif
 
 // Finds the members of all groups in what was noted. Called by one whole warp; others look at it after a barrier.
 __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
@@ -39,7 +29,7 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   for (int base = 0; base < batch_size; base += 32) {
     const int row = base + lane;
     int group = row < batch_size ? readers.group[row] : -1;
-    if (PLANS_REMEMBERED && row < batch_size) group = readers.group[row] = axis.fitting(readers.length[row], group);
+    if (row < batch_size) group = readers.group[row] = axis.fitting(readers.length[row], group);
     const unsigned peers = __match_any_sync(0xffffffffu, group);
     const int rank = __popc(peers & ((1u << lane) - 1)), before = group >= 0 ? readers.count[group] : 0;
     __syncwarp();

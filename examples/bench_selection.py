@@ -3,12 +3,13 @@
     python examples/bench_selection.py                      # every cell, FlashInfer's decode where it is installed
     python examples/bench_selection.py --fraction 0.05 --json selection.json
     python examples/bench_selection.py --cells 1,2 --no-flashinfer
+    python examples/bench_selection.py --grid --json grid.json   # what `pkvsim fit --selection grid.json` reads
 
 32 query and 8 KV heads of 128, pages of 16, FP16. Results are checked against float64 before they are timed. Times are
 per call inside a CUDA graph, cold in L2 where a step is large enough. "attend": lists at rest; "everything": scores,
-selection and attention, every list new in every call; "skewed": half the heads read 8 times what the others do, the
-same bytes in all; "page_lse": the dense step with the mass of every page; FlashInfer: heads folded into the batch,
-planned, the plan not counted.
+selection and attention, every list new in every call; "8bit": of summaries in 8-bit codes; "skewed": half the heads
+read 8 times what the others do, the same bytes in all; "page_lse": the dense step with the mass of every page;
+FlashInfer: heads folded into the batch, planned, the plan not counted.
 """
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ import time
 from gpu.measure.environment import environment, lacks_gpu, write_json
 
 POOL_GIB = 18.0
-SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "dense_page_lse", "summarize_one_token",
-         "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
+SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit", "dense_page_lse",
+         "summarize_one_token", "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pool-gib", type=float, help=f"K and V pages together; {POOL_GIB:g}, or what fits of it")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--no-flashinfer", action="store_true", help="without FlashInfer's decode, which may be built")
+    parser.add_argument("--grid", action="store_true", help="cells to fit prices to in place of the others, no checks")
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
     args = parser.parse_args(argv)
     if not 0 < args.fraction <= 1:
@@ -53,14 +55,14 @@ def chosen(text: str, cells: tuple) -> list:
 def tables(results: list) -> list:
     from bench.tables import Table, us
 
-    times = [(f"{r.rows} x {r.length}", us(r.limit_us), *(us(r.times.get(name)) for name in SHOWN)) for r in results]
+    times = [(r.label, us(r.limit_us), *(us(r.times.get(name)) for name in SHOWN)) for r in results]
 
     def ratio(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
-    shares = [(f"{r.rows} x {r.length}", *(ratio(r.over_dense(name)) for name in SHOWN[1:]),
-               ratio(r.times["attend_skewed"] / r.times["attend"])) for r in results]  # fmt: skip
-    host = [(f"{r.rows} x {r.length}", name, f"{value:.1f}") for r in results for name, value in r.host_us.items()]
+    shares = [(r.label, *(ratio(r.over_dense(name)) for name in SHOWN[1:]),
+               ratio(r.times.get("attend_skewed", float("nan")) / r.times["attend"])) for r in results]  # fmt: skip
+    host = [(r.label, name, f"{value:.1f}") for r in results for name, value in r.host_us.items()]
     return [
         Table("Times, us", ("step", "limit", *SHOWN), tuple(times),
               "limit: the dense step's bytes at the streaming rate."),
@@ -89,7 +91,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     bench = SelectionBench(pool_gib=granted.granted_gib, repeats=args.repeats, fraction=args.fraction)
     results, left_out = [], []
-    for rows, length in chosen(args.cells, CELLS):
+    if args.grid:
+        from bench.selection_grid import measure_grid
+
+        for found in measure_grid(bench):
+            (left_out if isinstance(found, str) else results).append(found)
+    for rows, length in () if args.grid else chosen(args.cells, CELLS):
         try:
             results.append(bench.measure(rows, length, flashinfer=not args.no_flashinfer))
         except ValueError as error:  # a pool that is too small for the cell

@@ -77,10 +77,11 @@ def tables(findings: list) -> list:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     from rich.console import Console
-    from study import evictions, judge, texts
+    from study import judge, texts
     from study.llama import Llama
 
     from gpu.serve.model.gguf import packaged_file
+    from pkvsim.selection.evictions import METHODS
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     model = Llama(args.gguf or packaged_file(), args.device)
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         findings += judge.retrieval(model, context, tuple(args.methods.split(",")), FRACTIONS)
         console.print(f"context of {len(context.ids)} tokens, {time.perf_counter() - start:.0f} s")
     for needle in texts.needles(tokenizer, args.needles, args.shortest, args.longest, seed=args.seed + 1):
-        findings += judge.find_needle(model, needle, NEEDLE, evictions.METHODS, (0.1,), (0.2, 0.4))
+        findings += judge.find_needle(model, needle, NEEDLE, METHODS, (0.1,), (0.2, 0.4))
         console.print(f"needle in {len(needle.ids)} tokens, {time.perf_counter() - start:.0f} s")
     for table in tables(findings):
         table.print(console)

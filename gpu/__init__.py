@@ -19,6 +19,7 @@ _HOMES = {
     "DecodeEngine": "gpu.decode_engine",
     "FlashInferDecode": "gpu.routes.flashinfer_decode",
     "MultiLevelCascadeAttentionWrapper": "gpu.drop_ins.flashinfer.cascade",
+    "PagedHeadCache": "gpu.cache.head_pool",
     "PagedKVCache": "gpu.cache.pool",
     "PageList": "pkvsim.schedule.page_lists",
     "PageSelector": "gpu.selection.page_selector",

@@ -24,6 +24,7 @@ SKEW = 8  # of the skewed budgets: half the heads read so many times what the ot
 TOLERANCE = 2e-3
 MOST_LAYERS = 8
 CHECKED = 6  # (row, KV head)s of a checked result
+SUMMARIES = {"": None, "_8bit": "uint8"}  # summary_dtype by what names of times end in
 FLASHINFER = ("tensor_core", "cuda_core")
 
 
@@ -40,6 +41,10 @@ class Result:
     host_us: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.rows} x {self.length}, {self.fraction:.0%}"
 
     def over_dense(self, name: str) -> float | None:
         return self.times[name] / self.times["dense"] if name in self.times else None
@@ -91,21 +96,25 @@ class SelectionBench:
         masses = torch.empty(rows, 8, row_pages * SHAPE.page_size // 16, 4, device=case.q.device)
         time_of("dense_page_lse", lambda i, out: ours(i, out, page_lse=masses))
 
-        # Each layer has summaries of its own.
-        summaries = [PageSummaries(SHAPE, k) for k, _ in case.layers]
-        for own, (k, _) in zip(summaries, case.layers):
-            own.update(k, seq_lens, table)
-        selector = PageSelector(SHAPE, budget=self.budget, pins=PINS)
-        selector.plan(seq_lens, table)
-        time_of("summarize_one_token",
-                lambda i, _: summaries[i].update(case.layers[i][0], seq_lens, table, new_tokens=1))
-        time_of("select", lambda i, _: selector.select(case.q, summaries[i]))
-        time_of("everything", lambda i, out: ours(i, out, selected=selector.select(case.q, summaries[i])))
-        out = torch.full_like(case.q, float("nan"))
-        lists = selector.select(case.q, summaries[0])
-        ours(0, out, selected=lists)
-        result.errors["everything"] = self._error(case, out, lists)
-        result.host_us = self._host_us(engine, selector, case, summaries[0], out, lse)
+        for suffix, summary_dtype in SUMMARIES.items():
+            # Each layer has summaries of its own.
+            summaries = [PageSummaries(SHAPE, k, summary_dtype=summary_dtype) for k, _ in case.layers]
+            for own, (k, _) in zip(summaries, case.layers):
+                own.update(k, seq_lens, table)
+            selector = PageSelector(SHAPE, budget=self.budget, pins=PINS, summary_dtype=summary_dtype)
+            selector.plan(seq_lens, table)
+            time_of(f"summarize_one_token{suffix}", lambda i, _, summaries=summaries: summaries[i].update(
+                case.layers[i][0], seq_lens, table, new_tokens=1))
+            time_of(f"select{suffix}", lambda i, _, selector=selector, summaries=summaries: selector.select(
+                case.q, summaries[i]))
+            time_of(f"everything{suffix}", lambda i, out, selector=selector, summaries=summaries: ours(
+                i, out, selected=selector.select(case.q, summaries[i])))
+            out = torch.full_like(case.q, float("nan"))
+            lists = selector.select(case.q, summaries[0])
+            ours(0, out, selected=lists)
+            result.errors[f"everything{suffix}"] = self._error(case, out, lists)
+            if not suffix:
+                result.host_us = self._host_us(engine, selector, case, summaries[0], out, lse)
         if flashinfer and fi.installed():
             self._flashinfer(case, even, result)
         return result

@@ -4,13 +4,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pkvsim.selection.budgets import across_heads, across_layers
-from pkvsim.selection.methods import defensivekv, h2o, snapkv, streaming_llm, tova
-from pkvsim.selection.rules import Pins, top_pages
+from pkvsim.selection.evictions import Seen, kept_pages
+from pkvsim.selection.methods import defensivekv
+from pkvsim.selection.rules import Budget
 from study.llama import Cache, Llama
-
-METHODS = ("streaming_llm", "h2o", "tova", "snapkv", "defensivekv", "layer_defensivekv")
-H2O_QUERIES = 256  # at a time, of all of the prompt's
 
 
 def window_attention(cache: Cache, layer: int) -> np.ndarray:
@@ -27,34 +24,16 @@ def _attention(q: torch.Tensor, keys: torch.Tensor, end: int) -> np.ndarray:
 
 
 def kept_tokens(method: str, model: Llama, cache: Cache, fraction: float) -> list[list[np.ndarray]]:
-    """Tokens that each layer's KV heads keep, ascending, `fraction` of all of them together."""
-    tokens, heads = cache.length, model.kv_heads
-    count = max(1, round(fraction * tokens))
-    if method == "streaming_llm":
-        return [[streaming_llm.places(tokens, count, 1)] * heads for _ in range(model.layers)]
-    none = Pins(0, 0)
-    scores = []
+    """Tokens that each layer's KV heads keep, ascending, `fraction` of all of them together. H2O's sums are over the
+    queries of the prompt's end, which stand for all of them."""
+    seen = []
     for layer in range(model.layers):
-        if method == "h2o":
-            # Of all queries of the prompt, which the cache has not: those of its end stand for them.
-            scores.append(h2o.scores(window_attention(cache, layer), heads))
-            continue
-        attention = window_attention(cache, layer)
-        if method == "tova":
-            scores.append(tova.scores(attention, heads))
-        elif method == "snapkv":
-            scores.append(snapkv.scores(attention, heads))
-        else:
+        norms = None
+        if "defensivekv" in method:
             values = cache.values(layer).double().cpu().numpy()
             norms = defensivekv.projected_norms(values, model.output_projection(layer).double().cpu().numpy())
-            scores.append(defensivekv.scores(attention, norms, heads, count))
-    if method == "h2o":
-        return [[h2o.places(own, count) for own in layer] for layer in scores]
-    if method == "defensivekv":
-        return [across_heads(layer, count * heads, none) for layer in scores]
-    if method == "layer_defensivekv":
-        return across_layers(scores, count * heads * model.layers, none)
-    return [[top_pages(own, count, none) for own in layer] for layer in scores]
+        seen.append(Seen(window_attention(cache, layer), norms))
+    return kept_pages(method, seen, model.kv_heads, Budget(fraction, 1))
 
 
 class Kept:

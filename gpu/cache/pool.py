@@ -1,5 +1,7 @@
-"""A paged KV pool on the GPU: allocate rows, append tokens, free and reuse pages."""
+"""A paged KV pool on the GPU: allocate rows, append tokens, share, evict, free and reuse pages."""
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import cupy
 import numpy as np
@@ -94,8 +96,30 @@ class PagedKVCache:
         """Opens an empty row and returns it."""
         return self._pages.allocate(row)
 
+    def fork(self, source: int, *, pages: int | None = None, row: int | None = None) -> int:
+        """Opens a row that begins with another's first full pages (by default all), which both then have."""
+        row = self._pages.fork(source, pages=pages, row=row)
+        self._stale = True
+        return row
+
+    def evict(self, row: int, kept: object) -> np.ndarray:
+        """A row keeps its pages at the places `kept` [n], ascending, such as pkvsim.selection.evictions gives; returns
+        the ids of the pages that went back to the pool, those that no other row has.
+
+        The row is then as long as what it keeps, and no page moves. Keys stay rotated as they are, so those that are
+        appended later must come rotated by their true positions, which CacheWriter, counting by length, no longer
+        knows; and a window counts kept tokens. Raises ValueError and changes nothing where places do not ascend.
+        """
+        return self.evict_rows([row], [kept])
+
+    def evict_rows(self, rows: Sequence[int], kept: Sequence[object]) -> np.ndarray:
+        """evict() of several rows, each with places of its own: all of them or, where one cannot be, none."""
+        gone = self._pages.evict_rows(rows, kept)
+        self._stale = True
+        return gone
+
     def free(self, row: int) -> None:
-        """Closes a row and gives its pages back."""
+        """Closes a row and gives its pages back, except those that another row has."""
         self._pages.free(row)
         self._stale = True
 
@@ -112,14 +136,29 @@ class PagedKVCache:
         """One new token for each of rows [n]; k, v [n, num_kv_heads, head_dim]."""
         rows = np.asarray(rows, dtype=np.int64)
         self._check_tokens(k, v, len(rows))
-        old = self._pages.extend(rows, np.ones(len(rows), dtype=np.int64))
-        self._store(rows, old, k, v)
+        self._write(rows, 1, k, v)
 
     def fill(self, row: int, k: cupy.ndarray, v: cupy.ndarray) -> None:
         """A run of new tokens for one row; k, v [tokens, num_kv_heads, head_dim]."""
         self._check_tokens(k, v, len(k))
-        old = self._pages.extend(np.array([row]), np.array([len(k)]))
-        self._store(np.full(len(k), row), int(old[0]) + np.arange(len(k)), k, v)
+        self._write(np.array([row]), len(k), k, v)
+
+    def fill_rows(self, rows, k: cupy.ndarray, v: cupy.ndarray) -> None:
+        """A run of new tokens for each of rows [n]; k, v [n, tokens, num_kv_heads, head_dim]."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if k.ndim != 4 or len(k) != len(rows) or v.shape != k.shape:
+            raise ValueError(f"k, v: expected [{len(rows)}, tokens, {self.shape.num_kv_heads}, {self.shape.head_dim}], "
+                             f"got {list(k.shape)} and {list(v.shape)}")
+        tokens = k.shape[1]
+        k, v = (new.reshape(-1, *new.shape[2:]) for new in (k, v))
+        self._check_tokens(k, v, len(rows) * tokens)
+        self._write(rows, tokens, k, v)
+
+    def _write(self, rows: np.ndarray, tokens: int, k: cupy.ndarray, v: cupy.ndarray) -> None:
+        """`tokens` new ones for each of rows; k, v [len(rows) * tokens, num_kv_heads, head_dim]."""
+        old = self._pages.extend(rows, np.full(len(rows), tokens, dtype=np.int64))
+        positions = old[:, None] + np.arange(tokens)
+        self._store(np.repeat(rows, tokens), positions.reshape(-1), k, v)
 
     def _store(self, rows: np.ndarray, positions: np.ndarray, k: cupy.ndarray, v: cupy.ndarray) -> None:
         # 64-bit page ids: the element offsets that CuPy makes of them pass 2^32 in a large pool.

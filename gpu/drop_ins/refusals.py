@@ -37,9 +37,11 @@ REFUSALS = {
     "position_bias": Refusal(_none, "None: no additive bias"),
     "q_data_type": Refusal(lambda v: v in ("float16", "bfloat16"), "float16 or bfloat16"),
     "q_len_per_req": Refusal(lambda v: v <= MAX_QUERY_TOKENS, f"at most {MAX_QUERY_TOKENS} query tokens per row"),
+    "s_aux after an eviction": Refusal(_none, "None: heads that keep pages apart have no sinks"),
     "run args": Refusal(lambda v: not v, "none: no kernels of the caller's"),
     "skip_softmax_threshold_scale_factor": Refusal(_none, "None: every token is read"),
     "use_fp16_qk_reduction": Refusal(lambda v: not v, "False: products are summed in float32"),
+    "window after an eviction": Refusal(_none, "None: kept tokens are no longer neighbours"),
     "window_right": Refusal(lambda v: v == 0, "0"),
 }
 

@@ -18,7 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from gpu.drop_ins.flash_attn.dense import dense_attention
 from gpu.drop_ins.refusals import check_served
 from gpu.drop_ins.torch_decode import decode_attention
-from gpu.drop_ins.transformers_cache import NewTokens, PagedKeys, PagedLayer
+from gpu.drop_ins.transformers_layer import PagedKeys, PagedLayer
+from gpu.drop_ins.transformers_rows import NewTokens
 
 
 def register(name: str = "pkv") -> None:
@@ -41,7 +42,7 @@ def attention_mask(
 
 def attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None, **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
@@ -71,9 +72,18 @@ def attention(
     layer, key = key.layer, key.as_subclass(torch.Tensor)
     new_tokens, seen = key.shape[2], layer.seen
     step = layer.store(key, value, _kept(attention_mask, new_tokens, seen))
+    if layer.heads is not None:
+        for name, given in (("window after an eviction", sliding_window), ("s_aux after an eviction", s_aux)):
+            check_served(name, given)
+        if new_tokens == 1:
+            out = layer.heads.decode(query[:, :, 0], layer.keys, layer.values, scale=scaling, soft_cap=softcap)
+            return out[:, None], None
+        key, value, attention_mask = layer.heads.dense(layer.keys, layer.values, layer.ends, query.shape[1])
+        return prefill(key, value, attention_mask)
     selected = layer.selection is not None and layer.selection.serves(layer.index, window=sliding_window)
     if selected:
-        layer.selection.keep(layer.index, query.shape[1], layer.keys, layer.rows.lens, layer.rows.table, new_tokens)
+        selected = layer.selection.keep(layer.index, query.shape[1], layer.keys, layer.rows.lens, layer.rows.table,
+                                        new_tokens, bounds=layer.rows.bounds)
     if new_tokens == 1 and selected:
         rows, sinks = layer.rows, None if s_aux is None else s_aux.detach().float()
         out = layer.selection.attend(layer.index, query[:, :, 0].contiguous(), layer.keys, layer.values, rows.lens,

@@ -6,121 +6,19 @@ their true length.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.drop_ins.prompts.prompt_keys import block_keys, check_positions, row_tokens
 from gpu.drop_ins.prompts.prompt_pool import PromptPool
-from gpu.drop_ins.torch_append import append_tokens
-from gpu.drop_ins.transformers_rows import NewTokens, PagedRows
-
-if TYPE_CHECKING:
-    from gpu.selection.paged_selection import PagedSelection
+from gpu.drop_ins.transformers_layer import PagedLayer
+from gpu.drop_ins.transformers_rows import PagedRows
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-class PagedKeys(torch.Tensor):
-    """A step's new keys on their way through the model to the attention function, with the layer to store them in."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    layer: PagedLayer
-
-
-class PagedLayer(CacheLayerMixin):
-    """One layer's pages, [num_pages, num_kv_heads, page_size, head_dim] each of K and V."""
-
-    is_sliding = False
-
-    def __init__(self, rows: PagedRows, loads: list[LoadHandle], at: int, is_last: bool,
-                 selection: PagedSelection | None = None) -> None:
-        """loads: under way, of which this is layer `at`; the last one ends them."""
-        super().__init__()
-        self.rows, self.index, self.selection = rows, at, selection
-        self._loads, self._is_last = loads, is_last
-        self.seen = 0  # tokens a row that went through, padding included
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        _, heads, _, head_dim = key_states.shape
-        if value_states.shape != key_states.shape:
-            raise ValueError(f"value_states: expected the keys' {list(key_states.shape)}, "
-                             f"got {list(value_states.shape)}")
-        # Zeros, as a prefill may multiply what no row owns by a weight of zero.
-        pages = key_states.new_zeros((2, self.rows.num_pages, heads, self.rows.page_size, head_dim))
-        self.keys, self.values = pages
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new keys and values as they came, [batch_size, num_kv_heads, new_tokens, head_dim].
-
-        Which of them are padding is known in the attention function, which calls store().
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys = key_states.as_subclass(PagedKeys)
-        keys.layer = self
-        return keys, value_states
-
-    @torch.no_grad()
-    def store(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor | None) -> NewTokens:
-        """Writes a step's tokens into the pages. The first layer of a step makes room for all of them.
-
-        keys, values as update() returned them; kept [batch_size, new_tokens] bool: no padding; None: none is.
-        """
-        batch_size, _, new_tokens, _ = keys.shape
-        for load in self._loads:
-            load.wait_layer(self.index)
-        if self._is_last:
-            self._loads.clear()
-        if self.seen == self.rows.seen:
-            self.rows.extend(kept, batch_size, new_tokens, keys.device)
-        if self.seen + new_tokens != self.rows.seen:
-            raise RuntimeError(f"past_key_values: expected a layer that saw {self.rows.seen - new_tokens} tokens, got "
-                               f"one that saw {self.seen}; reset() a cache after a step that failed")
-        step = self.rows.step
-        by_token = [new.transpose(1, 2) for new in (keys, values)]
-        k_new, v_new = (every.flatten(0, 1) if step.kept is None else every[step.kept] for every in by_token)
-        append_tokens(k_new, v_new, self.keys, self.values, self.rows.table, step.lens, step.offsets)
-        self.seen += new_tokens
-        return step
-
-    def dense(self, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the rows' first pages, [batch_size, num_kv_heads, num_columns * page_size, head_dim] each of K, V.
-
-        What lies behind a row's end is finite, and nobody's.
-        """
-        ids = self.rows.table[:, :num_columns].long()
-        return tuple(pages[ids].transpose(1, 2).flatten(2, 3) for pages in (self.keys, self.values))
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return self.rows.max_seq_len
-
-    def reset(self) -> None:
-        self.seen = 0
-        if self.is_initialized:
-            self.keys.zero_()
-            self.values.zero_()
-
-    def copy_pages(self, from_ids: torch.Tensor, to_ids: torch.Tensor) -> None:
-        """Page to_ids[i] becomes what page from_ids[i] was; both [n] int64, which may have ids in common."""
-        if self.is_initialized:
-            for pages in (self.keys, self.values):
-                pages[to_ids] = pages[from_ids]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("crop: a PagedCache only grows, so it does not serve assisted decoding")
 
 
 class PagedCache(Cache):
@@ -144,7 +42,8 @@ class PagedCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, *, max_batch_size: int, max_seq_len: int, page_size: int = 16,
                  num_pages: int | None = None, rows_per_prompt: int = 1, selection: str | None = None,
-                 budget: float = 0.1, dense_layers: int = 2, tiers: PromptPool | None = None) -> None:
+                 budget: float = 0.1, dense_layers: int = 2, always_select: bool = False,
+                 tiers: PromptPool | None = None) -> None:
         """
         config: the model's. max_batch_size: rows, those of num_return_sequences or num_beams counted. max_seq_len:
         tokens of a row, padding not counted. num_pages: of each layer's pool, by default enough for every row to be
@@ -154,7 +53,8 @@ class PagedCache(Cache):
         is worth it, and which num_pages need not count for each.
         selection: "mean_std" or "quest": decode steps read the `budget` part of each row's pages that scores best, for
         every KV head others, in all but the first dense_layers layers and those with windows; prefill reads all. Not
-        with several rows per prompt.
+        with several rows per prompt. Steps in which that does not pay on this GPU read all pages, by price
+        (pkvsim.policy.selecting); always_select: none does, nor on a GPU whose prices nobody knows.
         tiers: where prompts' KV is kept beyond the pages. Not with several rows per prompt, nor with selection.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.
@@ -172,11 +72,13 @@ class PagedCache(Cache):
                               num_pages=num_pages, rows_per_prompt=rows_per_prompt)
         self.selection = None
         if selection is not None:
+            from gpu.routes.router import this_device
             from gpu.selection.paged_selection import PagedSelection
 
             if rows_per_prompt != 1:
                 raise ValueError(f"rows_per_prompt: expected 1 with selection, got {rows_per_prompt}")
-            self.selection = PagedSelection(selection, budget, dense_layers=dense_layers)
+            self.selection = PagedSelection(selection, budget, dense_layers=dense_layers,
+                                            device=None if always_select else this_device())
         if tiers is not None and (rows_per_prompt != 1 or selection is not None):
             raise ValueError("tiers: expected None with several rows per prompt, and with selection")
         self._loads: list[LoadHandle] = []
@@ -194,6 +96,26 @@ class PagedCache(Cache):
         `past_key_values`, which newer versions warn about, before."""
         takes = inspect.signature(model.forward).parameters
         return {"cache" if "cache" in takes else "past_key_values": self}
+
+    def evict(self, layer: int, kept: Sequence[Sequence[object]]) -> int:
+        """After a forward pass: in one layer, head h of row r keeps its pages at the places kept[r][h],
+        ascending integers, and gives the others back to the layer's pool; returns how many pages of one head these are.
+        Steps go on with true positions over what is kept. Once all layers have evicted, tokens take pages in them
+        alone, so that num_pages bounds what is kept.
+
+        pkvsim.selection.evictions gives such places, and gpu.drop_ins.kvpress_presses those of a press. Raises
+        ValueError naming the argument, also with selection, tiers or several rows per prompt.
+        """
+        if self.selection is not None or self.tiers is not None or self.rows.rows_per_prompt != 1:
+            raise ValueError("kept: expected a cache without selection, tiers and several rows per prompt")
+        own = self.layers[layer]
+        if own.heads is None:
+            if not own.seen:
+                raise ValueError("kept: expected a layer with tokens, got an empty one")
+            own.heads = self.rows.by_head(own.keys.shape[1])
+        gone = own.heads.evict(kept)
+        self.rows.evicted = all(other.heads is not None for other in self.layers)
+        return gone
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row r becomes what row beam_idx[r] was, as beam search asks; both are of one prompt. Copies what rows do not
@@ -274,7 +196,7 @@ class PagedCache(Cache):
             super().reset()
         else:  # pages of zeros would be written beside copies of the next load
             for layer in self.layers:
-                layer.seen = 0
+                layer.restart()
         self.rows.reset()
         if self.selection is not None:
             self.selection.reset()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu.drop_ins.transformers_heads import HeadRows
 from pkvsim.memory.page_allocator import PageAllocator
 from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import check_int
@@ -31,7 +32,7 @@ class PagedRows:
     """
 
     __slots__ = ("page_size", "max_seq_len", "num_pages", "rows_per_prompt", "rule", "seen", "step", "table", "lens",
-                 "groups", "_pages", "_bounds", "_shared")
+                 "groups", "evicted", "_pages", "_bounds", "_shared")
 
     def __init__(self, *, max_batch_size: int, max_seq_len: int, page_size: int, num_pages: int,
                  rows_per_prompt: int = 1, rule: SharingRule = RULE) -> None:
@@ -47,12 +48,18 @@ class PagedRows:
         self.step: NewTokens | None = None  # the last of them
         self.table: torch.Tensor | None = None  # [batch_size, max_pages] int32
         self.lens: torch.Tensor | None = None  # [batch_size] int32
+        self.evicted = False  # the layers take pages for themselves
         self._bounds = np.zeros(0, np.int64)  # [batch_size], each at least the row's length
         self._shared = np.zeros(0, np.int64)  # [batch_size], the row's first pages that another row owns
 
     @property
     def num_free_pages(self) -> int:
         return self._pages.num_free_pages
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """[batch_size] int64 on the host, each at least the row's length."""
+        return self._bounds
 
     @property
     def columns_in_use(self) -> int:
@@ -64,6 +71,7 @@ class PagedRows:
         for row in range(len(self._bounds)):
             self._pages.free(row)
         self.seen, self.step, self.table, self.lens, self.groups = 0, None, None, None, None
+        self.evicted = False
         self._bounds = self._shared = np.zeros(0, np.int64)
 
     def extend(self, kept: torch.Tensor | None, batch_size: int, new_tokens: int, device: torch.device) -> None:
@@ -115,6 +123,10 @@ class PagedRows:
     def pages_of(self, row: int, count: int) -> np.ndarray:
         """The row's first pages, int32 [count]."""
         return self._pages.block_table[row, :count].copy()
+
+    def by_head(self, num_kv_heads: int) -> HeadRows:
+        """What the rows have, for a layer whose heads keep pages apart from here on."""
+        return HeadRows(self._pages, self._bounds, self.lens, num_kv_heads)
 
     def _open(self, batch_size: int, device: torch.device) -> None:
         room, columns = self._pages.block_table.shape
@@ -178,6 +190,9 @@ class PagedRows:
 
     def _reserve(self, bounds: np.ndarray) -> None:
         """Takes pages for rows of `bounds` tokens and copies their ids to the device."""
+        if self.evicted:
+            self._bounds = bounds
+            return
         if bounds.max(initial=0) > self.max_seq_len:
             raise ValueError(f"max_seq_len: expected at least {int(bounds.max())} tokens a row, got {self.max_seq_len}")
         old = self._pages.seq_lens[:len(bounds)] // self.page_size  # whole pages are reserved

@@ -45,7 +45,7 @@ def default_rule(shape: DecodeShape, options: AttentionOptions = PLAIN) -> Shari
 class PrefixFinder:
     """Finds the groups of steps of one page size. Its buffers are its own, and a captured graph reads them."""
 
-    __slots__ = ("page_size", "query_tokens", "rule", "groups", "_workspace", "_kernels", "_most_rows", "_at_once")
+    __slots__ = ("page_size", "query_tokens", "rule", "groups", "_workspace", "_kernels", "_most_rows")
 
     def __init__(self, page_size: int, query_tokens: int, rule: SharingRule, *, shared_limit_bytes: int) -> None:
         self.page_size, self.query_tokens, self.rule = page_size, query_tokens, rule
@@ -53,7 +53,6 @@ class PrefixFinder:
         self._workspace: object = None
         self._kernels: dict[tuple[TableLayout, int], Kernel] = {}  # and by rows that it has room for
         self._most_rows = min(2**14, shared_limit_bytes // ROW_BYTES)
-        self._at_once = variant.WARPGROUP_READS  # by prefixes_at_once.cu
 
     def prepare(self, layout: TableLayout, batch_size: int) -> tuple:
         """Compiles, and makes room for a step's groups; returns what a graph that captures find() must keep.
@@ -66,19 +65,16 @@ class PrefixFinder:
         if key not in self._kernels:
             defines = layout.defines() | {"PAGE_SIZE": self.page_size, "WARPS": WARPS}
             self._kernels[key] = load_kernel(
-                "prefixes_at_once.cu" if self._at_once else "prefixes.cu", "pkv_find_prefixes", defines,
-                threads=WARPS * 32, shared_bytes=ROW_BYTES * key[1], overlap=self._at_once and this_gpu().overlaps)
+                "prefixes.cu", "pkv_find_prefixes", defines, threads=WARPS * 32, shared_bytes=ROW_BYTES * key[1],
+                overlap=this_gpu().overlaps)
         if self.groups is None or self.groups.group_of_row.shape[0] != batch_size:
             self.groups = PrefixGroups(cupy.full(batch_size, -1, dtype=cupy.int32),
                                        cupy.zeros(max(1, batch_size // 2), dtype=cupy.int32))
-            words = 2 * batch_size if self._at_once else 1 + 3 * batch_size  # of 32 bits
-            self._workspace = cupy.zeros(words, dtype=cupy.int32)
+            self._workspace = cupy.zeros(2 * batch_size, dtype=cupy.int32)  # a pkv::Link a row, of 64 bits
         return *self.groups, self._workspace
 
     def _room(self, batch_size: int) -> int:
         """Rows that the launch for so many has room for."""
-        if not self._at_once:
-            return self._most_rows
         return min(self._most_rows, max(LEAST_ROWS, 1 << (batch_size - 1).bit_length()))
 
     def find(self, layout: TableLayout, *, page_ids: int, row_begins: int, lengths: int, stride: int, batch_size: int,

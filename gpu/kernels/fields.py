@@ -78,17 +78,22 @@ APPEND = Parameter("AppendArguments", (
     *_fields("f", "rope_factor k_scale v_scale"),
 ))  # fmt: skip
 SELECT = Parameter("SelectArguments", (
-    *_fields("p", "q summaries page_ids lengths row_begins scores sums tickets budgets pages counts"),
+    *_fields("p", "q summaries summary_scales page_ids lengths row_begins scores sums tickets budgets pages counts"),
     *_fields("i", "batch_size num_kv_heads table_stride num_pages max_tokens max_selected score_stride chunk_pages"),
     *_fields("i", "sink_pages recent_pages least_pages parts"), Field("scale", "f"),
 ))  # fmt: skip
 SUMMARY = Parameter("SummaryArguments", (
-    *_fields("p", "k_pages summaries page_ids lengths row_begins"), Field("k_page_stride", "q"),
+    *_fields("p", "k_pages summaries summary_scales page_ids lengths row_begins"), Field("k_page_stride", "q"),
     *_fields("i", "k_head_stride k_token_stride batch_size num_kv_heads table_stride num_pages max_tokens new_tokens"),
 ))  # fmt: skip
 PRODUCT = Parameter("ProductArguments", (
     *_fields("p", "x weight norm bias out"), *_fields("i", "columns rows x_stride out_stride"), Field("eps", "f"),
 ))  # fmt: skip
+NORM = Parameter("NormArguments", (
+    *_fields("p", "x weight out"), *_fields("i", "width x_stride"), Field("eps", "f"),
+))  # fmt: skip
+GATE = Parameter("GateArguments", (*_fields("p", "x out"), *_fields("i", "width x_stride")))
+CHOICE = Parameter("ChoiceArguments", (*_fields("p", "x out states"), *_fields("i", "width x_stride")))
 RUNS = _values(  # of pages moved between host memory and the GPU
     *_fields("p", "hosts pages bases"), Field("page_stride", "q"),
     *_fields("i", "run_bytes num_blocks first_run num_runs"),
@@ -129,6 +134,9 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_select_pages": (SELECT,),
     "pkv_summarize_pages": (SUMMARY,),
     "pkv_product": (PRODUCT,),
+    "pkv_rms_norm": (NORM,),
+    "pkv_silu_gate": (GATE,),
+    "pkv_argmax": (CHOICE,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),

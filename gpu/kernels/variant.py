@@ -9,15 +9,11 @@ from dataclasses import dataclass, replace
 
 from gpu.kernels.tuned import tuned_choice
 from pkvsim import DecodeShape
+from pkvsim.devices import route_options
 from pkvsim.devices.route_options import HEAD_DIMS, MAX_GROUP_SIZE, MAX_PAGE_SIZE
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.costs import MAX_ACCUMULATED
 
-# Whether steps with groups are served by reads of warpgroups (wgmma), and all that came with them: plans of such steps
-# that are remembered, what such reads cost in the schedule, and groups found by prefixes_at_once.cu. No whole run of
-# the GPU tests has had them, so they have to be asked for here. A layer of 64 rows of 8K shared and 512 own tokens took
-# one H200 86 us by such reads, before plans were remembered, and 103 us without (examples/results/h200_shared.md).
-WARPGROUP_READS = False
 TILE_TOKENS = 16  # PKV_TILE in cuda_src/variant.cuh
 BARRIER_BYTES = 8  # pkv::ArrivalBarrier in cuda_src/mma.cuh
 TEAMS = (1, 2, 4)  # warps that may share their tiles
@@ -25,8 +21,7 @@ MOST_TEAMS = 15  # of a CTA: its barriers, less the one that is __syncthreads'
 DTYPES = {"float16": 0, "bfloat16": 1}  # value of DTYPE_BF16
 CACHE_TYPES = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}  # value of CACHE_TYPE; 0 is the queries' own dtype
 RECORD_BYTES = 256  # pkv::PlanRecord in cuda_src/early_plan.cuh
-STEP_PLAN_BYTES = 256  # pkv::StepPlan in cuda_src/shared_step.cuh
-REMEMBERED_PLAN_BYTES = 512  # pkv::StepPlan in cuda_src/remembered_step.cuh
+STEP_PLAN_BYTES = 512  # pkv::StepPlan in cuda_src/shared_step.cuh
 STEP_RECORD_WORDS = 64, 9  # of a CTA and of each thread of pkv::StepRecord there, 8 bytes each
 READER_BYTES = 16  # of a row or a group: four ints of pkv::Readers in cuda_src/spans.cuh
 LEAST_READERS = 512  # rows and groups that any variant which reads for groups has room for
@@ -34,7 +29,6 @@ READ_COLUMNS = 64  # columns that a read is made to serve, where they fit
 QUERY_BLOCKS = 16  # blocks of 8 columns x steps of 16 elements whose queries stay in registers (pkv::Width)
 GROUP_TILES = 4  # tiles that a warpgroup multiplies with at once
 WARPGROUP = 4  # warps of one
-WGMMA_DIMS = (64, 128)  # head_dims whose queries, logits and sums a warpgroup's registers hold for 64 columns
 MOST_READ_BYTES = 128 * 1024  # in flight, beyond which an H200 gained nothing
 SCALES_BYTES = TILE_TOKENS * 2 * 4  # SCALE_BYTES in cuda_src/variant.cuh, with CACHE_SCALES
 
@@ -122,7 +116,7 @@ class KernelConfig:
         streams = self.warps // self.read_team
         states = (streams * self.read_columns + 1) * self.state_row_bytes
         reads = streams * self.read_stages * self.slot_bytes + states + 2 * BARRIER_BYTES
-        return max(self.shared_bytes, reads) + (REMEMBERED_PLAN_BYTES if self.read_tiles else STEP_PLAN_BYTES)
+        return max(self.shared_bytes, reads) + STEP_PLAN_BYTES
 
     @property
     def threads(self) -> int:
@@ -138,8 +132,7 @@ class KernelConfig:
 
     def workspace_bytes(self, num_ctas: int, row_heads: int = 0) -> int:
         """Bytes of the balanced kernel's workspace: a slot for each CTA, then a record of its plan. With reads for
-        several rows, two slots for each of `row_heads` (row, KV head)s come last, after the records of plans with
-        groups where there are such."""
+        several rows a record of its plan with groups, and two slots for each of `row_heads` (row, KV head)s."""
         plain = self.slots_bytes(num_ctas) + num_ctas * RECORD_BYTES
         if not self.read_columns:
             return plain
@@ -147,9 +140,7 @@ class KernelConfig:
 
     @property
     def step_record_bytes(self) -> int:
-        """Bytes of pkv::StepRecord: what a CTA planned last of a step with groups, where that is remembered."""
-        if not self.read_tiles:
-            return 0
+        """Bytes of pkv::StepRecord: what a CTA planned last of a step with groups."""
         of_cta, of_thread = STEP_RECORD_WORDS
         return 8 * (of_cta + of_thread * self.threads)
 
@@ -255,9 +246,10 @@ def kernel_config(shape: DecodeShape, dtype: str, compute_capability: int, *,
 
 
 def reads_by_warpgroups(config: KernelConfig, compute_capability: int) -> bool:
-    """Whether its reads are multiplied by wgmma, which compute capability 9.0 alone has: 16-bit tiles, in one page."""
-    return (WARPGROUP_READS and compute_capability == 90 and config.kv_dtype is None and config.head_dim == config.v_dim
-            and config.head_dim in WGMMA_DIMS and config.page_size % TILE_TOKENS == 0 and config.warps % WARPGROUP == 0)
+    """Whether its reads are multiplied by wgmma."""
+    return config.warps % WARPGROUP == 0 and route_options.reads_by_warpgroups(
+        head_dim=config.head_dim, v_head_dim=config.v_dim, page_size=config.page_size, kv_dtype=config.kv_dtype,
+        compute_capability=divmod(compute_capability, 10))
 
 
 def read_config(config: KernelConfig, compute_capability: int, *, columns: int = READ_COLUMNS,

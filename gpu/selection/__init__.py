@@ -2,5 +2,6 @@
 
 Read `page_selector`: it scores the pages of a planned step by their `page_summaries`, or takes scores that somebody
 else has, and leaves lists that DecodeEngine.run(selected=...) reads. Methods, pins and budgets are pkvsim.selection's;
-`variant` says which shapes the kernels serve and how they are cut.
+`step_rule` says which steps are long enough for lists to pay, `variant` which shapes the kernels serve and how they are
+cut.
 """

@@ -17,6 +17,7 @@ from gpu.selection.page_summaries import PageSummaries
 from pkvsim import DecodeShape, PageList
 from pkvsim.selection import by_name
 from pkvsim.selection.rules import Budget, Pins
+from pkvsim.selection.served import MAX_GROUP_SIZE
 from pkvsim.shapes import check_int
 
 
@@ -42,22 +43,26 @@ class PageSelector:
     selector must live as long as such graphs.
     """
 
-    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "lists", "_scale", "_plan", "_launch",
-                 "_checked", "_checked_plan", "_kernels", "_scores", "_sums", "_tickets", "_device_id", "_kept")
+    __slots__ = ("shape", "dtype", "method", "budget", "pins", "max_selected", "summary_dtype", "lists", "_scale",
+                 "_plan", "_launch", "_checked", "_checked_plan", "_kernels", "_scores", "_sums", "_tickets",
+                 "_device_id", "_kept")
 
     def __init__(self, shape: DecodeShape, dtype: str = "float16", method: str | None = by_name.DEFAULT, *,
                  budget: Budget = Budget(), pins: Pins = Pins(), max_selected: int | None = None,  # noqa: B008
-                 scale: float | None = None) -> None:
+                 scale: float | None = None, summary_dtype: str | None = None) -> None:
         """method: "mean_std", "quest", or None, whose scores each select() is given. budget, pins: see
         pkvsim.selection.rules. max_selected: room of each list; by default what the budget gives the longest row that
-        the table has room for. scale: of the logits, by default head_dim ** -0.5.
+        the table has room for. scale: of the logits, by default head_dim ** -0.5. summary_dtype: of the PageSummaries
+        that it is given.
 
         Raises ValueError naming the argument, or what no kernel serves.
         """
         variant.check_shape(shape, dtype)
+        variant.check_summary_dtype(summary_dtype)
         if method is not None:
             by_name.method(method)
         self.shape, self.dtype, self.method, self.budget, self.pins = shape, dtype, method, budget, pins
+        self.summary_dtype = summary_dtype
         self.max_selected = None if max_selected is None else check_int("max_selected", max_selected, 1)
         self._scale = shape.head_dim**-0.5 if scale is None else checks.check_scale(scale)
         self._device_id = cupy.cuda.Device().id
@@ -75,6 +80,10 @@ class PageSelector:
         """The kind of summaries that the method scores."""
         return None if self.method is None else by_name.method(self.method).SUMMARY
 
+    @property
+    def _aggregation(self) -> str:
+        return "maximum" if self.method is None else by_name.method(self.method).AGGREGATION
+
     def plan(self, seq_lens: object, block_table: object) -> None:
         """seq_lens [batch_size] int32, block_table [batch_size, max_pages] int32 or int64; those on the GPU are used
         where they are. Raises ValueError naming the argument."""
@@ -87,10 +96,10 @@ class PageSelector:
         plan = place(tables, views, self.shape.page_size)
         lists = plan.batch_size * self.shape.num_kv_heads
         checks.expect("seq_lens", f"at most {variant.MAX_LISTS} rows times KV heads", lists, lists <= variant.MAX_LISTS)
-        need = variant.select_bytes(self.shape, self._max_pages(plan))
         limit = shared_limit_bytes(this_gpu().compute_capability)
-        checks.expect("block_table", f"rows of at most {self._max_pages(plan) - (need - limit) // 4} pages on this GPU",
-                      self._max_pages(plan), need <= limit)
+        most = variant.most_pages(self.shape, self._aggregation, limit)
+        checks.expect("block_table", f"rows of at most {most} pages on this GPU", self._max_pages(plan),
+                      self._max_pages(plan) <= most)
         if plan.copies:
             cupy.cuda.get_current_stream().synchronize()  # select() may be on another stream
         self._plan, self._checked_plan = plan, None if plan.copies else key
@@ -110,7 +119,9 @@ class PageSelector:
             raise RuntimeError("select: call plan() first")
         array = None if summaries is None else getattr(summaries, "array", summaries)
         q = None if self.method is None else q
-        (q_at, summaries_at, scores_at, budgets_at), keys = arrays.fingerprints((q, array, scores, budgets))
+        scales = getattr(summaries, "scales", None)
+        (q_at, summaries_at, scales_at, scores_at, budgets_at), keys = arrays.fingerprints(
+            (q, array, scales, scores, budgets))
         keys += [plan.batch_size, plan.max_tokens, plan.layout, None if array is None else getattr(
             summaries, "made_for", None)]
         if keys != self._checked:
@@ -120,7 +131,7 @@ class PageSelector:
         if self.method is not None:
             scores_at = self._scores.data.ptr
         launch.kernel(launch.grid, (
-            q_at, summaries_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
+            q_at, summaries_at, scales_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
             0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr, budgets_at, *launch.lists_at,
             plan.batch_size, shape.num_kv_heads, plan.stride, launch.num_pages, plan.max_tokens, launch.room,
             launch.max_pages, launch.chunk_pages, self.pins.sink_pages, self.pins.recent_pages, self.budget.least_pages,
@@ -139,20 +150,21 @@ class PageSelector:
             self._expect("scores", scores, "float32", (*heads, max_pages), library)
         else:
             checks.expect("scores", "None of a method that scores itself", type(scores).__name__, scores is None)
-            checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtype", summaries,
-                          isinstance(summaries, PageSummaries)
-                          and summaries.made_for == (self.summary, shape, self.dtype))  # fmt: skip
+            wanted = self.summary, shape, self.dtype, self.summary_dtype
+            checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtypes", summaries,
+                          isinstance(summaries, PageSummaries) and summaries.made_for == wanted)
             self._expect("q", q, self.dtype, (plan.batch_size, shape.num_q_heads, shape.head_dim), library)
             num_pages = summaries.array.shape[0]
         if budgets is not None:
             self._expect("budgets", budgets, "int32", heads, library)
         room = self.max_selected or max(1, self.budget.pages(max_pages, self.pins))
         self._reserve(given, heads, max_pages, room)
-        chunks, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms)
+        chunks, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms,
+                                      variant.page_values(shape, self._aggregation))
         if self.method is None:
             chunks, each = 1, max_pages
         lists_at = tuple(arrays.view("lists", array).pointer for array in self.lists)
-        self._launch = _Launch(self._kernel(plan.layout, max_pages), (chunks, heads[0] * heads[1]), lists_at, num_pages,
+        self._launch = _Launch(self._kernel(plan.layout, max_pages), (chunks * heads[1], heads[0]), lists_at, num_pages,
                                room, max_pages, each, library)
 
     def _max_pages(self, plan: Plan) -> int:
@@ -178,21 +190,21 @@ class PageSelector:
             self._kept.append((self._tickets,))
             self._tickets = cupy.zeros(lists, dtype=cupy.int32)
             cupy.cuda.get_current_stream().synchronize()  # the launch may be on another stream
-        need = lists * self.shape.group_size * max_pages
+        need = lists * variant.page_values(self.shape, self._aggregation) * max_pages
         if self.method is not None and (self._scores is None or self._scores.shape[0] < need):
             self._kept.append((self._scores, self._sums))
             self._scores = cupy.empty(need, dtype=cupy.float32)
             # Of each chunk and query head two floats: chunks are whole PAGES_AT_ONCE pages.
-            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * self.shape.group_size),
+            self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * MAX_GROUP_SIZE),
                                     dtype=cupy.float32)
 
     def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:
         key = layout, max_pages
         if key not in self._kernels:
-            rule = None if self.method is None else by_name.method(self.method)
-            aggregation = "maximum" if rule is None else rule.AGGREGATION
-            defines = variant.selection_defines(self.shape, self.dtype, self.summary, aggregation) | layout.defines()
+            defines = variant.selection_defines(self.shape, self.dtype, self.summary, self._aggregation,
+                                                self.summary_dtype)
+            shared_bytes = variant.select_bytes(self.shape, max_pages, self._aggregation)
             self._kernels[key] = load_kernel(
-                "select.cu", "pkv_select_pages", defines, threads=variant.WARPS * 32,
-                shared_bytes=variant.select_bytes(self.shape, max_pages), overlap=this_gpu().overlaps)
+                "select.cu", "pkv_select_pages", defines | layout.defines(), threads=variant.WARPS * 32,
+                shared_bytes=shared_bytes, overlap=this_gpu().overlaps)
         return self._kernels[key]

@@ -16,31 +16,36 @@ from pkvsim.shapes import MAX_TOKENS, check_int
 
 
 class PageSummaries:
-    """Of every page and KV head: mean and standard deviation of its keys, or minimum and maximum, 16-bit.
+    """Of every page and KV head: mean and standard deviation of its keys, or minimum and maximum, in 16 or 8 bits.
 
-    array [num_pages, num_kv_heads, 2, head_dim], torch or CuPy as the pages are. It is right for the pages that
-    update() was told of: those of a row's new tokens, after every append.
+    array [num_pages, num_kv_heads, 2, head_dim], torch or CuPy as the pages are; of 8 bits it holds codes, and scales
+    [num_pages, num_kv_heads, 2] float32 goes with it (pkvsim.selection.summaries.decode says how), else None. Both are
+    right for the pages that update() was told of: those of a row's new tokens, after every append.
     """
 
-    __slots__ = ("shape", "dtype", "kind", "layout", "array", "_kernels", "_device_id")
+    __slots__ = ("shape", "dtype", "kind", "layout", "summary_dtype", "array", "scales", "_kernels", "_device_id")
 
     def __init__(self, shape: DecodeShape, k_pages: object, dtype: str = "float16", *, kind: str = MEAN_STD,
-                 layout: str = "HND") -> None:
+                 layout: str = "HND", summary_dtype: str | None = None) -> None:
         """k_pages: the pool, [num_pages, num_kv_heads, page_size, head_dim] (HND) or with tokens before heads (NHD), of
-        `dtype`. kind: "mean_std" or "min_max". Raises ValueError naming the argument."""
+        `dtype`. kind: "mean_std" or "min_max". summary_dtype: None, for that of the pages, or "uint8" for codes, which
+        are half the bytes to score. Raises ValueError naming the argument."""
         variant.check_shape(shape, dtype)
+        variant.check_summary_dtype(summary_dtype)
         checks.expect("kind", f"one of {', '.join(SUMMARIES)}", repr(kind), kind in SUMMARIES)
         checks.expect("layout", "HND or NHD", repr(layout), layout in ("HND", "NHD"))
-        self.shape, self.dtype, self.kind, self.layout = shape, dtype, kind, layout
+        self.shape, self.dtype, self.kind, self.layout, self.summary_dtype = shape, dtype, kind, layout, summary_dtype
         self._device_id = cupy.cuda.Device().id
         self._kernels: dict[TableLayout, Kernel] = {}
         num_pages = self._check_pages(k_pages).shape[0]
-        self.array = arrays.empty_like(k_pages, (num_pages, shape.num_kv_heads, 2, shape.head_dim), dtype)
+        vectors = num_pages, shape.num_kv_heads, 2
+        self.array = arrays.empty_like(k_pages, (*vectors, shape.head_dim), summary_dtype or dtype)
+        self.scales = None if summary_dtype is None else arrays.empty_like(k_pages, vectors, "float32")
 
     @property
-    def made_for(self) -> tuple[str, DecodeShape, str]:
-        """(kind, shape, dtype)"""
-        return self.kind, self.shape, self.dtype
+    def made_for(self) -> tuple[str, DecodeShape, str, str | None]:
+        """(kind, shape, dtype, summary_dtype)"""
+        return self.kind, self.shape, self.dtype, self.summary_dtype
 
     def update(self, k_pages: object, seq_lens: object, block_table: object, *, new_tokens: int | None = None) -> None:
         """Summarises anew the pages of each row's last `new_tokens` tokens, by default all of its pages, in one launch
@@ -64,18 +69,19 @@ class PageSummaries:
         checks.expect("seq_lens", f"at most {variant.MAX_LISTS} rows times KV heads", lists, lists <= variant.MAX_LISTS)
         touched = min(plan.max_tokens, new_tokens + shape.page_size - 1)
         grid = max(1, -(-(touched // shape.page_size + 1) // variant.WARPS)), lists
+        scales_at = 0 if self.scales is None else arrays.view("scales", self.scales).pointer
         head, token = (1, 2) if self.layout == "HND" else (2, 1)
         self._kernel(plan.layout)(
             grid,
-            (pages.pointer, arrays.view("summaries", self.array).pointer, plan.page_ids, plan.lengths, plan.row_begins,
-             pages.strides[0], pages.strides[head], pages.strides[token], plan.batch_size, shape.num_kv_heads,
-             plan.stride, pages.shape[0], plan.max_tokens, new_tokens),
+            (pages.pointer, arrays.view("summaries", self.array).pointer, scales_at, plan.page_ids, plan.lengths,
+             plan.row_begins, pages.strides[0], pages.strides[head], pages.strides[token], plan.batch_size,
+             shape.num_kv_heads, plan.stride, pages.shape[0], plan.max_tokens, new_tokens),
             arrays.current_stream(pages.library, self._device_id))  # fmt: skip
 
     def _kernel(self, layout: TableLayout) -> Kernel:
         if layout not in self._kernels:
-            defines = variant.selection_defines(self.shape, self.dtype, self.kind, "maximum") | layout.defines()
-            self._kernels[layout] = load_kernel("summaries.cu", "pkv_summarize_pages", defines,
+            defines = variant.selection_defines(self.shape, self.dtype, self.kind, "maximum", self.summary_dtype)
+            self._kernels[layout] = load_kernel("summaries.cu", "pkv_summarize_pages", defines | layout.defines(),
                                                 threads=variant.WARPS * 32, overlap=this_gpu().overlaps)
         return self._kernels[layout]
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from gpu.kernels.variant import DTYPES
 from pkvsim import DecodeShape
-from pkvsim.selection.summaries import MEAN_STD, MIN_MAX
+from pkvsim.selection.served import HEAD_DIMS, most_group_size
+from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX
 
 WARPS = 8  # of a CTA
 SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2}  # value of SCORING by the kind of summary; None: scores are given
@@ -12,9 +13,8 @@ PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time: SCORED_PAGES of
 CTAS_PER_SM = 2
 LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which takes CTAs that end at different times
 MAX_LISTS = 65535  # of a launch: its grid's second axis
-HEAD_DIMS = (64, 128, 256)
-MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS = 16, 2048  # what a warp holds of a group's queries
-TOP_BYTES = (2048 + 3 * WARPS + 2) * 4  # pkv::TopPages
+TOP_BYTES = (2048 + 2 * WARPS + 4) * 4  # pkv::TopPages, in whole 16 bytes
+MOST_LOGIT_BYTES = 16 * 1024  # of a chunk whose logits become weights
 
 
 def check_shape(shape: DecodeShape, dtype: str) -> None:
@@ -23,28 +23,52 @@ def check_shape(shape: DecodeShape, dtype: str) -> None:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if shape.head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim: expected one of {HEAD_DIMS} where pages are selected, got {shape.head_dim}")
-    most = min(MAX_GROUP_SIZE, MAX_QUERY_ELEMENTS // shape.head_dim)
+    most = most_group_size(shape.head_dim)
     if shape.group_size > most:
         raise ValueError(f"group_size: expected at most {most} of head_dim {shape.head_dim} where pages are selected, "
                          f"got {shape.group_size}")
 
 
-def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str) -> dict[str, int]:
+def check_summary_dtype(dtype: str | None) -> None:
+    """Raises ValueError naming summary_dtype."""
+    if dtype not in (None, CODES):
+        raise ValueError(f"summary_dtype: expected None, for that of the pages, or {CODES!r}, got {dtype!r}")
+
+
+def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str,
+                      summary_dtype: str | None = None) -> dict[str, int]:
     """Compile-time constants of select.cu and summaries.cu."""
     return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
             "DTYPE_BF16": DTYPES[dtype], "WARPS": WARPS, "SCORING": SCORINGS[summary],
-            "AGGREGATION": AGGREGATIONS[aggregation]}
+            "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES)}
 
 
-def select_bytes(shape: DecodeShape, max_pages: int) -> int:
-    """Bytes of pkv::SelectMemory and the keys of so many pages."""
-    return (TOP_BYTES + (WARPS + 1) * shape.group_size * 8 + 4 + 7) // 8 * 8 + max_pages * 4
+def page_values(shape: DecodeShape, aggregation: str) -> int:
+    """Floats that are kept of a page until it is selected: pkv::PAGE_VALUES, 1 of scores that are given."""
+    return 1 << (shape.group_size - 1).bit_length() if aggregation == "softmax_mean" else 1
 
 
-def chunks(max_pages: int, num_lists: int, num_sms: int) -> tuple[int, int]:
+def select_bytes(shape: DecodeShape, max_pages: int, aggregation: str) -> int:
+    """Bytes of pkv::SelectMemory and what lies behind it, of rows of so many pages in chunks of any size."""
+    values = page_values(shape, aggregation)
+    own = -(-(TOP_BYTES + 2 * WARPS * values * 4 + 4) // 16) * 16
+    factors = (max_pages // PAGES_AT_ONCE + 1) * values
+    return own + max(MOST_LOGIT_BYTES, (max_pages + 2 * -(-max_pages // 32) + factors) * 4)
+
+
+def most_pages(shape: DecodeShape, aggregation: str, limit_bytes: int) -> int:
+    """Pages of a row that so many bytes are enough for."""
+    most = limit_bytes // 4
+    while select_bytes(shape, most, aggregation) > limit_bytes:
+        most -= PAGES_AT_ONCE
+    return most
+
+
+def chunks(max_pages: int, num_lists: int, num_sms: int, values: int = 1) -> tuple[int, int]:
     """(CTAs of each list, pages that each scores) of a step whose rows have room for max_pages: CTAs enough for the
-    GPU, no fewer than LEAST_CHUNKS of each list, of no fewer pages than one scores at a time."""
+    GPU, no fewer than LEAST_CHUNKS of each list, of no fewer pages than one scores at a time, nor more than there is
+    room for the logits of. values: page_values()."""
     wanted = max(LEAST_CHUNKS, -(-num_sms * CTAS_PER_SM // max(1, num_lists)))
     each = -(-max_pages // wanted)
-    each = -(-each // PAGES_AT_ONCE) * PAGES_AT_ONCE
+    each = min(-(-each // PAGES_AT_ONCE) * PAGES_AT_ONCE, MOST_LOGIT_BYTES // (4 * values))
     return -(-max_pages // each), each

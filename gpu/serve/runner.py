@@ -250,6 +250,6 @@ class Runner:
             chosen = draw(logits, temperature, top_p, seed, lens.long(), self._token_keys,
                           cuts=choice == FROM_NUCLEUS)
         else:
-            chosen = logits.argmax(-1)
+            chosen = self.model.products.argmax(logits)
         self._last_token.index_copy_(0, slots, chosen)
         self._chosen[: len(chosen)].copy_(chosen)

@@ -33,10 +33,15 @@ def fit(
         Optional[list[str]],
         typer.Option(help="CSV of kernel times outside decode attention, of gpu.calibrate --outside; repeatable."),
     ] = None,
+    selection: Annotated[
+        Optional[list[str]],
+        typer.Option(help="JSON of examples/bench_selection.py, of selected pages; repeatable."),
+    ] = None,
 ) -> None:
     """Fits the model's constants to measured times and writes a device file.
 
-    --measurements fits decode attention, --outside and --serving what stands beside it; one or more of them.
+    --measurements fits decode attention, --selection steps that read selected pages, --outside and --serving what
+    stands beside decode attention; one or more of them.
 
     \b
     Examples:
@@ -44,6 +49,7 @@ def fit(
       pkvsim fit --measurements peer.csv --table-device l40s \\
           --device-base l40s -o l40s_fitted.json
       pkvsim fit --serving points.csv --device-base h200 -o h200_fitted.json
+      pkvsim fit --selection grid.json --device-base h200 -o h200_fitted.json
     """
     with one_line_errors():
         from dataclasses import replace
@@ -56,8 +62,8 @@ def fit(
         from pkvsim.fitting.measured_tables import read_measurements
         from pkvsim.reports.table_replay import print_fit, print_outside_fit
 
-        if not (measurements or serving or outside):
-            raise ValueError("measurements: expected --measurements, --serving or --outside")
+        if not (measurements or serving or outside or selection):
+            raise ValueError("measurements: expected --measurements, --serving, --outside or --selection")
         fitted, today = get_device(device_base), date.today().isoformat()
         routes: set[str] = set()
         skipped: dict[str, int] = {}
@@ -88,6 +94,12 @@ def fit(
             points = [point for path in serving for point in read_points(path)]
             source = ", ".join(Path(path).name for path in serving)
             fitted, held_out = fit_serving(fitted, points, source=source, date=today)
+        if selection:
+            from pkvsim.fitting.fit_selection import fit_selection, read_selection_cells
+
+            files = [read_selection_cells(path) for path in selection]
+            cells, source = [cell for found, _ in files for cell in found], "; ".join(about for _, about in files)
+            fitted, unseen = fit_selection(fitted, cells, source=source, date=today)
         fitted = replace(fitted, name=name or fitted.name)
         try:
             Path(output).write_text(fitted.to_json(), encoding="utf-8")
@@ -97,3 +109,7 @@ def fit(
         print_fit(fitted, routes, skipped)
     if serving or outside:
         print_outside_fit(fitted, held_out)
+    if selection:
+        from pkvsim.reports.selection.table_fit import print_selection_fit
+
+        print_selection_fit(fitted, cells, unseen)

@@ -40,6 +40,11 @@ def step(
     layers: Layers = 1,
     window: Window = None,
     query_tokens: QueryTokens = 1,
+    select: Annotated[
+        Optional[str],
+        typer.Option(help="Beside all pages: those that a method chooses, METHOD:BUDGET, such as mean_std:0.1."),
+    ] = None,
+    select_every: Annotated[int, typer.Option(help="Layers that read the lists which the first of them selects.")] = 1,
     kv_parallel: Annotated[
         int, typer.Option(help="GPUs that hold the rows' pages together, page by page in turn (balanced only).")
     ] = 1,
@@ -64,10 +69,12 @@ def step(
           --device h200
       pkvsim step --seq-lens 131072,1024x63 --device l4 --timeline step.json
       pkvsim step --seq-lens 131072 --device h200 --kv-parallel 2
+      pkvsim step --seq-lens 32768x64 --device h200 --select mean_std:0.1
     """
     with one_line_errors():
         from pkvsim.devices.device import get_device
         from pkvsim.options import AttentionOptions
+        from pkvsim.selection.setup import parse_selection
         from pkvsim.shapes import DecodeShape
         from pkvsim.studies.explain_step import explain_step, parse_seq_lens
         from pkvsim.studies.shared_step import parse_shared
@@ -84,6 +91,13 @@ def step(
         options = AttentionOptions(window=window, query_tokens=query_tokens)
         names = None if routes is None else [name.strip() for name in routes.split(",") if name.strip()]
         groups = None if shared is None else parse_shared(shared, lens, page_size)
+        setup = None if select is None else parse_selection(select, every=select_every)
+        if select_every != 1 and setup is None:
+            raise ValueError(f"select_every: expected with --select alone, got {select_every}")
+        if setup is not None:
+            for option, given in (("shared", groups is not None), ("kv_parallel", kv_parallel != 1)):
+                if given:
+                    raise ValueError(f"{option}: expected none with --select, whose lists no kernel shares out")
         if kv_parallel != 1:
             if groups is not None:
                 raise ValueError(f"shared: expected none over several GPUs, got {shared}")
@@ -95,6 +109,10 @@ def step(
         report = explain_step(
             shape, lens, get_device(device), routes=names, layers=layers, splits=splits, options=options, groups=groups
         )
+        if setup is not None:
+            from pkvsim.studies.selection.step import with_selection
+
+            report = with_selection(report, setup)
         if plot is not None:
             from pkvsim.reports.plot_step import plot_step
 

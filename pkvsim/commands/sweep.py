@@ -20,10 +20,10 @@ def sweep(
         list[str],
         typer.Option(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
-            "splits, group_size, prefix_cache, shared_reads (on, off), order, replicas, router, engine, "
-            "tensor_parallel, prefill_replicas, tiers (or none; + between several), placement, retention, "
-            "tier_admission, load_or_recompute; rate is a factor of the trace's own: rate=2 halves every gap. Without: "
-            "device, policy, batch, length, group_size, splits."
+            "splits, group_size, prefix_cache, shared_reads (on, off), select (METHOD:BUDGET, off), order, replicas, "
+            "router, engine, tensor_parallel, prefill_replicas, tiers (or none; + between several), placement, "
+            "retention, tier_admission, load_or_recompute; rate is a factor of the trace's own: rate=2 halves every "
+            "gap. Without: device, policy, batch, length, group_size, splits, select."
         ),
     ],
     trace: Annotated[
@@ -59,6 +59,8 @@ def sweep(
     \b
     Examples:
       pkvsim sweep --over batch=1,8,64 --over length=1024,8192,65536 --device h200
+      pkvsim sweep --over length=8192,65536 --over select=off,mean_std:0.1 \\
+          --device h200 --layers 32
       pkvsim sweep --over length=8192,65536 --over splits=1,4,16 --policy split
       pkvsim sweep --over batch=1,4,16,64 --over length=1024,8192,65536 \\
           --device l4 --route-map routes.png
@@ -112,6 +114,11 @@ def sweep(
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]
         prices = tuple(f"attention prices of {gpu.name}: {fit_note(gpu)}" for gpu in devices)
+        if not serving and set(axes.get("select", ())) - {"off"}:
+            from pkvsim.devices.derive import selection_entry
+            from pkvsim.studies.selection.notes import price_note
+
+            prices += tuple(f"{gpu.name}: {price_note(selection_entry(gpu))}" for gpu in devices)
         notes = report.notes + (() if serving else prices)
         if plot is not None:
             from pkvsim.reports.plot_sweep import plot_sweep

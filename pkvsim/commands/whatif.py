@@ -74,6 +74,8 @@ def whatif(
           --policies engine,balanced
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --tier host:256GiB:50 --tier disk:2TiB:7
+      pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
+          --policies balanced --select mean_std:0.1
       pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 \\
           --replicas 4 --kv-gib 2 --rate-scale 8 --lend all
     """
@@ -115,6 +117,8 @@ def whatif(
                                   ("requests_csv", requests_csv)):  # fmt: skip
                 if given is not None:
                     raise ValueError(f"{option}: expected None with --lend, got {given}")
+            if config.select is not None:
+                raise ValueError(f"select: expected None with --lend, got {server.select}")
             from pkvsim.commands.several.lend import whatif_lend
 
             with progress_bar(not as_json, "requests") as progress:

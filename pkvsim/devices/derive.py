@@ -7,6 +7,7 @@ from functools import cache
 
 from pkvsim.devices.device import DEVICES, DeviceSpec
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel
+from pkvsim.devices.selection_constants import SelectionEntry
 from pkvsim.schedule.costs import BalancedCosts, default_costs
 
 REFERENCE = "h200"  # whose measured efficiencies are carried over
@@ -62,6 +63,17 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
             date=entry.date,
         )
     return routes
+
+
+def selection_entry(device: DeviceSpec) -> SelectionEntry:
+    """What prices selected pages: the device's own entry, or the reference GPU's, "assumed", whose shares are of this
+    device's bandwidth and whose times are kept. ValueError where neither has one."""
+    if device.selection is not None:
+        return device.selection
+    entry = DEVICES[REFERENCE].selection
+    if entry is None:
+        raise ValueError(f"device: expected one with prices of selected pages, got {device.name}")
+    return replace(entry, status="assumed", source=f"{REFERENCE}'s: {entry.source}", in_sample=None, held_out=None)
 
 
 def _scaled(value: float, factor: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pkvsim.devices.outside_constants import OutsideEntry, read_outside
 from pkvsim.devices.route_model import CalibratedRoute, RouteModel, read_route
+from pkvsim.devices.selection_constants import SelectionEntry, read_selection
 from pkvsim.memory.tiers import Tier, read_tier
 from pkvsim.schedule.costs import default_costs
 
@@ -53,6 +54,7 @@ class DeviceSpec:
     host_write_gb_s: float | None = None  # from the GPU to pinned host memory
     outside: dict[str, OutsideEntry] = field(default_factory=dict)  # by engine; see pkvsim.outside
     tiers: dict[str, Tier] = field(default_factory=dict)  # measured places of KV beyond the GPU, by name
+    selection: SelectionEntry | None = None  # prices of selected pages; see pkvsim.devices.derive.selection_entry
 
     @property
     def routes(self) -> dict[str, RouteModel]:
@@ -70,11 +72,13 @@ class DeviceSpec:
             data["outside"] = {name: entry.to_dict() for name, entry in self.outside.items()}
         if self.tiers:
             data["tiers"] = {name: asdict(tier) for name, tier in self.tiers.items()}
+        if self.selection is not None:
+            data["selection"] = self.selection.to_dict()
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 OPTIONAL_FIELDS = ("fp8_tflops", "int8_tops", "fp4_tflops", "link_gb_s", "link_us", "host_read_gb_s", "host_write_gb_s")
-_NO_NUMBERS = ("name", "label", "sources", "calibration", "outside", "tiers", *OPTIONAL_FIELDS)
+_NO_NUMBERS = ("name", "label", "sources", "calibration", "outside", "tiers", "selection", *OPTIONAL_FIELDS)
 NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in _NO_NUMBERS)
 
 
@@ -110,9 +114,10 @@ def load_device(path: str | Path) -> DeviceSpec:
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: outside: expected an object by engine, got {entries!r}")
     outside = {name: read_outside(f"{path}: outside.{name}", entry) for name, entry in entries.items()}
+    selection = None if "selection" not in data else read_selection(f"{path}: selection", data["selection"])
     return DeviceSpec(
         name=data["name"], label=data["label"], sources=sources, calibration=calibration, outside=outside,
-        tiers=_tiers(path, data.get("tiers", {})), **values,
+        tiers=_tiers(path, data.get("tiers", {})), selection=selection, **values,
     )  # fmt: skip
 
 

@@ -15,6 +15,10 @@ from pkvsim.shapes import DecodeShape
 HEAD_DIMS = (64, 128, 192, 256)
 MAX_GROUP_SIZE = 128
 MAX_PAGE_SIZE = 256
+# Of heads whose queries, logits and sums for 64 columns a warpgroup's registers hold; its tiles of 16 tokens lie in one
+# page each (cuda_src/group_reads.cuh).
+WARPGROUP_HEAD_DIMS = (64, 128)
+WARPGROUP_TILE_TOKENS = 16
 # FlashInfer 0.7.2, https://github.com/flashinfer-ai/flashinfer: DISPATCH_GQA_GROUP_SIZE in
 # include/flashinfer/utils.cuh, of its CUDA-core kernels alone; xqa's pages in flashinfer/xqa.py.
 FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -52,6 +56,19 @@ SERVED = {
 # The CUDA-core kernel masks what lies before the window but walks all of the row (BatchDecodeWithPagedKVCacheDevice in
 # include/flashinfer/attention/decode.cuh); the others start at the window's first tile.
 WALKS_ALL = ("flashinfer_cuda_core",)
+
+
+def reads_by_warpgroups(
+    *, head_dim: int, v_head_dim: int, page_size: int, kv_dtype: str | None, compute_capability: tuple[int, int]
+) -> bool:  # fmt: skip
+    """Whether what rows have in common is read for them by wgmma, which compute capability 9.0 alone has: 16-bit pages.
+
+    kv_dtype: of the pages, None where they have the queries' own.
+    """
+    return (
+        compute_capability == (9, 0) and kv_dtype is None and head_dim == v_head_dim
+        and head_dim in WARPGROUP_HEAD_DIMS and page_size % WARPGROUP_TILE_TOKENS == 0
+    )  # fmt: skip
 
 
 def asked(shape: DecodeShape, options: AttentionOptions) -> tuple[str, ...]:

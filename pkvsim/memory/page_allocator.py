@@ -1,6 +1,7 @@
 """Which row owns which page, of one pool or of pools that hold rows together: host bookkeeping, without a GPU."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from pkvsim.schedule.shares import PageShares
 class PageAllocator:
     """Rows of tokens over a pool of pages; freed pages are reused last in, first out.
 
-    block_table [max_batch, max_pages] int32, -1 where no page is owned; seq_lens [max_batch] int32.
+    block_table [max_batch, max_pages] int32, -1 where no page is owned; seq_lens [max_batch] int32; owners [num_pages]
+    int32, rows that have each page. A page that several rows have is full, and goes back when the last one lets it go.
     Every method either succeeds or raises ValueError and changes nothing.
     """
 
-    __slots__ = ("num_pages", "page_size", "max_seq_len", "block_table", "seq_lens", "_used", "_free")
+    __slots__ = ("num_pages", "page_size", "max_seq_len", "block_table", "seq_lens", "owners", "_used", "_free")
 
     def __init__(self, *, num_pages: int, page_size: int, max_batch: int, max_seq_len: int) -> None:
         for name, value in (("num_pages", num_pages), ("page_size", page_size), ("max_batch", max_batch),
@@ -27,6 +29,7 @@ class PageAllocator:
         self.max_seq_len = max_seq_len
         self.block_table = np.full((max_batch, -(-max_seq_len // page_size)), -1, dtype=np.int32)
         self.seq_lens = np.zeros(max_batch, dtype=np.int32)
+        self.owners = np.zeros(num_pages, dtype=np.int32)
         self._used = np.zeros(max_batch, dtype=bool)
         self._free = list(range(num_pages - 1, -1, -1))
 
@@ -80,18 +83,91 @@ class PageAllocator:
                              f"of {self.num_pages}")
         for row, begin, end in zip(rows.tolist(), first.tolist(), last.tolist()):
             for column in range(begin, end):
-                self.block_table[row, column] = self._free.pop()
+                page = self._free.pop()
+                self.block_table[row, column], self.owners[page] = page, 1
         self.seq_lens[rows] = new
         return old
+
+    def fork(self, source: int, *, pages: int | None = None, row: int | None = None) -> int:
+        """Opens a row (as allocate() does) that begins with another's first full pages, which both then have.
+
+        pages: how many of them, by default all.
+        """
+        self._check_row(source)
+        full = int(self.seq_lens[source]) // self.page_size
+        pages = full if pages is None else pages
+        if not 0 <= pages <= full:
+            raise ValueError(f"pages: expected at most the {full} full pages of row {source}, got {pages}")
+        row = self.allocate(row)
+        shared = self.block_table[source, :pages]
+        self.block_table[row, :pages] = shared
+        self.owners[shared] += 1
+        self.seq_lens[row] = pages * self.page_size
+        return row
+
+    def evict(self, row: int, kept: Any) -> np.ndarray:
+        """A row keeps its pages at the places `kept` [n], ascending, and closes up: the rest of its table moves, no
+        page does. Returns the pages that went back to the pool, int32: those that no other row has."""
+        return self.evict_rows([row], [kept])
+
+    def evict_rows(self, rows: Sequence[int], kept: Sequence[Any]) -> np.ndarray:
+        """evict() of several rows, each with places of its own: all of them or, where one cannot be, none."""
+        if len(set(rows)) != len(rows) or len(rows) != len(kept):
+            raise ValueError(f"rows, kept: expected distinct rows and places of each, got {list(rows)} and {len(kept)}")
+        places = [self._check_kept(row, own) for row, own in zip(rows, kept)]
+        gone = [self._close_up(row, own) for row, own in zip(rows, places)]
+        return np.concatenate([np.zeros(0, np.int32), *gone])
+
+    def _check_kept(self, row: int, kept: Any) -> np.ndarray:
+        count, kept = len(self.pages(row)), np.asarray(kept)
+        if kept.ndim != 1 or (kept.dtype.kind not in "iu" and kept.size):
+            raise ValueError(f"kept: expected integers [n], got {kept.dtype} {list(kept.shape)}")
+        kept = kept.astype(np.int64)
+        if (np.diff(kept) <= 0).any() or (kept < 0).any() or (kept >= count).any():
+            raise ValueError(f"kept: expected ascending places below the {count} pages of row {row}, got "
+                             f"{kept.tolist()}")
+        return kept
+
+    def _close_up(self, row: int, kept: np.ndarray) -> np.ndarray:
+        owned = self.pages(row)
+        room = len(owned) * self.page_size - int(self.seq_lens[row])  # what the last page has room for yet
+        still = owned[kept]
+        self.block_table[row, :len(owned)] = -1
+        self.block_table[row, :len(still)] = still
+        has_last = len(kept) > 0 and int(kept[-1]) == len(owned) - 1
+        self.seq_lens[row] = len(still) * self.page_size - (room if has_last else 0)
+        return self._let_go(np.delete(owned, kept))
+
+    def by_head(self, num_kv_heads: int) -> PageAllocator:
+        """The same rows over pages of one KV head, whose lists then differ: head h of page p is page p * num_kv_heads +
+        h, that of row r is row r * num_kv_heads + h. A pool [num_pages, num_kv_heads, ...] is one of such pages as it
+        lies, viewed as [num_pages * num_kv_heads, 1, ...]."""
+        heads = np.arange(num_kv_heads)
+        found = PageAllocator(num_pages=self.num_pages * num_kv_heads, page_size=self.page_size,
+                              max_batch=len(self._used) * num_kv_heads, max_seq_len=self.max_seq_len)
+        table = self.block_table[:, None].astype(np.int64)
+        table = np.where(table < 0, -1, table * num_kv_heads + heads[:, None])  # [rows, heads, max_pages]
+        found.block_table[:] = table.reshape(found.block_table.shape)
+        found.seq_lens[:], found._used[:] = (np.repeat(own, num_kv_heads) for own in (self.seq_lens, self._used))
+        found.owners[:] = np.repeat(self.owners, num_kv_heads)
+        found._free = [page * num_kv_heads + head for page in self._free for head in heads[::-1].tolist()]
+        return found
 
     def free(self, row: int) -> None:
         """Closes a row; its pages go back on the free list."""
         self._check_row(row)
         owned = self.pages(row)
-        self._free.extend(owned[::-1].tolist())
         self.block_table[row, :len(owned)] = -1
         self.seq_lens[row] = 0
         self._used[row] = False
+        self._let_go(owned)
+
+    def _let_go(self, pages: np.ndarray) -> np.ndarray:
+        """A row has these no more. Those that nobody has go back, such that the first of them is reused first."""
+        self.owners[pages] -= 1
+        unowned = pages[self.owners[pages] == 0]
+        self._free.extend(unowned[::-1].tolist())
+        return unowned
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < len(self._used) or not self._used[row]:

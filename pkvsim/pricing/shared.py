@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import RouteModel
+from pkvsim.devices.route_options import reads_by_warpgroups
 from pkvsim.options import AttentionOptions
 from pkvsim.pricing.constants import PARTIAL_ELEMENT_BYTES
-from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts
+from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts, default_shared_costs
 from pkvsim.shapes import DecodeShape
 
 FLOPS = 2  # of a multiplication and its addition
@@ -20,7 +21,8 @@ MMA_SYNC_SHARES = {9: 0.62, 10: 0.62}
 class SharedPrices(NamedTuple):
     """Constants of the balanced route's shared reads, which hold on every GPU as far as they are relative.
 
-    efficiency: share of what the SMs' mma.sync gives that a read's products reach. start, read, row: in
+    efficiency: share of what the SMs' mma.sync gives that a read's products reach, of wgmma those of 64 columns,
+    whether a read has as many or not. start, read, row: in
     RouteModel.segment_us: what a step with reads takes more before its first and after its last task; the end of a part
     of a read, for 64 columns; merging the output of a member's KV head, for 4 columns of 128 sums. state: in the time
     in which a CTA reads it alone, what each state of such an output adds.
@@ -37,6 +39,7 @@ class SharedPrices(NamedTuple):
 # one H200 (2026-11-29): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has not seen. Heads of
 # 64, whose kernel spills registers, take a quarter more than this says. For other GPUs it is an assumption.
 PRICES = SharedPrices(efficiency=0.3108, start=40.7, read=0.08, row=1.375, state=0.001)
+WARPGROUP_PRICES = SharedPrices(efficiency=0.4334, start=17.8, read=0.0159, row=0.3834, state=3.54)
 
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
 # to the same steps of one H200 with every row reading for itself.
@@ -59,16 +62,37 @@ class ReadPrices(NamedTuple):
     state_us: float  # of each state of it
 
 
+def by_warpgroups(device: DeviceSpec, shape: DecodeShape, options: AttentionOptions) -> bool:
+    """Whether the GPU's reads for several rows are by wgmma."""
+    return reads_by_warpgroups(
+        head_dim=shape.head_dim, v_head_dim=options.value_dim(shape), page_size=shape.page_size,
+        kv_dtype=options.kv_dtype, compute_capability=device.compute_capability,
+    )  # fmt: skip
+
+
+def shared_costs_of(
+    device: DeviceSpec, shape: DecodeShape, batch_size: int, options: AttentionOptions
+) -> SharedCosts:  # fmt: skip
+    """What the engine weighs on a GPU for a batch of so many rows."""
+    columns = batch_size * options.query_shape(shape).group_size
+    return default_shared_costs(columns, by_warpgroups=by_warpgroups(device, shape, options))
+
+
 def read_prices(
     model: RouteModel, device: DeviceSpec, shape: DecodeShape, options: AttentionOptions, costs: SharedCosts,
-    prices: SharedPrices = PRICES,
+    prices: SharedPrices | None = None,
 ) -> ReadPrices:  # fmt: skip
-    """Prices of the reads of a layer whose kernel reads for costs.columns columns."""
-    columns = options.query_shape(shape).group_size
-    value_dim = options.value_dim(shape)
-    served = costs.columns // columns * columns
+    """Prices of the reads of a layer whose kernel reads for costs.columns columns; by those of the GPU's instructions
+    if none are given."""
+    columns, value_dim = options.query_shape(shape).group_size, options.value_dim(shape)
+    if by_warpgroups(device, shape, options):
+        prices = WARPGROUP_PRICES if prices is None else prices
+        served, mma_tflops = -(-costs.columns // SHARED_COLUMNS) * SHARED_COLUMNS, device.fp16_tflops
+    else:
+        prices = PRICES if prices is None else prices
+        served = costs.columns // columns * columns
+        mma_tflops = device.fp16_tflops * MMA_SYNC_SHARES.get(device.compute_capability[0], 1.0)
     flops = FLOPS * served * (shape.head_dim + value_dim)  # of a token
-    mma_tflops = device.fp16_tflops * MMA_SYNC_SHARES.get(device.compute_capability[0], 1.0)
     cta_tflops = prices.efficiency * mma_tflops / (device.num_sms * max(1.0, model.ctas_per_sm))
     state_bytes = columns * (2 + value_dim) * PARTIAL_ELEMENT_BYTES
     return ReadPrices(

@@ -85,6 +85,12 @@ def _shared(summary: dict[str, Any]) -> dict[str, Any]:
     return shared if shared.get("steps") else {}
 
 
+def _selection(summary: dict[str, Any]) -> dict[str, Any]:
+    """What selected pages gave; empty where there were none."""
+    selection = summary.get("selection") or {}
+    return selection if selection.get("steps") else {}
+
+
 def _terabytes(value: float | None) -> str:
     return "" if value is None else f"{value / 1e12:,.3g} TB"
 
@@ -117,6 +123,11 @@ ROWS = (
     ("  read by them", lambda s: _terabytes(_shared(s).get("read_bytes"))),
     ("  of pages read apart", lambda s: _terabytes(_shared(s).get("apart_bytes"))),
     ("  attention time saved", lambda s: percent(_shared(s).get("saved_share"))),
+    ("steps over selected pages", lambda s: percent(_selection(s).get("step_share"))),
+    ("  read over lists", lambda s: _terabytes(_selection(s).get("listed_bytes"))),
+    ("  summaries scored", lambda s: _terabytes(_selection(s).get("scored_bytes"))),
+    ("  of pages read dense", lambda s: _terabytes(_selection(s).get("whole_bytes"))),
+    ("  attention time saved", lambda s: percent(_selection(s).get("saved_share"))),
     ("preemptions", lambda s: f"{s['preemptions']:,}"),
     ("rejected", lambda s: f"{s['rejected_too_long_for_pool'] + s['rejected_too_long_for_model']:,}"),
     ("saturated", lambda s: "yes" if s["saturated"] else "no"),

@@ -5,6 +5,7 @@ from rich.markup import escape
 
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
+from pkvsim.reports.selection.lines import selection_lines
 from pkvsim.serving.costs import fit_note
 from pkvsim.studies.step_report import RouteStep, StepReport
 
@@ -36,6 +37,9 @@ def print_step(report: StepReport) -> None:
     note = f"; estimated: {', '.join(estimated)}" if estimated else ""
     if report.groups is not None:
         print_line(console, f"- {_sharing(report)}")
+    if report.selection is not None:
+        for line in selection_lines(report.selection):
+            print_line(console, f"- {line}")
     print_line(console, f"- attention prices of {report.device.name}: {fit_note(report.device)}{note}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from pkvsim.schedule.page_lists import PageList
 from pkvsim.selection.methods import mean_std, quest
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages
-from pkvsim.selection.summaries import row_summaries
+from pkvsim.selection.summaries import CODES, decode, encode, row_summaries
 from pkvsim.shapes import DecodeShape
 
 DEFAULT = "mean_std"
@@ -25,13 +25,13 @@ def method(name: str) -> ModuleType:
 def select_pages(
     name: str, shape: DecodeShape, q: np.ndarray, k_pages: np.ndarray, block_table: np.ndarray, seq_lens: np.ndarray, *,
     budget: Budget = Budget(), pins: Pins = Pins(), scale: float | None = None,  # noqa: B008
-    max_selected: int | None = None,
+    max_selected: int | None = None, summary_dtype: str | None = None,
 ) -> PageList:  # fmt: skip
     """The lists of a step by a method's name, from the keys themselves in float64.
 
     q [batch_size, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads, page_size, head_dim], block_table
-    [batch_size, max_pages], seq_lens [batch_size] integers. scale: 1 / sqrt(head_dim) by default. Raises ValueError
-    naming method.
+    [batch_size, max_pages], seq_lens [batch_size] integers. scale: 1 / sqrt(head_dim) by default. summary_dtype:
+    "uint8" for summaries in 8-bit codes. Raises ValueError naming method.
     """
     rule, group = method(name), shape.group_size
     scale = shape.head_dim**-0.5 if scale is None else scale
@@ -44,6 +44,8 @@ def select_pages(
         for head in range(shape.num_kv_heads):
             keys = k_pages[ids, head, slots].astype(np.float64).reshape(length, shape.head_dim)
             found = row_summaries(keys, shape.page_size, rule.SUMMARY)
+            if summary_dtype == CODES:
+                found = decode(*encode(found, rule.SUMMARY), rule.SUMMARY)
             own = q[row, head * group : (head + 1) * group].astype(np.float64)
             lists.append(top_pages(rule.scores(own, found, scale), count, pins) if length else np.zeros(0, np.int32))
         chosen.append(lists)

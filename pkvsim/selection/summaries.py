@@ -5,6 +5,11 @@ import numpy as np
 
 MEAN_STD, MIN_MAX = "mean_std", "min_max"
 SUMMARIES = (MEAN_STD, MIN_MAX)
+CODES = "uint8"  # the dtype of summaries that are kept in 8-bit codes
+# Of each kind's two vectors: the code of 0, the steps that its largest magnitude is divided into, and how elements are
+# rounded to steps. Minima and maxima go outward, so that they stay bounds, for which half a step of 127 is left.
+_CODING = {MEAN_STD: ((128, 127.0, np.rint), (0, 255.0, np.rint)),
+           MIN_MAX: ((128, 126.5, np.floor), (128, 126.5, np.ceil))}
 
 
 def summarize(keys: np.ndarray, kind: str) -> np.ndarray:
@@ -25,3 +30,25 @@ def row_summaries(
     the tokens that are there."""
     pages = [summarize(keys[at : at + page_size], kind) for at in range(0, len(keys), page_size)]
     return np.array(pages).reshape(len(pages), 2, keys.shape[-1])
+
+
+def encode(summaries: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Summaries [..., 2, head_dim] in 8 bits: (codes [..., 2, head_dim] uint8, scales [..., 2] float64).
+
+    Each vector has a scale of its own, so many parts of its largest magnitude. An element is off by half a scale at
+    most, or, of minima and maxima, by less than a scale, to the side where the bound holds.
+    """
+    summaries = np.asarray(summaries, np.float64)
+    codes, scales = np.empty(summaries.shape, np.uint8), np.abs(summaries).max(axis=-1)
+    for i, (zero, steps, rounded) in enumerate(_CODING[kind]):
+        scales[..., i] /= steps
+        scale = scales[..., i, None]
+        at = np.divide(summaries[..., i, :], scale, out=np.zeros_like(summaries[..., i, :]), where=scale > 0)
+        codes[..., i, :] = np.clip(rounded(at) + zero, 0, 255)
+    return codes, scales
+
+
+def decode(codes: np.ndarray, scales: np.ndarray, kind: str) -> np.ndarray:
+    """What codes [..., 2, head_dim] and scales [..., 2] stand for: float64 [..., 2, head_dim]."""
+    zeros = np.array([zero for zero, *_ in _CODING[kind]], np.float64)
+    return (np.asarray(codes, np.float64) - zeros[:, None]) * np.asarray(scales, np.float64)[..., None]

@@ -16,6 +16,14 @@ from pkvsim.policy.choose import PAPER, Routing, cheapest, price, take
 from pkvsim.pricing.kv_parallel import first_ranks
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
+from pkvsim.serving.selection.pages import (
+    LISTED_BYTES,
+    SCORED_BYTES,
+    SELECTED_STEPS,
+    SELECTION_SAVED_US,
+    WHOLE_BYTES,
+    select_pages,
+)  # fmt: skip
 from pkvsim.serving.shared.grouping import APART_BYTES, NUM_GROUPS, READ_BYTES, SAVED_US, SHARED_STEPS
 from pkvsim.serving.shared.share import BALANCED_ROUTE, share_reads
 from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_USED
@@ -38,7 +46,7 @@ def decode_us(attention, log, rows):
         return route, us, best_us
     lens, totals = log.lens[:rows], log.grouping.totals
     together = attention.sharing.any and log.grouping.counts[NUM_GROUPS] > 0
-    shared_bytes = 0.0
+    shared_bytes, whole_bytes = 0.0, 0.0
     for kind in range(len(attention.layers)):
         lens = log.lens[:rows]
         if not attention.whole[kind]:
@@ -54,11 +62,24 @@ def decode_us(attention, log, rows):
                 lens, kind, attention.layers[kind], routing.heads, routing.candidates.constants[BALANCED_ROUTE],
                 attention.sharing, log.grouping, log.prices,
             )  # fmt: skip
-        shared_best_us = _us(log.prices, BALANCED_ROUTE)
+        listed, whole, scored, dense_us = 0.0, 0.0, 0.0, 0.0
+        if attention.selecting.any and attention.selecting.layers[kind] > 0:
+            dense_us = _us(log.prices, cheapest(routing.allowed, log.prices))
+            listed, whole, scored = select_pages(
+                lens, kind, attention.layers[kind], routing.heads, routing.candidates.constants[BALANCED_ROUTE],
+                attention.selecting, log.prices,
+            )  # fmt: skip
+        our_best_us = _us(log.prices, BALANCED_ROUTE)
         kind_best_us = _cheapest_us(log.prices)
         route = take(lens, attention.layers[kind], routing, log.prices)
         us += _us(log.prices, route)
-        if read_bytes > 0 and route == BALANCED_ROUTE:
+        if whole > 0 and route == BALANCED_ROUTE:  # what its dense layers read together is left out
+            whole_bytes += whole
+            log.selected[LISTED_BYTES] += listed
+            log.selected[WHOLE_BYTES] += whole
+            log.selected[SCORED_BYTES] += scored
+            log.selected[SELECTION_SAVED_US] += dense_us - _us(log.prices, route)
+        elif read_bytes > 0 and route == BALANCED_ROUTE:
             shared_bytes += read_bytes
             totals[APART_BYTES] += apart_bytes
             totals[SAVED_US] += apart_us - _us(log.prices, route)
@@ -67,7 +88,7 @@ def decode_us(attention, log, rows):
             splits = log.prices.splits[route]
         if attention.any_pinned:
             price(lens, attention.layers[kind], _routing(attention, kind, attention.unpinned), log.prices)
-            kind_best_us = min(shared_best_us, _cheapest_us(log.prices))
+            kind_best_us = min(our_best_us, _cheapest_us(log.prices))
         best_us += kind_best_us
     if attention.ranks > 1:
         us += attention.exchange_us[rows]
@@ -75,7 +96,9 @@ def decode_us(attention, log, rows):
     if shared_bytes > 0:
         totals[SHARED_STEPS] += 1
         totals[READ_BYTES] += shared_bytes
-    else:  # the sample is simulated with every row reading for itself
+    if whole_bytes > 0:
+        log.selected[SELECTED_STEPS] += 1
+    if shared_bytes == 0 and whole_bytes == 0:  # the sample is simulated with every row reading all for itself
         _sample(log, lens, route, splits)
     return route, us, best_us
 

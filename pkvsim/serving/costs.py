@@ -27,6 +27,8 @@ from pkvsim.policy.paper import PaperPolicy
 from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.pricing.kv_parallel import POLICY, check_kv_parallel, exchange_table
 from pkvsim.pricing.layer import Heads
+from pkvsim.serving.selection.memory import summary_page_bytes
+from pkvsim.serving.selection.pages import make_selecting
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.shared.share import make_sharing
 from pkvsim.serving.state import Attention
@@ -88,8 +90,10 @@ def cache_bytes_per_token(model: ModelSpec, config: ServingConfig) -> float:
 
 
 def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> int:
-    """KV pages of the whole model, on all GPUs of a server. ValueError where weights and workspace leave none."""
+    """KV pages of the whole model, summaries beside them where pages are selected, on all GPUs of a server. ValueError
+    where weights and workspace leave none."""
     page_bytes = cache_bytes_per_token(model, config) * config.page_size
+    page_bytes += summary_page_bytes(model, config.page_size, config.select)
     if not page_bytes:
         raise ValueError(f"model: {model.name}: expected layers that cache keys and values, got none")
     if config.kv_gib is not None:
@@ -226,4 +230,5 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
         ranks=config.kv_parallel,
         exchange_us=exchange_table(groups, device, ranks=config.kv_parallel, max_batch=config.max_batch),
         sharing=make_sharing(groups, models.get("balanced"), device, share=config.shares_reads),
+        selecting=make_selecting(groups, device, config.select, graphs=bool(profile.graph_sizes)),
     )

@@ -11,6 +11,7 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import ALLOCATED, EVICTABLE_PAGES, EVICTED, FREED
 from pkvsim.memory.tier_options import TierSetup
 from pkvsim.outside.step_costs import PARTS
+from pkvsim.serving.selection.pages import selection_summary
 from pkvsim.serving.shared.grouping import sharing_summary
 from pkvsim.serving.state import (
     ATTENTION,
@@ -151,6 +152,7 @@ def make_result(
     summary = summarise(requests, steps, totals, part_us, routes, limits, work, gaps, len(logs), decode_steps)
     groupings = [log.grouping for log in logs]
     summary["shared_reads"] = sharing_summary(groupings, totals["attention_us"], decode_steps)
+    summary["selection"] = selection_summary([log.selected for log in logs], totals["attention_us"], decode_steps)
     summary["replicas"] = [
         _replica(requests, owner == at, part, limits, summary["makespan_s"]) for at, part in enumerate(parts)
     ]

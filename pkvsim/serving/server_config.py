@@ -11,6 +11,7 @@ from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.memory.tier_options import TierSetup
 from pkvsim.outside.engine_profile import EngineProfile, get_profile
 from pkvsim.schedule.shares import MAX_RANKS
+from pkvsim.selection.setup import SelectionSetup
 from pkvsim.serving.orders import ORDERS
 from pkvsim.shapes import MAX_TOKENS, check_int
 
@@ -42,6 +43,7 @@ class ServingConfig:
     router: str = "round-robin"  # one of ROUTERS, see pkvsim.serving.replicas
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
     tiers: TierSetup | None = None  # of KV beyond HBM
+    select: SelectionSetup | None = None  # decode steps read selected pages where that pays
 
     def __post_init__(self) -> None:
         check_int("page_size", self.page_size, 1, MAX_TOKENS)
@@ -72,6 +74,17 @@ class ServingConfig:
             check_int("splits", self.splits, 1, MAX_TOKENS)
         if self.prefix_cache not in KINDS:
             raise ValueError(f"prefix_cache: expected one of {', '.join(KINDS)}, got {self.prefix_cache!r}")
+        if self.select is not None:
+            self._check_select()
+
+    def _check_select(self) -> None:
+        for name, served, got in (
+            ("engine", self.engine == "pkv", self.engine), ("kv_parallel", self.kv_parallel == 1, self.kv_parallel),
+            ("kv_dtype", self.kv_dtype is None, self.kv_dtype), ("tiers", self.tiers is None, "some"),
+        ):  # fmt: skip
+            if not served:
+                wanted = {"engine": "pkv", "kv_parallel": "1", "kv_dtype": "16 bits", "tiers": "none"}[name]
+                raise ValueError(f"{name}: expected {wanted} where pages are selected, got {got}")
 
     @property
     def profile(self) -> EngineProfile:
@@ -97,4 +110,5 @@ class ServingConfig:
             "workspace_gib": profile.workspace_gib, "keep_free_fraction": profile.keep_free_fraction,
             "graphs": bool(profile.graph_sizes),
         }  # fmt: skip
-        return asdict(self) | decided
+        select = None if self.select is None else self.select.to_dict()
+        return asdict(self) | decided | {"select": select}

@@ -14,6 +14,7 @@ from pkvsim.outside.step_costs import PARTS
 from pkvsim.policy.choose import Prices, new_prices
 from pkvsim.policy.paper_rules import PaperRules
 from pkvsim.serving.orders import FCFS, KVSHARE
+from pkvsim.serving.selection.pages import NUM_SELECTED, Selecting
 from pkvsim.serving.shared.grouping import Grouping, new_grouping
 from pkvsim.serving.shared.share import Sharing
 
@@ -164,6 +165,7 @@ class Attention(NamedTuple):
     ranks: int  # GPUs that hold every row's KV together
     exchange_us: np.ndarray  # [rows + 1] float64, what they send each other in a step of so many rows
     sharing: Sharing
+    selecting: Selecting
 
 
 class RunLog(NamedTuple):
@@ -184,6 +186,7 @@ class RunLog(NamedTuple):
     sample_lens: np.ndarray  # [SAMPLES, max_batch] int64, lengths of a decode step, longest first
     sample_choice: np.ndarray  # [SAMPLES, 3] int64: rows, route, splits of every row (0: the route's own rule)
     grouping: Grouping
+    selected: np.ndarray  # [NUM_SELECTED] float64, sums over the steps that read selected pages
 
 
 def new_clients(requests: Requests) -> Clients:
@@ -267,4 +270,5 @@ def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
         sample_lens=np.zeros((SAMPLES, most), np.int64),
         sample_choice=np.zeros((SAMPLES, 3), np.int64),
         grouping=new_grouping(most),
+        selected=np.zeros(NUM_SELECTED),
     )

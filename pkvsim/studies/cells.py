@@ -9,7 +9,7 @@ import numpy as np
 
 WORDS = (
     "device", "model", "policy", "prefix_cache", "order", "router", "engine", "tiers", "placement", "retention",
-    "tier_admission", "load_or_recompute", "shared_reads",
+    "tier_admission", "load_or_recompute", "shared_reads", "select",
 )  # axes whose values are names  # fmt: skip
 Place = dict[str, Any]  # a value for every axis
 

@@ -8,9 +8,12 @@ import numpy as np
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import RouteModel
+from pkvsim.devices.selection_constants import SelectionEntry
 from pkvsim.options import AttentionOptions
+from pkvsim.policy.selecting import LayerPrices
 from pkvsim.pricing.counters import distinct_kv_bytes, useful_kv_bytes
 from pkvsim.schedule.groups import PrefixGroups
+from pkvsim.selection.setup import SelectionSetup
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline.time_split import TimeSplit
 from pkvsim.timeline.timeline import Timeline
@@ -62,6 +65,7 @@ class RouteStep:
             "task_starts": f"task starts: {len(line.schedule.tasks):,} tasks' fixed cost on {self.used_slots:,} slots",
             "launches": f"launching: the ramp-up of {self.launches} launches" if self.launches > 1 else "the launch",
             "merge": f"merging {line.schedule.num_partial_tasks:,} partial states",
+            "select": "scoring and selecting pages",
         }[self.split.bound]
         return f"{words} ({share:.0%} of the time)"
 
@@ -97,6 +101,26 @@ class RouteStep:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSelection:
+    """One layer that selects beside the dense one, both by the balanced route, and what its prices stand on."""
+
+    setup: SelectionSetup
+    layer: LayerPrices
+    entry: SelectionEntry
+    listed_bytes: int  # of K and V that a layer reads over lists
+    scored_bytes: int  # of summaries that a selecting launch reads
+    summary_share: float  # of a page's K and V bytes, what its summary takes of the memory beside them
+    least_tokens: int | None  # from which on as many equally long rows select; None: never
+
+    def to_dict(self) -> dict[str, Any]:
+        """`selection` of `pkvsim step --json`."""
+        return self.setup.to_dict() | self.layer.to_dict() | {
+            "listed_bytes": self.listed_bytes, "scored_bytes": self.scored_bytes, "summary_share": self.summary_share,
+            "least_tokens": self.least_tokens, "prices": self.entry.status, "source": self.entry.source,
+        }  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepReport:
     """A step on every route asked for, in the order of ROUTES."""
@@ -110,6 +134,7 @@ class StepReport:
     reason: str
     routes: tuple[RouteStep, ...]
     groups: PrefixGroups | None = None  # rows that share leading pages
+    selection: StepSelection | None = None  # of a step that may read selected pages, one of the routes
 
     @property
     def distinct_bytes(self) -> int:
@@ -132,6 +157,7 @@ class StepReport:
             ],
             "layers": self.layers,
             "options": asdict(self.options),
+            "selection": None if self.selection is None else self.selection.to_dict(),
             "taken": self.taken,
             "reason": self.reason,
             "routes": {route.route: route.to_dict() for route in self.routes},

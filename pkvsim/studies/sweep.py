@@ -12,8 +12,9 @@ import numpy as np
 from pkvsim.devices.device import DeviceSpec, get_device
 from pkvsim.models.model_spec import ModelSpec, with_kv_heads
 from pkvsim.models.presets import get_model
-from pkvsim.policy.by_name import Policy, make_policy
+from pkvsim.policy.by_name import Policy, make_policy, policy_routes
 from pkvsim.pricing.counters import useful_kv_bytes
+from pkvsim.selection.setup import parse_selection
 from pkvsim.serving.apart.stages import serve
 from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
@@ -21,6 +22,7 @@ from pkvsim.serving.server_config import ServingConfig
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.provenance import basis_note
+from pkvsim.studies.selection.cells import selected_cell
 from pkvsim.studies.tiers.axes import TIER_AXES, tiers_at
 from pkvsim.studies.whatif import run_basis, run_notes
 from pkvsim.studies.workers import Failed, Progress, Workers, each_result
@@ -28,9 +30,9 @@ from pkvsim.traces.requests import RequestTrace, scale_rate
 
 SERVING_AXES = (
     "device", "policy", "rate", "max_batch", "page_size", "splits", "group_size", "prefix_cache", "order", "replicas",
-    "router", "engine", "tensor_parallel", "shared_reads", "prefill_replicas", *TIER_AXES,
+    "router", "engine", "tensor_parallel", "shared_reads", "select", "prefill_replicas", *TIER_AXES,
 )  # fmt: skip
-STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits")
+STEP_AXES = ("device", "policy", "batch", "length", "group_size", "splits", "select")
 STEP_DEFAULTS = {"batch": 8, "length": 8192}
 IMPOSSIBLE = "impossible"
 
@@ -147,6 +149,8 @@ def _serving_cell(
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
     if "shared_reads" in place:
         settings["shared_reads"] = _switch("shared_reads", place["shared_reads"])
+    if "select" in place:
+        settings["select"] = parse_selection(place["select"], every=config.select.every if config.select else 1)
     gpu = devices[place["device"]] if "device" in place else device
     config = replace(config, **settings, tiers=tiers_at(place, config.tiers, gpu))
     name = place.get("policy", policy or default_policy(config))
@@ -191,6 +195,8 @@ def step_sweep(
         rules = make_policy(name, split_splits=place.get("splits"), workqueue_splits=place.get("splits"))
         try:
             cell = _step_cell(STEP_DEFAULTS | place, shape, gpu, rules, layers)
+            if "select" in place and "balanced" in policy_routes(name):
+                cell |= selected_cell(cell, parse_selection(place["select"]), heads_at(place, shape), gpu, layers)
         except ValueError as error:
             cell = {IMPOSSIBLE: str(error)}
             notes.add(place, (f"empty: {error}",))
@@ -204,13 +210,7 @@ def _step_cell(
     """Prices of one step."""
     batch = check_int("batch", place["batch"], 1, 1 << 16)
     seq_lens = np.full(batch, check_int("length", place["length"], 1, MAX_TOKENS), np.int32)
-    heads = shape
-    if "group_size" in place:
-        if shape.num_q_heads % place["group_size"]:
-            raise ValueError(
-                f"group_size: expected a divisor of {shape.num_q_heads} query heads, got {place['group_size']}"
-            )
-        heads = replace(shape, num_kv_heads=shape.num_q_heads // place["group_size"])
+    heads = heads_at(place, shape)
     decision = policy.decide(heads, seq_lens, device, layers=layers)
     us = decision.prices[decision.route]
     return {
@@ -221,6 +221,17 @@ def _step_cell(
         "kv_gb_s": layers * useful_kv_bytes(heads, seq_lens) / us / 1e3,
         "routes_us": dict(decision.prices),
     }
+
+
+def heads_at(place: Mapping[str, Any], shape: DecodeShape) -> DecodeShape:
+    """The shape of one cell. ValueError naming group_size."""
+    if "group_size" not in place:
+        return shape
+    if shape.num_q_heads % place["group_size"]:
+        raise ValueError(
+            f"group_size: expected a divisor of {shape.num_q_heads} query heads, got {place['group_size']}"
+        )
+    return replace(shape, num_kv_heads=shape.num_q_heads // place["group_size"])
 
 
 def _figure(cell: dict[str, Any], metric: str) -> float:

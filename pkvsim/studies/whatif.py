@@ -16,6 +16,7 @@ from pkvsim.serving.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
+from pkvsim.studies.selection.notes import selection_basis, selection_notes
 from pkvsim.studies.tiers.notes import tier_notes
 from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
@@ -123,9 +124,10 @@ def run_basis(
     runs = list(results)
     routes = dict.fromkeys(name for run in runs for name in run.summary["routes"])
     policies = dict.fromkeys(run.policy for run in runs)
-    return serving_basis(
+    rows = serving_basis(
         model, device, config, policies=policies, routes=routes, shares=runs[0].summary["part_shares"]
     )
+    return rows if config.select is None else (*rows, selection_basis(device))
 
 
 def run_notes(
@@ -162,6 +164,7 @@ def run_notes(
             "(--no-shared-reads: each for itself); prices fitted to one H200, of other GPUs an assumption; "
             "what rows that read apart find in L2 is left out, so less is saved in practice"
         )
+    notes += selection_notes(config.select, model, device, config.page_size, results.values())
     if config.replicas > 1:
         notes.append(f"{config.replicas} servers, {config.router}; KV pages are each one's")
     if config.prefill_replicas:

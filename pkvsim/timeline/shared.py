@@ -14,9 +14,9 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import cta_slots, read_speeds
 from pkvsim.pricing.layer import heads_of
-from pkvsim.pricing.shared import PRICES, ReadPrices, SharedPrices, read_prices
+from pkvsim.pricing.shared import ReadPrices, SharedPrices, read_prices, shared_costs_of
 from pkvsim.pricing.shared_us import shared_layer, shared_us
-from pkvsim.schedule.costs import BalancedCosts, SharedCosts, columns_for
+from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import Schedule, make_schedule
 from pkvsim.schedule.task_list import SharedReads
@@ -36,21 +36,16 @@ class SharedStep:
     read_gb_s: float  # that one CTA keeps up with in a read
 
 
-def shared_costs_of(shape: DecodeShape, batch_size: int, options: AttentionOptions) -> SharedCosts:
-    """What the engine weighs for a batch of so many rows."""
-    return SharedCosts(columns=columns_for(batch_size * options.query_shape(shape).group_size))
-
-
 def shared_schedule(
-    model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, *, num_sms: int,
+    model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, device: DeviceSpec, *,
     options: AttentionOptions = PLAIN, costs: SharedCosts | None = None,
 ) -> Schedule:  # fmt: skip
     """The engine's schedule of lens [batch_size] int32; without `shared` where no two rows read together. costs: what
     it weighs, by default what the engine does."""
     return make_schedule(
-        "balanced", shape, lens, tile_tokens=int(model.tile_tokens), num_ctas=cta_slots(model.to_row(), num_sms),
+        "balanced", shape, lens, tile_tokens=int(model.tile_tokens), num_ctas=cta_slots(model.to_row(), device.num_sms),
         window=options.reach, groups=groups, query_tokens=options.query_tokens,
-        shared_costs=costs or shared_costs_of(shape, len(lens), options),
+        shared_costs=costs or shared_costs_of(device, shape, len(lens), options),
         costs=kernel_costs(model, shape, options),
     )  # fmt: skip
 
@@ -65,14 +60,14 @@ def kernel_costs(model: RouteModel, shape: DecodeShape, options: AttentionOption
 
 def simulate_shared(
     model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, device: DeviceSpec, *,
-    options: AttentionOptions = PLAIN, prices: SharedPrices = PRICES, costs: SharedCosts | None = None,
+    options: AttentionOptions = PLAIN, prices: SharedPrices | None = None, costs: SharedCosts | None = None,
 ) -> SharedStep | None:  # fmt: skip
     """Runs one layer of a step of lens [batch_size] int32 on the balanced route; None where no two rows read together.
 
-    costs: as shared_schedule's. Raises ValueError naming the argument.
+    costs: as shared_schedule's; prices: as read_prices'. Raises ValueError naming the argument.
     """
-    costs = costs or shared_costs_of(shape, len(lens), options)
-    schedule = shared_schedule(model, shape, lens, groups, num_sms=device.num_sms, options=options, costs=costs)
+    costs = costs or shared_costs_of(device, shape, len(lens), options)
+    schedule = shared_schedule(model, shape, lens, groups, device, options=options, costs=costs)
     shared = schedule.shared
     if shared is None:
         return None

@@ -27,6 +27,7 @@ class TimeSplit:
     task_starts_us: float  # nothing is read: tasks and segments starting
     launches_us: float  # ramp-up, and every further launch
     merge_us: float  # merging partial states
+    select_us: float = 0.0  # summarising new tokens' pages, scoring and selecting, before lists are attended to
 
     @property
     def bound(self) -> str:

@@ -11,7 +11,6 @@ from pkvsim.schedule.costs import SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.prefixes import SharingRule
 
-pytestmark = pytest.mark.usefixtures("warpgroup_reads")
 SHAPE = DecodeShape(8, 2, 64, 16)
 LENS = np.array([100, 96, 130, 33], np.int32)
 
@@ -104,18 +103,16 @@ def test_auto_finds_once_a_plan_and_once_a_capture(gpu, monkeypatch) -> None:
         gpu.capturing = False
 
 
-def test_warpgroups_have_to_be_asked_for(gpu, warpgroup_reads) -> None:
-    """The kernel, what its reads cost and who finds the groups go together."""
-    engine = make_engine(sharing_rule=SharingRule(0, 0))
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_what_reads_by_warpgroups_cost(gpu, kv_dtype) -> None:
+    """The kernel and what its reads cost in the schedule go together; 8-bit pages are read by warps."""
+    engine = make_engine(sharing_rule=SharingRule(0, 0), options=AttentionOptions(kv_dtype=kv_dtype))
     engine.plan(**tables(gpu), groups="auto")
     shared = engine.schedule_engine._shared
-    finder, decode = (next(kernel for kernel in reversed(gpu.kernels) if kernel.name == name)
-                      for name in ("pkv_find_prefixes", "pkv_decode_shared"))
-    assert finder.file_name == ("prefixes_at_once.cu" if warpgroup_reads else "prefixes.cu")
-    assert decode.defines["READ_TILES"] == shared.config.read_tiles == (4 if warpgroup_reads else 0)
+    decode = next(kernel for kernel in reversed(gpu.kernels) if kernel.name == "pkv_decode_shared")
+    assert decode.defines["READ_TILES"] == shared.config.read_tiles == (4 if kv_dtype is None else 0)
     wide = engine.schedule_engine._shared_reads(256).costs
-    assert (wide.columns, wide.tile) == (64, 12 if warpgroup_reads else 24)
-    assert (shared.config.step_record_bytes > 0) == warpgroup_reads
+    assert (wide.columns, wide.tile) == (64, 12 if kv_dtype is None else 24)
 
 
 @pytest.mark.parametrize(("groups", "options", "words"), [

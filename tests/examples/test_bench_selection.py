@@ -61,7 +61,7 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     class Summaries(Planned):
-        def __init__(self, shape, k) -> None:
+        def __init__(self, shape, k, *, summary_dtype) -> None:
             self.k = k
 
     with fake_gpu():
@@ -93,9 +93,49 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
         monkeypatch.setattr(bench.__class__, "_host_us", lambda *args: {"dense": 1.0})
         result = bench.measure(2, 660)
     sys.modules.pop("bench.selection_measure", None)
-    assert set(result.times) == {"dense", "attend", "attend_skewed", "dense_page_lse", "summarize_one_token", "select",
-                                 "everything"}
+    of_summaries = {f"{name}{suffix}" for name in ("summarize_one_token", "select", "everything")
+                    for suffix in ("", "_8bit")}  # fmt: skip
+    assert set(result.times) == {"dense", "attend", "attend_skewed", "dense_page_lse", *of_summaries}
     assert max(result.errors.values()) < 2e-3 and set(result.notes) == {"flashinfer_tensor_core", "flashinfer_cuda_core"}
+
+
+def test_a_cell_of_the_grid_has_every_time_that_a_fit_asks_for(monkeypatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    seen = []
+
+    class Summaries(Planned):
+        def __init__(self, shape, k) -> None:
+            self.k = k
+
+    with fake_gpu():
+        for name in ("bench.selection_measure", "bench.selection_grid"):
+            sys.modules.pop(name, None)
+        grid = importlib.import_module("bench.selection_grid")
+
+        def call_all(run_one, *, variants, repeats):
+            run_one(0)
+            return SimpleNamespace(median_us=float(variants))
+
+        def lay_out(pool, shape, lens, **more):
+            if len(seen) == 1:
+                raise ValueError("pool-gib: expected more")
+            seen.append(lens)
+            table = np.arange(42, dtype=np.int32)[None]
+            k, v = (torch.zeros(42, 8, 16, 128).half() for _ in range(2))
+            return StepCase(shape, lens, 1000, table, ((k, v),), torch.zeros(1, 32, 128).half())
+
+        for name, value in {"DecodeEngine": Planned, "PageSelector": Planned, "PageSummaries": Summaries,
+                            "l2_bytes": lambda: 0, "graph_time_us": call_all, "lay_out": lay_out,
+                            "GRID": ((1, 660, 0.1), (2, 660, 0.2))}.items():
+            monkeypatch.setattr(grid, name, value)
+        monkeypatch.setattr(StepCase, "on_gpu", lambda self: (torch.from_numpy(self.seq_lens),
+                                                              torch.from_numpy(self.block_table)))
+        limit = SimpleNamespace(time_us=lambda num_bytes: 1.0)
+        done, left_out = grid.measure_grid(SimpleNamespace(pool=None, repeats=1, limit=limit))
+    for name in ("bench.selection_measure", "bench.selection_grid"):
+        sys.modules.pop(name, None)
+    assert (done.rows, done.length, done.fraction) == (1, 660, 0.1) and left_out.startswith("2 x 660, 0.2: pool-gib")
+    assert set(done.times) == {"dense", "attend", "select", "everything", "summarize_one_token"}
 
 
 def test_the_tables_have_a_cell_for_every_time(capsys) -> None:
@@ -104,7 +144,7 @@ def test_the_tables_have_a_cell_for_every_time(capsys) -> None:
 
     times = dict.fromkeys(bench_selection.SHOWN[:-1], 2.0)
     result = SimpleNamespace(rows=8, length=32768, limit_us=1.0, times=times, host_us={"dense": 3.0},
-                             over_dense=lambda name: times.get(name) and times[name] / times["dense"])
+                             label="8 x 32768, 10%", over_dense=lambda name: times.get(name) and times[name] / times["dense"])
     for table in bench_selection.tables([result]):
         table.print(Console(width=200))
     shown = capsys.readouterr().out

@@ -9,6 +9,8 @@ from study import choosers, evictions, judge  # noqa: E402
 from study.llama import Llama  # noqa: E402
 from study.texts import Context, Needle  # noqa: E402
 
+from pkvsim.selection.evictions import METHODS  # noqa: E402
+
 LAYERS, HEADS, KV_HEADS, DIM, WORDS = 4, 4, 2, 8, 50
 pytestmark = pytest.mark.slow
 
@@ -59,7 +61,7 @@ def test_a_whole_budget_is_dense_and_the_oracle_wins(model) -> None:
 def test_evictions_keep_their_budget(model) -> None:
     tokens = ids(200, 3)
     _, cache = model.prefill(tokens, 4)
-    for method in evictions.METHODS:
+    for method in METHODS:
         kept = evictions.kept_tokens(method, model, cache, 0.3)
         sizes = [len(own) for layer in kept for own in layer]
         assert sum(sizes) == 60 * KV_HEADS * LAYERS, method

@@ -115,17 +115,6 @@ def grouped(groups: str, head_dim: int = 128, group: int = 4) -> None:
         check(*run_poisoned(engine, case), case, dtype="float16")
 
 
-def by_warpgroups(groups: str, head_dim: int = 128, group: int = 4) -> None:
-    """The same with reads by warpgroups."""
-    from gpu.kernels import variant
-
-    usual, variant.WARPGROUP_READS = variant.WARPGROUP_READS, True
-    try:
-        grouped(groups, head_dim, group)
-    finally:
-        variant.WARPGROUP_READS = usual
-
-
 def grouped_replays() -> None:
     """A captured step whose groups are found at each replay, and change between them."""
     import numpy as np
@@ -232,7 +221,6 @@ def checks() -> dict[str, Callable[[], None]]:
               for form in FORMS for ids in ("int32", "int64")}
     found["csr and last pages, page size 1"] = partial(with_tables, FORMS[2], "int64", 1)
     found |= {f"groups {how}": partial(grouped, how) for how in ("told", "found")}
-    found |= {f"groups {how}, by warpgroups": partial(by_warpgroups, how) for how in ("told", "found")}
     found |= {f"{ranks} ranks, by {owner}": partial(over_ranks, ranks, owner)
               for ranks, owner in ((2, "head"), (3, "row"), (2, "all"))}
     found["groups found in a graph"] = partial(grouped_replays)

@@ -50,8 +50,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         defines = append_variant.defines(shape, "float16", kv_dtype=kv_dtype or "float16", head_dim_v=128, rope=None)
         yield "append.cu", kv_dtype or "float16", defines
     for layout in (TableLayout(), TableLayout(int64=True, csr=True, last_page=True)):
-        for name in ("prefixes.cu", "prefixes_at_once.cu"):
-            yield name, f"{layout}", layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
+        yield "prefixes.cu", f"{layout}", layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
     for dtype, head_dim in (("float16", 128), ("bfloat16", 128), ("float16", 64)):
         config = kernel_config(DecodeShape(32, 8, head_dim, 16), dtype, capability)
         reads = read_config(config, capability)
@@ -63,6 +62,8 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         product = variant(rows=4096, depth=depth, columns=1, normed=normed, end=end, bfloat16=True,
                           shared_limit=shared_limit_bytes(90))
         yield "product.cu", f"{depth} deep, end {end}", product.defines()
+    for bfloat16 in (0, 1):
+        yield "rows.cu", f"DTYPE_BF16 {bfloat16}", {"DTYPE_BF16": bfloat16, "NORM_VECTORS": 2}
     for page_lse in (False, True):
         config = kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability)
         yield "selected.cu", f"page_lse {page_lse}", config.selected_defines(selected=True, page_lse=page_lse)

@@ -19,6 +19,7 @@ from pkvsim import DecodeShape, reference
 from pkvsim.devices.device import NUMBER_FIELDS, OPTIONAL_FIELDS
 from pkvsim.devices.outside_constants import OutsideConstants, OutsideEntry
 from pkvsim.devices.route_model import NO_LIMIT, RULES, CalibratedRoute, FitError, RouteModel
+from pkvsim.devices.selection_constants import SelectionConstants, SelectionEntry
 from pkvsim.schedule.costs import BalancedCosts
 
 DOCS = ROOT / "docs"
@@ -55,17 +56,18 @@ NAMES = {  # where keys are names, and what the page calls them
     "policies.POLICY.routes": "ROUTE", "policies.POLICY.tiers.devices": "TIER", "cells[].result.routes_us": "ROUTE", "cells[].result.routes": "ROUTE",
     "[].routes": "ROUTE", "[].numbers": "NUMBER", "[].routes.ROUTE.model": "CONSTANT", "axes": "SETTING",
     "[].bits_per_weight": "CLASS", "[].ignored": "FIELD", "[].outside": "ENGINE", "[].outside.ENGINE.basis": "CONSTANT",
-    "[].outside.ENGINE.constants": "CONSTANT",
+    "[].outside.ENGINE.constants": "CONSTANT", "[].selection.constants": "CONSTANT",
     "objectives": "OBJECTIVE", "cells[].result.objectives": "OBJECTIVE", "cells[].points[].values_s": "OBJECTIVE",
     "cells[].result.tiers.devices": "TIER",
     "prices": "DEVICE", "cells[].result.summary.routes": "ROUTE",
 }
 RUNS = {
     "step": ("--seq-lens 4096,17 --device rtx3060", "--seq-lens 0 --device h200",
-             "--seq-lens 4096x8 --shared 2048x4 --device h200"),
+             "--seq-lens 4096x8 --shared 2048x4 --device h200",
+             "--seq-lens 32768x8 --select mean_std:0.1 --device h200"),
     "replay": ("--requests 4 --steps 2 --device rtx3060", "--requests 4 --steps 2 --device rtx3060 --policy paper"),
     "whatif": ("--trace mooncake.jsonl --device h200 --policies calibrated,paper --prefix-cache lru",
-               "--trace azure.csv --device l4",
+               "--trace azure.csv --device l4 --select mean_std:0.1",
                "--trace mooncake.jsonl --device h200 --policies balanced --tier host:1GiB:50"),
     "sweep": ("--over batch=1,2 --over length=1024 --device l4", "--over rate=1,2 --trace azure.csv --device l4",
               "--over rate=1 --trace mooncake.jsonl --device l4 --tier host:1GiB:50"),
@@ -120,6 +122,12 @@ def test_the_device_file_s_outside_is_that_of_an_entry_with_its_defaults() -> No
         _, unit, default, _ = table[field.name]
         assert unit and (default == "") == (field.default is MISSING), field.name
         assert field.default is MISSING or float(default) == field.default, field.name
+
+
+def test_the_device_file_s_selection_is_that_of_an_entry() -> None:
+    assert first_cells("reference/device_file.md", "Selection") == {field.name for field in fields(SelectionEntry)}
+    table = first_cells("reference/device_file.md", "Constants of selection")
+    assert table == set(SelectionConstants._fields)
 
 
 def test_the_device_file_s_routes_are_those_of_a_calibrated_route() -> None:

@@ -47,7 +47,8 @@ FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", 
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
          "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu",
          "pkv_decode_several": "several.cu", "pkv_merge_ranks": "several.cu",
-         "pkv_product": "product.cu", "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
+         "pkv_product": "product.cu", **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), "rows.cu"),
+         "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
 PROLOGUE = """
 #include <cmath>
 #include <cstddef>
@@ -96,12 +97,13 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("name", "file_name"), [*FILES.items(), ("pkv_find_prefixes", "prefixes_at_once.cu")])
+@pytest.mark.parametrize(("name", "file_name"), [*FILES.items()])
 def test_kernels_take_the_tables_parameters(name, file_name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
               "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
               "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
+              **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), {"NORM_VECTORS": 2}),
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}
     defines = others.get(name, DECODE_VARIANTS[3])

@@ -244,9 +244,9 @@ def test_tiles_are_copied_sixteen_bytes_at_a_time(file_name):
 ELSEWHERE = {  # sources with more to test than that they compile, and the tests that compile them
     "gather.cu": "test_gather_kernel.py",
     "product.cu": "test_product_kernel.py",
+    "rows.cu": "test_rows_kernels.py",
     "plan_spans.cu": "test_span_header.py",
     "prefixes.cu": "test_prefix_kernel.py",
-    "prefixes_at_once.cu": "test_prefix_kernel.py",
     "several.cu": "test_several_kernel.py",
     "select.cu": "test_select_kernel.py",
     "selected.cu": "test_selected_kernel.py",

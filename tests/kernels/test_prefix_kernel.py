@@ -1,5 +1,4 @@
-"""The GPU finds the groups that pkvsim finds: cuda_src/prefixes.cu and prefixes_at_once.cu, run on the CPU and
-compiled for GPUs."""
+"""The GPU finds the groups that pkvsim finds: cuda_src/prefixes.cu, run on the CPU and compiled for GPUs."""
 import ctypes
 
 import numpy as np
@@ -21,13 +20,13 @@ QUIET = ("-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-unused-parameter"
 LAYOUTS = (TableLayout(int64=False, csr=False, last_page=False), TableLayout(int64=True, csr=True, last_page=True))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["prefixes.cu", "prefixes_at_once.cu"])
-def run_kernel(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def run_kernel(tmp_path_factory):
     """(layout, table [rows, max_pages], lens, query_tokens, rule) -> (group_of_row, prefix_pages)."""
-    folder, functions, at_once = tmp_path_factory.mktemp("prefixes"), {}, request.param
+    folder, functions = tmp_path_factory.mktemp("prefixes"), {}
     options = [option for option in STRICT if option != "-O2"]
     for layout in LAYOUTS:
-        defines = layout.defines() | {"PAGE_SIZE": PAGE_SIZE, "WARPS": WARPS, "AT_ONCE": int(at_once)}
+        defines = layout.defines() | {"PAGE_SIZE": PAGE_SIZE, "WARPS": WARPS}
         built = build(SUPPORT / "prefix_harness.cpp", folder / f"{layout.csr}.so", *options, "-O1", *QUIET,
                       f"-I{SUPPORT}", *(f"-D{name}={value}" for name, value in defines.items()))  # fmt: skip
         functions[layout] = built.find_prefixes
@@ -43,13 +42,13 @@ def run_kernel(request, tmp_path_factory):
             table = np.concatenate([row[:count] for row, count in zip(table, pages)] + [[0]]).astype(np.int64)
             stride, lengths = len(table), (lens - (pages - 1) * PAGE_SIZE).astype(np.int32)
         groups, prefixes = np.full(rows, -5, np.int32), np.full(max(1, rows // 2), -5, np.int32)
-        workspace = np.zeros(rows, np.uint64) if at_once else np.zeros(1 + 3 * rows, np.int32)
+        workspace = np.zeros(rows, np.uint64)
         arrays = (np.ascontiguousarray(table), begins, lengths, groups, prefixes, workspace)
         pointers = (ctypes.c_void_p * 6)(*(array.ctypes.data for array in arrays))
         numbers = np.array([stride, 1, rows, 2**31 - 1, query_tokens, *rule], np.int32)
         complaint = functions[layout](pointers, ctypes.c_void_p(numbers.ctypes.data))
         assert complaint is None, complaint
-        assert not (workspace if at_once else workspace[:1]).any()
+        assert not workspace.any()
         return groups, prefixes
 
     return call
@@ -94,7 +93,5 @@ def test_more_rows_and_pages_than_threads(run_kernel):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_fits(capability, layout):
     defines = layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}
-    found = (nvrtc.kernel_resources(SOURCE_DIR / "prefixes.cu", capability, compile_options(defines)),
-             nvrtc.kernel_resources(SOURCE_DIR / "prefixes_at_once.cu", capability, compile_options(defines)))
-    for used in (resources["pkv_find_prefixes"] for resources in found):
-        assert used.registers <= 64 and used.spills == used.stack == 0  # two CTAs of 16 warps an SM
+    used = nvrtc.kernel_resources(SOURCE_DIR / "prefixes.cu", capability, compile_options(defines))["pkv_find_prefixes"]
+    assert used.registers <= 64 and used.spills == used.stack == 0  # two CTAs of 16 warps an SM

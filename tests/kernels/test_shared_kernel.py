@@ -41,26 +41,35 @@ CASES = {
 OF_WARPGROUPS = ("one group", "several groups", "query tokens")
 
 
-def ways(warpgroup_reads: bool) -> dict[str, object]:
-    """Of run(): warps of which four share a ring, as a warpgroup's do, or two with a ring each."""
-    return {"variant": (4, 2), "read_stages": 4} if warpgroup_reads else {}
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)],
+                ids=["reads by warps", "reads by warpgroups"])
+def by_warpgroups(request: pytest.FixtureRequest) -> bool:
+    """Two warps read on their own, four do as a warpgroup."""
+    return request.param
+
+
+def ways(by_warpgroups: bool) -> dict[str, object]:
+    """Of run()."""
+    return {"variant": (4, 2), "read_stages": 4} if by_warpgroups else {}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_members_get_what_they_would_alone(name, warpgroup_reads) -> None:
+def test_members_get_what_they_would_alone(name, by_warpgroups) -> None:
     group, head_dim, page_size, dtype, ctas, columns, lens, groups, more = CASES[name]
-    if warpgroup_reads and name not in OF_WARPGROUPS:
+    if by_warpgroups and name not in OF_WARPGROUPS:
         return
     step = grouped(DecodeShape(2 * group, 2, head_dim, page_size), dtype, AttentionOptions(**more), lens, groups)
-    got = run(step, "balanced", ctas=ctas, shared_costs=SharedCosts(columns=columns), **ways(warpgroup_reads))
+    got = run(step, "balanced", ctas=ctas, shared_costs=SharedCosts(columns=columns), **ways(by_warpgroups))
     assert_close(got, expected(step), dtype)
 
 
-def test_the_variant_of_an_h200(warpgroup_reads) -> None:
+@pytest.mark.parametrize("capability", [86, pytest.param(90, marks=pytest.mark.slow)])
+def test_the_variants_of_gpus(capability) -> None:
     """Reads for 40 columns by teams of four warps from rings of eight stages. One is cut over two CTAs, the second of
     which has several own spans too."""
     step = grouped(DecodeShape(4, 1, 128, 16), "float16", AttentionOptions(), (352,) * 20, ((0,) * 20, (20,)))
-    got = run(step, "balanced", variant=None, read_stages=None, ctas=5, costs=MEASURED_COSTS)
+    got = run(step, "balanced", variant=None, read_stages=None, ctas=5, costs=MEASURED_COSTS,
+              capability=capability)
     assert_close(got, expected(step), "float16")
 
 
@@ -78,8 +87,7 @@ BY_WARPGROUPS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BY_WARPGROUPS)
-@pytest.mark.parametrize("warpgroup_reads", [True], indirect=True)
-def test_reads_by_warpgroups(name, warpgroup_reads) -> None:
+def test_reads_by_warpgroups(name) -> None:
     group, head_dim, page_size, dtype, columns, ctas, lens, groups, more = BY_WARPGROUPS[name]
     shape, options = DecodeShape(2 * group, 2, head_dim, page_size), AttentionOptions(**more)
     assert read_config(kernel_config(shape, dtype, 90, options=options), 90, columns=columns).read_tiles == 4
@@ -102,7 +110,7 @@ def random_batch(rng) -> tuple[list[int], PrefixGroups]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_batches(seed, warpgroup_reads) -> None:
+def test_random_batches(seed, by_warpgroups) -> None:
     """By one build of the kernel: few and many CTAs, so that spans are whole, cut once or cut often."""
     rng = np.random.default_rng(seed)
     lens, groups = random_batch(rng)
@@ -110,12 +118,12 @@ def test_random_batches(seed, warpgroup_reads) -> None:
     costs = BalancedCosts(int(rng.integers(0, 9)), int(rng.integers(1, 9)), int(rng.integers(0, 3)))
     shared = SharedCosts(16, *(int(rng.integers(*span)) for span in ((8, 100), (1, 8), (0, 9), (0, 3))))
     got = run(step, "balanced", ctas=int(rng.choice([1, 2, 5, 17, 40])), costs=costs, shared_costs=shared,
-              **ways(warpgroup_reads))
+              **ways(by_warpgroups))
     assert_close(got, expected(step), "float16")
 
 
 @pytest.mark.parametrize("case", ["none to some", "some to none", "others", "lengths", "same", "nonsense"])
-def test_what_is_read_early_may_change(case, warpgroup_reads) -> None:
+def test_what_is_read_early_may_change(case, by_warpgroups) -> None:
     """Until the previous kernel ends, lengths, groups and prefixes are those of another step."""
     lens, group_of_row, pages = (100, 96, 130, 33, 120), [0, 0, 0, -1, 0], [5, 2]
     step = make_step(PLAIN, "float16", AttentionOptions(), seed=1, lens=lens, groups=PrefixGroups(group_of_row, pages))
@@ -135,7 +143,7 @@ def test_what_is_read_early_may_change(case, warpgroup_reads) -> None:
     before = tuple(aligned(array) for array in before)
     for hurry in (False, True):
         got = run(step, "balanced", ctas=6, shared_costs=SharedCosts(columns=16), before=before, hurry=hurry,
-                  **ways(warpgroup_reads))
+                  **ways(by_warpgroups))
         assert_close(got, expected(step), "float16")
 
 
@@ -159,22 +167,21 @@ def torn(records: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("change", "trusted"), [(end_walks, True), (of_other_lengths, False), (torn, False)])
-@pytest.mark.parametrize("warpgroup_reads", [True], indirect=True)
-def test_a_plan_is_remembered(change, trusted, warpgroup_reads) -> None:
+def test_a_plan_is_remembered(change, trusted, by_warpgroups) -> None:
     """A record of the same step is trusted, whatever it says; one of another step, or half written, is not."""
     step = make_step(DecodeShape(4, 1, 64, 16), "float16", AttentionOptions(), seed=1, lens=(100, 96, 130, 33),
                      groups=PrefixGroups([0, 0, 0, -1], [5]))  # fmt: skip
-    got = run(step, "balanced", ctas=4, shared_costs=SharedCosts(columns=16), between=change, **ways(warpgroup_reads))
+    got = run(step, "balanced", ctas=4, shared_costs=SharedCosts(columns=16), between=change, **ways(by_warpgroups))
     if trusted:
         assert np.isnan(got[0]).all()
     else:
         assert_close(got, expected(step), "float16")
 
 
-def test_rows_beside_a_group_are_those_decoded_alone(warpgroup_reads) -> None:
+def test_rows_beside_a_group_are_those_decoded_alone(by_warpgroups) -> None:
     lens, groups = (100, 96, 130, 85), PrefixGroups([0, 0, 0, 0], [5])
     step = make_step(PLAIN, "float16", AttentionOptions(), seed=3, lens=lens, groups=groups)
-    given = ways(warpgroup_reads)
+    given = ways(by_warpgroups)
     together = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16), **given)
     step.groups = PrefixGroups([-1] * 4, [])
     alone = run(step, "balanced", ctas=5, shared_costs=SharedCosts(columns=16), **given)
@@ -185,8 +192,8 @@ def test_rows_beside_a_group_are_those_decoded_alone(warpgroup_reads) -> None:
     np.testing.assert_allclose(together[1], alone[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("capability", [90])
-def test_both_widths_fit_the_registers(capability, warpgroup_reads) -> None:
+@pytest.mark.parametrize("capability", [86, 90])
+def test_both_widths_fit_the_registers(capability) -> None:
     config = read_config(kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability), capability)
     used = nvrtc.kernel_resources(SOURCE_DIR / "shared.cu", capability, compile_options(config.read_defines()))
     assert used["pkv_decode_shared"].spills == used["pkv_decode_shared"].stack == 0

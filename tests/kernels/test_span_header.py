@@ -50,18 +50,12 @@ def expected_listing(schedule, groups):
     return tasks
 
 
-@pytest.fixture(scope="session", params=[0, 4], ids=["noted in tiles", "noted in tokens"])
-def tiles(request):
-    """READ_TILES: what is noted of groups differs."""
-    return request.param
-
-
 @pytest.fixture(scope="session")
-def list_spans(tmp_path_factory, tiles):
+def list_spans(tmp_path_factory):
     """(batch, costs, num_ctas) -> (tasks, cta_offsets, parts)."""
     built = tmp_path_factory.mktemp("spans") / "span_harness.so"
     # Signed overflow is caught rather than wrapped: the header's sums must stay within 32 bits.
-    function = build(SUPPORT / "span_harness.cpp", built, *STRICT, "-ftrapv", f"-DREAD_TILES={tiles}").list_spans
+    function = build(SUPPORT / "span_harness.cpp", built, *STRICT, "-ftrapv").list_spans
 
     def call(batch, costs, num_ctas):
         lens, rows, heads = np.array(batch.lens, np.int32), len(batch.lens), batch.shape.num_kv_heads
@@ -78,11 +72,11 @@ def list_spans(tmp_path_factory, tiles):
 
 
 @pytest.fixture(scope="session")
-def list_by_warps(tmp_path_factory, tiles):
+def list_by_warps(tmp_path_factory):
     """The same by cuda_src/plan_spans.cu, a warp a range."""
     built = tmp_path_factory.mktemp("warps") / "span_warp_harness.so"
     function = build(SUPPORT / "span_warp_harness.cpp", built, *STRICT, "-Wno-unknown-pragmas", "-Wno-unused-function",
-                     f"-I{SUPPORT}", f"-DREAD_TILES={tiles}").list_spans  # fmt: skip
+                     f"-I{SUPPORT}").list_spans  # fmt: skip
     function.restype = ctypes.c_char_p
 
     def call(batch, costs, num_ctas):

@@ -18,7 +18,7 @@ SHAPE = DecodeShape(4, 1, 128, 16)
 TEXT = (SOURCE_DIR / "variant.cuh").read_text()
 
 
-def test_every_constant_is_explained(warpgroup_reads) -> None:
+def test_every_constant_is_explained() -> None:
     rope = Rope(style=HALF, cos_sin=np.zeros((1, 128), np.float32))
     said = {
         *read_config(kernel_config(SHAPE, "float16", 90), 90).read_defines(),

@@ -136,10 +136,10 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         costs: BalancedCosts = BalancedCosts(1, 2),  # noqa: B008
         shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
         between: Callable[[np.ndarray], None] | None = None,
-        page_lse: np.ndarray | None = None, plan_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        page_lse: np.ndarray | None = None, plan_only: bool = False, capability: int = 90) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
-    shared reads, which serve shared_costs.columns. hurry: copies arrive as they are started.
-    variant, read_stages: None of both is what an H200 runs. stages: of a ring, where the variant's are too many. costs:
+    shared reads, which serve shared_costs.columns, as a GPU of that compute capability has them. hurry: copies arrive as they are started.
+    variant, read_stages: None of both is what such a GPU runs. stages: of a ring, where the variant's are too many. costs:
     of balanced. before: the lengths, page table and
     records of plans (and group_of_row, prefix_pages) that each CTA finds until the previous kernel ends.
     page_lse: float32, to be written; the kernel is then the one that does so. plan_only, of a step with lists: returns
@@ -153,7 +153,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         config = replace(config, stages=stages)
     groups = step.groups
     if groups is not None:
-        config = read_config(config, 90, columns=shared_costs.columns, stages=read_stages)
+        config = read_config(config, capability, columns=shared_costs.columns, stages=read_stages)
         shared_costs = shared_costs._replace(columns=config.read_columns)
     library = build(config, balanced, converts_e4m3, step.lists is not None, page_lse is not None)
     library.run.restype = ctypes.c_char_p

@@ -31,6 +31,7 @@ ENGINE_MODULES = (
     "gpu.engine.decode_kernels",
     "gpu.cache.writer",
     "gpu.cache.pool",
+    "gpu.cache.head_pool",
     "gpu.several.collectives",
     "gpu.several.one_process",
     "gpu.several.rank_engine",
@@ -59,11 +60,28 @@ class FakeArray:
     def __getitem__(self, index: object) -> FakeArray:
         return FakeArray(self.host[index], self.device.id)
 
+    def __setitem__(self, index: object, value: object) -> None:
+        index = tuple(_host(part) for part in index) if isinstance(index, tuple) else _host(index)
+        self.host[index] = _host(value)
+
     def __len__(self) -> int:
         return len(self.host)
 
+    def reshape(self, *shape: object) -> FakeArray:
+        return FakeArray(self.host.reshape(*shape), self.device.id)
+
+    def swapaxes(self, one: int, other: int) -> FakeArray:
+        return FakeArray(self.host.swapaxes(one, other), self.device.id)
+
+    def set(self, host: np.ndarray) -> None:
+        self.host[...] = host
+
     def get(self) -> np.ndarray:
         return self.host.copy()
+
+
+def _host(array: object) -> object:
+    return array.host if isinstance(array, FakeArray) else array
 
 
 def memory(address: int, dtype: object, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> np.ndarray:

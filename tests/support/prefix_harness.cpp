@@ -1,4 +1,4 @@
-// cuda_src/prefixes.cu, or prefixes_at_once.cu with AT_ONCE, on a CPU: every thread of a CTA a fiber, one CTA after the other.
+// cuda_src/prefixes.cu on a CPU: every thread of a CTA a fiber, one CTA after the other.
 #include "cuda_on_cpu.h"
 
 [[maybe_unused]] static void __threadfence() {}
@@ -18,18 +18,12 @@ static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
-#if AT_ONCE
-#include "prefixes_at_once.cu"
-typedef unsigned long long workspace_word;
-#else
 #include "prefixes.cu"
-typedef int workspace_word;
-#endif
 
 struct Given {
   const void *block_table, *row_begins, *seq_lens;
   int *group_of_row, *prefix_pages;
-  workspace_word* workspace;
+  unsigned long long* workspace;
   int numbers[7];  // table_stride, num_pages, batch_size, max_tokens, query_tokens, tokens_per_member, least_tokens
 };
 static Given given;
@@ -37,7 +31,7 @@ static Given given;
 extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) {
   typedef const int* ints;
   given = {pointers[0], pointers[1], pointers[2], (int*)pointers[3], (int*)pointers[4],
-           (workspace_word*)pointers[5], {}};
+           (unsigned long long*)pointers[5], {}};
   std::copy_n(numbers, 7, given.numbers);
   body = [] {
     const int* n = given.numbers;
@@ -48,11 +42,11 @@ extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) 
   const int batch_size = numbers[2];
   if (pkv::PrefixMemory::bytes(batch_size) > static_cast<int>(sizeof memory)) return "too many rows";
   gridDim = {batch_size, 1, 1};
-  // Any CTA may be the last. At once it is the one of the last row, which waits for all others.
-  const int first = static_cast<int>(order >> 8) % batch_size, last = AT_ONCE ? batch_size - 1 : batch_size;
+  // In any order, but for the last row's CTA, which waits for all others.
+  const int first = static_cast<int>(order >> 8) % batch_size, last = batch_size - 1;
   for (int i = 0; i < batch_size; ++i)
     if (const int cta = (first + i) % batch_size; cta < last) blockIdx = {cta, 0, 0}, run_cta();
-  if (AT_ONCE) blockIdx = {last, 0, 0}, run_cta();
+  blockIdx = {last, 0, 0}, run_cta();
   for (const unsigned char* at = memory + std::max(28, pkv::PrefixMemory::bytes(batch_size)); at < memory + sizeof memory; ++at)
     if (*at != 0xff) complain("shared memory is written past its end");
   return complaint;

@@ -3,11 +3,11 @@
 // Stands in for mma.cuh, as decode_harness.cpp does; products are worked out by the layouts of the PTX manual.
 #include "cuda_on_cpu.h"
 
-[[maybe_unused]] static void __threadfence() {}
 static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
+[[maybe_unused]] static void atomicOr(unsigned* at, unsigned bits) { *at |= bits; }
 [[maybe_unused]] static float __fdividef(float a, float b) { return a / b; }
 
 struct bfloat16 {
@@ -37,6 +37,29 @@ static unsigned pair_of(float low, float high) {
 static unsigned pack(float low, float high) { return pair_of<half_type>(low, high); }
 static unsigned pack_bf16(float low, float high) { return pair_of<bfloat16>(low, high); }
 static float2 unpack(unsigned pair) { return {half_of<half_type>(pair, 0), half_of<half_type>(pair, 1)}; }
+#if SUMMARY_CODES
+typedef _Float16 operand;
+#else
+typedef half_type operand;
+#endif
+[[maybe_unused]] static unsigned pack_operands(float low, float high) { return pair_of<operand>(low, high); }
+[[maybe_unused]] static unsigned permute(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(all >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return result;
+}
+template <class Combine>
+static unsigned of_pairs(unsigned a, unsigned b, Combine combine) {
+  const auto half = [&](int i) { return combine(half_of<_Float16>(a, i), half_of<_Float16>(b, i)); };
+  return pair_of<_Float16>(half(0), half(1));
+}
+[[maybe_unused]] static unsigned add_pair(unsigned a, unsigned b) {
+  return of_pairs(a, b, [](float x, float y) { return x + y; });
+}
+[[maybe_unused]] static unsigned multiply_pair(unsigned a, unsigned b) {
+  return of_pairs(a, b, [](float x, float y) { return x * y; });
+}
 template <class T>
 static void product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Operands { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -57,7 +80,7 @@ static void product(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
 }
 static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  product<half_type>(d, a, b0, b1);
+  product<operand>(d, a, b0, b1);
 }
 [[maybe_unused]] static void multiply_add_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   product<bfloat16>(d, a, b0, b1);
@@ -69,6 +92,9 @@ static uint4 load_constant(const half_type* from) {
 [[maybe_unused]] static uint4 here_and_now(uint4 v) { return v; }
 template <class T>
 static T load_past_l1(const T* from) { return *from; }
+[[maybe_unused]] static int take_ticket(int* from) { return atomicAdd(from, 1); }
+[[maybe_unused]] static void prefetch_l2(const void*) {}
+[[maybe_unused]] static float sqrt_fast(float x) { return std::sqrt(x); }
 static float exp2_fast(float x) { return std::exp2(x); }
 constexpr bool KERNELS_OVERLAP = true;
 static void let_next_kernel_start() {}
@@ -82,6 +108,12 @@ typedef pkv::SummaryArguments Given;
 static void kernel(const Given& given) { pkv_summarize_pages(given); }
 #else
 #include "select.cu"
+// Bytes of shared memory of a step whose rows are of so many pages, in so many chunks.
+extern "C" int needed_bytes(int score_stride, int chunks, int chunk_pages) {
+  using namespace pkv;
+  const int selecting = (score_stride + (score_stride + 31) / 32 * 2 + (WEIGHS ? chunks * PAGE_VALUES : 0)) * 4;
+  return sizeof(SelectMemory) + max(selecting, WEIGHS ? chunk_pages * PAGE_VALUES * 4 : 0);
+}
 typedef pkv::SelectArguments Given;
 static void kernel(const Given& given) { pkv_select_pages(given); }
 #endif
@@ -94,10 +126,10 @@ extern "C" const char* run(const void* arguments, int x, int y) {
   std::memcpy(&given, arguments, sizeof given);
   body = [] { kernel(given); };
   gridDim = {x, y, 1};
-  for (int list = 0; list < y; ++list) {
+  for (int row = 0; row < y; ++row) {
     const int first = static_cast<int>(order >> 8) % x;  // any CTA may be the last
     for (int i = 0; i < x; ++i) {
-      blockIdx = {(first + i) % x, list, 0};
+      blockIdx = {(first + i) % x, row, 0};
       run_cta();
     }
   }

@@ -50,12 +50,16 @@ class RankArrays:
         self.engine.engines[rank].run(Run(self.q[rank], self.k[rank], self.v[rank], self.out[rank], self.lse[rank],
                                           **self.extra[rank]))
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step of all of them, waited for; (out, lse) put together on cuda:0."""
+    def step(self) -> None:
+        """A step of all of them, waited for."""
         for rank in self.group.ranks:
             with self.group.use(rank):
                 self.launch(rank)
         self.engine.synchronize()
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step of all of them; (out, lse) put together on cuda:0."""
+        self.step()
         return self.together()
 
     def together(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from gpu.kernels.launch import Kernel
 from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import shared_limit_bytes
 from gpu.serve.model.product_variant import ADD, GATE, MOST_COLUMNS, STORE, TILE_ROWS, WARPS, ProductVariant, variant
+from gpu.serve.model.row_kernels import RowKernels
 
 
 class Products(Protocol):
@@ -31,6 +32,9 @@ class Products(Protocol):
     def add(self, x: torch.Tensor, given: torch.Tensor, weight: torch.Tensor,
             bias: torch.Tensor | None) -> torch.Tensor:
         """x += weight @ given + bias, in place; returns x. given [n, columns of weight]."""
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """The first index of each row's largest value, [n] int64, of logits [n, vocab_size]."""
 
 
 class TorchProducts:
@@ -55,14 +59,42 @@ class TorchProducts:
         x.addmm_(given, weight.t())  # the product and the sum in one kernel
         return x if bias is None else x.add_(bias)
 
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1)
+
+
+class RowProducts(TorchProducts):
+    """PyTorch's products; norms, gates and the choice of tokens in one launch each."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, eps: float) -> None:
+        super().__init__(eps)
+        self._rows = RowKernels()
+
+    def normed(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor,
+               bias: torch.Tensor | None) -> torch.Tensor:
+        if not self._rows.serves(x, x.shape[1]):
+            return super().normed(x, norm, weight, bias)
+        return linear(self._rows.rms_norm(x, norm, self.eps), weight, bias)
+
+    def gated(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor,
+              bias: torch.Tensor | None) -> torch.Tensor:
+        if not self._rows.serves(x, len(weight) // 2):
+            return super().gated(x, norm, weight, bias)
+        return self._rows.gate(self.normed(x, norm, weight, bias))
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return self._rows.argmax(logits)
+
 
 class StreamedProducts:
-    """The kernel's where it serves a product, PyTorch's otherwise. A capture's products must have run before it."""
+    """The kernel's where it serves a product, RowProducts' otherwise. A capture's products must have run before it."""
 
     __slots__ = ("_torch", "_eps", "_gpu", "_kernels")
 
     def __init__(self, eps: float) -> None:
-        self._torch, self._eps, self._gpu = TorchProducts(eps), eps, this_gpu()
+        self._torch, self._eps, self._gpu = RowProducts(eps), eps, this_gpu()
         self._kernels: dict[ProductVariant, Kernel] = {}
 
     def normed(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor,
@@ -85,6 +117,9 @@ class StreamedProducts:
         if kernel is None:
             return self._torch.add(x, given, weight, bias)
         return self._run(kernel, given, weight, None, bias, x)
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return self._torch.argmax(logits)
 
     def _kernel(self, x: torch.Tensor, weight: torch.Tensor, normed: bool, end: int) -> Kernel | None:
         if len(x) > MOST_COLUMNS:

@@ -41,6 +41,14 @@ class ServerOptions(OptionGroup):
             help="With --prefix-cache and pkv: running rows that hit the same blocks read them once where that pays.",
         ),
     ] = True
+    select: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Decode steps read the pages that a method chooses where that pays: METHOD:BUDGET, such as "
+            "mean_std:0.1 or quest:0.05; by default all pages."
+        ),
+    ] = None
+    select_every: Annotated[int, typer.Option(help="Layers that read the lists which the first of them selects.")] = 1
     order: Order = "fcfs"
     kv_ttl: Annotated[
         float, typer.Option(help="With continuum: seconds that an answer's KV is kept for the next turn.")
@@ -82,8 +90,11 @@ class ServerOptions(OptionGroup):
 
     def config(self) -> ServingConfig:
         """The server. Raises ValueError naming an option."""
+        from pkvsim.selection.setup import parse_selection
         from pkvsim.serving.server_config import ServingConfig
 
+        if self.select is None and self.select_every != 1:
+            raise ValueError(f"select_every: expected with --select alone, got {self.select_every}")
         steps = max(DEFAULT_STEP_TOKENS, self.max_batch) if self.step_tokens is None else self.step_tokens
         return ServingConfig(
             engine=self.engine,
@@ -97,6 +108,7 @@ class ServerOptions(OptionGroup):
             graphs=self.graphs,
             prefix_cache=self.prefix_cache,
             shared_reads=self.shared_reads,
+            select=None if self.select is None else parse_selection(self.select, every=self.select_every),
             order=self.order,
             kv_ttl_s=self.kv_ttl,
             replicas=self.replicas,

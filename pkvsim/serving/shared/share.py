@@ -16,10 +16,10 @@ from pkvsim.models.decode_groups import DecodeGroup
 from pkvsim.policy.choose import Prices
 from pkvsim.pricing.constants import TILE
 from pkvsim.pricing.layer import Heads
-from pkvsim.pricing.shared import ReadPrices, read_prices
+from pkvsim.pricing.shared import ReadPrices, by_warpgroups, read_prices
 from pkvsim.pricing.shared_us import read_tokens, shared_layer, shared_us
 from pkvsim.pricing.step_times import step_time
-from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts, columns_for
+from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts, columns_for, default_shared_costs
 from pkvsim.schedule.prefixes import sharing_rule
 from pkvsim.serving.shared.grouping import NUM_GROUPS, Grouping
 
@@ -36,7 +36,7 @@ class Sharing(NamedTuple):
     kinds: np.ndarray  # [K] bool
     any: bool
     prices: np.ndarray  # [K, 2, 5] float64, the fields of ReadPrices for reads of READ_COLUMNS
-    costs: np.ndarray  # [5] int64, the fields of SharedCosts
+    costs: np.ndarray  # [K, 2, 5] int64, the fields of SharedCosts, of the same
     tokens_per_member: int  # of SharingRule
     least_tokens: int
 
@@ -51,6 +51,7 @@ def make_sharing(
     the fewest columns serves two.
     """
     prices = np.full((len(groups), 2, len(ReadPrices._fields)), np.nan)
+    costs = np.zeros((len(groups), 2, len(SharedCosts._fields)), np.int64)
     kinds = np.zeros(len(groups), bool)
     rule = None
     for kind, group in enumerate(groups):
@@ -60,9 +61,11 @@ def make_sharing(
         kinds[kind] = True
         rule = sharing_rule(shape, bandwidth_gb_per_s=balanced.bandwidth_gb_s, options=options)
         for at, columns in enumerate(READ_COLUMNS):
-            prices[kind, at] = read_prices(balanced, device, shape, options, SharedCosts(columns=columns))
+            weighed = default_shared_costs(columns, by_warpgroups=by_warpgroups(device, shape, options))
+            costs[kind, at] = weighed
+            prices[kind, at] = read_prices(balanced, device, shape, options, weighed)
     return Sharing(
-        kinds, bool(kinds.any()), prices, np.array(SharedCosts(), np.int64),
+        kinds, bool(kinds.any()), prices, costs,
         rule.tokens_per_member if rule else 0, rule.least_tokens if rule else 0,
     )  # fmt: skip
 
@@ -92,9 +95,10 @@ def share_reads(
 ) -> tuple[float, float]:
     """Lowers the balanced route's price of the kind's layers to that of shared reads; (bytes by reads, bytes that
     their rows would read of the same pages apart) in all layers, zeros where every row reads for itself."""
-    rows, groups, own = len(lens), grouping.counts[NUM_GROUPS], sharing.costs
-    costs = SharedCosts(_columns_for(rows * heads.columns), own[1], own[2], own[3], own[4])
-    of = sharing.prices[kind, 0 if costs.columns == READ_COLUMNS[0] else 1]
+    rows, groups = len(lens), grouping.counts[NUM_GROUPS]
+    at = 0 if _columns_for(rows * heads.columns) == READ_COLUMNS[0] else 1
+    of, own = sharing.prices[kind, at], sharing.costs[kind, at]
+    costs = SharedCosts(own[0], own[1], own[2], own[3], own[4])
     members, prefixes = grouping.members[:groups], grouping.prefix_tokens[:groups]
     read = read_tokens(lens.sum(), members, prefixes, costs.columns // heads.columns, int(constants[TILE]))
     layer = shared_layer(rows, read.all, heads, constants, ReadPrices(of[0], of[1], of[2], of[3], of[4]), costs)

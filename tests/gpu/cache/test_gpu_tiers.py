@@ -54,7 +54,7 @@ def keys(count: int, name: str = "") -> list[bytes]:
 def test_blocks_come_back_from_host_memory_and_disk(tmp_path, library, shape, dtype, combined, batched) -> None:
     num_pages, blocks = 64, 30
     k, v = make_pages(library, num_pages, shape, dtype, combined)
-    pages = CudaPages(k, v, **({"batched_from_bytes": 0} if batched else {}))
+    pages = CudaPages(k, v, **({"batched_from_bytes": (0, 0)} if batched else {}))
     before = [bits(array) for array in (*k, *v)]
     rng = np.random.default_rng(0)
     places = rng.permutation(num_pages)[:blocks].astype(np.int32)
@@ -84,7 +84,7 @@ def test_pages_beyond_4_gib() -> None:
     skip_below(3 * page_bytes * num_pages)
     k = cupy.zeros((num_pages, page_bytes), cupy.uint8)
     v = cupy.zeros((num_pages, page_bytes), cupy.uint8)
-    pages = CudaPages([k], [v], batched_from_bytes=1 << 40)
+    pages = CudaPages([k], [v], batched_from_bytes=(1 << 40, 1 << 40))
     arena = HostArena(slots=4, slot_bytes=pages.block_bytes, pin=True)
     content = np.random.default_rng(1).integers(0, 256, (4, pages.block_bytes), np.uint8)
     for slot in range(4):

@@ -12,7 +12,6 @@ from gpu import MultiLevelCascadeAttentionWrapper
 from pkvsim import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
-pytestmark = pytest.mark.usefixtures("warpgroup_reads")
 HEADS = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16}
 STEPS = (([(20, 60), (3, 0), (5, 200), (1, 9)], 29), ([(64, 300)], 64), ([(4, 40), (4, 40)], 8))
 

@@ -17,7 +17,6 @@ from pkvsim.schedule import prefixes as host
 from pkvsim.schedule.groups import PrefixGroups as HostGroups
 from pkvsim.schedule.prefixes import SharingRule
 
-pytestmark = pytest.mark.usefixtures("warpgroup_reads")
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 BATCH, MAX_PAGES, POOL_PAGES = 12, 60, 800
 ALL = SharingRule(0, 0)  # shares whatever can be

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from gpu import DecodeEngine, PrefixGroups
-from gpu.kernels import variant
 from gpu.measure.timing import capture, shared_stream
 from pkvsim import DecodeShape, reference
 from pkvsim.schedule.prefixes import SharingRule, find_prefixes
@@ -55,19 +54,13 @@ class Device:
         return self.graphs[way]
 
 
-@functools.cache
-def device(warpgroup_reads: bool) -> Device:
-    """The one of examples with variant.WARPGROUP_READS so."""
-    return Device()
+device = functools.cache(Device)  # of all examples
 
 
 class Machine(RuleBasedStateMachine):
-    warpgroup_reads = False
-
     def __init__(self) -> None:
         super().__init__()
-        self.usual, variant.WARPGROUP_READS = variant.WARPGROUP_READS, self.warpgroup_reads
-        self.device = device(self.warpgroup_reads)
+        self.device = device()
         self.free = list(range(POOL_PAGES))
         self.owners = np.zeros(POOL_PAGES, np.int64)  # rows that have each page
         self.pages: dict[int, list[int]] = {}
@@ -75,9 +68,6 @@ class Machine(RuleBasedStateMachine):
         with shared_stream():
             for pool in self.device.pools:
                 pool.fill(cupy.nan)
-
-    def teardown(self) -> None:
-        variant.WARPGROUP_READS = self.usual
 
     def put_step(self, told: np.random.Generator) -> None:
         """Tables, lengths and groups: those that Python finds, of which some rows may stay away."""
@@ -199,10 +189,6 @@ class Machine(RuleBasedStateMachine):
             assert bool((out == results[0][0]).all()) and bool((lse == results[0][1]).all())
 
 
-class WarpgroupMachine(Machine):
-    warpgroup_reads = True
-
-
-TestGroupsMachine, TestGroupsByWarpgroups = Machine.TestCase, WarpgroupMachine.TestCase
-TestGroupsMachine.settings = TestGroupsByWarpgroups.settings = settings(
+TestGroupsMachine = Machine.TestCase
+TestGroupsMachine.settings = settings(
     max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,7 @@ from gpu.measure.timing import capture, shared_stream
 from pkvsim import DecodeShape, reference
 from pkvsim.selection import by_name
 from pkvsim.selection.rules import Budget, Pins, top_pages
-from pkvsim.selection.summaries import row_summaries
+from pkvsim.selection.summaries import CODES, decode, encode, row_summaries
 
 
 class Pool:
@@ -38,19 +38,23 @@ class Pool:
         return self.k[ids, head].reshape(-1, self.shape.head_dim)[: self.lens[row]].double().cpu().numpy()
 
 
-@pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype"), [
-    ("mean_std", 128, 4, 16, "float16"), ("quest", 128, 4, 16, "bfloat16"), ("mean_std", 64, 8, 16, "bfloat16"),
-    ("quest", 64, 3, 4, "float16"), ("mean_std", 256, 8, 16, "float16"), ("mean_std", 128, 16, 32, "float16"),
+@pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype", "summary_dtype"), [
+    ("mean_std", 128, 4, 16, "float16", None), ("quest", 128, 4, 16, "bfloat16", None),
+    ("mean_std", 64, 8, 16, "bfloat16", None), ("quest", 64, 3, 4, "float16", None),
+    ("mean_std", 256, 8, 16, "float16", None), ("mean_std", 128, 16, 32, "float16", None),
+    ("mean_std", 128, 4, 16, "float16", CODES), ("quest", 128, 16, 16, "bfloat16", CODES),
+    ("mean_std", 64, 5, 16, "bfloat16", CODES), ("mean_std", 256, 8, 16, "float16", CODES),
 ])  # fmt: skip
-def test_lists_are_those_of_the_rules(method: str, head_dim: int, group: int, page_size: int, dtype: str) -> None:
+def test_lists_are_those_of_the_rules(method: str, head_dim: int, group: int, page_size: int, dtype: str,
+                                      summary_dtype: str | None) -> None:
     """Many short rows, which one CTA each scores, and a few long ones that many share."""
     shape, rule = DecodeShape(2 * group, 2, head_dim, page_size), by_name.method(method)
     budget, pins = Budget(0.1, 4), Pins(1, 2)
     for seed, lens in enumerate(((0, 1, 40 * page_size, 2000 * page_size - 3), (300 * page_size,) * 200)):
         pool = Pool(shape, dtype, lens, seed=seed)
-        summaries = PageSummaries(shape, pool.k, dtype, kind=rule.SUMMARY)
+        summaries = PageSummaries(shape, pool.k, dtype, kind=rule.SUMMARY, summary_dtype=summary_dtype)
         summaries.update(pool.k, *pool.on_gpu)
-        selector = PageSelector(shape, dtype, method, budget=budget, pins=pins)
+        selector = PageSelector(shape, dtype, method, budget=budget, pins=pins, summary_dtype=summary_dtype)
         selector.plan(*pool.on_gpu)
         pages, counts = (array.cpu().numpy() for array in selector.select(pool.q, summaries))
         pages_again, counts_again = (array.cpu().numpy() for array in selector.select(pool.q, summaries))
@@ -60,7 +64,10 @@ def test_lists_are_those_of_the_rules(method: str, head_dim: int, group: int, pa
             assert (counts[row] == count).all() and (counts_again[row] == count).all()
             for head in range(2 * (row_pages > 0)):
                 q = pool.q[row, head * group : (head + 1) * group].double().cpu().numpy()
-                scores = rule.scores(q, row_summaries(pool.keys(row, head), page_size, rule.SUMMARY), head_dim**-0.5)
+                found = row_summaries(pool.keys(row, head), page_size, rule.SUMMARY)
+                if summary_dtype == CODES:
+                    found = decode(*encode(found, rule.SUMMARY), rule.SUMMARY)
+                scores = rule.scores(q, found, head_dim**-0.5)
                 got, want = pages[row, head, :count], top_pages(scores, count, pins)
                 assert (pages_again[row, head, :count] == got).all()
                 assert (np.diff(got) > 0).all() and got[0] >= 0 and got[-1] < row_pages
@@ -109,14 +116,38 @@ def test_summaries_follow_growth(kind: str, layout: str) -> None:
                 assert bool(got[:first].isnan().all())
 
 
-def test_a_graph_selects_and_attends() -> None:
+@pytest.mark.parametrize("kind", ["mean_std", "min_max"])
+def test_codes_follow_growth(kind: str) -> None:
+    """Codes and scales are those of the keys that a page has, whoever had it before."""
+    shape = DecodeShape(4, 2, 128, 16)
+    pool = Pool(shape, "float16", (0, 1, 16, 17, 100, 1500), seed=3)
+    summaries = PageSummaries(shape, pool.k, kind=kind, summary_dtype=CODES)
+    for new_tokens in (None, 40, 1):
+        summaries.array.fill_(255)
+        summaries.scales.fill_(float("nan"))
+        summaries.update(pool.k, *pool.on_gpu, new_tokens=new_tokens)
+        for row, length in enumerate(pool.lens.tolist()):
+            for head in range(2 * (length > 0)):
+                codes, scales = encode(row_summaries(pool.keys(row, head), 16, kind), kind)
+                ids = torch.from_numpy(pool.table[row, : len(codes)].astype(np.int64)).cuda()
+                got, of = summaries.array[ids, head].cpu().numpy(), summaries.scales[ids, head].cpu().numpy()
+                first = 0 if new_tokens is None else max(0, length - new_tokens) // 16
+                np.testing.assert_allclose(of[first:], scales[first:], rtol=1e-5)
+                off = np.abs(got[first:].astype(int) - codes[first:])
+                assert off.max() <= 1 and off.mean() <= 0.01  # where the last bit of a quotient decides
+                assert (got[:first] == 255).all() and np.isnan(of[:first]).all()
+
+
+@pytest.mark.parametrize("summary_dtype", [None, CODES])
+def test_a_graph_selects_and_attends(summary_dtype: str | None) -> None:
     """Growth, summaries, selection and attention in one captured step, without the host; new queries every time."""
     shape, budget, pins = DecodeShape(32, 8, 128, 16), Budget(0.1, 4), Pins(1, 2)
     pool = Pool(shape, "float16", (3000, 100, 20000, 0, 513), seed=4, max_pages=1300)
     lens, table = pool.on_gpu
-    summaries = PageSummaries(shape, pool.k)
+    summaries = PageSummaries(shape, pool.k, summary_dtype=summary_dtype)
     summaries.update(pool.k, lens, table)
-    selector, engine = PageSelector(shape, budget=budget, pins=pins), DecodeEngine(shape)
+    selector = PageSelector(shape, budget=budget, pins=pins, summary_dtype=summary_dtype)
+    engine = DecodeEngine(shape)
     out, lse = torch.empty_like(pool.q), torch.empty(pool.q.shape[:2], device="cuda")
     selector.plan(lens, table)
     engine.plan(lens, table)
@@ -157,5 +188,9 @@ def test_what_is_not_served_is_named() -> None:
     selector.plan(*pool.on_gpu)
     with pytest.raises(ValueError, match="summaries: expected PageSummaries of kind mean_std"):
         selector.select(pool.q, PageSummaries(shape, pool.k, kind="min_max"))
+    with pytest.raises(ValueError, match="summaries: expected PageSummaries of kind mean_std"):
+        selector.select(pool.q, PageSummaries(shape, pool.k, summary_dtype=CODES))
+    with pytest.raises(ValueError, match="summary_dtype: expected None"):
+        PageSummaries(shape, pool.k, summary_dtype="int4")
     with pytest.raises(ValueError, match="q: expected float16"):
         selector.select(pool.q.float(), PageSummaries(shape, pool.k))

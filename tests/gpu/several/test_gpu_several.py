@@ -232,7 +232,7 @@ def test_states_that_the_host_exchanges_merge_to_the_same_bits() -> None:
             group.engines = engine.engines
             arrays = RankArrays(engine, case)
             arrays.plan()
-            arrays.run()  # of those that exchange by hand, all states are there after the first run
+            arrays.step()  # by hand, a rank finds the others' states of the step before
             arrays.poison()
             found.append(arrays.run())
         check(*found[0], case, dtype="float16")

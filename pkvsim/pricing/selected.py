@@ -1,0 +1,103 @@
+"""What layers cost that read selected pages: summaries scored, pages selected, lists attended to. Compiled.
+
+A list is a row of its own with one KV head (pkvsim.schedule.page_lists). A budget gives all heads of a row as many
+pages, so a step's lists cost what the balanced route asks for rows of that many tokens with all their KV heads, and
+what reading them by lists adds.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pkvsim.compiled import compiled, drop_stale
+from pkvsim.devices.selection_constants import SelectionConstants
+from pkvsim.pricing.constants import BANDWIDTH, RUN
+from pkvsim.pricing.layer import Heads
+from pkvsim.pricing.prices import price_route
+from pkvsim.pricing.step_times import step_time
+from pkvsim.selection.rules import PARTS
+from pkvsim.selection.setup import SUMMARY_ELEMENT_BYTES, SUMMARY_VECTORS, SelectionSetup
+
+
+class ListRule(NamedTuple):
+    """How many pages each list of a row has, as pkvsim.selection.rules says it."""
+
+    parts: int  # of PARTS
+    least_pages: int
+    pinned_pages: int
+    every: int  # layers that read one layer's lists
+
+
+class SelectedUs(NamedTuple):
+    """A layer's times, microseconds; the time of selecting is shared out over the layers that read its lists."""
+
+    keep: float  # summarising the new tokens' pages
+    select: float  # and the gap behind it
+    attend: float
+
+
+def list_rule(setup: SelectionSetup) -> ListRule:
+    """The rule of a setup."""
+    budget, pins = setup.budget, setup.pins
+    return ListRule(budget.parts, budget.least_pages, pins.sink_pages + pins.recent_pages, setup.every)
+
+
+@compiled
+def listed_tokens(lengths: np.ndarray, page_size: int, rule: ListRule) -> np.ndarray:
+    """Tokens of each list of rows of these lengths [rows] int64, in their order: as many pages as Budget.pages says,
+    whole ones, but no more than the row's tokens. A longer row never has a shorter list."""
+    found = np.empty_like(lengths)
+    for row in range(len(lengths)):
+        pages = (lengths[row] + page_size - 1) // page_size
+        asked = max(rule.least_pages, (pages * rule.parts + PARTS - 1) // PARTS)
+        found[row] = min(lengths[row], min(pages, max(asked, rule.pinned_pages)) * page_size)
+    return found
+
+
+@compiled
+def selecting_us(lengths: np.ndarray, heads: Heads, bandwidth_gb_s: float, prices: SelectionConstants) -> float:
+    """One selecting launch over rows of these lengths [rows] int64: all summaries at the streaming rate, then one CTA's
+    work on the longest list, or an SM's share of all lists where that is more."""
+    pages, longest = 0, 0
+    for length in lengths:
+        own = (length + heads.page_size - 1) // heads.page_size
+        pages += own
+        longest = max(longest, own)
+    summary_bytes = pages * heads.num_kv_heads * SUMMARY_VECTORS * heads.head_dim * SUMMARY_ELEMENT_BYTES
+    most = max(float(longest), pages * heads.num_kv_heads / heads.num_sms)
+    return prices.select_us + summary_bytes / (bandwidth_gb_s * 1e3 * prices.score_share) + prices.page_us * most
+
+
+@compiled
+def selected_us(
+    ordered: np.ndarray,  # [rows] int64 > 0, longest first
+    heads: Heads,
+    constants: np.ndarray,  # [NUM_CONSTANTS] float64, of the balanced route
+    rule: ListRule,
+    prices: SelectionConstants,
+) -> SelectedUs:
+    """A layer whose heads read what is selected."""
+    lists = listed_tokens(ordered, heads.page_size, rule)
+    plain, _ = price_route(lists, lists, heads, constants, 0)
+    select = (selecting_us(ordered, heads, constants[BANDWIDTH], prices) + prices.gap_us) / rule.every
+    keep = prices.keep_us + prices.keep_list_us * len(ordered) * heads.num_kv_heads
+    return SelectedUs(keep, select, prices.attend_us + plain / prices.attend_share)
+
+
+@compiled
+def selected_step_time(
+    constants: np.ndarray, rows: int, layers: int, layer_us: float, issue_us: float
+) -> tuple[float, float]:
+    """step_time (pkvsim.pricing.step_times) of a balanced step some of whose layers select: (gpu_us, host_us).
+
+    layer_us: the mean layer's kernels. issue_us: what its selecting launches take the host more, in the mean; 0 in a
+    captured graph.
+    """
+    gpu_us, host_us = step_time(constants, rows, 1, layers, layer_us)
+    waits = max(0.0, (layers - 1) * (constants[RUN] - layer_us))
+    more = max(0.0, (layers - 1) * (constants[RUN] + issue_us - layer_us))
+    return gpu_us, host_us + issue_us + more - waits
+
+
+drop_stale("pkvsim")

@@ -1,0 +1,36 @@
+"""Products of decode steps and the small kernels beside them, against float64, and in graphs."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpu.serve.model.row_kernels import RowKernels
+
+EPS = 1e-5
+KINDS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a step of numbers near 1
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 4096), (32, 4096), (128, 576), (3, 14336)])
+def test_norms_and_gates_are_those_of_float64(dtype, rows, width):
+    torch.manual_seed(rows)
+    kernels, kind = RowKernels(), getattr(torch, dtype)
+    x, weight = (torch.randn(shape, device="cuda").to(kind) for shape in ((rows, 2 * width), (width,)))
+    half, wide = x[:, :width], x.double()
+    normed = wide[:, :width] * (wide[:, :width].pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+    gated = torch.nn.functional.silu(wide[:, :width]) * wide[:, width:]
+    for ours, wanted in ((kernels.rms_norm(half, weight, EPS), normed), (kernels.gate(x), gated)):
+        assert ((ours.double() - wanted).abs() <= 1.01 * KINDS[dtype] * wanted.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 128256), (32, 128256), (128, 997), (5, 50257)])
+def test_the_first_of_the_largest_is_chosen(rows, width):
+    torch.manual_seed(width)
+    kernels = RowKernels()
+    for seed in range(5):
+        x = (torch.randn(rows, width, device="cuda") * 4).round().half()  # many are equal
+        largest = x.amax(-1, keepdim=True)
+        wanted = torch.where(x == largest, torch.arange(width, device="cuda"), width).amin(-1)
+        torch.testing.assert_close(kernels.argmax(x), wanted)
+    x[-1, 900] = x[-1, 990] = float("nan")
+    assert kernels.argmax(x)[-1] == 900

@@ -1,0 +1,86 @@
+"""Whether steps select pages, by price: never slower than dense, and as their parts say."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkvsim import DecodeShape
+from pkvsim.devices.device import DEVICES, get_device
+from pkvsim.options import AttentionOptions
+from pkvsim.policy.selecting import LEAST_GAIN, selection_prices
+from pkvsim.pricing.selected import list_rule, listed_tokens
+from pkvsim.schedule.page_lists import list_shape
+from pkvsim.selection.rules import Budget, Pins
+from pkvsim.selection.setup import SelectionSetup, parse_selection, summary_bytes
+from pkvsim.timeline.timeline import makespan_us
+
+SHAPE = DecodeShape(32, 8, 128, 16)
+LENS = st.lists(st.one_of(st.integers(0, 300), st.integers(0, 140_000)), min_size=1, max_size=40)
+SETUPS = st.builds(
+    SelectionSetup, st.sampled_from(["mean_std", "quest"]), st.builds(Budget, st.floats(0.01, 1), st.integers(0, 40)),
+    st.builds(Pins, st.integers(0, 3), st.integers(0, 3)), st.integers(1, 4),
+)  # fmt: skip
+
+
+@given(lens=LENS, setup=SETUPS, device=st.sampled_from(sorted(DEVICES)))
+@settings(deadline=None, max_examples=60)
+def test_what_is_taken_is_never_priced_slower_than_dense(lens, setup, device) -> None:
+    layer = selection_prices(SHAPE, DEVICES[device], setup).of(np.array(lens, np.int32))
+    assert layer.taken_us <= 1.02 * layer.dense_us
+    assert layer.pays == (layer.selected_us <= (1 - LEAST_GAIN) * layer.dense_us)
+    assert layer.selected_us == pytest.approx(sum(layer.selected)) and min(layer.selected) >= 0
+
+
+@given(lens=LENS, setup=SETUPS)
+@settings(deadline=None, max_examples=60)
+def test_lists_are_as_long_as_the_budget_says_and_longer_rows_have_no_shorter_ones(lens, setup) -> None:
+    ordered = np.array(sorted(lens, reverse=True), np.int64)
+    found = listed_tokens(ordered, 16, list_rule(setup))
+    for length, tokens in zip(ordered.tolist(), found.tolist()):
+        assert tokens == min(length, 16 * setup.budget.pages(-(-length // 16), setup.pins))
+    assert (np.diff(found) <= 0).all()
+
+
+def test_short_steps_go_dense_and_long_ones_select() -> None:
+    prices = selection_prices(SHAPE, get_device("h200"), SelectionSetup())
+    assert not prices.of([4096]).pays
+    assert all(prices.of([length] * rows).pays for rows, length in ((64, 32768), (8, 32768), (1, 131072)))
+    for rows in (1, 8, 64):
+        least = prices.least_tokens(rows)
+        assert prices.of([least] * rows).pays and not prices.of([least - 16] * rows).pays
+    assert prices.least_tokens(1) > 4096 and prices.least_tokens(1, most=4096) is None
+    everything = selection_prices(SHAPE, get_device("h200"), SelectionSetup(budget=Budget(1.0)))
+    assert everything.least_tokens(8, most=1 << 20) is None  # all pages and their scores cost more than all pages
+
+
+def test_attention_over_lists_is_priced_as_its_schedule_runs() -> None:
+    device, setup = get_device("h200"), SelectionSetup()
+    prices, model = selection_prices(SHAPE, device, setup), device.routes["balanced"]
+    for lens in ([32768] * 64, [131072], [65536, 8192, 8192, 1000], [20000, 3000] * 8):
+        lists = np.repeat(prices.lists(lens), SHAPE.num_kv_heads)
+        tasks_us = makespan_us(model, list_shape(SHAPE), lists, num_sms=device.num_sms)
+        attend = prices.prices.attend_us + tasks_us / prices.prices.attend_share
+        assert prices.of(lens).selected.attend == pytest.approx(attend, rel=0.05)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"window": 4096}, "window: expected None"), ({"query_tokens": 2}, "query_tokens: expected 1"),
+    ({"kv_dtype": "int8"}, "kv_dtype: expected 16 bits"), ({"v_head_dim": 64}, "v_head_dim: expected that of K"),
+])  # fmt: skip
+def test_what_no_kernel_selects_is_refused_by_name(options, words) -> None:
+    with pytest.raises(ValueError, match=f"select: {words}"):
+        selection_prices(SHAPE, get_device("h200"), SelectionSetup(), options=AttentionOptions(**options))
+    for shape in (DecodeShape(8, 8, 96, 16), DecodeShape(128, 4, 128, 16)):
+        with pytest.raises(ValueError, match="select: (head_dim|group_size): expected"):
+            selection_prices(shape, get_device("h200"), SelectionSetup())
+
+
+def test_the_words_of_the_commands() -> None:
+    found = parse_selection("quest:0.05", every=3)
+    assert (found.method, found.budget.fraction, found.every, found.words) == ("quest", 0.05, 3, "quest:0.05")
+    assert parse_selection("off") is None and summary_bytes(SHAPE) * 16 == 2 * 8 * 16 * 128 * 2
+    for words in ("mean_std", "mean_std:", "mean_std:two", "mean_std:0", "mean_std:1.5", "mean_std:nan", "h2o:0.1", ""):
+        with pytest.raises(ValueError, match="select: "):
+            parse_selection(words)
+    with pytest.raises(ValueError, match="select_every: "):
+        parse_selection("quest:0.1", every=0)
