@@ -58,7 +58,8 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
         page_size=o.page_size, max_batch=o.max_batch, step_tokens=o.step_tokens,
         kv_dtype=llm.pages.dtype if llm.pages.dtype in KV_DTYPES else None, graphs=o.graphs,
         prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
-        keep_free_fraction=KEEP_FREE_FRACTION, shared_reads=False,  # its decode steps are planned without groups
+        keep_free_fraction=KEEP_FREE_FRACTION, steps_in_flight=2,
+        shared_reads=False,  # its decode steps are planned without groups
     )  # fmt: skip
     page = cache_bytes_per_token(known_to_pkvsim(llm.config), config) * o.page_size
     pages = llm.server.scheduler.limits.num_pages + 0.5  # half a page, against rounding down
