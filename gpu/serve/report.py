@@ -13,6 +13,7 @@ from gpu.serve.llm import KEEP_FREE_FRACTION, LLM
 from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.server import StepRecord
+from gpu.serve.step_prices import StepErrors, price_steps, step_errors
 from pkvsim.devices.device import DEVICES, DeviceSpec, get_device
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
@@ -140,9 +141,15 @@ def to_dict(run: Replay, llm: LLM, report: WhatIf | None) -> dict[str, Any]:
         "free_pages": llm.server.num_free_pages,
         "results": {name: result.summary for name, result in results.items()},
         "steps": {name: [_named(kind) for kind in step_kinds(result.steps)] for name, result in results.items()},
+        "step_errors": [] if report is None else [_named(error) for error in _errors(run, report)],
         "host_gaps": None if gaps is None else _named(gaps),
         "notes": list(llm.notes if report is None else report.notes),
     }
+
+
+def _errors(run: Replay, report: WhatIf) -> list[StepErrors]:
+    """The measured steps against the prices of what they computed."""
+    return step_errors(run.steps, price_steps(run.steps, report.model, report.device, report.config))
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -166,6 +173,9 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
     columns = [Column("steps", "left"), *(Column(head) for head in (
         "count", "mean", "p50", "p90", "decode\nrows", "prefill\ntokens"))]
     print_grid(console, columns, rows)
+    if report is not None:
+        found = ", ".join(f"{error.kind} {error.mean:.1%} ({error.bias:+.1%})" for error in _errors(run, report))
+        print_line(console, f"steps against their prices, mean error (bias): {found}")
     gaps = host_gaps(run.steps)
     if gaps is not None:
         print_line(console, f"between decode steps the GPU waited {gaps.p50_us:.1f} us (p90 {gaps.p90_us:.1f}), "
