@@ -9,7 +9,7 @@
     python examples/bench_serve.py --soak 20000 --model smollm2           # bursts, cancellations, overlong prompts
 
 --predictions fits the constants of a step to a load that is served first. Then it serves Azure's arrivals, Mooncake's
-prompts and a closed loop, and says how far whatif's figures lie from the measured ones, in two minutes on an H200.
+prompts and a closed loop, and says how far whatif's figures lie from the measured ones, in three minutes on an H200.
 Where FOLDER has not a trace, a load like it is drawn.
 
 The limit of a step is the bytes that it must read, weights and KV, over the rate at which this GPU streams. Weights are

@@ -74,15 +74,15 @@ def scaled(trace: RequestTrace, scale: float) -> RequestTrace:
 
 
 def fitted_load(scale: float) -> Iterator[RequestTrace]:
-    """What constants are fitted on: prompts of all lengths beside many and few rows that decode."""
-    for clients, requests, prompts, outputs in (
-        (96, 120, Lognormal(math.log(1500), 1.0, 16_000), Uniform(60, 200)),
-        (4, 12, Uniform(200, 6000), Uniform(20, 60)),
-        (1, 2, Uniform(200, 2000), constant(60)),
+    """What constants are fitted on: prompts of all lengths beside many and few rows that decode, and an idle server."""
+    for clients, requests, prompts, outputs, rate in (
+        (80, 80, Lognormal(math.log(1500), 1.0, 16_000), Uniform(60, 200), None),
+        (4, 12, Uniform(200, 6000), Uniform(20, 60), None),
+        (None, 10, Uniform(200, 2000), constant(12), 2.5),
     ):
         made = make_load(input_tokens=prompts, output_tokens=outputs, requests=requests, concurrency=clients,
-                         seed=clients)
-        yield scaled(replace(made, name=f"fitted on, {clients} in flight"), scale)
+                         rate_per_s=rate, seed=requests)
+        yield scaled(replace(made, name=f"fitted on, {clients or 'few'} in flight"), scale)
 
 
 def loads(folder: Path | None, scale: float) -> Iterator[RequestTrace]:

@@ -133,7 +133,7 @@ def as_result(run: Replay, server: Server) -> ServingResult:
     hits = requests.hit_tokens[requests.rejected == NOT_REJECTED].sum()
     if run.trace.block_hashes is not None:
         summary["prefix_hit_share"] = float(hits / max(1, run.trace.prompt_tokens.sum()))
-    summary["replicas"], summary["shared_reads"] = [], None
+    summary["replicas"], summary["shared_reads"], summary["selection"] = [], None, None
     nothing = np.zeros((0, limits.max_batch), np.int64)
     empty = np.zeros(0, np.int64)
     return ServingResult(

@@ -13,6 +13,7 @@ from gpu.serve.llm import KEEP_FREE_FRACTION, LLM
 from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.server import StepRecord
+from gpu.serve.step_prices import StepErrors, price_steps, step_errors
 from pkvsim.devices.device import DEVICES, DeviceSpec, get_device
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
@@ -58,7 +59,8 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
         page_size=o.page_size, max_batch=o.max_batch, step_tokens=o.step_tokens,
         kv_dtype=llm.pages.dtype if llm.pages.dtype in KV_DTYPES else None, graphs=o.graphs,
         prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
-        keep_free_fraction=KEEP_FREE_FRACTION, shared_reads=False,  # its decode steps are planned without groups
+        keep_free_fraction=KEEP_FREE_FRACTION, steps_in_flight=2,
+        shared_reads=False,  # its decode steps are planned without groups
     )  # fmt: skip
     page = cache_bytes_per_token(known_to_pkvsim(llm.config), config) * o.page_size
     pages = llm.server.scheduler.limits.num_pages + 0.5  # half a page, against rounding down
@@ -139,9 +141,15 @@ def to_dict(run: Replay, llm: LLM, report: WhatIf | None) -> dict[str, Any]:
         "free_pages": llm.server.num_free_pages,
         "results": {name: result.summary for name, result in results.items()},
         "steps": {name: [_named(kind) for kind in step_kinds(result.steps)] for name, result in results.items()},
+        "step_errors": [] if report is None else [_named(error) for error in _errors(run, report)],
         "host_gaps": None if gaps is None else _named(gaps),
         "notes": list(llm.notes if report is None else report.notes),
     }
+
+
+def _errors(run: Replay, report: WhatIf) -> list[StepErrors]:
+    """The measured steps against the prices of what they computed."""
+    return step_errors(run.steps, price_steps(run.steps, report.model, report.device, report.config))
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -165,6 +173,9 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
     columns = [Column("steps", "left"), *(Column(head) for head in (
         "count", "mean", "p50", "p90", "decode\nrows", "prefill\ntokens"))]
     print_grid(console, columns, rows)
+    if report is not None:
+        found = ", ".join(f"{error.kind} {error.mean:.1%} ({error.bias:+.1%})" for error in _errors(run, report))
+        print_line(console, f"steps against their prices, mean error (bias): {found}")
     gaps = host_gaps(run.steps)
     if gaps is not None:
         print_line(console, f"between decode steps the GPU waited {gaps.p50_us:.1f} us (p90 {gaps.p90_us:.1f}), "

@@ -128,8 +128,14 @@ def fit_device(steps: Sequence[StepRecord], model: ModelSpec, device: DeviceSpec
         return np.concatenate([weight * robust, PRIOR * np.sqrt(len(steps)) * at])
 
     found = with_constants(least_squares(residuals, np.zeros(len(FREE)), diff_step=1e-3, bounds=(-4, 4)).x)
-    percent = 100 * np.abs(measured_us(steps) / price_steps(steps, model, found, config) - 1)
-    entry = found.outside[name]
+    entry, priced = found.outside[name], _priced(steps, attention_us, model, found, config)
+    woken = np.array([not step.follows for step in steps])
+    if woken.any():  # the first step of a server that was idle, which its price multiplies
+        factor = max(1.0, float(np.median(measured[woken] / priced[woken])) * entry.constants.wake_factor)
+        priced[woken] *= factor / entry.constants.wake_factor
+        entry = replace(entry, constants=replace(entry.constants, wake_factor=float(f"{factor:.4g}")),
+                        basis={**entry.basis, "wake_factor": "fitted"})
+    percent = 100 * np.abs(measured / priced - 1)
     error = FitError(measurements=len(steps), median_percent=float(f"{np.median(percent):.3g}"),
                      mean_percent=float(f"{percent.mean():.3g}"))
     band = float(f"{np.percentile(percent, 90):.3g}")

@@ -32,6 +32,7 @@ class ServingConfig:
     keep_free_fraction: float | None = None  # of the pages, that an admission leaves; None: the engine's
     kv_dtype: str | None = None  # of the cache, one of pkvsim.kv_types.KV_DTYPES; None: 16 bits
     graphs: bool | None = None  # decode in captured graphs, for which no layer waits for the host; None: as the engine
+    steps_in_flight: int | None = None  # 2: a step is planned when the one before starts; None: as the engine
     prefix_cache: str = "none"  # one of prefix_cache.KINDS
     shared_reads: bool = True  # rows that hit the same blocks read them once, where the engine can: shares_reads
     order: str = "fcfs"  # who runs first, one of orders.ORDERS
@@ -56,6 +57,8 @@ class ServingConfig:
             raise ValueError(f"keep_free_fraction: expected a number in [0, 1), got {self.keep_free_fraction!r}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype: expected None or one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        if self.steps_in_flight is not None:
+            check_int("steps_in_flight", self.steps_in_flight, 1, 2)
         check_int("replicas", self.replicas, 1, 1024)
         check_int("kv_parallel", self.kv_parallel, 1, MAX_RANKS)
         check_int("prefill_replicas", self.prefill_replicas, 0, 1024)
@@ -88,7 +91,7 @@ class ServingConfig:
 
     @property
     def profile(self) -> EngineProfile:
-        """The engine's habits, graphs, workspace and free pages as they are set here."""
+        """The engine's habits, those that are set here as they are set."""
         profile = get_profile(self.engine)
         if self.graphs is not None:
             profile = profile.with_graphs(self.graphs)
@@ -96,6 +99,8 @@ class ServingConfig:
             profile = replace(profile, workspace_gib=self.workspace_gib)
         if self.keep_free_fraction is not None:
             profile = replace(profile, keep_free_fraction=self.keep_free_fraction)
+        if self.steps_in_flight is not None:
+            profile = replace(profile, steps_in_flight=self.steps_in_flight)
         return profile
 
     @property
@@ -108,7 +113,7 @@ class ServingConfig:
         profile = self.profile
         decided = {
             "workspace_gib": profile.workspace_gib, "keep_free_fraction": profile.keep_free_fraction,
-            "graphs": bool(profile.graph_sizes),
+            "graphs": bool(profile.graph_sizes), "steps_in_flight": profile.steps_in_flight,
         }  # fmt: skip
         select = None if self.select is None else self.select.to_dict()
         return asdict(self) | decided | {"select": select}

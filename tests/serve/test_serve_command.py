@@ -47,7 +47,11 @@ def test_json_and_files_of_both_runs(model, tmp_path):
     assert measured["kv_pages"] == found["results"]["predicted"]["kv_pages"] == found["kv_pages"]
     assert measured["prefix_hit_tokens"] > 0 and measured["ttft_s"]["p50"] > 0
     assert {kind["kind"] for kind in found["steps"]["measured"]} <= {"decode", "mixed", "prefill"}
+    errors = {error["kind"]: error for error in found["step_errors"]}
+    assert errors["all"]["steps"] == sum(kind["steps"] for kind in found["steps"]["measured"])
+    assert all(error["p90"] >= 0 and abs(error["bias"]) <= error["mean"] + 1e-12 for error in errors.values())
     steps = list(csv.DictReader(files[0].open()))
+    assert "decode_lens" not in steps[0]
     assert sum(int(step["prefill_tokens"]) for step in steps) == sum(
         int(row["prompt_tokens"]) - int(row["hit_tokens"])
         for row in csv.DictReader(files[1].open()) if row["policy"] == "measured")
@@ -57,6 +61,9 @@ def test_json_and_files_of_both_runs(model, tmp_path):
 
 
 def test_tables(model):
+    done = run("--model", model, *LOAD, "--predict", "--device", "h200")
+    assert done.exit_code == 0, done.output
+    assert "steps against their prices, mean error (bias): all " in done.stdout
     done = run("--model", model, *LOAD)
     assert done.exit_code == 0, done.output
     for words in ("12 of 12 requests served", "TTFT p50", "between tokens p99", "measured, mixed"):

@@ -8,6 +8,7 @@ has no zero) are compared with Transformers' SDPA on the same weights; they may 
 from __future__ import annotations
 
 import argparse
+import atexit
 import sys
 import tempfile
 import time
@@ -50,13 +51,16 @@ def serve(folder: Path, prompts: list[list[int]], new_tokens: int, *, eager: boo
     """(tokens [rows, new_tokens], tokens per second of the whole call)."""
     from nanovllm import LLM, SamplingParams
 
-    llm = LLM(str(folder), enforce_eager=eager, gpu_memory_utilization=0.5, max_model_len=4096)
+    # It captures a graph for every 16 rows up to max_num_seqs.
+    llm = LLM(str(folder), enforce_eager=eager, gpu_memory_utilization=0.5, max_model_len=4096,
+              max_num_seqs=-(-len(prompts) // 16) * 16)
     asked = SamplingParams(temperature=TEMPERATURE, max_tokens=new_tokens, ignore_eos=True)
     llm.generate(prompts[:2], asked, use_tqdm=False)
     start = time.perf_counter()
     found = llm.generate(prompts, asked, use_tqdm=False)
     seconds = time.perf_counter() - start
     llm.exit()
+    atexit.unregister(llm.exit)  # which it registered, and which cannot be called twice
     return torch.tensor([output["token_ids"] for output in found]), len(prompts) * new_tokens / seconds
 
 

@@ -27,7 +27,7 @@ def test_norms_and_gates_are_those_of_float64(dtype, rows, width):
 def test_the_first_of_the_largest_is_chosen(rows, width):
     torch.manual_seed(width)
     kernels = RowKernels()
-    for seed in range(5):
+    for _ in range(5):
         x = (torch.randn(rows, width, device="cuda") * 4).round().half()  # many are equal
         largest = x.amax(-1, keepdim=True)
         wanted = torch.where(x == largest, torch.arange(width, device="cuda"), width).amin(-1)
