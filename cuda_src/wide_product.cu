@@ -14,8 +14,9 @@
 // tiles are fewer than ranges. Ranges are dealt from the last: CTAs wait for such as were started before them.
 //
 // A ring of stages (weights and the same elements of x) is filled by asynchronous copies, over the ends of tiles; of the
-// first stages the weights are under way before the previous kernel has ended, as they do not depend on it. Where
-// shared memory has room for two CTAs an SM, the next product's ring is full when this one ends.
+// first stages the weights are under way before the previous kernel has ended, as they do not depend on it, and those of
+// PRODUCT_AHEAD more units on their way to L2. Where shared memory has room for two CTAs an SM, the next product's ring
+// is full when this one ends.
 //
 //   x       [columns, x_stride], contiguous elements, rows on 16-byte boundaries; columns at most COLUMNS
 //   weight  [rows, DEPTH] contiguous; rows a multiple of 2 with PRODUCT_END 2, DEPTH of 64
@@ -25,6 +26,7 @@
 //
 // Rows in shared memory are 128 bytes, vectors XORed with the row: neither ldmatrix nor wgmma meets a bank conflict.
 #include "mma.cuh"
+#include "ahead.cuh"
 #if PRODUCT_GROUPS
 #include "wgmma.cuh"
 #endif
@@ -99,6 +101,19 @@ __device__ __forceinline__ void load_x(const WideArguments& given, WideStage& st
     const bool there = column < given.columns;
     const half_type* from = given.x + static_cast<long long>(column) * given.x_stride + chunk * CHUNK + piece * 8;
     copy_async(shared_address(stage.x[column] + (piece ^ column % 8) * 16), there ? from : given.x, there ? 16 : 0);
+  }
+}
+
+// Brings the weights of up to PRODUCT_AHEAD units to L2. Each thread sees to rows of a tile, whose units lie end to end.
+__device__ __forceinline__ void look_ahead(const WideArguments& given, unsigned units, int tile, int chunk) {
+  for (unsigned left = min(units, static_cast<unsigned>(PRODUCT_AHEAD)); left > 0;) {
+    const unsigned count = min(left, static_cast<unsigned>(CHUNKS - chunk));
+    for (int row = threadIdx.x; row < PRODUCT_ROWS; row += THREADS) {
+      const int at = matrix_row(tile, row, given.rows);
+      if (at < (PRODUCT_END == 2 && row / 8 % 2 == 0 ? given.rows / 2 : given.rows))
+        bring_to_l2(given.weight + static_cast<long long>(at) * DEPTH + chunk * CHUNK, count * (CHUNK * 2));
+    }
+    left -= count, chunk = 0, ++tile;
   }
 }
 
@@ -270,6 +285,7 @@ pkv_wide_product(const pkv::WideArguments given) {
     advance();
   }
   copy_commit();
+  if (KERNELS_OVERLAP && next < end) look_ahead(given, end - next, next_tile, next_chunk);
   let_next_kernel_start();
   wait_for_previous_kernel();
   #pragma unroll

@@ -30,7 +30,7 @@ def build(compiled_for: WideVariant) -> ctypes.CDLL:
     try:
         for path in SOURCE_DIR.glob("*.cu*"):
             shutil.copy(path, folder)
-        for name in ("mma.cuh", "wgmma.cuh"):
+        for name in ("mma.cuh", "wgmma.cuh", "ahead.cuh"):
             (folder / name).write_text("")
         defines = compiled_for.defines() | {"WARPS": 8, "FP16_OPERANDS": int(not compiled_for.bfloat16)}
         library = cpp.build(SUPPORT / "wide_product_harness.cpp", folder / "wide.so", "-std=c++20", "-O1", "-w",

@@ -13,8 +13,9 @@ STORE, ADD, GATE = range(3)  # PRODUCT_END
 
 WIDE_THREADS, ROW_BYTES = 256, 128  # of cuda_src/wide_product.cu: of a CTA; of a row in a stage
 WIDE_COLUMNS = 8, 16, 32, 64, 128  # rows of x that it is compiled for
-MOST_WIDE_COLUMNS = 64  # rows of x that steps give it
+LEAST_WIDE_COLUMNS, MOST_WIDE_COLUMNS = 9, 64  # rows of x that steps give it; below product.cu serves, beyond PyTorch
 GROUP_COLUMNS = 32  # from so many on products are by warpgroups, on GPUs that have them
+AHEAD = 8  # units of a CTA that it brings to L2 beyond its ring while the previous kernel runs
 LEAST_UNITS = 4  # of a CTA, so that few parts are sent of small matrices
 CTA_BYTES = 227 * 1024 // 2 - 2048  # of shared memory, such that the next product's CTA fits beside it
 
@@ -65,6 +66,7 @@ class WideVariant:
     tile_rows: int
     stages: int
     groups: bool  # of four warps multiply, by instructions of compute capability 9.0
+    ahead: int = AHEAD
 
     def shared_bytes(self) -> int:
         """sizeof(WideMemory)."""
@@ -81,7 +83,7 @@ class WideVariant:
 
     def defines(self) -> dict[str, int | str]:
         return {"DEPTH": self.depth, "COLUMNS": self.columns, "PRODUCT_END": self.end, "PRODUCT_ROWS": self.tile_rows,
-                "PRODUCT_STAGES": self.stages, "PRODUCT_GROUPS": int(self.groups),
+                "PRODUCT_STAGES": self.stages, "PRODUCT_GROUPS": int(self.groups), "PRODUCT_AHEAD": self.ahead,
                 "PRODUCT_SHARED_BYTES": self.shared_bytes(), "DTYPE_BF16": int(self.bfloat16)}
 
 

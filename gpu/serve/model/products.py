@@ -16,9 +16,19 @@ from gpu.kernels.launch import Kernel
 from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import shared_limit_bytes
 from gpu.serve.model.product_variant import (
-    ADD, GATE, MOST_COLUMNS, MOST_WIDE_COLUMNS, STORE, TILE_ROWS, WARPS, WIDE_THREADS, ProductVariant, WideVariant,
-    variant, wide_variant,
-)  # fmt: skip
+    ADD,
+    GATE,
+    LEAST_WIDE_COLUMNS,
+    MOST_WIDE_COLUMNS,
+    STORE,
+    TILE_ROWS,
+    WARPS,
+    WIDE_THREADS,
+    ProductVariant,
+    WideVariant,
+    variant,
+    wide_variant,
+)
 from gpu.serve.model.row_kernels import VECTOR, RowKernels
 
 
@@ -168,7 +178,9 @@ class StreamedProducts:
         kernel = self._kernel(given, weight, False, ADD)
         if kernel is None:
             wide = self.wide.variant(given, weight, ADD)
-            return self._torch.add(x, given, weight, bias) if wide is None else self.wide.run(wide, given, weight, bias, x)
+            if wide is None:
+                return self._torch.add(x, given, weight, bias)
+            return self.wide.run(wide, given, weight, bias, x)
         return self._run(kernel, given, weight, None, bias, x)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -184,7 +196,7 @@ class StreamedProducts:
         return self.wide.run(wide, self._rows.rms_norm(x, norm, self._eps), weight, bias, out)
 
     def _kernel(self, x: torch.Tensor, weight: torch.Tensor, normed: bool, end: int) -> Kernel | None:
-        if len(x) > MOST_COLUMNS:
+        if len(x) >= LEAST_WIDE_COLUMNS:
             return None
         found = variant(rows=len(weight), depth=weight.shape[1], columns=len(x), normed=normed, end=end,
                         bfloat16=x.dtype == torch.bfloat16,
