@@ -16,7 +16,8 @@
 // A ring of stages (weights and the same elements of x) is filled by asynchronous copies, over the ends of tiles; of the
 // first stages the weights are under way before the previous kernel has ended, as they do not depend on it, and those of
 // PRODUCT_AHEAD more units on their way to L2. Where shared memory has room for two CTAs an SM, the next product's ring
-// is full when this one ends.
+// is full when this one ends. It may start when PRODUCT_LET units are left: sooner, what it brings to L2 would be gone
+// again before it is used, as this one's weights pass through there.
 //
 //   x       [columns, x_stride], contiguous elements, rows on 16-byte boundaries; columns at most COLUMNS
 //   weight  [rows, DEPTH] contiguous; rows a multiple of 2 with PRODUCT_END 2, DEPTH of 64
@@ -286,7 +287,6 @@ pkv_wide_product(const pkv::WideArguments given) {
   }
   copy_commit();
   if (KERNELS_OVERLAP && next < end) look_ahead(given, end - next, next_tile, next_chunk);
-  let_next_kernel_start();
   wait_for_previous_kernel();
   #pragma unroll
   for (int i = 0; i < PRODUCT_STAGES - 1; ++i) {
@@ -298,6 +298,7 @@ pkv_wide_product(const pkv::WideArguments given) {
   bool first_part = chunk == 0;
   int stage = 0;
   for (unsigned unit = begin; unit < end; ++unit) {
+    if (end - unit == min(end - begin, static_cast<unsigned>(PRODUCT_LET))) let_next_kernel_start();
     copy_wait<PRODUCT_STAGES - 2>();
 #if PRODUCT_GROUPS
     publish_copies();

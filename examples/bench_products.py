@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--shared", default="110", help="KiB")
     parser.add_argument("--groups", default="1")
     parser.add_argument("--ahead", default="8", help="units that are brought to L2 beyond the ring")
+    parser.add_argument("--let", default="8", help="units from the end at which the next kernel may start")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--single", action="store_true")
     args = parser.parse_args()
@@ -40,7 +41,8 @@ def main() -> int:
     shapes = {"normed": (QKV, HIDDEN), "out": (HIDDEN, HIDDEN), "gated": (2 * MLP, HIDDEN), "down": (HIDDEN, MLP)}
     layers = [{name: (torch.randn(shape, device="cuda") * shape[1] ** -0.5).to(kind) for name, shape in shapes.items()}
               for _ in range(LAYERS)]
-    given = {"tiles": args.tiles, "shared": args.shared, "groups": args.groups, "ahead": args.ahead}
+    given = {"tiles": args.tiles, "shared": args.shared, "groups": args.groups, "ahead": args.ahead,
+             "let": args.let}
     numbers = {name: list(map(int, text.split(","))) for name, text in given.items()}
     for columns in map(int, args.columns.split(",")):
         for name, make in ways(columns, **numbers):
@@ -49,12 +51,12 @@ def main() -> int:
             for what, which in parts:
                 us = layer_us(products, layers, columns, which)
                 gb = sum(layers[0][one].numel() * 2 for one in which) / 1e9
-                print(f"{columns:4} {name + what:52} {us:8.2f} us {gb / us * 1e3:6.2f} TB/s", flush=True)
+                print(f"{columns:4} {name + what:60} {us:8.2f} us {gb / us * 1e3:6.2f} TB/s", flush=True)
     return 0
 
 
 def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int],
-         ahead: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
+         ahead: list[int], let: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and what makes the products."""
     from gpu.serve.model import product_variant
     from gpu.serve.model.products import RowProducts, StreamedProducts, TorchProducts
@@ -64,17 +66,18 @@ def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int]
     yield "torch, rows.cu", lambda: RowProducts(1e-5, RowKernels())
     if columns <= product_variant.MOST_COLUMNS:
         yield "product.cu", lambda: StreamedProducts(1e-5)
-    for tile_rows, kib, group, units in itertools.product(tiles, shared, groups, ahead):
+    for tile_rows, kib, group, units, left in itertools.product(tiles, shared, groups, ahead, let):
         room = next(wide for wide in product_variant.WIDE_COLUMNS if wide >= columns)
         stages = kib * 1024 // ((tile_rows + room) * product_variant.ROW_BYTES)
         part = tile_rows * room * 4
         if stages < 2 or stages * (tile_rows + room) * product_variant.ROW_BYTES < part or (group and room < 32):
             continue
 
-        def chosen(variant, tile_rows=tile_rows, stages=stages, group=group, units=units):
-            return dataclasses.replace(variant, tile_rows=tile_rows, stages=stages, groups=bool(group), ahead=units)
+        def chosen(variant, tile_rows=tile_rows, stages=stages, group=group, units=units, left=left):
+            return dataclasses.replace(variant, tile_rows=tile_rows, stages=stages, groups=bool(group),
+                                       ahead=0 if variant.end == product_variant.ADD else units, let=left)
 
-        name = f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units}"
+        name = f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units}, let {left}"
         yield name, lambda chosen=chosen: WideAlone(chosen)
 
 

@@ -54,12 +54,11 @@ def expected(x, weight, bias, out, end):
 @pytest.mark.parametrize("hurry", [0, 1])
 @pytest.mark.parametrize(("variant", "rows", "columns", "bias", "ctas"), [
     (WideVariant(64, 8, STORE, False, 128, 3, False), 96, 1, True, 1),
-    (WideVariant(256, 16, ADD, True, 128, 4, False), 288, 13, False, 4),
-    (WideVariant(576, 32, GATE, False, 128, 3, False), 192, 31, True, 5),  # a range ends amid both of its tiles
+    (WideVariant(256, 16, ADD, True, 128, 4, False, 2), 288, 13, False, 4),
+    (WideVariant(576, 32, GATE, False, 128, 3, False, 4, 1), 192, 31, True, 5),  # ranges end amid both of their tiles
     (WideVariant(128, 64, STORE, True, 128, 4, False), 384, 33, False, 3),  # ranges are whole tiles
     (WideVariant(448, 32, ADD, False, 128, 3, True), 160, 32, True, 6),  # tiles are cut into three and more
-    (WideVariant(320, 64, GATE, True, 128, 5, True), 256, 64, False, 3),
-    (WideVariant(192, 128, GATE, False, 256, 3, True), 320, 100, True, 2),
+    (WideVariant(192, 128, GATE, False, 256, 3, True, 8, 2), 320, 100, True, 2),
 ])
 def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas):
     depth, end = variant.depth, variant.end
@@ -88,6 +87,9 @@ def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas
                                 ctypes.c_void_p(x.ctypes.data), ctypes.c_int(x.nbytes // 4))
         assert complaint is None, complaint
         assert (parts == 0xFFFFFFFF).all()
+        started = ctypes.c_int.in_dll(library, "next_kernel_started")
+        assert started.value == 256 * ctas  # every thread lets it once
+        started.value = 0
         outs.append(out)
     np.testing.assert_array_equal(*(out.view(np.uint16) for out in outs))
     # One rounding of the output, and FP32 sums.
@@ -97,16 +99,17 @@ def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas
     np.testing.assert_array_equal(outs[0][:, width:], first[:, width:])
 
 
-@pytest.mark.parametrize(("capability", "columns"), [(90, 8), (90, 32), (90, 64), (90, 128), (86, 16), (86, 64)])
-def test_it_fits(capability, columns):
+@pytest.mark.parametrize(("capability", "columns", "end"), [
+    (90, 8, STORE), (90, 32, GATE), (90, 64, ADD), (90, 128, GATE), (86, 16, ADD), (86, 64, GATE),
+])  # fmt: skip
+def test_it_fits(capability, columns, end):
     limit = shared_limit_bytes(capability)
-    for depth, end, bfloat16 in ((4096, STORE, False), (4096, GATE, True), (14336, ADD, False)):
-        found = wide_variant(rows=4096, depth=depth, columns=columns, end=end, bfloat16=bfloat16,
-                             capability=capability, shared_limit=limit)
-        used = nvrtc.kernel_resources(SOURCE_DIR / "wide_product.cu", capability, compile_options(found.defines()))
-        assert set(used) == {"pkv_wide_product"}
-        assert used["pkv_wide_product"].registers <= (128 if columns <= 64 else 255)  # so that two CTAs fit
-        assert used["pkv_wide_product"].spills == 0 and found.shared_bytes() <= limit
+    found = wide_variant(rows=4096, depth=14336 if end == ADD else 4096, columns=columns, end=end, bfloat16=end == GATE,
+                         capability=capability, shared_limit=limit)
+    used = nvrtc.kernel_resources(SOURCE_DIR / "wide_product.cu", capability, compile_options(found.defines()))
+    assert set(used) == {"pkv_wide_product"}
+    assert used["pkv_wide_product"].registers <= (128 if columns <= 64 else 255)  # so that two CTAs fit
+    assert used["pkv_wide_product"].spills == 0 and found.shared_bytes() <= limit
 
 
 @given(rows=st.integers(1, 200_000), chunks=st.integers(1, 300), columns=st.integers(1, 128), num_sms=st.integers(1, 200))

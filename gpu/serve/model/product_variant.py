@@ -16,6 +16,7 @@ WIDE_COLUMNS = 8, 16, 32, 64, 128  # rows of x that it is compiled for
 LEAST_WIDE_COLUMNS, MOST_WIDE_COLUMNS = 9, 64  # rows of x that steps give it; below product.cu serves, beyond PyTorch
 GROUP_COLUMNS = 32  # from so many on products are by warpgroups, on GPUs that have them
 AHEAD = 8  # units of a CTA that it brings to L2 beyond its ring while the previous kernel runs
+LET = 8  # units of a CTA before whose products the next kernel may start
 LEAST_UNITS = 4  # of a CTA, so that few parts are sent of small matrices
 CTA_BYTES = 227 * 1024 // 2 - 2048  # of shared memory, such that the next product's CTA fits beside it
 
@@ -66,7 +67,8 @@ class WideVariant:
     tile_rows: int
     stages: int
     groups: bool  # of four warps multiply, by instructions of compute capability 9.0
-    ahead: int = AHEAD
+    ahead: int = 0  # units that are brought to L2 beyond the ring before the previous kernel has ended
+    let: int = LET
 
     def shared_bytes(self) -> int:
         """sizeof(WideMemory)."""
@@ -84,6 +86,7 @@ class WideVariant:
     def defines(self) -> dict[str, int | str]:
         return {"DEPTH": self.depth, "COLUMNS": self.columns, "PRODUCT_END": self.end, "PRODUCT_ROWS": self.tile_rows,
                 "PRODUCT_STAGES": self.stages, "PRODUCT_GROUPS": int(self.groups), "PRODUCT_AHEAD": self.ahead,
+                "PRODUCT_LET": self.let,
                 "PRODUCT_SHARED_BYTES": self.shared_bytes(), "DTYPE_BF16": int(self.bfloat16)}
 
 
@@ -101,4 +104,7 @@ def wide_variant(*, rows: int, depth: int, columns: int, end: int, bfloat16: boo
     stages = room // ((tile_rows + columns) * ROW_BYTES)
     if stages < 3:
         return None
-    return WideVariant(depth, columns, end, bfloat16, tile_rows, stages, groups)
+    # A sum follows a product without a norm between, or attention, the pages of whose many rows would drive the weights
+    # from L2 again.
+    ahead = 0 if end == ADD and columns > 8 else AHEAD
+    return WideVariant(depth, columns, end, bfloat16, tile_rows, stages, groups, ahead)

@@ -1,10 +1,15 @@
 """Products of decode steps and the small kernels beside them, against float64, and in graphs."""
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from gpu.serve.model.products import StreamedProducts, TorchProducts
+from gpu.kernels.this_gpu import this_gpu
+from gpu.kernels.variant import shared_limit_bytes
+from gpu.serve.model.product_variant import ADD, GATE, STORE, wide_variant
+from gpu.serve.model.products import StreamedProducts, TorchProducts, WideProducts
 from gpu.serve.model.row_kernels import RowKernels
 
 EPS = 1e-5
@@ -37,38 +42,36 @@ def test_the_first_of_the_largest_is_chosen(rows, width):
     assert kernels.argmax(x)[-1] == 900
 
 
-def products_of_float64(x, norm, given, weight, bias):
-    """normed, gated and add of the same inputs."""
-    wide = x.double()
-    normed = (wide * (wide.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * norm.double()).to(x.dtype).double()
-    product = normed @ weight.double().t() + bias.double()
-    gate, up = product.chunk(2, dim=1)
-    return product, torch.nn.functional.silu(gate) * up, given.double() + x.double() @ weight.double().t() + bias.double()
-
-
-@pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("columns", [1, 8, 9, 16, 31, 32, 33, 64, 65, 128])
-@pytest.mark.parametrize(("rows", "depth"), [(6144, 4096), (4096, 14336), (960, 576), (288, 64)])
-def test_wide_products_are_those_of_float64(dtype, columns, rows, depth):
-    torch.manual_seed(columns)
-    streamed, kind = StreamedProducts(EPS), getattr(torch, dtype)
+@pytest.mark.parametrize(("dtype", "rows", "depth", "columns", "ends"), [
+    ("float16", 6144, 4096, (31, 32), (STORE, ADD, GATE)), ("float16", 4096, 14336, (33, 64), (ADD,)),
+    ("bfloat16", 28672, 4096, (64,), (GATE,)), ("bfloat16", 960, 576, (1, 8), (STORE, GATE)),
+    ("bfloat16", 288, 64, (9,), (ADD,)), ("float16", 4064, 4160, (100, 128), (GATE,)),
+])  # fmt: skip
+def test_wide_products_are_those_of_float64(dtype, rows, depth, columns, ends):
+    torch.manual_seed(rows)
+    wide, kind, capability = WideProducts(), getattr(torch, dtype), this_gpu().compute_capability
     weight = (torch.randn(rows, depth, device="cuda") * depth**-0.5).to(kind)
-    norm, bias = (torch.randn(size, device="cuda").to(kind) for size in (depth, rows))
-    given, x = (torch.randn(columns, size, device="cuda").to(kind) for size in (rows, depth))
-    wanted = products_of_float64(x, norm, given, weight, bias)
-    found = []
-    for _ in range(2):
-        found.append((streamed.normed(x, norm, weight, bias), streamed.gated(x, norm, weight, bias),
-                      streamed.add(given.clone(), x, weight, bias)))
-        assert streamed.wide.empty()
-    for one, other, double in zip(*found, wanted):
-        assert torch.equal(one, other)
-        # The rounded norm may fall to either side, which moves a sum of depth terms by a part of a step.
-        assert ((one.double() - double).abs() <= KINDS[dtype] * (1.05 * double.abs() + 1.5)).all()
+    bias = torch.randn(rows, device="cuda").to(kind)
+    for count, end in itertools.product(columns, ends):
+        variant = wide_variant(rows=rows, depth=depth, columns=count, end=end, bfloat16=dtype == "bfloat16",
+                               capability=capability, shared_limit=shared_limit_bytes(capability))
+        if variant is None:
+            assert count > 64 and capability // 10 != 9
+            continue
+        x, first = (torch.randn(count, size, device="cuda").to(kind) for size in (depth, rows))
+        wanted = x.double() @ weight.double().t() + bias.double()
+        if end == GATE:
+            gate, up = wanted.chunk(2, dim=1)
+            wanted, first = torch.nn.functional.silu(gate) * up, first[:, : rows // 2].contiguous()
+        elif end == ADD:
+            wanted = first.double() + wanted
+        found = [wide.run(variant, x, weight, bias, first.clone()) for _ in range(3)]
+        assert wide.empty()
+        assert all(torch.equal(one, found[0]) for one in found)
+        assert ((found[0].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
 
 
-@pytest.mark.parametrize("columns", [2, 24, 64])
-def test_products_of_a_graph_follow_their_inputs(columns):
+def test_products_of_a_graph_follow_their_inputs(columns=24):
     """A chain, in which each product waits for the one before while its weights are already under way."""
     torch.manual_seed(0)
     products, theirs = StreamedProducts(EPS), TorchProducts(EPS)
