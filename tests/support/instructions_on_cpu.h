@@ -216,7 +216,7 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
 }
 
-#if READ_TILES
+#if READ_TILES || PRODUCT_GROUPS
 // What wgmma.cuh has. A product is done at once, of what the copies brought that have been waited for.
 static void publish_copies() {}
 static void begin_products() { __syncwarp(); }

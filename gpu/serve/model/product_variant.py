@@ -1,4 +1,7 @@
-"""Which matrix products cuda_src/product.cu serves, and what it is compiled for. Needs neither PyTorch nor a GPU."""
+"""Which matrix products cuda_src/product.cu and wide_product.cu serve, and what they are compiled for.
+
+Needs neither PyTorch nor a GPU.
+"""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,6 +10,15 @@ MOST_COLUMNS = 8  # rows of x that the kernel serves
 WARPS, TILE_ROWS, CHUNK = 8, 32, 64  # of cuda_src/product.cu
 MOST_STAGES, LEAST_STAGES = 4, 2  # of a warp's ring
 STORE, ADD, GATE = range(3)  # PRODUCT_END
+
+WIDE_THREADS, ROW_BYTES = 256, 128  # of cuda_src/wide_product.cu: of a CTA; of a row in a stage
+WIDE_COLUMNS = 8, 16, 32, 64, 128  # rows of x that it is compiled for
+LEAST_WIDE_COLUMNS, MOST_WIDE_COLUMNS = 9, 64  # rows of x that steps give it; below product.cu serves, beyond PyTorch
+GROUP_COLUMNS = 32  # from so many on products are by warpgroups, on GPUs that have them
+AHEAD = 8  # units of a CTA that it brings to L2 beyond its ring while the previous kernel runs
+LET = 8  # units of a CTA before whose products the next kernel may start
+LEAST_UNITS = 4  # of a CTA, so that few parts are sent of small matrices
+CTA_BYTES = 227 * 1024 // 2 - 2048  # of shared memory, such that the next product's CTA fits beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +54,57 @@ def variant(*, rows: int, depth: int, columns: int, normed: bool, end: int, bflo
         if found.shared_bytes() <= shared_limit:
             return found
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class WideVariant:
+    """What wide_product.cu is compiled for."""
+
+    depth: int  # elements of a row of the weight
+    columns: int  # rows of x, at most
+    end: int  # STORE, ADD or GATE
+    bfloat16: bool
+    tile_rows: int
+    stages: int
+    groups: bool  # of four warps multiply, by instructions of compute capability 9.0
+    ahead: int = 0  # units that are brought to L2 beyond the ring before the previous kernel has ended
+    let: int = LET
+
+    def shared_bytes(self) -> int:
+        """sizeof(WideMemory)."""
+        return self.stages * (self.tile_rows + self.columns) * ROW_BYTES
+
+    def grid(self, rows: int, num_sms: int) -> int:
+        """CTAs of a matrix of so many rows."""
+        units = -(-rows // self.tile_rows) * (self.depth // CHUNK)
+        return max(1, min(num_sms, units // LEAST_UNITS))
+
+    def part_bytes(self) -> int:
+        """Of the workspace, for each CTA."""
+        return self.tile_rows * self.columns * 4
+
+    def defines(self) -> dict[str, int | str]:
+        return {"DEPTH": self.depth, "COLUMNS": self.columns, "PRODUCT_END": self.end, "PRODUCT_ROWS": self.tile_rows,
+                "PRODUCT_STAGES": self.stages, "PRODUCT_GROUPS": int(self.groups), "PRODUCT_AHEAD": self.ahead,
+                "PRODUCT_LET": self.let,
+                "PRODUCT_SHARED_BYTES": self.shared_bytes(), "DTYPE_BF16": int(self.bfloat16)}
+
+
+def wide_variant(*, rows: int, depth: int, columns: int, end: int, bfloat16: bool, capability: int,
+                 shared_limit: int) -> WideVariant | None:
+    """The kernel of a matrix [rows, depth] and so many columns, None where it does not serve them."""
+    if not 0 < columns <= WIDE_COLUMNS[-1] or depth % CHUNK or (end == GATE and rows % 2):
+        return None
+    columns = next(wide for wide in WIDE_COLUMNS if wide >= columns)
+    groups = columns >= GROUP_COLUMNS and 90 <= capability < 100
+    if columns > 64 and not groups:
+        return None  # mma.sync would be slower than the stream
+    tile_rows = 128 if columns <= 64 else 256
+    room = min(CTA_BYTES, shared_limit) if columns <= 64 else shared_limit
+    stages = room // ((tile_rows + columns) * ROW_BYTES)
+    if stages < 3:
+        return None
+    # A sum follows a product without a norm between, or attention, the pages of whose many rows would drive the weights
+    # from L2 again.
+    ahead = 0 if end == ADD and columns > 8 else AHEAD
+    return WideVariant(depth, columns, end, bfloat16, tile_rows, stages, groups, ahead)

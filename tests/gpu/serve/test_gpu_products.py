@@ -1,9 +1,15 @@
 """Products of decode steps and the small kernels beside them, against float64, and in graphs."""
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from gpu.kernels.this_gpu import this_gpu
+from gpu.kernels.variant import shared_limit_bytes
+from gpu.serve.model.product_variant import ADD, GATE, STORE, wide_variant
+from gpu.serve.model.products import StreamedProducts, TorchProducts, WideProducts
 from gpu.serve.model.row_kernels import RowKernels
 
 EPS = 1e-5
@@ -34,3 +40,66 @@ def test_the_first_of_the_largest_is_chosen(rows, width):
         torch.testing.assert_close(kernels.argmax(x), wanted)
     x[-1, 900] = x[-1, 990] = float("nan")
     assert kernels.argmax(x)[-1] == 900
+
+
+@pytest.mark.parametrize(("dtype", "rows", "depth", "columns", "ends"), [
+    ("float16", 6144, 4096, (31, 32), (STORE, ADD, GATE)), ("float16", 4096, 14336, (33, 64), (ADD,)),
+    ("bfloat16", 28672, 4096, (64,), (GATE,)), ("bfloat16", 960, 576, (1, 8), (STORE, GATE)),
+    ("bfloat16", 288, 64, (9,), (ADD,)), ("float16", 4064, 4160, (100, 128), (GATE,)),
+])  # fmt: skip
+def test_wide_products_are_those_of_float64(dtype, rows, depth, columns, ends):
+    torch.manual_seed(rows)
+    wide, kind, capability = WideProducts(), getattr(torch, dtype), this_gpu().compute_capability
+    weight = (torch.randn(rows, depth, device="cuda") * depth**-0.5).to(kind)
+    bias = torch.randn(rows, device="cuda").to(kind)
+    for count, end in itertools.product(columns, ends):
+        variant = wide_variant(rows=rows, depth=depth, columns=count, end=end, bfloat16=dtype == "bfloat16",
+                               capability=capability, shared_limit=shared_limit_bytes(capability))
+        if variant is None:
+            assert count > 64 and capability // 10 != 9
+            continue
+        x, first = (torch.randn(count, size, device="cuda").to(kind) for size in (depth, rows))
+        wanted = x.double() @ weight.double().t() + bias.double()
+        if end == GATE:
+            gate, up = wanted.chunk(2, dim=1)
+            wanted, first = torch.nn.functional.silu(gate) * up, first[:, : rows // 2].contiguous()
+        elif end == ADD:
+            wanted = first.double() + wanted
+        found = [wide.run(variant, x, weight, bias, first.clone()) for _ in range(3)]
+        assert wide.empty()
+        assert all(torch.equal(one, found[0]) for one in found)
+        assert ((found[0].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
+
+
+def test_products_of_a_graph_follow_their_inputs(columns=24):
+    """A chain, in which each product waits for the one before while its weights are already under way."""
+    torch.manual_seed(0)
+    products, theirs = StreamedProducts(EPS), TorchProducts(EPS)
+    weights = [(torch.randn(2048, 1024, device="cuda") / 32).half() for _ in range(12)]
+    backs = [(torch.randn(1024, 1024, device="cuda") / 32).half() for _ in range(12)]
+    norm, x = torch.ones(1024, device="cuda").half(), torch.zeros(columns, 1024, device="cuda").half()
+
+    def chain(x, by):
+        for weight, back in zip(weights, backs):
+            x = by.add(x, by.gated(x, norm, weight, None), back, None)
+        return x, by.normed(x, norm, weights[0], None)
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        chain(x.clone(), products)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = chain(x.clone(), products)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            start = torch.randn(columns, 1024, device="cuda").half()
+            x.copy_(start)
+            graph.replay()
+            first = [one.clone() for one in out]
+            graph.replay()
+            for one, again, wanted in zip(first, out, chain(start.clone(), theirs)):
+                assert torch.equal(one, again)
+                torch.testing.assert_close(one, wanted, rtol=0.03, atol=0.03)
+    assert products.wide.empty()

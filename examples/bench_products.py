@@ -1,0 +1,151 @@
+"""Matrix products of a layer at few rows: how fast each way of computing them streams the weights.
+
+    python examples/bench_products.py --columns 1,8,32,64,128
+    python examples/bench_products.py --columns 32 --tiles 128,256 --shared 60,110,220 --groups 0,1
+
+Layers of Llama-3.1-8B's shape follow each other in one CUDA graph, as in a decode step without attention, until their
+weights are far larger than L2; a line is the time of a layer and the rate of its 436 MB of weights. Ways: PyTorch's,
+PyTorch's with the small kernels of rows.cu, product.cu (at most 8 rows), wide_product.cu of these tiles of rows, KiB of
+shared memory a CTA, with warpgroups or without, and so many units ahead in L2. --single times each product alone too.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+
+from gpu.measure.environment import lacks_gpu
+
+HIDDEN, QKV, MLP, LAYERS = 4096, 6144, 14336, 8
+SINGLES = ("normed", "out", "gated", "down")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--columns", default="1,8,32,64,128")
+    parser.add_argument("--tiles", default="128")
+    parser.add_argument("--shared", default="110", help="KiB")
+    parser.add_argument("--groups", default="1")
+    parser.add_argument("--ahead", default="8", help="units that are brought to L2 beyond the ring")
+    parser.add_argument("--let", default="8", help="units from the end at which the next kernel may start")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
+    parser.add_argument("--single", action="store_true")
+    args = parser.parse_args()
+    if lacks_gpu("bench_products"):
+        return 1
+    import torch
+
+    kind = getattr(torch, args.dtype)
+    shapes = {"normed": (QKV, HIDDEN), "out": (HIDDEN, HIDDEN), "gated": (2 * MLP, HIDDEN), "down": (HIDDEN, MLP)}
+    layers = [{name: (torch.randn(shape, device="cuda") * shape[1] ** -0.5).to(kind) for name, shape in shapes.items()}
+              for _ in range(LAYERS)]
+    given = {"tiles": args.tiles, "shared": args.shared, "groups": args.groups, "ahead": args.ahead,
+             "let": args.let}
+    numbers = {name: list(map(int, text.split(","))) for name, text in given.items()}
+    for columns in map(int, args.columns.split(",")):
+        for name, make in ways(columns, **numbers):
+            products = make()
+            parts = [("", SINGLES), *((f" {one}", (one,)) for one in SINGLES if args.single)]
+            for what, which in parts:
+                us = layer_us(products, layers, columns, which)
+                gb = sum(layers[0][one].numel() * 2 for one in which) / 1e9
+                print(f"{columns:4} {name + what:60} {us:8.2f} us {gb / us * 1e3:6.2f} TB/s", flush=True)
+    return 0
+
+
+def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int],
+         ahead: list[int], let: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Names, and what makes the products."""
+    from gpu.serve.model import product_variant
+    from gpu.serve.model.products import RowProducts, StreamedProducts, TorchProducts
+    from gpu.serve.model.row_kernels import RowKernels
+
+    yield "torch", lambda: TorchProducts(1e-5)
+    yield "torch, rows.cu", lambda: RowProducts(1e-5, RowKernels())
+    if columns <= product_variant.MOST_COLUMNS:
+        yield "product.cu", lambda: StreamedProducts(1e-5)
+    for tile_rows, kib, group, units, left in itertools.product(tiles, shared, groups, ahead, let):
+        room = next(wide for wide in product_variant.WIDE_COLUMNS if wide >= columns)
+        stages = kib * 1024 // ((tile_rows + room) * product_variant.ROW_BYTES)
+        part = tile_rows * room * 4
+        if stages < 2 or stages * (tile_rows + room) * product_variant.ROW_BYTES < part or (group and room < 32):
+            continue
+
+        def chosen(variant, tile_rows=tile_rows, stages=stages, group=group, units=units, left=left):
+            return dataclasses.replace(variant, tile_rows=tile_rows, stages=stages, groups=bool(group),
+                                       ahead=0 if variant.end == product_variant.ADD else units, let=left)
+
+        name = f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units}, let {left}"
+        yield name, lambda chosen=chosen: WideAlone(chosen)
+
+
+class WideAlone:
+    """Every product by wide_product.cu, of the variant that `chosen` makes of the usual one."""
+
+    def __init__(self, chosen: Callable) -> None:
+        from gpu.serve.model.products import WideProducts
+        from gpu.serve.model.row_kernels import RowKernels
+
+        self._wide, self._rows, self._chosen = WideProducts(), RowKernels(), chosen
+
+    def _run(self, x, weight, end, out):
+        from gpu.serve.model.product_variant import WIDE_COLUMNS, WideVariant
+
+        room = next(wide for wide in WIDE_COLUMNS if wide >= len(x))
+        usual = WideVariant(weight.shape[1], room, end, str(x.dtype) == "torch.bfloat16", 128, 3, False)
+        return self._wide.run(self._chosen(usual), x, weight, None, out)
+
+    def normed(self, x, norm, weight, bias):
+        return self._run(self._rows.rms_norm(x, norm, 1e-5), weight, 0, x.new_empty((len(x), len(weight))))
+
+    def gated(self, x, norm, weight, bias):
+        return self._run(self._rows.rms_norm(x, norm, 1e-5), weight, 2, x.new_empty((len(x), len(weight) // 2)))
+
+    def add(self, x, given, weight, bias):
+        return self._run(given, weight, 1, x)
+
+
+def layer_us(products, layers, columns: int, which: tuple[str, ...], repeats: int = 5) -> float:
+    """Of a layer, by graphs of all layers."""
+    import torch
+
+    kind = layers[0]["out"].dtype
+    norm = torch.ones(HIDDEN, device="cuda", dtype=kind)
+    start, wide = (torch.randn(columns, size, device="cuda").to(kind) for size in (HIDDEN, MLP))
+
+    def chain(x):
+        for layer in layers:
+            mixed, gated = start, wide
+            if "normed" in which:
+                mixed = products.normed(x, norm, layer["normed"], None)
+            if "out" in which:
+                x = products.add(x, mixed[:, :HIDDEN], layer["out"], None)
+            if "gated" in which:
+                gated = products.gated(x, norm, layer["gated"], None)
+            if "down" in which:
+                x = products.add(x, gated, layer["down"], None)
+        return x
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        x = start.clone()
+        chain(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            chain(x)
+        graph.replay()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3 / repeats / len(layers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
