@@ -43,8 +43,9 @@ struct ChunkSums {
 };
 
 // Leaves the weights of a chunk of `count` pages and their sums. logits: [count, PAGE_VALUES] in shared memory, to:
-// the same in global memory, sums: [GROUP_SIZE]; notes.largest has each warp's.
-__device__ __forceinline__ void leave_weights(const float* logits, int count, ChunkSums& notes, float* to, float2* sums) {
+// the same in global memory, sums: [GROUP_SIZE]; notes.largest has each warp's. kept: whether L2 has room for all lists'.
+__device__ __forceinline__ void leave_weights(const float* logits, int count, ChunkSums& notes, float* to, float2* sums,
+                                              bool kept) {
   const int head = threadIdx.x % PAGE_VALUES, lane = threadIdx.x % 32;
   __syncthreads();
   float largest = LEAST_SCORE, sum = 0.0f;
@@ -53,7 +54,9 @@ __device__ __forceinline__ void leave_weights(const float* logits, int count, Ch
   #pragma unroll 4
   for (int i = threadIdx.x; i < count * PAGE_VALUES; i += SELECT_THREADS) {
     const float weight = head < GROUP_SIZE ? exp2_fast(logits[i] - largest) : 0.0f;
-    to[i] = weight, sum += weight;
+    if (kept) store_kept(to + i, weight);
+    else to[i] = weight;
+    sum += weight;
   }
   #pragma unroll
   for (int hop = PAGE_VALUES; hop < 32; hop <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, hop);

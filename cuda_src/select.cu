@@ -147,7 +147,9 @@ struct Selection {
           const int column = b * 8 + lane % 4 * 2 + i;
           if (lane < 4 && column < PAGE_VALUES) memory.chunk.largest[warp][column] = largest[b][i];
         }
-      leave_weights(memory.logits(), end - begin, memory.chunk, values(begin), sums() + chunk * GROUP_SIZE);
+      const long long most = MOST_KEPT_BYTES / (4 * PAGE_VALUES);
+      const bool kept = static_cast<long long>(given.batch_size * given.num_kv_heads) * given.score_stride <= most;
+      leave_weights(memory.logits(), end - begin, memory.chunk, values(begin), sums() + chunk * GROUP_SIZE, kept);
     }
   }
 

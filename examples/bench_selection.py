@@ -7,8 +7,8 @@
 32 query and 8 KV heads of 128, pages of 16, FP16. Results are checked against float64 before they are timed. Times are
 per call inside a CUDA graph, cold in L2 where a step is large enough. "attend": lists at rest; "everything": scores,
 selection and attention, every list new in every call; "8bit": of summaries in 8-bit codes; "skewed": half the heads
-read 8 times what the others do, the same bytes in all; "page_lse": the dense step with the mass of every page; FlashInfer:
-heads folded into the batch, planned, the plan not counted.
+read 8 times what the others do, the same bytes in all; "page_lse": the dense step with the mass of every page;
+FlashInfer: heads folded into the batch, planned, the plan not counted.
 """
 from __future__ import annotations
 

@@ -92,6 +92,8 @@ static uint4 load_constant(const half_type* from) {
 [[maybe_unused]] static uint4 here_and_now(uint4 v) { return v; }
 template <class T>
 static T load_past_l1(const T* from) { return *from; }
+constexpr long long MOST_KEPT_BYTES = 1 << 20;
+[[maybe_unused]] static void store_kept(float* to, float x) { *to = x; }
 [[maybe_unused]] static int take_ticket(int* from) { return atomicAdd(from, 1); }
 [[maybe_unused]] static void prefetch_l2(const void*) {}
 [[maybe_unused]] static float sqrt_fast(float x) { return std::sqrt(x); }
