@@ -4,8 +4,8 @@
 // The weights are at hand anyway, so what it costs is three exchanges in a warp and a store of GROUP_SIZE floats. Those
 // of a head's tiles lie side by side: what its warps write at about one time fills whole lines of L2, where parts of
 // lines would each be read, filled up and written in memory (that took 9 % of a step on an H200). Where L2 has room for
-// all of them it keeps them until then, and for whoever reads them next. The weights are those
-// of the row's running maximum: a tile 2^126 below it has no mass that a float holds, and -inf says so.
+// all of them it keeps them until then, and for whoever reads them next. The weights are those of the row's running
+// maximum: a tile 2^126 below it has no mass that a float holds, and -inf says so.
 #pragma once
 #include "weights.cuh"
 

@@ -37,6 +37,23 @@ __device__ __forceinline__ void read_values(float (&x)[PAGE_VALUES], const float
   }
 }
 
+// The mean over the group of a page's weights, up to the group's size. factors: [PAGE_VALUES] of its chunk, in shared
+// memory.
+__device__ __forceinline__ float weight_of(const float (&x)[PAGE_VALUES], const float* factors) {
+  float sum = 0.0f;
+  if constexpr (PAGE_VALUES >= 4) {
+    #pragma unroll
+    for (int g = 0; g < PAGE_VALUES; g += 4) {
+      const float4 f = *reinterpret_cast<const float4*>(factors + g);
+      sum += x[g] * f.x + x[g + 1] * f.y + x[g + 2] * f.z + x[g + 3] * f.w;
+    }
+  } else {
+    #pragma unroll
+    for (int g = 0; g < PAGE_VALUES; ++g) sum += x[g] * factors[g];
+  }
+  return sum;
+}
+
 // What warps tell each other of a chunk.
 struct ChunkSums {
   float largest[WARPS][PAGE_VALUES], sum[WARPS][PAGE_VALUES];
@@ -69,26 +86,30 @@ __device__ __forceinline__ void leave_weights(const float* logits, int count, Ch
   sums[threadIdx.x] = make_float2(largest, all);
 }
 
+// The sums of a chunk and head, or of none where there is no such one.
+__device__ __forceinline__ float2 read_sums(const float2* sums, int chunks, int chunk, int head) {
+  return chunk < chunks && head < GROUP_SIZE ? receive(sums + chunk * GROUP_SIZE + head)
+                                               : make_float2(LEAST_SCORE, 0.0f);
+}
+
 // The factors of each chunk and head, [chunks, PAGE_VALUES] in shared memory, from sums [chunks, GROUP_SIZE]: a warp for
-// each head, a lane for each chunk.
-__device__ __forceinline__ void find_factors(const float2* sums, int chunks, float* factors) {
-  const int lane = threadIdx.x % 32;
-  for (int head = threadIdx.x / 32; head < PAGE_VALUES; head += WARPS) {
-    const auto read = [&](int chunk) {
-      return chunk < chunks && head < GROUP_SIZE ? load_past_l1(sums + chunk * GROUP_SIZE + head)
-                                                 : make_float2(LEAST_SCORE, 0.0f);
-    };
-    const float2 first = read(lane);
+// each head, a lane for each chunk. first: read_sums() of chunk `lane` and head `warp`.
+__device__ __forceinline__ void find_factors(const float2* sums, int chunks, float2 first, float* factors) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int head = warp; head < PAGE_VALUES; head += WARPS) {
+    if (head != warp) first = read_sums(sums, chunks, lane, head);
     ScoreSum all{first.x, first.y};
     for (int chunk = lane + 32; chunk < chunks; chunk += 32) {
-      const float2 own = read(chunk);
+      const float2 own = read_sums(sums, chunks, chunk, head);
       all.merge(own.x, own.y);
     }
     #pragma unroll
     for (int hop = 1; hop < 32; hop <<= 1) all.merge_lanes(hop);
     const float inverse = head < GROUP_SIZE ? __fdividef(1.0f, all.sum) : 0.0f;
-    for (int chunk = lane; chunk < chunks; chunk += 32)
-      factors[chunk * PAGE_VALUES + head] = exp2_fast((chunk == lane ? first.x : read(chunk).x) - all.top) * inverse;
+    for (int chunk = lane; chunk < chunks; chunk += 32) {
+      const float top = chunk == lane ? first.x : read_sums(sums, chunks, chunk, head).x;
+      factors[chunk * PAGE_VALUES + head] = exp2_fast(top - all.top) * inverse;
+    }
   }
 }
 

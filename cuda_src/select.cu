@@ -44,6 +44,9 @@ constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 ? 2 : 1;
 // after they were asked for.
 constexpr int PAGES_TOGETHER = PAGE_VALUES <= 4 ? 16 : 64 / PAGE_VALUES;
 
+// Words of a row's keys and bits, in whole 16 bytes.
+__host__ __device__ constexpr int select_words(int pages) { return (pages + (pages + 31) / 32 * 2 + 3) / 4 * 4; }
+
 struct SelectMemory {
   TopPages top;
   ChunkSums chunk;
@@ -157,39 +160,43 @@ struct Selection {
   __device__ __forceinline__ void select(SelectMemory& memory, int chunks) const {
     unsigned* keys = memory.keys();
     unsigned* bits = keys + given.score_stride;
-    float* factors = reinterpret_cast<float*>(bits + divide(given.score_stride + 31, 32) * 2);
-    float x[PAGES_TOGETHER][PAGE_VALUES];
-    #pragma unroll
-    for (int j = 0; j < PAGES_TOGETHER; ++j) {
-      const int page = threadIdx.x + j * SELECT_THREADS;
-      if (page < row_pages) read_values(x[j], values(page));
+    float* factors = reinterpret_cast<float*>(keys + select_words(given.score_stride));
+    float2 first_sums;
+    if constexpr (WEIGHS) {
+      first_sums = read_sums(sums(), chunks, threadIdx.x % 32, threadIdx.x / 32);
+      __syncwarp();  // so that the compiler leaves them before the pages' values, behind which they would wait
     }
+    float x[PAGES_TOGETHER][PAGE_VALUES] = {};
+    const float* from = values(threadIdx.x);
+    #pragma unroll
+    for (int j = 0; j < PAGES_TOGETHER; ++j)
+      if (static_cast<int>(threadIdx.x) + j * SELECT_THREADS < row_pages)
+        read_values(x[j], from + j * SELECT_THREADS * PAGE_VALUES);
     memory.top.clear();
     if constexpr (WEIGHS) {
-      find_factors(sums(), chunks, factors);
+      find_factors(sums(), chunks, first_sums, factors);
       __syncthreads();
     }
     const float per_page = 1.0f / static_cast<float>(given.chunk_pages);
     unsigned largest = 0;  // of the keys that are not pinned
     #pragma unroll 1
     for (int i = threadIdx.x; i < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
+      from += PAGES_TOGETHER * SELECT_THREADS * PAGE_VALUES;
       #pragma unroll
-      for (int j = 0; j < PAGES_TOGETHER; ++j) {
+      for (int j = 0; j < PAGES_TOGETHER; ++j) {  // without branches, so that a page need not wait for the one before
         const int page = i + j * SELECT_THREADS;
-        if (page >= row_pages) continue;
         float score = x[j][0];
         if constexpr (WEIGHS) {
           // The chunk of the page, which a float tells for any row that keys have room for.
-          const float* own = factors + static_cast<int>((static_cast<float>(page) + 0.5f) * per_page) * PAGE_VALUES;
-          score = 0.0f;
-          #pragma unroll
-          for (int g = 0; g < GROUP_SIZE; ++g) score += x[j][g] * own[g];
+          const int chunk = static_cast<int>((static_cast<float>(page) + 0.5f) * per_page);
+          score = weight_of(x[j], factors + min(chunk, chunks - 1) * PAGE_VALUES);
         }
-        const int next = page + PAGES_TOGETHER * SELECT_THREADS;
-        if (next < row_pages) read_values(x[j], values(next));
+        if (page + PAGES_TOGETHER * SELECT_THREADS < row_pages)
+          read_values(x[j], from + j * SELECT_THREADS * PAGE_VALUES);
         const bool pinned = page < given.sink_pages || page >= row_pages - given.recent_pages;
-        keys[page] = pinned ? PINNED : key_of(score);
-        if (!pinned) largest = max(largest, keys[page]);
+        const unsigned key = key_of(score);
+        if (page < row_pages) keys[page] = pinned ? PINNED : key;
+        largest = max(largest, pinned || page >= row_pages ? 0 : key);
       }
     }
     const int pinned = min(row_pages, given.sink_pages + given.recent_pages);
