@@ -1,8 +1,8 @@
 // The k pages of the largest keys as an ascending list, by one CTA: pkvsim.selection.rules.top_pages says the same.
 //
 // Weights are within some octaves of the largest one. So the 16 octaves below that are divided into 2,048 parts, and
-// keys are counted by part in shared memory: hardly two threads then count the same one, and the k-th largest key shares
-// its part with few others. These are told apart by ranks, each compared with all. Only where the key lies lower still,
+// keys are counted by part in shared memory: hardly two threads then count the same one, and the k-th largest key
+// shares its part with few others. These are told apart by ranks, each compared with all. Only where the key lies lower still,
 // or its part has too many, it is found digit by digit. What is taken is noted as a bit of each page, and the list is
 // written by the sums of these bits. Of pages with the k-th key the first ones are taken.
 #pragma once
@@ -70,8 +70,8 @@ struct __align__(16) TopPages {
     for (int i = threadIdx.x; i < DIGITS / 4; i += WARPS * 32) all[i] = make_uint4(0, 0, 0, 0);
   }
 
-  // Calls see(page, key, whether there is such a page) for each page of this thread: a warp's lanes have those of a word
-  // of bits at a time. Keys are read some at once, since none is read past what `see` writes.
+  // Calls see(page, key, whether there is such a page) for each page of this thread: a warp's lanes have those of a
+  // word of bits at a time. Keys are read some at once, since none is read past what `see` writes.
   template <class See>
   __device__ __forceinline__ static void each_page(const unsigned* keys, int count, See see) {
     constexpr int AT_ONCE = 8, THREADS_HERE = WARPS * 32;

@@ -111,10 +111,11 @@ typedef pkv::SummaryArguments Given;
 static void kernel(const Given& given) { pkv_summarize_pages(given); }
 #else
 #include "select.cu"
-// Bytes of shared memory of a step whose rows are of so many pages, in so many chunks.
-extern "C" int needed_bytes(int score_stride, int chunks, int chunk_pages) {
+// Bytes of shared memory of a step whose rows are of so many pages, in such chunks.
+extern "C" int needed_bytes(int score_stride, int chunk_pages) {
   using namespace pkv;
-  const int selecting = (select_words(score_stride) + (WEIGHS ? chunks * PAGE_VALUES : 0)) * 4;
+  const int blocks = (score_stride + BLOCK_PAGES - 1) / BLOCK_PAGES;
+  const int selecting = (select_words(score_stride) + (WEIGHS ? blocks * PAGE_VALUES : 0)) * 4;
   return sizeof(SelectMemory) + max(selecting, WEIGHS ? chunk_pages * PAGE_VALUES * 4 : 0);
 }
 typedef pkv::SelectArguments Given;
