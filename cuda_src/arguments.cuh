@@ -98,7 +98,7 @@ struct SelectArguments {
   int batch_size, num_kv_heads, table_stride, num_pages;
   int max_tokens;                             // that a row of the table has room for
   int max_selected, score_stride;
-  int chunk_pages;                            // that a CTA scores, a multiple of SCORED_PAGES
+  int chunk_pages;                            // that a CTA scores, a multiple of BLOCK_PAGES
   int sink_pages, recent_pages, least_pages;
   int parts;                                  // of 2^16, of a row's pages
   float scale;                                // of the logits

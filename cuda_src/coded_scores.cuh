@@ -1,9 +1,9 @@
 // Scores of pages from 8-bit summaries (SUMMARY_CODES): what page_scores.cuh does with those of 16 bits.
 //
-// A vector of a summary is scale * (code - zero), codes being unsigned bytes; pkvsim.selection.summaries says how they are
-// made. FP16 holds every code, and the square of a standard deviation's as well as it holds anything. So the products are
-// FP16's whatever the queries are: a query head is brought to magnitudes below 2 by a power of two, which its logits get
-// back together with the scales.
+// A vector of a summary is scale * (code - zero), codes being unsigned bytes; pkvsim.selection.summaries says how they
+// are made. FP16 holds every code, and the square of a standard deviation's as well as it holds anything. So the
+// products are FP16's whatever the queries are: a query head is brought to magnitudes below 2 by a power of two, which
+// its logits get back together with the scales.
 #pragma once
 #include "page_scores.cuh"
 
@@ -19,7 +19,7 @@ struct CodedQuery {
   float units[SCORE_BLOCKS][2];
 
   // q: [GROUP_SIZE, HEAD_DIM] of the row and KV head.
-  __device__ __forceinline__ void load(const half_type* q, float scale, int lane) {
+  __device__ __forceinline__ void load(const half_type* q, int lane) {
     #pragma unroll
     for (int b = 0; b < SCORE_BLOCKS; ++b) {
       const int head = b * 8 + lane / 4;
@@ -52,10 +52,10 @@ struct CodedQuery {
           for (int p = 0; p < PARTS; ++p) own[p][b][j][i] = part(x[j][i].x * down, x[j][i].y * down, p);
       #pragma unroll
       for (int i = 0; i < 2; ++i)
-        units[b][i] = scale * LOG2_E * __shfl_sync(0xffffffffu, __uint_as_float(power), (lane % 4 * 2 + i) * 4);
+        units[b][i] = LOG2_E * __shfl_sync(0xffffffffu, __uint_as_float(power), (lane % 4 * 2 + i) * 4);
     }
   }
-  __device__ __forceinline__ float unit(int b, int i) const { return units[b][i]; }
+  __device__ __forceinline__ float unit(int b, int i, float scale) const { return scale * units[b][i]; }
 
  private:
   __device__ __forceinline__ static unsigned part(float low, float high, int which) {
@@ -71,7 +71,8 @@ struct CodedRows {
   float low_scale[2], high_scale[2];
 
   template <int HALF>
-  __device__ __forceinline__ void load(const SelectArguments& given, long long low_at, long long high_at, int lane) {
+  __device__ __forceinline__ void load(const SelectArguments& given, int head, int low_id, int high_id, int lane) {
+    const long long low_at = summary_at(given, head, low_id), high_at = summary_at(given, head, high_id);
     #pragma unroll
     for (int j = 0; j < CODE_VECTORS; ++j) {
       const int at = HALF * HEAD_DIM + j * 64 + lane % 4 * 16;
@@ -81,7 +82,9 @@ struct CodedRows {
     const float* scales = reinterpret_cast<const float*>(given.summary_scales);
     low_scale[HALF] = __ldg(scales + low_at * 2 + HALF), high_scale[HALF] = __ldg(scales + high_at * 2 + HALF);
   }
-  __device__ __forceinline__ static void ask(const SelectArguments& given, long long low_at, long long high_at, int lane) {
+  __device__ __forceinline__ static void ask(const SelectArguments& given, int head, int low_id, int high_id,
+                                             int lane) {
+    const long long low_at = summary_at(given, head, low_id), high_at = summary_at(given, head, high_id);
     ask_summaries(given.summaries + low_at * (2 * HEAD_DIM), given.summaries + high_at * (2 * HEAD_DIM), lane);
   }
   template <int HALF>

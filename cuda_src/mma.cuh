@@ -247,6 +247,17 @@ __device__ __forceinline__ float2 receive(const float2* from) {
   return v;
 }
 
+// Where kernels overlap (sm_90) L2 holds this much beside what streams through it: a third of what it is.
+constexpr long long MOST_KEPT_BYTES = KERNELS_OVERLAP ? 18ll << 20 : 0;
+
+// Writes what is read before long, and L2 keeps it meanwhile: written to memory at once, it would make DRAM turn from
+// reading to writing and back.
+__device__ __forceinline__ void store_kept(float* to, float x) {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(policy) : "memory");
+}
+
 // One more of what other CTAs count, too: how many were before. What a CTA wrote before it counted (its threads having
 // met) is seen by those that count later.
 __device__ __forceinline__ int take_ticket(int* from) {

@@ -19,8 +19,13 @@ constexpr int SCORE_BLOCKS = (GROUP_SIZE + 7) / 8;    // of 8 query heads
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LEAST_SCORE = -1e30f;
 
-// Asks for summaries as a whole, ahead of their halves: DRAM is quicker with what lies together than with twice the half
-// of it. What all CTAs ask for at a time has to have room in L2, as it has where kernels overlap (sm_90).
+// Where a page's summary is among those of [num_pages, num_kv_heads].
+__device__ __forceinline__ long long summary_at(const SelectArguments& given, int head, int id) {
+  return static_cast<long long>(id) * given.num_kv_heads + head;
+}
+
+// Asks for summaries as a whole, ahead of their halves: DRAM is quicker with what lies together than with twice the
+// half of it. What all CTAs ask for at a time has to have room in L2, as it has where kernels overlap (sm_90).
 __device__ __forceinline__ void ask_summaries(const summary_type* low_at, const summary_type* high_at, int lane) {
   if constexpr (!KERNELS_OVERLAP) return;
   constexpr int LINE = 128 / sizeof(summary_type);
@@ -38,11 +43,9 @@ __device__ __forceinline__ void ask_summaries(const summary_type* low_at, const 
 struct ScoreQuery {
   static constexpr int PARTS = SCORING == MEAN_STD ? 1 : 2;
   uint4 own[PARTS][SCORE_BLOCKS][ROW_VECTORS];
-  float scale;
 
   // q: [GROUP_SIZE, HEAD_DIM] of the row and KV head.
-  __device__ __forceinline__ void load(const half_type* q, float logit_scale, int lane) {
-    scale = logit_scale * LOG2_E;
+  __device__ __forceinline__ void load(const half_type* q, int lane) {
     #pragma unroll
     for (int b = 0; b < SCORE_BLOCKS; ++b)
       #pragma unroll
@@ -57,7 +60,7 @@ struct ScoreQuery {
       }
   }
   // What the logits of head 2 (lane % 4) + i of block b are multiplied by.
-  __device__ __forceinline__ float unit(int, int) const { return scale; }
+  __device__ __forceinline__ float unit(int, int, float scale) const { return scale * LOG2_E; }
   // The operands for one half of the summaries.
   template <int HALF>
   __device__ __forceinline__ uint4 of_half(int b, int j) const {
@@ -85,9 +88,10 @@ struct ScoreQuery {
 struct ScoreRows {
   uint4 low[2][ROW_VECTORS], high[2][ROW_VECTORS];  // by half
 
-  // low_at, high_at: where the two pages' summaries are among those of [num_pages, num_kv_heads].
+  // low_id, high_id: of the two pages.
   template <int HALF>
-  __device__ __forceinline__ void load(const SelectArguments& given, long long low_at, long long high_at, int lane) {
+  __device__ __forceinline__ void load(const SelectArguments& given, int head, int low_id, int high_id, int lane) {
+    const long long low_at = summary_at(given, head, low_id), high_at = summary_at(given, head, high_id);
     #pragma unroll
     for (int j = 0; j < ROW_VECTORS; ++j) {
       const int at = HALF * HEAD_DIM + j * 32 + lane % 4 * 8;
@@ -95,8 +99,9 @@ struct ScoreRows {
       high[HALF][j] = load_constant(given.summaries + high_at * (2 * HEAD_DIM) + at);
     }
   }
-  __device__ __forceinline__ static void ask(const SelectArguments& given, long long low_at, long long high_at,
+  __device__ __forceinline__ static void ask(const SelectArguments& given, int head, int low_id, int high_id,
                                              int lane) {
+    const long long low_at = summary_at(given, head, low_id), high_at = summary_at(given, head, high_id);
     ask_summaries(given.summaries + low_at * (2 * HEAD_DIM), given.summaries + high_at * (2 * HEAD_DIM), lane);
   }
   // The sums of one half: pages lane / 4 and + 8 by heads 2 (lane % 4) and the next, as the product has them.

@@ -7,8 +7,8 @@
 //
 // Grid: [chunks * num_kv_heads, batch_size]; block: [WARPS * 32]; dynamic shared memory: pkv::SelectMemory and what is
 // said there. CTA (c * num_kv_heads + h, row) scores the pages [c, c + 1) * chunk_pages for KV head h; the last one to
-// finish a list selects. So a few long rows use the whole GPU, and nobody waits. The heads' summaries of a page lie side
-// by side, and CTAs that start side by side read them.
+// finish a list selects. So a few long rows use the whole GPU, and nobody waits. The heads' summaries of a page lie
+// side by side, and CTAs that start side by side read them.
 //
 //   q           [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
 //   summaries   [num_pages, num_kv_heads, 2, HEAD_DIM]: mean and standard deviation, or minimum and maximum, or 8-bit
@@ -40,16 +40,19 @@ using PageRows = ScoreRows;
 
 // CTAs of an SM: a warp has two halves of 16 summaries on their way, so that two CTAs' are more than an SM can read.
 constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 ? 2 : 1;
-// Pages whose values a thread of the CTA that selects has on their way: L2 gives an SM some 64 bytes a cycle, 700 cycles
-// after they were asked for.
+// Pages whose values a thread of the CTA that selects has on their way: L2 gives an SM some 64 bytes a cycle, 700
+// cycles after they were asked for.
 constexpr int PAGES_TOGETHER = PAGE_VALUES <= 4 ? 16 : 64 / PAGE_VALUES;
+
+// Words of a row's keys and bits, in whole 16 bytes.
+__host__ __device__ constexpr int select_words(int pages) { return (pages + (pages + 31) / 32 * 2 + 3) / 4 * 4; }
 
 struct SelectMemory {
   TopPages top;
   ChunkSums chunk;
   int last;  // whether this CTA selects
   // Behind it, of a chunk that is scored: logits [chunk_pages, PAGE_VALUES] (WEIGHS); of a list that is selected: keys
-  // [score_stride], two bits of each page, factors [chunks, PAGE_VALUES].
+  // [score_stride], two bits of each page, factors [blocks, PAGE_VALUES].
   __device__ __forceinline__ float* logits() { return reinterpret_cast<float*>(this + 1); }
   __device__ __forceinline__ unsigned* keys() { return reinterpret_cast<unsigned*>(this + 1); }
 };
@@ -84,34 +87,33 @@ struct Selection {
   __device__ __forceinline__ void score(const PageTable& table, int chunk, int begin, int end, int low, int high,
                                         SelectMemory& memory) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    constexpr int STEP = WARPS * SCORED_PAGES;
+    constexpr int STEP = BLOCK_PAGES;
     PageQuery query;
-    query.load(given.q + static_cast<long long>(list) * GROUP_SIZE * HEAD_DIM, given.scale, lane);
+    query.load(given.q + static_cast<long long>(list) * GROUP_SIZE * HEAD_DIM, lane);
     float largest[SCORE_BLOCKS][2];  // of heads 2 (lane % 4) and the next
     #pragma unroll
     for (int b = 0; b < SCORE_BLOCKS; ++b) largest[b][0] = largest[b][1] = LEAST_SCORE;
     const auto id_of = [&](int page) { return table.cut(table.template stored<false>(row, min(page, end - 1))); };
-    const auto summary = [&](int id) { return static_cast<long long>(id) * given.num_kv_heads + head; };
     int first = begin + warp * SCORED_PAGES;
     if (first < end) {
       PageRows rows;
-      rows.template load<0>(given, summary(low), summary(high), lane);
-      rows.template load<1>(given, summary(low), summary(high), lane);
+      rows.template load<0>(given, head, low, high, lane);
+      rows.template load<1>(given, head, low, high, lane);
       // Ids are looked up two steps ahead, summaries one: each half is read anew as soon as it has been used.
       low = id_of(first + STEP + lane / 4), high = id_of(first + STEP + lane / 4 + 8);
       #pragma unroll 1
       for (; first < end; first += STEP) {
         const bool more = first + STEP < end;
-        const long long low_at = summary(low), high_at = summary(high);
+        const int next_low = low, next_high = high;
         if (more) {
-          PageRows::ask(given, low_at, high_at, lane);
+          PageRows::ask(given, head, next_low, next_high, lane);
           low = id_of(first + 2 * STEP + lane / 4), high = id_of(first + 2 * STEP + lane / 4 + 8);
         }
         float sums[SCORE_BLOCKS][4], others[SCORE_BLOCKS][4];
         rows.template multiply<0>(sums, query);
-        if (more) rows.template load<0>(given, low_at, high_at, lane);
+        if (more) rows.template load<0>(given, head, next_low, next_high, lane);
         rows.template multiply<1>(others, query);
-        if (more) rows.template load<1>(given, low_at, high_at, lane);
+        if (more) rows.template load<1>(given, head, next_low, next_high, lane);
         #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int page = first + lane / 4 + j * 8;
@@ -122,7 +124,7 @@ struct Selection {
             const int column = b * 8 + lane % 4 * 2;
             #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              logits[i] = logit_of(sums[b][j * 2 + i], others[b][j * 2 + i], query.unit(b, i));
+              logits[i] = logit_of(sums[b][j * 2 + i], others[b][j * 2 + i], query.unit(b, i, given.scale));
               if (column + i < GROUP_SIZE) of_page = fmaxf(of_page, logits[i]);
               if (page < end) largest[b][i] = fmaxf(largest[b][i], logits[i]);
             }
@@ -147,7 +149,9 @@ struct Selection {
           const int column = b * 8 + lane % 4 * 2 + i;
           if (lane < 4 && column < PAGE_VALUES) memory.chunk.largest[warp][column] = largest[b][i];
         }
-      leave_weights(memory.logits(), end - begin, memory.chunk, values(begin), sums() + chunk * GROUP_SIZE);
+      const long long most = MOST_KEPT_BYTES / (4 * PAGE_VALUES);
+      const bool kept = static_cast<long long>(given.batch_size * given.num_kv_heads) * given.score_stride <= most;
+      leave_weights(memory.logits(), end - begin, memory.chunk, values(begin), sums() + chunk * GROUP_SIZE, kept);
     }
   }
 
@@ -155,40 +159,47 @@ struct Selection {
   __device__ __forceinline__ void select(SelectMemory& memory, int chunks) const {
     unsigned* keys = memory.keys();
     unsigned* bits = keys + given.score_stride;
-    float* factors = reinterpret_cast<float*>(bits + divide(given.score_stride + 31, 32) * 2);
-    float x[PAGES_TOGETHER][PAGE_VALUES];
-    #pragma unroll
-    for (int j = 0; j < PAGES_TOGETHER; ++j) {
-      const int page = threadIdx.x + j * SELECT_THREADS;
-      if (page < row_pages) read_values(x[j], values(page));
+    float* factors = reinterpret_cast<float*>(keys + select_words(given.score_stride));
+    float2 first_sums;
+    if constexpr (WEIGHS) {
+      first_sums = read_sums(sums(), chunks, threadIdx.x % 32, threadIdx.x / 32);
+      __syncwarp();  // so that the compiler leaves them before the pages' values, behind which they would wait
     }
+    float x[PAGES_TOGETHER][PAGE_VALUES] = {};
+    const float* from = values(threadIdx.x);
+    #pragma unroll
+    for (int j = 0; j < PAGES_TOGETHER; ++j)
+      if (static_cast<int>(threadIdx.x) + j * SELECT_THREADS < row_pages)
+        read_values(x[j], from + j * SELECT_THREADS * PAGE_VALUES);
     memory.top.clear();
     if constexpr (WEIGHS) {
-      find_factors(sums(), chunks, factors);
+      find_factors(sums(), chunks, divide(given.chunk_pages, BLOCK_PAGES),
+                   divide(row_pages + BLOCK_PAGES - 1, BLOCK_PAGES), first_sums, factors);
       __syncthreads();
     }
-    const float per_page = 1.0f / static_cast<float>(given.chunk_pages);
+    constexpr int BLOCKS_APART = SELECT_THREADS / BLOCK_PAGES;  // of a thread's pages
+    static_assert(SELECT_THREADS % BLOCK_PAGES == 0, "they are at one place of their blocks");
+    const float* of_block = factors + threadIdx.x / BLOCK_PAGES * PAGE_VALUES;
     unsigned largest = 0;  // of the keys that are not pinned
+    const int lane = threadIdx.x % 32;
     #pragma unroll 1
-    for (int i = threadIdx.x; i < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
+    for (int i = threadIdx.x; i - lane < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
+      from += PAGES_TOGETHER * SELECT_THREADS * PAGE_VALUES;
       #pragma unroll
-      for (int j = 0; j < PAGES_TOGETHER; ++j) {
+      for (int j = 0; j < PAGES_TOGETHER; ++j) {  // without branches, so that a page need not wait for the one before
         const int page = i + j * SELECT_THREADS;
-        if (page >= row_pages) continue;
         float score = x[j][0];
-        if constexpr (WEIGHS) {
-          // The chunk of the page, which a float tells for any row that keys have room for.
-          const float* own = factors + static_cast<int>((static_cast<float>(page) + 0.5f) * per_page) * PAGE_VALUES;
-          score = 0.0f;
-          #pragma unroll
-          for (int g = 0; g < GROUP_SIZE; ++g) score += x[j][g] * own[g];
-        }
-        const int next = page + PAGES_TOGETHER * SELECT_THREADS;
-        if (next < row_pages) read_values(x[j], values(next));
+        if constexpr (WEIGHS)
+          score = weight_of(x[j], page < row_pages ? of_block + j * BLOCKS_APART * PAGE_VALUES : factors);
+        if (page + PAGES_TOGETHER * SELECT_THREADS < row_pages)
+          read_values(x[j], from + j * SELECT_THREADS * PAGE_VALUES);
         const bool pinned = page < given.sink_pages || page >= row_pages - given.recent_pages;
-        keys[page] = pinned ? PINNED : key_of(score);
-        if (!pinned) largest = max(largest, keys[page]);
+        const unsigned key = key_of(score);
+        if (page < row_pages) keys[page] = pinned ? PINNED : key;
+        largest = max(largest, pinned || page >= row_pages ? 0 : key);
+        if (j == PAGES_TOGETHER / 2) __syncwarp();  // so that the compiler asks for half of the next ones here
       }
+      of_block += PAGES_TOGETHER * BLOCKS_APART * PAGE_VALUES;
     }
     const int pinned = min(row_pages, given.sink_pages + given.recent_pages);
     memory.top.list(keys, bits, row_pages, pinned, largest, budget, pages());

@@ -1,8 +1,8 @@
 // The k pages of the largest keys as an ascending list, by one CTA: pkvsim.selection.rules.top_pages says the same.
 //
 // Weights are within some octaves of the largest one. So the 16 octaves below that are divided into 2,048 parts, and
-// keys are counted by part in shared memory: hardly two threads then count the same one, and the k-th largest key shares
-// its part with few others. These are told apart by ranks, each compared with all. Only where the key lies lower still,
+// keys are counted by part in shared memory: hardly two threads then count the same one, and the k-th largest key
+// shares its part with few others. These are told apart by ranks, each compared with all. Only where the key lies lower still,
 // or its part has too many, it is found digit by digit. What is taken is noted as a bit of each page, and the list is
 // written by the sums of these bits. Of pages with the k-th key the first ones are taken.
 #pragma once
@@ -70,14 +70,25 @@ struct __align__(16) TopPages {
     for (int i = threadIdx.x; i < DIGITS / 4; i += WARPS * 32) all[i] = make_uint4(0, 0, 0, 0);
   }
 
-  // Calls see(page, key, whether there is such a page) for 32 pages at a time, those of one word of bits, by each warp.
+  // Calls see(page, key, whether there is such a page) for each page of this thread: a warp's lanes have those of a
+  // word of bits at a time. Keys are read some at once, since none is read past what `see` writes.
   template <class See>
-  __device__ __forceinline__ static void each_word(const unsigned* keys, int count, See see) {
-    const int lane = threadIdx.x % 32, words = divide(count + 31, 32);
-    #pragma unroll 4
-    for (int word = threadIdx.x / 32; word < words; word += WARPS) {
-      const int page = word * 32 + lane;
-      see(word, page, page < count ? keys[page] : 0u, page < count);
+  __device__ __forceinline__ static void each_page(const unsigned* keys, int count, See see) {
+    constexpr int AT_ONCE = 8, THREADS_HERE = WARPS * 32;
+    const int lane = threadIdx.x % 32;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i - lane < count; i += AT_ONCE * THREADS_HERE) {
+      unsigned own[AT_ONCE];
+      #pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const int page = i + j * THREADS_HERE;
+        own[j] = page < count ? keys[page] : 0u;
+      }
+      #pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const int page = i + j * THREADS_HERE;
+        if (page - lane < count) see(page, own[j], page < count);
+      }
     }
   }
 
@@ -86,20 +97,18 @@ struct __align__(16) TopPages {
   __device__ __forceinline__ bool take_near(const unsigned* keys, unsigned* taken, unsigned* equal, int count,
                                             unsigned base, int wanted) {
     const int lane = threadIdx.x % 32;
-    #pragma unroll 8
-    for (int i = threadIdx.x; i < count; i += WARPS * 32) {
-      const unsigned key = keys[i];
-      if (key != PINNED && key >= base) atomicAdd(&counts[(key - base) >> PART_BITS], 1);
-    }
+    each_page(keys, count, [&](int, unsigned key, bool there) {
+      if (there && key != PINNED && key >= base) atomicAdd(&counts[(key - base) >> PART_BITS], 1);
+    });
     __syncthreads();
     find_digit(wanted, PART_BITS, 0);
     __syncthreads();
     if (left == 0) return false;
     const unsigned first = base + known, last = first + ((1u << PART_BITS) - 1);
-    each_word(keys, count, [&](int word, int page, unsigned key, bool there) {
+    each_page(keys, count, [&](int page, unsigned key, bool there) {
       const unsigned above = __ballot_sync(EVERY_LANE, there && key > last);
       const unsigned within = __ballot_sync(EVERY_LANE, there && key >= first && key <= last);
-      if (lane == 0) taken[word] = above, equal[word] = 0;
+      if (lane == 0) taken[page / 32] = above, equal[page / 32] = 0;
       if (within == 0) return;
       int at = 0;
       if (lane == 0) at = atomicAdd(&num_tied, __popc(within));
@@ -126,10 +135,10 @@ struct __align__(16) TopPages {
   // Marks what is above the threshold as taken, and what is equal to it.
   __device__ __forceinline__ void mark(const unsigned* keys, unsigned* taken, unsigned* equal, int count,
                                        unsigned threshold) {
-    each_word(keys, count, [&](int word, int, unsigned key, bool there) {
+    each_page(keys, count, [&](int page, unsigned key, bool there) {
       const unsigned above = __ballot_sync(EVERY_LANE, there && key > threshold);
       const unsigned same = __ballot_sync(EVERY_LANE, there && key == threshold);
-      if (threadIdx.x % 32 == 0) taken[word] = above, equal[word] = same;
+      if (threadIdx.x % 32 == 0) taken[page / 32] = above, equal[page / 32] = same;
     });
     __syncthreads();
   }

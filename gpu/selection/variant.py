@@ -53,7 +53,8 @@ def select_bytes(shape: DecodeShape, max_pages: int, aggregation: str) -> int:
     values = page_values(shape, aggregation)
     own = -(-(TOP_BYTES + 2 * WARPS * values * 4 + 4) // 16) * 16
     factors = (max_pages // PAGES_AT_ONCE + 1) * values
-    return own + max(MOST_LOGIT_BYTES, (max_pages + 2 * -(-max_pages // 32) + factors) * 4)
+    words = -(-(max_pages + 2 * -(-max_pages // 32)) // 4) * 4  # pkv::select_words
+    return own + max(MOST_LOGIT_BYTES, (words + factors) * 4)
 
 
 def most_pages(shape: DecodeShape, aggregation: str, limit_bytes: int) -> int:

@@ -224,7 +224,7 @@ def test_there_is_room_for_every_chunk(method, head_dim, group, page_size, dtype
         for lists in (1, 8, 512):
             chunks, each = variant.chunks(max_pages, lists, 132, variant.page_values(shape, aggregation))
             assert chunks * each >= max_pages and each % variant.PAGES_AT_ONCE == 0
-            assert needed(max_pages, chunks, each) <= room
+            assert needed(max_pages, each) <= room
 
 
 def test_a_row_is_cut_for_the_gpu() -> None:
@@ -238,7 +238,7 @@ def test_a_row_is_cut_for_the_gpu() -> None:
     (86, 128, 4, "float16", "mean_std", None), (90, 128, 16, "bfloat16", "mean_std", None),
     (86, 64, 16, "bfloat16", "quest", None), (90, 256, 8, "float16", "mean_std", None),
     (90, 128, 4, "float16", None, None), (90, 128, 4, "float16", "mean_std", CODES),
-    (86, 256, 8, "bfloat16", "quest", CODES)])  # fmt: skip
+    (86, 256, 8, "bfloat16", "quest", CODES), (90, 128, 4, "float16", "quest", None)])  # fmt: skip
 def test_they_fit_the_registers(capability, head_dim, group, dtype, method, summary_dtype) -> None:
     rule = None if method is None else by_name.method(method)
     shape = DecodeShape(group, 1, head_dim, 16)

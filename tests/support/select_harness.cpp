@@ -92,6 +92,9 @@ static uint4 load_constant(const half_type* from) {
 [[maybe_unused]] static uint4 here_and_now(uint4 v) { return v; }
 template <class T>
 static T load_past_l1(const T* from) { return *from; }
+constexpr long long MOST_KEPT_BYTES = 1 << 20;
+[[maybe_unused]] static void store_kept(float* to, float x) { *to = x; }
+[[maybe_unused]] static float2 receive(const float2* from) { return *from; }
 [[maybe_unused]] static int take_ticket(int* from) { return atomicAdd(from, 1); }
 [[maybe_unused]] static void prefetch_l2(const void*) {}
 [[maybe_unused]] static float sqrt_fast(float x) { return std::sqrt(x); }
@@ -108,10 +111,11 @@ typedef pkv::SummaryArguments Given;
 static void kernel(const Given& given) { pkv_summarize_pages(given); }
 #else
 #include "select.cu"
-// Bytes of shared memory of a step whose rows are of so many pages, in so many chunks.
-extern "C" int needed_bytes(int score_stride, int chunks, int chunk_pages) {
+// Bytes of shared memory of a step whose rows are of so many pages, in such chunks.
+extern "C" int needed_bytes(int score_stride, int chunk_pages) {
   using namespace pkv;
-  const int selecting = (score_stride + (score_stride + 31) / 32 * 2 + (WEIGHS ? chunks * PAGE_VALUES : 0)) * 4;
+  const int blocks = (score_stride + BLOCK_PAGES - 1) / BLOCK_PAGES;
+  const int selecting = (select_words(score_stride) + (WEIGHS ? blocks * PAGE_VALUES : 0)) * 4;
   return sizeof(SelectMemory) + max(selecting, WEIGHS ? chunk_pages * PAGE_VALUES * 4 : 0);
 }
 typedef pkv::SelectArguments Given;
