@@ -164,7 +164,8 @@ class Llama:
         return x + linear(gate * up, weights[f"blk.{layer}.ffn_down.weight"])
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weights[name]
+        wide = x.float()  # squares of 16 bits may pass their range
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weights[name]
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         head = self.weights.get("output.weight", self.weights["token_embd.weight"])
