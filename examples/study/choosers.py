@@ -1,32 +1,48 @@
-"""Which pages each KV head reads in a decode step, by the rules of pkvsim.selection."""
+"""Which pages each KV head reads, by the rules of pkvsim.selection, for many methods, budgets and steps at once.
+
+The arrays are torch's, so that a GPU chooses for all of them in a few launches; tests hold them to the rules in NumPy.
+"""
 from __future__ import annotations
 
-import numpy as np
+from typing import NamedTuple
+
 import torch
 
-from pkvsim.selection import by_name
-from pkvsim.selection.masses import page_scores
-from pkvsim.selection.methods import kascade, streaming_llm, twilight
-from pkvsim.selection.rules import Budget, Pins, softmax_mean, top_pages
-from study.llama import Cache, Chooser
+from pkvsim.selection.methods import kascade, mean_std, quest, streaming_llm, twilight
+from pkvsim.selection.rules import Budget, Pins
+from study.llama import LayerStep
 
 DENSE_LAYERS = 2
 ANCHORS_EVERY = 3  # layers, for Kascade's lists in a model without development data
+LEAST_PAGES = 8
+RULES = {"mean_std": mean_std, "quest": quest}
 
 
-def summarize(keys: torch.Tensor, page_size: int, kind: str) -> torch.Tensor:
-    """Summaries of whole pages of keys [num_kv_heads, tokens, head_dim]: [num_kv_heads, pages, 2, head_dim]; a page
-    that is not full gets its tokens'."""
-    heads, tokens, dim = keys.shape
-    whole = tokens // page_size * page_size
-    parts = [keys[:, :whole].reshape(heads, -1, page_size, dim)]
-    if whole < tokens:
-        parts.append(keys[:, None, whole:])
-    found = []
-    for part in parts:
-        pair = (part.mean(2), part.std(2, correction=0)) if kind == "mean_std" else (part.amin(2), part.amax(2))
-        found.append(torch.stack(pair, dim=2))
-    return torch.cat(found, dim=1)
+class Choice(NamedTuple):
+    """method: "oracle" (the exact mass of every page), "mean_std", "quest", these with "_8bit", "quest_softmax"
+    (Quest's bound, aggregated as mean_std is), "streaming_llm", "twilight" (top p of mean_std, whose candidates are a
+    quarter of the pages), "kascade" (exact lists in every third layer), or "random"."""
+
+    method: str
+    fraction: float
+
+
+def summarize(pages: torch.Tensor, kind: str, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Summaries [..., 2, head_dim] of pages [..., page_size, head_dim], of the tokens that are valid [..., page_size];
+    a page of which none is gets anything finite."""
+    if kind == "min_max":
+        if valid is None:
+            return torch.stack((pages.amin(-2), pages.amax(-2)), dim=-2)
+        there = valid[..., None]
+        low, high = (pages.masked_fill(~there, fill) for fill in (torch.inf, -torch.inf))
+        return torch.stack((low.amin(-2), high.amax(-2)), dim=-2).nan_to_num(0, 0, 0)
+    if valid is None:
+        return torch.stack((pages.mean(-2), pages.std(-2, correction=0)), dim=-2)
+    there = valid[..., None].to(pages.dtype)
+    count = there.sum(-2).clamp(min=1)
+    mean = (pages * there).sum(-2) / count
+    var = ((pages - mean[..., None, :]).square() * there).sum(-2) / count
+    return torch.stack((mean, var.sqrt()), dim=-2)
 
 
 def in_8_bits(summaries: torch.Tensor) -> torch.Tensor:
@@ -35,68 +51,127 @@ def in_8_bits(summaries: torch.Tensor) -> torch.Tensor:
     return (summaries / scale).round() * scale
 
 
+def page_logits(kind: str, q: torch.Tensor, summaries: torch.Tensor, scale: float) -> torch.Tensor:
+    """mean_std.logits or quest.logits: [..., pages] of queries [..., queries, head_dim] and summaries [..., pages, 2,
+    head_dim]."""
+    first, second = summaries[..., 0, :].mT, summaries[..., 1, :].mT
+    if kind == "mean_std":
+        return scale * (q @ first + (q.square() @ second.square()).sqrt())
+    return scale * (q.clamp(max=0) @ first + q.clamp(min=0) @ second)
+
+
+def top_pages(scores: torch.Tensor, counts: torch.Tensor, pinned: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """rules.top_pages as masks: scores [..., pages]; counts [..., 1], pinned and there broadcast to them."""
+    scores = scores.masked_fill(pinned, torch.inf).masked_fill(~there, -torch.inf)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    at = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return (torch.empty_like(order).scatter_(-1, order, at) < counts) & there
+
+
 class PageChooser:
-    """A Chooser of one method and budget. `read` counts the tokens read and there, over the layers that are not dense.
+    """The pages of all choices in each layer of one block of new tokens."""
 
-    method: "oracle" (the exact mass of every page), a name of pkvsim.selection.by_name, that with "_8bit",
-    "quest_softmax" (Quest's bound, aggregated as mean_std is), "streaming_llm", "twilight" (top p of mean_std, whose
-    candidates are a quarter of the pages), "kascade" (exact lists in every third layer), or "random".
-    """
+    def __init__(self, choices: list[Choice], *, page_size: int = 16, pins: Pins = Pins(1, 2)) -> None:
+        self.choices, self.page_size, self.pins = choices, page_size, pins
+        self.read: torch.Tensor | None = None  # [choices, 2], tokens read and there, of the layers that are not dense
+        self._counts: torch.Tensor | None = None  # [choices, new_tokens, 1], pages of each budget
+        self._anchors: torch.Tensor | None = None  # pages of Kascade's choices in its last anchor
+        self._rng: torch.Generator | None = None
 
-    def __init__(self, method: str, budget: Budget, pins: Pins, page_size: int) -> None:
-        self.method, self.budget, self.pins, self.page_size = method, budget, pins, page_size
-        self.read = np.zeros(2)
-        self._lists: list[np.ndarray] = []  # of Kascade's last anchor
-        self._rng = np.random.default_rng(0)
-
-    def __call__(self, layer: int, q: torch.Tensor, cache: Cache) -> list[torch.Tensor] | None:
+    def __call__(self, layer: int, step: LayerStep) -> torch.Tensor:
+        """Tokens that each choice's heads see, bool [choices, num_kv_heads, new_tokens, tokens]; step: of as many
+        variants as there are choices."""
+        _, heads, _, new = step.q.shape[:4]
+        shape = len(self.choices), heads, new, step.tokens
         if layer < DENSE_LAYERS:
-            return None
-        keys, size = cache.keys(layer), self.page_size
-        heads = keys.shape[0]
-        pages = -(-cache.length // size)
-        count = self.budget.pages(pages, self.pins)
-        if self.method == "streaming_llm":
-            lists = [streaming_llm.places(pages, count, size)] * heads
-        elif self.method == "kascade" and self._lists and (layer - DENSE_LAYERS) % ANCHORS_EVERY:
-            lists = self._lists
-        else:
-            lists = self._score(q.view(heads, -1, q.shape[-1]), keys, count, pages)
-        self._lists = lists
-        chosen = []
-        for places in lists:
-            at = (torch.from_numpy(places.astype(np.int64))[:, None] * size + torch.arange(size)).view(-1)
-            at = at[at < cache.length]
-            self.read += len(at), cache.length
-            chosen.append(at.to(keys.device))
-        return chosen
+            return torch.ones(shape, dtype=torch.bool, device=step.q.device)
+        size = self.page_size
+        lengths = torch.arange(step.tokens - new + 1, step.tokens + 1, device=step.q.device)  # at each new token
+        pages = -(-lengths // size)[:, None]
+        at = torch.arange(-(-step.tokens // size), device=step.q.device)
+        there = at < pages
+        pinned = there & ((at < self.pins.sink_pages) | (at >= pages - self.pins.recent_pages))
+        if self._counts is None:
+            self._counts = torch.tensor([[[Budget(choice.fraction, LEAST_PAGES).pages(count, self.pins)]
+                                          for count in pages.flatten().tolist()] for choice in self.choices],
+                                        device=step.q.device)
+        chosen = torch.zeros(*shape[:3], len(at), dtype=torch.bool, device=step.q.device)
+        for method in dict.fromkeys(choice.method for choice in self.choices):
+            own = [i for i, choice in enumerate(self.choices) if choice.method == method]
+            chosen[own] = self._pages(method, layer, step.of(own), self._counts[own][:, None], pinned, there)
+        seen = chosen.repeat_interleave(size, -1)[..., : step.tokens]
+        causal = torch.arange(step.tokens, device=step.q.device) < lengths[:, None]
+        seen &= causal
+        read = torch.stack((seen.sum((1, 2, 3)), causal.sum().expand(len(seen)) * heads), 1)
+        self.read = read if self.read is None else self.read + read
+        return seen
 
-    def _score(self, q: torch.Tensor, keys: torch.Tensor, count: int, pages: int) -> list[np.ndarray]:
-        """Lists by the scores of each KV head; q [num_kv_heads, group_size, head_dim]."""
-        scale = q.shape[-1] ** -0.5
-        if self.method in ("oracle", "kascade"):
-            weights = torch.softmax(q @ keys.mT * scale, dim=-1).mean(1).double().cpu().numpy()
-            budget = kascade.budget(self.page_size).pages(pages, self.pins) if self.method == "kascade" else count
-            return [top_pages(row, max(count, budget), self.pins) for row in page_scores(weights, self.page_size)]
-        if self.method == "random":
-            return [top_pages(self._rng.random(pages), count, self.pins) for _ in keys]
-        base = {"twilight": "mean_std"}.get(self.method, self.method.split("_8bit")[0].split("_softmax")[0])
-        rule = by_name.method(base)
-        summaries = summarize(keys, self.page_size, rule.SUMMARY)
-        if self.method.endswith("_8bit"):
-            summaries = in_8_bits(summaries)
-        lists = []
-        for own_q, own in zip(q.double().cpu().numpy(), summaries.double().cpu().numpy()):
-            logits = rule.logits(own_q, own, scale)
-            if self.method == "twilight":
-                first = top_pages(softmax_mean(logits), max(count, pages // 4), self.pins)
-                lists.append(twilight.places(logits, first, self.pins, pages))
-            elif self.method.endswith("_softmax"):
-                lists.append(top_pages(softmax_mean(logits), count, self.pins))
-            else:
-                lists.append(top_pages(rule.scores(own_q, own, scale), count, self.pins))
-        return lists
+    def shares(self) -> list[float]:
+        """Of the tokens there, what each choice read in the layers that are not dense."""
+        return (self.read[:, 0] / self.read[:, 1]).tolist()
+
+    def _pages(self, method: str, layer: int, step: LayerStep, counts: torch.Tensor, pinned: torch.Tensor,
+               there: torch.Tensor) -> torch.Tensor:
+        """Pages of a method's choices, bool [choices, num_kv_heads, new_tokens, pages]."""
+        shape = *step.q.shape[:2], step.q.shape[3], there.shape[-1]
+        if method == "streaming_llm":
+            sinks = counts.clamp(max=-(-streaming_llm.SINK_TOKENS // self.page_size))
+            at, pages = torch.arange(shape[-1], device=there.device), there.sum(-1, keepdim=True)
+            return (((at < sinks) | (at >= pages - (counts - sinks))) & there).expand(shape)
+        if method == "random":
+            if self._rng is None:
+                self._rng = torch.Generator(there.device).manual_seed(0)
+            scores = torch.rand(shape, generator=self._rng, device=there.device, dtype=torch.float64)
+            return top_pages(scores, counts, pinned, there)
+        if method == "kascade" and (layer - DENSE_LAYERS) % ANCHORS_EVERY:
+            return self._anchors
+        if method in ("oracle", "kascade"):
+            weights = torch.softmax(step.logits, dim=-1).mean(2).double()
+            padded = torch.nn.functional.pad(weights, (0, shape[-1] * self.page_size - step.tokens))
+            if method == "kascade":
+                least = [kascade.budget(self.page_size).pages(int(count), self.pins) for count in there.sum(-1)]
+                counts = counts.maximum(torch.tensor(least, device=counts.device)[:, None])
+            found = top_pages(padded.unflatten(-1, (-1, self.page_size)).sum(-1), counts, pinned, there)
+            if method == "kascade":
+                self._anchors = found
+            return found
+        base = {"twilight": "mean_std"}.get(method, method.removesuffix("_8bit").removesuffix("_softmax"))
+        logits = self._logits(base, step, method.endswith("_8bit")).masked_fill(~there, -torch.inf)
+        if base == "quest" and not method.endswith("_softmax"):
+            return top_pages(logits.amax(2), counts, pinned, there)
+        scores = torch.softmax(logits, dim=-1).mean(2)
+        if method != "twilight":
+            return top_pages(scores, counts, pinned, there)
+        first = top_pages(scores, counts.maximum(there.sum(-1, keepdim=True) // 4), pinned, there)
+        weights = torch.softmax(logits.masked_fill(~first[:, :, None], -torch.inf), dim=-1).mean(2)
+        return top_share(weights, twilight.SHARE, pinned) & first | pinned
+
+    def _logits(self, kind: str, step: LayerStep, rounded: bool) -> torch.Tensor:
+        """Of all pages by their summaries, float64 [choices, num_kv_heads, group_size, new_tokens, pages]; pages with
+        new tokens are summarised as they are at each of these."""
+        size, q = self.page_size, step.q.double()
+        choices, heads, group, new, dim = q.shape
+        before = step.keys.shape[1]
+        whole = before // size
+        summaries = summarize(step.keys[:, : whole * size].double().unflatten(1, (whole, size)), RULES[kind].SUMMARY)
+        tail = torch.cat((step.keys[None, :, whole * size :].expand(choices, -1, -1, -1), step.new_keys), 2).double()
+        pages = -(-tail.shape[2] // size)
+        tail = torch.nn.functional.pad(tail, (0, 0, 0, pages * size - tail.shape[2])).unflatten(2, (pages, size))
+        lengths = torch.arange(before - whole * size + 1, before - whole * size + new + 1, device=q.device)
+        valid = torch.arange(pages * size, device=q.device).view(pages, size) < lengths[:, None, None]
+        last = summarize(tail[:, :, None].expand(-1, -1, new, -1, -1, -1), RULES[kind].SUMMARY, valid)
+        if rounded:
+            summaries, last = in_8_bits(summaries), in_8_bits(last)
+        scale = dim**-0.5
+        old = page_logits(kind, q.flatten(2, 3), summaries, scale).unflatten(2, (group, new))
+        by_step = page_logits(kind, q.transpose(2, 3), last, scale).transpose(2, 3)
+        return torch.cat((old, by_step), -1)
 
 
-def chooser(method: str, fraction: float, *, page_size: int = 16) -> Chooser:
-    return PageChooser(method, Budget(fraction, 8), Pins(1, 2), page_size)
+def top_share(weights: torch.Tensor, share: float, pinned: torch.Tensor) -> torch.Tensor:
+    """rules.top_share as masks: weights [..., pages], pinned broadcasts to them."""
+    order = weights.masked_fill(pinned, torch.inf).argsort(dim=-1, descending=True, stable=True)
+    total = weights.gather(-1, order).cumsum(-1)
+    before = torch.nn.functional.pad(total[..., :-1], (1, 0))
+    taken = before < share * weights.sum(-1, keepdim=True)
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, order, taken) | pinned

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from study.choosers import PageChooser, chooser
-from study.evictions import Kept, kept_tokens
-from study.llama import Cache, Chooser, Llama
+from study.choosers import Choice, PageChooser
+from study.evictions import Evictions, Kept
+from study.llama import Chooser, LayerStep, Llama
 from study.texts import Context, Needle
 
 
@@ -25,65 +25,91 @@ class Finding:
 
 
 def kl_nats(dense: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(dense || other) of logits [vocabulary]."""
+    """KL(dense || other) of logits [steps, vocabulary], mean over the steps."""
     p, q = (torch.log_softmax(logits.double(), dim=-1) for logits in (dense, other))
-    return float((p.exp() * (p - q)).sum())
+    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def steps(model: Llama, cache: Cache, ids: list[int], choose: Chooser | None) -> list[torch.Tensor]:
-    """Logits after each of these tokens; the cache is as long as before afterwards."""
-    length = cache.length
-    found = [model.decode(token, cache, choose) for token in ids]
-    cache.cut(length)
-    return found
+def readers(*parts: tuple[int, Chooser | None]) -> Chooser:
+    """One chooser of parts that follow one another: (variants, chooser), None where they see everything."""
+
+    def choose(layer: int, step: LayerStep) -> torch.Tensor:
+        found, begin = [], 0
+        for count, own in parts:
+            some = step.of(slice(begin, begin + count))
+            begin += count
+            seen = some.logits[:, :, 0] > -torch.inf  # what is causal
+            found.append(seen if own is None else seen & own(layer, some))
+        return torch.cat(found)
+
+    return choose
 
 
 def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fractions: tuple[float, ...]) -> list[Finding]:
     """The mean KL over the steps after a context, by method and budget."""
-    _, cache = model.prefill(context.ids, len(context.following))
-    dense = steps(model, cache, context.following, None)
-    found = []
-    for method in methods:
-        for fraction in fractions:
-            choose = chooser(method, fraction)
-            values = [kl_nats(a, b) for a, b in zip(dense, steps(model, cache, context.following, choose))]
-            mean = float(np.mean(values))
-            found.append(Finding("retrieval", method, fraction, len(context.ids), mean, share(choose)))
-    return found
-
-
-def share(choose: object) -> float:
-    return float(choose.read[0] / max(1, choose.read[1])) if isinstance(choose, PageChooser) else 1.0
-
-
-def answers(model: Llama, needle: Needle, cache: Cache, choose: Chooser | None) -> tuple[bool, float]:
-    """Whether the model writes the needle's number, and the mean negative log likelihood of its tokens, nats."""
-    logits = steps(model, cache, needle.question + needle.answer[:-1], choose)[-len(needle.answer) :]
-    right = all(int(row.argmax()) == token for row, token in zip(logits, needle.answer))
-    losses = [-float(torch.log_softmax(row.double(), -1)[token]) for row, token in zip(logits, needle.answer)]
-    return right, float(np.mean(losses))
+    cache = model.prefill(context.ids)
+    choices = [Choice(method, fraction) for method in methods for fraction in fractions]
+    chooser = PageChooser(choices)
+    logits = model.block(context.following, cache, readers((1, None), (len(choices), chooser)),
+                         variants=1 + len(choices))  # fmt: skip
+    return [Finding("retrieval", *choice, len(context.ids), kl_nats(logits[0], own), read)
+            for choice, own, read in zip(choices, logits[1:], chooser.shares())]
 
 
 def find_needle(model: Llama, needle: Needle, methods: tuple[str, ...], evictions: tuple[str, ...],
                 fractions: tuple[float, ...], eviction_fractions: tuple[float, ...]) -> list[Finding]:
     """Answers of the dense model, of steps that read chosen pages, and after evictions made before the question."""
-    _, cache = model.prefill(needle.ids, len(needle.question) + len(needle.answer))
-    tokens = len(needle.ids)
-    right, loss = answers(model, needle, cache, None)
-    found = [Finding("needle", "dense", 1.0, tokens, right, 1.0), Finding("eviction", "dense", 1.0, tokens, loss, 1.0),
-             Finding("evicted needle", "dense", 1.0, tokens, right, 1.0)]
-    for method in methods:
-        for fraction in fractions:
-            choose = chooser(method, fraction)
-            right, _ = answers(model, needle, cache, choose)
-            found.append(Finding("needle", method, fraction, tokens, right, share(choose)))
-    for method in evictions:
-        for fraction in eviction_fractions:
-            kept = Kept(kept_tokens(method, model, cache, fraction), tokens, model.device)
-            right, loss = answers(model, needle, cache, kept)
-            found += [Finding("eviction", method, fraction, tokens, loss, fraction),
-                      Finding("evicted needle", method, fraction, tokens, right, fraction)]
+    cache, tokens = model.prefill(needle.ids, masses=True), len(needle.ids)
+    choices = [Choice(method, fraction) for method in methods for fraction in fractions]
+    cuts = [Choice(method, fraction) for method in evictions for fraction in eviction_fractions]
+    chooser, evicted = PageChooser(choices), Evictions(model, cache)
+    kept = Kept([evicted.kept(*cut) for cut in cuts], tokens, model.device)
+    logits = model.block(needle.question + needle.answer[:-1], cache, readers(
+        (1, None), (len(choices), chooser), (len(cuts), kept)), variants=1 + len(choices) + len(cuts),
+        last=len(needle.answer))  # fmt: skip
+    answer = torch.tensor(needle.answer, device=logits.device)
+    right = (logits.argmax(-1) == answer).all(-1).tolist()
+    chosen = torch.log_softmax(logits.double(), -1).gather(-1, answer[None, :, None].expand(len(logits), -1, 1))
+    losses = (-chosen).mean((1, 2)).tolist()
+    found = [Finding("needle", "dense", 1.0, tokens, right[0], 1.0),
+             Finding("eviction", "dense", 1.0, tokens, losses[0], 1.0),
+             Finding("evicted needle", "dense", 1.0, tokens, right[0], 1.0)]
+    found += [Finding("needle", *choice, tokens, hit, read)
+              for choice, hit, read in zip(choices, right[1:], chooser.shares())]
+    for cut, hit, loss in zip(cuts, right[1 + len(choices) :], losses[1 + len(choices) :]):
+        found += [Finding("eviction", *cut, tokens, loss, cut.fraction),
+                  Finding("evicted needle", *cut, tokens, hit, cut.fraction)]
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Whether one method's loss is below another's, text by text."""
+
+    better: str
+    worse: str
+    texts: int
+    difference: float  # nats, mean of better - worse
+    low: float  # 95 % of the bootstrap's means
+    high: float
+    wins: int  # texts where it is below
+
+    @property
+    def verdict(self) -> str:
+        """seen or refuted where the interval has one sign, else open"""
+        return "seen" if self.high < 0 else "refuted" if self.low > 0 else "open"
+
+
+def order(findings: list[Finding], better: str, worse: str, fraction: float, *, resamples: int = 10_000) -> Order:
+    """Of the losses after evictions that keep `fraction`: the paired difference with its percentile bootstrap over the
+    texts."""
+    losses = {method: [one.value for one in findings if (one.what, one.method, one.fraction) == (
+        "eviction", method, fraction)] for method in (better, worse)}  # fmt: skip
+    differences = np.subtract(losses[better], losses[worse])
+    picks = np.random.default_rng(0).integers(0, len(differences), (resamples, len(differences)))
+    low, high = np.quantile(differences[picks].mean(axis=1), (0.025, 0.975))
+    return Order(better, worse, len(differences), float(differences.mean()), float(low), float(high),
+                 int((differences < 0).sum()))
 
 
 def summary(findings: list[Finding]) -> dict[tuple[str, str, float], float]:

@@ -4,34 +4,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-# Of a decode step: (layer, q [num_q_heads, head_dim], cache) -> the tokens that each KV head reads, or None for all.
-Chooser = Callable[[int, torch.Tensor, "Cache"], "list[torch.Tensor] | None"]
 WINDOW = 32  # queries of a prompt's end that are kept, for methods that ask them
+QUERIES_AT_ONCE = 256  # of a prompt, whose attention is summed
 
 
 @dataclass(slots=True)
 class Cache:
-    """Keys, rotated, and values of one sequence: [num_kv_heads, room, head_dim] by layer, of which `length` are
-    there."""
+    """What a prompt left: keys, rotated, and values [num_kv_heads, tokens, head_dim] by layer."""
 
-    k: list[torch.Tensor]
-    v: list[torch.Tensor]
-    length: int
+    k: list[torch.Tensor] = field(default_factory=list)
+    v: list[torch.Tensor] = field(default_factory=list)
     window_q: list[torch.Tensor] = field(default_factory=list)  # [num_q_heads, WINDOW, head_dim] by layer
+    masses: list[torch.Tensor] = field(default_factory=list)  # [num_q_heads, tokens], the attention of all queries
 
-    def keys(self, layer: int) -> torch.Tensor:
-        return self.k[layer][:, : self.length]
+    @property
+    def length(self) -> int:
+        return self.k[0].shape[1]
 
-    def values(self, layer: int) -> torch.Tensor:
-        return self.v[layer][:, : self.length]
 
-    def cut(self, length: int) -> None:
-        """Forgets what came after so many tokens."""
-        self.length = length
+class LayerStep(NamedTuple):
+    """A layer's new tokens in each variant of a block."""
+
+    q: torch.Tensor  # [variants, num_kv_heads, group_size, new_tokens, head_dim]
+    logits: torch.Tensor  # [variants, num_kv_heads, group_size, new_tokens, tokens], causal
+    keys: torch.Tensor  # [num_kv_heads, tokens - new_tokens, head_dim], the prompt's
+    new_keys: torch.Tensor  # [variants, num_kv_heads, new_tokens, head_dim]
+
+    @property
+    def tokens(self) -> int:
+        return self.logits.shape[-1]
+
+    def of(self, variants: list[int] | slice) -> LayerStep:
+        return LayerStep(self.q[variants], self.logits[variants], self.keys, self.new_keys[variants])
+
+
+# Which tokens each variant's KV heads see in a layer, bool [variants, num_kv_heads, new_tokens, tokens].
+Chooser = Callable[[int, LayerStep], torch.Tensor]
 
 
 class Llama:
@@ -72,45 +84,59 @@ class Llama:
         return weight.T.reshape(self.heads, self.head_dim, -1)
 
     @torch.inference_mode()
-    def prefill(self, ids: list[int], room: int) -> tuple[torch.Tensor, Cache]:
-        """(logits [vocabulary] after the last token, cache with room for so many more tokens)."""
+    def prefill(self, ids: list[int], *, masses: bool = False) -> Cache:
+        """The cache of a prompt; masses: with the attention that its queries gave each token."""
         count = len(ids)
         x = self.weights["token_embd.weight"][torch.tensor(ids, device=self.device)]
-        cache = Cache([], [], count)
+        cache, at = Cache(), torch.arange(count, device=self.device)
         for layer in range(self.layers):
-            q, k, v = self._project(layer, x, torch.arange(count, device=self.device))
+            q, k, v = self._project(layer, x, at)
             attended = torch.nn.functional.scaled_dot_product_attention(
                 q[None], k[None].repeat_interleave(self.heads // self.kv_heads, 1),
                 v[None].repeat_interleave(self.heads // self.kv_heads, 1), is_causal=True)[0]
-            for made, new in ((cache.k, k), (cache.v, v)):
-                made.append(torch.cat((new, new.new_zeros(self.kv_heads, room, self.head_dim)), dim=1))
+            cache.k.append(k)
+            cache.v.append(v)
             cache.window_q.append(q[:, -WINDOW:].clone())
+            if masses:
+                cache.masses.append(self._masses(q, k))
             x = self._after(layer, x, attended.transpose(0, 1).reshape(count, -1))
-        return self._logits(x[-1:])[0], cache
+        return cache
+
+    def _masses(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(q.shape[:2], device=self.device)
+        for begin in range(0, q.shape[1], QUERIES_AT_ONCE):
+            some = q[:, begin : begin + QUERIES_AT_ONCE]
+            total[:, : begin + some.shape[1]] += window_attention(some, k[:, : begin + some.shape[1]]).sum(1)
+        return total
 
     @torch.inference_mode()
-    def decode(self, token: int, cache: Cache, choose: Chooser | None = None) -> torch.Tensor:
-        """Logits [vocabulary] after one more token, which joins the cache."""
-        x = self.weights["token_embd.weight"][torch.tensor([token], device=self.device)]
-        at = torch.tensor([cache.length], device=self.device)
-        cache.length += 1
-        for layer in range(self.layers):
-            q, k, v = self._project(layer, x, at)
-            cache.k[layer][:, at], cache.v[layer][:, at] = k, v
-            chosen = None if choose is None else choose(layer, q[:, 0], cache)
-            x = self._after(layer, x, self._attend(q[:, 0], cache, layer, chosen).reshape(1, -1))
-        return self._logits(x)[0]
+    def block(self, ids: list[int], cache: Cache, choose: Chooser | None = None, *, variants: int = 1,
+              last: int | None = None) -> torch.Tensor:
+        """Logits [variants, last, vocabulary] after each of the last of these tokens, which follow the cache's in
+        decode steps: each sees the prompt and the tokens before it as `choose` says for its variant, by default all.
 
-    def _attend(self, q: torch.Tensor, cache: Cache, layer: int, chosen: list[torch.Tensor] | None) -> torch.Tensor:
-        """[num_q_heads, head_dim] of queries alike."""
-        keys, values = cache.keys(layer), cache.values(layer)
-        out = []
-        for head, own in enumerate(q.view(self.kv_heads, -1, self.head_dim)):
-            k, v = keys[head], values[head]
-            if chosen is not None:
-                k, v = k[chosen[head]], v[chosen[head]]
-            out.append(torch.softmax(own @ k.T * self.head_dim**-0.5, dim=-1) @ v)
-        return torch.cat(out)
+        The steps of all variants go through the model together, layer by layer, since their tokens are known.
+        """
+        new, before, group = len(ids), cache.length, self.heads // self.kv_heads
+        embedded = self.weights["token_embd.weight"][torch.tensor(ids, device=self.device)]
+        x = embedded.repeat(variants, 1)  # [variants * new, hidden]
+        at = torch.arange(before, before + new, device=self.device).repeat(variants)
+        later = torch.ones(new, new, dtype=torch.bool, device=self.device).triu(1)
+        for layer in range(self.layers):
+            q, k, v = (some.unflatten(1, (variants, new)).transpose(0, 1) for some in self._project(layer, x, at))
+            q = q.unflatten(1, (self.kv_heads, group))  # [variants, num_kv_heads, group_size, new, head_dim]
+            old = torch.einsum("bhgsd,htd->bhgst", q, cache.k[layer])
+            own = torch.einsum("bhgsd,bhtd->bhgst", q, k).masked_fill(later, -torch.inf)
+            logits = torch.cat((old, own), -1).float() * self.head_dim**-0.5
+            if choose is not None:
+                seen = choose(layer, LayerStep(q, logits, cache.k[layer], k))
+                logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
+            weights = torch.softmax(logits, dim=-1).to(self.dtype)
+            attended = torch.einsum("bhgst,htd->bhgsd", weights[..., :before], cache.v[layer])
+            attended = attended + torch.einsum("bhgst,bhtd->bhgsd", weights[..., before:], v)
+            x = self._after(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(variants * new, -1))
+        x = x.unflatten(0, (variants, new))
+        return self._logits(x if last is None else x[:, -last:])
 
     def _project(
         self, layer: int, x: torch.Tensor, at: torch.Tensor
@@ -138,8 +164,20 @@ class Llama:
         return x + linear(gate * up, weights[f"blk.{layer}.ffn_down.weight"])
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weights[name]
+        wide = x.float()  # squares of 16 bits may pass their range
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weights[name]
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         head = self.weights.get("output.weight", self.weights["token_embd.weight"])
         return torch.nn.functional.linear(self._norm(x, "output_norm.weight"), head).float()
+
+
+def window_attention(q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Causal weights [num_q_heads, queries, tokens] of queries [num_q_heads, queries, head_dim], those of the last
+    tokens of keys [num_kv_heads, tokens, head_dim]."""
+    grouped = q.unflatten(0, (len(keys), -1)).flatten(1, 2)
+    logits = (grouped @ keys.mT).float().view(*q.shape[:2], -1) * q.shape[-1] ** -0.5
+    queries, tokens = logits.shape[1:]
+    at = torch.arange(tokens, device=q.device)
+    hidden = at > tokens - queries + torch.arange(queries, device=q.device)[:, None]
+    return torch.softmax(logits.masked_fill_(hidden, -torch.inf), dim=-1)

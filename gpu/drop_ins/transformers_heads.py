@@ -85,7 +85,7 @@ class HeadRows:
         everything = own is None or new_tokens == 1
         k_new, v_new = (new.flatten(0, 1) if everything else new[own] for new in (k_new, v_new))
         append_tokens(k_new, v_new, by_head(k_pages), by_head(v_pages), self.table, lens, offsets)
-        self.lens = ends[:, -1].int()
+        self.lens.copy_(ends[:, -1])
         return ends.view(-1, self.num_kv_heads, new_tokens)
 
     def decode(self, query: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *, scale: float | None,
@@ -112,8 +112,12 @@ class HeadRows:
         more = -(-bounds // self.page_size) - self._pages.seq_lens[: len(bounds)] // self.page_size
         grown = np.flatnonzero(more > 0)
         if len(grown):
-            self._pages.extend(grown, more[grown] * self.page_size)
-            self._copy_table()
+            ends = self._pages.extend(grown, more[grown] * self.page_size) // self.page_size + more[grown]
+            lanes = np.repeat(grown, more[grown])
+            columns = np.arange(len(lanes)) - np.repeat(np.cumsum(more[grown]) - ends, more[grown])
+            entries = np.stack([lanes, columns, self._pages.block_table[lanes, columns]])
+            lanes, columns, ids = torch.from_numpy(entries).to(self.table.device, non_blocking=True)
+            self.table[lanes, columns] = ids.int()
         self._bounds = bounds
 
     def _copy_table(self) -> None:

@@ -17,8 +17,8 @@ def across_heads(scores: np.ndarray, total: int, pins: Pins, *, least: int = 0) 
     for head in range(heads):
         forced[head, top_pages(scores[head], min(pages, max(least, int(pins.pinned(pages).sum()))), pins)] = True
     left = max(0, min(total, heads * pages) - int(forced.sum()))
-    order = np.lexsort((np.arange(heads * pages), -scores.reshape(-1), forced.reshape(-1)))
-    forced.reshape(-1)[order[:left]] = True
+    order = np.argsort(-scores.reshape(-1), kind="stable")
+    forced.reshape(-1)[order[~forced.reshape(-1)[order]][:left]] = True
     return [np.flatnonzero(head).astype(np.int32) for head in forced]
 
 

@@ -64,30 +64,43 @@ def kept_pages(method: str, layers: Sequence[Seen], num_kv_heads: int, budget: B
     """
     check_method(method)
     tokens = layers[0].attention.shape[-1]
+    count = budget.pages(-(-tokens // page_size), pins)
+    places = keeps_all(method, tokens, page_size, count)
+    if places is not None:
+        return [[places] * num_kv_heads for _ in layers]
+    scores = [scored_pages(method, seen, num_kv_heads, count, page_size=page_size) for seen in layers]
+    return kept_of_scores(method, scores, count, pins=pins, whole=whole)
+
+
+def keeps_all(method: str, tokens: int, page_size: int, count: int) -> np.ndarray | None:
+    """The places that every head of every layer keeps, where no scores say so: StreamingLLM's, and all of a prompt no
+    longer than the method's window."""
     pages = -(-tokens // page_size)
-    count = budget.pages(pages, pins)
     if method == "streaming_llm":
-        places = streaming_llm.places(pages, count, page_size)
-    elif tokens <= WINDOWS.get(method, 0):
-        places = np.arange(pages, dtype=np.int32)
-    else:
-        return _by_scores(method, layers, num_kv_heads, count, page_size, pins, whole)
-    return [[places] * num_kv_heads for _ in layers]
+        return streaming_llm.places(pages, count, page_size)
+    return np.arange(pages, dtype=np.int32) if tokens <= WINDOWS.get(method, 0) else None
 
 
-def _by_scores(method: str, layers: Sequence[Seen], num_kv_heads: int, count: int, page_size: int, pins: Pins,
-               whole: bool) -> list[list[np.ndarray]]:
-    of_pages = [page_scores(token_scores(method, seen, num_kv_heads, count * page_size), page_size) for seen in layers]
+def scored_pages(method: str, seen: Seen, num_kv_heads: int, count: int, *, page_size: int = 1) -> np.ndarray:
+    """Scores of a layer's pages, [num_kv_heads, pages], of which a head keeps `count` on average. Raises ValueError as
+    token_scores."""
+    return page_scores(token_scores(method, seen, num_kv_heads, count * page_size), page_size)
+
+
+def kept_of_scores(method: str, scores: Sequence[np.ndarray], count: int, *, pins: Pins = Pins(0, 0),  # noqa: B008
+                   whole: bool = False) -> list[list[np.ndarray]]:
+    """What kept_pages gives of the layers' scores [num_kv_heads, pages]."""
+    of_pages, num_kv_heads = list(scores), len(scores[0])
     if whole:
         worst = method in ("defensivekv", "layer_defensivekv")
-        of_pages = [(scores.max(axis=0) if worst else scores.mean(axis=0))[None] for scores in of_pages]
+        of_pages = [(own.max(axis=0) if worst else own.mean(axis=0))[None] for own in of_pages]
     heads = len(of_pages[0])
     if method == "layer_defensivekv":
-        kept = across_layers(of_pages, count * heads * len(layers), pins)
+        kept = across_layers(of_pages, count * heads * len(of_pages), pins)
     elif method == "defensivekv":
-        kept = [across_heads(scores, count * heads, pins) for scores in of_pages]
+        kept = [across_heads(own, count * heads, pins) for own in of_pages]
     elif method == "h2o":
-        kept = [[h2o.places(own, count) for own in scores] for scores in of_pages]
+        kept = [[h2o.places(one, count) for one in own] for own in of_pages]
     else:
-        kept = [[top_pages(own, count, pins) for own in scores] for scores in of_pages]
+        kept = [[top_pages(one, count, pins) for one in own] for own in of_pages]
     return [layer * num_kv_heads for layer in kept] if whole else kept

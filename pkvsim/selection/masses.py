@@ -17,7 +17,10 @@ def pooled(x: np.ndarray, width: int) -> np.ndarray:
     """Means over `width` neighbours (odd) along the last axis, 0 beyond its ends."""
     half = width // 2
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(half, half)])
-    return np.lib.stride_tricks.sliding_window_view(padded, width, axis=-1).mean(axis=-1)
+    total = padded[..., : x.shape[-1]].copy()
+    for at in range(1, width):
+        total += padded[..., at : at + x.shape[-1]]
+    return total / width
 
 
 def page_scores(tokens: np.ndarray, page_size: int) -> np.ndarray:

@@ -54,8 +54,9 @@ class Budget:
 def top_pages(scores: np.ndarray, count: int, pins: Pins) -> np.ndarray:
     """Places of the `count` pages that are taken of a row's, ascending, int32: pinned ones before others, then those of
     the largest scores, of equal ones the first. scores [row_pages]."""
-    order = np.lexsort((np.arange(len(scores)), -np.asarray(scores, np.float64), ~pins.pinned(len(scores))))
-    return np.sort(order[:count]).astype(np.int32)
+    order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    pinned = pins.pinned(len(scores))[order]
+    return np.sort(np.concatenate([order[pinned], order[~pinned]])[:count]).astype(np.int32)
 
 
 def top_share(weights: np.ndarray, share: float, pins: Pins, *, least_pages: int = 0) -> np.ndarray:

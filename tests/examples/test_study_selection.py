@@ -1,15 +1,26 @@
 """examples/study_selection.py on a tiny random Llama: its decode steps, choosers, evictions and tables."""
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 from study import choosers, evictions, judge  # noqa: E402
-from study.llama import Llama  # noqa: E402
+from study.llama import LayerStep, Llama, window_attention  # noqa: E402
 from study.texts import Context, Needle  # noqa: E402
 
-from pkvsim.selection.evictions import METHODS  # noqa: E402
+from pkvsim.reference.selected import tokens_of  # noqa: E402
+from pkvsim.selection import by_name  # noqa: E402
+from pkvsim.selection.evictions import METHODS, Seen, kept_pages  # noqa: E402
+from pkvsim.selection.masses import page_scores  # noqa: E402
+from pkvsim.selection.methods import defensivekv, kascade, streaming_llm, twilight  # noqa: E402
+from pkvsim.selection.rules import Budget, Pins, softmax_mean, top_pages  # noqa: E402
+from pkvsim.selection.summaries import row_summaries  # noqa: E402
+
+METHODS_BY_RULES = ("oracle", "mean_std", "mean_std_8bit", "quest", "quest_softmax", "kascade", "twilight",
+                    "streaming_llm")  # fmt: skip
 
 LAYERS, HEADS, KV_HEADS, DIM, WORDS = 4, 4, 2, 8, 50
 pytestmark = pytest.mark.slow
@@ -38,19 +49,78 @@ def ids(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, WORDS, count).tolist()
 
 
-def test_decode_steps_continue_a_prefill(model) -> None:
+def test_a_block_continues_a_prefill(model) -> None:
     tokens = ids(90)
-    whole, _ = model.prefill(tokens, 0)
-    _, cache = model.prefill(tokens[:80], 10)
-    logits = judge.steps(model, cache, tokens[80:], None)
-    torch.testing.assert_close(logits[-1], whole, atol=1e-4, rtol=1e-4)
-    assert cache.length == 80
+    whole = model.block(tokens[-1:], model.prefill(tokens[:-1]))
+    logits = model.block(tokens[80:], model.prefill(tokens[:80]), variants=2)
+    torch.testing.assert_close(logits[:, -1:], whole.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
+    some = model.block(tokens[80:], model.prefill(tokens[:80]), variants=2, last=3)
+    torch.testing.assert_close(some, logits[:, -3:], atol=1e-4, rtol=1e-4)
+
+
+def rules_pages(method: str, q, keys, count: int, pages: int, lists: dict, layer: int, head: int) -> np.ndarray:
+    """What the rules say of one step's head in NumPy; lists: those of Kascade's last anchor."""
+    pins, scale = Pins(1, 2), DIM**-0.5
+    if method == "streaming_llm":
+        return streaming_llm.places(pages, count, 16)
+    if method == "kascade" and (layer - choosers.DENSE_LAYERS) % choosers.ANCHORS_EVERY:
+        return lists[head]
+    if method in ("oracle", "kascade"):
+        logits = q @ keys.T * scale
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights = (weights / weights.sum(-1, keepdims=True)).mean(0)
+        count = max(count, kascade.budget(16).pages(pages, pins)) if method == "kascade" else count
+        lists[head] = top_pages(page_scores(weights, 16), count, pins)
+        return lists[head]
+    base = {"twilight": "mean_std"}.get(method, method.removesuffix("_8bit").removesuffix("_softmax"))
+    rule = by_name.method(base)
+    found = row_summaries(keys, 16, rule.SUMMARY)
+    if method.endswith("_8bit"):
+        found = choosers.in_8_bits(torch.from_numpy(found)).numpy()
+    logits = rule.logits(q, found, scale)
+    if method == "twilight":
+        first = top_pages(softmax_mean(logits), max(count, pages // 4), pins)
+        return twilight.places(logits, first, pins, pages)
+    scores = softmax_mean(logits) if method.endswith("_softmax") else rule.scores(q, found, scale)
+    return top_pages(scores, count, pins)
+
+
+@pytest.mark.parametrize("tokens", [331, 336, 345])
+def test_pages_are_those_of_the_rules(model, tokens: int) -> None:
+    """Every method and budget at each of a block's tokens, of which the first comes to a page that has room or not."""
+    generator, new = torch.Generator().manual_seed(tokens), 9
+    choices = [choosers.Choice(method, fraction) for method in METHODS_BY_RULES for fraction in (0.05, 0.5)]
+    chooser, count = choosers.PageChooser(choices), len(choices)
+    lists: list[dict] = [{} for _ in range(count * new)]
+    shares = np.zeros((count, 2))
+    for layer in range(5):
+        q = torch.randn(count, KV_HEADS, 2, new, DIM, generator=generator, dtype=torch.float64) * 2
+        keys = torch.randn(KV_HEADS, tokens, DIM, generator=generator, dtype=torch.float64)
+        own = torch.randn(count, KV_HEADS, new, DIM, generator=generator, dtype=torch.float64)
+        everything = torch.cat((keys.expand(count, -1, -1, -1), own), 2)
+        logits = torch.einsum("bhgsd,bhtd->bhgst", q, everything) * DIM**-0.5
+        hidden = torch.arange(tokens + new) > tokens + torch.arange(new)[:, None]
+        seen = chooser(layer, LayerStep(q, logits.masked_fill(hidden, -torch.inf), keys, own)).numpy()
+        if layer < choosers.DENSE_LAYERS:
+            assert seen.all()
+            continue
+        for (at, choice), step in itertools.product(enumerate(choices), range(new)):
+            length = tokens + step + 1
+            pages = -(-length // 16)
+            budget = Budget(choice.fraction, choosers.LEAST_PAGES).pages(pages, Pins(1, 2))
+            for head in range(KV_HEADS):
+                mine = everything[at, head, :length].numpy()
+                want = rules_pages(choice.method, q[at, head, :, step].numpy(), mine, budget, pages,
+                                   lists[at * new + step], layer, head)  # fmt: skip
+                found = np.flatnonzero(seen[at, head, step])
+                assert found.tolist() == tokens_of(want, length, 16).tolist(), (choice, layer, step, head)
+                shares[at] += len(found), length
+    np.testing.assert_allclose(chooser.shares(), shares[:, 0] / shares[:, 1])
 
 
 def test_a_whole_budget_is_dense_and_the_oracle_wins(model) -> None:
     context = Context(ids(700, 1), ids(4, 2))
-    methods = ("oracle", "mean_std", "mean_std_8bit", "quest", "quest_softmax", "kascade", "twilight", "streaming_llm",
-               "random")  # fmt: skip
+    methods = (*METHODS_BY_RULES, "random")
     found = judge.summary(judge.retrieval(model, context, methods, (0.2, 1.0)))
     for method in methods:
         if method != "twilight":  # which reads less than it may
@@ -58,17 +128,42 @@ def test_a_whole_budget_is_dense_and_the_oracle_wins(model) -> None:
     assert found["retrieval", "oracle", 0.2] <= found["retrieval", "random", 0.2]
 
 
-def test_evictions_keep_their_budget(model) -> None:
+def test_evictions_are_those_of_the_rules(model) -> None:
     tokens = ids(200, 3)
-    _, cache = model.prefill(tokens, 4)
+    cache = model.prefill(tokens, masses=True)
+    evicted = evictions.Evictions(model, cache)
+    seen = {}
+    for layer in range(LAYERS):
+        norms = evictions.value_norms(model, cache, layer)
+        plain = defensivekv.projected_norms(cache.v[layer].numpy(), model.output_projection(layer).numpy())
+        np.testing.assert_allclose(norms, plain, rtol=1e-5)
+        seen[layer] = Seen(window_attention(cache.window_q[layer], cache.k[layer]).double().numpy(), norms)
+        assert float(cache.masses[layer].sum(1).sub(200).abs().max()) < 1e-3, "each query gives one in all"
+        last = window_attention(cache.window_q[layer], cache.k[layer])[:, -1]
+        np.testing.assert_allclose(last.sum(-1), 1, rtol=1e-5)
     for method in METHODS:
-        kept = evictions.kept_tokens(method, model, cache, 0.3)
+        kept = evicted.kept(method, 0.3)
         sizes = [len(own) for layer in kept for own in layer]
         assert sum(sizes) == 60 * KV_HEADS * LAYERS, method
         assert all((np.diff(own) > 0).all() and own[-1] < 200 for layer in kept for own in layer)
-    everything = evictions.Kept([[np.arange(200)] * KV_HEADS] * LAYERS, 200, "cpu")
-    dense, other = (judge.steps(model, cache, ids(3, 4), choose)[-1] for choose in (None, everything))
-    assert judge.kl_nats(dense, other) < 1e-6
+        if method != "h2o":
+            want = kept_pages(method, list(seen.values()), KV_HEADS, Budget(0.3, 1))
+            assert [[own.tolist() for own in layer] for layer in kept] == [[own.tolist() for own in layer] for layer in want]
+    everything = evictions.Kept([[[np.arange(200)] * KV_HEADS] * LAYERS], 200, "cpu")
+    dense, other = model.block(ids(3, 4), cache, judge.readers((1, None), (1, everything)), variants=2)
+    assert abs(judge.kl_nats(dense, other)) < 1e-6
+
+
+def test_the_order_is_told_with_its_interval() -> None:
+    def losses(method: str, values: np.ndarray) -> list:
+        return [judge.Finding("eviction", method, 0.2, 9, float(value), 0.2) for value in values]
+
+    rng = np.random.default_rng(0)
+    base = rng.random(40)
+    findings = losses("a", base) + losses("b", base + 0.5 + 0.1 * rng.random(40)) + losses("c", base + rng.normal(0, 1, 40))
+    seen, back, open_ = (judge.order(findings, *pair, 0.2) for pair in (("a", "b"), ("b", "a"), ("a", "c")))
+    assert (seen.verdict, back.verdict, open_.verdict) == ("seen", "refuted", "open")
+    assert seen.wins == 40 and seen.low <= seen.difference <= seen.high < -0.5 and seen.texts == 40
 
 
 def test_tables_show_every_method(model, capsys) -> None:
@@ -77,21 +172,19 @@ def test_tables_show_every_method(model, capsys) -> None:
 
     needle = Needle(ids(150, 5), ids(5, 6), ids(2, 7))
     findings = judge.retrieval(model, Context(ids(150, 8), ids(2, 9)), ("oracle", "quest"), (0.5,))
-    findings += judge.find_needle(model, needle, ("oracle",), ("snapkv", "tova"), (0.5,), (0.5,))
-    for table in study_selection.tables(findings):
+    for _ in range(2):
+        findings += judge.find_needle(model, needle, ("oracle",), ("snapkv", "h2o", "defensivekv"), (0.5,), (0.5, 0.2))
+    assert study_selection.order_table(findings[:18]) is None
+    for table in (*study_selection.tables(findings), study_selection.order_table(findings)):
         table.print(Console(width=150))
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("quest", "snapkv", "tova", "dense", "50 %"))
+    assert all(name in shown for name in ("quest", "snapkv", "h2o", "dense", "50 %", "defensivekv over snapkv"))
     with pytest.raises(SystemExit):
         study_selection.parse_args(["--shortest", "9000", "--longest", "100"])
 
 
-def test_choosers_summarise_as_the_rules_do() -> None:
-    from pkvsim.selection.summaries import row_summaries
+def test_jobs_take_turns_and_keep_to_their_minutes() -> None:
+    import study_selection
 
-    keys = torch.randn(2, 37, 8, dtype=torch.float64)
-    for kind in ("mean_std", "min_max"):
-        found = choosers.summarize(keys, 16, kind)
-        for head in range(2):
-            np.testing.assert_allclose(found[head].numpy(), row_summaries(keys[head].numpy(), 16, kind), atol=1e-12)
-        assert float((choosers.in_8_bits(found) - found).abs().max()) <= float(found.abs().max()) / 127
+    jobs = study_selection.interleaved([1, 2, 3, 4], [-1, -2], seed=0)
+    assert sorted(jobs) == [-2, -1, 1, 2, 3, 4] and [job > 0 for job in jobs] == [True, False, True, False, True, True]

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("support", "gpu/engine")]
 
 from pkvsim import AttentionOptions, DecodeShape  # noqa: E402
 from pkvsim.kv_types import KV_DTYPES, KV_SCALES  # noqa: E402
+from pkvsim.selection.by_name import BY_SUMMARIES  # noqa: E402
 
 SHAPE = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=16)
 LENS = (0, 1, 700, 33, 2100)
@@ -35,6 +36,13 @@ OPTIONS = {
     "query tokens under a window": AttentionOptions(query_tokens=5, window=20),
 }
 FORMS = ("block table", "csr and lengths", "csr and last pages")
+# Lists, and the masses of pages: one kernel variant of each width, type and kind of team.
+SELECTED = {
+    "selected": {}, "selected, page size 1": {"page_size": 1, "head_dim": 64}, "selected, head_dim 256": {"head_dim": 256},
+    "selected, 2 query tokens": {"query_tokens": 2}, "selected, sinks": {"sinks": True},
+    "selected, int8 by token": {"kv_dtype": "int8", "kv_scales": "token"},
+}
+PAGE_LSE = {"page_lse": {}, "page_lse, page size 64": {"page_size": 64}, "page_lse, 2 query tokens": {"query_tokens": 2}}
 APPEND_TYPES = (None, *KV_DTYPES)
 APPEND_ROPES = (None, "half", "interleaved")
 
@@ -150,6 +158,96 @@ def grouped_replays() -> None:
             check(out, lse, case, dtype="float16")
 
 
+def selected(page_size: int = 16, head_dim: int = 128, **options: object) -> None:
+    """Ragged lists, some of them empty, among rows that are."""
+    from selected_cases import GpuStep, assert_selected
+
+    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, head_dim, page_size)
+    step = GpuStep(shape, "float16", AttentionOptions(**options), LENS, seed=1)
+    for _ in range(2):  # the workspace is left clean
+        assert_selected(step.run(selected=step.lists), step.expected(), "float16")
+
+
+def with_page_lse(page_size: int = 16, **options: object) -> None:
+    """The masses of a dense step's pages and of a listed one's, whose results stay what they were."""
+    import torch
+    from selected_cases import GpuStep, assert_selected
+
+    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, SHAPE.head_dim, page_size)
+    step = GpuStep(shape, "float16", AttentionOptions(**options), LENS, seed=2)
+    inner = (shape.group_size,) if step.q.dim() == 3 else (step.q.shape[1], shape.group_size)
+    for lists in (None, step.lists):
+        tiles = -(-max(LENS) // 16) if lists is None else lists.pages.shape[2] * (page_size // 16)
+        masses = torch.full((len(LENS), shape.num_kv_heads, tiles, *inner), float("-inf"), device="cuda")
+        found = step.run(selected=lists, page_lse=masses)
+        if lists is None:
+            assert all((a == b).all() for a, b in zip(found, step.run(selected=None)))
+        else:
+            assert_selected(found, step.expected(), "float16")
+        assert bool((masses > float("-inf")).any()) and not bool(masses.isnan().any())
+
+
+def summarized(kind: str, layout: str) -> None:
+    """Summaries of whole rows, then of the pages that new tokens touched."""
+    import numpy as np
+    from test_gpu_page_selection import Pool
+
+    from gpu import PageSummaries
+    from pkvsim.selection.summaries import row_summaries
+
+    pool = Pool(SHAPE, "float16", LENS, seed=3)
+    pages = pool.k if layout == "HND" else pool.k.transpose(1, 2).contiguous()
+    summaries = PageSummaries(SHAPE, pages, kind=kind, layout=layout)
+    for new_tokens in (None, 20):
+        summaries.update(pages, *pool.on_gpu, new_tokens=new_tokens)
+    for row in (2, 4):
+        want = row_summaries(pool.keys(row, 1), SHAPE.page_size, kind)
+        got = summaries.array[pool.table[row, : len(want)].astype(np.int64), 1].cpu().numpy()
+        np.testing.assert_allclose(got, want, atol=4e-3, rtol=2e-3)
+
+
+def selecting(method: str | None, head_dim: int = 128) -> None:
+    """A step's lists by summaries or given scores, of short rows and of one that several CTAs score."""
+    import torch
+    from test_gpu_page_selection import Pool
+
+    from gpu import PageSelector, PageSummaries
+
+    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, head_dim, 16)
+    pool = Pool(shape, "float16", (*LENS, 20000), seed=4)
+    selector = PageSelector(shape, "float16", method)
+    selector.plan(*pool.on_gpu)
+    if method is None:
+        scores = torch.rand(len(pool.lens), shape.num_kv_heads, pool.table.shape[1], device="cuda")
+        given, more = (None,), {"scores": scores}
+    else:
+        summaries = PageSummaries(shape, pool.k, kind=selector.summary)
+        summaries.update(pool.k, *pool.on_gpu)
+        given, more = (pool.q, summaries), {}
+    for _ in range(2):  # tickets are left clean
+        pages, counts = (array.cpu().numpy() for array in selector.select(*given, **more))
+        for row, length in enumerate(pool.lens.tolist()):
+            count = selector.budget.pages(-(-length // 16), selector.pins)
+            assert (counts[row] == count).all()
+            assert (pages[row, :, 1:count] > pages[row, :, : max(0, count - 1)]).all()
+
+
+def evicting(per_head: bool) -> None:
+    """Selection, eviction and growth in turn, of whole pages or of pages of one head."""
+    from evicting_rows import EvictingRows
+
+    pool = EvictingRows(per_head=per_head, layers=2 if per_head else 1)
+    pool.begin()
+    for row, count in enumerate((100, 70)):
+        pool.open(row)
+        pool.grow(row, count, seed=row)
+    for turn in range(3):
+        pool.select(seed=turn, evict=turn % 2)
+        pool.evict(turn % 2, "h2o", seed=turn)
+        pool.grow(turn % 2, 30, seed=turn)
+        pool.decode(seed=turn)
+
+
 def flash_attention() -> None:
     """New tokens rotated, written and attended by FlashAttention's function, among rows that are none."""
     import torch
@@ -224,6 +322,14 @@ def checks() -> dict[str, Callable[[], None]]:
     found |= {f"{ranks} ranks, by {owner}": partial(over_ranks, ranks, owner)
               for ranks, owner in ((2, "head"), (3, "row"), (2, "all"))}
     found["groups found in a graph"] = partial(grouped_replays)
+    found |= {name: partial(selected, **options) for name, options in SELECTED.items()}
+    found |= {name: partial(with_page_lse, **options) for name, options in PAGE_LSE.items()}
+    found |= {f"summaries {kind} {layout}": partial(summarized, kind, layout)
+              for kind, layout in (("mean_std", "HND"), ("min_max", "NHD"))}
+    found |= {f"select by {method or 'given scores'}": partial(selecting, method)
+              for method in (*BY_SUMMARIES, None)}
+    found["select by mean_std, head_dim 64"] = partial(selecting, "mean_std", 64)
+    found |= {f"evict {what}": partial(evicting, what == "heads") for what in ("pages", "heads")}
     found["flash_attn_with_kvcache"] = partial(flash_attention)
     found["groups told, head_dim 64"] = partial(grouped, "told", 64, 8)
     found |= {f"{kv_dtype} by {kv_scales}": partial(with_cache, kv_dtype, kv_scales)

@@ -1,9 +1,12 @@
 """tests/gpu/sanitize.py as far as no GPU is needed: its options, and that it lists what kernels are compiled for."""
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -11,6 +14,8 @@ from paths import ROOT
 from gpu.cache.append_variant import CACHE_TYPES  # noqa: E402
 from gpu.kernels.variant import HEAD_DIMS  # noqa: E402
 from pkvsim.reference.rope import ROPE_STYLES  # noqa: E402
+from pkvsim.selection.by_name import BY_SUMMARIES  # noqa: E402
+from pkvsim.selection.summaries import SUMMARIES  # noqa: E402
 from tests.gpu import sanitize
 
 
@@ -21,6 +26,9 @@ def test_the_list_covers_every_variant() -> None:
     assert set(sanitize.APPEND_ROPES) == {None, *ROPE_STYLES}
     assert {form + ids for form in sanitize.FORMS for ids in ("", ", int64")} <= set(names)
     assert set(sanitize.SCHEDULES) | {"sinks", "soft cap", "window", "NHD", "page size 1"} <= set(names)
+    assert {"selected", "page_lse", "evict pages", "evict heads"} <= set(names)
+    assert {f"select by {method}" for method in (*BY_SUMMARIES, "given scores")} <= set(names)
+    assert all(any(name.startswith(f"summaries {kind}") for name in names) for kind in SUMMARIES)
     listed = " ".join(names)
     assert all(str(dim) in listed for dim in HEAD_DIMS if dim != sanitize.SHAPE.head_dim)
 
@@ -28,6 +36,12 @@ def test_the_list_covers_every_variant() -> None:
 def test_every_check_is_called_as_it_can_be() -> None:
     for check in sanitize.checks().values():
         inspect.signature(check.func).bind(*check.args, **check.keywords)
+
+
+def test_what_the_checks_import_is_found() -> None:
+    named = set(re.findall(r"^    (?:from|import) (\w+)", Path(sanitize.__file__).read_text(), re.MULTILINE))
+    assert {"test_gpu_options", "selected_cases", "evicting_rows"} <= named
+    assert all(importlib.util.find_spec(name) for name in named - {"torch", "cupy"})
 
 
 def test_options(capsys: pytest.CaptureFixture) -> None:
