@@ -59,6 +59,8 @@ class StepCosts(NamedTuple):
     chunk_step_us: float
     eager_us: float
     wake_factor: float
+    token_us: float
+    token_place_us: float
     heap: np.ndarray  # [num_sms] float64, scratch
     lens: np.ndarray  # [B] int64, scratch
 
@@ -129,6 +131,8 @@ def step_costs(
         chunk_step_us=float(c.chunk_step_us),
         eager_us=float(model.num_layers * c.eager_layer_us),
         wake_factor=float(c.wake_factor),
+        token_us=float(c.token_us),
+        token_place_us=float(c.token_place_us),
         heap=np.zeros(device.num_sms),
         lens=np.zeros(max_batch, np.int64),
     )

@@ -19,6 +19,7 @@ from pkvsim.serving.state import (
     CLOCK,
     DECODE_ROWS,
     DECODE_STEPS,
+    DELIVERED,
     DURATION,
     FOLLOWING,
     GAP_BINS,
@@ -72,7 +73,7 @@ def advance(
                 next_work_us(state, clock[CLOCK])
             # A call with the whole state costs as much as a small step's scheduling.
             if counts[NUM_BEGINNING] or counts[NUM_LEAVING]:
-                finish_step(requests, limits, state, clock[CLOCK])
+                finish_step(requests, limits, state, clock[DELIVERED])
             log.counts[PLANNED] = 0
         if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= clock[CLOCK]):
             ready_us = next_work_us(state, clock[CLOCK])
@@ -172,13 +173,30 @@ def _run_step(requests, limits, attention, costs, state, log):
     if route >= 0:
         log.log_routes[entry, route] += 1
         log.route_steps[route] += 1
+    late_us = max(0.0, clock[DELIVERED] - clock[CLOCK])
     clock[CLOCK] += duration_us
-    clock[BUSY_UNTIL] = clock[CLOCK]
-    _count_gaps(limits, state, log, duration_us, rows)
+    clock[BUSY_UNTIL] = clock[DELIVERED] = clock[CLOCK]
+    if costs.token_us > 0:
+        _deliver(costs, state, clock, late_us - duration_us, rows)
+        late_us -= clock[DELIVERED] - clock[CLOCK]
+    _count_gaps(limits, state, log, duration_us - late_us, rows)
     log.counts[PLANNED] = 1
     log.counts[FOLLOWING] = 0
     log.counts[DECODE_STEPS] += rows > 0
     log.counts[STEPS] += 1
+
+
+@inner
+def _deliver(costs, state, clock, late_us, decode_rows):
+    """Hands the tokens of a step that ended at the clock's time to their clients, through one process that was busy for
+    late_us longer."""
+    us = costs.token_us * decode_rows
+    for at in range(decode_rows):
+        us += costs.token_place_us * state.generated[state.decoding[at]]
+    for at in range(state.counts[NUM_CHUNKS]):
+        if state.chunk_begin[at] + state.chunk_tokens[at] == state.target[state.chunk_request[at]]:
+            us += costs.token_us
+    clock[DELIVERED] += max(0.0, late_us) + us
 
 
 @merged
