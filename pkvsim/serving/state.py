@@ -92,6 +92,11 @@ class Limits(NamedTuple):
     by_chunk: bool = False  # an admission asks for the pages of the coming chunk, not of the whole prompt
     reserve_output: float = 0.0  # of the tokens still to come, for which an admission takes pages as well
     mixes: bool = True  # False: rows do not decode in a step that computes prompts
+    query_tokens: int = 1  # of a row that decodes: one, and the drafts that the step checks
+    acceptance: float = 0.0  # probability that a draft is accepted where those before it were
+    draft_cost: float = 0.0  # time of drafting one token for all rows, as a part of their step without drafts
+    draft_seed: int = 0
+    state_pages: int = 0  # that a running request's recurrent states take, beside those of its tokens
 
 
 class Clients(NamedTuple):
