@@ -72,6 +72,8 @@ def whatif(
           --order continuum --replicas 2 --router prefix --requests-csv runs.csv
       pkvsim whatif --trace requests.csv --device h200 --engine vllm \\
           --policies engine,balanced
+      pkvsim whatif --trace requests.csv --device h200 --model llama-3.1-70b \\
+          --query-tokens 4 --acceptance 0.7 --draft-cost 0.05
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --tier host:256GiB:50 --tier disk:2TiB:7
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
@@ -108,7 +110,7 @@ def whatif(
 
             check_report_path(report_file)
         spec = get_device(device)
-        config = replace(server.config(), tiers=tiers.setup(spec))
+        config = replace(server.config(), tiers=tiers.setup(spec), draft_seed=source.seed)
         chosen, notes = load_model(model, server.weight_bits, server.tensor_parallel, spec, config)
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
@@ -119,6 +121,8 @@ def whatif(
                     raise ValueError(f"{option}: expected None with --lend, got {given}")
             if config.select is not None:
                 raise ValueError(f"select: expected None with --lend, got {server.select}")
+            if config.query_tokens > 1:
+                raise ValueError(f"query_tokens: expected 1 with --lend, got {config.query_tokens}")
             from pkvsim.commands.several.lend import whatif_lend
 
             with progress_bar(not as_json, "requests") as progress:

@@ -56,6 +56,9 @@ class OutsideConstants:
     chunk_step_us: float = 0.0  # of a step with a prefill chunk, which no whole graph covers
     eager_layer_us: float = 450.0  # host time to issue a layer without a graph, which the GPU cannot be ahead of
     wake_factor: float = 1.0  # time of the first step of a server that was idle, over that of the same step later
+    # The one process that hands every token to its client, where an engine has no more than one.
+    token_us: float = 0.0  # of every token
+    token_place_us: float = 0.0  # further, for every token of the same answer before it, where all are handed on again
     # All-reduce: pkvsim.outside.communication.
     all_reduce_us: float = 8.0  # between two GPUs
     all_reduce_rank_us: float = 1.0  # for every further GPU

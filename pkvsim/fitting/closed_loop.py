@@ -19,7 +19,8 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
     kv_tokens: room of the cache. A request is admitted where its prompt, and reserve_output of its output, find room
     beside what the running hold or reserve; where the cache is full all the same, the latest gives way and is computed
     again. steps_in_flight: 2 where what comes while a step runs waits for the next but one. mixes: False where rows do
-    not decode in a step that computes prompts.
+    not decode in a step that computes prompts. A token reaches its client once the process that streams them has had
+    its time for it (costs.token_us), one after the other.
     """
     n = len(prompts)
     cached, target = np.zeros(n, np.int64), prompts.copy()
@@ -32,7 +33,7 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
     owners, mine = np.zeros(clients, np.int64), np.zeros(n, np.bool_)
     sent = min(clients, n)
     admitted, rows, away, done, step = 0, 0, 0, 0, 0
-    room, now, heat = kv_tokens, 0.0, 0.0
+    room, now, heat, delivered = kv_tokens, 0.0, 0.0, 0.0
     while done < n:
         decoding, steps = 0, 1 << 40
         for at in range(rows):
@@ -48,11 +49,12 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
             preempted[away] = request
             away += 1
             gave_way = True
-        decoding = 0
+        decoding, answered = 0, 0
         for at in range(rows):
             request = running[at]
             if cached[request] >= target[request]:
                 lens[decoding] = cached[request] + 1
+                answered += outputs[request] - left[request]
                 decoding += 1
                 steps = min(steps, left[request])
         budget, count, waits = step_tokens - decoding, 0, False
@@ -63,8 +65,14 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
                 chunks[count] = min(budget, target[request] - cached[request])
                 budget -= chunks[count]
                 count += 1
+        if rows == 0 and away == 0:
+            now = max(now, sent_us[admitted])
+        sent_next = np.inf
         while (away > 0 or admitted < sent) and budget > 0 and rows < clients and not gave_way:
             request = preempted[away - 1] if away > 0 else admitted
+            if sent_us[request] > now:
+                sent_next = sent_us[request]
+                break
             need = target[request] + int(reserve_output * left[request])
             # One that gave way comes back when the others have a page each to grow into, or it would soon go again.
             if need + (16 * rows if away > 0 else 0) > room and rows > 0:
@@ -90,16 +98,26 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
             steps = max(1, min(steps, room // decoding))
         if count > 0 and not mixes:
             budget += decoding
-            decoding = 0
+            decoding, answered = 0, 0
         lens[:decoding] = np.sort(lens[:decoding])[::-1] + (steps - 1) // 2
         warm = heat / costs.boost_us if costs.boost_us > 0 else 1.0
         us = step_parts(costs, lens[:decoding], begins[:count], chunks[:count], decoding + count, 0.0, warm, parts)
         heat = heated(costs, heat, step_tokens - budget, us)
-        now += steps * us
-        step += steps
+        if steps > 1 and sent_next < np.inf:
+            steps = max(1, min(steps, int(np.ceil((sent_next - now) / us))))
+        tokens = decoding
         for at in range(count):
             cached[owners[at]] += chunks[at]
             mine[owners[at]] = True
+            tokens += cached[owners[at]] == target[owners[at]]
+        each_us = costs.token_us
+        if decoding > 0:
+            each_us += costs.token_place_us * (answered / decoding + (steps - 1) / 2)
+        # Either the process that streams tokens falls behind from the first of these steps on, or it waits for each.
+        behind_us = max(delivered, now + us) + steps * tokens * each_us
+        now += steps * us
+        delivered = max(behind_us, now + tokens * each_us)
+        step += steps
         kept = 0
         for at in range(rows):
             request = running[at]
@@ -117,17 +135,17 @@ def closed_loop(costs, prompts, outputs, clients, step_tokens, kv_tokens, reserv
             elif cached[request] == target[request]:
                 left[request] -= 1
                 if np.isnan(first_us[request]):
-                    first_us[request] = now
+                    first_us[request] = delivered
             mine[request] = False
             if left[request] > 0:
                 running[kept] = request
                 kept += 1
                 continue
-            tpot[request] = (now - first_us[request]) / max(1, outputs[request] - 1)
+            tpot[request] = (delivered - first_us[request]) / max(1, outputs[request] - 1)
             room += held[request]
             done += 1
             if sent < n:
-                sent_us[sent] = now
+                sent_us[sent] = delivered
                 ready_step[sent] = step + steps_in_flight - 1
                 sent += 1
         rows = kept

@@ -11,6 +11,7 @@ from pkvsim.devices.outside_constants import OutsideConstants, OutsideEntry
 from pkvsim.devices.route_model import FitError
 from pkvsim.fitting.serving_points import ServingPoint, price_points
 from pkvsim.outside.derive import outside_entry
+from pkvsim.outside.engine_profile import get_profile
 
 # What serving points can tell apart; the other constants stay as they were. The spread is how far, as a factor, a
 # constant is expected to lie from its start, which keeps those that a table says little of near it.
@@ -19,13 +20,17 @@ SPREADS = {
     "attention_share": 1.5, "decode_share": 1.15, "kernel_us": 1.8, "step_us": 3.0, "row_us": 3.0,
     "chunk_step_us": 5.0, "all_reduce_us": 2.0, "all_reduce_rank_us": 3.0, "all_reduce_share": 1.5,
 }  # fmt: skip
+STREAM_SPREADS = {"token_us": 3.0, "token_place_us": 3.0}  # where one process hands on all tokens
 RATE_SPREAD = 1.6  # of the share of the rate that the points' precision runs at
-TTFT_WEIGHT = 0.45  # of a TTFT's error beside a TPOT's
+TTFT_WEIGHT = 0.7  # of a TTFT's error beside a TPOT's
 PRIOR_WEIGHT = 0.05  # error that a constant one spread away from its start counts as, times the square root of points
 LOSS_SCALE = 0.08  # error beyond which points count as outliers
 LEAST_POINTS = 12
 LEAST_BAND, BAND_OF_MEAN = 10.0, 2.5  # percent; nine of ten errors lie within this many times their mean
-NOT_ZERO = {"half_rate_tokens": 16.0, "narrow_us": 1.0, "chunk_step_us": 500.0, "step_us": 100.0, "row_us": 1.0}
+NOT_ZERO = {
+    "half_rate_tokens": 16.0, "narrow_us": 1.0, "chunk_step_us": 500.0, "step_us": 100.0, "row_us": 1.0,
+    "token_us": 25.0, "token_place_us": 0.03,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ def fit_constants(
     if len(points) < LEAST_POINTS:
         raise ValueError(f"points: expected at least {LEAST_POINTS}, got {len(points)}")
     spreads = dict(SPREADS)
+    if get_profile(points[0].engine).one_streamer:
+        spreads |= STREAM_SPREADS
     spreads["fp8_share" if points[0].precision == "fp8" else "matrix_share"] = RATE_SPREAD
     if all(point.tensor_parallel == 1 for point in points):
         spreads = {name: spread for name, spread in spreads.items() if not name.startswith("all_reduce")}

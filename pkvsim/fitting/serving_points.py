@@ -28,7 +28,11 @@ COLUMNS = (
 )  # fmt: skip
 DEVICE_NAMES = {"h200_sxm": "h200", "h100_sxm": "h100_sxm", "b200_sxm": "b200", "l40s": "l40s", "a100_sxm": "a100_80gb"}
 LEAST_SHARE = 0.8  # InferenceX draws lengths evenly from 0.8 of the nominal one up to it
-STEP_TOKENS, MEMORY_FRACTION, WORKSPACE_GIB = 8192, 0.9, 2.0  # of the runs, by their README
+MEMORY_FRACTION, WORKSPACE_GIB = 0.9, 2.0  # of the runs, by their README
+STEP_TOKENS = 8192
+# Nothing says how SGLang's runs were set. Its max_prefill_tokens is 16,384 by default, which half of the points predict
+# the other half with; its chunked_prefill_size of 8,192 does so half as well.
+ENGINE_STEP_TOKENS = {"sglang": 16384}
 REQUESTS_PER_CLIENT, MOST_REQUESTS = 10, 2048
 STARTUP_TTFT_MS = 5000.0  # beyond: start-up, or a queue for a full cache
 
@@ -122,7 +126,7 @@ def price_points(
         if key not in costs:
             model = point_model(point)
             tables = step_costs(
-                model, device, constants, profile, step_tokens=STEP_TOKENS,
+                model, device, constants, profile, step_tokens=ENGINE_STEP_TOKENS.get(point.engine, STEP_TOKENS),
                 max_batch=max(p.clients for p in points),
             )  # fmt: skip
             costs[key] = tables, cache_tokens(model, device)
@@ -147,7 +151,8 @@ def _run(point: ServingPoint, profile: EngineProfile, tables: StepCosts, room: i
         for most in (point.prompt, point.output)
     ]
     ttft_us, tpot_us = closed_loop(
-        tables, lengths[0], lengths[1], point.clients, STEP_TOKENS, room, profile.reserve_output,
+        tables, lengths[0], lengths[1], point.clients,
+        ENGINE_STEP_TOKENS.get(point.engine, STEP_TOKENS), room, profile.reserve_output,
         profile.steps_in_flight, profile.mixes,
     )  # fmt: skip
     return ttft_us / 1e3 + profile.queue_ms + profile.output_ms, tpot_us / 1e3

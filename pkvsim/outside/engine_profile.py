@@ -21,6 +21,7 @@ class EngineProfile:
     steps_in_flight: int = 1  # 2: step k + 1 is planned when step k starts, so that what comes then waits for k + 2
     mixes: bool = True  # False: rows do not decode in a step that computes prompts
     queue_ms: float = 0.0  # between a request's submission and the scheduler's queue
+    one_streamer: bool = False  # every token goes through one process, whose time for each is a fitted constant
     output_ms: float = 0.0  # between a step's end and its tokens at the client
     attention: str = "policy"  # decode attention: "policy" by our routes, "flash" by the engine's own kernel
     admission: str = WHOLE_PROMPT  # pages free for the whole prompt, or for the chunk that is about to run
@@ -77,8 +78,9 @@ PROFILES = {
     ),
     "sglang": EngineProfile(
         name="sglang", constants="sglang", graph_sizes=VLLM_GRAPHS, steps_in_flight=2, attention="flash",
-        reserve_output=0.5,
-        source="graphs assumed to be as vLLM's; its overlap scheduler plans a step ahead as well",
+        reserve_output=0.5, one_streamer=True,
+        source="graphs assumed to be as vLLM's; its overlap scheduler plans a step ahead as well; one TokenizerManager "
+        "hands on all tokens (github.com/sgl-project/sglang/issues/6553, 2025-05-23)",
     ),
     "trtllm": EngineProfile(
         name="trtllm", constants="trtllm", graph_sizes=VLLM_GRAPHS, attention="flash", reserve_output=1.0,

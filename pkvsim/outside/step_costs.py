@@ -19,9 +19,9 @@ from pkvsim.outside.pairs import KIND_CODES, chunk_pairs, entries_read, index_pa
 
 # Parts of a step's time, in the order of what step_parts fills.
 PARTS = (
-    "matrices", "elementwise", "all_reduce", "head", "prefill_attention", "decode_attention", "host",
+    "matrices", "elementwise", "all_reduce", "head", "prefill_attention", "decode_attention", "host", "drafts",
 )  # fmt: skip
-MATRICES, ELEMENTWISE, ALL_REDUCE, HEAD, PREFILL_ATTENTION, DECODE_ATTENTION, HOST = range(len(PARTS))
+MATRICES, ELEMENTWISE, ALL_REDUCE, HEAD, PREFILL_ATTENTION, DECODE_ATTENTION, HOST, DRAFTS = range(len(PARTS))
 HEAT_SHARE = 1.1  # sustained over cool time, above which a step heats the GPU
 UNBOUNDED = 1 << 40
 
@@ -59,6 +59,9 @@ class StepCosts(NamedTuple):
     chunk_step_us: float
     eager_us: float
     wake_factor: float
+    query_tokens: int  # of every row that decodes
+    token_us: float
+    token_place_us: float
     heap: np.ndarray  # [num_sms] float64, scratch
     lens: np.ndarray  # [B] int64, scratch
 
@@ -71,13 +74,14 @@ def step_costs(
     *,
     step_tokens: int,
     max_batch: int,
+    query_tokens: int = 1,
     kv_element_bytes: float = 2,
 ) -> StepCosts:
-    """Tables for steps of up to step_tokens tokens and max_batch rows. Raises ValueError where the GPU has no rate of
-    the model's products."""
+    """Tables for steps of up to step_tokens tokens and max_batch rows of query_tokens each. Raises ValueError where
+    the GPU has no rate of the model's products."""
     c = constants
     tokens = np.arange(step_tokens + 1)
-    rows = np.arange(max_batch + 1)
+    rows = np.arange(max_batch * query_tokens + 1)
     warm, cool = (
         sum(
             count * layer_matrices_us(tokens, model, layer, device, used)
@@ -129,6 +133,9 @@ def step_costs(
         chunk_step_us=float(c.chunk_step_us),
         eager_us=float(model.num_layers * c.eager_layer_us),
         wake_factor=float(c.wake_factor),
+        query_tokens=int(query_tokens),
+        token_us=float(c.token_us),
+        token_place_us=float(c.token_place_us),
         heap=np.zeros(device.num_sms),
         lens=np.zeros(max_batch, np.int64),
     )
@@ -192,11 +199,11 @@ def decode_attention_us(costs, lens, mixed):
             entries += read
             longest = max(longest, read)
         moved = entries * costs.entry_bytes[k] + count * costs.state[k, 0]
-        flops = entries * costs.entry_flops[k, 0] + count * costs.state[k, 1]
+        flops = costs.query_tokens * (entries * costs.entry_flops[k, 0] + count * costs.state[k, 1])
         if costs.index_keys[k, 1] > 0:
             for row in range(count):
                 moved += lens[row] // per_entry * costs.index_keys[k, 0]
-                flops += lens[row] // per_entry * costs.index_keys[k, 1]
+                flops += costs.query_tokens * (lens[row] // per_entry * costs.index_keys[k, 1])
         if mixed:
             head_bytes = longest * costs.entry_bytes[k] / costs.heads[k]
             layer_us = moved / (costs.mixed_gb_s * 1e3) + head_bytes / (costs.mixed_cta_gb_s * 1e3)
@@ -205,6 +212,8 @@ def decode_attention_us(costs, lens, mixed):
                 costs.lens[:count], costs.heads[k], costs.entry_bytes[k] / costs.heads[k], costs.num_sms,
                 costs.decode_gb_s, costs.decode_cta_gb_s, costs.heap,
             )
+            if costs.query_tokens > 1:
+                layer_us = max(layer_us, flops / costs.attention_flop_us)
         else:
             layer_us = costs.decode_us + moved / (costs.decode_gb_s * 1e3)
             layer_us = max(layer_us, flops / costs.attention_flop_us)
@@ -218,10 +227,11 @@ def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
 
     lens [rows] int64: tokens that the rows which decode attend to, longest first. begins, chunks [prompts] int64:
     first token and tokens of each prompt's chunk. logits: tokens that need the LM head, the decoding rows' included.
+    A row that decodes brings costs.query_tokens tokens. parts[DRAFTS] is the caller's, who knows what drafting costs.
     routed_us: decode attention of the layers that the caller prices (costs.routed). warm: from 0, a GPU that was not
     busy, to 1 (heated).
     """
-    rows, tokens = len(lens), len(lens)
+    rows, tokens = len(lens), len(lens) * costs.query_tokens
     prefill_us = 0.0
     for at in range(len(chunks)):
         tokens += chunks[at]
@@ -248,11 +258,11 @@ def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
 
 
 @merged
-def rest_us(costs, rows, warm):
-    """A step of `rows` decoding rows alone, without their attention."""
-    computed = min(costs.padded[rows], costs.layer_us.shape[1] - 1) if rows <= costs.most_graph_tokens else rows
+def rest_us(costs, rows, tokens, warm):
+    """A step of `rows` decoding rows of `tokens` tokens alone, without their attention."""
+    computed = min(costs.padded[tokens], costs.layer_us.shape[1] - 1) if tokens <= costs.most_graph_tokens else tokens
     us = costs.cool_matrices_us[computed] * (1 - warm) + costs.layer_us[0, computed] * warm
-    us += costs.layer_us[1, computed] + costs.layer_us[2, computed] + costs.head_us[min(rows, len(costs.head_us) - 1)]
+    us += costs.layer_us[1, computed] + costs.layer_us[2, computed] + costs.head_us[min(tokens, len(costs.head_us) - 1)]
     return us + costs.step_us + costs.row_us * rows
 
 

@@ -30,10 +30,10 @@ from pkvsim.serving.state import DECODE_STEPS, SAMPLE_STRIDE, SAMPLES, SAMPLES_U
 
 
 @merged
-def fill_lens(state, log, rows):
-    """The tokens that each row that decodes attends to, longest first, into log.lens."""
+def fill_lens(state, log, rows, query_tokens):
+    """The tokens that each row that decodes attends to, its own of the step included, longest first, into log.lens."""
     for at in range(rows):
-        log.lens[at] = state.cached[state.decoding[at]] + 1
+        log.lens[at] = state.cached[state.decoding[at]] + query_tokens
 
 
 @merged

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
 from pkvsim.devices.route_options import asked
 from pkvsim.models.decode_groups import DecodeGroup, decode_groups
-from pkvsim.models.model_costs import KV_ELEMENT_BYTES
+from pkvsim.models.model_costs import KV_ELEMENT_BYTES, active_weights, mtp_weights, state_bytes
 from pkvsim.models.model_spec import CHUNKED, FULL, describe_attention
 from pkvsim.models.presets import ModelSpec, kv_bytes_per_token, weight_bytes
 from pkvsim.options import AttentionOptions
@@ -89,6 +89,39 @@ def cache_bytes_per_token(model: ModelSpec, config: ServingConfig) -> float:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class DraftCost:
+    """What drafting one token for all rows takes, as a part of their step without drafts, and how that is known."""
+
+    part: float
+    basis: str  # of pkvsim.studies.provenance.BASES
+    source: str
+    weight_bytes: float = 0.0  # loaded for it on one GPU
+
+
+def draft_cost(model: ModelSpec, config: ServingConfig) -> DraftCost:
+    """As it is given, or by the bytes of one prediction head and the LM head beside those of a token's way through the
+    model, which is what bounds small batches; nothing where the model has no heads, as with prompt lookup."""
+    if config.query_tokens == 1:
+        return DraftCost(0.0, "computed", "no drafts")
+    loaded = mtp_weights(model).bytes if model.mtp_layers else 0.0
+    if config.draft_cost is not None:
+        return DraftCost(config.draft_cost, "assumed", "given")
+    if not model.mtp_layers:
+        return DraftCost(0.0, "assumed", "no prediction heads and no cost given: drafts for nothing, as prompt lookup")
+    head = loaded / len(model.mtp_layers) + model.lm_head.bytes
+    return DraftCost(
+        head / active_weights(model).bytes, "assumed",
+        "bytes of a prediction head, all its experts, and the LM head over those that a token passes through", loaded,
+    )  # fmt: skip
+
+
+def state_pages(model: ModelSpec, config: ServingConfig) -> int:
+    """KV pages that the recurrent and convolution states of a running request take the room of."""
+    page_bytes = cache_bytes_per_token(model, config) * config.page_size
+    return int(-(-state_bytes(model) // page_bytes)) if page_bytes else 0
+
+
 def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> int:
     """KV pages of the whole model, summaries beside them where pages are selected, on all GPUs of a server. ValueError
     where weights and workspace leave none."""
@@ -106,10 +139,11 @@ def page_budget(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> 
                 f"of the {device.memory_gib:g} of {device.name}, got {config.kv_gib:g}"
             )
         return config.kv_parallel * int(config.kv_gib * GIB // page_bytes)
-    left = device.memory_gib * config.memory_fraction * GIB - weight_bytes(model) - config.profile.workspace_gib * GIB
+    weights = weight_bytes(model) + draft_cost(model, config).weight_bytes
+    left = device.memory_gib * config.memory_fraction * GIB - weights - config.profile.workspace_gib * GIB
     if left < page_bytes:
         raise ValueError(
-            f"model: {model.name} does not fit {device.name}: {weight_bytes(model) / GIB:.1f} GiB of weights and "
+            f"model: {model.name} does not fit {device.name}: {weights / GIB:.1f} GiB of weights and "
             f"{config.profile.workspace_gib:g} of workspace leave no KV page of {config.memory_fraction:g} x "
             f"{device.memory_gib:g} GiB"
         )
@@ -134,7 +168,7 @@ def outside_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: Ser
     most = max((size for size in profile.graph_sizes if size <= 2 * config.step_tokens), default=0)
     return step_costs(
         model, device, outside_entry(device, profile.constants).constants, profile,
-        step_tokens=max(config.step_tokens, most), max_batch=config.max_batch,
+        step_tokens=max(config.step_tokens, most), max_batch=config.max_batch, query_tokens=config.query_tokens,
         kv_element_bytes=KV_ELEMENT_BYTES if config.kv_dtype is None else 1,
     )  # fmt: skip
 
@@ -156,16 +190,21 @@ def step_models(device: DeviceSpec, config: ServingConfig) -> dict[str, RouteMod
 
 
 def attention_kinds(
-    model: ModelSpec, page_size: int, kv_dtype: str | None = None
+    model: ModelSpec, page_size: int, kv_dtype: str | None = None, query_tokens: int = 1
 ) -> tuple[tuple[DecodeShape, AttentionOptions, int], ...]:
     """(shape, options, layers) of every kind of attention layer that routes serve, those that see all tokens last."""
-    return tuple((*_kernel(group), group.count) for group in routed_groups(model, page_size, kv_dtype))
+    return tuple((*_kernel(group), group.count) for group in routed_groups(model, page_size, kv_dtype, query_tokens))
 
 
-def routed_groups(model: ModelSpec, page_size: int, kv_dtype: str | None = None) -> tuple[DecodeGroup, ...]:
+def routed_groups(
+    model: ModelSpec, page_size: int, kv_dtype: str | None = None, query_tokens: int = 1
+) -> tuple[DecodeGroup, ...]:
     """The kinds of layers that routes serve, grouped-query attention, those that see all tokens last; what the others
     (latent, compressed, state) cost is pkvsim.outside's matter."""
-    groups = [group for group in decode_groups(model, page_size, kv_dtype=kv_dtype) if group.shape is not None]
+    groups = [
+        group for group in decode_groups(model, page_size, kv_dtype=kv_dtype, query_tokens=query_tokens)
+        if group.shape is not None
+    ]  # fmt: skip
     return tuple(sorted(groups, key=lambda group: (group.attention.kind == FULL, not group.attention.window)))
 
 
@@ -190,7 +229,9 @@ def attention_costs(model: ModelSpec, device: DeviceSpec, policy: str, config: S
     the policy, or none of its routes serves the model."""
     check_policies([policy])
     profile = server_profile(config, policy)
-    groups = () if profile.attention == "flash" else routed_groups(model, config.page_size, config.kv_dtype)
+    groups: tuple[DecodeGroup, ...] = ()
+    if profile.attention != "flash":
+        groups = routed_groups(model, config.page_size, config.kv_dtype, config.query_tokens)
     if config.kv_parallel > 1:
         check_kv_parallel(policy, groups)
     models = step_models(device, config)

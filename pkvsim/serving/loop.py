@@ -7,7 +7,7 @@ import math
 from pkvsim.compiled import compiled, drop_stale, inner, merged
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
 from pkvsim.memory.tier_gate import asks, next_ready_us
-from pkvsim.outside.step_costs import DECODE_ATTENTION, HOST, heated, rest_us, step_parts
+from pkvsim.outside.step_costs import DECODE_ATTENTION, DRAFTS, HOST, heated, rest_us, step_parts
 from pkvsim.serving.attention import decode_us, fill_lens
 from pkvsim.serving.queueing.clients import next_send_us
 from pkvsim.serving.scheduling import commit_step, finish_step, next_work_us, plan_step
@@ -19,6 +19,7 @@ from pkvsim.serving.state import (
     CLOCK,
     DECODE_ROWS,
     DECODE_STEPS,
+    DELIVERED,
     DURATION,
     FOLLOWING,
     GAP_BINS,
@@ -72,7 +73,7 @@ def advance(
                 next_work_us(state, clock[CLOCK])
             # A call with the whole state costs as much as a small step's scheduling.
             if counts[NUM_BEGINNING] or counts[NUM_LEAVING]:
-                finish_step(requests, limits, state, clock[CLOCK])
+                finish_step(requests, limits, state, clock[DELIVERED])
             log.counts[PLANNED] = 0
         if alone and (counts[NUM_RUNNING] == 0 or state.clients.times[NEXT_SEND] <= clock[CLOCK]):
             ready_us = next_work_us(state, clock[CLOCK])
@@ -96,7 +97,7 @@ def advance(
                 continue
         start_us = clock[CLOCK]
         _run_step(requests, limits, attention, costs, state, log)
-        commit_step(requests.output, state)
+        commit_step(requests.output, limits, state)
         if steps_in_flight == 2:
             log.counts[FOLLOWING] = plan_step(requests, limits, state, start_us)
             if asks(state.gate):
@@ -131,7 +132,7 @@ def _run_step(requests, limits, attention, costs, state, log):
     if woken:
         clock[HEAT] = 0.0
     warm = clock[HEAT] / costs.boost_us if costs.boost_us > 0 else 1.0
-    fill_lens(state, log, rows)
+    fill_lens(state, log, rows, limits.query_tokens)
     if attention.sharing.any and not are_grouped(
         state.decoding[:rows], log.grouping.counts[NUM_ROWS], log.grouping.requests
     ):
@@ -141,19 +142,26 @@ def _run_step(requests, limits, attention, costs, state, log):
         )  # fmt: skip
     route, routed_us, best_us = decode_us(attention, log, rows)
     duration_us = step_parts(
-        costs, log.lens[:rows], state.chunk_begin[:chunks], state.chunk_tokens[:chunks], rows + chunks, routed_us,
-        warm, log.parts,
+        costs, log.lens[:rows], state.chunk_begin[:chunks], state.chunk_tokens[:chunks],
+        rows * limits.query_tokens + chunks, routed_us, warm, log.parts,
     )  # fmt: skip
+    log.parts[DRAFTS] = 0.0
+    if limits.query_tokens > 1 and rows > 0:
+        plain_us = log.parts[DECODE_ATTENTION] + rest_us(costs, rows, rows, warm)
+        log.parts[DRAFTS] = (limits.query_tokens - 1) * limits.draft_cost * plain_us
+        duration_us += log.parts[DRAFTS]
     if woken:
         log.part_totals[HOST] += (costs.wake_factor - 1) * duration_us
         duration_us *= costs.wake_factor
     for part in range(len(log.parts)):
         log.part_totals[part] += log.parts[part]
-    clock[HEAT] = heated(costs, clock[HEAT], rows + tokens, duration_us)
+    clock[HEAT] = heated(costs, clock[HEAT], rows * limits.query_tokens + tokens, duration_us)
     attention_us = log.parts[DECODE_ATTENTION]
     decode_rest_us = duration_us - attention_us
     if chunks > 0:
-        decode_rest_us = min(decode_rest_us, rest_us(costs, rows, warm)) if rows > 0 else 0.0
+        decode_rest_us = 0.0 if rows == 0 else min(
+            decode_rest_us, log.parts[DRAFTS] + rest_us(costs, rows, rows * limits.query_tokens, warm)
+        )  # fmt: skip
     entry = _log_entry(log)
     for column, value in (
         (DURATION, duration_us),
@@ -172,13 +180,30 @@ def _run_step(requests, limits, attention, costs, state, log):
     if route >= 0:
         log.log_routes[entry, route] += 1
         log.route_steps[route] += 1
+    late_us = max(0.0, clock[DELIVERED] - clock[CLOCK])
     clock[CLOCK] += duration_us
-    clock[BUSY_UNTIL] = clock[CLOCK]
-    _count_gaps(limits, state, log, duration_us, rows)
+    clock[BUSY_UNTIL] = clock[DELIVERED] = clock[CLOCK]
+    if costs.token_us > 0:
+        _deliver(costs, state, clock, late_us - duration_us, rows)
+        late_us -= clock[DELIVERED] - clock[CLOCK]
+    _count_gaps(limits, state, log, duration_us - late_us, rows)
     log.counts[PLANNED] = 1
     log.counts[FOLLOWING] = 0
     log.counts[DECODE_STEPS] += rows > 0
     log.counts[STEPS] += 1
+
+
+@inner
+def _deliver(costs, state, clock, late_us, decode_rows):
+    """Hands the tokens of a step that ended at the clock's time to their clients, through one process that was busy for
+    late_us longer."""
+    us = costs.token_us * decode_rows
+    for at in range(decode_rows):
+        us += costs.token_place_us * state.generated[state.decoding[at]]
+    for at in range(state.counts[NUM_CHUNKS]):
+        if state.chunk_begin[at] + state.chunk_tokens[at] == state.target[state.chunk_request[at]]:
+            us += costs.token_us
+    clock[DELIVERED] += max(0.0, late_us) + us
 
 
 @merged

@@ -80,7 +80,7 @@ class StepLog:
     steps: np.ndarray  # int64, steps of the entry
     duration_us: np.ndarray  # float64, all from here on are means over the entry's steps
     rows: np.ndarray  # float64, running requests
-    decode_rows: np.ndarray  # float64, output tokens of requests past prefill
+    decode_rows: np.ndarray  # float64, requests past prefill, of one output token each but where drafts are checked
     prefill_tokens: np.ndarray  # float64
     waiting: np.ndarray  # float64, requests that have arrived and do not run
     pages: np.ndarray  # float64, KV pages in use
@@ -331,6 +331,8 @@ def summarise(
     blocks = int(np.diff(work.blocks.offsets)[served].sum())
     weight = steps.duration_us * steps.steps  # us of each entry
     routes_taken = any(routes.values())
+    # A prompt's last chunk gives a token, also where it is computed again.
+    decoded = output_tokens - finished - int(requests.preemptions.sum())
 
     def share(part: float, whole: float) -> float | None:
         return float(part / whole) if whole else None
@@ -350,6 +352,7 @@ def summarise(
         "itl_s": gap_percentiles(gaps),
         "e2e_s": percentiles(requests.e2e_s),
         "queue_s": percentiles(requests.queue_s),
+        "tokens_per_decode_row": share(decoded, totals["decode_rows"]) if limits.query_tokens > 1 else None,
         "steps": num_steps,
         "step_us": share(busy_us, num_steps),
         "mean_rows": share(steps.rows @ weight, busy_us),

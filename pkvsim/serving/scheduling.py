@@ -1,9 +1,10 @@
 """Who runs in a step, who waits, who gives way. Compiled; pkvsim.serving.scheduler is the way in from Python.
 
-A step computes one token of every request past prefill and, with what is left of step_tokens, chunks of prompts in
-order of admission. Admission takes the first of those that wait (pkvsim.serving.queueing), and preemption the running
-one that would be the last of them; it waits again. `decoding` stays sorted by length without sorting, because all its
-rows grow by one token a step.
+A step computes one token of every request past prefill, or checks its drafts (pkvsim.serving.queueing.drafts), and,
+with what is left of step_tokens, chunks of prompts in order of admission. Admission takes the first of those that wait
+(pkvsim.serving.queueing), and preemption the running one that would be the last of them; it waits again. `decoding`
+stays sorted by length without sorting, because all its rows grow by one token a step; where drafts are checked it is
+sorted again.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from pkvsim.memory.prefix_cache import acquire, resident_prefix
 from pkvsim.memory.tier_gate import ask, is_ready
 from pkvsim.serving.orders import KVSHARE
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
+from pkvsim.serving.queueing.drafts import tokens_of_step
 from pkvsim.serving.queueing.giving_way import grow, make_room
 from pkvsim.serving.queueing.pages import drop, expire, give_back, held_for, hold, private_pages_of
 from pkvsim.serving.queueing.waiting import before, leave, wait
@@ -95,7 +97,7 @@ def plan_step(requests, limits, state, now_us):
 @inner
 def _budget(limits, counts):
     """Tokens of prompts that a step has room for."""
-    return limits.step_tokens - (counts[NUM_DECODING] if limits.mixes else 0)
+    return limits.step_tokens - (counts[NUM_DECODING] * limits.query_tokens if limits.mixes else 0)
 
 
 @inner
@@ -118,7 +120,7 @@ def _continue_prefills(requests, limits, state, now_us):
             chunk = min(room, state.target[request] - state.cached[request])
             if limits.by_chunk:
                 need = private_pages_of(requests.shared, limits.page_size, request, state.cached[request] + chunk)
-                need -= state.private_pages[request]
+                need += limits.state_pages - state.private_pages[request]
                 if need > 0:
                     at -= make_room(requests, limits, state, at, need, now_us)
             if state.phase[request] == PREFILLING:
@@ -167,7 +169,7 @@ def _admit(requests, limits, state, budget, now_us):
             left = requests.output[request] - state.generated[request]
             asked = target + int(limits.reserve_output * (left - 1))  # the last token is never cached
         private = private_pages_of(requests.shared, limits.page_size, request, asked)
-        private = max(private, carried)
+        private = max(private + limits.state_pages, carried)
         keep_free = limits.keep_free if counts[NUM_RUNNING] > 0 else 0
         if not acquire(state.pool, requests.blocks, limits.cache_kind, request, private - carried, keep_free):
             if counts[NUM_RUNNING] == 0 and counts[NUM_HELD] > 0:
@@ -200,12 +202,12 @@ def _admit(requests, limits, state, budget, now_us):
 def end_step(requests, limits, state, now_us):
     """Ends the planned step: tokens come out, finished requests leave, those past prefill start decoding. What was sent
     until then was taken in before."""
-    commit_step(requests.output, state)
+    commit_step(requests.output, limits, state)
     finish_step(requests, limits, state, now_us)
 
 
 @compiled
-def commit_step(output, state):
+def commit_step(output, limits, state):
     """What the planned step does to those that run, once it has begun: the step after it may be planned then. Who gets
     a first or a last token by it is known; finish_step says when."""
     counts = state.counts
@@ -221,7 +223,10 @@ def commit_step(output, state):
         elif counts[ROWS_WAIT]:
             continue
         else:
-            state.cached[request] += 1
+            given = state.generated[request]
+            given = tokens_of_step(limits, request, given, output[request] - given) if limits.query_tokens > 1 else 1
+            state.cached[request] += given
+            state.generated[request] += given - 1
         state.generated[request] += 1
         if state.generated[request] == 1:
             state.beginning[counts[NUM_BEGINNING]] = request
@@ -240,6 +245,8 @@ def commit_step(output, state):
                 state.decoding[kept] = state.decoding[at]
                 kept += 1
         counts[NUM_DECODING] = kept
+    if limits.query_tokens > 1:
+        _sort_by_length(state)
 
 
 @compiled
@@ -265,6 +272,17 @@ def finish_step(requests, limits, state, now_us):
             state.running[running] = state.running[at]
             running += 1
     counts[NUM_RUNNING] = running
+
+
+@inner
+def _sort_by_length(state):
+    """Rows that gave more tokens than others moved up a few places."""
+    for row in range(1, state.counts[NUM_DECODING]):
+        request, at = state.decoding[row], row
+        while at > 0 and state.cached[state.decoding[at - 1]] < state.cached[request]:
+            state.decoding[at] = state.decoding[at - 1]
+            at -= 1
+        state.decoding[at] = request
 
 
 @inner

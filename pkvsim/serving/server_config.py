@@ -9,6 +9,7 @@ import numpy as np
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.memory.tier_options import TierSetup
+from pkvsim.options import MAX_QUERY_TOKENS
 from pkvsim.outside.engine_profile import EngineProfile, get_profile
 from pkvsim.schedule.shares import MAX_RANKS
 from pkvsim.selection.setup import SelectionSetup
@@ -45,11 +46,37 @@ class ServingConfig:
     splits: int | None = None  # splits of every row on the routes that take them; None: each route's own rule
     tiers: TierSetup | None = None  # of KV beyond HBM
     select: SelectionSetup | None = None  # decode steps read selected pages where that pays
+    query_tokens: int = 1  # of a row that decodes: one, and the drafts that a step checks (speculative decoding)
+    acceptance: float | None = None  # probability that a draft is accepted where those before it were
+    # Time of drafting one token for all rows, as a part of their step without drafts (Leviathan's c); None: what the
+    # model's prediction heads read, or nothing where it has none.
+    draft_cost: float | None = None
+    draft_seed: int = 0  # of which drafts are accepted
 
     def __post_init__(self) -> None:
         check_int("page_size", self.page_size, 1, MAX_TOKENS)
         check_int("max_batch", self.max_batch, 1, 1 << 16)
         check_int("step_tokens", self.step_tokens, self.max_batch, 1 << 20)
+        check_int("query_tokens", self.query_tokens, 1, MAX_QUERY_TOKENS)
+        check_int("draft_seed", self.draft_seed, 0, (1 << 62) - 1)
+        if self.max_batch * self.query_tokens > self.step_tokens:
+            raise ValueError(
+                f"step_tokens: expected at least max_batch {self.max_batch} x query_tokens {self.query_tokens}, "
+                f"got {self.step_tokens}"
+            )
+        if (self.acceptance is None) != (self.query_tokens == 1):
+            given = "None" if self.acceptance is None else f"{self.acceptance:g}"
+            raise ValueError(
+                f"acceptance: expected a number with query_tokens > 1 and None with 1, got {given} with "
+                f"{self.query_tokens}"
+            )
+        if self.acceptance is not None and not 0 <= self.acceptance <= 1:
+            raise ValueError(f"acceptance: expected a number in [0, 1], got {self.acceptance!r}")
+        if self.draft_cost is not None and (self.query_tokens == 1 or not 0 <= self.draft_cost < np.inf):
+            raise ValueError(
+                f"draft_cost: expected a number >= 0 with query_tokens > 1, got {self.draft_cost!r} with "
+                f"{self.query_tokens}"
+            )
         get_profile(self.engine)
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction: expected a number in (0, 1], got {self.memory_fraction!r}")
@@ -105,8 +132,10 @@ class ServingConfig:
 
     @property
     def shares_reads(self) -> bool:
-        """Whether rows may read together: of one copy of their blocks, on one GPU, by our own kernels."""
-        return self.shared_reads and self.prefix_cache != "none" and self.engine == "pkv" and self.kv_parallel == 1
+        """Whether rows may read together: of one copy of their blocks, on one GPU, by our own kernels, whose columns
+        a row's drafts would take."""
+        alone = self.kv_parallel == 1 and self.query_tokens == 1
+        return self.shared_reads and self.prefix_cache != "none" and self.engine == "pkv" and alone
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, what the engine decides included."""

@@ -18,7 +18,7 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import KINDS, PromptBlocks, no_blocks
 from pkvsim.models.presets import ModelSpec
 from pkvsim.outside.engine_profile import CHUNK
-from pkvsim.serving.costs import attention_costs, outside_costs, page_budget
+from pkvsim.serving.costs import attention_costs, draft_cost, outside_costs, page_budget, state_pages
 from pkvsim.serving.loop import advance
 from pkvsim.serving.orders import ORDERS, ranks
 from pkvsim.serving.prompt_blocks import prompt_blocks
@@ -103,6 +103,11 @@ def limits_of(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> Li
         by_chunk=profile.admission == CHUNK,
         reserve_output=float(profile.reserve_output),
         mixes=profile.mixes,
+        query_tokens=config.query_tokens,
+        acceptance=float(config.acceptance or 0.0),
+        draft_cost=float(draft_cost(model, config).part),
+        draft_seed=config.draft_seed,
+        state_pages=state_pages(model, config),
     )
 
 
@@ -110,7 +115,7 @@ def requests_of(trace: RequestTrace, model: ModelSpec, config: ServingConfig, li
     """The trace as the scheduler takes it, arrivals from the first on. ValueError where no request can be served."""
     if config.order == "kvshare" and config.prefix_cache == "none":
         raise ValueError("order: kvshare orders by what a prefix cache holds, expected --prefix-cache with it")
-    rejected = refusals(trace, model, config, limits.num_pages)
+    rejected = refusals(trace, model, config, limits.num_pages - limits.state_pages)
     if rejected.all():
         raise ValueError(
             f"{trace.name}: expected a request that fits the KV pool of {limits.num_pages * config.page_size:,} tokens "

@@ -40,7 +40,8 @@ SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
 # Of RunLog.counts; PLANNED is 1 while a step runs that ends at the clock's time, FOLLOWING while the one that begins
 # then has been planned.
 STEPS, LOG_USED, LOG_STRIDE, LOG_FILL, DECODE_STEPS, SAMPLES_USED, SAMPLE_STRIDE, PLANNED, FOLLOWING = range(9)
-CLOCK, BUSY_UNTIL, HEAT = range(3)  # of RunLog.clock_us: the time, the end of the latest step, the GPU's heat
+# Of RunLog.clock_us: the time, the end of the latest step, the GPU's heat, when that step's tokens reach their clients.
+CLOCK, BUSY_UNTIL, HEAT, DELIVERED = range(4)
 # Columns of the step log, and of the totals.
 LOG_COLUMNS = (
     "start_us", "duration_us", "rows", "decode_rows", "prefill_tokens", "waiting", "pages",
@@ -92,6 +93,11 @@ class Limits(NamedTuple):
     by_chunk: bool = False  # an admission asks for the pages of the coming chunk, not of the whole prompt
     reserve_output: float = 0.0  # of the tokens still to come, for which an admission takes pages as well
     mixes: bool = True  # False: rows do not decode in a step that computes prompts
+    query_tokens: int = 1  # of a row that decodes: one, and the drafts that the step checks
+    acceptance: float = 0.0  # probability that a draft is accepted where those before it were
+    draft_cost: float = 0.0  # time of drafting one token for all rows, as a part of their step without drafts
+    draft_seed: int = 0
+    state_pages: int = 0  # that a running request's recurrent states take, beside those of its tokens
 
 
 class Clients(NamedTuple):
@@ -171,7 +177,7 @@ class Attention(NamedTuple):
 class RunLog(NamedTuple):
     """What a run leaves behind of its steps, and room for the step being priced."""
 
-    clock_us: np.ndarray  # [3] float64
+    clock_us: np.ndarray  # [4] float64
     counts: np.ndarray  # [9] int64
     lens: np.ndarray  # [max_batch] int64, scratch: lengths of decoding
     kernel_lens: np.ndarray  # [max_batch] int64, scratch: what they are to a kind's kernel
@@ -255,7 +261,7 @@ def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
     counts = np.zeros(9, np.int64)
     counts[LOG_STRIDE] = counts[SAMPLE_STRIDE] = 1
     return RunLog(
-        clock_us=np.array([0.0, -1.0, 0.0]),
+        clock_us=np.array([0.0, -1.0, 0.0, 0.0]),
         counts=counts,
         lens=np.zeros(most, np.int64),
         kernel_lens=np.zeros(most, np.int64),

@@ -10,7 +10,8 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.presets import ModelSpec
 from pkvsim.outside.derive import outside_entry
 from pkvsim.outside.step import part_basis
-from pkvsim.serving.costs import ENGINE, routed_groups
+from pkvsim.serving.costs import ENGINE, draft_cost, routed_groups
+from pkvsim.serving.queueing.drafts import expected_tokens
 from pkvsim.serving.server_config import ServingConfig
 
 # measured: on this GPU; fitted: constants fitted to measurements of it; estimated: carried over from another GPU;
@@ -83,7 +84,27 @@ def serving_basis(
             source="given" if config.kv_gib is not None else
             f"{config.memory_fraction:.0%} of the memory less weights and {profile.workspace_gib:g} GiB of workspace",
         ),
+        *_draft_basis(model, config, shares.get("drafts")),
         Basis(quantity=f"scheduling of the engine, {profile.name}", basis="assumed", source=profile.source),
+    )  # fmt: skip
+
+
+def _draft_basis(model: ModelSpec, config: ServingConfig, share: float | None) -> tuple[Basis, ...]:
+    if config.query_tokens == 1:
+        return ()
+    cost = draft_cost(model, config)
+    tokens = expected_tokens(config.query_tokens, float(config.acceptance or 0.0))
+    return (
+        Basis(
+            quantity="accepted drafts", basis="assumed",
+            source=f"{config.query_tokens - 1} drafts a row, each accepted with probability {config.acceptance:g}: "
+            f"{tokens:.3g} tokens a step in the mean, (1 - p^(k + 1)) / (1 - p) of Leviathan et al. 2023 "
+            "(arXiv:2211.17192)",
+        ),
+        Basis(
+            quantity=f"drafting a token, {cost.part:.1%} of a step without drafts", basis=cost.basis,
+            source=cost.source, time_share=share,
+        ),
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def check_timeline(
     """Simulates every route of every sampled step; None for a run that never decoded."""
     if not len(sample.rows):
         return None
-    shape, options, layers = attention_kinds(model, config.page_size, config.kv_dtype)[-1]
+    shape, options, layers = attention_kinds(model, config.page_size, config.kv_dtype, config.query_tokens)[-1]
     models = step_models(device, config)
     routing = make_routing(shape, models, device, options=options)
     constants = routing.candidates.constants

@@ -11,7 +11,7 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.model_costs import state_bytes
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.apart.stages import serve, transfer_gb_s
-from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget
+from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget, state_pages
 from pkvsim.serving.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
@@ -177,8 +177,13 @@ def run_notes(
         notes.append(f"tensor parallel {model.tensor_parallel}: one GPU's share of the layers, with all-reduces")
     if state := state_bytes(model):
         notes.append(
-            f"recurrent states of {state / 1e6:.4g} MB a running request are not taken from the memory of KV pages: "
-            f"{config.max_batch} requests have {config.max_batch * state / 2**30:.3g} GiB of them"
+            f"recurrent states of {state / 1e6:.4g} MB take the room of {state_pages(model, config):,} KV pages of "
+            "every running request"
+        )
+    if config.query_tokens > 1:
+        notes.append(
+            f"{config.query_tokens} query tokens a row and step, {config.query_tokens - 1} of them drafts that are "
+            f"accepted with probability {config.acceptance:g}, one by one; times between tokens are those between steps"
         )
     if config.profile.graph_sizes:
         notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")

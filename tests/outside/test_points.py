@@ -52,6 +52,7 @@ def test_all_points_by_engine_and_gpu(engine, name):
     points = [p for p in read_points(POINTS) if (p.engine, p.device) == (engine, name)]
     found = errors(points, price_points(points, device, outside_entry(device, engine).constants))
     assert found.tpot_median < 8 and found.tpot_mean < 12
+    assert found.ttft_median < 20 or not any(p.ttft_counts for p in points)
     held_out = outside_entry(device, engine).held_out
     assert held_out.median_percent < 8 and held_out.mean_percent < 12
 
@@ -69,11 +70,26 @@ def test_an_h100_from_the_h200s_constants_alone():
     assert np.quantile(off, 0.9) < entry.band_percent / 100
 
 
-def loop(prompts, outputs, clients, *, room=1 << 40, reserve=0.0, flight=1, mixes=True, step_tokens=2048):
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_half_of_sglangs_points_predict_the_others(seed):
+    start = outside_entry(H200, "vllm").constants
+    points = [p for p in read_points(POINTS) if p.engine == "sglang"]
+    half = half_of(len(points), seed)
+    fitted, names = fit_constants([p for p, taken in zip(points, half) if taken], H200, start)
+    assert {"token_us", "token_place_us"} <= set(names)
+    others = [p for p, taken in zip(points, half) if not taken]
+    found = errors(others, price_points(others, H200, fitted))
+    assert found.tpot_median < 8 and found.tpot_mean < 12 and found.ttft_median < 20
+
+
+def loop(prompts, outputs, clients, *, token_us=0.0, place_us=0.0, room=1 << 40, reserve=0.0, flight=1, mixes=True, step_tokens=2048):
     profile = get_profile("vllm")
     costs = step_costs(
         get_model("llama-3.1-8b"), H200, outside_entry(H200, "vllm").constants, profile, step_tokens=4096, max_batch=64
     )
+    costs = costs._replace(token_us=token_us, token_place_us=place_us)
     return costs, closed_loop(
         costs, np.asarray(prompts), np.asarray(outputs), clients, step_tokens, room, reserve, flight, mixes
     )
@@ -99,6 +115,18 @@ def test_a_full_cache_makes_requests_wait_or_give_way():
 
 def test_steps_in_flight_delay_what_comes():
     assert loop([512] * 40, [64] * 40, 8, flight=2)[1][0] > loop([512] * 40, [64] * 40, 8)[1][0]
+
+
+@pytest.mark.parametrize("place_us", [0.0, 10.0])
+def test_a_process_that_streams_too_slowly_sets_the_pace(place_us):
+    """The clients wait for it, for the first tokens too, and the server's batch shrinks to what it can hand on."""
+    free = loop([64] * 80, [200] * 80, 16)[1]
+    slow = loop([64] * 80, [200] * 80, 16, token_us=2000.0, place_us=place_us)[1]
+    hardly = loop([64] * 80, [200] * 80, 16, token_us=1.0)[1]
+    pace_us = 16 * (2000 + place_us * 100)
+    assert hardly == pytest.approx(free, rel=0.01)
+    assert slow[0] > free[0] + 15 * 2000
+    assert slow[0] + 199 * slow[1] == pytest.approx(200 * pace_us, rel=0.15)  # a whole request, closed loop
 
 
 def test_halves_are_random_and_whole():

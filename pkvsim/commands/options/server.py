@@ -87,6 +87,19 @@ class ServerOptions(OptionGroup):
         ),
     ] = None
     splits: Annotated[Optional[int], typer.Option(help="Pin the splits of every row.")] = None
+    query_tokens: Annotated[
+        int, typer.Option(help="Speculative decoding: tokens of a row that decodes, drafts among them, 1 to 8.")
+    ] = 1
+    acceptance: Annotated[
+        Optional[float], typer.Option(help="Probability that a draft is accepted where those before it were.")
+    ] = None
+    draft_cost: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Time of drafting a token, as a part of a step without drafts; by default the model's prediction "
+            "heads', or 0."
+        ),
+    ] = None
 
     def config(self) -> ServingConfig:
         """The server. Raises ValueError naming an option."""
@@ -95,7 +108,9 @@ class ServerOptions(OptionGroup):
 
         if self.select is None and self.select_every != 1:
             raise ValueError(f"select_every: expected with --select alone, got {self.select_every}")
-        steps = max(DEFAULT_STEP_TOKENS, self.max_batch) if self.step_tokens is None else self.step_tokens
+        steps = self.step_tokens
+        if steps is None:
+            steps = max(DEFAULT_STEP_TOKENS, self.max_batch * max(1, self.query_tokens))
         return ServingConfig(
             engine=self.engine,
             page_size=self.page_size,
@@ -117,4 +132,7 @@ class ServerOptions(OptionGroup):
             transfer_gb_s=self.transfer_gb_s,
             router=self.router,
             splits=self.splits,
+            query_tokens=self.query_tokens,
+            acceptance=self.acceptance,
+            draft_cost=self.draft_cost,
         )

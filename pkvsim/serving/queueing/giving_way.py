@@ -25,14 +25,18 @@ from pkvsim.serving.state import (
 
 @inner
 def grow(requests, limits, state, now_us):
-    """Gives every decoding request the page of its next token, at the cost of the last when none is free."""
+    """Gives every decoding request the pages of its next tokens, drafts among them, at the cost of the last when none
+    is free."""
     counts, shared = state.counts, requests.shared
     at = 0
     while at < counts[NUM_RUNNING]:
         request = state.running[at]
         if state.phase[request] == DECODING:
-            need = private_pages_of(shared, limits.page_size, request, state.cached[request] + 1)
-            need -= state.private_pages[request]
+            tokens = 1
+            if limits.query_tokens > 1:  # no draft lies beyond the end of an answer
+                tokens = min(limits.query_tokens, requests.output[request] - state.generated[request])
+            need = private_pages_of(shared, limits.page_size, request, state.cached[request] + tokens)
+            need += limits.state_pages - state.private_pages[request]
             if need > 0:
                 at -= make_room(requests, limits, state, at, need, now_us)
         at += 1
