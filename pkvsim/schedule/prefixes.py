@@ -28,10 +28,11 @@ from pkvsim.schedule.prefix_trees import group_sorted
 from pkvsim.shapes import DecodeShape, StepState, check_int
 
 STATE_ELEMENT_BYTES = 4  # float32: acc, m and l of each column
-# Of 0 to 500 MB that a step must save, 300 MB were the best of 72 steps of five head shapes on one H200 (bench_shared with
-# and without --drawn 64, 2026-11-29): no step that shared was slower than a plain one, and all took 0.4 % more than the
-# faster way of each; 12 MB, what a merge of 3 us is worth, 22 % more, and up to 3.2 times a plain step. Rows that read
-# for themselves find what others have read in L2, so what is saved is worth a third of its time. Elsewhere an assumption.
+# Of 0 to 500 MB that a step must save, 300 MB were the best of 72 steps of five head shapes on one H200 (bench_shared
+# with and without --drawn 64, 2026-11-29): no step that shared was slower than a plain one, and all took 0.4 % more
+# than the faster way of each; 12 MB, what a merge of 3 us is worth, 22 % more, and up to 3.2 times a plain step. Rows
+# that read for themselves find what others have read in L2, so what is saved is worth a third of its time. Elsewhere
+# it is an assumption.
 STEP_US = 75.0
 
 
@@ -65,8 +66,8 @@ def sharing_rule(
 ) -> SharingRule:
     """The rule by bytes, for a GPU that reads so fast.
 
-    step_us: in which memory gives what a step must save that reads together. parts: into how many a read is cut. Each member
-    then has parts + 1 states for each KV head that are written and read once more.
+    step_us: in which memory gives what a step must save that reads together. parts: into how many a read is cut.
+    Each member then has parts + 1 states for each KV head that are written and read once more.
     """
     columns = shape.group_size * options.query_tokens
     state = columns * (options.value_dim(shape) + 2) * STATE_ELEMENT_BYTES
