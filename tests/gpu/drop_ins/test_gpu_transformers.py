@@ -1,6 +1,7 @@
 """Models in half precision under "pkv" against Transformers' SDPA, on the GPU."""
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -70,26 +71,32 @@ def test_logits_step_by_step_on_the_same_tokens(family: str, window: int | None,
 
 @pytest.mark.parametrize("family, window", [("gemma2", 50), ("gpt_oss", 50), ("gemma2", 400), ("gpt_oss", 400)])
 def test_soft_caps_and_sinks_on_the_same_tokens(family: str, window: int) -> None:
-    """Gemma 2 caps its logits, GPT-OSS has sinks, and both slide in every other layer: as Transformers' eager attention.
+    """Gemma 2 caps its logits, GPT-OSS has sinks, and both slide in every other layer: as close to the same weights in
+    float32 as Transformers' eager attention is, whose softmax is rounded to 16 bits.
 
     All experts take part in every token: a router's near tie, which rounding decides, would change a whole layer.
     """
     options = {"gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64},
                "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 4}}[family]
     model = make_model(family, head_dim=64, dtype=torch.float16, device="cuda", sliding_window=window, **options)
+    exact = copy.deepcopy(model).float()
+    exact.set_attn_implementation("eager")
     inputs, generator = prompts(LENS, "left", device="cuda"), torch.Generator().manual_seed(3)
-    caches = {"eager": DynamicCache(config=model.config),
+    caches = {"exact": DynamicCache(config=model.config), "eager": DynamicCache(config=model.config),
               "pkv": PagedCache(model.config, max_batch_size=len(LENS), max_seq_len=300, page_size=16)}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for tokens in (1, 1, 5, 1, 0):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        logits = {}
+        kept, logits = mask[:, -ids.shape[1]:].bool(), {}
         for way, cache in caches.items():
-            model.set_attn_implementation(way)
+            one = exact if way == "exact" else model
+            if way != "exact":
+                model.set_attn_implementation(way)
             with torch.no_grad():
-                logits[way] = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-        kept = mask[:, -ids.shape[1]:].bool()
-        torch.testing.assert_close(logits["pkv"][kept], logits["eager"][kept], rtol=0.02, atol=0.05)
+                found = one(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+            logits[way] = found[kept].float()
+        error = {way: float((logits[way] - logits["exact"]).abs().max()) for way in ("eager", "pkv")}
+        assert error["pkv"] <= 0.02 + 1.5 * error["eager"] and error["eager"] < 0.3
         ids = torch.randint(2, 97, (len(LENS), tokens), generator=generator).cuda()
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
 
