@@ -22,7 +22,7 @@ SPREADS = {
 }  # fmt: skip
 STREAM_SPREADS = {"token_us": 3.0, "token_place_us": 3.0}  # where one process hands on all tokens
 RATE_SPREAD = 1.6  # of the share of the rate that the points' precision runs at
-TTFT_WEIGHT = 0.7  # of a TTFT's error beside a TPOT's
+TTFT_WEIGHT = 1.0  # of a TTFT's error beside a TPOT's
 PRIOR_WEIGHT = 0.05  # error that a constant one spread away from its start counts as, times the square root of points
 LOSS_SCALE = 0.08  # error beyond which points count as outliers
 LEAST_POINTS = 12

@@ -11,7 +11,7 @@ from pkvsim.models.model_spec import ModelSpec
 from pkvsim.outside.derive import outside_entry
 from pkvsim.outside.engine_profile import EngineProfile
 from pkvsim.outside.matrices import FP4, FP8, INT8, WEIGHT_ONLY, attention_matrices, expert_matrices, mlp_matrices
-from pkvsim.outside.step_costs import PARTS, step_costs, step_parts
+from pkvsim.outside.step_costs import DRAFTS, PARTS, step_costs, step_parts
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 RATES = {FP8: "fp8_share", INT8: "int8_share", FP4: "fp4_share", WEIGHT_ONLY: "weight_only_share"}
@@ -50,7 +50,8 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Parts in us, in the order of pkvsim.outside.step_costs.PARTS, and by part "measured", "fitted" or "assumed"."""
+    """Parts in us, in the order of pkvsim.outside.step_costs.PARTS without drafts, and by part "measured", "fitted" or
+    "assumed"."""
 
     parts_us: dict[str, float]
     basis: dict[str, str]
@@ -87,7 +88,7 @@ def step_time(
     if work.tokens:
         step_parts(costs, lens, begins, chunks, logits, 0.0, warm, parts)
     return StepTime(
-        dict(zip(PARTS, parts.tolist())), part_basis(model, device, entry), entry.band_percent
+        dict(zip(PARTS[:DRAFTS], parts.tolist())), part_basis(model, device, entry), entry.band_percent
     )
 
 

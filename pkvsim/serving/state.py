@@ -75,7 +75,7 @@ class Requests(NamedTuple):
     # Where rows read blocks together: tokens of a block, but for what is left in a prompt's last; and
     # pkvsim.serving.shared.grouping.block_places.
     block_tokens: int = 0
-    block_places: np.ndarray = np.zeros((0, 3), np.int64)  # [n, 3]
+    block_places: np.ndarray = np.zeros((0, 4), np.int64)  # [n, 4]
 
 
 class Limits(NamedTuple):

@@ -101,7 +101,7 @@ def test_recurrent_states_take_pages():
     [
         ({"query_tokens": 3}, "acceptance: expected a number with query_tokens > 1"),
         ({"acceptance": 0.5}, "acceptance: .* None with 1, got 0.5 with 1"),
-        ({"query_tokens": 3, "acceptance": 1.5}, r"acceptance: expected a number in \\[0, 1\\]"),
+        ({"query_tokens": 3, "acceptance": 1.5}, r"acceptance: expected a number in \[0, 1\]"),
         ({"query_tokens": 9, "acceptance": 0.5}, "query_tokens: expected"),
         ({"draft_cost": 0.1}, "draft_cost: expected a number >= 0 with query_tokens > 1"),
         ({"query_tokens": 8, "acceptance": 0.5, "max_batch": 512}, "step_tokens: expected at least max_batch 512 x"),

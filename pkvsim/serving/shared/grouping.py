@@ -42,17 +42,20 @@ def new_grouping(most_rows: int) -> Grouping:
 
 
 def block_places(blocks: PromptBlocks, prompt_tokens: np.ndarray, block_tokens: int) -> np.ndarray:
-    """Of each prompt its place among all when they are sorted by their whole blocks, and where these begin and end in
-    blocks.ids, int64 [n, 3].
+    """Of each prompt its place among all when they are sorted by their whole blocks, where these begin and end in
+    blocks.ids, and the first of them (-1 for none, which no other equals), int64 [n, 4].
 
     Only blocks of block_tokens tokens are read together: what a prompt's last block holds may end within a page.
     """
     begins = blocks.offsets[:-1]
     ends = np.minimum(begins + prompt_tokens // block_tokens, blocks.offsets[1:])
-    names = [blocks.ids[begin:end].astype(">u4").tobytes() for begin, end in zip(begins, ends)]
+    written = blocks.ids.astype(">u4").tobytes()  # one string, since an array for each prompt takes as long as a run
+    names = [written[4 * begin : 4 * end] for begin, end in zip(begins.tolist(), ends.tolist())]
     ranks = np.empty(len(names), np.int64)
     ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
-    return np.stack((ranks, begins, ends), axis=1)
+    first = np.full(len(names), -1, np.int64)
+    first[ends > begins] = blocks.ids[begins[ends > begins]]
+    return np.stack((ranks, begins, ends, first), axis=1)
 
 
 @inner
@@ -70,7 +73,7 @@ def are_grouped(decoding: np.ndarray, num_rows: int, requests: np.ndarray) -> bo
 @compiled
 def group_rows(
     decoding: np.ndarray,  # [rows] int64, requests
-    places: np.ndarray,  # [n, 3] int64, as block_places gives them: a line of the CPU's cache for each row
+    places: np.ndarray,  # [n, 4] int64, as block_places gives them: half a line of the CPU's cache for each row
     ids: np.ndarray,  # of pkvsim.memory.prefix_cache.PromptBlocks
     block_tokens: int,
     tokens_per_member: int,  # of SharingRule
@@ -95,13 +98,22 @@ def group_rows(
         gap //= 2
     for row in range(rows):
         order[row] &= (1 << ROW_BITS) - 1
+    any_common = False
     for at in range(rows - 1):
         one, other = requests[order[at]], requests[order[at + 1]]
-        a, b, depth = places[one, 1], places[other, 1], 0
+        grouping.common[at] = 0
+        if places[one, 3] != places[other, 3] or places[one, 3] < 0:
+            continue
+        a, b, depth = places[one, 1], places[other, 1], 1
         most = min(places[one, 2] - a, places[other, 2] - b)
         while depth < most and ids[a + depth] == ids[b + depth]:
             depth += 1
         grouping.common[at] = depth
+        any_common = True
+    if not any_common:
+        counts[NUM_GROUPS] = 0
+        grouping.group_of_row[:rows] = -1
+        return
     counts[NUM_GROUPS] = group_sorted(
         grouping.common[: max(0, rows - 1)], block_tokens, tokens_per_member, least_tokens,
         grouping.sorted_groups[:rows], grouping.prefix_tokens,
