@@ -116,7 +116,7 @@ template <class Lengths>
 __device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker,
                                                  int workers, int lane) {
   for (int row = worker; row < batch_size; row += workers) {
-    if (seq_lens[row] > 0) continue;
+    if (seq_lens[row] != 0) continue;
     const int heads = QUERY_TOKENS * o.num_kv_heads * GROUP_SIZE;
     unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(row) * heads * V_DIM);
     for (int i = lane; i < heads * (V_DIM / 2); i += 32) out[i] = 0u;

@@ -25,9 +25,10 @@ from pkvsim.studies.whatif import whatif
 
 SUMMARY_KEYS = [
     "requests", "finished", "rejected_too_long_for_pool", "rejected_too_long_for_model", "output_tokens", "makespan_s",
-    "tokens_per_s", "requests_per_s", "busy_share", "ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s", "steps", "step_us", "mean_rows",
-    "attention_share", "rest_share", "prefill_share", "part_shares", "attention_us_per_decode_step", "routes", "regret", "kv_pages",
-    "kv_occupancy", "preemptions", "prefix_hit_share", "prefix_hit_tokens", "saturated", "shared_reads", "selection", "replicas",
+    "tokens_per_s", "requests_per_s", "busy_share", "ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s",
+    "tokens_per_decode_row", "steps", "step_us", "mean_rows", "attention_share", "rest_share", "prefill_share",
+    "part_shares", "attention_us_per_decode_step", "routes", "regret", "kv_pages", "kv_occupancy", "preemptions",
+    "prefix_hit_share", "prefix_hit_tokens", "saturated", "shared_reads", "selection", "replicas",
     "timeline",
 ]  # fmt: skip
 
