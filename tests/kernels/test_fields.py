@@ -1,12 +1,14 @@
 """gpu.kernels.fields against the C structures (cuda_src/arguments.cuh, plan.cuh) and the kernels' parameters."""
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 
 import nvrtc
 import pytest
 from cpp import COMPILER, STRICT
+from slow import slow_unless_of
 
 from gpu.cache import append_variant
 from gpu.engine.decode_kernels import BALANCED_VALUES, LISTED_VALUES, MERGE_VALUES, TASKS_VALUES
@@ -97,7 +99,14 @@ def test_structures_have_the_tables_fields(parameter, defines, tmp_path) -> None
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("name", "file_name"), [*FILES.items()])
+@functools.cache
+def ptx(file_name: str, options: tuple[str, ...]) -> str:
+    """Of a source that may hold several kernels."""
+    return nvrtc.ptx(SOURCE_DIR / file_name, 90, options)
+
+
+@pytest.mark.parametrize(("name", "file_name"), slow_unless_of(
+    lambda _, file_name: file_name not in ("shared.cu", "several.cu", "selected.cu"), FILES.items()))
 def test_kernels_take_the_tables_parameters(name, file_name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
@@ -108,7 +117,7 @@ def test_kernels_take_the_tables_parameters(name, file_name) -> None:
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}
     defines = others.get(name, DECODE_VARIANTS[3])
-    text = nvrtc.ptx(SOURCE_DIR / file_name, 90, compile_options(defines))
+    text = ptx(file_name, compile_options(defines))
     head = re.search(rf"\.entry {name}\((.*?)\)", text, re.DOTALL)[1]
     kinds = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[^,]*?)? \w+_param_\d+(?:\[(\d+)\])?", head)
     wanted = re.findall(r"\[\w+\]|\w", fields.signature(name, defines))

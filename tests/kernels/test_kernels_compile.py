@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import nvrtc
 import pytest
+from slow import slow_unless, slow_unless_of
 
 from gpu.cache import append_variant as append_config
 from gpu.inputs.block_tables import TableLayout
@@ -22,7 +23,8 @@ GROUP_SIZES = (1, 4, 5, 8, 16)
 PAGE_SIZES = (16, 1, 64, 3)
 REGISTERS_PER_THREAD, REGISTERS_PER_SM = 255, 65536
 
-OFTEN = (86, 90)  # the architectures of the GPU record; the others, and other head_dims, are for make test-slow
+# Of each test, make test compiles what the GPU record has most of; the rest is for make test-slow.
+OFTEN = ((86, 128, 4), (90, 128, 8))  # capability, head_dim, group size
 # The full product is eight times this. Here every capability meets every head_dim and group size; dtypes and page sizes
 # take turns, such that every capability also meets every (dtype, head_dim).
 VARIANTS = [(*case, PAGE_SIZES[index // 2 % 4], tuple(DTYPES)[index % 2])
@@ -61,8 +63,8 @@ def test_every_shape_has_a_variant(capability):
         assert variant(capability, head_dim, group_size, 16, dtype).shared_bytes <= SHARED_LIMIT_BYTES[capability]
 
 
-@pytest.mark.parametrize(("capability", "head_dim", "group_size", "page_size", "dtype"), [
-    pytest.param(*case, marks=[] if case[0] in OFTEN and case[1] == 128 else [pytest.mark.slow]) for case in VARIANTS])
+@pytest.mark.parametrize(("capability", "head_dim", "group_size", "page_size", "dtype"),
+                         slow_unless_of(lambda *case: case[:3] in OFTEN, VARIANTS))
 def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtype):
     config = variant(capability, head_dim, group_size, page_size, dtype)
     for file_name, kernel_name, shared in (("balanced.cu", "pkv_decode_balanced", config.shared_bytes),
@@ -71,8 +73,8 @@ def test_attention_kernels_fit(capability, head_dim, group_size, page_size, dtyp
         assert_fits(file_name, kernel_name, config.defines(), capability, threads=config.threads, dynamic_shared=shared)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=repr)
-@pytest.mark.parametrize("capability", (86, 90))
+@pytest.mark.parametrize("options", slow_unless(lambda options: options.soft_cap, OPTIONS), ids=repr)
+@pytest.mark.parametrize("capability", slow_unless(lambda capability: capability == 90, (86, 90)))
 def test_options_fit(capability, options):
     config = kernel_config(
         DecodeShape(4, 1, 192 if options.v_head_dim else 128, 16), "bfloat16", capability, options=options
@@ -94,7 +96,8 @@ TABLES = ((86, 16, "balanced.cu", TableLayout(int64=True)), (90, 16, "balanced.c
           (86, 16, "balanced.cu", TableLayout(csr=True, last_page=True)), (90, 3, "decode.cu", TableLayout(csr=True)))
 
 
-@pytest.mark.parametrize(("capability", "page_size", "file_name", "layout"), TABLES)
+@pytest.mark.parametrize(("capability", "page_size", "file_name", "layout"),
+                         slow_unless_of(lambda *case: case[3].int64 and case[3].csr, TABLES))
 def test_layouts_of_tables_fit(capability, page_size, file_name, layout):
     config = variant(capability, 128, 4, page_size, "float16")
     kernel_name = "pkv_decode_balanced" if file_name == "balanced.cu" else "pkv_decode_tasks"
@@ -113,7 +116,8 @@ TEAM_VARIANTS = [(*case, *pages, (86, 90)[j], (i + k + j) % 2) for i, case in en
                  for k, pages in enumerate(PAGES_OF_TEAMS) for j in range(2) if i < 2 or i // 2 % 2 == (k // 2 + j) % 2]
 
 
-@pytest.mark.parametrize(("case", "team", "dtype", "kv_dtype", "kv_scales", "capability", "tasks"), TEAM_VARIANTS)
+@pytest.mark.parametrize(("case", "team", "dtype", "kv_dtype", "kv_scales", "capability", "tasks"),
+                         slow_unless_of(lambda *variant: variant in TEAM_VARIANTS[::40], TEAM_VARIANTS))
 def test_teams_fit(case, team, dtype, kv_dtype, kv_scales, capability, tasks):
     head_dim, group_size, tokens, page_size = case
     options = AttentionOptions(query_tokens=tokens).with_cache(kv_dtype, kv_scales)
@@ -138,7 +142,7 @@ def test_kv_variants_cover_what_they_claim():
 
 
 @pytest.mark.parametrize(("capability", "kv_dtype", "kv_scales", "head_dim", "group_size", "page_size", "dtype"),
-                         KV_VARIANTS)
+                         slow_unless_of(lambda capability, kv_dtype, *_: (capability, kv_dtype) == (90, KV_DTYPES[0]), KV_VARIANTS))
 def test_kernels_of_8_bit_pages_fit(capability, kv_dtype, kv_scales, head_dim, group_size, page_size, dtype):
     options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
     config = kernel_config(DecodeShape(group_size, 1, head_dim, page_size), dtype, capability, options=options)
@@ -147,6 +151,7 @@ def test_kernels_of_8_bit_pages_fit(capability, kv_dtype, kv_scales, head_dim, g
                 dynamic_shared=config.shared_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=repr)
 def test_options_of_8_bit_pages_fit(options):
     options = options.with_cache("int8")
@@ -182,12 +187,12 @@ def test_8_bit_pages_stay_bytes_up_to_the_registers(kv_dtype):
     assert text.count("ldmatrix.") == 8 and text.count("ldmatrix.sync.aligned.m8n8.x4.trans") == 4
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", slow_unless(lambda capability: capability in (86, 90), CAPABILITIES))
 def test_plan_kernel_fits(capability):
     assert_fits("plan.cu", "pkv_list_balanced", {}, capability, threads=32)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", slow_unless(lambda capability: capability == 90, CAPABILITIES))
 @pytest.mark.parametrize("unroll", sorted({unroll for _, _, unroll in STREAM_SHAPES}))
 def test_stream_kernel_fits(unroll, capability):
     threads = max(threads for _, threads, other in STREAM_SHAPES if other == unroll)
@@ -213,7 +218,8 @@ def append_defines(kv_dtype, way, dims, dtype):
     )
 
 
-@pytest.mark.parametrize(("capability", "kv_dtype", "way", "dims", "dtype"), APPEND_VARIANTS)
+@pytest.mark.parametrize(("capability", "kv_dtype", "way", "dims", "dtype"),
+                         slow_unless_of(lambda capability, *_: capability == 90, APPEND_VARIANTS))
 def test_append_kernel_fits(capability, kv_dtype, way, dims, dtype):
     assert_fits("append.cu", "pkv_append", append_defines(kv_dtype, way, dims, dtype), capability,
                 threads=append_config.WARPS * 32)

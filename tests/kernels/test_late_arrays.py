@@ -9,6 +9,7 @@ import pytest
 from decode_on_cpu import make_step, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_unless
 
 from pkvsim import AttentionOptions, DecodeShape, reference
 from pkvsim.schedule.costs import BalancedCosts
@@ -43,7 +44,7 @@ def records(data, lens_before, step, rng, ctas) -> np.ndarray:
     return found.reshape(-1)
 
 
-@pytest.mark.parametrize("name", ["one warp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("small pages", "team"))])
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "one warp", SHAPES))
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_what_the_previous_kernel_writes_counts(name, data) -> None:
@@ -78,7 +79,7 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
 
 
 @pytest.mark.parametrize("rows, recalled", [(1, True), (32, True), (33, False)])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "one warp", SHAPES))
 def test_a_plan_that_was_left_is_used(name, rows, recalled) -> None:
     """Of up to 32 rows: by records that leave every CTA nothing to do, nothing is done; not by those of other
     lengths."""

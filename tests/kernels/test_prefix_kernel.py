@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import SUPPORT
 from prefix_cases import tables
+from slow import slow_unless
 
 from gpu.inputs.block_tables import TableLayout
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -89,7 +90,7 @@ def test_more_rows_and_pages_than_threads(run_kernel):
         assert_equal(run_kernel(LAYOUTS[0], table, lens, 1, rule), wanted)
 
 
-@pytest.mark.parametrize("capability", (86, 90))
+@pytest.mark.parametrize("capability", slow_unless(lambda capability: capability == 90, (86, 90)))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_fits(capability, layout):
     defines = layout.defines() | {"PAGE_SIZE": 16, "WARPS": 16}

@@ -14,6 +14,7 @@ import nvrtc
 import pytest
 from decode_on_cpu import aligned
 from paths import SUPPORT
+from slow import slow_unless_of
 
 torch = pytest.importorskip("torch")
 
@@ -55,14 +56,14 @@ def expected(x, weight, norm, bias, out, end):
 
 
 @pytest.mark.parametrize("hurry", [0, 1])
-@pytest.mark.parametrize(("depth", "rows", "columns", "normed", "end", "bias", "bfloat16", "stages", "ctas"), [
+@pytest.mark.parametrize(("depth", "rows", "columns", "normed", "end", "bias", "bfloat16", "stages", "ctas"), slow_unless_of(lambda depth, *_: depth == 512, [
     (128, 64, 1, True, STORE, False, False, 2, 2),
     (576, 96, 3, True, STORE, True, False, 4, 2),
     (512, 128, 8, True, GATE, False, True, 3, 3),
     (1024, 64, 2, False, ADD, True, False, 4, 1),
     (64, 64, 5, False, ADD, False, True, 2, 2),  # fewer chunks than warps
     (2304, 64, 4, True, GATE, True, False, 2, 1),  # several vectors a thread
-])
+]))
 def test_products_are_those_of_float64(hurry, depth, rows, columns, normed, end, bias, bfloat16, stages, ctas):
     rng, dtype = np.random.default_rng(depth + rows), np.dtype(ml_dtypes.bfloat16 if bfloat16 else np.float16)
     room = 1 << (columns - 1).bit_length()
@@ -91,9 +92,9 @@ def test_products_are_those_of_float64(hurry, depth, rows, columns, normed, end,
     np.testing.assert_array_equal(out[:, width:], around)
 
 
-@pytest.mark.parametrize(("capability", "depth", "columns"), [
+@pytest.mark.parametrize(("capability", "depth", "columns"), slow_unless_of(lambda *case: case == (90, 4096, 8), [
     (90, 4096, 1), (90, 4096, 8), (90, 14336, 4), (86, 2048, 1), (86, 576, 8), (86, 4096, 1),
-])
+]))
 def test_it_fits(capability, depth, columns):
     for normed, end in ((True, STORE), (True, GATE), (False, ADD)):
         found = variant(rows=4096, depth=depth, columns=columns, normed=normed, end=end, bfloat16=False,

@@ -14,6 +14,7 @@ import nvrtc
 import pytest
 from decode_on_cpu import aligned
 from paths import SUPPORT
+from slow import slow_unless, slow_unless_of
 
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -48,7 +49,8 @@ def run(library, name, kernel, grid, arrays, *numbers):
     assert complaint is None, complaint
 
 
-@pytest.mark.parametrize(("rows", "width", "bfloat16"), [(3, 8, 0), (2, 576, 1), (1, 2048, 0), (2, 4104, 1)])
+@pytest.mark.parametrize(("rows", "width", "bfloat16"), slow_unless_of(
+    lambda _, width, __: width <= 2048, [(3, 8, 0), (2, 576, 1), (1, 2048, 0), (2, 4104, 1)]))
 def test_norms_are_those_of_float64(rows, width, bfloat16):
     rng, dtype = np.random.default_rng(width), DTYPES[bfloat16]
     x, weight = (aligned((rng.standard_normal(shape) * 2).astype(dtype)) for shape in ((rows, width + 8), (width,)))
@@ -96,7 +98,7 @@ def test_the_first_of_the_largest_is_chosen(width, stride, kind):
         assert not states.any()
 
 
-@pytest.mark.parametrize("capability", [86, 90])
+@pytest.mark.parametrize("capability", slow_unless(lambda capability: capability == 90, [86, 90]))
 def test_they_fit(capability):
     for bfloat16, vectors in ((0, 2), (1, 8)):
         defines = {"DTYPE_BF16": bfloat16, "NORM_VECTORS": vectors}

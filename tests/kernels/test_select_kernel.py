@@ -14,6 +14,7 @@ import nvrtc
 import pytest
 from decode_on_cpu import address, aligned
 from paths import SUPPORT
+from slow import slow_unless_of
 
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -121,7 +122,9 @@ CODED = [("mean_std", 128, 4, 16, "bfloat16"), ("quest", 64, 12, 4, "float16")]
 
 
 @pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype", "codes"),
-                         [*((*case, False) for case in CASES), *((*case, True) for case in CODED)])
+                         slow_unless_of(
+    lambda *case: case == (*CASES[1], False),
+    [*((*case, False) for case in CASES), *((*case, True) for case in CODED)]))
 def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype, codes) -> None:
     """A page that the rules take and the kernel leaves, or the other way, has a score as good as the last one taken."""
     shape = DecodeShape(2 * group, 2, head_dim, page_size)
@@ -169,8 +172,8 @@ def test_given_scores_and_budgets_select_exactly() -> None:
             assert pages[row, head, :count].tolist() == want.tolist()
 
 
-@pytest.mark.parametrize(("kind", "codes"), [("mean_std", False), ("min_max", False), ("mean_std", True),
-                                             ("min_max", True)])  # fmt: skip
+@pytest.mark.parametrize(("kind", "codes"), slow_unless_of(lambda kind, codes: codes == (kind == "min_max"), [
+    ("mean_std", False), ("min_max", False), ("mean_std", True), ("min_max", True)]))  # fmt: skip
 def test_summaries_follow_growth(kind, codes) -> None:
     """Those of the pages of the new tokens are right, whoever had these pages before; others stay as they were."""
     shape = DecodeShape(4, 2, 128, 16)
@@ -211,7 +214,8 @@ def test_a_long_row_selects_exactly() -> None:
             assert counts[0, head] == count and got[0, head, :count].tolist() == want.tolist()
 
 
-@pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype"), CASES)
+@pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype"),
+                         slow_unless_of(lambda *case: case == CASES[1], CASES))
 def test_there_is_room_for_every_chunk(method, head_dim, group, page_size, dtype) -> None:
     """The shared memory that is asked for holds what a CTA keeps, whatever the number of lists cuts a row into."""
     rule, shape = by_name.method(method), DecodeShape(group, 1, head_dim, page_size)
@@ -234,11 +238,11 @@ def test_a_row_is_cut_for_the_gpu() -> None:
     assert variant.chunks(1, 1, 132) == (1, 128)
 
 
-@pytest.mark.parametrize(("capability", "head_dim", "group", "dtype", "method", "summary_dtype"), [
+@pytest.mark.parametrize(("capability", "head_dim", "group", "dtype", "method", "summary_dtype"), slow_unless_of(lambda *case: case[-1] == CODES and case[0] == 90, [
     (86, 128, 4, "float16", "mean_std", None), (90, 128, 16, "bfloat16", "mean_std", None),
     (86, 64, 16, "bfloat16", "quest", None), (90, 256, 8, "float16", "mean_std", None),
     (90, 128, 4, "float16", None, None), (90, 128, 4, "float16", "mean_std", CODES),
-    (86, 256, 8, "bfloat16", "quest", CODES), (90, 128, 4, "float16", "quest", None)])  # fmt: skip
+    (86, 256, 8, "bfloat16", "quest", CODES), (90, 128, 4, "float16", "quest", None)]))  # fmt: skip
 def test_they_fit_the_registers(capability, head_dim, group, dtype, method, summary_dtype) -> None:
     rule = None if method is None else by_name.method(method)
     shape = DecodeShape(group, 1, head_dim, 16)

@@ -5,6 +5,7 @@ import numpy as np
 import nvrtc
 import pytest
 from decode_on_cpu import aligned, make_step, run
+from slow import slow_unless, slow_unless_of
 from test_decode_kernel import assert_close
 
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -54,7 +55,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "query tokens across pages", CASES))
 def test_the_kernel_reads_the_listed_pages_alone(name) -> None:
     group, head_dim, page_size, dtype, ctas, lens, more = CASES[name]
     step = selected(DecodeShape(2 * group, 2, head_dim, page_size), dtype, AttentionOptions(**more), lens)
@@ -73,7 +74,7 @@ def test_random_lists(seed) -> None:
     assert_selected(got, expected(step), "float16")
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", slow_unless(lambda page_size: page_size == 16, [16, 64]))
 def test_it_plans_what_pkvsim_plans(page_size) -> None:
     """Task for task, and as many of each CTA; lists are equal or not, and few or many."""
     for seed in range(12):
@@ -92,6 +93,7 @@ def test_it_plans_what_pkvsim_plans(page_size) -> None:
         assert counts[counts > 0].tolist() == np.diff(wanted.cta_offsets)[: np.count_nonzero(counts)].tolist()
 
 
+@pytest.mark.slow
 def test_the_variant_of_an_h200() -> None:
     step = selected(DecodeShape(8, 2, 128, 16), "float16", AttentionOptions(), (352, 1024, 16, 700))
     assert_selected(run(step, "balanced", variant=None, ctas=9, costs=MEASURED_COSTS), expected(step), "float16")
@@ -134,10 +136,10 @@ def test_the_mass_of_pages_is_a_by_product(page_size, more) -> None:
             np.testing.assert_allclose(mine[there], whole[there], atol=2e-3)
 
 
-@pytest.mark.parametrize("capability", [86, 90])
-@pytest.mark.parametrize(("shape", "more", "page_lse"), [
+@pytest.mark.parametrize("capability", slow_unless(lambda capability: capability == 90, [86, 90]))
+@pytest.mark.parametrize(("shape", "more", "page_lse"), slow_unless_of(lambda shape, *_: shape.num_q_heads == 32, [
     (DecodeShape(32, 8, 128, 16), {}, False), (DecodeShape(4, 1, 64, 3), {"query_tokens": 4}, False),
-    (DecodeShape(8, 1, 128, 16), {"kv_dtype": "int8", "kv_scales": "token", "sinks": True}, True)])
+    (DecodeShape(8, 1, 128, 16), {"kv_dtype": "int8", "kv_scales": "token", "sinks": True}, True)]))
 def test_it_fits_the_registers(capability, shape, more, page_lse) -> None:
     config = kernel_config(shape, "float16", capability, options=AttentionOptions(**more))
     defines = config.selected_defines(selected=True, page_lse=page_lse)

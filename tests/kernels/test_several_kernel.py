@@ -9,6 +9,7 @@ import nvrtc
 import pytest
 from decode_on_cpu import make_step
 from several_on_cpu import Ranks, instance
+from slow import slow_unless, slow_unless_of
 from test_decode_kernel import assert_close, expected
 
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -37,9 +38,7 @@ def ranks_of(name: str, **more) -> Ranks:
     return Ranks(step, config, shares, ctas=ctas, owner=owner, **more)
 
 
-@pytest.mark.parametrize("name", [
-    "two ranks by head", "three by row, one without pages", pytest.param("four ranks, all own", marks=pytest.mark.slow),
-    pytest.param("a group in two parts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "two ranks by head", CASES))
 def test_ranks_merge_what_one_would_compute(name) -> None:
     """Three steps, so that each half of the inboxes is used again; then the way of collectives, to the same bits."""
     ranks, dtype, found = ranks_of(name), CASES[name][6], []
@@ -110,7 +109,8 @@ def test_ranks_of_one_gpu_let_the_next_launch_begin_when_all_are_there() -> None
     assert all(count.value >= 64 for count in told)  # every thread
 
 
-@pytest.mark.parametrize(("name", "lost"), [("two ranks by head", 1), ("three by row, one without pages", 0)])
+@pytest.mark.parametrize(("name", "lost"), [
+    ("two ranks by head", 1), pytest.param("three by row, one without pages", 0, marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come_is_told_of_in_time(name, lost) -> None:
     ranks = ranks_of(name)
     ranks.launch()
@@ -137,9 +137,9 @@ def test_a_rank_that_owns_nothing_is_held_back() -> None:
     assert ranks.ranks[0].failure[0] == 1
 
 
-@pytest.mark.parametrize(("capability", "num_ranks", "group", "head_dim", "kv_dtype"), [
+@pytest.mark.parametrize(("capability", "num_ranks", "group", "head_dim", "kv_dtype"), slow_unless_of(lambda *case: case[-1] == "float8_e4m3fn", [
     (86, 2, 4, 128, None), (90, 8, 16, 64, None), (90, 2, 4, 128, "float8_e4m3fn"), (86, 8, 1, 256, "int8"),
-])
+]))
 def test_the_kernel_fits(capability, num_ranks, group, head_dim, kv_dtype) -> None:
     options = AttentionOptions(kv_dtype=kv_dtype, sinks=group == 4)
     config = rank_config(DecodeShape(group, 1, head_dim, 16), "float16", capability, num_ranks=num_ranks, max_batch=1,

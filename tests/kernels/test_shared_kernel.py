@@ -5,6 +5,7 @@ import numpy as np
 import nvrtc
 import pytest
 from decode_on_cpu import aligned, make_step, run
+from slow import slow_unless
 from test_decode_kernel import assert_close, expected
 
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -37,6 +38,8 @@ CASES = {
 }  # fmt: skip
 
 
+# Of those that make test takes, two run by the build of PLAIN.
+OFTEN = ("several reads", "several groups", "short and unused")
 # That reads for one and for several warpgroups are tried with, of those that have such.
 OF_WARPGROUPS = ("one group", "several groups", "query tokens")
 
@@ -53,7 +56,7 @@ def ways(by_warpgroups: bool) -> dict[str, object]:
     return {"variant": (4, 2), "read_stages": 4} if by_warpgroups else {}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name in OFTEN, CASES))
 def test_members_get_what_they_would_alone(name, by_warpgroups) -> None:
     group, head_dim, page_size, dtype, ctas, columns, lens, groups, more = CASES[name]
     if by_warpgroups and name not in OF_WARPGROUPS:
@@ -63,7 +66,8 @@ def test_members_get_what_they_would_alone(name, by_warpgroups) -> None:
     assert_close(got, expected(step), dtype)
 
 
-@pytest.mark.parametrize("capability", [86, pytest.param(90, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 90])
 def test_the_variants_of_gpus(capability) -> None:
     """Reads for 40 columns by teams of four warps from rings of eight stages. One is cut over two CTAs, the second of
     which has several own spans too."""
@@ -192,6 +196,7 @@ def test_rows_beside_a_group_are_those_decoded_alone(by_warpgroups) -> None:
     np.testing.assert_allclose(together[1], alone[1], atol=1e-4)
 
 
+@pytest.mark.slow  # ten seconds each
 @pytest.mark.parametrize("capability", [86, 90])
 def test_both_widths_fit_the_registers(capability) -> None:
     config = read_config(kernel_config(DecodeShape(32, 8, 128, 16), "float16", capability), capability)

@@ -16,6 +16,7 @@ from decode_on_cpu import aligned
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import SUPPORT
+from slow import slow_unless_of
 
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -52,14 +53,14 @@ def expected(x, weight, bias, out, end):
 
 
 @pytest.mark.parametrize("hurry", [0, 1])
-@pytest.mark.parametrize(("variant", "rows", "columns", "bias", "ctas"), [
+@pytest.mark.parametrize(("variant", "rows", "columns", "bias", "ctas"), slow_unless_of(lambda variant, *_: variant.depth in (256, 576), [
     (WideVariant(64, 8, STORE, False, 128, 3, False), 96, 1, True, 1),
     (WideVariant(256, 16, ADD, True, 128, 4, False, 2), 288, 13, False, 4),
     (WideVariant(576, 32, GATE, False, 128, 3, False, 4, 1), 192, 31, True, 5),  # ranges end amid both of their tiles
     (WideVariant(128, 64, STORE, True, 128, 4, False), 384, 33, False, 3),  # ranges are whole tiles
     (WideVariant(448, 32, ADD, False, 128, 3, True), 160, 32, True, 6),  # tiles are cut into three and more
     (WideVariant(192, 128, GATE, False, 256, 3, True, 8, 2), 320, 100, True, 2),
-])
+]))
 def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas):
     depth, end = variant.depth, variant.end
     rng, dtype = np.random.default_rng(depth + rows), np.dtype(ml_dtypes.bfloat16 if variant.bfloat16 else np.float16)
@@ -99,9 +100,9 @@ def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas
     np.testing.assert_array_equal(outs[0][:, width:], first[:, width:])
 
 
-@pytest.mark.parametrize(("capability", "columns", "end"), [
+@pytest.mark.parametrize(("capability", "columns", "end"), slow_unless_of(lambda *case: case in ((90, 64, ADD), (90, 128, GATE)), [
     (90, 8, STORE), (90, 32, GATE), (90, 64, ADD), (90, 128, GATE), (86, 16, ADD), (86, 64, GATE),
-])  # fmt: skip
+]))  # fmt: skip
 def test_it_fits(capability, columns, end):
     limit = shared_limit_bytes(capability)
     found = wide_variant(rows=4096, depth=14336 if end == ADD else 4096, columns=columns, end=end, bfloat16=end == GATE,
