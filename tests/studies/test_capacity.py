@@ -18,6 +18,7 @@ from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.studies.capacity.bisection import highest_kept
+from pkvsim.studies.capacity.expected_edge import expected_edge
 from pkvsim.studies.capacity.result import RANKS, CapacitySearch
 from pkvsim.studies.capacity.search import capacity_search, replicas_for
 from pkvsim.studies.objectives import evaluate, parse_objectives
@@ -57,6 +58,57 @@ def test_the_bracket_of_any_server_has_an_edge_of_it(seed, tolerance) -> None:
     assert bracket.missed is None or not answers[bracket.missed]
     if bracket.kept and bracket.missed:
         assert bracket.kept < bracket.missed <= bracket.kept * (1 + tolerance)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1), st.booleans(), st.integers(0, 2**32))
+def test_what_is_expected_of_the_edge_changes_how_it_is_found_alone(edge, tolerance, near, seed) -> None:
+    rng = np.random.default_rng(seed)
+    for wrong, most in ((0.0, 12), (0.04 * math.log1p(tolerance), 12), (9.0, 80)):
+        asked: list[float] = []
+
+        def keeps(rate: float) -> bool:
+            asked.append(rate)
+            return rate <= edge
+
+        def expect(kept, missed):
+            return None if wrong == 9 and rng.random() < 0.3 else edge * float(np.exp(rng.uniform(-wrong, wrong)))
+
+        bracket = highest_kept(keeps, 1.0, tolerance, edge=expect, near=expect(None, None) if near else None)
+        assert len(asked) == len(set(asked)) <= most
+        assert bracket.kept <= edge < bracket.missed <= bracket.kept * (1 + tolerance)
+        assert not near or wrong == 9 or len(asked) == 2
+
+
+@given(st.floats(0.5, 4), st.floats(-8, 8), st.floats(-1, 1), st.integers(0, 99))
+def test_the_edge_of_a_power_law_is_known(power, at, off, seed) -> None:
+    """From two rates beside it; and from one, and another trace's curve."""
+    rates = np.exp(np.random.default_rng(seed).uniform(-12, 12, 5))
+    edge = math.exp(at)
+    tried = {float(rate): power * math.log(rate / edge) for rate in rates}
+    kept = max((rate for rate in tried if tried[rate] < 0), default=None)
+    missed = min((rate for rate in tried if tried[rate] > 0), default=None)
+    found = expected_edge(tried, kept, missed)
+    assert found is None if kept is None or missed is None else found == pytest.approx(edge)
+    guide = {float(rate): power * math.log(rate / edge) - off for rate in np.exp(np.linspace(-16, 16, 9))}
+    for ends in ((kept, None), (None, missed)):
+        found = expected_edge(tried, *ends, guide)
+        assert found is None if ends == (None, None) else found == pytest.approx(edge)
+
+
+def test_long_traces_are_searched_by_their_first_requests_first() -> None:
+    """With the result of a search that halves: the same edge within the tolerance, in fewer runs of the whole trace."""
+    trace = poisson_trace(4000, 8, 300, 4, seed=3)
+    objectives = parse_objectives("ttft_p90=80ms")
+    (cell,) = capacity_search({"batch": (16,)}, trace, objectives, device="h200", policy="balanced").cells
+    model, _ = fit_model(get_model("llama-3.1-8b"), get_device("h200"), ServingConfig(max_batch=16))
+
+    def keeps(rate: float) -> bool:
+        run = simulate(at_rate(trace, rate), model, get_device("h200"), "balanced", ServingConfig(max_batch=16))
+        return evaluate(objectives, run.requests)[0].met and not run.summary["saturated"]
+
+    assert len(cell.points) <= 6
+    assert keeps(cell.capacity.rate_per_s) and not keeps(cell.capacity.missed_rate_per_s)
+    assert cell.capacity.missed_rate_per_s <= cell.capacity.rate_per_s * 1.02
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 1000))

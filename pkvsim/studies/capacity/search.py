@@ -3,7 +3,8 @@
 A server is a cell of the axes: a model on one GPU or several that share its layers (tensor parallel), a batch, a
 policy. The trace's arrivals are scaled to a rate, the run is simulated, and the rate is kept if every objective is met
 and the queue does not grow without end (a run that is saturated may still meet an objective on single tokens, but no
-server lasts so). Between a kept and a missed rate the search halves; the result is the kept end.
+server lasts so). Between a kept and a missed rate the search goes where its latencies let it expect the edge; the
+result is the kept end.
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED
 from pkvsim.studies.capacity.bisection import highest_kept
+from pkvsim.studies.capacity.expected_edge import PART_TOLERANCE, expected_edge, first_part, overshoot
 from pkvsim.studies.capacity.result import RANKS, Capacity, CapacityCell, CapacitySearch, Point, standing
 from pkvsim.studies.cells import CellNotes, Place, check_axes, places
 from pkvsim.studies.objectives import Objective, evaluate, goodput
@@ -193,14 +195,27 @@ def find_capacity(
     points: dict[float, Point] = {}
     best: list[ServingResult] = []  # the run at the highest rate kept, last
 
+    def point(requests: RequestTrace, rate: float) -> tuple[Point, ServingResult]:
+        run = simulate(at_rate(requests, rate), model, gpu, server.policy, config)
+        return Point(rate, evaluate(objectives, run.requests, run.gaps), bool(run.summary["saturated"])), run
+
     def keeps(rate: float) -> bool:
-        run = simulate(at_rate(trace, rate), model, gpu, server.policy, config)
-        points[rate] = Point(rate, evaluate(objectives, run.requests, run.gaps), bool(run.summary["saturated"]))
+        points[rate], run = point(trace, rate)
         if points[rate].kept:
             best.append(run)
         return points[rate].kept
 
-    bracket = highest_kept(keeps, full.summary["requests_per_s"], tolerance)
+    start, part, guide = full.summary["requests_per_s"], first_part(trace), dict[float, Point]()
+    near = None
+    if part is not None:
+
+        def part_keeps(rate: float) -> bool:
+            guide[rate] = point(part, rate)[0]
+            return guide[rate].kept
+
+        expect = partial(_edge, guide, None)
+        near = highest_kept(part_keeps, start, max(tolerance, PART_TOLERANCE), edge=expect).kept
+    bracket = highest_kept(keeps, start, tolerance, edge=partial(_edge, points, guide), near=near)
     if bracket.kept is None:
         lowest = points[min(points)]
         return CapacityCell(
@@ -245,6 +260,17 @@ def find_capacity(
         notes=(*notes, f"attention prices of {gpu.name}: {fit_note(gpu)}", basis_note(basis)),
         basis=basis,
     )
+
+
+def _edge(
+    points: Mapping[float, Point], guide: Mapping[float, Point] | None, kept: float | None, missed: float | None
+) -> float | None:
+    """Where highest_kept is to expect the edge, by the rates that were tried, also of the first part."""
+    tried, guided = (
+        {rate: overshoot(point.outcomes, saturated=point.saturated) for rate, point in (of or {}).items()}
+        for of in (points, guide)
+    )
+    return expected_edge(tried, kept, missed, guided)
 
 
 def replicas_for(wanted_rate_per_s: float, rate_per_s: float) -> int:
