@@ -275,6 +275,6 @@ def new_log(num_requests: int, num_routes: int, limits: Limits) -> RunLog:
         gaps=np.zeros(GAP_BINS, np.int64),
         sample_lens=np.zeros((SAMPLES, most), np.int64),
         sample_choice=np.zeros((SAMPLES, 3), np.int64),
-        grouping=new_grouping(most),
+        grouping=new_grouping(most, num_requests),
         selected=np.zeros(NUM_SELECTED),
     )

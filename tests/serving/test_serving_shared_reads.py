@@ -66,14 +66,14 @@ def test_groups_are_those_that_the_engine_finds_in_the_block_table(rows, rule, r
     trace = make_trace(rows, blocks=True)
     blocks = prompt_blocks(trace, 16, np.ones(len(trace), bool))
     places = block_places(blocks, trace.prompt_tokens, BLOCK_TOKENS)
-    grouping, before = new_grouping(len(trace)), None
-    for _ in range(2):  # the second time over what the first has left behind
+    grouping, before = new_grouping(len(trace), len(trace)), None
+    for _ in range(5):  # each time over what the ones before have left behind
         decoding = np.array(random.sample(range(len(trace)), random.randint(1, len(trace))))
         assert same_rows(decoding, grouping) == (decoding.tolist() == before)
         before = decoding.tolist()
         of_row, prefixes, members = grouped(blocks, places, decoding, rule, grouping)
         assert same_rows(decoding, grouping)
-        assert grouped(blocks, places, decoding, rule, new_grouping(len(trace))) == (of_row, prefixes, members)
+        assert grouped(blocks, places, decoding, rule, new_grouping(len(trace), len(trace))) == (of_row, prefixes, members)
 
         ids = [blocks.ids[blocks.offsets[request] : blocks.offsets[request + 1]] for request in decoding]
         table = np.array([np.pad(own, (0, 8 - len(own))) for own in ids])

@@ -15,14 +15,17 @@ from pkvsim.memory.prefix_cache import PromptBlocks
 from pkvsim.schedule.prefix_trees import group_sorted
 
 ROW_BITS = 17  # of a key that sorts rows, of which there are at most 2^16
-NUM_ROWS, NUM_GROUPS = range(2)  # of Grouping.counts
+# Of Grouping.counts: what was found, the number of times that rows were compared, and the most blocks that the rows
+# since then can have in common with others.
+NUM_ROWS, NUM_GROUPS, TIMES, MOST_COMMON = range(4)
 SHARED_STEPS, READ_BYTES, APART_BYTES, SAVED_US = range(4)  # of Grouping.totals
 
 
 class Grouping(NamedTuple):
     """The groups of the rows that decode, and what sharing has given so far."""
 
-    counts: np.ndarray  # [2] int64
+    counts: np.ndarray  # [4] int64
+    seen: np.ndarray  # [n] int64, of each request the TIMES at which it was counted in MOST_COMMON
     requests: np.ndarray  # [max_batch] int64, the rows that were grouped
     order: np.ndarray  # [max_batch] int64, scratch: rows by their blocks
     common: np.ndarray  # [max_batch] int64, scratch: blocks that neighbours of that order have in common
@@ -33,12 +36,13 @@ class Grouping(NamedTuple):
     totals: np.ndarray  # [4] float64, sums over steps: steps, bytes by reads, bytes of the same apart, us saved
 
 
-def new_grouping(most_rows: int) -> Grouping:
+def new_grouping(most_rows: int, num_requests: int) -> Grouping:
     """Nothing was grouped."""
     requests, order, common, sorted_groups, group_of_row, prefix_tokens, members = np.zeros((7, most_rows), np.int64)
     return Grouping(
-        np.array([-1, 0]), requests, order, common, sorted_groups, group_of_row, prefix_tokens, members, np.zeros(4)
-    )
+        np.array([-1, 0, 0, 2**40]), np.full(num_requests, -1), requests, order, common, sorted_groups, group_of_row,
+        prefix_tokens, members, np.zeros(4),
+    )  # fmt: skip
 
 
 def block_places(blocks: PromptBlocks, prompt_tokens: np.ndarray, block_tokens: int) -> np.ndarray:
@@ -80,10 +84,27 @@ def group_rows(
     least_tokens: int,
     grouping: Grouping,
 ) -> None:
-    """Groups the rows that decode."""
+    """Groups the rows that decode.
+
+    What groups save is at most the sum of what neighbours in the sorted order have in common. A row that comes adds at
+    most its own blocks to that sum, and one that leaves nothing, so rows that cannot save enough are not compared.
+    """
     rows, counts, requests = len(decoding), grouping.counts, grouping.requests
     counts[NUM_ROWS] = rows
     requests[:rows] = decoding
+    for row in range(rows):
+        request = decoding[row]
+        if grouping.seen[request] != counts[TIMES]:
+            grouping.seen[request] = counts[TIMES]
+            counts[MOST_COMMON] += places[request, 2] - places[request, 1]
+    if counts[MOST_COMMON] * block_tokens <= least_tokens:
+        counts[NUM_GROUPS] = 0
+        grouping.group_of_row[:rows] = -1
+        return
+    counts[TIMES] += 1
+    counts[MOST_COMMON] = 0
+    for row in range(rows):
+        grouping.seen[decoding[row]] = counts[TIMES]
     order = grouping.order[:rows]
     for row in range(rows):
         order[row] = places[decoding[row], 0] << ROW_BITS | row
@@ -98,7 +119,6 @@ def group_rows(
         gap //= 2
     for row in range(rows):
         order[row] &= (1 << ROW_BITS) - 1
-    any_common = False
     for at in range(rows - 1):
         one, other = requests[order[at]], requests[order[at + 1]]
         grouping.common[at] = 0
@@ -109,8 +129,8 @@ def group_rows(
         while depth < most and ids[a + depth] == ids[b + depth]:
             depth += 1
         grouping.common[at] = depth
-        any_common = True
-    if not any_common:
+        counts[MOST_COMMON] += depth
+    if counts[MOST_COMMON] * block_tokens <= least_tokens:
         counts[NUM_GROUPS] = 0
         grouping.group_of_row[:rows] = -1
         return
