@@ -102,12 +102,16 @@ def fit(path: pathlib.Path, device: str) -> int:
 
     from pkvsim.devices.device import get_device
     from pkvsim.fitting.fit_shared import errors, fit_shared
-    from pkvsim.pricing.shared import PRICES
+    from pkvsim.schedule.prefixes import sharing_rule
 
     gpu, steps = get_device(device), measured_of(json.loads(path.read_text()))
+    bandwidth = gpu.routes["balanced"].bandwidth_gb_s
+    steps = [step for step in steps
+             if sharing_rule(step.shape, bandwidth_gb_per_s=bandwidth).worth(step.saved_tokens())]
     found = fit_shared(steps, gpu)
-    shipped = errors(steps, gpu, PRICES)
-    print(f"{len(steps)} steps: the shipped constants are off by {abs(shipped).mean():.1%} in the mean, these by "
+    shipped = errors(steps, gpu, None)
+    print(f"{len(steps)} steps that save enough to be read together: the shipped constants are off by "
+          f"{abs(shipped).mean():.1%} in the mean, these by "
           f"{found.in_sample:.1%}, and by {found.held_out:.1%} on the half that each half's fit has not seen")
     print(found.prices)
     for step, error in sorted(zip(steps, errors(steps, gpu, found.prices)), key=lambda pair: -abs(pair[1]))[:8]:
