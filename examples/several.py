@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def random(group, size: tuple[int, ...], seed: int) -> list:
-    """The same numbers on the device of every rank, which makes them itself: a million tokens take the host a minute."""
+    """The same numbers on every rank's device, which makes them itself: a million tokens take the host a minute."""
     import cupy
 
     made = []
