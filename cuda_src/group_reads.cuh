@@ -2,8 +2,8 @@
 //
 // Query columns are the M of these products, 64 of them, which a warpgroup's registers hold; READ_TILES tiles at once are
 // the N of S = Q K^T, and V's elements that of O = P V. P goes from the registers of one product to those of the next.
-// A stream is a warpgroup, or two that share its columns. What a read's tiles are is simple: they are whole, in one page each, and all columns see all
-// of their tokens.
+// A stream is a warpgroup, or two that share its columns. What a read's tiles are is simple: they are whole, in one page
+// each, and all columns see all of their tokens.
 //
 // A group of tiles lies in its part of the ring as the products want it: all K, then all V, each in blocks of 64 elements
 // of every token, a token's 128 bytes in a row, swizzled. A segment's last group may have fewer tiles; zeros are in place

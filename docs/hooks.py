@@ -98,16 +98,20 @@ def rooms_page() -> str:
         pages += [f"## `{package}`\n", _docstring(ROOT / package / "__init__.py")]
         for room in rooms:
             pages += [f"### `{package}.{room}`\n", _docstring(ROOT / package / room / "__init__.py")]
-            modules = [source for source in sorted((ROOT / package / room).glob("*.py")) if source.stem[:2] != "__"]
-            lines = [f"| `{source.stem}` | {_cell(_first_sentence(source))} |" for source in modules]
-            pages += ["\n".join(["| module | what it holds |", "|---|---|", *lines, ""])]
+            place = ROOT / package / room
+            modules = {source.stem: source for source in place.glob("*.py") if source.stem[:2] != "__"}
+            modules |= {guide.parent.relative_to(place).as_posix().replace("/", "."): guide
+                        for guide in place.glob("*/**/__init__.py")}  # fmt: skip
+            lines = [f"| `{name}` | {_cell(_first_sentence(modules[name]))} |" for name in sorted(modules)]
+            pages += ["\n".join(["| module or folder | what it holds |", "|---|---|", *lines, ""])]
     return "\n".join(pages)
 
 
 ROOMS = {
-    "pkvsim": ("schedule", "reference", "memory", "traces", "models", "devices", "pricing", "timeline", "fitting",
-               "policy", "serving", "studies", "reports", "commands"),
-    "gpu": ("inputs", "kernels", "measure", "engine", "cache", "routes", "drop_ins", "calibrate"),
+    "pkvsim": ("compiled", "schedule", "reference", "selection", "memory", "traces", "models", "devices", "outside",
+               "pricing", "timeline", "fitting", "policy", "serving", "studies", "reports", "commands"),
+    "gpu": ("inputs", "kernels", "measure", "cache", "engine", "selection", "several", "routes", "drop_ins",
+            "calibrate", "serve"),
     "cuda_src": (),
 }
 

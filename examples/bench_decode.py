@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import statistics
 import sys
-import time
 
-from gpu.measure import memory
-from gpu.measure.environment import environment, lacks_gpu, write_json
+from bench.script import print_notes, run_script
 
 OURS = ("balanced", "workqueue", "split")
 POOL_GIB = 40.0
@@ -86,39 +85,21 @@ def run_cells(args: argparse.Namespace, pool_gib: float, console) -> tuple[list,
     return results, left_out
 
 
+def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
+    from bench import report
+
+    results, left_out = run_cells(args, pool_gib, console)
+    report.print_table(console, results)
+    console.print(f"{args.dtype}, page {args.page_size}, head_dim {args.head_dim}, {left_out} cells left out")
+    report.print_summary(console, results)
+    print_notes(console, "not timed", sorted({f"{r.route}: {r.note}" for r in results if r.note}))
+    return {"left_out": left_out, "summary": report.summary(results),
+            "results": [dataclasses.asdict(result) for result in results]}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if lacks_gpu("bench_decode"):
-        return 1
-    from bench import report as bench_report
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    about = environment()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    start = time.perf_counter()
-    try:
-        granted = memory.budget(POOL_GIB, args.pool_gib)
-    except ValueError as error:
-        print(f"bench_decode: error: {error}", file=sys.stderr)
-        return 2
-    results, left_out = run_cells(args, granted.granted_gib, console)
-    bench_report.print_table(console, results)
-    console.print(f"{args.dtype}, page {args.page_size}, head_dim {args.head_dim}, "
-                  f"{time.perf_counter() - start:.0f} s")
-    console.print(f"{granted}; {left_out} cells left out" if left_out else str(granted))
-    bench_report.print_summary(console, results)
-    for note in sorted({f"{r.route}: {r.note}" for r in results if r.note}):
-        console.print(f"not timed: {note}", markup=False)
-    if args.json is not None:
-        document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()},
-                    "pool": dataclasses.asdict(granted), "left_out": left_out, "peak_gpu_bytes": memory.peak_bytes(),
-                    "summary": bench_report.summary(results),
-                    "results": [dataclasses.asdict(result) for result in results]}
-        write_json(args.json, document)
-        console.print(f"wrote {args.json}")
-    console.print(memory.peak_line())
-    return 0
+    return run_script("bench_decode", args, functools.partial(measure, args), pool_gib=POOL_GIB, width=110)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
-import time
 
-from gpu.measure.environment import environment, lacks_gpu, write_json
+from bench.script import chosen, print_notes, run_script
 
 POOL_GIB = 18.0
 SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit", "policy",
@@ -42,17 +42,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def chosen(text: str, cells: tuple) -> list:
-    if text == "all":
-        return list(cells)
-    try:
-        return [cells[int(number)] for number in text.split(",")]
-    except (ValueError, IndexError):
-        raise SystemExit(
-            f"bench_selection: --cells: expected numbers from 0 to {len(cells) - 1}, got {text!r}"
-        ) from None
-
-
 def tables(results: list) -> list:
     from bench.tables import Table, us
 
@@ -72,32 +61,17 @@ def tables(results: list) -> list:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if lacks_gpu("bench_selection"):
-        return 1
+def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
     from bench.selection_measure import CELLS, SelectionBench
-    from rich.console import Console
 
-    from gpu.measure import memory
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    about = environment()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    start = time.perf_counter()
-    try:
-        granted = memory.budget(POOL_GIB, args.pool_gib)
-    except ValueError as error:
-        print(f"bench_selection: error: {error}", file=sys.stderr)
-        return 2
-    bench = SelectionBench(pool_gib=granted.granted_gib, repeats=args.repeats, fraction=args.fraction)
+    bench = SelectionBench(pool_gib=pool_gib, repeats=args.repeats, fraction=args.fraction)
     results, left_out = [], []
     if args.grid:
         from bench.selection_grid import measure_grid
 
         for found in measure_grid(bench):
             (left_out if isinstance(found, str) else results).append(found)
-    for rows, length in () if args.grid else chosen(args.cells, CELLS):
+    for rows, length in () if args.grid else chosen("bench_selection", args.cells, CELLS):
         try:
             results.append(bench.measure(rows, length, flashinfer=not args.no_flashinfer))
         except ValueError as error:  # a pool that is too small for the cell
@@ -106,20 +80,15 @@ def main(argv: list[str] | None = None) -> int:
             left_out.append(f"{rows} x {length}: {error}")
     for table in tables(results):
         table.print(console)
-    for result in results:
-        for name, note in result.notes.items():
-            console.print(f"not timed: {result.rows} x {result.length}: {name}: {note}", markup=False)
-    for note in left_out:
-        console.print(f"left out: {note}", markup=False)
-    console.print(f"{granted}, {time.perf_counter() - start:.0f} s")
-    if args.json is not None:
-        write_json(args.json, {
-            "environment": about, "options": {key: str(value) for key, value in vars(args).items()},
-            "results": [dataclasses.asdict(result) for result in results], "left_out": left_out,
-            "pool": dataclasses.asdict(granted), "peak_gpu_bytes": memory.peak_bytes()})  # fmt: skip
-        console.print(f"wrote {args.json}")
-    console.print(memory.peak_line())
-    return 0
+    print_notes(console, "not timed", (f"{result.rows} x {result.length}: {name}: {note}"
+                                       for result in results for name, note in result.notes.items()))  # fmt: skip
+    print_notes(console, "left out", left_out)
+    return {"results": [dataclasses.asdict(result) for result in results], "left_out": left_out}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_script("bench_selection", args, functools.partial(measure, args), pool_gib=POOL_GIB, width=200)
 
 
 if __name__ == "__main__":

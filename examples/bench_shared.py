@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
-import time
 
-from gpu.measure.environment import environment, lacks_gpu, write_json
+from bench.script import chosen, print_notes, run_script
 
 ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
@@ -44,15 +44,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="h200", help="for --fit: the GPU of pkvsim's that was measured (h200)")
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
     return parser.parse_args(argv)
-
-
-def chosen(text: str, cells: tuple) -> list:
-    if text == "all":
-        return list(cells)
-    try:
-        return [cells[int(number)] for number in text.split(",")]
-    except (ValueError, IndexError):
-        raise SystemExit(f"bench_shared: --cells: expected numbers from 0 to {len(cells) - 1}, got {text!r}") from None
 
 
 def calibrate(bench, cells: list, console) -> list[dict]:
@@ -102,12 +93,16 @@ def fit(path: pathlib.Path, device: str) -> int:
 
     from pkvsim.devices.device import get_device
     from pkvsim.fitting.fit_shared import errors, fit_shared
-    from pkvsim.pricing.shared import PRICES
+    from pkvsim.schedule.prefixes import sharing_rule
 
     gpu, steps = get_device(device), measured_of(json.loads(path.read_text()))
+    bandwidth = gpu.routes["balanced"].bandwidth_gb_s
+    steps = [step for step in steps
+             if sharing_rule(step.shape, bandwidth_gb_per_s=bandwidth).worth(step.saved_tokens())]
     found = fit_shared(steps, gpu)
-    shipped = errors(steps, gpu, PRICES)
-    print(f"{len(steps)} steps: the shipped constants are off by {abs(shipped).mean():.1%} in the mean, these by "
+    shipped = errors(steps, gpu, None)
+    print(f"{len(steps)} steps that save enough to be read together: the shipped constants are off by "
+          f"{abs(shipped).mean():.1%} in the mean, these by "
           f"{found.in_sample:.1%}, and by {found.held_out:.1%} on the half that each half's fit has not seen")
     print(found.prices)
     for step, error in sorted(zip(steps, errors(steps, gpu, found.prices)), key=lambda pair: -abs(pair[1]))[:8]:
@@ -129,53 +124,33 @@ def table(results: list):
                  "found x: over FlashInfer's best.")  # fmt: skip
 
 
+def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
+    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell, drawn
+    from bench.shared_measure import SharedBench
+
+    bench = SharedBench(pool_gib=pool_gib, repeats=args.repeats, cascade=args.cascade)
+    if args.calibrate:
+        return {"calibration": calibrate(bench, chosen("bench_shared", args.cells, CELLS), console)}
+    if args.drawn is not None:
+        cells = drawn(args.drawn, args.seed)
+        results = [bench.measure(cell, only_ours=True) for cell in cells]
+        table(results).print(console)
+        return {"results": [{**dataclasses.asdict(cell), **dataclasses.asdict(result)}
+                            for cell, result in zip(cells, results)]}  # fmt: skip
+    results = [bench.measure(cell) for cell in chosen("bench_shared", args.cells, (*CELLS, *NOTHING_SHARED))]
+    find_us = bench.find_us(SharedCell(256, 2047 * 16, 16))
+    table(results).print(console)
+    console.print(f"groups of 256 rows x 2,048 pages found in {find_us:.2f} us")
+    print_notes(console, "not timed", (f"{result.cell}: {name}: {note}"
+                                       for result in results for name, note in result.notes.items()))  # fmt: skip
+    return {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us}
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.fit is not None:
         return fit(args.fit, args.device)
-    if lacks_gpu("bench_shared"):
-        return 1
-    from bench.shared_cells import CELLS, NOTHING_SHARED, SharedCell, drawn
-    from bench.shared_measure import SharedBench
-    from rich.console import Console
-
-    from gpu.measure import memory
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    about = environment()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    start = time.perf_counter()
-    try:
-        granted = memory.budget(POOL_GIB, args.pool_gib)
-    except ValueError as error:
-        print(f"bench_shared: error: {error}", file=sys.stderr)
-        return 2
-    bench = SharedBench(pool_gib=granted.granted_gib, repeats=args.repeats, cascade=args.cascade)
-    document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()}}
-    if args.calibrate:
-        document["calibration"] = calibrate(bench, chosen(args.cells, CELLS), console)
-    elif args.drawn is not None:
-        cells = drawn(args.drawn, args.seed)
-        results = [bench.measure(cell, only_ours=True) for cell in cells]
-        table(results).print(console)
-        document |= {"results": [{**dataclasses.asdict(cell), **dataclasses.asdict(result)}
-                                 for cell, result in zip(cells, results)]}  # fmt: skip
-    else:
-        results = [bench.measure(cell) for cell in chosen(args.cells, (*CELLS, *NOTHING_SHARED))]
-        find_us = bench.find_us(SharedCell(256, 2047 * 16, 16))
-        table(results).print(console)
-        console.print(f"groups of 256 rows x 2,048 pages found in {find_us:.2f} us")
-        for result in results:
-            for name, note in result.notes.items():
-                console.print(f"not timed: {result.cell}: {name}: {note}", markup=False)
-        document |= {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us}
-    console.print(f"{granted}, {time.perf_counter() - start:.0f} s")
-    document |= {"pool": dataclasses.asdict(granted), "peak_gpu_bytes": memory.peak_bytes()}
-    if args.json is not None:
-        write_json(args.json, document)
-        console.print(f"wrote {args.json}")
-    console.print(memory.peak_line())
-    return 0
+    return run_script("bench_shared", args, functools.partial(measure, args), pool_gib=POOL_GIB, width=150)
 
 
 if __name__ == "__main__":

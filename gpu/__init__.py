@@ -1,11 +1,13 @@
 """The GPU engine of PersistentKV. Importing it needs no GPU; constructing an engine does.
 
-Read `inputs` (arrays of any library, block tables, checks), `kernels` (from cuda_src to a launch) and `engine`
-(plan notes where things are, run launches): a step goes through them in this order. `cache` is the pool that an
-engine reads and the writer that fills it. `selection` chooses what a step reads of it. `routes` puts FlashInfer's
-backends beside our schedules and takes the cheapest of a step; `decode_engine` is the face of both. `drop_ins` are
-faces that other libraries' callers know; `serve` is a serving loop of our own. `measure`, `calibrate` and `tune` time
-all of it, and `as_card` runs all of it as another GPU would.
+Read `inputs` (arrays of any library, block tables, checks), `kernels` (from cuda_src to a launch) and `engine` (plan
+notes where things are, run launches): a step goes through them in this order. `cache` is the pool that an engine reads
+and the writer that fills it. `selection` chooses what a step reads of it, `several` spreads a step over GPUs. `routes`
+puts FlashInfer's backends beside our schedules and takes the cheapest of a step; `decode_engine` is the face of both.
+`drop_ins` are faces that other libraries' callers know; `serve` is a serving loop of our own. `measure`, `calibrate`
+and `tune` time all of it, and `as_card` runs all of it as another GPU would. Beside them stand names that callers know
+(`torch_op`, `torch_append`, `flash_attn`, `transformers_attention`, `transformers_cache`), whose homes are in
+`drop_ins`.
 
 What to decide (where to cut, which route, which page) is asked of pkvsim. torch, CuPy and FlashInfer are imported
 where they are used, so that CPU tools can use the rest.

@@ -2,13 +2,14 @@
 
 Read `shapes` (a step's attention shape and its rows) and `options` (windows, sinks, 8-bit caches), then `schedule`:
 the task decomposition is what everything else here talks about. `reference` says in float64 what any schedule must
-compute.
+compute. `selection` says which pages a step reads, where that is not all.
 
 From there the data flows one way. `devices` and `models` hold numbers, `traces` requests. `pricing` turns a step's
-rows into microseconds in closed form, `timeline` into a simulation of tasks on CTA slots; `fitting` finds their
-constants from measurements. `policy` compares prices and takes a route. `memory` and `serving` decide which rows a
-step has. `studies` ask the questions, `reports` draw the answers, `commands` are the words for both on the command
-line.
+rows into microseconds in closed form, `timeline` into a simulation of tasks on CTA slots; `outside` prices the rest of
+a step, and `fitting` finds the constants of all three from measurements. `policy` compares prices and takes a route.
+`memory` and `serving` decide which rows a step has. `studies` ask the questions, `reports` draw the answers,
+`commands` are the words for both on the command line, and `cli` puts them together. `compiled` says how functions are
+compiled and where that is kept, `kv_types` which types a cache may have.
 
 Nothing here imports CuPy or torch. The GPU half imports this one: a decision is made here once, and called by both.
 """

@@ -72,6 +72,8 @@ def measure_cell(bench: SelectionBench, rows: int, length: int, fraction: float)
     time_of("select", lambda i: selector.select(case.q, summaries[i]))
     time_of("everything", lambda i: attend(i, selected=selector.select(case.q, summaries[i])))
     paged = PagedSelection(budget=budget, pins=PINS, dense_layers=0, device=this_device())
+    for i, (k, _) in enumerate(case.layers):  # of all tokens, as a prompt's step leaves them
+        paged.keep(i, SHAPE.num_q_heads, k, seq_lens, table, length)
 
     def by_policy(i: int) -> None:
         k, v = case.layers[i]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.reports.grid import Column, print_grid
-from pkvsim.serving.result import StepLog
+from pkvsim.serving.results.logs import StepLog
 from pkvsim.traces.distributions import constant
 from pkvsim.traces.readers import load_requests
 from pkvsim.traces.requests import RequestTrace, first_requests, scale_rate

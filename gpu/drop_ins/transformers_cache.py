@@ -98,7 +98,7 @@ class PagedCache(Cache):
         return {"cache" if "cache" in takes else "past_key_values": self}
 
     def evict(self, layer: int, kept: Sequence[Sequence[object]]) -> int:
-        """After a forward pass: in one layer, head h of row r keeps its pages at the places kept[r][h],
+        """After a forward pass: in one layer, head h of row r keeps its pages at the places `kept[r][h]`,
         ascending integers, and gives the others back to the layer's pool; returns how many pages of one head these are.
         Steps go on with true positions over what is kept. Once all layers have evicted, tokens take pages in them
         alone, so that num_pages bounds what is kept.

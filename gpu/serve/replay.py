@@ -13,7 +13,9 @@ from gpu.serve.step import SamplingParams
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import no_blocks
 from pkvsim.serving.queueing.clients import end, next_send_us, send
-from pkvsim.serving.result import RequestLog, ServingResult, StepLog, StepSample, summarise
+from pkvsim.serving.results.logs import RequestLog, StepLog, StepSample
+from pkvsim.serving.results.result import ServingResult
+from pkvsim.serving.results.summary import summarise
 from pkvsim.serving.state import (
     GAP_BINS,
     GAPS_PER_E,

@@ -19,7 +19,8 @@ from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.reports.table_serving import print_whatif, seconds
 from pkvsim.serving.costs import cache_bytes_per_token
-from pkvsim.serving.result import ServingResult, StepLog
+from pkvsim.serving.results.logs import StepLog
+from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.studies.whatif import WhatIf, whatif, why_left_out
 from pkvsim.traces.requests import RequestTrace

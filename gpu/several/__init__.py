@@ -3,7 +3,8 @@
 Read `sharded_decode`, the face: a step on all ranks of a group. `rank_engine` is one rank's plan and launch; `inbox`
 lays out what ranks write to each other. A group says where the ranks are and how they reach each other: `one_process`
 (several devices, or ranks that share one), `symmetric_memory` (a process for each GPU, under torchrun) and
-`collectives` (no peer access: NCCL carries the states). `cache` is a pool that spreads rows over the ranks.
+`collectives` (no peer access: NCCL carries the states), the latter two by `torch_ranks`. `cache` is a pool that
+spreads rows over the ranks.
 
 Which page lies where is pkvsim.schedule.shares'. The kernel is cuda_src/several.cu.
 """

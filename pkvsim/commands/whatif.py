@@ -72,7 +72,7 @@ def whatif(
           --order continuum --replicas 2 --router prefix --requests-csv runs.csv
       pkvsim whatif --trace requests.csv --device h200 --engine vllm \\
           --policies engine,balanced
-      pkvsim whatif --trace requests.csv --device h200 --model llama-3.1-70b \\
+      pkvsim whatif --trace requests.csv --device h200 --model llama-3.1-70b-tp4 \\
           --query-tokens 4 --acceptance 0.7 --draft-cost 0.05
       pkvsim whatif --trace conversation_trace.jsonl --device h200 \\
           --prefix-cache lru --tier host:256GiB:50 --tier disk:2TiB:7
@@ -80,6 +80,10 @@ def whatif(
           --policies balanced --select mean_std:0.1
       pkvsim whatif --trace AzureLLMInferenceTrace_code.csv --device h200 \\
           --replicas 4 --kv-gib 2 --rate-scale 8 --lend all
+      pkvsim whatif --trace requests.csv --device h200 --kv-parallel 2 \\
+          --policies balanced
+      pkvsim whatif --trace requests.csv --device h200 \\
+          --replicas 2 --prefill-replicas 1
     """
     with one_line_errors():
         from dataclasses import replace

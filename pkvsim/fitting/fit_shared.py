@@ -9,13 +9,13 @@ from scipy.optimize import least_squares
 
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.pricing.shared import PRICES, SharedPrices
+from pkvsim.pricing.shared import PRICES, WARPGROUP_PRICES, SharedPrices
 from pkvsim.schedule.costs import SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline.shared import simulate_shared
 
-STARTS = (PRICES, SharedPrices(0.16, 10.0, 2.0, 1.0, 0.5), SharedPrices(0.4, 30.0, 0.5, 0.5, 0.1))
+STARTS = (PRICES, WARPGROUP_PRICES, SharedPrices(0.16, 10.0, 2.0, 1.0, 0.5), SharedPrices(0.4, 30.0, 0.5, 0.5, 0.1))
 STEP = 1e-3  # of the finite differences, relative: the timeline has kinks below
 
 
@@ -31,6 +31,12 @@ class MeasuredShared:
     options: AttentionOptions = PLAIN
     costs: SharedCosts | None = None  # what the measured engine weighed; None: what it does by default
 
+    def saved_tokens(self) -> int:
+        """What SharingRule.worth asks for."""
+        of_row, pages = self.groups.group_of_row, self.groups.prefix_pages
+        members = np.bincount(of_row[of_row >= 0], minlength=len(pages))
+        return int(((members - 1) * pages)[members > 1].sum()) * self.shape.page_size
+
 
 @dataclass(frozen=True, slots=True)
 class SharedFit:
@@ -41,8 +47,11 @@ class SharedFit:
     held_out: float  # the same of each half by a fit to the other half
 
 
-def errors(measured: Sequence[MeasuredShared], device: DeviceSpec, prices: SharedPrices) -> np.ndarray:
-    """Predicted over measured, less 1, of each: float64 [n]. Raises ValueError for a step in which no rows share."""
+def errors(measured: Sequence[MeasuredShared], device: DeviceSpec, prices: SharedPrices | None) -> np.ndarray:
+    """Predicted over measured, less 1, of each: float64 [n]. prices: None for those that are shipped.
+
+    Raises ValueError for a step in which no rows share.
+    """
     found = []
     for step in measured:
         model = device.routes["balanced"]

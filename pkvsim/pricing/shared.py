@@ -35,11 +35,14 @@ class SharedPrices(NamedTuple):
     state: float
 
 
-# Fitted by pkvsim.fitting.fit_shared to the seven told cells with heads of 128 of examples/results/h200_shared.json, of
-# one H200 (2026-11-29): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has not seen. Heads of
-# 64, whose kernel spills registers, take a quarter more than this says. For other GPUs it is an assumption.
+# Of reads by mma.sync. Fitted by pkvsim.fitting.fit_shared to seven cells with heads of 128 of one H200 (2026-11-29,
+# tests/fitting/h200_shared_by_warps.json): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has
+# not seen. Heads of 64, whose kernel spills registers, take a quarter more. For other GPUs it is an assumption.
 PRICES = SharedPrices(efficiency=0.3108, start=40.7, read=0.08, row=1.375, state=0.001)
-WARPGROUP_PRICES = SharedPrices(efficiency=0.4334, start=17.8, read=0.0159, row=0.3834, state=3.54)
+# Of reads by wgmma. Fitted to the 34 steps of examples/results/h200_shared_drawn.json and bench_shared's cells, of one
+# H200 (2026-11-29), that save enough to be read together: off by 6.8 % in the mean, by 8.1 % on the half that each
+# half's fit has not seen.
+WARPGROUP_PRICES = SharedPrices(efficiency=0.4347, start=20.75, read=0.1564, row=0.9187, state=4.075)
 
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
 # to the same steps of one H200 with every row reading for itself.

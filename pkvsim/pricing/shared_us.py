@@ -42,6 +42,7 @@ class SharedLayer(NamedTuple):
     segment_us: float  # of a row's segment
     read_us: float  # of a read's end, for each column
     row_us: float  # of merging an output
+    state_us: float  # of each state of it
     alone: float  # bytes per us of one CTA
     reading: float  # bytes per us of one CTA in a read
     bandwidth: float  # bytes per us of all
@@ -117,7 +118,12 @@ def shared_us(
         share = min(1.0, width / own_cost)  # of the rows' spans that a range of them has
         own_us = own_tokens * layer.token_bytes / layer.alone + own_spans * layer.segment_us
         busy = max(busy, share * own_us)
-        merging = max(1.0, share * merged) * layer.row_us if merged > 0 else 0.0
+        if merged > 0:  # of the states of its read's parts and of its own span's
+            states = 1.0 + own_cost / own_spans / width
+            for group in range(groups):
+                states += members[group] * heads / merged * (1.0 + span_cost_of[group] / width)
+            fullest = np.ceil(share * merged)  # range, whose outputs are merged one after the other
+            merging = max(1.0, fullest) * (layer.row_us + states * layer.state_us)
     return layer.start_us + busy + merging
 
 
@@ -175,7 +181,8 @@ def shared_layer(
         constants[FIXED] + reads.start_us + queries,
         constants[SEGMENT],
         reads.read_us,
-        reads.row_us + 2 * reads.state_us,
+        reads.row_us,
+        reads.state_us,
         alone,
         min(alone, reads.read_gb_s * 1e3),
         bandwidth,

@@ -16,7 +16,7 @@ import numpy as np
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.reports.plots import check_folder
 from pkvsim.reports.tiers.lanes import lane_events, lane_names
-from pkvsim.serving.result import ServingResult
+from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.tiers.tier_result import TierResult
 from pkvsim.studies.step_report import RouteStep, StepReport
 from pkvsim.studies.whatif import WhatIf

@@ -7,7 +7,7 @@ import numpy as np
 
 from pkvsim.reports.plots import DASHES, PART_COLOURS, colour_of, picture, plain_log, thin_grid, time_unit
 from pkvsim.serving.costs import fit_note
-from pkvsim.serving.result import ServingResult
+from pkvsim.serving.results.result import ServingResult
 from pkvsim.studies.series import busy_parts_s, busy_shares, distribution, is_wide, time_edges
 from pkvsim.studies.whatif import WhatIf
 

@@ -23,7 +23,7 @@ from pkvsim.serving.loop import advance
 from pkvsim.serving.orders import ORDERS, ranks
 from pkvsim.serving.prompt_blocks import prompt_blocks
 from pkvsim.serving.replicas import serve_replicas
-from pkvsim.serving.result import ServingResult, make_result, with_tiers
+from pkvsim.serving.results.result import ServingResult, make_result, with_tiers
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.shared.grouping import block_places
 from pkvsim.serving.state import (

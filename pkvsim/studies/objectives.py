@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pkvsim.serving.result import RequestLog, ServingResult, gap_percentile
+from pkvsim.serving.results.logs import RequestLog
+from pkvsim.serving.results.result import ServingResult
+from pkvsim.serving.results.summary import gap_percentile
 from pkvsim.serving.state import SERVED
 
 METRICS = {

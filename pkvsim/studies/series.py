@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pkvsim.serving.result import ServingResult, StepLog
+from pkvsim.serving.results.logs import StepLog
+from pkvsim.serving.results.result import ServingResult
 
 WIDE_RATIO = 20
 MAX_POINTS = 2000  # A distribution's curve has no more points.

@@ -14,7 +14,7 @@ from pkvsim.pricing.cuts import sorted_lengths, tokens_read
 from pkvsim.pricing.prices import price_route
 from pkvsim.pricing.step_times import step_times
 from pkvsim.serving.costs import attention_kinds, step_models
-from pkvsim.serving.result import StepSample
+from pkvsim.serving.results.logs import StepSample
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.timeline import timeline
 

@@ -12,7 +12,7 @@ from pkvsim.models.model_costs import state_bytes
 from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.apart.stages import serve, transfer_gb_s
 from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget, state_pages
-from pkvsim.serving.result import ServingResult
+from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis

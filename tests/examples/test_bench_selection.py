@@ -162,8 +162,9 @@ def test_the_tables_have_a_cell_for_every_time(capsys) -> None:
 @pytest.mark.parametrize("arguments", [["--fraction", "0"], ["--cells", "9"]])
 def test_bad_arguments_are_named(arguments, capsys) -> None:
     import bench_selection
+    from bench import script
 
     with pytest.raises(SystemExit) as stopped:
         args = bench_selection.parse_args(arguments)
-        bench_selection.chosen(args.cells, (1, 2))
+        script.chosen("bench_selection", args.cells, (1, 2))
     assert arguments[0] in str(stopped.value) + capsys.readouterr().err

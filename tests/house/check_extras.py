@@ -63,8 +63,8 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
                           shared_limit=shared_limit_bytes(90))
         yield "product.cu", f"{depth} deep, end {end}", product.defines()
     for columns, end in ((16, STORE), (32, GATE), (64, ADD)):
-        wide = wide_variant(rows=4096, depth=4096, columns=columns, end=end, bfloat16=False, capability=86,
-                            shared_limit=shared_limit_bytes(86))
+        wide = wide_variant(rows=4096, depth=4096, columns=columns, end=end, bfloat16=False,
+                            capability=capability, shared_limit=shared_limit_bytes(capability))
         yield "wide_product.cu", f"{columns} columns, end {end}", wide.defines()
     for bfloat16 in (0, 1):
         yield "rows.cu", f"DTYPE_BF16 {bfloat16}", {"DTYPE_BF16": bfloat16, "NORM_VECTORS": 2}
@@ -87,13 +87,14 @@ def compile_all() -> dict[str, object]:
     from cupy._core.core import assemble_cupy_compiler_options
     from cupy.cuda import nvrtc
 
-    from gpu.kernels.compile import SOURCE_DIR, compile_options
+    from gpu.kernels.compile import SOURCE_DIR, compile_options, needs_own_architecture
 
     compiled = dict.fromkeys(sorted(path.name for path in SOURCE_DIR.glob("*.cu")), 0)
     for capability in CAPABILITIES:
         for name, what, defines in variants(capability):
             program = nvrtc.createProgram((SOURCE_DIR / name).read_text(), name, (), ())
-            given = (*assemble_cupy_compiler_options(compile_options(defines)), f"-arch=sm_{capability}")
+            alone = "a" if needs_own_architecture(defines) else ""
+            given = (*assemble_cupy_compiler_options(compile_options(defines)), f"-arch=sm_{capability}{alone}")
             try:
                 nvrtc.compileProgram(program, given)
                 assert nvrtc.getCUBIN(program)

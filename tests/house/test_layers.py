@@ -1,5 +1,6 @@
 """The rooms of the packages: who may import whom (the contracts of setup.cfg), and no crowded folder."""
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -41,3 +42,24 @@ def test_every_package_opens_with_a_reading_guide(package):
     for name in re.findall(r"`([a-z]\w*)`", guide):
         place = package.parent / name
         assert place.with_suffix(".py").exists() or place.is_dir(), name
+    # Everything beside it is named, alone or by what a group of modules begins with (`table_*`).
+    beside = {path.stem for path in package.parent.glob("*.py")}
+    beside |= {path.parent.name for path in package.parent.glob("*/__init__.py")}
+    begins = tuple(re.findall(r"\b(\w+_)\*", guide))
+    named = set(re.findall(r"\w+", guide))
+    left_out = {name for name in beside - named if not name.startswith(("__", *begins))}
+    assert not left_out
+
+
+def test_the_guide_of_the_kernels_names_every_source():
+    guide = (ROOT / "cuda_src" / "__init__.py").read_text()
+    sources = {path.name for path in (ROOT / "cuda_src").iterdir() if path.suffix in (".cu", ".cuh")}
+    assert {name for name in sources if not re.search(rf"\b{re.escape(name)}", guide)} == set()
+
+
+def test_the_docs_map_has_every_room(monkeypatch):
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    rooms = importlib.import_module("hooks").ROOMS
+    for package in ("pkvsim", "gpu", "cuda_src"):
+        assert set(rooms[package]) == {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}

@@ -11,7 +11,7 @@ from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, kv_gib, make_tra
 from test_serving import check_conserved
 
 from pkvsim.serving.orders import ORDERS, prefix_groups, program_ranks
-from pkvsim.serving.result import gap_percentiles
+from pkvsim.serving.results.summary import gap_percentiles
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import GAP_BINS, GAPS_PER_E, SERVED

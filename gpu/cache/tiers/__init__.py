@@ -3,6 +3,6 @@
 Read in this order: `tiered_cache` is the face, `handles` what its callers wait on; `device` says what they ask of the
 GPU's pages, `transfer` is that for CUDA; `disk_tier` keeps one disk busy with `disk_jobs`, over `disk_files` (slots,
 checksums, what a restart finds) and `disk_reads` (many reads at once; `open_reader` chooses threads or `io_uring`, and
-`nvme_passthrough` is there to be asked for); `host_arena` is pinned memory. What goes where is decided by
-pkvsim.memory. Only `transfer` needs CuPy.
+`nvme_passthrough` is there to be asked for); `host_arena` is pinned memory. `stores` reads what a cache is told of its
+tiers. What goes where is decided by pkvsim.memory. Only `transfer` needs CuPy.
 """

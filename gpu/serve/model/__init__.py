@@ -2,5 +2,6 @@
 
 `config` reads what a checkpoint says of itself, `weights` its tensors, of GGUF files with `gguf`. `products` are a
 layer's matrix products: PyTorch's own and, for steps of few rows, one kernel that does the norm before and the sum
-behind a product as it streams the weights (`product_variant` says for which).
+behind a product as it streams the weights (`product_variant` says for which); `row_kernels` are norms, gates and the
+choice of tokens beside them.
 """

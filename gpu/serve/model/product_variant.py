@@ -13,7 +13,11 @@ STORE, ADD, GATE = range(3)  # PRODUCT_END
 
 WIDE_THREADS, ROW_BYTES = 256, 128  # of cuda_src/wide_product.cu: of a CTA; of a row in a stage
 WIDE_COLUMNS = 8, 16, 32, 64, 128  # rows of x that it is compiled for
-LEAST_WIDE_COLUMNS, MOST_WIDE_COLUMNS = 9, 64  # rows of x that steps give it; below product.cu serves, beyond PyTorch
+MOST_WIDE_COLUMNS = 64  # rows of x that it serves
+# Rows of x from which on steps give it to wide_product.cu: none. With it a step of 32 rows of 1K of Llama-3.1-8B's
+# shape took one H200 6.18 ms, with PyTorch's products and rows.cu beside them 5.86 (2026-11-29). Its variants were not
+# tuned: examples/bench_products.py is for that.
+LEAST_WIDE_COLUMNS = MOST_WIDE_COLUMNS + 1
 GROUP_COLUMNS = 32  # from so many on products are by warpgroups, on GPUs that have them
 AHEAD = 8  # units of a CTA that it brings to L2 beyond its ring while the previous kernel runs
 LET = 8  # units of a CTA before whose products the next kernel may start

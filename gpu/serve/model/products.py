@@ -177,7 +177,7 @@ class StreamedProducts:
             bias: torch.Tensor | None) -> torch.Tensor:
         kernel = self._kernel(given, weight, False, ADD)
         if kernel is None:
-            wide = self.wide.variant(given, weight, ADD)
+            wide = self._wide(given, weight, ADD)
             if wide is None:
                 return self._torch.add(x, given, weight, bias)
             return self.wide.run(wide, given, weight, bias, x)
@@ -186,18 +186,20 @@ class StreamedProducts:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self._torch.argmax(logits)
 
+    def _wide(self, x: torch.Tensor, weight: torch.Tensor, end: int) -> WideVariant | None:
+        """What wide_product.cu serves it with, where steps give it such products."""
+        return None if len(x) < LEAST_WIDE_COLUMNS else self.wide.variant(x, weight, end)
+
     def _wide_normed(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
                      end: int) -> torch.Tensor | None:
         """The product of x's norm by wide_product.cu where it serves it. Weights stream while the norm is computed."""
-        wide = self.wide.variant(x, weight, end)
+        wide = self._wide(x, weight, end)
         if wide is None or not self._rows.serves(x, x.shape[1]):
             return None
         out = x.new_empty((len(x), len(weight) // (2 if end == GATE else 1)))
         return self.wide.run(wide, self._rows.rms_norm(x, norm, self._eps), weight, bias, out)
 
     def _kernel(self, x: torch.Tensor, weight: torch.Tensor, normed: bool, end: int) -> Kernel | None:
-        if len(x) >= LEAST_WIDE_COLUMNS:
-            return None
         found = variant(rows=len(weight), depth=weight.shape[1], columns=len(x), normed=normed, end=end,
                         bfloat16=x.dtype == torch.bfloat16,
                         shared_limit=shared_limit_bytes(self._gpu.compute_capability))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.reports.plots import check_folder
-from pkvsim.serving.result import RequestLog
+from pkvsim.serving.results.logs import RequestLog
 from pkvsim.studies.whatif import REJECTIONS, WhatIf
 
 TIMES = ("arrival_s", "queue_s", "ttft_s", "tpot_s", "e2e_s", "finish_s")

@@ -15,7 +15,9 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.presets import ModelSpec
 from pkvsim.outside.communication import DEFAULT_LINK_GB_S
 from pkvsim.serving.costs import cache_bytes_per_token
-from pkvsim.serving.result import RequestLog, ServingResult, count_gaps, gap_percentiles, is_saturated, percentiles
+from pkvsim.serving.results.logs import RequestLog
+from pkvsim.serving.results.result import ServingResult
+from pkvsim.serving.results.summary import count_gaps, gap_percentiles, is_saturated, percentiles
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import limits_of, refusals, simulate
 from pkvsim.serving.state import SERVED

@@ -21,7 +21,7 @@ from pkvsim.models.model_spec import ModelSpec
 from pkvsim.models.presets import get_model
 from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
-from pkvsim.serving.result import ServingResult
+from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED

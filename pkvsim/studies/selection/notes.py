@@ -10,7 +10,7 @@ from pkvsim.models.decode_groups import decode_groups
 from pkvsim.models.presets import ModelSpec, kv_bytes_per_token
 from pkvsim.policy.selecting import LEAST_GAIN
 from pkvsim.selection.setup import SelectionSetup
-from pkvsim.serving.result import ServingResult
+from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.selection.memory import selecting_layers, summary_page_bytes
 from pkvsim.studies.provenance import Basis
 

@@ -71,8 +71,10 @@ def test_wide_products_are_those_of_float64(dtype, rows, depth, columns, ends):
         assert ((found[0].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
 
 
-def test_products_of_a_graph_follow_their_inputs(columns=24):
+@pytest.mark.parametrize(("columns", "least_wide"), [(8, 65), (24, 9)])
+def test_products_of_a_graph_follow_their_inputs(columns, least_wide, monkeypatch):
     """A chain, in which each product waits for the one before while its weights are already under way."""
+    monkeypatch.setattr("gpu.serve.model.products.LEAST_WIDE_COLUMNS", least_wide)
     torch.manual_seed(0)
     products, theirs = StreamedProducts(EPS), TorchProducts(EPS)
     weights = [(torch.randn(2048, 1024, device="cuda") / 32).half() for _ in range(12)]

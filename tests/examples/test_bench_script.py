@@ -1,0 +1,59 @@
+"""What bench_decode, bench_selection and bench_shared do alike: exit codes, what they print, and the JSON document."""
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import without_gpu
+from bench import script
+
+from gpu.measure import memory
+
+ABOUT = {"gpu": "a GPU", "source_hash": "1"}
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "lacks_gpu", lambda program: False)
+    monkeypatch.setattr(script, "environment", lambda: ABOUT)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 6 << 30)
+    monkeypatch.setattr(memory, "peak_bytes", lambda: 5)
+    monkeypatch.setattr(memory, "peak_line", lambda: "peak")
+
+
+@pytest.mark.parametrize("name", ["bench_decode", "bench_selection", "bench_shared"])
+def test_without_a_gpu(name) -> None:
+    assert f"{name} needs a CUDA GPU" in without_gpu.run_main(f"examples.{name}").stderr
+
+
+def test_the_document_has_what_was_measured_beside_what_it_was_measured_on(a_gpu, tmp_path, capsys) -> None:
+    args, pools = SimpleNamespace(pool_gib=None, json=tmp_path / "out.json", cells="all"), []
+
+    def measure(pool_gib: float, console) -> dict:
+        pools.append(pool_gib)
+        script.print_notes(console, "not timed", ("[one]",))
+        return {"results": [1], "left_out": 0}
+
+    assert script.run_script("bench_any", args, measure, pool_gib=16, width=80) == 0
+    shown, document = capsys.readouterr().out, json.loads(args.json.read_text())
+    assert pools == [4.0] and "pool 4 GiB in place of 16" in shown and "not timed: [one]" in shown
+    assert document == {
+        "environment": ABOUT, "options": {"pool_gib": "None", "json": str(args.json), "cells": "all"},
+        "pool": {"wanted_gib": 16, "granted_gib": 4.0, "free_gib": 6.0}, "peak_gpu_bytes": 5, "results": [1],
+        "left_out": 0,
+    }  # fmt: skip
+
+
+def test_a_pool_that_does_not_fit_is_named_before_anything_is_measured(a_gpu, capsys) -> None:
+    args = SimpleNamespace(pool_gib=7.0, json=None)
+    assert script.run_script("bench_any", args, lambda *given: sys.exit("measured"), pool_gib=16, width=80) == 2
+    assert capsys.readouterr().err.startswith("bench_any: error: pool-gib: expected at most 6")
+
+
+def test_cells_by_number() -> None:
+    assert script.chosen("bench_any", "all", (5, 6, 7)) == [5, 6, 7]
+    assert script.chosen("bench_any", "2,0", (5, 6, 7)) == [7, 5]
+    with pytest.raises(SystemExit, match="bench_any: --cells: expected numbers from 0 to 2, got '3'"):
+        script.chosen("bench_any", "3", (5, 6, 7))
