@@ -16,7 +16,7 @@ from pkvsim.traces.requests import RequestTrace, first_requests
 
 FIRST_SHARE = 1 / 8  # of the requests
 LEAST_FIRST = 500  # below which a part says too little to be worth its runs
-PART_TOLERANCE = 0.08  # The whole trace's edge lies elsewhere by more than that.
+PART_TOLERANCE = 0.15  # The whole trace's edge lies elsewhere by as much.
 
 
 def first_part(trace: RequestTrace) -> RequestTrace | None:

@@ -214,7 +214,8 @@ def find_capacity(
             return guide[rate].kept
 
         expect = partial(_edge, guide, None)
-        near = highest_kept(part_keeps, start, max(tolerance, PART_TOLERANCE), edge=expect).kept
+        about = highest_kept(part_keeps, start, max(tolerance, PART_TOLERANCE), edge=expect)
+        near = expect(about.kept, about.missed) or about.kept
     bracket = highest_kept(keeps, start, tolerance, edge=partial(_edge, points, guide), near=near)
     if bracket.kept is None:
         lowest = points[min(points)]
