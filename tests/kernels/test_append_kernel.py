@@ -105,7 +105,7 @@ def make_rope(style: str | None, angles: str | None, rotary_dim: int) -> Rope | 
     return Rope(style=style, cos_sin=table)
 
 
-@pytest.mark.parametrize("variant", slow_unless(lambda variant: variant in VARIANTS[:2], VARIANTS), ids=lambda variant: "-".join(map(str, variant[:5])))
+@pytest.mark.parametrize("variant", slow_unless(lambda variant: variant == VARIANTS[0], VARIANTS), ids=lambda variant: "-".join(map(str, variant[:5])))
 def test_the_kernel_is_the_reference(variant: tuple, tmp_path: Path) -> None:
     dtype, kv_dtype, style, angles, layout, dims, heads = variant
     shape, rope = DecodeShape(*heads[:2], dims[0], heads[2]), make_rope(style, angles, dims[2])
