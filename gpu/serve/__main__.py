@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +60,11 @@ def serve(
       python -m gpu.serve --model smollm2 --input-tokens 200 --output-tokens 100 --requests 64 --concurrency 16
       python -m gpu.serve --model llama-3.1-8b --dummy-weights --predict \\
           --trace AzureLLMInferenceTrace_code.csv --limit 300 --rate-scale 3
+      python -m gpu.serve --model llama-3.1-8b --dummy-weights \\
+          --streamed-products --input-tokens 1000 --output-tokens 200 --concurrency 32
     """
     with one_line_errors():
+        check_machine(cpu)
         from gpu.serve.llm import LLM, ServeOptions
         from gpu.serve.replay import replay, warm_up
         from gpu.serve.report import beside_prediction, check_predictable, device_at_hand, show, to_dict, write_steps
@@ -108,6 +112,22 @@ def serve(
             typer.echo(json.dumps(to_dict(run, llm, report), indent=2, allow_nan=False))
             return
     show(run, llm, report)
+
+
+def check_machine(cpu: bool) -> None:
+    """Says that the CPU serves where no GPU answers. Raises ValueError, saying what to install, where that lacks."""
+    from gpu.measure.environment import missing
+
+    lack = missing()
+    if lack is None or (cpu and find_spec("torch") is not None):
+        return
+    if find_spec("torch") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            typer.echo("no CUDA device answers: PyTorch serves on this CPU, slowly, as with --cpu", err=True)
+            return
+    raise ValueError(lack)
 
 
 def main() -> None:

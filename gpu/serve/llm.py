@@ -104,6 +104,8 @@ class LLM:
         if device != "cpu" and not torch.cuda.is_available():
             raise ValueError(f"device: expected cpu, as no CUDA device answers, got {device!r}")
         cuda = device != "cpu"
+        if options.streamed_products and not cuda:
+            raise ValueError("streamed_products: expected only on a GPU, got device cpu")
         dtype = options.dtype or ("bfloat16" if cuda else "float32")
         if cuda and dtype == "float32":
             raise ValueError("dtype: expected float16 or bfloat16 on the GPU, got 'float32'")
@@ -130,7 +132,7 @@ class LLM:
             self.prefill = attention.prefill
         else:
             attention, self.prefill = TorchAttention(self.config, self.pages), "torch"
-        products = (StreamedProducts if cuda and options.streamed_products else TorchProducts)(self.config.norm_eps)
+        products = (StreamedProducts if options.streamed_products else TorchProducts)(self.config.norm_eps)
         self.runner = Runner(Decoder(self.config, self.weights, products), attention, max_batch=options.max_batch,
                              max_pages=-(-self._max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())

@@ -22,7 +22,9 @@ Model = Annotated[str, typer.Option(help="A preset, or a Hugging Face config.jso
 RateScale = Annotated[float, typer.Option(help="Arrival rate, as a multiple of the trace's: 2 halves every gap.")]
 Jitter = Annotated[float, typer.Option(help="Move every arrival by up to this many seconds, at random.")]
 Limit = Annotated[Optional[int], typer.Option(help="Only the first N requests of the trace.")]
-Seed = Annotated[int, typer.Option(help="Of jitter, and of spreading timestamps that tick coarsely.")]
+Seed = Annotated[
+    int, typer.Option(help="Of jitter, of spreading timestamps that tick coarsely, and of which drafts are accepted.")
+]
 PrefixCache = Annotated[
     str, typer.Option(help="Reuse of prompt blocks: none, lru, or the bounds infinite and belady.")
 ]

@@ -111,9 +111,10 @@ class ServingConfig:
         for name, served, got in (
             ("engine", self.engine == "pkv", self.engine), ("kv_parallel", self.kv_parallel == 1, self.kv_parallel),
             ("kv_dtype", self.kv_dtype is None, self.kv_dtype), ("tiers", self.tiers is None, "some"),
+            ("query_tokens", self.query_tokens == 1, self.query_tokens),
         ):  # fmt: skip
             if not served:
-                wanted = {"engine": "pkv", "kv_parallel": "1", "kv_dtype": "16 bits", "tiers": "none"}[name]
+                wanted = {"engine": "pkv", "kv_dtype": "16 bits", "tiers": "none"}.get(name, "1")
                 raise ValueError(f"{name}: expected {wanted} where pages are selected, got {got}")
 
     @property

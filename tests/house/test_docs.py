@@ -1,6 +1,7 @@
 """The documentation's tables are those of the code: JSON keys, device files, options, the feature table's tests."""
 from __future__ import annotations
 
+import configparser
 import ctypes
 import importlib
 import json
@@ -150,6 +151,13 @@ def test_the_device_file_s_constants_are_those_of_a_route_model_with_their_defau
         else:
             assert (float("inf") if default == NO_LIMIT else float(default)) == field.default, field.name
     assert set(re.findall(r"`(\w+)`", table["rule"][3])) == set(RULES)
+
+
+def test_every_extra_has_a_row() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    table = (DOCS / "extras.md").read_text()
+    assert [name for name in config["options.extras_require"] if f"\n| `{name}` |" not in table] == []
 
 
 def test_the_guide_s_schedule_runs() -> None:

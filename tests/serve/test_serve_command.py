@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 
 import pytest
@@ -10,6 +11,7 @@ torch = pytest.importorskip("torch")
 import typer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import gpu.serve.__main__ as serve_command  # noqa: E402
 from gpu.serve.__main__ import serve  # noqa: E402
 from gpu.serve.model.config import find_config  # noqa: E402
 
@@ -107,3 +109,25 @@ def test_tokens_that_end_a_turn_are_those_of_the_generation_config(tmp_path):
     assert find_config(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert find_config(tmp_path).eos_token_ids == (2, 7)
+
+
+def test_products_by_kernels_need_a_gpu(model):
+    done = run("--model", model, *LOAD, "--streamed-products")
+    assert done.exit_code == 2
+    assert done.stderr == "pkvsim: error: streamed_products: expected only on a GPU, got device cpu\n"
+
+
+@pytest.mark.parametrize(("cpu", "installed", "said"), [
+    (False, (), "error: torch is not installed: pip install"), (True, (), "error: torch is not installed: pip install"),
+    (False, ("torch",), "no CUDA device answers: PyTorch serves on this CPU"), (True, ("torch",), ""),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_said_in_a_line(model, monkeypatch, cpu, installed, said):
+    own = importlib.util.find_spec
+    for module in (importlib.util, serve_command):
+        monkeypatch.setattr(module, "find_spec", lambda name, *more: (
+            own(name, *more) if name in installed or name not in ("torch", "cupy") else None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run("--model", model, *(LOAD if cpu else LOAD[1:]), "--limit", "1")
+    assert done.exit_code == (0 if installed else 2), done.output
+    lines = done.stderr.splitlines()
+    assert said in (lines[0] if lines else "") and (installed or len(lines) == 1)

@@ -87,6 +87,7 @@ def test_summaries_take_memory_beside_the_pages() -> None:
 @pytest.mark.parametrize(("change", "words"), [
     ({"engine": "vllm"}, "engine: expected pkv where pages are selected, got vllm"),
     ({"kv_parallel": 2}, "kv_parallel: expected 1"), ({"kv_dtype": "int8"}, "kv_dtype: expected 16 bits"),
+    ({"query_tokens": 2, "acceptance": 0.5}, "query_tokens: expected 1 where pages are selected, got 2"),
     ({"tiers": TierSetup(tiers=find_tiers(["host:1GiB:50"], {}))}, "tiers: expected none"),
 ])  # fmt: skip
 def test_what_is_not_served_is_refused_by_name(change, words) -> None:
