@@ -30,10 +30,9 @@ WAITING, PREFILLING, DECODING, PREEMPTED, LEAVING, FINISHED = range(6)
 ) = range(11)  # fmt: skip
 NUM_COUNTS = 11
 # Of Clients.counts: the trace up to NEXT_ARRIVAL is due or follows others; the length of `due`; sent and not ended;
-# sent. Of Clients.times: when the last slot became free after all were taken;
-# before NEXT_SEND nothing is sent.
+# sent. Of Clients.times: before NEXT_SEND nothing is sent.
 NEXT_ARRIVAL, NUM_DUE, IN_FLIGHT, NUM_SENT = range(4)
-FULL_UNTIL, NEXT_SEND = range(2)
+NEXT_SEND = 0
 
 LOG_CAPACITY = 1 << 16  # steps kept singly; twice as many are kept in pairs, and so on
 SAMPLES = 64  # most decode steps whose lengths are kept, evenly over the run
@@ -104,7 +103,8 @@ class Clients(NamedTuple):
     """Who has sent what, and when the rest is due. f is n, or 0 where no request follows another."""
 
     counts: np.ndarray  # [4] int64
-    times: np.ndarray  # [2] float64
+    times: np.ndarray  # [1] float64
+    free_us: np.ndarray  # [min(concurrency, n)] float64, a heap: since when each free slot is free, the earliest on top
     concurrency: int
     turnaround_us: float  # from a step's end to the queue: its tokens to the client, whose next request comes
     rejected: np.ndarray  # [n] int8
@@ -204,7 +204,8 @@ def new_clients(requests: Requests) -> Clients:
         first[requests.after[request]] = request
     return Clients(
         counts=np.zeros(4, np.int64),
-        times=np.zeros(2),
+        times=np.zeros(1),
+        free_us=np.zeros(min(requests.concurrency, n)),
         concurrency=requests.concurrency,
         turnaround_us=float(requests.queue_us + requests.output_us),
         rejected=requests.rejected,

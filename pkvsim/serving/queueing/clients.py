@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from pkvsim.compiled import compiled, inner
-from pkvsim.serving.state import FULL_UNTIL, IN_FLIGHT, NEXT_ARRIVAL, NEXT_SEND, NUM_DUE, NUM_SENT, SERVED
+from pkvsim.serving.state import IN_FLIGHT, NEXT_ARRIVAL, NEXT_SEND, NUM_DUE, NUM_SENT, SERVED
 
 
 @inner
@@ -35,10 +35,16 @@ def _earlier(clients, one, other):
 @compiled
 def next_send_us(clients):
     """When the next request is sent, as far as is known: infinity where none is due, or none before one has ended."""
-    if clients.concurrency and clients.counts[IN_FLIGHT] >= clients.concurrency:
+    if clients.concurrency and clients.counts[IN_FLIGHT] >= len(clients.free_us):
         return math.inf
     request = next_request(clients)
-    return max(clients.due_us[request], clients.times[FULL_UNTIL]) if request >= 0 else math.inf
+    return max(clients.due_us[request], _slot_us(clients)) if request >= 0 else math.inf
+
+
+@inner
+def _slot_us(clients):
+    """Since when the slot that was the first to become free is free, as the queue sees it."""
+    return clients.free_us[0] if clients.concurrency else 0.0
 
 
 @compiled
@@ -52,7 +58,9 @@ def send(clients):
             _sink(clients, clients.due[counts[NUM_DUE]])
     else:
         counts[NEXT_ARRIVAL] += 1
-    clients.sent_us[request] = max(clients.due_us[request], clients.times[FULL_UNTIL])
+    clients.sent_us[request] = max(clients.due_us[request], _slot_us(clients))
+    if clients.concurrency:
+        _take_slot(clients)
     clients.place[request] = counts[NUM_SENT]
     counts[NUM_SENT] += 1
     counts[IN_FLIGHT] += 1
@@ -65,8 +73,8 @@ def send(clients):
 def end(clients, request, now_us):
     """A sent request has ended: its slot is free, and what follows it is due once its client has thought."""
     counts = clients.counts
-    if counts[IN_FLIGHT] == clients.concurrency:
-        clients.times[FULL_UNTIL] = now_us + clients.turnaround_us
+    if clients.concurrency:
+        _free_slot(clients, now_us + clients.turnaround_us)
     counts[IN_FLIGHT] -= 1
     if clients.concurrency or len(clients.after):
         clients.times[NEXT_SEND] = 0.0
@@ -83,6 +91,33 @@ def end(clients, request, now_us):
             at = (at - 1) // 2
         clients.due[at] = follower
         follower = clients.next_follower[follower]
+
+
+@inner
+def _take_slot(clients):
+    """Takes the first of the heap of free slots, which are those that no sent request has."""
+    free, at = clients.free_us, 0
+    size = len(free) - clients.counts[IN_FLIGHT] - 1
+    while True:
+        child = 2 * at + 1
+        if child + 1 < size and free[child + 1] < free[child]:
+            child += 1
+        if child >= size or free[child] >= free[size]:
+            break
+        free[at] = free[child]
+        at = child
+    free[at] = free[size]
+
+
+@inner
+def _free_slot(clients, free_us):
+    """Ends of requests need not come in the order of their times: a step's tokens may be handed on late."""
+    free = clients.free_us
+    at = len(free) - clients.counts[IN_FLIGHT]
+    while at > 0 and free_us < free[(at - 1) // 2]:
+        free[at] = free[(at - 1) // 2]
+        at = (at - 1) // 2
+    free[at] = free_us
 
 
 @inner
