@@ -72,18 +72,21 @@ def select_pages(
         if pays(dense_us, layer_us):
             chosen = selecting.layers[kind]
             mean_us = (chosen * layer_us + (layers - chosen) * dense_us) / layers
-            prices.layer_us[BALANCED_ROUTE] = mean_us
-            prices.gpu_us[BALANCED_ROUTE], prices.host_us[BALANCED_ROUTE] = selected_step_time(
+            gpu_us, host_us = selected_step_time(
                 constants, len(lens), layers, mean_us, selecting.issue_us * chosen / layers
             )
-            token_bytes = heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * heads.kv_element_bytes
-            summary_bytes = heads.num_kv_heads * heads.head_dim * SUMMARY_VECTORS * SUMMARY_ELEMENT_BYTES
-            lists = listed_tokens(lens, heads.page_size, selecting.rule)
-            for row in range(len(lens)):
-                listed += lists[row] * token_bytes * chosen
-                whole += lens[row] * token_bytes * chosen
-                pages = (lens[row] + heads.page_size - 1) // heads.page_size
-                scored += pages * summary_bytes * chosen / selecting.rule.every
+            # Outside a graph the host may take longer to issue what the GPU is done with sooner.
+            if gpu_us + host_us <= prices.gpu_us[BALANCED_ROUTE] + prices.host_us[BALANCED_ROUTE]:
+                prices.layer_us[BALANCED_ROUTE] = mean_us
+                prices.gpu_us[BALANCED_ROUTE], prices.host_us[BALANCED_ROUTE] = gpu_us, host_us
+                token_bytes = heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * heads.kv_element_bytes
+                summary_bytes = heads.num_kv_heads * heads.head_dim * SUMMARY_VECTORS * SUMMARY_ELEMENT_BYTES
+                lists = listed_tokens(lens, heads.page_size, selecting.rule)
+                for row in range(len(lens)):
+                    listed += lists[row] * token_bytes * chosen
+                    whole += lens[row] * token_bytes * chosen
+                    pages = (lens[row] + heads.page_size - 1) // heads.page_size
+                    scored += pages * summary_bytes * chosen / selecting.rule.every
     return listed, whole, scored
 
 
