@@ -3,6 +3,7 @@ from. pkvsim.outside adds them up."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -110,18 +111,22 @@ class OutsideEntry:
         return data | {"basis": dict(self.basis), "constants": asdict(self.constants)}
 
 
+def check_head(where: str, entry: dict[str, Any], known: Collection[str], statuses: Sequence[str]) -> None:
+    """What every entry of fitted constants has: known fields, a status, a source and a date. ValueError naming one."""
+    if set(entry) - set(known):
+        raise ValueError(f"{where}: unknown: {', '.join(sorted(set(entry) - set(known)))}")
+    for key in ("status", "source", "date"):
+        if not isinstance(entry.get(key), str) or not entry[key]:
+            raise ValueError(f"{where}.{key}: expected text, got {entry.get(key)!r}")
+    if entry["status"] not in statuses:
+        raise ValueError(f"{where}.status: expected one of {', '.join(statuses)}, got {entry['status']!r}")
+
+
 def read_outside(where: str, entry: Any) -> OutsideEntry:
     """One entry of a device file's `outside`; ValueError that starts with `where` and names the field."""
     if not isinstance(entry, dict) or not isinstance(entry.get("constants"), dict):
         raise ValueError(f"{where}: expected an object with status, source, date, band_percent, basis and constants")
-    known = {f.name for f in fields(OutsideEntry)}
-    if set(entry) - known:
-        raise ValueError(f"{where}: unknown: {', '.join(sorted(set(entry) - known))}")
-    for key in ("status", "source", "date"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
-            raise ValueError(f"{where}.{key}: expected text, got {entry.get(key)!r}")
-    if entry["status"] not in STATUSES:
-        raise ValueError(f"{where}.status: expected one of {', '.join(STATUSES)}, got {entry['status']!r}")
+    check_head(where, entry, {f.name for f in fields(OutsideEntry)}, STATUSES)
     band = entry.get("band_percent")
     if isinstance(band, bool) or not isinstance(band, (int, float)) or not 0 < band < math.inf:
         raise ValueError(f"{where}.band_percent: expected a number > 0, got {band!r}")

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from pkvsim.devices.outside_constants import check_head
 from pkvsim.devices.route_model import FitError, read_error
 
 STATUSES = ("fitted", "assumed")
@@ -49,14 +50,7 @@ def read_selection(where: str, entry: Any) -> SelectionEntry:
     """`selection` of a device file; ValueError that starts with `where` and names the field."""
     if not isinstance(entry, dict) or not isinstance(entry.get("constants"), dict):
         raise ValueError(f"{where}: expected an object with status, source, date, cells and constants, got {entry!r}")
-    known = set(SelectionEntry.__dataclass_fields__)
-    if set(entry) - known:
-        raise ValueError(f"{where}: unknown: {', '.join(sorted(set(entry) - known))}")
-    for key in ("status", "source", "date"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
-            raise ValueError(f"{where}.{key}: expected text, got {entry.get(key)!r}")
-    if entry["status"] not in STATUSES:
-        raise ValueError(f"{where}.status: expected one of {', '.join(STATUSES)}, got {entry['status']!r}")
+    check_head(where, entry, set(SelectionEntry.__dataclass_fields__), STATUSES)
     cells = entry.get("cells")
     if not isinstance(cells, list) or not all(isinstance(cell, str) for cell in cells):
         raise ValueError(f"{where}.cells: expected a list of texts, got {cells!r:.80}")

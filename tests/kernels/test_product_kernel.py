@@ -14,6 +14,7 @@ import nvrtc
 import pytest
 from decode_on_cpu import aligned
 from paths import SUPPORT
+from product_ref import EPS, expected
 from slow import slow_unless_of
 
 torch = pytest.importorskip("torch")
@@ -23,8 +24,6 @@ from gpu.kernels.compile import SOURCE_DIR, compile_options  # noqa: E402
 from gpu.kernels.launch import Arguments  # noqa: E402
 from gpu.kernels.variant import shared_limit_bytes  # noqa: E402
 from gpu.serve.model.product_variant import ADD, GATE, STORE, ProductVariant, variant  # noqa: E402
-
-EPS = 1e-5
 
 
 @cache
@@ -41,18 +40,6 @@ def build(compiled_for: ProductVariant) -> ctypes.CDLL:
         return library
     finally:
         shutil.rmtree(folder)
-
-
-def expected(x, weight, norm, bias, out, end):
-    if norm is not None:
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
-    product = x @ weight.T + (0 if bias is None else bias)
-    if end == ADD:
-        return out + product
-    if end == GATE:
-        gate, up = np.split(product, 2, axis=1)
-        return gate / (1 + np.exp(-gate)) * up
-    return product
 
 
 @pytest.mark.parametrize("hurry", [0, 1])
@@ -79,8 +66,8 @@ def test_products_are_those_of_float64(hurry, depth, rows, columns, normed, end,
     out = drawn(columns, out_stride)
     wide = [array.astype(np.float64) for array in (x, weight, norm, out)]
     width = out_stride - 4
-    wanted = expected(wide[0][:, :depth], wide[1], wide[2] if normed else None,
-                      None if biases is None else biases.astype(np.float64), wide[3][:, :width], end)
+    wanted = expected(wide[0][:, :depth], wide[1], None if biases is None else biases.astype(np.float64),
+                      wide[3][:, :width], end, norm=wide[2] if normed else None)
     around = out[:, width:].copy()
     arguments = Arguments(fields.signature("pkv_product", {}))
     pointers = [array.ctypes.data if array is not None else 0 for array in (x, weight, norm, biases, out)]

@@ -16,6 +16,7 @@ from decode_on_cpu import aligned
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import SUPPORT
+from product_ref import expected
 from slow import slow_unless_of
 
 from gpu.kernels import fields
@@ -40,16 +41,6 @@ def build(compiled_for: WideVariant) -> ctypes.CDLL:
         return library
     finally:
         shutil.rmtree(folder)
-
-
-def expected(x, weight, bias, out, end):
-    product = x @ weight.T + (0 if bias is None else bias)
-    if end == ADD:
-        return out + product
-    if end == GATE:
-        gate, up = np.split(product, 2, axis=1)
-        return gate / (1 + np.exp(-gate)) * up
-    return product
 
 
 @pytest.mark.parametrize("hurry", [0, 1])
