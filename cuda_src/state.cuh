@@ -111,12 +111,13 @@ __device__ __forceinline__ void store_result(const Output& o, int row, int kv_he
   if (lane == 0) o.lse[at] = (m + log2_fast(l)) * LN2;
 }
 
-// Writes zeros and -inf for the rows without tokens. Warp `worker` of `workers` takes every workers-th row.
+// Writes zeros and -inf for the rows without tokens, a length below 0 among them. Warp `worker` of `workers` takes every
+// workers-th row.
 template <class Lengths>
 __device__ __forceinline__ void store_empty_rows(const Output& o, const Lengths& seq_lens, int batch_size, int worker,
                                                  int workers, int lane) {
   for (int row = worker; row < batch_size; row += workers) {
-    if (seq_lens[row] != 0) continue;
+    if (seq_lens[row] > 0) continue;
     const int heads = QUERY_TOKENS * o.num_kv_heads * GROUP_SIZE;
     unsigned* out = reinterpret_cast<unsigned*>(o.out + static_cast<long long>(row) * heads * V_DIM);
     for (int i = lane; i < heads * (V_DIM / 2); i += 32) out[i] = 0u;

@@ -115,7 +115,6 @@ def decode(
     queries that are the rows' last tokens."""
     one = q.shape[1] == 1
     sinks = None if sinks is None else sinks.detach().float()
-    lens = lens.clamp(min=0)  # the kernels write zeros and -inf for rows of no tokens, and nothing for those of -1
     k_pages, v_pages = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
     with current_stream(q.device) as (stream, capturing):
         out, lse = ENGINES.run(q[:, 0] if one else q, k_pages, v_pages, cache.block_table, lens, scale,

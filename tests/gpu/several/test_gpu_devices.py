@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from decode_ref import check, make_case
+from delayed_ranks import run_delayed_steps
 from several_ranks import RankArrays
 
 from gpu.measure.timing import capture
@@ -41,6 +43,15 @@ def test_devices_of_one_process(owner: str) -> None:
                     graphs[rank].replay()
         engine.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(arrays.together(), first))
+
+
+@pytest.mark.parametrize("owner", ["head", "row", "all"])
+def test_a_device_that_is_late_at_random(owner: str) -> None:
+    engine = ShardedDecode(SHAPE, group=DeviceGroup(range(COUNT)), owner=owner, max_batch=4)
+    arrays = RankArrays(engine, make_case(SHAPE, (9000, 700, 33, 5000), seed=6))
+    arrays.plan()
+    run_delayed_steps(arrays, [(9000, 700, 33, 5000), (1, 0, 33, 16), (8000, 700, 0, 2300), (0, 0, 0, 4999)],
+                      np.random.default_rng(5))
 
 
 def test_a_device_that_stops_ends_the_others() -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 
 import cupy
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from decode_ref import Case, check, make_case
+from delayed_ranks import run_delayed_steps
 from quantised_ref import make_quantised
 from several_ranks import RankArrays
 
@@ -27,7 +27,6 @@ VARIANTS = [(dtype, head_dim, ranks, ("head", "row", "all")[index % 3], (4, 1, 8
             for index, (dtype, head_dim, ranks) in enumerate(itertools.product(("float16", "bfloat16"), (64, 128, 256),
                                                                                (2, 3, 4)))]
 PATIENT_S = 30.0  # where no rank is lost, however busy the machine is
-DELAYED_STEPS = int(os.environ.get("PKV_DELAYED_STEPS", "2000"))
 
 
 def shape_of(head_dim: int = 128, group: int = 4, page: int = 16, *, kv_heads: int = 4) -> DecodeShape:
@@ -157,26 +156,7 @@ def test_a_rank_that_is_late_at_random(owner: str, overlap: bool | None) -> None
                            overlap=overlap)
     arrays = RankArrays(engine, make_case(shape, (700,), seed=1))
     arrays.plan()
-    want = arrays.run()
-    used = cupy.get_default_memory_pool().used_bytes()
-    calls = 20
-    graphs = {}
-    for rank in range(2):
-        with engine.group.use(rank):
-            graphs[rank] = capture(lambda rank=rank: [arrays.launch(rank) for _ in range(calls)])
-    for replay in range(-(-DELAYED_STEPS // calls)):
-        late = int(rng.integers(2))
-        for rank in range(2):
-            with engine.group.use(rank):
-                if rank == late:
-                    torch.cuda._sleep(int(rng.exponential(100_000)))
-                graphs[rank].replay()
-        if replay % 50 == 49:
-            engine.synchronize()
-            assert all(torch.equal(a, b) for a, b in zip(arrays.together(), want))
-    engine.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(arrays.together(), want))
-    assert cupy.get_default_memory_pool().used_bytes() == used
+    run_delayed_steps(arrays, [(700,), (16,), (500,), (0,), (311,)], rng)
     left_empty(engine)
 
 
