@@ -42,7 +42,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="decode steps of a cell")
     parser.add_argument("--rate", type=float, help="GB/s that the GPU streams; measured by default")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--streamed-products", action="store_true", help="products of few rows by our own kernel")
+    products = parser.add_mutually_exclusive_group()
+    products.add_argument("--streamed-products", action="store_true", default=None,
+                          help="products of few rows by our own kernel, as by default")
+    products.add_argument("--torch-products", action="store_false", dest="streamed_products", help="PyTorch's products")
     parser.add_argument("--profile", action="store_true", help="the kernels of a cell's decode step")
     parser.add_argument("--loops", action="store_true", help="closed loops beside the prediction")
     parser.add_argument("--traces", type=Path, help="traces of this folder beside the prediction")

@@ -38,8 +38,10 @@ def serve(
     order: Annotated[str, typer.Option(help="Who runs first of those that wait: fcfs, shortest or kvshare.")] = "fcfs",
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="Decode in captured graphs.")] = True,
     streamed_products: Annotated[
-        bool, typer.Option("--streamed-products", help="Products of few rows by our own kernel, on a GPU.")
-    ] = False,
+        bool | None,
+        typer.Option("--streamed-products/--torch-products",
+                     help="Products of few rows by our own kernel, or PyTorch's; by default ours on a GPU."),
+    ] = None,
     predict: Annotated[bool, typer.Option("--predict", help="whatif's prediction of the same run beside it.")] = False,
     device: Annotated[
         str | None, typer.Option(help="With --predict: the GPU, as `pkvsim devices` lists it; by default this one.")
@@ -61,7 +63,7 @@ def serve(
       python -m gpu.serve --model llama-3.1-8b --dummy-weights --predict \\
           --trace AzureLLMInferenceTrace_code.csv --limit 300 --rate-scale 3
       python -m gpu.serve --model llama-3.1-8b --dummy-weights \\
-          --streamed-products --input-tokens 1000 --output-tokens 200 --concurrency 32
+          --torch-products --input-tokens 1000 --output-tokens 200 --concurrency 32
     """
     with one_line_errors():
         check_machine(cpu)

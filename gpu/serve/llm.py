@@ -52,7 +52,8 @@ class ServeOptions:
     prefix_cache: str = "none"  # or "lru"
     order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
     graphs: bool = True  # decode steps in CUDA graphs
-    streamed_products: bool = False  # products of few rows by our kernel, which streams weights, in place of PyTorch
+    # Products of few rows by our kernel, which streams weights (True), or PyTorch's; None: ours on a GPU.
+    streamed_products: bool | None = None
     dummy_weights: bool = False
     seed: int = 0  # of dummy weights
 
@@ -132,7 +133,8 @@ class LLM:
             self.prefill = attention.prefill
         else:
             attention, self.prefill = TorchAttention(self.config, self.pages), "torch"
-        products = (StreamedProducts if options.streamed_products else TorchProducts)(self.config.norm_eps)
+        streamed = cuda if options.streamed_products is None else options.streamed_products
+        products = (StreamedProducts if streamed else TorchProducts)(self.config.norm_eps)
         self.runner = Runner(Decoder(self.config, self.weights, products), attention, max_batch=options.max_batch,
                              max_pages=-(-self._max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())

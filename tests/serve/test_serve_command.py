@@ -115,6 +115,8 @@ def test_products_by_kernels_need_a_gpu(model):
     done = run("--model", model, *LOAD, "--streamed-products")
     assert done.exit_code == 2
     assert done.stderr == "pkvsim: error: streamed_products: expected only on a GPU, got device cpu\n"
+    both = run("--model", model, *LOAD, "--limit", "1", "--torch-products")
+    assert both.exit_code == 0, both.stderr
 
 
 @pytest.mark.parametrize(("cpu", "installed", "said"), [

@@ -95,6 +95,7 @@ STARTS = {"graphs", "streamed_products"}  # options that a model is loaded with
 @pytest.fixture(scope="module")
 def loaded(folder):
     llm = LLM(folder, ServeOptions(**OPTIONS), record=True)
+    assert isinstance(llm.runner.model.products, StreamedProducts)
     return llm, as_transformers(llm)
 
 
@@ -107,10 +108,10 @@ def small(loaded):
     llm.runner = runner
 
 
-def runner_of(llm: LLM, *, graphs: bool = True, streamed_products: bool = False) -> Runner:
+def runner_of(llm: LLM, *, graphs: bool = True, streamed_products: bool = True) -> Runner:
     """Another way to run the model's steps, over its weights, pages and attention."""
     usual = llm.runner
-    products = StreamedProducts(llm.config.norm_eps) if streamed_products else usual.model.products
+    products = usual.model.products if streamed_products else TorchProducts(llm.config.norm_eps)
     made = Runner(Decoder(llm.config, llm.weights, products), usual.attention, max_batch=usual.max_batch,
                   max_pages=usual.max_pages, graphs=usual.graph_rows if graphs else ())
     made.capture()
@@ -147,7 +148,7 @@ def check_steps(llm: LLM) -> None:
 
 @pytest.mark.parametrize("options", [
     {}, {"graphs": False}, {"prefix_cache": "lru"}, {"num_pages": 40}, {"step_tokens": 8},
-    {"num_pages": 40, "prefix_cache": "lru"}, {"streamed_products": True},
+    {"num_pages": 40, "prefix_cache": "lru"}, {"streamed_products": False},
 ])
 def test_tokens_are_transformers_own_however_they_are_served(small, options):
     llm, theirs = small
@@ -188,7 +189,7 @@ def test_draws_are_those_of_the_cpu(cuts):
 
 
 @pytest.mark.parametrize(("kv_dtype", "options"), [
-    ("float8_e4m3fn", {"streamed_products": True}), ("int8", {"graphs": False})])
+    ("float8_e4m3fn", {"streamed_products": False}), ("int8", {"graphs": False})])
 def test_eight_bit_caches_serve(folder, kv_dtype, options):
     llm = LLM(folder, ServeOptions(**OPTIONS, kv_dtype=kv_dtype, **options), record=True)
     assert all(len(tokens) == 24 for tokens in serve(llm))
