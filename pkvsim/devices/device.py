@@ -178,7 +178,8 @@ def device_named_by(gpu_name: str) -> str | None:
     Each part of a catalogue name must be one or more whole words of `gpu_name`, one after the other, so that an H200 is
     no H20. Of several that fit, the longest is meant.
     """
-    words = re.findall(r"[a-z0-9]+", gpu_name.lower().replace("hbm3", "sxm"))  # "NVIDIA H100 80GB HBM3" is the SXM module
+    # The module of SXM sockets is called "NVIDIA H100 80GB HBM3".
+    words = re.findall(r"[a-z0-9]+", gpu_name.lower().replace("hbm3", "sxm"))
     spans = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
     fitting = [name for name in DEVICES if all(part in spans for part in name.split("_"))
                and all(word in name for word in words if word in OTHER_MODELS)]
