@@ -6,14 +6,14 @@
 //   out[c][r] = silu(that of row r) * that of row r + rows / 2, r < rows / 2      PRODUCT_END 2
 // Sums are FP32 and rounded once, as what is written.
 //
-// Products are by warps (PRODUCT_GROUPS 0), or by warpgroups, which read x from shared memory, and weights from there (1)
-// or from registers (2). What copies bring to a warpgroup must be published by the thread that copied it, and the fence for
+// Products are by warps (PRODUCT_GROUPS 0), or by warpgroups, which read x from shared memory, and weights from there
+// (1) or from registers (2). What was copied for them must be published by the thread that copied it, and the fence for
 // that may hold up the thread until all its copies have come. So with 2 a warp of its own copies x, and publishes it.
 //
-// Grid: at most as many CTAs as are on the GPU at once; block: [256], with PRODUCT_GROUPS 2 [288]. A unit of work is a tile of PRODUCT_ROWS rows by
-// CHUNK elements of their depth. Units are laid end to end, tile by tile, and cut into ranges of equal length, one a
-// CTA ("Stream-K", Osama, Merrill, Cecka, Garland, Owens, PPoPP 2023). The CTA that has a tile's first unit adds the
-// other CTAs' parts in their order and writes the tile. Only the first tile of a range can have begun elsewhere, and
+// Grid: at most as many CTAs as are on the GPU at once; block: [256], of PRODUCT_GROUPS 2 [288]. A unit of work is a
+// tile of PRODUCT_ROWS rows by CHUNK elements of their depth. Units are laid end to end, tile by tile, and cut into
+// ranges of equal length, one a CTA ("Stream-K", Osama, Merrill, Cecka, Garland, Owens, PPoPP 2023). The CTA that has
+// a tile's first unit adds the other CTAs' parts in their order and writes the tile. Only the first tile of a range can have begun elsewhere, and
 // only its last can end elsewhere, so that a part has long been sent when a range's last tile asks for it, but where
 // tiles are fewer than ranges. Ranges are dealt from the last: CTAs wait for such as were started before them.
 //
@@ -41,6 +41,7 @@ namespace pkv {
 constexpr int PRODUCT_WARPS = 8, THREADS = PRODUCT_WARPS * 32;  // that multiply
 constexpr bool WARP_OF_X = PRODUCT_GROUPS == 2;
 constexpr int CTA_SIZE = THREADS + (WARP_OF_X ? 32 : 0), X_THREADS = WARP_OF_X ? 32 : THREADS;
+constexpr unsigned UNITS_A_FENCE = PRODUCT_STAGES > 2 ? 2 : 1;  // of the warp of x, which waits for all copies with each
 constexpr int CHUNK = 64;                          // elements of a row in a stage
 constexpr int CHUNKS = DEPTH / CHUNK;
 constexpr int ROW_TILES = PRODUCT_ROWS / 128;      // of 16 rows, of each warp
@@ -125,8 +126,8 @@ __device__ __forceinline__ void look_ahead(const WideArguments& given, unsigned 
   }
 }
 
-// Between the two that follow, a unit's products are added, and its stage and the sums are left alone: sums[m][4 j + i] is
-// element i of the 16 x 8 that warp w has of rows 128 m + 16 w, columns 8 j.
+// Between the two that follow, a unit's products are added; its stage and the sums are left alone. sums[m][4 j + i]
+// is element i of the 16 x 8 that warp w has of rows 128 m + 16 w, columns 8 j.
 #if PRODUCT_GROUPS
 __device__ __forceinline__ void begin_unit(float (&sums)[ROW_TILES][COLUMN_TILES * 4], const WideStage& stage) {
   const unsigned long long x = shared_operand(shared_address(stage.x[0]), 16);
@@ -294,8 +295,8 @@ __device__ __forceinline__ void finish_tile(const WideArguments& given, float (&
   }
 }
 
-// Copies of a CTA's range of units, of weights or of x or both: the first are begun one by one, then one for each unit that
-// has been waited for.
+// Copies of a CTA's range of units, of weights or of x or both: the first are begun one by one, then one for each unit
+// that has been waited for.
 template <bool WEIGHTS, bool X>
 struct Copies {
   unsigned next, end;  // units to load
@@ -320,9 +321,10 @@ struct Copies {
       copy_commit();  // an empty group too, so that counting them tells what has arrived
     }
   }
-  // Waits for the oldest unit, whose stage all may read after the barrier that follows.
+  // Waits for the oldest units, whose stages all may read after the barrier that follows.
+  template <unsigned UNITS>
   __device__ __forceinline__ void wait() const {
-    copy_wait<PRODUCT_STAGES - 2>();
+    copy_wait<PRODUCT_STAGES - 1 - static_cast<int>(UNITS)>();
 #if PRODUCT_GROUPS
     if (X) publish_copies();
 #endif
@@ -363,7 +365,7 @@ pkv_wide_product(const pkv::WideArguments given) {
     copies.begin(given, shared.ring);
     for (unsigned unit = begin; unit < end; ++unit) {
       let_next_near_end(unit, begin, end);
-      copies.wait();
+      if ((unit - begin) % UNITS_A_FENCE == 0) copies.wait<UNITS_A_FENCE>();
       __syncthreads();
       copies.begin_next(given, shared.ring);
     }
@@ -377,7 +379,7 @@ pkv_wide_product(const pkv::WideArguments given) {
   int stage = 0;
   for (unsigned unit = begin; unit < end; ++unit) {
     let_next_near_end(unit, begin, end);
-    copies.wait();
+    copies.wait<1>();
     __syncthreads();  // what all copied is there, and all have read the stage that is filled next
     begin_unit(sums, shared.ring[stage]);
     copies.begin_next(given, shared.ring);
