@@ -13,9 +13,10 @@
 // Grid: at most as many CTAs as are on the GPU at once; block: [256], of PRODUCT_GROUPS 2 [288]. A unit of work is a
 // tile of PRODUCT_ROWS rows by CHUNK elements of their depth. Units are laid end to end, tile by tile, and cut into
 // ranges of equal length, one a CTA ("Stream-K", Osama, Merrill, Cecka, Garland, Owens, PPoPP 2023). The CTA that has
-// a tile's first unit adds the other CTAs' parts in their order and writes the tile. Only the first tile of a range can have begun elsewhere, and
-// only its last can end elsewhere, so that a part has long been sent when a range's last tile asks for it, but where
-// tiles are fewer than ranges. Ranges are dealt from the last: CTAs wait for such as were started before them.
+// a tile's first unit adds the other CTAs' parts in their order and writes the tile. Only the first tile of a range can
+// have begun elsewhere, and only its last can end elsewhere, so that a part has long been sent when a range's last tile
+// asks for it, but where tiles are fewer than ranges. Ranges are dealt from the last: CTAs wait for such as were started
+// before them.
 //
 // A ring of stages (weights and the same elements of x) is filled by asynchronous copies, over the ends of tiles; of the
 // first stages the weights are under way before the previous kernel has ended, as they do not depend on it, and those of
