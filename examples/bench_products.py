@@ -6,7 +6,8 @@
 Layers of Llama-3.1-8B's shape follow each other in one CUDA graph, as in a decode step without attention, until their
 weights are far larger than L2; a line is the time of a layer and the rate of its 436 MB of weights. Ways: PyTorch's,
 PyTorch's with the small kernels of rows.cu, product.cu (at most 8 rows), wide_product.cu of these tiles of rows, KiB of
-shared memory a CTA, with warpgroups or without, and so many units ahead in L2. --single times each product alone too.
+shared memory a CTA, ways to multiply (PRODUCT_GROUPS), CTAs an SM, and so many units ahead in L2. --single times each
+product alone too.
 """
 from __future__ import annotations
 
@@ -29,6 +30,8 @@ def main() -> int:
     parser.add_argument("--shared", default="110", help="KiB")
     parser.add_argument("--groups", default="1")
     parser.add_argument("--ahead", default="8", help="units that are brought to L2 beyond the ring")
+    parser.add_argument("--ahead-sums", default="0", help="the same of products that are added to what is there")
+    parser.add_argument("--per-sm", default="1", help="CTAs")
     parser.add_argument("--let", default="8", help="units from the end at which the next kernel may start")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--single", action="store_true")
@@ -42,7 +45,7 @@ def main() -> int:
     layers = [{name: (torch.randn(shape, device="cuda") * shape[1] ** -0.5).to(kind) for name, shape in shapes.items()}
               for _ in range(LAYERS)]
     given = {"tiles": args.tiles, "shared": args.shared, "groups": args.groups, "ahead": args.ahead,
-             "let": args.let}
+             "let": args.let, "ahead_sums": args.ahead_sums, "per_sm": args.per_sm}
     numbers = {name: list(map(int, text.split(","))) for name, text in given.items()}
     for columns in map(int, args.columns.split(",")):
         for name, make in ways(columns, **numbers):
@@ -56,7 +59,8 @@ def main() -> int:
 
 
 def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int],
-         ahead: list[int], let: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
+         ahead: list[int], let: list[int], ahead_sums: list[int],
+         per_sm: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and what makes the products."""
     from gpu.serve.model import product_variant
     from gpu.serve.model.products import RowProducts, StreamedProducts, TorchProducts
@@ -66,18 +70,24 @@ def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int]
     yield "torch, rows.cu", lambda: RowProducts(1e-5, RowKernels())
     if columns <= product_variant.MOST_COLUMNS:
         yield "product.cu", lambda: StreamedProducts(1e-5)
-    for tile_rows, kib, group, units, left in itertools.product(tiles, shared, groups, ahead, let):
+    for tile_rows, kib, group, units, left, sums, ctas in itertools.product(
+            tiles, shared, groups, ahead, let, ahead_sums, per_sm):
         room = next(wide for wide in product_variant.WIDE_COLUMNS if wide >= columns)
         stages = kib * 1024 // ((tile_rows + room) * product_variant.ROW_BYTES)
         part = tile_rows * room * 4
         if stages < 2 or stages * (tile_rows + room) * product_variant.ROW_BYTES < part or (group and room < 32):
             continue
+        if ctas * kib > 227:  # of an SM
+            continue
 
-        def chosen(variant, tile_rows=tile_rows, stages=stages, group=group, units=units, left=left):
-            return dataclasses.replace(variant, tile_rows=tile_rows, stages=stages, groups=bool(group),
-                                       ahead=0 if variant.end == product_variant.ADD else units, let=left)
+        def chosen(variant, tile_rows=tile_rows, stages=stages, group=group, units=units, left=left, sums=sums,
+                   ctas=ctas):
+            return dataclasses.replace(variant, tile_rows=tile_rows, stages=stages, groups=group,
+                                       ahead=sums if variant.end == product_variant.ADD else units, let=left,
+                                       per_sm=ctas)
 
-        name = f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units}, let {left}"
+        name = (f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units} {sums}, let {left}, "
+                f"{ctas} an SM")
         yield name, lambda chosen=chosen: WideAlone(chosen)
 
 
@@ -94,7 +104,7 @@ class WideAlone:
         from gpu.serve.model.product_variant import WIDE_COLUMNS, WideVariant
 
         room = next(wide for wide in WIDE_COLUMNS if wide >= len(x))
-        usual = WideVariant(weight.shape[1], room, end, str(x.dtype) == "torch.bfloat16", 128, 3, False)
+        usual = WideVariant(weight.shape[1], room, end, str(x.dtype) == "torch.bfloat16", 128, 3, 0)
         return self._wide.run(self._chosen(usual), x, weight, None, out)
 
     def normed(self, x, norm, weight, bias):

@@ -1,6 +1,7 @@
 """Products of decode steps and the small kernels beside them, against float64, and in graphs."""
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -65,10 +66,13 @@ def test_wide_products_are_those_of_float64(dtype, rows, depth, columns, ends):
             wanted, first = torch.nn.functional.silu(gate) * up, first[:, : rows // 2].contiguous()
         elif end == ADD:
             wanted = first.double() + wanted
-        found = [wide.run(variant, x, weight, bias, first.clone()) for _ in range(3)]
+        ways = (0, 1, 2) if variant.groups == 2 else (variant.groups,)
+        variants = [dataclasses.replace(variant, groups=groups, per_sm=ctas) for groups in ways for ctas in (1, 2)]
+        found = [wide.run(one_of, x, weight, bias, first.clone()) for one_of in variants for _ in range(3)]
         assert wide.empty()
-        assert all(torch.equal(one, found[0]) for one in found)
-        assert ((found[0].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
+        for at in range(0, len(found), 3):
+            assert all(torch.equal(one, found[at]) for one in found[at : at + 3])
+            assert ((found[at].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
 
 
 @pytest.mark.parametrize(("columns", "least_wide"), [(8, 65), (24, 9)])
