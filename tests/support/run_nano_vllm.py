@@ -123,7 +123,8 @@ def main() -> int:
     theirs, ours = (compare(found, expected.cpu(), logits, NEAR_TIE["bfloat16"]) for found in (tokens, own_tokens))
     for name, per_second, agreement in (("nano-vllm", speed, theirs), ("gpu.serve", own_speed, ours)):
         print(f"{name}, {args.rows} rows: {per_second:.0f} tokens/s, {agreement.same_rows} equal, "
-              f"{agreement.near_ties} near ties, {len(agreement.wrong)} wrong {agreement.wrong}")
+              f"{agreement.near_ties} near ties, {len(agreement.wrong)} wrong {agreement.wrong}; margins, in standard "
+              f"deviations: {', '.join(f'{margin:.3f}' for margin in sorted(agreement.margins))}")
     if args.json:
         write_json(args.json, {"environment": environment(), "nano_vllm_commit": commit_of(args.source), "nano_vllm": {
             "rows": args.rows, "new_tokens": args.new_tokens, "tokens_per_s": speed, "ours_tokens_per_s": own_speed,
