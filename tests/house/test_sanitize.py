@@ -1,4 +1,4 @@
-"""tests.gpu.sanitize and its checks as far as no GPU is needed: its options, and that it lists what kernels are compiled for."""
+"""tests.gpu.sanitize and its checks without a GPU: options, and that whatever kernels are compiled for is listed."""
 from __future__ import annotations
 
 import importlib.util
@@ -46,7 +46,8 @@ def test_what_the_checks_import_is_found() -> None:
 
 def test_options(capsys: pytest.CaptureFixture) -> None:
     assert sanitize.main(["--list", "--only", "append"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(sanitize_checks.APPEND_TYPES) * len(sanitize_checks.APPEND_ROPES)
+    appends = len(sanitize_checks.APPEND_TYPES) * len(sanitize_checks.APPEND_ROPES)
+    assert len(capsys.readouterr().out.splitlines()) == appends
     assert list(sanitize.chosen(sanitize.parse_args(["NHD", "sinks"]))) == ["NHD", "sinks"]
     with pytest.raises(SystemExit):
         sanitize.parse_args(["nothing"])
