@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import types
 
 import pytest
-from gpu_needs import flashinfer_kernels
+from gpu_needs import flashinfer_can_build, flashinfer_kernels
 
 from gpu.routes import route_engines as routes
 from gpu.routes import router as router_module
@@ -43,6 +44,24 @@ def test_a_failed_build_is_told_from_a_fault_and_skips_once(said: str) -> None:
     with pytest.raises(pytest.skip.Exception, match="FlashInfer"):
         with flashinfer_kernels(said):
             raise AssertionError("what is missing is not tried again")
+
+
+def test_nothing_is_built_without_nvcc_or_ninja(tmp_path, monkeypatch) -> None:
+    tools, toolkit = tmp_path / "tools", tmp_path / "toolkit"
+    for path in (tools / "ninja", toolkit / "bin/nvcc", tmp_path / "other/bin/nvcc"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tools))
+    assert flashinfer_can_build(toolkit) and not flashinfer_can_build(tmp_path / "none")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    assert not flashinfer_can_build(toolkit)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{tmp_path / 'other/bin'}")
+    assert flashinfer_can_build(tmp_path / "none")
+    (tools / "ninja").unlink()
+    assert not flashinfer_can_build(toolkit)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
