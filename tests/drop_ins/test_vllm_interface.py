@@ -15,7 +15,7 @@ import pytest
 from paths import ROOT
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from bench.vllm_cases import write_plugin
+from vllm_bench.cases import write_plugin
 from fake_vllm import INTERFACES, fake_vllm
 
 from gpu.drop_ins import vllm_plugin
