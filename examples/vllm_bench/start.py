@@ -27,6 +27,13 @@ MODULES = ("vllm", "vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "vllm.v1.
            "vllm.v1.attention.backends.flash_attn", "vllm.v1.attention.backends.triton_attn",
            "torch._dynamo", "torch._inductor.compile_fx")
 SHARED_HASH = "of any attention backend"
+FRESH = """import sys
+from pathlib import Path
+from vllm_bench import child, start
+from vllm_bench.cases import Job
+start._console = int(sys.argv[2])
+child.run(Job.read(Path(sys.argv[1])))
+"""
 
 
 def serve_stages(spec: Path, log: Path) -> None:
@@ -36,7 +43,7 @@ def serve_stages(spec: Path, log: Path) -> None:
     for name in MODULES:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except Exception as error:  # a module that only saves time, or vLLM, which a job will fail to import again
             say(f"cannot import {name}: {error}")
             forks = name != "vllm" and forks
     forks = forks and _fork_sees_gpu()
@@ -122,9 +129,8 @@ def _start(job: Job, forks: bool, log: Path) -> int:
 
     def fresh() -> None:
         spec = job.write(Path(job.results).with_suffix(".job.json"))
-        os.execv(sys.executable, [sys.executable, "-c", "import sys\nfrom pathlib import Path\n"
-                                  "from vllm_bench import child\nfrom vllm_bench.cases import Job\n"
-                                  "child.run(Job.read(Path(sys.argv[1])))", str(spec)])
+        os.set_inheritable(_console, True)
+        os.execv(sys.executable, [sys.executable, "-c", FRESH, str(spec), str(_console)])
 
     return _forked(fresh, log)
 

@@ -15,8 +15,8 @@ import pytest
 from paths import ROOT
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from vllm_bench.cases import write_plugin
 from fake_vllm import INTERFACES, fake_vllm
+from vllm_bench.cases import write_plugin
 
 from gpu.drop_ins import vllm_plugin
 from tests.drop_ins import record_vllm
