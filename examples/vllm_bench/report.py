@@ -12,11 +12,11 @@ from vllm_bench.cases import GROUPS
 def times_table(found: Iterable[dict[str, Any]]) -> Table:
     """Median step times: a line for each shape, a column for each backend and type of cache, and ours over the best."""
     found = list(found)
-    names = [_name(one) for one in found]
-    medians = {(_name(one), shape["shape"]): shape["median_ms"] for one in found for shape in one["shapes"]}
+    names = [name_of(one) for one in found]
+    medians = {(name_of(one), shape["shape"]): shape["median_ms"] for one in found for shape in one["shapes"]}
     table = Table("shape", *names, "ours over the best other, %", "reference, ms",
                   title="decode steps, median ms; reference: FlashAttention 3, vLLM 0.24.0, H200")
-    others = [_name(one) for one in found if one["backend"] != "CUSTOM" and one["kv_cache_dtype"] == "auto"]
+    others = [name_of(one) for one in found if one["backend"] != "CUSTOM" and one["kv_cache_dtype"] == "auto"]
     for shape in (shape for group in GROUPS for shape in group.shapes):
         times = [medians.get((name, shape.name)) for name in names]
         best = min((medians[name, shape.name] for name in others if (name, shape.name) in medians), default=None)
@@ -32,7 +32,7 @@ def served_table(found: Iterable[dict[str, Any]]) -> Table:
     """Throughput and mean TPOT of served cases, a line for each case and backend, beside the file's own."""
     table = Table("case", "backend", "tokens/s", "TPOT mean, ms", "TTFT mean, s", "file: tokens/s", "TPOT", "TTFT",
                   title="requests served at their arrivals; file: what the CSV file says another run took")
-    rows = [(case, _name(one), served) for one in found for case, served in one.get("cases", {}).items()]
+    rows = [(case, name_of(one), served) for one in found for case, served in one.get("cases", {}).items()]
     for case, name, served in sorted(rows, key=lambda row: row[0]):
         figures = [_figures(served.get(side)) for side in ("own", "reference")]
         table.add_row(case, name, *figures[0], *figures[1])
@@ -53,8 +53,9 @@ def _figures(of: dict[str, float] | None) -> tuple[str, str, str]:
                                             f"{of['ttft_mean_s']:.3f}")
 
 
-def _name(one: dict[str, Any]) -> str:
-    return one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
+def name_of(one: dict[str, Any]) -> str:
+    own = one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
+    return own + " own append" * one.get("own_append", False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,24 @@ def make_engine(kind: LayerKind, query_tokens: int) -> Any:
                         scale=kind.scale)
 
 
+def make_writer(kind: LayerKind) -> Any:
+    """What stores 16-bit keys and values, on the current device. Raises ValueError where no kernel does."""
+    from gpu.cache.writer import CacheWriter
+
+    return CacheWriter(kind.shape, kind.dtype, layout="NHD")
+
+
+def append(writer: Any, rows: DecodeRows, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor,
+           v_pages: torch.Tensor) -> None:
+    """Stores the tokens of rows with one query token each, at the last position of each row; empty rows store nothing.
+
+    key, value: [at least rows.num_rows, num_kv_heads, head_size]; pages [num_blocks, block_size, num_kv_heads,
+    head_size].
+    """
+    writer.append(key[:rows.num_rows], value[:rows.num_rows], k_pages, v_pages, seq_lens=rows.seq_lens,
+                  block_table=rows.block_table)
+
+
 @dataclass(slots=True, eq=False)
 class EngineSlot:
     """An engine, the rows that it has planned, and where it writes the log-sums that nobody asks for."""
@@ -105,6 +123,14 @@ class Engines:
 
     device: torch.device
     made: dict[tuple[LayerKind, int, int], EngineSlot] = field(default_factory=dict)
+    writers: dict[LayerKind, Any] = field(default_factory=dict)
+
+    def writer(self, kind: LayerKind) -> Any:
+        """The writer of layers of this kind, compiled, so that a capture may follow. ValueError where there is none."""
+        if kind not in self.writers:
+            with torch.cuda.device(self.device):
+                self.writers[kind] = make_writer(kind)
+        return self.writers[kind]
 
     def decoder(self, kind: LayerKind, query_tokens: Iterable[int], most_rows: int, sinks: torch.Tensor | None,
                 known: LayerDecoder | None = None) -> LayerDecoder:

@@ -144,7 +144,7 @@ def test_plans_time_engines_alone_and_every_shape_with_every_backend(tmp_path) -
     whole = {stage[0].backend for stage in timed if stage[0].groups == plans.EVERY_GROUP}
     assert whole == {"CUSTOM", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"}
     results = [job.results for stage in plans.plan("checks", _given(tmp_path)) for job in stage]
-    assert len({*results}) == len(results) == 8
+    assert len({*results}) == len(results) == 9
     with pytest.raises(ValueError, match="plan: expected one of"):
         plans.plan("all", _given(tmp_path))
 
@@ -171,7 +171,10 @@ def test_checks_compare_tokens_and_say_what_is_wrong(tmp_path, monkeypatch, capf
     arguments = argparse.Namespace(seconds=20.0, model=write_checked_model(tmp_path / "checked"), check=True, plan=None,
                                    kv_cache_dtype="auto", eager=False, json=None)
     assert bench_vllm.run(arguments, tmp_path) == 0
-    assert "CUSTOM auto against FLASH_ATTN auto: 448 tokens agree" in capfd.readouterr().out
+    assert "CUSTOM against FLASH_ATTN: 448 tokens agree" in capfd.readouterr().out
+    arguments.model = write_checked_model(tmp_path / "silent")
+    assert bench_vllm.run(arguments, tmp_path) == 1
+    assert "3 engines made no tokens" in capfd.readouterr().out
     assert bench_vllm.report([{"backend": "CUSTOM", "kv_cache_dtype": "auto", "shapes": [], "cases": {},
                                "error": "RuntimeError: engine is dead"}]) == 1
     assert "engine is dead" in capfd.readouterr().out
