@@ -127,7 +127,7 @@ def write_plugin(folder: Path) -> Path:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: persistentkv-working-tree\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\npersistentkv = gpu.drop_ins.vllm_plugin:register\n")
+        "[vllm.general_plugins]\npersistentkv = gpu.drop_ins.vllm.plugin:register\n")
     return folder
 
 

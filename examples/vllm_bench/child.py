@@ -28,9 +28,9 @@ def run(job: Job) -> None:
     if not job.plain:
         start_sooner(job)
     if job.own_append:
-        from gpu.drop_ins import vllm_builder
+        from gpu.drop_ins.vllm import builder
 
-        vllm_builder.APPENDS_IN_GRAPHS = True
+        builder.APPENDS_IN_GRAPHS = True
     counted = _count_our_runs() if job.backend == "CUSTOM" else {}
     from vllm import LLM
 
@@ -98,7 +98,7 @@ def _count_our_runs() -> dict[str, int]:
 
     Replays of a CUDA graph do not count.
     """
-    from gpu.drop_ins.vllm_engines import LayerDecoder
+    from gpu.drop_ins.vllm.engines import LayerDecoder
 
     counted, own = {"our_runs": 0, "our_copies_of_queries": 0}, LayerDecoder.run
 

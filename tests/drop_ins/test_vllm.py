@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_steps import Case, attention_layer, builder_of, prepare, run
 
-from gpu.drop_ins.vllm_engines import KV_TYPES, own_planes
-from gpu.drop_ins.vllm_step import cut_step, served_query_tokens
+from gpu.drop_ins.vllm.engines import KV_TYPES, own_planes
+from gpu.drop_ins.vllm.step import cut_step, served_query_tokens
 
 CACHES = ("auto", "fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head")
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch_paged import paged_attention
 
-from gpu.drop_ins import vllm_engines
+from gpu.drop_ins.vllm import engines as vllm_engines
 
 INTERFACES = Path(__file__).resolve().parents[1] / "drop_ins" / "vllm_interface"
-ADAPTER, BUILDER = "gpu.drop_ins.vllm_backend", "gpu.drop_ins.vllm_builder"
+ADAPTER, BUILDER = "gpu.drop_ins.vllm.backend", "gpu.drop_ins.vllm.builder"
 KINDS = {"plain": inspect.Parameter.POSITIONAL_OR_KEYWORD, "variable": inspect.Parameter.VAR_POSITIONAL,
          "keyword": inspect.Parameter.KEYWORD_ONLY, "keywords": inspect.Parameter.VAR_KEYWORD}
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_paged import paged_attention
 
-from gpu.drop_ins.vllm_engines import KV_TYPES, SCALE_BYTES, Engines, LayerKind, append, own_planes
-from gpu.drop_ins.vllm_step import DecodeRows
+from gpu.drop_ins.vllm.engines import KV_TYPES, SCALE_BYTES, Engines, LayerKind, append, own_planes
+from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)

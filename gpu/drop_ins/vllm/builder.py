@@ -1,6 +1,6 @@
 """Metadata of vLLM's steps for the backend CUSTOM: which rows decode on our kernel, and the base backend's of the rest.
 
-gpu.drop_ins.vllm_backend has the layers' side, and says what both are written for.
+gpu.drop_ins.vllm.backend has the layers' side, and says what both are written for.
 """
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
-from gpu.drop_ins.vllm_engines import Engines
-from gpu.drop_ins.vllm_step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
+from gpu.drop_ins.vllm.engines import Engines
+from gpu.drop_ins.vllm.step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
 
 # Whether captured decode steps store keys and values by our kernel too, beside which attention is launched and planned.
 # vLLM's leaves that until it has ended. Tokens are the same; what it saves of a step has not been measured.

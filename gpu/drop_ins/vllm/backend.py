@@ -20,8 +20,8 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from gpu.drop_ins.vllm_builder import FlashBuilder, Mixin, StepMetadata, TritonBuilder
-from gpu.drop_ins.vllm_engines import (
+from gpu.drop_ins.vllm.builder import FlashBuilder, Mixin, StepMetadata, TritonBuilder
+from gpu.drop_ins.vllm.engines import (
     KV_TYPES,
     Engines,
     LayerDecoder,
@@ -31,7 +31,7 @@ from gpu.drop_ins.vllm_engines import (
     own_planes,
     unserved,
 )
-from gpu.drop_ins.vllm_step import DecodeRows
+from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 
 LOG = init_logger("vllm.persistentkv")  # vLLM shows the loggers below its own name

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpu.drop_ins.vllm_step import DecodeRows
+from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
