@@ -150,7 +150,7 @@ def engine_arguments(job: Job) -> dict[str, object]:
         "attention_backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "dtype": "bfloat16",
         "max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.3,
         "kv_cache_memory_bytes": job.kv_bytes, "enforce_eager": job.eager,
-        "load_format": "auto" if job.tokens else "dummy",
+        "load_format": "auto" if job.tokens else "dummy", "kernel_config": {"enable_flashinfer_autotune": False},
     }
     if job.tokens:
         given |= {"max_logprobs": 20, "gpu_memory_utilization": 0.02, "max_num_seqs": max(CAPTURED_FOR_TOKENS)}
@@ -158,5 +158,5 @@ def engine_arguments(job: Job) -> dict[str, object]:
         sizes = CAPTURED_FOR_TOKENS if job.tokens else CAPTURED
         given["compilation_config"] = {"cudagraph_capture_sizes": list(sizes)}
     if job.backend == "FLASHINFER":
-        given |= {"dtype": "float16", "kernel_config": {"enable_flashinfer_autotune": False}}
+        given["dtype"] = "float16"
     return given

@@ -10,13 +10,14 @@ from vllm_bench.cases import GROUPS, KV_BYTES_FOR_MIX, KV_BYTES_FOR_TOKENS, Job
 EVERY_GROUP = tuple(group.name for group in GROUPS)
 EIGHT_BIT = ("fp8", "int8_per_token_head")
 SIXTEEN_BIT = ("CUSTOM", "CUSTOM own append")  # whose tokens are FLASH_ATTN's but for ties
-# Cases of ../shared's kind (`iN_oM_cK`: K requests of N tokens in and M out at once), the cheap ones first.
+# Names of cases in a file of requests (`iN_oM_cK`: K requests of N tokens in and M out at once), the cheap ones first.
 SHORT_CASES = ("i1024_o256_c1", "i1024_o256_c8", "i1024_o256_c32", "i8192_o256_c1", "i32768_o128_c1",
                "i1024_o256_c128", "i32768_o128_c4", "i8192_o256_c32")
 LONG_CASES = ("azure300_x3", "i120000_o64_c1", "i32768_o128_c16")
 SHAPES_S, EIGHT_BIT_S, APPEND_S = 60.0, 32.0, 40.0  # of engines that time every group, one, and three, and their start
 FLASHINFER_S = 130.0  # after which it is taken for one that compiles without end
-CHECKS_S = 130.0
+CHECKS_S = 150.0
+LONGEST_CASE_S = 12.0  # of SHORT_CASES
 PLANS = ("timings", "others", "checks")
 
 
@@ -43,8 +44,8 @@ def plan(name: str, given: Given) -> list[list[Job]]:
     """The stages of a plan. ValueError for a name that is none of PLANS."""
     if name == "timings":
         two, last = 2 * EIGHT_BIT_S + APPEND_S, given.end
-        jobs = [given.job(0, "CUSTOM", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - two - SHAPES_S - 35),
-                given.job(1, "FLASH_ATTN", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - two - 12)]
+        jobs = [given.job(0, "CUSTOM", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - two - SHAPES_S - LONGEST_CASE_S),
+                given.job(1, "FLASH_ATTN", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - two - LONGEST_CASE_S)]
         jobs += [given.job(2 + number, "CUSTOM", kind, groups=("32.8K",)) for number, kind in enumerate(EIGHT_BIT)]
         jobs.append(given.job(4, "CUSTOM", groups=("32.8K", "120K", "1.2K"), own_append=True))
         return [[job] for job in jobs]
