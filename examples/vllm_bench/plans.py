@@ -43,9 +43,9 @@ class Given:
 def plan(name: str, given: Given) -> list[list[Job]]:
     """The stages of a plan. ValueError for a name that is none of PLANS."""
     if name == "timings":
-        two, last = 2 * EIGHT_BIT_S + APPEND_S, given.end
-        jobs = [given.job(0, "CUSTOM", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - two - SHAPES_S - LONGEST_CASE_S),
-                given.job(1, "FLASH_ATTN", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - two - LONGEST_CASE_S)]
+        last = given.end - 2 * EIGHT_BIT_S - APPEND_S - LONGEST_CASE_S  # when a case may begin that others follow
+        jobs = [given.job(0, "CUSTOM", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - SHAPES_S),
+                given.job(1, "FLASH_ATTN", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last)]
         jobs += [given.job(2 + number, "CUSTOM", kind, groups=("32.8K",)) for number, kind in enumerate(EIGHT_BIT)]
         jobs.append(given.job(4, "CUSTOM", groups=("32.8K", "120K", "1.2K"), own_append=True))
         return [[job] for job in jobs]
