@@ -39,7 +39,7 @@ class FakeVllm:
     registered: dict[str, str] = dataclasses.field(default_factory=dict)
     engines: list[PlainEngine] = dataclasses.field(default_factory=list)
     writes: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # (by whom, address, rows of output)
-    stored: list[int] = dataclasses.field(default_factory=list)  # rows of each call of our writers
+    stored: list[int] = dataclasses.field(default_factory=list)  # rows of each call of our writers that had any token
     step: Any = None  # the current step's metadata, by layer
     refused: str | None = None  # what making an engine ends with
 
@@ -127,7 +127,7 @@ class PlainWriter:
                 block, place = divmod(length - 1, shape.page_size)
                 k_pages[block_table[row, block], place] = k_new[row]
                 v_pages[block_table[row, block], place] = v_new[row]
-        self.vllm.stored.append(len(seq_lens))
+        self.vllm.stored += [len(seq_lens)] * bool(seq_lens.any())
 
 
 def stored(pages: torch.Tensor, kv_dtype: str | None, scale: Any) -> torch.Tensor:

@@ -126,10 +126,15 @@ class Engines:
     writers: dict[LayerKind, Any] = field(default_factory=dict)
 
     def writer(self, kind: LayerKind) -> Any:
-        """The writer of layers of this kind, compiled, so that a capture may follow. ValueError where there is none."""
+        """The writer of layers of this kind. It has run once, so that a capture may follow; ValueError without one."""
         if kind not in self.writers:
+            shape, dtype = kind.shape, getattr(torch, kind.dtype)
             with torch.cuda.device(self.device):
                 self.writers[kind] = make_writer(kind)
+                new = torch.zeros(1, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=self.device)
+                pages = new[:, None].repeat(1, shape.page_size, 1, 1)
+                append(self.writers[kind], self._empty_row(1), new, new, pages, pages)
+                torch.cuda.synchronize(self.device)
         return self.writers[kind]
 
     def decoder(self, kind: LayerKind, query_tokens: Iterable[int], most_rows: int, sinks: torch.Tensor | None,
@@ -155,6 +160,10 @@ class Engines:
                 self._try_out(decoder, tokens)
         return decoder
 
+    def _empty_row(self, query_tokens: int) -> DecodeRows:
+        return DecodeRows(torch.zeros(1, dtype=torch.int32, device=self.device),
+                          torch.zeros(1, 1, dtype=torch.int32, device=self.device), 1, query_tokens)
+
     def _try_out(self, decoder: LayerDecoder, query_tokens: int) -> None:
         """One run over an empty row: the engine compiles, and knows from whose library arrays come."""
         kind, shape, device = decoder.kind, decoder.kind.shape, self.device
@@ -165,9 +174,7 @@ class Engines:
         if kind.kv_scales is not None:
             scales = torch.ones(pages.shape[:-1] if kind.kv_scales == "token" else (), device=device)
         q = torch.zeros(query_tokens, shape.num_q_heads, shape.head_dim, dtype=dtype, device=device)
-        rows = DecodeRows(torch.zeros(1, dtype=torch.int32, device=device),
-                          torch.zeros(1, 1, dtype=torch.int32, device=device), 1, query_tokens)
-        decoder.run(rows, q, pages, pages, torch.empty_like(q), scales, scales)
+        decoder.run(self._empty_row(query_tokens), q, pages, pages, torch.empty_like(q), scales, scales)
         torch.cuda.synchronize(device)
 
 
