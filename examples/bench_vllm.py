@@ -6,11 +6,18 @@
     python examples/bench_vllm.py --check                                 # greedy tokens against FLASH_ATTN's
     python examples/bench_vllm.py --check --kv-cache-dtype fp8            # against TRITON_ATTN's with the same cache
     python examples/bench_vllm.py --check --model smollm2                 # of a model on disk: serving/gguf_to_hf.py
+    python examples/bench_vllm.py --plan timings --requests FILE.csv      # CUSTOM, FLASH_ATTN, 8 bits; served cases
+    python examples/bench_vllm.py --plan others --requests FILE.csv       # TRITON_ATTN, FLASHINFER; the long cases
+    python examples/bench_vllm.py --plan checks --model smollm2           # tokens with each cache; a mix of lengths
 
 Needs vLLM 0.24; not that this package is installed, as every process finds its entry point in a temporary folder on
-PYTHONPATH. Each backend runs in a process of its own, which prefills a group of rows once and times steps that do
-nothing but decode, for fewer and fewer of them. What was measured is kept whatever happens later: --json is written
-anew after every process, and a process that ends early leaves its shapes.
+PYTHONPATH. vLLM is imported once and each backend runs in a fork, which writes keys and values of a group of rows once,
+without attention, and times steps that do nothing but decode, for fewer and fewer of the rows. Engines that are timed
+run alone, those whose tokens are compared side by side. What was measured is kept whatever happens later: --json is
+written anew every second, and vLLM's own output goes to a file beside it.
+
+FILE.csv has the columns case, arrived_at (s), num_prefill_tokens, num_decode_tokens and, of another run to hold ours
+against, measured_ttft_s, measured_tpot_ms and measured_e2e_s.
 """
 from __future__ import annotations
 
@@ -20,14 +27,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.vllm_cases import GROUPS, LLAMA_8B, SMALL, Job, environment, write_model, write_plugin
-from bench.vllm_report import compare, times_table
+from vllm_bench import plans
+from vllm_bench.cases import GROUPS, LLAMA_8B, SMALL, Job, environment, write_model, write_plugin
+from vllm_bench.report import compare, name_of, served_table, times_table
 
 BACKENDS = ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN")
-EIGHT_BIT = ("fp8", "int8_per_token_head")
 TIE = 0.05  # of log-probability: what backends that round differently may swap
 
 
@@ -35,90 +43,104 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of vLLM's names, and CUSTOM; one after another")
     parser.add_argument("--groups", default=",".join(group.name for group in GROUPS), help="of rows to prefill")
-    parser.add_argument("--eight-bit", nargs="?", const=",".join(EIGHT_BIT), default="", metavar="DTYPES",
-                        help="CUSTOM with 8-bit caches too, on the 32.8K group; by default " + " and ".join(EIGHT_BIT))
+    parser.add_argument("--eight-bit", nargs="?", const=",".join(plans.EIGHT_BIT), default="", metavar="DTYPES",
+                        help="CUSTOM with 8-bit caches too, on the 32.8K group; by default " +
+                             " and ".join(plans.EIGHT_BIT))
     parser.add_argument("--steps", type=int, default=60, help="steps timed for each shape")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which nothing more is begun")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile: starts faster")
     parser.add_argument("--check", action="store_true", help="compare greedy tokens in place of times")
+    parser.add_argument("--plan", choices=plans.PLANS, help="several measurements in as little time as they need")
+    parser.add_argument("--requests", type=Path, help="a CSV file whose cases --plan serves")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of --check")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder for --check; a random model by default")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve-stages", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        from bench import vllm_child
+    if args.serve_stages:
+        from vllm_bench.start import serve_stages
 
-        vllm_child.run(Job.read(args.child))
+        serve_stages(*args.serve_stages)
         return
+    if args.requests is not None and not args.requests.exists():
+        parser.error(f"--requests: expected a CSV file, got {args.requests}")
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as folder:
-        (check if args.check else measure)(args, Path(folder))
+        sys.exit(run(args, Path(folder)))
 
 
-def run_job(job: Job, folder: Path, seconds: float) -> dict[str, Any] | None:
-    """The results of a job in a process of its own; what there is of them where it failed, None where nothing is."""
-    spec = job.write(folder / "job.json")
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(spec)]
-    results = Path(job.results)
-    try:
-        code = subprocess.run(command, env=environment(write_plugin(folder / "plugin"), job.backend),
-                              timeout=max(1.0, seconds)).returncode
-    except subprocess.TimeoutExpired:
-        code = -1
-    if code:
-        print(f"{job.name}: ended with {code}" if code > 0 else f"{job.name}: out of time", flush=True)
-    return json.loads(results.read_text()) if results.exists() else None
+def run(args: argparse.Namespace, folder: Path) -> int:
+    """Measures what was asked for; 1 where tokens part other than at ties, or a request went wrong."""
+    begin = time.monotonic()
+    end = begin + args.seconds
+    llama = str(write_model(folder / "model", LLAMA_8B))
+    checked = args.model
+    if checked is None and (args.check or args.plan == "checks"):
+        checked = write_model(folder / "small", SMALL)
+        write_random_weights(checked)
+    if args.plan:
+        requests = "" if args.requests is None else str(args.requests.resolve())
+        stages = plans.plan(args.plan, plans.Given(llama, str(checked), folder, requests, begin, end))
+    elif args.check:
+        stages = [plans.checks(str(checked), folder, end, (args.kv_cache_dtype,), args.eager)]
+    else:
+        wanted = [(backend, "auto", tuple(args.groups.split(","))) for backend in args.backends.split(",")]
+        if args.eight_bit:
+            wanted[1:1] = [("CUSTOM", kind, ("32.8K",)) for kind in args.eight_bit.split(",")]
+        stages = [[Job(backend, kind, llama, str(folder / f"{number}.json"), groups, args.steps, end, eager=args.eager)]
+                  for number, (backend, kind, groups) in enumerate(wanted)]
+    found = run_stages(stages, folder, args.json)
+    without = sum(job.tokens for stage in stages for job in stage) - sum("rows" in one for one in found)
+    if without:
+        print(f"{without} engines made no tokens")
+    return max(report(found), int(without > 0))
 
 
-def measure(args: argparse.Namespace, folder: Path) -> None:
+def run_stages(stages: Sequence[Sequence[Job]], folder: Path, kept: Path | None) -> list[dict[str, Any]]:
+    """What jobs found, of those that failed what they had by then. kept: JSON of it, written while they run."""
+    specs = [[str(job.write(folder / f"job-{number}-{at}.json")) for at, job in enumerate(stage)]
+             for number, stage in enumerate(stages)]
+    (folder / "stages.json").write_text(json.dumps(specs))
+    log = folder / "log" if kept is None else kept.with_suffix(".log")
+    jobs = [job for stage in stages for job in stage]
+    command = [sys.executable, str(Path(__file__).resolve()), "--serve-stages", str(folder / "stages.json"), str(log)]
+    process = subprocess.Popen(command, env=environment(write_plugin(folder / "plugin")))
+    while True:
+        try:
+            ended = process.wait(timeout=1.0) is not None
+        except subprocess.TimeoutExpired:
+            ended = False
+        found = [json.loads(Path(job.results).read_text()) for job in jobs if Path(job.results).exists()]
+        write_json(kept, found)
+        if ended:
+            return found
+
+
+def report(found: Sequence[dict[str, Any]]) -> int:
+    """Prints tables of what was found; 1 where something is wrong."""
     from rich.console import Console
 
-    end = time.perf_counter() + args.seconds
-    model = str(write_model(folder / "model", LLAMA_8B))
-    groups = tuple(args.groups.split(","))
-    runs = [(backend, "auto", groups) for backend in args.backends.split(",")]
-    if args.eight_bit:
-        runs[1:1] = [("CUSTOM", kind, ("32.8K",)) for kind in args.eight_bit.split(",")]
-    found: list[dict[str, Any]] = []
-    for number, (backend, kind, wanted) in enumerate(runs):
-        left = end - time.perf_counter()
-        if left < 60:
-            print(f"{backend} {kind}: not begun, {left:.0f} s are left", flush=True)
-            continue
-        job = Job(backend, kind, model, str(folder / f"results-{number}.json"), wanted, args.steps, left - 20,
-                  args.eager)
-        one = run_job(job, folder, left)
-        if one is not None:
-            found.append(one)
-            write_json(args.json, found)
-    Console(width=160).print(times_table(found))
-
-
-def check(args: argparse.Namespace, folder: Path) -> None:
-    """Greedy tokens of CUSTOM against those of the backend it builds on; ends with 1 where they part but at ties."""
-    end = time.perf_counter() + args.seconds
-    model = args.model
-    if model is None:
-        model = folder / "model"
-        write_random_weights(write_model(model, SMALL))
-    backends = ("FLASH_ATTN", "CUSTOM", "TRITON_ATTN") if args.kv_cache_dtype == "auto" else ("TRITON_ATTN", "CUSTOM")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for backend in backends:
-        job = Job(backend, args.kv_cache_dtype, str(model), str(folder / f"{backend}.json"), eager=args.eager,
-                  tokens=True)
-        one = run_job(job, folder, end - time.perf_counter())
-        if one is None or "rows" not in one:
-            raise SystemExit(f"{backend}: no tokens")
-        rows[backend] = one["rows"]
-        write_json(args.json, [rows])
+    console = Console(width=160)
+    timed = [one for one in found if one["shapes"]]
+    if timed:
+        console.print(times_table(timed))
+    if any(one["cases"] for one in found):
+        console.print(served_table(found))
     wrong = False
-    for backend in backends[1:]:
-        found = compare(rows[backend], rows[backends[0]])
-        print(f"{backend} against {backends[0]}: {found.compared} tokens agree, log-probabilities within "
-              f"{found.largest_difference:.4f}; {len(found.parted)} of {len(rows[backend])} rows part, at (row, place, "
-              f"gap) {list(found.parted)}", flush=True)
-        wrong |= backend == "CUSTOM" and not found.within(TIE)
-    sys.exit(int(wrong))
+    for one in found:
+        if "mix" in one:
+            print(f"{name_of(one)}: mix of lengths: {one['mix']}")
+            wrong |= one["mix"]["wrong"] > 0
+        if "error" in one:
+            print(f"{name_of(one)}: {one['error']}")
+            wrong = True
+    rows = {name_of(one): one["rows"] for one in found if "rows" in one}
+    for own, other in plans.comparisons(rows):
+        agreed = compare(rows[own], rows[other])
+        print(f"{own} against {other}: {agreed.compared} tokens agree, log-probabilities within "
+              f"{agreed.largest_difference:.4f}, {agreed.mean_difference:.5f} in the mean; {len(agreed.parted)} of "
+              f"{len(rows[own])} rows part, at (row, place, gap) {[*agreed.parted]}", flush=True)
+        wrong |= own in plans.SIXTEEN_BIT and not agreed.within(TIE)
+    return int(wrong or not found)
 
 
 def write_random_weights(folder: Path) -> None:
@@ -150,7 +172,9 @@ def write_random_weights(folder: Path) -> None:
 
 def write_json(path: Path | None, found: list[dict[str, Any]]) -> None:
     if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        whole = path.with_suffix(".new")
+        whole.write_text(json.dumps(found, indent=1) + "\n")
+        whole.replace(path)
 
 
 if __name__ == "__main__":

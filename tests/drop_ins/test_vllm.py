@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_steps import Case, attention_layer, builder_of, prepare, run
 
-from gpu.drop_ins.vllm_engines import KV_TYPES, own_planes
-from gpu.drop_ins.vllm_step import cut_step, served_query_tokens
+from gpu.drop_ins.vllm.engines import KV_TYPES, own_planes
+from gpu.drop_ins.vllm.step import cut_step, served_query_tokens
 
 CACHES = ("auto", "fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head")
 
@@ -54,6 +54,44 @@ def test_every_token_is_attended_once_and_right(step, seed) -> None:
         assert ("ours" in by) == (case.query_lens[0] in served_query_tokens(drafts or 0))
         if len({*case.query_lens}) == 1 and "ours" in by:
             assert by == {"ours"} and metadata.base is None
+
+
+@given(cases(), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=12)
+def test_captured_decode_steps_store_by_our_kernel_where_asked_to(step, seed) -> None:
+    case, drafts = step
+    with fake_vllm() as vllm, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm.builder, "APPENDS_IN_GRAPHS", True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        vllm.configure(cache_dtype=case.kv_cache_dtype, drafts=drafts)
+        layer = attention_layer(vllm, case, "layer")
+        builder = builder_of(vllm, ["layer"])
+        prepared = prepare(vllm, case, layer, seed=seed)
+        metadata = builder.build_for_cudagraph_capture(prepared.common)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected, atol=1e-5, rtol=1e-5)
+        whole = {*case.query_lens} == {1} and case.kv_cache_dtype == "auto" and drafts is None
+        assert vllm.stored == [len(case.query_lens) + case.padding] * whole
+
+
+@pytest.mark.parametrize("asked, capturing, ranks, with_metadata", [
+    (False, True, 1, True), (True, False, 1, True), (True, True, 2, True), (True, True, 1, False)])
+def test_other_steps_store_by_vllms_slots(asked, capturing, ranks, with_metadata, monkeypatch) -> None:
+    case = Case((1, 1), (20, 3))
+    with fake_vllm() as vllm:
+        monkeypatch.setattr(vllm.builder, "APPENDS_IN_GRAPHS", asked)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        vllm.configure(data_parallel_size=ranks)
+        layer = attention_layer(vllm, case, "layer")
+        builder = builder_of(vllm, ["layer"])
+        prepared = prepare(vllm, case, layer)
+        metadata = builder.build(0, prepared.common)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        vllm.step = {"layer": metadata} if with_metadata else None  # graphs of pieces are captured without any
+        layer.impl.do_kv_cache_update(layer, prepared.key, prepared.value, prepared.cache, metadata.slot_mapping)
+        assert not vllm.stored
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected, atol=1e-5, rtol=1e-5)
 
 
 @given(st.lists(st.integers(0, 12), min_size=0, max_size=9), st.integers(0, 9), st.integers(1, 9), st.integers(0, 5))

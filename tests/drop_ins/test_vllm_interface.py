@@ -15,10 +15,10 @@ import pytest
 from paths import ROOT
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from bench.vllm_cases import write_plugin
 from fake_vllm import INTERFACES, fake_vllm
+from vllm_bench.cases import write_plugin
 
-from gpu.drop_ins import vllm_plugin
+from gpu.drop_ins.vllm import plugin as vllm_plugin
 from tests.drop_ins import record_vllm
 
 RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(INTERFACES.glob("*.json"))}
@@ -39,7 +39,7 @@ def test_overrides_take_what_vllm_passes(ours) -> None:
         own = getattr(vllm.adapter, ours)
         members = RECORDED["0.24"]["modules"][module][name]["members"]
         methods = {member: what for member, what in members.items() if isinstance(what, dict)}
-        mine = [one for one in own.__mro__ if one.__module__ == vllm.adapter.__name__]
+        mine = [one for one in own.__mro__ if one.__module__ in (vllm.adapter.__name__, vllm.builder.__name__)]
         checked = 0
         for method, recorded in methods.items():
             if not any(method in vars(one) for one in mine):
@@ -61,7 +61,7 @@ def test_overrides_take_what_vllm_passes(ours) -> None:
 def test_dataclass_fields_that_a_step_without_its_first_rows_replaces_are_all_there_are() -> None:
     """A field that counts rows or tokens and is not cut would pair rows with others' values."""
     fields = set(RECORDED["0.24"]["modules"][BASE]["CommonAttentionMetadata"]["members"]) - {"replace"}
-    source = inspect.getsource(importlib.import_module("gpu.drop_ins.vllm_step").without_first)
+    source = inspect.getsource(importlib.import_module("gpu.drop_ins.vllm.step").without_first)
     kept = {"max_query_len", "max_seq_len", "causal"}  # bounds, and what does not go by rows where rows decode
     assert {name for name in fields if f" {name}=" not in source} == kept
 

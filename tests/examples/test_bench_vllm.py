@@ -1,21 +1,27 @@
 """bench_vllm without vLLM: its jobs and tables, agreement of tokens, and what a process that fails leaves."""
 from __future__ import annotations
 
+import argparse
 import io
+import itertools
 import json
+import math
 import os
 import sys
+import time
 import types
-from collections import deque
 
 import bench_vllm
 import numpy as np
 import pytest
-from bench import vllm_child
-from bench.vllm_cases import CAPTURED, GROUPS, LLAMA_8B, Job, engine_arguments, environment, write_model, write_plugin
-from bench.vllm_report import compare, times_table
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from serving.gguf_to_hf import token_ids
+from vllm_bench import child, plans, serving, start
+from vllm_bench.cases import CAPTURED, GROUPS, LLAMA_8B, Job, engine_arguments, environment, write_model, write_plugin
+from vllm_bench.report import compare, times_table
+from vllm_engine import Engine, modules, python_path, write_checked_model
 
 from gpu.serve.model.gguf import halves, hf_name
 
@@ -29,83 +35,160 @@ def test_shapes_drop_rows_and_fit_the_model_and_its_graphs() -> None:
 
 
 def test_jobs_survive_their_file_and_say_what_vllm_is_given(tmp_path) -> None:
-    job = Job("CUSTOM", "fp8", "model", "results.json", ("1.2K",), 7, 3.0)
+    job = Job("CUSTOM", "fp8", "model", "results.json", ("1.2K",), 7, cases=("a",))
     assert Job.read(job.write(tmp_path / "job.json")) == job and job.name == "CUSTOM fp8"
     given = engine_arguments(job)
     assert given["attention_backend"] == "CUSTOM" and given["load_format"] == "dummy"
     assert engine_arguments(Job("FLASHINFER", "auto", "m", "r"))["dtype"] == "float16"
     assert "compilation_config" not in engine_arguments(Job("CUSTOM", "auto", "m", "r", eager=True))
+    assert engine_arguments(Job("CUSTOM", "auto", "m", "r", tokens=True))["load_format"] == "auto"
     assert json.loads((write_model(tmp_path / "m", LLAMA_8B) / "config.json").read_text()) == LLAMA_8B
-    told = environment(write_plugin(tmp_path / "plugin"), "CUSTOM")
+    told = environment(write_plugin(tmp_path / "plugin"))
     assert told["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "plugin")
 
 
-def test_a_process_that_fails_leaves_what_it_wrote(tmp_path, monkeypatch, capfd) -> None:
-    script = tmp_path / "child.py"
-    script.write_text("import sys, json, pathlib\njob = json.loads(pathlib.Path(sys.argv[2]).read_text())\n"
-                      "pathlib.Path(job['results']).write_text(json.dumps({'shapes': []}))\nsys.exit(3)")
-    monkeypatch.setattr(bench_vllm, "__file__", str(script))
-    job = Job("CUSTOM", "auto", "model", str(tmp_path / "results.json"))
-    assert bench_vllm.run_job(job, tmp_path, 60) == {"shapes": []}
-    assert "ended with 3" in capfd.readouterr().out
-    script.write_text("import time\ntime.sleep(60)")
-    (tmp_path / "results.json").unlink()
-    assert bench_vllm.run_job(job, tmp_path, 1) is None and "out of time" in capfd.readouterr().out
+@pytest.fixture
+def engine(monkeypatch) -> Engine:
+    """The engine that jobs of this process get."""
+    made, one = modules(), Engine()
+    made["vllm"].LLM = lambda **given: types.SimpleNamespace(llm_engine=one)
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "kept")
+    return one
 
 
-class Engine:
-    """vllm.LLMEngine with asynchronous scheduling: outputs come a step late, and prompts are prefilled in chunks."""
-
-    def __init__(self) -> None:
-        self.left, self.queue = {}, deque()
-        scheduler = types.SimpleNamespace(async_scheduling=True)
-        compilation = types.SimpleNamespace(cudagraph_mode="FULL_AND_PIECEWISE")
-        self.vllm_config = types.SimpleNamespace(scheduler_config=scheduler, compilation_config=compilation)
-
-    def add_request(self, row: str, prompt: dict, params: object) -> None:
-        assert row not in self.left and min(prompt["prompt_token_ids"]) >= 0
-        assert len(prompt["prompt_token_ids"]) + params.max_tokens <= LLAMA_8B["max_position_embeddings"]
-        self.left[row] = len(prompt["prompt_token_ids"])
-
-    def abort_request(self, rows: list[str]) -> None:
-        self.left = {row: left for row, left in self.left.items() if row not in rows}
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.left)
-
-    def step(self) -> list:
-        room, made = 2048, []
-        for row, left in self.left.items():
-            taken = min(left, room) if left else 1
-            room -= taken
-            self.left[row] -= taken if left else 0
-            made += [row] if not self.left[row] and taken else []
-        self.queue.append(made)
-        if len(self.queue) < 2:
-            return []
-        outputs = [types.SimpleNamespace(token_ids=[7])]
-        rows = [row for row in self.queue.popleft() if row in self.left]
-        return [types.SimpleNamespace(request_id=row, outputs=outputs) for row in rows]
-
-
-def test_steps_are_timed_in_which_every_row_decodes_and_none_else(tmp_path, monkeypatch) -> None:
-    engine = Engine()
-    vllm = types.ModuleType("vllm")
-    vllm.LLM = lambda **given: types.SimpleNamespace(llm_engine=engine)
-    vllm.SamplingParams = lambda **given: types.SimpleNamespace(**given)
-    vllm.sampling_params = types.ModuleType("vllm.sampling_params")
-    vllm.sampling_params.RequestOutputKind = types.SimpleNamespace(DELTA="delta")
-    for module in (vllm, vllm.sampling_params):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+def test_steps_are_timed_in_which_every_row_decodes_and_none_else(tmp_path, engine) -> None:
     results = tmp_path / "results.json"
-    job = Job("FLASH_ATTN", "auto", "model", str(results), tuple(group.name for group in GROUPS), steps=5)
-    vllm_child.run(job)
+    job = Job("FLASH_ATTN", "auto", "model", str(results), plans.EVERY_GROUP, steps=5)
+    child.run(job)
     found = {one["shape"]: one for one in json.loads(results.read_text())["shapes"]}
     assert [*found] == [shape.name for group in GROUPS for shape in group.shapes]
     assert all(one["steps"] == 5 for one in found.values()) and not engine.left
     assert 32700 < found["4 x 32.8K"]["mean_context"] < 33400
-    vllm_child.run(Job("FLASH_ATTN", "auto", "model", str(results), ("120K",), steps=5, seconds=-1))
+    child.run(Job("FLASH_ATTN", "auto", "model", str(results), ("120K",), steps=5, until=0.0))
     assert json.loads(results.read_text())["shapes"] == []  # out of time
+
+
+def test_layers_skip_attention_only_while_told_to() -> None:
+    ran, output = [], np.ones(3)
+    zeroed = types.SimpleNamespace(zero_=lambda: output.fill(0))
+    layer = types.SimpleNamespace(impl=types.SimpleNamespace(forward=lambda *args, **kwargs: ran.append(kwargs)))
+    skip = start.prefills_without_attention({"layer": layer, "other": types.SimpleNamespace()})
+    skip(True)
+    layer.impl.forward(layer, 1, 2, 3, 4, 5, output=zeroed, output_scale=None)
+    assert not output.any() and not ran
+    output.fill(1)
+    layer.impl.forward(layer, 1, 2, 3, 4, 5, zeroed)
+    assert not output.any() and not ran
+    skip(False)
+    layer.impl.forward(layer, 1, 2, 3, 4, 5, output=zeroed)
+    assert len(ran) == 1
+
+
+def test_a_graph_is_shared_but_where_it_quantises_queries(engine) -> None:
+    from vllm.config import AttentionConfig, CacheConfig
+
+    for backend, kind, shared in (("TRITON_ATTN", "fp8", False), ("CUSTOM", "fp8", True), ("TRITON_ATTN", "auto", True)):
+        for config in (AttentionConfig, CacheConfig):
+            config.compute_hash = None
+        start.start_sooner(Job(backend, kind, "m", "r"))
+        assert (AttentionConfig.compute_hash is not None, CacheConfig.compute_hash is not None) == (shared, shared)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.floats(0, 0.01), st.integers(1, 5000), st.integers(1, 9)), min_size=1, max_size=12))
+def test_cases_are_served_whole(requests) -> None:
+    engine = Engine()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules().items():
+            patch.setitem(sys.modules, name, module)
+        timed = sorted((serving.Timed(*request, 0.5, 2.0, 1.0) for request in requests), key=lambda one: one.arrived_s)
+        served = serving.serve_case(engine, timed, itertools.count(), math.inf)
+        assert served["complete"] and not engine.left
+        tokens = sum(one.output_tokens for one in timed)
+        for side in ("own", "reference"):
+            assert served[side]["tokens_per_s"] * served[side]["wall_s"] == pytest.approx(tokens)
+        assert served["reference"]["ttft_mean_s"] == 0.5 and served["own"]["ttft_mean_s"] > 0
+        assert not serving.serve_case(engine, timed, itertools.count(), 0.0)["complete"] and not engine.left
+        short = Engine("short")
+        with pytest.raises(RuntimeError, match="another number of tokens"):
+            serving.serve_case(short, [serving.Timed(0.0, 7, 5)], itertools.count(), math.inf)
+
+
+def test_a_mix_counts_what_ends_wrong(engine, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "MIX_SECONDS_PER_ROWS", 0.05)
+    found = serving.mix(engine, 0.4, itertools.count())
+    assert found["finished"] and found["aborted"] and not found["wrong"] and not engine.left
+    assert found["most_rows"] > 1 and found["longest"] > 1000
+    assert serving.mix(Engine("short"), 0.2, itertools.count())["wrong"]
+
+
+def _write_requests(path) -> str:
+    lines = ["case,arrived_at,num_prefill_tokens,num_decode_tokens,measured_ttft_s,measured_tpot_ms,measured_e2e_s"]
+    lines += [f"{name},0.0,100,5,0.01,4.9,0.03" for name in (*plans.SHORT_CASES, *plans.LONG_CASES)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def _given(tmp_path, **changed: object) -> plans.Given:
+    now = time.monotonic()
+    fields = {"llama": "model", "checked": "model", "results": tmp_path, "requests": "", "begin": now, "end": now + 60}
+    return plans.Given(**fields | changed)
+
+
+def test_plans_time_engines_alone_and_every_shape_with_every_backend(tmp_path) -> None:
+    stages = [stage for name in plans.PLANS for stage in plans.plan(name, _given(tmp_path, requests="some.csv"))]
+    timed = [stage for stage in stages if any(job.groups or job.cases for job in stage)]
+    assert all(len(stage) == 1 for stage in timed)
+    whole = {stage[0].backend for stage in timed if stage[0].groups == plans.EVERY_GROUP}
+    assert whole == {"CUSTOM", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"}
+    results = [job.results for stage in plans.plan("checks", _given(tmp_path)) for job in stage]
+    assert len({*results}) == len(results) == 9
+    with pytest.raises(ValueError, match="plan: expected one of"):
+        plans.plan("all", _given(tmp_path))
+
+
+def test_a_process_for_each_job_and_what_failed_leaves_the_rest(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "packages"))
+    kept, end = tmp_path / "kept.json", time.monotonic() + 20
+    jobs = [Job("FLASH_ATTN", "auto", model, str(tmp_path / f"{model}.json"), ("azure",), 3, end)
+            for model in ("fails", "model")]
+    jobs.append(Job("TRITON_ATTN", "auto", "hangs", str(tmp_path / "hangs.json"), ("azure",), 3, end, limit_s=0.1,
+                    grace_s=0.1))
+    jobs.append(Job("CUSTOM", "auto", "late", str(tmp_path / "late.json"), until=0.0))
+    found = bench_vllm.run_stages([[jobs[0], jobs[1]], [jobs[2]], [jobs[3]]], tmp_path, kept)
+    assert [one["shapes"][0]["shape"] for one in found] == ["32 x azure"] and json.loads(kept.read_text()) == found
+    said = capfd.readouterr().out
+    for line in ("each job runs in a fork", "FLASH_ATTN: ended with 1", "no kernel image is available",
+                 "FLASH_ATTN: once more, started as vLLM", "32 x azure: ", "TRITON_ATTN: out of time", "CUSTOM: not begun"):
+        assert line in said
+    assert "ValueError: no kernel image" in kept.with_suffix(".log").read_text()
+
+
+def test_checks_compare_tokens_and_say_what_is_wrong(tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "packages"))
+    arguments = argparse.Namespace(seconds=20.0, model=write_checked_model(tmp_path / "checked"), check=True, plan=None,
+                                   kv_cache_dtype="auto", eager=False, json=None)
+    assert bench_vllm.run(arguments, tmp_path) == 0
+    assert "CUSTOM against FLASH_ATTN: 448 tokens agree" in capfd.readouterr().out
+    arguments.model = write_checked_model(tmp_path / "silent")
+    assert bench_vllm.run(arguments, tmp_path) == 1
+    assert "3 engines made no tokens" in capfd.readouterr().out
+    assert bench_vllm.report([{"backend": "CUSTOM", "kv_cache_dtype": "auto", "shapes": [], "cases": {},
+                               "error": "RuntimeError: engine is dead"}]) == 1
+    assert "engine is dead" in capfd.readouterr().out
+
+
+def test_cases_stand_beside_the_file_of_requests(tmp_path, engine, capfd) -> None:
+    results = tmp_path / "results.json"
+    child.run(Job("FLASH_ATTN", "auto", "model", str(results), requests=_write_requests(tmp_path / "requests.csv"),
+                  cases=(*plans.SHORT_CASES, "unknown")))
+    found = json.loads(results.read_text())
+    assert [*found["cases"]] == [*plans.SHORT_CASES]
+    assert bench_vllm.report([found]) == 0
+    said = capfd.readouterr().out
+    assert "i8192_o256_c32" in said and "166.7" in said  # 5 tokens in 0.03 s
 
 
 def _rows(tokens: list[int], tops: list[dict[int, float]]) -> list[dict]:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch_paged import paged_attention
 
-from gpu.drop_ins import vllm_engines
+from gpu.drop_ins.vllm import engines as vllm_engines
 
 INTERFACES = Path(__file__).resolve().parents[1] / "drop_ins" / "vllm_interface"
-ADAPTER = "gpu.drop_ins.vllm_backend"
+ADAPTER, BUILDER = "gpu.drop_ins.vllm.backend", "gpu.drop_ins.vllm.builder"
 KINDS = {"plain": inspect.Parameter.POSITIONAL_OR_KEYWORD, "variable": inspect.Parameter.VAR_POSITIONAL,
          "keyword": inspect.Parameter.KEYWORD_ONLY, "keywords": inspect.Parameter.VAR_KEYWORD}
 
@@ -39,23 +39,29 @@ class FakeVllm:
     registered: dict[str, str] = dataclasses.field(default_factory=dict)
     engines: list[PlainEngine] = dataclasses.field(default_factory=list)
     writes: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # (by whom, address, rows of output)
+    stored: list[int] = dataclasses.field(default_factory=list)  # rows of each call of our writers that had any token
+    step: Any = None  # the current step's metadata, by layer
     refused: str | None = None  # what making an engine ends with
 
     @property
     def adapter(self) -> types.ModuleType:
         return importlib.import_module(ADAPTER)
 
+    @property
+    def builder(self) -> types.ModuleType:
+        return importlib.import_module(BUILDER)
+
     def named(self, module: str, name: str) -> Any:
         return getattr(self.modules[module], name)
 
     def configure(self, *, cache_dtype: str = "auto", dtype: torch.dtype = torch.float32, drafts: int | None = None,
-                  max_num_seqs: int = 16, ubatching: bool = False) -> Any:
+                  max_num_seqs: int = 16, ubatching: bool = False, data_parallel_size: int = 1) -> Any:
         """Makes and sets the current VllmConfig."""
         given = {
             "CacheConfig": {"cache_dtype": cache_dtype},
             "CompilationConfig": {"max_cudagraph_capture_size": None, "static_forward_context": {}},
             "ModelConfig": {"dtype": dtype},
-            "ParallelConfig": {"use_ubatching": ubatching},
+            "ParallelConfig": {"use_ubatching": ubatching, "data_parallel_size": data_parallel_size},
             "SchedulerConfig": {"max_num_seqs": max_num_seqs},
             "SpeculativeConfig": {"num_speculative_tokens": drafts},
         }
@@ -103,6 +109,25 @@ class PlainEngine:
         found, sums = paged_attention(q, *pages, *self.tables, kind.scale, kind.window, kind.soft_cap, sinks)
         out.copy_(found), lse.copy_(sums)
         self.vllm.writes.append(("ours", out.data_ptr(), out.numel() // (shape.num_q_heads * shape.head_dim)))
+
+
+class PlainWriter:
+    """CacheWriter's append() of a token a row, into NHD pages."""
+
+    def __init__(self, vllm: FakeVllm, kind: vllm_engines.LayerKind) -> None:
+        self.vllm, self.kind = vllm, kind
+
+    def append(self, k_new: torch.Tensor, v_new: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *,
+               seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
+        shape = self.kind.shape
+        assert k_new.shape == v_new.shape == (len(seq_lens), shape.num_kv_heads, shape.head_dim)
+        assert seq_lens.dtype == block_table.dtype == torch.int32 and len(block_table) == len(seq_lens)
+        for row, length in enumerate(seq_lens.tolist()):
+            if length:
+                block, place = divmod(length - 1, shape.page_size)
+                k_pages[block_table[row, block], place] = k_new[row]
+                v_pages[block_table[row, block], place] = v_new[row]
+        self.vllm.stored += [len(seq_lens)] * bool(seq_lens.any())
 
 
 def stored(pages: torch.Tensor, kv_dtype: str | None, scale: Any) -> torch.Tensor:
@@ -276,6 +301,7 @@ def _shape(vllm: FakeVllm, num_blocks: int, block_size: int, num_kv_heads: int, 
 
 BEHAVIOURS: dict[tuple[str, str], Callable[..., Any]] = {
     ("", "get_current_vllm_config"): lambda vllm: vllm.config,
+    ("", "get_forward_context"): lambda vllm: types.SimpleNamespace(attn_metadata=vllm.step),
     ("", "init_logger"): lambda vllm, name: types.SimpleNamespace(
         info_once=lambda text, *args: vllm.said.append(text % args),
         warning_once=lambda text, *args: vllm.said.append(text % args)),
@@ -305,8 +331,8 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
     """Installs it, and engines that compute on the CPU; the adapter is imported anew inside."""
     vllm = FakeVllm({}, json.loads((INTERFACES / f"{band}.json").read_text()))
     install(vllm)
-    kept = {name: sys.modules.pop(name, None) for name in (ADAPTER, *vllm.modules)}
-    own = vllm_engines.make_engine, torch.cuda.device, torch.cuda.synchronize
+    kept = {name: sys.modules.pop(name, None) for name in (ADAPTER, BUILDER, *vllm.modules)}
+    own = vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize
     sys.modules.update(vllm.modules)
 
     def make_engine(kind: vllm_engines.LayerKind, query_tokens: int) -> PlainEngine:
@@ -316,12 +342,13 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
         return vllm.engines[-1]
 
     vllm_engines.make_engine = make_engine
+    vllm_engines.make_writer = lambda kind: PlainWriter(vllm, kind)
     torch.cuda.device, torch.cuda.synchronize = contextlib.nullcontext, lambda device: None
     vllm.configure()
     try:
         yield vllm
     finally:
-        vllm_engines.make_engine, torch.cuda.device, torch.cuda.synchronize = own
+        vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize = own
         for name, module in kept.items():
             sys.modules.pop(name, None)
             if module is not None:

@@ -50,7 +50,7 @@ def attention_layer(vllm: FakeVllm, case: Case, name: str) -> Any:
     sinks = torch.linspace(-2, 3, case.num_heads).bfloat16() if case.sinks else None
     impl = backend.get_impl_cls()(case.num_heads, case.head_size, case.head_size**-0.5, case.num_kv_heads, None,
                                   case.window, case.kv_cache_dtype, case.soft_cap, "decoder", None, sinks=sinks)
-    layer = types.SimpleNamespace(impl=impl, head_size_v=case.head_size, _k_scale=torch.tensor(GRAIN),
+    layer = types.SimpleNamespace(impl=impl, layer_name=name, head_size_v=case.head_size, _k_scale=torch.tensor(GRAIN),
                                   _v_scale=torch.tensor(GRAIN))
     vllm.config.compilation_config.static_forward_context[name] = layer
     return layer
@@ -130,6 +130,7 @@ def _expected(case: Case, query: torch.Tensor, whole: list[torch.Tensor], sinks:
 def run(vllm: FakeVllm, prepared: Prepared, metadata: Any) -> torch.Tensor:
     """The step through its layer: stores keys and values, attends, and checks that each token was written once."""
     impl, cache = prepared.layer.impl, prepared.cache
+    vllm.step = {prepared.layer.layer_name: metadata}
     impl.do_kv_cache_update(prepared.layer, prepared.key, prepared.value, cache, metadata.slot_mapping)
     output = torch.full_like(prepared.query, float("nan"))
     vllm.writes.clear()

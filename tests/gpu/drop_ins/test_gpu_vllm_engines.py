@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_paged import paged_attention
 
-from gpu.drop_ins.vllm_engines import KV_TYPES, SCALE_BYTES, Engines, LayerKind, own_planes
-from gpu.drop_ins.vllm_step import DecodeRows
+from gpu.drop_ins.vllm.engines import KV_TYPES, SCALE_BYTES, Engines, LayerKind, append, own_planes
+from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -78,3 +78,38 @@ def test_a_captured_graph_follows_lengths_and_tables(kind: str, hnd: bool, query
         pools = values(k_pages, kind, k_scale), values(v_pages, kind, v_scale)
         wanted, _ = paged_attention(grouped, *pools, table, lens, window=window, sinks=decoder.sinks)
         torch.testing.assert_close(out.view(wanted.shape), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("hnd", [False, True])
+def test_a_captured_step_stores_before_it_attends(hnd: bool) -> None:
+    torch.manual_seed(1)
+    cache, _, _ = make_cache("auto", hnd=hnd)
+    engines = Engines(DEVICE)
+    kind = LayerKind(SHAPE, "bfloat16", None, None, False, None, None, SHAPE.head_dim**-0.5)
+    decoder, writer = engines.decoder(kind, {1}, MAX_ROWS, None), engines.writer(kind)
+    assert engines.writer(kind) is writer
+    lens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=DEVICE)
+    table = torch.zeros(MAX_ROWS, MAX_BLOCKS, dtype=torch.int32, device=DEVICE)
+    q, out = (torch.randn(MAX_ROWS, SHAPE.num_q_heads, SHAPE.head_dim, device=DEVICE).bfloat16() for _ in range(2))
+    qkv = torch.randn(MAX_ROWS + 3, 48, SHAPE.head_dim, device=DEVICE).bfloat16()  # vLLM's are padded, and slices
+    key, value = qkv[:, 32:40], qkv[:, 40:]
+    rows = DecodeRows(lens, table, MAX_ROWS, 1)
+    k_pages, v_pages = cache.unbind(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        append(writer, rows, key, value, k_pages, v_pages)
+        decoder.run(rows, q, k_pages, v_pages, out, None, None)
+    for given in ([5, 700, 1000, 17, 64, 1, 0, 0], [1000] * 3 + [0] * 5, [16] * 8):
+        lens.copy_(torch.tensor(given, dtype=torch.int32))
+        table.copy_(torch.randperm(NUM_BLOCKS - 1, device=DEVICE)[:MAX_ROWS * MAX_BLOCKS].view(table.shape) + 1)
+        qkv.normal_()
+        wanted_cache = cache.clone()
+        for row, length in enumerate(given):
+            if length:
+                block, place = table[row, (length - 1) // SHAPE.page_size], (length - 1) % SHAPE.page_size
+                wanted_cache[block, 0, place], wanted_cache[block, 1, place] = key[row], value[row]
+        graph.replay()
+        assert torch.equal(cache, wanted_cache)
+        pools = (pages.double().transpose(1, 2) for pages in wanted_cache.unbind(1))
+        wanted, _ = paged_attention(q, *pools, table, lens)
+        torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)

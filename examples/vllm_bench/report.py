@@ -5,18 +5,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.vllm_cases import GROUPS
 from rich.table import Table
+from vllm_bench.cases import GROUPS
 
 
 def times_table(found: Iterable[dict[str, Any]]) -> Table:
     """Median step times: a line for each shape, a column for each backend and type of cache, and ours over the best."""
     found = list(found)
-    names = [_name(one) for one in found]
-    medians = {(_name(one), shape["shape"]): shape["median_ms"] for one in found for shape in one["shapes"]}
+    names = [name_of(one) for one in found]
+    medians = {(name_of(one), shape["shape"]): shape["median_ms"] for one in found for shape in one["shapes"]}
     table = Table("shape", *names, "ours over the best other, %", "reference, ms",
                   title="decode steps, median ms; reference: FlashAttention 3, vLLM 0.24.0, H200")
-    others = [_name(one) for one in found if one["backend"] != "CUSTOM" and one["kv_cache_dtype"] == "auto"]
+    others = [name_of(one) for one in found if one["backend"] != "CUSTOM" and one["kv_cache_dtype"] == "auto"]
     for shape in (shape for group in GROUPS for shape in group.shapes):
         times = [medians.get((name, shape.name)) for name in names]
         best = min((medians[name, shape.name] for name in others if (name, shape.name) in medians), default=None)
@@ -28,8 +28,34 @@ def times_table(found: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
-def _name(one: dict[str, Any]) -> str:
-    return one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
+def served_table(found: Iterable[dict[str, Any]]) -> Table:
+    """Throughput and mean TPOT of served cases, a line for each case and backend, beside the file's own."""
+    table = Table("case", "backend", "tokens/s", "TPOT mean, ms", "TTFT mean, s", "file: tokens/s", "TPOT", "TTFT",
+                  title="requests served at their arrivals; file: what the CSV file says another run took")
+    rows = [(case, name_of(one), served) for one in found for case, served in one.get("cases", {}).items()]
+    for case, name, served in sorted(rows, key=lambda row: row[0]):
+        figures = [_figures(served.get(side)) for side in ("own", "reference")]
+        table.add_row(case, name, *figures[0], *figures[1])
+    return table
+
+
+def case_line(served: dict[str, Any]) -> str:
+    """One case in a line."""
+    if not served["complete"]:
+        return "cut off"
+    own, theirs = (_figures(served[side]) for side in ("own", "reference"))
+    return (f"{served['requests']} requests, {own[0]} tokens/s, TPOT {own[1]} ms, TTFT {own[2]} s; "
+            f"the file's {theirs[0]}, {theirs[1]}, {theirs[2]}")
+
+
+def _figures(of: dict[str, float] | None) -> tuple[str, str, str]:
+    return ("", "", "") if of is None else (f"{of['tokens_per_s']:.1f}", f"{of['tpot_mean_ms']:.2f}",
+                                            f"{of['ttft_mean_s']:.3f}")
+
+
+def name_of(one: dict[str, Any]) -> str:
+    own = one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
+    return own + " own append" * one.get("own_append", False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +69,7 @@ class Agreement:
     compared: int  # tokens
     parted: tuple[tuple[int, int, float | None], ...]
     largest_difference: float  # of log-probabilities of the tokens that agree
+    mean_difference: float
 
     def within(self, gap: float) -> bool:
         """Whether rows part only at ties: where the other backend sees at most so large a gap."""
@@ -50,15 +77,15 @@ class Agreement:
 
 
 def compare(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> Agreement:
-    """own, other: rows of the same prompts, as bench.vllm_child writes them, read back from JSON or not."""
-    compared, parted, largest = 0, [], 0.0
+    """own, other: rows of the same prompts, as vllm_bench.child writes them, read back from JSON or not."""
+    parted, differences = [], []
     for row, (mine, theirs) in enumerate(zip(own, other, strict=True)):
         for place, (a, b) in enumerate(zip(mine["tokens"], theirs["tokens"], strict=True)):
             seen = {int(token): value for token, value in theirs["top"][place].items()}
             if a != b:
                 parted.append((row, place, seen[b] - seen[a] if a in seen else None))
                 break
-            compared += 1
             held = {int(token): value for token, value in mine["top"][place].items()}
-            largest = max(largest, abs(held[a] - seen[a]))
-    return Agreement(compared, tuple(parted), largest)
+            differences.append(abs(held[a] - seen[a]))
+    return Agreement(len(differences), tuple(parted), max(differences, default=0.0),
+                     sum(differences) / max(1, len(differences)))

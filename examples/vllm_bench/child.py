@@ -1,14 +1,18 @@
-"""One process of bench_vllm: starts vLLM with one backend, and times decode steps or writes greedy tokens."""
+"""One job of bench_vllm: starts vLLM with one backend, times decode steps, serves requests or writes greedy tokens."""
 from __future__ import annotations
 
 import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.vllm_cases import GROUPS, Group, Job, Shape, engine_arguments
+from vllm_bench import serving
+from vllm_bench.cases import GROUPS, Group, Job, Shape, engine_arguments
+from vllm_bench.report import case_line
+from vllm_bench.start import prefills_without_attention, say, start_sooner
 
 SETTLING_STEPS = 6  # after rows come or go, before steps are timed
 GREEDY_TOKENS, TOP = 64, 10  # of each row of --check, and log-probabilities kept of each token
@@ -16,44 +20,77 @@ PROMPTS = (5, 17, 64, 200, 777, 1500, 3001)  # tokens of --check's rows
 
 
 def run(job: Job) -> None:
-    """Does a job; its results lie in job.results, whole after every shape."""
-    begin = time.perf_counter()
+    """Does a job; its results lie in job.results, whole after every shape, case and check.
+
+    What an engine does wrong while it serves stands there as `error`, and is raised.
+    """
+    begin = time.monotonic()
+    if not job.plain:
+        start_sooner(job)
+    if job.own_append:
+        from gpu.drop_ins.vllm import builder
+
+        builder.APPENDS_IN_GRAPHS = True
     counted = _count_our_runs() if job.backend == "CUSTOM" else {}
     from vllm import LLM
 
     llm = LLM(**engine_arguments(job))
-    config = llm.llm_engine.vllm_config
+    engine, config = llm.llm_engine, llm.llm_engine.vllm_config
     found: dict[str, Any] = {
-        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "start_s": time.perf_counter() - begin,
-        "async_scheduling": config.scheduler_config.async_scheduling,
-        "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [],
+        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "own_append": job.own_append, "title": job.title,
+        "start_s": time.monotonic() - begin, "async_scheduling": config.scheduler_config.async_scheduling,
+        "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [], "cases": {},
     }
-    print(f"{job.name}: started in {found['start_s']:.0f} s", flush=True)
+    say(f"{job.name}: started in {found['start_s']:.0f} s")
     found |= {f"{what}_at_start": count for what, count in counted.items()}
     _write(job, found)
-    if job.tokens:
-        found["rows"] = _greedy(llm, Path(job.model))
-        _write(job, found)
-        return
-    ids = itertools.count()
-    for group in (group for group in GROUPS if group.name in job.groups):
-        if time.perf_counter() - begin > job.seconds:
-            print(f"{job.name}: out of time before {group.name}", flush=True)
-            break
-        for shape, result in _measure(llm.llm_engine, group, job, begin, ids):
-            found["shapes"].append(result)
-            _write(job, found)
-            print(f"{job.name}: {shape.name}: {result['median_ms']:.3f} ms ({result['steps']} steps, "
-                  f"{result['low_ms']:.3f} to {result['high_ms']:.3f}, mean context {result['mean_context']:.0f})",
-                  flush=True)
-    if counted:
+    try:
+        if job.tokens:
+            found["rows"] = _greedy(llm, Path(job.model))
+        else:
+            _time_and_serve(engine, job, found)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
         found |= counted
         _write(job, found)
-        print(f"{job.name}: {counted}", flush=True)
+
+
+def _time_and_serve(engine: Any, job: Job, found: dict[str, Any]) -> None:
+    """The shapes of a job, then its cases, then its mix, each written to `found` and to the job's file."""
+    ids = itertools.count()
+    layers = engine.vllm_config.compilation_config.static_forward_context
+    skip_attention = prefills_without_attention(layers)
+    for group in (group for group in GROUPS if group.name in job.groups):
+        if time.monotonic() > job.until:
+            say(f"{job.name}: out of time before {group.name}")
+            break
+        for shape, result in _measure(engine, group, job, ids, skip_attention):
+            found["shapes"].append(result)
+            _write(job, found)
+            say(f"{job.name}: {shape.name}: {result['median_ms']:.3f} ms ({result['steps']} steps, "
+                f"{result['low_ms']:.3f} to {result['high_ms']:.3f}, mean context {result['mean_context']:.0f})")
+    if job.cases or job.mix_s:
+        serving.warm(engine, ids)
+    given = serving.read_cases(Path(job.requests)) if job.cases else {}
+    for name in job.cases:
+        if time.monotonic() > job.cases_until or name not in given:
+            say(f"{job.name}: {name} left out, {'out of time' if name in given else 'not in ' + job.requests}")
+            continue
+        found["cases"][name] = served = serving.serve_case(engine, given[name], ids, job.until)
+        _write(job, found)
+        say(f"{job.name}: {name}: {case_line(served)}")
+    seconds = min(job.mix_s, job.until - time.monotonic())
+    if seconds > 0:
+        found["mix"] = serving.mix(engine, seconds, ids)
+        say(f"{job.name}: mix: {found['mix']}")
 
 
 def _write(job: Job, found: dict[str, Any]) -> None:
-    Path(job.results).write_text(json.dumps(found))
+    whole = Path(job.results).with_suffix(".new")
+    whole.write_text(json.dumps(found))
+    whole.replace(job.results)  # in one go: a process may end, or be read, at any time
 
 
 def _count_our_runs() -> dict[str, int]:
@@ -61,7 +98,7 @@ def _count_our_runs() -> dict[str, int]:
 
     Replays of a CUDA graph do not count.
     """
-    from gpu.drop_ins.vllm_engines import LayerDecoder
+    from gpu.drop_ins.vllm.engines import LayerDecoder
 
     counted, own = {"our_runs": 0, "our_copies_of_queries": 0}, LayerDecoder.run
 
@@ -74,30 +111,23 @@ def _count_our_runs() -> dict[str, int]:
     return counted
 
 
-def _prompt(length: int, row: int, vocabulary: int = 100000) -> dict[str, list[int]]:
-    return {"prompt_token_ids": [1000 + (row * 7919 + place * 104729) % (vocabulary - 1000) for place in range(length)]}
-
-
-def _measure(engine: Any, group: Group, job: Job, begin: float, ids: Any) -> Any:
+def _measure(engine: Any, group: Group, job: Job, ids: Iterator[int], skip_attention: Callable[[bool], None]) -> Any:
     """Yields (shape, result) of a group's shapes. The engine is left without requests."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
     most = (job.steps + SETTLING_STEPS + 4) * (len(group.shapes) + 1) + len(group.prompts) * 64 + 512
-    params = SamplingParams(max_tokens=most, ignore_eos=True, detokenize=False, temperature=0.0,
-                            output_kind=RequestOutputKind.DELTA)
     rows = [f"{group.name}-{next(ids)}" for _ in group.prompts]
     for number, (row, length) in enumerate(zip(rows, group.prompts)):
-        engine.add_request(row, _prompt(length, number), params)
+        engine.add_request(row, serving.prompt(length, number), serving.sampling(most))
     produced = dict.fromkeys(rows, 0)
     filled = time.perf_counter()
+    skip_attention(True)
     while not all(produced.values()):
         for output in engine.step():
             produced[output.request_id] += len(output.outputs[0].token_ids)
-    print(f"{job.name}: {group.name} prefilled in {time.perf_counter() - filled:.1f} s", flush=True)
+    skip_attention(False)
+    say(f"{job.name}: {group.name} prefilled in {time.perf_counter() - filled:.1f} s")
     for shape in group.shapes:
-        if time.perf_counter() - begin > job.seconds:
-            print(f"{job.name}: out of time before {shape.name}", flush=True)
+        if time.monotonic() > job.until:
+            say(f"{job.name}: out of time before {shape.name}")
             break
         engine.abort_request(rows[shape.rows:])
         rows = rows[:shape.rows]
@@ -142,7 +172,7 @@ def _greedy(llm: Any, model: Path) -> list[dict[str, Any]]:
     texts = model / "prompts.json"  # of a converted model: token ids of texts
     given = json.loads(texts.read_text()) if texts.exists() else []
     prompts = [{"prompt_token_ids": ids} for ids in given]
-    prompts += [_prompt(length, row, vocabulary) for row, length in enumerate(PROMPTS)]
+    prompts += [serving.prompt(length, row, vocabulary) for row, length in enumerate(PROMPTS)]
     params = SamplingParams(max_tokens=GREEDY_TOKENS, ignore_eos=True, detokenize=False, temperature=0.0, logprobs=TOP)
     found = []
     for output in llm.generate(prompts, params):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpu.drop_ins.vllm_step import DecodeRows
+from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
@@ -53,6 +53,24 @@ def make_engine(kind: LayerKind, query_tokens: int) -> Any:
 
     return DecodeEngine(kind.shape, kind.dtype, "balanced", layout="NHD", options=kind.options(query_tokens),
                         scale=kind.scale)
+
+
+def make_writer(kind: LayerKind) -> Any:
+    """What stores 16-bit keys and values, on the current device. Raises ValueError where no kernel does."""
+    from gpu.cache.writer import CacheWriter
+
+    return CacheWriter(kind.shape, kind.dtype, layout="NHD")
+
+
+def append(writer: Any, rows: DecodeRows, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor,
+           v_pages: torch.Tensor) -> None:
+    """Stores the tokens of rows with one query token each, at the last position of each row; empty rows store nothing.
+
+    key, value: [at least rows.num_rows, num_kv_heads, head_size]; pages [num_blocks, block_size, num_kv_heads,
+    head_size].
+    """
+    writer.append(key[:rows.num_rows], value[:rows.num_rows], k_pages, v_pages, seq_lens=rows.seq_lens,
+                  block_table=rows.block_table)
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +123,19 @@ class Engines:
 
     device: torch.device
     made: dict[tuple[LayerKind, int, int], EngineSlot] = field(default_factory=dict)
+    writers: dict[LayerKind, Any] = field(default_factory=dict)
+
+    def writer(self, kind: LayerKind) -> Any:
+        """The writer of layers of this kind. It has run once, so that a capture may follow; ValueError without one."""
+        if kind not in self.writers:
+            shape, dtype = kind.shape, getattr(torch, kind.dtype)
+            with torch.cuda.device(self.device):
+                self.writers[kind] = make_writer(kind)
+                new = torch.zeros(1, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=self.device)
+                pages = new[:, None].repeat(1, shape.page_size, 1, 1)
+                append(self.writers[kind], self._empty_row(1), new, new, pages, pages)
+                torch.cuda.synchronize(self.device)
+        return self.writers[kind]
 
     def decoder(self, kind: LayerKind, query_tokens: Iterable[int], most_rows: int, sinks: torch.Tensor | None,
                 known: LayerDecoder | None = None) -> LayerDecoder:
@@ -129,6 +160,10 @@ class Engines:
                 self._try_out(decoder, tokens)
         return decoder
 
+    def _empty_row(self, query_tokens: int) -> DecodeRows:
+        return DecodeRows(torch.zeros(1, dtype=torch.int32, device=self.device),
+                          torch.zeros(1, 1, dtype=torch.int32, device=self.device), 1, query_tokens)
+
     def _try_out(self, decoder: LayerDecoder, query_tokens: int) -> None:
         """One run over an empty row: the engine compiles, and knows from whose library arrays come."""
         kind, shape, device = decoder.kind, decoder.kind.shape, self.device
@@ -139,9 +174,7 @@ class Engines:
         if kind.kv_scales is not None:
             scales = torch.ones(pages.shape[:-1] if kind.kv_scales == "token" else (), device=device)
         q = torch.zeros(query_tokens, shape.num_q_heads, shape.head_dim, dtype=dtype, device=device)
-        rows = DecodeRows(torch.zeros(1, dtype=torch.int32, device=device),
-                          torch.zeros(1, 1, dtype=torch.int32, device=device), 1, query_tokens)
-        decoder.run(rows, q, pages, pages, torch.empty_like(q), scales, scales)
+        decoder.run(self._empty_row(query_tokens), q, pages, pages, torch.empty_like(q), scales, scales)
         torch.cuda.synchronize(device)
 
 

@@ -10,145 +10,45 @@ attention subclass the builder, and give metadata further attributes.
 """
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadataBuilder,
-)
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 
-from gpu.drop_ins.vllm_engines import KV_TYPES, Engines, LayerDecoder, LayerKind, is_eight_bit, own_planes, unserved
-from gpu.drop_ins.vllm_step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
+from gpu.drop_ins.vllm.builder import FlashBuilder, Mixin, StepMetadata, TritonBuilder
+from gpu.drop_ins.vllm.engines import (
+    KV_TYPES,
+    Engines,
+    LayerDecoder,
+    LayerKind,
+    append,
+    is_eight_bit,
+    own_planes,
+    unserved,
+)
+from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 
 LOG = init_logger("vllm.persistentkv")  # vLLM shows the loggers below its own name
-_Mixin: Any = object  # what stands before either of vLLM's classes, whose methods super() finds
 
 
-@dataclass(eq=False)
-class StepMetadata:
-    """What forward() needs of a step: the rows that decode here, and the base backend's metadata of the others."""
-
-    num_actual_tokens: int
-    slot_mapping: torch.Tensor  # [num_tokens] int64
-    decode: DecodeRows | None
-    base: Any | None  # None where no row is left for it
-
-
-class _Builder(_Mixin):
-    """build() of either base: it cuts the step, and has the base build the metadata of the rows that prefill."""
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    base_name: ClassVar[str]
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig,
-                 device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        speculative = vllm_config.speculative_config
-        drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-        self._query_tokens = served_query_tokens(drafts)
-        self._most_rows = max(vllm_config.scheduler_config.max_num_seqs,
-                              vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        self._engines = Engines(device)
-        self._num_prepared, self._decodes = 0, True
-        if vllm_config.parallel_config.use_ubatching:
-            self._leave("two halves of a batch at once, on streams of their own")
-        self._prepare_layers()
-        if self._decodes:
-            self.reorder_batch_threshold = self._query_tokens[-1]
-
-    def _prepare_layers(self) -> None:
-        """Compiles what the layers decode on, before any capture. A drafter's builder gets layers after it was made."""
-        names, self._num_prepared = self.layer_names[self._num_prepared:], len(self.layer_names)
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for name in names:
-            if not self._decodes:
-                return
-            layer = layers[name]
-            try:
-                layer.impl.prepare_decode(layer, self.kv_cache_spec.block_size, self.vllm_config.model_config.dtype,
-                                          self._query_tokens, self._most_rows, self._engines)
-            except (ValueError, ImportError) as error:
-                self._leave(str(error))
-
-    def _leave(self, reason: str) -> None:
-        """The base backend decodes too. Metadata of other groups' builders must not reach these layers."""
-        self._decodes = self.supports_update_block_table = False
-        LOG.warning_once("PersistentKV leaves decode steps to vLLM's %s, as it does not serve: %s", self.base_name,
-                         reason)
-
-    def _cut(self, common: CommonAttentionMetadata) -> Cut:
-        if len(self.layer_names) != self._num_prepared:
-            self._prepare_layers()
-        images = common.mm_req_doc_ranges and any(common.mm_req_doc_ranges.values())
-        if not self._decodes or common.causal is not True or images:
-            return Cut(0, 1, True)
-        return cut_step(common.query_start_loc_cpu, common.num_actual_tokens, self._query_tokens, self._most_rows)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata,
-              fast_build: bool = False) -> StepMetadata:
-        common = common_attn_metadata
-        cut, decode, base = self._cut(common), None, None
-        if cut.rows:
-            decode = DecodeRows(common.seq_lens[:cut.rows], common.block_table_tensor[:cut.rows], cut.rows,
-                                cut.query_tokens)
-        if decode is None:
-            base = super().build(0, common, fast_build)
-        elif cut.rest:
-            base = super().build(0, without_first(common, decode.num_rows, decode.num_tokens), fast_build)
-        return StepMetadata(common.num_actual_tokens, common.slot_mapping, decode, base)
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepMetadata:
-        return self.build(0, common_attn_metadata)  # the base's may write to metadata of its own kind
-
-    def update_block_table(self, metadata: StepMetadata, blk_table: torch.Tensor,
-                           slot_mapping: torch.Tensor) -> StepMetadata:
-        updated = copy.copy(metadata)
-        updated.slot_mapping = slot_mapping
-        rows, tokens = 0, 0
-        if metadata.decode is not None:
-            rows, tokens = metadata.decode.num_rows, metadata.decode.num_tokens
-            updated.decode = DecodeRows(metadata.decode.seq_lens, blk_table[:rows], rows, metadata.decode.query_tokens)
-        if metadata.base is not None:
-            updated.base = super().update_block_table(metadata.base, blk_table[rows:], slot_mapping[tokens:])
-        return updated
-
-    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
-        return False
-
-
-class FlashBuilder(_Builder, FlashAttentionMetadataBuilder):
-    """Of 16-bit caches."""
-
-    base_name = "FLASH_ATTN"
-
-
-class TritonBuilder(_Builder, TritonAttentionMetadataBuilder):
-    """Of 8-bit caches."""
-
-    base_name = "TRITON_ATTN"
-
-
-class _Impl(_Mixin):
+class _Impl(Mixin):
     """forward() of either base: decode rows by our engine, then the base on what is left."""
 
     _decoder: LayerDecoder | None = None
+    _writer: Any | None = None  # a CacheWriter, for captured steps
 
     def prepare_decode(self, layer: torch.nn.Module, block_size: int, dtype: torch.dtype,
-                       query_tokens: tuple[int, ...], most_rows: int, engines: Engines) -> None:
-        """Gives the layer its decoder. Raises ValueError saying what no kernel of ours serves."""
+                       query_tokens: tuple[int, ...], most_rows: int, engines: Engines, appends: bool) -> None:
+        """Gives the layer its decoder. Raises ValueError saying what no kernel of ours serves.
+
+        appends: that graphs of decode steps store keys and values by our kernel, where the cache is of 16 bits.
+        """
         kind_of_attention = str(getattr(self.attn_type, "value", self.attn_type))
         name = str(dtype).removeprefix("torch.")
         reason = unserved(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_size=self.head_size,
@@ -163,6 +63,8 @@ class _Impl(_Mixin):
                          None if left < 0 else left + 1, self.logits_soft_cap or None, self.sinks is not None, kv_dtype,
                          kv_scales, self.scale)
         self._decoder = engines.decoder(kind, query_tokens, most_rows, self.sinks, self._decoder)
+        if appends and kv_dtype is None:
+            self._writer = engines.writer(kind)
         LOG.info_once("PersistentKV decodes on the GPU's balanced schedule: %s query heads of %s over %s KV heads, "
                       "pages of %s tokens, cache %s", self.num_heads, self.head_size, self.num_kv_heads, block_size,
                       self.kv_cache_dtype)
@@ -206,6 +108,25 @@ class _Impl(_Mixin):
 
 class FlashImpl(_Impl, FlashAttentionImpl):
     """Of 16-bit caches."""
+
+    def do_kv_cache_update(self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor,
+                           kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        rows = self._rows_of_captured_step(layer)
+        if rows is None:
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        else:
+            append(self._writer, rows, key, value, *kv_cache.unbind(1))
+
+    def _rows_of_captured_step(self, layer: torch.nn.Module) -> DecodeRows | None:
+        """The rows of a step that is captured whole and only decodes, where our kernel stores; else None.
+
+        Graphs of pieces hold this call for steps of every kind: vLLM captures them without metadata.
+        """
+        if self._writer is None or not torch.cuda.is_current_stream_capturing():
+            return None
+        metadata = get_forward_context().attn_metadata
+        step = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+        return step.decode if isinstance(step, StepMetadata) and step.base is None else None
 
 
 class TritonImpl(_Impl, TritonAttentionImpl):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -58,26 +59,46 @@ GROUPS = (
     Group("8.3K", (8250,) * 32, (Shape("32 x 8.3K", 32, 13.2), Shape("8 x 8.3K", 8, 7.00))),
     Group("120K", (120000,), (Shape("1 x 120K", 1, 8.60),)),
 )
-CAPTURED = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes of CUDA graphs: those that vLLM would pad our shapes to
+CAPTURED = (1, 2, 4, *range(8, 129, 8))  # batch sizes of CUDA graphs: vLLM's own, up to our largest
+CAPTURED_FOR_TOKENS = (1, 2, 4, 8, 16)  # enough for the rows of --check
+KV_BYTES = 100 << 30  # of the cache: what the 11 served cases need, most of it for 16 x 32.8K
+KV_BYTES_FOR_TOKENS = 2 << 30  # so that engines that are compared start side by side
+KV_BYTES_FOR_MIX = 24 << 30  # so little that a mix of lengths has rows preempted
+
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one process does: one backend with one type of cache, its model, and where results go."""
+    """What one process does: one backend with one type of cache, its model, and where results go.
+
+    Times are those of time.monotonic(), which processes of a machine share.
+    """
 
     backend: str
     kv_cache_dtype: str
     model: str
-    results: str  # JSON, written anew after every shape
+    results: str  # JSON, written anew after every shape, case and check
     groups: tuple[str, ...] = ()
     steps: int = 60
-    seconds: float = 600.0
+    until: float = math.inf  # the time after which nothing more is begun
+    limit_s: float = math.inf  # from its start on, after which nothing more is begun either
     eager: bool = False
     tokens: bool = False  # greedy tokens and log-probabilities in place of times
+    requests: str = ""  # a CSV file of requests, served after the groups
+    cases: tuple[str, ...] = ()  # of that file
+    cases_until: float = math.inf  # the time after which no case is begun
+    mix_s: float = 0.0  # seconds of requests of drawn lengths, after everything else
+    kv_bytes: int = KV_BYTES  # of the cache
+    own_append: bool = False  # with our kernel that stores keys and values in captured steps
+    plain: bool = False  # an engine that starts as vLLM starts it, in a new process
+    grace_s: float = 25.0  # to end after `until`, before the job is killed
+    title: str = ""  # of a model that is not Llama-3.1-8B's shape
 
     @property
     def name(self) -> str:
-        return self.backend if self.kv_cache_dtype == "auto" else f"{self.backend} {self.kv_cache_dtype}"
+        own = self.backend if self.kv_cache_dtype == "auto" else f"{self.backend} {self.kv_cache_dtype}"
+        own += " own append" * self.own_append
+        return f"{self.title} {own}" if self.title else own
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)))
@@ -86,7 +107,7 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         given = json.loads(path.read_text())
-        return cls(**given | {"groups": tuple(given["groups"])})
+        return cls(**given | {name: tuple(given[name]) for name in ("groups", "cases")})
 
 
 def write_model(folder: Path, config: Mapping[str, object]) -> Path:
@@ -106,33 +127,36 @@ def write_plugin(folder: Path) -> Path:
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: persistentkv-working-tree\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\npersistentkv = gpu.drop_ins.vllm_plugin:register\n")
+        "[vllm.general_plugins]\npersistentkv = gpu.drop_ins.vllm.plugin:register\n")
     return folder
 
 
-def environment(plugin: Path, backend: str) -> dict[str, str]:
-    """Environment variables of a process that measures: offline, one process, the working tree's packages."""
-    path = [str(plugin), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+def environment(plugin: Path) -> dict[str, str]:
+    """Environment variables of processes that measure: offline, engines in the process, the working tree's packages."""
+    path = [str(plugin), str(ROOT), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
     quiet = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0",
-             "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    own = {"PYTHONPATH": os.pathsep.join(path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if backend == "FLASHINFER":
-        own["FLASHINFER_DISABLE_VERSION_CHECK"] = "1"
-    return quiet | dict(os.environ) | own
+             "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+             "FLASHINFER_DISABLE_VERSION_CHECK": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return quiet | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def engine_arguments(job: Job) -> dict[str, object]:
-    """Arguments of vllm.LLM for a job."""
+    """Arguments of vllm.LLM for a job.
+
+    The cache's bytes are given, so that no engine measures a GPU's memory while another process uses it.
+    """
     given: dict[str, object] = {
         "model": job.model, "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0,
         "attention_backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "dtype": "bfloat16",
-        "max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.9,
-        "enforce_eager": job.eager, "load_format": "auto" if job.tokens else "dummy",
+        "max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": job.kv_bytes, "enforce_eager": job.eager,
+        "load_format": "auto" if job.tokens else "dummy", "kernel_config": {"enable_flashinfer_autotune": False},
     }
-    if not job.eager:
-        given["compilation_config"] = {"cudagraph_capture_sizes": list(CAPTURED)}
     if job.tokens:
-        given |= {"max_logprobs": 20, "gpu_memory_utilization": 0.4}
+        given |= {"max_logprobs": 20, "gpu_memory_utilization": 0.02, "max_num_seqs": max(CAPTURED_FOR_TOKENS)}
+    if not job.eager:
+        sizes = CAPTURED_FOR_TOKENS if job.tokens else CAPTURED
+        given["compilation_config"] = {"cudagraph_capture_sizes": list(sizes)}
     if job.backend == "FLASHINFER":
-        given |= {"dtype": "float16", "kernel_config": {"enable_flashinfer_autotune": False}}
+        given["dtype"] = "float16"
     return given

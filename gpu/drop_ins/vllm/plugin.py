@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
-BACKEND = "gpu.drop_ins.vllm_backend.PersistentBackend"
-BANDS = ("0.24",)  # releases whose interface gpu.drop_ins.vllm_backend was written for, as MAJOR.MINOR
+BACKEND = "gpu.drop_ins.vllm.backend.PersistentBackend"
+BANDS = ("0.24",)  # releases whose interface gpu.drop_ins.vllm.backend was written for, as MAJOR.MINOR
 LOG = logging.getLogger("vllm.persistentkv")
 
 

@@ -1,0 +1,80 @@
+"""Which jobs measure what: plans of stages, the jobs of a stage side by side, stages one after another."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_bench.cases import GROUPS, KV_BYTES_FOR_MIX, KV_BYTES_FOR_TOKENS, Job
+
+EVERY_GROUP = tuple(group.name for group in GROUPS)
+EIGHT_BIT = ("fp8", "int8_per_token_head")
+SIXTEEN_BIT = ("CUSTOM", "CUSTOM own append")  # whose tokens are FLASH_ATTN's but for ties
+# Names of cases in a file of requests (`iN_oM_cK`: K requests of N tokens in and M out at once), the cheap ones first.
+SHORT_CASES = ("i1024_o256_c1", "i1024_o256_c8", "i1024_o256_c32", "i8192_o256_c1", "i32768_o128_c1",
+               "i1024_o256_c128", "i32768_o128_c4", "i8192_o256_c32")
+LONG_CASES = ("azure300_x3", "i120000_o64_c1", "i32768_o128_c16")
+SHAPES_S, EIGHT_BIT_S, APPEND_S = 60.0, 32.0, 40.0  # of engines that time every group, one, and three, and their start
+FLASHINFER_S = 130.0  # after which it is taken for one that compiles without end
+CHECKS_S = 150.0
+LONGEST_CASE_S = 12.0  # of SHORT_CASES
+PLANS = ("timings", "others", "checks")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What plans need: folders of models, where results go, a CSV of requests or "", and when the last job ends."""
+
+    llama: str
+    checked: str
+    results: Path
+    requests: str
+    begin: float  # of time.monotonic()
+    end: float
+
+    def job(self, number: int, backend: str, kv_cache_dtype: str = "auto", **fields: object) -> Job:
+        given = {"model": self.llama, "until": self.end, "cases_until": self.end} | fields
+        if not self.requests:
+            given["cases"] = ()
+        return Job(backend, kv_cache_dtype, results=str(self.results / f"{number}.json"), requests=self.requests,
+                   **given)
+
+
+def plan(name: str, given: Given) -> list[list[Job]]:
+    """The stages of a plan. ValueError for a name that is none of PLANS."""
+    if name == "timings":
+        last = given.end - 2 * EIGHT_BIT_S - APPEND_S - LONGEST_CASE_S  # when a case may begin that others follow
+        jobs = [given.job(0, "CUSTOM", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - SHAPES_S),
+                given.job(1, "FLASH_ATTN", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last)]
+        jobs += [given.job(2 + number, "CUSTOM", kind, groups=("32.8K",)) for number, kind in enumerate(EIGHT_BIT)]
+        jobs.append(given.job(4, "CUSTOM", groups=("32.8K", "120K", "1.2K"), own_append=True))
+        return [[job] for job in jobs]
+    if name == "others":
+        return [[given.job(0, "TRITON_ATTN", groups=EVERY_GROUP)],
+                [given.job(1, "FLASHINFER", groups=EVERY_GROUP, limit_s=FLASHINFER_S)],
+                [given.job(2, "CUSTOM", cases=LONG_CASES)]]
+    if name == "checks":
+        return [checks(given.checked, given.results, given.begin + CHECKS_S, own_append=True),
+                [given.job(99, "CUSTOM", mix_s=3600.0, kv_bytes=KV_BYTES_FOR_MIX, title="mix")]]
+    raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name}")
+
+
+def checks(model: str, results: Path, until: float, kinds: Iterable[str] = ("auto", *EIGHT_BIT),
+           eager: bool = False, own_append: bool = False) -> list[Job]:
+    """Engines that make the same greedy tokens, of each type of cache; TRITON_ATTN reads what ours reads in 8 bits."""
+    pairs = [(backend, kind, False) for kind in kinds
+             for backend in (("FLASH_ATTN", "CUSTOM", "TRITON_ATTN") if kind == "auto" else ("TRITON_ATTN", "CUSTOM"))]
+    pairs += [("CUSTOM", "auto", True)] * own_append
+    return [Job(backend, kind, model, str(results / f"tokens-{number}.json"), until=until, tokens=True, eager=eager,
+                own_append=appends, kv_bytes=KV_BYTES_FOR_TOKENS, title="tokens")
+            for number, (backend, kind, appends) in enumerate(pairs)]
+
+
+def comparisons(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Which of these to hold against which: ours and Triton's against each cache's base, 8 bits against 16."""
+    known = {*names}
+    wanted = [(name, "FLASH_ATTN") for name in (*SIXTEEN_BIT, "TRITON_ATTN")]
+    for kind in EIGHT_BIT:
+        wanted += [(f"CUSTOM {kind}", f"TRITON_ATTN {kind}"), (f"CUSTOM {kind}", "FLASH_ATTN"),
+                   (f"TRITON_ATTN {kind}", "FLASH_ATTN")]
+    return [(own, other) for own, other in wanted if own in known and other in known]
