@@ -167,7 +167,8 @@ class PageSelector:
             chunks, each = variant.chunks(max_pages, lists, num_sms, values, warps)
         lists_at = tuple(arrays.view("lists", array).pointer for array in self.lists)
         kernel = self._kernel(plan.layout, max_pages, warps)
-        self._launch = _Launch(kernel, (chunks * heads[1], heads[0]), lists_at, num_pages, room, max_pages, each, library)
+        grid = chunks * heads[1], heads[0]
+        self._launch = _Launch(kernel, grid, lists_at, num_pages, room, max_pages, each, library)
 
     def _max_pages(self, plan: Plan) -> int:
         return max(1, -(-plan.max_tokens // self.shape.page_size))
