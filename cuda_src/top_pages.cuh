@@ -3,10 +3,10 @@
 // Weights are within some octaves of the largest one. So the 32 octaves below that are divided into 4,096 parts, and
 // keys are counted by part in shared memory: hardly two threads then count the same one, and the k-th largest key
 // shares its part with few others. These are told apart by ranks, each compared with all. A part's number is that of
-// the upper bits of its keys, the same for keys 32 octaves apart: so keys may be counted before the largest one is known,
-// and are counted again only where the smallest lies too far below it. Only where the k-th key lies lower still, or its
-// part has too many, it is found digit by digit. What is taken is noted as a bit of each page, and the list is written
-// by the sums of these bits. Of pages with the k-th key the first ones are taken.
+// the upper bits of its keys, the same for keys 32 octaves apart: so keys may be counted before the largest one is
+// known, and are counted again only where the smallest lies too far below it. Only where the k-th key lies lower still,
+// or its part has too many, it is found digit by digit. What is taken is noted as a bit of each page, and the list is
+// written by the sums of these bits. Of pages with the k-th key the first ones are taken.
 #pragma once
 #include "warp_plan.cuh"
 
@@ -24,9 +24,9 @@ __device__ __forceinline__ unsigned key_of(float x) {
 struct __align__(16) TopPages {
   enum { DIGITS = 4096, PART_BITS = 16, MOST_TIED = 512 };  // 2^28 neighbouring keys are 32 octaves
   static constexpr int EACH = DIGITS / (WARPS * 32);        // of a thread
-  static_assert(EACH * WARPS * 32 == DIGITS && EACH % 8 == 0, "every thread has as many digits, in whole vectors");
+  static_assert(EACH * WARPS * 32 == DIGITS && EACH % 4 == 0, "every thread has as many digits, in whole vectors");
   union {
-    unsigned counts[DIGITS / 2];  // of keys by digit, two in a word,
+    unsigned counts[DIGITS / 2];  // of keys by digit, in a half of a word: another half than that of 16 octaves away,
     uint2 tied[MOST_TIED];        // then (key, page) of those of the k-th one's part
   };
   int warp_total[WARPS];
@@ -90,8 +90,10 @@ struct __align__(16) TopPages {
     uint4* all = reinterpret_cast<uint4*>(counts);
     for (int i = threadIdx.x; i < DIGITS / 8; i += WARPS * 32) all[i] = make_uint4(0, 0, 0, 0);
   }
+  // The bit from which on a digit's count is in its word.
+  __device__ __forceinline__ static int half_of(unsigned digit) { return digit / (DIGITS / 2) % 2 * 16; }
   __device__ __forceinline__ void count_digit(unsigned digit) {
-    atomicAdd(&counts[digit % DIGITS / 2], digit % 2 ? 0x10000u : 1u);
+    atomicAdd(&counts[digit % (DIGITS / 2)], 1u << half_of(digit));
   }
 
   // Calls see(page, key, whether there is such a page) for each page of this thread: a warp's lanes have those of a
@@ -116,8 +118,8 @@ struct __align__(16) TopPages {
     }
   }
 
-  // Marks the pinned pages and the `wanted` largest others, where these have been counted (left > 0 says so) and few are
-  // of one part; else false. top: the run of digits of the largest one.
+  // Marks the pinned pages and the `wanted` largest others, where these have been counted (left > 0 says so) and few
+  // are of one part; else false. top: the run of digits of the largest one.
   __device__ __forceinline__ bool take_near(const unsigned* keys, unsigned* taken, unsigned* equal, int count, int top,
                                             int wanted) {
     const int lane = threadIdx.x % 32;
@@ -210,19 +212,19 @@ struct __align__(16) TopPages {
     }
     threshold = upper;
   }
-  // The digit at `shift` of the wanted-th largest key, among those that have the digits of `upper`. top: the run of EACH
-  // digits above which there are none.
+  // The digit at `shift` of the wanted-th largest key, among those that have the digits of `upper`. top: the run of
+  // EACH digits above which there are none.
   __device__ __forceinline__ void find_digit(int wanted, int top, int shift, unsigned upper) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int least = (top - static_cast<int>(threadIdx.x)) * EACH;  // of this thread's: thread 0 has the largest ones
     int of_digit[EACH], own = 0;
     #pragma unroll
-    for (int i = 0; i < EACH; i += 8) {
+    for (int i = 0; i < EACH; i += 4) {
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (least >= 0) v = *reinterpret_cast<const uint4*>(counts + (least % DIGITS + i) / 2);
+      if (least >= 0) v = *reinterpret_cast<const uint4*>(counts + least % (DIGITS / 2) + i);
       const unsigned words[4] = {v.x, v.y, v.z, v.w};
       #pragma unroll
-      for (int j = 0; j < 4; ++j) of_digit[i + j * 2] = words[j] & 0xffff, of_digit[i + j * 2 + 1] = words[j] >> 16;
+      for (int j = 0; j < 4; ++j) of_digit[i + j] = words[j] >> half_of(least) & 0xffff;
     }
     #pragma unroll
     for (int i = 0; i < EACH; ++i) own += of_digit[i];

@@ -15,7 +15,7 @@ LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which t
 WIDE_PAGES = 2048  # of a long list
 MAX_LISTS = 65535  # of a launch: its grid's second axis
 MOST_WIDE_ELEMENTS = 1024  # of a group's queries
-MOST_LOGIT_BYTES = 16 * 1024  # of a chunk whose logits become weights
+LOGIT_BYTES = 2048  # for each warp at most, of a chunk whose logits become weights
 
 
 def check_shape(shape: DecodeShape, dtype: str) -> None:
@@ -56,7 +56,7 @@ def select_bytes(shape: DecodeShape, max_pages: int, aggregation: str, warps: in
     own = -(-(top + 2 * warps * values * 4 + 4) // 16) * 16
     factors = (max_pages // (warps * 16) + 1) * values
     words = -(-(max_pages + 2 * -(-max_pages // 32)) // 4) * 4  # pkv::select_words
-    return own + max(MOST_LOGIT_BYTES, (words + factors) * 4)
+    return own + max(LOGIT_BYTES * warps, (words + factors) * 4)
 
 
 def most_pages(shape: DecodeShape, aggregation: str, limit_bytes: int) -> int:
@@ -73,7 +73,7 @@ def chunks(max_pages: int, num_lists: int, num_sms: int, values: int = 1, warps:
     room for the logits of. values: page_values()."""
     wanted = max(LEAST_CHUNKS, -(-num_sms * (WARPS_PER_SM // warps) // max(1, num_lists)))
     each, at_once = -(-max_pages // wanted), warps * 16
-    each = min(-(-each // at_once) * at_once, MOST_LOGIT_BYTES // (4 * values))
+    each = min(-(-each // at_once) * at_once, LOGIT_BYTES * warps // (4 * values))
     return -(-max_pages // each), each
 
 

@@ -155,6 +155,29 @@ def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype,
                 assert len(wrong) <= (0.05 if codes else 0.15) * count + 2
 
 
+@pytest.mark.parametrize("warps", [8, 16])
+def test_weights_may_lie_any_number_of_octaves_apart(warps) -> None:
+    """Within 32 octaves keys are counted as they are made, and otherwise once the largest is known."""
+    shape, pins, count = DecodeShape(4, 1, 64, 16), Pins(1, 2), 12
+    case = Case(shape, "float16", (16 * 300,), 4)
+    case.summarize("mean_std")
+    for factor, least, most in ((0.25, 0, 20), (4, 33, 120)):
+        q = case.q
+        case.q = aligned((q.astype(np.float32) * factor).astype(np.float16))
+        keys = case.k[case.table[0, :300], 0].reshape(-1, 64).astype(np.float64)
+        rule = by_name.method("mean_std")
+        scores = rule.scores(case.q[0].astype(np.float64), row_summaries(keys, 16, "mean_std"), 64**-0.5)
+        ranked = scores[~pins.pinned(300)]
+        assert least <= np.log2(ranked.max() / ranked.min()) <= most
+        pages, counts = case.select("mean_std", budget=Budget(count / 300), pins=pins, chunk_pages=256, room=20, warps=warps)
+        want = top_pages(scores, int(counts[0, 0]), pins)
+        wrong = np.setxor1d(pages[0, 0, : counts[0, 0]], want)
+        edge = min(scores[page] for page in want if not pins.pinned(300)[page])
+        np.testing.assert_allclose(scores[wrong], edge, rtol=0.05)
+        assert len(wrong) <= 2
+        case.q = q
+
+
 def test_given_scores_and_budgets_select_exactly() -> None:
     rng = np.random.default_rng(0)
     case = Case(DecodeShape(4, 2, 64, 16), "float16", (16 * 300, 16 * 77, 5, 0), 1)
@@ -239,7 +262,7 @@ def test_a_row_is_cut_for_the_gpu() -> None:
     assert variant.chunks(1, 1, 132) == (1, 128)
     assert variant.chunks(8192, 8, 132, 4, 16) == (16, 512)
     shape = DecodeShape(32, 8, 128, 16)
-    for max_pages, lists, warps in ((8192, 8, 16), (4096, 16, 16), (2048, 32, 16), (2048, 64, 8), (2048, 512, 8),
+    for max_pages, lists, warps in ((8192, 8, 16), (4096, 16, 16), (2048, 32, 16), (32768, 8, 16), (2048, 64, 8), (2048, 512, 8),
                                     (256, 8, 8), (256, 128, 8)):  # fmt: skip
         assert variant.warps_of(shape, max_pages, lists, 132, "softmax_mean") == warps
     assert variant.warps_of(DecodeShape(128, 8, 128, 16), 8192, 8, 132, "softmax_mean") == 8
