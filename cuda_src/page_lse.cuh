@@ -9,6 +9,13 @@
 #pragma once
 #include "weights.cuh"
 
+#ifndef PAGE_LSE_LATE
+#define PAGE_LSE_LATE 1
+#endif
+#ifndef PAGE_LSE_KEPT
+#define PAGE_LSE_KEPT 1
+#endif
+
 namespace pkv {
 
 // Writes the tile at hand of a piece, whose weights' sums `state` has. Of a listed step (SELECTED) tiles count through
@@ -17,7 +24,7 @@ template <class W, class Piece>
 __device__ __forceinline__ void store_page_lse(const DecodeArguments& given, const Piece& s, int tile,
                                                const WarpState<W>& state, int lane) {
   static_assert(TILE_IN_PAGE && !W::MANY_ROWS, "a tile is of one page and one row");
-  const bool kept = static_cast<long long>(given.batch_size * given.num_kv_heads) * given.page_lse_tiles
+  const bool kept = PAGE_LSE_KEPT && static_cast<long long>(given.batch_size * given.num_kv_heads) * given.page_lse_tiles
                     <= MOST_KEPT_BYTES / (4 * COLUMNS);
   #pragma unroll
   for (int b = 0; b < W::HEAD_BLOCKS; ++b) {

@@ -38,8 +38,20 @@ using PageQuery = ScoreQuery;
 using PageRows = ScoreRows;
 #endif
 
-// CTAs of an SM: a warp has two halves of 16 summaries on their way, so that two CTAs' are more than an SM can read.
-constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 ? 2 : 1;
+// CTAs of an SM: a warp has two halves of 16 summaries on their way, so that 16 warps' are more than an SM can read.
+constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 && HEAD_DIM <= 128 && WARPS <= 8 ? 2 : 1;
+#ifndef COUNT_LATE
+#define COUNT_LATE 0
+#endif
+#ifndef EARLY_SUMMARIES
+#define EARLY_SUMMARIES 1
+#endif
+// Whether keys are counted as soon as they are made.
+constexpr bool COUNTS = WEIGHS && !COUNT_LATE;
+// CTAs that may be there before the kernel before this one has ended: two of each SM. Others would ask for summaries
+// twice in a row, with nothing to wait for in between.
+constexpr int FIRST_CTAS = 256;
+constexpr int EARLY_STEPS = 4;  // of a warp, whose summaries it asks for that early
 // Pages whose values a thread of the CTA that selects has on their way: L2 gives an SM some 64 bytes a cycle, 700
 // cycles after they were asked for.
 constexpr int PAGES_TOGETHER = PAGE_VALUES <= 4 ? 16 : 64 / PAGE_VALUES;
@@ -81,6 +93,29 @@ struct Selection {
   // Where the sums of the chunks' weights are, of as many chunks as the longest row has.
   __device__ __forceinline__ float2* sums() const {
     return given.sums + static_cast<long long>(list) * divide(gridDim.x, given.num_kv_heads) * GROUP_SIZE;
+  }
+
+  // Asks for the summaries of a chunk's first pages while the kernel before may still run. What it reads may not be
+  // written yet: a length or an id of another step asks for what nobody needs, and nothing else comes of it.
+  __device__ __forceinline__ static void ask_early(const SelectArguments& given, const PageTable& table,
+                                                   const Lengths& lens, int row, int head, int begin) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = begin + warp * SCORED_PAGES + lane / 4;
+    const int row_len = lens[row];
+    page_id low[EARLY_STEPS], high[EARLY_STEPS];
+    #pragma unroll
+    for (int i = 0; i < EARLY_STEPS; ++i) {
+      const int page = first + i * BLOCK_PAGES;
+      low[i] = table.template stored<true>(row, min(page, given.score_stride - 1));
+      high[i] = table.template stored<true>(row, min(page + 8, given.score_stride - 1));
+    }
+    const int end = min(begin + given.chunk_pages, divide(row_len + PAGE_SIZE - 1, PAGE_SIZE));
+    #pragma unroll
+    for (int i = 0; i < EARLY_STEPS; ++i) {
+      const int page = first + i * BLOCK_PAGES;
+      if (page >= end) break;
+      const int low_id = table.cut(low[i]);
+      PageRows::ask(given, head, low_id, page + 8 < end ? table.cut(high[i]) : low_id, lane);
+    }
   }
 
   // Scores the pages [begin, end), a chunk of the list. low, high: ids of this lane's pages of its warp's first step.
@@ -180,7 +215,7 @@ struct Selection {
     constexpr int BLOCKS_APART = SELECT_THREADS / BLOCK_PAGES;  // of a thread's pages
     static_assert(SELECT_THREADS % BLOCK_PAGES == 0, "they are at one place of their blocks");
     const float* of_block = factors + threadIdx.x / BLOCK_PAGES * PAGE_VALUES;
-    unsigned largest = 0;  // of the keys that are not pinned
+    unsigned largest = 0, smallest = PINNED;  // of the keys that are not pinned
     const int lane = threadIdx.x % 32;
     #pragma unroll 1
     for (int i = threadIdx.x; i - lane < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
@@ -196,13 +231,15 @@ struct Selection {
         const bool pinned = page < given.sink_pages || page >= row_pages - given.recent_pages;
         const unsigned key = key_of(score);
         if (page < row_pages) keys[page] = pinned ? PINNED : key;
-        largest = max(largest, pinned || page >= row_pages ? 0 : key);
+        const bool ranked = !pinned && page < row_pages;
+        if (COUNTS && ranked) memory.top.count(key);
+        largest = max(largest, ranked ? key : 0u), smallest = min(smallest, ranked ? key : PINNED);
         if (j == PAGES_TOGETHER / 2) __syncwarp();  // so that the compiler asks for half of the next ones here
       }
       of_block += PAGES_TOGETHER * BLOCKS_APART * PAGE_VALUES;
     }
     const int pinned = min(row_pages, given.sink_pages + given.recent_pages);
-    memory.top.list(keys, bits, row_pages, pinned, largest, budget, pages());
+    memory.top.list<COUNTS>(keys, bits, row_pages, pinned, largest, smallest, budget, pages());
   }
 
  private:
@@ -222,12 +259,15 @@ pkv_select_pages(const pkv::SelectArguments given) {
   extern __shared__ __align__(16) unsigned char memory[];
   SelectMemory& shared = *reinterpret_cast<SelectMemory*>(memory);
   let_next_kernel_start();
-  wait_for_previous_kernel();
   const Lengths lens{given.lengths, given.batch_size, given.max_tokens, 0 PKV_LAST_PAGE(, given.row_begins)};
   const PageTable table{given.page_ids, given.table_stride, given.num_pages
                         PKV_CSR(, given.row_begins, given.batch_size)};
   const int chunk = divide(blockIdx.x, given.num_kv_heads), head = blockIdx.x - chunk * given.num_kv_heads;
   const int begin = chunk * given.chunk_pages;
+  if constexpr (EARLY_SUMMARIES && KERNELS_OVERLAP && SCORING != GIVEN)
+    if (blockIdx.y * gridDim.x + blockIdx.x < FIRST_CTAS && given.max_tokens > 0)
+      Selection::ask_early(given, table, lens, blockIdx.y, head, begin);
+  wait_for_previous_kernel();
   // The first ids are looked up beside the row's length, which may be short of them: then they are ids of any pages.
   int low = 0, high = 0;
   if (SCORING != GIVEN && given.max_tokens > 0) {

@@ -48,7 +48,8 @@
 // Selected pages: selected.cu, which takes what balanced.cu takes beside these (but WINDOWED)
 // SELECTED           0 1              1: each (row, KV head) reads the pages of a list; default  KernelConfig
 //                                     0: a row's tokens are all read                             (selected_defines)
-// Selecting: select.cu, summaries.cu (beside HEAD_DIM, GROUP_SIZE, PAGE_SIZE, WARPS, DTYPE_BF16 and the tables)
+// Selecting: select.cu, summaries.cu (beside HEAD_DIM, GROUP_SIZE, PAGE_SIZE, WARPS, 8 or, of select.cu, 16, DTYPE_BF16
+// and the tables)
 // SCORING            0 1 2            0: scores are given; 1: summaries are means and standard   selection_defines
 //                                     deviations; 2: minima and maxima (page_scores.cuh)
 // AGGREGATION        0 1              over the group's query heads: 0 the largest score, 1 the   selection_defines

@@ -42,7 +42,8 @@ class PagedCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, *, max_batch_size: int, max_seq_len: int, page_size: int = 16,
                  num_pages: int | None = None, rows_per_prompt: int = 1, selection: str | None = None,
-                 budget: float = 0.1, dense_layers: int = 2, always_select: bool = False,
+                 budget: float = 0.1, dense_layers: int = 2, summary_dtype: str | None = None,
+                 always_select: bool = False,
                  tiers: PromptPool | None = None) -> None:
         """
         config: the model's. max_batch_size: rows, those of num_return_sequences or num_beams counted. max_seq_len:
@@ -55,6 +56,8 @@ class PagedCache(Cache):
         every KV head others, in all but the first dense_layers layers and those with windows; prefill reads all. Not
         with several rows per prompt. Steps in which that does not pay on this GPU read all pages, by price
         (pkvsim.policy.selecting); always_select: none does, nor on a GPU whose prices nobody knows.
+        summary_dtype: of the pages' summaries by which selection scores: None, for that of the pages, or "uint8", for
+        8-bit codes, which are half the bytes. None without selection.
         tiers: where prompts' KV is kept beyond the pages. Not with several rows per prompt, nor with selection.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.
@@ -71,13 +74,15 @@ class PagedCache(Cache):
         self.rows = PagedRows(max_batch_size=max_batch_size, max_seq_len=max_seq_len, page_size=page_size,
                               num_pages=num_pages, rows_per_prompt=rows_per_prompt)
         self.selection = None
+        if selection is None and summary_dtype is not None:
+            raise ValueError(f"summary_dtype: expected None without selection, got {summary_dtype!r}")
         if selection is not None:
             from gpu.routes.router import this_device
             from gpu.selection.paged_selection import PagedSelection
 
             if rows_per_prompt != 1:
                 raise ValueError(f"rows_per_prompt: expected 1 with selection, got {rows_per_prompt}")
-            self.selection = PagedSelection(selection, budget, dense_layers=dense_layers,
+            self.selection = PagedSelection(selection, budget, dense_layers=dense_layers, summary_dtype=summary_dtype,
                                             device=None if always_select else this_device())
         if tiers is not None and (rows_per_prompt != 1 or selection is not None):
             raise ValueError("tiers: expected None with several rows per prompt, and with selection")

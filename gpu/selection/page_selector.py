@@ -71,7 +71,7 @@ class PageSelector:
         self._launch: _Launch | None = None
         self._checked: list | None = None
         self._checked_plan: list | None = None
-        self._kernels: dict[tuple[TableLayout, int], Kernel] = {}
+        self._kernels: dict[tuple[TableLayout, int, int], Kernel] = {}
         self._scores = self._sums = self._tickets = None
         self._kept: list[tuple] = []  # buffers of other sizes, which captured graphs may read
 
@@ -159,13 +159,16 @@ class PageSelector:
             self._expect("budgets", budgets, "int32", heads, library)
         room = self.max_selected or max(1, self.budget.pages(max_pages, self.pins))
         self._reserve(given, heads, max_pages, room)
-        chunks, each = variant.chunks(max_pages, heads[0] * heads[1], this_gpu().num_sms,
-                                      variant.page_values(shape, self._aggregation))
-        if self.method is None:
-            chunks, each = 1, max_pages
+        lists, num_sms, warps = heads[0] * heads[1], this_gpu().num_sms, variant.WARPS
+        chunks, each = 1, max_pages
+        if self.method is not None:
+            warps = variant.warps_of(shape, max_pages, lists, num_sms, self._aggregation)
+            values = variant.page_values(shape, self._aggregation)
+            chunks, each = variant.chunks(max_pages, lists, num_sms, values, warps)
         lists_at = tuple(arrays.view("lists", array).pointer for array in self.lists)
-        self._launch = _Launch(self._kernel(plan.layout, max_pages), (chunks * heads[1], heads[0]), lists_at, num_pages,
-                               room, max_pages, each, library)
+        kernel = self._kernel(plan.layout, max_pages, warps)
+        grid = chunks * heads[1], heads[0]
+        self._launch = _Launch(kernel, grid, lists_at, num_pages, room, max_pages, each, library)
 
     def _max_pages(self, plan: Plan) -> int:
         return max(1, -(-plan.max_tokens // self.shape.page_size))
@@ -198,13 +201,13 @@ class PageSelector:
             self._sums = cupy.empty(2 * (need // variant.PAGES_AT_ONCE + lists * MAX_GROUP_SIZE),
                                     dtype=cupy.float32)
 
-    def _kernel(self, layout: TableLayout, max_pages: int) -> Kernel:
-        key = layout, max_pages
+    def _kernel(self, layout: TableLayout, max_pages: int, warps: int) -> Kernel:
+        key = layout, max_pages, warps
         if key not in self._kernels:
             defines = variant.selection_defines(self.shape, self.dtype, self.summary, self._aggregation,
-                                                self.summary_dtype)
-            shared_bytes = variant.select_bytes(self.shape, max_pages, self._aggregation)
+                                                self.summary_dtype, warps)
+            shared_bytes = variant.select_bytes(self.shape, max_pages, self._aggregation, warps)
             self._kernels[key] = load_kernel(
-                "select.cu", "pkv_select_pages", defines | layout.defines(), threads=variant.WARPS * 32,
+                "select.cu", "pkv_select_pages", defines | layout.defines(), threads=warps * 32,
                 shared_bytes=shared_bytes, overlap=this_gpu().overlaps)
         return self._kernels[key]

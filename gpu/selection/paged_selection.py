@@ -49,7 +49,8 @@ class PagedSelection:
         self.method, self.pins = method, pins
         self.budget = budget if isinstance(budget, Budget) else Budget(budget)
         self.dense_layers = check_int("dense_layers", dense_layers, 0)
-        self.rule = StepRule(device, SelectionSetup(method, self.budget, self.pins, dense_layers=self.dense_layers))
+        self.rule = StepRule(device, SelectionSetup(method, self.budget, self.pins, dense_layers=self.dense_layers,
+                                                    summary_dtype=summary_dtype))
         self._behind: set[int] = set()  # layers whose summaries lack pages
         self._captured: set[int] = set()  # layers of which a graph keeps the summaries
         self._summaries: dict[int, PageSummaries] = {}

@@ -6,15 +6,16 @@ from pkvsim import DecodeShape
 from pkvsim.selection.served import HEAD_DIMS, most_group_size
 from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX
 
-WARPS = 8  # of a CTA
+WARPS, WIDE_WARPS = 8, 16  # of a CTA; of one that selects from a long list, where others would find no SM to score on
 SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2}  # value of SCORING by the kind of summary; None: scores are given
 AGGREGATIONS = {"maximum": 0, "softmax_mean": 1}  # value of AGGREGATION
-PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time: SCORED_PAGES of each warp
-CTAS_PER_SM = 2
+PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time at least: SCORED_PAGES of each warp
+WARPS_PER_SM = 16
 LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which takes CTAs that end at different times
+WIDE_PAGES = 2048  # of a long list
 MAX_LISTS = 65535  # of a launch: its grid's second axis
-TOP_BYTES = (2048 + 2 * WARPS + 4) * 4  # pkv::TopPages, in whole 16 bytes
-MOST_LOGIT_BYTES = 16 * 1024  # of a chunk whose logits become weights
+MOST_WIDE_ELEMENTS = 1024  # of a group's queries
+LOGIT_BYTES = 2048  # for each warp at most, of a chunk whose logits become weights
 
 
 def check_shape(shape: DecodeShape, dtype: str) -> None:
@@ -36,10 +37,10 @@ def check_summary_dtype(dtype: str | None) -> None:
 
 
 def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str,
-                      summary_dtype: str | None = None) -> dict[str, int]:
+                      summary_dtype: str | None = None, warps: int = WARPS) -> dict[str, int]:
     """Compile-time constants of select.cu and summaries.cu."""
     return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
-            "DTYPE_BF16": DTYPES[dtype], "WARPS": WARPS, "SCORING": SCORINGS[summary],
+            "DTYPE_BF16": DTYPES[dtype], "WARPS": warps, "SCORING": SCORINGS[summary],
             "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES)}
 
 
@@ -48,13 +49,14 @@ def page_values(shape: DecodeShape, aggregation: str) -> int:
     return 1 << (shape.group_size - 1).bit_length() if aggregation == "softmax_mean" else 1
 
 
-def select_bytes(shape: DecodeShape, max_pages: int, aggregation: str) -> int:
+def select_bytes(shape: DecodeShape, max_pages: int, aggregation: str, warps: int = WARPS) -> int:
     """Bytes of pkv::SelectMemory and what lies behind it, of rows of so many pages in chunks of any size."""
     values = page_values(shape, aggregation)
-    own = -(-(TOP_BYTES + 2 * WARPS * values * 4 + 4) // 16) * 16
-    factors = (max_pages // PAGES_AT_ONCE + 1) * values
+    top = (2048 + 3 * warps + 4) * 4  # pkv::TopPages, in whole 16 bytes
+    own = -(-(top + 2 * warps * values * 4 + 4) // 16) * 16
+    factors = (max_pages // (warps * 16) + 1) * values
     words = -(-(max_pages + 2 * -(-max_pages // 32)) // 4) * 4  # pkv::select_words
-    return own + max(MOST_LOGIT_BYTES, (words + factors) * 4)
+    return own + max(LOGIT_BYTES * warps, (words + factors) * 4)
 
 
 def most_pages(shape: DecodeShape, aggregation: str, limit_bytes: int) -> int:
@@ -65,11 +67,20 @@ def most_pages(shape: DecodeShape, aggregation: str, limit_bytes: int) -> int:
     return most
 
 
-def chunks(max_pages: int, num_lists: int, num_sms: int, values: int = 1) -> tuple[int, int]:
+def chunks(max_pages: int, num_lists: int, num_sms: int, values: int = 1, warps: int = WARPS) -> tuple[int, int]:
     """(CTAs of each list, pages that each scores) of a step whose rows have room for max_pages: CTAs enough for the
     GPU, no fewer than LEAST_CHUNKS of each list, of no fewer pages than one scores at a time, nor more than there is
     room for the logits of. values: page_values()."""
-    wanted = max(LEAST_CHUNKS, -(-num_sms * CTAS_PER_SM // max(1, num_lists)))
-    each = -(-max_pages // wanted)
-    each = min(-(-each // PAGES_AT_ONCE) * PAGES_AT_ONCE, MOST_LOGIT_BYTES // (4 * values))
+    wanted = max(LEAST_CHUNKS, -(-num_sms * (WARPS_PER_SM // warps) // max(1, num_lists)))
+    each, at_once = -(-max_pages // wanted), warps * 16
+    each = min(-(-each // at_once) * at_once, LOGIT_BYTES * warps // (4 * values))
     return -(-max_pages // each), each
+
+
+def warps_of(shape: DecodeShape, max_pages: int, num_lists: int, num_sms: int, aggregation: str) -> int:
+    """Warps of a CTA: WIDE_WARPS for few long lists, which end at about one time, so that what one CTA selects no other
+    scores meanwhile; where the CTAs are one for nearly each SM, and registers are enough (pkv::SELECT_CTAS)."""
+    if max_pages < WIDE_PAGES or shape.head_dim > 128 or shape.group_size * shape.head_dim > MOST_WIDE_ELEMENTS:
+        return WARPS
+    ctas = num_lists * chunks(max_pages, num_lists, num_sms, page_values(shape, aggregation), WIDE_WARPS)[0]
+    return WIDE_WARPS if 3 * num_sms <= 4 * ctas <= 4 * num_sms else WARPS

@@ -15,13 +15,15 @@ class SelectionConstants(NamedTuple):
     """Of one layer. What is relative is so to the balanced route's model of the same GPU."""
 
     select_us: float  # of a selecting launch whatever its size: until the first summary, and a short list
-    score_share: float  # of RouteModel.bandwidth_gb_s, at which summaries are scored
+    score_share: float  # of RouteModel.bandwidth_gb_s, at which summaries in 16 bits are scored
+    coded_share: float  # and at which those in 8-bit codes are
     page_us: float  # for every page of the longest list, from which one CTA selects; or of an SM's share of all lists
     attend_us: float  # of attention over lists, above a plain step of rows of these lengths
     attend_share: float  # of the speed of such a step
     gap_us: float  # between a selecting launch and the attention that waits for its lists
     keep_us: float  # of the launch that summarises the pages of new tokens
     keep_list_us: float  # of that, for every (row, KV head)
+    keep_coded_us: float  # of that, more where summaries are made into 8-bit codes
     run_us: float  # host time of issuing a selecting launch
 
 
@@ -58,7 +60,7 @@ def read_selection(where: str, entry: Any) -> SelectionEntry:
     if odd:
         raise ValueError(f"{where}.constants: missing or unknown: {', '.join(sorted(odd))}")
     constants = {name: _number(f"{where}.constants.{name}", value) for name, value in entry["constants"].items()}
-    for name in ("score_share", "attend_share"):
+    for name in ("score_share", "coded_share", "attend_share"):
         if constants[name] == 0:
             raise ValueError(f"{where}.constants.{name}: expected a number > 0, got 0")
     errors = {name: read_error(f"{where}.{name}", entry[name]) for name in ("in_sample", "held_out") if name in entry}

@@ -4,14 +4,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pkvsim.compiled import compiled, drop_stale
 from pkvsim.selection.by_name import BY_SUMMARIES, method
 from pkvsim.selection.rules import Budget, Pins
-from pkvsim.selection.summaries import SUMMARIES
+from pkvsim.selection.summaries import CODES, SUMMARIES
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
 OFF = "off"
-SUMMARY_ELEMENT_BYTES = 2  # of a summary in 16 bits
+CODED_WORD = "8bit"  # of METHOD:BUDGET:8bit
 SUMMARY_VECTORS = 2  # mean and standard deviation, or minimum and maximum
+ELEMENT_BYTES, CODE_BYTES, CODE_SCALE_BYTES = 2, 1, 4  # of an element in 16 bits, of one in a code; of a coded vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class SelectionSetup:
     """Which pages steps read. Raises ValueError naming the field.
 
     every: layers that read one layer's lists, that layer included (Kascade's anchor layers); 1: each layer has lists of
-    its own. dense_layers: the first ones of those that could select, which read all pages.
+    its own. dense_layers: the first ones of those that could select, which read all pages. summary_dtype: None, for
+    that of the pages in 16 bits, or "uint8", for codes with a scale for each vector.
     """
 
     method: str = "mean_std"
@@ -27,36 +30,46 @@ class SelectionSetup:
     pins: Pins = Pins()  # noqa: RUF009
     every: int = 1
     dense_layers: int = 2
+    summary_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if method(self.method).SUMMARY not in SUMMARIES:
             raise ValueError(f"method: expected one that scores summaries, got {self.method}")
         check_int("every", self.every, 1, MAX_TOKENS)
         check_int("dense_layers", self.dense_layers, 0, MAX_TOKENS)
+        if self.summary_dtype not in (None, CODES):
+            raise ValueError(f"summary_dtype: expected None or {CODES!r}, got {self.summary_dtype!r}")
+
+    @property
+    def coded(self) -> bool:
+        """Whether summaries are kept in 8-bit codes."""
+        return self.summary_dtype == CODES
 
     @property
     def words(self) -> str:
         """As parse_selection reads it."""
-        return f"{self.method}:{self.budget.fraction:g}"
+        return f"{self.method}:{self.budget.fraction:g}" + (f":{CODED_WORD}" if self.coded else "")
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
         return {
             "method": self.method, "budget": self.budget.fraction, "least_pages": self.budget.least_pages,
             "sink_pages": self.pins.sink_pages, "recent_pages": self.pins.recent_pages, "every": self.every,
-            "dense_layers": self.dense_layers,
+            "dense_layers": self.dense_layers, "summary_dtype": self.summary_dtype,
         }  # fmt: skip
 
 
 def parse_selection(text: str, *, every: int = 1, dense_layers: int = 2) -> SelectionSetup | None:
-    """`mean_std:0.1`: the method, and the part of a row's pages that each KV head reads; None of `off`. ValueError
-    naming select."""
+    """`mean_std:0.1`: the method, and the part of a row's pages that each KV head reads; `mean_std:0.1:8bit` by
+    summaries in 8-bit codes; None of `off`. ValueError naming select."""
     if text.strip() == OFF:
         return None
-    name, colon, budget = text.strip().partition(":")
-    if name not in BY_SUMMARIES or not colon:
+    name, colon, rest = text.strip().partition(":")
+    budget, more, coding = rest.partition(":")
+    if name not in BY_SUMMARIES or not colon or (more and coding != CODED_WORD):
         names = " or ".join(BY_SUMMARIES)
-        raise ValueError(f"select: expected METHOD:BUDGET with a method of {names}, or {OFF}, got {text!r}")
+        raise ValueError(f"select: expected METHOD:BUDGET or METHOD:BUDGET:{CODED_WORD} with a method of {names}, or "
+                         f"{OFF}, got {text!r}")  # fmt: skip
     try:
         part = float(budget)
     except ValueError:
@@ -65,9 +78,21 @@ def parse_selection(text: str, *, every: int = 1, dense_layers: int = 2) -> Sele
         found = Budget(part)
     except ValueError as error:
         raise ValueError(f"select: {error}") from None
-    return SelectionSetup(name, found, every=check_int("select_every", every, 1, MAX_TOKENS), dense_layers=dense_layers)
+    return SelectionSetup(name, found, every=check_int("select_every", every, 1, MAX_TOKENS),
+                          dense_layers=dense_layers, summary_dtype=CODES if more else None)  # fmt: skip
 
 
-def summary_bytes(shape: DecodeShape) -> int:
+@compiled
+def head_summary_bytes(head_dim: int, coded: bool) -> int:
+    """Bytes of one page's summary of one KV head."""
+    if coded:
+        return SUMMARY_VECTORS * (head_dim * CODE_BYTES + CODE_SCALE_BYTES)
+    return SUMMARY_VECTORS * head_dim * ELEMENT_BYTES
+
+
+def summary_bytes(shape: DecodeShape, setup: SelectionSetup) -> int:
     """Bytes of one page's summary over the KV heads of a layer."""
-    return shape.num_kv_heads * SUMMARY_VECTORS * shape.head_dim * SUMMARY_ELEMENT_BYTES
+    return shape.num_kv_heads * int(head_summary_bytes(shape.head_dim, setup.coded))
+
+
+drop_stale("pkvsim")

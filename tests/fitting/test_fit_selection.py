@@ -8,11 +8,11 @@ from paths import ROOT
 
 from pkvsim.devices.device import get_device, load_device
 from pkvsim.devices.selection_constants import SelectionConstants
-from pkvsim.fitting.selection.cells import TIMES, MeasuredSelection, read_selection_cells
-from pkvsim.fitting.selection.fit_selection import errors, fit, fit_selection, predicted
+from pkvsim.fitting.selection.cells import CODED_TIMES, TIMES, MeasuredSelection, read_selection_cells
+from pkvsim.fitting.selection.fit_selection import STEPS, errors, fit, fit_selection, predicted
 
 DEVICE = get_device("h200")
-TRUE = SelectionConstants(7.0, 0.7, 1.5e-3, 2.0, 0.95, 0.5, 2.0, 2e-3, 20.0)
+TRUE = SelectionConstants(7.0, 0.7, 0.5, 1.5e-3, 2.0, 0.95, 0.5, 2.0, 2e-3, 0.4, 20.0)
 GRID = [(1, 2048, 0.1), (1, 65536, 0.2), (2, 131072, 0.1), (8, 16384, 0.05), (32, 32768, 0.1), (128, 8192, 0.2)]
 
 
@@ -25,7 +25,7 @@ def test_constants_come_back_from_the_steps_that_they_price() -> None:
     cells = [made(*cell) for cell in GRID]
     assert fit(cells, DEVICE) == pytest.approx(TRUE, rel=0.02, abs=2e-3)
     device, unseen = fit_selection(DEVICE, cells, source="made", date="2026-01-01")
-    assert set(unseen) == set(TIMES) and max(np.abs(values).max() for values in unseen.values()) < 0.02
+    assert set(unseen) == {*TIMES, *CODED_TIMES} and max(np.abs(values).max() for values in unseen.values()) < 0.02
     assert device.selection.held_out.mean_percent < 1 and len(device.selection.cells) == len(GRID)
 
 
@@ -37,7 +37,7 @@ def test_the_shipped_constants_are_those_of_the_shipped_measurements() -> None:
     assert entry.source == "; ".join(source for _, source in found)
     assert entry.cells == tuple(cell.label for cell in cells)
     assert fit(cells, DEVICE) == pytest.approx(entry.constants, rel=0.01)
-    off = np.concatenate([errors(cells, DEVICE, entry.constants, name) for name in ("select", "attend", "everything")])
+    off = np.concatenate([errors(cells, DEVICE, entry.constants, name) for name in STEPS])
     assert 100 * np.abs(off).mean() == pytest.approx(entry.in_sample.mean_percent, abs=0.1)
 
 

@@ -95,11 +95,11 @@ class Case:
                 "num_pages": len(self.k), "max_tokens": self.table.shape[1] * self.shape.page_size}  # fmt: skip
 
     def select(self, method: str | None, *, budget: Budget, pins: Pins, chunk_pages: int, room: int,
-               scores: np.ndarray | None = None, budgets: np.ndarray | None = None):
+               scores: np.ndarray | None = None, budgets: np.ndarray | None = None, warps: int = variant.WARPS):
         rule = None if method is None else by_name.method(method)
         aggregation = rule.AGGREGATION if rule else "maximum"
         defines = variant.selection_defines(self.shape, self.dtype, rule and rule.SUMMARY, aggregation,
-                                            rule and self.summary_dtype)
+                                            rule and self.summary_dtype, warps)
         lists, most = len(self.lens) * self.shape.num_kv_heads, self.table.shape[1]
         group = self.shape.group_size
         values, chunks = variant.page_values(self.shape, aggregation), -(-most // chunk_pages)
@@ -131,8 +131,8 @@ def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype,
     case = Case(shape, dtype, (0, 1, page_size * 40, page_size * 150 - page_size // 2), head_dim + group, codes)
     rule, budget, pins = by_name.method(method), Budget(0.2, 5), Pins(1, 2)
     case.summarize(rule.SUMMARY)
-    for chunk_pages in (128, 256):
-        pages, counts = case.select(method, budget=budget, pins=pins, chunk_pages=chunk_pages, room=40)
+    for chunk_pages, warps in ((128, 8), (256, 8), (256, 16)):
+        pages, counts = case.select(method, budget=budget, pins=pins, chunk_pages=chunk_pages, room=40, warps=warps)
         for row, length in enumerate(case.lens.tolist()):
             row_pages = -(-length // page_size)
             count = budget.pages(row_pages, pins)
@@ -153,6 +153,29 @@ def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype,
                 # MEAN_STD's squares are of eight bits, summaries of ten or seven; codes err only where one is a tie.
                 np.testing.assert_allclose(scores[wrong], edge, rtol=0.03 if codes or dtype == "float16" else 0.1)
                 assert len(wrong) <= (0.05 if codes else 0.15) * count + 2
+
+
+@pytest.mark.parametrize("warps", [8, 16])
+def test_weights_may_lie_any_number_of_octaves_apart(warps) -> None:
+    """Within 32 octaves keys are counted as they are made, and otherwise once the largest is known."""
+    shape, pins, count = DecodeShape(4, 1, 64, 16), Pins(1, 2), 12
+    case = Case(shape, "float16", (16 * 300,), 4)
+    case.summarize("mean_std")
+    for factor, least, most in ((0.25, 0, 20), (4, 33, 120)):
+        q = case.q
+        case.q = aligned((q.astype(np.float32) * factor).astype(np.float16))
+        keys = case.k[case.table[0, :300], 0].reshape(-1, 64).astype(np.float64)
+        rule = by_name.method("mean_std")
+        scores = rule.scores(case.q[0].astype(np.float64), row_summaries(keys, 16, "mean_std"), 64**-0.5)
+        ranked = scores[~pins.pinned(300)]
+        assert least <= np.log2(ranked.max() / ranked.min()) <= most
+        pages, counts = case.select("mean_std", budget=Budget(count / 300), pins=pins, chunk_pages=256, room=20, warps=warps)
+        want = top_pages(scores, int(counts[0, 0]), pins)
+        wrong = np.setxor1d(pages[0, 0, : counts[0, 0]], want)
+        edge = min(scores[page] for page in want if not pins.pinned(300)[page])
+        np.testing.assert_allclose(scores[wrong], edge, rtol=0.05)
+        assert len(wrong) <= 2
+        case.q = q
 
 
 def test_given_scores_and_budgets_select_exactly() -> None:
@@ -220,15 +243,16 @@ def test_there_is_room_for_every_chunk(method, head_dim, group, page_size, dtype
     """The shared memory that is asked for holds what a CTA keeps, whatever the number of lists cuts a row into."""
     rule, shape = by_name.method(method), DecodeShape(group, 1, head_dim, page_size)
     aggregation = rule.AGGREGATION
-    defines = variant.selection_defines(shape, dtype, rule.SUMMARY, aggregation)
-    needed = build(tuple(sorted(defines.items())), False).needed_bytes
-    for max_pages in (1, 128, 4097, variant.most_pages(shape, aggregation, 227 * 1024)):
-        room = variant.select_bytes(shape, max_pages, aggregation)
-        assert room <= 227 * 1024
-        for lists in (1, 8, 512):
-            chunks, each = variant.chunks(max_pages, lists, 132, variant.page_values(shape, aggregation))
-            assert chunks * each >= max_pages and each % variant.PAGES_AT_ONCE == 0
-            assert needed(max_pages, each) <= room
+    for warps in (variant.WARPS, variant.WIDE_WARPS):
+        defines = variant.selection_defines(shape, dtype, rule.SUMMARY, aggregation, warps=warps)
+        needed = build(tuple(sorted(defines.items())), False).needed_bytes
+        for max_pages in (1, 128, 4097, variant.most_pages(shape, aggregation, 227 * 1024)):
+            room = variant.select_bytes(shape, max_pages, aggregation, warps)
+            assert room <= 227 * 1024
+            for lists in (1, 8, 512):
+                chunks, each = variant.chunks(max_pages, lists, 132, variant.page_values(shape, aggregation), warps)
+                assert chunks * each >= max_pages and each % (warps * 16) == 0
+                assert needed(max_pages, each) <= room
 
 
 def test_a_row_is_cut_for_the_gpu() -> None:
@@ -236,21 +260,31 @@ def test_a_row_is_cut_for_the_gpu() -> None:
     assert variant.chunks(8192, 8, 132, 4) == (32, 256)
     assert variant.chunks(8192, 512, 132, 16) == (32, 256)
     assert variant.chunks(1, 1, 132) == (1, 128)
+    assert variant.chunks(8192, 8, 132, 4, 16) == (16, 512)
+    shape = DecodeShape(32, 8, 128, 16)
+    for max_pages, lists, warps in ((8192, 8, 16), (4096, 16, 16), (2048, 32, 16), (32768, 8, 16), (2048, 64, 8), (2048, 512, 8),
+                                    (256, 8, 8), (256, 128, 8)):  # fmt: skip
+        assert variant.warps_of(shape, max_pages, lists, 132, "softmax_mean") == warps
+    assert variant.warps_of(DecodeShape(128, 8, 128, 16), 8192, 8, 132, "softmax_mean") == 8
 
 
 @pytest.mark.parametrize(("capability", "head_dim", "group", "dtype", "method", "summary_dtype"), slow_unless_of(lambda *case: case[-1] == CODES and case[0] == 90, [
     (86, 128, 4, "float16", "mean_std", None), (90, 128, 16, "bfloat16", "mean_std", None),
     (86, 64, 16, "bfloat16", "quest", None), (90, 256, 8, "float16", "mean_std", None),
     (90, 128, 4, "float16", None, None), (90, 128, 4, "float16", "mean_std", CODES),
-    (86, 256, 8, "bfloat16", "quest", CODES), (90, 128, 4, "float16", "quest", None)]))  # fmt: skip
+    (86, 256, 8, "bfloat16", "quest", CODES), (90, 128, 4, "float16", "quest", None),
+    (90, 256, 4, "float16", "mean_std", None)]))  # fmt: skip
 def test_they_fit_the_registers(capability, head_dim, group, dtype, method, summary_dtype) -> None:
     rule = None if method is None else by_name.method(method)
     shape = DecodeShape(group, 1, head_dim, 16)
     variant.check_shape(shape, dtype)
-    defines = variant.selection_defines(shape, dtype, rule and rule.SUMMARY, rule.AGGREGATION if rule else "maximum",
-                                        summary_dtype)
-    used = nvrtc.kernel_resources(SOURCE_DIR / "select.cu", capability, compile_options(defines))["pkv_select_pages"]
-    assert used.spills == used.stack == 0 and used.registers * variant.WARPS * 32 <= 65536
+    aggregation = rule.AGGREGATION if rule else "maximum"
+    for warps in {variant.WARPS, rule and variant.warps_of(shape, 8192, 8, 132, aggregation)} - {None}:
+        defines = variant.selection_defines(shape, dtype, rule and rule.SUMMARY, aggregation, summary_dtype, warps)
+        used = nvrtc.kernel_resources(SOURCE_DIR / "select.cu", capability, compile_options(defines))
+        used = used["pkv_select_pages"]
+        assert used.spills == used.stack == 0 and used.registers * warps * 32 <= 65536
     if rule is not None:
+        defines |= {"WARPS": variant.WARPS}
         used = nvrtc.kernel_resources(SOURCE_DIR / "summaries.cu", capability, compile_options(defines))
         assert used["pkv_summarize_pages"].spills == used["pkv_summarize_pages"].stack == 0

@@ -1,4 +1,6 @@
 """Whether steps select pages, by price: never slower than dense, and as their parts say."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,8 @@ SHAPE = DecodeShape(32, 8, 128, 16)
 LENS = st.lists(st.one_of(st.integers(0, 300), st.integers(0, 140_000)), min_size=1, max_size=40)
 SETUPS = st.builds(
     SelectionSetup, st.sampled_from(["mean_std", "quest"]), st.builds(Budget, st.floats(0.01, 1), st.integers(0, 40)),
-    st.builds(Pins, st.integers(0, 3), st.integers(0, 3)), st.integers(1, 4),
+    st.builds(Pins, st.integers(0, 3), st.integers(0, 3)), st.integers(1, 4), st.integers(0, 2),
+    st.sampled_from([None, "uint8"]),
 )  # fmt: skip
 
 
@@ -53,6 +56,15 @@ def test_short_steps_go_dense_and_long_ones_select() -> None:
     assert everything.least_tokens(8, most=1 << 20) is None  # all pages and their scores cost more than all pages
 
 
+@given(lens=LENS, setup=SETUPS)
+@settings(deadline=None, max_examples=40)
+def test_summaries_in_8_bits_change_the_price_of_selecting_and_keeping_alone(lens, setup) -> None:
+    plain, coded = (selection_prices(SHAPE, get_device("h200"), replace(setup, summary_dtype=dtype)).of(lens)
+                    for dtype in (None, "uint8"))  # fmt: skip
+    assert (coded.dense_us, coded.selected.attend) == (plain.dense_us, plain.selected.attend)
+    assert coded.selected.select <= plain.selected.select and coded.selected.keep > plain.selected.keep
+
+
 def test_attention_over_lists_is_priced_as_its_schedule_runs() -> None:
     device, setup = get_device("h200"), SelectionSetup()
     prices, model = selection_prices(SHAPE, device, setup), device.routes["balanced"]
@@ -78,9 +90,15 @@ def test_what_no_kernel_selects_is_refused_by_name(options, words) -> None:
 def test_the_words_of_the_commands() -> None:
     found = parse_selection("quest:0.05", every=3)
     assert (found.method, found.budget.fraction, found.every, found.words) == ("quest", 0.05, 3, "quest:0.05")
-    assert parse_selection("off") is None and summary_bytes(SHAPE) * 16 == 2 * 8 * 16 * 128 * 2
-    for words in ("mean_std", "mean_std:", "mean_std:two", "mean_std:0", "mean_std:1.5", "mean_std:nan", "h2o:0.1", ""):
+    assert parse_selection("off") is None and summary_bytes(SHAPE, found) * 16 == 2 * 8 * 16 * 128 * 2
+    coded = parse_selection("quest:0.05:8bit", every=3)
+    assert coded == replace(found, summary_dtype="uint8") and parse_selection(coded.words, every=3) == coded
+    assert summary_bytes(SHAPE, coded) == 8 * 2 * (128 + 4)
+    for words in ("mean_std", "mean_std:", "mean_std:two", "mean_std:0", "mean_std:1.5", "mean_std:nan", "h2o:0.1", "",
+                  "mean_std:0.1:", "mean_std:0.1:16bit", "mean_std::8bit"):
         with pytest.raises(ValueError, match="select: "):
             parse_selection(words)
+    with pytest.raises(ValueError, match="summary_dtype: expected None or 'uint8', got 'int8'"):
+        SelectionSetup(summary_dtype="int8")
     with pytest.raises(ValueError, match="select_every: "):
         parse_selection("quest:0.1", every=0)

@@ -26,7 +26,7 @@ class Summaries:
     """What has been summarised: tokens of each row."""
 
     def __init__(self, shape, k_pages, dtype, *, kind, summary_dtype=None) -> None:
-        self.shape, self.dtype, self.right_to = shape, dtype, 0
+        self.shape, self.dtype, self.right_to, self.summary_dtype = shape, dtype, 0, summary_dtype
 
     def update(self, k_pages, seq_lens, block_table, *, new_tokens=None) -> None:
         length = int(seq_lens[0])
@@ -65,6 +65,17 @@ def test_short_steps_go_dense_and_long_ones_select(paged) -> None:
     assert selection._summaries[0].right_to == 32_768
     always = module.PagedSelection()
     assert keep(always, 17, 17, 64) and always._summaries[0].right_to == 17
+
+
+def test_summaries_in_8_bits_are_kept_and_priced_as_such(paged) -> None:
+    module, _ = paged
+    for summary_dtype in (None, "uint8"):
+        selection = module.PagedSelection(device=H200, summary_dtype=summary_dtype)
+        setup = SelectionSetup(summary_dtype=summary_dtype)
+        assert selection.rule.setup == setup
+        least = -(-selection_prices(SHAPE, H200, setup).least_tokens(8) // 64) * 64
+        assert not keep(selection, least - 64, 1, 131_072, rows=8) and keep(selection, least, 1, 131_072, rows=8)
+        assert selection._summaries[0].summary_dtype == summary_dtype
 
 
 def test_without_lengths_the_room_of_the_table_decides(paged) -> None:

@@ -21,11 +21,11 @@ SHAPE = DecodeShape(32, 8, 128, 16)
 @given(
     lens=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 140_000)), min_size=1, max_size=24),
     device=st.sampled_from(sorted(DEVICES)), budget=st.floats(0.02, 1), every=st.integers(1, 4),
-    layers=st.integers(1, 40),
+    layers=st.integers(1, 40), summary_dtype=st.sampled_from([None, "uint8"]),
 )  # fmt: skip
 @settings(deadline=None, max_examples=25)
-def test_parts_add_up_and_the_dense_routes_are_as_without(lens, device, budget, every, layers) -> None:
-    gpu, setup = get_device(device), SelectionSetup(budget=Budget(budget), every=every)
+def test_parts_add_up_and_the_dense_routes_are_as_without(lens, device, budget, every, layers, summary_dtype) -> None:
+    gpu, setup = get_device(device), SelectionSetup(budget=Budget(budget), every=every, summary_dtype=summary_dtype)
     dense = explain_step(SHAPE, np.array(lens, np.int32), gpu, routes=["balanced"], layers=layers)
     report = with_selection(dense, setup)
     route, found = report.routes[-1], report.selection

@@ -7,6 +7,10 @@ static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;
 }
+[[maybe_unused]] static unsigned atomicAdd(unsigned* at, unsigned value) {
+  ++progress;
+  return (*at += value) - value;
+}
 [[maybe_unused]] static void atomicOr(unsigned* at, unsigned bits) { *at |= bits; }
 
 namespace pkv {

@@ -10,6 +10,8 @@ from pkvsim.selection.rules import Budget
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 TIMES = ("select", "attend", "everything", "summarize_one_token")  # of a cell, by bench_selection's names
+# Of cells that were measured by 8-bit summaries, too.
+CODED_TIMES = ("select_8bit", "everything_8bit", "summarize_one_token_8bit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ def _cell(where: str, result: Any) -> MeasuredSelection:
         rows = check_int("rows", result.get("rows"), 1, 1 << 16)
         length = check_int("length", result.get("length"), 1, MAX_TOKENS)
         fraction = Budget(_number("fraction", result.get("fraction"))).fraction
-        times = {name: _number(f"times.{name}", result["times"].get(name)) for name in TIMES}
+        names = (*TIMES, *(name for name in CODED_TIMES if name in result["times"]))
+        times = {name: _number(f"times.{name}", result["times"].get(name)) for name in names}
         host = result.get("host_us") or {}
         run_us = None
         if isinstance(host, dict) and {"dense", "select and run"} <= set(host):

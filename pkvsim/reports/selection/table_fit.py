@@ -33,4 +33,5 @@ def print_selection_fit(
     for name, error in (("in sample", entry.in_sample), ("held out", entry.held_out)):
         if error is not None:
             percent = f"{error.median_percent:.1f} % in the median, {error.mean_percent:.1f} % in the mean"
-            print_line(console, f"{name}: {percent} of {error.measurements} times of selecting, attending and both")
+            print_line(console, f"{name}: {percent} of {error.measurements} times of selecting, attending and both, "
+                       "by summaries in 16 bits and in 8")  # fmt: skip

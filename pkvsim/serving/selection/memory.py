@@ -35,4 +35,5 @@ def summary_page_bytes(model: ModelSpec, page_size: int, setup: SelectionSetup |
     if all(why_not(group) is not None for group in groups):
         raise ValueError(f"select: {model.name}: {why_not(groups[0])}")
     counts = selecting_layers(groups, setup)
-    return sum(count * summary_bytes(group.shape) for group, count in zip(groups, counts) if group.shape is not None)
+    return sum(count * summary_bytes(group.shape, setup)
+               for group, count in zip(groups, counts) if group.shape is not None)  # fmt: skip

@@ -35,8 +35,8 @@ def with_selection(report: StepReport, setup: SelectionSetup) -> StepReport:
     pages = int((-(-lens.astype(np.int64) // shape.page_size)).sum())
     found = StepSelection(
         setup=setup, layer=layer, entry=selection_entry(device),
-        listed_bytes=useful_kv_bytes(shape, lists, report.options), scored_bytes=pages * summary_bytes(shape),
-        summary_share=summary_bytes(shape) / (shape.num_kv_heads * shape.page_size
+        listed_bytes=useful_kv_bytes(shape, lists, report.options), scored_bytes=pages * summary_bytes(shape, setup),
+        summary_share=summary_bytes(shape, setup) / (shape.num_kv_heads * shape.page_size
                                               * report.options.kv_token_bytes(shape)),
         least_tokens=prices.least_tokens(max(1, rows), MOST_TOKENS),
     )  # fmt: skip

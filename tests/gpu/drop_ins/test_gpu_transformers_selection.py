@@ -15,15 +15,15 @@ register()
 LENS = [500, 2, 333, 64]
 
 
-@pytest.mark.parametrize("method", ["mean_std", "quest"])
-def test_generate_over_selected_pages(method: str) -> None:
+@pytest.mark.parametrize(("method", "summary_dtype"), [("mean_std", None), ("quest", None), ("mean_std", "uint8")])
+def test_generate_over_selected_pages(method: str, summary_dtype: str | None) -> None:
     model = make_model("llama", head_dim=64, dtype=torch.float16, device="cuda")
     inputs, new_tokens = prompts(LENS, "left", device="cuda"), 30
     model.set_attn_implementation("pkv")
     found = {}
     for budget in (None, 1.0, 0.25):
         options = {} if budget is None else {"selection": method, "budget": budget, "dense_layers": 0,
-                                                   "always_select": True}
+                                             "summary_dtype": summary_dtype, "always_select": True}
         cache = PagedCache(model.config, max_batch_size=len(LENS), max_seq_len=600, **options)
         for _ in range(2):  # the second on pages and summaries that were used
             found[budget] = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False,
@@ -53,5 +53,8 @@ def test_other_selections_are_refused() -> None:
     model = make_model("llama", head_dim=64, dtype=torch.float16, device="cuda")
     with pytest.raises(ValueError, match="method: expected one of mean_std, quest"):
         PagedCache(model.config, max_batch_size=1, max_seq_len=64, selection="best")
+    for options in ({"summary_dtype": "uint8"}, {"selection": "quest", "summary_dtype": "int8"}):
+        with pytest.raises(ValueError, match="summary_dtype: expected None"):
+            PagedCache(model.config, max_batch_size=1, max_seq_len=64, **options)
     with pytest.raises(ValueError, match="fraction: expected"):
         PagedCache(model.config, max_batch_size=1, max_seq_len=64, selection="quest", budget=0)
