@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from bench.script import run_script
 from bench.tables import Table, us
 
 from gpu.measure import memory
-from gpu.measure.environment import environment, lacks_gpu, write_json
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import Rope, make_cos_sin
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from gpu.cache.writer import CacheWriter
 
@@ -242,17 +244,13 @@ def table(results: list[Result], shrunk: tuple[str, ...] = ()) -> Table:
                  ("case", "tokens", "pages", "route", "launches", "us", "GB/s", "x separate"), rows, "\n".join(shrunk))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if lacks_gpu("bench_append"):
-        return 1
+def measure_all(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Every step of every type of cache, in as many rows as GPU memory has room for."""
     import torch
-    from rich.console import Console
 
     from gpu.measure.progress import tracked
 
     torch.manual_seed(20260623)
-    about = environment()
     inv_freq = 500000.0 ** (-np.arange(args.head_dim // 2) / (args.head_dim // 2))
     cos_sin = torch.from_numpy(make_cos_sin(inv_freq, MAX_POSITIONS)).cuda()
     jobs = [(f"decode {rows}", rows, 1, CONTEXT, kv) for rows in args.batches for kv in args.kv_dtypes.split(",")]
@@ -270,14 +268,13 @@ def main(argv: list[str] | None = None) -> int:
         results += measure(case, kv_dtype, cos_sin, repeats=args.repeats,
                            decode=kv_dtype == "float16" and new_tokens == 1)
         del case
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     table(results, tuple(shrunk)).print(console)
-    if args.json is not None:
-        write_json(args.json, {"environment": about, "shrunk": shrunk, "peak_gpu_bytes": memory.peak_bytes(),
-                               "results": [dataclasses.asdict(result) for result in results]})
-    console.print(memory.peak_line())
-    return 0
+    return {"shrunk": shrunk, "results": [dataclasses.asdict(result) for result in results]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_script("bench_append", args, functools.partial(measure_all, args), width=120)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import statistics
 import sys
 
-from bench.script import print_notes, run_script
+from bench.script import in_pool, print_notes, run_script
+
+from gpu.measure.memory import NoRoom
 
 OURS = ("balanced", "workqueue", "split")
 POOL_GIB = 40.0
@@ -76,9 +77,7 @@ def run_cells(args: argparse.Namespace, pool_gib: float, console) -> tuple[list,
     for cell in tracked(cells, "measuring", lambda cell: f"{cell.case} x {cell.batch_size}"):
         try:
             seeds = [bench.measure(cell, routes, seed=seed) for seed in range(args.seeds)]
-        except ValueError as error:
-            if not str(error).startswith("pool-gib"):
-                raise
+        except NoRoom as error:
             console.print(f"{cell.case} batch {cell.batch_size}: left out, {error}")
             seeds, left_out = [], left_out + 1
         results += [median_of_seeds(list(runs)) for runs in zip(*seeds)]
@@ -99,7 +98,7 @@ def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("bench_decode", args, functools.partial(measure, args), pool_gib=POOL_GIB, width=110)
+    return run_script("bench_decode", args, in_pool(args, measure, pool_gib=POOL_GIB), width=110)
 
 
 if __name__ == "__main__":

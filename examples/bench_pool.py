@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bench.script import run_script
 from bench.tables import Table
 from pool_bench import disks
-from rich.console import Console
 
 from gpu.calibrate.tier_rates import link_rates
 from gpu.measure import memory
-from gpu.measure.environment import environment, lacks_gpu, write_json
+from gpu.measure.environment import missing
 from pkvsim.memory.placement import BANDWIDTH, EQUAL
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PARTS = ("copies", "decode", "disk", "tiers", "ttft")
 NEED_GPU = ("copies", "decode", "ttft")
@@ -175,18 +177,8 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     ]
 
 
-def main(words: list[str] | None = None) -> int:
-    args = parse_args(words)
-    on_gpu = any(part in NEED_GPU for part in args.parts)
-    if on_gpu and lacks_gpu("bench_pool"):
-        return 1
-    if not on_gpu and importlib.util.find_spec("cupy") is not None:
-        import cupy
-
-        on_gpu = cupy.is_available()
-    total = int(args.total_gib * GIB)
-    console, found = Console(width=130), {}
-    begin = time.perf_counter()
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    on_gpu, total, found = missing() is None, int(args.total_gib * GIB), {}
     for part in args.parts:
         if part == "copies":
             table, found[part] = copies(total)
@@ -199,10 +191,13 @@ def main(words: list[str] | None = None) -> int:
         else:
             table, found[part] = ttft(args)
         table.print(console)
-    console.print(f"{time.perf_counter() - begin:.0f} s")
-    if args.json is not None:
-        write_json(args.json, {"environment": environment() if on_gpu else {}, "parts": found})
-    return 0
+    return {"parts": found}
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parse_args(words)
+    needs_gpu = any(part in NEED_GPU for part in args.parts)
+    return run_script("bench_pool", args, functools.partial(measure, args), width=130, needs_gpu=needs_gpu)
 
 
 if __name__ == "__main__":

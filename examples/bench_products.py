@@ -12,17 +12,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gpu.measure.environment import lacks_gpu
+from bench.script import run_script
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HIDDEN, QKV, MLP, LAYERS = 4096, 6144, 14336, 8
 SINGLES = ("normed", "out", "gated", "down")
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", default="1,8,32,64,128")
     parser.add_argument("--tiles", default="128")
@@ -31,10 +37,12 @@ def main() -> int:
     parser.add_argument("--ahead", default="8", help="units that are brought to L2 beyond the ring")
     parser.add_argument("--let", default="8", help="units from the end at which the next kernel may start")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
-    parser.add_argument("--single", action="store_true")
-    args = parser.parse_args()
-    if lacks_gpu("bench_products"):
-        return 1
+    parser.add_argument("--single", action="store_true", help="each product alone too")
+    parser.add_argument("--json", type=Path, help="write everything measured here")
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     kind = getattr(torch, args.dtype)
@@ -44,6 +52,7 @@ def main() -> int:
     given = {"tiles": args.tiles, "shared": args.shared, "groups": args.groups, "ahead": args.ahead,
              "let": args.let}
     numbers = {name: list(map(int, text.split(","))) for name, text in given.items()}
+    results = []
     for columns in map(int, args.columns.split(",")):
         for name, make in ways(columns, **numbers):
             products = make()
@@ -51,8 +60,9 @@ def main() -> int:
             for what, which in parts:
                 us = layer_us(products, layers, columns, which)
                 gb = sum(layers[0][one].numel() * 2 for one in which) / 1e9
-                print(f"{columns:4} {name + what:60} {us:8.2f} us {gb / us * 1e3:6.2f} TB/s", flush=True)
-    return 0
+                console.print(f"{columns:4} {name + what:60} {us:8.2f} us {gb / us * 1e3:6.2f} TB/s", markup=False)
+                results.append({"columns": columns, "way": name, "products": which, "us": us})
+    return {"results": results}
 
 
 def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int],
@@ -145,6 +155,11 @@ def layer_us(products, layers, columns: int, which: tuple[str, ...], repeats: in
         end.record()
         torch.cuda.synchronize()
     return begin.elapsed_time(end) * 1e3 / repeats / len(layers)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_script("bench_products", args, functools.partial(measure, args), width=100)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import pathlib
 import sys
 
-from bench.script import chosen, print_notes, run_script
+from bench.script import chosen, in_pool, print_notes, run_script
+
+from gpu.measure.memory import NoRoom
 
 POOL_GIB = 18.0
 SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit", "policy",
@@ -74,9 +75,7 @@ def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
     for rows, length in () if args.grid else chosen("bench_selection", args.cells, CELLS):
         try:
             results.append(bench.measure(rows, length, flashinfer=not args.no_flashinfer))
-        except ValueError as error:  # a pool that is too small for the cell
-            if not str(error).startswith("pool-gib"):
-                raise
+        except NoRoom as error:  # a pool that is too small for the cell
             left_out.append(f"{rows} x {length}: {error}")
     for table in tables(results):
         table.print(console)
@@ -88,7 +87,7 @@ def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("bench_selection", args, functools.partial(measure, args), pool_gib=POOL_GIB, width=200)
+    return run_script("bench_selection", args, in_pool(args, measure, pool_gib=POOL_GIB), width=200)
 
 
 if __name__ == "__main__":

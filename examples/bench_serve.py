@@ -18,22 +18,25 @@ random, of the model's shape.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bench.script import run_script
 from serve_bench import predictions, roofline, runs, soak
 
-from gpu.measure import memory
-from gpu.measure.environment import environment, lacks_gpu, write_json
-from pkvsim.reports.grid import print_line, table_console
+from pkvsim.reports.grid import PIPE_COLUMNS, print_line, table_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CELLS = "1x1024,8x1024,32x1024,128x1024,1x32768,8x32768"
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b", help="a preset of pkvsim, or a config.json")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
@@ -56,17 +59,10 @@ def main() -> int:
     parser.add_argument("--transformers", action="store_true", help="decode steps of Transformers on the cells")
     parser.add_argument("--device", help="of the prediction, as `pkvsim devices` lists it; by default this GPU")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if lacks_gpu("bench_serve"):
-        return 1
-    found = soak_model(args) if args.soak else measure(args)
-    if args.json:
-        write_json(args.json, {"environment": environment(), **found})
-    print(memory.peak_line())
-    return int(found.get("sound", True) is False)
+    return parser.parse_args(argv)
 
 
-def soak_model(args: argparse.Namespace) -> dict[str, Any]:
+def soak_model(args: argparse.Namespace, _: Console) -> dict[str, Any]:
     """A long life of the model with too few pages; its weights are its own where there are any."""
     from gpu.serve.llm import LLM, ServeOptions
 
@@ -79,7 +75,7 @@ def soak_model(args: argparse.Namespace) -> dict[str, Any]:
     return asdict(result) | {"sound": result.sound}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, _: Console) -> dict[str, Any]:
     """Runs what was asked for, and returns what --json writes."""
     from gpu.serve.llm import LLM, ServeOptions
 
@@ -167,6 +163,12 @@ def measure_runs(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         results.append(runs.run(llm, trace, device))
     runs.show(table_console(), results)
     return [result.to_dict() for result in results]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run_script("bench_serve", args, functools.partial(soak_model if args.soak else measure, args),
+                      width=PIPE_COLUMNS)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
-import time
+from typing import TYPE_CHECKING, Any
 
-from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
+from bench.script import chosen, run_script
+
+from gpu.several.inbox import OWNERS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Multicast is of no use here, and torch would set it up.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -38,17 +44,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--owners", default="head,all", help="who owns the outputs: head, row, all")
     parser.add_argument("--repeats", type=int, default=7, help="graph replays per timing")
     parser.add_argument("--json", type=pathlib.Path, help="write everything measured here")
-    return parser.parse_args(argv)
-
-
-def chosen(text: str, cells: tuple, long: object) -> list:
-    if text == "all":
-        return list(cells)
-    try:
-        return [long if number == "long" else cells[int(number)] for number in text.split(",")]
-    except (ValueError, IndexError):
-        raise SystemExit(f"bench_several: --cells: expected numbers from 0 to {len(cells) - 1}, long or all, got "
-                         f"{text!r}") from None
+    args = parser.parse_args(argv)
+    args.owners = tuple(args.owners.split(","))
+    if not set(args.owners) <= set(OWNERS):
+        parser.error(f"--owners: expected some of {', '.join(OWNERS)}, got {','.join(args.owners)!r}")
+    return args
 
 
 def make_groups(args: argparse.Namespace) -> tuple[object, object | None]:
@@ -82,45 +82,25 @@ def table(results: list, ranks: int):
     return Table(f"Decode over {ranks} ranks, us", ("cell", *ways, "over one", "merge adds"), tuple(rows))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    if lacks_gpu("bench_several"):
-        return 1
-    from rich.console import Console
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from several_bench.cells import CELLS, LONG, ONE_GPU
     from several_bench.measure import SeveralBench
 
-    from gpu.several.inbox import OWNERS
-
-    owners = tuple(args.owners.split(","))
-    if not set(owners) <= set(OWNERS):
-        print(f"bench_several: --owners: expected some of {', '.join(OWNERS)}, got {args.owners!r}", file=sys.stderr)
-        return 2
     group, collectives = make_groups(args)
     shared = group.sharers(group.ranks[0]) > 1
-    first = group.ranks[0] == 0
-    console = Console(width=None if sys.stdout.isatty() else 170, quiet=not first)
-    about = environment()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    start = time.perf_counter()
     bench = SeveralBench(group, collectives, repeats=args.repeats, num_ctas=part_of_sms(group) if shared else None)
     results = []
-    for cell in chosen(args.cells, ONE_GPU if shared else CELLS, LONG):
-        results.append(bench.measure(cell, owners))
+    for cell in chosen("bench_several", args.cells, ONE_GPU if shared else CELLS, long=LONG):
+        results.append(bench.measure(cell, args.owners))
         console.print(f"{cell.name}: {results[-1].ways}", markup=False)
     table(results, group.num_ranks).print(console)
-    console.print(f"{group.num_ranks} ranks, {type(group).__name__}"
-                  f"{', which share one GPU' if shared else ''}, {time.perf_counter() - start:.0f} s")
-    if args.json is not None and first:
-        write_json(args.json, {"environment": about, "options": options_of(args), "ranks": group.num_ranks,
-                               "group": type(group).__name__, "share_one_gpu": shared,
-                               "results": [dataclasses.asdict(result) for result in results]})
-        console.print(f"wrote {args.json}")
+    console.print(f"{group.num_ranks} ranks, {type(group).__name__}{', which share one GPU' if shared else ''}")
     if collectives is not None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
-    return 0
+    return {"ranks": group.num_ranks, "group": type(group).__name__, "share_one_gpu": shared,
+            "results": [dataclasses.asdict(result) for result in results]}
 
 
 def part_of_sms(group) -> int:
@@ -128,6 +108,12 @@ def part_of_sms(group) -> int:
     from gpu.kernels.this_gpu import this_gpu
 
     return this_gpu().num_sms // group.num_ranks
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    return run_script("bench_several", args, functools.partial(measure, args), width=170, leads=leads)
 
 
 if __name__ == "__main__":

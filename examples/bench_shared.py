@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
 
-from bench.script import chosen, print_notes, run_script
+from bench.script import chosen, in_pool, print_notes, run_script
 
 ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
@@ -150,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.fit is not None:
         return fit(args.fit, args.device)
-    return run_script("bench_shared", args, functools.partial(measure, args), pool_gib=POOL_GIB, width=150)
+    return run_script("bench_shared", args, in_pool(args, measure, pool_gib=POOL_GIB), width=150)
 
 
 if __name__ == "__main__":

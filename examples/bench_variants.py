@@ -20,11 +20,15 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bench.variant_cells import VARIANTS, Result, cells, error_ratios, jobs, table, window_cost
+from bench.script import in_pool, run_script
+from bench.variant_cells import VARIANTS, cells, error_ratios, jobs, table, window_cost
 
-from gpu.measure import memory
-from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
+from gpu.measure.memory import NoRoom
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 POOL_GIB = 24.0
 BY_NAME = {variant.name: variant for variant in VARIANTS}
@@ -76,70 +80,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> tuple[list[Result], memory.Budget]:
-    """The results, and what they were measured in. Raises ValueError where --pool-gib is more than there is."""
+def beside(args: argparse.Namespace) -> float:
+    """What is allocated in proportion to the pool, the pool included: codes take half as much again."""
+    return 1.5 if any(BY_NAME[name].options.kv_dtype for name in args.variants) else 1.0
+
+
+def measure(args: argparse.Namespace, pool_gib: float, console: Console) -> dict[str, Any]:
     import torch
     from bench.variant_measure import VariantBench
 
     from gpu.measure.pools import BenchPool
     from gpu.measure.progress import note, tracked
 
-    todo = jobs(tuple(BY_NAME[name] for name in args.variants), args.cells)
-    beside = 1.5 if any(variant.options.kv_dtype for variant, _ in todo) else 1.0  # codes take half as much again
-    granted = memory.budget(POOL_GIB, args.pool_gib, beside=beside)
-    pool = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, args.dtype), seed=20260623)
+    pool = BenchPool(pool_gib=pool_gib, dtype=getattr(torch, args.dtype), seed=20260623)
     bench = VariantBench(pool=pool, dtype=args.dtype, page_size=args.page_size, repeats=args.repeats,
                          flashinfer=args.flashinfer, kernel=args.variant)
+    todo = jobs(tuple(BY_NAME[name] for name in args.variants), args.cells)
     results = []
     for variant, cell in tracked(todo, "measuring", lambda job: f"{job[0].name}, {job[1].batch_size} x {job[1].case}"):
         try:
             results += bench.measure(variant, cell)
-        except ValueError as error:
-            if not str(error).startswith("pool-gib"):
-                raise
+        except NoRoom as error:
             note(f"{variant.name}, {cell.batch_size} x {cell.case}: left out, {error}")
-    return results, granted
+    table(results, args.dtype).print(console)
+    rms_ratios = error_ratios(results, "rms_error")
+    return {
+        "window_over_short_rows": window_cost(results),
+        "error_over_flashinfer": [
+            {"variant": variant, "case": case, "batch_size": batch_size, "ratio": ratio,
+             "rms_ratio": rms_ratios.get((variant, case, batch_size))}
+            for (variant, case, batch_size), ratio in error_ratios(results).items()
+        ],
+        "results": [dataclasses.asdict(result) for result in results],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if lacks_gpu("bench_variants"):
-        return 1
-    from rich.console import Console
-
-    about = environment()
-    try:
-        results, granted = run(args)
-    except ValueError as error:
-        if not str(error).startswith("pool-gib"):
-            raise
-        print(f"bench_variants: error: {error}", file=sys.stderr)
-        return 2
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    table(results, args.dtype).print(console)
-    console.print(str(granted))
-    if args.json is not None:
-        rms_ratios = error_ratios(results, "rms_error")
-        write_json(
-            args.json,
-            {
-                "environment": about,
-                "options": options_of(args),
-                "pool": dataclasses.asdict(granted),
-                "peak_gpu_bytes": memory.peak_bytes(),
-                "window_over_short_rows": window_cost(results),
-                "error_over_flashinfer": [
-                    {"variant": variant, "case": case, "batch_size": batch_size, "ratio": ratio,
-                     "rms_ratio": rms_ratios.get((variant, case, batch_size))}
-                    for (variant, case, batch_size), ratio in error_ratios(results).items()
-                ],
-                "results": [dataclasses.asdict(result) for result in results],
-            },
-        )
-        console.print(f"wrote {args.json}")
-    console.print(memory.peak_line())
-    return 0
+    measured = in_pool(args, measure, pool_gib=POOL_GIB, beside=beside(args))
+    return run_script("bench_variants", args, measured, width=180)
 
 
 if __name__ == "__main__":

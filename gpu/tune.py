@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from gpu.kernels.variant import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
+from gpu.measure.memory import NoRoom
 from pkvsim import DecodeShape
 
 if TYPE_CHECKING:
@@ -99,14 +100,14 @@ def fitting_cells(shape: DecodeShape, pool: BenchPool) -> tuple[tuple[int, int],
     for rows, longest in CELLS:
         try:
             laid_out(shape, pool, rows, longest)
-        except ValueError:
+        except NoRoom:
             continue
         found.append((rows, longest))
     return tuple(found)
 
 
 def laid_out(shape: DecodeShape, pool: BenchPool, rows: int, longest: int) -> StepCase:
-    """A cell in the pool; ValueError naming pool-gib where it has no room for it."""
+    """A cell in the pool; NoRoom where it has no room for it."""
     import numpy as np
 
     from gpu.measure.cases import lay_out
@@ -169,7 +170,7 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
             pool, pool_dtype = BenchPool(pool_gib=granted.granted_gib, dtype=getattr(torch, dtype), seed=1), dtype
         found, cells[shape] = [], fitting_cells(shape, pool)
         if not cells[shape]:
-            raise ValueError(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
+            raise NoRoom(f"pool-gib: expected more than {granted.granted_gib:.3g}, which no step of {shape} fits")
         cases = [laid_out(shape, pool, *cell) for cell in cells[shape]]
         expected: list[torch.Tensor] = []
         for config in configs:

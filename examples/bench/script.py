@@ -1,4 +1,4 @@
-"""What the benchmark scripts that measure in a pool do alike: what they were run on, the pool, and the end."""
+"""What the benchmark scripts do alike: what they were run on, the pool of those that measure in one, and the end."""
 from __future__ import annotations
 
 import argparse
@@ -8,54 +8,77 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from gpu.measure.environment import environment, lacks_gpu, write_json
+from gpu.measure import memory
+from gpu.measure.environment import environment, lacks_gpu, missing, options_of, write_json
 
 Cell = TypeVar("Cell")
 
 
 def run_script(
-    program: str, args: argparse.Namespace, measure: Callable[[float, Any], dict[str, Any]], *, pool_gib: float,
-    width: int,
+    program: str, args: argparse.Namespace, measure: Callable[[Any], dict[str, Any]], *, width: int,
+    needs_gpu: bool = True, leads: bool = True,
 ) -> int:  # fmt: skip
-    """A script's exit code: 1 without a GPU, 2 where --pool-gib is more than the GPU has free, else 0.
+    """A script's exit code: 1 without a GPU or where what was found has a false "sound", 2 where a pool of that size
+    has no room, else 0.
 
-    args: has pool_gib and json. measure(pool_gib, console): prints what it found, and returns it as entries of the JSON
-    document. pool_gib: what the pool takes by default, or what fits of it. width: of the output that is no terminal's.
+    args: has json, a path or None. measure(console): prints what it found, and returns it as entries of the JSON
+    document. width: of the output that is no terminal's. needs_gpu: else the script goes on without one. leads: False
+    in those processes of several whose output nobody waits for.
     """
-    if lacks_gpu(program):
+    if needs_gpu and lacks_gpu(program):
         return 1
     from rich.console import Console
 
-    from gpu.measure import memory
-
-    console = Console(width=None if sys.stdout.isatty() else width)
-    about = environment()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    console = Console(width=None if sys.stdout.isatty() else width, quiet=not leads)
+    on_gpu = needs_gpu or missing() is None
+    about = environment() if on_gpu and leads else {}
+    if about:
+        console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     start = time.perf_counter()
     try:
-        granted = memory.budget(pool_gib, args.pool_gib)
-    except ValueError as error:
+        found = measure(console)
+    except memory.NoRoom as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
-    found = measure(granted.granted_gib, console)
-    console.print(f"{granted}, {time.perf_counter() - start:.0f} s")
-    if args.json is not None:
-        options = {key: str(value) for key, value in vars(args).items()}
-        write_json(args.json, {"environment": about, "options": options, "pool": dataclasses.asdict(granted),
-                               "peak_gpu_bytes": memory.peak_bytes(), **found})  # fmt: skip
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    if args.json is not None and leads:
+        peak = {"peak_gpu_bytes": memory.peak_bytes()} if on_gpu else {}
+        write_json(args.json, {"environment": about, "options": options_of(args), **peak, **found})
         console.print(f"wrote {args.json}")
-    console.print(memory.peak_line())
-    return 0
+    if on_gpu:
+        console.print(memory.peak_line())
+    return int(found.get("sound", True) is False)
 
 
-def chosen(program: str, text: str, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of those numbers, from 0, or all. Ends the program with a line where a number is none of them."""
+def in_pool(
+    args: argparse.Namespace, measure: Callable[[argparse.Namespace, float, Any], dict[str, Any]], *, pool_gib: float,
+    beside: float = 1.0,
+) -> Callable[[Any], dict[str, Any]]:  # fmt: skip
+    """What run_script calls for measure(args, pool_gib, console), which is told how much its pool may take.
+
+    args: has pool_gib, which is what was asked for, or None. pool_gib: what the pool takes by default, or what fits of
+    it. beside: what is allocated in proportion to the pool, the pool included.
+    """
+
+    def measured(console: Any) -> dict[str, Any]:
+        granted = memory.budget(pool_gib, args.pool_gib, beside=beside)
+        found = measure(args, granted.granted_gib, console)
+        console.print(str(granted))
+        return {"pool": dataclasses.asdict(granted), **found}
+
+    return measured
+
+
+def chosen(program: str, text: str, cells: Sequence[Cell], **named: Cell) -> list[Cell]:
+    """The cells of those numbers, from 0, or names, or all that have numbers. Ends the program with a line where a word
+    is none of them."""
     if text == "all":
         return list(cells)
     try:
-        return [cells[int(number)] for number in text.split(",")]
+        return [named[word] if word in named else cells[int(word)] for word in text.split(",")]
     except (ValueError, IndexError):
-        raise SystemExit(f"{program}: --cells: expected numbers from 0 to {len(cells) - 1}, got {text!r}") from None
+        words = ", ".join((f"numbers from 0 to {len(cells) - 1}", *named))
+        raise SystemExit(f"{program}: --cells: expected {words} or all, got {text!r}") from None
 
 
 def print_notes(console: Any, what: str, notes: Iterable[str]) -> None:

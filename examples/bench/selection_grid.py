@@ -14,6 +14,7 @@ from bench.selection_measure import MOST_LAYERS, PINS, SHAPE, Result, SelectionB
 
 from gpu import DecodeEngine, PageSelector, PageSummaries
 from gpu.measure.cases import lay_out
+from gpu.measure.memory import NoRoom
 from gpu.measure.timing import graph_time_us, l2_bytes, rotation_length
 from gpu.routes.router import this_device
 from gpu.selection.paged_selection import PagedSelection
@@ -35,9 +36,7 @@ def measure_grid(bench: SelectionBench) -> Iterator[Result | str]:
     for rows, length, fraction in GRID:
         try:
             yield measure_cell(bench, rows, length, fraction)
-        except ValueError as error:  # a pool that is too small for the cell
-            if not str(error).startswith("pool-gib"):
-                raise
+        except NoRoom as error:  # a pool that is too small for the cell
             yield f"{rows} x {length}, {fraction:g}: {error}"
 
 

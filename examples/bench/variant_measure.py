@@ -42,7 +42,7 @@ class VariantBench:
     def measure(self, variant: Variant, cell: Cell) -> list[Result]:
         """Ours first, then FlashInfer's backends that have the variant.
 
-        Raises ValueError starting with "pool-gib" where the pool is too small, SystemExit where our result is wrong.
+        Raises NoRoom where the pool is too small, SystemExit where our result is wrong.
         """
         shape, lens = variant.shape(self.page_size), cell.lengths()
         kv_bytes = variant.kv_bytes(lens, self.page_size)

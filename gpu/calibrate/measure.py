@@ -82,8 +82,7 @@ class Calibrator:
         """Every timing of the cell, each checked against the first route's result beforehand. steps: what steps() gave
         for it, put beside.
 
-        Raises ValueError starting with "pool-gib" when the pool is too small, RuntimeError when one of our own routes
-        gives another result.
+        Raises NoRoom when the pool is too small, RuntimeError when one of our own routes gives another result.
         """
         for case in self._cases(cell):
             kernel = case.step.time(case.attend, repeats=self.repeats)

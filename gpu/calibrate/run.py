@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpu.measure.environment import environment, gpu_slug, lacks_gpu, write_json
+from gpu.measure.memory import NoRoom
 from gpu.measure.progress import note, tracked
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ def time_steps(args: argparse.Namespace, calibrator: Calibrator, started: float)
             break
         try:
             found.append(calibrator.steps(cell))
-        except ValueError as error:
-            if not str(error).startswith("pool-gib"):
-                raise
+        except NoRoom:
             found.append({})  # measure_cells names it
     return found
 
@@ -91,9 +90,7 @@ def measure_cells(
             break
         try:
             measurements += calibrator.measure(cell, steps[done] if done < len(steps) else None)
-        except ValueError as error:
-            if not str(error).startswith("pool-gib"):
-                raise
+        except NoRoom as error:
             note(f"left out {cell_name(cell)}: {error}")
             continue
         partial = csv_path.with_name(csv_path.name + ".part")
@@ -169,9 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         calibrate(args)
-    except ValueError as error:
-        if not str(error).startswith("pool-gib"):
-            raise
+    except NoRoom as error:
         print(f"gpu.calibrate: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -62,7 +62,7 @@ class StepCase:
 def lay_out(pool: BenchPool, shape: DecodeShape, seq_lens: np.ndarray, *, seed: int, min_layers: int = 2) -> StepCase:
     """seq_lens [batch_size] int32. seed: of the pages' places and of the queries.
 
-    Raises ValueError starting with "pool-gib" when the pool is too small.
+    Raises NoRoom when the pool is too small.
     """
     import torch
 

@@ -38,8 +38,9 @@ def lacks_gpu(program: str) -> bool:
 
 
 def options_of(args: argparse.Namespace) -> dict[str, object]:
-    """A script's options as JSON takes them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    """A script's options as JSON takes them: what it has no form for is text."""
+    plain = (str, int, float, list, tuple, type(None))
+    return {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
 
 
 def environment() -> dict[str, str]:

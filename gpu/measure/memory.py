@@ -8,6 +8,10 @@ GIB = 2**30
 POOL_SHARE = 2 / 3
 
 
+class NoRoom(ValueError):
+    """A pool of pages is larger than memory, or too small for what it was to hold; the message begins with pool-gib."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How much of what a script would like to have it gets, in GiB."""
@@ -39,14 +43,14 @@ def budget(default_gib: float, asked_gib: float | None = None, *, beside: float 
     """What a pool may take: `default_gib`, or what fits of it, or exactly what was asked for.
 
     beside: what the script allocates in proportion to its pool, the pool included.
-    Raises ValueError naming pool-gib where more is asked for than is free.
+    Raises NoRoom where more is asked for than is free.
     """
     free = free_bytes() / GIB
     if asked_gib is None:
         return Budget(default_gib, min(default_gib, free * POOL_SHARE / beside), free)
     if asked_gib * beside > free:
-        raise ValueError(f"pool-gib: expected at most {free / beside:.3g}, of which GPU memory has room, "
-                         f"got {asked_gib:g}")
+        raise NoRoom(f"pool-gib: expected at most {free / beside:.3g}, of which GPU memory has room, "
+                     f"got {asked_gib:g}")
     return Budget(asked_gib, asked_gib, free)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpu.measure.memory import NoRoom
 from gpu.measure.timing import rotation_length
 from pkvsim import DecodeShape
 
@@ -69,7 +70,7 @@ class BenchPool:
             layers = cold
         span = num_pages // 2 if layers > 1 else num_pages
         if needed > span // layers:
-            raise ValueError(f"pool-gib: expected room for {layers} x {needed} pages, got {num_pages} pages in all")
+            raise NoRoom(f"pool-gib: expected room for {layers} x {needed} pages, got {num_pages} pages in all")
         ids = rng.permutation(span // layers)[:needed].astype(np.int32) * layers
         block_table = np.zeros((len(seq_lens), max(1, int(pages_per_row.max()))), dtype=np.int32)
         block_table[np.arange(block_table.shape[1])[None, :] < pages_per_row[:, None]] = ids

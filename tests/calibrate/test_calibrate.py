@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpu.calibrate.run import measure_cells, parse_args, time_steps
+from gpu.measure.memory import NoRoom
 from pkvsim.fitting.measured_tables import read_measurements
 from pkvsim.fitting.measurements import Measurement
 
@@ -30,7 +31,7 @@ class FakeCalibrator:
 
     def _check(self, cell) -> None:
         if cell.kv_bytes > 1 << 30:
-            raise ValueError("pool-gib: expected more")
+            raise NoRoom("pool-gib: expected more")
 
 
 def run(tmp_path: Path, *options: str, started: float = float("inf")):

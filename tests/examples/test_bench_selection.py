@@ -11,6 +11,7 @@ from fake_gpu import fake_gpu
 
 torch = pytest.importorskip("torch")
 from gpu.measure.cases import StepCase  # noqa: E402
+from gpu.measure.memory import NoRoom  # noqa: E402
 from pkvsim import PageList, reference  # noqa: E402
 from pkvsim.selection.by_name import select_pages  # noqa: E402
 from pkvsim.selection.rules import Budget, Pins  # noqa: E402
@@ -125,7 +126,7 @@ def test_a_cell_of_the_grid_has_every_time_that_a_fit_asks_for(monkeypatch) -> N
 
         def lay_out(pool, shape, lens, **more):
             if len(seen) == 1:
-                raise ValueError("pool-gib: expected more")
+                raise NoRoom("pool-gib: expected more")
             seen.append(lens)
             table = np.arange(42, dtype=np.int32)[None]
             k, v = (torch.zeros(42, 8, 16, 128).half() for _ in range(2))

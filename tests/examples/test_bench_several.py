@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import several
 import without_gpu
-from several_bench.cells import CELLS, LONG, ONE_GPU, SeveralCell, local_tables, whole_table
+from several_bench.cells import CELLS, SeveralCell, local_tables, whole_table
 
 
 @pytest.mark.parametrize("script", ["examples.bench_several", "examples.several"])
@@ -31,9 +31,9 @@ def test_every_page_of_a_row_is_some_ranks(ranks) -> None:
     assert skewed.pages_of_rank == (7, 3) and CELLS[6].kv_bytes() == 131072 * 4096
 
 
-def test_cells_are_chosen_by_number(capsys) -> None:
-    assert bench_several.chosen("all", ONE_GPU, LONG) == list(ONE_GPU)
-    assert bench_several.chosen("1,long", CELLS, LONG) == [CELLS[1], LONG]
-    with pytest.raises(SystemExit, match="--cells: expected numbers from 0 to 1, long or all"):
-        bench_several.chosen("9", ONE_GPU, LONG)
+def test_options(capsys) -> None:
+    assert bench_several.parse_args(["--owners", "row,all"]).owners == ("row", "all")
+    with pytest.raises(SystemExit):
+        bench_several.parse_args(["--owners", "row,nobody"])
+    assert "--owners: expected some of all, row, head, got 'row,nobody'" in capsys.readouterr().err
     assert several.parse_args(["--tokens", "5"]).tokens == 5
