@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.script import one_line_errors
 from bench.vllm_cases import GROUPS, LLAMA_8B, SMALL, Job, environment, write_model, write_plugin
 from bench.vllm_report import compare, times_table
 
@@ -31,6 +32,7 @@ EIGHT_BIT = ("fp8", "int8_per_token_head")
 TIE = 0.05  # of log-probability: what backends that round differently may swap
 
 
+@one_line_errors("bench_vllm")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of vLLM's names, and CUSTOM; one after another")

@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from bench.script import one_line_errors
 from bench.tables import Table
 from rich.console import Console
 
@@ -183,6 +184,7 @@ def soak(args: argparse.Namespace) -> tuple[list[Mark], int]:
     return marks, run.rows
 
 
+@one_line_errors("soak")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("soak"):

@@ -60,6 +60,11 @@ def variant(*, rows: int, depth: int, columns: int, normed: bool, end: int, bflo
     return None
 
 
+def has_groups(capability: int) -> bool:
+    """Whether GPUs of that compute capability (major * 10 + minor) multiply by warpgroups."""
+    return 90 <= capability < 100
+
+
 @dataclass(frozen=True, slots=True)
 class WideVariant:
     """What wide_product.cu is compiled for."""
@@ -77,6 +82,20 @@ class WideVariant:
     def shared_bytes(self) -> int:
         """sizeof(WideMemory)."""
         return self.stages * (self.tile_rows + self.columns) * ROW_BYTES
+
+    def unfit(self, capability: int, shared_limit: int) -> str | None:
+        """Why a GPU does not run it, None where it does. shared_limit: bytes of shared memory that a CTA may have."""
+        if self.groups and not has_groups(capability):
+            return f"compute capability {capability / 10:.1f} has no products of warpgroups"
+        if self.groups and self.columns < GROUP_COLUMNS:
+            return f"products of warpgroups are for {GROUP_COLUMNS} columns or more"
+        if self.stages < LEAST_STAGES:
+            return f"its shared memory has room for {self.stages} stages, which must be {LEAST_STAGES} or more"
+        if self.shared_bytes() < self.part_bytes():
+            return f"a part of {self.part_bytes()} bytes does not fit its ring of {self.shared_bytes()}"
+        if self.shared_bytes() > shared_limit:
+            return f"it takes {self.shared_bytes()} bytes of shared memory, and a CTA has at most {shared_limit} here"
+        return None
 
     def grid(self, rows: int, num_sms: int) -> int:
         """CTAs of a matrix of so many rows."""
@@ -100,7 +119,7 @@ def wide_variant(*, rows: int, depth: int, columns: int, end: int, bfloat16: boo
     if not 0 < columns <= WIDE_COLUMNS[-1] or depth % CHUNK or (end == GATE and rows % 2):
         return None
     columns = next(wide for wide in WIDE_COLUMNS if wide >= columns)
-    groups = columns >= GROUP_COLUMNS and 90 <= capability < 100
+    groups = columns >= GROUP_COLUMNS and has_groups(capability)
     if columns > 64 and not groups:
         return None  # mma.sync would be slower than the stream
     tile_rows = 128 if columns <= 64 else 256
