@@ -32,7 +32,7 @@ def test_a_model_that_does_not_fit_is_named_before_it_is_made() -> None:
 
 @pytest.mark.parametrize(("gib", "chosen", "said"), [
     (140.0, "llama-3.1-8b", ""), (11.5, "llama-3.2-1b", "llama-3.2-1b in place of llama-3.1-8b"),
-    (18.7, "qwen2.5-7b", "qwen2.5-7b in place of llama-3.1-8b"), (3.0, None, "1 GiB"),
+    (18.7, "qwen2.5-7b", "qwen2.5-7b in place of llama-3.1-8b"), (3.0, None, ""),
 ])  # fmt: skip
 def test_the_largest_preset_that_fits_is_taken_and_told(gib, chosen, said, monkeypatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda: int(gib * GIB))
@@ -50,8 +50,11 @@ def test_the_largest_preset_that_fits_is_taken_and_told(gib, chosen, said, monke
     assert asked.model == "llama-3.1-8b"
 
 
-def test_a_preset_of_another_kind_is_never_chosen() -> None:
-    assert presets.largest_preset("llama-3.1-8b", room=10, weights_bytes=lambda config: 11 if "8b" in config.name else 7)
+def test_the_largest_of_several_that_fit_is_taken() -> None:
+    sizes = {"llama-3.1-8b": 15, "llama-3.1-70b-tp4": 131, "qwen2.5-7b": 14, "llama-3.2-1b": 2}
+    for room, chosen in ((200, "llama-3.1-8b"), (14, "qwen2.5-7b"), (13, "llama-3.2-1b")):
+        assert presets.largest_preset("llama-3.1-8b", room=room,
+                                      weights_bytes=lambda config: sizes[config.name]) == chosen
 
 
 @pytest.mark.parametrize(("rows", "context", "lacks"), [(1, 1024, False), (8, 32768, True), (1, 32768, True)])
