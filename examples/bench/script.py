@@ -18,10 +18,11 @@ Cell = TypeVar("Cell")
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Makes a ValueError of the block, or a lack of memory, one line on stderr and exit code 2. Decorates mains too."""
+    """Makes a ValueError of the block, a file that cannot be read or written, or a lack of memory one line on stderr and
+    exit code 2. Decorates mains too."""
     try:
         yield
-    except (ValueError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # PyTorch's
             raise
         print(f"{program}: error: {reason_of(error)}", file=sys.stderr)

@@ -66,6 +66,7 @@ class OutOfMemoryError(RuntimeError):
     (OutOfMemoryError("CUDA out of memory. Tried to allocate 246.00 MiB. GPU 0 has a total capacity of 139.80 GiB. See."),
      "CUDA out of memory. Tried to allocate 246.00 MiB"),
     (MemoryError(), "not enough memory"),
+    (FileNotFoundError(2, "No such file or directory", "/x.gguf"), "[Errno 2] No such file or directory: '/x.gguf'"),
 ])
 def test_what_cannot_be_is_one_line(error, said, capsys) -> None:
     @script.one_line_errors("any")
