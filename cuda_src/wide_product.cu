@@ -6,12 +6,17 @@
 //   out[c][r] = silu(that of row r) * that of row r + rows / 2, r < rows / 2      PRODUCT_END 2
 // Sums are FP32 and rounded once, as what is written.
 //
-// Grid: at most as many CTAs as are on the GPU at once; block: [256]. A unit of work is a tile of PRODUCT_ROWS rows by
-// CHUNK elements of their depth. Units are laid end to end, tile by tile, and cut into ranges of equal length, one a
-// CTA ("Stream-K", Osama, Merrill, Cecka, Garland, Owens, PPoPP 2023). The CTA that has a tile's first unit adds the
-// other CTAs' parts in their order and writes the tile. Only the first tile of a range can have begun elsewhere, and
-// only its last can end elsewhere, so that a part has long been sent when a range's last tile asks for it, but where
-// tiles are fewer than ranges. Ranges are dealt from the last: CTAs wait for such as were started before them.
+// Products are by warps (PRODUCT_GROUPS 0), or by warpgroups, which read x from shared memory, and weights from there
+// (1) or from registers (2). What was copied for them must be published by the thread that copied it, and the fence for
+// that may hold up the thread until all its copies have come. So with 2 a warp of its own copies x, and publishes it.
+//
+// Grid: at most as many CTAs as are on the GPU at once; block: [256], of PRODUCT_GROUPS 2 [288]. A unit of work is a
+// tile of PRODUCT_ROWS rows by CHUNK elements of their depth. Units are laid end to end, tile by tile, and cut into
+// ranges of equal length, one a CTA ("Stream-K", Osama, Merrill, Cecka, Garland, Owens, PPoPP 2023). The CTA that has
+// a tile's first unit adds the other CTAs' parts in their order and writes the tile. Only the first tile of a range can
+// have begun elsewhere, and only its last can end elsewhere, so that a part has long been sent when a range's last tile
+// asks for it, but where tiles are fewer than ranges. Ranges are dealt from the last: CTAs wait for such as were started
+// before them.
 //
 // A ring of stages (weights and the same elements of x) is filled by asynchronous copies, over the ends of tiles; of the
 // first stages the weights are under way before the previous kernel has ended, as they do not depend on it, and those of
@@ -34,7 +39,10 @@
 
 namespace pkv {
 
-constexpr int PRODUCT_WARPS = 8, THREADS = PRODUCT_WARPS * 32;
+constexpr int PRODUCT_WARPS = 8, THREADS = PRODUCT_WARPS * 32;  // that multiply
+constexpr bool WARP_OF_X = PRODUCT_GROUPS == 2;
+constexpr int CTA_SIZE = THREADS + (WARP_OF_X ? 32 : 0), X_THREADS = WARP_OF_X ? 32 : THREADS;
+constexpr unsigned UNITS_A_FENCE = PRODUCT_STAGES > 2 ? 2 : 1;  // of the warp of x, which waits for all copies with each
 constexpr int CHUNK = 64;                          // elements of a row in a stage
 constexpr int CHUNKS = DEPTH / CHUNK;
 constexpr int ROW_TILES = PRODUCT_ROWS / 128;      // of 16 rows, of each warp
@@ -94,11 +102,12 @@ __device__ __forceinline__ void load_weights(const WideArguments& given, WideSta
   }
 }
 __device__ __forceinline__ void load_x(const WideArguments& given, WideStage& stage, int chunk) {
-  const int first = threadIdx.x / 8, piece = threadIdx.x % 8;
+  constexpr int AT_ONCE = X_THREADS / 8;
+  const int first = threadIdx.x % X_THREADS / 8, piece = threadIdx.x % 8;
   #pragma unroll
-  for (int i = 0; i < (COLUMNS + 31) / 32; ++i) {
-    const int column = first + i * 32;
-    if (COLUMNS % 32 && column >= COLUMNS) break;
+  for (int i = 0; i < (COLUMNS + AT_ONCE - 1) / AT_ONCE; ++i) {
+    const int column = first + i * AT_ONCE;
+    if (COLUMNS % AT_ONCE && column >= COLUMNS) break;
     const bool there = column < given.columns;
     const half_type* from = given.x + static_cast<long long>(column) * given.x_stride + chunk * CHUNK + piece * 8;
     copy_async(shared_address(stage.x[column] + (piece ^ column % 8) * 16), there ? from : given.x, there ? 16 : 0);
@@ -118,32 +127,54 @@ __device__ __forceinline__ void look_ahead(const WideArguments& given, unsigned 
   }
 }
 
-// Adds a unit's products: sums[m][4 j + i] is element i of the 16 x 8 that warp w has of rows 128 m + 16 w, columns 8 j.
-__device__ __forceinline__ void multiply(float (&sums)[ROW_TILES][COLUMN_TILES * 4], const WideStage& stage) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, in_eight = lane % 8;
-  const unsigned weights = shared_address(stage.weights[warp * 16 + lane % 16]), x = shared_address(stage.x[in_eight]);
-  unsigned a[ROW_TILES][4][4];
-  const auto load = [&](int m, int step) {
-    load_matrix(a[m][step], weights + m * 128 * 128 + ((step * 2 + lane / 16) ^ in_eight) * 16);
-  };
+// Between the two that follow, a unit's products are added; its stage and the sums are left alone. sums[m][4 j + i]
+// is element i of the 16 x 8 that warp w has of rows 128 m + 16 w, columns 8 j.
 #if PRODUCT_GROUPS
-  const unsigned long long columns = shared_operand(shared_address(stage.x[0]), 16);
+__device__ __forceinline__ void begin_unit(float (&sums)[ROW_TILES][COLUMN_TILES * 4], const WideStage& stage) {
+  const unsigned long long x = shared_operand(shared_address(stage.x[0]), 16);
+#if PRODUCT_GROUPS == 2
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned weights = shared_address(stage.weights[warp * 16 + lane % 16]);
+  unsigned a[ROW_TILES][4][4];
   #pragma unroll
   for (int m = 0; m < ROW_TILES; ++m) {
     #pragma unroll
-    for (int step = 0; step < 4; ++step) load(m, step);
-    hold(sums[m]);
+    for (int step = 0; step < 4; ++step)
+      load_matrix(a[m][step], weights + m * 128 * 128 + ((step * 2 + lane / 16) ^ lane % 8) * 16);
   }
+#else
+  const unsigned long long weights = shared_operand(shared_address(stage.weights[threadIdx.x / 128 * 64]), 16);
+#endif
+  #pragma unroll
+  for (int m = 0; m < ROW_TILES; ++m) hold(sums[m]);
   begin_products();
   #pragma unroll
-  for (int m = 0; m < ROW_TILES; ++m) {
+  for (int step = 0; step < 4; ++step) {
     #pragma unroll
-    for (int step = 0; step < 4; ++step) multiply_group<false>(sums[m], a[m][step], further(columns, step * 32), true);
+    for (int m = 0; m < ROW_TILES; ++m) {
+#if PRODUCT_GROUPS == 2
+      multiply_group<false>(sums[m], a[m][step], further(x, step * 32), true);
+#else
+      multiply_shared(sums[m], further(weights, m * 128 * 128 + step * 32), further(x, step * 32), true);
+#endif
+    }
   }
-  end_products(sums[0]);
+  commit_products();
+}
+__device__ __forceinline__ void end_unit(float (&sums)[ROW_TILES][COLUMN_TILES * 4], const WideStage&) {
+  await_products(sums[0]);
   #pragma unroll
   for (int m = 1; m < ROW_TILES; ++m) hold(sums[m]);
+}
 #else
+__device__ __forceinline__ void begin_unit(float (&)[ROW_TILES][COLUMN_TILES * 4], const WideStage&) {}
+__device__ __forceinline__ void end_unit(float (&sums)[ROW_TILES][COLUMN_TILES * 4], const WideStage& stage) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, in_eight = lane % 8;
+  const unsigned weights = shared_address(stage.weights[warp * 16 + lane % 16]), x = shared_address(stage.x[in_eight]);
+  unsigned a[ROW_TILES][2][4];
+  const auto load = [&](int m, int step) {
+    load_matrix(a[m][step % 2], weights + m * 128 * 128 + ((step * 2 + lane / 16) ^ in_eight) * 16);
+  };
   #pragma unroll
   for (int half = 0; half < 2; ++half) {
     #pragma unroll
@@ -155,13 +186,13 @@ __device__ __forceinline__ void multiply(float (&sums)[ROW_TILES][COLUMN_TILES *
       #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m) {
         float(&to)[4] = reinterpret_cast<float(&)[4]>(sums[m][j * 4]);
-        multiply_add(to, a[m][half * 2], b[0], b[1]);
-        multiply_add(to, a[m][half * 2 + 1], b[2], b[3]);
+        multiply_add(to, a[m][0], b[0], b[1]);
+        multiply_add(to, a[m][1], b[2], b[3]);
       }
     }
   }
-#endif
 }
+#endif
 
 __device__ __forceinline__ void send_part(float4* to, const float (&sums)[ROW_TILES][COLUMN_TILES * 4]) {
   #pragma unroll
@@ -177,7 +208,7 @@ __device__ __forceinline__ void add_parts(const WideArguments& given, WideMemory
                                           float (&sums)[ROW_TILES][COLUMN_TILES * 4], unsigned first, unsigned end) {
   float4* room = reinterpret_cast<float4*>(memory.ring) + threadIdx.x;  // a thread reads what it has copied itself
   const float empty = __uint_as_float(EMPTY_WORD);
-  __syncthreads();  // all have multiplied what lay there
+  sync_warps<PRODUCT_WARPS>(1);  // all have multiplied what lay there
   for (; first < end; first += PARTS_AT_ONCE) {
     const int count = min(static_cast<int>(end - first), PARTS_AT_ONCE);
     float4* parts = given.parts + static_cast<long long>(first) * PART_VECTORS + threadIdx.x;
@@ -265,9 +296,62 @@ __device__ __forceinline__ void finish_tile(const WideArguments& given, float (&
   }
 }
 
+// Copies of a CTA's range of units, of weights or of x or both: the first are begun one by one, then one for each unit
+// that has been waited for.
+template <bool WEIGHTS, bool X>
+struct Copies {
+  unsigned next, end;  // units to load
+  int tile, chunk, stage;
+
+  __device__ __forceinline__ void begin(const WideArguments& given, WideStage (&ring)[PRODUCT_STAGES]) {
+    const int first = chunk;
+    const unsigned begun = next;
+    #pragma unroll
+    for (int i = 0; i < PRODUCT_STAGES - 1; ++i) {
+      if (next >= end) break;
+      if (WEIGHTS) load_weights(given, ring[i], tile, chunk);
+      advance();
+    }
+    copy_commit();
+    stage = PRODUCT_STAGES - 1;
+    if (WEIGHTS && KERNELS_OVERLAP && next < end) look_ahead(given, end - next, tile, chunk);
+    wait_for_previous_kernel();
+    #pragma unroll
+    for (int i = 0; i < PRODUCT_STAGES - 1; ++i) {
+      if (X && begun + i < end) load_x(given, ring[i], (first + i) % CHUNKS);
+      copy_commit();  // an empty group too, so that counting them tells what has arrived
+    }
+  }
+  // Waits for the oldest units, whose stages all may read after the barrier that follows.
+  template <unsigned UNITS>
+  __device__ __forceinline__ void wait() const {
+    copy_wait<PRODUCT_STAGES - 1 - static_cast<int>(UNITS)>();
+#if PRODUCT_GROUPS
+    if (X) publish_copies();
+#endif
+  }
+  // Begins the next unit's. All have read its stage.
+  __device__ __forceinline__ void begin_next(const WideArguments& given, WideStage (&ring)[PRODUCT_STAGES]) {
+    if (next < end) {
+      if (WEIGHTS) load_weights(given, ring[stage], tile, chunk);
+      if (X) load_x(given, ring[stage], chunk);
+      advance();
+    }
+    copy_commit();
+    stage = stage + 1 == PRODUCT_STAGES ? 0 : stage + 1;
+  }
+
+ private:
+  __device__ __forceinline__ void advance() { ++next, chunk = chunk + 1 == CHUNKS ? (++tile, 0) : chunk + 1; }
+};
+
+__device__ __forceinline__ void let_next_near_end(unsigned unit, unsigned begin, unsigned end) {
+  if (end - unit == min(end - begin, static_cast<unsigned>(PRODUCT_LET))) let_next_kernel_start();
+}
+
 }  // namespace pkv
 
-extern "C" __global__ void __launch_bounds__(pkv::THREADS, COLUMNS <= 64 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(pkv::CTA_SIZE, COLUMNS <= 64 ? 2 : 1)
 pkv_wide_product(const pkv::WideArguments given) {
   using namespace pkv;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -276,42 +360,31 @@ pkv_wide_product(const pkv::WideArguments given) {
   const unsigned begin = range_begin(range, units), end = range_begin(range + 1, units);
   int tile = begin / CHUNKS, chunk = begin % CHUNKS;
 
-  unsigned next = begin;  // unit to load
-  int next_tile = tile, next_chunk = chunk, next_stage = PRODUCT_STAGES - 1;
-  const auto advance = [&] { ++next, next_chunk = next_chunk + 1 == CHUNKS ? (++next_tile, 0) : next_chunk + 1; };
-  #pragma unroll
-  for (int i = 0; i < PRODUCT_STAGES - 1; ++i) {
-    if (next >= end) break;
-    load_weights(given, shared.ring[i], next_tile, next_chunk);
-    advance();
+#if PRODUCT_GROUPS == 2
+  if (threadIdx.x >= THREADS) {
+    Copies<false, true> copies{begin, end, tile, chunk};
+    copies.begin(given, shared.ring);
+    for (unsigned unit = begin; unit < end; ++unit) {
+      let_next_near_end(unit, begin, end);
+      if ((unit - begin) % UNITS_A_FENCE == 0) copies.wait<UNITS_A_FENCE>();
+      __syncthreads();
+      copies.begin_next(given, shared.ring);
+    }
+    return;
   }
-  copy_commit();
-  if (KERNELS_OVERLAP && next < end) look_ahead(given, end - next, next_tile, next_chunk);
-  wait_for_previous_kernel();
-  #pragma unroll
-  for (int i = 0; i < PRODUCT_STAGES - 1; ++i) {
-    if (begin + i < end) load_x(given, shared.ring[i], (chunk + i) % CHUNKS);
-    copy_commit();  // an empty group too, so that counting them tells what has arrived
-  }
-
+#endif
+  Copies<true, !WARP_OF_X> copies{begin, end, tile, chunk};
+  copies.begin(given, shared.ring);
   float sums[ROW_TILES][COLUMN_TILES * 4] = {};
   bool first_part = chunk == 0;
   int stage = 0;
   for (unsigned unit = begin; unit < end; ++unit) {
-    if (end - unit == min(end - begin, static_cast<unsigned>(PRODUCT_LET))) let_next_kernel_start();
-    copy_wait<PRODUCT_STAGES - 2>();
-#if PRODUCT_GROUPS
-    publish_copies();
-#endif
+    let_next_near_end(unit, begin, end);
+    copies.wait<1>();
     __syncthreads();  // what all copied is there, and all have read the stage that is filled next
-    if (next < end) {
-      load_weights(given, shared.ring[next_stage], next_tile, next_chunk);
-      load_x(given, shared.ring[next_stage], next_chunk);
-      advance();
-    }
-    copy_commit();
-    next_stage = stage;
-    multiply(sums, shared.ring[stage]);
+    begin_unit(sums, shared.ring[stage]);
+    copies.begin_next(given, shared.ring);
+    end_unit(sums, shared.ring[stage]);
     stage = stage + 1 == PRODUCT_STAGES ? 0 : stage + 1;
     if (++chunk < CHUNKS && unit + 1 < end) continue;
 

@@ -6,8 +6,8 @@
 Layers of Llama-3.1-8B's shape follow each other in one CUDA graph, as in a decode step without attention, until their
 weights are far larger than L2; a line is the time of a layer and the rate of its 436 MB of weights. Ways: PyTorch's,
 PyTorch's with the small kernels of rows.cu, product.cu (at most 8 rows), wide_product.cu of these tiles of rows, KiB of
-shared memory a CTA, with warpgroups or without, and so many units ahead in L2. Variants that this GPU cannot run are
-left out and named. --single times each product alone too.
+shared memory a CTA, ways to multiply (PRODUCT_GROUPS), CTAs an SM, and so many units ahead in L2. Variants that this
+GPU cannot run are left out and named. --single times each product alone too.
 """
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--columns", default="1,8,32,64,128")
     parser.add_argument("--tiles", default="128")
     parser.add_argument("--shared", help=f"KiB; by default {SHARED_KIB}, or all that a CTA may have here")
-    parser.add_argument("--groups", help="1, with warpgroups, as by default on GPUs that have them, or 0")
+    parser.add_argument("--groups", help="PRODUCT_GROUPS; by default 1 where the GPU multiplies by warpgroups, else 0")
     parser.add_argument("--ahead", default="8", help="units that are brought to L2 beyond the ring")
+    parser.add_argument("--ahead-sums", default="0", help="the same of products that are added to what is there")
+    parser.add_argument("--per-sm", default="1", help="CTAs")
     parser.add_argument("--let", default="8", help="units from the end at which the next kernel may start")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--single", action="store_true", help="each product alone too")
@@ -68,7 +70,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     layers = [{name: (torch.randn(shape, device="cuda") * shape[1] ** -0.5).to(kind) for name, shape in shapes.items()}
               for _ in range(count)]
     given = {"tiles": args.tiles, "shared": shared, "groups": args.groups or str(int(has_groups(capability))),
-             "ahead": args.ahead, "let": args.let}
+             "ahead": args.ahead, "let": args.let, "ahead_sums": args.ahead_sums, "per_sm": args.per_sm}
     numbers = {name: list(map(int, text.split(","))) for name, text in given.items()}
     results, left_out = [], []
     for columns in map(int, args.columns.split(",")):
@@ -88,7 +90,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int],
-         ahead: list[int], let: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
+         ahead: list[int], let: list[int], ahead_sums: list[int],
+         per_sm: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Names, and what makes the products; of wide_product.cu a WideShape."""
     from gpu.serve.model import product_variant
     from gpu.serve.model.products import RowProducts, StreamedProducts, TorchProducts
@@ -98,11 +101,13 @@ def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int]
     yield "torch, rows.cu", lambda: RowProducts(1e-5, RowKernels())
     if columns <= product_variant.MOST_COLUMNS:
         yield "product.cu", lambda: StreamedProducts(1e-5)
-    for tile_rows, kib, group, units, left in itertools.product(tiles, shared, groups, ahead, let):
+    for tile_rows, kib, group, units, left, sums, ctas in itertools.product(
+            tiles, shared, groups, ahead, let, ahead_sums, per_sm):
         room = next(wide for wide in product_variant.WIDE_COLUMNS if wide >= columns)
         stages = kib * 1024 // ((tile_rows + room) * product_variant.ROW_BYTES)
-        shape = WideShape(room, tile_rows, stages, bool(group), units, left)
-        yield f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units}, let {left}", shape
+        shape = WideShape(room, tile_rows, stages, group, units, left, sums, ctas)
+        yield (f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units} {sums}, let {left}, "
+               f"{ctas} an SM"), shape
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,15 +117,17 @@ class WideShape:
     columns: int  # that it is compiled for
     tile_rows: int
     stages: int
-    groups: bool
+    groups: int  # PRODUCT_GROUPS
     ahead: int
     let: int
+    ahead_sums: int
+    per_sm: int
 
     def variant(self, depth: int, end: int, bfloat16: bool) -> WideVariant:
         from gpu.serve.model.product_variant import ADD, WideVariant
 
         return WideVariant(depth, self.columns, end, bfloat16, self.tile_rows, self.stages, self.groups,
-                           0 if end == ADD else self.ahead, self.let)
+                           self.ahead_sums if end == ADD else self.ahead, self.let, self.per_sm)
 
     def unfit(self, capability: int, shared_limit: int) -> str | None:
         """Why a GPU does not run it, None where it does. shared_limit: bytes of a CTA."""

@@ -7,6 +7,7 @@
     python examples/bench_serve.py --predictions --traces FOLDER --json found.json
     python examples/bench_serve.py --transformers                         # generate() on the same cells
     python examples/bench_serve.py --soak 20000 --model smollm2           # bursts, cancellations, overlong prompts
+    python examples/bench_serve.py --page h200_serve.md steps.json found.json   # the page of results, without a GPU
 
 --predictions fits the constants of a step to a load that is served first. Then it serves Azure's arrivals, Mooncake's
 prompts and a closed loop, and says how far whatif's figures lie from the measured ones, in three minutes on an H200.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.script import run_script
-from serve_bench import predictions, presets, roofline, runs, soak
+from serve_bench import page, predictions, presets, roofline, runs, soak
 
 from pkvsim.reports.grid import PIPE_COLUMNS, print_line, table_console
 
@@ -64,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--transformers", action="store_true", help="decode steps of Transformers on the cells")
     parser.add_argument("--device", help="of the prediction, as `pkvsim devices` lists it; by default this GPU")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", nargs="+", type=Path, metavar=("MD", "JSON"), help="write documents into a page")
     return parser.parse_args(argv)
 
 
@@ -117,7 +119,8 @@ def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
     llm = LLM(args.model, options, record=True, say=lambda line: print(line, file=sys.stderr))
     print_line(console, f"{llm.config.name}, {args.dtype}, cache {llm.pages.dtype}: {llm.weights.step_bytes / 1e9:.2f} "
                         f"GB of weights a step; prompt chunks by {llm.prefill}")
-    found: dict[str, Any] = {"model": llm.config.name, "dtype": args.dtype, "prefill": llm.prefill}
+    found: dict[str, Any] = {"model": llm.config.name, "dtype": args.dtype, "prefill": llm.prefill,
+                             "products": "torch" if args.streamed_products is False else "streamed"}
     if whole:
         return found | {"runs": measure_runs(llm, args)}
     left_out = {cell: why for cell in cells if (why := roofline.lacks_room(llm, *cell, args.steps)) is not None}
@@ -134,7 +137,9 @@ def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
         times = {f"{rows}x{context}": runs.transformers_step_us(llm, rows, context) for rows, context in cells}
         for cell, us in times.items():
             print_line(console, f"Transformers, {cell}: {us:,.0f} us a step")
-        return found | {"transformers_us": times}
+        import transformers
+
+        return found | {"transformers_us": times, "transformers": transformers.__version__}
     results = []
     for rows, context in cells:
         results.append(roofline.measure(llm, rows, context, steps=args.steps, rate=rate))
@@ -194,6 +199,13 @@ def measure_runs(llm: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if args.page:
+        try:
+            page.write(args.page[0], args.page[1:])
+        except ValueError as error:
+            print(f"bench_serve: error: {error}", file=sys.stderr)
+            return 2
+        return 0
     return run_script("bench_serve", args, functools.partial(soak_model if args.soak else measure, args),
                       width=PIPE_COLUMNS)
 

@@ -49,6 +49,7 @@ class Agreement:
     same_rows: int  # equal to the end
     near_ties: int  # rows that part where rounding decides
     wrong: tuple[tuple[int, int], ...]  # (row, token) where one parts elsewhere
+    margins: tuple[float, ...] = ()  # of rows that part, in their order, as shares of the logits' standard deviation
 
 
 def compare(
@@ -58,18 +59,17 @@ def compare(
 
     tolerance: the margin of a near tie, as a share of the logits' standard deviation at that token.
     """
-    same, ties, wrong = 0, 0, []
+    same, wrong, margins = 0, [], []
     for row, (mine, theirs) in enumerate(zip(found.tolist(), expected.tolist(), strict=True)):
         at = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
         if at is None:
             same += 1
             continue
         logits = logits_of(row)[at].float()
-        if logits[theirs[at]] - logits[mine[at]] <= tolerance * logits.std():
-            ties += 1
-        else:
+        margins.append(float((logits[theirs[at]] - logits[mine[at]]) / logits.std()))
+        if margins[-1] > tolerance:
             wrong.append((row, at))
-    return Agreement(same, ties, tuple(wrong))
+    return Agreement(same, len(margins) - len(wrong), tuple(wrong), tuple(margins))
 
 
 def reference_logits(model: PreTrainedModel, batch: Batch, tokens: torch.Tensor, row: int) -> torch.Tensor:

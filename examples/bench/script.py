@@ -18,8 +18,8 @@ Cell = TypeVar("Cell")
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Makes a ValueError of the block, a file that cannot be read or written, or a lack of memory one line on stderr and
-    exit code 2. Decorates mains too."""
+    """Makes a ValueError of the block, a file that cannot be read or written, or a lack of memory one line on stderr
+    and exit code 2. Decorates mains too."""
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -74,15 +74,18 @@ def scaled(trace: RequestTrace, scale: float) -> RequestTrace:
 
 
 def fitted_load(scale: float) -> Iterator[RequestTrace]:
-    """What constants are fitted on: prompts of all lengths beside many and few rows that decode, and an idle server."""
+    """What constants are fitted on: prompts of all lengths beside many and few rows that decode, an idle server, and a
+    few long prompts, as attention's share of a chunk's time grows with what is cached before it."""
     for clients, requests, prompts, outputs, rate in (
         (80, 80, Lognormal(math.log(1500), 1.0, 16_000), Uniform(60, 200), None),
         (4, 12, Uniform(200, 6000), Uniform(20, 60), None),
         (None, 10, Uniform(200, 2000), constant(12), 2.5),
+        (2, 3, Uniform(24_000, 80_000), Uniform(20, 60), None),
     ):
         made = make_load(input_tokens=prompts, output_tokens=outputs, requests=requests, concurrency=clients,
                          rate_per_s=rate, seed=requests)
-        yield scaled(replace(made, name=f"fitted on, {clients or 'few'} in flight"), scale)
+        lengths = "long, " if prompts.mean > 20_000 else ""
+        yield scaled(replace(made, name=f"fitted on, {lengths}{clients or 'few'} in flight"), scale)
 
 
 def loads(folder: Path | None, scale: float) -> Iterator[RequestTrace]:

@@ -14,7 +14,7 @@ from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.server import StepRecord
 from gpu.serve.step_prices import StepErrors, price_steps, step_errors
-from pkvsim.devices.device import DEVICES, DeviceSpec, get_device
+from pkvsim.devices.device import DEVICES, DeviceSpec, device_named_by, get_device
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.reports.table_serving import print_whatif, seconds
@@ -73,9 +73,9 @@ def device_at_hand() -> DeviceSpec:
     import torch
 
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    for known in DEVICES:
-        if known.lower() in name.lower().replace(" ", ""):
-            return get_device(known)
+    known = device_named_by(name)
+    if known is not None:
+        return get_device(known)
     raise ValueError(f"device: expected --device with one of {', '.join(DEVICES)}, as none of them is {name}")
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from pkvsim.schedule.costs import default_costs
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 STATUSES = ("datasheet", "calibrated", "estimated")
+OTHER_MODELS = ("ti", "super", "laptop")  # words that make another GPU of a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +170,17 @@ def get_device(name_or_path: str) -> DeviceSpec:
     raise ValueError(
         f"device: expected one of {', '.join(DEVICES)} or the path of a .json file, got {name_or_path!r}"
     )
+
+
+def device_named_by(gpu_name: str) -> str | None:
+    """The catalogue's name of the GPU that a driver calls `gpu_name`, as in "NVIDIA GeForce RTX 3060"; None for others.
+
+    Each part of a catalogue name must be one or more whole words of `gpu_name`, one after the other, so that an H200 is
+    no H20. Of several that fit, the longest is meant.
+    """
+    # The module of SXM sockets is called "NVIDIA H100 80GB HBM3".
+    words = re.findall(r"[a-z0-9]+", gpu_name.lower().replace("hbm3", "sxm"))
+    spans = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    fitting = [name for name in DEVICES if all(part in spans for part in name.split("_"))
+               and all(word in name for word in words if word in OTHER_MODELS)]
+    return max(fitting, key=len, default=None)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, get_device
+from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, device_named_by, get_device
 
 NAMES = {
     "a10", "a100_40gb", "a100_80gb", "b200", "h100_pcie", "h100_sxm", "h200", "l4", "l40s", "rtx3060", "rtx3090",
@@ -70,3 +70,21 @@ def test_odd_numbers_are_refused(tmp_path, name, value):
     path.write_text(json.dumps(data).replace('"PLACE"', value))
     with pytest.raises(ValueError, match=f"odd.json: {name}: expected a number"):
         get_device(str(path))
+
+
+@pytest.mark.parametrize(("driver", "name"), [
+    ("NVIDIA H200", "h200"), ("NVIDIA H20", "h20"), ("NVIDIA H100 80GB HBM3", "h100_sxm"), ("NVIDIA H100 PCIe", "h100_pcie"),
+    ("NVIDIA H100 NVL", "h100_nvl"), ("NVIDIA GH200 480GB", "gh200"), ("NVIDIA A100-SXM4-80GB", "a100_80gb"),
+    ("NVIDIA A100-PCIE-40GB", "a100_40gb"), ("NVIDIA A10", "a10"), ("NVIDIA A10G", None), ("NVIDIA L4", "l4"),
+    ("NVIDIA L40S", "l40s"), ("NVIDIA L40", None), ("NVIDIA GeForce RTX 3060", "rtx3060"),
+    ("NVIDIA GeForce RTX 3060 12 GB", "rtx3060"), ("NVIDIA GeForce RTX 4060 Ti", "rtx4060ti"),
+    ("NVIDIA GeForce RTX 5070 Ti", "rtx5070ti"), ("NVIDIA GeForce RTX 5070", None), ("NVIDIA RTX A6000", "rtx_a6000"),
+    ("NVIDIA RTX 6000 Ada Generation", "rtx_6000_ada"), ("NVIDIA B200", "b200"), ("no CUDA device", None),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx_pro_6000"), ("NVIDIA GeForce RTX 3060 Ti", None),
+    ("NVIDIA GeForce RTX 4070 SUPER", None)])
+def test_drivers_names(driver: str, name: str | None) -> None:
+    assert device_named_by(driver) == name
+
+
+def test_every_label_names_its_own_device() -> None:
+    assert {name: device_named_by(spec.label) for name, spec in DEVICES.items()} == {name: name for name in DEVICES}

@@ -75,7 +75,7 @@ def test_wide_products_have_a_variant_of_every_width_or_say_why(capability) -> N
     for columns in (1, 8, 32, 64, 128):
         kib = min(bench_products.SHARED_KIB, limit // 1024)
         found = [made for _, made in bench_products.ways(columns, tiles=[128], shared=[kib], groups=[groups], ahead=[8],
-                                                         let=[8]) if isinstance(made, bench_products.WideShape)]
+                                                         let=[8], ahead_sums=[0], per_sm=[1]) if isinstance(made, bench_products.WideShape)]
         assert len(found) == 1
         runs[columns] = found[0].unfit(capability, limit)
     assert runs[32] is None and runs[64] is None

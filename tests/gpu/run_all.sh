@@ -32,8 +32,14 @@ step() {
 }
 
 : >"$OUT/table.txt"
-step itself "$PYTHON" -m pytest tests/gpu -q -n "$WORKERS" --durations 5 --junit-xml "$OUT/itself.xml"
-step card "$PYTHON" -m pytest tests/gpu -q -n "$WORKERS" --durations 5 --card "$CARD" --junit-xml "$OUT/card.xml"
+# Each worker takes tests that stand together, which use the same models and kernels, and one thread for its references
+# on the CPU, as there is a worker for each core.
+workers() {
+    env OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 "$PYTHON" -m pytest tests/gpu -q -n "$WORKERS" --dist worksteal \
+        --durations 25 "$@"
+}
+step itself workers --junit-xml "$OUT/itself.xml"
+step card workers --card "$CARD" --junit-xml "$OUT/card.xml"
 # Ranks that share the GPU wait for each other, so that nothing may run beside them.
 step several "$PYTHON" -m pytest tests/gpu/several -q --durations 5
 step several_card "$PYTHON" -m pytest tests/gpu/several -q --durations 5 --card "$CARD"

@@ -1,4 +1,4 @@
-"""tests/gpu/sanitize.py as far as no GPU is needed: its options, and that it lists what kernels are compiled for."""
+"""tests.gpu.sanitize and its checks without a GPU: options, and that whatever kernels are compiled for is listed."""
 from __future__ import annotations
 
 import importlib.util
@@ -16,37 +16,38 @@ from gpu.kernels.variant import HEAD_DIMS  # noqa: E402
 from pkvsim.reference.rope import ROPE_STYLES  # noqa: E402
 from pkvsim.selection.by_name import BY_SUMMARIES  # noqa: E402
 from pkvsim.selection.summaries import SUMMARIES  # noqa: E402
-from tests.gpu import sanitize
+from tests.gpu import sanitize, sanitize_checks
 
 
 def test_the_list_covers_every_variant() -> None:
-    names = list(sanitize.checks())
+    names = list(sanitize_checks.checks())
     assert {f"append {kind} {style}" for kind in ("float16", *CACHE_TYPES) for style in ROPE_STYLES} <= set(names)
     assert {f"append {kind}" for kind in ("float16", *CACHE_TYPES)} <= set(names)
-    assert set(sanitize.APPEND_ROPES) == {None, *ROPE_STYLES}
-    assert {form + ids for form in sanitize.FORMS for ids in ("", ", int64")} <= set(names)
-    assert set(sanitize.SCHEDULES) | {"sinks", "soft cap", "window", "NHD", "page size 1"} <= set(names)
+    assert set(sanitize_checks.APPEND_ROPES) == {None, *ROPE_STYLES}
+    assert {form + ids for form in sanitize_checks.FORMS for ids in ("", ", int64")} <= set(names)
+    assert set(sanitize_checks.SCHEDULES) | {"sinks", "soft cap", "window", "NHD", "page size 1"} <= set(names)
     assert {"selected", "page_lse", "evict pages", "evict heads"} <= set(names)
     assert {f"select by {method}" for method in (*BY_SUMMARIES, "given scores")} <= set(names)
     assert all(any(name.startswith(f"summaries {kind}") for name in names) for kind in SUMMARIES)
     listed = " ".join(names)
-    assert all(str(dim) in listed for dim in HEAD_DIMS if dim != sanitize.SHAPE.head_dim)
+    assert all(str(dim) in listed for dim in HEAD_DIMS if dim != sanitize_checks.SHAPE.head_dim)
 
 
 def test_every_check_is_called_as_it_can_be() -> None:
-    for check in sanitize.checks().values():
+    for check in sanitize_checks.checks().values():
         inspect.signature(check.func).bind(*check.args, **check.keywords)
 
 
 def test_what_the_checks_import_is_found() -> None:
-    named = set(re.findall(r"^    (?:from|import) (\w+)", Path(sanitize.__file__).read_text(), re.MULTILINE))
+    named = set(re.findall(r"^    (?:from|import) (\w+)", Path(sanitize_checks.__file__).read_text(), re.MULTILINE))
     assert {"test_gpu_options", "selected_cases", "evicting_rows"} <= named
     assert all(importlib.util.find_spec(name) for name in named - {"torch", "cupy"})
 
 
 def test_options(capsys: pytest.CaptureFixture) -> None:
     assert sanitize.main(["--list", "--only", "append"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(sanitize.APPEND_TYPES) * len(sanitize.APPEND_ROPES)
+    appends = len(sanitize_checks.APPEND_TYPES) * len(sanitize_checks.APPEND_ROPES)
+    assert len(capsys.readouterr().out.splitlines()) == appends
     assert list(sanitize.chosen(sanitize.parse_args(["NHD", "sinks"]))) == ["NHD", "sinks"]
     with pytest.raises(SystemExit):
         sanitize.parse_args(["nothing"])

@@ -112,7 +112,7 @@ def test_kernels_take_the_tables_parameters(name, file_name) -> None:
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
               "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
               "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
-              "pkv_wide_product": WideVariant(128, 16, GATE, False, 128, 3, False).defines(),
+              "pkv_wide_product": WideVariant(128, 16, GATE, False, 128, 3, 0).defines(),
               **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), {"NORM_VECTORS": 2}),
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}

@@ -69,7 +69,8 @@ def test_what_the_previous_kernel_writes_counts(name, data) -> None:
     ctas = data.draw(st.integers(1, 9), "CTAs")
     before = lens_before, table_before, records(data, lens_before, step, rng, ctas)
     costs = BalancedCosts(1, 2, pair=data.draw(st.sampled_from((0, 80)), "cost of a pair"))
-    out, lse = run(step, "balanced", variant=variant, ctas=ctas, costs=costs, before=before)
+    turn_order = data.draw(st.integers(0, 2**32 - 1), "order of the warps' turns")
+    out, lse = run(step, "balanced", variant=variant, ctas=ctas, costs=costs, before=before, turn_order=turn_order)
     want, want_lse = reference.attention(shape, step.q.astype(np.float64), *step.values(), step.table, step.lens,
                                          options=options)
     assert np.abs(out - want).max() <= 1e-3 * max(1.0, np.abs(want).max())  # NaN fails too

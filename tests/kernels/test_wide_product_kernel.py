@@ -34,7 +34,7 @@ def build(compiled_for: WideVariant) -> ctypes.CDLL:
             shutil.copy(path, folder)
         for name in ("mma.cuh", "wgmma.cuh", "ahead.cuh"):
             (folder / name).write_text("")
-        defines = compiled_for.defines() | {"WARPS": 8, "FP16_OPERANDS": int(not compiled_for.bfloat16)}
+        defines = compiled_for.defines() | {"WARPS": compiled_for.threads() // 32, "FP16_OPERANDS": int(not compiled_for.bfloat16)}
         library = cpp.build(SUPPORT / "wide_product_harness.cpp", folder / "wide.so", "-std=c++20", "-O1", "-w",
                             f"-I{folder}", f"-I{SUPPORT}", *(f"-D{name}={value}" for name, value in defines.items()))
         library.run.restype = ctypes.c_char_p
@@ -45,12 +45,13 @@ def build(compiled_for: WideVariant) -> ctypes.CDLL:
 
 @pytest.mark.parametrize("hurry", [0, 1])
 @pytest.mark.parametrize(("variant", "rows", "columns", "bias", "ctas"), slow_unless_of(lambda variant, *_: variant.depth == 576, [
-    (WideVariant(64, 8, STORE, False, 128, 3, False), 96, 1, True, 1),
-    (WideVariant(256, 16, ADD, True, 128, 4, False, 2), 288, 13, False, 4),
-    (WideVariant(576, 32, GATE, False, 128, 3, False, 4, 1), 192, 31, True, 5),  # ranges end amid both of their tiles
-    (WideVariant(128, 64, STORE, True, 128, 4, False), 384, 33, False, 3),  # ranges are whole tiles
-    (WideVariant(448, 32, ADD, False, 128, 3, True), 160, 32, True, 6),  # tiles are cut into three and more
-    (WideVariant(192, 128, GATE, False, 256, 3, True, 8, 2), 320, 100, True, 2),
+    (WideVariant(64, 8, STORE, False, 128, 3, 0), 96, 1, True, 1),
+    (WideVariant(256, 16, ADD, True, 128, 4, 0, 2), 288, 13, False, 4),
+    (WideVariant(576, 32, GATE, False, 128, 3, 0, 4, 1), 192, 31, True, 5),  # ranges end amid both of their tiles
+    (WideVariant(128, 64, STORE, True, 128, 4, 0), 384, 33, False, 3),  # ranges are whole tiles
+    (WideVariant(448, 32, ADD, False, 128, 3, 1), 160, 32, True, 6),  # tiles are cut into three and more
+    (WideVariant(448, 32, ADD, False, 128, 3, 2), 160, 30, True, 6),
+    (WideVariant(192, 128, GATE, False, 256, 3, 1, 8, 2), 320, 100, True, 2),
 ]))
 def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas):
     depth, end = variant.depth, variant.end
@@ -80,7 +81,7 @@ def test_products_are_those_of_float64(hurry, variant, rows, columns, bias, ctas
         assert complaint is None, complaint
         assert (parts == 0xFFFFFFFF).all()
         started = ctypes.c_int.in_dll(library, "next_kernel_started")
-        assert started.value == 256 * ctas  # every thread lets it once
+        assert started.value == variant.threads() * ctas  # every thread lets it once
         started.value = 0
         outs.append(out)
     np.testing.assert_array_equal(*(out.view(np.uint16) for out in outs))
@@ -124,10 +125,11 @@ def test_no_variant_is_chosen_that_a_gpu_cannot_run(capability, rows, chunks, co
 
 
 @pytest.mark.parametrize(("made", "said"), [
-    (WideVariant(4096, 32, STORE, False, 128, 5, False), "takes 102400 bytes of shared memory, and a CTA has at most 101376"),
-    (WideVariant(4096, 32, STORE, False, 128, 3, True), "compute capability 8.6 has no products of warpgroups"),
-    (WideVariant(4096, 8, STORE, False, 128, 1, False), "has room for 1 stages"),
-    (WideVariant(4096, 128, STORE, False, 256, 2, False), "a part of 131072 bytes does not fit its ring of 98304"),
+    (WideVariant(4096, 32, STORE, False, 128, 5, 0), "takes 102400 bytes of shared memory, and a CTA has at most 101376"),
+    (WideVariant(4096, 32, STORE, False, 128, 3, 1), "compute capability 8.6 has no products of warpgroups"),
+    (WideVariant(4096, 8, STORE, False, 128, 1, 0), "has room for 1 stages"),
+    (WideVariant(4096, 128, STORE, False, 256, 2, 0), "a part of 131072 bytes does not fit its ring of 98304"),
+    (WideVariant(4096, 32, STORE, False, 128, 3, 0, per_sm=2), "an SM has no room for 2 CTAs of 61440 bytes"),
 ])  # fmt: skip
 def test_why_a_gpu_does_not_run_a_variant(made, said):
     assert said in made.unfit(86, shared_limit_bytes(86))

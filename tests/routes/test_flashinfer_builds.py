@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import types
 
 import pytest
-from gpu_needs import flashinfer_kernels
+from gpu_needs import flashinfer_can_build, flashinfer_kernels
 
 from gpu.routes import route_engines as routes
 from gpu.routes import router as router_module
@@ -51,6 +52,24 @@ def test_what_is_told_of_a_build_is_a_line_with_its_cause() -> None:
     assert said == "FlashInfer could not build its kernels: Ninja build failed: /bin/sh: 1: nvcc: not found"
     assert build_failure(RuntimeError("Ninja build failed. Ninja output:")).endswith("Ninja build failed")
     assert why_not(KeyError("x")) == "KeyError: 'x'" and len(why_not(RuntimeError("y" * 999))) == 160
+
+
+def test_nothing_is_built_without_nvcc_or_ninja(tmp_path, monkeypatch) -> None:
+    tools, toolkit = tmp_path / "tools", tmp_path / "toolkit"
+    for path in (tools / "ninja", toolkit / "bin/nvcc", tmp_path / "other/bin/nvcc"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tools))
+    assert flashinfer_can_build(toolkit) and not flashinfer_can_build(tmp_path / "none")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    assert not flashinfer_can_build(toolkit)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{tmp_path / 'other/bin'}")
+    assert flashinfer_can_build(tmp_path / "none")
+    (tools / "ninja").unlink()
+    assert not flashinfer_can_build(toolkit)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)

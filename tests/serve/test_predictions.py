@@ -94,7 +94,7 @@ def test_the_loads_are_served_and_predicted(tmp_path, folder) -> None:
                                                        num_pages=3000), record=True)
     fit = folder is None
     device, found, runs = predictions.predictions(llm, DEVICE, folder, scale=1 / 100, fit=fit)
-    assert [one.requests for one in found] == [300, 60, 64] and len(runs) == (6 if fit else 3)
+    assert [one.requests for one in found] == [300, 60, 64] and len(runs) == (7 if fit else 3)
     assert found[0].name == ("like Azure code" if fit else "azure2023_code")
     for one, run in zip(found, runs[-3:]):
         assert all(measured > 0 and predicted > 0 for measured, predicted in one.figures.values())

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cuda_types_on_cpu.h"
@@ -39,8 +40,10 @@ constexpr int CTA_THREADS = WARPS * 32;
 static int3 threadIdx, blockIdx, gridDim;
 unsigned char memory[256 << 10] __align__(128);  // the CTA's shared memory
 
-static long progress;      // meetings and ends so far
-static unsigned order = 1;  // random bits, of whose turn it is and how long
+static long progress;  // meetings and ends so far
+extern "C" {
+unsigned turn_order = 1;  // random bits, of whose turn it is and how long; a test may set them before a run
+}
 
 struct Warp {
   int arrived = 0, meetings = 0;
@@ -51,6 +54,16 @@ static ucontext_t scheduler, fibers[CTA_THREADS];
 static std::vector<char> stacks[CTA_THREADS];
 static bool ended[CTA_THREADS];
 static void (*body)();
+static int cta_arrived = 0, cta_meetings = 0;
+static int votes[2], vote_meeting = 0;  // of this meeting and the next
+
+// Forgets what lanes were in the middle of that will not go on, so that the next CTA begins as if there had been none.
+static void (*forget_more)() = nullptr;
+static void forget() {
+  for (Warp& warp : warps) warp.arrived = 0;
+  cta_arrived = votes[0] = votes[1] = 0;
+  if (forget_more) forget_more();
+}
 
 static void yield() {
   const int mine = threadIdx.x;
@@ -76,14 +89,14 @@ static void run_cta() {
   constexpr long MOST = 1'000'000, LONGEST_IDLE = 0;
 #endif
   long rounds = 0, idle = 0;
-  const unsigned patience = order >> 16 & 3;  // how often, in quarters, a turn lasts while it can
+  const unsigned patience = turn_order >> 16 & 3;  // how often, in quarters, a turn lasts while it can
   while (!std::all_of(ended, ended + CTA_THREADS, [](bool end) { return end; })) {
     const long before = progress;
-    order = order * 1664525u + 1013904223u;
-    const long longest = (order >> 24 & 3) < patience ? MOST : 1;
-    const bool backwards = order >> 20 & 1;  // what a lane reads before another has written it shows in one order
+    turn_order = turn_order * 1664525u + 1013904223u;
+    const long longest = (turn_order >> 24 & 3) < patience ? MOST : 1;
+    const bool backwards = turn_order >> 20 & 1;  // what a lane reads before another has written it shows in one order
     for (int turn = 0; turn < WARPS; ++turn) {
-      const int first = (turn + (order >> 16)) % WARPS * 32;
+      const int first = (turn + (turn_order >> 16)) % WARPS * 32;
       for (long seen = -1, end = rounds + longest; seen != progress && rounds < end; ++rounds) {
         seen = progress;
         for (int lane = 0; lane < 32; ++lane) {
@@ -93,7 +106,24 @@ static void run_cta() {
       }
     }
     idle = progress == before ? idle + 1 : 0;
-    if (idle > LONGEST_IDLE || rounds >= MOST) return complain("the CTA hangs");
+    if (idle > LONGEST_IDLE || rounds >= MOST) return complain("the CTA hangs"), forget();
+  }
+}
+
+// What a run has to complain of, or null: a run returns it, and the next one begins without.
+static const char* complained() { return std::exchange(complaint, nullptr); }
+
+// The grid's CTAs one after the other, where any may be the last in any order; around: is called before and after each.
+[[maybe_unused]] static void run_ctas(int x, int y = 1, bool any_is_last = false, void (*around)(bool ends) = nullptr) {
+  gridDim = {x, y, 1};
+  for (int row = 0; row < y; ++row) {
+    const int first = any_is_last ? static_cast<int>(turn_order >> 8) % x : 0;
+    for (int i = 0; i < x; ++i) {
+      blockIdx = {(first + i) % x, row, 0};
+      if (around) around(false);
+      run_cta();
+      if (around) around(true);
+    }
   }
 }
 
@@ -121,20 +151,18 @@ static auto together(const T& mine, Look look) {
   return result;
 }
 static void __syncwarp() { meet(); }
-static int cta_arrived = 0, cta_meetings = 0;
 static void __syncthreads() {
   const int meeting = cta_meetings;
   if (++cta_arrived == CTA_THREADS) cta_arrived = 0, ++cta_meetings, ++progress;
   else while (cta_meetings == meeting) yield();
 }
 [[maybe_unused]] static int __syncthreads_or(bool vote) {
-  static int votes[2], meeting = 0;  // of this meeting and the next
-  const int mine = meeting;
+  const int mine = vote_meeting;
   votes[mine % 2] |= vote;
   __syncthreads();
   const int result = votes[mine % 2];
   __syncthreads();
-  meeting = mine + 1, votes[mine % 2] = 0;
+  vote_meeting = mine + 1, votes[mine % 2] = 0;
   __syncthreads();
   return result;
 }

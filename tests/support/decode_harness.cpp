@@ -25,15 +25,11 @@ static const int *split_offsets, *rows;
 static int numbers[11];
 
 static void run_grid(int x, int y) {
-  gridDim = {x, y, 1};
-  for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) {
-      pkv::previous_kernel(false);
-      run_cta();
-      pkv::previous_kernel(true);
-      for (const auto& barrier : pkv::named)
-        if (barrier.threads) complain("a warp waits at a barrier for others that do not come");
-    }
+  run_ctas(x, y, false, [](bool ends) {
+    pkv::previous_kernel(ends);
+    for (const auto& barrier : pkv::named)
+      if (barrier.threads) complain("a warp waits at a barrier for others that do not come"), forget();
+  });
 }
 
 #if CACHE_TYPE
@@ -69,7 +65,7 @@ extern "C" const char* run(int num_ctas, const void* arguments, const int* integ
   };
   run_grid(num_ctas, 1);
   pkv::late.clear();
-  return complaint;
+  return complained();
 }
 #elif RANKS
 // One CTA. integers: its number, that of all CTAs, a seed; costs, max_tokens.
@@ -82,10 +78,10 @@ extern "C" const char* run(const void* arguments, const void* of_rank, const int
     const int* n = numbers + 3;
     pkv_decode_several(given, {n[0], n[1], n[2], n[3]}, rank_arguments, n[4]);
   };
-  gridDim = {numbers[1], 1, 1}, blockIdx = {numbers[0], 0, 0}, order = static_cast<unsigned>(numbers[2]);
+  gridDim = {numbers[1], 1, 1}, blockIdx = {numbers[0], 0, 0}, turn_order = static_cast<unsigned>(numbers[2]);
   pkv::previous_kernel(true);
   run_cta();
-  return complaint;
+  return complained();
 }
 // pkv_merge_ranks. integers: stride, rank, owner.
 extern "C" const char* merge(const void* arguments, const void* states, const int* integers) {
@@ -97,7 +93,7 @@ extern "C" const char* merge(const void* arguments, const void* states, const in
                     numbers[2], given.batch_size, given.num_kv_heads);
   };
   run_grid(2, 1);
-  return complaint;
+  return complained();
 }
 extern "C" int rank_arguments_bytes() { return sizeof rank_arguments; }
 extern "C" int inbox_bytes() { return sizeof(pkv::Inbox); }
@@ -131,7 +127,7 @@ extern "C" const char* list_tasks(int num_ctas, const void* arguments, const int
     run_cta();
     counts[blockIdx.x] = num_listed - before;
   }
-  return complaint;
+  return complained();
 }
 #endif
 extern "C" const char* run(int num_ctas, const void* arguments, const int* integers) {
@@ -140,7 +136,7 @@ extern "C" const char* run(int num_ctas, const void* arguments, const int* integ
   body = [] { pkv_decode_balanced(given, {numbers[0], numbers[1], numbers[2], numbers[3]}, numbers[4]); };
   run_grid(num_ctas, 1);
   pkv::late.clear();
-  return complaint;
+  return complained();
 }
 #else
 // And the merge of all rows.
@@ -153,6 +149,6 @@ extern "C" const char* run(int num_ctas, const void* arguments, const void* task
   run_grid(num_ctas, 1);
   body = [] { pkv_merge(given.partials, split_offsets, rows, given.out, given.lse, given.query_lens, given.sinks); };
   run_grid(given.num_kv_heads, given.batch_size);
-  return complaint;
+  return complained();
 }
 #endif

@@ -136,7 +136,8 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
         costs: BalancedCosts = BalancedCosts(1, 2),  # noqa: B008
         shared_costs: SharedCosts = SharedCosts(), before: tuple[np.ndarray, ...] | None = None,  # noqa: B008
         between: Callable[[np.ndarray], None] | None = None,
-        page_lse: np.ndarray | None = None, plan_only: bool = False, capability: int = 90) -> tuple[np.ndarray, np.ndarray]:
+        page_lse: np.ndarray | None = None, plan_only: bool = False, capability: int = 90,
+        turn_order: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(out, lse) float64 of a step by schedule "balanced" or "workqueue", or, with groups, by the balanced kernel of
     shared reads, which serve shared_costs.columns, as a GPU of that compute capability has them. hurry: copies arrive as they are started.
     variant, read_stages: None of both is what such a GPU runs. stages: of a ring, where the variant's are too many. costs:
@@ -145,7 +146,7 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
     page_lse: float32, to be written; the kernel is then the one that does so. plan_only, of a step with lists: returns
     (tasks [num_tasks, 3] of list, tile_begin and tile_end, tasks of each CTA) as they are planned.
     between: changes the records [ctas, 64] int32 that the first of two launches left, by which the second need not give
-    the same result any more."""
+    the same result any more. turn_order: of warps and CTAs, 32 random bits; by default it goes on from the last run's."""
     shape, options, balanced = step.shape, step.options, schedule == "balanced"
     dtype = step.q.dtype.name
     config = kernel_config(shape, dtype, 90, variant=variant, options=options)
@@ -158,6 +159,8 @@ def run(step: Step, schedule: str, *, variant: tuple[int, int] | None = (2, 2), 
     library = build(config, balanced, converts_e4m3, step.lists is not None, page_lse is not None)
     library.run.restype = ctypes.c_char_p
     ctypes.c_int.in_dll(library, "copies_hurry").value = int(hurry)
+    if turn_order is not None:
+        ctypes.c_uint.in_dll(library, "turn_order").value = turn_order
     out = np.full((*step.q.shape[:-1], options.value_dim(shape)), np.nan, step.q.dtype)
     lse = np.full(step.q.shape[:-1], np.nan, np.float32)
     heads = DecodeShape(shape.num_q_heads, shape.num_kv_heads * config.head_split, shape.head_dim, shape.page_size)

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,14 @@ def flashinfer_kernels(name: str) -> Iterator[None]:
             raise
         _unbuilt[name] = missing
         pytest.skip(missing)
+
+
+def flashinfer_can_build(toolkit: Path = Path("/usr/local/cuda")) -> bool:
+    """Whether ninja and nvcc are where FlashInfer 0.7 looks for them. toolkit: where it looks last."""
+    found = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or (Path(found).parents[1] if found else toolkit)
+    nvcc = os.environ.get("FLASHINFER_NVCC") or home / Path("bin/nvcc")
+    return shutil.which("ninja") is not None and shutil.which(nvcc) is not None
 
 
 def skip_below(num_bytes: int) -> None:

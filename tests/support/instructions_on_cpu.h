@@ -10,7 +10,8 @@
 #include <time.h>
 
 #include <deque>
-#include <utility>
+#include <functional>
+#include <map>
 
 // The 16-bit types.
 struct bfloat16 {
@@ -95,7 +96,7 @@ extern "C" {
 int copies_hurry = 0;
 }
 static std::vector<Copy> open_group[CTA_THREADS];
-static std::deque<std::vector<Copy>> groups[CTA_THREADS];
+static std::deque<std::vector<Copy>> copy_groups[CTA_THREADS];
 static unsigned shared_address(const void* at) {
   return static_cast<unsigned>(static_cast<const unsigned char*>(at) - memory);
 }
@@ -114,10 +115,10 @@ static void copy_async(unsigned to, const void* from, int valid = 16) { start_co
 }
 template <class T>
 inline const T* keep_address(const T* at) { return at; }
-static void copy_commit() { groups[threadIdx.x].push_back(std::exchange(open_group[threadIdx.x], {})); }
+static void copy_commit() { copy_groups[threadIdx.x].push_back(std::exchange(open_group[threadIdx.x], {})); }
 template <int PENDING>
 static void copy_wait() {
-  for (auto& mine = groups[threadIdx.x]; mine.size() > PENDING; mine.pop_front())
+  for (auto& mine = copy_groups[threadIdx.x]; mine.size() > PENDING; mine.pop_front())
     for (const Copy& copy : mine.front()) arrive(copy);
 }
 [[maybe_unused]] static float2 load_shared(unsigned at) { return *reinterpret_cast<const float2*>(memory + at); }
@@ -128,6 +129,14 @@ struct NamedBarrier {
   unsigned here = 0, before = 0;  // warps, a bit each: now, and the last time
 };
 static NamedBarrier named[16];
+// Copies on their way lead to arrays that are gone by the next run.
+[[maybe_unused]] static const bool copies_and_barriers_are_forgotten = [] {
+  forget_more = [] {
+    for (NamedBarrier& barrier : named) barrier = {};
+    for (int i = 0; i < CTA_THREADS; ++i) open_group[i].clear(), copy_groups[i].clear();
+  };
+  return true;
+}();
 template <int WARPS_MEETING>
 [[maybe_unused]] static void sync_warps(int id) {
   if (id < 1 || id > 15) return complain("a barrier has an id that is not there or __syncthreads'");
@@ -194,10 +203,11 @@ static unsigned transpose(unsigned value) {
     return pair;
   });
 }
-// m16n8k16: a's registers are (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8) with row = lane / 4 and
+// m16n8k16 of operands of type T: a's registers are (row, k), (row + 8, k), (row, k + 8), (row + 8, k + 8) with row = lane / 4 and
 // k = 2 (lane % 4); b's (k, n), (k + 8, n) with n = lane / 4; d's (row, n), (row, n + 1), (row + 8, n), (row + 8, n + 1)
 // with n = 2 (lane % 4). Each k is a pair.
-static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+template <class T>
+static void multiply_add_of(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Operands { unsigned a[4], b[2]; } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   struct Sums { float of[4]; };
   const Sums sums = together(mine, [](auto of) {
@@ -207,13 +217,16 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
       double sum = 0;
       for (int k = 0; k < 16; ++k) {
         const unsigned x = of(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2], y = of(n * 4 + k % 8 / 2).b[k / 8];
-        sum += double(half_of<operand_type>(x, k % 2)) * double(half_of<operand_type>(y, k % 2));
+        sum += double(half_of<T>(x, k % 2)) * double(half_of<T>(y, k % 2));
       }
       s.of[i] = static_cast<float>(sum);
     }
     return s;
   });
   for (int i = 0; i < 4; ++i) d[i] += sums.of[i];
+}
+static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  multiply_add_of<operand_type>(d, a, b0, b1);
 }
 
 #if READ_TILES || PRODUCT_GROUPS
@@ -224,6 +237,14 @@ template <int COUNT>
 static void hold(float (&)[COUNT]) {}
 template <int COUNT>
 static void end_products(float (&)[COUNT]) { __syncwarp(); }
+// Products of shared memory are made when they are waited for, and so show what was filled again too soon.
+static std::map<int, std::vector<std::function<void()>>> products_to_come;  // of threads
+static void commit_products() {}
+template <int COUNT>
+static void await_products(float (&)[COUNT]) {
+  __syncwarp();
+  for (auto& product : std::exchange(products_to_come[threadIdx.x], {})) product();
+}
 static unsigned long long shared_operand(unsigned address, unsigned bytes_between_blocks) {
   if (address % 16 || bytes_between_blocks % 16) complain("an operand of a warpgroup is not aligned");
   return address | static_cast<unsigned long long>(bytes_between_blocks) << 32;
@@ -257,6 +278,18 @@ static void multiply_group(float (&d)[COUNT], const unsigned (&a)[4], unsigned l
       sum += double(row[i / 2 % 2][k]) * double(ROWS_ARE_K ? shared_element(b, k, n) : shared_element(b, n, k));
     d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
   }
+}
+template <int COUNT>
+static void multiply_shared(float (&d)[COUNT], unsigned long long a, unsigned long long b, bool add) {
+  const int first = threadIdx.x / 32 % 4 * 16 + my_lane() / 4, lane = my_lane();
+  products_to_come[threadIdx.x].push_back([=, &d] {
+    for (int i = 0; i < COUNT; ++i) {
+      const int m = first + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      double sum = 0;
+      for (int k = 0; k < 16; ++k) sum += double(shared_element(a, m, k)) * double(shared_element(b, n, k));
+      d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
+    }
+  });
 }
 #endif
 

@@ -20,7 +20,6 @@ static pkv::ProductArguments given;
 extern "C" const char* run(int num_ctas, const void* arguments) {
   std::memcpy(&given, arguments, sizeof given);
   body = [] { pkv_product(given); };
-  gridDim = {num_ctas, 1, 1};
-  for (blockIdx.x = 0; blockIdx.x < num_ctas; ++blockIdx.x) run_cta();
-  return complaint;
+  run_ctas(num_ctas);
+  return complained();
 }

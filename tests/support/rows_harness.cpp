@@ -32,15 +32,8 @@ static const char* run_grid(const void* arguments, int x, int y) {
   static Given given;
   std::memcpy(&given, arguments, sizeof given);
   body = [] { KERNEL(given); };
-  gridDim = {x, y, 1};
-  for (int row = 0; row < y; ++row) {
-    const int first = static_cast<int>(order >> 8) % x;  // any CTA may be the last
-    for (int i = 0; i < x; ++i) {
-      blockIdx = {(first + i) % x, row, 0};
-      run_cta();
-    }
-  }
-  return complaint;
+  run_ctas(x, y, true);
+  return complained();
 }
 
 extern "C" {

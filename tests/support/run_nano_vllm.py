@@ -2,13 +2,15 @@
 
     python tests/support/run_nano_vllm.py --source nano-vllm --rows 32 --prompts 100 1500 --new-tokens 128
 
-The checkout is used as it is: our module stands in for flash_attn. Greedy tokens (a temperature of 1e-5, as nano-vllm
+The checkout is used as it is: our module stands in for flash_attn. The same prompts then go through gpu.serve. Greedy tokens (a temperature of 1e-5, as nano-vllm
 has no zero) are compared with Transformers' SDPA on the same weights; they may part where rounding decides.
 """
 from __future__ import annotations
 
 import argparse
 import atexit
+import gc
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from generate import NEAR_TIE  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from gpu import flash_attn  # noqa: E402
+from gpu.measure.environment import environment, write_json  # noqa: E402
 
 TEMPERATURE = 1e-5
 
@@ -64,6 +67,27 @@ def serve(folder: Path, prompts: list[list[int]], new_tokens: int, *, eager: boo
     return torch.tensor([output["token_ids"] for output in found]), len(prompts) * new_tokens / seconds
 
 
+def serve_ours(folder: Path, prompts: list[list[int]], new_tokens: int, *, eager: bool) -> tuple[torch.Tensor, float]:
+    """The same by gpu.serve."""
+    from gpu.serve import LLM, SamplingParams
+    from gpu.serve.llm import ServeOptions
+
+    llm = LLM(folder, ServeOptions(max_batch=len(prompts), step_tokens=16384, prefix_cache="lru", max_context=4096,
+                                   memory_fraction=0.5, graphs=not eager))
+    asked = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    llm.generate(prompts[:2], asked)
+    start = time.perf_counter()
+    found = llm.generate(prompts, asked)
+    seconds = time.perf_counter() - start
+    return torch.tensor([one.tokens for one in found]), len(prompts) * new_tokens / seconds
+
+
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a checkout, None where it is none."""
+    told = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    return told.stdout.strip() or None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="a checkout of nano-vllm")
@@ -72,6 +96,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     sys.path.insert(0, str(args.source.resolve()))
     flash_attn.install()
@@ -83,6 +108,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(Path(folder), layers=args.layers)
         tokens, speed = serve(Path(folder), prompts, args.new_tokens, eager=args.eager)
+        own_tokens, own_speed = serve_ours(Path(folder), prompts, args.new_tokens, eager=args.eager)
+    gc.collect()
+    torch.cuda.empty_cache()
     model = model.cuda().eval()
     model.set_attn_implementation("sdpa")
     width = max(map(len, prompts))
@@ -91,11 +119,17 @@ def main() -> int:
     model.generation_config.eos_token_id = None
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=args.new_tokens, do_sample=False)[:, width:]
     batch = Batch(ids, mask, args.new_tokens)
-    agreement = compare(tokens, expected.cpu(), partial(reference_logits, model, batch, expected.cpu()),
-                        NEAR_TIE["bfloat16"])
-    print(f"{args.rows} rows: {speed:.0f} tokens/s, {agreement.same_rows} equal, {agreement.near_ties} near ties, "
-          f"{len(agreement.wrong)} wrong {agreement.wrong}")
-    return 1 if agreement.wrong else 0
+    logits = partial(reference_logits, model, batch, expected.cpu())
+    theirs, ours = (compare(found, expected.cpu(), logits, NEAR_TIE["bfloat16"]) for found in (tokens, own_tokens))
+    for name, per_second, agreement in (("nano-vllm", speed, theirs), ("gpu.serve", own_speed, ours)):
+        print(f"{name}, {args.rows} rows: {per_second:.0f} tokens/s, {agreement.same_rows} equal, "
+              f"{agreement.near_ties} near ties, {len(agreement.wrong)} wrong {agreement.wrong}; margins, in standard "
+              f"deviations: {', '.join(f'{margin:.3f}' for margin in sorted(agreement.margins))}")
+    if args.json:
+        write_json(args.json, {"environment": environment(), "nano_vllm_commit": commit_of(args.source), "nano_vllm": {
+            "rows": args.rows, "new_tokens": args.new_tokens, "tokens_per_s": speed, "ours_tokens_per_s": own_speed,
+            "same_rows": theirs.same_rows, "near_ties": theirs.near_ties, "wrong": len(theirs.wrong)}})
+    return 1 if theirs.wrong or ours.wrong else 0
 
 
 if __name__ == "__main__":

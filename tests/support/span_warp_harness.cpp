@@ -16,7 +16,6 @@ extern "C" const char* list_spans(void* const* pointers, const int* numbers) {
                    {n[11], n[12], n[13], n[14], n[15]}, 0x7fffffff, static_cast<pkv::SpanTask*>(p[3]), n[16],
                    static_cast<int*>(p[4]), static_cast<int*>(p[5]), nullptr);
   };
-  gridDim = {n[6], 1, 1};
-  for (blockIdx.x = 0; blockIdx.x < n[6]; ++blockIdx.x) run_cta();
-  return complaint;
+  run_ctas(n[6]);
+  return complained();
 }

@@ -24,10 +24,8 @@ extern "C" const char* run(int num_ctas, const void* arguments, int* x, int word
   late = {{x, std::vector<int>(words, -1), std::vector<int>(x, x + words)}};
   previous_ended = true;
   body = [] { pkv_wide_product(given); };
-  gridDim = {num_ctas, 1, 1};
-  for (blockIdx.x = 0; blockIdx.x < num_ctas; ++blockIdx.x) {
-    previous_kernel(false);
-    run_cta();
-  }
-  return complaint;
+  run_ctas(num_ctas, 1, false, [](bool ends) {
+    if (!ends) previous_kernel(false);
+  });
+  return complained();
 }

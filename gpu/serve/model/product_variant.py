@@ -11,7 +11,7 @@ WARPS, TILE_ROWS, CHUNK = 8, 32, 64  # of cuda_src/product.cu
 MOST_STAGES, LEAST_STAGES = 4, 2  # of a warp's ring
 STORE, ADD, GATE = range(3)  # PRODUCT_END
 
-WIDE_THREADS, ROW_BYTES = 256, 128  # of cuda_src/wide_product.cu: of a CTA; of a row in a stage
+ROW_BYTES = 128  # of a row in a stage of cuda_src/wide_product.cu
 WIDE_COLUMNS = 8, 16, 32, 64, 128  # rows of x that it is compiled for
 MOST_WIDE_COLUMNS = 64  # rows of x that it serves
 # Rows of x from which on steps give it to wide_product.cu: none. With it a step of 32 rows of 1K of Llama-3.1-8B's
@@ -22,6 +22,7 @@ GROUP_COLUMNS = 32  # from so many on products are by warpgroups, on GPUs that h
 AHEAD = 8  # units of a CTA that it brings to L2 beyond its ring while the previous kernel runs
 LET = 8  # units of a CTA before whose products the next kernel may start
 LEAST_UNITS = 4  # of a CTA, so that few parts are sent of small matrices
+CTA_KEPT_BYTES = 1024  # of an SM's shared memory, of compute capability 8.0 and newer
 CTA_BYTES = 227 * 1024 // 2 - 2048  # of shared memory, such that the next product's CTA fits beside it
 
 
@@ -75,9 +76,10 @@ class WideVariant:
     bfloat16: bool
     tile_rows: int
     stages: int
-    groups: bool  # of four warps multiply, by instructions of compute capability 9.0
+    groups: int  # PRODUCT_GROUPS: 0, or on compute capability 9.0 how groups of four warps multiply
     ahead: int = 0  # units that are brought to L2 beyond the ring before the previous kernel has ended
     let: int = LET
+    per_sm: int = 1  # CTAs
 
     def shared_bytes(self) -> int:
         """sizeof(WideMemory)."""
@@ -95,12 +97,19 @@ class WideVariant:
             return f"a part of {self.part_bytes()} bytes does not fit its ring of {self.shared_bytes()}"
         if self.shared_bytes() > shared_limit:
             return f"it takes {self.shared_bytes()} bytes of shared memory, and a CTA has at most {shared_limit} here"
+        # Ranges wait for each other, so all CTAs must be there at once; the driver keeps CTA_KEPT_BYTES of each.
+        if self.per_sm * (self.shared_bytes() + CTA_KEPT_BYTES) > shared_limit + CTA_KEPT_BYTES:
+            return f"an SM has no room for {self.per_sm} CTAs of {self.shared_bytes()} bytes of shared memory"
         return None
 
     def grid(self, rows: int, num_sms: int) -> int:
         """CTAs of a matrix of so many rows."""
         units = -(-rows // self.tile_rows) * (self.depth // CHUNK)
-        return max(1, min(num_sms, units // LEAST_UNITS))
+        return max(1, min(self.per_sm * num_sms, units // LEAST_UNITS))
+
+    def threads(self) -> int:
+        """Of a CTA."""
+        return 288 if self.groups == 2 else 256
 
     def part_bytes(self) -> int:
         """Of the workspace, for each CTA."""
@@ -108,7 +117,7 @@ class WideVariant:
 
     def defines(self) -> dict[str, int | str]:
         return {"DEPTH": self.depth, "COLUMNS": self.columns, "PRODUCT_END": self.end, "PRODUCT_ROWS": self.tile_rows,
-                "PRODUCT_STAGES": self.stages, "PRODUCT_GROUPS": int(self.groups), "PRODUCT_AHEAD": self.ahead,
+                "PRODUCT_STAGES": self.stages, "PRODUCT_GROUPS": self.groups, "PRODUCT_AHEAD": self.ahead,
                 "PRODUCT_LET": self.let,
                 "PRODUCT_SHARED_BYTES": self.shared_bytes(), "DTYPE_BF16": int(self.bfloat16)}
 
@@ -119,7 +128,7 @@ def wide_variant(*, rows: int, depth: int, columns: int, end: int, bfloat16: boo
     if not 0 < columns <= WIDE_COLUMNS[-1] or depth % CHUNK or (end == GATE and rows % 2):
         return None
     columns = next(wide for wide in WIDE_COLUMNS if wide >= columns)
-    groups = columns >= GROUP_COLUMNS and has_groups(capability)
+    groups = 0 if columns < GROUP_COLUMNS or not has_groups(capability) else 2 if columns == GROUP_COLUMNS else 1
     if columns > 64 and not groups:
         return None  # mma.sync would be slower than the stream
     tile_rows = 128 if columns <= 64 else 256

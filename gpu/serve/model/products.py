@@ -23,7 +23,6 @@ from gpu.serve.model.product_variant import (
     STORE,
     TILE_ROWS,
     WARPS,
-    WIDE_THREADS,
     ProductVariant,
     WideVariant,
     variant,
@@ -128,7 +127,7 @@ class WideProducts:
         """Writes, or adds to, out [n, rows or, of a gate, half of them]; returns it."""
         if variant not in self._kernels:
             self._kernels[variant] = load_kernel(
-                "wide_product.cu", "pkv_wide_product", variant.defines(), threads=WIDE_THREADS,
+                "wide_product.cu", "pkv_wide_product", variant.defines(), threads=variant.threads(),
                 shared_bytes=variant.shared_bytes(), overlap=self._gpu.overlaps)  # fmt: skip
         grid = variant.grid(len(weight), self._gpu.num_sms)
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, out)]

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 import pytest
 import torch
-from decode_ref import MAX_ERROR, Case, check, make_table
+from decode_ref import MAX_ERROR, Case, attention, check, make_table
 from quantised_ref import Quantised, dequantised, make_quantised
 
 from gpu import BatchDecodeWithPagedKVCacheWrapper, CacheWriter, DecodeEngine, PagedKVCache
@@ -54,9 +54,11 @@ def test_every_type_scale_and_schedule(variant: tuple) -> None:
     options = AttentionOptions(kv_dtype=kv_dtype, kv_scales=kv_scales)
     for seed, lens in enumerate((EDGES, (9000, 3, 700), (0, 0), (1500,) * 20)):
         step = make_quantised(shape_of(head_dim, group, page), lens, options, dtype=dtype, seed=seed)
+        case = step.case()
+        wanted = attention(case)
         for schedule in SCHEDULES:
             out, lse = run(DecodeEngine(step.shape, dtype, schedule, options=options), step)
-            check(out, lse, step.case(), dtype=dtype)
+            check(out, lse, case, dtype=dtype, wanted=wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)

@@ -5,7 +5,7 @@ import cupy
 import numpy as np
 import pytest
 import torch
-from decode_ref import Case, check, csr_of, fill_owned, make_case, make_table, pages_of, run_poisoned
+from decode_ref import Case, attention, check, csr_of, fill_owned, make_case, make_table, pages_of, run_poisoned
 
 from gpu import DecodeEngine
 from gpu.measure.timing import capture, shared_stream
@@ -41,6 +41,7 @@ def moved(pages: torch.Tensor, layout: str, spread: int) -> torch.Tensor:
 def test_every_form(form: str, ids: torch.dtype, page_size: int, layout: str) -> None:
     shape = DecodeShape(num_q_heads=8, num_kv_heads=2, head_dim=128, page_size=page_size)
     case = make_case(shape, LENS, seed=page_size)
+    wanted = attention(case)
     for schedule in SCHEDULES if page_size == 16 else SCHEDULES[:1]:
         engine = DecodeEngine(shape, schedule=schedule, layout=layout, splits=4)
         for spread in (1, 3):
@@ -50,7 +51,7 @@ def test_every_form(form: str, ids: torch.dtype, page_size: int, layout: str) ->
                 case.q, *(moved(pool, layout, spread) for pool in (case.k_pages, case.v_pages)), out=out, lse=lse
             )
             torch.cuda.synchronize()
-            check(out, lse, case, dtype="float16")
+            check(out, lse, case, dtype="float16", wanted=wanted)
 
 
 @pytest.mark.parametrize("place", ["torch on the host", "numpy", "cupy", "mixed"])

@@ -1,18 +1,20 @@
 """Products of decode steps and the small kernels beside them, against float64, and in graphs."""
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
+from product_chains import check_in_a_graph
+from product_ref import EPS
 
 from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import shared_limit_bytes
 from gpu.serve.model.product_variant import ADD, GATE, STORE, wide_variant
-from gpu.serve.model.products import StreamedProducts, TorchProducts, WideProducts
+from gpu.serve.model.products import StreamedProducts, WideProducts
 from gpu.serve.model.row_kernels import RowKernels
 
-EPS = 1e-5
 KINDS = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # half a step of numbers near 1
 
 
@@ -65,43 +67,28 @@ def test_wide_products_are_those_of_float64(dtype, rows, depth, columns, ends):
             wanted, first = torch.nn.functional.silu(gate) * up, first[:, : rows // 2].contiguous()
         elif end == ADD:
             wanted = first.double() + wanted
-        found = [wide.run(variant, x, weight, bias, first.clone()) for _ in range(3)]
+        ways = (0, 1, 2) if variant.groups == 2 else (variant.groups,)
+        variants = [dataclasses.replace(variant, groups=groups, per_sm=ctas) for groups in ways for ctas in (1, 2)]
+        found = [wide.run(one_of, x, weight, bias, first.clone()) for one_of in variants for _ in range(3)]
         assert wide.empty()
-        assert all(torch.equal(one, found[0]) for one in found)
-        assert ((found[0].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
+        for at in range(0, len(found), 3):
+            assert all(torch.equal(one, found[at]) for one in found[at : at + 3])
+            assert ((found[at].double() - wanted).abs() <= 1.02 * KINDS[dtype] * wanted.abs() + 2e-4).all()
 
 
 @pytest.mark.parametrize(("columns", "least_wide"), [(8, 65), (24, 9)])
 def test_products_of_a_graph_follow_their_inputs(columns, least_wide, monkeypatch):
-    """A chain, in which each product waits for the one before while its weights are already under way."""
     monkeypatch.setattr("gpu.serve.model.products.LEAST_WIDE_COLUMNS", least_wide)
     torch.manual_seed(0)
-    products, theirs = StreamedProducts(EPS), TorchProducts(EPS)
+    products = StreamedProducts(EPS)
     weights = [(torch.randn(2048, 1024, device="cuda") / 32).half() for _ in range(12)]
     backs = [(torch.randn(1024, 1024, device="cuda") / 32).half() for _ in range(12)]
-    norm, x = torch.ones(1024, device="cuda").half(), torch.zeros(columns, 1024, device="cuda").half()
+    norm = torch.ones(1024, device="cuda").half()
 
     def chain(x, by):
         for weight, back in zip(weights, backs):
             x = by.add(x, by.gated(x, norm, weight, None), back, None)
-        return x, by.normed(x, norm, weights[0], None)
+        return torch.cat([x, by.normed(x, norm, weights[0], None)], dim=1)
 
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        chain(x.clone(), products)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            out = chain(x.clone(), products)
-        for seed in range(20):
-            torch.manual_seed(seed)
-            start = torch.randn(columns, 1024, device="cuda").half()
-            x.copy_(start)
-            graph.replay()
-            first = [one.clone() for one in out]
-            graph.replay()
-            for one, again, wanted in zip(first, out, chain(start.clone(), theirs)):
-                assert torch.equal(one, again)
-                torch.testing.assert_close(one, wanted, rtol=0.03, atol=0.03)
+    check_in_a_graph(chain, products, columns=columns, width=1024, tolerance=0.03)
     assert products.wide.empty()

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from product_chains import check_in_a_graph
+from product_ref import EPS
 from serve_models import as_transformers, disagreements, prompts_with_shared_heads
 
 from gpu.serve.attention import KVPages, StepRows, TorchAttention
@@ -215,7 +217,7 @@ def test_smollm2_says_what_transformers_says():
 @pytest.mark.parametrize(("rows", "depth"), [(1536, 1024), (6144, 4096), (4096, 14336), (960, 576)])
 def test_streamed_products_are_pytorchs(dtype, columns, rows, depth):
     torch.manual_seed(columns)
-    streamed, usual = StreamedProducts(1e-5), TorchProducts(1e-5)
+    streamed, usual = StreamedProducts(EPS), TorchProducts(EPS)
     kind = getattr(torch, dtype)
     weight = (torch.randn(rows, depth, device="cuda") * depth**-0.5).to(kind)
     norm, bias = (torch.randn(size, device="cuda").to(kind) for size in (depth, rows))
@@ -230,28 +232,13 @@ def test_streamed_products_are_pytorchs(dtype, columns, rows, depth):
 
 
 def test_streamed_products_in_a_graph_follow_their_inputs():
-    """A chain, in which each product waits for the one before while its weights are already under way."""
     torch.manual_seed(0)
-    products = StreamedProducts(1e-5)
     weights = [(torch.randn(1024, 1024, device="cuda") / 32).half() for _ in range(12)]
-    norm, x = torch.ones(1024, device="cuda").half(), torch.zeros(2, 1024, device="cuda").half()
+    norm = torch.ones(1024, device="cuda").half()
 
     def chain(x, by):
         for weight in weights:
             x = by.add(x, by.normed(x, norm, weight, None), weight, None)
         return x
 
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        chain(x.clone(), products)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            out = chain(x.clone(), products)
-        for seed in range(20):
-            torch.manual_seed(seed)
-            start = torch.randn(2, 1024, device="cuda").half()
-            x.copy_(start)
-            graph.replay()
-            torch.testing.assert_close(out, chain(start.clone(), TorchProducts(1e-5)), rtol=0.02, atol=0.02)
+    check_in_a_graph(chain, StreamedProducts(EPS), columns=2, width=1024, tolerance=0.02)
