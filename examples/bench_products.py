@@ -6,8 +6,8 @@
 Layers of Llama-3.1-8B's shape follow each other in one CUDA graph, as in a decode step without attention, until their
 weights are far larger than L2; a line is the time of a layer and the rate of its 436 MB of weights. Ways: PyTorch's,
 PyTorch's with the small kernels of rows.cu, product.cu (at most 8 rows), wide_product.cu of these tiles of rows, KiB of
-shared memory a CTA, ways to multiply (PRODUCT_GROUPS), CTAs an SM, and so many units ahead in L2. --single times each
-product alone too.
+shared memory a CTA, ways to multiply (PRODUCT_GROUPS), CTAs an SM, and so many units ahead in L2. Variants that this
+GPU cannot run are left out and named. --single times each product alone too.
 """
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.script import run_script
+from bench.script import print_notes, run_script
+
+from gpu.measure import memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gpu.serve.model.product_variant import WideVariant
+
 HIDDEN, QKV, MLP, LAYERS = 4096, 6144, 14336, 8
+SHARED_KIB = 110
 SINGLES = ("normed", "out", "gated", "down")
 
 
@@ -33,8 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--columns", default="1,8,32,64,128")
     parser.add_argument("--tiles", default="128")
-    parser.add_argument("--shared", default="110", help="KiB")
-    parser.add_argument("--groups", default="1")
+    parser.add_argument("--shared", help=f"KiB; by default {SHARED_KIB}, or all that a CTA may have here")
+    parser.add_argument("--groups", help="PRODUCT_GROUPS; by default 1 where the GPU multiplies by warpgroups, else 0")
     parser.add_argument("--ahead", default="8", help="units that are brought to L2 beyond the ring")
     parser.add_argument("--ahead-sums", default="0", help="the same of products that are added to what is there")
     parser.add_argument("--per-sm", default="1", help="CTAs")
@@ -48,16 +53,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
+    from gpu.kernels.this_gpu import this_gpu
+    from gpu.kernels.variant import shared_limit_bytes
+    from gpu.serve.model.product_variant import has_groups
+
+    capability = this_gpu().compute_capability
+    limit = shared_limit_bytes(capability)
+    shared = args.shared or str(min(SHARED_KIB, limit // 1024))
+    if shared != (args.shared or str(SHARED_KIB)):
+        console.print(f"{shared} KiB of shared memory in place of {SHARED_KIB}, which this GPU does not have")
     kind = getattr(torch, args.dtype)
     shapes = {"normed": (QKV, HIDDEN), "out": (HIDDEN, HIDDEN), "gated": (2 * MLP, HIDDEN), "down": (HIDDEN, MLP)}
+    count = memory.fitting(LAYERS, bytes_each=2 * sum(rows * depth for rows, depth in shapes.values()))
+    if count < LAYERS:
+        console.print(f"{count} layers in place of {LAYERS}, for which GPU memory has no room")
     layers = [{name: (torch.randn(shape, device="cuda") * shape[1] ** -0.5).to(kind) for name, shape in shapes.items()}
-              for _ in range(LAYERS)]
-    given = {"tiles": args.tiles, "shared": args.shared, "groups": args.groups, "ahead": args.ahead,
-             "let": args.let, "ahead_sums": args.ahead_sums, "per_sm": args.per_sm}
+              for _ in range(count)]
+    given = {"tiles": args.tiles, "shared": shared, "groups": args.groups or str(int(has_groups(capability))),
+             "ahead": args.ahead, "let": args.let, "ahead_sums": args.ahead_sums, "per_sm": args.per_sm}
     numbers = {name: list(map(int, text.split(","))) for name, text in given.items()}
-    results = []
+    results, left_out = [], []
     for columns in map(int, args.columns.split(",")):
         for name, make in ways(columns, **numbers):
+            if isinstance(make, WideShape) and (reason := make.unfit(capability, limit)) is not None:
+                left_out.append(f"{columns} columns, {name}: {reason}")
+                continue
             products = make()
             parts = [("", SINGLES), *((f" {one}", (one,)) for one in SINGLES if args.single)]
             for what, which in parts:
@@ -65,13 +85,14 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 gb = sum(layers[0][one].numel() * 2 for one in which) / 1e9
                 console.print(f"{columns:4} {name + what:60} {us:8.2f} us {gb / us * 1e3:6.2f} TB/s", markup=False)
                 results.append({"columns": columns, "way": name, "products": which, "us": us})
-    return {"results": results}
+    print_notes(console, "left out", left_out)
+    return {"results": results, "left_out": left_out}
 
 
 def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int],
          ahead: list[int], let: list[int], ahead_sums: list[int],
          per_sm: list[int]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Names, and what makes the products."""
+    """Names, and what makes the products; of wide_product.cu a WideShape."""
     from gpu.serve.model import product_variant
     from gpu.serve.model.products import RowProducts, StreamedProducts, TorchProducts
     from gpu.serve.model.row_kernels import RowKernels
@@ -84,38 +105,52 @@ def ways(columns: int, *, tiles: list[int], shared: list[int], groups: list[int]
             tiles, shared, groups, ahead, let, ahead_sums, per_sm):
         room = next(wide for wide in product_variant.WIDE_COLUMNS if wide >= columns)
         stages = kib * 1024 // ((tile_rows + room) * product_variant.ROW_BYTES)
-        part = tile_rows * room * 4
-        if stages < 2 or stages * (tile_rows + room) * product_variant.ROW_BYTES < part or (group and room < 32):
-            continue
-        if ctas * kib > 227:  # of an SM
-            continue
+        shape = WideShape(room, tile_rows, stages, group, units, left, sums, ctas)
+        yield (f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units} {sums}, let {left}, "
+               f"{ctas} an SM"), shape
 
-        def chosen(variant, tile_rows=tile_rows, stages=stages, group=group, units=units, left=left, sums=sums,
-                   ctas=ctas):
-            return dataclasses.replace(variant, tile_rows=tile_rows, stages=stages, groups=group,
-                                       ahead=sums if variant.end == product_variant.ADD else units, let=left,
-                                       per_sm=ctas)
 
-        name = (f"wide, tiles {tile_rows}, {stages} stages, groups {group}, ahead {units} {sums}, let {left}, "
-                f"{ctas} an SM")
-        yield name, lambda chosen=chosen: WideAlone(chosen)
+@dataclasses.dataclass(frozen=True, slots=True)
+class WideShape:
+    """What the variants of wide_product.cu that a way consists of have in common; called, it makes the products."""
+
+    columns: int  # that it is compiled for
+    tile_rows: int
+    stages: int
+    groups: int  # PRODUCT_GROUPS
+    ahead: int
+    let: int
+    ahead_sums: int
+    per_sm: int
+
+    def variant(self, depth: int, end: int, bfloat16: bool) -> WideVariant:
+        from gpu.serve.model.product_variant import ADD, WideVariant
+
+        return WideVariant(depth, self.columns, end, bfloat16, self.tile_rows, self.stages, self.groups,
+                           self.ahead_sums if end == ADD else self.ahead, self.let, self.per_sm)
+
+    def unfit(self, capability: int, shared_limit: int) -> str | None:
+        """Why a GPU does not run it, None where it does. shared_limit: bytes of a CTA."""
+        from gpu.serve.model.product_variant import STORE
+
+        return self.variant(HIDDEN, STORE, False).unfit(capability, shared_limit)
+
+    def __call__(self) -> WideAlone:
+        return WideAlone(self)
 
 
 class WideAlone:
-    """Every product by wide_product.cu, of the variant that `chosen` makes of the usual one."""
+    """Every product by wide_product.cu, of variants of one shape."""
 
-    def __init__(self, chosen: Callable) -> None:
+    def __init__(self, shape: WideShape) -> None:
         from gpu.serve.model.products import WideProducts
         from gpu.serve.model.row_kernels import RowKernels
 
-        self._wide, self._rows, self._chosen = WideProducts(), RowKernels(), chosen
+        self._wide, self._rows, self._shape = WideProducts(), RowKernels(), shape
 
     def _run(self, x, weight, end, out):
-        from gpu.serve.model.product_variant import WIDE_COLUMNS, WideVariant
-
-        room = next(wide for wide in WIDE_COLUMNS if wide >= len(x))
-        usual = WideVariant(weight.shape[1], room, end, str(x.dtype) == "torch.bfloat16", 128, 3, 0)
-        return self._wide.run(self._chosen(usual), x, weight, None, out)
+        variant = self._shape.variant(weight.shape[1], end, str(x.dtype) == "torch.bfloat16")
+        return self._wide.run(variant, x, weight, None, out)
 
     def normed(self, x, norm, weight, bias):
         return self._run(self._rows.rms_norm(x, norm, 1e-5), weight, 0, x.new_empty((len(x), len(weight))))

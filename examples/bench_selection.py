@@ -87,7 +87,14 @@ def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_script("bench_selection", args, in_pool(args, measure, pool_gib=POOL_GIB), width=200)
+
+    def measured(console) -> dict:
+        from bench.selection_measure import beside
+
+        of_layer = 2 if args.grid else 1  # summaries: the grid's "policy" has its own
+        return in_pool(args, measure, pool_gib=POOL_GIB, beside=beside(of_layer))(console)
+
+    return run_script("bench_selection", args, measured, width=200)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@
 prompts and a closed loop, and says how far whatif's figures lie from the measured ones, in three minutes on an H200.
 Where FOLDER has not a trace, a load like it is drawn.
 
+Without --model the model is Llama-3.1-8B, or the largest preset whose weights GPU memory has room for; cells whose KV
+does not fit beside them are left out and named.
+
 The limit of a step is the bytes that it must read, weights and KV, over the rate at which this GPU streams. Weights are
 random, of the model's shape.
 """
@@ -27,19 +30,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.script import run_script
-from serve_bench import page, predictions, roofline, runs, soak
+from serve_bench import page, predictions, presets, roofline, runs, soak
 
 from pkvsim.reports.grid import PIPE_COLUMNS, print_line, table_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+MODEL = "llama-3.1-8b"
+KV_BYTES = 1 << 30  # at least, that a model chosen by its size leaves for KV pages
 CELLS = "1x1024,8x1024,32x1024,128x1024,1x32768,8x32768"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.1-8b", help="a preset of pkvsim, or a config.json")
+    parser.add_argument("--model", help=f"a preset of pkvsim, or a config.json; {MODEL}, or the largest that fits")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--kv-dtype", help="float8_e4m3fn, float8_e5m2 or int8; by default the model's")
     parser.add_argument("--cells", default=CELLS, help="rows x tokens of their prompts, comma-separated")
@@ -64,10 +69,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def soak_model(args: argparse.Namespace, _: Console) -> dict[str, Any]:
+def choose_model(args: argparse.Namespace, console: Console) -> None:
+    """Sets the model where none was asked for, and says which where it is not the usual one."""
+    if args.model is not None:
+        return
+    import torch
+
+    from gpu.serve.llm import ServeOptions, weights_room
+    from gpu.serve.model.weights import weights_bytes
+
+    dtype, room = getattr(torch, args.dtype), weights_room(ServeOptions()) - KV_BYTES
+    args.model = presets.largest_preset(MODEL, room=room, weights_bytes=lambda config: weights_bytes(config, dtype))
+    if args.model != MODEL:
+        console.print(f"{args.model} in place of {MODEL}, for whose weights GPU memory has no room", markup=False)
+
+
+def soak_model(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """A long life of the model with too few pages; its weights are its own where there are any."""
     from gpu.serve.llm import LLM, ServeOptions
 
+    choose_model(args, console)
     llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=args.model != "smollm2",
                                        max_context=2048, max_batch=64, num_pages=800, prefix_cache="lru",
                                        graphs=not args.eager, streamed_products=args.streamed_products))
@@ -77,10 +98,11 @@ def soak_model(args: argparse.Namespace, _: Console) -> dict[str, Any]:
     return asdict(result) | {"sound": result.sound}
 
 
-def measure(args: argparse.Namespace, _: Console) -> dict[str, Any]:
+def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
     """Runs what was asked for, and returns what --json writes."""
     from gpu.serve.llm import LLM, ServeOptions
 
+    choose_model(args, told)
     if args.predictions:
         return measure_predictions(args)
     cells = [tuple(map(int, cell.split("x"))) for cell in args.cells.split(",")]
@@ -101,6 +123,11 @@ def measure(args: argparse.Namespace, _: Console) -> dict[str, Any]:
                              "products": "torch" if args.streamed_products is False else "streamed"}
     if whole:
         return found | {"runs": measure_runs(llm, args)}
+    left_out = {cell: why for cell in cells if (why := roofline.lacks_room(llm, *cell, args.steps)) is not None}
+    for (rows, context), why in left_out.items():
+        print_line(console, f"left out {rows} x {context}: {why}")
+    found["left_out"] = {f"{rows}x{context}": why for (rows, context), why in left_out.items()}
+    cells = [cell for cell in cells if cell not in left_out]
     if args.profile:
         for rows, context in cells:
             roofline.profile(llm, rows, context)

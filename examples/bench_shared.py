@@ -18,7 +18,7 @@ import json
 import pathlib
 import sys
 
-from bench.script import chosen, in_pool, print_notes, run_script
+from bench.script import chosen, in_pool, one_line_errors, print_notes, run_script
 
 ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
@@ -145,6 +145,7 @@ def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
     return {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us}
 
 
+@one_line_errors("bench_shared")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.fit is not None:

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.script import one_line_errors
 from vllm_bench import plans
 from vllm_bench.cases import GROUPS, LLAMA_8B, SMALL, Job, environment, write_model, write_plugin
 from vllm_bench.report import compare, name_of, served_table, times_table
@@ -39,6 +40,7 @@ BACKENDS = ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN")
 TIE = 0.05  # of log-probability: what backends that round differently may swap
 
 
+@one_line_errors("bench_vllm")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of vLLM's names, and CUSTOM; one after another")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.generate_ways import WAYS, Batch, compare, reference_logits, run_way
+from bench.script import one_line_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -130,6 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors("generate")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     reason = missing()

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.script import one_line_errors
 from bench.tables import Table
 from rich.console import Console
 
@@ -143,6 +144,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
                          f"Blocks of {found['block_bytes'] / 2**10:.0f} KiB; evicted {pool['evicted']}.")]  # fmt: skip
 
 
+@one_line_errors("pool")
 def main(words: list[str] | None = None) -> int:
     args = parse_args(words)
     if lacks_gpu("pool"):

@@ -10,6 +10,7 @@ import argparse
 import sys
 
 import numpy as np
+from bench.script import one_line_errors
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -151,6 +152,7 @@ def run_on_gpu(console: Console, *, steps: int, schedule: str, seed: int) -> int
     return 0 if agrees else 1
 
 
+@one_line_errors("quickstart")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)

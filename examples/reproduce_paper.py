@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.script import one_line_errors
 from serving.options import EQUAL_BUCKETS, HELD_OUT_SEEDS, Config, equal_buckets, positive
 
 from gpu.measure import memory
@@ -161,6 +162,7 @@ def measure(args: argparse.Namespace, out: Path, document: dict) -> None:
             write_json(args.json, document)
 
 
+@one_line_errors("reproduce_paper")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("reproduce_paper"):
@@ -169,11 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     note(", ".join(f"{key} {value}" for key, value in about.items()))
     out = args.out or Path(__file__).parent / "results" / f"{gpu_slug(about['gpu'])}_paper.md"
     document = {"environment": about, "options": {key: str(value) for key, value in vars(args).items()}}
-    try:
-        measure(args, out, document)
-    except ValueError as error:
-        print(f"reproduce_paper: error: {error}", file=sys.stderr)
-        return 2
+    measure(args, out, document)
     print(f"wrote {out}")
     print(memory.peak_line())
     return 0

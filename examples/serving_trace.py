@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.script import one_line_errors
 from serving.options import Config, add_trace_options, comma_list, configs, make_trace, positive
 
 from gpu.measure import memory
@@ -185,6 +186,7 @@ def print_document(document: dict, *, exhaustive: bool) -> list[Table]:
     return tables
 
 
+@one_line_errors("serving_trace")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("serving_trace"):
@@ -201,9 +203,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         bench = make_bench(args)
         run_all(args, bench, document)
-    except ValueError as error:
-        print(f"serving_trace: error: {error}", file=sys.stderr)
-        return 2
     finally:
         tables = print_document(document, exhaustive=args.exhaustive)
         document["peak_gpu_bytes"] = memory.peak_bytes()

@@ -15,6 +15,8 @@ import sys
 import time
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams of ranks on one GPU must not queue up in one
+from bench.script import one_line_errors
+
 from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
 
 TOLERANCE = 2e-3
@@ -30,6 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line_errors("several")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if lacks_gpu("several"):

@@ -26,6 +26,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from bench.script import one_line_errors
+
 if TYPE_CHECKING:
     from bench.tables import Table
 
@@ -119,6 +121,7 @@ def order_table(findings: list) -> Table | None:
                  "Paired by text; percentile bootstrap over the texts, 10,000 resamples.")
 
 
+@one_line_errors("study_selection")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     import torch

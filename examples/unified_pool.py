@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from bench.script import one_line_errors
 from bench.tables import Table
 from rich.console import Console
 
@@ -226,6 +227,7 @@ of `pkvsim.memory.tier_presets`.
             + VERDICT.format(bytes_gb=num_bytes / 1e9))  # fmt: skip
 
 
+@one_line_errors("unified_pool")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--markdown", type=Path, help="writes the page there instead of printing the tables")

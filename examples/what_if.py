@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from bench.script import one_line_errors
 
 from pkvsim.devices.device import get_device
 from pkvsim.models.presets import get_model
@@ -40,6 +41,7 @@ def chat_trace(requests: int, rate: float, seed: int) -> RequestTrace:
     return RequestTrace("made-up chat", arrival_s, prompt, output, hashes, offsets, BLOCK_TOKENS)
 
 
+@one_line_errors("what_if")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1500)

@@ -13,6 +13,7 @@ from gpu.measure.cases import StepCase, difference, lay_out
 from gpu.measure.pools import BenchPool
 from gpu.measure.timing import StreamLimit, capture, shared_stream, wall_time_us
 from gpu.routes import flashinfer_decode as fi
+from gpu.routes.flashinfer_builds import why_not
 from pkvsim import DecodeShape
 
 OUR_ROUTES = ("balanced", "workqueue", "split")
@@ -92,7 +93,7 @@ class CellBench:
             except Exception as error:  # a backend whose kernels cannot be built here: named in the table
                 if name in OUR_ROUTES:
                     raise
-                note = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                note = why_not(error)
                 self._unavailable[name, shape.group_size] = note
                 results.append(Result(**row, note=note))
                 continue

@@ -1,11 +1,13 @@
-"""What the benchmark scripts do alike: what they were run on, the pool of those that measure in one, and the end."""
+"""What scripts do alike: errors in a line; of benchmarks what they were run on, the pool of those that measure in one,
+and the end."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from gpu.measure import memory
@@ -14,12 +16,33 @@ from gpu.measure.environment import environment, lacks_gpu, missing, options_of,
 Cell = TypeVar("Cell")
 
 
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Makes a ValueError of the block, a file that cannot be read or written, or a lack of memory one line on stderr
+    and exit code 2. Decorates mains too."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # PyTorch's
+            raise
+        print(f"{program}: error: {reason_of(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in a line: of a lack of memory what was asked for, and not who else has how much of it."""
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ". ".join(said.split(". ")[:2]).rstrip(".") or "not enough memory"
+    return said
+
+
 def run_script(
     program: str, args: argparse.Namespace, measure: Callable[[Any], dict[str, Any]], *, width: int,
     needs_gpu: bool = True, leads: bool = True,
 ) -> int:  # fmt: skip
-    """A script's exit code: 1 without a GPU or where what was found has a false "sound", 2 where a pool of that size
-    has no room, else 0.
+    """A script's exit code: 1 without a GPU or where what was found has a false "sound", else 0. Ends the program with
+    2 and a line on stderr where what was asked for has no room or cannot be.
 
     args: has json, a path or None. measure(console): prints what it found, and returns it as entries of the JSON
     document. width: of the output that is no terminal's. needs_gpu: else the script goes on without one. leads: False
@@ -35,11 +58,8 @@ def run_script(
     if about:
         console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     start = time.perf_counter()
-    try:
+    with one_line_errors(program):
         found = measure(console)
-    except memory.NoRoom as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
     console.print(f"{time.perf_counter() - start:.0f} s")
     if args.json is not None and leads:
         peak = {"peak_gpu_bytes": memory.peak_bytes()} if on_gpu else {}

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from bench.selection_measure import MOST_LAYERS, PINS, SHAPE, Result, SelectionBench
+from bench.selection_measure import MOST_LAYERS, PINS, SHAPE, Result, SelectionBench, summary_bytes
 
 from gpu import DecodeEngine, PageSelector, PageSummaries
+from gpu.measure import memory
 from gpu.measure.cases import lay_out
-from gpu.measure.memory import NoRoom
 from gpu.measure.timing import graph_time_us, l2_bytes, rotation_length
 from gpu.routes.router import this_device
 from gpu.selection.paged_selection import PagedSelection
@@ -36,7 +36,7 @@ def measure_grid(bench: SelectionBench) -> Iterator[Result | str]:
     for rows, length, fraction in GRID:
         try:
             yield measure_cell(bench, rows, length, fraction)
-        except NoRoom as error:  # a pool that is too small for the cell
+        except memory.NoRoom as error:  # a pool that is too small for the cell
             yield f"{rows} x {length}, {fraction:g}: {error}"
 
 
@@ -46,6 +46,8 @@ def measure_cell(bench: SelectionBench, rows: int, length: int, fraction: float)
     read = max(1, int(useful_kv_bytes(SHAPE, lens) * fraction))
     layers = min(MOST_LAYERS, rotation_length(read, l2_size=l2_bytes()))
     case = lay_out(bench.pool, SHAPE, lens, seed=rows, min_layers=layers)
+    # PagedSelection keeps summaries of its own beside those that are timed alone.
+    memory.expect_room(2 * sum(summary_bytes(k.nbytes) for k, _ in case.layers), "page summaries")
     result = Result(rows, length, fraction, case.kv_bytes, bench.limit.time_us(case.kv_bytes))
     seq_lens, table = case.on_gpu()
     engine = DecodeEngine(SHAPE)

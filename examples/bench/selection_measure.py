@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from gpu import DecodeEngine, PageList, PageSelector, PageSummaries
+from gpu.measure import memory
 from gpu.measure.cases import StepCase, lay_out
 from gpu.measure.pools import BenchPool
 from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes, rotation_length
 from gpu.routes import flashinfer_decode as fi
+from gpu.routes.flashinfer_builds import why_not
 from pkvsim import DecodeShape
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.selection.rules import Budget, Pins
@@ -26,6 +28,17 @@ MOST_LAYERS = 8
 CHECKED = 6  # (row, KV head)s of a checked result
 SUMMARIES = {"": None, "_8bit": "uint8"}  # summary_dtype by what names of times end in
 FLASHINFER = ("tensor_core", "cuda_core")
+
+
+def summary_bytes(pages_bytes: int) -> int:
+    """Bytes of the 16-bit summaries of K pages that take so many: two vectors for a page's tokens."""
+    return pages_bytes * 2 // SHAPE.page_size
+
+
+def beside(summaries: int = 1) -> float:
+    """Bytes that a cell allocates for each of the pool's, these included. summaries: of each layer, whose view of K is
+    a quarter of the pool."""
+    return 1 + summaries * MOST_LAYERS * summary_bytes(1 << 20) / (4 << 20)
 
 
 @dataclass(slots=True)
@@ -64,6 +77,7 @@ class SelectionBench:
         read = max(1, int(useful_kv_bytes(SHAPE, lens) * self.budget.fraction))
         layers = min(MOST_LAYERS, rotation_length(read, l2_size=l2_bytes()))
         case = lay_out(self.pool, SHAPE, lens, seed=rows, min_layers=layers)
+        memory.expect_room(sum(summary_bytes(k.nbytes) for k, _ in case.layers), "page summaries")
         result = Result(rows, length, self.budget.fraction, case.kv_bytes, self.limit.time_us(case.kv_bytes))
         seq_lens, table = case.on_gpu()
         engine = DecodeEngine(SHAPE)
@@ -115,6 +129,7 @@ class SelectionBench:
             result.errors[f"everything{suffix}"] = self._error(case, out, lists)
             if not suffix:
                 result.host_us = self._host_us(engine, selector, case, summaries[0], out, lse)
+            del summaries, own, selector  # memory need not hold those of both widths
         if flashinfer and fi.installed():
             self._flashinfer(case, even, result)
         return result
@@ -202,4 +217,4 @@ class SelectionBench:
                     lambda i, theirs=theirs, out=out: theirs.run(q, *layers[i], out=out, return_lse=False),
                     variants=len(layers), repeats=self.repeats).median_us  # fmt: skip
             except Exception as error:  # a backend whose kernels cannot be built here
-                result.notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                result.notes[name] = why_not(error)

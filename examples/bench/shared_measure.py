@@ -16,6 +16,7 @@ from gpu.kernels.variant import shared_limit_bytes
 from gpu.measure.pools import BenchPool, CellPages
 from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes
 from gpu.routes import flashinfer_decode as fi
+from gpu.routes.flashinfer_builds import why_not
 from pkvsim.schedule.costs import SharedCosts
 from pkvsim.schedule.prefixes import SharingRule
 
@@ -76,7 +77,7 @@ class SharedBench:
             except Exception as error:  # a backend whose kernels cannot be built here
                 if name in ("plain", "told", "found"):
                     raise
-                result.notes[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                result.notes[name] = why_not(error)
                 continue
             plain = out if plain is None else plain
             apart = (out[rows].double() - expected).abs().max(), (out - plain).abs().max().double()

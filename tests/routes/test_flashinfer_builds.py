@@ -10,7 +10,7 @@ from gpu_needs import flashinfer_can_build, flashinfer_kernels
 
 from gpu.routes import route_engines as routes
 from gpu.routes import router as router_module
-from gpu.routes.flashinfer_builds import build_failure
+from gpu.routes.flashinfer_builds import build_failure, why_not
 from gpu.routes.router import Router
 from pkvsim import DecodeShape
 from pkvsim.devices.device import get_device
@@ -44,6 +44,14 @@ def test_a_failed_build_is_told_from_a_fault_and_skips_once(said: str) -> None:
     with pytest.raises(pytest.skip.Exception, match="FlashInfer"):
         with flashinfer_kernels(said):
             raise AssertionError("what is missing is not tried again")
+
+
+def test_what_is_told_of_a_build_is_a_line_with_its_cause() -> None:
+    output = "ninja: Entering directory '/x'\n[1/4] nvcc -c a.cu\nFAILED: a.o\n/bin/sh: 1: nvcc: not found\nninja: build stopped"
+    said = why_not(RuntimeError(f"Ninja build failed. Ninja output:\n{output}"))
+    assert said == "FlashInfer could not build its kernels: Ninja build failed: /bin/sh: 1: nvcc: not found"
+    assert build_failure(RuntimeError("Ninja build failed. Ninja output:")).endswith("Ninja build failed")
+    assert why_not(KeyError("x")) == "KeyError: 'x'" and len(why_not(RuntimeError("y" * 999))) == 160
 
 
 def test_nothing_is_built_without_nvcc_or_ninja(tmp_path, monkeypatch) -> None:

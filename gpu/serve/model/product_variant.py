@@ -22,6 +22,7 @@ GROUP_COLUMNS = 32  # from so many on products are by warpgroups, on GPUs that h
 AHEAD = 8  # units of a CTA that it brings to L2 beyond its ring while the previous kernel runs
 LET = 8  # units of a CTA before whose products the next kernel may start
 LEAST_UNITS = 4  # of a CTA, so that few parts are sent of small matrices
+CTA_KEPT_BYTES = 1024  # of an SM's shared memory, of compute capability 8.0 and newer
 CTA_BYTES = 227 * 1024 // 2 - 2048  # of shared memory, such that the next product's CTA fits beside it
 
 
@@ -60,6 +61,11 @@ def variant(*, rows: int, depth: int, columns: int, normed: bool, end: int, bflo
     return None
 
 
+def has_groups(capability: int) -> bool:
+    """Whether GPUs of that compute capability (major * 10 + minor) multiply by warpgroups."""
+    return 90 <= capability < 100
+
+
 @dataclass(frozen=True, slots=True)
 class WideVariant:
     """What wide_product.cu is compiled for."""
@@ -78,6 +84,23 @@ class WideVariant:
     def shared_bytes(self) -> int:
         """sizeof(WideMemory)."""
         return self.stages * (self.tile_rows + self.columns) * ROW_BYTES
+
+    def unfit(self, capability: int, shared_limit: int) -> str | None:
+        """Why a GPU does not run it, None where it does. shared_limit: bytes of shared memory that a CTA may have."""
+        if self.groups and not has_groups(capability):
+            return f"compute capability {capability / 10:.1f} has no products of warpgroups"
+        if self.groups and self.columns < GROUP_COLUMNS:
+            return f"products of warpgroups are for {GROUP_COLUMNS} columns or more"
+        if self.stages < LEAST_STAGES:
+            return f"its shared memory has room for {self.stages} stages, which must be {LEAST_STAGES} or more"
+        if self.shared_bytes() < self.part_bytes():
+            return f"a part of {self.part_bytes()} bytes does not fit its ring of {self.shared_bytes()}"
+        if self.shared_bytes() > shared_limit:
+            return f"it takes {self.shared_bytes()} bytes of shared memory, and a CTA has at most {shared_limit} here"
+        # Ranges wait for each other, so all CTAs must be there at once; the driver keeps CTA_KEPT_BYTES of each.
+        if self.per_sm * (self.shared_bytes() + CTA_KEPT_BYTES) > shared_limit + CTA_KEPT_BYTES:
+            return f"an SM has no room for {self.per_sm} CTAs of {self.shared_bytes()} bytes of shared memory"
+        return None
 
     def grid(self, rows: int, num_sms: int) -> int:
         """CTAs of a matrix of so many rows."""
@@ -105,7 +128,7 @@ def wide_variant(*, rows: int, depth: int, columns: int, end: int, bfloat16: boo
     if not 0 < columns <= WIDE_COLUMNS[-1] or depth % CHUNK or (end == GATE and rows % 2):
         return None
     columns = next(wide for wide in WIDE_COLUMNS if wide >= columns)
-    groups = 0 if columns < GROUP_COLUMNS or not 90 <= capability < 100 else 2 if columns == GROUP_COLUMNS else 1
+    groups = 0 if columns < GROUP_COLUMNS or not has_groups(capability) else 2 if columns == GROUP_COLUMNS else 1
     if columns > 64 and not groups:
         return None  # mma.sync would be slower than the stream
     tile_rows = 128 if columns <= 64 else 256

@@ -64,22 +64,36 @@ class Weights:
                     yield tensor
 
 
+def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights of that dtype, of which nothing is made."""
+    return _assemble(config, lambda name, shape: torch.empty(shape, dtype=dtype, device="meta")).num_bytes
+
+
+def _expect_room(config: ModelConfig, dtype: torch.dtype, room: int | None) -> None:
+    needed = weights_bytes(config, dtype)
+    if room is not None and needed > room:
+        raise ValueError(f"model: expected at most {max(0, room) / 2**30:.2f} GiB of weights, for which memory has "
+                         f"room, got {needed / 2**30:.2f} GiB of {config.name}")
+
+
 Tensors = Callable[[str, tuple[int, ...]], torch.Tensor]  # (Hugging Face's name, shape) -> the tensor, where it belongs
 
 
 def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = False,
-         seed: int = 0) -> tuple[ModelConfig, Weights]:
+         seed: int = 0, room: int | None = None) -> tuple[ModelConfig, Weights]:
     """The model of a preset's name (with dummy weights), a Hugging Face folder, a GGUF file or "smollm2".
 
-    dummy: weights drawn from `seed`, whatever files there are. Raises ValueError naming what is missing or does not
-    fit.
+    dummy: weights drawn from `seed`, whatever files there are. room: bytes that weights may take, where that is known.
+    Raises ValueError naming what is missing, or, before any weight is read, the model that does not fit.
     """
     if is_gguf(model):
         file = GgufFile(model)
         config = read_config(file.config(), name=file.path.stem)
+        _expect_room(config, dtype, room)
         found = {name: torch.from_numpy(array) for name, array in ([] if dummy else file.tensors())}
         return config, _assemble(config, _random(dtype, device, seed) if dummy else _known(found, dtype, device))
     config = find_config(model)
+    _expect_room(config, dtype, room)
     if dummy:
         return config, _assemble(config, _random(dtype, device, seed))
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
