@@ -112,13 +112,14 @@ class SharedBench:
         engine.plan(lens, table, groups=groups)
         return lambda k_pages, v_pages, out: engine.run(q, k_pages, v_pages, out=out, lse=lse)
 
-    def find_us(self, cell: SharedCell) -> float:
-        """One launch that finds the groups, of tables at rest: warm in L2, as a step's layers leave them."""
-        pages = self.lay_out(cell, 0)
-        lens, table = (torch.from_numpy(array).cuda() for array in (cell.lengths(), pages.block_table))
+    def find_us(self, *cells: SharedCell) -> float:
+        """One launch that finds the groups, of tables at rest: warm in L2, as a step's layers leave them. Several cells
+        of as many rows take turns, so that each launch finds other groups than the one before it."""
+        steps = [[torch.from_numpy(array).cuda() for array in (self.lay_out(cell, 0).block_table, cell.lengths())]
+                 for cell in cells]  # fmt: skip
         limit = shared_limit_bytes(this_gpu().compute_capability)
         finder = PrefixFinder(16, 1, SharingRule(), shared_limit_bytes=limit)
-        return graph_time_us(lambda i: find_prefixes(table, lens, page_size=16, finder=finder), variants=20,
+        return graph_time_us(lambda i: find_prefixes(*steps[i % len(steps)], page_size=16, finder=finder), variants=20,
                              repeats=self.repeats).median_us  # fmt: skip
 
 
