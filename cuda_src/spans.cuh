@@ -82,11 +82,26 @@ struct Groups {
   PKV_HD bool fits(int length, int prefix) const {
     return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1);
   }
-  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
+  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not. Several are asked for at
+  // once, the last one again where there are fewer.
   PKV_HD bool any_grouped(int batch_size, int first, int step) const {
+    constexpr int AT_ONCE = 4;
     bool found = false;
-    for (int row = first; row < batch_size; row += step)
-      found |= static_cast<unsigned>(read_early(of_row + row)) < static_cast<unsigned>(num_groups);
+#ifdef __CUDACC__
+    #pragma unroll 1
+#endif
+    for (int row = first; row < batch_size; row += AT_ONCE * step) {
+      int asked[AT_ONCE];
+#ifdef __CUDACC__
+      #pragma unroll
+#endif
+      for (int i = 0; i < AT_ONCE; ++i)
+        asked[i] = read_early(of_row + (row + i * step < batch_size ? row + i * step : batch_size - 1));
+#ifdef __CUDACC__
+      #pragma unroll
+#endif
+      for (int i = 0; i < AT_ONCE; ++i) found |= static_cast<unsigned>(asked[i]) < static_cast<unsigned>(num_groups);
+    }
     return found;
   }
 };
@@ -127,7 +142,11 @@ struct Axis {
   int num_kv_heads, row_columns;  // row_columns: query heads of a KV head times query tokens
 
   PKV_HD int num_entries() const { return groups.num_groups + lens.batch_size; }
+#if READ_COLUMNS
+  PKV_HD int most_members() const { return READ_COLUMNS / COLUMNS; }  // as shared.columns says, but without a division
+#else
   PKV_HD int most_members() const { return divide(shared.columns, row_columns); }
+#endif
   PKV_HD int most_columns() const { return most_members() * row_columns; }
   PKV_HD int num_reads(int group) const { return divide(readers.count[group] + most_members() - 1, most_members()); }
   // The first member of a read, from the first one of the group; and the read that a place belongs to.
