@@ -130,8 +130,10 @@ struct PrefixRows {
   Lengths lens;
   int query_tokens;
 
-  __device__ __forceinline__ int pages(int row) const {
-    const int tokens = lens[row] - (query_tokens - 1);
+  // A row's length as it is in memory, for which nothing waits before it is used (Lengths), and the pages that it makes.
+  __device__ __forceinline__ int stored(int row) const { return lens.stored(row); }
+  __device__ __forceinline__ int pages(int stored) const {
+    const int tokens = lens.cut(stored) - (query_tokens - 1);
     return tokens > 0 ? tokens / PAGE_SIZE : 0;
   }
   // Columns that every row has in memory, of which not all need be its own.
@@ -139,6 +141,8 @@ struct PrefixRows {
     return TABLE_CSR ? table.stride : min(table.stride, lens.most / PAGE_SIZE);
   }
   __device__ __forceinline__ page_id id(int row, int column) const { return table.stored<false>(row, column); }
+  // The same, asked for where it is written: a compiler asks for an id() where it is first needed.
+  __device__ __forceinline__ page_id id_here(int row, int column) const { return table.stored<true>(row, column); }
 };
 
 // The least that any thread says becomes the CTA's: columns at which two rows differ, rows.
@@ -167,16 +171,17 @@ __device__ __forceinline__ Link find_link(const PrefixRows& rows, int own, const
     ids[0][i] = ids[1][i] = 0;
     if (column < columns) ids[0][i] = rows.id(own, column), ids[1][i] = rows.id(partner, column);
   }
-  const page_id first_id = rows.id(own, 0), hint_id = rows.id(own, hint);
-  const int own_pages = rows.pages(own), partner_pages = rows.pages(partner);
+  const page_id first_id = rows.id_here(own, 0), hint_id = rows.id_here(own, hint);
+  const int own_length = rows.stored(own), partner_length = rows.stored(partner);
   // The rows that begin with the same id; only they have anything in common with this one.
   unsigned candidates = 0;  // bit j: row thread + j * WORKERS
   int earliest = NOBODY, onward = NOBODY;
   #pragma unroll 1
   for (int j = 0, row = thread; row < own; ++j, row += WORKERS) {
-    const int pages = rows.pages(row);
-    const page_id id = rows.id(row, 0), id_there = rows.id(row, hint);
-    if (!((id == first_id) & (min(pages, own_pages) > 0))) continue;
+    const int length = rows.stored(row);
+    const page_id id = rows.id_here(row, 0), id_there = rows.id_here(row, hint);
+    const int pages = rows.pages(length);
+    if (!((id == first_id) & (min(pages, rows.pages(own_length)) > 0))) continue;
     candidates |= 1u << j, earliest = min(earliest, row);
     if ((id_there == hint_id) & (hint < pages) & (row != partner)) onward = min(onward, row);
   }
@@ -184,6 +189,7 @@ __device__ __forceinline__ Link find_link(const PrefixRows& rows, int own, const
   #pragma unroll
   for (int i = GUESSED - 1; i >= 0; --i)
     if (ids[0][i] != ids[1][i]) apart = thread + i * WORKERS;
+  const int own_pages = rows.pages(own_length), partner_pages = rows.pages(partner_length);
   tell_least(&search.tree, earliest), tell_least(&search.onward, onward), tell_least(&search.guess_differs, apart);
   __syncthreads();
   const int tree = min(search.tree, own);
@@ -213,9 +219,10 @@ __device__ __forceinline__ Link find_link(const PrefixRows& rows, int own, const
       #pragma unroll 1
       for (int j = 0; j < MOST_PASSES && candidates >> j; ++j) {
         if (!(candidates >> j & 1)) continue;
-        const int other = thread + j * WORKERS, pages = rows.pages(other);
+        const int other = thread + j * WORKERS, length = rows.stored(other);
         // The id is asked for with the length; where the row has ended, what lies there does not count.
-        if ((rows.id(other, linked) == further) & (linked < pages)) next = min(next, other);
+        const page_id there = rows.id_here(other, linked);
+        if ((there == further) & (linked < rows.pages(length))) next = min(next, other);
         else candidates &= ~(1u << j);
       }
       tell_least(&search.next[round % 2], next);
@@ -223,7 +230,7 @@ __device__ __forceinline__ Link find_link(const PrefixRows& rows, int own, const
       row = search.next[round % 2];
     }
     if (row == NOBODY) break;
-    common = min(rows.pages(row), own_pages), at = 0;
+    common = min(rows.pages(rows.stored(row)), own_pages), at = 0;
     // What the round after the next tells; of all that this round told, all have been told.
     if (thread == 0 && round > 0) search.differs[(round + 1) % 2] = search.next[(round + 1) % 2] = NOBODY;
     __syncthreads();

@@ -129,7 +129,7 @@ __device__ __forceinline__ void remember_step(StepRecord* to, const StepPlan& pl
   };
   const int row = min(own, batch_size - 1), group = min(own, num_groups - 1);
   write(&to->items[StepRecord::LENGTH][own], readers.length[row]);
-  write(&to->items[StepRecord::ASKED][own], axis.groups.asked(row));
+  write(&to->items[StepRecord::ASKED][own], axis.groups.asked(read_early(axis.groups.of_row + row)));
   write(&to->items[StepRecord::GROUP][own], readers.group[row]);
   write(&to->items[StepRecord::PLACE][own], readers.place[row]);
   write(&to->items[StepRecord::ROWS][own], readers.rows[row]);
@@ -182,14 +182,19 @@ struct SharedStart {
   // need not wait.
   __device__ __forceinline__ bool changed() const {
     bool found = false;
-    const int batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
+    const int last_row = axis.lens.batch_size - 1, last_group = axis.groups.num_groups - 1;
     #pragma unroll 1
-    for (int i = lane; i < max(batch_size, num_groups); i += 64)
+    for (int i = lane; i <= max(last_row, last_group); i += 64) {
+      Axis::Stored now[2];
       #pragma unroll
-      for (int more = 0; more < 64; more += 32) {  // asked for together
-        found |= axis.row_changed(min(i + more, batch_size - 1));
-        if (num_groups > 0) found |= axis.group_changed(min(i + more, num_groups - 1));
+      for (int more = 0; more < 2; ++more)
+        now[more] = axis.stored(min(i + more * 32, last_row), min(i + more * 32, last_group));
+      #pragma unroll
+      for (int more = 0; more < 2; ++more) {
+        found |= axis.row_changed(min(i + more * 32, last_row), now[more]);
+        if (last_group >= 0) found |= axis.group_changed(min(i + more * 32, last_group), now[more]);
       }
+    }
     return found;
   }
 };

@@ -16,8 +16,9 @@ __device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int work
   #pragma unroll 1
   for (int i = worker; i < max(batch_size, num_groups); i += workers) {
     const int row = min(i, batch_size - 1), group = min(i, num_groups - 1);
-    const int length = axis.lens[row], asked = axis.groups.asked(row);
-    const int tokens = group < 0 ? 0 : axis.groups.tokens(group, axis.lens.most);
+    const Axis::Stored found = axis.stored(row, group);
+    const int length = axis.lens.cut(found.length), asked = axis.groups.asked(found.group);
+    const int tokens = axis.groups.tokens(found.pages, axis.lens.most);
     if (i < batch_size) axis.note_row(row, length, asked), grouped |= asked >= 0;
     if (i < num_groups) axis.note_group(group, tokens);
   }
