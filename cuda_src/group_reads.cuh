@@ -234,6 +234,42 @@ __device__ __forceinline__ void accumulate_group(GroupState& state, const unsign
   end_products(state.acc);
 }
 
+// Merges the streams' states of a warp's columns, from `first` on every WARPS-th, and sends them where `emit` says. First a
+// lane for each column finds what the streams' parts of it weigh, then all lanes add them: gather() would have each column
+// wait for its own.
+template <class Emit>
+__device__ __forceinline__ void merge_columns(const ReadPiece& s,
+                                              const float (&states)[ReadWidth::STREAMS][ReadWidth::COLUMNS][STATE_ROW],
+                                              int first, const Emit& emit, int lane) {
+  constexpr int STREAMS = ReadWidth::STREAMS;
+  const int end = columns_of<ReadWidth>(s), own = first + lane * WARPS;
+  static_assert(ReadWidth::COLUMNS <= 32 * WARPS && LANE_QUADS == 1, "a lane has a column, and a quad of each");
+  float scale[STREAMS], m = LOWEST, l = 0.0f;
+  #pragma unroll
+  for (int stream = 0; stream < STREAMS; ++stream) {
+    const float2 ml = own < end ? *reinterpret_cast<const float2*>(&states[stream][own][V_DIM]) : make_float2(LOWEST, 0.0f);
+    scale[stream] = ml.x, m = fmaxf(m, ml.x);
+  }
+  #pragma unroll
+  for (int stream = 0; stream < STREAMS; ++stream) {
+    scale[stream] = exp2_fast(scale[stream] - m);
+    if (own < end) l += states[stream][own][V_DIM + 1] * scale[stream];
+  }
+  if (own < end) send(emit.ml(s, own), make_float2(m, l));
+  #pragma unroll 2
+  for (int i = 0; first + i * WARPS < end; ++i) {
+    const int column = first + i * WARPS;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    #pragma unroll
+    for (int stream = 0; stream < STREAMS; ++stream) {
+      const float weight = __shfl_sync(ALL_LANES, scale[stream], i);
+      const float4 part = lane < HEAD_QUADS ? reinterpret_cast<const float4*>(states[stream][column])[lane] : sum;
+      sum.x += part.x * weight, sum.y += part.y * weight, sum.z += part.z * weight, sum.w += part.w * weight;
+    }
+    if (lane < HEAD_QUADS) send(emit.acc(s, column) + lane, sum);
+  }
+}
+
 // attend() of a range's reads.
 template <class Start, class Emit>
 __device__ __forceinline__ bool attend_groups(const ReadWalk& source, const Pages& pages, const DecodeArguments& given,
@@ -279,17 +315,14 @@ __device__ __forceinline__ bool attend_groups(const ReadWalk& source, const Page
         ring.leave();
       }
     }
-    // From here on as attend() does.
+    // From here on as attend() does, but for how states are merged.
     Share<ReadWalk> next;
     settle(next);
     const bool more = live && walk.next(next, stream);
     if (more) query.load(given.q, next, given.num_kv_heads, lane);
     if (count > 0) {
       shared.left[0].wait(count - 1);
-      #pragma unroll 1
-      for (int column = (warp + (count - 1) * (WARPS - W::COLUMNS % WARPS)) % WARPS; column < columns_of<W>(before);
-           column += WARPS)
-        emit(before, column, gather<W>(shared.states[0], column, 1.0f, lane));
+      merge_columns(before, shared.states[0], (warp + (count - 1) * (WARPS - W::COLUMNS % WARPS)) % WARPS, emit, lane);
       shared.merged[0].arrive(lane);
     }
     if (!live) break;

@@ -52,7 +52,8 @@ pkv_decode_shared(const pkv::DecodeArguments given, const pkv::Costs costs, cons
       .early = overlapped, .groups = groups};
   planning.ask();
   StepRecall recall;
-  recall.ask(reinterpret_cast<const StepRecord*>(SpanSlots{given}.step_records()) + blockIdx.x);
+  recall.ask(reinterpret_cast<const StepRecord*>(SpanSlots{given}.step_records()) + blockIdx.x, given.batch_size,
+             num_groups);
   prefetch_table(pages, given.batch_size);
   const bool mine = note_rows(axis, threadIdx.x, THREADS);
   init_barriers(shared.rows);

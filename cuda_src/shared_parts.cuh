@@ -35,7 +35,7 @@ struct SpanSlots {
   }
 };
 
-// Where the results of a range's reads go.
+// Where the results of a range's reads go: whole states, or what they are made of.
 struct ReadEmit {
   const SpanSlots& slots;
   int range, lane;
@@ -44,6 +44,17 @@ struct ReadEmit {
     const int member = column / COLUMNS;
     if (s.ends) send_state(slots.shared()[slots.at(s.rows[member], s.kv_head)], column % COLUMNS, state, lane);
     else send_state(slots.cut()[range], column, state, lane);
+  }
+  __device__ __forceinline__ float2* ml(const ReadPiece& s, int column) const {
+    return s.ends ? &row_slot(s, column).ml[column % COLUMNS] : &slots.cut()[range].ml[column];
+  }
+  __device__ __forceinline__ float4* acc(const ReadPiece& s, int column) const {
+    return s.ends ? row_slot(s, column).acc[column % COLUMNS] : slots.cut()[range].acc[column];
+  }
+
+ private:
+  __device__ __forceinline__ RowSlot& row_slot(const ReadPiece& s, int column) const {
+    return slots.shared()[slots.at(s.rows[column / COLUMNS], s.kv_head)];
   }
 };
 
@@ -75,6 +86,7 @@ struct MemberMerge {
 
   static constexpr int ROOM = Parts::RING_BYTES / (V_DIM * 4);
   static constexpr int IN_FLIGHT = ROOM < 32 ? ROOM : 32;  // parts that are fetched at once
+  static constexpr int FETCHED_ABSENT = 4;  // missing parts that are fetched over and over until they are there
   using Fetched = float4[HEAD_QUADS];
 
   // A span that ends in this range, and where its parts are. A lane has one.
@@ -86,7 +98,7 @@ struct MemberMerge {
   };
   // A batch of parts: lane i has the i-th.
   struct Batch {
-    float4* acc;
+    unsigned acc;  // where its accumulator lies behind the first slot, in float4s
     float2* ml;
     int count;
     unsigned ends;  // bit i: that is the last one of its column
@@ -94,18 +106,17 @@ struct MemberMerge {
 
   // walk: the range's rows. ring: this warp's part of its stream's, free by now.
   __device__ __forceinline__ void finish(RowWalk walk, unsigned char* ring) const {
-    RowPiece s;
-    bool more = walk.next(s);
-    while (more) {
-      Ended own{};
-      int count = 0;
-      #pragma unroll 1
-      for (; more && count < 32; more = walk.next(s)) {
-        if (!s.member || !s.ends) continue;
+    Ended own{};
+    int count = 0;
+    #pragma unroll 1
+    for (bool more = true; more;) {
+      RowPiece s;
+      more = walk.next(s);
+      if (more && s.member && s.ends) {
         if (lane == count) own.row = s.row, own.head = s.kv_head, own.slot = s.slot;
         ++count;
       }
-      if (count > 0) merge(own, count, reinterpret_cast<Fetched*>(ring));
+      if (count == 32 || (!more && count > 0)) merge(own, count, reinterpret_cast<Fetched*>(ring)), count = 0;
     }
   }
 
@@ -124,8 +135,7 @@ struct MemberMerge {
     #pragma unroll 1
     while (item < items) {
       const Batch batch = next_batch(own, item, taken, items);
-      const float2 ml = await(batch);
-      fetch(batch, fetched);
+      const float2 ml = fetch(batch, fetched);
       add(batch, ml, fetched, own, sum, item, taken);
     }
   }
@@ -145,11 +155,11 @@ struct MemberMerge {
       if (lane >= batch.count && lane < batch.count + count) {
         if (part == of_read || part == num_parts - 1) {
           RowSlot& slot = (part == of_read ? slots.shared() : slots.own())[at];
-          batch.acc = slot.acc[column], batch.ml = &slot.ml[column];
+          batch.acc = place_of(slot.acc[column]), batch.ml = &slot.ml[column];
         } else {
           Slot& slot = slots.cut()[part < of_read ? first + part : begin + part - of_read - 1];
           const int place = part < of_read ? read_column : column;
-          batch.acc = slot.acc[place], batch.ml = &slot.ml[place];
+          batch.acc = place_of(slot.acc[place]), batch.ml = &slot.ml[place];
         }
       }
       batch.count += count, skip += count;
@@ -158,29 +168,26 @@ struct MemberMerge {
     return batch;
   }
 
-  // (m, l) of this lane's part, when those of all parts are there.
-  __device__ __forceinline__ float2 await(const Batch& batch) const {
-    float2 ml;
-    bool there;
-    do {
-      ml = make_float2(LOWEST, 0.0f);
-      if (lane < batch.count) ml = receive(batch.ml);
-      there = arrived(ml.x) && arrived(ml.y);
-    } while (!__all_sync(ALL_LANES, there));
-    if (lane < batch.count) pkv::send(batch.ml, make_float2(__uint_as_float(EMPTY_WORD), __uint_as_float(EMPTY_WORD)));
-    return ml;
-  }
-
+  __device__ __forceinline__ float4* first_acc() const { return reinterpret_cast<float4*>(slots.given.partials); }
+  __device__ __forceinline__ unsigned place_of(const float4* acc) const { return static_cast<unsigned>(acc - first_acc()); }
   __device__ __forceinline__ float4* acc_of(const Batch& batch, int part) const {
-    return reinterpret_cast<float4*>(
-        __shfl_sync(ALL_LANES, reinterpret_cast<unsigned long long>(batch.acc), part));
+    return first_acc() + __shfl_sync(ALL_LANES, batch.acc, part);
   }
 
-  // Brings the accumulators to shared memory; what has not arrived is fetched again.
-  __device__ __forceinline__ void fetch(const Batch& batch, Fetched* fetched) const {
+  // (m, l) of this lane's part, as far as it has arrived; those past the last part weigh nothing.
+  __device__ __forceinline__ float2 look(const Batch& batch) const {
+    return lane < batch.count ? receive(batch.ml) : make_float2(LOWEST, 0.0f);
+  }
+  // Brings the accumulators to shared memory and (m, l) of this lane's part to registers, all in flight at once; what has
+  // not arrived is fetched again. The parts of a read come at about one time: while many are missing, only their (m, l)
+  // are looked at.
+  __device__ __forceinline__ float2 fetch(const Batch& batch, Fetched* fetched) const {
     unsigned missing = ALL_LANES >> (32 - batch.count);
+    float2 ml;
     __syncwarp();
-    do {
+    #pragma unroll 1
+    for (;;) {
+      ml = look(batch);
       #pragma unroll 4
       for (int p = 0; p < batch.count; ++p) {
         const float4* acc = acc_of(batch, p);
@@ -191,7 +198,7 @@ struct MemberMerge {
       }
       copy_commit();
       copy_wait<0>();
-      unsigned unseen = 0;
+      unsigned unseen = arrived(ml.x) && arrived(ml.y) ? 0 : 1u << lane;  // of this lane, as far as it looks
       #pragma unroll 4
       for (int p = 0; p < batch.count; ++p) {
         bool whole = true;
@@ -201,7 +208,15 @@ struct MemberMerge {
         if (!whole) unseen |= 1u << p;
       }
       missing = __reduce_or_sync(ALL_LANES, unseen);
-    } while (missing);
+      if (!missing) break;
+      bool absent;
+      do {
+        ml = look(batch);
+        absent = !(arrived(ml.x) && arrived(ml.y));
+      } while (__popc(__ballot_sync(ALL_LANES, absent)) > FETCHED_ABSENT);
+    }
+    if (lane < batch.count) pkv::send(batch.ml, make_float2(__uint_as_float(EMPTY_WORD), __uint_as_float(EMPTY_WORD)));
+    return ml;
   }
 
   // Adds a batch to the sums of its columns, in order, and empties it. Columns that it ends are written.

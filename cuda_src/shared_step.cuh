@@ -42,7 +42,7 @@ static_assert(sizeof(StepPlan) <= STEP_PLAN_BYTES && sizeof(SharedMemories) + ST
 // all ones where there is none. It is read while the launch before may write it. So every word has a stamp beside it, the
 // same in the whole record, which each writing changes: a record of one stamp is one that somebody wrote whole.
 struct __align__(16) StepRecord {
-  enum { LENGTH, ASKED, GROUP, PLACE, ROWS, TOKENS, COUNT, BEGIN, AT, NUM_ITEMS };  // of a row, of a group
+  enum { LENGTH, ASKED, GROUP, PLACE, ROWS, TOKENS, COUNT, BEGIN, AT, NUM_ITEMS, OF_GROUPS = TOKENS };  // before: of rows
   unsigned long long work[2][32];
   unsigned long long items[NUM_ITEMS][THREADS];  // thread i has row i and group i
 };
@@ -55,15 +55,18 @@ struct StepRecall {
   unsigned long long work[2], items[StepRecord::NUM_ITEMS];
   unsigned stamp;
 
-  // Asks for it. Nothing waits for the answers yet.
-  __device__ __forceinline__ void ask(const StepRecord* from) {
+  // Asks for what the step has of it: a record is long, and most of it lies idle where rows are few. Nothing waits for the
+  // answers yet.
+  __device__ __forceinline__ void ask(const StepRecord* from, int batch_size, int num_groups) {
+    const int own = threadIdx.x;
     const auto read = [](const unsigned long long* at) {
       return static_cast<unsigned long long>(read_early(reinterpret_cast<const long long*>(at)));
     };
     #pragma unroll
-    for (int i = 0; i < 2; ++i) work[i] = read(&from->work[i][threadIdx.x % 32]);
+    for (int i = 0; i < 2; ++i) work[i] = own < 32 ? read(&from->work[i][own]) : 0;
     #pragma unroll
-    for (int i = 0; i < StepRecord::NUM_ITEMS; ++i) items[i] = read(&from->items[i][threadIdx.x]);
+    for (int i = 0; i < StepRecord::NUM_ITEMS; ++i)
+      items[i] = own < (i < StepRecord::OF_GROUPS ? batch_size : num_groups) ? read(&from->items[i][own]) : 0;
     stamp = static_cast<unsigned>(read(&from->work[0][0]) >> 32);
   }
   __device__ __forceinline__ static int value(unsigned long long word) { return static_cast<int>(word); }
@@ -71,15 +74,21 @@ struct StepRecall {
   __device__ __forceinline__ bool fits(const Axis& axis) const {
     const int own = threadIdx.x, batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
     bool same = batch_size <= THREADS && num_groups <= THREADS;
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) same &= work[i] >> 32 == stamp;
-    #pragma unroll
-    for (int i = 0; i < StepRecord::NUM_ITEMS; ++i) same &= items[i] >> 32 == stamp;
-    if (own % 32 < 2) same &= value(work[0]) == (own % 32 ? num_groups : batch_size);  // RangeWork begins with these
-    if (same && own < batch_size)
-      same = value(items[StepRecord::LENGTH]) == axis.readers.length[own]
-             && value(items[StepRecord::ASKED]) == axis.readers.group[own];
-    if (same && own < num_groups) same = value(items[StepRecord::TOKENS]) == axis.readers.prefix[own];
+    if (own < 32) {
+      same &= work[0] >> 32 == stamp && work[1] >> 32 == stamp;
+      if (own < 2) same &= value(work[0]) == (own ? num_groups : batch_size);  // RangeWork begins with these
+    }
+    if (own < batch_size) {
+      #pragma unroll
+      for (int i = 0; i < StepRecord::OF_GROUPS; ++i) same &= items[i] >> 32 == stamp;
+      same &= value(items[StepRecord::LENGTH]) == axis.readers.length[own]
+              && value(items[StepRecord::ASKED]) == axis.readers.group[own];
+    }
+    if (own < num_groups) {
+      #pragma unroll
+      for (int i = StepRecord::OF_GROUPS; i < StepRecord::NUM_ITEMS; ++i) same &= items[i] >> 32 == stamp;
+      same &= value(items[StepRecord::TOKENS]) == axis.readers.prefix[own];
+    }
     return same;
   }
   // Makes it the plan. All meet before anybody looks at it.
@@ -120,7 +129,7 @@ __device__ __forceinline__ void remember_step(StepRecord* to, const StepPlan& pl
   };
   const int row = min(own, batch_size - 1), group = min(own, num_groups - 1);
   write(&to->items[StepRecord::LENGTH][own], readers.length[row]);
-  write(&to->items[StepRecord::ASKED][own], axis.groups.asked(row));
+  write(&to->items[StepRecord::ASKED][own], axis.groups.asked(read_early(axis.groups.of_row + row)));
   write(&to->items[StepRecord::GROUP][own], readers.group[row]);
   write(&to->items[StepRecord::PLACE][own], readers.place[row]);
   write(&to->items[StepRecord::ROWS][own], readers.rows[row]);
@@ -173,9 +182,19 @@ struct SharedStart {
   // need not wait.
   __device__ __forceinline__ bool changed() const {
     bool found = false;
-    #pragma unroll 2
-    for (int row = lane; row < axis.lens.batch_size; row += 32) found |= axis.row_changed(row);
-    for (int group = lane; group < axis.groups.num_groups; group += 32) found |= axis.group_changed(group);
+    const int last_row = axis.lens.batch_size - 1, last_group = axis.groups.num_groups - 1;
+    #pragma unroll 1
+    for (int i = lane; i <= max(last_row, last_group); i += 64) {
+      Axis::Stored now[2];
+      #pragma unroll
+      for (int more = 0; more < 2; ++more)
+        now[more] = axis.stored(min(i + more * 32, last_row), min(i + more * 32, last_group));
+      #pragma unroll
+      for (int more = 0; more < 2; ++more) {
+        found |= axis.row_changed(min(i + more * 32, last_row), now[more]);
+        if (last_group >= 0) found |= axis.group_changed(min(i + more * 32, last_group), now[more]);
+      }
+    }
     return found;
   }
 };

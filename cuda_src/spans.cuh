@@ -68,25 +68,38 @@ struct Groups {
   const int* prefix_pages;  // [num_groups]
   int num_groups, page_size, query_tokens;
 
-  // Of a group's prefix; 0, which nobody reads, where it is longer than any row.
-  PKV_HD int tokens(int group, int most) const {
-    const int pages = read_early(prefix_pages + group);
+  // Tokens of a prefix of so many pages; 0, which nobody reads, where it is longer than any row.
+  PKV_HD int tokens(int pages, int most) const {
     return pages > 0 && pages <= divide(most, page_size) ? pages * page_size : 0;
   }
-  // The group that a row is in, long enough for it or not, or -1.
-  PKV_HD int asked(int row) const {
-    const int group = read_early(of_row + row);
+  // The group of a row for which `group` stands in memory, long enough for it or not, or -1.
+  PKV_HD int asked(int group) const {
     return static_cast<unsigned>(group) < static_cast<unsigned>(num_groups) ? group : -1;
   }
   // Whether a row of this length may read a prefix of so many tokens with others.
   PKV_HD bool fits(int length, int prefix) const {
     return prefix >= PKV_TILE && prefix <= length - (query_tokens - 1);
   }
-  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not.
+  // Whether one of the rows first, first + step, .. is in a group, long enough for it or not. Several are asked for at
+  // once, the last one again where there are fewer.
   PKV_HD bool any_grouped(int batch_size, int first, int step) const {
+    constexpr int AT_ONCE = 4;
     bool found = false;
-    for (int row = first; row < batch_size; row += step)
-      found |= static_cast<unsigned>(read_early(of_row + row)) < static_cast<unsigned>(num_groups);
+#ifdef __CUDACC__
+    #pragma unroll 1
+#endif
+    for (int row = first; row < batch_size; row += AT_ONCE * step) {
+      int asked[AT_ONCE];
+#ifdef __CUDACC__
+      #pragma unroll
+#endif
+      for (int i = 0; i < AT_ONCE; ++i)
+        asked[i] = read_early(of_row + (row + i * step < batch_size ? row + i * step : batch_size - 1));
+#ifdef __CUDACC__
+      #pragma unroll
+#endif
+      for (int i = 0; i < AT_ONCE; ++i) found |= static_cast<unsigned>(asked[i]) < static_cast<unsigned>(num_groups);
+    }
     return found;
   }
 };
@@ -127,7 +140,11 @@ struct Axis {
   int num_kv_heads, row_columns;  // row_columns: query heads of a KV head times query tokens
 
   PKV_HD int num_entries() const { return groups.num_groups + lens.batch_size; }
+#if READ_COLUMNS
+  PKV_HD int most_members() const { return READ_COLUMNS / COLUMNS; }  // as shared.columns says, but without a division
+#else
   PKV_HD int most_members() const { return divide(shared.columns, row_columns); }
+#endif
   PKV_HD int most_columns() const { return most_members() * row_columns; }
   PKV_HD int num_reads(int group) const { return divide(readers.count[group] + most_members() - 1, most_members()); }
   // The first member of a read, from the first one of the group; and the read that a place belongs to.
@@ -137,6 +154,15 @@ struct Axis {
   }
   PKV_HD int shared_tiles(int row) const { return readers.group[row] < 0 ? 0 : readers.tiles(readers.group[row]); }
 
+  // What there is of a row and of a group, as it is in memory: nothing waits for it before it is used, so that a thread
+  // asks for all that it looks up at once. Without groups the last of it says nothing.
+  struct Stored {
+    int length, group, pages;
+  };
+  PKV_HD Stored stored(int row, int group) const {
+    const int* of_group = groups.num_groups > 0 ? groups.prefix_pages + group : groups.of_row + row;
+    return {lens.stored(row), read_early(groups.of_row + row), read_early(of_group)};
+  }
   // Notes what was read of a row and of a group. A row's group is the one that it asks for until all are noted, and then
   // the one that it reads with if another row does; where members are counted from there, see find_readers.
   PKV_HD void note_row(int row, int length, int asked) const {
@@ -147,17 +173,14 @@ struct Axis {
   PKV_HD int fitting(int length, int asked) const {
     return asked >= 0 && groups.fits(length, readers.prefix[asked]) ? asked : -1;
   }
-  // The group with which a row of this length reads if another row does, or -1, when all groups are noted.
-  PKV_HD int wanted(int row, int length) const {
-    return fitting(length, groups.asked(row));
-  }
   // Whether what was noted of a row or a group is another than what is there; of a row, if no group is.
-  PKV_HD bool row_changed(int row) const {
-    const int length = lens[row], noted = readers.group[row], now = wanted(row, length);
-    return length != readers.length[row] || (noted != now && (now < 0 || noted != Readers::alone_in(now)));
+  PKV_HD bool row_changed(int row, const Stored& now) const {
+    const int length = lens.cut(now.length), noted = readers.group[row];
+    const int wanted = fitting(length, groups.asked(now.group));
+    return length != readers.length[row] || (noted != wanted && (wanted < 0 || noted != Readers::alone_in(wanted)));
   }
-  PKV_HD bool group_changed(int group) const {
-    return readers.prefix[group] != groups.tokens(group, lens.most);
+  PKV_HD bool group_changed(int group, const Stored& now) const {
+    return readers.prefix[group] != groups.tokens(now.pages, lens.most);
   }
 
   PKV_HD Entry group_entry(int group) const {

@@ -1,5 +1,7 @@
 // How a warp finds who reads together, and its CTA's range of a step whose rows do: sums and scans over entries, 32
 // at a time.
+//
+// It is code that runs once a launch, if at all, and is fetched from L2 as it goes: loops are not unrolled.
 #pragma once
 #include "spans.cuh"
 #include "warp_plan.cuh"
@@ -14,8 +16,9 @@ __device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int work
   #pragma unroll 1
   for (int i = worker; i < max(batch_size, num_groups); i += workers) {
     const int row = min(i, batch_size - 1), group = min(i, num_groups - 1);
-    const int length = axis.lens[row], asked = axis.groups.asked(row);
-    const int tokens = group < 0 ? 0 : axis.groups.tokens(group, axis.lens.most);
+    const Axis::Stored found = axis.stored(row, group);
+    const int length = axis.lens.cut(found.length), asked = axis.groups.asked(found.group);
+    const int tokens = axis.groups.tokens(found.pages, axis.lens.most);
     if (i < batch_size) axis.note_row(row, length, asked), grouped |= asked >= 0;
     if (i < num_groups) axis.note_group(group, tokens);
   }
@@ -26,6 +29,7 @@ __device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int work
 __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   const Readers& readers = axis.readers;
   const int batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
+  #pragma unroll 1
   for (int base = 0; base < batch_size; base += 32) {
     const int row = base + lane;
     int group = row < batch_size ? readers.group[row] : -1;
@@ -39,6 +43,7 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   }
   // A group of one has nobody to read with.
   int listed = 0;
+  #pragma unroll 1
   for (int base = 0; base < num_groups; base += 32) {
     const int group = base + lane, found = group < num_groups ? readers.count[group] : 0, count = found < 2 ? 0 : found;
     const int through = scan(count, lane);
@@ -46,6 +51,7 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
     listed += __shfl_sync(0xffffffffu, through, 31);
   }
   __syncwarp();
+  #pragma unroll 1
   for (int row = lane; row < batch_size; row += 32) {
     const int group = readers.group[row];
     if (group < 0) continue;
@@ -54,6 +60,7 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
   }
   __syncwarp();
   int before = 0;
+  #pragma unroll 1
   for (int base = 0; base < num_groups; base += 32) {
     const int group = base + lane, cost = group < num_groups ? axis.group_entry(group).cost() : 0;
     const int through = scan(cost, lane);
@@ -71,12 +78,14 @@ struct StepCut {
 
   __device__ __forceinline__ static StepCut of(const Axis& axis, int num_ctas, int lane) {
     int reads = 0, cost = 0, spans = 0, grouped = 0, most = 0, least = 0x7fffffff, empty = 0;
+    #pragma unroll 1
     for (int group = lane; group < axis.groups.num_groups; group += 32) {
       const Entry entry = axis.group_entry(group);
       const int own = entry.cost();
       reads += own, grouped += entry.spans;
       if (own > 0) most = max(most, own), least = min(least, own);
     }
+    #pragma unroll 1
     for (int row = lane; row < axis.lens.batch_size; row += 32) {
       const Entry entry = axis.row_entry(row);
       const int own = entry.cost();
@@ -100,6 +109,7 @@ __device__ __forceinline__ void start_reads(ReadWalk& reads, const Axis& axis, c
   const int x_begin = step.cut.begin(range);
   if (x_begin >= step.reads_total) return;
   int group = 0;
+  #pragma unroll 1
   for (int base = 0;; base += 32) {
     // Entries that begin at or before x_begin; an absent one begins where the next does.
     const int own = base + lane;
@@ -119,6 +129,7 @@ __device__ __forceinline__ void start_rows(RowWalk& rows, const Axis& axis, cons
   const int x_end = step.cut.begin(range + 1), rows_begin = max(step.cut.begin(range), step.reads_total);
   if (x_end <= step.reads_total || step.total <= 0) return;
   int before = step.reads_total;
+  #pragma unroll 1
   for (int base = 0;; base += 32) {
     const int row = base + lane, own = row < axis.lens.batch_size ? axis.row_entry(row).cost() : 0;
     const int upto = scan(own, lane);

@@ -20,7 +20,7 @@ import sys
 
 from bench.script import chosen, in_pool, one_line_errors, print_notes, run_script
 
-ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
+ROUTES = ("plain", "told", "whole", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
 TILES = (8, 12, 16, 20, 24, 28, 32, 40)
 SWEEP = (("tile", TILES), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)), ("again", (3, 5, 8)),
@@ -36,6 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pool-gib", type=float, help=f"K and V pages together; {POOL_GIB:g}, or what fits of it")
     parser.add_argument("--repeats", type=int, default=5, help="graph replays per timing")
     parser.add_argument("--cascade", action="store_true", help="FlashInfer's cascade too, which may be built first")
+    parser.add_argument("--whole-tiles", action="store_true",
+                        help="told once more, planned with tiles that cost the same for few columns as for many")
     parser.add_argument("--calibrate", action="store_true", help="sweep over the costs of shared reads instead")
     parser.add_argument("--drawn", type=int, metavar="N", help="N random steps instead of the cells, ours alone")
     parser.add_argument("--seed", type=int, default=20260623, help="of the random steps (20260623)")
@@ -132,17 +134,21 @@ def measure(args: argparse.Namespace, pool_gib: float, console) -> dict:
         return {"calibration": calibrate(bench, chosen("bench_shared", args.cells, CELLS), console)}
     if args.drawn is not None:
         cells = drawn(args.drawn, args.seed)
-        results = [bench.measure(cell, only_ours=True) for cell in cells]
+        results = [bench.measure(cell, only_ours=True, whole_tiles=args.whole_tiles) for cell in cells]
         table(results).print(console)
         return {"results": [{**dataclasses.asdict(cell), **dataclasses.asdict(result)}
                             for cell, result in zip(cells, results)]}  # fmt: skip
-    results = [bench.measure(cell) for cell in chosen("bench_shared", args.cells, (*CELLS, *NOTHING_SHARED))]
-    find_us = bench.find_us(SharedCell(256, 2047 * 16, 16))
+    results = [bench.measure(cell, whole_tiles=args.whole_tiles)
+               for cell in chosen("bench_shared", args.cells, (*CELLS, *NOTHING_SHARED))]
+    found, others = SharedCell(256, 2047 * 16, 16), SharedCell(256, 2000 * 16, 48 * 16, groups=4)
+    find_us, find_others_us = bench.find_us(found), bench.find_us(found, others)
     table(results).print(console)
-    console.print(f"groups of 256 rows x 2,048 pages found in {find_us:.2f} us")
+    console.print(f"groups of 256 rows x 2,048 pages found in {find_us:.2f} us, others than the last in "
+                  f"{find_others_us:.2f} us")
     print_notes(console, "not timed", (f"{result.cell}: {name}: {note}"
                                        for result in results for name, note in result.notes.items()))  # fmt: skip
-    return {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us}
+    return {"results": [dataclasses.asdict(result) for result in results], "find_us": find_us,
+            "find_others_us": find_others_us}
 
 
 @one_line_errors("bench_shared")

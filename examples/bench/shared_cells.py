@@ -8,6 +8,7 @@ import numpy as np
 from gpu.measure.pools import BenchPool, CellPages
 from pkvsim import DecodeShape
 from pkvsim.fitting.fit_shared import MeasuredShared
+from pkvsim.schedule.costs import MAX_SHARED_COST, SHARED_COLUMNS, WARPGROUP_TILE, SharedCosts, default_shared_costs
 from pkvsim.schedule.groups import PrefixGroups
 
 
@@ -48,6 +49,14 @@ class SharedCell:
 
     def prefix_groups(self) -> PrefixGroups:
         return PrefixGroups(self.group_of_row(), np.full(self.groups, self.prefix // 16, np.int32))
+
+    def whole_tile_costs(self) -> SharedCosts:
+        """The engine's costs, but a tile of a read costs the same however few columns the read serves."""
+        columns = self.num_q_heads // self.num_kv_heads
+        costs = default_shared_costs(self.rows * columns, by_warpgroups=True)
+        members, most = self.rows // self.groups, costs.columns // columns
+        served = -(-members // -(-members // most)) * columns
+        return costs._replace(tile=min(MAX_SHARED_COST, -(-WARPGROUP_TILE * SHARED_COLUMNS // served)))
 
     def lay_out(self, pool: BenchPool, *, l2_size: int, seed: int) -> CellPages:
         """Scattered pages, those of a prefix in all its rows."""

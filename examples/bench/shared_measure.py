@@ -20,6 +20,7 @@ from gpu.routes.flashinfer_builds import why_not
 from pkvsim.schedule.costs import SharedCosts
 from pkvsim.schedule.prefixes import SharingRule
 
+OURS = ("plain", "told", "found", "whole")
 FLASHINFER = ("tensor_core", "cuda_core")
 WORKSPACE_BYTES = 256 << 20
 CHECKED_ROWS = 9
@@ -39,7 +40,7 @@ class Result:
 
     def best_other(self) -> float | None:
         """FlashInfer's best and our plain step, whichever is faster."""
-        found = [us for name, us in self.times.items() if us is not None and name not in ("told", "found")]
+        found = [us for name, us in self.times.items() if us is not None and (name not in OURS or name == "plain")]
         return min(found, default=None)
 
     def best_flashinfer(self) -> float | None:
@@ -57,8 +58,8 @@ class SharedBench:
     def lay_out(self, cell: SharedCell, seed: int) -> CellPages:
         return cell.lay_out(self.pool, l2_size=l2_bytes(), seed=seed)
 
-    def measure(self, cell: SharedCell, *, seed: int = 0, only_ours: bool = False) -> Result:
-        """only_ours: plain and told alone."""
+    def measure(self, cell: SharedCell, *, seed: int = 0, only_ours: bool = False, whole_tiles: bool = False) -> Result:
+        """only_ours: plain and told alone. whole_tiles: told by SharedCell.whole_tile_costs too."""
         pages = self.lay_out(cell, seed)
         result = Result(cell.name, cell.distinct_bytes(), self.limit.time_us(cell.distinct_bytes()))
         q = torch.randn(cell.rows, cell.num_q_heads, cell.head_dim, device=self.pool.flat.device).half()
@@ -66,6 +67,7 @@ class SharedBench:
         plain = None  # the checked output of that route, which nothing may write again
         timed = torch.empty_like(q)  # of every route, whose calls read other layers than those that are checked
         routes = ["plain", *(["told"] if cell.prefix else []), *([] if only_ours else ["found"])]
+        routes += ["whole"] if cell.prefix and whole_tiles else []
         if not only_ours:
             routes += [*FLASHINFER, *(["cascade"] if self.cascade and cell.prefix else [])] if fi.installed() else []
         for name in routes:
@@ -75,7 +77,7 @@ class SharedBench:
                 run(*pages.layers[0], out)
                 torch.cuda.synchronize()
             except Exception as error:  # a backend whose kernels cannot be built here
-                if name in ("plain", "told", "found"):
+                if name in OURS:
                     raise
                 result.notes[name] = why_not(error)
                 continue
@@ -85,7 +87,7 @@ class SharedBench:
             result.errors[name] = worst
             if not worst < TOLERANCE["float16"]:
                 result.notes[name] = f"differs by {worst:.2g}"
-                if name in ("plain", "told", "found"):
+                if name in OURS:
                     raise SystemExit(f"bench_shared: {cell.name}: {name} {result.notes[name]}")
                 continue
             result.times[name] = graph_time_us(lambda i: run(*pages.layers[i], timed), variants=len(pages.layers),
@@ -93,7 +95,9 @@ class SharedBench:
         return result
 
     def route(self, name: str, cell: SharedCell, pages: CellPages, q: torch.Tensor) -> Run:
-        if name in ("plain", "told", "found"):
+        if name == "whole":
+            return self.ours(cell, pages, q, "told", cell.whole_tile_costs())
+        if name in OURS:
             return self.ours(cell, pages, q, {"plain": None, "found": "auto"}.get(name, "told"))
         if name == "cascade":
             return cascade(cell, pages, q)
@@ -113,13 +117,14 @@ class SharedBench:
         engine.plan(lens, table, groups=groups)
         return lambda k_pages, v_pages, out: engine.run(q, k_pages, v_pages, out=out, lse=lse)
 
-    def find_us(self, cell: SharedCell) -> float:
-        """One launch that finds the groups, of tables at rest: warm in L2, as a step's layers leave them."""
-        pages = self.lay_out(cell, 0)
-        lens, table = (torch.from_numpy(array).cuda() for array in (cell.lengths(), pages.block_table))
+    def find_us(self, *cells: SharedCell) -> float:
+        """One launch that finds the groups, of tables at rest: warm in L2, as a step's layers leave them. Several cells
+        of as many rows take turns, so that each launch finds other groups than the one before it."""
+        steps = [[torch.from_numpy(array).cuda() for array in (self.lay_out(cell, 0).block_table, cell.lengths())]
+                 for cell in cells]  # fmt: skip
         limit = shared_limit_bytes(this_gpu().compute_capability)
         finder = PrefixFinder(16, 1, SharingRule(), shared_limit_bytes=limit)
-        return graph_time_us(lambda i: find_prefixes(table, lens, page_size=16, finder=finder), variants=20,
+        return graph_time_us(lambda i: find_prefixes(*steps[i % len(steps)], page_size=16, finder=finder), variants=20,
                              repeats=self.repeats).median_us  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class PrefixFinder:
         if self.groups is None or self.groups.group_of_row.shape[0] != batch_size:
             self.groups = PrefixGroups(cupy.full(batch_size, -1, dtype=cupy.int32),
                                        cupy.zeros(max(1, batch_size // 2), dtype=cupy.int32))
-            self._workspace = cupy.zeros(2 * batch_size, dtype=cupy.int32)  # a pkv::Link a row, of 64 bits
+            self._workspace = cupy.zeros(4 * batch_size, dtype=cupy.int32)  # two pkv::Links a row, of 64 bits
         return *self.groups, self._workspace
 
     def _room(self, batch_size: int) -> int:

@@ -23,7 +23,8 @@ LAYOUTS = (TableLayout(int64=False, csr=False, last_page=False), TableLayout(int
 
 @pytest.fixture(scope="module")
 def run_kernel(tmp_path_factory):
-    """(layout, table [rows, max_pages], lens, query_tokens, rule) -> (group_of_row, prefix_pages)."""
+    """(layout, table [rows, max_pages], lens, query_tokens, rule, workspace of earlier launches) -> (group_of_row,
+    prefix_pages)."""
     folder, functions = tmp_path_factory.mktemp("prefixes"), {}
     options = [option for option in STRICT if option != "-O2"]
     for layout in LAYOUTS:
@@ -33,7 +34,7 @@ def run_kernel(tmp_path_factory):
         functions[layout] = built.find_prefixes
         functions[layout].restype = ctypes.c_char_p
 
-    def call(layout, table, lens, query_tokens, rule):
+    def call(layout, table, lens, query_tokens, rule, workspace=None):
         rows, stride = table.shape
         lens = np.asarray(lens, np.int32)
         begins, lengths = np.zeros(1, np.int32), lens
@@ -43,13 +44,13 @@ def run_kernel(tmp_path_factory):
             table = np.concatenate([row[:count] for row, count in zip(table, pages)] + [[0]]).astype(np.int64)
             stride, lengths = len(table), (lens - (pages - 1) * PAGE_SIZE).astype(np.int32)
         groups, prefixes = np.full(rows, -5, np.int32), np.full(max(1, rows // 2), -5, np.int32)
-        workspace = np.zeros(rows, np.uint64)
+        workspace = np.zeros((2, rows), np.uint64) if workspace is None else workspace
         arrays = (np.ascontiguousarray(table), begins, lengths, groups, prefixes, workspace)
         pointers = (ctypes.c_void_p * 6)(*(array.ctypes.data for array in arrays))
         numbers = np.array([stride, 1, rows, 2**31 - 1, query_tokens, *rule], np.int32)
         complaint = functions[layout](pointers, ctypes.c_void_p(numbers.ctypes.data))
         assert complaint is None, complaint
-        assert not workspace.any()
+        assert not workspace[0].any()
         return groups, prefixes
 
     return call
@@ -71,6 +72,30 @@ def test_groups_are_those_of_pkvsim(run_kernel, case, layout, query_tokens, rule
     table = np.pad(table, ((0, 0), (0, 1)), constant_values=7)
     found = run_kernel(layout, table, lens, query_tokens, rule)
     assert_equal(found, find_prefixes(table, lens, page_size=PAGE_SIZE, query_tokens=query_tokens, rule=rule))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), tables(), st.sampled_from(LAYOUTS))
+def test_links_of_other_tables_are_kept(run_kernel, data, case, layout):
+    """Rows that are the same, longer, shorter, in another order, or of another launch altogether, half of it written."""
+    table, pages, extra = case
+    rows, rule = len(table), data.draw(st.builds(SharingRule, st.integers(0, 9), st.integers(0, 30)))
+    table = np.pad(table, ((0, 0), (0, 1)), constant_values=7)
+    lens = pages * PAGE_SIZE + np.minimum(extra, PAGE_SIZE - 1)
+    workspace = np.zeros((2, rows), np.uint64)
+    for _ in range(3):
+        found = run_kernel(layout, table, lens, 1, rule, workspace)
+        assert_equal(found, find_prefixes(table, lens, page_size=PAGE_SIZE, rule=rule))
+        change = data.draw(st.sampled_from(["none", "order", "lengths", "torn"]))
+        if change == "order":
+            order = np.array(data.draw(st.permutations(range(rows))))
+            table, lens = table[order], lens[order]
+        elif change == "lengths":
+            most = np.full(rows, (table.shape[1] - 1) * PAGE_SIZE)
+            lens = np.minimum(most, np.array(data.draw(st.lists(st.integers(0, int(most[0])), min_size=rows,
+                                                                max_size=rows))))  # fmt: skip
+        elif change == "torn":
+            workspace[1, data.draw(st.lists(st.integers(0, rows - 1)))] = 0
 
 
 def test_more_rows_and_pages_than_threads(run_kernel):

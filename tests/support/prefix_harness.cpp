@@ -43,7 +43,7 @@ extern "C" const char* find_prefixes(void* const* pointers, const int* numbers) 
   const int batch_size = numbers[2];
   if (pkv::PrefixMemory::bytes(batch_size) > static_cast<int>(sizeof memory)) return "too many rows";
   gridDim = {batch_size, 1, 1};
-  // In any order, but for the last row's CTA, which waits for all others.
+  // In any order, but for the last CTA, which waits for all others.
   const int first = static_cast<int>(turn_order >> 8) % batch_size, last = batch_size - 1;
   for (int i = 0; i < batch_size; ++i)
     if (const int cta = (first + i) % batch_size; cta < last) blockIdx = {cta, 0, 0}, run_cta();

@@ -23,9 +23,9 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
                  {numbers[11], numbers[12], numbers[13], numbers[14], numbers[15]},
                  {numbers[7], numbers[8], numbers[9], numbers[10]}, num_kv_heads, numbers[3]};
   pkv::Readers& readers = axis.readers;
-  for (int group = 0; group < num_groups; ++group) axis.note_group(group, axis.groups.tokens(group, INT_MAX));
+  for (int group = 0; group < num_groups; ++group) axis.note_group(group, axis.groups.tokens(prefix_pages[group], INT_MAX));
   for (int row = 0; row < batch_size; ++row) {
-    axis.note_row(row, axis.lens[row], axis.wanted(row, axis.lens[row]));
+    axis.note_row(row, axis.lens[row], axis.fitting(axis.lens[row], axis.groups.asked(group_of_row[row])));
     if (readers.group[row] >= 0) readers.place[row] = readers.count[readers.group[row]]++;
   }
   int listed = 0;
