@@ -40,14 +40,18 @@ using PageRows = ScoreRows;
 
 // CTAs of an SM: a warp has two halves of 16 summaries on their way, so that 16 warps' are more than an SM can read.
 constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 && HEAD_DIM <= 128 && WARPS <= 8 ? 2 : 1;
-#ifndef COUNT_LATE
-#define COUNT_LATE 0
-#endif
-#ifndef EARLY_SUMMARIES
-#define EARLY_SUMMARIES 1
-#endif
 // Whether keys are counted as soon as they are made.
-constexpr bool COUNTS = WEIGHS && !COUNT_LATE;
+#ifdef COUNT_LATE
+constexpr bool COUNTS = false;
+#else
+constexpr bool COUNTS = WEIGHS;
+#endif
+// Whether summaries are asked for before the kernel before has ended.
+#ifdef ASK_LATE
+constexpr bool ASKS_EARLY = false;
+#else
+constexpr bool ASKS_EARLY = KERNELS_OVERLAP && SCORING != GIVEN;
+#endif
 // CTAs that may be there before the kernel before this one has ended: two of each SM. Others would ask for summaries
 // twice in a row, with nothing to wait for in between.
 constexpr int FIRST_CTAS = 256;
@@ -232,7 +236,7 @@ struct Selection {
         const unsigned key = key_of(score);
         if (page < row_pages) keys[page] = pinned ? PINNED : key;
         const bool ranked = !pinned && page < row_pages;
-        if (COUNTS && ranked) memory.top.count(key);
+        if constexpr (COUNTS) memory.top.count(key, ranked);
         largest = max(largest, ranked ? key : 0u), smallest = min(smallest, ranked ? key : PINNED);
         if (j == PAGES_TOGETHER / 2) __syncwarp();  // so that the compiler asks for half of the next ones here
       }
@@ -264,7 +268,7 @@ pkv_select_pages(const pkv::SelectArguments given) {
                         PKV_CSR(, given.row_begins, given.batch_size)};
   const int chunk = divide(blockIdx.x, given.num_kv_heads), head = blockIdx.x - chunk * given.num_kv_heads;
   const int begin = chunk * given.chunk_pages;
-  if constexpr (EARLY_SUMMARIES && KERNELS_OVERLAP && SCORING != GIVEN)
+  if constexpr (ASKS_EARLY)
     if (blockIdx.y * gridDim.x + blockIdx.x < FIRST_CTAS && given.max_tokens > 0)
       Selection::ask_early(given, table, lens, blockIdx.y, head, begin);
   wait_for_previous_kernel();
