@@ -25,7 +25,7 @@ budget = Budget(0.1, 0)
 
 def set_up(wide: int, **defines: int) -> None:
     extra.clear()
-    extra.update(defines)
+    extra.update({name: 1 for name, on in defines.items() if on})
     compiler._load.cache_clear()
     variant.warps_of = warps_of if wide else lambda *_: variant.WARPS
 
@@ -56,7 +56,7 @@ for rows, length in ((1, 131072), (2, 65536), (4, 32768), (8, 32768), (64, 32768
                 continue
             if (late and (early or wide)) or (coded and (late, early) != (0, 1) and (late, early, wide) != (0, 0, 0)):
                 continue
-            set_up(wide, COUNT_LATE=late, EARLY_SUMMARIES=early)
+            set_up(wide, COUNT_LATE=late, ASK_LATE=1 - early)
             selector = PageSelector(SHAPE, budget=budget, pins=PINS, summary_dtype=coded)
             selector.plan(seq_lens, table)
             found = selector.select(case.q, summaries[0]).pages.clone()
@@ -70,7 +70,7 @@ for rows, length in ((1, 131072), (2, 65536), (4, 32768), (8, 32768), (64, 32768
     if rows == 64:
         masses = torch.empty(rows, 8, length // 16, 4, device=case.q.device)
         for late, kept in itertools.product((0, 1), (1, 0)):
-            set_up(1, PAGE_LSE_LATE=late, PAGE_LSE_KEPT=kept)
+            set_up(1, PAGE_LSE_EARLY=1 - late, PAGE_LSE_THROUGH=1 - kept)
             own = DecodeEngine(SHAPE)
             own.plan(seq_lens, table)
             us = time_us(lambda i: own.run(case.q, *case.layers[i], out=out, lse=lse, page_lse=masses), layers)

@@ -9,14 +9,18 @@
 #pragma once
 #include "weights.cuh"
 
-#ifndef PAGE_LSE_LATE
-#define PAGE_LSE_LATE 1
-#endif
-#ifndef PAGE_LSE_KEPT
-#define PAGE_LSE_KEPT 1
-#endif
-
 namespace pkv {
+
+#ifdef PAGE_LSE_EARLY
+constexpr bool PAGE_LSE_LATE = false;
+#else
+constexpr bool PAGE_LSE_LATE = true;
+#endif
+#ifdef PAGE_LSE_THROUGH
+constexpr bool PAGE_LSE_KEPT = false;
+#else
+constexpr bool PAGE_LSE_KEPT = true;
+#endif
 
 // Writes the tile at hand of a piece, whose weights' sums `state` has. Of a listed step (SELECTED) tiles count through
 // the listed pages.

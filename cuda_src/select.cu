@@ -40,18 +40,21 @@ using PageRows = ScoreRows;
 
 // CTAs of an SM: a warp has two halves of 16 summaries on their way, so that 16 warps' are more than an SM can read.
 constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 && HEAD_DIM <= 128 && WARPS <= 8 ? 2 : 1;
-#ifndef COUNT_LATE
-#define COUNT_LATE 0
-#endif
-#ifndef EARLY_SUMMARIES
-#define EARLY_SUMMARIES 1
-#endif
 // Whether keys are counted as soon as they are made.
-constexpr bool COUNTS = WEIGHS && !COUNT_LATE;
+#ifdef COUNT_LATE
+constexpr bool COUNTS = false;
+#else
+constexpr bool COUNTS = WEIGHS;
+#endif
+// Whether summaries are asked for before the kernel before has ended.
+#ifdef ASK_LATE
+constexpr bool ASKS_EARLY = false;
+#else
+constexpr bool ASKS_EARLY = KERNELS_OVERLAP && SCORING != GIVEN;
+#endif
 // CTAs that may be there before the kernel before this one has ended: two of each SM. Others would ask for summaries
 // twice in a row, with nothing to wait for in between.
 constexpr int FIRST_CTAS = 256;
-constexpr int EARLY_STEPS = 4;  // of a warp, whose summaries it asks for that early
 // Pages whose values a thread of the CTA that selects has on their way: L2 gives an SM some 64 bytes a cycle, 700
 // cycles after they were asked for.
 constexpr int PAGES_TOGETHER = PAGE_VALUES <= 4 ? 16 : 64 / PAGE_VALUES;
@@ -95,27 +98,16 @@ struct Selection {
     return given.sums + static_cast<long long>(list) * divide(gridDim.x, given.num_kv_heads) * GROUP_SIZE;
   }
 
-  // Asks for the summaries of a chunk's first pages while the kernel before may still run. What it reads may not be
-  // written yet: a length or an id of another step asks for what nobody needs, and nothing else comes of it.
+  // Asks for the summaries of each warp's first pages while the kernel before may still run, which are a third of what
+  // L2 holds. What it reads may not be written yet: a length or an id of another step asks for what nobody needs, and
+  // nothing else comes of it.
   __device__ __forceinline__ static void ask_early(const SelectArguments& given, const PageTable& table,
                                                    const Lengths& lens, int row, int head, int begin) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = begin + warp * SCORED_PAGES + lane / 4;
-    const int row_len = lens[row];
-    page_id low[EARLY_STEPS], high[EARLY_STEPS];
-    #pragma unroll
-    for (int i = 0; i < EARLY_STEPS; ++i) {
-      const int page = first + i * BLOCK_PAGES;
-      low[i] = table.template stored<true>(row, min(page, given.score_stride - 1));
-      high[i] = table.template stored<true>(row, min(page + 8, given.score_stride - 1));
-    }
-    const int end = min(begin + given.chunk_pages, divide(row_len + PAGE_SIZE - 1, PAGE_SIZE));
-    #pragma unroll
-    for (int i = 0; i < EARLY_STEPS; ++i) {
-      const int page = first + i * BLOCK_PAGES;
-      if (page >= end) break;
-      const int low_id = table.cut(low[i]);
-      PageRows::ask(given, head, low_id, page + 8 < end ? table.cut(high[i]) : low_id, lane);
-    }
+    const int lane = threadIdx.x % 32, page = begin + threadIdx.x / 32 * SCORED_PAGES + lane / 4;
+    const page_id low = table.template stored<true>(row, min(page, given.score_stride - 1));
+    const page_id high = table.template stored<true>(row, min(page + 8, given.score_stride - 1));
+    const int end = divide(lens[row] + PAGE_SIZE - 1, PAGE_SIZE);
+    if (page < end) PageRows::ask(given, head, table.cut(low), table.cut(page + 8 < end ? high : low), lane);
   }
 
   // Scores the pages [begin, end), a chunk of the list. low, high: ids of this lane's pages of its warp's first step.
@@ -232,7 +224,7 @@ struct Selection {
         const unsigned key = key_of(score);
         if (page < row_pages) keys[page] = pinned ? PINNED : key;
         const bool ranked = !pinned && page < row_pages;
-        if (COUNTS && ranked) memory.top.count(key);
+        if constexpr (COUNTS) memory.top.count(key, ranked);
         largest = max(largest, ranked ? key : 0u), smallest = min(smallest, ranked ? key : PINNED);
         if (j == PAGES_TOGETHER / 2) __syncwarp();  // so that the compiler asks for half of the next ones here
       }
@@ -264,7 +256,7 @@ pkv_select_pages(const pkv::SelectArguments given) {
                         PKV_CSR(, given.row_begins, given.batch_size)};
   const int chunk = divide(blockIdx.x, given.num_kv_heads), head = blockIdx.x - chunk * given.num_kv_heads;
   const int begin = chunk * given.chunk_pages;
-  if constexpr (EARLY_SUMMARIES && KERNELS_OVERLAP && SCORING != GIVEN)
+  if constexpr (ASKS_EARLY)
     if (blockIdx.y * gridDim.x + blockIdx.x < FIRST_CTAS && given.max_tokens > 0)
       Selection::ask_early(given, table, lens, blockIdx.y, head, begin);
   wait_for_previous_kernel();

@@ -41,8 +41,9 @@ struct __align__(16) TopPages {
     if (threadIdx.x == 0) left = num_tied = 0;
   }
 
-  // One more key of a page that is not pinned; of no more than 2^16 - 1.
-  __device__ __forceinline__ void count(unsigned key) { count_digit(key >> PART_BITS); }
+  // One more key of a page, of no more than 2^16 - 1; not counted where it is no page's or a pinned one's, without a
+  // branch.
+  __device__ __forceinline__ void count(unsigned key, bool counted) { count_digit(key >> PART_BITS, counted); }
 
   // keys: [count] in shared memory, `pinned` of them PINNED, of which k (1 <= k < count < 2^16) are taken. bits: [2,
   // ceil(count / 32)] in shared memory. largest, smallest: of those of this thread's keys that are not PINNED. COUNTED:
@@ -74,7 +75,7 @@ struct __align__(16) TopPages {
           __syncthreads();
         }
         each_page(keys, count, [&](int, unsigned key, bool there) {
-          if (there && key != PINNED && key >= base) this->count(key);
+          if (there && key != PINNED && key >= base) this->count(key, true);
         });
         __syncthreads();
       }
@@ -92,8 +93,8 @@ struct __align__(16) TopPages {
   }
   // The bit from which on a digit's count is in its word.
   __device__ __forceinline__ static int half_of(unsigned digit) { return digit / (DIGITS / 2) % 2 * 16; }
-  __device__ __forceinline__ void count_digit(unsigned digit) {
-    atomicAdd(&counts[digit % (DIGITS / 2)], 1u << half_of(digit));
+  __device__ __forceinline__ void count_digit(unsigned digit, unsigned more = 1) {
+    atomicAdd(&counts[digit % (DIGITS / 2)], more << half_of(digit));
   }
 
   // Calls see(page, key, whether there is such a page) for each page of this thread: a warp's lanes have those of a

@@ -14,7 +14,7 @@ import nvrtc
 import pytest
 from decode_on_cpu import address, aligned
 from paths import SUPPORT
-from slow import slow_unless_of
+from slow import slow_unless, slow_unless_of
 
 from gpu.kernels import fields
 from gpu.kernels.compile import SOURCE_DIR, compile_options
@@ -155,7 +155,7 @@ def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype,
                 assert len(wrong) <= (0.05 if codes else 0.15) * count + 2
 
 
-@pytest.mark.parametrize("warps", [8, 16])
+@pytest.mark.parametrize("warps", slow_unless(lambda warps: warps == 16, [8, 16]))
 def test_weights_may_lie_any_number_of_octaves_apart(warps) -> None:
     """Within 32 octaves keys are counted as they are made, and otherwise once the largest is known."""
     shape, pins, count = DecodeShape(4, 1, 64, 16), Pins(1, 2), 12
