@@ -40,8 +40,9 @@ class SharedPrices(NamedTuple):
 
 
 # Of reads by mma.sync. Fitted by pkvsim.fitting.fit_shared to seven cells with heads of 128 of one H200 (2026-11-29,
-# tests/fitting/h200_shared_by_warps.json): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has
-# not seen. Heads of 64, whose kernel spills registers, take a quarter more. For other GPUs it is an assumption.
+# tests/fitting/h200_shared_by_warps.json): off by 2.6 % in the mean; by 4.2 % on each cell that a fit to the others,
+# which took what is read again from memory, has not seen. Heads of 64, whose kernel spills registers, take a quarter
+# more. For other GPUs it is an assumption.
 PRICES = SharedPrices(efficiency=0.3108, weights=0.0, start=40.7, read=0.08, row=1.375, state=0.001, beside=100.0)
 # Of reads by wgmma. Fitted to the 34 steps of examples/results/h200_shared_drawn.json and bench_shared's cells, of one
 # H200 (2026-11-29), that save enough to be read together: off by 4.8 % in the mean, by 6.5 % on the half that each
@@ -53,8 +54,8 @@ WARPGROUP_PRICES = SharedPrices(
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
 # to the same steps of one H200 with every row reading for itself.
 REREAD_SPEEDUP = 2.0
-# A group's reads after its first find the prefix in L2 where it takes no more than so much of that; where it does, the
-# steps above are off by 1 % less in the mean than where all do.
+# A group's reads after its first find the prefix in L2 where it takes no more than so much of that. Were all to find it,
+# prices fitted to the steps above would be off by 18 instead of 9 % where 256 rows share 2K, and by 0.3 % more in the mean.
 REREAD_L2_SHARE = 0.6
 
 
