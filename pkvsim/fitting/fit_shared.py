@@ -15,7 +15,7 @@ from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.shapes import DecodeShape
 from pkvsim.timeline.shared import simulate_shared
 
-STARTS = (PRICES, WARPGROUP_PRICES, SharedPrices(0.16, 10.0, 2.0, 1.0, 0.5), SharedPrices(0.4, 30.0, 0.5, 0.5, 0.1))
+STARTS = (PRICES, WARPGROUP_PRICES, SharedPrices(0.4, 100.0, 20.0, 0.5, 0.5, 1.0, 1.1))
 STEP = 1e-3  # of the finite differences, relative: the timeline has kinks below
 
 

@@ -22,31 +22,41 @@ class SharedPrices(NamedTuple):
     """Constants of the balanced route's shared reads, which hold on every GPU as far as they are relative.
 
     efficiency: share of what the SMs' mma.sync gives that a read's products reach, of wgmma those of 64 columns,
-    whether a read has as many or not. start, read, row: in
+    whether a read has as many or not. weights: what making a weight of a logit takes, in products. start, read, row: in
     RouteModel.segment_us: what a step with reads takes more before its first and after its last task; the end of a part
     of a read, for 64 columns; merging the output of a member's KV head, for 4 columns of 128 sums. state: in the time
-    in which a CTA reads it alone, what each state of such an output adds.
+    in which a CTA reads it alone, what each state of such an output adds. beside: what a CTA reads at most of rows' own
+    tokens beside reads, in even shares of the bandwidth. (An assumption on why: ranges of rows lie end to end, so their
+    CTAs are neighbours, which share their way to memory.)
     """
 
     efficiency: float
+    weights: float
     start: float
     read: float
     row: float
     state: float
+    beside: float
 
 
 # Of reads by mma.sync. Fitted by pkvsim.fitting.fit_shared to seven cells with heads of 128 of one H200 (2026-11-29,
-# tests/fitting/h200_shared_by_warps.json): off by 2.2 % in the mean, by 4.2 % on each cell that a fit to the others has
-# not seen. Heads of 64, whose kernel spills registers, take a quarter more. For other GPUs it is an assumption.
-PRICES = SharedPrices(efficiency=0.3108, start=40.7, read=0.08, row=1.375, state=0.001)
+# tests/fitting/h200_shared_by_warps.json): off by 2.6 % in the mean; by 4.2 % on each cell that a fit to the others,
+# which took what is read again from memory, has not seen. Heads of 64, whose kernel spills registers, take a quarter
+# more. For other GPUs it is an assumption.
+PRICES = SharedPrices(efficiency=0.3108, weights=0.0, start=40.7, read=0.08, row=1.375, state=0.001, beside=100.0)
 # Of reads by wgmma. Fitted to the 34 steps of examples/results/h200_shared_drawn.json and bench_shared's cells, of one
-# H200 (2026-11-29), that save enough to be read together: off by 6.8 % in the mean, by 8.1 % on the half that each
-# half's fit has not seen.
-WARPGROUP_PRICES = SharedPrices(efficiency=0.4347, start=20.75, read=0.1564, row=0.9187, state=4.075)
+# H200 (2026-11-29), that save enough to be read together: off by 4.8 % in the mean, by 6.5 % on the half that each
+# half's fit has not seen, and by 23 % at most.
+WARPGROUP_PRICES = SharedPrices(
+    efficiency=0.6796, weights=291.9, start=12.207, read=5.068, row=0.6497, state=6.131, beside=1.24
+)  # fmt: skip
 
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
 # to the same steps of one H200 with every row reading for itself.
 REREAD_SPEEDUP = 2.0
+# A group's reads after its first find the prefix in L2 where it takes no more than so much of that. Were all to find
+# it, prices fitted to the steps above would be off by 18 instead of 9 % where 256 rows share 2K.
+REREAD_L2_SHARE = 0.6
 
 
 def apart_gb_s(bandwidth_gb_s: float, kv_bytes: float, distinct_bytes: float) -> float:
@@ -63,6 +73,8 @@ class ReadPrices(NamedTuple):
     read_gb_s: float  # of KV that one CTA keeps up with in a read
     row_us: float  # of merging an output
     state_us: float  # of each state of it
+    row_gb_s: float  # of KV that a CTA reads at most beside reads
+    again_bytes: float  # of a prefix of all KV heads, up to which a group's later reads find it in L2
 
 
 def by_warpgroups(device: DeviceSpec, shape: DecodeShape, options: AttentionOptions) -> bool:
@@ -95,7 +107,7 @@ def read_prices(
         prices = PRICES if prices is None else prices
         served = costs.columns // columns * columns
         mma_tflops = device.fp16_tflops * MMA_SYNC_SHARES.get(device.compute_capability[0], 1.0)
-    flops = FLOPS * served * (shape.head_dim + value_dim)  # of a token
+    flops = FLOPS * served * (shape.head_dim + value_dim + prices.weights)  # of a token
     cta_tflops = prices.efficiency * mma_tflops / (device.num_sms * max(1.0, model.ctas_per_sm))
     state_bytes = columns * (2 + value_dim) * PARTIAL_ELEMENT_BYTES
     return ReadPrices(
@@ -104,4 +116,6 @@ def read_prices(
         read_gb_s=cta_tflops * 1e3 / flops * options.kv_token_bytes(shape),
         row_us=prices.row * model.segment_us,
         state_us=prices.state * state_bytes / (model.cta_read_gb_s * 1e3),
+        row_gb_s=prices.beside * model.bandwidth_gb_s / (device.num_sms * max(1.0, model.ctas_per_sm)),
+        again_bytes=REREAD_L2_SHARE * device.l2_mib * 2**20,
     )

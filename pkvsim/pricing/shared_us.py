@@ -21,7 +21,7 @@ from pkvsim.pricing.constants import (
     read_speeds,
 )
 from pkvsim.pricing.layer import Heads
-from pkvsim.pricing.shared import ReadPrices
+from pkvsim.pricing.shared import REREAD_SPEEDUP, ReadPrices
 from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, BalancedCosts, SharedCosts, paired, segment_of
 from pkvsim.schedule.make import balanced_ranges
 
@@ -43,11 +43,37 @@ class SharedLayer(NamedTuple):
     read_us: float  # of a read's end, for each column
     row_us: float  # of merging an output
     state_us: float  # of each state of it
-    alone: float  # bytes per us of one CTA
+    alone: float  # bytes per us of one CTA beside reads
     reading: float  # bytes per us of one CTA in a read
     bandwidth: float  # bytes per us of all
+    again_bytes: float  # as ReadPrices
     costs: BalancedCosts
     shared: SharedCosts
+
+
+@inner
+def _both_kinds(
+    reads: float,  # ranges
+    read_speed: float,  # bytes per us of one at most
+    read_bytes: float,  # of each
+    read_fixed_us: float,  # of each beside its bytes
+    rows: float,
+    row_speed: float,
+    row_bytes: float,
+    row_fixed_us: float,
+    bandwidth: float,  # bytes per us of all
+) -> float:
+    """When ranges of reads and of rows have ended that begin together: while both kinds read the slower one leaves the
+    other what it does not take; then that has all of the bandwidth."""
+    even = bandwidth / (reads + rows)
+    read_now, row_now = min(read_speed, even), min(row_speed, even)
+    read_now = min(read_speed, max(read_now, (bandwidth - rows * row_now) / reads))
+    row_now = min(row_speed, max(row_now, (bandwidth - reads * read_now) / rows))
+    read_us, row_us = read_fixed_us + read_bytes / read_now, row_fixed_us + row_bytes / row_now
+    first = min(read_us, row_us)
+    read_left = (read_us - first) * read_now / min(read_speed, bandwidth / reads)
+    row_left = (row_us - first) * row_now / min(row_speed, bandwidth / rows)
+    return first + max(read_left, row_left)
 
 
 @compiled
@@ -66,7 +92,7 @@ def shared_us(
     for group in group_of_row:
         if group >= 0:
             members[group] += 1
-    total, spans, read_tokens, read_ends, longest_gap = 0, 0, 0, 0.0, 1
+    total, spans, read_tokens, again_tokens, read_ends, longest_gap = 0, 0, 0, 0, 0.0, 1
     for group in range(groups):
         tiles = prefix_tokens[group] // layer.tile
         if members[group] < 2 or tiles == 0:
@@ -84,6 +110,8 @@ def shared_us(
         total += costs_of[group]
         spans += reads * heads
         read_tokens += reads * heads * tiles * layer.tile
+        if heads * tiles * layer.tile * layer.token_bytes <= layer.again_bytes:
+            again_tokens += (reads - 1) * heads * tiles * layer.tile
         read_ends += reads * heads * columns_of[group] * layer.read_us
         longest_gap = max(longest_gap, segment - (-eighths // EIGHTHS))
     if spans == 0:
@@ -105,7 +133,8 @@ def shared_us(
     weighed = BalancedCosts(costs.segment, max(costs.minimum, longest_gap), costs.part, costs.pair)
     ranges, _ = _ranges(total, spans + own_spans, layer.slots, weighed, False)
     width = total / ranges  # cost of a range
-    busy = (read_tokens + own_tokens) * layer.token_bytes / layer.bandwidth
+    from_memory = read_tokens + own_tokens - again_tokens * (1.0 - 1.0 / REREAD_SPEEDUP)
+    busy = from_memory * layer.token_bytes / layer.bandwidth
     busy += (read_ends + own_spans * layer.segment_us) / ranges
     for group in range(groups):
         if members[group] > 0:
@@ -116,14 +145,27 @@ def shared_us(
     merging = 0.0
     if own_spans > 0:
         share = min(1.0, width / own_cost)  # of the rows' spans that a range of them has
-        own_us = own_tokens * layer.token_bytes / layer.alone + own_spans * layer.segment_us
-        busy = max(busy, share * own_us)
+        both = read_tokens + own_tokens
+        reads_of, rows_of = max(1.0, (total - own_cost) / width), max(1.0, own_cost / width)  # ranges
+        busy = max(busy, _both_kinds(
+            reads_of, layer.reading, read_tokens * layer.token_bytes / reads_of, read_ends / reads_of,
+            rows_of, layer.alone, own_tokens * layer.token_bytes / rows_of, own_spans * layer.segment_us / rows_of,
+            layer.bandwidth * both / max(1.0, from_memory),
+        ))  # fmt: skip
         if merged > 0:  # of the states of its read's parts and of its own span's
             states = 1.0 + own_cost / own_spans / width
             for group in range(groups):
                 states += members[group] * heads / merged * (1.0 + span_cost_of[group] / width)
-            fullest = np.ceil(share * merged)  # range, whose outputs are merged one after the other
-            merging = max(1.0, fullest) * (layer.row_us + states * layer.state_us)
+            # Outputs of the fullest range, which are merged one after the other: of the shortest member's KV heads,
+            # which lie beside each other, and then of others.
+            fullest = share * merged
+            for row in range(len(lens)):
+                group = group_of_row[row]
+                if group >= 0 and members[group] > 0:
+                    own = max(1, -(-(lens[row] - skipped_of[group]) // layer.tile)) + costs.segment + shared.merge
+                    there = min(float(heads), width / own)
+                    fullest = max(fullest, there + (width - there * own) * own_spans / own_cost)
+            merging = max(1.0, np.ceil(fullest)) * (layer.row_us + states * layer.state_us)
     return layer.start_us + busy + merging
 
 
@@ -183,9 +225,10 @@ def shared_layer(
         reads.read_us,
         reads.row_us,
         reads.state_us,
-        alone,
+        min(alone, reads.row_gb_s * 1e3),
         min(alone, reads.read_gb_s * 1e3),
         bandwidth,
+        reads.again_bytes,
         BalancedCosts(_segment_of(costs.segment, heads.columns), costs.minimum, costs.part, pair),
         shared,
     )

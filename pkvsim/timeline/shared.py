@@ -14,7 +14,7 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import cta_slots, read_speeds
 from pkvsim.pricing.layer import heads_of
-from pkvsim.pricing.shared import ReadPrices, SharedPrices, read_prices, shared_costs_of
+from pkvsim.pricing.shared import ReadPrices, SharedPrices, apart_gb_s, read_prices, shared_costs_of
 from pkvsim.pricing.shared_us import shared_layer, shared_us
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
@@ -80,7 +80,16 @@ def simulate_shared(
     alone, bandwidth = read_speeds(
         constants, float(sizes.sum()), columns, options.kv_element_bytes(shape), device.num_sms
     )
-    speeds = np.where(of_read, min(alone, reads.read_gb_s * 1e3), alone)
+    members = groups.members(
+        lens, page_size=shape.page_size, tile_tokens=schedule.tile_tokens, query_tokens=options.query_tokens
+    )
+    prefix_bytes = shared.reads["tiles"] * schedule.tile_tokens * shape.num_kv_heads * options.kv_token_bytes(shape)
+    group_of_read = members[shared.members[shared.reads["member_begin"]]]
+    again = prefix_bytes <= reads.again_bytes  # [num_reads]: it finds in L2 what another read of its group has read
+    again[np.unique(group_of_read, return_index=True)[1]] = False
+    anew = float(sizes[~np.append(again, False)[shared.read_of_task]].sum())
+    bandwidth = apart_gb_s(bandwidth, float(sizes.sum()), anew)
+    speeds = np.where(of_read, min(alone, reads.read_gb_s * 1e3), min(alone, reads.row_gb_s * 1e3))
     fixed = np.where(of_read, shared.members_of_tasks() * columns * reads.read_us, model.segment_us)
     queries = queries_us(constants, shape, lens, options)
     ramp = model.fixed_us + reads.start_us + queries
@@ -100,9 +109,6 @@ def simulate_shared(
         task_starts_us=last_task - ramp - saturated - computing - alone_us, launches_us=ramp - queries,
         merge_us=makespan - last_task,
     )  # fmt: skip
-    members = groups.members(
-        lens, page_size=shape.page_size, tile_tokens=schedule.tile_tokens, query_tokens=options.query_tokens
-    )
     rows, read = int(np.count_nonzero(lens)), int(tokens.sum()) // shape.num_kv_heads
     layer = shared_layer(rows, read, heads_of(shape, device.num_sms, options), constants, reads, costs)
     prefixes = groups.prefix_pages.astype(np.int64) * shape.page_size

@@ -25,7 +25,7 @@ from pkvsim.timeline.shared import simulate_shared  # noqa: E402
 H200 = get_device("h200")
 
 
-def test_the_prices_of_reads_by_warpgroups_are_within_eight_percent_of_the_measured_steps():
+def test_the_prices_of_reads_by_warpgroups_are_within_five_percent_of_the_measured_steps():
     """Those of steps that are read together unless told: the figures that pkvsim.pricing.shared states."""
     cells, drawn = (measured_of(json.loads((EXAMPLES / "results" / name).read_text()))
                     for name in ("h200_shared.json", "h200_shared_drawn.json"))
@@ -33,7 +33,7 @@ def test_the_prices_of_reads_by_warpgroups_are_within_eight_percent_of_the_measu
              if sharing_rule(step.shape, bandwidth_gb_per_s=4000).worth(step.saved_tokens())]
     assert len(cells) == len(CELLS) and len(worth) > 24
     found = np.abs(errors(cells + worth, H200, None))
-    assert found.mean() < 0.08 and found.max() < 0.2
+    assert found.mean() < 0.05 and found.max() < 0.25
 
 
 def test_the_prices_of_reads_by_warps_are_within_five_percent_of_the_measured_steps(monkeypatch):
@@ -49,7 +49,7 @@ def test_the_prices_of_reads_by_warps_are_within_five_percent_of_the_measured_st
 
 
 def test_a_fit_finds_what_steps_were_priced_with(monkeypatch):
-    true = SharedPrices(efficiency=0.18, start=12.0, read=1.5, row=0.6, state=0.2)
+    true = SharedPrices(efficiency=0.18, weights=30.0, start=12.0, read=1.5, row=0.6, state=0.2, beside=2.0)
     steps = [MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), 1.0)
              for cell in CELLS[:5]]
     steps = [MeasuredShared(step.name, step.shape, step.seq_lens, step.groups, us) for step, us in

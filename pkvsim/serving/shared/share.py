@@ -35,7 +35,7 @@ class Sharing(NamedTuple):
 
     kinds: np.ndarray  # [K] bool
     any: bool
-    prices: np.ndarray  # [K, 2, 5] float64, the fields of ReadPrices for reads of READ_COLUMNS
+    prices: np.ndarray  # [K, 2, 7] float64, the fields of ReadPrices for reads of READ_COLUMNS
     costs: np.ndarray  # [K, 2, 5] int64, the fields of SharedCosts, of the same
     tokens_per_member: int  # of SharingRule
     least_tokens: int
@@ -101,7 +101,8 @@ def share_reads(
     costs = SharedCosts(own[0], own[1], own[2], own[3], own[4])
     members, prefixes = grouping.members[:groups], grouping.prefix_tokens[:groups]
     read = read_tokens(lens.sum(), members, prefixes, costs.columns // heads.columns, int(constants[TILE]))
-    layer = shared_layer(rows, read.all, heads, constants, ReadPrices(of[0], of[1], of[2], of[3], of[4]), costs)
+    priced = ReadPrices(of[0], of[1], of[2], of[3], of[4], of[5], of[6])
+    layer = shared_layer(rows, read.all, heads, constants, priced, costs)
     token_bytes = heads.num_kv_heads * layer.token_bytes
     # Less than that it cannot be: most steps of little in common end here, for a tenth of the time.
     least_us = layer.start_us + read.all * token_bytes / layer.bandwidth + layer.row_us
