@@ -12,7 +12,8 @@ from pkvsim.models.families.attention import Split
 from pkvsim.models.families.layer_plan import LayerPlan, ModelPlan, Reading
 from pkvsim.models.model_spec import LayerSpec, ModelSpec, Weights
 from pkvsim.models.modules import ATTENTION, EXPERT, FIXED, MLP, Module, module_weights, sum_modules
-from pkvsim.models.quantization import NOT_QUANTISED, Quantization, read_quantization
+from pkvsim.models.quantization import NOT_QUANTISED, Quantization
+from pkvsim.models.quantization_config import read_quantization
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pkvsim.compiled import compiled, inner
+from pkvsim.timeline.heap import pop, push
 
 FEW_ENDS = 8  # a launch with no more distinct task sizes needs no heap
 
@@ -83,46 +84,6 @@ def _new_queues(num_slots: int) -> _Queues:
         np.empty(num_slots, np.int32), np.empty(num_slots, np.int32), np.empty(num_slots, np.int32),
         np.empty(num_slots, np.int32),
     )  # fmt: skip
-
-
-@inner
-def _push(keys: np.ndarray, slots: np.ndarray, size: int, key: float, slot: int) -> None:
-    """Adds to a heap of `size` entries, least key first; equal keys in the order of slots."""
-    place = size
-    while place > 0:
-        parent = (place - 1) // 2
-        if keys[parent] < key or (keys[parent] == key and slots[parent] < slot):
-            break
-        keys[place] = keys[parent]
-        slots[place] = slots[parent]
-        place = parent
-    keys[place] = key
-    slots[place] = slot
-
-
-@inner
-def _pop(keys: np.ndarray, slots: np.ndarray, size: int) -> int:
-    """Takes the least entry off a heap of `size` entries and returns its slot."""
-    first = slots[0]
-    size -= 1
-    place = 0
-    # Down to a leaf along the lesser children, chosen without a branch, which no predictor would guess; then the last
-    # entry moves up from there, seldom far.
-    while 2 * place + 2 < size:
-        child = 2 * place + 1
-        less = keys[child + 1] < keys[child]
-        same = keys[child + 1] == keys[child]
-        child += less | (same & (slots[child + 1] < slots[child]))
-        keys[place] = keys[child]
-        slots[place] = slots[child]
-        place = child
-    if 2 * place + 1 < size:
-        child = 2 * place + 1
-        keys[place] = keys[child]
-        slots[place] = slots[child]
-        place = child
-    _push(keys, slots, place, keys[size], slots[size])
-    return first
 
 
 @inner
@@ -259,14 +220,14 @@ def _run_launch(launch: _Launch, slots: Slots, queues: _Queues, now: float, reco
             if heads[queue] == num_slots:
                 heads[queue] = 0
             waiting[queue] -= 1
-            _push(read_keys, read_groups, groups, clock + sizes[place_of[group]], group)
+            push(read_keys, read_groups, groups, clock + sizes[place_of[group]], group)
             groups += 1
             reading += members[group]
             continue
         now = max(now, read_end)
         clock = read_keys[0]
         while groups and read_keys[0] == clock:
-            slot = _pop(read_keys, read_groups, groups)
+            slot = pop(read_keys, read_groups, groups)
             groups -= 1
             while slot >= 0:
                 if recorded:
