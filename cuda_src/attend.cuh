@@ -198,12 +198,11 @@ __device__ __forceinline__ bool attend(const Source& source, const Pages& pages,
 #endif
         ring.keys_read();
         weigh(state, p, s, query, tensor_scales.of_logits(given), given.cap, mask, tile * PKV_TILE, lane);
-        PKV_PAGE_LSE(if (!PAGE_LSE_LATE) store_page_lse(given, share, tile, state, lane);)
         ring.await_values();
         accumulate(state, p, query, ring.slot + K_TILE_BYTES, lane);
         ring.values_read();
         // Only here, where the warp would wait for the next keys: before, the tile's values would wait in their slot.
-        PKV_PAGE_LSE(if (PAGE_LSE_LATE) store_page_lse(given, share, tile, state, lane);)
+        PKV_PAGE_LSE(store_page_lse(given, share, tile, state, lane);)
       }
     }
     // The next segment's queries are on their way while this one's states are merged.

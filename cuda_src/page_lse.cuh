@@ -11,25 +11,14 @@
 
 namespace pkv {
 
-#ifdef PAGE_LSE_EARLY
-constexpr bool PAGE_LSE_LATE = false;
-#else
-constexpr bool PAGE_LSE_LATE = true;
-#endif
-#ifdef PAGE_LSE_THROUGH
-constexpr bool PAGE_LSE_KEPT = false;
-#else
-constexpr bool PAGE_LSE_KEPT = true;
-#endif
-
 // Writes the tile at hand of a piece, whose weights' sums `state` has. Of a listed step (SELECTED) tiles count through
 // the listed pages.
 template <class W, class Piece>
 __device__ __forceinline__ void store_page_lse(const DecodeArguments& given, const Piece& s, int tile,
                                                const WarpState<W>& state, int lane) {
   static_assert(TILE_IN_PAGE && !W::MANY_ROWS, "a tile is of one page and one row");
-  const bool kept = PAGE_LSE_KEPT && static_cast<long long>(given.batch_size * given.num_kv_heads) * given.page_lse_tiles
-                    <= MOST_KEPT_BYTES / (4 * COLUMNS);
+  const bool kept = static_cast<long long>(given.batch_size * given.num_kv_heads) * given.page_lse_tiles <=
+                    MOST_KEPT_BYTES / (4 * COLUMNS);
   #pragma unroll
   for (int b = 0; b < W::HEAD_BLOCKS; ++b) {
     // A lane has two columns of its tokens. It gives one of them away and keeps the other: lanes 0 to 3 of each eight

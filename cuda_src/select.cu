@@ -41,20 +41,7 @@ using PageRows = ScoreRows;
 // CTAs of an SM: a warp has two halves of 16 summaries on their way, so that 16 warps' are more than an SM can read.
 constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 && HEAD_DIM <= 128 && WARPS <= 8 ? 2 : 1;
 // Whether keys are counted as soon as they are made.
-#ifdef COUNT_LATE
-constexpr bool COUNTS = false;
-#else
 constexpr bool COUNTS = WEIGHS;
-#endif
-// Whether summaries are asked for before the kernel before has ended.
-#ifdef ASK_LATE
-constexpr bool ASKS_EARLY = false;
-#else
-constexpr bool ASKS_EARLY = KERNELS_OVERLAP && SCORING != GIVEN;
-#endif
-// CTAs that may be there before the kernel before this one has ended: two of each SM. Others would ask for summaries
-// twice in a row, with nothing to wait for in between.
-constexpr int FIRST_CTAS = 256;
 // Pages whose values a thread of the CTA that selects has on their way: L2 gives an SM some 64 bytes a cycle, 700
 // cycles after they were asked for.
 constexpr int PAGES_TOGETHER = PAGE_VALUES <= 4 ? 16 : 64 / PAGE_VALUES;
@@ -96,18 +83,6 @@ struct Selection {
   // Where the sums of the chunks' weights are, of as many chunks as the longest row has.
   __device__ __forceinline__ float2* sums() const {
     return given.sums + static_cast<long long>(list) * divide(gridDim.x, given.num_kv_heads) * GROUP_SIZE;
-  }
-
-  // Asks for the summaries of each warp's first pages while the kernel before may still run, which are a third of what
-  // L2 holds. What it reads may not be written yet: a length or an id of another step asks for what nobody needs, and
-  // nothing else comes of it.
-  __device__ __forceinline__ static void ask_early(const SelectArguments& given, const PageTable& table,
-                                                   const Lengths& lens, int row, int head, int begin) {
-    const int lane = threadIdx.x % 32, page = begin + threadIdx.x / 32 * SCORED_PAGES + lane / 4;
-    const page_id low = table.template stored<true>(row, min(page, given.score_stride - 1));
-    const page_id high = table.template stored<true>(row, min(page + 8, given.score_stride - 1));
-    const int end = divide(lens[row] + PAGE_SIZE - 1, PAGE_SIZE);
-    if (page < end) PageRows::ask(given, head, table.cut(low), table.cut(page + 8 < end ? high : low), lane);
   }
 
   // Scores the pages [begin, end), a chunk of the list. low, high: ids of this lane's pages of its warp's first step.
@@ -256,9 +231,6 @@ pkv_select_pages(const pkv::SelectArguments given) {
                         PKV_CSR(, given.row_begins, given.batch_size)};
   const int chunk = divide(blockIdx.x, given.num_kv_heads), head = blockIdx.x - chunk * given.num_kv_heads;
   const int begin = chunk * given.chunk_pages;
-  if constexpr (ASKS_EARLY)
-    if (blockIdx.y * gridDim.x + blockIdx.x < FIRST_CTAS && given.max_tokens > 0)
-      Selection::ask_early(given, table, lens, blockIdx.y, head, begin);
   wait_for_previous_kernel();
   // The first ids are looked up beside the row's length, which may be short of them: then they are ids of any pages.
   int low = 0, high = 0;
