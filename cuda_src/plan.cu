@@ -21,6 +21,7 @@ pkv_list_balanced(const int* lengths, int batch_size, int num_kv_heads, const pk
   const pkv::Cut cut(rows.total, rows.num_heads, rows.even, gridDim.x, costs);
   if (rows.total > 0 && range < cut.num_ranges) {
     pkv::BalancedWalk walk;
+    walk.x0 = walk.x_end = 0;
     rows.start(walk, cut, range, lane);
     for (pkv::Segment s; walk.next(s); ++count)
       if (lane == 0 && count < max_tasks)

@@ -48,7 +48,9 @@ struct Rows {
     const int edge = cut.begin(range + (lane & 1));
     const int x_begin = __shfl_sync(0xffffffffu, edge, 0), x_end = __shfl_sync(0xffffffffu, edge, 1);
     int before = 0, own_length = length, own = cost, upto = through;  // of the block of 32 rows at `base`
-    for (int base = 0;; base += 32) {
+    // All rows may lie behind without the range's begin, where lengths have become shorter since they were summed. The walk
+    // is left as it was then, empty, and what changed is found before the plan counts.
+    for (int base = 0; base < seq_lens.batch_size; base += 32) {
       const unsigned reached = __ballot_sync(0xffffffffu, before + upto > x_begin);
       if (reached) {
         const int owner = __ffs(reached) - 1;
