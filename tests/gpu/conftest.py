@@ -1,6 +1,7 @@
 """Every test in this folder needs a CUDA device with CuPy and PyTorch, and is skipped without one.
 
 --card NAME: runs them as that GPU of pkvsim's catalogue would (gpu.as_card).
+PKV_TEST_GPUS=0,1: xdist's workers take these GPUs in turn, one each; tests of several GPUs are skipped then.
 """
 from __future__ import annotations
 
@@ -8,6 +9,12 @@ import importlib.util
 import os
 
 import pytest
+
+
+# Before anything asks the driver what there is.
+if "PKV_TEST_GPUS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
+    gpus = os.environ["PKV_TEST_GPUS"].split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(gpus)]
 
 
 def _missing() -> str | None:
