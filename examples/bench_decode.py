@@ -2,6 +2,7 @@
 
     python examples/bench_decode.py                       # the default grid: 46 uniform cells and 20 ragged ones
     python examples/bench_decode.py --cells groups --json groups.json
+    python examples/bench_decode.py --cells azure         # rows of a code service; azure-64/8 with --head-dim 64
     python examples/bench_decode.py --cells short --backends balanced,workqueue,tensor_core --pool-gib 4
 
 Every result is checked before it is timed. Kernel time is per call inside a CUDA graph whose calls read
@@ -27,7 +28,8 @@ FLASHINFER = ("cuda_core", "tensor_core", "xqa", "batch_attention")
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--cells", default="default", choices=("default", "uniform", "ragged", "short", "groups", "all")
+        "--cells", default="default",
+        choices=("default", "uniform", "ragged", "short", "groups", "azure", "azure-64/8", "chat", "all"),
     )
     parser.add_argument("--backends", default=",".join(("balanced", *FLASHINFER)),
                         help=f"comma-separated, of {', '.join(OURS + FLASHINFER)}")
