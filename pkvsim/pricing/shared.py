@@ -55,7 +55,7 @@ WARPGROUP_PRICES = SharedPrices(
 # to the same steps of one H200 with every row reading for itself.
 REREAD_SPEEDUP = 2.0
 # A group's reads after its first find the prefix in L2 where it takes no more than so much of that. Were all to find
-# it, prices fitted to the steps above would be off by 18 instead of 9 % where 256 rows share 2K.
+# it, prices fitted to the steps above would be off by 18 instead of 10 % where 256 rows share 2K.
 REREAD_L2_SHARE = 0.6
 
 
