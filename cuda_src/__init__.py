@@ -14,8 +14,8 @@ What to read, in this order:
 8. shared.cu       the same for rows that begin alike: what they have in common is read once for all of them
    spans.cuh (the schedule's arithmetic), warp_spans.cuh (by a warp), width.cuh (two widths of the decode path),
    shared_step.cuh (what a CTA does), shared_parts.cuh (where states go and how members are merged); balanced_step.cuh
-   is the plain step of both kernels; prefixes.cu finds such rows; group_reads.cuh: reads by warpgroups of sm_90
-   (wgmma.cuh)
+   is the plain step of both kernels; prefixes.cu and prefix_groups.cuh find such rows; group_reads.cuh: reads by
+   warpgroups of sm_90 (wgmma.cuh)
 9. decode.cu and merge.cu, the paper's two schedules over the same attend(): a list of tasks, then a merge
 10. selected.cu    the same for listed pages (lists.cuh, list_plan.cuh); select.cu makes the lists (page_scores.cuh,
    page_weights.cuh, top_pages.cuh; coded_scores.cuh of 8-bit summaries) from what summaries.cu keeps of pages;

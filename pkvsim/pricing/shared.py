@@ -45,17 +45,17 @@ class SharedPrices(NamedTuple):
 # more. For other GPUs it is an assumption.
 PRICES = SharedPrices(efficiency=0.3108, weights=0.0, start=40.7, read=0.08, row=1.375, state=0.001, beside=100.0)
 # Of reads by wgmma. Fitted to the 34 steps of examples/results/h200_shared_drawn.json and bench_shared's cells, of one
-# H200 (2026-11-29), that save enough to be read together: off by 4.8 % in the mean, by 6.5 % on the half that each
+# H200 (2026-11-29), that save enough to be read together: off by 4.7 % in the mean, by 6.6 % on the half that each
 # half's fit has not seen, and by 23 % at most.
 WARPGROUP_PRICES = SharedPrices(
-    efficiency=0.6796, weights=291.9, start=12.207, read=5.068, row=0.6497, state=6.131, beside=1.24
+    efficiency=0.8483, weights=403.4, start=10.566, read=5.827, row=0.6465, state=6.661, beside=1.2117
 )  # fmt: skip
 
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
 # to the same steps of one H200 with every row reading for itself.
 REREAD_SPEEDUP = 2.0
 # A group's reads after its first find the prefix in L2 where it takes no more than so much of that. Were all to find
-# it, prices fitted to the steps above would be off by 18 instead of 9 % where 256 rows share 2K.
+# it, prices fitted to the steps above would be off by 18 instead of 10 % where 256 rows share 2K.
 REREAD_L2_SHARE = 0.6
 
 
