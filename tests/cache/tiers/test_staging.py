@@ -59,7 +59,7 @@ def make_cuda(streams):
     return types.SimpleNamespace(Stream=Stream, Event=Event)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     to_host=st.booleans(), blocks=st.integers(0, 9), layers=st.integers(1, 4), in_piece=st.integers(1, 4),
     pieces=st.integers(1, 3), copies=st.integers(1, 2), early=st.integers(0, 40), rng=st.randoms(),
