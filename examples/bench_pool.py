@@ -77,7 +77,7 @@ def copies(total_bytes: int, ways: Sequence[str]) -> tuple[Table, dict[str, Any]
 
     roof = link_rates(total_bytes)
     rows, found = [], []
-    for way, run_bytes in ((way, run_bytes) for way in ways for run_bytes in COPY_RUNS[way]):
+    for way, run_bytes in ((one, run) for one in ways for run in COPY_RUNS[one]):
         figures = measured.scattered(run_bytes, total_bytes, way)
         found.append({"way": way, **dataclasses.asdict(figures)})
         rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in (
@@ -93,7 +93,7 @@ def decode(total_bytes: int, ways: Sequence[str]) -> tuple[Table, list[dict[str,
     from pool_bench import copies as measured
 
     rows, found = [], []
-    for way, run_bytes in ((way, run_bytes) for way in ways for run_bytes in DECODE_RUNS.get(way, ())):
+    for way, run_bytes in ((one, run) for one in ways for run in DECODE_RUNS.get(one, ())):
         figures = measured.decode_while_loading(total_bytes, way, run_bytes=run_bytes)
         values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
         rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in values)))

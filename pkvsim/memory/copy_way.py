@@ -31,7 +31,7 @@ def layers_in_piece(num_layers: int, layer_bytes: int, *, most_bytes: int, whole
 
 
 def choose_copy_way(run_bytes: int, piece_bytes: int, *, to_host: bool) -> str:
-    """One of COPY_WAYS for blocks that lie in runs of run_bytes on the GPU; piece_bytes: of layers_in_piece() layers."""
+    """One of COPY_WAYS for blocks that lie in runs of run_bytes on the GPU; piece_bytes: of layers_in_piece()."""
     if run_bytes < LONG_RUN_BYTES and piece_bytes >= max(STAGED_FROM_BYTES, 2 * run_bytes):
         return STAGED
     return DMA if run_bytes >= DMA_FROM_BYTES[to_host] else KERNEL

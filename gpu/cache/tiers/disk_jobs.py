@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ class ReadJob:
     key: bytes
     tag: int
     take: Callable[[np.ndarray, list[ReadJob]], Ticket | None]
-    ended: Callable[[list[ReadJob], str | None], None]
+    ended: Callable[[list[Any], str | None], None]
     cancelled: bool = False
 
 
@@ -32,7 +33,7 @@ class WriteJob:
     key: bytes
     tag: int
     fill: Callable[[np.ndarray, list[WriteJob]], Ticket]
-    ended: Callable[[list[WriteJob], str | None], None]
+    ended: Callable[[list[Any], str | None], None]
 
 
 @dataclass(slots=True)

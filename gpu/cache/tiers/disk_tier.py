@@ -1,9 +1,9 @@
 """One disk of the pool at work: a thread that keeps it busy and checks every block before anybody sees it.
 
 Reads and writes wait in one queue. Bytes under way are bounded; each request has a slot of a pinned ring, from its
-submission until the GPU has taken the block out of it or the write has ended. Whatever goes wrong ends in the job's
-`ended(jobs, fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s. A stalled
-disk gets nothing more to do, and its buffers stay its own for as long as it may still write to them.
+submission until the GPU has taken the block out of it or the write has ended. Whatever goes wrong ends in the jobs'
+`ended(jobs, fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s. A
+stalled disk gets nothing more to do, and its buffers stay its own for as long as it may still write to them.
 """
 from __future__ import annotations
 
@@ -169,8 +169,9 @@ class DiskTier:
         return [Request(at, fd, offset(job.slot), address(at), num_bytes) for at, job in zip(slots, jobs)]
 
     def _write_request(self, job: WriteJob, now: float, at: int) -> Request:
+        files = self.files
         self._under_way[at] = job, now
-        return Request(at, self.files.fd, self.files.offset(job.slot), self._ring.address(at), self.files.slot_bytes, True)
+        return Request(at, files.fd, files.offset(job.slot), self._ring.address(at), files.slot_bytes, True)
 
     def _prepare(self, jobs: list[WriteJob]) -> list[Request]:
         """Blocks of jobs, copied from the GPU and sealed, as requests."""
@@ -212,10 +213,12 @@ class DiskTier:
         arrived: dict[ReadJob, int] = {}
         block_bytes, slot_bytes, buffers = self.files.block_bytes, self.files.slot_bytes, self._buffers
         for job, tag, result in ended:
-            write, fault = isinstance(job, WriteJob), None
-            if result != slot_bytes:
-                fault = _error_name(-result) if result < 0 else f"short {'write' if write else 'read'} of {result} bytes"
-            if write:
+            fault = None
+            if result < 0:
+                fault = _error_name(-result)
+            elif result != slot_bytes:
+                fault = f"short {'write' if isinstance(job, WriteJob) else 'read'} of {result} bytes"
+            if isinstance(job, WriteJob):
                 self._free.append(tag)
                 self._end_write(job, fault)
                 continue

@@ -5,8 +5,12 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import cupy
 
 RING_SLOTS = 2  # one is filled while the other is emptied
 
@@ -56,8 +60,8 @@ class StagingRing:
                  "_filled", "_empty", "_next", "_lock")  # fmt: skip
 
     def __init__(
-        self, dma_stream: object, *, layers: int, piece_bytes: int, pieces: int, to_host: bool,
-        launch: Callable[[int, int, int, int, int, object], None],
+        self, dma_stream: cupy.cuda.Stream, *, layers: int, piece_bytes: int, pieces: int, to_host: bool,
+        launch: Callable[[int, int, int, int, int, cupy.cuda.Stream], None],
     ) -> None:  # fmt: skip
         """layers: of a piece of piece_bytes; pieces: of a slot; launch(hosts, pages, blocks, first_run, num_runs,
         stream): starts the kernel on addresses of pieces that the GPU has at `hosts`, page numbers at `pages`.
@@ -78,7 +82,7 @@ class StagingRing:
         self._lock = threading.Lock()
 
     @property
-    def last(self) -> object:
+    def last(self) -> cupy.cuda.Stream:
         return self.dma_stream if self.to_host else self.stream
 
     def copy(self, hosts: np.ndarray, pages: int, first_run: int, num_runs: int, num_bytes: int) -> None:

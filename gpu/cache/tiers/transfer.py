@@ -32,8 +32,8 @@ SHORT_RUN_BYTES = 32 * 2**10
 # threads and 8 vectors each did so from 64 on, and were as fast as these with 32 (one H200, 2026-11-29).
 GATHER_CTAS, SCATTER_CTAS = (32, 16), (16, 8)  # for runs below SHORT_RUN_BYTES, and from it on
 STAGED_CTAS = 16  # within the GPU's memory: many times the link's rate, and few SMs in decode's way
-# Of a slot of the rings of host memory's blocks, disks' blocks and stores. Few large ones keep the calls per GB few, and
-# a launch queue that is full would hold up every thread that launches.
+# Of a slot of the rings of host memory's blocks, disks' blocks and stores. Large ones keep the calls for each GB few: a
+# launch queue that is full would hold up every thread that launches.
 STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
 
 
