@@ -2,9 +2,9 @@
 
     python examples/bench_pool.py --directory /tmp                      # all of it, within three minutes on an H200
     python examples/bench_pool.py --parts disk,tiers --directory /tmp   # what needs no GPU
-    python examples/bench_pool.py --json pool.json
+    python examples/bench_pool.py --parts copies,decode --ways staged,DMA --json pool.json
 
-Copies: scattered pages layer by layer, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
+Copies: scattered pages of 32 layers, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
 and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ NEED_GPU = ("copies", "decode", "ttft")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
 DMA_RUNS = 32 * KIB, 64 * KIB, 512 * KIB
+COPY_RUNS = {"kernels": RUNS, "DMA": DMA_RUNS, "DMA in + kernel out": (64 * KIB,), "staged": RUNS}  # by way
+DECODE_RUNS = {"kernels": (32 * KIB,), "DMA": DMA_RUNS, "staged": RUNS}
 DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
 TTFT_TOKENS = 128 * 1024
@@ -50,13 +53,15 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--total-gib", type=float, default=2.0, help="bytes of each copy and disk measurement")
     parser.add_argument("--tokens", type=int, default=TTFT_TOKENS, help="of the prompt of the first-token part")
+    parser.add_argument("--ways", default=",".join(COPY_RUNS), help="of copies and decode, of these")
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
-    args.parts = args.parts.split(",")
-    unknown = [part for part in args.parts if part not in PARTS]
-    if unknown:
-        parser.error(f"--parts: expected of {', '.join(PARTS)}, got {unknown[0]}")
+    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS))):
+        setattr(args, name, getattr(args, name).split(","))
+        unknown = [word for word in getattr(args, name) if word not in known]
+        if unknown:
+            parser.error(f"--{name}: expected of {', '.join(known)}, got {unknown[0]}")
     if not 0.01 <= args.total_gib <= 64:
         parser.error(f"--total-gib: expected 0.01 to 64, got {args.total_gib:g}")
     if args.tokens < 1024 or args.tokens % 256:
@@ -66,14 +71,13 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
+def copies(total_bytes: int, ways: Sequence[str]) -> tuple[Table, dict[str, Any]]:
     """Scattered pages each way."""
     from pool_bench import copies as measured
 
     roof = link_rates(total_bytes)
-    ways = [("kernels", run) for run in RUNS] + [("DMA", run) for run in DMA_RUNS] + [("DMA in, kernel out", 64 * KIB)]
     rows, found = [], []
-    for way, run_bytes in ways:
+    for way, run_bytes in ((one, run) for one in ways for run in COPY_RUNS[one]):
         figures = measured.scattered(run_bytes, total_bytes, way)
         found.append({"way": way, **dataclasses.asdict(figures)})
         rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in (
@@ -84,12 +88,12 @@ def copies(total_bytes: int) -> tuple[Table, dict[str, Any]]:
     return table, {"roof": roof, "scattered": found}
 
 
-def decode(total_bytes: int) -> tuple[Table, list[dict[str, Any]]]:
+def decode(total_bytes: int, ways: Sequence[str]) -> tuple[Table, list[dict[str, Any]]]:
     """What a decode step loses while pages come in."""
     from pool_bench import copies as measured
 
     rows, found = [], []
-    for way, run_bytes in (("kernels", 32 * KIB), *(("DMA", run_bytes) for run_bytes in DMA_RUNS)):
+    for way, run_bytes in ((one, run) for one in ways for run in DECODE_RUNS.get(one, ())):
         figures = measured.decode_while_loading(total_bytes, way, run_bytes=run_bytes)
         values = (figures.alone_us, figures.loading_us, figures.slower_percent, figures.in_gb_s)
         rows.append((way, f"{run_bytes // KIB} KiB", *(f"{value:.1f}" for value in values)))
@@ -156,7 +160,7 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     model = first.Model(blocks)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
     rates = [rate * 1e9 for rate in TTFT_RATES]
-    runs = measured.scattered(model.device.run_bytes, GIB, "DMA in, kernel out").in_gb_s * 1e9
+    runs = measured.scattered(model.device.run_bytes // 2, GIB, "chosen").in_gb_s * 1e9
     shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
     found = [first.from_pool(model, "host memory", [link], [], **shared)]
     if SHM.is_dir():
@@ -181,9 +185,9 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     on_gpu, total, found = missing() is None, int(args.total_gib * GIB), {}
     for part in args.parts:
         if part == "copies":
-            table, found[part] = copies(total)
+            table, found[part] = copies(total, args.ways)
         elif part == "decode":
-            table, found[part] = decode(total)
+            table, found[part] = decode(total, args.ways)
         elif part == "disk":
             table, found[part] = disk(args, total // 2, on_gpu)
         elif part == "tiers":

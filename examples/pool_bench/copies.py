@@ -11,8 +11,9 @@ import numpy as np
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.transfer import CudaPages
 from gpu.calibrate.tier_rates import median_s
+from pkvsim.memory.copy_way import DMA, KERNEL, STAGED
 
-LAYERS = 8
+LAYERS = 32
 MIB = 2**20
 
 
@@ -40,7 +41,14 @@ class DecodeFigures:
         return (self.loading_us / self.alone_us - 1) * 100
 
 
-def make_pages(num_pages: int, run_bytes: int, layers: int = LAYERS) -> CudaPages:
+# The ways that are measured, by name: to the GPU and to the host. "chosen" is what a cache of these sizes chooses.
+WAYS: dict[str, tuple[str, str] | None] = {
+    "kernels": (KERNEL, KERNEL), "DMA": (DMA, DMA), "DMA in + kernel out": (DMA, KERNEL),
+    "staged": (STAGED, STAGED), "chosen": None,
+}  # fmt: skip
+
+
+def make_pages(num_pages: int, run_bytes: int, way: str = "chosen", layers: int = LAYERS) -> CudaPages:
     """Pages of K and V of every layer, random."""
     import cupy
 
@@ -48,10 +56,7 @@ def make_pages(num_pages: int, run_bytes: int, layers: int = LAYERS) -> CudaPage
         [cupy.random.randint(0, 256, (num_pages, run_bytes), dtype=cupy.uint8) for _ in range(layers)] for _ in range(2)
     )
     cupy.cuda.Device().synchronize()
-    return CudaPages(k, v)
-
-
-WAYS = {"kernels": (2**60, 2**60), "DMA": (0, 0), "DMA in, kernel out": (0, 2**60)}  # CudaPages.batched_from_bytes
+    return CudaPages(k, v, ways=WAYS[way])
 
 
 def scattered(run_bytes: int, total_bytes: int, way: str) -> CopyFigures:
@@ -60,8 +65,7 @@ def scattered(run_bytes: int, total_bytes: int, way: str) -> CopyFigures:
     way: of WAYS.
     """
     blocks = total_bytes // (2 * LAYERS * run_bytes)
-    pages = make_pages(2 * blocks, run_bytes)
-    pages.batched_from_bytes = WAYS[way]
+    pages = make_pages(2 * blocks, run_bytes, way)
     arena = HostArena(slots=2 * blocks, slot_bytes=pages.block_bytes, pin=True)
     rng = np.random.default_rng(0)
     # Loads and stores have pages and slots of their own, so that both may run at once.
@@ -142,8 +146,7 @@ def decode_while_loading(total_bytes: int, way: str, *, run_bytes: int, steps: i
         return cupy.cuda.get_elapsed_time(begin, end) * 1e3 / steps
 
     blocks = total_bytes // (2 * LAYERS * run_bytes)
-    pages = make_pages(blocks, run_bytes)
-    pages.batched_from_bytes = WAYS[way]
+    pages = make_pages(blocks, run_bytes, way)
     arena = HostArena(slots=blocks, slot_bytes=pages.block_bytes, pin=True)
     addresses, places = arena.addresses(rng.permutation(blocks)), rng.permutation(blocks).astype(np.int32)
     step_us()

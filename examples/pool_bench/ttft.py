@@ -151,7 +151,8 @@ def from_pool(
     of_tiers = whole / total if disks else 0.0
     bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
     load = max(of_tiers, whole / runs_bytes_per_s)
-    predicted = load + compute_s if disks else max(load + compute_s / LAYERS, load / LAYERS + compute_s)
+    steps = model.device.load_steps
+    predicted = load + compute_s if disks else max(load + compute_s / steps, load / steps + compute_s)
     return FirstToken(what, whole / 1e9, ttft, compute_s, bound, predicted)
 
 

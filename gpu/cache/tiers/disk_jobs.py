@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,26 +14,26 @@ from gpu.cache.tiers.device import Ticket
 class ReadJob:
     """A block to be read. take(buffers of blocks [n] int64, jobs) is called in the disk's thread with the blocks that
     have arrived, checked, of jobs that share it; it returns the ticket after which the buffers are free, None at once.
-    ended(job, fault) follows for each, fault None where the block was handed over."""
+    ended(jobs, fault) follows, once for all of them, fault None where the blocks were handed over."""
 
     slot: int
     key: bytes
     tag: int
     take: Callable[[np.ndarray, list[ReadJob]], Ticket | None]
-    ended: Callable[[ReadJob, str | None], None]
+    ended: Callable[[list[Any], str | None], None]
     cancelled: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class WriteJob:
     """A block to be written. fill(buffers [n], jobs) copies blocks of jobs that share it into the buffers and returns
-    the ticket after which they are there; ended(job, fault) follows for each."""
+    the ticket after which they are there; ended([job], fault) follows for each."""
 
     slot: int
     key: bytes
     tag: int
     fill: Callable[[np.ndarray, list[WriteJob]], Ticket]
-    ended: Callable[[WriteJob, str | None], None]
+    ended: Callable[[list[Any], str | None], None]
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ stalled device is disk_tier.
 """
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 import queue
@@ -102,6 +103,10 @@ class ThreadReader:
             self._todo.put(None)
 
 
+def _told_at(late: tuple[float, Done]) -> float:
+    return late[0]
+
+
 class LimitedReader:
     """Another reader slowed to a rate, as if its device were that slow: for measuring unlike tiers on one machine."""
 
@@ -123,20 +128,27 @@ class LimitedReader:
 
     def poll(self, wait_s: float, few: int = 1) -> list[Done]:
         until = time.perf_counter() + wait_s
+        self._take(self._reader.poll(0.0))
         while True:
             now = time.perf_counter()
-            first = self._late[few - 1][0] if len(self._late) >= few else until
-            for done in self._reader.poll(max(0.0, min(first, until) - now)):
-                began, num_bytes = self._under_way.pop(done.tag)  # a device works on it from then on, not from its end
-                self._free_s = max(self._free_s, began) + num_bytes / self._bytes_per_s
-                self._late.append((self._free_s, done))
-            now = time.perf_counter()
-            due = [done for at, done in self._late if at <= now]
-            if len(due) >= few or now >= until or not (self._late or self._under_way):
-                self._late = self._late[len(due) :]
-                return due
-            if self._late and not self._under_way:
+            due = bisect.bisect_right(self._late, now, key=_told_at)
+            if due >= few or now >= until or not (self._late or self._under_way):
+                told, self._late = self._late[:due], self._late[due:]
+                return [done for _, done in told]
+            # When a request is told depends on its size and on when it was handed over, and not on when it ended: one
+            # wait for all that are missing is enough, and the processor has the time between them for others.
+            missing = few - len(self._late)
+            if missing > 0 and self._under_way:
+                self._take(self._reader.poll(until - now, min(missing, len(self._under_way))))
+            else:
                 time.sleep(max(0.0, min(self._late[min(few, len(self._late)) - 1][0], until) - now))
+
+    def _take(self, ended: list[Done]) -> None:
+        """Notes what has ended, and when to tell of it."""
+        for done in ended:
+            began, num_bytes = self._under_way.pop(done.tag)  # a device works on it from then on, not from its end
+            self._free_s = max(self._free_s, began) + num_bytes / self._bytes_per_s
+            self._late.append((self._free_s, done))
 
     def close(self) -> None:
         self._reader.close()

@@ -1,9 +1,9 @@
 """One disk of the pool at work: a thread that keeps it busy and checks every block before anybody sees it.
 
 Reads and writes wait in one queue. Bytes under way are bounded; each request has a slot of a pinned ring, from its
-submission until the GPU has taken the block out of it or the write has ended. Whatever goes wrong ends in the job's
-`ended(..., fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s. A stalled
-disk gets nothing more to do, and its buffers stay its own for as long as it may still write to them.
+submission until the GPU has taken the block out of it or the write has ended. Whatever goes wrong ends in the jobs'
+`ended(jobs, fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s. A
+stalled disk gets nothing more to do, and its buffers stay its own for as long as it may still write to them.
 """
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class DiskTier:
                 self._wake.notify()
                 return
         for job in jobs:
-            job.ended(job, "the disk is gone")
+            job.ended([job], "the disk is gone")
 
     def close(self) -> None:
         """Finishes what is queued and ends the thread; buffers of a stalled disk are left to it."""
@@ -155,16 +155,23 @@ class DiskTier:
         now = time.perf_counter()
         if reads and not self._under_way:
             self._seen_bytes, self._seen_since = 0, now
-        requests = [self._request(job, now) for job in reads] + self._prepare(writes)
+        requests = self._read_requests(reads, now)
+        if writes:
+            requests += self._prepare(writes)
         if requests:
             self._reader.submit(requests)
 
-    def _request(self, job: ReadJob | WriteJob, now: float, at: int | None = None) -> Request:
-        if at is None:
-            at = self._free.pop()
+    def _read_requests(self, jobs: list[ReadJob], now: float) -> list[Request]:
+        files, slots, address = self.files, self._free[len(self._free) - len(jobs) :], self._ring.address
+        del self._free[len(self._free) - len(jobs) :]
+        self._under_way.update((at, (job, now)) for at, job in zip(slots, jobs))
+        fd, offset, num_bytes = files.fd, files.offset, files.slot_bytes
+        return [Request(at, fd, offset(job.slot), address(at), num_bytes) for at, job in zip(slots, jobs)]
+
+    def _write_request(self, job: WriteJob, now: float, at: int) -> Request:
+        files = self.files
         self._under_way[at] = job, now
-        files, write = self.files, isinstance(job, WriteJob)
-        return Request(at, files.fd, files.offset(job.slot), self._ring.address(at), files.slot_bytes, write)
+        return Request(at, files.fd, files.offset(job.slot), self._ring.address(at), files.slot_bytes, True)
 
     def _prepare(self, jobs: list[WriteJob]) -> list[Request]:
         """Blocks of jobs, copied from the GPU and sealed, as requests."""
@@ -187,7 +194,7 @@ class DiskTier:
                     self._free.append(slot)
                     self._end(job, _error_name(error.errno))
                 else:
-                    requests.append(self._request(job, time.perf_counter(), slot))
+                    requests.append(self._write_request(job, time.perf_counter(), slot))
         return requests
 
     def _collect(self, ended: list[Done]) -> list[tuple[ReadJob | WriteJob, int, int]]:
@@ -203,28 +210,28 @@ class DiskTier:
 
     def _finish(self, ended: list[tuple[ReadJob | WriteJob, int, int]]) -> None:
         """Checks what was read and hands it over; ends what was written."""
-        arrived: list[tuple[ReadJob, int]] = []
+        arrived: dict[ReadJob, int] = {}
+        block_bytes, slot_bytes, buffers = self.files.block_bytes, self.files.slot_bytes, self._buffers
         for job, tag, result in ended:
             fault = None
             if result < 0:
                 fault = _error_name(-result)
-            elif result != self.files.slot_bytes:
+            elif result != slot_bytes:
                 fault = f"short {'write' if isinstance(job, WriteJob) else 'read'} of {result} bytes"
             if isinstance(job, WriteJob):
                 self._free.append(tag)
                 self._end_write(job, fault)
                 continue
             if fault is None and not job.cancelled:
-                self._seen_bytes += self.files.slot_bytes
-                fault = find_fault(self._buffers[tag], self.files.block_bytes, job.key, job.slot)
+                self._seen_bytes += slot_bytes
+                fault = find_fault(buffers[tag], block_bytes, job.key, job.slot)
             if fault is None and not job.cancelled:
-                arrived.append((job, tag))
+                arrived[job] = tag
             else:
                 self._free.append(tag)
                 self._end(job, fault or "cancelled")
-        slot_of = dict(arrived)
-        for group in _groups(list(slot_of), "take"):
-            slots = [slot_of[job] for job in group]
+        for group in _groups(list(arrived), "take"):
+            slots = [arrived[job] for job in group]
             fault = None
             try:
                 ticket = group[0].take(self._ring.addresses(np.array(slots)) + HEADER_BYTES, group)
@@ -234,6 +241,10 @@ class DiskTier:
                 self._free += slots
             else:
                 self._draining.append((ticket, slots))
+            if fault is None:
+                self.counts.read += len(group)
+                group[0].ended(group, None)
+                continue
             for job in group:
                 self._end(job, fault)
         if self._observe is not None and self._seen_bytes >= OBSERVED_BYTES:
@@ -259,11 +270,11 @@ class DiskTier:
             if isinstance(job, ReadJob):
                 with contextlib.suppress(OSError):  # the header's checksum refuses the block again where this fails
                     self.files.begin(job.slot)
-        job.ended(job, fault)
+        job.ended([job], fault)
 
     def _check_stall(self) -> None:
-        late = [at for at, (_, began) in self._under_way.items() if time.perf_counter() - began > self._stall_s]
-        if late:
+        _, began = next(iter(self._under_way.values()), (None, float("inf")))  # the oldest: dicts keep their order
+        if time.perf_counter() - began > self._stall_s:
             self._give_up(f"stalled for {self._stall_s:g} s", list(self._under_way))
 
     def _give_up(self, fault: str, slots: list[int]) -> None:
@@ -276,7 +287,7 @@ class DiskTier:
         for job in jobs:
             self.counts.faults += 1
             self.counts.last_fault = fault
-            job.ended(job, fault)
+            job.ended([job], fault)
         if self._stalled is not None:
             self._stalled()
 

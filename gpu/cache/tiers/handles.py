@@ -94,17 +94,17 @@ class LoadHandle:
             self._tickets.append(ticket)
             return ticket
 
-    def _ended(self, job: ReadJob, fault: str | None) -> None:
+    def _ended(self, jobs: list[ReadJob], fault: str | None) -> None:
         if fault is not None and fault != "cancelled":
-            self._cache._failed(self._reads[job.tag])
-        self._one_less(job.tag if fault is not None else self.blocks)
+            for job in jobs:
+                self._cache._failed(self._reads[job.tag])
+        self._less(len(jobs), self.blocks if fault is None else min(job.tag for job in jobs))
 
-    def _one_less(self, valid: int | None = None) -> None:
-        """One block that is owed has ended; valid: leading blocks that it leaves right."""
+    def _less(self, count: int, valid: int) -> None:
+        """That many blocks that were owed have ended; valid: leading blocks that they leave right."""
         with self._changed:
-            if valid is not None:
-                self._valid = min(self._valid, valid)
-            self._pending -= 1
+            self._valid = min(self._valid, valid)
+            self._pending -= count
             if self._pending:
                 return
             self._changed.notify_all()
@@ -147,11 +147,12 @@ class StoreHandle:
             if not self._uncopied:
                 self._changed.notify_all()
 
-    def _disk_ended(self, job: WriteJob, fault: str | None) -> None:
-        write = self._writes[job.tag]
-        self._ended(write, fault is None)
-        if fault is not None:
-            self._cache._count_fault(write.place.tier)
+    def _disk_ended(self, jobs: list[WriteJob], fault: str | None) -> None:
+        for job in jobs:
+            write = self._writes[job.tag]
+            self._ended(write, fault is None)
+            if fault is not None:
+                self._cache._count_fault(write.place.tier)
 
     def _ended(self, write: Write, ok: bool) -> None:
         self._cache._stored(write, ok)

@@ -164,7 +164,7 @@ class TieredKVCache:
                 for tier, blocks in by_tier.items() if tier < len(self._arenas)
             ])  # fmt: skip
             handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
-        handle._one_less()
+        handle._less(1, handle.blocks)
         return handle
 
     def store(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> StoreHandle:

@@ -1,34 +1,40 @@
-"""Blocks between pinned host memory and the GPU's pages: by a few CTAs where runs are short, by the DMA engines above.
+"""Blocks between pinned host memory and the GPU's pages, whichever of pkvsim.memory.copy_way's ways they go.
 
 Loads and stores go to streams of their own that decode never waits for: blocks of host memory layer by layer on one,
 whole blocks that disks deliver on another, so that neither waits behind the other, and stores on a third. An event
-follows each layer. Figures behind the constants: an H200 on PCIe 5.0 x16 (55.5 GB/s each way), 29 November 2026, where
-single copies of 4 to 64 KiB reach 1.5 to 17 GB/s, batched ones 2.2 to 36, and the kernels 49.6 to 52.3.
+follows each layer, or several layers where they are staged as one piece.
 """
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpu.cache.tiers.dma import StagingRing, copy_runs
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
+from pkvsim.memory.copy_way import COPY_WAYS, DMA, KERNEL, STAGED, choose_copy_way, layers_in_piece
+
+if TYPE_CHECKING:
+    import cupy
+
+    from gpu.kernels.launch import Kernel
 
 THREADS, UNROLL = 512, 4  # of a CTA, and vectors that each thread has under way
 DEFINES = {"THREADS": THREADS, "UNROLL": UNROLL}
 VECTOR_BYTES = 16
 MAX_VECTORS = 2**31 - 1  # of a launch
-# Runs from which on the DMA engines copy, to the GPU and to the host. Runs of 64 KiB come in as fast as by the kernel
-# (49.7 and 48.5 GB/s; to the host 40.0 and 51.4), and decode beside them loses 6 % where it loses 17 % beside the
-# kernel, whose reads of host memory hold up those of its SM.
-BATCHED_FROM_BYTES = 64 * 2**10, 512 * 2**10
 SHORT_RUN_BYTES = 32 * 2**10
 # More CTAs fill the link no better, and slow decode by 60 % and more, since more SMs wait for host memory: CTAs of 128
 # threads and 8 vectors each did so from 64 on, and were as fast as these with 32 (one H200, 2026-11-29).
 GATHER_CTAS, SCATTER_CTAS = (32, 16), (16, 8)  # for runs below SHORT_RUN_BYTES, and from it on
+STAGED_CTAS = 16  # within the GPU's memory: many times the link's rate, and few SMs in decode's way
+# Of a slot of the rings of host memory's blocks, disks' blocks and stores. Large ones keep the calls for each GB few: a
+# launch queue that is full would hold up every thread that launches.
+STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
 
 
 class EventTicket:
@@ -49,56 +55,27 @@ class EventTicket:
             self.event.synchronize()
 
 
-class _Attributes(ctypes.Structure):  # CUmemcpyAttributes of CUDA 12.8
-    _fields_ = [
-        ("order", ctypes.c_int), ("source_kind", ctypes.c_int), ("source_id", ctypes.c_int),
-        ("target_kind", ctypes.c_int), ("target_id", ctypes.c_int), ("flags", ctypes.c_uint),
-    ]  # fmt: skip
-
-
-@functools.cache
-def _batch_copy() -> object | None:
-    """The driver's cuMemcpyBatchAsync, None where it has none (before CUDA 12.8)."""
-    return getattr(ctypes.CDLL("libcuda.so.1"), "cuMemcpyBatchAsync", None)
-
-
-def copy_runs(targets: np.ndarray, sources: np.ndarray, run_bytes: int, stream: int) -> None:
-    """Copies runs sources [n] to targets [n], addresses int64, by the DMA engines. RuntimeError where that fails."""
-    import cupy
-
-    batch = _batch_copy()
-    if batch is None:
-        for target, source in zip(targets.tolist(), sources.tolist()):
-            cupy.cuda.runtime.memcpyAsync(target, source, run_bytes, cupy.cuda.runtime.memcpyDefault, stream)
-        return
-    sizes = np.full(len(targets), run_bytes, np.uint64)
-    attributes, first, failed = _Attributes(order=1), ctypes.c_size_t(0), ctypes.c_size_t(0)  # 1: stream order
-    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (targets, sources, sizes)]
-    status = batch(*pointers, ctypes.c_size_t(len(targets)), ctypes.byref(attributes), ctypes.byref(first),
-                   ctypes.c_size_t(1), ctypes.byref(failed), ctypes.c_void_p(stream))  # fmt: skip
-    if status:
-        raise RuntimeError(f"cuMemcpyBatchAsync: status {status} at copy {failed.value} of {len(targets)}")
-
-
 class CudaPages:
     """The pages of all layers on one GPU, as gpu.cache.tiers.device.Device has it.
 
     k_pages, v_pages: an array of each layer, [num_pages, ...] of one shape, type and stride, the bytes of a page in one
     piece; PagedKVCache's, or views of combined caches, whose K and V of a page are one run of twice the length.
     `arrays` has them as K and V of layer 0, of layer 1 and so on. run_bytes: of each run; runs_per_layer: 1 of combined
-    caches, else 2. Host blocks are in memory registered with CUDA.
+    caches, else 2; ways: of copies to the GPU and to the host; load_steps: in how many parts layers arrive from host
+    memory. Host blocks are in memory registered with CUDA.
     """
 
-    __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "batched_from_bytes",
-                 "gather_ctas", "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases",
-                 "_page_stride", "_streams", "_gather", "_scatter", "_lock")  # fmt: skip
+    __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "ways", "gather_ctas",
+                 "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
+                 "_rings", "_gather", "_scatter", "_lock")  # fmt: skip
 
     def __init__(
-        self, k_pages: Sequence[object], v_pages: Sequence[object], *,
-        batched_from_bytes: tuple[int, int] = BATCHED_FROM_BYTES, gather_ctas: tuple[int, int] = GATHER_CTAS,
-        scatter_ctas: tuple[int, int] = SCATTER_CTAS,
+        self, k_pages: Sequence[object], v_pages: Sequence[object], *, ways: tuple[str, str] | None = None,
+        gather_ctas: tuple[int, int] = GATHER_CTAS, scatter_ctas: tuple[int, int] = SCATTER_CTAS,
+        staging_bytes: tuple[int, int, int] = STAGING_BYTES,
     ) -> None:  # fmt: skip
-        """batched_from_bytes: runs from which on the DMA engines copy to the GPU, and to the host.
+        """ways: of COPY_WAYS, to the GPU and to the host, by default those that choose_copy_way() chooses.
+        staging_bytes: of a ring's slot, for loads from host memory, for those from disks, for stores; two slots each.
 
         Raises ValueError naming the argument.
         """
@@ -106,6 +83,8 @@ class CudaPages:
 
         if not len(k_pages) or len(k_pages) != len(v_pages):
             raise ValueError(f"k_pages, v_pages: expected one of each a layer, got {len(k_pages)} and {len(v_pages)}")
+        if ways is not None and (len(ways) != 2 or not set(ways) <= set(COPY_WAYS)):
+            raise ValueError(f"ways: expected two of {', '.join(COPY_WAYS)}, got {ways!r}")
         self.arrays = [array for pair in zip(k_pages, v_pages) for array in pair]
         views = [arrays.view("k_pages" if at % 2 == 0 else "v_pages", array) for at, array in enumerate(self.arrays)]
         first = views[0]
@@ -128,11 +107,17 @@ class CudaPages:
         pointers, self.runs_per_layer = [view.pointer for view in views], 2
         if all(v == k + self.run_bytes for k, v in zip(pointers[::2], pointers[1::2])):
             pointers, self.runs_per_layer, self.run_bytes = pointers[::2], 1, 2 * self.run_bytes
-        self.batched_from_bytes = batched_from_bytes
         short = self.run_bytes < SHORT_RUN_BYTES
         self.gather_ctas, self.scatter_ctas = gather_ctas[not short], scatter_ctas[not short]
         self._host_bases = np.array(pointers, np.int64)
         self._lock = threading.Lock()  # a kernel's arguments lie in one place, and threads of several disks launch it
+        layer_bytes = self.runs_per_layer * self.run_bytes
+        pieces = [layers_in_piece(self.num_layers, layer_bytes, most_bytes=most, whole=at > 0)
+                  for at, most in enumerate(staging_bytes)]  # fmt: skip
+        self.ways = ways if ways is not None else (
+            choose_copy_way(self.run_bytes, pieces[0] * layer_bytes, to_host=False),
+            choose_copy_way(self.run_bytes, pieces[2] * layer_bytes, to_host=True),
+        )  # fmt: skip
         with cupy.cuda.Device(self._device):
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]  # layers, whole blocks, stores
             self._bases = cupy.asarray(self._host_bases)
@@ -140,7 +125,36 @@ class CudaPages:
                 load_kernel("gather.cu", name, DEFINES, threads=THREADS)
                 for name in ("pkv_gather", "pkv_scatter")
             )
+            self._rings = self._make_rings(pieces, staging_bytes)
             cupy.cuda.get_current_stream().synchronize()
+
+    def _make_rings(self, layers: Sequence[int], staging_bytes: Sequence[int]) -> list[StagingRing | None]:
+        """A ring for each stream whose copies are staged. Where the GPU has no room for one, they are not."""
+        rings: list[StagingRing | None] = []
+        for at, (stream, most) in enumerate(zip(self._streams, staging_bytes)):
+            to_host = at == 2
+            piece_bytes = layers[at] * self.runs_per_layer * self.run_bytes
+            ring = None
+            if self.ways[to_host] == STAGED:
+                try:
+                    ring = StagingRing(
+                        stream, layers=layers[at], piece_bytes=piece_bytes, to_host=to_host,
+                        pieces=max(1, min(most // piece_bytes, self.num_pages)),
+                        launch=functools.partial(
+                            _launch_staged, self._scatter if to_host else self._gather, self._lock, self._bases,
+                            self._page_stride, self.run_bytes,
+                        ),
+                    )  # fmt: skip
+                except MemoryError:
+                    direct = choose_copy_way(self.run_bytes, self.run_bytes, to_host=to_host)
+                    self.ways = (self.ways[0], direct) if to_host else (direct, self.ways[1])
+            rings.append(ring)
+        return rings
+
+    @property
+    def load_steps(self) -> int:
+        ring = self._rings[0]
+        return self.num_layers if ring is None else -(-self.num_layers // ring.layers)
 
     def mark(self) -> object:
         import cupy
@@ -153,13 +167,10 @@ class CudaPages:
     def copy_in(
         self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[EventTicket]:  # fmt: skip
-        stream = self._streams[0 if each_layer else 1]
-        step = self.runs_per_layer * (1 if each_layer else self.num_layers)
-        return self._copy(stream, addresses, pages, after, step=step, to_host=False)
+        return self._copy(0 if each_layer else 1, addresses, pages, after)
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> EventTicket:
-        step = self.runs_per_layer * self.num_layers
-        return self._copy(self._streams[2], addresses, pages, after, step=step, to_host=True)[0]
+        return self._copy(2, addresses, pages, after)[0]
 
     def wait(self, ticket: EventTicket) -> None:
         import cupy
@@ -168,32 +179,47 @@ class CudaPages:
             stream = arrays.current_stream(self._library, self._device)
             cupy.cuda.runtime.streamWaitEvent(stream, ticket.event.ptr, 0)
 
-    def _copy(
-        self, stream: object, addresses: np.ndarray, pages: np.ndarray, after: object, *, step: int, to_host: bool
-    ) -> list[EventTicket]:  # fmt: skip
-        """All runs, `step` of each block at a time; a ticket after each step."""
+    def _copy(self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object) -> list[EventTicket]:
+        """All runs on one of the streams; a ticket for each layer on the first, one for all on the others.
+
+        No lock is held over more than one launch: a disk's blocks are handed over while another thread is still asking
+        for many others'.
+        """
         import cupy
 
         addresses, pages = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(pages, np.int32)
-        tickets = []
-        with self._lock, cupy.cuda.Device(self._device):
-            stream.wait_event(after)
-            batched = self.run_bytes >= self.batched_from_bytes[to_host]
-            kept: tuple[object, ...] = (self.arrays,)
-            if not batched:
-                packed = np.empty(3 * len(pages), np.int32)  # one copy brings both to the GPU
-                packed[: 2 * len(pages)].view(np.int64)[:] = addresses
-                packed[2 * len(pages) :] = pages
-                with stream:
-                    kept += (cupy.asarray(packed),)
-            for run in range(0, self.runs_per_layer * self.num_layers, step):
-                if batched:
-                    self._copy_batched(stream, addresses, pages, run, step, to_host)
+        stream, ring, to_host = self._streams[lane], self._rings[lane], lane == 2
+        tickets: list[EventTicket] = []
+        with cupy.cuda.Device(self._device):
+            kept: tuple[object, ...] = (self.arrays, self._bases)
+            if ring is not None:
+                ring.stream.wait_event(after)
+                with ring.stream:
+                    kept += (ring, cupy.asarray(pages))
+                last, layers = ring.last, ring.layers
+            else:
+                stream.wait_event(after)
+                last, layers = stream, 1 if lane == 0 else self.num_layers
+                if self.ways[to_host] == KERNEL:
+                    packed = np.empty(3 * len(pages), np.int32)  # one copy brings both to the GPU
+                    packed[: 2 * len(pages)].view(np.int64)[:] = addresses
+                    packed[2 * len(pages) :] = pages
+                    with stream:
+                        kept += (cupy.asarray(packed),)
+            for layer in range(0, self.num_layers, layers):
+                count = min(layers, self.num_layers - layer)
+                run, num_runs = layer * self.runs_per_layer, count * self.runs_per_layer
+                if ring is not None:
+                    ring.copy(addresses + run * self.run_bytes, kept[-1].data.ptr, run, num_runs,
+                              num_runs * self.run_bytes)  # fmt: skip
+                elif self.ways[to_host] == DMA:
+                    self._copy_batched(stream, addresses, pages, run, num_runs, to_host)
                 else:
-                    self._launch(stream, kept[1].data.ptr, len(pages), run, step, to_host)
-                event = cupy.cuda.Event(block=True, disable_timing=True)
-                event.record(stream)
-                tickets.append(EventTicket(event, self._device, kept))
+                    self._launch(stream, kept[-1].data.ptr, len(pages), run, num_runs, to_host)
+                if lane == 0 or layer + count == self.num_layers:
+                    event = cupy.cuda.Event(block=True, disable_timing=True)
+                    event.record(last)
+                    tickets += [EventTicket(event, self._device, kept)] * (count if lane == 0 else 1)
         return tickets
 
     def _launch(self, stream: object, packed: int, blocks: int, run: int, num_runs: int, to_host: bool) -> None:
@@ -203,10 +229,11 @@ class CudaPages:
         kernel, ctas = (self._scatter, self.scatter_ctas) if to_host else (self._gather, self.gather_ctas)
         for begin in range(0, blocks, most):
             count = min(most, blocks - begin)
-            kernel(ctas, (
-                packed + 8 * begin, packed + 8 * blocks + 4 * begin, self._bases.data.ptr, self._page_stride,
-                self.run_bytes, count, run, num_runs,
-            ), stream.ptr)  # fmt: skip
+            with self._lock:
+                kernel(ctas, (
+                    packed + 8 * begin, packed + 8 * blocks + 4 * begin, self._bases.data.ptr, self._page_stride,
+                    self.run_bytes, count, run, num_runs,
+                ), stream.ptr)  # fmt: skip
 
     def _copy_batched(
         self, stream: object, addresses: np.ndarray, pages: np.ndarray, run: int, num_runs: int, to_host: bool
@@ -216,6 +243,17 @@ class CudaPages:
         places = (self._host_bases[runs] + pages[:, None].astype(np.int64) * self._page_stride).ravel()
         targets, sources = (hosts, places) if to_host else (places, hosts)
         copy_runs(targets, sources, self.run_bytes, stream.ptr)
+
+
+def _launch_staged(
+    kernel: Kernel, lock: threading.Lock, bases: cupy.ndarray, page_stride: int, run_bytes: int, hosts: int, pages: int,
+    blocks: int, first_run: int, num_runs: int, stream: cupy.cuda.Stream,
+) -> None:  # fmt: skip
+    """Runs of pieces that begin with first_run: to the kernel they are runs 0 on of the arrays from there on."""
+    with lock:
+        kernel(STAGED_CTAS, (
+            hosts, pages, bases.data.ptr + 8 * first_run, page_stride, run_bytes, blocks, 0, num_runs,
+        ), stream.ptr)  # fmt: skip
 
 
 def _in_one_piece(shape: Sequence[int], strides: Sequence[int]) -> bool:

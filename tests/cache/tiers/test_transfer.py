@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import sys
+import threading
 import types
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from fake_gpu import FakeArray, memory
 from pool_cases import check, content, host, keys
 
-from gpu.cache.tiers import transfer
+from gpu.cache.tiers import dma, transfer
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.kernels import fields
+from pkvsim.memory import copy_way
 
 LAYERS, RUN = 3, 2048  # K or V of a page of a layer: pool_cases has 4096 for both
 
@@ -21,7 +23,7 @@ class Stream:
 
     made: list = []
 
-    def __init__(self, non_blocking):
+    def __init__(self, non_blocking, priority=0):
         assert non_blocking
         self.ptr, self.told = 100 + len(Stream.made), []
         Stream.made.append(self)
@@ -65,7 +67,8 @@ def fake(monkeypatch):
         ),
     )  # fmt: skip
     cupy = types.ModuleType("cupy")
-    cupy.__dict__.update(ndarray=FakeArray, cuda=cuda, asarray=lambda array: FakeArray(np.array(array)))
+    cupy.__dict__.update(ndarray=FakeArray, cuda=cuda, asarray=lambda array: FakeArray(np.array(array)), uint8=np.uint8,
+                         empty=lambda size, dtype: FakeArray(np.full(size, 0xEE, dtype)))  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     launches = []
 
@@ -116,7 +119,7 @@ def make(*, combined=True, **options):
 
 @pytest.mark.parametrize("combined", [True, False])
 def test_blocks_go_out_and_come_back_layer_by_layer(fake, combined):
-    pages, each = make(combined=combined), 1 if combined else 2  # runs of a layer
+    pages, each = make(combined=combined, ways=("kernel", "kernel")), 1 if combined else 2  # runs of a layer
     assert (pages.block_bytes, pages.num_pages, pages.run_bytes) == (LAYERS * 2 * RUN, 16, 2 * RUN // each)
     prompt = keys("p", 5)
     with TieredKVCache(pages, host=[host(8)]) as cache:
@@ -139,7 +142,7 @@ def test_blocks_go_out_and_come_back_layer_by_layer(fake, combined):
 
 def test_many_blocks_take_several_launches(fake):
     fake.monkeypatch.setattr(transfer, "MAX_VECTORS", 2 * 2 * LAYERS * RUN // 16)
-    pages = make()
+    pages = make(ways=("kernel", "kernel"))
     buffer = np.random.default_rng(0).integers(0, 256, (5, pages.block_bytes), np.uint8)
     addresses = buffer.ctypes.data + np.arange(5) * pages.block_bytes
     pages.copy_in(addresses, np.arange(5), after=pages.mark(), each_layer=False)
@@ -147,31 +150,97 @@ def test_many_blocks_take_several_launches(fake):
     assert (pages.pages[:5].reshape(5, -1) == buffer).all()
 
 
+def copy_batch(targets, sources, sizes, count, attributes, first, num_attributes, failed, stream):
+    """cuMemcpyBatchAsync, at once."""
+    assert (num_attributes.value, first._obj.value, attributes._obj.order) == (1, 0, 1)
+    arrays = [memory(pointer.value, np.int64, (count.value,)) for pointer in (targets, sources, sizes)]
+    for target, source, size in zip(*arrays):
+        ctypes.memmove(int(target), int(source), int(size))
+    return 0
+
+
 @pytest.mark.parametrize("has_batch", [True, False])
 def test_long_runs_go_by_dma(fake, has_batch):
-    def batch(targets, sources, sizes, count, attributes, first, num_attributes, failed, stream):
-        assert (num_attributes.value, first._obj.value, attributes._obj.order) == (1, 0, 1)
-        arrays = [memory(pointer.value, np.int64, (count.value,)) for pointer in (targets, sources, sizes)]
-        for target, source, size in zip(*arrays):
-            ctypes.memmove(int(target), int(source), int(size))
-        return 0
-
     sys.modules["cupy"].cuda.runtime.memcpyAsync = lambda to, source, size, kind, stream: ctypes.memmove(to, source, size)
     sys.modules["cupy"].cuda.runtime.memcpyDefault = 4
-    fake.monkeypatch.setattr(transfer, "_batch_copy", lambda: batch if has_batch else None)
-    pages = make(batched_from_bytes=(RUN, RUN))
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: copy_batch if has_batch else None)
+    pages = make(ways=("dma", "dma"))
+    there_and_back(pages)
+    assert not fake.launches
+
+
+def there_and_back(pages):
+    """Blocks that come in layer by layer, whole and go out again are what they were."""
     wanted = np.random.default_rng(1).integers(0, 256, (4, pages.block_bytes), np.uint8)
     addresses = wanted.ctypes.data + np.arange(4) * pages.block_bytes
-    pages.copy_in(addresses, np.array([5, 2, 7, 0]), after=pages.mark(), each_layer=True)
-    assert (pages.pages[[5, 2, 7, 0]].reshape(4, -1) == wanted).all() and not fake.launches
+    assert len(pages.copy_in(addresses, np.array([5, 2, 7, 0]), after=pages.mark(), each_layer=True)) == LAYERS
+    assert (pages.pages[[5, 2, 7, 0]].reshape(4, -1) == wanted).all()
+    assert len(pages.copy_in(addresses, np.array([1, 3, 15, 4]), after=pages.mark(), each_layer=False)) == 1
+    assert (pages.pages[[1, 3, 15, 4]].reshape(4, -1) == wanted).all()
     before = wanted.copy()
     wanted[:] = 0
     pages.copy_out(np.array([5, 2, 7, 0]), addresses, after=pages.mark())
     assert (wanted == before).all()
 
 
+@pytest.mark.parametrize("combined", [True, False])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_pieces_of_layers_are_staged(fake, combined, layers):
+    """Rings of two pieces a slot, so that four blocks go through every slot."""
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: copy_batch)
+    piece = layers * 2 * RUN
+    fake.monkeypatch.setattr(copy_way, "PIECE_BYTES", piece)
+    pages = make(combined=combined, ways=("staged", "staged"), staging_bytes=(2 * piece, 2 * piece, 2 * LAYERS * 2 * RUN))
+    assert pages.load_steps == -(-LAYERS // layers)
+    there_and_back(pages)
+    each, rounds = 1 if combined else 2, 2 * pages.load_steps
+    assert [call[:2] + call[3:] for call in fake.launches[:rounds]] == [
+        ("pkv_gather", 16, 0, each * min(layers, LAYERS - layers * (at // 2)), 2) for at in range(rounds)]  # fmt: skip
+
+
+def test_a_gpu_without_room_for_a_ring_has_its_pages_moved_all_the_same(fake):
+    def no_room(size, dtype):
+        raise MemoryError
+
+    fake.monkeypatch.setattr(sys.modules["cupy"], "empty", no_room, raising=False)
+    pages = make(ways=("staged", "staged"))
+    assert pages.ways == ("kernel", "kernel") and pages.load_steps == LAYERS
+    there_and_back(pages)
+
+
+def test_a_disks_blocks_are_handed_over_while_others_are_still_asked_for(fake):
+    """What a disk has read would fill its ring, and the disk would wait, for as long as a long load is handed over."""
+    entered, release = threading.Event(), threading.Event()
+
+    def batch(*arguments):
+        if threading.current_thread().name == "long":
+            entered.set()
+            assert release.wait(10)
+        return copy_batch(*arguments)
+
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: batch)
+    wanted = np.random.default_rng(2).integers(0, 256, (4, LAYERS * 2 * RUN), np.uint8)
+    addresses = wanted.ctypes.data + np.arange(4) * LAYERS * 2 * RUN
+    for way in ("dma", "staged"):
+        pages = make(ways=(way, way))
+        entered.clear(), release.clear()
+        host = threading.Thread(
+            target=pages.copy_in, args=(addresses[:2], np.array([0, 1])), kwargs={"after": pages.mark(), "each_layer": True},
+            name="long",
+        )  # fmt: skip
+        host.start()
+        assert entered.wait(10)
+        pages.copy_in(addresses[2:], np.array([2, 3]), after=pages.mark(), each_layer=False)
+        assert (pages.pages[[2, 3]].reshape(2, -1) == wanted[2:]).all() and not pages.pages[:2].any()
+        release.set()
+        host.join()
+        assert (pages.pages[:2].reshape(2, -1) == wanted[:2]).all()
+
+
 def test_pages_that_do_not_fit_each_other_are_named(fake):
     good = FakeArray(np.zeros((4, 64), np.uint8))
+    with pytest.raises(ValueError, match="ways: expected two of kernel, dma, staged"):
+        transfer.CudaPages([good], [good], ways=("dma", "staging"))
     for k, v, said in (
         ([], [], "one of each"), ([good], [], "one of each"), ([good], [FakeArray(np.zeros((4, 32), np.uint8))], "v_pages"),
         ([FakeArray(np.zeros((4, 24), np.uint8))] , [FakeArray(np.zeros((4, 24), np.uint8))], "boundaries"),

@@ -46,15 +46,17 @@ def keys(count: int, name: str = "") -> list[bytes]:
     return [hashlib.sha256(f"{name}{at}".encode()).digest() for at in range(count)]
 
 
-@pytest.mark.parametrize(("library", "shape", "dtype", "combined", "batched"), [
-    ("cupy", (8, 16, 128), "float16", False, False), ("torch", (8, 16, 128), "float16", True, False),
-    ("cupy", (1, 16, 64), "int8", True, False), ("cupy", (3, 1, 8), "float16", False, False),  # 48 bytes a run
-    ("torch", (8, 16, 128), "float16", False, True), ("cupy", (8, 64, 256), "float16", True, True),
+@pytest.mark.parametrize(("library", "shape", "dtype", "combined", "way"), [
+    ("cupy", (8, 16, 128), "float16", False, "kernel"), ("torch", (8, 16, 128), "float16", True, None),
+    ("cupy", (1, 16, 64), "int8", True, "kernel"), ("cupy", (3, 1, 8), "float16", False, "kernel"),  # 48 bytes a run
+    ("torch", (8, 16, 128), "float16", False, "dma"), ("cupy", (8, 64, 256), "float16", True, "dma"),
+    ("torch", (8, 16, 128), "float16", True, "staged"), ("cupy", (8, 16, 128), "float16", False, "staged"),
+    ("cupy", (3, 1, 8), "float16", False, "staged"),
 ])  # fmt: skip
-def test_blocks_come_back_from_host_memory_and_disk(tmp_path, library, shape, dtype, combined, batched) -> None:
+def test_blocks_come_back_from_host_memory_and_disk(tmp_path, library, shape, dtype, combined, way) -> None:
     num_pages, blocks = 64, 30
     k, v = make_pages(library, num_pages, shape, dtype, combined)
-    pages = CudaPages(k, v, **({"batched_from_bytes": (0, 0)} if batched else {}))
+    pages = CudaPages(k, v, ways=None if way is None else (way, way), staging_bytes=(2**20, 2**19, 2**20))
     before = [bits(array) for array in (*k, *v)]
     rng = np.random.default_rng(0)
     places = rng.permutation(num_pages)[:blocks].astype(np.int32)
@@ -84,7 +86,7 @@ def test_pages_beyond_4_gib() -> None:
     skip_below(3 * page_bytes * num_pages)
     k = cupy.zeros((num_pages, page_bytes), cupy.uint8)
     v = cupy.zeros((num_pages, page_bytes), cupy.uint8)
-    pages = CudaPages([k], [v], batched_from_bytes=(1 << 40, 1 << 40))
+    pages = CudaPages([k], [v], ways=("kernel", "kernel"))
     arena = HostArena(slots=4, slot_bytes=pages.block_bytes, pin=True)
     content = np.random.default_rng(1).integers(0, 256, (4, pages.block_bytes), np.uint8)
     for slot in range(4):
