@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, drop_stale, merged
+from pkvsim.compiled import allocating, compiled, drop_stale, inner_allocating, merged
 from pkvsim.pricing.constants import (
     BALANCED,
     BANDWIDTH,
@@ -85,10 +85,17 @@ def price_routes(
             prices_us[route] = math.inf
             splits[route] = 0
         else:
-            reads = ordered
-            if candidates.reaches[route] > 0:
-                reads = tokens_read(ordered, candidates.reaches[route], constants)
-            prices_us[route], splits[route] = price_route(ordered, reads, heads, constants, candidates.pinned[route])
+            reach, pinned = candidates.reaches[route], candidates.pinned[route]
+            if reach > 0:
+                prices_us[route], splits[route] = _price_window(ordered, reach, heads, constants, pinned)
+            else:
+                prices_us[route], splits[route] = price_route(ordered, ordered, heads, constants, pinned)
+
+
+@inner_allocating
+def _price_window(ordered, reach, heads, constants, pinned):
+    """price_route of rows that read no more than their last `reach` tokens."""
+    return price_route(ordered, tokens_read(ordered, reach, constants), heads, constants, pinned)
 
 
 class MeasuredSteps(NamedTuple):
@@ -102,7 +109,7 @@ class MeasuredSteps(NamedTuple):
     shapes: np.ndarray
 
 
-@compiled
+@allocating
 def price_steps(
     steps: MeasuredSteps, kv_element_bytes: float, num_sms: int, constants: np.ndarray, prices_us: np.ndarray
 ) -> None:
