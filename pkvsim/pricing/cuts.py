@@ -109,6 +109,11 @@ def chunk_tokens(ordered: np.ndarray, most_chunks: int, tile: int, least: float)
         return longest * tile
     low = max(1, int(math.ceil(least / tile)))
     high = max(low, longest)
+    # Fewer tokens than an equal share are too few, and a row has less than one chunk more than its whole ones: the
+    # chunk lies between the two, where most steps leave little to search.
+    tokens = total_tokens(ordered)
+    low = max(low, min(high, -(-tokens // (most_chunks * tile))))
+    high = max(low, min(high, -(-tokens // ((most_chunks - len(ordered)) * tile))))
     while low < high:
         middle = (low + high) // 2
         if chunk_count(ordered, middle * tile) > most_chunks:

@@ -18,6 +18,7 @@ from pkvsim.pricing.constants import (
     BUCKETS,
     CHUNK,
     FIXED,
+    LAUNCH,
     PLAN,
     QUERY_ELEMENT_BYTES,
     QUEUE,
@@ -80,16 +81,28 @@ def price_routes(
     of every row.
     """
     for route in range(len(candidates.constants)):
-        constants = candidates.constants[route]
-        if math.isnan(constants[BANDWIDTH]):
-            prices_us[route] = math.inf
-            splits[route] = 0
+        prices_us[route], splits[route] = price_candidate(ordered, heads, candidates, route)
+
+
+@merged
+def price_candidate(ordered: np.ndarray, heads: Heads, candidates: Candidates, route: int) -> tuple[float, int]:
+    """price_routes of one route."""
+    constants, reach, pinned = candidates.constants[route], candidates.reaches[route], candidates.pinned[route]
+    us, splits = math.inf, np.int64(0)
+    if not math.isnan(constants[BANDWIDTH]):
+        if reach > 0:
+            us, splits = _price_window(ordered, reach, heads, constants, pinned)
         else:
-            reach, pinned = candidates.reaches[route], candidates.pinned[route]
-            if reach > 0:
-                prices_us[route], splits[route] = _price_window(ordered, reach, heads, constants, pinned)
-            else:
-                prices_us[route], splits[route] = price_route(ordered, ordered, heads, constants, pinned)
+            us, splits = price_route(ordered, ordered, heads, constants, pinned)
+    return us, splits
+
+
+@compiled
+def least_bucket_us(distinct: int, tokens: int, heads: Heads, constants: np.ndarray) -> float:
+    """No more than price_route of the paper's split for rows of `distinct` lengths and `tokens` tokens, all of which
+    they read: its launches, and the tokens at the bandwidth."""
+    layer = make_layer(heads, constants, tokens)
+    return constants[FIXED] + (distinct - 1) * constants[LAUNCH] + tokens * heads.num_kv_heads * layer.shared_us
 
 
 @inner_allocating
