@@ -23,8 +23,8 @@ def load_model(
 
 @contextmanager
 def progress_bar(show: bool, unit: str, *, still: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar with a rate on stderr; None, and nothing drawn, unless `show` and stderr is a terminal. still: the bar moves
-    with what is reported alone, and has no thread that redraws it."""
+    """A bar with a rate on stderr; None, and nothing drawn, unless `show` and stderr is a terminal. still: the bar
+    moves with what is reported alone, and has no thread that redraws it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
