@@ -33,6 +33,8 @@ _common: dict[str, Any] = {"cache": CACHED, "error_model": "numpy", "no_cfunc_wr
 inner = numba.njit(**_common, no_cpython_wrapper=True, **part_options(), **borrowing_options(True))
 # As inner, and with a way in from Python.
 compiled = numba.njit(**_common, **borrowing_options(True))
+# As compiled, for what runs long enough that other threads should run meanwhile.
+unlocked = numba.njit(**_common, nogil=True, **borrowing_options(True))
 # As compiled, and part of its compiled callers: for functions that take whole tables, which a call would copy, or that
 # would be optimised once more for every function between a caller and them.
 merged = numba.njit(**_common, inline="always", **borrowing_options(True))
