@@ -28,12 +28,14 @@ def test_results_and_reports_are_named() -> None:
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
 def test_a_failure_ends_the_others(order, monkeypatch) -> None:
     monkeypatch.setattr("pkvsim.studies.side_by_side._cores", lambda: 2)
-    failed, ended = threading.Event(), []
+    failed, begun, ended = threading.Event(), threading.Event(), []
 
     def run(name, report):
         if name == NAMES[1]:
+            assert begun.wait(10)
             failed.set()
             raise ValueError("run 1: expected another")
+        begun.set()
         assert failed.wait(10)
         try:
             while True:  # as a run that reports from time to time
