@@ -4,11 +4,11 @@ Read in this order: the decorators here, `parts` (why an inner function costs li
 machine code is kept), `notice` (what a user is told while it is made).
 
 Numba counts the references to every array that compiled code touches, atomically, at each step from a tuple of arrays
-to one of them: in a loop over many short steps that took as long as the steps. `inner`, `compiled` and `merged` count
-none, since whoever calls from Python holds what they are handed until they return. They can make no arrays: what does
-is `allocating` or `inner_allocating`. An array must not cross from one sort to the other as a result, as one would give
-a reference that the other never returns: a function that counts none returns numbers, or arrays to its like alone, and
-one that makes arrays for those returns numbers.
+to one of them: in a loop over many short steps that took as long as the steps. Functions marked inner, compiled, merged
+or unlocked count none, since whoever calls from Python holds what they are handed until they return. They can make no
+arrays: what does is allocating or inner_allocating. An array must not cross from one sort to the other as a result, as
+one would give a reference that the other never returns: a function that counts none returns numbers, or arrays to its
+like alone, and one that makes arrays for those returns numbers.
 """
 from __future__ import annotations
 
