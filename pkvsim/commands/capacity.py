@@ -100,7 +100,7 @@ def capacity(
 
             check_report_path(report_file)
         axes, objectives = parse_axes(over, CAPACITY_AXES), parse_objectives(slo)
-        crew = Workers(workers, dask)
+        crew = Workers(workers, dask, forks=True)
         config = server.config()
         if server.prefill_replicas:
             raise ValueError("prefill_replicas: expected none, as one server is searched at a time")
@@ -111,7 +111,7 @@ def capacity(
             jitter=jitter, limit=limit, seed=seed, input_tokens=input_tokens, output_tokens=output_tokens,
             requests=requests, arrivals=arrivals, rate=None if trace is not None else 1.0,
         ).load(trace)  # fmt: skip
-        with progress_bar(not as_json, "servers") as bar:
+        with progress_bar(not as_json, "servers", still=workers > 1) as bar:
             done = None if bar is None else (lambda at, total: bar("servers", at, total))
             search = capacity_search(
                 axes, load, objectives, model=model, device=device, policy=policy, config=config,

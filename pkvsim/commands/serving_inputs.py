@@ -22,8 +22,9 @@ def load_model(
 
 
 @contextmanager
-def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar with a rate on stderr; None, and nothing drawn, unless `show` and stderr is a terminal."""
+def progress_bar(show: bool, unit: str, *, still: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar with a rate on stderr; None, and nothing drawn, unless `show` and stderr is a terminal. still: the bar
+    moves with what is reported alone, and has no thread that redraws it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -35,7 +36,7 @@ def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], No
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, auto_refresh=not still) as bar:
         tasks = {}
         starting = bar.add_task("starting", total=None, rate="")
 
@@ -44,6 +45,6 @@ def progress_bar(show: bool, unit: str) -> Iterator[Callable[[str, int, int], No
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=total, rate="")
             speed = bar.tasks[bar.task_ids.index(tasks[name])].speed
-            bar.update(tasks[name], completed=done, rate=f"{speed:,.3g} {unit}/s" if speed else "")
+            bar.update(tasks[name], completed=done, rate=f"{speed:,.3g} {unit}/s" if speed else "", refresh=still)
 
         yield report

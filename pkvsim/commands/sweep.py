@@ -90,7 +90,7 @@ def sweep(
 
                 check_plot_path(path, option=option)
                 check_axes(axes, option=option, trace=serving)
-        crew = Workers(workers, dask)
+        crew = Workers(workers, dask, forks=True)
         spec = get_device(device)
         config = replace(server.config(), tiers=tiers.setup(spec))
         metric = metric or ("tokens_per_s" if serving else "us")
@@ -105,7 +105,7 @@ def sweep(
         else:
             requests = source.load(trace)
             chosen = model if "tensor_parallel" in axes else get_model(model, tensor_parallel=server.tensor_parallel)
-            with progress_bar(not as_json, "cells") as bar:
+            with progress_bar(not as_json, "cells", still=workers > 1) as bar:
                 done = None if bar is None else (lambda at, total: bar("sweep", at, total))
                 report = serving_sweep(
                     axes, requests, chosen, spec, policy, config,

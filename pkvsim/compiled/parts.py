@@ -18,9 +18,17 @@ TRIED = ("0.68",)  # major.minor of Numba
 
 def part_options() -> dict[str, Any]:
     """Options of numba.njit that make a function a part; none where this Numba was not tried."""
-    if ".".join(numba.__version__.split(".")[:2]) not in TRIED:
-        return {}
-    return {"pipeline_class": _part_compiler()}
+    return {"pipeline_class": _part_compiler()} if _is_tried() else {}
+
+
+def borrowing_options(borrows: bool) -> dict[str, Any]:
+    """Options of numba.njit that make a function count no references to arrays, or count them whatever its callers do;
+    none where this Numba was not tried."""
+    return {"_nrt": not borrows} if _is_tried() else {}
+
+
+def _is_tried() -> bool:
+    return ".".join(numba.__version__.split(".")[:2]) in TRIED
 
 
 def _part_compiler() -> type:

@@ -5,6 +5,7 @@ from what each route serves (pkvsim.devices.route_options).
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,13 +17,15 @@ from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.devices.route_options import as_read, needs, serving_routes, unserved
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.policy.paper_rules import FLASHINFER, PaperRules, paper_choice
+from pkvsim.pricing.constants import BUCKETS, RULE
 from pkvsim.pricing.layer import Heads, heads_of
-from pkvsim.pricing.prices import Candidates, price_route, price_routes
+from pkvsim.pricing.prices import Candidates, least_bucket_us, price_candidate, price_route, price_routes
 from pkvsim.pricing.step_times import step_time, step_times
 from pkvsim.shapes import DecodeShape
 
 CHEAPEST, PAPER = range(2)  # how a policy decides
 NO_PAPER = PaperRules(0, 1.0, 0.0, 1.0)
+MARGIN = 1e-9  # far above what rounding takes off a price
 PINNED_ROUTES = ("split", "workqueue")  # whose splits the host chooses row by row, and may pin
 
 
@@ -119,6 +122,39 @@ def price(ordered: np.ndarray, layers: int, routing: Routing, prices: Prices) ->
     constants = routing.candidates.constants
     price_routes(ordered, routing.heads, routing.candidates, prices.layer_us, prices.splits)
     step_times(ordered, layers, constants, prices.layer_us, prices.gpu_us, prices.host_us)
+
+
+@merged
+def price_contenders(ordered: np.ndarray, layers: int, routing: Routing, prices: Prices) -> None:
+    """price for a choice of the cheapest: the paper's split, whose price takes as long as all others where every row
+    has a length of its own, is left at infinity where its launches and its bytes alone take longer than an allowed
+    route. It cannot be the cheapest then, of the allowed routes or of all."""
+    candidates, allowed = routing.candidates, routing.allowed
+    constants, distinct, tokens, best_us = candidates.constants, 0, np.int64(0), math.inf
+    for row in range(len(ordered)):
+        distinct += row == 0 or ordered[row] != ordered[row - 1]
+        tokens += ordered[row]
+    for turn in range(2):
+        for route in range(len(constants)):
+            in_buckets = constants[route, RULE] == BUCKETS
+            if in_buckets != (turn == 1):
+                continue
+            us, splits = math.inf, np.int64(0)
+            if in_buckets and candidates.reaches[route] == 0:
+                least_us = least_bucket_us(distinct, tokens, routing.heads, constants[route])
+                gpu_us, host_us = step_time(constants[route], len(ordered), distinct, layers, least_us)
+                if (gpu_us + host_us) * (1.0 - MARGIN) > best_us:
+                    prices.layer_us[route], prices.splits[route] = us, splits
+                    prices.gpu_us[route], prices.host_us[route] = math.inf, 0.0
+                    continue
+            us, splits = price_candidate(ordered, routing.heads, candidates, route)
+            gpu_us, host_us = math.inf, 0.0
+            if us < math.inf:
+                gpu_us, host_us = step_time(constants[route], len(ordered), distinct, layers, us)
+            prices.layer_us[route], prices.splits[route] = us, splits
+            prices.gpu_us[route], prices.host_us[route] = gpu_us, host_us
+            if allowed[route]:
+                best_us = min(best_us, gpu_us + host_us)
 
 
 @merged

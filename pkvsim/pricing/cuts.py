@@ -8,14 +8,14 @@ import math
 
 import numpy as np
 
-from pkvsim.compiled import compiled, inner
+from pkvsim.compiled import allocating, compiled, inner
 from pkvsim.pricing.constants import BUCKETS, EVEN, MIN_SPLIT, RULE, TILE, WHOLE, cta_slots
 from pkvsim.schedule.make import skipped_tiles
 
 _skipped_tiles = inner(skipped_tiles)
 
 
-@compiled
+@allocating
 def sorted_lengths(seq_lens: np.ndarray) -> np.ndarray:
     """The lengths above 0, longest first, int64."""
     ordered = np.empty(len(seq_lens), np.int64)
@@ -54,7 +54,7 @@ def total_tokens(lengths: np.ndarray) -> int:
     return tokens
 
 
-@compiled
+@allocating
 def tokens_read(ordered: np.ndarray, reach: int, constants: np.ndarray) -> np.ndarray:
     """Tokens that rows of these lengths read, whole tiles but for the row's end; longest first, but in the order of the
     rows for the paper's split, whose launches go by the rows' lengths."""
@@ -109,6 +109,11 @@ def chunk_tokens(ordered: np.ndarray, most_chunks: int, tile: int, least: float)
         return longest * tile
     low = max(1, int(math.ceil(least / tile)))
     high = max(low, longest)
+    # Fewer tokens than an equal share are too few, and a row has less than one chunk more than its whole ones: the
+    # chunk lies between the two, where most steps leave little to search.
+    tokens = total_tokens(ordered)
+    low = max(low, min(high, -(-tokens // (most_chunks * tile))))
+    high = max(low, min(high, -(-tokens // ((most_chunks - len(ordered)) * tile))))
     while low < high:
         middle = (low + high) // 2
         if chunk_count(ordered, middle * tile) > most_chunks:

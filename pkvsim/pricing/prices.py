@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, drop_stale, merged
+from pkvsim.compiled import allocating, compiled, drop_stale, inner_allocating, merged
 from pkvsim.pricing.constants import (
     BALANCED,
     BANDWIDTH,
     BUCKETS,
     CHUNK,
     FIXED,
+    LAUNCH,
     PLAN,
     QUERY_ELEMENT_BYTES,
     QUEUE,
@@ -80,15 +81,34 @@ def price_routes(
     of every row.
     """
     for route in range(len(candidates.constants)):
-        constants = candidates.constants[route]
-        if math.isnan(constants[BANDWIDTH]):
-            prices_us[route] = math.inf
-            splits[route] = 0
+        prices_us[route], splits[route] = price_candidate(ordered, heads, candidates, route)
+
+
+@merged
+def price_candidate(ordered: np.ndarray, heads: Heads, candidates: Candidates, route: int) -> tuple[float, int]:
+    """price_routes of one route."""
+    constants, reach, pinned = candidates.constants[route], candidates.reaches[route], candidates.pinned[route]
+    us, splits = math.inf, np.int64(0)
+    if not math.isnan(constants[BANDWIDTH]):
+        if reach > 0:
+            us, splits = _price_window(ordered, reach, heads, constants, pinned)
         else:
-            reads = ordered
-            if candidates.reaches[route] > 0:
-                reads = tokens_read(ordered, candidates.reaches[route], constants)
-            prices_us[route], splits[route] = price_route(ordered, reads, heads, constants, candidates.pinned[route])
+            us, splits = price_route(ordered, ordered, heads, constants, pinned)
+    return us, splits
+
+
+@compiled
+def least_bucket_us(distinct: int, tokens: int, heads: Heads, constants: np.ndarray) -> float:
+    """No more than price_route of the paper's split for rows of `distinct` lengths and `tokens` tokens, all of which
+    they read: its launches, and the tokens at the bandwidth."""
+    layer = make_layer(heads, constants, tokens)
+    return constants[FIXED] + (distinct - 1) * constants[LAUNCH] + tokens * heads.num_kv_heads * layer.shared_us
+
+
+@inner_allocating
+def _price_window(ordered, reach, heads, constants, pinned):
+    """price_route of rows that read no more than their last `reach` tokens."""
+    return price_route(ordered, tokens_read(ordered, reach, constants), heads, constants, pinned)
 
 
 class MeasuredSteps(NamedTuple):
@@ -102,7 +122,7 @@ class MeasuredSteps(NamedTuple):
     shapes: np.ndarray
 
 
-@compiled
+@allocating
 def price_steps(
     steps: MeasuredSteps, kv_element_bytes: float, num_sms: int, constants: np.ndarray, prices_us: np.ndarray
 ) -> None:

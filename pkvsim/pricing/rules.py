@@ -62,6 +62,7 @@ def by_queue(ordered: np.ndarray, tokens: int, layer: Layer) -> tuple[float, int
     best = math.inf
     best_splits = 0
     num_rows = len(ordered)
+    reading = constants[LAUNCH] + tokens * layer.num_kv_heads * layer.shared_us
     scale = ordered[0] / tokens  # splits of the longest row by tasks, rounding aside
     for waves in QUEUE_WAVES:
         most_tasks = waves * layer.slots // layer.num_kv_heads
@@ -72,6 +73,10 @@ def by_queue(ordered: np.ndarray, tokens: int, layer: Layer) -> tuple[float, int
             splits = high = max(1, int(ordered[0] / constants[MIN_SPLIT]))
         if num_rows >= most_tasks:
             splits = high = 1
+        # With more splits there are more partial states to merge, of which the fewest rule out most of the counts
+        # beyond the first before these are looked for.
+        if splits > 1 and reading + _merging(splits, int(splits / scale), layer) >= best * (1.0 + 2 * ROUNDING):
+            continue
         while splits < high:
             middle = (splits + high + 1) // 2
             if proportional_count(ordered, middle) <= most_tasks:
@@ -80,13 +85,10 @@ def by_queue(ordered: np.ndarray, tokens: int, layer: Layer) -> tuple[float, int
                 high = middle - 1
         if splits == best_splits:
             continue
-        tasks = layer.num_kv_heads * proportional_count(ordered, splits)
-        merging = 0.0
-        if splits > 1:
-            merging = merge_us(constants, layer.state_bytes, float(splits), float(tasks))
-        # No count takes less than the bandwidth does, its merge, and a strided CTA's tasks one after the other: most of
-        # the counts beyond the first are ruled out by that.
-        least = constants[LAUNCH] + tokens * layer.num_kv_heads * layer.shared_us + merging
+        count = proportional_count(ordered, splits)
+        tasks, merging = layer.num_kv_heads * count, _merging(splits, count, layer)
+        # No count takes less than the bandwidth does, its merge, and a strided CTA's tasks one after the other.
+        least = reading + merging
         if constants[STRIDED] and layer.tile <= constants[MIN_SPLIT]:
             least += constants[TASK] * tasks / min(layer.slots, tasks)
         if least * (1.0 - ROUNDING) >= best:
@@ -101,6 +103,14 @@ def by_queue(ordered: np.ndarray, tokens: int, layer: Layer) -> tuple[float, int
             best = price
             best_splits = splits
     return best, best_splits
+
+
+@inner
+def _merging(splits: int, tasks: int, layer: Layer) -> float:
+    """Merging so many tasks of each KV head, `splits` of them of the longest row; no time where no row is split."""
+    if splits <= 1:
+        return 0.0
+    return merge_us(layer.constants, layer.state_bytes, float(splits), float(layer.num_kv_heads * tasks))
 
 
 @inner

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, drop_stale
+from pkvsim.compiled import allocating, compiled, drop_stale, inner
 from pkvsim.devices.selection_constants import SelectionConstants
 from pkvsim.pricing.constants import BANDWIDTH, RUN
 from pkvsim.pricing.layer import Heads
@@ -44,15 +44,20 @@ def list_rule(setup: SelectionSetup) -> ListRule:
     return ListRule(budget.parts, budget.least_pages, pins.sink_pages + pins.recent_pages, setup.every, setup.coded)
 
 
-@compiled
+@inner
+def tokens_of_list(length, page_size, rule):
+    """Tokens of each list of a row: as many pages as Budget.pages says, whole ones, but no more than the row's."""
+    pages = (length + page_size - 1) // page_size
+    asked = max(rule.least_pages, (pages * rule.parts + PARTS - 1) // PARTS)
+    return min(length, min(pages, max(asked, rule.pinned_pages)) * page_size)
+
+
+@allocating
 def listed_tokens(lengths: np.ndarray, page_size: int, rule: ListRule) -> np.ndarray:
-    """Tokens of each list of rows of these lengths [rows] int64, in their order: as many pages as Budget.pages says,
-    whole ones, but no more than the row's tokens. A longer row never has a shorter list."""
+    """tokens_of_list of rows of these lengths [rows] int64, in their order. A longer row never has a shorter list."""
     found = np.empty_like(lengths)
     for row in range(len(lengths)):
-        pages = (lengths[row] + page_size - 1) // page_size
-        asked = max(rule.least_pages, (pages * rule.parts + PARTS - 1) // PARTS)
-        found[row] = min(lengths[row], min(pages, max(asked, rule.pinned_pages)) * page_size)
+        found[row] = tokens_of_list(lengths[row], page_size, rule)
     return found
 
 
@@ -73,7 +78,7 @@ def selecting_us(
     return prices.select_us + summary_bytes / (bandwidth_gb_s * 1e3 * share) + prices.page_us * most
 
 
-@compiled
+@allocating
 def selected_us(
     ordered: np.ndarray,  # [rows] int64 > 0, longest first
     heads: Heads,

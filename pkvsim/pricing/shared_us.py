@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, drop_stale, inner
+from pkvsim.compiled import allocating, compiled, drop_stale, inner
 from pkvsim.pricing.constants import (
     FIXED,
     QUERY_ELEMENT_BYTES,
@@ -76,7 +76,7 @@ def _both_kinds(
     return first + max(read_left, row_left)
 
 
-@compiled
+@allocating
 def shared_us(
     lens: np.ndarray,  # [batch_size] int64
     group_of_row: np.ndarray,  # [batch_size] int64 as PrefixGroups.members, -1 where a row reads alone

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from pkvsim.compiled import inner
+from pkvsim.compiled import inner, inner_allocating
 from pkvsim.pricing.constants import TASK
 from pkvsim.pricing.cuts import splits_of_row, total_tokens
 from pkvsim.pricing.layer import Layer
@@ -73,7 +73,7 @@ def waves_us(tokens: float, tasks: float, longest: float, layer: Layer) -> float
     return max(last_us, busy + tail)
 
 
-@inner
+@inner_allocating
 def strided_us(ordered: np.ndarray, splits: int, proportional: bool, layer: Layer) -> float:
     """A CTA on every slot, CTA b taking tasks b, b + CTAs, ..: all start together and end by what each has to read.
 

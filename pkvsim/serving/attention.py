@@ -12,7 +12,7 @@ import numpy as np
 
 from pkvsim.compiled import inner, merged
 from pkvsim.outside.pairs import entries_read
-from pkvsim.policy.choose import PAPER, Routing, cheapest, price, take
+from pkvsim.policy.choose import PAPER, Routing, cheapest, price, price_contenders, take
 from pkvsim.pricing.kv_parallel import first_ranks
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import Candidates
@@ -54,7 +54,7 @@ def decode_us(attention, log, rows):
         if attention.ranks > 1:
             lens = first_ranks(lens, np.int64(attention.heads[kind, 5]), attention.ranks, log.kernel_lens[:rows])
         routing = _routing(attention, kind, attention.pinned)
-        price(lens, attention.layers[kind], routing, log.prices)
+        price_contenders(lens, attention.layers[kind], routing, log.prices)
         read_bytes, apart_bytes, apart_us = 0.0, 0.0, 0.0
         if together and attention.sharing.kinds[kind]:
             apart_us = _us(log.prices, cheapest(routing.allowed, log.prices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pkvsim.compiled import compiled, drop_stale, inner, merged
+from pkvsim.compiled import drop_stale, inner, merged, unlocked
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
 from pkvsim.memory.tier_gate import asks, next_ready_us
 from pkvsim.outside.step_costs import DECODE_ATTENTION, DRAFTS, HOST, heated, rest_us, step_parts
@@ -49,7 +49,7 @@ from pkvsim.serving.state import (
 )  # fmt: skip
 
 
-@compiled
+@unlocked
 def advance(
     requests, limits, attention, costs, steps_in_flight, state, log, max_steps, until_us, plan_until_us, alone
 ):

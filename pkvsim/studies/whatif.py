@@ -17,6 +17,7 @@ from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
 from pkvsim.studies.selection.notes import selection_basis, selection_notes
+from pkvsim.studies.side_by_side import side_by_side
 from pkvsim.studies.tiers.notes import tier_notes
 from pkvsim.studies.timeline_check import TimelineCheck, check_timeline
 from pkvsim.traces.requests import RequestTrace
@@ -84,7 +85,8 @@ def whatif(
     *,
     progress: PolicyProgress | None = None,
 ) -> WhatIf:
-    """Serves the trace under each policy; those that cannot serve the model on this GPU are left out with the reason.
+    """Serves the trace under each policy, several at a time; those that cannot serve the model on this GPU are left out
+    with the reason.
 
     ValueError before the first run where anything is wrong, or no policy is left.
     """
@@ -93,10 +95,10 @@ def whatif(
     left_out = {policy: reason for policy in policies if (reason := why_left_out(model, device, policy, config))}
     if len(left_out) == len(policies):
         raise ValueError("; ".join(left_out.values()))
-    results = {}
-    for policy in (name for name in policies if name not in left_out):
-        report = None if progress is None else (lambda done, total, name=policy: progress(name, done, total))
-        results[policy] = serve(trace, model, device, policy, config, progress=report)
+    results = side_by_side(
+        lambda policy, report: serve(trace, model, device, policy, config, progress=report),
+        [name for name in policies if name not in left_out], progress,
+    )  # fmt: skip
     checks = {name: check_timeline(run.sample, model, device, config) for name, run in results.items()}
     basis = run_basis(model, device, config, results.values())
     notes = (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,10 +35,15 @@ class Failed:
 @dataclass(frozen=True, slots=True)
 class Workers:
     """Who computes cells: this process (processes=1), others of this machine, or a Dask cluster at an address such as
-    `tcp://10.0.0.1:8786`, on which pkvsim must be installed. ValueError naming the field."""
+    `tcp://10.0.0.1:8786`, on which pkvsim must be installed. ValueError naming the field.
+
+    forks: whether the processes may be copies of this one where that is safe, with all that it has imported; spawned
+    ones import it again, a second of each. For a caller that runs no threads but Python's main one.
+    """
 
     processes: int = 1
     dask: str | None = None
+    forks: bool = False
 
     def __post_init__(self) -> None:
         check_int("workers", self.processes, 1, MAX_WORKERS)
@@ -53,8 +60,9 @@ def run_cells(
 ) -> list[Result | Failed]:
     """function(cell) of every cell, in their order.
 
-    With several workers the function and the cells are pickled, and processes are spawned: a script that calls this
-    must be guarded by `if __name__ == "__main__"`. ValueError where a Dask cluster cannot be reached.
+    With several workers the function and the cells are pickled, and processes are spawned (but see Workers.forks): a
+    script that calls this must be guarded by `if __name__ == "__main__"`. ValueError where a Dask cluster cannot be
+    reached.
     """
     results: dict[int, Result | Failed] = {}
     for index, result in each_result(function, cells, workers):
@@ -74,7 +82,7 @@ def each_result(
         for index, cell in enumerate(cells):
             yield index, _guarded(function, cell)
     else:
-        yield from _in_processes(function, cells, min(workers.processes, len(cells)))
+        yield from _in_processes(function, cells, min(workers.processes, len(cells)), forks=workers.forks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +109,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _in_processes(
-    function: Callable[[Cell], Result], cells: Sequence[Cell], processes: int
+    function: Callable[[Cell], Result], cells: Sequence[Cell], processes: int, *, forks: bool
 ) -> Iterator[tuple[int, Result | Failed]]:
     unfinished = set(range(len(cells)))
-    for index, result in _pool(function, cells, unfinished, processes):
+    for index, result in _pool(function, cells, unfinished, processes, forks=forks):
         unfinished.discard(index)
         yield index, result
     # A process that dies takes its pool along. Which cell it died of shows when each has a process of its own.
@@ -113,10 +121,13 @@ def _in_processes(
 
 
 def _pool(
-    function: Callable[[Cell], Result], cells: Sequence[Cell], indices: Iterable[int], processes: int
+    function: Callable[[Cell], Result], cells: Sequence[Cell], indices: Iterable[int], processes: int, *,
+    forks: bool = False,
 ) -> Iterator[tuple[int, Result | Failed]]:
     """Results as they come; with one index the death of its process is one, with more those left are not named."""
-    context = multiprocessing.get_context("spawn")
+    # A copy of a process with threads may hold a lock of one that it has not.
+    forks = forks and sys.platform == "linux" and threading.active_count() == 1
+    context = multiprocessing.get_context("fork" if forks else "spawn")
     indices = sorted(indices)
     pool = ProcessPoolExecutor(processes, context, initializer=_end_quietly)
     try:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.compiled import compiled, inner
+from pkvsim.compiled import allocating, inner, inner_allocating
 from pkvsim.timeline.heap import pop, push
 
 FEW_ENDS = 8  # a launch with no more distinct task sizes needs no heap
@@ -76,7 +76,7 @@ class _Queues(NamedTuple):
     free: np.ndarray  # [num_slots] int32, slots that have ended a task now, ascending
 
 
-@inner
+@inner_allocating
 def _new_queues(num_slots: int) -> _Queues:
     return _Queues(
         np.empty(num_slots, np.int32), np.empty(num_slots, np.int32), np.empty((2, num_slots)),
@@ -249,7 +249,7 @@ def _insert_ascending(free: np.ndarray, num_free: int, slot: int) -> int:
     return num_free + 1
 
 
-@compiled
+@allocating
 def run_tasks(step: StepTasks, slots: Slots, now: float, record: Record) -> float:
     """Runs every launch after the one before, the first one's CTAs starting at `now`; returns the last gap's end."""
     most = _most_tasks(step)

@@ -14,13 +14,13 @@ from pkvsim.compiled import parts
 
 PROGRAM = """
 import numpy as np
-from pkvsim.compiled import inner, outer
+from pkvsim.compiled import inner, inner_allocating, outer
 
 @inner
 def share(lens, at):
     return lens[at] / lens.sum()
 
-@inner
+@inner_allocating
 def largest(lens):
     best = 0.0
     for at in range(len(lens)):

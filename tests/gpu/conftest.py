@@ -10,7 +10,6 @@ import os
 
 import pytest
 
-
 # Before anything asks the driver what there is.
 if "PKV_TEST_GPUS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
     gpus = os.environ["PKV_TEST_GPUS"].split(",")

@@ -1,11 +1,12 @@
 """Cells in this process, in others and on a Dask cluster: the same results in the same order, failures left alone."""
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import pytest
 from serving_cases import DEVICE, MODEL, poisson_trace
-from worker_cases import work
+from worker_cases import SEEN, seen, work
 
 from pkvsim.studies.capacity.search import capacity_search
 from pkvsim.studies.objectives import parse_objectives
@@ -31,6 +32,26 @@ def test_processes_and_one_that_dies() -> None:
     assert isinstance(results[8], Failed) and "process that computed it ended" in results[8].reason
     assert results[:8] + results[9:] == EXPECTED[:8] + EXPECTED[9:]
     assert told == [(at, 10) for at in range(1, 11)]
+
+
+def test_copies_of_this_process() -> None:
+    assert run_cells(work, CELLS, Workers(2, forks=True)) == EXPECTED
+    results = run_cells(partial(work, end_at=9), CELLS, Workers(2, forks=True))
+    assert isinstance(results[8], Failed) and results[:8] + results[9:] == EXPECTED[:8] + EXPECTED[9:]
+
+
+def test_no_copies_beside_other_threads() -> None:
+    """A copy would have none of them, and whatever locks they held."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        SEEN.append(1)  # of which a process that imports the module anew knows nothing
+        assert run_cells(seen, [0, 1], Workers(2, forks=True)) == [0, 0]
+    finally:
+        SEEN.clear()
+        done.set()
+        other.join()
 
 
 def test_what_cannot_be_sent() -> None:

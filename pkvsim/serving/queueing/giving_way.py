@@ -35,9 +35,11 @@ def grow(requests, limits, state, now_us):
             tokens = 1
             if limits.query_tokens > 1:  # no draft lies beyond the end of an answer
                 tokens = min(limits.query_tokens, requests.output[request] - state.generated[request])
-            need = private_pages_of(shared, limits.page_size, request, state.cached[request] + tokens)
-            need += limits.state_pages - state.private_pages[request]
-            if need > 0:
+            # Most rows have room for their tokens, which takes a product to see and no division.
+            room = (state.private_pages[request] - limits.state_pages) * limits.page_size
+            if max(0, state.cached[request] + tokens - shared[request]) > room:
+                need = private_pages_of(shared, limits.page_size, request, state.cached[request] + tokens)
+                need += limits.state_pages - state.private_pages[request]
                 at -= make_room(requests, limits, state, at, need, now_us)
         at += 1
 

@@ -19,7 +19,7 @@ from pkvsim.models.decode_groups import DecodeGroup
 from pkvsim.policy.choose import Prices
 from pkvsim.policy.selecting import pays
 from pkvsim.pricing.layer import Heads
-from pkvsim.pricing.selected import ListRule, list_rule, listed_tokens, selected_step_time, selected_us
+from pkvsim.pricing.selected import ListRule, list_rule, selected_step_time, selected_us, tokens_of_list
 from pkvsim.selection.setup import SelectionSetup, head_summary_bytes
 from pkvsim.serving.selection.memory import selecting_layers
 
@@ -81,9 +81,8 @@ def select_pages(
                 prices.gpu_us[BALANCED_ROUTE], prices.host_us[BALANCED_ROUTE] = gpu_us, host_us
                 token_bytes = heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * heads.kv_element_bytes
                 summary_bytes = heads.num_kv_heads * head_summary_bytes(heads.head_dim, selecting.rule.coded)
-                lists = listed_tokens(lens, heads.page_size, selecting.rule)
                 for row in range(len(lens)):
-                    listed += lists[row] * token_bytes * chosen
+                    listed += tokens_of_list(lens[row], heads.page_size, selecting.rule) * token_bytes * chosen
                     whole += lens[row] * token_bytes * chosen
                     pages = (lens[row] + heads.page_size - 1) // heads.page_size
                     scored += pages * summary_bytes * chosen / selecting.rule.every

@@ -91,9 +91,9 @@ def group_rows(
     """
     rows, counts, requests = len(decoding), grouping.counts, grouping.requests
     counts[NUM_ROWS] = rows
-    requests[:rows] = decoding
     for row in range(rows):
         request = decoding[row]
+        requests[row] = request
         if grouping.seen[request] != counts[TIMES]:
             grouping.seen[request] = counts[TIMES]
             counts[MOST_COMMON] += places[request, 2] - places[request, 1]
