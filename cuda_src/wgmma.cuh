@@ -30,16 +30,11 @@ __device__ __forceinline__ void hold(float (&d)[COUNT]) {
   #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int COUNT>
-__device__ __forceinline__ void await_products(float (&d)[COUNT]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  hold(d);
-}
 template <int COUNT>
 __device__ __forceinline__ void end_products(float (&d)[COUNT]) {
-  commit_products();
-  await_products(d);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  hold(d);
 }
 
 #define PKV_D8(d, i) \
@@ -67,13 +62,6 @@ __device__ __forceinline__ void end_products(float (&d)[COUNT]) {
 #define PKV_LAST_OF_PKV_D32 "38"
 #define PKV_LAST_OF_PKV_D64 "70"
 
-// The same with a from shared memory, whose 64 rows are 128 bytes each and lie as those of b.
-#define PKV_WGMMA_SHARED(n, d, results, registers, at, other, added) \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" added ", 0;\n" \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16" PKV_OPERANDS "{" registers "}, %" at ", %" other \
-               ", p, 1, 1, 0, 0; }" \
-               : results(d, 0) : "l"(a), "l"(b), "r"(int(add)))
-
 // d[64 x N] = a[64 x 16] * b[16 x N], or is added to where `add`. A thread's part of a and of d is that of m16n8k16:
 // warp w of the four has rows 16 w on. ROWS_ARE_K: see shared_operand.
 template <bool ROWS_ARE_K>
@@ -87,17 +75,6 @@ __device__ __forceinline__ void multiply_group(float (&d)[32], const unsigned (&
 template <bool ROWS_ARE_K>
 __device__ __forceinline__ void multiply_group(float (&d)[64], const unsigned (&a)[4], unsigned long long b, bool add) {
   PKV_WGMMA("128", d, PKV_D64, PKV_R64, "64", "65", "66", "67", "68", "69");
-}
-
-// Rows of b are the N dimension.
-__device__ __forceinline__ void multiply_shared(float (&d)[16], unsigned long long a, unsigned long long b, bool add) {
-  PKV_WGMMA_SHARED("32", d, PKV_D16, PKV_R16, "16", "17", "18");
-}
-__device__ __forceinline__ void multiply_shared(float (&d)[32], unsigned long long a, unsigned long long b, bool add) {
-  PKV_WGMMA_SHARED("64", d, PKV_D32, PKV_R32, "32", "33", "34");
-}
-__device__ __forceinline__ void multiply_shared(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
-  PKV_WGMMA_SHARED("128", d, PKV_D64, PKV_R64, "64", "65", "66");
 }
 
 }  // namespace pkv

@@ -36,7 +36,7 @@ def compile_options(defines: dict[str, int | str]) -> tuple[str, ...]:
 
 def needs_own_architecture(defines: dict[str, int | str]) -> bool:
     """Whether a variant has instructions that its architecture alone has, and none after it (wgmma: sm_90a)."""
-    return any(defines.get(name) for name in ("READ_TILES", "PRODUCT_GROUPS"))
+    return bool(defines.get("READ_TILES"))
 
 
 @functools.cache

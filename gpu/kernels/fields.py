@@ -89,9 +89,6 @@ SUMMARY = Parameter("SummaryArguments", (
 PRODUCT = Parameter("ProductArguments", (
     *_fields("p", "x weight norm bias out"), *_fields("i", "columns rows x_stride out_stride"), Field("eps", "f"),
 ))  # fmt: skip
-WIDE_PRODUCT = Parameter("WideArguments", (
-    *_fields("p", "x weight bias out parts"), *_fields("i", "columns rows x_stride out_stride"),
-))  # fmt: skip
 NORM = Parameter("NormArguments", (
     *_fields("p", "x weight out"), *_fields("i", "width x_stride"), Field("eps", "f"),
 ))  # fmt: skip
@@ -137,7 +134,6 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_select_pages": (SELECT,),
     "pkv_summarize_pages": (SUMMARY,),
     "pkv_product": (PRODUCT,),
-    "pkv_wide_product": (WIDE_PRODUCT,),
     "pkv_rms_norm": (NORM,),
     "pkv_silu_gate": (GATE,),
     "pkv_argmax": (CHOICE,),

@@ -10,7 +10,6 @@ import bench_products  # noqa: E402
 import bench_serve  # noqa: E402
 from serve_bench import presets, roofline  # noqa: E402
 
-from gpu.kernels.variant import shared_limit_bytes  # noqa: E402
 from gpu.measure import memory  # noqa: E402
 from gpu.serve.model import weights  # noqa: E402
 from gpu.serve.model.config import find_config  # noqa: E402
@@ -66,17 +65,6 @@ def test_cells_whose_pages_do_not_fit_are_left_out(rows, context, lacks) -> None
     assert (why is not None) == lacks and (not lacks or "of which there are 1,980" in why)
 
 
-@pytest.mark.parametrize("capability", [86, 90])
-def test_wide_products_have_a_variant_of_every_width_or_say_why(capability) -> None:
-    """By the defaults: all that a GPU can run, and at least one of the widths where steps would use it."""
-    limit = shared_limit_bytes(capability)
-    groups = int(capability == 90)
-    runs = {}
-    for columns in (1, 8, 32, 64, 128):
-        kib = min(bench_products.SHARED_KIB, limit // 1024)
-        found = [made for _, made in bench_products.ways(columns, tiles=[128], shared=[kib], groups=[groups], ahead=[8],
-                                                         let=[8], ahead_sums=[0], per_sm=[1]) if isinstance(made, bench_products.WideShape)]
-        assert len(found) == 1
-        runs[columns] = found[0].unfit(capability, limit)
-    assert runs[32] is None and runs[64] is None
-    assert all(why is None or "warpgroups" in why for why in runs.values())
+@pytest.mark.parametrize(("columns", "more"), [(8, ["product.cu"]), (9, [])])
+def test_products_are_timed_in_every_way_that_serves_them(columns, more) -> None:
+    assert [name for name, _ in bench_products.ways(columns)] == ["torch", "torch, rows.cu", *more]

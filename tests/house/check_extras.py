@@ -30,7 +30,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
     from gpu.kernels.variant import DTYPES, kernel_config, read_config, shared_limit_bytes
     from gpu.measure.timing import STREAM_SHAPES
     from gpu.selection.variant import selection_defines
-    from gpu.serve.model.product_variant import ADD, GATE, STORE, variant, wide_variant
+    from gpu.serve.model.product_variant import ADD, GATE, STORE, variant
     from gpu.several.inbox import rank_config
     from pkvsim import AttentionOptions, DecodeShape
     from pkvsim.kv_types import KV_DTYPES
@@ -62,10 +62,6 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         product = variant(rows=4096, depth=depth, columns=1, normed=normed, end=end, bfloat16=True,
                           shared_limit=shared_limit_bytes(90))
         yield "product.cu", f"{depth} deep, end {end}", product.defines()
-    for columns, end in ((16, STORE), (32, GATE), (64, ADD)):
-        wide = wide_variant(rows=4096, depth=4096, columns=columns, end=end, bfloat16=False,
-                            capability=capability, shared_limit=shared_limit_bytes(capability))
-        yield "wide_product.cu", f"{columns} columns, end {end}", wide.defines()
     for bfloat16 in (0, 1):
         yield "rows.cu", f"DTYPE_BF16 {bfloat16}", {"DTYPE_BF16": bfloat16, "NORM_VECTORS": 2}
     for page_lse in (False, True):

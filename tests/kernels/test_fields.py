@@ -18,7 +18,7 @@ from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.launch import Arguments
 from gpu.kernels.variant import kernel_config, read_config
 from gpu.selection.variant import selection_defines
-from gpu.serve.model.product_variant import GATE, ProductVariant, WideVariant
+from gpu.serve.model.product_variant import GATE, ProductVariant
 from gpu.several.inbox import rank_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
@@ -49,7 +49,7 @@ FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", 
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
          "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu",
          "pkv_decode_several": "several.cu", "pkv_merge_ranks": "several.cu",
-         "pkv_product": "product.cu", "pkv_wide_product": "wide_product.cu", **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), "rows.cu"),
+         "pkv_product": "product.cu", **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), "rows.cu"),
          "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
 PROLOGUE = """
 #include <cmath>
@@ -112,7 +112,6 @@ def test_kernels_take_the_tables_parameters(name, file_name) -> None:
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
               "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
               "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
-              "pkv_wide_product": WideVariant(128, 16, GATE, False, 128, 3, 0).defines(),
               **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), {"NORM_VECTORS": 2}),
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,
               "pkv_decode_selected": CONFIG.selected_defines(selected=True, page_lse=True)}

@@ -258,7 +258,6 @@ ELSEWHERE = {  # sources with more to test than that they compile, and the tests
     "selected.cu": "test_selected_kernel.py",
     "shared.cu": "test_shared_kernel.py",
     "summaries.cu": "test_select_kernel.py",
-    "wide_product.cu": "test_wide_product_kernel.py",
 }
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import nvrtc
 import pytest
 from decode_on_cpu import aligned
+from hypothesis import given
+from hypothesis import strategies as st
 from paths import SUPPORT
 from product_ref import EPS, expected
 from slow import slow_unless_of
@@ -22,7 +24,7 @@ torch = pytest.importorskip("torch")
 from gpu.kernels import fields  # noqa: E402
 from gpu.kernels.compile import SOURCE_DIR, compile_options  # noqa: E402
 from gpu.kernels.launch import Arguments  # noqa: E402
-from gpu.kernels.variant import shared_limit_bytes  # noqa: E402
+from gpu.kernels.variant import SHARED_LIMIT_BYTES, shared_limit_bytes  # noqa: E402
 from gpu.serve.model.product_variant import ADD, GATE, STORE, ProductVariant, variant  # noqa: E402
 
 
@@ -90,6 +92,15 @@ def test_it_fits(capability, depth, columns):
         used = nvrtc.kernel_resources(SOURCE_DIR / "product.cu", capability, compile_options(found.defines()))
         assert set(used) == {"pkv_product"}
         assert used["pkv_product"].registers <= 255 and used["pkv_product"].spills == 0
+
+
+@given(capability=st.sampled_from([*SHARED_LIMIT_BYTES, 110]), rows=st.integers(1, 200_000), chunks=st.integers(1, 300),
+       columns=st.integers(1, 16), normed=st.booleans(), end=st.sampled_from([STORE, ADD, GATE]), bfloat16=st.booleans())
+def test_no_variant_is_chosen_that_a_gpu_cannot_run(capability, rows, chunks, columns, normed, end, bfloat16):
+    limit = shared_limit_bytes(capability)
+    found = variant(rows=rows, depth=64 * chunks, columns=columns, normed=normed, end=end, bfloat16=bfloat16,
+                    shared_limit=limit)
+    assert found is None or found.shared_bytes() <= limit and found.columns >= columns
 
 
 def test_what_it_does_not_serve():

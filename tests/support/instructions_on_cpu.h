@@ -10,8 +10,6 @@
 #include <time.h>
 
 #include <deque>
-#include <functional>
-#include <map>
 
 // The 16-bit types.
 struct bfloat16 {
@@ -229,7 +227,7 @@ static void multiply_add(float (&d)[4], const unsigned (&a)[4], unsigned b0, uns
   multiply_add_of<operand_type>(d, a, b0, b1);
 }
 
-#if READ_TILES || PRODUCT_GROUPS
+#if READ_TILES
 // What wgmma.cuh has. A product is done at once, of what the copies brought that have been waited for.
 static void publish_copies() {}
 static void begin_products() { __syncwarp(); }
@@ -237,14 +235,6 @@ template <int COUNT>
 static void hold(float (&)[COUNT]) {}
 template <int COUNT>
 static void end_products(float (&)[COUNT]) { __syncwarp(); }
-// Products of shared memory are made when they are waited for, and so show what was filled again too soon.
-static std::map<int, std::vector<std::function<void()>>> products_to_come;  // of threads
-static void commit_products() {}
-template <int COUNT>
-static void await_products(float (&)[COUNT]) {
-  __syncwarp();
-  for (auto& product : std::exchange(products_to_come[threadIdx.x], {})) product();
-}
 static unsigned long long shared_operand(unsigned address, unsigned bytes_between_blocks) {
   if (address % 16 || bytes_between_blocks % 16) complain("an operand of a warpgroup is not aligned");
   return address | static_cast<unsigned long long>(bytes_between_blocks) << 32;
@@ -278,18 +268,6 @@ static void multiply_group(float (&d)[COUNT], const unsigned (&a)[4], unsigned l
       sum += double(row[i / 2 % 2][k]) * double(ROWS_ARE_K ? shared_element(b, k, n) : shared_element(b, n, k));
     d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
   }
-}
-template <int COUNT>
-static void multiply_shared(float (&d)[COUNT], unsigned long long a, unsigned long long b, bool add) {
-  const int first = threadIdx.x / 32 % 4 * 16 + my_lane() / 4, lane = my_lane();
-  products_to_come[threadIdx.x].push_back([=, &d] {
-    for (int i = 0; i < COUNT; ++i) {
-      const int m = first + i / 2 % 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      double sum = 0;
-      for (int k = 0; k < 16; ++k) sum += double(shared_element(a, m, k)) * double(shared_element(b, n, k));
-      d[i] = (add ? d[i] : 0.0f) + static_cast<float>(sum);
-    }
-  });
 }
 #endif
 

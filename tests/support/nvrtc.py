@@ -79,7 +79,7 @@ def compiled(source: Path, capability: int, options: tuple[str, ...]) -> tuple[b
 
     Raises ValueError when the log does not say: a check that found nothing to check must not pass.
     """
-    alone = "a" if any(re.fullmatch(r"-D(READ_TILES|PRODUCT_GROUPS)=[^0]\d*", option) for option in options) else ""
+    alone = "a" if any(re.fullmatch(r"-DREAD_TILES=[^0]\d*", option) for option in options) else ""
     options = (*options, f"--gpu-architecture=sm_{capability}{alone}", "--ptxas-options=-v")
     cubin, log = _compile(source, options, "CUBIN")
     # "... entry function 'NAME' for 'sm_90'", then that kernel's lines until the next entry.

@@ -1,8 +1,7 @@
 """Matrix products of a layer, with what stands beside them: a norm before, a sum or SiLU's gate behind.
 
 PyTorch's serve any number of rows. A product of few rows costs as long as its weights take to stream, which
-cuda_src/product.cu does with norm and sum included, from before the previous kernel has ended; of some dozens of rows
-wide_product.cu does, with the norm before it in a kernel of its own (rows.cu).
+cuda_src/product.cu does with norm and sum included, from before the previous kernel has ended.
 """
 from __future__ import annotations
 
@@ -15,20 +14,8 @@ from gpu.kernels.compile import load_kernel
 from gpu.kernels.launch import Kernel
 from gpu.kernels.this_gpu import this_gpu
 from gpu.kernels.variant import shared_limit_bytes
-from gpu.serve.model.product_variant import (
-    ADD,
-    GATE,
-    LEAST_WIDE_COLUMNS,
-    MOST_WIDE_COLUMNS,
-    STORE,
-    TILE_ROWS,
-    WARPS,
-    ProductVariant,
-    WideVariant,
-    variant,
-    wide_variant,
-)
-from gpu.serve.model.row_kernels import VECTOR, RowKernels
+from gpu.serve.model.product_variant import ADD, GATE, STORE, TILE_ROWS, WARPS, ProductVariant, variant
+from gpu.serve.model.row_kernels import RowKernels
 
 
 class Products(Protocol):
@@ -101,102 +88,38 @@ class RowProducts(TorchProducts):
         return self._rows.argmax(logits)
 
 
-class WideProducts:
-    """cuda_src/wide_product.cu: products of some dozens of rows, with a sum or a gate behind.
-
-    Its calls must follow each other on one stream, as they share a workspace; a capture's must have run before it.
-    """
-
-    __slots__ = ("_gpu", "_kernels", "_parts")
-
-    def __init__(self) -> None:
-        self._gpu = this_gpu()
-        self._kernels: dict[WideVariant, Kernel] = {}
-        self._parts: list[torch.Tensor] = []  # the last is the largest; graphs may hold the others
-
-    def variant(self, x: torch.Tensor, weight: torch.Tensor, end: int) -> WideVariant | None:
-        """What serves the product of x [n, h], None where nothing does."""
-        if x.stride(1) != 1 or x.stride(0) % VECTOR or x.data_ptr() % 16 or len(x) > MOST_WIDE_COLUMNS:
-            return None
-        capability = self._gpu.compute_capability
-        return wide_variant(rows=len(weight), depth=weight.shape[1], columns=len(x), end=end, capability=capability,
-                            bfloat16=x.dtype == torch.bfloat16, shared_limit=shared_limit_bytes(capability))
-
-    def run(self, variant: WideVariant, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-            out: torch.Tensor) -> torch.Tensor:
-        """Writes, or adds to, out [n, rows or, of a gate, half of them]; returns it."""
-        if variant not in self._kernels:
-            self._kernels[variant] = load_kernel(
-                "wide_product.cu", "pkv_wide_product", variant.defines(), threads=variant.threads(),
-                shared_bytes=variant.shared_bytes(), overlap=self._gpu.overlaps)  # fmt: skip
-        grid = variant.grid(len(weight), self._gpu.num_sms)
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, out)]
-        numbers = self._room(grid * variant.part_bytes(), x), len(x), len(weight), x.stride(0), out.stride(0)
-        self._kernels[variant](grid, (*pointers, *numbers), torch._C._cuda_getCurrentRawStream(x.device.index))
-        return out
-
-    def empty(self) -> bool:
-        """Whether the workspaces are as they must be between calls. Waits for the device."""
-        return all(bool((parts == -1).all()) for parts in self._parts)
-
-    def _room(self, num_bytes: int, x: torch.Tensor) -> int:
-        """The address of a workspace of so many bytes, whose words are empty."""
-        if not self._parts or 4 * len(self._parts[-1]) < num_bytes:
-            self._parts.append(torch.full((num_bytes // 4,), -1, dtype=torch.int32, device=x.device))
-        return self._parts[-1].data_ptr()
-
-
 class StreamedProducts:
-    """Our kernels' where they serve a product, RowProducts' otherwise. A capture's products must have run before it."""
+    """The kernel's where it serves a product, RowProducts' otherwise. A capture's products must have run before it."""
 
-    __slots__ = ("wide", "_torch", "_rows", "_eps", "_gpu", "_kernels")
+    __slots__ = ("_torch", "_eps", "_gpu", "_kernels")
 
     def __init__(self, eps: float) -> None:
-        self._rows, self.wide = RowKernels(), WideProducts()
-        self._torch, self._eps, self._gpu = RowProducts(eps, self._rows), eps, this_gpu()
+        self._torch, self._eps, self._gpu = RowProducts(eps, RowKernels()), eps, this_gpu()
         self._kernels: dict[ProductVariant, Kernel] = {}
 
     def normed(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor,
                bias: torch.Tensor | None) -> torch.Tensor:
         kernel = self._kernel(x, weight, True, STORE)
         if kernel is None:
-            out = self._wide_normed(x, norm, weight, bias, STORE)
-            return self._torch.normed(x, norm, weight, bias) if out is None else out
+            return self._torch.normed(x, norm, weight, bias)
         return self._run(kernel, x, weight, norm, bias, x.new_empty((len(x), len(weight))))
 
     def gated(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor,
               bias: torch.Tensor | None) -> torch.Tensor:
         kernel = self._kernel(x, weight, True, GATE)
         if kernel is None:
-            out = self._wide_normed(x, norm, weight, bias, GATE)
-            return self._torch.gated(x, norm, weight, bias) if out is None else out
+            return self._torch.gated(x, norm, weight, bias)
         return self._run(kernel, x, weight, norm, bias, x.new_empty((len(x), len(weight) // 2)))
 
     def add(self, x: torch.Tensor, given: torch.Tensor, weight: torch.Tensor,
             bias: torch.Tensor | None) -> torch.Tensor:
         kernel = self._kernel(given, weight, False, ADD)
         if kernel is None:
-            wide = self._wide(given, weight, ADD)
-            if wide is None:
-                return self._torch.add(x, given, weight, bias)
-            return self.wide.run(wide, given, weight, bias, x)
+            return self._torch.add(x, given, weight, bias)
         return self._run(kernel, given, weight, None, bias, x)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self._torch.argmax(logits)
-
-    def _wide(self, x: torch.Tensor, weight: torch.Tensor, end: int) -> WideVariant | None:
-        """What wide_product.cu serves it with, where steps give it such products."""
-        return None if len(x) < LEAST_WIDE_COLUMNS else self.wide.variant(x, weight, end)
-
-    def _wide_normed(self, x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                     end: int) -> torch.Tensor | None:
-        """The product of x's norm by wide_product.cu where it serves it. Weights stream while the norm is computed."""
-        wide = self._wide(x, weight, end)
-        if wide is None or not self._rows.serves(x, x.shape[1]):
-            return None
-        out = x.new_empty((len(x), len(weight) // (2 if end == GATE else 1)))
-        return self.wide.run(wide, self._rows.rms_norm(x, norm, self._eps), weight, bias, out)
 
     def _kernel(self, x: torch.Tensor, weight: torch.Tensor, normed: bool, end: int) -> Kernel | None:
         found = variant(rows=len(weight), depth=weight.shape[1], columns=len(x), normed=normed, end=end,
