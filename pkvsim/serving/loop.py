@@ -6,7 +6,6 @@ import math
 
 from pkvsim.compiled import drop_stale, inner, merged, unlocked
 from pkvsim.memory.prefix_cache import EVICTABLE_PAGES, FREE_PAGES
-from pkvsim.memory.tier_gate import asks, next_ready_us
 from pkvsim.outside.step_costs import DECODE_ATTENTION, DRAFTS, HOST, heated, rest_us, step_parts
 from pkvsim.serving.attention import decode_us, fill_lens
 from pkvsim.serving.queueing.clients import next_send_us
@@ -47,6 +46,7 @@ from pkvsim.serving.state import (
     STEPS,
     WAITING_COUNT,
 )  # fmt: skip
+from pkvsim.serving.tiers.tier_gate import asks, next_ready_us
 
 
 @unlocked

@@ -12,7 +12,6 @@ import math
 
 from pkvsim.compiled import compiled, drop_stale, inner
 from pkvsim.memory.prefix_cache import acquire, resident_prefix
-from pkvsim.memory.tier_gate import ask, is_ready
 from pkvsim.serving.orders import KVSHARE
 from pkvsim.serving.queueing.clients import end, next_request, next_send_us, send
 from pkvsim.serving.queueing.drafts import tokens_of_step
@@ -39,6 +38,7 @@ from pkvsim.serving.state import (
     SERVED,
     WAITING,
 )
+from pkvsim.serving.tiers.tier_gate import ask, is_ready
 
 
 @compiled
