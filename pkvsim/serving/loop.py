@@ -46,7 +46,7 @@ from pkvsim.serving.state import (
     STEPS,
     WAITING_COUNT,
 )  # fmt: skip
-from pkvsim.serving.tiers.tier_gate import asks, next_ready_us
+from pkvsim.serving.tier_gate import asks, next_ready_us
 
 
 @unlocked

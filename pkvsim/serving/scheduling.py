@@ -38,7 +38,7 @@ from pkvsim.serving.state import (
     SERVED,
     WAITING,
 )
-from pkvsim.serving.tiers.tier_gate import ask, is_ready
+from pkvsim.serving.tier_gate import ask, is_ready
 
 
 @compiled

@@ -16,7 +16,7 @@ from pkvsim.serving.orders import FCFS, KVSHARE
 from pkvsim.serving.selection.pages import NUM_SELECTED, Selecting
 from pkvsim.serving.shared.grouping import Grouping, new_grouping
 from pkvsim.serving.shared.share import Sharing
-from pkvsim.serving.tiers.tier_gate import TierGate, new_gate
+from pkvsim.serving.tier_gate import TierGate, new_gate
 
 SERVED, TOO_LONG_FOR_POOL, TOO_LONG_FOR_MODEL = range(3)  # why a request is rejected
 # Where a request that is served stands. LEAVING: its last token is being computed, and it holds its pages until then.
