@@ -37,8 +37,11 @@ NEED_GPU = ("copies", "decode", "ttft")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
 DMA_RUNS = 32 * KIB, 64 * KIB, 512 * KIB
-COPY_RUNS = {"kernels": RUNS, "DMA": DMA_RUNS, "DMA in + kernel out": (64 * KIB,), "staged": RUNS}  # by way
-DECODE_RUNS = {"kernels": (32 * KIB,), "DMA": DMA_RUNS, "staged": RUNS}
+COPY_RUNS = {  # by way
+    "kernels": RUNS, "DMA": DMA_RUNS, "DMA in + kernel out": (64 * KIB,),
+    "staged": RUNS, "staged by 4 MiB": (64 * KIB,),
+}  # fmt: skip
+DECODE_RUNS = {"kernels": (32 * KIB,), "DMA": DMA_RUNS, "staged": RUNS, "staged by 4 MiB": (64 * KIB,)}
 DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
 TTFT_TOKENS = 128 * 1024
@@ -123,11 +126,15 @@ def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Tabl
         rows.append((
             f"{block_bytes // KIB} KiB", f"{figures.pool_gb_s:.2f}", f"{roof:.2f}" if roof else "-",
             f"{figures.pool_gb_s / roof * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
+            f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.thread_cores_per_gb_s:.3f}",
             f"{figures.roof_cores_per_gb_s:.3f}" if roof else "-",
             figures.reader + ("" if figures.direct else ", buffered"),
         ))  # fmt: skip
-    columns = ("block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "C loop's", "reader")
-    note = f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; checksums included" + (
+    columns = (
+        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "checksum", "thread", "C loop's", "reader",
+    )  # fmt: skip
+    note = (f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums, and of "
+            "checksums alone and the disk's thread") + (
         "" if on_gpu else "; no GPU: blocks are read and checked, and copied nowhere") + "."  # fmt: skip
     return Table(f"Random blocks of {args.directory}", columns, tuple(rows), note), found
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu.cache.tiers.host_arena import HostArena
-from gpu.cache.tiers.transfer import CudaPages
+from gpu.cache.tiers.transfer import STAGING_BYTES, CudaPages
 from gpu.calibrate.tier_rates import median_s
-from pkvsim.memory.copy_way import DMA, KERNEL, STAGED
+from pkvsim.devices.copy_way import DMA, KERNEL, STAGED
 
 LAYERS = 32
 MIB = 2**20
@@ -44,8 +44,9 @@ class DecodeFigures:
 # The ways that are measured, by name: to the GPU and to the host. "chosen" is what a cache of these sizes chooses.
 WAYS: dict[str, tuple[str, str] | None] = {
     "kernels": (KERNEL, KERNEL), "DMA": (DMA, DMA), "DMA in + kernel out": (DMA, KERNEL),
-    "staged": (STAGED, STAGED), "chosen": None,
+    "staged": (STAGED, STAGED), "staged by 4 MiB": (STAGED, STAGED), "chosen": None,
 }  # fmt: skip
+RING_BYTES = {"staged by 4 MiB": (4 * MIB,) * 3}  # of a slot, by way: those of a cache by default
 
 
 def make_pages(num_pages: int, run_bytes: int, way: str = "chosen", layers: int = LAYERS) -> CudaPages:
@@ -56,7 +57,7 @@ def make_pages(num_pages: int, run_bytes: int, way: str = "chosen", layers: int 
         [cupy.random.randint(0, 256, (num_pages, run_bytes), dtype=cupy.uint8) for _ in range(layers)] for _ in range(2)
     )
     cupy.cuda.Device().synchronize()
-    return CudaPages(k, v, ways=WAYS[way])
+    return CudaPages(k, v, ways=WAYS[way], staging_bytes=RING_BYTES.get(way, STAGING_BYTES))
 
 
 def scattered(run_bytes: int, total_bytes: int, way: str) -> CopyFigures:

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from gpu.cache.tiers.device import Device, NoPages
-from gpu.cache.tiers.disk_files import ALIGNMENT, HEADER_BYTES
+from gpu.cache.tiers.disk_files import ALIGNMENT, HEADER_BYTES, find_fault, seal
 from gpu.cache.tiers.disk_reads import LimitedReader, Reader
 from gpu.cache.tiers.handles import LoadHandle
+from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.open_reader import open_reader
 from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
 from pkvsim.memory.load_or_recompute import load_times_s
@@ -31,12 +32,15 @@ RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for its c
 
 @dataclass(frozen=True, slots=True)
 class DiskFigures:
-    """One disk, random blocks of block_bytes."""
+    """One disk, random blocks of block_bytes. Cores per GB/s: of all threads and the kernel, of the disk's thread, and
+    of checksums of blocks that are in no cache."""
 
     block_bytes: int
     roof_gb_s: float | None  # None without a C compiler
     pool_gb_s: float
     cores_per_gb_s: float
+    thread_cores_per_gb_s: float
+    checksum_cores_per_gb_s: float
     roof_cores_per_gb_s: float | None
     reader: str
     direct: bool
@@ -108,7 +112,7 @@ def one_disk(
             keys = keys_of("disk", count)
             store_all(cache, keys)
             rng = np.random.default_rng(0)
-            roofs, pools, cores, roof_cores = [], [], [], []
+            roofs, pools, cores, threads, roof_cores = [], [], [], [], []
             for turn in range(repeats):
                 if program is not None:
                     words = [program, place / "tier" / "blocks", slot_bytes, count, depth, count, turn]
@@ -116,18 +120,36 @@ def one_disk(
                     roofs.append(int(told[0]) / float(told[1]) / 1e9)
                     roof_cores.append(float(told[2]) / (int(told[0]) / 1e9))
                 shuffled = [keys[at] for at in rng.permutation(count)]
-                before = cpu_s()
+                before, before_thread = cpu_s(), cache.stats()["disk"]["thread_s"]
                 seconds, _ = timed_load(cache, shuffled)
-                pools.append(count * device.block_bytes / seconds / 1e9)
-                cores.append((cpu_s() - before) / (count * device.block_bytes / 1e9))
+                gb = count * device.block_bytes / 1e9
+                pools.append(gb / seconds)
+                cores.append((cpu_s() - before) / gb)
+                threads.append((cache.stats()["disk"]["thread_s"] - before_thread) / gb)
             stats = cache.stats()["disk"]
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return DiskFigures(
         device.block_bytes, statistics.median(roofs) if roofs else None, statistics.median(pools),
-        statistics.median(cores), statistics.median(roof_cores) if roof_cores else None, stats["reader"],
+        statistics.median(cores), statistics.median(threads), checksum_s_per_gb(device.block_bytes),
+        statistics.median(roof_cores) if roof_cores else None, stats["reader"],
         stats["direct"],
     )  # fmt: skip
+
+
+def checksum_s_per_gb(block_bytes: int, total_bytes: int = 2**27) -> float:
+    """Processor seconds of the checksums of a GB of blocks, one after another in memory that was last used long ago."""
+    slot_bytes = HEADER_BYTES + -(-block_bytes // ALIGNMENT) * ALIGNMENT
+    arena = HostArena(slots=max(1, total_bytes // slot_bytes), slot_bytes=slot_bytes)
+    for at in range(arena.slots):
+        seal(arena.address(at), block_bytes, b"key", at)
+    began = time.thread_time()
+    for at in range(arena.slots):
+        if find_fault(arena.bytes_of(at), block_bytes, b"key", at) is not None:
+            raise RuntimeError("a checksum is not what it was")
+    seconds = time.thread_time() - began
+    arena.close()
+    return seconds / (arena.slots * block_bytes / 1e9)
 
 
 def limited(bytes_per_s: float):

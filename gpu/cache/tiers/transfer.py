@@ -1,4 +1,4 @@
-"""Blocks between pinned host memory and the GPU's pages, whichever of pkvsim.memory.copy_way's ways they go.
+"""Blocks between pinned host memory and the GPU's pages, whichever of pkvsim.devices.copy_way's ways they go.
 
 Loads and stores go to streams of their own that decode never waits for: blocks of host memory layer by layer on one,
 whole blocks that disks deliver on another, so that neither waits behind the other, and stores on a third. An event
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpu.cache.tiers.dma import StagingRing, copy_runs
+from gpu.cache.dma import StagingRing, copy_runs
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
-from pkvsim.memory.copy_way import COPY_WAYS, DMA, KERNEL, STAGED, choose_copy_way, layers_in_piece
+from pkvsim.devices.copy_way import COPY_WAYS, DMA, KERNEL, STAGED, choose_copy_way, layers_in_piece
 
 if TYPE_CHECKING:
     import cupy

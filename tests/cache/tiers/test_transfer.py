@@ -10,10 +10,11 @@ import pytest
 from fake_gpu import FakeArray, memory
 from pool_cases import check, content, host, keys
 
-from gpu.cache.tiers import dma, transfer
+from gpu.cache import dma
+from gpu.cache.tiers import transfer
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.kernels import fields
-from pkvsim.memory import copy_way
+from pkvsim.devices import copy_way
 
 LAYERS, RUN = 3, 2048  # K or V of a page of a layer: pool_cases has 4096 for both
 

@@ -1,4 +1,4 @@
-"""gpu.cache.tiers.dma's ring on streams that run in any order which their events allow: a slot is never used too soon."""
+"""gpu.cache.dma's ring on streams that run in any order which their events allow: a slot is never used too soon."""
 import sys
 import types
 
@@ -8,7 +8,7 @@ from fake_gpu import FakeArray, memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu.cache.tiers import dma
+from gpu.cache import dma
 
 RUN = 16
 
