@@ -7,6 +7,6 @@ The pool beyond a GPU's pages: `tiers` says what devices there are and `tier_pre
 `placement` which device a block goes to, `block_index` where each block is and who uses it, `retention` which one goes,
 `load_or_recompute` how much of a prompt is worth loading. `memory_pool` is the face that the simulator
 (`simulate_tiers`, and the serving loop) and the GPU's tiered cache both call, so that they
-decide alike. `tier_options` are the choices, `copy_way` is how blocks cross to a GPU and back, `device_clock` says when
-simulated devices have done their work.
+decide alike. `tier_options` are the choices, `device_clock` says when simulated devices have done their work; how
+blocks cross to a GPU and back is pkvsim.devices.copy_way's.
 """
