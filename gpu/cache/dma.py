@@ -12,8 +12,6 @@ import numpy as np
 if TYPE_CHECKING:
     import cupy
 
-RING_SLOTS = 2  # one is filled while the other is emptied
-
 
 class _Attributes(ctypes.Structure):  # CUmemcpyAttributes of CUDA 12.8
     _fields_ = [
@@ -57,26 +55,27 @@ class StagingRing:
     """
 
     __slots__ = ("layers", "dma_stream", "stream", "to_host", "_launch", "_positions", "_pieces", "_table", "_memory",
-                 "_filled", "_empty", "_next", "_lock")  # fmt: skip
+                 "_filled", "_empty", "_slots", "_next", "_lock")  # fmt: skip
 
     def __init__(
-        self, dma_stream: cupy.cuda.Stream, *, layers: int, piece_bytes: int, pieces: int, to_host: bool,
+        self, dma_stream: cupy.cuda.Stream, *, layers: int, piece_bytes: int, slots: int, pieces: int, to_host: bool,
         launch: Callable[[int, int, int, int, int, cupy.cuda.Stream], None],
     ) -> None:  # fmt: skip
-        """layers: of a piece of piece_bytes; pieces: of a slot; launch(hosts, pages, blocks, first_run, num_runs,
-        stream): starts the kernel on addresses of pieces that the GPU has at `hosts`, page numbers at `pages`.
-        MemoryError where the GPU has no room."""
+        """layers: of a piece of piece_bytes; slots: at least 2, one to be filled while another is emptied; pieces: of a
+        slot; launch(hosts, pages, blocks, first_run, num_runs, stream): starts the kernel on pieces whose addresses
+        the GPU has at `hosts`, and page numbers at `pages`. MemoryError where the GPU has no room."""
         import cupy
 
-        self.layers, self.to_host, self._launch, self._positions = layers, to_host, launch, pieces
-        self._memory = cupy.empty(RING_SLOTS * pieces * piece_bytes, cupy.uint8)
-        self._pieces = self._memory.data.ptr + np.arange(RING_SLOTS * pieces, dtype=np.int64) * piece_bytes
+        self.layers, self.to_host, self._launch = layers, to_host, launch
+        self._slots, self._positions = slots, pieces
+        self._memory = cupy.empty(slots * pieces * piece_bytes, cupy.uint8)
+        self._pieces = self._memory.data.ptr + np.arange(slots * pieces, dtype=np.int64) * piece_bytes
         self._table = cupy.asarray(self._pieces)
         self.dma_stream = dma_stream
         # Its CTAs are few and short, and what they wait for meanwhile is a slot that the DMA engine needs again.
         self.stream = cupy.cuda.Stream(non_blocking=True, priority=-1)
         self._filled, self._empty = (
-            [cupy.cuda.Event(disable_timing=True) for _ in range(RING_SLOTS)] for _ in range(2)
+            [cupy.cuda.Event(disable_timing=True) for _ in range(slots)] for _ in range(2)
         )  # fmt: skip
         self._next = 0
         self._lock = threading.Lock()
@@ -91,7 +90,7 @@ class StagingRing:
         for begin in range(0, len(hosts), self._positions):
             part = hosts[begin : begin + self._positions]
             with self._lock:
-                slot, self._next = self._next, (self._next + 1) % RING_SLOTS
+                slot, self._next = self._next, (self._next + 1) % self._slots
                 place = slot * self._positions
                 staged, table = self._pieces[place : place + len(part)], self._table.data.ptr + 8 * place
                 first, second = (self.stream, self.dma_stream) if self.to_host else (self.dma_stream, self.stream)

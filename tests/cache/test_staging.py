@@ -62,10 +62,10 @@ def make_cuda(streams):
 @settings(max_examples=50, deadline=None)
 @given(
     to_host=st.booleans(), blocks=st.integers(0, 9), layers=st.integers(1, 4), in_piece=st.integers(1, 4),
-    pieces=st.integers(1, 3), copies=st.integers(1, 2), early=st.integers(0, 40), rng=st.randoms(),
+    pieces=st.integers(1, 3), copies=st.integers(1, 2), slots=st.integers(2, 4), early=st.integers(0, 40), rng=st.randoms(),
 )  # fmt: skip
 def test_no_slot_is_filled_before_it_is_empty_or_emptied_before_it_is_full(
-    to_host, blocks, layers, in_piece, pieces, copies, early, rng
+    to_host, blocks, layers, in_piece, pieces, copies, slots, early, rng
 ):
     streams = Streams()
     cuda = make_cuda(streams)
@@ -107,8 +107,8 @@ def test_no_slot_is_filled_before_it_is_empty_or_emptied_before_it_is_full(
         patch.setitem(sys.modules, "cupy", cupy)
         patch.setattr(dma, "copy_runs", copy_runs)
         in_piece = min(in_piece, layers)
-        ring = dma.StagingRing(cuda.Stream(), layers=in_piece, piece_bytes=in_piece * RUN, pieces=pieces, to_host=to_host,
-                               launch=launch)  # fmt: skip
+        ring = dma.StagingRing(cuda.Stream(), layers=in_piece, piece_bytes=in_piece * RUN, slots=slots, pieces=pieces,
+                               to_host=to_host, launch=launch)  # fmt: skip
         for at in range(copies):
             addresses = host[at].ctypes.data + np.arange(blocks) * layers * RUN
             for layer in range(0, layers, in_piece):

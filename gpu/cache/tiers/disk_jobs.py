@@ -1,6 +1,8 @@
 """What a disk is asked to do, and what it has done."""
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,3 +48,17 @@ class DiskCounts:
     busy_s: float = 0.0
     thread_s: float = 0.0  # processor time of its thread
     last_fault: str = ""
+
+
+def groups(jobs: list, name: str) -> list[list]:
+    """Jobs by their equal attribute of that name, in order."""
+    found: dict[object, list] = {}
+    for job in jobs:
+        found.setdefault(getattr(job, name), []).append(job)
+    return list(found.values())
+
+
+def error_name(number: int | None) -> str:
+    """An errno as its name and what it means; EIO where there is none."""
+    number = number or errno.EIO
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"

@@ -8,8 +8,6 @@ stalled disk gets nothing more to do, and its buffers stay its own for as long a
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import threading
 import time
 from collections import deque
@@ -19,14 +17,17 @@ import numpy as np
 
 from gpu.cache.tiers.device import Ticket
 from gpu.cache.tiers.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
-from gpu.cache.tiers.disk_jobs import DiskCounts, ReadJob, WriteJob
+from gpu.cache.tiers.disk_jobs import DiskCounts, ReadJob, WriteJob, error_name, groups
 from gpu.cache.tiers.disk_reads import Done, Reader, Request
 from gpu.cache.tiers.host_arena import HostArena
 
 OBSERVED_BYTES = 64 * 2**20  # read between two reports of the rate
-# The thread sleeps until this part of what is under way has ended: a turn, and a hand-over to the GPU, costs the
+# What has ended is checked and handed over once it is this part of what is under way: a hand-over to the GPU costs the
 # processor about as much for many blocks as for one, and the disk has the rest to work on meanwhile.
 BATCH_PART = 4
+# The thread wakes earlier than that to ask for more, where a part of that many is under way: a disk whose rate grows
+# with what it is asked for loses as much of it as is missing on average, half of what a wake waits for.
+WAKE_FROM, WAKE_PART = 8, 8
 
 
 class DiskTier:
@@ -59,6 +60,7 @@ class DiskTier:
         self._free = list(range(ring.slots))
         self._buffers = [ring.bytes_of(slot) for slot in self._free]
         self._under_way: dict[int, tuple[ReadJob | WriteJob, float]] = {}  # ring slot -> job, when it began
+        self._arrived: list[tuple[ReadJob | WriteJob, int, int]] = []  # ended, to be looked at: job, ring slot, result
         self._given_up: set[int] = set()
         self._draining: deque[tuple[Ticket, list[int]]] = deque()  # copies to the GPU, and their ring slots
         self._seen_bytes, self._seen_since = 0, 0.0
@@ -76,7 +78,7 @@ class DiskTier:
     @property
     def queued(self) -> int:
         """Jobs that wait or are under way."""
-        return len(self._jobs) + len(self._under_way)
+        return len(self._jobs) + len(self._under_way) + len(self._arrived)
 
     def add(self, jobs: list[ReadJob] | list[WriteJob]) -> None:
         """Queues jobs. Each ends, whatever happens."""
@@ -126,13 +128,17 @@ class DiskTier:
             self._free += slots
         self._submit()
         if self._under_way or self._given_up:
-            ended = self._collect(self._reader.poll(
-                0.01 if self._under_way else 0.0, max(1, len(self._under_way) // BATCH_PART)
-            ))  # fmt: skip
+            wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
+            ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0, wait_for))
+            self._arrived += ended
+            submitted = False
             try:
                 self._submit()  # before what has ended is looked at, so that the disk has work meanwhile
+                submitted = True
             finally:
-                self._finish(ended)
+                many = len(self._arrived) >= len(self._under_way) // BATCH_PART
+                if many or len(ended) < wait_for or not (submitted and self._free):
+                    self._finish()
             self._check_stall()
         elif self._draining:
             ticket, slots = self._draining.popleft()
@@ -176,7 +182,7 @@ class DiskTier:
     def _prepare(self, jobs: list[WriteJob]) -> list[Request]:
         """Blocks of jobs, copied from the GPU and sealed, as requests."""
         requests = []
-        for group in _groups(jobs, "fill"):
+        for group in groups(jobs, "fill"):
             slots = [self._free.pop() for _ in group]
             buffers = self._ring.addresses(np.array(slots))
             try:
@@ -192,7 +198,7 @@ class DiskTier:
                     self.files.begin(job.slot)
                 except OSError as error:
                     self._free.append(slot)
-                    self._end(job, _error_name(error.errno))
+                    self._end(job, error_name(error.errno))
                 else:
                     requests.append(self._write_request(job, time.perf_counter(), slot))
         return requests
@@ -208,14 +214,15 @@ class DiskTier:
                 out.append((self._under_way.pop(tag)[0], tag, result))
         return out
 
-    def _finish(self, ended: list[tuple[ReadJob | WriteJob, int, int]]) -> None:
+    def _finish(self) -> None:
         """Checks what was read and hands it over; ends what was written."""
+        ended, self._arrived = self._arrived, []
         arrived: dict[ReadJob, int] = {}
         block_bytes, slot_bytes, buffers = self.files.block_bytes, self.files.slot_bytes, self._buffers
         for job, tag, result in ended:
             fault = None
             if result < 0:
-                fault = _error_name(-result)
+                fault = error_name(-result)
             elif result != slot_bytes:
                 fault = f"short {'write' if isinstance(job, WriteJob) else 'read'} of {result} bytes"
             if isinstance(job, WriteJob):
@@ -230,7 +237,7 @@ class DiskTier:
             else:
                 self._free.append(tag)
                 self._end(job, fault or "cancelled")
-        for group in _groups(list(arrived), "take"):
+        for group in groups(list(arrived), "take"):
             slots = [arrived[job] for job in group]
             fault = None
             try:
@@ -257,7 +264,7 @@ class DiskTier:
             try:
                 self.files.finish(job.slot, job.key)
             except OSError as error:
-                fault = _error_name(error.errno)
+                fault = error_name(error.errno)
         self._end(job, fault)
 
     def _end(self, job: ReadJob | WriteJob, fault: str | None) -> None:
@@ -275,6 +282,7 @@ class DiskTier:
     def _check_stall(self) -> None:
         _, began = next(iter(self._under_way.values()), (None, float("inf")))  # the oldest: dicts keep their order
         if time.perf_counter() - began > self._stall_s:
+            self._finish()
             self._give_up(f"stalled for {self._stall_s:g} s", list(self._under_way))
 
     def _give_up(self, fault: str, slots: list[int]) -> None:
@@ -283,23 +291,12 @@ class DiskTier:
             self._is_stalled = True
             queued, self._jobs = list(self._jobs), deque()
         self._given_up.update(slots)
-        jobs = [self._under_way.pop(at)[0] for at in slots] + queued
+        jobs = [self._under_way.pop(at)[0] for at in slots] + [job for job, _, _ in self._arrived] + queued
+        self._free += [at for _, at, _ in self._arrived]
+        self._arrived = []
         for job in jobs:
             self.counts.faults += 1
             self.counts.last_fault = fault
             job.ended([job], fault)
         if self._stalled is not None:
             self._stalled()
-
-
-def _groups(jobs: list, name: str) -> list[list]:
-    """Jobs by their equal attribute of that name, in order."""
-    groups: dict[object, list] = {}
-    for job in jobs:
-        groups.setdefault(getattr(job, name), []).append(job)
-    return list(groups.values())
-
-
-def _error_name(number: int | None) -> str:
-    number = number or errno.EIO
-    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"

@@ -55,16 +55,23 @@ class LoadHandle:
         device = self._cache.device
         if not 0 <= layer < device.num_layers:
             raise ValueError(f"layer: expected [0, {device.num_layers}), got {layer}")
-        for ticket in (*self._layers[layer : layer + 1], *self._tickets):
+        for ticket in (*self._layers[layer : layer + 1], *self._not_done()):
             device.wait(ticket)
         return valid
 
     def wait(self) -> int:
         """Blocks this thread until everything is in its pages; returns how many leading blocks are valid."""
         valid = self._wait_disks()
-        for ticket in (*self._layers, *self._tickets):
+        for ticket in (*self._layers, *self._not_done()):
             ticket.wait()
         return valid
+
+    def _not_done(self) -> list[Ticket]:
+        """Tickets of disks' blocks that are still being copied. Those that are done are asked once, and not again for
+        each layer: a long prompt has hundreds."""
+        with self._changed:
+            self._tickets = [ticket for ticket in self._tickets if not ticket.done()]
+            return self._tickets
 
     def _wait_disks(self) -> int:
         with self._changed:

@@ -32,8 +32,10 @@ SHORT_RUN_BYTES = 32 * 2**10
 # threads and 8 vectors each did so from 64 on, and were as fast as these with 32 (one H200, 2026-11-29).
 GATHER_CTAS, SCATTER_CTAS = (32, 16), (16, 8)  # for runs below SHORT_RUN_BYTES, and from it on
 STAGED_CTAS = 16  # within the GPU's memory: many times the link's rate, and few SMs in decode's way
-# Of a slot of the rings of host memory's blocks, disks' blocks and stores. Large ones keep the calls for each GB few: a
-# launch queue that is full would hold up every thread that launches.
+# Slots, and bytes of one, of the rings of host memory's blocks, of disks' blocks and of stores. Large ones keep the
+# calls for each GB few: a launch queue that is full would hold up every thread that launches. What several disks hand
+# over comes in small parts, and more of them wait for their turn of the DMA engine.
+STAGING_SLOTS = (2, 4, 2)
 STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
 
 
@@ -75,7 +77,8 @@ class CudaPages:
         staging_bytes: tuple[int, int, int] = STAGING_BYTES,
     ) -> None:  # fmt: skip
         """ways: of COPY_WAYS, to the GPU and to the host, by default those that choose_copy_way() chooses.
-        staging_bytes: of a ring's slot, for loads from host memory, for those from disks, for stores; two slots each.
+        staging_bytes: of a ring's slot, for loads from host memory, for those from disks, and for stores; a ring has
+        STAGING_SLOTS of them.
 
         Raises ValueError naming the argument.
         """
@@ -139,7 +142,7 @@ class CudaPages:
                 try:
                     ring = StagingRing(
                         stream, layers=layers[at], piece_bytes=piece_bytes, to_host=to_host,
-                        pieces=max(1, min(most // piece_bytes, self.num_pages)),
+                        slots=STAGING_SLOTS[at], pieces=max(1, min(most // piece_bytes, self.num_pages)),
                         launch=functools.partial(
                             _launch_staged, self._scatter if to_host else self._gather, self._lock, self._bases,
                             self._page_stride, self.run_bytes,

@@ -1,0 +1,96 @@
+"""One disk's thread: how much it has under way while it works, in how large parts it hands over, how often it wakes."""
+import os
+import time
+
+import numpy as np
+from pool_cases import BLOCK_BYTES, compute, device, disk, keys
+
+from gpu.cache.tiers.device import HostPages
+from gpu.cache.tiers.disk_files import view
+from gpu.cache.tiers.disk_reads import Done, LimitedReader, Request
+from gpu.cache.tiers.tiered_cache import TieredKVCache
+
+SLOT, DEPTH, BLOCKS = 4096 + BLOCK_BYTES, 64, 400
+
+
+class PromptReader:
+    """Has done everything when it is asked to, and tells of as many as are waited for."""
+
+    name = "prompt"
+
+    def __init__(self):
+        self.waiting, self.most, self.least, self.polls = [], 0, DEPTH, 0
+
+    def submit(self, requests: list[Request]):
+        for one in requests:
+            call = os.pwritev if one.write else os.preadv
+            self.waiting.append(Done(one.tag, call(one.fd, [view(one.address, one.num_bytes)], one.offset)))
+        self.most = max(self.most, len(self.waiting))
+
+    def poll(self, wait_s, few=1):
+        self.polls += bool(self.waiting and wait_s)
+        told, self.waiting = self.waiting[:few], self.waiting[few:]
+        self.least = min(self.least, len(self.waiting))
+        return told
+
+    def close(self):
+        pass
+
+
+class Counted(HostPages):
+    """Counts hand-overs."""
+
+    __slots__ = ("parts",)
+
+    def copy_in(self, addresses, pages, *, after, each_layer):
+        self.parts.append(len(pages))
+        return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
+
+
+def test_a_disk_keeps_seven_eighths_under_way_and_hands_over_quarters(tmp_path):
+    pages = Counted(num_pages=BLOCKS, num_layers=3, run_bytes=4096)
+    pages.parts = []
+    made = []
+
+    def make(depth, buffers):
+        made.append(PromptReader())
+        return made[-1]
+
+    store = disk(tmp_path / "a", BLOCKS, reader=make, bytes_under_way=DEPTH * SLOT, ring_bytes=3 * DEPTH * SLOT)
+    with TieredKVCache(pages, disks=[store]) as cache:
+        prompt = keys("p", BLOCKS)
+        compute(pages, prompt, range(BLOCKS))
+        cache.store(prompt, np.arange(BLOCKS)).wait()
+        wanted = pages.pages.copy()
+        pages.pages[:] = 0
+        made[0].most, made[0].polls = 0, 0
+        seen = []
+        poll = made[0].poll
+
+        def watched(wait_s, few=1):
+            told = poll(wait_s, few)
+            seen.append(len(made[0].waiting))
+            return told
+
+        made[0].poll = watched
+        handle = cache.load(prompt, np.arange(BLOCKS))
+        assert handle.wait() == BLOCKS and (pages.pages == wanted).all()
+    assert made[0].most == DEPTH
+    while_there_is_more = seen[: (BLOCKS - DEPTH) // (DEPTH // 8)]
+    assert min(while_there_is_more) >= DEPTH - DEPTH // 8
+    assert max(pages.parts[:4]) >= DEPTH // 4 and len(pages.parts) <= BLOCKS // (DEPTH // 4) + 12
+
+
+def test_a_limiter_waits_once_for_all_that_it_is_asked_for(tmp_path):
+    inner = PromptReader()
+    limited = LimitedReader(inner, 1e6)
+    path = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.pwrite(path, bytes(40_000), 0)
+    pages = device(4).pages
+    began = time.perf_counter()
+    limited.submit([Request(tag, path, 0, pages.ctypes.data, 4000) for tag in range(10)])
+    assert [done.tag for done in limited.poll(5.0, 5)] == list(range(5))
+    assert 0.019 < time.perf_counter() - began and inner.polls <= 2  # 4 ms each
+    assert [done.tag for done in limited.poll(5.0, 5)] == list(range(5, 10))
+    assert 0.039 < time.perf_counter() - began and inner.polls <= 4 and limited.poll(5.0) == []
+    os.close(path)
