@@ -99,6 +99,7 @@ def soak(folder: Path, requests: int, *, seed: int = 0, restart_every: int = 400
     rng = np.random.default_rng(seed)
     found = Soak()
     readers: list[FaultyReader] = []
+    gc.collect()  # what others in this process have left to it
     handles, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     while found.requests < requests:
         pages = device(PAGES)
