@@ -3,8 +3,9 @@
 // A warp scores 16 pages at a time: their summaries are the M of the product, the group's query heads its N. A lane
 // reads 16 bytes of a row at a time, as they lie: which elements a step of the product sums is the same for both
 // operands, so their order does not matter. With c the key's summary and q the query head:
-//   MEAN_STD  scale * (q . mean + sqrt(sum over d of (q_d std_d)^2)), one standard deviation above the mean logit where
-//             the elements of a key vary on their own. Squares are products of BF16, which has their range.
+//   MEAN_STD  scale * (q . mean + DEVIATIONS * sqrt(sum over d of (q_d std_d)^2)), so many standard deviations above the
+//             mean logit where the elements of a key vary on their own. Squares are products of BF16, which has their
+//             range.
 //   MIN_MAX   scale * sum over d of max(q_d min_d, q_d max_d), which no key of the page exceeds (Quest)
 #pragma once
 #include "arguments.cuh"
@@ -135,7 +136,7 @@ struct ScoreRows {
 
 // A logit in base 2 of the sums of both halves.
 __device__ __forceinline__ float logit_of(float first, float second, float unit) {
-  return unit * (first + (SCORING == MEAN_STD ? sqrt_fast(second) : second));
+  return unit * (first + (SCORING == MEAN_STD ? DEVIATIONS * sqrt_fast(second) : second));
 }
 
 // The largest of some scores of one head, and the sum of 2^(score - that).

@@ -54,6 +54,7 @@
 //                                     deviations; 2: minima and maxima (page_scores.cuh)
 // AGGREGATION        0 1              over the group's query heads: 0 the largest score, 1 the   selection_defines
 //                                     mean of the softmax over pages
+// DEVIATIONS         >= 0             of SCORING 1: standard deviations above the mean logit     selection_defines
 // SUMMARY_CODES      0 1              1: summaries are 8-bit codes with scales; default 0        selection_defines
 // By-products: balanced.cu, selected.cu
 // PAGE_LSE           0 1              1: the log-sum-exp of every tile and query head is         KernelConfig

@@ -56,7 +56,7 @@ def page_logits(kind: str, q: torch.Tensor, summaries: torch.Tensor, scale: floa
     head_dim]."""
     first, second = summaries[..., 0, :].mT, summaries[..., 1, :].mT
     if kind == "mean_std":
-        return scale * (q @ first + (q.square() @ second.square()).sqrt())
+        return scale * (q @ first + mean_std.DEVIATIONS * (q.square() @ second.square()).sqrt())
     return scale * (q.clamp(max=0) @ first + q.clamp(min=0) @ second)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from gpu.kernels.variant import DTYPES
 from pkvsim import DecodeShape
+from pkvsim.selection.methods import mean_std
 from pkvsim.selection.served import HEAD_DIMS, most_group_size
 from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX
 
@@ -41,7 +42,8 @@ def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggre
     """Compile-time constants of select.cu and summaries.cu."""
     return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
             "DTYPE_BF16": DTYPES[dtype], "WARPS": warps, "SCORING": SCORINGS[summary],
-            "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES)}
+            "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES),
+            "DEVIATIONS": mean_std.DEVIATIONS}
 
 
 def page_values(shape: DecodeShape, aggregation: str) -> int:

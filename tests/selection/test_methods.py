@@ -66,14 +66,14 @@ def test_quest_bounds_every_key() -> None:
     assert (quest.scores(q, row_summaries(keys, 8, "min_max"), 0.5) == found.max(axis=0)).all()
 
 
-def test_mean_std_is_a_deviation_above_the_mean() -> None:
+def test_mean_std_is_three_deviations_above_the_mean() -> None:
     rng = np.random.default_rng(3)
     keys, q = rng.standard_normal((40, 8)), rng.standard_normal((3, 8))
     logits = np.zeros((3, 5))
     for head, page in itertools.product(range(3), range(5)):
         own = keys[page * 8 : page * 8 + 8]
         variance = sum((q[head, d] * own[:, d].std()) ** 2 for d in range(8))
-        logits[head, page] = 0.5 * (np.mean(own @ q[head]) + variance**0.5)
+        logits[head, page] = 0.5 * (np.mean(own @ q[head]) + 3 * variance**0.5)
     summaries = row_summaries(keys, 8, mean_std.SUMMARY)
     np.testing.assert_allclose(mean_std.logits(q, summaries, 0.5), logits)
     weights = [np.exp(row) / np.exp(row).sum() for row in logits]

@@ -50,7 +50,8 @@ def test_logits_of_codes_are_as_far_off_as_their_scales(keys, page_size, seed) -
     q = np.random.default_rng(seed).standard_normal((2, keys.shape[1]))
     off = np.abs(mean_std.logits(q, decode(codes, scales, MEAN_STD), 1.0) - mean_std.logits(q, found, 1.0))
     # The norm of (q std) moves by no more than the norm of q times what each deviation is off.
-    allowed = 0.5 * (np.abs(q).sum(axis=1)[:, None] * scales[:, 0] + np.linalg.norm(q, axis=1)[:, None] * scales[:, 1])
+    of_norms = mean_std.DEVIATIONS * np.linalg.norm(q, axis=1)
+    allowed = 0.5 * (np.abs(q).sum(axis=1)[:, None] * scales[:, 0] + of_norms[:, None] * scales[:, 1])
     assert (off <= allowed + 1e-9 * np.abs(keys).max() * np.abs(q).sum() + 1e-30).all()
 
 

@@ -1,10 +1,16 @@
-"""Mean + std, the default: a page is scored by its mean logit plus one standard deviation.
+"""Mean + std, the default: a page is scored by its mean logit plus three standard deviations.
 
 Elements of a key are taken to vary on their own, so the variance of q . k over a page is the sum of (q_d std_d)^2.
+What a page weighs is near its largest logit wherever that matters. Of 16 logits drawn from a normal distribution the
+largest is 1.77 standard deviations above their mean in expectation, and one that stands out alone is
+sqrt(15) = 3.87 above it: with one of n at m + D and the others at m, the mean is m + D / n and the deviation
+D sqrt(n - 1) / n. Three lies between; heads of both kinds were found, and half the variance, which is what the exact
+mass of normal logits has, loses where deviations are large (examples/results/selection_study.md). One rule is kept for
+all page sizes.
+
 Scores become weights by a softmax over the row's pages, and these are averaged over the query heads of the group: a
 head with one sharp page then counts as much as one with many equal pages. No paper that we know of scores so.
-examples/study_selection.py compares it with Quest's bound on a real model, and with other multiples of the deviation;
-examples/results/selection_study.md has a first look.
+examples/study_selection.py compares it with Quest's bound on a real model.
 """
 from __future__ import annotations
 
@@ -15,12 +21,13 @@ from pkvsim.selection.summaries import MEAN_STD
 
 SUMMARY = MEAN_STD
 AGGREGATION = "softmax_mean"
+DEVIATIONS = 3  # above the mean logit, in cuda_src/page_scores.cuh too
 
 
 def logits(q: np.ndarray, summaries: np.ndarray, scale: float) -> np.ndarray:
     """Of a group's queries [group_size, head_dim] and summaries [pages, 2, head_dim]: [group_size, pages]."""
     mean, std = summaries[:, 0], summaries[:, 1]
-    return scale * (q @ mean.T + np.sqrt((q * q) @ (std * std).T))
+    return scale * (q @ mean.T + DEVIATIONS * np.sqrt((q * q) @ (std * std).T))
 
 
 def scores(q: np.ndarray, summaries: np.ndarray, scale: float) -> np.ndarray:
