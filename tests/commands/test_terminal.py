@@ -59,7 +59,7 @@ def terminal(monkeypatch):
     """stdout as rich sees a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(serving_inputs, "progress_bar", lambda show, unit: contextlib.nullcontext())
+    monkeypatch.setattr(serving_inputs, "progress_bar", lambda show, unit, **_: contextlib.nullcontext())
     monkeypatch.setenv("TERMINAL_WIDTH", "80")  # typer's, for help
 
 
