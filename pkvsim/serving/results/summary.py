@@ -31,12 +31,18 @@ def replica_summary(
         "requests": int(own.sum()),
         "output_tokens": int(requests.output_tokens[own].sum()),
         "busy_share": busy_us / 1e6 / makespan_s if makespan_s else None,
-        "mean_rows": float(steps.rows @ weight / busy_us) if busy_us else None,
-        "kv_occupancy": float(steps.pages @ weight / limits.num_pages / busy_us) if busy_us else None,
+        "mean_rows": dot(steps.rows, weight) / busy_us if busy_us else None,
+        "kv_occupancy": dot(steps.pages, weight) / limits.num_pages / busy_us if busy_us else None,
         "preemptions": int(requests.preemptions[own].sum()),
         "prefix_hit_tokens": int(requests.hit_tokens[own].sum()),
         "ttft_s": percentiles(requests.ttft_s[own]),
     }
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> float:
+    """The sum of products, one thread's: BLAS would wake as many as there are cores, whose number decides the last
+    digits, and who then spin beside the next run."""
+    return float((a * b).sum())
 
 
 def percentiles(values: np.ndarray) -> dict[str, float | None]:
@@ -88,7 +94,7 @@ def is_saturated(requests: RequestLog) -> bool:
     if len(arrival) < 8:
         return False
     centred = arrival - arrival.mean()
-    slope = float(centred @ wait / (centred @ centred))
+    slope = dot(centred, wait) / dot(centred, centred)
     last = slice(-(len(arrival) // 4), None)
     service = (finish - arrival - wait)[last].mean()
     return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
@@ -131,7 +137,7 @@ def summarise(
         "tokens_per_decode_row": share(decoded, totals["decode_rows"]) if limits.query_tokens > 1 else None,
         "steps": num_steps,
         "step_us": share(busy_us, num_steps),
-        "mean_rows": share(steps.rows @ weight, busy_us),
+        "mean_rows": share(dot(steps.rows, weight), busy_us),
         "attention_share": share(totals["attention_us"], busy_us),
         "rest_share": share(totals["rest_us"], busy_us),
         "prefill_share": share(totals["prefill_us"], busy_us),
@@ -140,7 +146,7 @@ def summarise(
         "routes": {name: count for name, count in routes.items() if count},
         "regret": share(totals["attention_us"] - best_us, best_us) if routes_taken else None,
         "kv_pages": replicas * limits.num_pages,
-        "kv_occupancy": share(steps.pages @ weight / limits.num_pages, busy_us),
+        "kv_occupancy": share(dot(steps.pages, weight) / limits.num_pages, busy_us),
         "preemptions": int(requests.preemptions.sum()),
         "prefix_hit_share": share(requests.hit_blocks.sum(), blocks),
         "prefix_hit_tokens": int(requests.hit_tokens.sum()),
