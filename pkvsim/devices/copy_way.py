@@ -7,19 +7,21 @@
 
 Sizes are of one H200 on PCIe 5.0 x16, 29 November 2026, GB/s to the GPU and to the host, alone and with both at once:
 kernels 50.4 and 51.5, 30 and 34 at any run; DMA 32.4 and 34.0, 19 and 19 with runs of 32 KiB (a copy takes the driver
-0.86 us), 51.2 and 43.4, 46 and 34 with 64 KiB, 54.3 and 50.1, 46 and 46 with 512 KiB.
+0.86 us), 51.2 and 43.4, 46 and 34 with 64 KiB, 54.3 and 50.1, 46 and 46 with 512 KiB; staged 53.8 and 53.7, 50 and 49
+with 16 and 64 KiB, 53.5 and 52.2, 50 and 26 with 4 KiB. Decode steps beside a load are 5.8 % slower while DMA brings
+runs of 64 KiB, 16 % while staging does, whose bytes cross HBM three times, and 18 % while kernels do. So runs that DMA
+brings at its rate are not staged on their way to the GPU.
 """
 from __future__ import annotations
 
 KERNEL, DMA, STAGED = "kernel", "dma", "staged"
 COPY_WAYS = (KERNEL, DMA, STAGED)
 KIB = 2**10
-LONG_RUN_BYTES = 512 * KIB  # runs that the copy engines move at their full rate both ways
 # Pieces that are worth staging: of two layers and more, and at least this long. From the figures of DMA, whose time a
-# piece is 0.23 us and its bytes at 51 GB/s; staging itself has not been calibrated.
+# piece is 0.23 us and its bytes at 51 GB/s; measured are pieces of 512 KiB and more.
 STAGED_FROM_BYTES = 256 * KIB
 PIECE_BYTES = 512 * KIB  # that layers are put together for
-# Runs from which on the copy engines are as fast as kernels where staging is no choice, to the GPU and to the host.
+# Runs from which on the copy engines need neither kernels nor staging, to the GPU and to the host.
 DMA_FROM_BYTES = 64 * KIB, 512 * KIB
 
 
@@ -32,6 +34,6 @@ def layers_in_piece(num_layers: int, layer_bytes: int, *, most_bytes: int, whole
 
 def choose_copy_way(run_bytes: int, piece_bytes: int, *, to_host: bool) -> str:
     """One of COPY_WAYS for blocks that lie in runs of run_bytes on the GPU; piece_bytes: of layers_in_piece()."""
-    if run_bytes < LONG_RUN_BYTES and piece_bytes >= max(STAGED_FROM_BYTES, 2 * run_bytes):
-        return STAGED
-    return DMA if run_bytes >= DMA_FROM_BYTES[to_host] else KERNEL
+    if run_bytes >= DMA_FROM_BYTES[to_host]:
+        return DMA
+    return STAGED if piece_bytes >= max(STAGED_FROM_BYTES, 2 * run_bytes) else KERNEL

@@ -26,7 +26,7 @@ def test_longer_pieces_of_the_same_runs_are_never_less_staged(run_bytes: int, ru
 
 
 @pytest.mark.parametrize(("run_kib", "piece_kib", "into", "out"), [
-    (64, 512, STAGED, STAGED), (4, 256, STAGED, STAGED), (4, 64, KERNEL, KERNEL), (64, 64, DMA, KERNEL),
+    (64, 512, DMA, STAGED), (32, 512, STAGED, STAGED), (4, 256, STAGED, STAGED), (4, 64, KERNEL, KERNEL), (64, 64, DMA, KERNEL),
     (512, 512, DMA, DMA), (1024, 1024, DMA, DMA), (256, 256, DMA, KERNEL),
 ])  # fmt: skip
 def test_ways_of_measured_sizes(run_kib: int, piece_kib: int, into: str, out: str) -> None:
