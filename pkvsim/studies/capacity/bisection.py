@@ -91,7 +91,7 @@ def _beyond(factors: Sequence[float], start: float, known: float | None) -> list
 
 def _beside(expected: float | None, kept: float, missed: float, aside: float) -> float:
     """A rate beside the expected edge, on the side of the end that is farther from it; the middle where it is none."""
-    if expected is None or not kept < expected < missed:
+    if expected is None or not kept <= expected <= missed:  # a rate that was tried may be the very edge
         return (kept * missed) ** 0.5
     rate = expected / aside if expected / kept > missed / expected else expected * aside
     return rate if kept < rate < missed else (kept * missed) ** 0.5
