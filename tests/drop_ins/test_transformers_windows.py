@@ -27,19 +27,25 @@ def test_sliding_windows(name) -> None:
                                 past_key_values=cache_for(model, inputs, new_tokens=20)), expected)
 
 
+def logits_of(model, caches, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """By each attention with its cache, of the tokens of ids that the mask has."""
+    found, own = {}, mask[:, -ids.shape[1]:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    for implementation, cache in caches.items():
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        found[implementation] = out.logits[own.bool()]
+    return found
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 def test_turns_under_a_sliding_window(name) -> None:
     model, inputs = WINDOWED[name], prompts([11, 4], "left")
     caches = {"sdpa": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for tokens in (1, 4, 1, 9, 1):
-        logits = {}
-        for implementation, cache in caches.items():
-            model.set_attn_implementation(implementation)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-            with torch.no_grad():
-                found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-            logits[implementation] = found.logits[mask[:, -ids.shape[1]:].bool()]
+        logits = logits_of(model, caches, ids, mask)
         torch.testing.assert_close(logits["pkv"], logits["sdpa"], rtol=1e-4, atol=1e-4)
         ids = torch.randint(2, 97, (2, tokens))
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -64,13 +70,7 @@ def test_soft_caps_and_sinks(family, padding, window, logits_at_a_time, monkeypa
     caches = {"eager": DynamicCache(config=model.config), "pkv": cache_for(model, inputs, new_tokens=30)}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for tokens in (1, 4, 1):
-        logits = {}
-        for implementation, cache in caches.items():
-            model.set_attn_implementation(implementation)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-            with torch.no_grad():
-                found = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
-            logits[implementation] = found.logits[mask[:, -ids.shape[1]:].bool()]
+        logits = logits_of(model, caches, ids, mask)
         torch.testing.assert_close(logits["pkv"], logits["eager"], rtol=1e-4, atol=1e-4)
         ids = torch.randint(2, 97, (4, tokens), generator=torch.Generator().manual_seed(tokens))
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
