@@ -48,7 +48,7 @@ def serve(
     served = refusals(trace, model, config, limits_of(model, device, config).num_pages) == SERVED
     one_token = replace(trace, output_tokens=np.where(served, 1, trace.output_tokens))
     first = simulate(one_token, model, device, policy, prompts)
-    token_s = first.requests.arrival_s + first.requests.ttft_s
+    token_s = first.requests.finish_s  # of answers of one token
     sent_s = token_s + trace.prompt_tokens * transfer_us_per_token(model, device, config) / 1e6
     goes_on = np.flatnonzero((first.requests.rejected == SERVED) & (trace.output_tokens > 1))
     goes_on = goes_on[np.argsort(sent_s[goes_on], kind="stable")]

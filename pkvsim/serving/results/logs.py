@@ -98,10 +98,11 @@ def request_log(work: Requests, states: Sequence[SchedulerState], owner: np.ndar
     )  # fmt: skip
     with np.errstate(invalid="ignore", divide="ignore"):
         tpot_s = (finish_us - first_us) / (output - 1) / 1e6
+    arrival_s = sent_us / 1e6
     return RequestLog(
-        arrival_s=sent_us / 1e6,
+        arrival_s=arrival_s,
         queue_s=(column("start_us") - sent_us) / 1e6,
-        ttft_s=(first_us - sent_us) / 1e6,
+        ttft_s=first_us / 1e6 - arrival_s,  # as e2e_s, which rounding must not make less
         tpot_s=np.where(output > 1, tpot_s, np.nan),
         finish_s=finish_us / 1e6,
         prompt_tokens=work.prompt,
