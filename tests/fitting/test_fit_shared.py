@@ -33,7 +33,7 @@ def test_the_prices_of_reads_by_warpgroups_are_within_five_percent_of_the_measur
              if sharing_rule(step.shape, bandwidth_gb_per_s=4000).worth(step.saved_tokens())]
     assert len(cells) == len(CELLS) and len(worth) > 24
     found = np.abs(errors(cells + worth, H200, None))
-    assert found.mean() < 0.05 and found.max() < 0.25
+    assert found.mean() < 0.05 and found.max() < 0.2
 
 
 def test_the_prices_of_reads_by_warps_are_within_five_percent_of_the_measured_steps(monkeypatch):
