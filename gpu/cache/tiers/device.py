@@ -29,6 +29,10 @@ class Device(Protocol):
     block_bytes: int  # of one page of all layers
     num_pages: int
 
+    @property
+    def load_steps(self) -> int:
+        """In how many parts the layers of a load arrive."""
+
     def mark(self) -> object:
         """This point of the caller's stream: everything launched before it."""
 
@@ -57,7 +61,17 @@ class DoneTicket:
         return None
 
 
-class NoPages:
+class _LayerByLayer:
+    __slots__ = ()
+
+    num_layers: int
+
+    @property
+    def load_steps(self) -> int:
+        return self.num_layers
+
+
+class NoPages(_LayerByLayer):
     """A device that takes every block and keeps none: disks alone are measured where there is no GPU."""
 
     __slots__ = ("num_layers", "block_bytes", "num_pages")
@@ -80,7 +94,7 @@ class NoPages:
         return None
 
 
-class HostPages:
+class HostPages(_LayerByLayer):
     """Pages in host memory, for tests and for machines without a GPU: pages[p, l] is a layer's part of a block."""
 
     __slots__ = ("pages", "num_layers", "block_bytes", "num_pages")
@@ -109,7 +123,7 @@ class HostPages:
         return None
 
 
-class HostLayers:
+class HostLayers(_LayerByLayer):
     """Pages in host memory as a model keeps them: an array of K and one of V for each layer."""
 
     __slots__ = ("num_layers", "block_bytes", "num_pages", "_arrays", "_run_bytes")

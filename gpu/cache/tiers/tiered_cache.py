@@ -134,8 +134,8 @@ class TieredKVCache:
         block_bytes = self.device.block_bytes
         backlog = np.array(queued) * block_bytes / rates
         times = load_times_s(places, block_bytes, rates, backlog_s=backlog, link_bytes_per_s=self._link)
-        layers = self.device.num_layers if in_layers(self._pool.tiers, places) else 1
-        return choose_prefix(times, compute_s, num_layers=layers).blocks
+        steps = self.device.load_steps if in_layers(self._pool.tiers, places) else 1
+        return choose_prefix(times, compute_s, num_layers=steps).blocks
 
     def load(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> LoadHandle:
         """Begins to load the leading blocks of keys into pages, at most as many as there are pages.
