@@ -40,8 +40,6 @@ using PageRows = ScoreRows;
 
 // CTAs of an SM: a warp has two halves of 16 summaries on their way, so that 16 warps' are more than an SM can read.
 constexpr int SELECT_CTAS = GROUP_SIZE * HEAD_DIM <= 1024 && HEAD_DIM <= 128 && WARPS <= 8 ? 2 : 1;
-// Whether keys are counted as soon as they are made.
-constexpr bool COUNTS = WEIGHS;
 // Pages whose values a thread of the CTA that selects has on their way: L2 gives an SM some 64 bytes a cycle, 700
 // cycles after they were asked for.
 constexpr int PAGES_TOGETHER = PAGE_VALUES <= 4 ? 16 : 64 / PAGE_VALUES;
@@ -182,7 +180,7 @@ struct Selection {
     constexpr int BLOCKS_APART = SELECT_THREADS / BLOCK_PAGES;  // of a thread's pages
     static_assert(SELECT_THREADS % BLOCK_PAGES == 0, "they are at one place of their blocks");
     const float* of_block = factors + threadIdx.x / BLOCK_PAGES * PAGE_VALUES;
-    unsigned largest = 0, smallest = PINNED;  // of the keys that are not pinned
+    unsigned largest = 0;  // of the keys that are not pinned
     const int lane = threadIdx.x % 32;
     #pragma unroll 1
     for (int i = threadIdx.x; i - lane < row_pages; i += PAGES_TOGETHER * SELECT_THREADS) {
@@ -198,15 +196,13 @@ struct Selection {
         const bool pinned = page < given.sink_pages || page >= row_pages - given.recent_pages;
         const unsigned key = key_of(score);
         if (page < row_pages) keys[page] = pinned ? PINNED : key;
-        const bool ranked = !pinned && page < row_pages;
-        if constexpr (COUNTS) memory.top.count(key, ranked);
-        largest = max(largest, ranked ? key : 0u), smallest = min(smallest, ranked ? key : PINNED);
+        largest = max(largest, pinned || page >= row_pages ? 0 : key);
         if (j == PAGES_TOGETHER / 2) __syncwarp();  // so that the compiler asks for half of the next ones here
       }
       of_block += PAGES_TOGETHER * BLOCKS_APART * PAGE_VALUES;
     }
     const int pinned = min(row_pages, given.sink_pages + given.recent_pages);
-    memory.top.list<COUNTS>(keys, bits, row_pages, pinned, largest, smallest, budget, pages());
+    memory.top.list(keys, bits, row_pages, pinned, largest, budget, pages());
   }
 
  private:

@@ -1,10 +1,8 @@
 // The k pages of the largest keys as an ascending list, by one CTA: pkvsim.selection.rules.top_pages says the same.
 //
-// Weights are within some octaves of the largest one. So the 32 octaves below that are divided into 4,096 parts, and
+// Weights are within some octaves of the largest one. So the 16 octaves below that are divided into 2,048 parts, and
 // keys are counted by part in shared memory: hardly two threads then count the same one, and the k-th largest key
-// shares its part with few others. These are told apart by ranks, each compared with all. A part's number is that of
-// the upper bits of its keys, the same for keys 32 octaves apart: so keys may be counted before the largest one is
-// known, and are counted again only where the smallest lies too far below it. Only where the k-th key lies lower still,
+// shares its part with few others. These are told apart by ranks, each compared with all. Only where the key lies lower still,
 // or its part has too many, it is found digit by digit. What is taken is noted as a bit of each page, and the list is
 // written by the sums of these bits. Of pages with the k-th key the first ones are taken.
 #pragma once
@@ -22,65 +20,45 @@ __device__ __forceinline__ unsigned key_of(float x) {
 }
 
 struct __align__(16) TopPages {
-  enum { DIGITS = 4096, PART_BITS = 16, MOST_TIED = 512 };  // 2^28 neighbouring keys are 32 octaves
-  static constexpr int EACH = DIGITS / (WARPS * 32);        // of a thread
-  static_assert(EACH * WARPS * 32 == DIGITS && EACH % 4 == 0, "every thread has as many digits, in whole vectors");
+  enum { DIGITS = 2048, OCTAVES_BITS = 27, PART_BITS = 16, MOST_TIED = 512 };  // 2^27 neighbouring keys are 16 octaves
   union {
-    unsigned counts[DIGITS / 2];  // of keys by digit, in a half of a word: another half than that of 16 octaves away,
-    uint2 tied[MOST_TIED];        // then (key, page) of those of the k-th one's part
+    int counts[DIGITS];     // of keys by digit,
+    uint2 tied[MOST_TIED];  // then (key, page) of those of the k-th one's part
   };
   int warp_total[WARPS];
-  unsigned warp_largest[WARPS], warp_smallest[WARPS];
+  unsigned warp_largest[WARPS];
   unsigned known;  // the digits that are known, in their places
   int left;        // pages that are still wanted of those digits, 0 where there are too few
   int num_tied;
 
-  // Whoever calls list() calls this before, and threads may do anything between but meet. Those that count() have met.
+  // Whoever calls list() calls this before, and threads may do anything between but meet.
   __device__ __forceinline__ void clear() {
     clear_counts();
     if (threadIdx.x == 0) left = num_tied = 0;
   }
 
-  // One more key of a page, of no more than 2^16 - 1; not counted where it is no page's or a pinned one's, without a
-  // branch.
-  __device__ __forceinline__ void count(unsigned key, bool counted) { count_digit(key >> PART_BITS, counted); }
-
   // keys: [count] in shared memory, `pinned` of them PINNED, of which k (1 <= k < count < 2^16) are taken. bits: [2,
-  // ceil(count / 32)] in shared memory. largest, smallest: of those of this thread's keys that are not PINNED. COUNTED:
-  // whether count() was told of these. to: [k] in global memory.
-  template <bool COUNTED>
+  // ceil(count / 32)] in shared memory. largest: of those of this thread's keys that are not PINNED. to: [k] in global
+  // memory.
   __device__ __forceinline__ void list(const unsigned* keys, unsigned* bits, int count, int pinned, unsigned largest,
-                                       unsigned smallest, int k, int* to) {
+                                       int k, int* to) {
     #pragma unroll
-    for (int hop = 1; hop < 32; hop <<= 1) {
-      largest = max(largest, __shfl_xor_sync(EVERY_LANE, largest, hop));
-      smallest = min(smallest, __shfl_xor_sync(EVERY_LANE, smallest, hop));
-    }
-    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest, warp_smallest[threadIdx.x / 32] = smallest;
+    for (int hop = 1; hop < 32; hop <<= 1) largest = max(largest, __shfl_xor_sync(EVERY_LANE, largest, hop));
+    if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
     __syncthreads();  // the keys are written, too
     #pragma unroll
-    for (int w = 0; w < WARPS; ++w)
-      largest = max(largest, warp_largest[w]), smallest = min(smallest, warp_smallest[w]);
+    for (int w = 0; w < WARPS; ++w) largest = max(largest, warp_largest[w]);
     const int words = divide(count + 31, 32);
     unsigned *taken = bits, *equal = bits + words, threshold = PINNED;
     int wanted = k;
     bool marked = false;
     if (k > pinned) {
       wanted = k - pinned;
-      const int top = (largest >> PART_BITS) / EACH;  // of all runs of EACH digits the one of the largest key
-      const unsigned base = static_cast<unsigned>(max(0, (top + 1) * EACH - DIGITS)) << PART_BITS;
-      if (!COUNTED || smallest < base) {
-        if (COUNTED) {
-          clear_counts();
-          __syncthreads();
-        }
-        each_page(keys, count, [&](int, unsigned key, bool there) {
-          if (there && key != PINNED && key >= base) this->count(key, true);
-        });
-        __syncthreads();
-      }
-      marked = take_near(keys, taken, equal, count, top, wanted);
-      if (!marked) find(keys, count, wanted, threshold);
+      constexpr unsigned REACH = (1u << OCTAVES_BITS) - 1;
+      const unsigned base = largest > REACH ? largest - REACH : 0;
+      marked = take_near(keys, taken, equal, count, base, wanted);
+      if (!marked && left > 0) find(keys, count, base, PART_BITS, 5, 0, wanted, threshold);
+      else if (!marked) find(keys, count, 0, 21, 10, 0, wanted, threshold);
     }
     if (!marked) mark(keys, taken, equal, count, threshold);
     write(taken, equal, words, wanted, to);
@@ -89,12 +67,7 @@ struct __align__(16) TopPages {
  private:
   __device__ __forceinline__ void clear_counts() {
     uint4* all = reinterpret_cast<uint4*>(counts);
-    for (int i = threadIdx.x; i < DIGITS / 8; i += WARPS * 32) all[i] = make_uint4(0, 0, 0, 0);
-  }
-  // The bit from which on a digit's count is in its word.
-  __device__ __forceinline__ static int half_of(unsigned digit) { return digit / (DIGITS / 2) % 2 * 16; }
-  __device__ __forceinline__ void count_digit(unsigned digit, unsigned more = 1) {
-    atomicAdd(&counts[digit % (DIGITS / 2)], more << half_of(digit));
+    for (int i = threadIdx.x; i < DIGITS / 4; i += WARPS * 32) all[i] = make_uint4(0, 0, 0, 0);
   }
 
   // Calls see(page, key, whether there is such a page) for each page of this thread: a warp's lanes have those of a
@@ -119,15 +92,19 @@ struct __align__(16) TopPages {
     }
   }
 
-  // Marks the pinned pages and the `wanted` largest others, where these have been counted (left > 0 says so) and few
-  // are of one part; else false. top: the run of digits of the largest one.
-  __device__ __forceinline__ bool take_near(const unsigned* keys, unsigned* taken, unsigned* equal, int count, int top,
-                                            int wanted) {
+  // Marks the pinned pages and the `wanted` largest others, where these are within REACH of the largest one (left > 0
+  // says so) and few are of one part; else false.
+  __device__ __forceinline__ bool take_near(const unsigned* keys, unsigned* taken, unsigned* equal, int count,
+                                            unsigned base, int wanted) {
     const int lane = threadIdx.x % 32;
-    find_digit(wanted, top, PART_BITS, 0);
+    each_page(keys, count, [&](int, unsigned key, bool there) {
+      if (there && key != PINNED && key >= base) atomicAdd(&counts[(key - base) >> PART_BITS], 1);
+    });
+    __syncthreads();
+    find_digit(wanted, PART_BITS, 0);
     __syncthreads();
     if (left == 0) return false;
-    const unsigned first = known, last = first + ((1u << PART_BITS) - 1);
+    const unsigned first = base + known, last = first + ((1u << PART_BITS) - 1);
     each_page(keys, count, [&](int page, unsigned key, bool there) {
       const unsigned above = __ballot_sync(EVERY_LANE, there && key > last);
       const unsigned within = __ballot_sync(EVERY_LANE, there && key >= first && key <= last);
@@ -191,41 +168,41 @@ struct __align__(16) TopPages {
     }
   }
 
-  // The wanted-th largest of the keys that are not PINNED, by three digits; `wanted` is then how many of that very key.
-  __device__ __forceinline__ void find(const unsigned* keys, int count, int& wanted, unsigned& threshold) {
-    constexpr int SHIFTS[3] = {20, 10, 0};
+  // The wanted-th largest of the keys that are not PINNED, of which so many are at `base` or above, by three digits of
+  // what they are above it, at these shifts; `wanted` is then how many of that very key.
+  __device__ __forceinline__ void find(const unsigned* keys, int count, unsigned base, int first, int second, int third,
+                                       int& wanted, unsigned& threshold) {
+    const int shifts[3] = {first, second, third};
     unsigned upper = 0;
     #pragma unroll
     for (int pass = 0; pass < 3; ++pass) {
-      const int shift = SHIFTS[pass], before = pass > 0 ? SHIFTS[pass - 1] : 0;
+      const int shift = shifts[pass], before = pass > 0 ? shifts[pass - 1] : 0;
       __syncthreads();
       clear_counts();
       __syncthreads();
       for (int i = threadIdx.x; i < count; i += WARPS * 32) {
-        const unsigned key = keys[i];
-        if (key == PINNED || (pass > 0 && key >> before != upper >> before)) continue;
-        count_digit((pass > 0 ? key & ((1u << before) - 1) : key) >> shift);
+        const unsigned key = keys[i], above = key - base;
+        if (key == PINNED || key < base || (pass > 0 && above >> before != upper >> before)) continue;
+        atomicAdd(&counts[(pass > 0 ? above & ((1u << before) - 1) : above) >> shift], 1);
       }
       __syncthreads();
-      find_digit(wanted, DIGITS / EACH - 1, shift, upper);
+      find_digit(wanted, shift, upper);
       __syncthreads();
       upper = known, wanted = left;
     }
-    threshold = upper;
+    threshold = base + upper;
   }
-  // The digit at `shift` of the wanted-th largest key, among those that have the digits of `upper`. top: the run of
-  // EACH digits above which there are none.
-  __device__ __forceinline__ void find_digit(int wanted, int top, int shift, unsigned upper) {
+  // The digit at `shift` of the wanted-th largest key, among those that have the digits of `upper`.
+  __device__ __forceinline__ void find_digit(int wanted, int shift, unsigned upper) {
+    constexpr int EACH = DIGITS / (WARPS * 32);
+    static_assert(EACH * WARPS * 32 == DIGITS && EACH % 4 == 0, "every thread has as many digits, in whole vectors");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int least = (top - static_cast<int>(threadIdx.x)) * EACH;  // of this thread's: thread 0 has the largest ones
+    const int least = DIGITS - (threadIdx.x + 1) * EACH;  // of this thread's: thread 0 has the largest ones
     int of_digit[EACH], own = 0;
     #pragma unroll
     for (int i = 0; i < EACH; i += 4) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (least >= 0) v = *reinterpret_cast<const uint4*>(counts + least % (DIGITS / 2) + i);
-      const unsigned words[4] = {v.x, v.y, v.z, v.w};
-      #pragma unroll
-      for (int j = 0; j < 4; ++j) of_digit[i + j] = words[j] >> half_of(least) & 0xffff;
+      const uint4 v = *reinterpret_cast<const uint4*>(counts + least + i);
+      of_digit[i] = v.x, of_digit[i + 1] = v.y, of_digit[i + 2] = v.z, of_digit[i + 3] = v.w;
     }
     #pragma unroll
     for (int i = 0; i < EACH; ++i) own += of_digit[i];

@@ -54,7 +54,7 @@ def page_values(shape: DecodeShape, aggregation: str) -> int:
 def select_bytes(shape: DecodeShape, max_pages: int, aggregation: str, warps: int = WARPS) -> int:
     """Bytes of pkv::SelectMemory and what lies behind it, of rows of so many pages in chunks of any size."""
     values = page_values(shape, aggregation)
-    top = (2048 + 3 * warps + 4) * 4  # pkv::TopPages, in whole 16 bytes
+    top = (2048 + 2 * warps + 4) * 4  # pkv::TopPages, in whole 16 bytes
     own = -(-(top + 2 * warps * values * 4 + 4) // 16) * 16
     factors = (max_pages // (warps * 16) + 1) * values
     words = -(-(max_pages + 2 * -(-max_pages // 32)) // 4) * 4  # pkv::select_words
