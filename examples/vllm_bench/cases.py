@@ -89,7 +89,7 @@ class Job:
     cases_until: float = math.inf  # the time after which no case is begun
     mix_s: float = 0.0  # seconds of requests of drawn lengths, after everything else
     kv_bytes: int = KV_BYTES  # of the cache
-    own_append: bool = False  # with our kernel that stores keys and values in captured steps
+    vllm_append: bool = False  # CUSTOM with vLLM's kernel that stores keys and values, also in captured steps
     plain: bool = False  # an engine that starts as vLLM starts it, in a new process
     grace_s: float = 25.0  # to end after `until`, before the job is killed
     title: str = ""  # of a model that is not Llama-3.1-8B's shape
@@ -97,7 +97,7 @@ class Job:
     @property
     def name(self) -> str:
         own = self.backend if self.kv_cache_dtype == "auto" else f"{self.backend} {self.kv_cache_dtype}"
-        own += " own append" * self.own_append
+        own += " vLLM's append" * self.vllm_append
         return f"{self.title} {own}" if self.title else own
 
     def write(self, path: Path) -> Path:

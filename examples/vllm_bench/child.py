@@ -27,17 +27,17 @@ def run(job: Job) -> None:
     begin = time.monotonic()
     if not job.plain:
         start_sooner(job)
-    if job.own_append:
+    if job.vllm_append:
         from gpu.drop_ins.vllm import builder
 
-        builder.APPENDS_IN_GRAPHS = True
+        builder.APPENDS_IN_GRAPHS = False
     counted = _count_our_runs() if job.backend == "CUSTOM" else {}
     from vllm import LLM
 
     llm = LLM(**engine_arguments(job))
     engine, config = llm.llm_engine, llm.llm_engine.vllm_config
     found: dict[str, Any] = {
-        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "own_append": job.own_append, "title": job.title,
+        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "vllm_append": job.vllm_append, "title": job.title,
         "start_s": time.monotonic() - begin, "async_scheduling": config.scheduler_config.async_scheduling,
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [], "cases": {},
     }

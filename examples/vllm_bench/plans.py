@@ -9,7 +9,7 @@ from vllm_bench.cases import GROUPS, KV_BYTES_FOR_MIX, KV_BYTES_FOR_TOKENS, Job
 
 EVERY_GROUP = tuple(group.name for group in GROUPS)
 EIGHT_BIT = ("fp8", "int8_per_token_head")
-SIXTEEN_BIT = ("CUSTOM", "CUSTOM own append")  # whose tokens are FLASH_ATTN's but for ties
+SIXTEEN_BIT = ("CUSTOM", "CUSTOM vLLM's append")  # whose tokens are FLASH_ATTN's but for ties
 # Names of cases in a file of requests (`iN_oM_cK`: K requests of N tokens in and M out at once), the cheap ones first.
 SHORT_CASES = ("i1024_o256_c1", "i1024_o256_c8", "i1024_o256_c32", "i8192_o256_c1", "i32768_o128_c1",
                "i1024_o256_c128", "i32768_o128_c4", "i8192_o256_c32")
@@ -47,26 +47,26 @@ def plan(name: str, given: Given) -> list[list[Job]]:
         jobs = [given.job(0, "CUSTOM", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last - SHAPES_S),
                 given.job(1, "FLASH_ATTN", groups=EVERY_GROUP, cases=SHORT_CASES, cases_until=last)]
         jobs += [given.job(2 + number, "CUSTOM", kind, groups=("32.8K",)) for number, kind in enumerate(EIGHT_BIT)]
-        jobs.append(given.job(4, "CUSTOM", groups=("32.8K", "120K", "1.2K"), own_append=True))
+        jobs.append(given.job(4, "CUSTOM", groups=("32.8K", "120K", "1.2K"), vllm_append=True))
         return [[job] for job in jobs]
     if name == "others":
         return [[given.job(0, "TRITON_ATTN", groups=EVERY_GROUP)],
                 [given.job(1, "FLASHINFER", groups=EVERY_GROUP, limit_s=FLASHINFER_S)],
                 [given.job(2, "CUSTOM", cases=LONG_CASES)]]
     if name == "checks":
-        return [checks(given.checked, given.results, given.begin + CHECKS_S, own_append=True),
+        return [checks(given.checked, given.results, given.begin + CHECKS_S, vllm_append=True),
                 [given.job(99, "CUSTOM", mix_s=3600.0, kv_bytes=KV_BYTES_FOR_MIX, title="mix")]]
     raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name}")
 
 
 def checks(model: str, results: Path, until: float, kinds: Iterable[str] = ("auto", *EIGHT_BIT),
-           eager: bool = False, own_append: bool = False) -> list[Job]:
+           eager: bool = False, vllm_append: bool = False) -> list[Job]:
     """Engines that make the same greedy tokens, of each type of cache; TRITON_ATTN reads what ours reads in 8 bits."""
     pairs = [(backend, kind, False) for kind in kinds
              for backend in (("FLASH_ATTN", "CUSTOM", "TRITON_ATTN") if kind == "auto" else ("TRITON_ATTN", "CUSTOM"))]
-    pairs += [("CUSTOM", "auto", True)] * own_append
+    pairs += [("CUSTOM", "auto", True)] * vllm_append
     return [Job(backend, kind, model, str(results / f"tokens-{number}.json"), until=until, tokens=True, eager=eager,
-                own_append=appends, kv_bytes=KV_BYTES_FOR_TOKENS, title="tokens")
+                vllm_append=appends, kv_bytes=KV_BYTES_FOR_TOKENS, title="tokens")
             for number, (backend, kind, appends) in enumerate(pairs)]
 
 

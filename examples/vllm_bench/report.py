@@ -55,7 +55,7 @@ def _figures(of: dict[str, float] | None) -> tuple[str, str, str]:
 
 def name_of(one: dict[str, Any]) -> str:
     own = one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
-    return own + " own append" * one.get("own_append", False)
+    return own + " vLLM's append" * one.get("vllm_append", False)
 
 
 @dataclass(frozen=True, slots=True)

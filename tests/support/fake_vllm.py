@@ -332,7 +332,8 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
     vllm = FakeVllm({}, json.loads((INTERFACES / f"{band}.json").read_text()))
     install(vllm)
     kept = {name: sys.modules.pop(name, None) for name in (ADAPTER, BUILDER, *vllm.modules)}
-    own = vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize
+    own = (vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize,
+           torch.cuda.is_current_stream_capturing)
     sys.modules.update(vllm.modules)
 
     def make_engine(kind: vllm_engines.LayerKind, query_tokens: int) -> PlainEngine:
@@ -344,11 +345,13 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
     vllm_engines.make_engine = make_engine
     vllm_engines.make_writer = lambda kind: PlainWriter(vllm, kind)
     torch.cuda.device, torch.cuda.synchronize = contextlib.nullcontext, lambda device: None
+    torch.cuda.is_current_stream_capturing = lambda: False
     vllm.configure()
     try:
         yield vllm
     finally:
-        vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize = own
+        (vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize,
+         torch.cuda.is_current_stream_capturing) = own
         for name, module in kept.items():
             sys.modules.pop(name, None)
             if module is not None:
