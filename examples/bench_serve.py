@@ -169,9 +169,13 @@ def measure_predictions(args: argparse.Namespace) -> dict[str, Any]:
               record=True, say=say)
     say(f"{llm.config.name} is loaded, {llm.pages.num_pages:,} pages; prompt chunks by {llm.prefill}")
     warm_up(llm.server, step_tokens=llm.options.step_tokens)
-    compiling.join()
-    say("whatif is compiled")
-    device, found, served = predictions.predictions(llm, device, args.traces, fit=not args.as_is, say=say)
+
+    def ready() -> None:
+        if compiling.is_alive():
+            compiling.join()
+            say("whatif is compiled")
+
+    device, found, served = predictions.predictions(llm, device, args.traces, fit=not args.as_is, say=say, ready=ready)
     constants = serving_config(llm, served[-1].trace).profile.constants
     predictions.show(table_console(), found, device, constants)
     if args.save_steps:

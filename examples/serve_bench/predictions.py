@@ -148,10 +148,11 @@ def _compile_prices(model: str, device: str) -> None:
 
 def predictions(
     llm: LLM, device: DeviceSpec, folder: Path | None, *, scale: float = 1.0, fit: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, ready: Callable[[], None] = lambda: None,
 ) -> tuple[DeviceSpec, list[Prediction], list[Replay]]:  # fmt: skip
     """(the device that predicts, the loads' figures, all runs, those that were fitted first). fit: by the server's own
-    steps; else the device's constants as they are. scale: of all lengths and arrivals."""
+    steps; else the device's constants as they are. scale: of all lengths and arrivals. ready: is called before anything
+    is priced. An interrupt ends it with the loads that were predicted by then."""
     from gpu.serve.model.config import known_to_pkvsim
     from gpu.serve.report import serving_config
     from gpu.serve.step_prices import fit_device
@@ -160,13 +161,20 @@ def predictions(
     if fit:
         runs = [_served(llm, trace, say) for trace in fitted_load(scale)]
         steps = [step for run in runs for step in run.steps]
+        ready()
         device = fit_device(steps, known_to_pkvsim(llm.config), device, serving_config(llm, runs[0].trace),
                             source=f"{len(steps)} steps of gpu.serve on {llm.config.name}")
         say(f"constants are fitted to {len(steps):,} steps")
-    found = []
-    for trace in loads(folder, scale):
-        runs.append(_served(llm, trace, say))
-        found.append(_beside(llm, runs[-1], device))
+    ready()
+    found: list[Prediction] = []
+    try:
+        for trace in loads(folder, scale):
+            runs.append(_served(llm, trace, say))
+            found.append(_beside(llm, runs[-1], device))
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        say(f"interrupted after {len(found)} loads")
     return device, found, runs
 
 

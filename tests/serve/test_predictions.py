@@ -105,3 +105,24 @@ def test_the_loads_are_served_and_predicted(tmp_path, folder) -> None:
     with np.load(tmp_path / "steps.npz") as saved:
         assert saved["rows"].sum() == len(saved["lens"]) and saved["chunks"].sum() == len(saved["chunk_begins"])
         assert saved["run"].max() == len(runs) - 1 and len(saved["run"]) == sum(len(run.steps) for run in runs)
+
+
+def test_an_interrupt_keeps_the_loads_that_were_predicted(tmp_path, monkeypatch) -> None:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    llm = LLM(str(tmp_path / "tiny.json"), ServeOptions(device="cpu", dummy_weights=True, max_batch=32, step_tokens=256,
+                                                       num_pages=3000), record=True)
+    served, asked, said = predictions._served, [], []
+
+    def interrupted(llm, trace, say):
+        asked.append(trace)
+        if len(asked) == limit:
+            raise KeyboardInterrupt
+        return served(llm, trace, say)
+
+    monkeypatch.setattr(predictions, "_served", interrupted)
+    limit = 2
+    _, found, runs = predictions.predictions(llm, DEVICE, None, scale=1 / 100, fit=False, say=said.append)
+    assert [one.requests for one in found] == [300] and len(runs) == 1 and "interrupted" in said[-1]
+    limit = 3
+    with pytest.raises(KeyboardInterrupt):
+        predictions.predictions(llm, DEVICE, None, scale=1 / 100, fit=False)
