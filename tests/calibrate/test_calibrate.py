@@ -1,11 +1,14 @@
 """The order of a calibration run and what it leaves, with a GPU that is made up."""
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from gpu.calibrate.cells import calibration_cells, sweep_cells
 from gpu.calibrate.run import measure_cells, parse_args, time_steps
 from gpu.measure.memory import NoRoom
+from pkvsim.devices.route_model import ROUTES
 from pkvsim.fitting.measured_tables import read_measurements
 from pkvsim.fitting.measurements import Measurement
 
@@ -58,3 +61,31 @@ def test_other_errors_end_the_run(tmp_path):
     calibrator._check = lambda cell: (_ for _ in ()).throw(ValueError("seq_lens: wrong"))
     with pytest.raises(ValueError, match="seq_lens: wrong"):
         time_steps(parse_args(["--quick"]), calibrator, float("inf"))
+
+
+def test_only_the_routes_asked_for_are_timed(monkeypatch):
+    """Cells without one of them are not even laid out."""
+    measure = pytest.importorskip("gpu.calibrate.measure")
+    laid_out = []
+    monkeypatch.setattr(measure, "available_routes", lambda shape: ROUTES)
+    monkeypatch.setattr(measure, "lay_out", lambda pool, shape, lens, *, seed: laid_out.append(lens) or 1 / 0)
+    routes = parse_args(["--routes", "xqa, balanced"]).routes
+    assert routes == ("xqa", "balanced")
+    calibrator = measure.Calibrator(None, None, repeats=1, say=print, routes=routes)
+    ours, anyones = sweep_cells()[0], calibration_cells(quick=True)[0]
+    assert calibrator.steps(ours) == {} == calibrator.steps(ours) and list(calibrator.measure(ours)) == []
+    assert not laid_out
+    with pytest.raises(ZeroDivisionError):
+        calibrator.steps(anyones)
+    assert len(laid_out) == 1
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--routes", "split,fast"], "expected some of flashinfer_cuda_core, .*, got 'fast'"),
+    (["--keep-host"], "--keep-host: expected a --device-base"),
+    (["--device-base", "h2000"], "--device-base: device: expected one of"),
+])
+def test_options_that_are_refused(options, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(options)
+    assert re.search(said, capsys.readouterr().err)
