@@ -31,9 +31,9 @@ def rows(document: dict, every: int) -> Iterator[dict[str, object]]:
             count += 1
             if count % every:
                 continue
-            times = {f"{route}_{clock}": round(run["engines"][route][clock][index], 1) if route in run["engines"] else ""
-                     for route in ROUTES for clock in CLOCKS}
-            yield about | {"step": index * stride} | times
+            ran = [(route, clock) for route in ROUTES if route in run["engines"] for clock in CLOCKS]
+            times = {f"{route}_{clock}": round(run["engines"][route][clock][index], 1) for route, clock in ran}
+            yield dict.fromkeys(COLUMNS, "") | about | {"step": index * stride} | times
 
 
 def main(argv: list[str] | None = None) -> int:

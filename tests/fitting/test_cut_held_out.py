@@ -6,6 +6,7 @@ from itertools import groupby
 import cut_held_out
 import pytest
 
+STEP = cut_held_out.STEP
 KNOWN = cut_held_out.FOLDER / "1d357ebd.csv"
 
 
@@ -23,7 +24,7 @@ def run_of(lines: list[dict[str, str]]) -> dict:
 def document():
     with open(KNOWN, encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    runs = [run_of(list(found)) for _, found in groupby(lines, lambda line: [line[name] for name in cut_held_out.STEP[:4]])]
+    runs = [run_of(list(found)) for _, found in groupby(lines, lambda line: [line[name] for name in STEP[:4]])]
     return {"environment": {"source_hash": "0123456789abcdef"}, "options": {"stride": "8", "layers": "1"}, "runs": runs}
 
 
@@ -43,7 +44,8 @@ def test_every_step_and_a_route_that_did_not_run(document, tmp_path) -> None:
     document["runs"] = document["runs"][:2]
     del document["runs"][1]["engines"]["xqa"]
     found = list(cut_held_out.rows(document, 1))
-    assert [row["step"] for row in found] == [8 * index for run in document["runs"] for index in range(len(run["active"]))]
+    steps = [8 * index for run in document["runs"] for index in range(len(run["active"]))]
+    assert [row["step"] for row in found] == steps
     assert [row["xqa_wall_us"] == "" for row in found] == [row["seed"] == document["runs"][1]["seed"] for row in found]
 
 
