@@ -15,7 +15,7 @@ from gpu.measure.timing import StreamLimit
 from gpu.routes import flashinfer_decode as fi
 from gpu.routes.route_engines import BACKENDS, RouteUnavailable, available_routes, build
 from pkvsim import DecodeShape
-from pkvsim.devices.route_model import OWN_ROUTES
+from pkvsim.devices.route_model import OWN_ROUTES, ROUTES
 from pkvsim.fitting.measurements import Measurement
 
 if TYPE_CHECKING:
@@ -54,11 +54,13 @@ class _Candidate:
 class Calibrator:
     """The pool, and the engines of the shape being measured. Use inside gpu.measure.timing.shared_stream()."""
 
-    __slots__ = ("pool", "limit", "repeats", "unavailable", "_say", "_shape", "_engines")
+    __slots__ = ("pool", "limit", "repeats", "routes", "unavailable", "_say", "_shape", "_engines")
 
-    def __init__(self, pool: BenchPool, limit: StreamLimit, *, repeats: int, say: Callable[[str], None]) -> None:
-        """repeats: graph replays per timing. say: told, once each, of the routes that cannot run here and why."""
-        self.pool, self.limit, self.repeats = pool, limit, repeats
+    def __init__(self, pool: BenchPool, limit: StreamLimit, *, repeats: int, say: Callable[[str], None],
+                 routes: tuple[str, ...] = ROUTES) -> None:
+        """repeats: graph replays per timing. say: told, once each, of the routes that cannot run here and why. routes:
+        no others are timed."""
+        self.pool, self.limit, self.repeats, self.routes = pool, limit, repeats, routes
         self.unavailable: dict[tuple[str, DecodeShape], str] = {}
         self._say = say
         self._shape: DecodeShape | None = None
@@ -104,12 +106,15 @@ class Calibrator:
         import torch
 
         shape, lens = cell.shape, cell.lengths()
+        timings = list(cell.timings(tuple(route for route in available_routes(shape) if route in self.routes)))
+        if not timings:
+            return
         case = lay_out(self.pool, shape, lens, seed=SEED)
         out, lse = torch.empty_like(case.q), torch.empty(case.q.shape[:2], dtype=torch.float32, device="cuda")
         pinned, (lens_on_gpu, table) = torch.from_numpy(lens).pin_memory(), case.on_gpu()
         packed = fi.pack_table(lens, case.block_table, page_size=shape.page_size)
         expected = None
-        for route, splits in cell.timings(available_routes(shape)):
+        for route, splits in timings:
             engine = self._engine(route, shape)
             if engine is None:
                 continue

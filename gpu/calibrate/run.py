@@ -2,9 +2,11 @@
 
     python -m gpu.calibrate                       # the GPU's name.json, and its measurements beside it
     python -m gpu.calibrate -o mygpu.json --quick
+    python -m gpu.calibrate --routes split,workqueue --device-base h200 --keep-host -o h200.json
     pkvsim replay --device mygpu.json
 
-A few minutes. The measurements are written as they come: a run cut short loses none, and
+A few minutes. With --device-base what comes out is that device's file, in which the routes that were timed are fitted
+anew. The measurements are written as they come: a run cut short loses none, and
 `pkvsim fit --measurements mygpu.csv --device-base mygpu.json -o mygpu.json` fits what it left.
 """
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import TYPE_CHECKING
 from gpu.measure.environment import environment, gpu_slug, lacks_gpu, write_json
 from gpu.measure.memory import NoRoom
 from gpu.measure.progress import note, tracked
+from pkvsim.devices.device import get_device
+from pkvsim.devices.route_model import ROUTES
 
 if TYPE_CHECKING:
     from gpu.calibrate.cells import CalibrationCell
@@ -37,6 +41,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, help="the device file, by default the GPU's name.json")
     parser.add_argument("--measurements", type=Path, help="CSV of everything timed, by default beside the device file")
     parser.add_argument("--name", help="of the device, by default the device file's without .json")
+    parser.add_argument("--routes", type=route_list, default=ROUTES, help=f"time only these of {', '.join(ROUTES)}")
+    parser.add_argument(
+        "--device-base",
+        metavar="DEVICE",
+        help="keep this device's own numbers and other routes: a name of `pkvsim devices`, or a .json file",
+    )
+    parser.add_argument(
+        "--keep-host",
+        action="store_true",
+        help="keep the host's times of --device-base too, where this machine's host is not the one to predict",
+    )
     parser.add_argument("--quick", action="store_true", help="about a fifth of the steps")
     parser.add_argument("--repeats", type=int, default=3, help="graph replays per timing")
     parser.add_argument("--pool-gib", type=float, help=f"K and V pages together, by default {POOL_GIB:g} or what fits")
@@ -51,11 +66,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')}: expected a number > 0, got {value}")
+    if args.keep_host and args.device_base is None:
+        parser.error("--keep-host: expected a --device-base, whose host's times to keep")
+    try:
+        args.base = None if args.device_base is None else get_device(args.device_base)
+    except ValueError as error:
+        parser.error(f"--device-base: {error}")
     for name, suffix in (("out", ".json"), ("measurements", ".csv")):
         path = getattr(args, name)
         if path is not None and path.suffix != suffix:
             parser.error(f"--{name}: expected a file name that ends in {suffix}, got {path}")
     return args
+
+
+def route_list(text: str) -> tuple[str, ...]:
+    """Comma-separated routes."""
+    routes = tuple(part.strip() for part in text.split(","))
+    for route in routes:
+        if route not in ROUTES:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(ROUTES)}, got {route!r}")
+    return routes
 
 
 def time_steps(args: argparse.Namespace, calibrator: Calibrator, started: float) -> list[Steps]:
@@ -126,31 +156,31 @@ def calibrate(args: argparse.Namespace) -> None:
     note(str(granted))
     pool = BenchPool(pool_gib=granted.granted_gib, dtype=torch.float16, seed=20260622)
     limit = StreamLimit(pool.flat)
-    calibrator = Calibrator(pool, limit, repeats=args.repeats, say=note)
+    calibrator = Calibrator(pool, limit, repeats=args.repeats, say=note, routes=args.routes)
     with shared_stream():
         steps = time_steps(args, calibrator, started)
-    constants = measure_constants(pool.flat, limit, quick=args.quick, say=lambda what: note(f"constants: {what}"))
-    base = device_spec(constants, environment=about, name=args.name or out.stem)
+    document: dict[str, object] = {"environment": about, "device": str(out), "measurements": str(csv_path)}
+    base = args.base
+    if base is None:
+        constants = measure_constants(pool.flat, limit, quick=args.quick, say=lambda what: note(f"constants: {what}"))
+        document["constants"] = dataclasses.asdict(constants)
+        base = device_spec(constants, environment=about, name=args.name or out.stem)
     if not out.exists():
         out.write_text(base.to_json(), encoding="utf-8")  # for pkvsim fit, should this run be cut short
-    document: dict[str, object] = {
-        "environment": about,
-        "constants": dataclasses.asdict(constants),
-        "device": str(out),
-        "measurements": str(csv_path),
-    }
     if args.json is not None:
         write_json(args.json, document)
     with shared_stream():
         measurements = measure_cells(args, calibrator, steps, csv_path, started)
     note(f"{len(measurements)} timings in {csv_path}, {time.perf_counter() - started:.0f} s; fitting")
     source = f"{len(measurements)} timings by {calibration_source(about)}"
-    fitted, skipped = fit_device(base, measurements, source=source, date=about["date"][:10])
+    fitted, skipped = fit_device(base, measurements, source=source, date=about["date"][:10], keep_host=args.keep_host,
+                                 name=args.name)
     out.write_text(fitted.to_json(), encoding="utf-8")
-    print_fit(fitted, set(fitted.calibration), skipped)
+    routes = {m.route for m in measurements} - set(skipped)
+    print_fit(fitted, routes, skipped)
     if args.json is not None:
         document["timings"] = len(measurements)
-        document["routes"] = {route: entry.to_dict() for route, entry in fitted.calibration.items()}
+        document["routes"] = {route: fitted.calibration[route].to_dict() for route in sorted(routes)}
         document["left_out"] = {
             f"{route} {shape.num_q_heads}/{shape.num_kv_heads}": why
             for (route, shape), why in calibrator.unavailable.items()

@@ -20,6 +20,9 @@ def fit(
     free: Annotated[
         Optional[str], typer.Option(help="Constants to fit, separated by commas; the others stay the base's.")
     ] = None,
+    keep_host: Annotated[
+        bool, typer.Option(help="The host's times of --measurements stay the base's; only the GPU's are fitted.")
+    ] = False,
     name: Annotated[Optional[str], typer.Option(help="Name of the fitted device; the base's by default.")] = None,
     measurements: Annotated[
         Optional[list[str]],
@@ -75,6 +78,7 @@ def fit(
                 fitted,
                 chosen,
                 free=None if free is None else tuple(free.split(",")),
+                keep_host=keep_host,
                 source=", ".join(Path(path).name for path in measurements),
                 date=today,
             )

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pkvsim.devices.device import DeviceSpec
-from pkvsim.devices.route_model import CONSTANTS
+from pkvsim.devices.route_model import CONSTANTS, CalibratedRoute
 from pkvsim.fitting.fit_routes import MIN_MEASUREMENTS, calibrate
 from pkvsim.fitting.fit_starts import fit_starts, free_constants
+from pkvsim.fitting.fit_steps import HOST_CONSTANTS
 from pkvsim.fitting.measurements import Measurement
+
+HOST_FROM = "; the host's times: "  # between the two sources of a route
 
 
 def select(
@@ -36,11 +39,13 @@ def fit_device(
     date: str,
     free: Sequence[str] | None = None,
     name: str | None = None,
+    keep_host: bool = False,
 ) -> tuple[DeviceSpec, dict[str, int]]:
     """(base with the fitted routes, measurements by route of those that have too few to fit).
 
     free: constants to fit, by default those of each route (pkvsim.fitting.fit_starts); named, the
-    others stay as base has them. source, date: what the file shall say of
+    others stay as base has them. keep_host: the host's times stay those of base too, for kernels that were measured
+    beside another host than the one to predict. source, date: what the file shall say of
     where the constants come from. Raises ValueError naming the argument, also where no route can be fitted.
     """
     for constant in free or ():
@@ -52,6 +57,9 @@ def fit_device(
     skipped = {route: len(group) for route, group in by_route.items() if len(group) < MIN_MEASUREMENTS}
     if len(skipped) == len(by_route):
         raise ValueError(f"measurements: expected a route with at least {MIN_MEASUREMENTS}, got {skipped or 'none'}")
+    for route in by_route if keep_host else ():
+        if route not in base.calibration:
+            raise ValueError(f"keep_host: expected a model of {route} in {base.name}, whose host's times to keep")
     fitted = {
         route: calibrate(
             group,
@@ -64,4 +72,13 @@ def fit_device(
         for route, group in sorted(by_route.items())
         if route not in skipped
     }
+    if keep_host:
+        fitted = {route: _with_host_of(base.calibration[route], entry) for route, entry in fitted.items()}
     return replace(base, name=name or base.name, calibration=base.calibration | fitted), skipped
+
+
+def _with_host_of(old: CalibratedRoute, fitted: CalibratedRoute) -> CalibratedRoute:
+    """The fitted route with the host's times of the old one, which its source says."""
+    kept = {name: getattr(old.model, name) for name in HOST_CONSTANTS}
+    source = f"{fitted.source}{HOST_FROM}{old.source.rpartition(HOST_FROM)[2]}"
+    return replace(fitted, model=replace(fitted.model, **kept), source=source)

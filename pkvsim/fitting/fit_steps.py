@@ -11,6 +11,8 @@ from pkvsim.fitting.measurements import Measurement
 
 ROBUST_SCALE = 0.05  # relative residuals beyond this lose weight
 MIN_PLANS = 8  # Fewer plans than this give a median alone.
+# The constants of the host's part, as RouteModel names them.
+HOST_CONSTANTS = ("plan_us", "plan_row_us", "plan_length_us", "host_us", "run_us")
 TINY_US = 1e-3  # A constant below this is written as 0.
 
 

@@ -222,3 +222,35 @@ def test_auto_has_a_router_and_no_engine_of_its_own(gpu) -> None:
 def test_tasks_of_half_the_ctas_go_one_to_a_pair(overlap, num_tasks, wanted) -> None:
     config = kernel_config(DecodeShape(4, 1, 128, 16), "float16", 90)
     assert DecodeKernels(config, planned_on_gpu=False, overlap=overlap).task_grid(num_tasks, 132) == wanted
+
+
+# Schedule, splits, lengths, then (CTAs, whether in pairs) of each decode launch with clusters and without: 2 KV heads.
+LAUNCHES = [
+    ("workqueue", 33, [1056], [(132, True)], [(66, False)]),
+    ("workqueue", 34, [1088], [(68, False)], [(68, False)]),
+    ("workqueue", 4, [500, 0, 400], [(32, True)], [(16, False)]),
+    ("workqueue", 20, [640] * 5, [(132, False)], [(132, False)]),
+    ("split", 8, [300, 640, 300, 0], [(64, True), (32, True)], [(32, False), (16, False)]),
+    ("split", 32, [2048, 1024], [(128, True), (128, True)], [(64, False), (64, False)]),
+    ("split", 32, [1024, 1024, 2048], [(128, False), (128, True)], [(128, False), (64, False)]),
+    ("workqueue", 8, [0, 0], [(1, False)], [(1, False)]),
+    ("balanced", 8, [300, 640], [(132, True)], [(132, True)]),
+]
+
+
+@pytest.mark.parametrize("capability", [90, 86])
+@pytest.mark.parametrize("schedule, splits, lens, paired, alone", LAUNCHES)
+def test_what_is_launched_on_how_many_ctas(schedule, splits, lens, paired, alone, capability) -> None:
+    """132 SMs. Each launch of at most 66 tasks has a CTA of every pair for itself, on GPUs with clusters: also those of
+    split, one for each length; that balanced's go in pairs is for gpu.kernels.launch to leave where there are none."""
+    shape = DecodeShape(4, 2, 64, 16)
+    with fake_gpu(compute_capability=capability, num_sms=132) as gpu:
+        step, engine = make_step(shape, lens), make_engine(shape, schedule=schedule, splits=splits)
+        engine.plan(step.seq_lens, step.block_table)
+        run = run_arguments(gpu, step)
+        engine.run(**run)
+        agrees(step, run)
+        grids = {kernel.name: kernel.grids for kernel in gpu.kernels if kernel.launches}
+    merges = grids.pop("pkv_merge", [])
+    assert list(grids.values()) == [paired if capability == 90 else alone]
+    assert not any(pairs for _, pairs in merges), "a merge is a CTA a head and row"

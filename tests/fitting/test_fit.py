@@ -13,7 +13,7 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.fitting.fit_device import fit_device, select
 from pkvsim.fitting.fit_routes import fit_error, fit_route, halves, predict_us
 from pkvsim.fitting.fit_starts import fit_starts, free_constants
-from pkvsim.fitting.fit_steps import step_constants
+from pkvsim.fitting.fit_steps import HOST_CONSTANTS, step_constants
 from pkvsim.fitting.measured_tables import read_measurements
 from pkvsim.fitting.measurements import HEADER, Measurement, format_seq_lens, parse_seq_lens, write_measurements
 from pkvsim.pricing.cuts import sorted_lengths
@@ -151,6 +151,25 @@ def test_fit_device():
         fit_device(H200, table, source="s", date="d", free=["warp"])
     with pytest.raises(ValueError, match="measurements: expected a route with at least 4, got {'xqa': 3}"):
         fit_device(H200, table[20:], source="s", date="d")
+
+
+def test_the_hosts_times_are_kept_where_asked():
+    base = get_device("h200")
+    slow = [replace(m, kernel_us=1.2 * m.kernel_us, plan_us=900.0, wall_us=2000.0, event_us=1.2 * m.kernel_us + 3,
+                    run_us=90.0) for m in synthetic("split", count=20)]
+    for _ in range(2):  # the source does not grow
+        fitted, _ = fit_device(base, slow, source="slow host", date="2026-01-02", keep_host=True)
+        kept, old = fitted.calibration["split"], H200.calibration["split"]
+        assert kept.source == f"slow host; the host's times: {old.source}"
+        assert all(getattr(kept.model, name) == getattr(old.model, name) for name in HOST_CONSTANTS)
+        assert kept.model.isolated_us == 3 and kept.model.bandwidth_gb_s < 0.9 * old.model.bandwidth_gb_s
+        base = fitted
+    assert base.sources == H200.sources and base.calibration["xqa"] == H200.calibration["xqa"]
+    free, _ = fit_device(H200, slow, source="slow host", date="2026-01-02")
+    assert free.calibration["split"].model.plan_us == 900
+    bare = replace(H200, calibration={})
+    with pytest.raises(ValueError, match="^keep_host: expected a model of split in h200"):
+        fit_device(bare, slow, source="s", date="d", keep_host=True)
 
 
 def with_step_times(measurement, *, plan_us, isolated_us=5.0, host_us=20.0, run_us=9.0):

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import runpy
 import sys
 import types
@@ -17,25 +19,66 @@ from pkvsim.devices.device import DEVICES
 
 GIB = 2**30
 SHAPE = DecodeShape(32, 8, 128, 16)
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+class FullGpu(Exception):
+    """CuPy's CUDARuntimeError; status: what the driver gave."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class FakeAllocator:
+    """CuPy's PythonFunctionAllocator: a block is (its address, what frees it)."""
+
+    def __init__(self, malloc, free) -> None:
+        self._malloc, self._free = malloc, free
+
+    def malloc(self, num_bytes: int) -> tuple:
+        return self._malloc(num_bytes, 0), self._free
 
 
 class FakePool:
-    """CuPy's default pool: grows to its limit, and keeps what it has."""
+    """A pool of CuPy's: serves an allocation from a free block of its size or grows by one; an allocation's address.
 
-    def __init__(self) -> None:
-        self.total, self.limit = 0, 0
+    As CuPy 13 and 14 do, it gives back its free blocks where a block is refused for want of memory, and asks again.
+    """
 
-    def set_limit(self, *, size: int) -> None:
-        self.limit = size
+    def __init__(self, allocator) -> None:
+        self._allocator, self._free, self._used = allocator, [], {}  # blocks: (bytes, block)
 
     def malloc(self, num_bytes: int) -> int:
-        if self.total + num_bytes > self.limit:
-            raise MemoryError(num_bytes)
-        self.total += num_bytes
-        return self.total
+        found = next((kept for kept in self._free if kept[0] == num_bytes), None)
+        if found is None:
+            found = num_bytes, self._grow(num_bytes)
+        else:
+            self._free.remove(found)
+        self._used[found[1][0]] = found
+        return found[1][0]
+
+    def _grow(self, num_bytes: int) -> tuple:
+        try:
+            return self._allocator(num_bytes)
+        except FullGpu as error:
+            assert error.status == OUT_OF_MEMORY
+            self.free_all_blocks()
+        try:
+            return self._allocator(num_bytes)
+        except FullGpu:
+            raise MemoryError(num_bytes) from None
+
+    def free(self, address: int) -> None:
+        self._free.append(self._used.pop(address))
+
+    def free_all_blocks(self) -> None:
+        while self._free:
+            address, free = self._free.pop()[1]
+            free(address, 0)
 
     def total_bytes(self) -> int:
-        return self.total
+        return sum(size for size, _ in (*self._free, *self._used.values()))
 
 
 class FakeTorch(types.ModuleType):
@@ -43,13 +86,18 @@ class FakeTorch(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("torch")
-        self.reserved, self.fraction, self.total = 0, 1.0, 140 * GIB
+        self.reserved, self.fraction, self.total, self.asked = 0, 1.0, 140 * GIB, 0
         properties = types.SimpleNamespace(total_memory=self.total, name="Fake GPU")
         self.cuda = types.SimpleNamespace(
             current_device=lambda: 0, get_device_properties=lambda device: properties,
-            memory_reserved=lambda: self.reserved, set_per_process_memory_fraction=self._set)
+            memory_reserved=self._memory_reserved, set_per_process_memory_fraction=self._set)
+
+    def _memory_reserved(self) -> int:
+        self.asked += 1
+        return self.reserved
 
     def _set(self, fraction: float) -> None:
+        self.asked += 1
         assert 0 <= fraction <= 1
         self.fraction = fraction
 
@@ -64,10 +112,17 @@ def machine(monkeypatch):
     """An H200 with both libraries."""
     with fake_gpu(compute_capability=90, num_sms=132, memory_bytes=140 * GIB) as gpu:
         torch = FakeTorch()
-        gpu.cupy.pool = FakePool()
-        gpu.cupy.get_default_memory_pool = lambda: gpu.cupy.pool
-        gpu.cupy.cuda.set_allocator = lambda allocate: setattr(gpu.cupy, "allocate", allocate)
-        gpu.cupy.cuda.compiler = types.SimpleNamespace()
+        cuda, addresses, blocks = gpu.cupy.cuda, itertools.count(2**40), set()
+        cuda.MemoryPool, cuda.PythonFunctionAllocator = FakePool, FakeAllocator
+        cuda.set_allocator = lambda allocate: setattr(gpu.cupy, "allocate", allocate)
+        cuda.compiler = types.SimpleNamespace()
+
+        def malloc(num_bytes: int) -> int:
+            blocks.add(address := next(addresses))
+            return address
+
+        vars(cuda.runtime).update(malloc=malloc, free=blocks.remove, CUDARuntimeError=FullGpu,
+                                  errorMemoryAllocation=OUT_OF_MEMORY)
         monkeypatch.setitem(sys.modules, "torch", torch)
         gpu.torch = torch
         yield gpu
@@ -107,6 +162,60 @@ def test_both_libraries_share_the_cards_memory(machine) -> None:
     with pytest.raises(MemoryError):
         cupy.allocate(GIB)
     assert torch.cuda.mem_get_info() == (limit - 11 * GIB, limit)
+
+
+def test_pytorch_is_asked_only_where_the_pool_grows_or_shrinks(machine) -> None:
+    """A step's allocations, which CuPy serves from what it holds, cost no host time and leave nothing behind."""
+    limit = as_card.enter("rtx3060").memory_bytes
+    cupy, torch = machine.cupy, machine.torch
+    pool, sizes = cupy.get_default_memory_pool(), (4096, 512, 65536)
+
+    def step() -> None:
+        for address in [cupy.allocate(size) for size in sizes]:
+            pool.free(address)
+
+    step()
+    asked = torch.asked
+    gc.collect()
+    gc.disable()
+    try:
+        step()  # what the fakes themselves keep
+        before = sys.getallocatedblocks()
+        for _ in range(200):
+            step()
+        grown = sys.getallocatedblocks() - before
+    finally:
+        gc.enable()
+    assert torch.asked == asked and grown < 20
+    assert pool.total_bytes() == sum(sizes) and torch.cuda.mem_get_info()[0] == limit - sum(sizes)
+
+
+def test_what_cupy_gives_back_is_pytorchs(machine) -> None:
+    limit = as_card.enter("rtx3060").memory_bytes
+    cupy, torch = machine.cupy, machine.torch
+    pool = cupy.get_default_memory_pool()
+    kept = cupy.allocate(GIB)
+    pool.free(cupy.allocate(8 * GIB))
+    with pytest.raises(MemoryError):
+        torch.reserve(6 * GIB)
+    pool.free_all_blocks()
+    torch.reserve(6 * GIB)
+    pool.free(cupy.allocate(4 * GIB))
+    other = cupy.allocate(3 * GIB)  # for which the free block of another size makes room
+    assert pool.total_bytes() == 4 * GIB and torch.cuda.mem_get_info() == (limit - 10 * GIB, limit)
+    for address in (kept, other):
+        pool.free(address)
+    pool.free_all_blocks()
+    assert torch.cuda.mem_get_info() == (limit - 6 * GIB, limit)
+
+
+def test_nothing_is_freed_once_the_interpreter_ends(machine, monkeypatch) -> None:
+    as_card.enter("rtx3060")
+    pool = machine.cupy.get_default_memory_pool()
+    pool.free(machine.cupy.allocate(GIB))
+    monkeypatch.setattr(machine.cupy.cuda.runtime, "free", lambda address: pytest.fail("CUDA may be gone"))
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    pool.free_all_blocks()
 
 
 @pytest.mark.parametrize("name, said", [

@@ -95,13 +95,14 @@ def memory(address: int, dtype: object, shape: tuple[int, ...], strides: tuple[i
 
 @dataclass(slots=True)
 class FakeKernel:
-    """A launchable kernel; `launches` counts."""
+    """A launchable kernel; `launches` counts, `grids` has (grid, whether its CTAs go in pairs) of each launch."""
 
     name: str
     defines: dict[str, int]
     given: tuple[str, ...] | None  # names of the values of a launch, see gpu.kernels.compile.load_kernel
     file_name: str = ""
     launches: int = 0
+    grids: list[tuple[object, bool]] = field(default_factory=list)
 
     def __call__(self, grid: object, args: tuple, stream: int, pairs: bool = False) -> None:
         names = fields.names(self.name, self.defines) if self.given is None else self.given
@@ -111,6 +112,7 @@ class FakeKernel:
         for name, letter in zip(fields.names(self.name, self.defines), letters, strict=True):
             assert isinstance(values[name], float if letter == "f" else (int, np.integer)), (name, letter, values[name])
         self.launches += 1
+        self.grids.append((grid, pairs))
         if self.name == "pkv_find_prefixes":
             find_prefixes(self.defines, types.SimpleNamespace(**values))
         if self.name == "pkv_summarize_pages":
