@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--eight-bit", nargs="?", const=",".join(plans.EIGHT_BIT), default="", metavar="DTYPES",
                         help="CUSTOM with 8-bit caches too, on the 32.8K group; by default " +
                              " and ".join(plans.EIGHT_BIT))
+    parser.add_argument("--vllm-append", action="store_true",
+                        help="CUSTOM with vLLM's kernel that stores keys and values too")
     parser.add_argument("--steps", type=int, default=60, help="steps timed for each shape")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which nothing more is begun")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile: starts faster")
@@ -85,11 +87,13 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     elif args.check:
         stages = [plans.checks(str(checked), folder, end, (args.kv_cache_dtype,), args.eager)]
     else:
-        wanted = [(backend, "auto", tuple(args.groups.split(","))) for backend in args.backends.split(",")]
+        groups = tuple(args.groups.split(","))
+        wanted = [(backend, "auto", groups, False) for backend in args.backends.split(",")]
+        wanted += [("CUSTOM", "auto", groups, True)] * args.vllm_append
         if args.eight_bit:
-            wanted[1:1] = [("CUSTOM", kind, ("32.8K",)) for kind in args.eight_bit.split(",")]
-        stages = [[Job(backend, kind, llama, str(folder / f"{number}.json"), groups, args.steps, end, eager=args.eager)]
-                  for number, (backend, kind, groups) in enumerate(wanted)]
+            wanted[1:1] = [("CUSTOM", kind, ("32.8K",), False) for kind in args.eight_bit.split(",")]
+        stages = [[Job(backend, kind, llama, str(folder / f"{number}.json"), groups, args.steps, end, eager=args.eager,
+                       vllm_append=vllms)] for number, (backend, kind, groups, vllms) in enumerate(wanted)]
     found = run_stages(stages, folder, args.json)
     without = sum(job.tokens for stage in stages for job in stage) - sum("rows" in one for one in found)
     if without:

@@ -94,20 +94,27 @@ def _write(job: Job, found: dict[str, Any]) -> None:
 
 
 def _count_our_runs() -> dict[str, int]:
-    """How often a layer of ours decodes, and how often of that on queries that it must copy first, from here on.
+    """How often a layer of ours decodes, how often of that on queries that it must copy first, and how often it stores
+    keys and values itself, from here on.
 
     Replays of a CUDA graph do not count.
     """
+    from gpu.drop_ins.vllm import backend
     from gpu.drop_ins.vllm.engines import LayerDecoder
 
-    counted, own = {"our_runs": 0, "our_copies_of_queries": 0}, LayerDecoder.run
+    counted, own = {"our_runs": 0, "our_copies_of_queries": 0, "our_appends": 0}, LayerDecoder.run
+    stores = backend.append
 
     def counting(decoder: Any, rows: Any, q: Any, *others: Any) -> None:
         counted["our_runs"] += 1
         counted["our_copies_of_queries"] += not q.is_contiguous()
         own(decoder, rows, q, *others)
 
-    LayerDecoder.run = counting
+    def counting_stores(*arguments: Any) -> None:
+        counted["our_appends"] += 1
+        stores(*arguments)
+
+    LayerDecoder.run, backend.append = counting, counting_stores
     return counted
 
 
