@@ -27,18 +27,19 @@ def run(job: Job) -> None:
     begin = time.monotonic()
     if not job.plain:
         start_sooner(job)
+    counted = _count_our_runs() if job.backend == "CUSTOM" else {}
     if job.vllm_append:
         from gpu.drop_ins.vllm import builder
 
         builder.APPENDS_IN_GRAPHS = False
-    counted = _count_our_runs() if job.backend == "CUSTOM" else {}
     from vllm import LLM
 
     llm = LLM(**engine_arguments(job))
     engine, config = llm.llm_engine, llm.llm_engine.vllm_config
     found: dict[str, Any] = {
-        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "vllm_append": job.vllm_append, "title": job.title,
-        "start_s": time.monotonic() - begin, "async_scheduling": config.scheduler_config.async_scheduling,
+        "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "vllm_append": job.vllm_append,
+        "title": job.title, "start_s": time.monotonic() - begin,
+        "async_scheduling": config.scheduler_config.async_scheduling,
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [], "cases": {},
     }
     say(f"{job.name}: started in {found['start_s']:.0f} s")
@@ -97,13 +98,12 @@ def _count_our_runs() -> dict[str, int]:
     """How often a layer of ours decodes, how often of that on queries that it must copy first, and how often it stores
     keys and values itself, from here on.
 
-    Replays of a CUDA graph do not count.
+    Replays of a CUDA graph do not count. vLLM imports our backend later, so that it takes what is put here.
     """
-    from gpu.drop_ins.vllm import backend
-    from gpu.drop_ins.vllm.engines import LayerDecoder
+    from gpu.drop_ins.vllm import engines
 
-    counted, own = {"our_runs": 0, "our_copies_of_queries": 0, "our_appends": 0}, LayerDecoder.run
-    stores = backend.append
+    counted = {"our_runs": 0, "our_copies_of_queries": 0, "our_appends": 0}
+    own, stores = engines.LayerDecoder.run, engines.append
 
     def counting(decoder: Any, rows: Any, q: Any, *others: Any) -> None:
         counted["our_runs"] += 1
@@ -114,7 +114,7 @@ def _count_our_runs() -> dict[str, int]:
         counted["our_appends"] += 1
         stores(*arguments)
 
-    LayerDecoder.run, backend.append = counting, counting_stores
+    engines.LayerDecoder.run, engines.append = counting, counting_stores
     return counted
 
 
