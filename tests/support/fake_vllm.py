@@ -22,6 +22,7 @@ from torch_paged import paged_attention
 
 from gpu.drop_ins.vllm import engines as vllm_engines
 
+INT8_SCALE = 0.125  # of every token and head that a stand-in stores
 INTERFACES = Path(__file__).resolve().parents[1] / "drop_ins" / "vllm_interface"
 ADAPTER, BUILDER = "gpu.drop_ins.vllm.backend", "gpu.drop_ins.vllm.builder"
 KINDS = {"plain": inspect.Parameter.POSITIONAL_OR_KEYWORD, "variable": inspect.Parameter.VAR_POSITIONAL,
@@ -112,21 +113,29 @@ class PlainEngine:
 
 
 class PlainWriter:
-    """CacheWriter's append() of a token a row, into NHD pages."""
+    """CacheWriter's append() of a token a row, into NHD pages; a token's scale is the one that _store() gives it."""
 
     def __init__(self, vllm: FakeVllm, kind: vllm_engines.LayerKind) -> None:
-        self.vllm, self.kind = vllm, kind
+        self.vllm, self.kind, self.kv_dtype = vllm, kind, kind.kv_dtype or kind.dtype
 
     def append(self, k_new: torch.Tensor, v_new: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *,
-               seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
-        shape = self.kind.shape
+               seq_lens: torch.Tensor, block_table: torch.Tensor, **scales: torch.Tensor) -> None:
+        shape, kind = self.kind.shape, self.kind
+        names = {None: (), "tensor": ("k_scale", "v_scale"), "token": ("k_token_scales", "v_token_scales")}
+        assert (*scales,) == names[kind.kv_scales] and kind.stored_by_ours
         assert k_new.shape == v_new.shape == (len(seq_lens), shape.num_kv_heads, shape.head_dim)
         assert seq_lens.dtype == block_table.dtype == torch.int32 and len(block_table) == len(seq_lens)
         for row, length in enumerate(seq_lens.tolist()):
             if length:
                 block, place = divmod(length - 1, shape.page_size)
-                k_pages[block_table[row, block], place] = k_new[row]
-                v_pages[block_table[row, block], place] = v_new[row]
+                for side, (pages, new) in enumerate(((k_pages, k_new), (v_pages, v_new))):
+                    at, own = (block_table[row, block], place), new[row]
+                    if kind.kv_scales == "token":
+                        scales[names["token"][side]][at] = INT8_SCALE
+                        own = (own / INT8_SCALE).to(torch.int8)
+                    elif kind.kv_scales == "tensor":
+                        own = (own / scales[names["tensor"][side]]).to(torch.float8_e4m3fn).view(pages.dtype)
+                    pages[at] = own
         self.vllm.stored += [len(seq_lens)] * bool(seq_lens.any())
 
 
@@ -281,7 +290,7 @@ def _store(vllm: FakeVllm, self: Any, layer: Any, key: torch.Tensor, value: torc
                 kv_cache[block, side, place] = new[token]
                 continue
             if self.kv_cache_dtype.endswith("per_token_head"):
-                scale = torch.full(new[token].shape[:1], 0.125 if kind == "int8" else 0.25)
+                scale = torch.full(new[token].shape[:1], INT8_SCALE if kind == "int8" else 0.25)
                 (self._k_scale_cache, self._v_scale_cache)[side][block, place] = scale
             else:
                 scale = (layer._k_scale, layer._v_scale)[side].expand(new.shape[1])

@@ -47,7 +47,7 @@ class _Impl(Mixin):
                        query_tokens: tuple[int, ...], most_rows: int, engines: Engines, appends: bool) -> None:
         """Gives the layer its decoder. Raises ValueError saying what no kernel of ours serves.
 
-        appends: that graphs of decode steps store keys and values by our kernel, where the cache is of 16 bits.
+        appends: that graphs of decode steps store keys and values by our kernel, where there is one for the cache.
         """
         kind_of_attention = str(getattr(self.attn_type, "value", self.attn_type))
         name = str(dtype).removeprefix("torch.")
@@ -63,7 +63,7 @@ class _Impl(Mixin):
                          None if left < 0 else left + 1, self.logits_soft_cap or None, self.sinks is not None, kv_dtype,
                          kv_scales, self.scale)
         self._decoder = engines.decoder(kind, query_tokens, most_rows, self.sinks, self._decoder)
-        if appends and kv_dtype is None:
+        if appends and kind.stored_by_ours:
             self._writer = engines.writer(kind)
         LOG.info_once("PersistentKV decodes on the GPU's balanced schedule: %s query heads of %s over %s KV heads, "
                       "pages of %s tokens, cache %s", self.num_heads, self.head_size, self.num_kv_heads, block_size,
@@ -99,23 +99,14 @@ class _Impl(Mixin):
     def fused_output_quant_supported(self, quant_key: object) -> bool:
         return False  # our kernel writes 16-bit outputs
 
-    def _values_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        return kv_cache
-
-    def _scales(self, layer: torch.nn.Module) -> tuple[object, object]:
-        return None, None
-
-
-class FlashImpl(_Impl, FlashAttentionImpl):
-    """Of 16-bit caches."""
-
     def do_kv_cache_update(self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor,
                            kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        rows = self._rows_of_captured_step(layer)
+        cache, rows = self._values_of(kv_cache), self._rows_of_captured_step(layer)
         if rows is None:
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            super().do_kv_cache_update(layer, key, value, cache, slot_mapping)
         else:
-            append(self._writer, rows, key, value, *kv_cache.unbind(1))
+            k_pages, v_pages = cache.unbind(1)
+            append(self._writer, rows, key, value, k_pages, v_pages, *self._scales(layer))
 
     def _rows_of_captured_step(self, layer: torch.nn.Module) -> DecodeRows | None:
         """The rows of a step that is captured whole and only decodes, where our kernel stores; else None.
@@ -127,6 +118,16 @@ class FlashImpl(_Impl, FlashAttentionImpl):
         metadata = get_forward_context().attn_metadata
         step = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
         return step.decode if isinstance(step, StepMetadata) and step.base is None else None
+
+    def _values_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return kv_cache
+
+    def _scales(self, layer: torch.nn.Module) -> tuple[object, object]:
+        return None, None
+
+
+class FlashImpl(_Impl, FlashAttentionImpl):
+    """Of 16-bit caches."""
 
 
 class TritonImpl(_Impl, TritonAttentionImpl):
@@ -150,10 +151,6 @@ class TritonImpl(_Impl, TritonAttentionImpl):
 
     def _ensure_scale_caches(self, kv_cache: torch.Tensor) -> None:
         """The base would take the scales from between the values; _values_of has them from planes of their own."""
-
-    def do_kv_cache_update(self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor,
-                           kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        super().do_kv_cache_update(layer, key, value, self._values_of(kv_cache), slot_mapping)
 
     def _scales(self, layer: torch.nn.Module) -> tuple[object, object]:
         if self._is_per_token_head_quant:

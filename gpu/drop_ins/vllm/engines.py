@@ -42,6 +42,11 @@ class LayerKind:
     kv_scales: str | None
     scale: float
 
+    @property
+    def stored_by_ours(self) -> bool:
+        """Whether there is a kernel of ours that stores such keys and values: none has FP8 scales of every token."""
+        return self.kv_scales != "token" or self.kv_dtype == "int8"
+
     def options(self, query_tokens: int) -> AttentionOptions:
         return AttentionOptions(window=self.window, soft_cap=self.soft_cap, sinks=self.sinks,
                                 query_tokens=query_tokens, kv_dtype=self.kv_dtype, kv_scales=self.kv_scales)
@@ -56,21 +61,24 @@ def make_engine(kind: LayerKind, query_tokens: int) -> Any:
 
 
 def make_writer(kind: LayerKind) -> Any:
-    """What stores 16-bit keys and values, on the current device. Raises ValueError where no kernel does."""
+    """What stores keys and values, on the current device. Raises ValueError where no kernel does."""
     from gpu.cache.writer import CacheWriter
 
-    return CacheWriter(kind.shape, kind.dtype, layout="NHD")
+    return CacheWriter(kind.shape, kind.dtype, kv_dtype=kind.kv_dtype, layout="NHD")
 
 
 def append(writer: Any, rows: DecodeRows, key: torch.Tensor, value: torch.Tensor, k_pages: torch.Tensor,
-           v_pages: torch.Tensor) -> None:
+           v_pages: torch.Tensor, k_scale: object = None, v_scale: object = None) -> None:
     """Stores the tokens of rows with one query token each, at the last position of each row; empty rows store nothing.
 
     key, value: [at least rows.num_rows, num_kv_heads, head_size]; pages [num_blocks, block_size, num_kv_heads,
-    head_size].
+    head_size]; scales: None of 16-bit pages, one float32 of FP8 ones, of INT8 ones what a token's and head's are
+    written to, [num_blocks, block_size, num_kv_heads] float32.
     """
+    names = ("k_token_scales", "v_token_scales") if writer.kv_dtype == "int8" else ("k_scale", "v_scale")
+    scales = {} if k_scale is None else dict(zip(names, (k_scale, v_scale)))
     writer.append(key[:rows.num_rows], value[:rows.num_rows], k_pages, v_pages, seq_lens=rows.seq_lens,
-                  block_table=rows.block_table)
+                  block_table=rows.block_table, **scales)
 
 
 @dataclass(slots=True, eq=False)
@@ -128,12 +136,12 @@ class Engines:
     def writer(self, kind: LayerKind) -> Any:
         """The writer of layers of this kind. It has run once, so that a capture may follow; ValueError without one."""
         if kind not in self.writers:
-            shape, dtype = kind.shape, getattr(torch, kind.dtype)
+            heads = kind.shape.num_kv_heads, kind.shape.head_dim
             with torch.cuda.device(self.device):
                 self.writers[kind] = make_writer(kind)
-                new = torch.zeros(1, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=self.device)
-                pages = new[:, None].repeat(1, shape.page_size, 1, 1)
-                append(self.writers[kind], self._empty_row(1), new, new, pages, pages)
+                new = torch.zeros(1, *heads, dtype=getattr(torch, kind.dtype), device=self.device)
+                pages, scales = self._one_page(kind)
+                append(self.writers[kind], self._empty_row(1), new, new, pages, pages, scales, scales)
                 torch.cuda.synchronize(self.device)
         return self.writers[kind]
 
@@ -164,15 +172,20 @@ class Engines:
         return DecodeRows(torch.zeros(1, dtype=torch.int32, device=self.device),
                           torch.zeros(1, 1, dtype=torch.int32, device=self.device), 1, query_tokens)
 
+    def _one_page(self, kind: LayerKind) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A pool of one page of such layers, and its scales."""
+        shape = kind.shape
+        stored = {None: getattr(torch, kind.dtype), "int8": torch.int8}.get(kind.kv_dtype, torch.uint8)
+        pages = torch.zeros(1, shape.page_size, shape.num_kv_heads, shape.head_dim, dtype=stored, device=self.device)
+        if kind.kv_scales is None:
+            return pages, None
+        return pages, torch.ones(pages.shape[:-1] if kind.kv_scales == "token" else (), device=self.device)
+
     def _try_out(self, decoder: LayerDecoder, query_tokens: int) -> None:
         """One run over an empty row: the engine compiles, and knows from whose library arrays come."""
         kind, shape, device = decoder.kind, decoder.kind.shape, self.device
         dtype = getattr(torch, kind.dtype)
-        stored = {None: dtype, "int8": torch.int8}.get(kind.kv_dtype, torch.uint8)
-        pages = torch.zeros(1, shape.page_size, shape.num_kv_heads, shape.head_dim, dtype=stored, device=device)
-        scales = None
-        if kind.kv_scales is not None:
-            scales = torch.ones(pages.shape[:-1] if kind.kv_scales == "token" else (), device=device)
+        pages, scales = self._one_page(kind)
         q = torch.zeros(query_tokens, shape.num_q_heads, shape.head_dim, dtype=dtype, device=device)
         decoder.run(self._empty_row(query_tokens), q, pages, pages, torch.empty_like(q), scales, scales)
         torch.cuda.synchronize(device)

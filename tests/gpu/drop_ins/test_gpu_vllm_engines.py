@@ -1,6 +1,7 @@
 """The vLLM adapter's engines on the GPU, without vLLM: on caches laid out as its own, captured, every cache type."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch_paged import paged_attention
@@ -8,6 +9,7 @@ from torch_paged import paged_attention
 from gpu.drop_ins.vllm.engines import KV_TYPES, SCALE_BYTES, Engines, LayerKind, append, own_planes
 from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
+from pkvsim.reference.append import quantize_fp8, quantize_int8
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 NUM_BLOCKS, MAX_ROWS, MAX_BLOCKS = 600, 8, 64
@@ -80,12 +82,24 @@ def test_a_captured_graph_follows_lengths_and_tables(kind: str, hnd: bool, query
         torch.testing.assert_close(out.view(wanted.shape), wanted, atol=2e-2, rtol=2e-2)
 
 
+def stored(new: torch.Tensor, kind: str, scale: object) -> tuple[torch.Tensor, object]:
+    """(what pages hold of a token's keys or values [num_kv_heads, head_size], the scales that are stored with it)."""
+    if kind == "auto":
+        return new, None
+    exact = new.float().cpu().numpy()
+    if kind == "fp8":
+        return torch.from_numpy(quantize_fp8(exact, float(scale), "float8_e4m3fn").view(np.uint8)), None
+    codes, scales = quantize_int8(exact)
+    return torch.from_numpy(codes), torch.from_numpy(scales.astype(np.float32))
+
+
 @pytest.mark.parametrize("hnd", [False, True])
-def test_a_captured_step_stores_before_it_attends(hnd: bool) -> None:
+@pytest.mark.parametrize("name", ["auto", "fp8", "int8_per_token_head"])
+def test_a_captured_step_stores_before_it_attends(name: str, hnd: bool) -> None:
     torch.manual_seed(1)
-    cache, _, _ = make_cache("auto", hnd=hnd)
+    cache, k_scale, v_scale = make_cache(name, hnd=hnd)
     engines = Engines(DEVICE)
-    kind = LayerKind(SHAPE, "bfloat16", None, None, False, None, None, SHAPE.head_dim**-0.5)
+    kind = LayerKind(SHAPE, "bfloat16", None, None, False, *KV_TYPES[name], SHAPE.head_dim**-0.5)
     decoder, writer = engines.decoder(kind, {1}, MAX_ROWS, None), engines.writer(kind)
     assert engines.writer(kind) is writer
     lens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=DEVICE)
@@ -97,19 +111,26 @@ def test_a_captured_step_stores_before_it_attends(hnd: bool) -> None:
     k_pages, v_pages = cache.unbind(1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        append(writer, rows, key, value, k_pages, v_pages)
-        decoder.run(rows, q, k_pages, v_pages, out, None, None)
+        append(writer, rows, key, value, k_pages, v_pages, k_scale, v_scale)
+        decoder.run(rows, q, k_pages, v_pages, out, k_scale, v_scale)
     for given in ([5, 700, 1000, 17, 64, 1, 0, 0], [1000] * 3 + [0] * 5, [16] * 8):
         lens.copy_(torch.tensor(given, dtype=torch.int32))
         table.copy_(torch.randperm(NUM_BLOCKS - 1, device=DEVICE)[:MAX_ROWS * MAX_BLOCKS].view(table.shape) + 1)
         qkv.normal_()
-        wanted_cache = cache.clone()
+        wanted_cache, wanted_scales = cache.clone(), [None if scale is None else scale.clone()
+                                                      for scale in (k_scale, v_scale)]
         for row, length in enumerate(given):
             if length:
                 block, place = table[row, (length - 1) // SHAPE.page_size], (length - 1) % SHAPE.page_size
-                wanted_cache[block, 0, place], wanted_cache[block, 1, place] = key[row], value[row]
+                for side, new in enumerate((key, value)):
+                    codes, scales = stored(new[row], name, wanted_scales[side])
+                    wanted_cache[block, side, place] = codes.to(DEVICE)
+                    if scales is not None:
+                        wanted_scales[side][block, place] = scales.to(DEVICE)
         graph.replay()
         assert torch.equal(cache, wanted_cache)
-        pools = (pages.double().transpose(1, 2) for pages in wanted_cache.unbind(1))
+        if name != "auto":
+            assert torch.equal(k_scale, wanted_scales[0]) and torch.equal(v_scale, wanted_scales[1])
+        pools = (values(pages, name, scale) for pages, scale in zip(wanted_cache.unbind(1), wanted_scales))
         wanted, _ = paged_attention(q, *pools, table, lens)
         torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
