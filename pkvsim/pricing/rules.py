@@ -138,7 +138,8 @@ def by_buckets(lengths: np.ndarray, reads: np.ndarray, pinned: int, layer: Layer
         else:
             us += even_us(reads[begin:end], splits, layer)
         if splits > 1:
-            us += constants[LAUNCH] + merge_us(constants, layer.columns, layer.state_bytes, float(splits), float(heads * splits))
+            tasks = float(heads * splits)
+            us += constants[LAUNCH] + merge_us(constants, layer.columns, layer.state_bytes, float(splits), tasks)
         if begin == 0:
             longest_splits = splits
         begin = end
