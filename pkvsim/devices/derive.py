@@ -11,6 +11,8 @@ from pkvsim.devices.selection_constants import SelectionEntry
 from pkvsim.schedule.costs import BalancedCosts, default_costs
 
 REFERENCE = "h200"  # whose measured efficiencies are carried over
+WARPS = 8  # of a CTA that merges rows cut by split or workqueue, one column each at a time
+FEWER_WARPS = {(8, 6): 4, (8, 9): 4, (12, 0): 4, (12, 1): 4}  # where an SM has no room for eight warps' tiles
 LEAST_CAPABILITY = {"xqa": (9, 0)}  # FlashInfer's XQA kernels; its other backends and ours serve every GPU listed
 
 
@@ -31,17 +33,24 @@ def balanced_costs(device: DeviceSpec) -> BalancedCosts:
     return device_routes(device)["balanced"].costs
 
 
+def merging_warps(compute_capability: tuple[int, int]) -> int:
+    """Warps of a CTA of split and workqueue at heads of 128, as gpu.kernels chooses them for groups of up to 8."""
+    return FEWER_WARPS.get(compute_capability, WARPS)
+
+
 def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) -> dict[str, CalibratedRoute]:
     """Every route of `reference` (the H200 by default) carried over to `device`; status "estimated".
 
     The rule: memory and L2 bandwidth scale with beta_gb_s, arithmetic per SM with the tensor-core peak per SM, L2
     capacity with its size; what one CTA reads is kept, because it is bytes in flight over latency, but never exceeds
-    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept; the
-    balanced schedule weighs what the engine takes on a GPU of this compute capability.
+    what the device reads in all; times that are latencies (launch, task, segment, merge, host planning) are kept; as
+    many columns merge at a time as CTAs have warps there; the balanced schedule weighs what the engine takes on a GPU
+    of this compute capability.
     """
     reference = reference or DEVICES[REFERENCE]
     memory = device.beta_gb_s / reference.beta_gb_s
     arithmetic = (device.fp16_tflops / device.num_sms) / (reference.fp16_tflops / reference.num_sms)
+    warps = float(merging_warps(device.compute_capability))
     routes = {}
     for name, entry in reference.calibration.items():
         model = entry.model
@@ -55,6 +64,7 @@ def derive_routes(device: DeviceSpec, *, reference: DeviceSpec | None = None) ->
                 sm_heads_gb_s=_scaled(model.sm_heads_gb_s, arithmetic),
                 l2_gb_s=_scaled(model.l2_gb_s, memory),
                 l2_mb=model.l2_mb * device.l2_mib / reference.l2_mib,
+                merge_columns=warps if model.merge_columns < math.inf else math.inf,
                 costs=default_costs(device.compute_capability),
             ),
             status="estimated",

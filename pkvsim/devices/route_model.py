@@ -46,6 +46,7 @@ class RouteModel:
     segment_us: float = 0.0  # balanced: a CTA's time for every (row, KV head) segment beside its bytes
     merge_us: float = 0.0  # merging rows that are cut, whatever their number of splits
     merge_split_us: float = 0.0  # merging, for every split of the longest row: they are read one after the other
+    merge_columns: float = math.inf  # columns of a KV head that merge at a time; more take merge_split_us once a turn
     merge_gb_s: float = math.inf  # what merges one KV head's partial states reads, its splits times group_size states
     isolated_us: float = 0.0  # GPU: what the first layer of a step takes above one that follows another
     plan_us: float = 0.0  # host time of planning, per step whatever the layers
@@ -87,7 +88,7 @@ CONSTANTS = tuple(f.name for f in fields(RouteModel) if f.name not in ("rule", "
 NUM_CONSTANTS = 1 + len(CONSTANTS) + len(BalancedCosts._fields)
 _REQUIRED = tuple(f.name for f in fields(RouteModel) if f.name in CONSTANTS and f.default is MISSING)
 NO_LIMIT = "no limit"  # infinity in a device file, which is strict JSON
-_UNLIMITED = ("merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
+_UNLIMITED = ("merge_columns", "merge_gb_s", "l2_gb_s", "sm_heads_gb_s")  # infinity means that this never limits
 _POSITIVE = (
     "bandwidth_gb_s", "cta_read_gb_s", "head_pad", "ctas_per_sm", "tile_tokens", "min_split_tokens", *_UNLIMITED,
 )  # fmt: skip

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+from pkvsim.devices.derive import merging_warps
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.route_model import ROUTES, RouteModel
 from pkvsim.schedule.costs import default_costs
@@ -22,8 +23,8 @@ _FREE = {
     "flashinfer_cuda_core": ("task_us", "sm_heads_gb_s", "base_heads"),
     "flashinfer_tensor_core": ("merge_us", "merge_split_us"),
     "xqa": ("merge_us", "merge_split_us"),
-    "split": ("launch_us", "task_us", "merge_us", "merge_gb_s"),
-    "workqueue": ("launch_us", "task_us", "merge_us", "merge_gb_s"),
+    "split": ("launch_us", "task_us", "merge_us", "merge_split_us", "sm_heads_gb_s"),
+    "workqueue": ("launch_us", "task_us", "merge_us", "merge_split_us", "sm_heads_gb_s"),
     "balanced": ("segment_us", "merge_us", "merge_gb_s", "sm_heads_gb_s", "base_heads"),
 }
 PEER_RULES = ("whole", "even", "chunk")  # tried for a system whose scheduling is not known
@@ -68,7 +69,10 @@ def fit_starts(route: str, device: DeviceSpec, *, from_known: bool = False) -> l
                 "task_us": 0.0, "launch_us": 0.0, "merge_split_us": 0.0,
             }  # fmt: skip
         if route in _STRIDED:
-            own = {"strided": 1.0, "merge_gb_s": 25.0, "launch_us": 1.0, "merge_split_us": 0.0}
+            own = {
+                "strided": 1.0, "launch_us": 1.0, "merge_split_us": 0.1, "sm_heads_gb_s": 1500.0,
+                "merge_columns": float(merging_warps(device.compute_capability)),
+            }  # fmt: skip
         return [
             RouteModel(
                 rule=rule, ctas_per_sm=count, head_pad=pad, tile_tokens=tile,

@@ -13,8 +13,9 @@ QUERY_ELEMENT_BYTES = 2  # queries and outputs are FP16 or BF16, whatever the ca
 PARTIAL_ELEMENT_BYTES = 4  # partial states are FP32: m, l and head_dim sums per query head
 RULE = 0
 (
-    BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_SPEED, ISOLATED, PLAN, PLAN_ROW,
-    PLAN_LENGTH, HOST, RUN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD, CTAS_PER_SM, TILE, MIN_SPLIT, STRIDED,
+    BANDWIDTH, CTA_READ, FIXED, LAUNCH, TASK, SEGMENT, MERGE, MERGE_SPLIT, MERGE_COLUMNS, MERGE_SPEED, ISOLATED,
+    PLAN, PLAN_ROW, PLAN_LENGTH, HOST, RUN, L2_SPEED, L2_SIZE, SM_HEADS, BASE_HEADS, HEAD_PAD, CTAS_PER_SM, TILE,
+    MIN_SPLIT, STRIDED,
 ) = range(1, 1 + len(CONSTANTS))  # fmt: skip
 COSTS = 1 + len(CONSTANTS)  # the first of BalancedCosts' fields
 WHOLE, CHUNK, EVEN, BUCKETS, QUEUE, BALANCED = range(len(RULES))
@@ -63,7 +64,9 @@ def query_us(constants: np.ndarray, query_heads: int, head_dim: float, element_b
 
 
 @compiled
-def merge_us(constants: np.ndarray, state_bytes: float, splits: float, tasks: float) -> float:
-    """Merging `tasks` partial states of one KV head's group each, at most `splits` of them of one row and head."""
-    one_split = constants[MERGE_SPLIT] + state_bytes / (constants[MERGE_SPEED] * 1e3)
+def merge_us(constants: np.ndarray, columns: int, state_bytes: float, splits: float, tasks: float) -> float:
+    """Merging `tasks` partial states of one KV head's `columns` each, state_bytes of them a task, at most `splits` of
+    them of one row and head."""
+    turns = max(1.0, math.ceil(columns / constants[MERGE_COLUMNS]))
+    one_split = turns * constants[MERGE_SPLIT] + state_bytes / (constants[MERGE_SPEED] * 1e3)
     return constants[MERGE] + splits * one_split + 2 * tasks * state_bytes / (constants[BANDWIDTH] * 1e3)

@@ -41,6 +41,7 @@ class Layer(NamedTuple):
     constants: np.ndarray  # [NUM_CONSTANTS] float64
     rule: int  # index into RULES
     num_kv_heads: int
+    columns: int  # as in Heads
     num_sms: int
     slots: int  # CTAs that run at a time
     tile: int  # tokens at whose multiples rows are cut
@@ -76,6 +77,7 @@ def make_layer(heads: Heads, constants: np.ndarray, tokens: int) -> Layer:
         constants,
         int(constants[RULE]),
         heads.num_kv_heads,
+        heads.columns,
         heads.num_sms,
         cta_slots(constants, heads.num_sms),
         int(constants[TILE]),

@@ -38,7 +38,7 @@ def evenly(ordered: np.ndarray, pinned: int, start_us: float, layer: Layer) -> t
     if layer.rule == QUEUE:
         us += constants[LAUNCH]
     if splits > 1:
-        us += merge_us(constants, layer.state_bytes, float(splits), float(heads * splits))
+        us += merge_us(constants, layer.columns, layer.state_bytes, float(splits), float(heads * splits))
     return us, splits
 
 
@@ -51,7 +51,7 @@ def in_chunks(ordered: np.ndarray, start_us: float, layer: Layer) -> tuple[float
         return start_us + even_us(ordered, splits, layer), splits
     tasks = layer.num_kv_heads * chunk_count(ordered, chunk)
     us = start_us + chunks_us(ordered, chunk, tasks, layer)
-    return us + merge_us(layer.constants, layer.state_bytes, float(splits), float(tasks)), splits
+    return us + merge_us(layer.constants, layer.columns, layer.state_bytes, float(splits), float(tasks)), splits
 
 
 @inner
@@ -110,7 +110,7 @@ def _merging(splits: int, tasks: int, layer: Layer) -> float:
     """Merging so many tasks of each KV head, `splits` of them of the longest row; no time where no row is split."""
     if splits <= 1:
         return 0.0
-    return merge_us(layer.constants, layer.state_bytes, float(splits), float(layer.num_kv_heads * tasks))
+    return merge_us(layer.constants, layer.columns, layer.state_bytes, float(splits), float(layer.num_kv_heads * tasks))
 
 
 @inner
@@ -138,7 +138,8 @@ def by_buckets(lengths: np.ndarray, reads: np.ndarray, pinned: int, layer: Layer
         else:
             us += even_us(reads[begin:end], splits, layer)
         if splits > 1:
-            us += constants[LAUNCH] + merge_us(constants, layer.state_bytes, float(splits), float(heads * splits))
+            tasks = float(heads * splits)
+            us += constants[LAUNCH] + merge_us(constants, layer.columns, layer.state_bytes, float(splits), tasks)
         if begin == 0:
             longest_splits = splits
         begin = end
@@ -161,5 +162,5 @@ def by_ranges(ordered: np.ndarray, tokens: int, layer: Layer) -> tuple[float, in
     if heads % ranges or ordered[0] != ordered[-1]:
         splits = max(2, int(math.ceil(ordered[0] * ranges / (tokens * layer.num_kv_heads))))
         partials = float(min(heads * splits, 2 * ranges))
-        return us + merge_us(constants, layer.state_bytes, float(splits), partials), splits
+        return us + merge_us(constants, layer.columns, layer.state_bytes, float(splits), partials), splits
     return us, 1

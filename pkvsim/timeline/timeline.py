@@ -150,7 +150,7 @@ def _prepare(
     kv_bytes = int(reads.sum(dtype=np.int64)) * shape.num_kv_heads * width
     alone, shared = read_speeds(constants, kv_bytes, columns, options.kv_element_bytes(shape), num_sms)
     state = columns * (2 + options.value_dim(shape)) * float(PARTIAL_ELEMENT_BYTES)
-    spans, launch_spans, gaps, merges = _launches(model, constants, schedule, shape, lens, state)
+    spans, launch_spans, gaps, merges = _launches(model, constants, schedule, shape, lens, columns, state)
     cta_us, task_us = model.task_us, model.segment_us if model.rule == "balanced" else 0.0
     if model.strided:
         cta_us, task_us = 0.0, model.task_us
@@ -171,18 +171,18 @@ def _prepare(
 
 def _launches(
     model: RouteModel, constants: np.ndarray, schedule: Schedule, shape: DecodeShape, lens: np.ndarray,
-    state_bytes: float,
+    columns: int, state_bytes: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:  # fmt: skip
     """Task ranges in launch order [num_spans, 2] int64, the launches' offsets into them [num_launches + 1] int64, the
     time after each launch (merge and next launch) [num_launches] float64, and the sum of the merges.
 
-    state_bytes: of a task's partial state.
+    columns: of a KV head; state_bytes: of a task's partial state.
     """
     row_counts = np.diff(schedule.split_offsets)
     if model.rule != "buckets":
         cut = schedule.num_partial_tasks if row_counts.max(initial=0) > 1 else 0
         gap = model.launch_us if model.rule == "queue" else 0.0
-        merging = merge_us(constants, state_bytes, float(row_counts.max()), float(cut)) if cut else 0.0
+        merging = merge_us(constants, columns, state_bytes, float(row_counts.max()), float(cut)) if cut else 0.0
         return np.array([[0, len(schedule.tasks)]]), np.array([0, 1]), np.array([gap + merging]), merging
     rows = np.argsort(-lens, kind="stable")[: np.count_nonzero(lens)]
     row_tasks = schedule.split_offsets * np.int64(shape.num_kv_heads)
@@ -192,7 +192,7 @@ def _launches(
     tasks = np.diff(np.append(0, np.cumsum(row_counts[rows]))[launch_spans]) * float(shape.num_kv_heads)
     splits = row_counts[rows[launch_spans[:-1]]].astype(float)
     # py_func is the formula without its compiled code, and takes arrays.
-    merging = (splits > 1) * merge_us.py_func(constants, state_bytes, splits, tasks)
+    merging = (splits > 1) * merge_us.py_func(constants, columns, state_bytes, splits, tasks)
     gaps = merging + model.launch_us * (splits > 1)
     gaps[:-1] += model.launch_us
     return spans, launch_spans, gaps, float(merging.sum())

@@ -9,11 +9,12 @@ from pkvsim import DecodeShape
 from pkvsim.devices.derive import derive_routes, device_routes
 from pkvsim.devices.device import DEVICES, get_device
 from pkvsim.devices.route_model import CONSTANTS, NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
-from pkvsim.pricing.constants import MERGE, PLAN
+from pkvsim.pricing.constants import MERGE, PLAN, merge_us
 from pkvsim.pricing.cuts import chunk_tokens, row_splits, sorted_lengths
 
 H200 = get_device("h200")
 CONSTANTS_H200 = constants_matrix(H200.routes)
+BY_TURNS = ("split", "workqueue")  # whose merging CTAs have a warp a column
 lengths = st.lists(st.integers(0, 60000), min_size=1, max_size=40)
 
 
@@ -111,3 +112,19 @@ def test_bad_models():
             RouteModel(**good | {name: value})
     with pytest.raises(ValueError, match="rule: expected one of whole, chunk"):
         RouteModel(**good | {"rule": "greedy"})
+
+
+@settings(max_examples=50, deadline=None)
+@given(splits=st.integers(2, 64), group=st.integers(1, 64), rows=st.integers(1, 64), route=st.sampled_from(BY_TURNS))
+def test_a_merge_takes_a_turn_for_as_many_columns_as_there_are_warps(splits, group, rows, route):
+    """A group of up to 8 heads merges in the time of one, but for its bytes; each 8 more take as much again."""
+    row, state = H200.routes[route].to_row(), group * 130 * 4.0
+    moved = 2 * rows * splits * state / (H200.routes[route].bandwidth_gb_s * 1e3)
+    one = merge_us(row, 1, 0.0, splits, rows * splits) - row[MERGE]
+    assert merge_us(row, group, state, splits, rows * splits) - row[MERGE] - moved == pytest.approx(one * -(-group // 8))
+
+
+def test_a_small_sm_merges_fewer_columns_at_a_time():
+    routes = derive_routes(get_device("rtx3060"))
+    assert all(entry.model.merge_columns == (4.0 if name in BY_TURNS else np.inf) for name, entry in routes.items())
+    assert derive_routes(H200)["split"].model.merge_columns == 8.0

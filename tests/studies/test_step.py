@@ -80,12 +80,12 @@ def test_the_parts_of_the_time_add_up(seq_lens, device, kv_heads, layers, splits
         ("65536x8", "flashinfer_cuda_core", "compute"),
         ("131072,16x63", "xqa", "tail"),
         ("16x1", "split", "launches"),
-        ("16384x4", "workqueue", "cta_rate"),
+        ("16384x2", "workqueue", "cta_rate"),
         ("1,2,3,4,5,6,7,8,9,10", "split", "launches"),
     ],
 )
 def test_what_bounds_a_step(lens, route, bound) -> None:
-    splits = 2 if bound == "cta_rate" else None  # 64 CTAs of an H200's 132
+    splits = 2 if bound == "cta_rate" else None  # 32 CTAs of an H200's 132
     report = explain_step(SHAPE, parse_seq_lens(lens), get_device("h200"), routes=[route], splits=splits)
     assert report.routes[0].split.bound == bound, report.routes[0].split
 

@@ -190,8 +190,9 @@ def test_step_sweep(capsys, monkeypatch) -> None:
     code, out, err = pkvsim(capsys, monkeypatch, *args, "--json")
     assert (code, err) == (0, "") and json.loads(out)["cells"][3]["result"] == sweep.cells[3]
     assert "us over batch and length" in pkvsim(capsys, monkeypatch, *args)[1]
-    fixed = step_sweep({"batch": (1,), "splits": (1, 4, 16)}, MODEL.shape(16), DEVICE, "split").values("us")
-    assert fixed[0, 0] > fixed[0, 1] > fixed[0, 2]  # one row in one split is 8 CTAs on 132 SMs
+    axes = {"batch": (1,), "length": (32768,), "splits": (1, 4, 16)}
+    fixed = step_sweep(axes, MODEL.shape(16), DEVICE, "split").values("us")[0, 0]
+    assert fixed[0] > fixed[1] > fixed[2]  # one row in one split is 8 CTAs on 132 SMs
     assert isinstance(sweep, Sweep) and sweep.values("routes_us.balanced").shape == (2, 2)
 
 
