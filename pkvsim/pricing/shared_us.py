@@ -43,8 +43,9 @@ class SharedLayer(NamedTuple):
     read_us: float  # of a read's end, for each column
     row_us: float  # of merging an output
     state_us: float  # of each state of it
-    alone: float  # bytes per us of one CTA beside reads
+    alone: float  # bytes per us of one CTA with a row's own tokens
     reading: float  # bytes per us of one CTA in a read
+    read_share: float  # as ReadPrices
     bandwidth: float  # bytes per us of all
     again_bytes: float  # as ReadPrices
     costs: BalancedCosts
@@ -62,11 +63,12 @@ def _both_kinds(
     row_bytes: float,
     row_fixed_us: float,
     bandwidth: float,  # bytes per us of all
+    read_share: float,  # of a range of reads, of what one of rows gets
 ) -> float:
     """When ranges of reads and of rows have ended that begin together: while both kinds read the slower one leaves the
     other what it does not take; then that has all of the bandwidth."""
-    even = bandwidth / (reads + rows)
-    read_now, row_now = min(read_speed, even), min(row_speed, even)
+    even = bandwidth / (reads * read_share + rows)
+    read_now, row_now = min(read_speed, even * read_share), min(row_speed, even)
     read_now = min(read_speed, max(read_now, (bandwidth - rows * row_now) / reads))
     row_now = min(row_speed, max(row_now, (bandwidth - reads * read_now) / rows))
     read_us, row_us = read_fixed_us + read_bytes / read_now, row_fixed_us + row_bytes / row_now
@@ -150,7 +152,7 @@ def shared_us(
         busy = max(busy, _both_kinds(
             reads_of, layer.reading, read_tokens * layer.token_bytes / reads_of, read_ends / reads_of,
             rows_of, layer.alone, own_tokens * layer.token_bytes / rows_of, own_spans * layer.segment_us / rows_of,
-            layer.bandwidth * both / max(1.0, from_memory),
+            layer.bandwidth * both / max(1.0, from_memory), layer.read_share,
         ))  # fmt: skip
         if merged > 0:  # of the states of its read's parts and of its own span's
             states = 1.0 + own_cost / own_spans / width
@@ -225,8 +227,9 @@ def shared_layer(
         reads.read_us,
         reads.row_us,
         reads.state_us,
-        min(alone, reads.row_gb_s * 1e3),
+        alone,
         min(alone, reads.read_gb_s * 1e3),
+        reads.read_share,
         bandwidth,
         reads.again_bytes,
         BalancedCosts(_segment_of(costs.segment, heads.columns), costs.minimum, costs.part, pair),
