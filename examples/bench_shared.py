@@ -25,7 +25,7 @@ from bench.script import chosen, in_pool, one_line_errors, print_notes, run_scri
 ROUTES = ("plain", "told", "found", "tensor_core", "cuda_core", "cascade")
 # What --calibrate tries, one field at a time from the best so far.
 TILES = (8, 12, 16, 20, 24, 28, 32, 40)
-SWEEP = (("tile", TILES), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)), ("again", (3, 5, 8)),
+SWEEP = (("tile", TILES), ("merge", (0, 1, 2, 4, 8)), ("segment", (1, 2, 3, 5, 8)), ("least", (8, 12, 16)),
          ("tile", TILES))  # fmt: skip
 VARIANTS = ((64, None), (64, 6), (64, 4), (32, None))  # columns of a read, stages of its rings
 
@@ -84,7 +84,7 @@ def calibrate(bench, cells: list, console) -> list[dict]:
                 costs = best._replace(**{name: value})
                 if costs != best and (us := time_us(costs, best_stages)) < best_us:
                     best_us, best = us, costs
-        fields = ("columns", "stages", "tile", "again", "segment", "merge")
+        fields = ("columns", "stages", "tile", "least", "segment", "merge")
         own = sorted((entry for entry in found if entry["cell"] == cell.name), key=lambda entry: entry["us"])
         rows = tuple((*(str(entry[name] or "-") for name in fields), f"{entry['us']:.1f}") for entry in own[:8])
         Table(cell.name, (*fields, "us"), rows).print(console)

@@ -55,7 +55,8 @@ def default_costs(cell: SharedCell) -> SharedCosts:
     """What the engine weighs by default in such a step."""
     capability = this_gpu().compute_capability
     config = kernel_config(cell.shape, "float16", capability)
-    return default_shared_costs(cell.rows * cell.shape.group_size,
+    columns = cell.shape.group_size
+    return default_shared_costs(cell.rows * columns, row_columns=columns, value_dim=cell.head_dim,
                                 by_warpgroups=reads_by_warpgroups(config, capability))  # fmt: skip
 
 

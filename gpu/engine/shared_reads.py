@@ -13,7 +13,7 @@ from gpu.inputs.checks import expect
 from gpu.kernels.variant import KernelConfig, most_readers, read_config, shared_limit_bytes
 from pkvsim.options import AttentionOptions
 from pkvsim.schedule import groups as host_groups
-from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, SharedCosts
+from pkvsim.schedule.costs import EIGHTHS, SharedCosts
 from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import DecodeShape
 
@@ -72,10 +72,13 @@ class SharedReads:
         of_row, prefixes = at
         return StepGroups(of_row, prefixes, num_groups, workspace.data.ptr, kept, (*owned, workspace), copied, finder)
 
-    def most_tile_cost(self) -> int:
-        """Plain tiles that a shared one may cost more than its members' own would: at least 1."""
-        costs = self.costs
-        return max(1, -(-self.config.columns * costs.tile // (SHARED_COLUMNS * EIGHTHS)))
+    def most_costs(self) -> tuple[int, int]:
+        """Tiles that a row's segment may cost beside BalancedCosts.segment, and plain tiles that a tile of it may.
+
+        Of O outputs and reads that cost R, sqrt(merge * R / O) for each output is at most merge * O / 2 + R / 2 for all.
+        """
+        tile = self.costs.tile_eighths(self.costs.columns)
+        return -(-self.costs.merge // 2), max(1, -(-3 * tile // (2 * EIGHTHS)))
 
     def _reserve(self, batch_size: int) -> object:
         """The workspace for so many rows. Its words are empty between launches, so one of more rows serves fewer."""

@@ -98,8 +98,11 @@ def shared_costs_of(
     device: DeviceSpec, shape: DecodeShape, batch_size: int, options: AttentionOptions
 ) -> SharedCosts:  # fmt: skip
     """What the engine weighs on a GPU for a batch of so many rows."""
-    columns = batch_size * options.query_shape(shape).group_size
-    return default_shared_costs(columns, by_warpgroups=by_warpgroups(device, shape, options))
+    columns = options.query_shape(shape).group_size
+    warpgroups = by_warpgroups(device, shape, options)
+    return default_shared_costs(
+        batch_size * columns, row_columns=columns, value_dim=options.value_dim(shape), by_warpgroups=warpgroups
+    )
 
 
 def read_prices(

@@ -22,7 +22,15 @@ from pkvsim.pricing.constants import (
 )
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.shared import REREAD_SPEEDUP, ReadPrices
-from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, BalancedCosts, SharedCosts, paired, segment_of
+from pkvsim.schedule.costs import (
+    EIGHTHS,
+    MOST_READ_COST,
+    SHARED_COLUMNS,
+    BalancedCosts,
+    SharedCosts,
+    paired,
+    segment_of,
+)
 from pkvsim.schedule.make import balanced_ranges
 
 _ranges = inner(balanced_ranges)
@@ -103,8 +111,7 @@ def shared_us(
         skipped_of[group] = tiles * layer.tile
         reads = -(-members[group] // most)
         columns_of[group] = -(-members[group] // reads) * layer.columns
-        least = shared.again if reads > 1 else EIGHTHS
-        eighths = max(least, -(-columns_of[group] * shared.tile // SHARED_COLUMNS))
+        eighths = max(shared.least, -(-columns_of[group] * shared.tile // SHARED_COLUMNS))
         segment = max(1, costs.segment, -(-columns_of[group] * shared.segment // EIGHTHS))
         span_cost_of[group] = segment - (-tiles * eighths // EIGHTHS)
         costs_of[group] = reads * heads * span_cost_of[group]
@@ -118,6 +125,10 @@ def shared_us(
         longest_gap = max(longest_gap, segment - (-eighths // EIGHTHS))
     if spans == 0:
         return np.nan
+    outputs = 0
+    for group in range(groups):
+        outputs += heads * members[group]
+    least_own = max(1, int(np.sqrt(shared.merge * min(total // outputs, MOST_READ_COST))))
     own_cost, own_spans, own_tokens, merged = 0, 0, 0, 0
     for row in range(len(lens)):
         group = group_of_row[row]
@@ -125,12 +136,12 @@ def shared_us(
         own = lens[row] - (skipped_of[group] if is_member else 0)
         if own <= 0 and not is_member:
             continue
-        segment = costs.segment + (shared.merge if is_member else 0)
-        own_cost += heads * (segment + max(1, -(-own // layer.tile)))
+        tiles = max(1, -(-own // layer.tile))
+        own_cost += heads * (costs.segment + (max(tiles, least_own) if is_member else tiles))
         own_spans += heads
         own_tokens += heads * max(0, own)
         merged += heads if is_member else 0
-        longest_gap = max(longest_gap, 1 + segment)
+        longest_gap = max(longest_gap, costs.segment + (least_own if is_member else 1))
     total += own_cost
     weighed = BalancedCosts(costs.segment, max(costs.minimum, longest_gap), costs.part, costs.pair)
     ranges, _ = _ranges(total, spans + own_spans, layer.slots, weighed, False)
@@ -164,7 +175,7 @@ def shared_us(
             for row in range(len(lens)):
                 group = group_of_row[row]
                 if group >= 0 and members[group] > 0:
-                    own = max(1, -(-(lens[row] - skipped_of[group]) // layer.tile)) + costs.segment + shared.merge
+                    own = max(least_own, -(-(lens[row] - skipped_of[group]) // layer.tile)) + costs.segment
                     there = min(float(heads), width / own)
                     fullest = max(fullest, there + (width - there * own) * own_spans / own_cost)
             merging = max(1.0, np.ceil(fullest)) * (layer.row_us + states * layer.state_us)
