@@ -75,7 +75,7 @@ class SharedReads:
     def most_costs(self) -> tuple[int, int]:
         """Tiles that a row's segment may cost beside BalancedCosts.segment, and plain tiles that a tile of it may.
 
-        Of O outputs and reads that cost R, sqrt(merge * R / O) for each output is at most merge * O / 2 + R / 2 for all.
+        Of O outputs and reads that cost R, sqrt(merge * R / O) an output are at most merge * O / 2 + R / 2 together.
         """
         tile = self.costs.tile_eighths(self.costs.columns)
         return -(-self.costs.merge // 2), max(1, -(-3 * tile // (2 * EIGHTHS)))

@@ -121,8 +121,8 @@ def default_shared_costs(
     by_warpgroups: reads are multiplied by warpgroups (wgmma), which take the same time for a tile however many columns
     they serve.
 
-    Merging an output takes a tile's time for every MERGED_SUMS sums: from half to twice as many tiles all are within 1 %
-    of the best, and four times as many are worse, in the 72 steps of examples/results/h200_shared.md, as
+    Merging an output takes a tile's time for every MERGED_SUMS sums: half to twice as many tiles all are within 1 % of
+    the best, and four times as many are worse, in the 72 steps of examples/results/h200_shared.md, as
     pkvsim.timeline.shared predicts them for an H200. On other GPUs it is an assumption.
     """
     merge = min(MAX_SHARED_COST, max(1, row_columns * value_dim // MERGED_SUMS))
