@@ -21,7 +21,7 @@ from gpu.routes.flashinfer_builds import why_not
 from pkvsim.schedule.costs import SharedCosts, default_shared_costs
 from pkvsim.schedule.prefixes import SharingRule
 
-OURS = ("plain", "told", "found")
+OURS = ("plain", "found")  # and what is told its groups
 FLASHINFER = ("tensor_core", "cuda_core")
 WORKSPACE_BYTES = 256 << 20
 CHECKED_ROWS = 9
@@ -77,20 +77,22 @@ class SharedBench:
         result = Result(cell.name, cell.distinct_bytes(), self.limit.time_us(cell.distinct_bytes()))
         q = torch.randn(cell.rows, cell.num_q_heads, cell.head_dim, device=self.pool.flat.device).half()
         rows, expected = reference_rows(q, cell, pages)
+        told = {"told": {}, **costs} if cell.prefix else {}
+        weighed = {name: default_costs(cell)._replace(**fields) for name, fields in told.items()}
+        result.costs = {name: one._asdict() for name, one in weighed.items()}
         plain = None  # the checked output of that route, which nothing may write again
         timed = torch.empty_like(q)  # of every route, whose calls read other layers than those that are checked
-        routes = ["plain", *(["told"] if cell.prefix else []), *([] if only_ours else ["found"])]
-        routes += list(costs) if cell.prefix else []
+        routes = ["plain", *weighed, *([] if only_ours else ["found"])]
         if not only_ours:
             routes += [*FLASHINFER, *(["cascade"] if self.cascade and cell.prefix else [])] if fi.installed() else []
         for name in routes:
             out = torch.full_like(q, float("nan"))
             try:
-                run = self.route(name, cell, pages, q, result, costs.get(name, {}))
+                run = self.route(name, cell, pages, q, weighed.get(name))
                 run(*pages.layers[0], out)
                 torch.cuda.synchronize()
             except Exception as error:  # a backend whose kernels cannot be built here
-                if name in OURS or name in costs:
+                if name in OURS or name in weighed:
                     raise
                 result.notes[name] = why_not(error)
                 continue
@@ -100,21 +102,19 @@ class SharedBench:
             result.errors[name] = worst
             if not worst < TOLERANCE["float16"]:
                 result.notes[name] = f"differs by {worst:.2g}"
-                if name in OURS or name in costs:
+                if name in OURS or name in weighed:
                     raise SystemExit(f"bench_shared: {cell.name}: {name} {result.notes[name]}")
                 continue
             result.times[name] = graph_time_us(lambda i: run(*pages.layers[i], timed), variants=len(pages.layers),
                                                repeats=self.repeats).median_us  # fmt: skip
         return result
 
-    def route(self, name: str, cell: SharedCell, pages: CellPages, q: torch.Tensor, result: Result,
-              costs: Mapping[str, int]) -> Run:  # fmt: skip
-        if name in ("plain", "found"):
-            return self.ours(cell, pages, q, {"plain": None, "found": "auto"}[name])
-        if name == "told" or costs:
-            weighed = default_costs(cell)._replace(**costs)
-            result.costs[name] = weighed._asdict()
+    def route(self, name: str, cell: SharedCell, pages: CellPages, q: torch.Tensor, weighed: SharedCosts | None) -> Run:
+        """weighed: of a route that is told its groups."""
+        if weighed is not None:
             return self.ours(cell, pages, q, "told", weighed)
+        if name in OURS:
+            return self.ours(cell, pages, q, {"plain": None, "found": "auto"}[name])
         if name == "cascade":
             return cascade(cell, pages, q)
         engine = fi.FlashInferDecode(cell.shape, "float16", name)
