@@ -115,16 +115,17 @@ class ScheduleEngine:
                 plan = place(*tables.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
-            if groups is None:
+            if groups is not None:
+                plan.groups = self._shared.place(groups, plan, self.device_id)
+            if plan.groups is None:
                 plan.decode = self._kernels.decode(plan.layout)
             else:
-                plan.groups = self._shared.place(groups, plan, self.device_id)
                 plan.decode = self._kernels.shared(plan.layout, self._shared.config, self._shared.shared_bytes)
             if self._arguments.library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = host, host_lens
-        on_gpu = all(array.device >= 0 for array in views.values()) and (groups is None or not plan.groups.copied)
+        on_gpu = all(array.device >= 0 for array in views.values()) and (plan.groups is None or not plan.groups.copied)
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
         self._plan = plan
 

@@ -27,7 +27,7 @@ NAMES = ("group_of_row", "prefix_pages")
 class SharedReads:
     """What an engine needs for them, made by its first plan with groups."""
 
-    __slots__ = ("config", "costs", "most_readers", "shared_bytes", "_num_ctas", "_num_kv_heads", "_workspace",
+    __slots__ = ("config", "costs", "most_readers", "rule", "shared_bytes", "_num_ctas", "_num_kv_heads", "_workspace",
                  "_make_finder", "_finder")
 
     def __init__(self, shape: DecodeShape, config: KernelConfig, compute_capability: int, options: AttentionOptions, *,
@@ -38,18 +38,23 @@ class SharedReads:
         self.most_readers = most_readers(self.config, compute_capability)
         self.shared_bytes = shared_limit_bytes(compute_capability)
         self._num_ctas, self._num_kv_heads, self._workspace = num_ctas, shape.num_kv_heads, None
-        rule = default_rule(shape, options) if rule is None else rule
-        self._make_finder = lambda: PrefixFinder(shape.page_size, options.query_tokens, rule,
+        self.rule = default_rule(shape, options) if rule is None else rule
+        self._make_finder = lambda: PrefixFinder(shape.page_size, options.query_tokens, self.rule,
                                                  shared_limit_bytes=self.shared_bytes)
         self._finder: PrefixFinder | None = None
 
-    def place(self, groups: object, plan: Plan, device_id: int) -> StepGroups:
-        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find.
+    def place(self, groups: object, plan: Plan, device_id: int) -> StepGroups | None:
+        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find, or None where rows as long
+        as the table's could never save enough. Such a step is a plain one, in captured graphs too, whose tables have the
+        same room.
 
         Raises ValueError naming the argument.
         """
         batch = plan.batch_size
         if isinstance(groups, str) and groups == AUTO:
+            # Of CSR the room is that of all rows together, and another step's indices may be more.
+            if not (plan.layout.csr or self.rule.ever_worth(batch, plan.max_tokens)):
+                return None
             if self._finder is None:
                 self._finder = self._make_finder()
             kept = owned = self._finder.prepare(plan.layout, batch)
