@@ -44,8 +44,8 @@ class SharedReads:
         self._finder: PrefixFinder | None = None
 
     def place(self, groups: object, plan: Plan, device_id: int) -> StepGroups | None:
-        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find, or None where rows as long
-        as the table's could never save enough. Such a step is a plain one, in captured graphs too, whose tables have the
+        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find, or None where rows that
+        fill the table could not save enough. Such a step is a plain one, in captured graphs too, whose tables have the
         same room.
 
         Raises ValueError naming the argument.
