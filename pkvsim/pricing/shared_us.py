@@ -166,19 +166,23 @@ def shared_us(
             layer.bandwidth * both / max(1.0, from_memory), layer.read_share,
         ))  # fmt: skip
         if merged > 0:  # of the states of its read's parts and of its own span's
-            states = 1.0 + own_cost / own_spans / width
+            own_states = 1.0 + own_cost / own_spans / width
+            states = own_states
             for group in range(groups):
                 states += members[group] * heads / merged * (1.0 + span_cost_of[group] / width)
-            # Outputs of the fullest range, which are merged one after the other: of the shortest member's KV heads,
-            # which lie beside each other, and then of others.
-            fullest = share * merged
+            # Outputs of the fullest range, which are merged one after the other: of one member's KV heads, which lie
+            # beside each other, and then of others.
+            merging = max(1.0, np.ceil(share * merged)) * (layer.row_us + states * layer.state_us)
             for row in range(len(lens)):
                 group = group_of_row[row]
                 if group >= 0 and members[group] > 0:
                     own = max(least_own, -(-(lens[row] - skipped_of[group]) // layer.tile)) + costs.segment
                     there = min(float(heads), width / own)
-                    fullest = max(fullest, there + (width - there * own) * own_spans / own_cost)
-            merging = max(1.0, np.ceil(fullest)) * (layer.row_us + states * layer.state_us)
+                    others = (width - there * own) * own_spans / own_cost
+                    of_row = own_states + 1.0 + span_cost_of[group] / width
+                    mean = (there * of_row + others * states) / (there + others)
+                    outputs_us = max(1.0, np.ceil(there + others)) * (layer.row_us + mean * layer.state_us)
+                    merging = max(merging, outputs_us)
     return layer.start_us + busy + merging
 
 
