@@ -48,7 +48,7 @@ class SharedPrices(NamedTuple):
 PRICES = SharedPrices(efficiency=0.332, weights=0.0, start=39.3, read=0.784, row=1.814, state=0.0005, share=1.0)
 # Of reads by wgmma, by
 #   bench_shared.py --fit results/h200_shared{,_steps,_drawn,_plans}.json
-# in examples/: of the 69 measurements of one H200 (2026-11-29), of 34 steps by one plan or two, that save enough to be
+# in examples/: of the 69 measurements of one H200 (2026-11-29), of 33 steps by one plan or two, that save enough to be
 # read together. Off by 3.2 % in the mean and 10.9 % at most, and by 4.8 % in the mean of the steps of the half that
 # each half's fit has not seen.
 WARPGROUP_PRICES = SharedPrices(
