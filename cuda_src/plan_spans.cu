@@ -24,13 +24,13 @@ extern "C" __global__ void pkv_list_spans(const int* lengths, const int* group_o
   extern __shared__ __align__(128) unsigned char memory[];
   const int lane = threadIdx.x, range = blockIdx.x;
   static_cast<void>(row_begins);  // only with LAST_PAGE_LENGTHS
-  const pkv::Axis axis{{lengths, batch_size, max_tokens, 0 PKV_LAST_PAGE(, row_begins)},
-                       {group_of_row, prefix_pages, num_groups, page_size, query_tokens},
-                       pkv::Readers(reinterpret_cast<int*>(memory), batch_size, num_groups),
-                       shared, costs, num_kv_heads, row_columns};
+  pkv::Axis axis{{lengths, batch_size, max_tokens, 0 PKV_LAST_PAGE(, row_begins)},
+                 {group_of_row, prefix_pages, num_groups, page_size, query_tokens},
+                 pkv::Readers(reinterpret_cast<int*>(memory), batch_size, num_groups),
+                 shared, costs, num_kv_heads, row_columns};
   pkv::note_rows(axis, lane, 32);
   __syncwarp();
-  pkv::find_readers(axis, lane);
+  axis.least_own = pkv::find_readers(axis, lane);
   const pkv::StepCut step = pkv::StepCut::of(axis, gridDim.x, lane);
   const pkv::Cut& cut = step.cut;
   int count = 0;

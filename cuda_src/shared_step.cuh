@@ -109,7 +109,10 @@ struct StepRecall {
     for (int i = 0; i < 2; ++i)
       if (own + i * 32 < WORK_WORDS) to[own + i * 32] = value(work[i]);
     __syncwarp();
-    if (own == 0) plan.axis = axis, plan.work.reads.axis = plan.work.rows.axis = &plan.axis;
+    if (own == 0) {
+      plan.axis = axis, plan.axis.least_own = plan.work.step.least_own;
+      plan.work.reads.axis = plan.work.rows.axis = &plan.axis;
+    }
   }
 };
 
@@ -209,7 +212,9 @@ __device__ __forceinline__ void plan_step(const Axis& given_axis, StepPlan& plan
   if (threadIdx.x < 32) {
     const int lane = threadIdx.x;
     const Axis& axis = plan.axis;
-    find_readers(axis, lane);
+    const int least_own = find_readers(axis, lane);
+    if (lane == 0) plan.axis.least_own = least_own;
+    __syncwarp();
     const StepCut step = StepCut::of(axis, gridDim.x, lane);
     const int range = paired_place(step.cut.num_ranges);
     RangePlace place{range, range};

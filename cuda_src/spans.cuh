@@ -16,23 +16,28 @@ constexpr int EIGHTHS = 8, STATED_COLUMNS = 64;
 struct SharedCosts {
   int columns;  // that a read serves at most
   int tile;     // of a read for 64 columns, in eighths of a plain tile
-  int again;    // the least that a tile costs, in eighths, where its group has several reads; else that is a plain tile
+  int least;    // that a tile of any read costs, in eighths
   int segment;  // of a read's end for each column, in eighths of a tile
-  int merge;    // tiles that a member's own segment costs more than another row's
+  int merge;    // tiles in whose time an output of a member is merged
 
-  PKV_HD int tile_eighths(int read_columns, int reads) const {
+  PKV_HD int tile_eighths(int read_columns) const {
     const int cost = divide(read_columns * tile + STATED_COLUMNS - 1, STATED_COLUMNS);
-    const int least = reads > 1 ? again : EIGHTHS;
     return cost > least ? cost : least;
   }
   PKV_HD int segment_tiles(int read_columns, int plain) const {
     const int cost = divide(read_columns * segment + EIGHTHS - 1, EIGHTHS);
     return cost > plain ? cost : plain > 1 ? plain : 1;
   }
+  // Tiles that a member's own span costs at least, beside a plain segment: pkvsim says why it is this root. reads_cost:
+  // of all reads; outputs: members times KV heads.
+  PKV_HD int least_own(int reads_cost, int outputs) const {
+    const int each = divide(reads_cost, outputs > 0 ? outputs : 1);
+    return square_root(merge * (each < PKV_MOST_TILES ? each : PKV_MOST_TILES));
+  }
   // Most tiles between two places where the axis can be cut: ranges of so many are never empty.
-  PKV_HD int longest_gap(int most_columns, int plain) const {
-    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns, 1) + EIGHTHS - 1, EIGHTHS);
-    return read > 1 + plain + merge ? read : 1 + plain + merge;
+  PKV_HD int longest_gap(int most_columns, int plain, int least_own) const {
+    const int read = segment_tiles(most_columns, plain) + divide(tile_eighths(most_columns) + EIGHTHS - 1, EIGHTHS);
+    return read > plain + least_own ? read : plain + least_own;
   }
 };
 
@@ -138,6 +143,7 @@ struct Axis {
   SharedCosts shared;
   Costs costs;
   int num_kv_heads, row_columns;  // row_columns: query heads of a KV head times query tokens
+  int least_own = 1;              // tiles that a member's own span costs at least; is known when the reads are
 
   PKV_HD int num_entries() const { return groups.num_groups + lens.batch_size; }
 #if READ_COLUMNS
@@ -187,13 +193,15 @@ struct Axis {
     if (readers.count[group] == 0) return {0, 0, 0, EIGHTHS};
     const int reads = num_reads(group), columns = divide(readers.count[group] + reads - 1, reads) * row_columns;
     return {readers.tiles(group), reads * num_kv_heads, shared.segment_tiles(columns, costs.segment),
-            shared.tile_eighths(columns, reads)};
+            shared.tile_eighths(columns)};
+  }
+  // What a row's own span costs beside its tiles, of which there are so many, at least 1.
+  PKV_HD int own_segment(int costing, bool member) const {
+    return costs.segment + (member && costing < least_own ? least_own - costing : 0);
   }
   PKV_HD Entry row_entry(int row) const {
-    const bool member = readers.group[row] >= 0;
-    const int length = readers.length[row];
-    return {tiles_of(length) - shared_tiles(row), length > 0 ? num_kv_heads : 0,
-            costs.segment + (member ? shared.merge : 0), EIGHTHS};
+    const int length = readers.length[row], tiles = tiles_of(length) - shared_tiles(row);
+    return {tiles, length > 0 ? num_kv_heads : 0, own_segment(tiles > 1 ? tiles : 1, readers.group[row] >= 0), EIGHTHS};
   }
   PKV_HD Entry entry(int index) const {
     return index < groups.num_groups ? group_entry(index) : row_entry(index - groups.num_groups);
@@ -201,7 +209,7 @@ struct Axis {
   // How the axis is cut. total: cost of all entries, num_spans: spans of them, any_shared: whether any is a group's.
   // Where none is, rows are cut as a plain step's are; even: all that are there cost the same.
   PKV_HD Cut cut(int total, int num_spans, bool any_shared, bool even, int num_ctas) const {
-    const int gap = any_shared ? shared.longest_gap(most_columns(), costs.segment) : 0;
+    const int gap = any_shared ? shared.longest_gap(most_columns(), costs.segment, least_own) : 0;
     Costs cutting = costs;
     if (gap > cutting.minimum) cutting.minimum = gap;
     return Cut(total, num_spans, even && !any_shared, num_ctas, cutting);
@@ -308,7 +316,7 @@ struct RowWalk {
  private:
   PKV_HD int own_tiles() const { return tiles_of(seq_len) - skipped; }
   PKV_HD int costing() const { return own_tiles() > 1 ? own_tiles() : 1; }
-  PKV_HD int segment_cost() const { return axis->costs.segment + (member ? axis->shared.merge : 0); }
+  PKV_HD int segment_cost() const { return axis->own_segment(costing(), member); }
   PKV_HD int span_cost() const { return segment_cost() + costing(); }
   PKV_HD void enter(int next) {
     const int group = axis->readers.group[next];

@@ -25,8 +25,9 @@ __device__ __forceinline__ bool note_rows(const Axis& axis, int worker, int work
   return grouped;
 }
 
-// Finds the members of all groups in what was noted. Called by one whole warp; others look at it after a barrier.
-__device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
+// Finds the members of all groups in what was noted, and returns Axis::least_own. Called by one whole warp; others look
+// at it after a barrier.
+__device__ __forceinline__ int find_readers(const Axis& axis, int lane) {
   const Readers& readers = axis.readers;
   const int batch_size = axis.lens.batch_size, num_groups = axis.groups.num_groups;
   #pragma unroll 1
@@ -68,6 +69,7 @@ __device__ __forceinline__ void find_readers(const Axis& axis, int lane) {
     before += __shfl_sync(0xffffffffu, through, 31);
   }
   __syncwarp();
+  return axis.shared.least_own(before, listed * axis.num_kv_heads);
 }
 
 // How a step is cut, found by one warp after find_readers for the whole CTA.
@@ -75,6 +77,7 @@ struct StepCut {
   Cut cut;
   int total, reads_total;  // cost of all entries, and of those of groups, which come first
   bool some_empty;         // rows
+  int least_own;           // as Axis
 
   __device__ __forceinline__ static StepCut of(const Axis& axis, int num_ctas, int lane) {
     int reads = 0, cost = 0, spans = 0, grouped = 0, most = 0, least = 0x7fffffff, empty = 0;
@@ -97,7 +100,7 @@ struct StepCut {
     const int num_spans = __reduce_add_sync(0xffffffffu, spans + grouped);
     const bool even = __reduce_max_sync(0xffffffffu, most) == __reduce_min_sync(0xffffffffu, least);
     return {axis.cut(total, num_spans, reads_total > 0, even, num_ctas), total, reads_total,
-            __any_sync(0xffffffffu, empty) != 0};
+            __any_sync(0xffffffffu, empty) != 0, axis.least_own};
   }
 };
 

@@ -94,7 +94,8 @@ class DecodeEngine:
         [batch_size] int32, prefix_pages [num_groups] int32) of any library; those on the GPU may change in place
         between runs, as lengths may. That the pages are the same is the caller's word, checked by validate=True alone.
         "auto": the first run after this call finds them on the GPU, and so does each captured graph when it is
-        replayed; they are used where that is worth it. Tables that change in place outside a graph need a plan.
+        replayed; they are used where that is worth it, and not looked for where a block table has no room for rows
+        that could save enough. Tables that change in place outside a graph need a plan.
 
         Raises ValueError naming the argument, and leaves the last plan as it was. The first plan of each kind of table
         compiles its kernel, and must not be under capture.

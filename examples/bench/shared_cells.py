@@ -8,7 +8,7 @@ import numpy as np
 from gpu.measure.pools import BenchPool, CellPages
 from pkvsim import DecodeShape
 from pkvsim.fitting.fit_shared import MeasuredShared
-from pkvsim.schedule.costs import MAX_SHARED_COST, SHARED_COLUMNS, WARPGROUP_TILE, SharedCosts, default_shared_costs
+from pkvsim.schedule.costs import SharedCosts, check_shared_costs
 from pkvsim.schedule.groups import PrefixGroups
 
 
@@ -49,14 +49,6 @@ class SharedCell:
 
     def prefix_groups(self) -> PrefixGroups:
         return PrefixGroups(self.group_of_row(), np.full(self.groups, self.prefix // 16, np.int32))
-
-    def whole_tile_costs(self) -> SharedCosts:
-        """The engine's costs, but a tile of a read costs the same however few columns the read serves."""
-        columns = self.num_q_heads // self.num_kv_heads
-        costs = default_shared_costs(self.rows * columns, by_warpgroups=True)
-        members, most = self.rows // self.groups, costs.columns // columns
-        served = -(-members // -(-members // most)) * columns
-        return costs._replace(tile=min(MAX_SHARED_COST, -(-WARPGROUP_TILE * SHARED_COLUMNS // served)))
 
     def lay_out(self, pool: BenchPool, *, l2_size: int, seed: int) -> CellPages:
         """Scattered pages, those of a prefix in all its rows."""
@@ -103,15 +95,31 @@ def drawn(count: int, seed: int) -> tuple[SharedCell, ...]:
     return tuple(cells)
 
 
+def costs_of(text: str) -> dict[str, int]:
+    """SharedCosts' fields of "merge=0,tile=12". Raises ValueError saying what is wrong of it."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in SharedCosts._fields or not value.isdecimal() or name in found:
+            raise ValueError(f"costs: expected names of {', '.join(SharedCosts._fields)} once each, with whole "
+                             f"numbers, as in merge=0,tile=12, got {text!r}")  # fmt: skip
+        found[name] = int(value)
+    check_shared_costs(SharedCosts(**found))
+    return found
+
+
 def measured_of(document: dict) -> list[MeasuredShared]:
-    """The steps of what bench_shared wrote that were told their groups: of --drawn, or of the cells, by name."""
+    """The steps of what bench_shared wrote that were told their groups, once for each way in which they were planned:
+    of --drawn, or of the cells, by name."""
     named, found = {cell.name: cell for cell in CELLS}, []
     for result in document["results"]:
-        us = result["times"].get("told")
         given = {field.name: result[field.name] for field in fields(SharedCell) if field.name in result}
         cell = SharedCell(**given) if given else named.get(result["cell"])
-        if us is not None and cell is not None:
-            found.append(MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), us))
+        for name, costs in result.get("costs", {}).items():
+            us = result["times"].get(name)
+            if us is not None and cell is not None:
+                found.append(MeasuredShared(cell.name, cell.shape, cell.lengths(), cell.prefix_groups(), us,
+                                            costs=SharedCosts(**costs)))  # fmt: skip
     return found
 
 

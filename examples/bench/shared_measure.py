@@ -1,8 +1,9 @@
 """Measures a step whose rows share pages: ours plain, told and found, FlashInfer's decode and cascade."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -12,15 +13,15 @@ from bench.shared_cells import SharedCell
 from gpu import DecodeEngine, PrefixGroups, find_prefixes
 from gpu.engine.prefixes import PrefixFinder
 from gpu.kernels.this_gpu import this_gpu
-from gpu.kernels.variant import shared_limit_bytes
+from gpu.kernels.variant import kernel_config, reads_by_warpgroups, shared_limit_bytes
 from gpu.measure.pools import BenchPool, CellPages
 from gpu.measure.timing import StreamLimit, graph_time_us, l2_bytes
 from gpu.routes import flashinfer_decode as fi
 from gpu.routes.flashinfer_builds import why_not
-from pkvsim.schedule.costs import SharedCosts
+from pkvsim.schedule.costs import SharedCosts, default_shared_costs
 from pkvsim.schedule.prefixes import SharingRule
 
-OURS = ("plain", "told", "found", "whole")
+OURS = ("plain", "found")  # and what is told its groups
 FLASHINFER = ("tensor_core", "cuda_core")
 WORKSPACE_BYTES = 256 << 20
 CHECKED_ROWS = 9
@@ -37,15 +38,26 @@ class Result:
     times: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)  # the largest: against float64, all rows against plain
     notes: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, dict[str, int]] = field(default_factory=dict)  # SharedCosts of what was told
 
     def best_other(self) -> float | None:
         """FlashInfer's best and our plain step, whichever is faster."""
-        found = [us for name, us in self.times.items() if us is not None and (name not in OURS or name == "plain")]
+        others = (us for name, us in self.times.items() if name != "found" and name not in self.costs)
+        found = [us for us in others if us is not None]
         return min(found, default=None)
 
     def best_flashinfer(self) -> float | None:
         found = [us for name, us in self.times.items() if us is not None and name in (*FLASHINFER, "cascade")]
         return min(found, default=None)
+
+
+def default_costs(cell: SharedCell) -> SharedCosts:
+    """What the engine weighs by default in such a step."""
+    capability = this_gpu().compute_capability
+    config = kernel_config(cell.shape, "float16", capability)
+    columns = cell.shape.group_size
+    return default_shared_costs(cell.rows * columns, row_columns=columns, value_dim=cell.head_dim,
+                                by_warpgroups=reads_by_warpgroups(config, capability))  # fmt: skip
 
 
 class SharedBench:
@@ -58,26 +70,29 @@ class SharedBench:
     def lay_out(self, cell: SharedCell, seed: int) -> CellPages:
         return cell.lay_out(self.pool, l2_size=l2_bytes(), seed=seed)
 
-    def measure(self, cell: SharedCell, *, seed: int = 0, only_ours: bool = False, whole_tiles: bool = False) -> Result:
-        """only_ours: plain and told alone. whole_tiles: told by SharedCell.whole_tile_costs too."""
+    def measure(self, cell: SharedCell, *, seed: int = 0, only_ours: bool = False,
+                costs: Mapping[str, Mapping[str, int]] = MappingProxyType({})) -> Result:  # fmt: skip
+        """only_ours: plain and told alone. costs: fields of SharedCosts with which it is told once more, by name."""
         pages = self.lay_out(cell, seed)
         result = Result(cell.name, cell.distinct_bytes(), self.limit.time_us(cell.distinct_bytes()))
         q = torch.randn(cell.rows, cell.num_q_heads, cell.head_dim, device=self.pool.flat.device).half()
         rows, expected = reference_rows(q, cell, pages)
+        told = {"told": {}, **costs} if cell.prefix else {}
+        weighed = {name: default_costs(cell)._replace(**fields) for name, fields in told.items()}
+        result.costs = {name: one._asdict() for name, one in weighed.items()}
         plain = None  # the checked output of that route, which nothing may write again
         timed = torch.empty_like(q)  # of every route, whose calls read other layers than those that are checked
-        routes = ["plain", *(["told"] if cell.prefix else []), *([] if only_ours else ["found"])]
-        routes += ["whole"] if cell.prefix and whole_tiles else []
+        routes = ["plain", *weighed, *([] if only_ours else ["found"])]
         if not only_ours:
             routes += [*FLASHINFER, *(["cascade"] if self.cascade and cell.prefix else [])] if fi.installed() else []
         for name in routes:
             out = torch.full_like(q, float("nan"))
             try:
-                run = self.route(name, cell, pages, q)
+                run = self.route(name, cell, pages, q, weighed.get(name))
                 run(*pages.layers[0], out)
                 torch.cuda.synchronize()
             except Exception as error:  # a backend whose kernels cannot be built here
-                if name in OURS:
+                if name in OURS or name in weighed:
                     raise
                 result.notes[name] = why_not(error)
                 continue
@@ -87,18 +102,19 @@ class SharedBench:
             result.errors[name] = worst
             if not worst < TOLERANCE["float16"]:
                 result.notes[name] = f"differs by {worst:.2g}"
-                if name in OURS:
+                if name in OURS or name in weighed:
                     raise SystemExit(f"bench_shared: {cell.name}: {name} {result.notes[name]}")
                 continue
             result.times[name] = graph_time_us(lambda i: run(*pages.layers[i], timed), variants=len(pages.layers),
                                                repeats=self.repeats).median_us  # fmt: skip
         return result
 
-    def route(self, name: str, cell: SharedCell, pages: CellPages, q: torch.Tensor) -> Run:
-        if name == "whole":
-            return self.ours(cell, pages, q, "told", cell.whole_tile_costs())
+    def route(self, name: str, cell: SharedCell, pages: CellPages, q: torch.Tensor, weighed: SharedCosts | None) -> Run:
+        """weighed: of a route that is told its groups."""
+        if weighed is not None:
+            return self.ours(cell, pages, q, "told", weighed)
         if name in OURS:
-            return self.ours(cell, pages, q, {"plain": None, "found": "auto"}.get(name, "told"))
+            return self.ours(cell, pages, q, {"plain": None, "found": "auto"}[name])
         if name == "cascade":
             return cascade(cell, pages, q)
         engine = fi.FlashInferDecode(cell.shape, "float16", name)

@@ -95,8 +95,8 @@ class ScheduleEngine:
             checks.expect("groups", f"None for schedule {self.schedule!r}", repr(groups), self.schedule == "balanced")
             rows = views["last_page_len" if "last_page_len" in views else "seq_lens"].shape[0]
             self._shared = self._shared_reads(rows * self._heads.group_size * self.options.query_tokens)
-            checks.check_room(views, self._heads, segment_cost=self.costs.segment + self._shared.costs.merge,
-                              tile_cost=self._shared.most_tile_cost())
+            segment, tile = self._shared.most_costs()
+            checks.check_room(views, self._heads, segment_cost=self.costs.segment + segment, tile_cost=tile)
         host = host_lens = None
         if self.schedule != "balanced" or validate or tables.lengths_on_host(views):
             host = tables.on_host(page_ids=validate)
@@ -115,16 +115,17 @@ class ScheduleEngine:
                 plan = place(*tables.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
-            if groups is None:
+            if groups is not None:
+                plan.groups = self._shared.place(groups, plan, self.device_id)
+            if plan.groups is None:
                 plan.decode = self._kernels.decode(plan.layout)
             else:
-                plan.groups = self._shared.place(groups, plan, self.device_id)
                 plan.decode = self._kernels.shared(plan.layout, self._shared.config, self._shared.shared_bytes)
             if self._arguments.library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = host, host_lens
-        on_gpu = all(array.device >= 0 for array in views.values()) and (groups is None or not plan.groups.copied)
+        on_gpu = all(array.device >= 0 for array in views.values()) and (plan.groups is None or not plan.groups.copied)
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
         self._plan = plan
 
@@ -133,7 +134,8 @@ class ScheduleEngine:
         costs, rule, stages = self._sharing
         if costs is None:
             costs = default_shared_costs(
-                batch_columns, by_warpgroups=reads_by_warpgroups(self.config, self._capability))
+                batch_columns, row_columns=self.config.columns, value_dim=self.config.v_dim,
+                by_warpgroups=reads_by_warpgroups(self.config, self._capability))
         if costs.columns not in self._shared_of:
             self._shared_of[costs.columns] = SharedReads(
                 self._heads, self.config, self._capability, self.options, num_ctas=self.num_ctas, costs=costs,

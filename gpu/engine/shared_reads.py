@@ -13,7 +13,7 @@ from gpu.inputs.checks import expect
 from gpu.kernels.variant import KernelConfig, most_readers, read_config, shared_limit_bytes
 from pkvsim.options import AttentionOptions
 from pkvsim.schedule import groups as host_groups
-from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, SharedCosts
+from pkvsim.schedule.costs import EIGHTHS, SharedCosts
 from pkvsim.schedule.prefixes import SharingRule
 from pkvsim.shapes import DecodeShape
 
@@ -27,7 +27,7 @@ NAMES = ("group_of_row", "prefix_pages")
 class SharedReads:
     """What an engine needs for them, made by its first plan with groups."""
 
-    __slots__ = ("config", "costs", "most_readers", "shared_bytes", "_num_ctas", "_num_kv_heads", "_workspace",
+    __slots__ = ("config", "costs", "most_readers", "rule", "shared_bytes", "_num_ctas", "_num_kv_heads", "_workspace",
                  "_make_finder", "_finder")
 
     def __init__(self, shape: DecodeShape, config: KernelConfig, compute_capability: int, options: AttentionOptions, *,
@@ -38,18 +38,23 @@ class SharedReads:
         self.most_readers = most_readers(self.config, compute_capability)
         self.shared_bytes = shared_limit_bytes(compute_capability)
         self._num_ctas, self._num_kv_heads, self._workspace = num_ctas, shape.num_kv_heads, None
-        rule = default_rule(shape, options) if rule is None else rule
-        self._make_finder = lambda: PrefixFinder(shape.page_size, options.query_tokens, rule,
+        self.rule = default_rule(shape, options) if rule is None else rule
+        self._make_finder = lambda: PrefixFinder(shape.page_size, options.query_tokens, self.rule,
                                                  shared_limit_bytes=self.shared_bytes)
         self._finder: PrefixFinder | None = None
 
-    def place(self, groups: object, plan: Plan, device_id: int) -> StepGroups:
-        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find.
+    def place(self, groups: object, plan: Plan, device_id: int) -> StepGroups | None:
+        """The groups of a step, whose tables `plan` has; "auto" are those that its runs find, or None where rows that
+        fill the table could not save enough. Such a step is a plain one, in captured graphs too, whose tables have the
+        same room.
 
         Raises ValueError naming the argument.
         """
         batch = plan.batch_size
         if isinstance(groups, str) and groups == AUTO:
+            # Of CSR the room is that of all rows together, and another step's indices may be more.
+            if not (plan.layout.csr or self.rule.ever_worth(batch, plan.max_tokens)):
+                return None
             if self._finder is None:
                 self._finder = self._make_finder()
             kept = owned = self._finder.prepare(plan.layout, batch)
@@ -72,10 +77,13 @@ class SharedReads:
         of_row, prefixes = at
         return StepGroups(of_row, prefixes, num_groups, workspace.data.ptr, kept, (*owned, workspace), copied, finder)
 
-    def most_tile_cost(self) -> int:
-        """Plain tiles that a shared one may cost more than its members' own would: at least 1."""
-        costs = self.costs
-        return max(1, -(-self.config.columns * costs.tile // (SHARED_COLUMNS * EIGHTHS)))
+    def most_costs(self) -> tuple[int, int]:
+        """Tiles that a row's segment may cost beside BalancedCosts.segment, and plain tiles that a tile of it may.
+
+        Of O outputs and reads that cost R, sqrt(merge * R / O) an output are at most merge * O / 2 + R / 2 together.
+        """
+        tile = self.costs.tile_eighths(self.costs.columns)
+        return -(-self.costs.merge // 2), max(1, -(-3 * tile // (2 * EIGHTHS)))
 
     def _reserve(self, batch_size: int) -> object:
         """The workspace for so many rows. Its words are empty between launches, so one of more rows serves fewer."""

@@ -63,7 +63,7 @@ DECODE = Parameter("DecodeArguments", (
     *_fields("i", "page_lse_tiles", "PAGE_LSE"),
 ))  # fmt: skip
 COSTS = Parameter("Costs", _fields("i", "segment minimum part pair"))  # pkvsim.schedule.costs.BalancedCosts
-SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile again segment merge"))  # the same of SharedCosts
+SHARED_COSTS = Parameter("SharedCosts", _fields("i", "columns tile least segment merge"))  # the same of SharedCosts
 RANK = Parameter("RankArguments", (  # of a step over several GPUs
     *_fields("p", "inboxes own failure"), *_fields("q", "half_slots patience_ns"),
     *_fields("i", "rank owner in_kernel same_gpu share_begin share_tokens share_cycle share_magic share_shift"),

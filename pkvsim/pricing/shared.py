@@ -12,6 +12,7 @@ from pkvsim.schedule.costs import SHARED_COLUMNS, SharedCosts, default_shared_co
 from pkvsim.shapes import DecodeShape
 
 FLOPS = 2  # of a multiplication and its addition
+ROW_COLUMNS = 4  # of a member's KV head, for which SharedPrices.row is stated
 # What mma.sync reaches of the dense FP16 peak on GPUs whose peak takes newer instructions, by major compute capability:
 # 62 % on Hopper (measured on an H100 in https://arxiv.org/abs/2402.13499, 2024-02-21); of Blackwell's GPUs for data
 # centres that is an assumption. Elsewhere mma.sync gives the peak.
@@ -24,10 +25,11 @@ class SharedPrices(NamedTuple):
     efficiency: share of what the SMs' mma.sync gives that a read's products reach, of wgmma those of 64 columns,
     whether a read has as many or not. weights: what making a weight of a logit takes, in products. start, read, row: in
     RouteModel.segment_us: what a step with reads takes more before its first and after its last task; the end of a part
-    of a read, for 64 columns; merging the output of a member's KV head, for 4 columns of 128 sums. state: in the time
-    in which a CTA reads it alone, what each state of such an output adds. beside: what a CTA reads at most of rows' own
-    tokens beside reads, in even shares of the bandwidth. (An assumption on why: ranges of rows lie end to end, so their
-    CTAs are neighbours, which share their way to memory.)
+    of a read, for 64 columns; merging the output of a member's KV head, for ROW_COLUMNS columns, half of it for each.
+    state: in the time in which a CTA reads it alone, what each state of such an output adds. share: what a CTA gets of
+    the bandwidth in a read while all together ask for more than there is, of what one that reads a row's own tokens
+    gets. (Why it is less is an assumption: a read waits for all keys and then all values of 64 tokens at a time, so it
+    asks for less at once.)
     """
 
     efficiency: float
@@ -36,20 +38,21 @@ class SharedPrices(NamedTuple):
     read: float
     row: float
     state: float
-    beside: float
+    share: float
 
 
-# Of reads by mma.sync. Fitted by pkvsim.fitting.fit_shared to seven cells with heads of 128 of one H200 (2026-11-29,
-# tests/fitting/h200_shared_by_warps.json): off by 2.6 % in the mean; by 4.2 % on each cell that a fit to the others,
-# which took what is read again from memory, has not seen. Heads of 64, whose kernel spills registers, take a quarter
-# more. For other GPUs it is an assumption.
-PRICES = SharedPrices(efficiency=0.3108, weights=0.0, start=40.7, read=0.08, row=1.375, state=0.001, beside=100.0)
-# Of reads by wgmma. Of the 34 steps of examples/results/h200_shared_drawn.json and bench_shared's cells, of one H200
-# (2026-11-29), that save enough to be read together: the least mean error, 4.8 %, with the largest, 17 %, held below
-# a fifth. By least squares the mean is 4.7 % and the largest 23 %, and 6.6 % on the half that each half's fit has not
-# seen.
+# Of reads by mma.sync. Fitted by pkvsim.fitting.fit_shared, with weights and share held at these, to seven cells with
+# heads of 128 of one H200 (2026-11-29, tests/fitting/h200_shared_by_warps.json): off by 2.4 % in the mean; by 5.4 % on
+# each cell that a fit to the others has not seen. Heads of 64, whose kernel spills registers, take a tenth more. For
+# other GPUs it is an assumption.
+PRICES = SharedPrices(efficiency=0.332, weights=0.0, start=39.3, read=0.784, row=1.814, state=0.0005, share=1.0)
+# Of reads by wgmma, by
+#   bench_shared.py --fit results/h200_shared{,_steps,_drawn,_plans}.json
+# in examples/: of the 69 measurements of one H200 (2026-11-29), of 33 steps by one plan or two, that save enough to be
+# read together. Off by 3.2 % in the mean and 10.9 % at most, and by 4.8 % in the mean of the steps of the half that
+# each half's fit has not seen.
 WARPGROUP_PRICES = SharedPrices(
-    efficiency=0.4211, weights=156.6, start=2.107, read=9.777, row=0.101, state=5.695, beside=0.9665
+    efficiency=0.9916, weights=441.3, start=14.73, read=2.349, row=0.7605, state=6.576, share=0.4709
 )  # fmt: skip
 
 # How fast all CTAs read what another row has read before, which they find in L2 in part, over what memory gives: fitted
@@ -74,8 +77,13 @@ class ReadPrices(NamedTuple):
     read_gb_s: float  # of KV that one CTA keeps up with in a read
     row_us: float  # of merging an output
     state_us: float  # of each state of it
-    row_gb_s: float  # of KV that a CTA reads at most beside reads
+    read_share: float  # as SharedPrices.share
     again_bytes: float  # of a prefix of all KV heads, up to which a group's later reads find it in L2
+
+
+def again_bytes(device: DeviceSpec) -> float:
+    """Of a prefix of all KV heads, up to which a group's later reads find it in L2."""
+    return REREAD_L2_SHARE * device.l2_mib * 2**20
 
 
 def by_warpgroups(device: DeviceSpec, shape: DecodeShape, options: AttentionOptions) -> bool:
@@ -90,8 +98,11 @@ def shared_costs_of(
     device: DeviceSpec, shape: DecodeShape, batch_size: int, options: AttentionOptions
 ) -> SharedCosts:  # fmt: skip
     """What the engine weighs on a GPU for a batch of so many rows."""
-    columns = batch_size * options.query_shape(shape).group_size
-    return default_shared_costs(columns, by_warpgroups=by_warpgroups(device, shape, options))
+    columns = options.query_shape(shape).group_size
+    warpgroups = by_warpgroups(device, shape, options)
+    return default_shared_costs(
+        batch_size * columns, row_columns=columns, value_dim=options.value_dim(shape), by_warpgroups=warpgroups
+    )
 
 
 def read_prices(
@@ -115,8 +126,8 @@ def read_prices(
         start_us=prices.start * model.segment_us,
         read_us=prices.read * model.segment_us / SHARED_COLUMNS,
         read_gb_s=cta_tflops * 1e3 / flops * options.kv_token_bytes(shape),
-        row_us=prices.row * model.segment_us,
+        row_us=prices.row * model.segment_us * (1 + columns / ROW_COLUMNS) / 2,
         state_us=prices.state * state_bytes / (model.cta_read_gb_s * 1e3),
-        row_gb_s=prices.beside * model.bandwidth_gb_s / (device.num_sms * max(1.0, model.ctas_per_sm)),
-        again_bytes=REREAD_L2_SHARE * device.l2_mib * 2**20,
+        read_share=prices.share,
+        again_bytes=again_bytes(device),
     )

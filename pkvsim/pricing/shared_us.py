@@ -22,7 +22,15 @@ from pkvsim.pricing.constants import (
 )
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.shared import REREAD_SPEEDUP, ReadPrices
-from pkvsim.schedule.costs import EIGHTHS, SHARED_COLUMNS, BalancedCosts, SharedCosts, paired, segment_of
+from pkvsim.schedule.costs import (
+    EIGHTHS,
+    MOST_READ_COST,
+    SHARED_COLUMNS,
+    BalancedCosts,
+    SharedCosts,
+    paired,
+    segment_of,
+)
 from pkvsim.schedule.make import balanced_ranges
 
 _ranges = inner(balanced_ranges)
@@ -43,8 +51,9 @@ class SharedLayer(NamedTuple):
     read_us: float  # of a read's end, for each column
     row_us: float  # of merging an output
     state_us: float  # of each state of it
-    alone: float  # bytes per us of one CTA beside reads
+    alone: float  # bytes per us of one CTA with a row's own tokens
     reading: float  # bytes per us of one CTA in a read
+    read_share: float  # as ReadPrices
     bandwidth: float  # bytes per us of all
     again_bytes: float  # as ReadPrices
     costs: BalancedCosts
@@ -62,11 +71,12 @@ def _both_kinds(
     row_bytes: float,
     row_fixed_us: float,
     bandwidth: float,  # bytes per us of all
+    read_share: float,  # of a range of reads, of what one of rows gets
 ) -> float:
     """When ranges of reads and of rows have ended that begin together: while both kinds read the slower one leaves the
     other what it does not take; then that has all of the bandwidth."""
-    even = bandwidth / (reads + rows)
-    read_now, row_now = min(read_speed, even), min(row_speed, even)
+    even = bandwidth / (reads * read_share + rows)
+    read_now, row_now = min(read_speed, even * read_share), min(row_speed, even)
     read_now = min(read_speed, max(read_now, (bandwidth - rows * row_now) / reads))
     row_now = min(row_speed, max(row_now, (bandwidth - reads * read_now) / rows))
     read_us, row_us = read_fixed_us + read_bytes / read_now, row_fixed_us + row_bytes / row_now
@@ -101,8 +111,7 @@ def shared_us(
         skipped_of[group] = tiles * layer.tile
         reads = -(-members[group] // most)
         columns_of[group] = -(-members[group] // reads) * layer.columns
-        least = shared.again if reads > 1 else EIGHTHS
-        eighths = max(least, -(-columns_of[group] * shared.tile // SHARED_COLUMNS))
+        eighths = max(shared.least, -(-columns_of[group] * shared.tile // SHARED_COLUMNS))
         segment = max(1, costs.segment, -(-columns_of[group] * shared.segment // EIGHTHS))
         span_cost_of[group] = segment - (-tiles * eighths // EIGHTHS)
         costs_of[group] = reads * heads * span_cost_of[group]
@@ -116,6 +125,10 @@ def shared_us(
         longest_gap = max(longest_gap, segment - (-eighths // EIGHTHS))
     if spans == 0:
         return np.nan
+    outputs = 0
+    for group in range(groups):
+        outputs += heads * members[group]
+    least_own = max(1, int(np.sqrt(shared.merge * min(total // outputs, MOST_READ_COST))))
     own_cost, own_spans, own_tokens, merged = 0, 0, 0, 0
     for row in range(len(lens)):
         group = group_of_row[row]
@@ -123,12 +136,12 @@ def shared_us(
         own = lens[row] - (skipped_of[group] if is_member else 0)
         if own <= 0 and not is_member:
             continue
-        segment = costs.segment + (shared.merge if is_member else 0)
-        own_cost += heads * (segment + max(1, -(-own // layer.tile)))
+        tiles = max(1, -(-own // layer.tile))
+        own_cost += heads * (costs.segment + (max(tiles, least_own) if is_member else tiles))
         own_spans += heads
         own_tokens += heads * max(0, own)
         merged += heads if is_member else 0
-        longest_gap = max(longest_gap, 1 + segment)
+        longest_gap = max(longest_gap, costs.segment + (least_own if is_member else 1))
     total += own_cost
     weighed = BalancedCosts(costs.segment, max(costs.minimum, longest_gap), costs.part, costs.pair)
     ranges, _ = _ranges(total, spans + own_spans, layer.slots, weighed, False)
@@ -150,22 +163,26 @@ def shared_us(
         busy = max(busy, _both_kinds(
             reads_of, layer.reading, read_tokens * layer.token_bytes / reads_of, read_ends / reads_of,
             rows_of, layer.alone, own_tokens * layer.token_bytes / rows_of, own_spans * layer.segment_us / rows_of,
-            layer.bandwidth * both / max(1.0, from_memory),
+            layer.bandwidth * both / max(1.0, from_memory), layer.read_share,
         ))  # fmt: skip
         if merged > 0:  # of the states of its read's parts and of its own span's
-            states = 1.0 + own_cost / own_spans / width
+            own_states = 1.0 + own_cost / own_spans / width
+            states = own_states
             for group in range(groups):
                 states += members[group] * heads / merged * (1.0 + span_cost_of[group] / width)
-            # Outputs of the fullest range, which are merged one after the other: of the shortest member's KV heads,
-            # which lie beside each other, and then of others.
-            fullest = share * merged
+            # Outputs of the fullest range, which are merged one after the other: of one member's KV heads, which lie
+            # beside each other, and then of others.
+            merging = max(1.0, np.ceil(share * merged)) * (layer.row_us + states * layer.state_us)
             for row in range(len(lens)):
                 group = group_of_row[row]
                 if group >= 0 and members[group] > 0:
-                    own = max(1, -(-(lens[row] - skipped_of[group]) // layer.tile)) + costs.segment + shared.merge
+                    own = max(least_own, -(-(lens[row] - skipped_of[group]) // layer.tile)) + costs.segment
                     there = min(float(heads), width / own)
-                    fullest = max(fullest, there + (width - there * own) * own_spans / own_cost)
-            merging = max(1.0, np.ceil(fullest)) * (layer.row_us + states * layer.state_us)
+                    others = (width - there * own) * own_spans / own_cost
+                    of_row = own_states + 1.0 + span_cost_of[group] / width
+                    mean = (there * of_row + others * states) / (there + others)
+                    outputs_us = max(1.0, np.ceil(there + others)) * (layer.row_us + mean * layer.state_us)
+                    merging = max(merging, outputs_us)
     return layer.start_us + busy + merging
 
 
@@ -225,8 +242,9 @@ def shared_layer(
         reads.read_us,
         reads.row_us,
         reads.state_us,
-        min(alone, reads.row_gb_s * 1e3),
+        alone,
         min(alone, reads.read_gb_s * 1e3),
+        reads.read_share,
         bandwidth,
         reads.again_bytes,
         BalancedCosts(_segment_of(costs.segment, heads.columns), costs.minimum, costs.part, pair),

@@ -1,6 +1,7 @@
 """What the balanced schedule weighs, as one value: from a device's route to the kernels' arguments."""
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from pkvsim.shapes import check_int
@@ -19,7 +20,9 @@ SHARED_COLUMNS = 64  # for which SharedCosts.tile is stated
 # cells of bench_shared (2026-11-29) it was the best in three, and 3 and 5 % from it in the others.
 WARPGROUP_TILE = 12
 MAX_SHARED_COLUMNS = 128  # of a read
-MAX_SHARED_COST = 2**8  # of SharedCosts.tile, .segment and .merge
+MAX_SHARED_COST = 2**8  # of SharedCosts.tile, .least, .segment and .merge
+MOST_READ_COST = 2**20  # of the reads for each output, for the root in least_own(): PKV_MOST_TILES in cuda_src/plan.cuh
+MERGED_SUMS = 128  # of a row, that SharedCosts.merge counts a tile for
 
 
 class BalancedCosts(NamedTuple):
@@ -48,33 +51,43 @@ class SharedCosts(NamedTuple):
 
     columns: query columns (the members' query heads times query tokens) that a read serves at most: those of the
     kernel variant that reads for groups. tile: cost of a tile read for 64 columns, in eighths of a plain tile; other
-    reads cost in proportion, but none less than a plain tile. again: that least cost, in eighths, where a group has
-    several reads, which find in L2 what another has read. segment: cost of a read's end for each column, in eighths
-    of a tile; it costs no less than BalancedCosts.segment or a tile. merge: tiles that a member's own segment costs
-    beside BalancedCosts.segment, since it takes up the states of the read.
+    reads cost in proportion, but none less than `least`, in eighths too. segment: cost of a read's end for each column,
+    in eighths of a tile; it costs no less than BalancedCosts.segment or a tile. merge: tiles in whose time a CTA merges
+    the output of a member's KV head, from which least_own() follows.
 
-    tile, segment and merge are the best of a sweep on one H200 (2026-11-29, `examples/bench_shared.py --calibrate`: 64
-    rows of 8K shared and 512 own tokens, and 8 rows of 32K and 4K).
+    tile and segment are the best of a sweep on one H200 (2026-11-29, `examples/bench_shared.py --calibrate`: 64 rows of
+    8K shared and 512 own tokens, and 8 rows of 32K and 4K).
     """
 
     columns: int = 64
     tile: int = 24
-    again: int = 8
+    least: int = EIGHTHS
     segment: int = 3
     merge: int = 0
 
-    def tile_eighths(self, columns: int, reads: int) -> int:
-        """Cost of a tile that is read for so many columns, in eighths of a plain tile. reads: of its group."""
-        return max(self.again if reads > 1 else EIGHTHS, -(-columns * self.tile // SHARED_COLUMNS))
+    def tile_eighths(self, columns: int) -> int:
+        """Cost of a tile that is read for so many columns, in eighths of a plain tile."""
+        return max(self.least, -(-columns * self.tile // SHARED_COLUMNS))
 
     def segment_tiles(self, columns: int, segment: int) -> int:
         """Cost of the end of a read for so many columns, where a plain segment's is `segment` tiles."""
         return max(1, segment, -(-columns * self.segment // EIGHTHS))
 
-    def longest_gap(self, columns: int, segment: int) -> int:
+    def least_own(self, reads_cost: int, outputs: int) -> int:
+        """Tiles that what a member has for itself costs at least, beside BalancedCosts.segment, for each KV head.
+        reads_cost: of all reads of the step, in tiles; outputs: members times KV heads.
+
+        CTAs of reads and of rows begin together, but an output is merged when its read has ended: of N CTAs, x of which
+        have rows, a step of reads that cost R and of O outputs ends after R / (N - x) + merge * O / x. That is least
+        where x : N - x is as sqrt(merge * O) : sqrt(R), which is where the schedule puts it if an output costs
+        sqrt(merge * R / O). Where its own tiles cost more, they are what its CTA is busy with.
+        """
+        return max(1, math.isqrt(self.merge * min(reads_cost // outputs, MOST_READ_COST)))
+
+    def longest_gap(self, columns: int, segment: int, least_own: int) -> int:
         """Most tiles between two places at which a schedule with reads of up to so many columns can be cut."""
-        read = self.segment_tiles(columns, segment) - (-self.tile_eighths(columns, 1) // EIGHTHS)
-        return max(1 + segment + self.merge, read)
+        read = self.segment_tiles(columns, segment) - (-self.tile_eighths(columns) // EIGHTHS)
+        return max(segment + least_own, read)
 
 
 # What the engine balances with, from a sweep on an H200 (2026-11-21). The cost of a pair holds on GPUs of compute
@@ -101,13 +114,20 @@ def columns_for(batch_columns: int) -> int:
     return SHARED_COLUMNS // 2 if batch_columns <= SHARED_COLUMNS // 2 else SHARED_COLUMNS
 
 
-def default_shared_costs(batch_columns: int, *, by_warpgroups: bool) -> SharedCosts:
-    """SharedCosts of an engine whose step's rows have so many columns together. by_warpgroups: reads are multiplied by
-    warpgroups (wgmma), which take the same time for a tile however many columns they serve."""
-    costs = SharedCosts(columns=columns_for(batch_columns))
-    if not by_warpgroups:
-        return costs
-    return costs._replace(tile=WARPGROUP_TILE * SHARED_COLUMNS // costs.columns)
+def default_shared_costs(
+    batch_columns: int, *, row_columns: int, value_dim: int, by_warpgroups: bool
+) -> SharedCosts:
+    """SharedCosts of an engine whose step's rows have so many columns together, row_columns each, of value_dim sums.
+    by_warpgroups: reads are multiplied by warpgroups (wgmma), which take the same time for a tile however many columns
+    they serve.
+
+    Merging an output takes a tile's time for every MERGED_SUMS sums: half to twice as many tiles all are within 1 % of
+    the best, and four times as many are worse, in the 72 steps of examples/results/h200_shared.md, as
+    pkvsim.timeline.shared predicts them for an H200. On other GPUs it is an assumption.
+    """
+    merge = min(MAX_SHARED_COST, max(1, row_columns * value_dim // MERGED_SUMS))
+    costs = SharedCosts(columns=columns_for(batch_columns), merge=merge)
+    return costs._replace(tile=WARPGROUP_TILE, least=WARPGROUP_TILE) if by_warpgroups else costs
 
 
 def check_shared_costs(costs: object) -> SharedCosts:
@@ -117,7 +137,7 @@ def check_shared_costs(costs: object) -> SharedCosts:
     return SharedCosts(
         columns=check_int("shared_costs.columns", costs.columns, 2, MAX_SHARED_COLUMNS),
         tile=check_int("shared_costs.tile", costs.tile, 0, MAX_SHARED_COST),
-        again=check_int("shared_costs.again", costs.again, 1, EIGHTHS),
+        least=check_int("shared_costs.least", costs.least, 1, MAX_SHARED_COST),
         segment=check_int("shared_costs.segment", costs.segment, 0, MAX_SHARED_COST),
         merge=check_int("shared_costs.merge", costs.merge, 0, MAX_SHARED_COST),
     )

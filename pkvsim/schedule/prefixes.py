@@ -55,6 +55,10 @@ class SharingRule(NamedTuple):
         """Whether a step whose groups save so many tokens should read them together."""
         return saved_tokens > self.least_tokens
 
+    def ever_worth(self, rows: int, most_tokens: int) -> bool:
+        """Whether so many rows of at most so many tokens could save enough: all but one, all of theirs."""
+        return self.worth(max(0, rows - 1) * most_tokens)
+
 
 def sharing_rule(
     shape: DecodeShape,

@@ -17,16 +17,17 @@ members. The m members of a group, rows ascending, become k = ceil(m / M) reads;
 
 **Entries.** The axis is made of entries, each some spans of the same tiles and cost, end to end:
   - group g, g = 0, 1, ..: k * num_kv_heads spans; span i is KV head i % num_kv_heads of read i // num_kv_heads. n = s
-    tiles, segment cost C = SharedCosts.segment_tiles(q), tile cost E = SharedCosts.tile_eighths(q, k) in eighths.
-  - row r, r = 0, 1, ..: num_kv_heads spans. A member's: tiles [s, tiles(seq_len)), which may be none, C = segment +
-    merge, E = 8. Others': all tiles, C = segment, E = 8; a row of length 0 has no spans.
+    tiles, segment cost C = SharedCosts.segment_tiles(q), tile cost E = SharedCosts.tile_eighths(q) in eighths.
+  - row r, r = 0, 1, ..: num_kv_heads spans. A member's: n = tiles [s, tiles(seq_len)), which may be none, C = segment +
+    max(0, F - max(1, n)), E = 8. Others': all tiles, C = segment, E = 8; a row of length 0 has no spans.
+F = SharedCosts.least_own(R, O), of the total cost R of the groups' entries and the number O of members' spans.
 With n' = max(1, n), a span that starts at x0 reaches to x0 + C + ceil(n' * E / 8). Its tile 0 sits at x0, tile t >= 1
 at x0 + C + t * E // 8, before the span's end. Plain entries (E = 8) are those of plan.cuh. Selected pages make one
 entry of one span per (row, KV head), several GPUs entries of the tiles that lie on this one; nothing below changes.
 
 **Ranges.** Total cost W, H spans. N = min(W // L, num_ctas) ranges, at least 1, no more than costs.part allows for H
 heads of W // H (balanced_ranges), where L = max(minimum, the longest gap between two neighbouring tile positions that
-SharedCosts.longest_gap(M * c) allows): so no range is empty. Range i holds the tiles whose position lies in
+SharedCosts.longest_gap(M * c, F) allows): so no range is empty. Range i holds the tiles whose position lies in
 [i * W // N, (i + 1) * W // N). The part of a span in range i is number i - (the range of the span's tile 0). Steps
 without members are plain steps, rules for equal rows and pairs of SMs included; those rules do not apply beside reads.
 
@@ -139,18 +140,20 @@ def balanced_spans(
     # Entries: the groups, then the rows.
     tiles = np.concatenate((group_tiles, found.own_tiles))
     spans = np.concatenate((reads_of, (found.own_tiles > 0) | is_member)).astype(np.int64) * heads
-    segment = np.concatenate((
-        np.array([shared_costs.segment_tiles(count, costs.segment) for count in columns], np.int64),
-        costs.segment + shared_costs.merge * is_member.astype(np.int64),
-    ))  # fmt: skip
+    segment = np.full(num_groups + batch_size, costs.segment, np.int64)
+    segment[:num_groups] = [shared_costs.segment_tiles(count, costs.segment) for count in columns]
     eighths = np.full(num_groups + batch_size, EIGHTHS, np.int64)
-    eighths[:num_groups] = [
-        shared_costs.tile_eighths(count, reads) for count, reads in zip(columns, reads_of.tolist())
-    ]
+    eighths[:num_groups] = [shared_costs.tile_eighths(count) for count in columns]
+    span_costs = segment - (-np.maximum(1, tiles) * eighths // EIGHTHS)
+    reads_cost = int((spans * span_costs)[:num_groups].sum())
+    least_own = shared_costs.least_own(reads_cost, int(np.count_nonzero(is_member)) * heads)
+    more = np.maximum(0, least_own - np.maximum(1, found.own_tiles)) * is_member
+    segment[num_groups:] += more
+    span_costs[num_groups:] += more
 
-    total_cost = int((spans * (segment - (-np.maximum(1, tiles) * eighths // EIGHTHS))).sum())
+    total_cost = int((spans * span_costs).sum())
     num_spans = int(spans.sum())
-    least = max(costs.minimum, shared_costs.longest_gap(found.most_columns, costs.segment))
+    least = max(costs.minimum, shared_costs.longest_gap(found.most_columns, costs.segment, least_own))
     num_ranges, _ = balanced_ranges(total_cost, num_spans, num_ctas, costs._replace(minimum=least), even=False)
     filled = np.empty((num_spans + num_ranges, 5), np.int32)
     cta_offsets = np.zeros(num_ranges + 1, np.int32)

@@ -32,6 +32,7 @@ def run_ranges(
     tasks: RangeTasks,
     of_read: np.ndarray,  # [num_tasks] bool: the task is bound by its products where it reads at its own speed
     shared: float,  # bytes per us of all CTAs
+    read_share: float,  # of a read while that is used up, in shares of another task
     now: float,
     start_us: np.ndarray,  # [num_tasks] float64, out
     end_us: np.ndarray,  # [num_tasks] float64, out
@@ -39,8 +40,8 @@ def run_ranges(
     """Runs all ranges from `now` on. Returns the times in which the bandwidth is used up, in which it is not while a
     read computes, and in which others read as fast as each can.
 
-    Each reading CTA gets its speed or, where all together ask for more than there is, the same share as the others
-    that would read more than that.
+    Each reading CTA gets its speed or, where all together ask for more than there is, its share of what those leave
+    that ask for less than theirs.
     """
     saturated, computing, alone = 0.0, 0.0, 0.0
     offsets, fixed_us, sizes, speeds = tasks.cta_offsets, tasks.fixed_us, tasks.sizes, tasks.speeds
@@ -59,32 +60,36 @@ def run_ranges(
             running += 1
     reading = np.zeros(ctas, np.bool_)
     while running > 0:
-        # The share that those get who would read more: found from above, since taking out the slow raises it.
+        # One share of those who would read more: it rises from the least there may be, since the slow leave some.
         level, before = np.inf, -1
         while True:
-            slow, rest, count = 0, shared, 0
+            slow, rest, count, shares = 0, shared, 0, 0.0
             for cta in range(ctas):
                 if reading[cta]:
                     count += 1
-                    if speeds[place[cta]] <= level:
+                    weight = read_share if of_read[place[cta]] else 1.0
+                    if speeds[place[cta]] <= level * weight:
                         slow += 1
                         rest -= speeds[place[cta]]
+                    else:
+                        shares += weight
             if level == np.inf:
                 if rest >= 0.0:
                     break
-                level = shared / count
+                level = 0.0
             elif slow == before or slow == count:
                 break
             else:
                 before = slow
-                level = max(level, rest / (count - slow))
+                level = max(level, rest / shares)
         step = np.inf
         reads, any_read = False, False
         for cta in range(ctas):
             if reading[cta]:
                 any_read = True
                 reads = reads or of_read[place[cta]]
-                step = min(step, left[cta] / min(speeds[place[cta]], level))
+                speed = min(speeds[place[cta]], level * (read_share if of_read[place[cta]] else 1.0))
+                step = min(step, left[cta] / speed)
             elif reads_at[cta] < np.inf:
                 step = min(step, reads_at[cta] - now)
         now += step
@@ -97,7 +102,7 @@ def run_ranges(
                 alone += step
         for cta in range(ctas):
             if reading[cta]:
-                rate = min(speeds[place[cta]], level)
+                rate = min(speeds[place[cta]], level * (read_share if of_read[place[cta]] else 1.0))
                 if left[cta] / rate <= step * (1.0 + 1e-12):  # of quotients, as products of the smallest are 0
                     task = place[cta]
                     end_us[task] = now

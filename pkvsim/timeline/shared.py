@@ -1,11 +1,13 @@
 """A balanced step whose rows read their common pages once, on CTAs that read at speeds of their own.
 
-A read for many columns is bound by its products, so the CTAs beside it have more of the bandwidth. What members share
-is merged behind the last task of a range, once the parts of their read have ended (pkvsim.schedule.spans).
+A read for many columns is bound by its products, and asks for less at a time than CTAs that read rows, which have more
+of the bandwidth where that is used up. What members share is merged behind the last task of a range, once the parts of
+their read have ended (pkvsim.schedule.spans).
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.pricing.constants import cta_slots, read_speeds
 from pkvsim.pricing.layer import heads_of
-from pkvsim.pricing.shared import ReadPrices, SharedPrices, apart_gb_s, read_prices, shared_costs_of
+from pkvsim.pricing.shared import ReadPrices, SharedPrices, again_bytes, apart_gb_s, read_prices, shared_costs_of
 from pkvsim.pricing.shared_us import shared_layer, shared_us
 from pkvsim.schedule.costs import BalancedCosts, SharedCosts
 from pkvsim.schedule.groups import PrefixGroups
@@ -58,22 +60,32 @@ def kernel_costs(model: RouteModel, shape: DecodeShape, options: AttentionOption
     )  # fmt: skip
 
 
-def simulate_shared(
-    model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, device: DeviceSpec, *,
-    options: AttentionOptions = PLAIN, prices: SharedPrices | None = None, costs: SharedCosts | None = None,
-) -> SharedStep | None:  # fmt: skip
-    """Runs one layer of a step of lens [batch_size] int32 on the balanced route; None where no two rows read together.
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedTasks:
+    """A step with reads laid out: all that its times follow from but prices."""
 
-    costs: as shared_schedule's; prices: as read_prices'. Raises ValueError naming the argument.
-    """
-    costs = costs or shared_costs_of(device, shape, len(lens), options)
+    schedule: Schedule
+    of_read: np.ndarray  # [num_tasks] bool
+    columns: np.ndarray  # [num_tasks] int64 that the task reads for
+    sizes: np.ndarray  # [num_tasks] float64 bytes
+    merges: RangeMerges  # us: the states that each output is merged of
+    alone: float  # bytes per us of one CTA
+    bandwidth: float  # bytes per us of all, with what is found in L2
+    queries_us: float
+
+
+def shared_tasks(
+    model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, device: DeviceSpec, *,
+    options: AttentionOptions = PLAIN, costs: SharedCosts | None = None,
+) -> SharedTasks | None:  # fmt: skip
+    """The tasks of one layer of a step of lens [batch_size] int32; None where no two rows read together. costs: as
+    shared_schedule's."""
     schedule = shared_schedule(model, shape, lens, groups, device, options=options, costs=costs)
     shared = schedule.shared
     if shared is None:
         return None
     constants, columns = model.to_row(), options.query_shape(shape).group_size
-    reads = read_prices(model, device, shape, options, costs, prices)
-    tasks, of_read = schedule.tasks, shared.read_of_task >= 0
+    tasks = schedule.tasks
     ends = np.minimum(tasks["tile_end"].astype(np.int64) * schedule.tile_tokens, lens[tasks["row"]])
     tokens = np.maximum(0, ends - tasks["tile_begin"].astype(np.int64) * schedule.tile_tokens)
     sizes = tokens * float(options.kv_token_bytes(shape))
@@ -85,39 +97,86 @@ def simulate_shared(
     )
     prefix_bytes = shared.reads["tiles"] * schedule.tile_tokens * shape.num_kv_heads * options.kv_token_bytes(shape)
     group_of_read = members[shared.members[shared.reads["member_begin"]]]
-    again = prefix_bytes <= reads.again_bytes  # [num_reads]: it finds in L2 what another read of its group has read
+    again = prefix_bytes <= again_bytes(device)  # [num_reads]: it finds in L2 what another read of its group has read
     again[np.unique(group_of_read, return_index=True)[1]] = False
     anew = float(sizes[~np.append(again, False)[shared.read_of_task]].sum())
-    bandwidth = apart_gb_s(bandwidth, float(sizes.sum()), anew)
-    speeds = np.where(of_read, min(alone, reads.read_gb_s * 1e3), min(alone, reads.row_gb_s * 1e3))
-    fixed = np.where(of_read, shared.members_of_tasks() * columns * reads.read_us, model.segment_us)
-    queries = queries_us(constants, shape, lens, options)
-    ramp = model.fixed_us + reads.start_us + queries
-    ranges = RangeTasks(schedule.cta_offsets, fixed, sizes, speeds)
-    merges = _merges(schedule, shared, shape.num_kv_heads, reads)
-    start, end = np.zeros(len(tasks)), np.zeros(len(tasks))
-    saturated, computing, alone_us = run_ranges(ranges, of_read, bandwidth, ramp, start, end)
+    return SharedTasks(
+        schedule=schedule, of_read=shared.read_of_task >= 0, columns=shared.members_of_tasks() * columns, sizes=sizes,
+        merges=_merges(schedule, shared, shape.num_kv_heads), alone=alone,
+        bandwidth=apart_gb_s(bandwidth, float(sizes.sum()), anew),
+        queries_us=queries_us(constants, shape, lens, options),
+    )  # fmt: skip
+
+
+class SharedTimes(NamedTuple):
+    """When a step's tasks run, and in which times the bandwidth is used up, reads compute, and others read alone."""
+
+    start_us: np.ndarray  # [num_tasks] float64
+    end_us: np.ndarray  # [num_tasks] float64
+    last_task_us: float
+    makespan_us: float
+    saturated_us: float
+    computing_us: float
+    alone_us: float
+
+
+def run_shared(tasks: SharedTasks, model: RouteModel, reads: ReadPrices) -> SharedTimes:
+    """Runs one layer at these prices."""
+    speeds = np.where(tasks.of_read, min(tasks.alone, reads.read_gb_s * 1e3), tasks.alone)
+    fixed = np.where(tasks.of_read, tasks.columns * reads.read_us, model.segment_us)
+    ramp = model.fixed_us + reads.start_us + tasks.queries_us
+    offsets = tasks.schedule.cta_offsets
+    start, end = np.zeros((2, len(tasks.sizes)))
+    ranges = RangeTasks(offsets, fixed, tasks.sizes, speeds)
+    parts = run_ranges(ranges, tasks.of_read, tasks.bandwidth, reads.read_share, ramp, start, end)
     last_task = float(end.max(initial=ramp))
-    makespan = run_merges(merges, schedule.cta_offsets, end, last_task)
+    merges = tasks.merges._replace(us=reads.row_us + reads.state_us * tasks.merges.us)
+    return SharedTimes(start, end, last_task, run_merges(merges, offsets, end, last_task), *parts)
+
+
+def simulate_shared(
+    model: RouteModel, shape: DecodeShape, lens: np.ndarray, groups: PrefixGroups, device: DeviceSpec, *,
+    options: AttentionOptions = PLAIN, prices: SharedPrices | None = None, costs: SharedCosts | None = None,
+) -> SharedStep | None:  # fmt: skip
+    """Runs one layer of a step of lens [batch_size] int32 on the balanced route; None where no two rows read together.
+
+    costs: as shared_schedule's; prices: as read_prices'. Raises ValueError naming the argument.
+    """
+    costs = costs or shared_costs_of(device, shape, len(lens), options)
+    tasks = shared_tasks(model, shape, lens, groups, device, options=options, costs=costs)
+    if tasks is None:
+        return None
+    schedule, constants = tasks.schedule, model.to_row()
+    reads = read_prices(model, device, shape, options, costs, prices)
+    times = run_shared(tasks, model, reads)
+    merge_us = times.makespan_us - times.last_task_us
+    ramp = model.fixed_us + reads.start_us + tasks.queries_us
+    busy = times.saturated_us + times.computing_us + times.alone_us
     line = Timeline(
-        makespan_us=makespan, schedule=schedule, num_slots=cta_slots(constants, device.num_sms), cta_gb_s=alone / 1e3,
-        shared_gb_s=bandwidth / 1e3, merge_us=makespan - last_task, start_us=start, end_us=end, bytes=sizes,
+        makespan_us=times.makespan_us, schedule=schedule, num_slots=cta_slots(constants, device.num_sms),
+        cta_gb_s=tasks.alone / 1e3, shared_gb_s=tasks.bandwidth / 1e3, merge_us=merge_us,
+        start_us=times.start_us, end_us=times.end_us, bytes=tasks.sizes,
         slot=np.repeat(np.arange(schedule.num_ctas, dtype=np.int32), np.diff(schedule.cta_offsets)),
     )  # fmt: skip
     split = TimeSplit(
-        bandwidth_us=queries + saturated, compute_us=computing, cta_rate_us=alone_us, tail_us=0.0,
-        task_starts_us=last_task - ramp - saturated - computing - alone_us, launches_us=ramp - queries,
-        merge_us=makespan - last_task,
+        bandwidth_us=tasks.queries_us + times.saturated_us, compute_us=times.computing_us,
+        cta_rate_us=times.alone_us, tail_us=0.0, task_starts_us=times.last_task_us - ramp - busy,
+        launches_us=ramp - tasks.queries_us, merge_us=merge_us,
     )  # fmt: skip
-    rows, read = int(np.count_nonzero(lens)), int(tokens.sum()) // shape.num_kv_heads
+    rows = int(np.count_nonzero(lens))
+    read = round(float(tasks.sizes.sum()) / options.kv_token_bytes(shape)) // shape.num_kv_heads
     layer = shared_layer(rows, read, heads_of(shape, device.num_sms, options), constants, reads, costs)
+    members = groups.members(
+        lens, page_size=shape.page_size, tile_tokens=schedule.tile_tokens, query_tokens=options.query_tokens
+    )
     prefixes = groups.prefix_pages.astype(np.int64) * shape.page_size
     closed_us = float(shared_us(lens.astype(np.int64), members, prefixes, layer))
     return SharedStep(line, split, closed_us, reads.read_gb_s)
 
 
-def _merges(schedule: Schedule, shared: SharedReads, heads: int, prices: ReadPrices) -> RangeMerges:
-    """Outputs that are merged of several states: those of members, and of other heads that are cut."""
+def _merges(schedule: Schedule, shared: SharedReads, heads: int) -> RangeMerges:
+    """Outputs that are merged of several states, so many each instead of us: those of members, and of other heads that
+    are cut."""
     tasks = schedule.tasks
     own = np.flatnonzero(shared.read_of_task < 0)
     key = tasks["row"][own].astype(np.int64) * heads + tasks["kv_head"][own]  # of each output
@@ -147,7 +206,7 @@ def _merges(schedule: Schedule, shared: SharedReads, heads: int, prices: ReadPri
         awaits_begin=(ends - counts).astype(np.int32),
         awaits_end=ends.astype(np.int32),
         awaited=np.concatenate(awaited).astype(np.int32) if awaited else np.zeros(0, np.int32),
-        us=prices.row_us + prices.state_us * states[merged].astype(np.float64),
+        us=states[merged].astype(np.float64),
     )
 
 

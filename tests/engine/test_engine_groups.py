@@ -103,6 +103,22 @@ def test_auto_finds_once_a_plan_and_once_a_capture(gpu, monkeypatch) -> None:
         gpu.capturing = False
 
 
+def test_auto_is_a_plain_step_where_no_rows_of_the_table_could_save_enough(gpu) -> None:
+    """Four rows of ten pages: at most 480 tokens are read by three rows that need not."""
+    for least, reads in ((480, False), (479, True)):
+        engine, given = make_engine(sharing_rule=SharingRule(0, least)), tables(gpu)
+        engine.plan(**given, groups="auto")
+        assert ("group_of_row" in run(gpu, engine)) == reads
+        first = engine.schedule_engine._plan
+        engine.plan(**given, groups="auto")
+        assert engine.schedule_engine._plan is first  # passes unlooked at
+        engine.plan(**given, groups=PrefixGroups([0, 0, 0, -1], [6]))  # who is told is not asked whether it pays
+        assert "group_of_row" in run(gpu, engine)
+        counts = gpu.array(np.arange(0, 50, 10, dtype=np.int32))
+        engine.plan(given["seq_lens"], indptr=counts, indices=gpu.array(np.arange(40, dtype=np.int32)), groups="auto")
+        assert engine.schedule_engine._plan.groups is not None
+
+
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_what_reads_by_warpgroups_cost(gpu, kv_dtype) -> None:
     """The kernel and what its reads cost in the schedule go together; 8-bit pages are read by warps."""

@@ -1,6 +1,7 @@
 """examples/bench_shared.py as far as no GPU is needed: how its rows share pages, and what its check compares."""
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from fake_gpu import fake_gpu
 
 torch = pytest.importorskip("torch")
-from bench.shared_cells import SharedCell  # noqa: E402
+from bench.shared_cells import SharedCell, costs_of, measured_of  # noqa: E402
 
 from gpu.measure.pools import CellPages  # noqa: E402
 
@@ -61,7 +62,9 @@ def bench(module, monkeypatch, *, told_errs_by: float = 0.0):
     """A SharedBench whose route "told" gives the last row but one so wrong."""
     pages = pages_of_two_layers()
 
-    def route(self, name, cell, laid_out, q):
+    def route(self, name, cell, laid_out, q, weighed):
+        assert (weighed is None) == (name in ("plain", "found"))
+
         def run(k_pages, v_pages, out):
             out[...] = attention(q, laid_out.block_table, k_pages, v_pages)
             if name == "told":
@@ -82,6 +85,23 @@ def test_routes_are_compared_with_the_plain_step_of_the_same_layer(measuring, mo
     result = bench(measuring, monkeypatch).measure(CELL)
     assert set(result.times) == {"plain", "told", "found"} and not result.notes
     assert max(result.errors.values()) < 1e-3
+
+
+def test_steps_are_told_once_more_for_each_plan(measuring, monkeypatch) -> None:
+    text = "least=8,merge=0"
+    result = bench(measuring, monkeypatch).measure(CELL, only_ours=True, costs={text: costs_of(text)})
+    assert set(result.times) == {"plain", "told", text}
+    ours, other = result.costs["told"], result.costs[text]
+    assert {**ours, "least": 8, "merge": 0} == other != ours
+    assert result.best_other() == result.times["plain"]
+    document = {"results": [{**dataclasses.asdict(CELL), **dataclasses.asdict(result)}]}
+    assert [step.costs._asdict() for step in measured_of(document)] == [ours, other]
+
+
+@pytest.mark.parametrize("text", ["", "tile", "tile=x", "tile=-1", "tile=1,tile=2", "tiles=3", "least=0", "tile=1e3"])
+def test_costs_are_fields_with_whole_numbers_in_range(text) -> None:
+    with pytest.raises(ValueError, match="costs"):
+        costs_of(text)
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])

@@ -20,6 +20,7 @@ from pkvsim.schedule.groups import PrefixGroups
 FIELDS = ("group", "read", "members", "row", "kv_head", "split", "tile_begin", "tile_end")
 LISTED = np.dtype([(name, np.int32) for name in FIELDS])
 LLAMA = DecodeShape(32, 8, 128, 16)
+OUTPUTS = SharedCosts(64, 12, 12, 3, 4)
 
 
 def case(lens, group_of_row, pages, shape=LLAMA, shared_costs=SharedCosts()):
@@ -111,6 +112,11 @@ def list_by_warps(tmp_path_factory):
 @example(case([4096, 4096, 0, 131072], [1, 1, 1, -1], [9, 256]), MEASURED_COSTS, 132)  # rests of no tiles
 @example(case([2**30] * 3, [0] * 3, [2**26], DecodeShape(1, 1, 64, 16), SharedCosts(3, 256)), BalancedCosts(), 300)
 @example(case([64, 64], [0, 0], [2**31 - 1]), BalancedCosts(), 4)  # a prefix that no row can have
+# What members have for themselves costs the root of a merge and of their reads, up to the greatest there is.
+@example(case([15168] * 24, [row // 3 for row in range(24)], [944] * 8, LLAMA, OUTPUTS), MEASURED_COSTS, 132)
+@example(case([13376, 9000, 13376], [0, -1, 0], [835], LLAMA, OUTPUTS), MEASURED_COSTS, 132)
+@example(case([2**30] * 3, [0] * 3, [2**26], DecodeShape(1, 1, 64, 16), SharedCosts(3, 64, 8, 3, 256)),
+         BalancedCosts(), 300)
 def test_header_lists_the_tasks_of_pkvsim(list_spans, batch, costs, num_ctas):
     assert_listed(list_spans(batch, costs, num_ctas), batch, costs, num_ctas)
 

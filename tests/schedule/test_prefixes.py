@@ -61,6 +61,7 @@ def test_groups_are_those_of_the_rule(case, page_size, query_tokens, rule):
     rows = [np.flatnonzero(groups.group_of_row == group).tolist() for group in range(len(groups.prefix_pages))]
     assert list(zip(groups.prefix_pages.tolist(), rows)) == stated(table, whole, page_size, rule)
     groups.check(np.pad(table, ((0, 0), (0, 1))), lens, page_size=page_size)
+    assert rule.ever_worth(len(lens), int(lens.max())) or not rows  # what is ruled out by room alone is never found
 
 
 def test_documents_under_one_system_prompt():

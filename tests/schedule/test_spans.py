@@ -1,5 +1,6 @@
 """Schedules with shared reads against a plain statement of pkvsim.schedule.spans, tile by tile."""
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -30,8 +31,7 @@ def expected_reads(batch):
             continue
         parts = -(-len(rows) // most)
         columns = -(-len(rows) // parts) * batch.columns
-        least = batch.shared_costs.again if parts > 1 else 8
-        eighths = max(least, -(-columns * batch.shared_costs.tile // 64))
+        eighths = max(batch.shared_costs.least, -(-columns * batch.shared_costs.tile // 64))
         cuts = [len(rows) * part // parts for part in range(parts + 1)]
         reads += [(tiles, rows[a:b], columns, eighths) for a, b in itertools.pairwise(cuts)]
         for row in rows:
@@ -39,18 +39,33 @@ def expected_reads(batch):
     return reads, shared_of_row
 
 
+def read_segment(columns, costs, shared):
+    return max(1, costs.segment, -(-columns * shared.segment // 8))
+
+
+def least_own(batch, costs):
+    """Tiles that a member's own span costs at least: the root of what merging an output takes times the reads' tiles for
+    each output."""
+    reads, _ = expected_reads(batch)
+    whole = sum(read_segment(columns, costs, batch.shared_costs) - (-tiles * eighths // 8)
+                for tiles, _, columns, eighths in reads)  # fmt: skip
+    members = sum(len(rows) for _, rows, *_ in reads)  # as many heads as reads have cancel out
+    return max(1, math.isqrt(batch.shared_costs.merge * (whole // members))) if members else 1
+
+
 def spans_of(batch, costs):
     """Every span in order: (read or -1, row, kv_head, first tile, tiles, segment cost, eighths)."""
     reads, shared_of_row = expected_reads(batch)
     heads, shared = range(batch.shape.num_kv_heads), batch.shared_costs
     for index, (tiles, rows, columns, eighths) in enumerate(reads):
-        segment = max(1, costs.segment, -(-columns * shared.segment // 8))
+        segment = read_segment(columns, costs, shared)
         yield from ((index, rows[0], head, 0, tiles, segment, eighths) for head in heads)
+    least = least_own(batch, costs)
     for row, length in enumerate(batch.lens):
         first = shared_of_row[row]
         tiles = -(-length // batch.tile_tokens) - first
         if length:
-            segment = costs.segment + (shared.merge if first else 0)
+            segment = costs.segment + (max(0, least - max(1, tiles)) if first else 0)
             yield from ((-1, row, head, first, tiles, segment, 8) for head in heads)
 
 
@@ -60,9 +75,9 @@ def expected_tasks(batch, costs, num_ctas):
     spans = list(spans_of(batch, costs))
     total = sum(segment - (-max(1, tiles) * eighths // 8) for *_, tiles, segment, eighths in spans)
     most = batch.shared_costs.columns // batch.columns * batch.columns
-    read = max(1, costs.segment, -(-most * batch.shared_costs.segment // 8)) - (
-        -max(8, -(-most * batch.shared_costs.tile // 64)) // 8)  # fmt: skip
-    gap = max(1 + costs.segment + batch.shared_costs.merge, read)
+    read = read_segment(most, costs, batch.shared_costs) - (
+        -max(batch.shared_costs.least, -(-most * batch.shared_costs.tile // 64)) // 8)  # fmt: skip
+    gap = max(costs.segment + least_own(batch, costs), read)
     least = costs._replace(minimum=max(costs.minimum, gap))
     count, _ = balanced_ranges(total, len(spans), num_ctas, least, False)
     cuts = [i * total // count for i in range(1, count + 1)]
@@ -202,7 +217,7 @@ def test_a_read_is_read_once_and_its_rows_pay_what_is_theirs():
         ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(7)}, "shared_costs.columns: expected two rows' 8 or more"),
         ("balanced", {"num_ctas": 4, "shared_costs": MEASURED_COSTS}, "shared_costs: expected SharedCosts"),
         ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(tile=-1)}, "shared_costs.tile: expected"),
-        ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(again=9)}, "shared_costs.again: expected"),
+        ("balanced", {"num_ctas": 4, "shared_costs": SharedCosts(least=0)}, "shared_costs.least: expected"),
         ("balanced", {"num_ctas": 4, "query_tokens": 0}, "query_tokens: expected an integer"),
         ("balanced", {"num_ctas": 4, "splits": 4}, "splits: expected None for balanced"),
         ("workqueue", {"splits": 4, "num_ctas": 4}, "num_ctas: expected None for workqueue"),

@@ -49,8 +49,8 @@ def shared_batches(draw: st.DrawFn, max_rows: int = 9, max_pages: int = 12, tile
         length = draw(st.one_of(long, long, long, st.integers(0, 2 * prefix + 20)))
         lens.append(length if length >= query_tokens else 0)
     columns = shape.group_size * query_tokens
-    costs = draw(st.builds(SharedCosts, st.integers(2 * columns, 6 * columns), st.integers(0, 120), st.integers(1, 8),
-                           st.integers(0, 9), st.integers(0, 3)))  # fmt: skip
+    costs = draw(st.builds(SharedCosts, st.integers(2 * columns, 6 * columns), st.integers(0, 120), st.integers(1, 20),
+                           st.integers(0, 9), st.sampled_from([0, 0, 1, 3, 8, 60, 256])))  # fmt: skip
     groups = PrefixGroups(group_of_row, pages)
     return SharedBatch(shape, lens, groups, query_tokens, draw(st.sampled_from(tiles)), costs)
 

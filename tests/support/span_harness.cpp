@@ -40,6 +40,7 @@ extern "C" int list_spans(const int* seq_lens, const int* group_of_row, const in
   }
   int total = 0, reads_total = 0, num_spans = 0, most = 0, least = INT_MAX;
   for (int index = 0; index < axis.num_entries(); ++index) {
+    if (index == num_groups) axis.least_own = axis.shared.least_own(reads_total, listed * num_kv_heads);
     const pkv::Entry entry = axis.entry(index);
     if (index < num_groups) readers.at[index] = total, reads_total += entry.cost();
     total += entry.cost(), num_spans += entry.spans;

@@ -32,15 +32,15 @@ def test_ranges_at_one_speed_run_as_plain_steps_do(lens, num_sms):
     tasks = RangeTasks(line.schedule.cta_offsets, np.full(count, MODEL.segment_us), line.bytes,
                        np.full(count, line.cta_gb_s * 1e3))
     fixed = float(line.start_us.min())
-    parts = run_ranges(tasks, np.zeros(count, bool), line.shared_gb_s * 1e3, fixed, start, end)
+    parts = run_ranges(tasks, np.zeros(count, bool), line.shared_gb_s * 1e3, 1.0, fixed, start, end)
     np.testing.assert_allclose(end, line.end_us, rtol=1e-9)
     np.testing.assert_allclose(start, line.start_us, rtol=1e-9)
     assert parts[1] == 0.0 and sum(parts) <= end.max() - fixed + 1e-9
 
 
 @settings(max_examples=25, deadline=None)
-@given(data=st.data(), ctas=st.integers(1, 12), shared=st.floats(1, 50))
-def test_speeds_of_their_own_and_never_more_than_there_is(data, ctas, shared):
+@given(data=st.data(), ctas=st.integers(1, 12), shared=st.floats(1, 50), share=st.floats(0.05, 1))
+def test_speeds_of_their_own_and_never_more_than_there_is(data, ctas, shared, share):
     counts = data.draw(st.lists(st.integers(0, 4), min_size=ctas, max_size=ctas))
     count = sum(counts)
     floats = [data.draw(st.lists(st.floats(low, high), min_size=count, max_size=count))
@@ -48,7 +48,8 @@ def test_speeds_of_their_own_and_never_more_than_there_is(data, ctas, shared):
     fixed, sizes, speeds = (np.array(numbers, float) for numbers in floats)
     start, end = np.zeros((2, count))
     offsets = np.cumsum([0, *counts]).astype(np.int32)
-    parts = run_ranges(RangeTasks(offsets, fixed, sizes, speeds), np.ones(count, bool), shared, 1.0, start, end)
+    of_read = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)), bool)
+    parts = run_ranges(RangeTasks(offsets, fixed, sizes, speeds), of_read, shared, share, 1.0, start, end)
     assert (end - start >= (fixed + sizes / speeds) * (1 - 1e-9) - 1e-9).all()
     for begin, stop in zip(offsets, offsets[1:]):
         if begin < stop:
@@ -59,6 +60,19 @@ def test_speeds_of_their_own_and_never_more_than_there_is(data, ctas, shared):
         longest = max(float((fixed + sizes / speeds)[a:b].sum()) for a, b in zip(offsets, offsets[1:]))
         assert longest - 1e-9 <= took <= longest + sizes.sum() / shared + 1e-9  # nobody waits while there is bandwidth
         assert sum(parts) <= took + 1e-9
+
+
+def test_a_read_gets_its_share_of_a_bandwidth_that_is_used_up_and_all_that_others_leave():
+    start, end = np.zeros((2, 2))
+    tasks = RangeTasks(np.array([0, 1, 2], np.int32), np.zeros(2), np.array([10.0, 10.0]), np.array([9.0, 9.0]))
+    parts = run_ranges(tasks, np.array([True, False]), 4.0, 1 / 3, 0.0, start, end)
+    # One and three of four bytes a us until the row's ten are read, then all four.
+    assert end.tolist() == pytest.approx([10 / 3 + (10 - 10 / 3) / 4, 10 / 3])
+    assert parts == pytest.approx((5.0, 0.0, 0.0))
+    # A row that keeps up with less than its share leaves the rest.
+    slow = tasks._replace(speeds=np.array([9.0, 1.0]))
+    run_ranges(slow, np.array([True, False]), 4.0, 1 / 3, 0.0, start, end)
+    assert end.tolist() == pytest.approx([10 / 3, 10.0])
 
 
 @settings(max_examples=25, deadline=None)

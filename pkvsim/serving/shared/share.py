@@ -61,7 +61,10 @@ def make_sharing(
         kinds[kind] = True
         rule = sharing_rule(shape, bandwidth_gb_per_s=balanced.bandwidth_gb_s, options=options)
         for at, columns in enumerate(READ_COLUMNS):
-            weighed = default_shared_costs(columns, by_warpgroups=by_warpgroups(device, shape, options))
+            weighed = default_shared_costs(
+                columns, row_columns=options.query_shape(shape).group_size, value_dim=options.value_dim(shape),
+                by_warpgroups=by_warpgroups(device, shape, options),
+            )  # fmt: skip
             costs[kind, at] = weighed
             prices[kind, at] = read_prices(balanced, device, shape, options, weighed)
     return Sharing(
