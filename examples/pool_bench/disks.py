@@ -152,24 +152,27 @@ def checksum_s_per_gb(block_bytes: int, total_bytes: int = 2**27) -> float:
     return seconds / (arena.slots * block_bytes / 1e9)
 
 
-def limited(bytes_per_s: float):
-    """Makes a reader of DiskStore that is no faster than that."""
+def limited(name: str, bytes_per_s: float, limiters: dict[str, LimitedReader]):
+    """Makes a reader of DiskStore that is no faster than that, and notes it by the disk's name."""
 
     def make(depth: int, buffers: Sequence[tuple[int, int]]) -> Reader:
-        return LimitedReader(open_reader(depth=depth, buffers=buffers), bytes_per_s)
+        limiters[name] = LimitedReader(open_reader(depth=depth, buffers=buffers), bytes_per_s)
+        return limiters[name]
 
     return make
 
 
 def limited_disk(
-    name: str, directory: Path, bytes_per_s: float, blocks: int, block_bytes: int, *, pin: bool
+    name: str, directory: Path, bytes_per_s: float, blocks: int, block_bytes: int, *, pin: bool,
+    limiters: dict[str, LimitedReader] | None = None,
 ) -> DiskStore:  # fmt: skip
-    """A disk tier on a directory, limited to a rate."""
+    """A disk tier on a directory, limited to a rate. limiters: takes its limiter, once it is open."""
     tier = Tier(name=name, kind=DISK, capacity_bytes=blocks * block_bytes, read_bytes_per_s=bytes_per_s,
                 write_bytes_per_s=bytes_per_s, assumed=False, source="a limiter")  # fmt: skip
     under_way = depth_of(HEADER_BYTES + block_bytes) * (HEADER_BYTES + block_bytes)
-    return DiskStore(tier=tier, directory=str(directory / name), reader=limited(bytes_per_s), pin=pin,
-                     bytes_under_way=under_way, ring_bytes=RING_DEPTHS * under_way)  # fmt: skip
+    reader = limited(name, bytes_per_s, {} if limiters is None else limiters)
+    return DiskStore(tier=tier, directory=str(directory / name), reader=reader, pin=pin, bytes_under_way=under_way,
+                     ring_bytes=RING_DEPTHS * under_way)  # fmt: skip
 
 
 def three_tiers(

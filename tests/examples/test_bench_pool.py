@@ -20,7 +20,7 @@ def test_the_parts_that_need_a_gpu_load_without_one() -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("--parts disk,hbm", "--parts: expected of copies, decode, disk, tiers, ttft, got hbm"),
+    ("--parts disk,hbm", "--parts: expected of copies, decode, disk, tiers, limited, ttft, got hbm"),
     ("--total-gib 0", "--total-gib: expected 0.01 to 64, got 0"), ("--tokens 1000", "--tokens: expected a multiple"),
     ("--directory /none", "--directory: expected a directory, got /none"),
 ])

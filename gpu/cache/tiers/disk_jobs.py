@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,37 @@ class WriteJob:
     ended: Callable[[list[Any], str | None], None]
 
 
+class Phase(str, Enum):
+    """What a disk's thread does with its time."""
+
+    IDLE = "idle"  # it has nothing to do
+    ASK = "ask"  # for blocks
+    READ = "read"  # it waits for blocks that it has asked for
+    SLOTS = "slots"  # it waits while buffers that the GPU has not emptied keep it from asking for more
+    CHECK = "check"  # checksums
+    HAND_OVER = "hand over"
+    END = "end"  # it tells of jobs that have ended
+    DRAIN = "drain"  # it waits for copies to the GPU, with nothing left to read
+
+
+class Stopwatch:
+    """Wall and processor seconds of one thread by what it did; wall time that is no processor time, of work that does
+    not wait, went to locks, Python's own among them, or to other processes."""
+
+    __slots__ = ("wall_s", "cpu_s", "_phase", "_wall", "_cpu")
+
+    def __init__(self) -> None:
+        self.wall_s, self.cpu_s = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0.0)
+        self._phase, self._wall, self._cpu = Phase.IDLE, time.perf_counter(), 0.0
+
+    def begin(self, phase: Phase) -> None:
+        """What the thread that calls does from here on."""
+        before, wall, cpu = self._phase, time.perf_counter(), time.thread_time()
+        self.wall_s[before] += wall - self._wall
+        self.cpu_s[before] += cpu - self._cpu
+        self._phase, self._wall, self._cpu = phase, wall, cpu
+
+
 @dataclass(slots=True)
 class DiskCounts:
     """What a disk has done: blocks, bytes of blocks, and seconds in which something was under way."""
@@ -47,7 +80,15 @@ class DiskCounts:
     faults: int = 0
     busy_s: float = 0.0
     thread_s: float = 0.0  # processor time of its thread
+    copies: int = 0  # hand-overs whose copy to the GPU has ended
+    copies_s: float = 0.0  # from such a hand-over until the thread saw that, seconds in all
+    spent: Stopwatch = field(default_factory=Stopwatch)
     last_fault: str = ""
+
+
+def by_name(seconds: dict[Phase, float]) -> dict[str, float]:
+    """Seconds of phases by their names."""
+    return {phase.value: value for phase, value in seconds.items()}
 
 
 def groups(jobs: list, name: str) -> list[list]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpu.cache.tiers.device import Ticket
 from gpu.cache.tiers.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
-from gpu.cache.tiers.disk_jobs import DiskCounts, ReadJob, WriteJob, error_name, groups
+from gpu.cache.tiers.disk_jobs import DiskCounts, Phase, ReadJob, WriteJob, error_name, groups
 from gpu.cache.tiers.disk_reads import Done, Reader, Request
 from gpu.cache.tiers.host_arena import HostArena
 
@@ -62,7 +62,7 @@ class DiskTier:
         self._under_way: dict[int, tuple[ReadJob | WriteJob, float]] = {}  # ring slot -> job, when it began
         self._arrived: list[tuple[ReadJob | WriteJob, int, int]] = []  # ended, to be looked at: job, ring slot, result
         self._given_up: set[int] = set()
-        self._draining: deque[tuple[Ticket, list[int]]] = deque()  # copies to the GPU, and their ring slots
+        self._draining: deque[tuple[Ticket, list[int], float]] = deque()  # copies to the GPU, ring slots, since when
         self._seen_bytes, self._seen_since = 0, 0.0
         self._thread = threading.Thread(target=self._run, name=f"tier {files.directory.name}", daemon=True)
         self._thread.start()
@@ -104,7 +104,9 @@ class DiskTier:
         self.files.close()
 
     def _run(self) -> None:
+        begin = self.counts.spent.begin
         while True:
+            begin(Phase.IDLE)
             with self._wake:
                 while not (self._jobs or self._under_way or self._draining or self._closing):
                     self._wake.wait()
@@ -122,14 +124,16 @@ class DiskTier:
 
     def _turn(self) -> None:
         """One round: frees buffers, submits, and waits for what ends first."""
+        begin = self.counts.spent.begin
         while self._draining and (self._draining[0][0].done() or not (self._free or self._under_way)):
-            ticket, slots = self._draining.popleft()
-            ticket.wait()
-            self._free += slots
+            self._drain(Phase.SLOTS)
+        begin(Phase.ASK)
         self._submit()
         if self._under_way or self._given_up:
             wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
+            begin(Phase.SLOTS if self._jobs and not self._free and len(self._under_way) < self._depth else Phase.READ)
             ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0, wait_for))
+            begin(Phase.ASK)
             self._arrived += ended
             submitted = False
             try:
@@ -141,9 +145,16 @@ class DiskTier:
                     self._finish()
             self._check_stall()
         elif self._draining:
-            ticket, slots = self._draining.popleft()
-            ticket.wait()
-            self._free += slots
+            self._drain(Phase.DRAIN)
+
+    def _drain(self, phase: Phase) -> None:
+        """Takes back the buffers of the oldest hand-over once it has been copied. phase: what waiting for it is."""
+        self.counts.spent.begin(phase)
+        ticket, slots, since = self._draining.popleft()
+        ticket.wait()
+        self._free += slots
+        self.counts.copies += 1
+        self.counts.copies_s += time.perf_counter() - since
 
     def _submit(self) -> None:
         reads: list[ReadJob] = []
@@ -216,6 +227,8 @@ class DiskTier:
 
     def _finish(self) -> None:
         """Checks what was read and hands it over; ends what was written."""
+        begin = self.counts.spent.begin
+        begin(Phase.CHECK)
         ended, self._arrived = self._arrived, []
         arrived: dict[ReadJob, int] = {}
         block_bytes, slot_bytes, buffers = self.files.block_bytes, self.files.slot_bytes, self._buffers
@@ -240,6 +253,7 @@ class DiskTier:
         for group in groups(list(arrived), "take"):
             slots = [arrived[job] for job in group]
             fault = None
+            begin(Phase.HAND_OVER)
             try:
                 ticket = group[0].take(self._ring.addresses(np.array(slots)) + HEADER_BYTES, group)
             except Exception as error:  # of the GPU: its blocks do not arrive
@@ -247,7 +261,8 @@ class DiskTier:
             if ticket is None:
                 self._free += slots
             else:
-                self._draining.append((ticket, slots))
+                self._draining.append((ticket, slots, time.perf_counter()))
+            begin(Phase.END)
             if fault is None:
                 self.counts.read += len(group)
                 group[0].ended(group, None)

@@ -23,7 +23,7 @@ import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket
 from gpu.cache.tiers.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
-from gpu.cache.tiers.disk_jobs import ReadJob, WriteJob
+from gpu.cache.tiers.disk_jobs import ReadJob, WriteJob, by_name
 from gpu.cache.tiers.disk_reads import Reader
 from gpu.cache.tiers.disk_tier import DiskTier
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
@@ -222,7 +222,9 @@ class TieredKVCache:
                 "reader": disk.reader_name, "direct": disk.files.direct, "checksum": CHECKSUM_NAME, "read": counts.read,
                 "written": counts.written, "faults": counts.faults, "busy_s": counts.busy_s, "read_bytes": read_bytes,
                 "thread_s": counts.thread_s, "stalled": disk.is_stalled, "last_fault": counts.last_fault,
-                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]),
+                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]), "copies": counts.copies,
+                "copies_s": counts.copies_s, "wall_s": by_name(counts.spent.wall_s),
+                "cpu_s": by_name(counts.spent.cpu_s),
             }  # fmt: skip
         return out
 
