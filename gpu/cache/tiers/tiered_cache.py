@@ -85,6 +85,7 @@ class TieredKVCache:
         self._rings: list[HostArena] = []
         self._lost: set[int] = set()
         self._closed = False
+        self._loader = ThreadPoolExecutor(1, "tier loads")  # copies blocks of host memory that disks' blocks belong to
         self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
         try:
             for store in host:
@@ -163,6 +164,10 @@ class TieredKVCache:
                 self._arenas[tier].addresses(np.array([reads[at].place.slot for at in blocks]))
                 for tier, blocks in by_tier.items() if tier < len(self._arenas)
             ])  # fmt: skip
+            if jobs:  # the caller waits for the disks in any case, and they have their part of the link at once
+                handle._host_asked = False
+                self._loader.submit(handle._copy_host, addresses, host)
+                return handle
             handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
         handle._less(1, handle.blocks)
         return handle
@@ -235,6 +240,7 @@ class TieredKVCache:
         self._closed = True
         for disk in self._disks:
             disk.close()
+        self._loader.shutdown()
         self._waiter.shutdown()
         for arena in (*self._arenas, *self._rings):
             arena.close()

@@ -42,7 +42,7 @@ class Counted(HostPages):
 
     __slots__ = ("parts",)
 
-    def copy_in(self, addresses, pages, *, after, each_layer):
+    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
         self.parts.append(len(pages))
         return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
 
