@@ -38,6 +38,7 @@ class DiskTrace:
     cpu_s: dict[str, float]
     copies: int
     copies_s: float
+    porter_s: float
     limit_gb_s: float | None = None
     idle_s: float | None = None
     behind_s: float | None = None
@@ -65,7 +66,9 @@ class DiskTrace:
         out[f"processor, % of {', '.join(WORKING)}"] = f"{sum(self.cpu_s[name] for name in WORKING) / worked * 100:.0f}"
         out["thread, cores per GB/s"] = f"{sum(self.cpu_s.values()) / max(self.gb, 1e-9):.3f}"
         out["check, cores per GB/s"] = f"{self.cpu_s[Phase.CHECK.value] / max(self.gb, 1e-9):.3f}"
-        out["hand-overs; ms until one is copied"] = f"{self.copies}; {self.copies_s / max(self.copies, 1) * 1e3:.1f}"
+        each = 1e3 / max(self.copies, 1)
+        out["hand-overs"] = f"{self.copies}"
+        out["ms until one is asked for; copied"] = f"{self.porter_s * each:.1f}; {self.copies_s * each:.1f}"
         if self.limit_gb_s is not None:
             each = 1e3 / max(self.blocks, 1)
             out["limiter, GB/s"] = f"{self.limit_gb_s:g}"
@@ -101,7 +104,8 @@ class Tracer:
             found.append(DiskTrace(
                 name, (after["read_bytes"] - before["read_bytes"]) / 1e9, after["read"] - before["read"],
                 *({phase: after[key][phase] - before[key][phase] for phase in after[key]} for key in CLOCKS),
-                copies=after["copies"] - before["copies"], copies_s=after["copies_s"] - before["copies_s"], **limits,
+                copies=after["copies"] - before["copies"], copies_s=after["copies_s"] - before["copies_s"],
+                porter_s=after["porter_s"] - before["porter_s"], **limits,
             ))  # fmt: skip
         return found
 
