@@ -1,14 +1,15 @@
 """The pool beyond HBM, measured on this machine, each figure beside its roof from the same run.
 
     python examples/bench_pool.py --directory /tmp                      # all of it, within three minutes on an H200
-    python examples/bench_pool.py --parts disk,tiers,limited --directory /tmp   # what needs no GPU
+    python examples/bench_pool.py --parts disk,tiers,limited,stand-in --directory /tmp   # what needs no GPU
     python examples/bench_pool.py --parts copies,decode --ways staged,DMA --json pool.json
 
 Copies: scattered pages of 32 layers, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
 and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
-Limited: these four disks alone. With --trace those two parts say where each disk's time went.
+Limited: these four disks alone. Stand-in: the load of the first token at a tenth of the rates and bytes, over pages
+that take the time of a driver and a link. With --trace these parts say where each disk's time went.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ from pkvsim.memory.placement import BANDWIDTH, EQUAL
 if TYPE_CHECKING:
     from rich.console import Console
 
-PARTS = ("copies", "decode", "disk", "tiers", "limited", "ttft")
+PARTS = ("copies", "decode", "disk", "tiers", "limited", "stand-in", "ttft")
 NEED_GPU = ("copies", "decode", "ttft")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
@@ -62,8 +63,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", default=",".join(COPY_RUNS), help="of copies and decode, of these")
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in TTFT_RATES),
-                        help="GB/s of host memory and of each limited disk, of limited and ttft")  # fmt: skip
-    parser.add_argument("--trace", action="store_true", help="limited and ttft: where each disk's time went")
+                        help="GB/s of host memory and of each limited disk, of these parts")  # fmt: skip
+    parser.add_argument("--trace", action="store_true", help="limited, stand-in, ttft: where each disk's time went")
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
     for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS))):
@@ -138,15 +139,16 @@ def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Tabl
         rows.append((
             f"{block_bytes // KIB} KiB", f"{figures.pool_gb_s:.2f}", f"{roof:.2f}" if roof else "-",
             f"{figures.pool_gb_s / roof * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
-            f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.thread_cores_per_gb_s:.3f}",
+            f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.cached_checksum_cores_per_gb_s:.3f}",
+            f"{figures.thread_cores_per_gb_s:.3f}",
             f"{figures.roof_cores_per_gb_s:.3f}" if roof else "-",
             figures.reader + ("" if figures.direct else ", buffered"),
         ))  # fmt: skip
     columns = (
-        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "checksum", "thread", "C loop's", "reader",
+        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "check", "cached", "thread", "C loop's", "reader",
     )  # fmt: skip
-    note = (f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums, and of "
-            "checksums alone and the disk's thread") + (
+    note = (f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums "
+            f"({disks.checksum_package()}), and of checksums alone and the disk's thread") + (
         "" if on_gpu else "; no GPU: blocks are read and checked, and copied nowhere") + "."  # fmt: skip
     return Table(f"Random blocks of {args.directory}", columns, tuple(rows), note), found
 
@@ -178,6 +180,23 @@ def limited(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, An
     row = f"{len(rates)}", f"{gb_s:.2f}", f"{sum(rates):.2f}", f"{gb_s / sum(rates) * 100:.0f}"
     table = Table("Limited disks at once", ("disks", "GB/s", "sum GB/s", "%"), (row,), f"Of 2 MiB blocks on {where}.")
     return table, found, [trace.table_of("The limited disks", traces)]
+
+
+def stand_in(args: argparse.Namespace) -> tuple[Table, dict[str, Any], list[Table]]:
+    """The load of the first token without a GPU."""
+    from pool_bench import stand_in as timed
+    from pool_bench import trace
+
+    where = SHM if SHM.is_dir() else args.directory
+    rates, blocks = [rate * 1e9 for rate in args.rates], args.tokens // 16
+    seconds, asked_s, bound_s, traces = timed.load_beside_host(where, rates, blocks=blocks)
+    found = {"load_s": seconds, "asked_s": asked_s, "bound_s": bound_s, "over_bound": seconds / bound_s,
+             "traces": [dataclasses.asdict(one) for one in traces]}  # fmt: skip
+    row = f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}", f"{asked_s * 1e3:.0f}"
+    note = f"A tenth of the rates {', '.join(f'{rate:g}' for rate in args.rates)} GB/s and of the bytes."
+    columns = ("ms", "bound ms", "x bound", "asked ms")
+    table = Table("Load of the first token, on a stand-in", columns, (row,), note)
+    return table, found, [trace.table_of("Its disks", traces)]
 
 
 def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Table]]:
@@ -231,6 +250,8 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             table, found[part] = tiers(args, on_gpu)
         elif part == "limited":
             table, found[part], traces = limited(args, on_gpu)
+        elif part == "stand-in":
+            table, found[part], traces = stand_in(args)
         else:
             table, found[part], traces = ttft(args)
         table.print(console)
