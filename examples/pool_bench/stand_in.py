@@ -1,7 +1,7 @@
 """The first token's load without a GPU: pages whose copies take the time that a driver and a link would.
 
 All rates and bytes are a TENTH of the H200's, so that two cores read four disks; times and numbers of copies are its
-own. Calls of the driver come one at a time and take DRIVER_COPY_S a copy (pkvsim.devices.copy_way has it from one H200);
+own. Calls of the driver come one at a time and take DRIVER_COPY_S a copy (pkvsim.devices.copy_way has it of one H200);
 two lanes share the link. Assumptions: that calls wait for each other, DRIVER_CALL_S, and that lanes share evenly.
 """
 from __future__ import annotations

@@ -140,7 +140,7 @@ class DiskTier:
             self._drain(Phase.SLOTS)
         begin(Phase.ASK)
         self._submit()
-        if self._under_way or self._given_up:
+        if self._under_way or (self._given_up and not self._parcels):
             wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
             begin(Phase.SLOTS if self._jobs and not self._free and len(self._under_way) < self._depth else Phase.READ)
             ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0, wait_for))
