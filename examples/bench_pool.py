@@ -1,19 +1,22 @@
 """The pool beyond HBM, measured on this machine, each figure beside its roof from the same run.
 
     python examples/bench_pool.py --directory /tmp                      # all of it, within three minutes on an H200
-    python examples/bench_pool.py --parts disk,tiers --directory /tmp   # what needs no GPU
+    python examples/bench_pool.py --parts disk,tiers,limited,stand-in --directory /tmp   # what needs no GPU
     python examples/bench_pool.py --parts copies,decode --ways staged,DMA --json pool.json
 
 Copies: scattered pages of 32 layers, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
 and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
+Limited: these four disks alone. Stand-in: the load of the first token at a tenth of the rates and bytes, over pages
+that take the time of a driver and a link. With --trace these parts say where each disk's time went.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import functools
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +35,7 @@ from pkvsim.memory.placement import BANDWIDTH, EQUAL
 if TYPE_CHECKING:
     from rich.console import Console
 
-PARTS = ("copies", "decode", "disk", "tiers", "ttft")
+PARTS = ("copies", "decode", "disk", "tiers", "limited", "stand-in", "ttft")
 NEED_GPU = ("copies", "decode", "ttft")
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 RUNS = (4 * KIB, 16 * KIB, 64 * KIB)
@@ -46,6 +49,7 @@ DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
 TTFT_TOKENS = 128 * 1024
 TTFT_RATES = (36.0, 3.0, 3.0, 3.0, 3.0)  # GB/s of host memory and four limited disks: 3:1
+LIMITED_BLOCKS = 2048  # of 2 MiB: the disks' part of the prompt
 SHM = Path("/dev/shm")
 
 
@@ -58,6 +62,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=TTFT_TOKENS, help="of the prompt of the first-token part")
     parser.add_argument("--ways", default=",".join(COPY_RUNS), help="of copies and decode, of these")
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
+    parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in TTFT_RATES),
+                        help="GB/s of host memory and of each limited disk, of these parts")  # fmt: skip
+    parser.add_argument("--trace", action="store_true", help="limited, stand-in, ttft: where each disk's time went")
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
     for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS))):
@@ -65,6 +72,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         unknown = [word for word in getattr(args, name) if word not in known]
         if unknown:
             parser.error(f"--{name}: expected of {', '.join(known)}, got {unknown[0]}")
+    try:
+        args.rates = [float(word) for word in args.rates.split(",")]
+    except ValueError:
+        args.rates = []
+    if len(args.rates) < 2 or not all(0 < rate < 1000 for rate in args.rates):
+        parser.error("--rates: expected GB/s of host memory and of at least one disk, 36,3,3 for instance")
     if not 0.01 <= args.total_gib <= 64:
         parser.error(f"--total-gib: expected 0.01 to 64, got {args.total_gib:g}")
     if args.tokens < 1024 or args.tokens % 256:
@@ -126,15 +139,16 @@ def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Tabl
         rows.append((
             f"{block_bytes // KIB} KiB", f"{figures.pool_gb_s:.2f}", f"{roof:.2f}" if roof else "-",
             f"{figures.pool_gb_s / roof * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
-            f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.thread_cores_per_gb_s:.3f}",
+            f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.cached_checksum_cores_per_gb_s:.3f}",
+            f"{figures.thread_cores_per_gb_s:.3f}",
             f"{figures.roof_cores_per_gb_s:.3f}" if roof else "-",
             figures.reader + ("" if figures.direct else ", buffered"),
         ))  # fmt: skip
     columns = (
-        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "checksum", "thread", "C loop's", "reader",
+        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "check", "cached", "thread", "C loop's", "reader",
     )  # fmt: skip
-    note = (f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums, and of "
-            "checksums alone and the disk's thread") + (
+    note = (f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums "
+            f"({disks.checksum_package()}), and of checksums alone and the disk's thread") + (
         "" if on_gpu else "; no GPU: blocks are read and checked, and copied nowhere") + "."  # fmt: skip
     return Table(f"Random blocks of {args.directory}", columns, tuple(rows), note), found
 
@@ -154,10 +168,42 @@ def tiers(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, Any]
     return Table("Three unlike tiers at once", columns, tuple(rows), note), found
 
 
-def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
+def limited(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, Any], list[Table]]:
+    """The first token's disks at once, with no host memory beside them."""
+    from pool_bench import trace
+
+    device, rates = device_for(2 * MIB, 512, on_gpu), args.rates[1:]
+    where = SHM if SHM.is_dir() else args.directory
+    blocks = min(LIMITED_BLOCKS, shutil.disk_usage(where).free // (4 * MIB))
+    gb_s, traces = trace.limited_disks(where, [rate * 1e9 for rate in rates], device, blocks=blocks)
+    found = {"gb_s": gb_s, "sum_gb_s": sum(rates), "traces": [dataclasses.asdict(one) for one in traces]}
+    row = f"{len(rates)}", f"{gb_s:.2f}", f"{sum(rates):.2f}", f"{gb_s / sum(rates) * 100:.0f}"
+    table = Table("Limited disks at once", ("disks", "GB/s", "sum GB/s", "%"), (row,), f"Of 2 MiB blocks on {where}.")
+    return table, found, [trace.table_of("The limited disks", traces)]
+
+
+def stand_in(args: argparse.Namespace) -> tuple[Table, dict[str, Any], list[Table]]:
+    """The load of the first token without a GPU."""
+    from pool_bench import stand_in as timed
+    from pool_bench import trace
+
+    where = SHM if SHM.is_dir() else args.directory
+    rates, blocks = [rate * 1e9 for rate in args.rates], args.tokens // 16
+    seconds, asked_s, bound_s, traces = timed.load_beside_host(where, rates, blocks=blocks)
+    found = {"load_s": seconds, "asked_s": asked_s, "bound_s": bound_s, "over_bound": seconds / bound_s,
+             "traces": [dataclasses.asdict(one) for one in traces]}  # fmt: skip
+    row = f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}", f"{asked_s * 1e3:.0f}"
+    note = f"A tenth of the rates {', '.join(f'{rate:g}' for rate in args.rates)} GB/s and of the bytes."
+    columns = ("ms", "bound ms", "x bound", "asked ms")
+    table = Table("Load of the first token, on a stand-in", columns, (row,), note)
+    return table, found, [trace.table_of("Its disks", traces)]
+
+
+def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Table]]:
     """The first token of a long prompt, of as many tokens as GPU memory has room for."""
     import cupy
     from pool_bench import copies as measured
+    from pool_bench import trace
     from pool_bench import ttft as first
 
     link = link_rates(GIB)["in_gb_s"] * 1e9
@@ -166,31 +212,34 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]]]:
     tokens = blocks * first.PAGE
     model = first.Model(blocks)
     compute_s = first.median_s(lambda: model.first_token(lambda layer: None), lambda: None)
-    rates = [rate * 1e9 for rate in TTFT_RATES]
+    rates = [rate * 1e9 for rate in args.rates]
     runs = measured.scattered(model.device.run_bytes // 2, GIB, "chosen").in_gb_s * 1e9
     shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
     found = [first.from_pool(model, "host memory", [link], [], **shared)]
     if SHM.is_dir():
         disks = [SHM] * (len(rates) - 1)
-        found.append(first.from_pool(model, "host 3 : 1 four limited disks", rates, disks, **shared))
+        found.append(first.from_pool(model, "host and limited disks", rates, disks, **shared))
         found.append(first.from_files(model, link, rates[1], SHM, host_share=0.75, compute_s=compute_s))
     rows = tuple(
         (one.what, f"{one.gb:.1f}", f"{one.ttft_s * 1e3:.0f}", f"{one.bound_s * 1e3:.0f}", f"{one.over_bound:.2f}",
-         f"{one.predicted_s * 1e3:.0f}", f"{found[-1].ttft_s / one.ttft_s:.1f}") for one in found
+         f"{one.predicted_s * 1e3:.0f}", f"{found[-1].ttft_s / one.ttft_s:.1f}", f"{one.asked_s * 1e3:.0f}",
+         f"{one.arrived_s * 1e3:.0f}") for one in found
     )  # fmt: skip
     note = (f"Bound: bytes over the rates or the link, and the last chunk's compute of {compute_s * 1e3:.0f} ms. "
-            f"Limiters of {TTFT_RATES[1]:g} GB/s on {SHM}.")  # fmt: skip
-    columns = ("KV in", "GB", "TTFT ms", "bound ms", "x bound", "predicted ms", "files / this")
+            f"Rates for placement: {', '.join(f'{rate:g}' for rate in args.rates)} GB/s, of host memory and of limited "
+            f"disks on {SHM}. Asked: load() had returned; arrived: disks had handed all over.")  # fmt: skip
+    columns = ("KV in", "GB", "TTFT ms", "bound ms", "x bound", "predicted ms", "files / this", "asked", "arrived")
     if tokens < args.tokens:
         note += f" {tokens:,} tokens in place of {args.tokens:,}, as GPU memory has room for."
     return Table(f"First token of {tokens / 1024:.0f}K tokens, Llama-3.1-8B's sizes", columns, rows, note), [
         {**dataclasses.asdict(one), "over_bound": one.over_bound} for one in found
-    ]
+    ], [trace.table_of(f"Disks of: {one.what}", one.traces) for one in found if one.traces]
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     on_gpu, total, found = missing() is None, int(args.total_gib * GIB), {}
     for part in args.parts:
+        traces: list[Table] = []
         if part == "copies":
             table, found[part] = copies(total, args.ways)
         elif part == "decode":
@@ -199,9 +248,15 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             table, found[part] = disk(args, total // 2, on_gpu)
         elif part == "tiers":
             table, found[part] = tiers(args, on_gpu)
+        elif part == "limited":
+            table, found[part], traces = limited(args, on_gpu)
+        elif part == "stand-in":
+            table, found[part], traces = stand_in(args)
         else:
-            table, found[part] = ttft(args)
+            table, found[part], traces = ttft(args)
         table.print(console)
+        for one in traces if args.trace else ():
+            one.print(console)
     return {"parts": found}
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import resource
 import shutil
 import statistics
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu.cache.tiers.device import Device, NoPages
-from gpu.cache.tiers.disk_files import ALIGNMENT, HEADER_BYTES, find_fault, seal
+from gpu.cache.tiers.disk_files import ALIGNMENT, CHECKSUM_NAME, HEADER_BYTES, find_fault, seal
 from gpu.cache.tiers.disk_reads import LimitedReader, Reader
 from gpu.cache.tiers.handles import LoadHandle
 from gpu.cache.tiers.host_arena import HostArena
@@ -33,7 +34,7 @@ RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for its c
 @dataclass(frozen=True, slots=True)
 class DiskFigures:
     """One disk, random blocks of block_bytes. Cores per GB/s: of all threads and the kernel, of the disk's thread, and
-    of checksums of blocks that are in no cache."""
+    of checksums, of blocks that are in no cache and of one that is (of 2 MiB: in as fast a one as holds it)."""
 
     block_bytes: int
     roof_gb_s: float | None  # None without a C compiler
@@ -41,6 +42,7 @@ class DiskFigures:
     cores_per_gb_s: float
     thread_cores_per_gb_s: float
     checksum_cores_per_gb_s: float
+    cached_checksum_cores_per_gb_s: float
     roof_cores_per_gb_s: float | None
     reader: str
     direct: bool
@@ -89,9 +91,9 @@ def timed_load(cache: TieredKVCache, keys: Sequence[bytes]) -> tuple[float, Load
     return seconds, handle
 
 
-def depth_of(slot_bytes: int) -> int:
+def depth_of(slot_bytes: int, depth_bytes: int = DEPTH_BYTES) -> int:
     """Requests under way."""
-    return min(MAX_DEPTH, max(MIN_DEPTH, DEPTH_BYTES // slot_bytes))
+    return min(MAX_DEPTH, max(MIN_DEPTH, depth_bytes // slot_bytes))
 
 
 def one_disk(
@@ -132,44 +134,58 @@ def one_disk(
     return DiskFigures(
         device.block_bytes, statistics.median(roofs) if roofs else None, statistics.median(pools),
         statistics.median(cores), statistics.median(threads), checksum_s_per_gb(device.block_bytes),
-        statistics.median(roof_cores) if roof_cores else None, stats["reader"],
-        stats["direct"],
+        checksum_s_per_gb(device.block_bytes, slots=1), statistics.median(roof_cores) if roof_cores else None,
+        stats["reader"], stats["direct"],
     )  # fmt: skip
 
 
-def checksum_s_per_gb(block_bytes: int, total_bytes: int = 2**27) -> float:
-    """Processor seconds of the checksums of a GB of blocks, one after another in memory that was last used long ago."""
+def checksum_package() -> str:
+    """What computes checksums: xxhash of 4.0 and later chooses the processor's widest vectors, earlier ones do not."""
+    try:
+        return f"{CHECKSUM_NAME} of xxhash {importlib.metadata.version('xxhash')}"
+    except importlib.metadata.PackageNotFoundError:
+        return CHECKSUM_NAME
+
+
+def checksum_s_per_gb(block_bytes: int, total_bytes: int = 2**27, slots: int | None = None) -> float:
+    """Processor seconds of the checksums of a GB of blocks, one after another in memory that was last used long ago; or
+    of as many blocks in turn as `slots` says."""
     slot_bytes = HEADER_BYTES + -(-block_bytes // ALIGNMENT) * ALIGNMENT
-    arena = HostArena(slots=max(1, total_bytes // slot_bytes), slot_bytes=slot_bytes)
+    count = max(1, total_bytes // slot_bytes)
+    arena = HostArena(slots=slots or count, slot_bytes=slot_bytes)
     for at in range(arena.slots):
         seal(arena.address(at), block_bytes, b"key", at)
     began = time.thread_time()
-    for at in range(arena.slots):
+    for turn in range(count):
+        at = turn % arena.slots
         if find_fault(arena.bytes_of(at), block_bytes, b"key", at) is not None:
             raise RuntimeError("a checksum is not what it was")
     seconds = time.thread_time() - began
     arena.close()
-    return seconds / (arena.slots * block_bytes / 1e9)
+    return seconds / (count * block_bytes / 1e9)
 
 
-def limited(bytes_per_s: float):
-    """Makes a reader of DiskStore that is no faster than that."""
+def limited(name: str, bytes_per_s: float, limiters: dict[str, LimitedReader]):
+    """Makes a reader of DiskStore that is no faster than that, and notes it by the disk's name."""
 
     def make(depth: int, buffers: Sequence[tuple[int, int]]) -> Reader:
-        return LimitedReader(open_reader(depth=depth, buffers=buffers), bytes_per_s)
+        limiters[name] = LimitedReader(open_reader(depth=depth, buffers=buffers), bytes_per_s)
+        return limiters[name]
 
     return make
 
 
 def limited_disk(
-    name: str, directory: Path, bytes_per_s: float, blocks: int, block_bytes: int, *, pin: bool
+    name: str, directory: Path, bytes_per_s: float, blocks: int, block_bytes: int, *, pin: bool,
+    limiters: dict[str, LimitedReader] | None = None, depth_bytes: int = DEPTH_BYTES,
 ) -> DiskStore:  # fmt: skip
-    """A disk tier on a directory, limited to a rate."""
+    """A disk tier on a directory, limited to a rate. limiters: takes its limiter, once it is open."""
     tier = Tier(name=name, kind=DISK, capacity_bytes=blocks * block_bytes, read_bytes_per_s=bytes_per_s,
                 write_bytes_per_s=bytes_per_s, assumed=False, source="a limiter")  # fmt: skip
-    under_way = depth_of(HEADER_BYTES + block_bytes) * (HEADER_BYTES + block_bytes)
-    return DiskStore(tier=tier, directory=str(directory / name), reader=limited(bytes_per_s), pin=pin,
-                     bytes_under_way=under_way, ring_bytes=RING_DEPTHS * under_way)  # fmt: skip
+    under_way = depth_of(HEADER_BYTES + block_bytes, depth_bytes) * (HEADER_BYTES + block_bytes)
+    reader = limited(name, bytes_per_s, {} if limiters is None else limiters)
+    return DiskStore(tier=tier, directory=str(directory / name), reader=reader, pin=pin, bytes_under_way=under_way,
+                     ring_bytes=RING_DEPTHS * under_way)  # fmt: skip
 
 
 def three_tiers(

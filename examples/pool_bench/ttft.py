@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pool_bench.disks import host_store, keys_of, limited_disk, store_all
+from pool_bench.trace import DiskTrace, Tracer
 
+from gpu.cache.tiers.disk_reads import LimitedReader
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages
@@ -34,8 +36,9 @@ WARM_UP, REPEATS = 1, 3
 @dataclass(frozen=True, slots=True)
 class FirstToken:
     """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
-    predicted_s: the same with the rate at which runs of a layer's page come in, and layers computed while others load.
-    """
+    predicted_s: the same with the rate at which runs of a layer's page come in, and layers computed while others load;
+    asked_s, arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These
+    three are of the repeat that ttft_s, the median, comes from."""
 
     what: str
     gb: float
@@ -43,6 +46,9 @@ class FirstToken:
     compute_s: float
     bound_s: float
     predicted_s: float
+    asked_s: float = 0.0
+    arrived_s: float = 0.0
+    traces: tuple[DiskTrace, ...] = ()
 
     @property
     def over_bound(self) -> float:
@@ -121,10 +127,12 @@ def from_pool(
     block_bytes = model.device.block_bytes
     whole, total = model.blocks * block_bytes, sum(rates)
     places = [Path(tempfile.mkdtemp(dir=directory, prefix="pool-")) for directory in directories]
+    limiters: dict[str, LimitedReader] = {}
     try:
         host = [host_store(-(-int(model.blocks * rates[0] / total * 1.01) // 1) + 8, block_bytes, rates[0], pin=True)]
         disks = [
-            limited_disk(f"disk{at}", place, rate, int(model.blocks * rate / total * 1.01) + 8, block_bytes, pin=True)
+            limited_disk(f"disk{at}", place, rate, int(model.blocks * rate / total * 1.01) + 8, block_bytes,
+                         pin=True, limiters=limiters)
             for at, (place, rate) in enumerate(zip(places, rates[1:]))
         ]
         keys, pages = keys_of(what, model.blocks), np.arange(model.blocks, dtype=np.int32)
@@ -138,11 +146,23 @@ def from_pool(
             if cache.lookup(keys) != model.blocks:
                 raise RuntimeError(f"stored {cache.lookup(keys)} of {model.blocks} blocks: {cache.stats()}")
 
-            def body() -> None:
-                handle = cache.load(keys, pages)
-                model.first_token(handle.wait_layer)
+            tracer, turns = Tracer(cache, limiters), []
 
-            ttft = median_s(body, model.clear)
+            def before() -> None:
+                model.clear()
+                tracer.start()
+
+            def body() -> None:
+                begin = time.perf_counter()
+                handle = cache.load(keys, pages)
+                asked = time.perf_counter()
+                handle.wait_layer(0)
+                arrived = time.perf_counter()
+                model.first_token(handle.wait_layer)
+                turns.append((time.perf_counter() - begin, asked - begin, arrived - begin, tuple(tracer.stop())))
+
+            median_s(body, before)
+            ttft, asked, arrived, traces = sorted(turns[WARM_UP:], key=lambda turn: turn[0])[REPEATS // 2]
             if model.checksums() != wanted:
                 raise RuntimeError(f"{what}: the pages came back changed")
     finally:
@@ -153,7 +173,7 @@ def from_pool(
     load = max(of_tiers, whole / runs_bytes_per_s)
     steps = model.device.load_steps
     predicted = load + compute_s if disks else max(load + compute_s / steps, load / steps + compute_s)
-    return FirstToken(what, whole / 1e9, ttft, compute_s, bound, predicted)
+    return FirstToken(what, whole / 1e9, ttft, compute_s, bound, predicted, asked, arrived, traces)
 
 
 def from_files(model: Model, host_bytes_per_s: float, disk_bytes_per_s: float, directory: Path, *, host_share: float,

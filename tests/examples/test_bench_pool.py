@@ -20,8 +20,10 @@ def test_the_parts_that_need_a_gpu_load_without_one() -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("--parts disk,hbm", "--parts: expected of copies, decode, disk, tiers, ttft, got hbm"),
+    ("--parts disk,hbm", "--parts: expected of copies, decode, disk, tiers, limited, stand-in, ttft, got hbm"),
     ("--total-gib 0", "--total-gib: expected 0.01 to 64, got 0"), ("--tokens 1000", "--tokens: expected a multiple"),
+    ("--rates 36", "--rates: expected GB/s of host memory and of at least one disk"),
+    ("--rates 36,fast", "--rates: expected GB/s"), ("--rates 36,-1", "--rates: expected GB/s"),
     ("--directory /none", "--directory: expected a directory, got /none"),
 ])
 def test_bad_options_are_named(words: str, said: str, capsys: pytest.CaptureFixture) -> None:
@@ -38,6 +40,17 @@ def test_disks_and_tiers_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     assert "Random blocks" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["parts"]["disk"][0]
     assert found["pool_gb_s"] > 0 and found["block_bytes"] == 65536
+    monkeypatch.setattr(bench_pool, "LIMITED_BLOCKS", 20)
+    words[1] = "limited"
+    assert bench_pool.main([*words, "--rates", "1,0.2,0.1", "--trace"]) == 0
+    said = capsys.readouterr().out
+    assert "limiter had nothing to do" in said and "disk1" in said
+    found = json.loads((tmp_path / "found.json").read_text())["parts"]["limited"]
+    assert 0.2 < found["gb_s"] / found["sum_gb_s"] < 1.1 and sum(one["blocks"] for one in found["traces"]) == 20
+    words[1] = "stand-in"
+    assert bench_pool.main([*words, "--tokens", "4096"]) == 0 and "stand-in" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())["parts"]["stand-in"]
+    assert found["over_bound"] > 0.9 and sum(one["blocks"] for one in found["traces"]) == 64
     figures = disks.three_tiers([tmp_path] * 3, [4e7, 2e7, 1e7], disks.NoPages(65536, 64), blocks=70, placement="bandwidth")
     assert 0.5 < figures["share"] < 1.2
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # nothing is left on the disk

@@ -37,10 +37,11 @@ class Device(Protocol):
         """This point of the caller's stream: everything launched before it."""
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
     ) -> Sequence[Ticket]:  # fmt: skip
         """Host blocks at addresses [n] int64 into pages [n] int32, once the mark is reached; a ticket for each layer
-        in their order, or one for all of them."""
+        in their order, or one for all of them. paced: asks for layers as earlier ones arrive, and returns with the last
+        of them, so that what other threads ask for meanwhile does not wait behind all of it."""
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
         """Pages [n] int32 to host blocks at addresses [n] int64, once the mark is reached."""
@@ -83,7 +84,7 @@ class NoPages(_LayerByLayer):
         return None
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
     ) -> Sequence[Ticket]:  # fmt: skip
         return [DoneTicket()] * (self.num_layers if each_layer else 1)
 
@@ -108,7 +109,7 @@ class HostPages(_LayerByLayer):
         return None
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
     ) -> Sequence[Ticket]:  # fmt: skip
         for address, page in zip(addresses.tolist(), pages.tolist()):
             ctypes.memmove(self.pages[page].ctypes.data, address, self.block_bytes)
@@ -145,7 +146,7 @@ class HostLayers(_LayerByLayer):
         return None
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
     ) -> Sequence[Ticket]:  # fmt: skip
         for address, page in zip(addresses.tolist(), pages.tolist()):
             for at, array in enumerate(self._arrays):

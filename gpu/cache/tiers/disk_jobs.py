@@ -3,8 +3,12 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ from gpu.cache.tiers.device import Ticket
 
 @dataclass(slots=True, eq=False)
 class ReadJob:
-    """A block to be read. take(buffers of blocks [n] int64, jobs) is called in the disk's thread with the blocks that
+    """A block to be read. take(buffers of blocks [n] int64, jobs) is called in the porter's thread with the blocks that
     have arrived, checked, of jobs that share it; it returns the ticket after which the buffers are free, None at once.
     ended(jobs, fault) follows, once for all of them, fault None where the blocks were handed over."""
 
@@ -38,6 +42,37 @@ class WriteJob:
     ended: Callable[[list[Any], str | None], None]
 
 
+class Phase(str, Enum):
+    """What a disk's thread does with its time."""
+
+    IDLE = "idle"  # it has nothing to do
+    ASK = "ask"  # for blocks
+    READ = "read"  # it waits for blocks that it has asked for
+    SLOTS = "slots"  # it waits while buffers that the GPU has not emptied keep it from asking for more
+    CHECK = "check"  # checksums
+    HAND_OVER = "hand over"  # to the porter, and taking back what that has handed on
+    END = "end"  # it tells of jobs that have ended
+    DRAIN = "drain"  # it waits for the porter and for copies to the GPU, with nothing left to read
+
+
+class Stopwatch:
+    """Wall and processor seconds of one thread by what it did; wall time that is no processor time, of work that does
+    not wait, went to locks, Python's own among them, or to other processes."""
+
+    __slots__ = ("wall_s", "cpu_s", "_phase", "_wall", "_cpu")
+
+    def __init__(self) -> None:
+        self.wall_s, self.cpu_s = dict.fromkeys(Phase, 0.0), dict.fromkeys(Phase, 0.0)
+        self._phase, self._wall, self._cpu = Phase.IDLE, time.perf_counter(), 0.0
+
+    def begin(self, phase: Phase) -> None:
+        """What the thread that calls does from here on."""
+        before, wall, cpu = self._phase, time.perf_counter(), time.thread_time()
+        self.wall_s[before] += wall - self._wall
+        self.cpu_s[before] += cpu - self._cpu
+        self._phase, self._wall, self._cpu = phase, wall, cpu
+
+
 @dataclass(slots=True)
 class DiskCounts:
     """What a disk has done: blocks, bytes of blocks, and seconds in which something was under way."""
@@ -47,7 +82,80 @@ class DiskCounts:
     faults: int = 0
     busy_s: float = 0.0
     thread_s: float = 0.0  # processor time of its thread
+    copies: int = 0  # parcels whose copy to the GPU has ended
+    copies_s: float = 0.0  # from giving one to the porter until the thread saw that, seconds in all
+    porter_s: float = 0.0  # until the porter had handed it over, seconds in all
+    spent: Stopwatch = field(default_factory=Stopwatch)
     last_fault: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """Blocks that a disk has read and checked, of jobs that share `take`, in buffers [n] of ring slots. The porter puts
+    it into `back` with its ticket, None where the buffers are free, or with what went wrong."""
+
+    jobs: list[ReadJob]
+    buffers: np.ndarray
+    slots: list[int]
+    back: queue.SimpleQueue[Parcel]
+    since: float  # by time.perf_counter()
+    ticket: Ticket | None = None
+    fault: str | None = None
+
+
+class Porter:
+    """A thread that hands over what all disks have read: everything that has arrived, in one call for each load.
+
+    Calls of a GPU's driver wait for each other. So disks do not make them, and the longer they take the fewer they are.
+    """
+
+    __slots__ = ("_parcels", "_thread")
+
+    def __init__(self) -> None:
+        self._parcels: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="tier porter", daemon=True)
+        self._thread.start()
+
+    def put(self, parcel: Parcel) -> None:
+        """Has it handed over. It comes back, whatever happens."""
+        self._parcels.put(parcel)
+
+    def close(self) -> None:
+        """Hands over what is there and ends the thread."""
+        self._parcels.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (first := self._parcels.get()) is not None:
+            parcels = [first]
+            for _ in range(self._parcels.qsize()):
+                parcel = self._parcels.get()
+                if parcel is None:
+                    self._parcels.put(None)
+                else:
+                    parcels.append(parcel)
+            by_take: dict[object, list[Parcel]] = {}
+            for parcel in parcels:
+                by_take.setdefault(parcel.jobs[0].take, []).append(parcel)
+            for together in by_take.values():
+                self._hand_over(together)
+
+    def _hand_over(self, parcels: list[Parcel]) -> None:
+        """Of one load."""
+        ticket = fault = None
+        jobs = [job for parcel in parcels for job in parcel.jobs]
+        try:
+            ticket = jobs[0].take(np.concatenate([parcel.buffers for parcel in parcels]), jobs)
+        except Exception as error:  # of the GPU: its blocks do not arrive
+            fault = f"{type(error).__name__}: {error}"
+        for parcel in parcels:
+            parcel.ticket, parcel.fault = ticket, fault
+            parcel.back.put(parcel)
+
+
+def by_name(seconds: dict[Phase, float]) -> dict[str, float]:
+    """Seconds of phases by their names."""
+    return {phase.value: value for phase, value in seconds.items()}
 
 
 def groups(jobs: list, name: str) -> list[list]:

@@ -108,17 +108,28 @@ def _told_at(late: tuple[float, Done]) -> float:
 
 
 class LimitedReader:
-    """Another reader slowed to a rate, as if its device were that slow: for measuring unlike tiers on one machine."""
+    """Another reader slowed to a rate, as if its device were that slow: for measuring unlike tiers on one machine.
 
-    __slots__ = ("name", "_reader", "_bytes_per_s", "_free_s", "_under_way", "_late")
+    idle_s: in which the device had nothing to do between two requests; behind_s: by how much later than the rate allows
+    the requests had been read, in all; untold_s: by how much later than it could be a request was told, in all, as the
+    caller waited for more or did something else.
+    """
+
+    __slots__ = ("name", "bytes_per_s", "idle_s", "behind_s", "untold_s", "_reader", "_free_s", "_under_way", "_late")
 
     def __init__(self, reader: Reader, bytes_per_s: float) -> None:
         self.name = f"{reader.name} limited to {bytes_per_s / 1e9:g} GB/s"
+        self.idle_s = self.behind_s = self.untold_s = 0.0
         self._reader = reader
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._free_s = 0.0
         self._under_way: dict[int, tuple[float, int]] = {}  # tag -> when it was handed over, bytes
         self._late: list[tuple[float, Done]] = []  # ended, to be told at that time; in order
+
+    def count_from_here(self) -> None:
+        """Begins idle_s, behind_s and untold_s anew, with a device that has had nothing to do until this moment."""
+        self.idle_s = self.behind_s = self.untold_s = 0.0
+        self._free_s = max(self._free_s, time.perf_counter())
 
     def submit(self, requests: Sequence[Request]) -> None:
         now = time.perf_counter()
@@ -134,6 +145,7 @@ class LimitedReader:
             due = bisect.bisect_right(self._late, now, key=_told_at)
             if due >= few or now >= until or not (self._late or self._under_way):
                 told, self._late = self._late[:due], self._late[due:]
+                self.untold_s += sum(now - at for at, _ in told)
                 return [done for _, done in told]
             # When a request is told depends on its size and on when it was handed over, and not on when it ended: one
             # wait for all that are missing is enough, and the processor has the time between them for others.
@@ -145,9 +157,12 @@ class LimitedReader:
 
     def _take(self, ended: list[Done]) -> None:
         """Notes what has ended, and when to tell of it."""
+        now = time.perf_counter()
         for done in ended:
             began, num_bytes = self._under_way.pop(done.tag)  # a device works on it from then on, not from its end
-            self._free_s = max(self._free_s, began) + num_bytes / self._bytes_per_s
+            self.idle_s += max(0.0, began - self._free_s)
+            self._free_s = max(self._free_s, began) + num_bytes / self.bytes_per_s
+            self.behind_s += max(0.0, now - self._free_s)
             self._late.append((self._free_s, done))
 
     def close(self) -> None:

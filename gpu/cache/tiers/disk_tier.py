@@ -8,6 +8,7 @@ stalled disk gets nothing more to do, and its buffers stay its own for as long a
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ import numpy as np
 
 from gpu.cache.tiers.device import Ticket
 from gpu.cache.tiers.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
-from gpu.cache.tiers.disk_jobs import DiskCounts, ReadJob, WriteJob, error_name, groups
+from gpu.cache.tiers.disk_jobs import DiskCounts, Parcel, Phase, Porter, ReadJob, WriteJob, error_name, groups
 from gpu.cache.tiers.disk_reads import Done, Reader, Request
 from gpu.cache.tiers.host_arena import HostArena
 
@@ -38,19 +39,20 @@ class DiskTier:
         files: DiskFiles,
         reader: Reader,
         ring: HostArena,
+        porter: Porter,
         *,
         bytes_under_way: int,
         stall_s: float = 30.0,
         observe: Callable[[int, float], None] | None = None,
         stalled: Callable[[], None] | None = None,
     ) -> None:
-        """ring: buffers of files.slot_bytes; observe(bytes, seconds): told the rate of reads now and then; stalled():
-        told once, when a request is given up."""
+        """ring: buffers of files.slot_bytes; porter: hands over what has been read; observe(bytes, seconds): told the
+        rate of reads now and then; stalled(): told once, when a request is given up."""
         if ring.slot_bytes < files.slot_bytes:
             raise ValueError(f"ring: expected slots of {files.slot_bytes} bytes, got {ring.slot_bytes}")
         self.files = files
         self.counts = DiskCounts()
-        self._reader, self._ring = reader, ring
+        self._reader, self._ring, self._porter = reader, ring, porter
         self._depth = max(1, min(bytes_under_way // files.slot_bytes, ring.slots))
         self._stall_s = stall_s
         self._observe, self._stalled = observe, stalled
@@ -62,7 +64,9 @@ class DiskTier:
         self._under_way: dict[int, tuple[ReadJob | WriteJob, float]] = {}  # ring slot -> job, when it began
         self._arrived: list[tuple[ReadJob | WriteJob, int, int]] = []  # ended, to be looked at: job, ring slot, result
         self._given_up: set[int] = set()
-        self._draining: deque[tuple[Ticket, list[int]]] = deque()  # copies to the GPU, and their ring slots
+        self._draining: deque[tuple[Ticket, list[int], float]] = deque()  # copies to the GPU, ring slots, since when
+        self._parcels = 0  # that the porter has not handed over
+        self._back: queue.SimpleQueue[Parcel] = queue.SimpleQueue()
         self._seen_bytes, self._seen_since = 0, 0.0
         self._thread = threading.Thread(target=self._run, name=f"tier {files.directory.name}", daemon=True)
         self._thread.start()
@@ -79,6 +83,10 @@ class DiskTier:
     def queued(self) -> int:
         """Jobs that wait or are under way."""
         return len(self._jobs) + len(self._under_way) + len(self._arrived)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._under_way or self._parcels or self._draining)
 
     def add(self, jobs: list[ReadJob] | list[WriteJob]) -> None:
         """Queues jobs. Each ends, whatever happens."""
@@ -104,11 +112,13 @@ class DiskTier:
         self.files.close()
 
     def _run(self) -> None:
+        begin = self.counts.spent.begin
         while True:
+            begin(Phase.IDLE)
             with self._wake:
-                while not (self._jobs or self._under_way or self._draining or self._closing):
+                while not (self._jobs or self._busy or self._closing):
                     self._wake.wait()
-                if self._closing and not (self._jobs or self._under_way or self._draining):
+                if self._closing and not (self._jobs or self._busy):
                     return
             busy = bool(self._under_way)
             began = time.perf_counter()
@@ -122,14 +132,19 @@ class DiskTier:
 
     def _turn(self) -> None:
         """One round: frees buffers, submits, and waits for what ends first."""
+        begin = self.counts.spent.begin
+        begin(Phase.HAND_OVER)
+        while self._parcels and not self._back.empty():
+            self._take_back()
         while self._draining and (self._draining[0][0].done() or not (self._free or self._under_way)):
-            ticket, slots = self._draining.popleft()
-            ticket.wait()
-            self._free += slots
+            self._drain(Phase.SLOTS)
+        begin(Phase.ASK)
         self._submit()
-        if self._under_way or self._given_up:
+        if self._under_way or (self._given_up and not self._parcels):
             wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
+            begin(Phase.SLOTS if self._jobs and not self._free and len(self._under_way) < self._depth else Phase.READ)
             ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0, wait_for))
+            begin(Phase.ASK)
             self._arrived += ended
             submitted = False
             try:
@@ -140,10 +155,37 @@ class DiskTier:
                 if many or len(ended) < wait_for or not (submitted and self._free):
                     self._finish()
             self._check_stall()
+        elif self._parcels:
+            begin(Phase.SLOTS if self._jobs else Phase.DRAIN)
+            self._take_back()
         elif self._draining:
-            ticket, slots = self._draining.popleft()
-            ticket.wait()
-            self._free += slots
+            self._drain(Phase.DRAIN)
+
+    def _take_back(self) -> None:
+        """Takes back the next parcel that the porter has handed over, and ends its jobs."""
+        parcel = self._back.get()
+        self.counts.spent.begin(Phase.END)
+        self._parcels -= 1
+        self.counts.porter_s += time.perf_counter() - parcel.since
+        if parcel.ticket is None:
+            self._free += parcel.slots
+        else:
+            self._draining.append((parcel.ticket, parcel.slots, parcel.since))
+        if parcel.fault is None:
+            self.counts.read += len(parcel.jobs)
+            parcel.jobs[0].ended(parcel.jobs, None)
+            return
+        for job in parcel.jobs:
+            self._end(job, parcel.fault)
+
+    def _drain(self, phase: Phase) -> None:
+        """Takes back the buffers of the oldest hand-over once it has been copied. phase: what waiting for it is."""
+        self.counts.spent.begin(phase)
+        ticket, slots, since = self._draining.popleft()
+        ticket.wait()
+        self._free += slots
+        self.counts.copies += 1
+        self.counts.copies_s += time.perf_counter() - since
 
     def _submit(self) -> None:
         reads: list[ReadJob] = []
@@ -215,7 +257,9 @@ class DiskTier:
         return out
 
     def _finish(self) -> None:
-        """Checks what was read and hands it over; ends what was written."""
+        """Checks what was read and gives it to the porter; ends what was written."""
+        begin = self.counts.spent.begin
+        begin(Phase.CHECK)
         ended, self._arrived = self._arrived, []
         arrived: dict[ReadJob, int] = {}
         block_bytes, slot_bytes, buffers = self.files.block_bytes, self.files.slot_bytes, self._buffers
@@ -237,23 +281,12 @@ class DiskTier:
             else:
                 self._free.append(tag)
                 self._end(job, fault or "cancelled")
+        begin(Phase.HAND_OVER)
         for group in groups(list(arrived), "take"):
             slots = [arrived[job] for job in group]
-            fault = None
-            try:
-                ticket = group[0].take(self._ring.addresses(np.array(slots)) + HEADER_BYTES, group)
-            except Exception as error:  # of the GPU: its blocks do not arrive
-                ticket, fault = None, f"{type(error).__name__}: {error}"
-            if ticket is None:
-                self._free += slots
-            else:
-                self._draining.append((ticket, slots))
-            if fault is None:
-                self.counts.read += len(group)
-                group[0].ended(group, None)
-                continue
-            for job in group:
-                self._end(job, fault)
+            buffers_of = self._ring.addresses(np.array(slots)) + HEADER_BYTES
+            self._parcels += 1
+            self._porter.put(Parcel(group, buffers_of, slots, self._back, time.perf_counter()))
         if self._observe is not None and self._seen_bytes >= OBSERVED_BYTES:
             now = time.perf_counter()
             self._observe(self._seen_bytes, now - self._seen_since)

@@ -43,6 +43,7 @@ class LoadHandle:
         self._pending = 1  # blocks that a disk still owes, and one until load() has asked for everything
         self._valid = len(reads)  # leading blocks that are right so far
         self._cancelled = self._closed = False
+        self._asking = 0  # calls of the device that are asking for copies
         self._layers: Sequence[Ticket] = ()  # of the blocks from host memory
         self._tickets: list[Ticket] = []  # of the blocks from disks
         self._jobs: list[ReadJob] = []
@@ -86,20 +87,48 @@ class LoadHandle:
             self._cancelled = True
             for job in self._jobs:
                 job.cancelled = True
-            tickets = [*self._layers, *self._tickets]
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._asking)
+            tickets = [*self._layers, *self._tickets]
         for ticket in tickets:
             ticket.wait()
 
+    def _copy_host(self, addresses: np.ndarray, blocks: Sequence[int]) -> None:
+        """Copies the load's blocks of host memory at addresses [n], at the pace at which they arrive; in a thread of
+        the cache. blocks [n]: which of the load's they are."""
+        layers: Sequence[Ticket] = ()
+        valid = self.blocks
+        try:
+            if not self._cancelled:
+                layers = self._cache.device.copy_in(
+                    addresses, self._pages[blocks], after=self._after, each_layer=True, paced=True
+                )
+        except Exception:  # of the GPU: its blocks do not arrive
+            valid = min(blocks)
+        with self._changed:
+            self._layers = layers
+            self._asking -= 1
+            self._changed.notify_all()
+        self._less(1, valid)
+
     def _take(self, buffers: np.ndarray, jobs: list[ReadJob]) -> Ticket | None:
-        """Called by a disk's thread with blocks that have arrived."""
+        """Called by the porter's thread with blocks that have arrived. No lock is held over the device's call, which
+        may take as long as a disk reads many blocks in, and the disks tell this handle of others meanwhile."""
+        pages = self._pages[[job.tag for job in jobs]]
         with self._changed:
             if self._cancelled:
                 return None
-            pages = self._pages[[job.tag for job in jobs]]
+            self._asking += 1
+        ticket = None
+        try:
             ticket = self._cache.device.copy_in(buffers, pages, after=self._after, each_layer=False)[0]
-            self._tickets.append(ticket)
-            return ticket
+        finally:
+            with self._changed:
+                self._asking -= 1
+                if ticket is not None:
+                    self._tickets.append(ticket)
+                self._changed.notify_all()
+        return ticket
 
     def _ended(self, jobs: list[ReadJob], fault: str | None) -> None:
         if fault is not None and fault != "cancelled":

@@ -23,7 +23,7 @@ import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket
 from gpu.cache.tiers.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
-from gpu.cache.tiers.disk_jobs import ReadJob, WriteJob
+from gpu.cache.tiers.disk_jobs import Porter, ReadJob, WriteJob, by_name
 from gpu.cache.tiers.disk_reads import Reader
 from gpu.cache.tiers.disk_tier import DiskTier
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
@@ -85,6 +85,8 @@ class TieredKVCache:
         self._rings: list[HostArena] = []
         self._lost: set[int] = set()
         self._closed = False
+        self._porter = Porter()
+        self._loader = ThreadPoolExecutor(1, "tier loads")  # copies blocks of host memory that disks' blocks belong to
         self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
         try:
             for store in host:
@@ -117,7 +119,7 @@ class TieredKVCache:
         self._rings.append(ring)
         self._pool.restore(tier, files.complete())
         self._disks.append(DiskTier(
-            files, reader, ring, bytes_under_way=store.bytes_under_way, stall_s=store.stall_s,
+            files, reader, ring, self._porter, bytes_under_way=store.bytes_under_way, stall_s=store.stall_s,
             observe=partial(self._observe, tier), stalled=partial(self._lose, tier),
         ))  # fmt: skip
 
@@ -163,6 +165,10 @@ class TieredKVCache:
                 self._arenas[tier].addresses(np.array([reads[at].place.slot for at in blocks]))
                 for tier, blocks in by_tier.items() if tier < len(self._arenas)
             ])  # fmt: skip
+            if jobs:  # the caller waits for the disks in any case, and they have their part of the link at once
+                handle._asking += 1  # nobody else has the handle
+                self._loader.submit(handle._copy_host, addresses, host)
+                return handle
             handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
         handle._less(1, handle.blocks)
         return handle
@@ -222,7 +228,9 @@ class TieredKVCache:
                 "reader": disk.reader_name, "direct": disk.files.direct, "checksum": CHECKSUM_NAME, "read": counts.read,
                 "written": counts.written, "faults": counts.faults, "busy_s": counts.busy_s, "read_bytes": read_bytes,
                 "thread_s": counts.thread_s, "stalled": disk.is_stalled, "last_fault": counts.last_fault,
-                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]),
+                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]), "copies": counts.copies,
+                "copies_s": counts.copies_s, "porter_s": counts.porter_s, "wall_s": by_name(counts.spent.wall_s),
+                "cpu_s": by_name(counts.spent.cpu_s),
             }  # fmt: skip
         return out
 
@@ -233,6 +241,8 @@ class TieredKVCache:
         self._closed = True
         for disk in self._disks:
             disk.close()
+        self._porter.close()
+        self._loader.shutdown()
         self._waiter.shutdown()
         for arena in (*self._arenas, *self._rings):
             arena.close()
@@ -246,7 +256,8 @@ class TieredKVCache:
     def _check(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> np.ndarray:
         if self._closed:
             raise ValueError("cache: expected one that is open")
-        if not all(type(key) is bytes and 0 < len(key) <= MAX_KEY_BYTES for key in keys):
+        kinds = set(map(type, keys))  # of thousands of keys: no Python between them
+        if kinds - {bytes} or not set(map(len, keys)) <= set(range(1, MAX_KEY_BYTES + 1)):
             for key in keys:
                 check_key(key)
         if len(set(keys)) < len(keys):

@@ -37,6 +37,11 @@ STAGED_CTAS = 16  # within the GPU's memory: many times the link's rate, and few
 # over comes in small parts, and more of them wait for their turn of the DMA engine.
 STAGING_SLOTS = (2, 4, 2)
 STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
+# Copies of one call of the driver, about 1 ms of it, in which other threads' calls may have to wait.
+BATCH_COPIES = 1024
+# Under way at most, and at least two layers, of blocks from host memory that disks' blocks arrive beside: 10 ms of the
+# link, and a disk's ring holds what it reads in several times as long.
+PACED_BYTES = 512 * 2**20
 
 
 class EventTicket:
@@ -168,9 +173,9 @@ class CudaPages:
         return event
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
     ) -> Sequence[EventTicket]:  # fmt: skip
-        return self._copy(0 if each_layer else 1, addresses, pages, after)
+        return self._copy(0 if each_layer else 1, addresses, pages, after, paced)
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> EventTicket:
         return self._copy(2, addresses, pages, after)[0]
@@ -182,7 +187,9 @@ class CudaPages:
             stream = arrays.current_stream(self._library, self._device)
             cupy.cuda.runtime.streamWaitEvent(stream, ticket.event.ptr, 0)
 
-    def _copy(self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object) -> list[EventTicket]:
+    def _copy(
+        self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
+    ) -> list[EventTicket]:  # fmt: skip
         """All runs on one of the streams; a ticket for each layer on the first, one for all on the others.
 
         No lock is held over more than one launch: a disk's blocks are handed over while another thread is still asking
@@ -193,6 +200,7 @@ class CudaPages:
         addresses, pages = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(pages, np.int32)
         stream, ring, to_host = self._streams[lane], self._rings[lane], lane == 2
         tickets: list[EventTicket] = []
+        events: list[cupy.cuda.Event] = []
         with cupy.cuda.Device(self._device):
             kept: tuple[object, ...] = (self.arrays, self._bases)
             if ring is not None:
@@ -209,7 +217,11 @@ class CudaPages:
                     packed[2 * len(pages) :] = pages
                     with stream:
                         kept += (cupy.asarray(packed),)
+            step_bytes = len(pages) * layers * self.runs_per_layer * self.run_bytes
+            ahead = max(2, PACED_BYTES // max(step_bytes, 1))
             for layer in range(0, self.num_layers, layers):
+                if paced and len(events) >= ahead:
+                    events[-ahead].synchronize()
                 count = min(layers, self.num_layers - layer)
                 run, num_runs = layer * self.runs_per_layer, count * self.runs_per_layer
                 if ring is not None:
@@ -222,6 +234,7 @@ class CudaPages:
                 if lane == 0 or layer + count == self.num_layers:
                     event = cupy.cuda.Event(block=True, disable_timing=True)
                     event.record(last)
+                    events.append(event)
                     tickets += [EventTicket(event, self._device, kept)] * (count if lane == 0 else 1)
         return tickets
 
@@ -242,10 +255,13 @@ class CudaPages:
         self, stream: object, addresses: np.ndarray, pages: np.ndarray, run: int, num_runs: int, to_host: bool
     ) -> None:  # fmt: skip
         runs = np.arange(run, run + num_runs)
-        hosts = (addresses[:, None] + runs * self.run_bytes).ravel()
-        places = (self._host_bases[runs] + pages[:, None].astype(np.int64) * self._page_stride).ravel()
-        targets, sources = (hosts, places) if to_host else (places, hosts)
-        copy_runs(targets, sources, self.run_bytes, stream.ptr)
+        most = max(1, BATCH_COPIES // num_runs)
+        for begin in range(0, len(pages), most):
+            hosts = (addresses[begin : begin + most, None] + runs * self.run_bytes).ravel()
+            numbers = pages[begin : begin + most, None].astype(np.int64)
+            places = (self._host_bases[runs] + numbers * self._page_stride).ravel()
+            targets, sources = (hosts, places) if to_host else (places, hosts)
+            copy_runs(targets, sources, self.run_bytes, stream.ptr)
 
 
 def _launch_staged(

@@ -1,10 +1,13 @@
 """One disk's thread: how much it has under way while it works, in how large parts it hands over, how often it wakes."""
 import os
+import sys
+import threading
 import time
 
 import numpy as np
 from pool_cases import BLOCK_BYTES, compute, device, disk, keys
 
+from gpu.cache.tiers import disk_files
 from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.disk_files import view
 from gpu.cache.tiers.disk_reads import Done, LimitedReader, Request
@@ -42,7 +45,7 @@ class Counted(HostPages):
 
     __slots__ = ("parts",)
 
-    def copy_in(self, addresses, pages, *, after, each_layer):
+    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
         self.parts.append(len(pages))
         return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
 
@@ -94,3 +97,68 @@ def test_a_limiter_waits_once_for_all_that_it_is_asked_for(tmp_path):
     assert [done.tag for done in limited.poll(5.0, 5)] == list(range(5, 10))
     assert 0.039 < time.perf_counter() - began and inner.polls <= 4 and limited.poll(5.0) == []
     os.close(path)
+
+
+class Slow(Counted):
+    """Its first hand-over takes until the gate opens."""
+
+    __slots__ = ("entered", "gate")
+
+    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+        self.entered.set()
+        assert self.gate.wait(10)
+        return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
+
+
+def test_disks_read_on_while_the_gpu_takes_long(tmp_path):
+    """Two disks fill their rings meanwhile, and all of that goes in one more call."""
+    pages = Slow(num_pages=BLOCKS, num_layers=3, run_bytes=4096)
+    pages.parts, pages.entered, pages.gate = [], threading.Event(), threading.Event()
+    stores = [disk(tmp_path / name, BLOCKS, bytes_under_way=DEPTH * SLOT, ring_bytes=3 * DEPTH * SLOT) for name in "ab"]
+    with TieredKVCache(pages, disks=stores) as cache:
+        prompt = keys("p", BLOCKS)
+        compute(pages, prompt, range(BLOCKS))
+        cache.store(prompt, np.arange(BLOCKS)).wait()
+        wanted = pages.pages.copy()
+        pages.pages[:] = 0
+        handle = cache.load(prompt, np.arange(BLOCKS))
+        assert pages.entered.wait(10)
+        rings, until = {"a": 0, "b": 0}, time.monotonic() + 10
+        while min(rings.values()) < 2 * DEPTH and time.monotonic() < until:
+            time.sleep(0.01)
+            rings = {one.files.directory.name: 3 * DEPTH - len(one._free) for one in cache._disks}
+        assert min(rings.values()) >= 2 * DEPTH, "a disk waited for the other one's hand-over"
+        pages.gate.set()
+        assert handle.wait() == BLOCKS and (pages.pages == wanted).all()
+        assert max(pages.parts) > 2 * DEPTH
+        stats = cache.stats()
+    for name in "ab":
+        told = stats[name]
+        assert told["porter_s"] > 0 and told["copies_s"] >= 0 and told["wall_s"]["check"] >= told["cpu_s"]["check"] * 0.5
+        assert set(told["wall_s"]) == {"idle", "ask", "read", "slots", "check", "hand over", "end", "drain"}
+
+
+def test_a_checksum_lets_other_threads_run():
+    """With no switch between threads but where one lets go of Python's lock: the checksum must."""
+    data, began, ended = memoryview(bytes(2**26)), threading.Event(), []
+
+    def check():
+        began.set()
+        disk_files._CHECKSUMS[disk_files.CHECKSUM](data)
+        ended.append(True)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        for _ in range(50):  # as the operating system may wake this thread late
+            began.clear(), ended.clear()
+            thread = threading.Thread(target=check)
+            thread.start()
+            began.wait()
+            beside = not ended
+            thread.join()
+            if beside:
+                break
+    finally:
+        sys.setswitchinterval(interval)
+    assert beside

@@ -255,7 +255,7 @@ def test_killed_in_the_middle_of_a_store_then_restarted(tmp_path):
             kept = cache.stats()["blocks"]
             assert kept >= min(9 * (stores - 1), 12)
             found = sum(got(cache, keys(str(i), 9)) for i in range(7))
-            assert found > 0 or kept == 0
+            assert found > 0 or kept < 9  # of the first prompt's blocks, any may be the first to be complete
             assert cache.stats()["a"]["faults"] == 0, "a block that was not complete counted as such"
             cache._pool.check()
 

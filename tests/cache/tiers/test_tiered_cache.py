@@ -19,6 +19,7 @@ from pool_cases import (
     put,
 )  # fmt: skip
 
+from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.disk_files import DiskFiles
 from gpu.cache.tiers.open_reader import open_reader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
@@ -116,6 +117,56 @@ def test_nothing_reaches_the_pages_after_a_cancel(tmp_path):
         assert (cache.device.pages[8:] == 0xEE).all()
         before = cache.device.pages.copy()
         assert (before == cache.device.pages).all() and cache.stats()["quarantined"] == 0
+
+
+class GatedHost(HostPages):
+    """Copies of host memory's blocks wait for a gate, or fail."""
+
+    __slots__ = ("entered", "gate", "fails", "threads")
+
+    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+        if each_layer:
+            assert paced
+            self.threads.append(threading.current_thread())
+            self.entered.set()
+            assert self.gate.wait(10)
+            if self.fails:
+                raise RuntimeError("the GPU has fallen off the bus")
+        return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
+
+
+def gated():
+    pages = GatedHost(num_pages=64, num_layers=LAYERS, run_bytes=4096)
+    pages.entered, pages.gate, pages.fails, pages.threads = threading.Event(), threading.Event(), False, []
+    return pages
+
+
+def test_load_returns_while_host_memory_beside_disks_is_still_asked_for(tmp_path):
+    with TieredKVCache(gated(), host=[host(8)], disks=[disk(tmp_path / "a")]) as cache:
+        prompt = keys("p", 12)
+        put(cache, prompt)
+        handle = cache.load(prompt, np.arange(12))
+        assert cache.device.entered.wait(10)
+        cancelled = threading.Thread(target=handle.cancel)
+        cancelled.start()
+        cancelled.join(0.05)
+        assert cancelled.is_alive()  # something may still be written
+        cache.device.gate.set()
+        cancelled.join(10)
+        assert not cancelled.is_alive()
+        assert got(cache, prompt) == 12 and threading.current_thread() not in cache.device.threads
+
+
+def test_host_memory_that_does_not_arrive_ends_the_load(tmp_path):
+    with TieredKVCache(gated(), host=[host(8)], disks=[disk(tmp_path / "a")]) as cache:
+        prompt = keys("p", 12)
+        put(cache, prompt)
+        cache.device.gate.set()
+        cache.device.fails = True
+        handle = cache.load(prompt, np.arange(12))
+        assert handle.wait_layer(0) == cache.tiers_of(prompt).index(0)
+        cache.device.fails = False
+        assert got(cache, prompt) == 12
 
 
 def test_no_room_while_loading(tmp_path):

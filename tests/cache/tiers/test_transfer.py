@@ -41,11 +41,13 @@ class Stream:
 
 class Event:
     count = 0
+    made: list = []
 
     def __init__(self, block=False, disable_timing=False):
         assert disable_timing
         Event.count += 1
         self.ptr, self.done = Event.count, False
+        Event.made.append(self)
 
     def record(self, stream):
         stream.told.append(("record", self.ptr))
@@ -168,6 +170,27 @@ def test_long_runs_go_by_dma(fake, has_batch):
     pages = make(ways=("dma", "dma"))
     there_and_back(pages)
     assert not fake.launches
+
+
+def test_paced_copies_have_two_layers_under_way_and_other_calls_between_theirs(fake):
+    """Two layers are asked for at once, a further one as the first arrives; a call has no more copies than allowed."""
+    seen = []
+
+    def batch(targets, sources, sizes, count, *rest):
+        seen.append((count.value, sum(event.done for event in Event.made)))
+        return copy_batch(targets, sources, sizes, count, *rest)
+
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: batch)
+    fake.monkeypatch.setattr(transfer, "BATCH_COPIES", 2)
+    buffer = np.random.default_rng(3).integers(0, 256, (3, LAYERS * 2 * RUN), np.uint8)
+    addresses = buffer.ctypes.data + np.arange(3) * LAYERS * 2 * RUN
+    for paced_bytes, waited in ((1, 1), (10**9, 0)):  # little is under way however long a layer takes: no wait
+        fake.monkeypatch.setattr(transfer, "PACED_BYTES", paced_bytes)
+        pages = make(ways=("dma", "dma"))
+        seen.clear(), Event.made.clear()
+        tickets = pages.copy_in(addresses, np.array([4, 0, 9]), after=pages.mark(), each_layer=True, paced=True)
+        assert len(tickets) == LAYERS and (pages.pages[[4, 0, 9]].reshape(3, -1) == buffer).all()
+        assert seen == [(2, 0), (1, 0), (2, 0), (1, 0), (2, waited), (1, waited)]
 
 
 def there_and_back(pages):
