@@ -71,7 +71,7 @@ struct CentroidMaker {
       #pragma unroll
       for (int i = 0; i < 8; ++i) sum[j][i] = 0.0f;
     }
-    #pragma unroll 4
+    #pragma unroll 2
     for (int token = 0; token < tokens; ++token) {
       const int part = notes.part[token] - group;
       float x[8];
@@ -86,7 +86,7 @@ struct CentroidMaker {
     }
     #pragma unroll
     for (int j = 0; j < EACH; ++j) {
-      const float share = count[j] > 0.0f ? 1.0f / count[j] : 0.0f;
+      const float share = count[j] > 0.0f ? __fdividef(1.0f, count[j]) : 0.0f;
       float largest = 0.0f;
       #pragma unroll
       for (int i = 0; i < 8; ++i) sum[j][i] *= share, largest = fmaxf(largest, fabsf(sum[j][i]));
@@ -94,8 +94,8 @@ struct CentroidMaker {
       for (int hop = 1; hop < LANES; hop <<= 1)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
       const float log2_count = count[j] > 0.0f ? log2f(count[j]) : NO_TOKENS;
-      const unsigned scale = pack_operands(fminf(largest / CENTROID_STEPS, LARGEST_SCALE), log2_count);
-      const float step = unpack_operands(scale).x, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+      const unsigned scale = pack_operands(fminf(largest * (1.0f / CENTROID_STEPS), LARGEST_SCALE), log2_count);
+      const float step = unpack_operands(scale).x, inverse = step > 0.0f ? __fdividef(1.0f, step) : 0.0f;
       unsigned word = 0;
       #pragma unroll
       for (int i = 0; i < 8; ++i) {

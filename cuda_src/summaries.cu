@@ -152,7 +152,13 @@ __device__ __forceinline__ void summarize(const half_type* from, int token_strid
 
 }  // namespace pkv
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+#if SCORING == 3
+#define PKV_SUMMARY_CTAS , 2  // of an SM; told nothing, the compiler takes so few registers that some are spilled
+#else
+#define PKV_SUMMARY_CTAS
+#endif
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32 PKV_SUMMARY_CTAS)
 pkv_summarize_pages(const pkv::SummaryArguments given) {
   using namespace pkv;
   let_next_kernel_start();

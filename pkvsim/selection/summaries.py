@@ -23,13 +23,13 @@ def summarize(keys: np.ndarray, kind: str) -> np.ndarray:
         return np.stack((keys.mean(axis=0), keys.std(axis=0)))
     if kind == MIN_MAX:
         return np.stack((keys.min(axis=0), keys.max(axis=0)))
-    raise ValueError(f"kind: expected {MEAN_STD} or {MIN_MAX}, got {kind!r}")
+    raise ValueError(f"kind: expected one of {MEAN_STD}, {MIN_MAX}, got {kind!r}")
 
 
 def check_form(kind: str, summary_dtype: str | None) -> None:
     """Raises ValueError naming summary_dtype where summaries of a kind are not kept so."""
     if summary_dtype not in (None, CODES):
-        raise ValueError(f"summary_dtype: expected None, for that of the pages, or {CODES!r}, got {summary_dtype!r}")
+        raise ValueError(f"summary_dtype: expected None or {CODES!r}, got {summary_dtype!r}")
     if kind == CENTROIDS and summary_dtype is not None:
         raise ValueError(f"summary_dtype: expected None of centroids, which are 4-bit codes, got {summary_dtype!r}")
 
