@@ -2,10 +2,10 @@
 // were so many times its mean key. pkvsim.selection.centroids says what parts are and how they are coded.
 //
 // The 8 centroids of two pages are the 16 rows of a product, the group's query heads its columns. A code n of 4 bits
-// stands for scale * (n - 8). Left where it is in a word, below a mask, it is the FP16 number n / 2^24, or n / 2^20 from
-// bit 4 on, which the tensor cores multiply exactly: so a pair of codes costs one instruction. The query's elements are
-// brought to magnitudes below 2 by a power of two and divided by 16 where the codes are 16 times too large; what the 8
-// takes off is the same for all pages, and is known before.
+// stands for scale * (n - 8). Left where it is in a word, under a mask, it is the FP16 number n / 2^24, or n / 2^20
+// from bit 4 on, which the tensor cores multiply exactly: so a pair of codes costs one instruction. The query's
+// elements are brought to magnitudes below 2 by a power of two and divided by 16 where the codes are 16 times too
+// large; what the 8 takes off is the same for all pages, and is known before.
 #pragma once
 #include "page_scores.cuh"
 
@@ -26,8 +26,8 @@ __device__ __forceinline__ float log2_of_sum(float a, float b) {
   return top + log2_fast(1.0f + exp2_fast(fminf(a, b) - top));
 }
 
-// What a lane holds of 8 query heads: head lane / 4, elements HEAD_DIM / 4 * (lane % 4) and on, in the pairs that a word
-// of codes is taken apart into: elements k and k + 4 of each 8.
+// What a lane holds of 8 query heads: head lane / 4, elements HEAD_DIM / 4 * (lane % 4) and on, in the pairs that a
+// word of codes is taken apart into: elements k and k + 4 of each 8.
 struct CentroidQuery {
   unsigned own[SCORE_BLOCKS][CENTROID_WORDS][4];
   // Of the lane's columns, 2 (lane % 4) and the next: what sums are multiplied by, and what the zero takes off before.
@@ -101,7 +101,8 @@ struct CentroidRows {
         const unsigned lower = low[j] >> 8 * half, upper = high[j] >> 8 * half;
         const unsigned a[4] = {lower & 0x000f000fu, upper & 0x000f000fu, lower & 0x00f000f0u, upper & 0x00f000f0u};
         #pragma unroll
-        for (int b = 0; b < SCORE_BLOCKS; ++b) multiply_add(logits[b], a, q.own[b][j][2 * half], q.own[b][j][2 * half + 1]);
+        for (int b = 0; b < SCORE_BLOCKS; ++b)
+          multiply_add(logits[b], a, q.own[b][j][2 * half], q.own[b][j][2 * half + 1]);
       }
     const float2 of_low = unpack_operands(low_scale), of_high = unpack_operands(high_scale);
     #pragma unroll
@@ -112,16 +113,18 @@ struct CentroidRows {
         logits[b][i] = (CODE_STEPS * logits[b][i] - q.zeros[b][i % 2]) * (scale * q.units[b][i % 2] * row.x) + row.y;
       }
   }
-  // The log2 of the sum over a page's centroids: of the page and the column that are this lane's then, which place_page()
-  // and place_column() say; lanes from 16 on have what those below have.
+  // The log2 of the sum over a page's centroids: of the page and the column that are this lane's then, which
+  // place_page() and place_column() say; lanes from 16 on have what those below have.
   __device__ __forceinline__ static float over_centroids(const float (&logits)[4], int lane) {
     float of_page[2];
     #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float kept = place_page(lane) ? logits[2 + i] : logits[i], given = place_page(lane) ? logits[i] : logits[2 + i];
+      const bool second = place_page(lane);
+      const float kept = second ? logits[2 + i] : logits[i], given = second ? logits[i] : logits[2 + i];
       of_page[i] = log2_of_sum(kept, __shfl_xor_sync(0xffffffffu, given, 4));
     }
-    const float kept = place_column(lane) ? of_page[1] : of_page[0], given = place_column(lane) ? of_page[0] : of_page[1];
+    const bool next = place_column(lane);
+    const float kept = next ? of_page[1] : of_page[0], given = next ? of_page[0] : of_page[1];
     const float own = log2_of_sum(kept, __shfl_xor_sync(0xffffffffu, given, 8));
     return log2_of_sum(own, __shfl_xor_sync(0xffffffffu, own, 16));
   }

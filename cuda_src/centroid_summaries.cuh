@@ -1,5 +1,5 @@
-// Centroids of a page's keys, as pkvsim.selection.centroids says them: its tokens in eight parts that are alike, found by
-// farthest-first traversal, of each part the mean key in 4-bit codes, the scale and the log2 of the count.
+// Centroids of a page's keys, as pkvsim.selection.centroids says them: its tokens in eight parts that are alike, found
+// by farthest-first traversal, of each part the mean key in 4-bit codes, the scale and the log2 of the count.
 //
 // A warp makes those of one page and head. Its lanes read whole tokens, 16 bytes each, some tokens at a time; which
 // centroid a token is nearest to waits in shared memory, whatever the page's size.

@@ -22,8 +22,8 @@ RULES = {"mean_std": mean_std, "quest": quest, "centroids": centroids}
 
 class Choice(NamedTuple):
     """method: "oracle" (the exact mass of every page), "mean_std", "quest", these with "_8bit", "centroids",
-    "quest_softmax" (Quest's bound, aggregated as mean_std is), "streaming_llm", "twilight" (top p of mean_std, whose candidates are a
-    quarter of the pages), "kascade" (exact lists in every third layer), or "random"."""
+    "quest_softmax" (Quest's bound, aggregated as mean_std is), "streaming_llm", "twilight" (top p of mean_std, whose
+    candidates are a quarter of the pages), "kascade" (exact lists in every third layer), or "random"."""
 
     method: str
     fraction: float

@@ -40,9 +40,9 @@ class PagedSelection:
     def __init__(self, method: str = by_name.DEFAULT, budget: Budget | float = Budget(), *,  # noqa: B008
                  pins: Pins = Pins(), dense_layers: int = 2, summary_dtype: str | None = None,  # noqa: B008
                  device: DeviceSpec | None = None) -> None:
-        """method: "mean_std", "quest" or "centroids". budget: of pages, or the fraction of one. summary_dtype: as PageSummaries
-        takes it. device: by whose prices short steps go dense; None: every step selects. Raises ValueError naming the
-        argument."""
+        """method: "mean_std", "quest" or "centroids". budget: of pages, or the fraction of one. summary_dtype: as
+        PageSummaries takes it. device: by whose prices short steps go dense; None: every step selects. Raises
+        ValueError naming the argument."""
         check_form(by_name.method(method).SUMMARY, summary_dtype)
         self.summary_dtype = summary_dtype
         self.method, self.pins = method, pins

@@ -11,7 +11,8 @@ from pkvsim.selection.served import HEAD_DIMS, most_group_size
 from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX, check_form
 
 WARPS, WIDE_WARPS = 8, 16  # of a CTA; of one that selects from a long list, where others would find no SM to score on
-SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2, CENTROIDS: 3}  # value of SCORING by the kind of summary; None: scores are given
+# Value of SCORING by the kind of summary; None: scores are given.
+SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2, CENTROIDS: 3}
 AGGREGATIONS = {"maximum": 0, "softmax_mean": 1}  # value of AGGREGATION
 PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time at least: SCORED_PAGES of each warp
 WARPS_PER_SM = 16
@@ -54,8 +55,8 @@ def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggre
     """Compile-time constants of select.cu and summaries.cu."""
     return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
             "DTYPE_BF16": DTYPES[dtype], "WARPS": warps, "SCORING": SCORINGS[summary],
-            "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES or summary == CENTROIDS),
-            "DEVIATIONS": mean_std.DEVIATIONS}
+            "AGGREGATION": AGGREGATIONS[aggregation], "DEVIATIONS": mean_std.DEVIATIONS,
+            "SUMMARY_CODES": int(summary_dtype == CODES or summary == CENTROIDS)}
 
 
 def page_values(shape: DecodeShape, aggregation: str) -> int:

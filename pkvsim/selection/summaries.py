@@ -35,7 +35,7 @@ def check_form(kind: str, summary_dtype: str | None) -> None:
 
 
 def as_kept(keys: np.ndarray, page_size: int, kind: str, summary_dtype: str | None) -> np.ndarray | Centroids:
-    """What a method scores of a row's pages, of its keys [tokens, head_dim]: where codes are kept, what they stand for."""
+    """What a method scores of a row's pages, of keys [tokens, head_dim]: where codes are kept, what they stand for."""
     if kind == CENTROIDS:
         return centroids.decode(centroids.encode(centroids.row_centroids(keys, page_size)))
     found = row_summaries(keys, page_size, kind)

@@ -1,7 +1,7 @@
 """Centroids: a page is scored by the mass that its parts would have if each were so many times its mean key.
 
-pkvsim.selection.centroids says what parts are. With eight parts of 4 bits an element they take as many bytes as mean and
-deviation in 16 bits, and find tokens that stand alone in their pages, which these miss: examples/study_selection.py
+pkvsim.selection.centroids says what parts are. With eight parts of 4 bits an element they take as many bytes as mean
+and deviation in 16 bits, and find tokens that stand alone in their pages, which these miss: examples/study_selection.py
 compares them on a real model, and examples/results/selection_study.md has the figures. They serve pages of 16 tokens
 best; of larger pages a part has more tokens.
 
