@@ -7,12 +7,13 @@
 //             mean logit where the elements of a key vary on their own. Squares are products of BF16, which has their
 //             range.
 //   MIN_MAX   scale * sum over d of max(q_d min_d, q_d max_d), which no key of the page exceeds (Quest)
+// CENTROIDS are other summaries: centroid_scores.cuh has them.
 #pragma once
 #include "arguments.cuh"
 
 namespace pkv {
 
-enum Scoring { GIVEN = 0, MEAN_STD = 1, MIN_MAX = 2 };
+enum Scoring { GIVEN = 0, MEAN_STD = 1, MIN_MAX = 2, CENTROIDS = 3 };
 
 constexpr int SCORED_PAGES = 16;                      // of a warp at a time
 constexpr int ROW_VECTORS = HEAD_DIM / 32;            // that a lane reads of each half of a summary

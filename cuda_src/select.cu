@@ -12,7 +12,9 @@
 //
 //   q           [batch_size, num_kv_heads * GROUP_SIZE, HEAD_DIM]
 //   summaries   [num_pages, num_kv_heads, 2, HEAD_DIM]: mean and standard deviation, or minimum and maximum, or 8-bit
-//               codes of them (SUMMARY_CODES), whose scales are summary_scales [num_pages, num_kv_heads]
+//               codes of them (SUMMARY_CODES), whose scales are summary_scales [num_pages, num_kv_heads]; or
+//               [num_pages, num_kv_heads, 8, HEAD_DIM / 2]: two 4-bit codes a byte of centroids (SCORING 3), with
+//               summary_scales [num_pages, num_kv_heads, 8] pairs of FP16
 //   scores      [batch_size * num_kv_heads, score_stride, PAGE_VALUES] float, workspace, or in where they are GIVEN
 //   sums        [batch_size * num_kv_heads, chunks, GROUP_SIZE] float2, workspace (SOFTMAX_MEAN)
 //   tickets     [batch_size * num_kv_heads] int, 0 between launches
@@ -23,14 +25,18 @@
 #include "mma.cuh"
 #include "arguments.cuh"
 #include "page_weights.cuh"
-#if SUMMARY_CODES
+#if SCORING == 3
+#include "centroid_scores.cuh"
+#elif SUMMARY_CODES
 #include "coded_scores.cuh"
 #endif
 #include "top_pages.cuh"
 
 namespace pkv {
 
-#if SUMMARY_CODES
+#if SCORING == 3
+static_assert(WEIGHS, "scores of centroids become weights");
+#elif SUMMARY_CODES
 using PageQuery = CodedQuery;
 using PageRows = CodedRows;
 #else
@@ -83,6 +89,7 @@ struct Selection {
     return given.sums + static_cast<long long>(list) * divide(gridDim.x, given.num_kv_heads) * GROUP_SIZE;
   }
 
+#if SCORING != 3
   // Scores the pages [begin, end), a chunk of the list. low, high: ids of this lane's pages of its warp's first step.
   __device__ __forceinline__ void score(const PageTable& table, int chunk, int begin, int end, int low, int high,
                                         SelectMemory& memory) const {
@@ -154,6 +161,63 @@ struct Selection {
       leave_weights(memory.logits(), end - begin, memory.chunk, values(begin), sums() + chunk * GROUP_SIZE, kept);
     }
   }
+#else
+  // Scores the pages [begin, end), a chunk of the list. id: that of page lane % CENTROID_PAGES of its warp's first step.
+  __device__ __forceinline__ void score(const PageTable& table, int chunk, int begin, int end, int id, int,
+                                        SelectMemory& memory) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int STEP = WARPS * CENTROID_PAGES;
+    CentroidQuery query;
+    query.load(given.q + static_cast<long long>(list) * GROUP_SIZE * HEAD_DIM, lane);
+    float largest[SCORE_BLOCKS];
+    #pragma unroll
+    for (int b = 0; b < SCORE_BLOCKS; ++b) largest[b] = LEAST_SCORE;
+    const auto id_of = [&](int page) {
+      return table.cut(table.template stored<false>(row, min(page + lane % CENTROID_PAGES, end - 1)));
+    };
+    const auto load = [&](CentroidRows& rows, int ids, int pair) {
+      rows.load(given, head, __shfl_sync(0xffffffffu, ids, 2 * pair), __shfl_sync(0xffffffffu, ids, 2 * pair + 1), lane);
+    };
+    int first = begin + warp * CENTROID_PAGES;
+    if (first < end) {
+      CentroidRows rows[CENTROID_PAIRS];
+      #pragma unroll
+      for (int pair = 0; pair < CENTROID_PAIRS; ++pair) load(rows[pair], id, pair);
+      id = id_of(first + STEP);  // ids are looked up two steps ahead, centroids one
+      #pragma unroll 1
+      for (; first < end; first += STEP) {
+        const bool more = first + STEP < end;
+        const int next = id;
+        if (more) id = id_of(first + 2 * STEP);
+        #pragma unroll
+        for (int pair = 0; pair < CENTROID_PAIRS; ++pair) {
+          float logits[SCORE_BLOCKS][4];
+          rows[pair].multiply(logits, query, given.scale);
+          if (more) load(rows[pair], next, pair);
+          const int page = first + 2 * pair + CentroidRows::place_page(lane);
+          #pragma unroll
+          for (int b = 0; b < SCORE_BLOCKS; ++b) {
+            const int column = b * 8 + lane % 4 * 2 + CentroidRows::place_column(lane);
+            const float logit = CentroidRows::over_centroids(logits[b], lane);
+            if (page < end) largest[b] = fmaxf(largest[b], logit);
+            if (page < end && lane < 16 && column < PAGE_VALUES)
+              memory.logits()[(page - begin) * PAGE_VALUES + column] = logit;
+          }
+        }
+      }
+    }
+    #pragma unroll
+    for (int b = 0; b < SCORE_BLOCKS; ++b) {
+      largest[b] = fmaxf(largest[b], __shfl_xor_sync(0xffffffffu, largest[b], 4));  // over both pages
+      const int column = b * 8 + lane % 4 * 2 + CentroidRows::place_column(lane);
+      if (lane < 16 && CentroidRows::place_page(lane) == 0 && column < PAGE_VALUES)
+        memory.chunk.largest[warp][column] = largest[b];
+    }
+    const long long most = MOST_KEPT_BYTES / (4 * PAGE_VALUES);
+    const bool kept = static_cast<long long>(given.batch_size * given.num_kv_heads) * given.score_stride <= most;
+    leave_weights(memory.logits(), end - begin, memory.chunk, values(begin), sums() + chunk * GROUP_SIZE, kept);
+  }
+#endif
 
   // Selects by all pages' values, which `chunks` CTAs have left.
   __device__ __forceinline__ void select(SelectMemory& memory, int chunks) const {
@@ -231,9 +295,14 @@ pkv_select_pages(const pkv::SelectArguments given) {
   // The first ids are looked up beside the row's length, which may be short of them: then they are ids of any pages.
   int low = 0, high = 0;
   if (SCORING != GIVEN && given.max_tokens > 0) {
+#if SCORING == 3
+    const int first = begin + threadIdx.x / 32 * CENTROID_PAGES + threadIdx.x % CENTROID_PAGES;
+    low = table.cut(table.stored<false>(blockIdx.y, min(first, given.score_stride - 1)));
+#else
     const int first = begin + threadIdx.x / 32 * SCORED_PAGES + threadIdx.x % 32 / 4;
     low = table.cut(table.stored<false>(blockIdx.y, min(first, given.score_stride - 1)));
     high = table.cut(table.stored<false>(blockIdx.y, min(first + 8, given.score_stride - 1)));
+#endif
   }
   const Selection selection(given, blockIdx.y, head, lens[blockIdx.y]);
   if (chunk == 0 && threadIdx.x == 0) given.counts[selection.list] = selection.budget;

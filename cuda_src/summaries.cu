@@ -3,17 +3,21 @@
 // For each page that holds any of a row's last new_tokens tokens, and each KV head: mean and standard deviation of the
 // keys, or their minimum and maximum, element by element, of the tokens that the row has in the page. So a summary is
 // right after growth, and after a page has come to another row. With SUMMARY_CODES it is kept in 8-bit codes, as
-// pkvsim.selection.summaries says: each vector has a scale of its own, which is as new as its codes.
+// pkvsim.selection.summaries says: each vector has a scale of its own, which is as new as its codes. Of SCORING 3 they
+// are centroids of the keys (centroid_summaries.cuh).
 // Grid: [pages of a row that are looked at / WARPS, batch_size * num_kv_heads]; block: [WARPS * 32], a warp for each
 // page.
 //
 //   k_pages    [num_pages, num_kv_heads, PAGE_SIZE, HEAD_DIM] by the strides, 16-bit
-//   summaries  [num_pages, num_kv_heads, 2, HEAD_DIM], out, 16-bit or codes
+//   summaries  [num_pages, num_kv_heads, 2, HEAD_DIM], out, 16-bit or codes; of centroids as pkv_select_pages has them
 //
 // Bound by HBM: it reads what it summarises. After an append those pages are in L2 in part.
 #include "mma.cuh"
 #include "arguments.cuh"
 #include "page_scores.cuh"
+#if SCORING == 3
+#include "centroid_summaries.cuh"
+#endif
 
 namespace pkv {
 
@@ -42,6 +46,19 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
   return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 
+#if SCORING == 3
+// One page of one head, of which the row has `tokens`. from: the page's keys; to, scales: its centroids.
+__device__ __forceinline__ void summarize(const half_type* from, int token_stride, int tokens, summary_type* to,
+                                          unsigned* scales, int lane, TokenParts& notes) {
+  const half_type* own = from + lane % TOKEN_LANES * 8;
+  const auto read = [&](int token, float (&x)[8]) {
+    widen(x, *reinterpret_cast<const uint4*>(own + static_cast<long long>(token) * token_stride));
+  };
+  const CentroidMaker<TOKEN_LANES, decltype(read)> maker{read, tokens, lane, notes};
+  maker.split();
+  maker.write(to, scales);
+}
+#else
 #if SUMMARY_CODES
 // How an element is rounded to a code: minima and maxima outward, so that they stay bounds.
 enum Rounding { NEAREST, DOWN, UP };
@@ -131,10 +148,17 @@ __device__ __forceinline__ void summarize(const half_type* from, int token_strid
   reinterpret_cast<uint4*>(to + HEAD_DIM)[lane] = narrow(second);
 #endif
 }
+#endif
 
 }  // namespace pkv
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+#if SCORING == 3
+#define PKV_SUMMARY_CTAS , 2  // of an SM; told nothing, the compiler takes so few registers that some are spilled
+#else
+#define PKV_SUMMARY_CTAS
+#endif
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32 PKV_SUMMARY_CTAS)
 pkv_summarize_pages(const pkv::SummaryArguments given) {
   using namespace pkv;
   let_next_kernel_start();
@@ -148,7 +172,16 @@ pkv_summarize_pages(const pkv::SummaryArguments given) {
   if (page * PAGE_SIZE >= row_len) return;
   const int id = table.cut(table.stored<false>(row, page));
   const long long at = static_cast<long long>(id) * given.num_kv_heads + head;
+#if SCORING == 3
+  __shared__ TokenParts notes[WARPS];
+  summarize(given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride,
+            given.k_token_stride, min(PAGE_SIZE, row_len - page * PAGE_SIZE),
+            given.summaries + at * PAGE_CENTROIDS * CENTROID_BYTES,
+            reinterpret_cast<unsigned*>(given.summary_scales) + at * PAGE_CENTROIDS, threadIdx.x % 32,
+            notes[threadIdx.x / 32]);
+#else
   summarize(given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride,
             given.k_token_stride, min(PAGE_SIZE, row_len - page * PAGE_SIZE),
             given.summaries + at * 2 * HEAD_DIM, given.summary_scales + at, threadIdx.x % 32);
+#endif
 }

@@ -50,12 +50,15 @@
 //                                     0: a row's tokens are all read                             (selected_defines)
 // Selecting: select.cu, summaries.cu (beside HEAD_DIM, GROUP_SIZE, PAGE_SIZE, WARPS, 8 or, of select.cu, 16, DTYPE_BF16
 // and the tables)
-// SCORING            0 1 2            0: scores are given; 1: summaries are means and standard   selection_defines
-//                                     deviations; 2: minima and maxima (page_scores.cuh)
+// SCORING            0 1 2 3          0: scores are given; 1: summaries are means and standard   selection_defines
+//                                     deviations; 2: minima and maxima (page_scores.cuh); 3: a
+//                                     page's keys in 8 parts that are alike, of each the mean
+//                                     in 4-bit codes and the count (centroid_scores.cuh)
 // AGGREGATION        0 1              over the group's query heads: 0 the largest score, 1 the   selection_defines
 //                                     mean of the softmax over pages
 // DEVIATIONS         >= 0             of SCORING 1: standard deviations above the mean logit     selection_defines
-// SUMMARY_CODES      0 1              1: summaries are 8-bit codes with scales; default 0        selection_defines
+// SUMMARY_CODES      0 1              1: summaries are codes with scales, of 8 bits, or of 4 of  selection_defines
+//                                     SCORING 3, which has no others; default 0
 // By-products: balanced.cu, selected.cu
 // PAGE_LSE           0 1              1: the log-sum-exp of every tile and query head is         KernelConfig
 //                                     written; PAGE_SIZE is a multiple of PKV_TILE; default 0    (selected_defines)

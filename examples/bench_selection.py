@@ -7,7 +7,8 @@
 
 32 query and 8 KV heads of 128, pages of 16, FP16. Results are checked against float64 before they are timed. Times are
 per call inside a CUDA graph, cold in L2 where a step is large enough. "attend": lists at rest; "everything": scores,
-selection and attention, every list new in every call; "8bit": of summaries in 8-bit codes; "skewed": half the heads
+selection and attention, every list new in every call; "8bit": of summaries in 8-bit codes; "centroids": of
+centroids in place of mean and deviation; "skewed": half the heads
 read 8 times what the others do, the same bytes in all; "policy" (of --grid): lists with their summaries or all pages,
 as prices say; "page_lse": the dense step with the mass of every page; FlashInfer: heads folded into the batch, planned,
 the plan not counted.
@@ -24,8 +25,9 @@ from bench.script import chosen, in_pool, print_notes, run_script
 from gpu.measure.memory import NoRoom
 
 POOL_GIB = 18.0
-SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit", "policy",
-         "dense_page_lse", "summarize_one_token", "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
+SHOWN = ("dense", "attend", "attend_skewed", "select", "everything", "select_8bit", "everything_8bit",
+         "select_centroids", "everything_centroids", "policy", "dense_page_lse", "summarize_one_token",
+         "summarize_one_token_centroids", "flashinfer_tensor_core", "flashinfer_cuda_core")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         of_layer = 2 if args.grid else 1  # summaries: the grid's "policy" has its own
         return in_pool(args, measure, pool_gib=POOL_GIB, beside=beside(of_layer))(console)
 
-    return run_script("bench_selection", args, measured, width=200)
+    return run_script("bench_selection", args, measured, width=240)
 
 
 if __name__ == "__main__":

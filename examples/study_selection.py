@@ -31,9 +31,9 @@ from bench.script import one_line_errors
 if TYPE_CHECKING:
     from bench.tables import Table
 
-RETRIEVAL = ("oracle", "mean_std", "mean_std_8bit", "quest", "quest_softmax", "kascade", "twilight", "streaming_llm",
-             "random")
-NEEDLE = ("oracle", "mean_std", "mean_std_8bit", "quest", "streaming_llm")
+RETRIEVAL = ("oracle", "mean_std", "mean_std_8bit", "centroids", "quest", "quest_softmax", "kascade", "twilight",
+             "streaming_llm", "random")  # fmt: skip
+NEEDLE = ("oracle", "mean_std", "mean_std_8bit", "centroids", "quest", "streaming_llm")
 FRACTIONS = (0.05, 0.1, 0.2)
 KEPT = (0.2, 0.4)
 # What the methods' authors report, of evictions that keep ORDER_KEPT and come before the question.

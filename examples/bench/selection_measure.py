@@ -17,6 +17,7 @@ from gpu.routes import flashinfer_decode as fi
 from gpu.routes.flashinfer_builds import why_not
 from pkvsim import DecodeShape
 from pkvsim.pricing.counters import useful_kv_bytes
+from pkvsim.selection import by_name
 from pkvsim.selection.rules import Budget, Pins
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
@@ -26,13 +27,15 @@ SKEW = 8  # of the skewed budgets: half the heads read so many times what the ot
 TOLERANCE = 2e-3
 MOST_LAYERS = 8
 CHECKED = 6  # (row, KV head)s of a checked result
-SUMMARIES = {"": None, "_8bit": "uint8"}  # summary_dtype by what names of times end in
+# Methods and the dtypes of their summaries, by what names of times end in.
+FORMS = {"": ("mean_std", None), "_8bit": ("mean_std", "uint8"), "_centroids": ("centroids", None)}
 FLASHINFER = ("tensor_core", "cuda_core")
 
 
 def summary_bytes(pages_bytes: int) -> int:
-    """Bytes of the 16-bit summaries of K pages that take so many: two vectors for a page's tokens."""
-    return pages_bytes * 2 // SHAPE.page_size
+    """Bytes of the largest summaries of K pages that take so many: as much as two vectors in 16 bits for a page's
+    tokens, which are centroids' codes, and a sixteenth of that for their scales."""
+    return pages_bytes * 2 // SHAPE.page_size * 17 // 16
 
 
 def beside(summaries: int = 1) -> float:
@@ -110,12 +113,13 @@ class SelectionBench:
         masses = torch.empty(rows, 8, row_pages * SHAPE.page_size // 16, 4, device=case.q.device)
         time_of("dense_page_lse", lambda i, out: ours(i, out, page_lse=masses))
 
-        for suffix, summary_dtype in SUMMARIES.items():
+        for suffix, (method, summary_dtype) in FORMS.items():
             # Each layer has summaries of its own.
-            summaries = [PageSummaries(SHAPE, k, summary_dtype=summary_dtype) for k, _ in case.layers]
+            kind = by_name.method(method).SUMMARY
+            summaries = [PageSummaries(SHAPE, k, kind=kind, summary_dtype=summary_dtype) for k, _ in case.layers]
             for own, (k, _) in zip(summaries, case.layers):
                 own.update(k, seq_lens, table)
-            selector = PageSelector(SHAPE, budget=self.budget, pins=PINS, summary_dtype=summary_dtype)
+            selector = PageSelector(SHAPE, method=method, budget=self.budget, pins=PINS, summary_dtype=summary_dtype)
             selector.plan(seq_lens, table)
             time_of(f"summarize_one_token{suffix}", lambda i, _, summaries=summaries: summaries[i].update(
                 case.layers[i][0], seq_lens, table, new_tokens=1))
@@ -129,7 +133,7 @@ class SelectionBench:
             result.errors[f"everything{suffix}"] = self._error(case, out, lists)
             if not suffix:
                 result.host_us = self._host_us(engine, selector, case, summaries[0], out, lse)
-            del summaries, own, selector  # memory need not hold those of both widths
+            del summaries, own, selector  # memory need not hold those of all forms
         if flashinfer and fi.installed():
             self._flashinfer(case, even, result)
         return result

@@ -4,24 +4,26 @@ The arrays are torch's, so that a GPU chooses for all of them in a few launches;
 """
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from pkvsim.selection.methods import kascade, mean_std, quest, streaming_llm, twilight
+from pkvsim.selection import centroids as parts
+from pkvsim.selection.methods import centroids, kascade, mean_std, quest, streaming_llm, twilight
 from pkvsim.selection.rules import Budget, Pins
 from study.llama import LayerStep
 
 DENSE_LAYERS = 2
 ANCHORS_EVERY = 3  # layers, for Kascade's lists in a model without development data
 LEAST_PAGES = 8
-RULES = {"mean_std": mean_std, "quest": quest}
+RULES = {"mean_std": mean_std, "quest": quest, "centroids": centroids}
 
 
 class Choice(NamedTuple):
-    """method: "oracle" (the exact mass of every page), "mean_std", "quest", these with "_8bit", "quest_softmax"
-    (Quest's bound, aggregated as mean_std is), "streaming_llm", "twilight" (top p of mean_std, whose candidates are a
-    quarter of the pages), "kascade" (exact lists in every third layer), or "random"."""
+    """method: "oracle" (the exact mass of every page), "mean_std", "quest", these with "_8bit", "centroids",
+    "quest_softmax" (Quest's bound, aggregated as mean_std is), "streaming_llm", "twilight" (top p of mean_std, whose
+    candidates are a quarter of the pages), "kascade" (exact lists in every third layer), or "random"."""
 
     method: str
     fraction: float
@@ -29,7 +31,11 @@ class Choice(NamedTuple):
 
 def summarize(pages: torch.Tensor, kind: str, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Summaries [..., 2, head_dim] of pages [..., page_size, head_dim], of the tokens that are valid [..., page_size];
-    a page of which none is gets anything finite."""
+    a page of which none is gets anything finite. Of centroids they are [..., 8, head_dim + 1]: as they are kept, the
+    log2 of the count last."""
+    if kind == parts.CENTROIDS:
+        return page_centroids(pages, torch.ones(pages.shape[:-1], dtype=torch.bool, device=pages.device)
+                              if valid is None else valid.expand(pages.shape[:-1]))  # fmt: skip
     if kind == "min_max":
         if valid is None:
             return torch.stack((pages.amin(-2), pages.amax(-2)), dim=-2)
@@ -45,6 +51,26 @@ def summarize(pages: torch.Tensor, kind: str, valid: torch.Tensor | None = None)
     return torch.stack((mean, var.sqrt()), dim=-2)
 
 
+def page_centroids(pages: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """pkvsim.selection.centroids' of many pages at once, through its codes."""
+    infinite = torch.full(pages.shape[:-1], torch.inf, dtype=pages.dtype, device=pages.device)
+    nearest, owner = infinite, torch.zeros(pages.shape[:-1], dtype=torch.int64, device=pages.device)
+    seed = torch.zeros((*pages.shape[:-2], 1, 1), dtype=torch.int64, device=pages.device)
+    for part in range(parts.PARTS):
+        own = pages.gather(-2, seed.expand(*seed.shape[:-1], pages.shape[-1]))
+        distance = (pages - own).square().sum(-1)
+        owner = torch.where(distance < nearest, part, owner)
+        nearest = torch.minimum(nearest, distance)
+        seed = nearest.masked_fill(~valid, -1).argmax(-1)[..., None, None]
+    member = (torch.nn.functional.one_hot(owner, parts.PARTS).bool() & valid[..., None]).mT.to(pages.dtype)
+    count = member.sum(-1, keepdim=True)
+    means = member @ pages.masked_fill(~valid[..., None], 0) / count.clamp(min=1)
+    step = (means.abs().amax(-1, keepdim=True) / parts.STEPS).half().to(means.dtype)
+    codes = torch.where(step > 0, means / step, 0).round().clamp(-parts.ZERO, parts.LARGEST_CODE - parts.ZERO)
+    log2_count = torch.where(count > 0, count.clamp(min=1).log2(), parts.NO_TOKENS).half().to(means.dtype)
+    return torch.cat((codes * step, log2_count), -1)
+
+
 def in_8_bits(summaries: torch.Tensor) -> torch.Tensor:
     """Each vector of a summary as int8 with a scale of its own."""
     scale = summaries.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
@@ -52,8 +78,12 @@ def in_8_bits(summaries: torch.Tensor) -> torch.Tensor:
 
 
 def page_logits(kind: str, q: torch.Tensor, summaries: torch.Tensor, scale: float) -> torch.Tensor:
-    """mean_std.logits or quest.logits: [..., pages] of queries [..., queries, head_dim] and summaries [..., pages, 2,
-    head_dim]."""
+    """The logits of a method of RULES: [..., queries, pages] of queries [..., queries, head_dim] and summaries
+    [..., pages, 2, head_dim], or those of centroids."""
+    if kind == "centroids":
+        means, counts = summaries[..., :-1].flatten(-3, -2), summaries[..., -1].flatten(-2, -1)
+        logits = scale * (q @ means.mT) + math.log(2) * counts[..., None, :]
+        return torch.logsumexp(logits.unflatten(-1, (-1, parts.PARTS)), -1)
     first, second = summaries[..., 0, :].mT, summaries[..., 1, :].mT
     if kind == "mean_std":
         return scale * (q @ first + mean_std.DEVIATIONS * (q.square() @ second.square()).sqrt())

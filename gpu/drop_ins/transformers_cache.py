@@ -52,12 +52,12 @@ class PagedCache(Cache):
         rows_per_prompt: neighbouring rows that begin with one prompt, as generate() makes them with
         num_return_sequences or num_beams. They share the prompt's full pages, which a decode step reads once where that
         is worth it, and which num_pages need not count for each.
-        selection: "mean_std" or "quest": decode steps read the `budget` part of each row's pages that scores best, for
-        every KV head others, in all but the first dense_layers layers and those with windows; prefill reads all. Not
-        with several rows per prompt. Steps in which that does not pay on this GPU read all pages, by price
-        (pkvsim.policy.selecting); always_select: none does, nor on a GPU whose prices nobody knows.
+        selection: "mean_std", "centroids" or "quest": decode steps read the `budget` part of each row's pages that
+        scores best, for every KV head others, in all but the first dense_layers layers and those with windows; prefill
+        reads all. Not with several rows per prompt. Steps in which that does not pay on this GPU read all pages, by
+        price (pkvsim.policy.selecting); always_select: none does, nor on a GPU whose prices nobody knows.
         summary_dtype: of the pages' summaries by which selection scores: None, for that of the pages, or "uint8", for
-        8-bit codes, which are half the bytes. None without selection.
+        8-bit codes, which are half the bytes. None without selection, and of centroids, which are 4-bit codes.
         tiers: where prompts' KV is kept beyond the pages. Not with several rows per prompt, nor with selection.
 
         Raises ValueError naming the argument, NotImplementedError for layers without plain attention.

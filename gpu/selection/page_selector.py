@@ -18,6 +18,7 @@ from pkvsim import DecodeShape, PageList
 from pkvsim.selection import by_name
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.served import MAX_GROUP_SIZE
+from pkvsim.selection.summaries import check_form
 from pkvsim.shapes import check_int
 
 
@@ -50,7 +51,7 @@ class PageSelector:
     def __init__(self, shape: DecodeShape, dtype: str = "float16", method: str | None = by_name.DEFAULT, *,
                  budget: Budget = Budget(), pins: Pins = Pins(), max_selected: int | None = None,  # noqa: B008
                  scale: float | None = None, summary_dtype: str | None = None) -> None:
-        """method: "mean_std", "quest", or None, whose scores each select() is given. budget, pins: see
+        """method: "mean_std", "quest", "centroids", or None, whose scores each select() is given. budget, pins: see
         pkvsim.selection.rules. max_selected: room of each list; by default what the budget gives the longest row that
         the table has room for. scale: of the logits, by default head_dim ** -0.5. summary_dtype: of the PageSummaries
         that it is given.
@@ -58,9 +59,7 @@ class PageSelector:
         Raises ValueError naming the argument, or what no kernel serves.
         """
         variant.check_shape(shape, dtype)
-        variant.check_summary_dtype(summary_dtype)
-        if method is not None:
-            by_name.method(method)
+        check_form("" if method is None else by_name.method(method).SUMMARY, summary_dtype)
         self.shape, self.dtype, self.method, self.budget, self.pins = shape, dtype, method, budget, pins
         self.summary_dtype = summary_dtype
         self.max_selected = None if max_selected is None else check_int("max_selected", max_selected, 1)

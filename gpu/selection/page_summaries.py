@@ -16,11 +16,14 @@ from pkvsim.shapes import MAX_TOKENS, check_int
 
 
 class PageSummaries:
-    """Of every page and KV head: mean and standard deviation of its keys, or minimum and maximum, in 16 or 8 bits.
+    """Of every page and KV head: mean and standard deviation of its keys, or minimum and maximum, in 16 or 8 bits; or
+    centroids of its keys in 4 bits.
 
     array [num_pages, num_kv_heads, 2, head_dim], torch or CuPy as the pages are; of 8 bits it holds codes, and scales
-    [num_pages, num_kv_heads, 2] float32 goes with it (pkvsim.selection.summaries.decode says how), else None. Both are
-    right for the pages that update() was told of: those of a row's new tokens, after every append.
+    [num_pages, num_kv_heads, 2] float32 goes with it (pkvsim.selection.summaries.decode says how), else None. Of
+    centroids array [num_pages, num_kv_heads, 8, head_dim / 2] uint8 and scales [num_pages, num_kv_heads, 8, 2] float16
+    are as pkvsim.selection.centroids.CodedCentroids has them. All are right for the pages that update() was told of:
+    those of a row's new tokens, after every append.
     """
 
     __slots__ = ("shape", "dtype", "kind", "layout", "summary_dtype", "array", "scales", "_kernels", "_device_id")
@@ -28,19 +31,19 @@ class PageSummaries:
     def __init__(self, shape: DecodeShape, k_pages: object, dtype: str = "float16", *, kind: str = MEAN_STD,
                  layout: str = "HND", summary_dtype: str | None = None) -> None:
         """k_pages: the pool, [num_pages, num_kv_heads, page_size, head_dim] (HND) or with tokens before heads (NHD), of
-        `dtype`. kind: "mean_std" or "min_max". summary_dtype: None, for that of the pages, or "uint8" for codes, which
-        are half the bytes to score. Raises ValueError naming the argument."""
+        `dtype`. kind: "mean_std", "min_max" or "centroids". summary_dtype: None, for that of the pages, or "uint8" for
+        codes, which are half the bytes to score; None of centroids. Raises ValueError naming the argument."""
         variant.check_shape(shape, dtype)
-        variant.check_summary_dtype(summary_dtype)
         checks.expect("kind", f"one of {', '.join(SUMMARIES)}", repr(kind), kind in SUMMARIES)
+        kept = variant.summary_arrays(kind, shape.head_dim, dtype, summary_dtype)
         checks.expect("layout", "HND or NHD", repr(layout), layout in ("HND", "NHD"))
         self.shape, self.dtype, self.kind, self.layout, self.summary_dtype = shape, dtype, kind, layout, summary_dtype
         self._device_id = cupy.cuda.Device().id
         self._kernels: dict[TableLayout, Kernel] = {}
         num_pages = self._check_pages(k_pages).shape[0]
-        vectors = num_pages, shape.num_kv_heads, 2
-        self.array = arrays.empty_like(k_pages, (*vectors, shape.head_dim), summary_dtype or dtype)
-        self.scales = None if summary_dtype is None else arrays.empty_like(k_pages, vectors, "float32")
+        self.array, self.scales = (
+            None if one is None else arrays.empty_like(k_pages, (num_pages, shape.num_kv_heads, *one[0]), one[1])
+            for one in kept)  # fmt: skip
 
     @property
     def made_for(self) -> tuple[str, DecodeShape, str, str | None]:

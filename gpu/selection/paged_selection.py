@@ -7,7 +7,6 @@ from gpu.engine.schedule_engine import ScheduleEngine
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables
 from gpu.inputs.run import Run
-from gpu.selection import variant
 from gpu.selection.page_selector import PageSelector
 from gpu.selection.page_summaries import PageSummaries
 from gpu.selection.step_rule import StepRule
@@ -17,6 +16,7 @@ from pkvsim.options import AttentionOptions
 from pkvsim.selection import by_name
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.setup import SelectionSetup
+from pkvsim.selection.summaries import check_form
 from pkvsim.shapes import check_int
 
 
@@ -40,11 +40,10 @@ class PagedSelection:
     def __init__(self, method: str = by_name.DEFAULT, budget: Budget | float = Budget(), *,  # noqa: B008
                  pins: Pins = Pins(), dense_layers: int = 2, summary_dtype: str | None = None,  # noqa: B008
                  device: DeviceSpec | None = None) -> None:
-        """method: "mean_std" or "quest". budget: of pages, or the fraction of one. summary_dtype: as PageSummaries
-        takes it. device: by whose prices short steps go dense; None: every step selects. Raises ValueError naming the
-        argument."""
-        by_name.method(method)
-        variant.check_summary_dtype(summary_dtype)
+        """method: "mean_std", "quest" or "centroids". budget: of pages, or the fraction of one. summary_dtype: as
+        PageSummaries takes it. device: by whose prices short steps go dense; None: every step selects. Raises
+        ValueError naming the argument."""
+        check_form(by_name.method(method).SUMMARY, summary_dtype)
         self.summary_dtype = summary_dtype
         self.method, self.pins = method, pins
         self.budget = budget if isinstance(budget, Budget) else Budget(budget)

@@ -1,14 +1,18 @@
 """The selecting kernels' variants and launches. Needs neither CuPy nor a GPU."""
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from gpu.kernels.variant import DTYPES
 from pkvsim import DecodeShape
+from pkvsim.selection.centroids import CENTROIDS, ELEMENTS_PER_BYTE, PARTS
 from pkvsim.selection.methods import mean_std
 from pkvsim.selection.served import HEAD_DIMS, most_group_size
-from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX
+from pkvsim.selection.summaries import CODES, MEAN_STD, MIN_MAX, check_form
 
 WARPS, WIDE_WARPS = 8, 16  # of a CTA; of one that selects from a long list, where others would find no SM to score on
-SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2}  # value of SCORING by the kind of summary; None: scores are given
+# Value of SCORING by the kind of summary; None: scores are given.
+SCORINGS = {None: 0, MEAN_STD: 1, MIN_MAX: 2, CENTROIDS: 3}
 AGGREGATIONS = {"maximum": 0, "softmax_mean": 1}  # value of AGGREGATION
 PAGES_AT_ONCE = WARPS * 16  # pages that a CTA scores at a time at least: SCORED_PAGES of each warp
 WARPS_PER_SM = 16
@@ -31,10 +35,19 @@ def check_shape(shape: DecodeShape, dtype: str) -> None:
                          f"got {shape.group_size}")
 
 
-def check_summary_dtype(dtype: str | None) -> None:
-    """Raises ValueError naming summary_dtype."""
-    if dtype not in (None, CODES):
-        raise ValueError(f"summary_dtype: expected None, for that of the pages, or {CODES!r}, got {dtype!r}")
+class SummaryArrays(NamedTuple):
+    """What is kept of each page and KV head: (shape, dtype) of summaries, and of their scales where there are any."""
+
+    array: tuple[tuple[int, ...], str]
+    scales: tuple[tuple[int, ...], str] | None
+
+
+def summary_arrays(kind: str, head_dim: int, dtype: str, summary_dtype: str | None) -> SummaryArrays:
+    """dtype: of the pages. Raises ValueError naming summary_dtype."""
+    check_form(kind, summary_dtype)
+    if kind == CENTROIDS:
+        return SummaryArrays(((PARTS, head_dim // ELEMENTS_PER_BYTE), CODES), ((PARTS, 2), "float16"))
+    return SummaryArrays(((2, head_dim), summary_dtype or dtype), None if summary_dtype is None else ((2,), "float32"))
 
 
 def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggregation: str,
@@ -42,8 +55,8 @@ def selection_defines(shape: DecodeShape, dtype: str, summary: str | None, aggre
     """Compile-time constants of select.cu and summaries.cu."""
     return {"HEAD_DIM": shape.head_dim, "GROUP_SIZE": shape.group_size, "PAGE_SIZE": shape.page_size,
             "DTYPE_BF16": DTYPES[dtype], "WARPS": warps, "SCORING": SCORINGS[summary],
-            "AGGREGATION": AGGREGATIONS[aggregation], "SUMMARY_CODES": int(summary_dtype == CODES),
-            "DEVIATIONS": mean_std.DEVIATIONS}
+            "AGGREGATION": AGGREGATIONS[aggregation], "DEVIATIONS": mean_std.DEVIATIONS,
+            "SUMMARY_CODES": int(summary_dtype == CODES or summary == CENTROIDS)}
 
 
 def page_values(shape: DecodeShape, aggregation: str) -> int:

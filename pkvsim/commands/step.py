@@ -43,8 +43,8 @@ def step(
     select: Annotated[
         Optional[str],
         typer.Option(
-            help="Beside all pages: those that a method chooses, METHOD:BUDGET, such as mean_std:0.1, or "
-            "mean_std:0.1:8bit by summaries in 8 bits."
+            help="Beside all pages: those that a method chooses, METHOD:BUDGET, such as mean_std:0.1 or "
+            "centroids:0.1, or mean_std:0.1:8bit by summaries in 8 bits."
         ),
     ] = None,
     select_every: Annotated[int, typer.Option(help="Layers that read the lists which the first of them selects.")] = 1,

@@ -17,7 +17,7 @@ from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.prices import price_route
 from pkvsim.pricing.step_times import step_time
 from pkvsim.selection.rules import PARTS
-from pkvsim.selection.setup import SelectionSetup, head_summary_bytes
+from pkvsim.selection.setup import IN_16_BITS, SelectionSetup, head_summary_bytes
 
 
 class ListRule(NamedTuple):
@@ -27,7 +27,7 @@ class ListRule(NamedTuple):
     least_pages: int
     pinned_pages: int
     every: int  # layers that read one layer's lists
-    coded: bool  # summaries are in 8-bit codes
+    form: int  # of summaries, as SelectionSetup.form says it
 
 
 class SelectedUs(NamedTuple):
@@ -41,7 +41,7 @@ class SelectedUs(NamedTuple):
 def list_rule(setup: SelectionSetup) -> ListRule:
     """The rule of a setup."""
     budget, pins = setup.budget, setup.pins
-    return ListRule(budget.parts, budget.least_pages, pins.sink_pages + pins.recent_pages, setup.every, setup.coded)
+    return ListRule(budget.parts, budget.least_pages, pins.sink_pages + pins.recent_pages, setup.every, setup.form)
 
 
 @inner
@@ -63,17 +63,18 @@ def listed_tokens(lengths: np.ndarray, page_size: int, rule: ListRule) -> np.nda
 
 @compiled
 def selecting_us(
-    lengths: np.ndarray, heads: Heads, bandwidth_gb_s: float, coded: bool, prices: SelectionConstants
+    lengths: np.ndarray, heads: Heads, bandwidth_gb_s: float, form: int, prices: SelectionConstants
 ) -> float:
     """One selecting launch over rows of these lengths [rows] int64: all summaries at the streaming rate, then one CTA's
-    work on the longest list, or an SM's share of all lists where that is more."""
+    work on the longest list, or an SM's share of all lists where that is more. Centroids are priced as 8-bit codes of
+    their bytes, an assumption: no device file has constants of their own."""
     pages, longest = 0, 0
     for length in lengths:
         own = (length + heads.page_size - 1) // heads.page_size
         pages += own
         longest = max(longest, own)
-    summary_bytes = pages * heads.num_kv_heads * head_summary_bytes(heads.head_dim, coded)
-    share = prices.coded_share if coded else prices.score_share
+    summary_bytes = pages * heads.num_kv_heads * head_summary_bytes(heads.head_dim, form)
+    share = prices.score_share if form == IN_16_BITS else prices.coded_share
     most = max(float(longest), pages * heads.num_kv_heads / heads.num_sms)
     return prices.select_us + summary_bytes / (bandwidth_gb_s * 1e3 * share) + prices.page_us * most
 
@@ -89,9 +90,9 @@ def selected_us(
     """A layer whose heads read what is selected."""
     lists = listed_tokens(ordered, heads.page_size, rule)
     plain, _ = price_route(lists, lists, heads, constants, 0)
-    select = (selecting_us(ordered, heads, constants[BANDWIDTH], rule.coded, prices) + prices.gap_us) / rule.every
+    select = (selecting_us(ordered, heads, constants[BANDWIDTH], rule.form, prices) + prices.gap_us) / rule.every
     keep = prices.keep_us + prices.keep_list_us * len(ordered) * heads.num_kv_heads
-    if rule.coded:
+    if rule.form != IN_16_BITS:
         keep += prices.keep_coded_us
     return SelectedUs(keep, select, prices.attend_us + plain / prices.attend_share)
 

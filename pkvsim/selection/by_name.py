@@ -6,13 +6,13 @@ from types import ModuleType
 import numpy as np
 
 from pkvsim.schedule.page_lists import PageList
-from pkvsim.selection.methods import mean_std, quest
+from pkvsim.selection.methods import centroids, mean_std, quest
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages
-from pkvsim.selection.summaries import CODES, decode, encode, row_summaries
+from pkvsim.selection.summaries import as_kept, check_form
 from pkvsim.shapes import DecodeShape
 
 DEFAULT = "mean_std"
-BY_SUMMARIES = {"mean_std": mean_std, "quest": quest}
+BY_SUMMARIES = {"mean_std": mean_std, "quest": quest, "centroids": centroids}
 
 
 def method(name: str) -> ModuleType:
@@ -31,9 +31,10 @@ def select_pages(
 
     q [batch_size, num_q_heads, head_dim], k_pages [num_pages, num_kv_heads, page_size, head_dim], block_table
     [batch_size, max_pages], seq_lens [batch_size] integers. scale: 1 / sqrt(head_dim) by default. summary_dtype:
-    "uint8" for summaries in 8-bit codes. Raises ValueError naming method.
+    "uint8" for summaries in 8-bit codes; centroids are in codes of their own. Raises ValueError naming the argument.
     """
     rule, group = method(name), shape.group_size
+    check_form(rule.SUMMARY, summary_dtype)
     scale = shape.head_dim**-0.5 if scale is None else scale
     chosen: list[list[np.ndarray]] = []
     for row, length in enumerate(np.asarray(seq_lens).tolist()):
@@ -43,9 +44,7 @@ def select_pages(
         lists = []
         for head in range(shape.num_kv_heads):
             keys = k_pages[ids, head, slots].astype(np.float64).reshape(length, shape.head_dim)
-            found = row_summaries(keys, shape.page_size, rule.SUMMARY)
-            if summary_dtype == CODES:
-                found = decode(*encode(found, rule.SUMMARY), rule.SUMMARY)
+            found = as_kept(keys, shape.page_size, rule.SUMMARY, summary_dtype)
             own = q[row, head * group : (head + 1) * group].astype(np.float64)
             lists.append(top_pages(rule.scores(own, found, scale), count, pins) if length else np.zeros(0, np.int32))
         chosen.append(lists)

@@ -6,14 +6,17 @@ from typing import Any
 
 from pkvsim.compiled import compiled, drop_stale
 from pkvsim.selection.by_name import BY_SUMMARIES, method
+from pkvsim.selection.centroids import CENTROIDS, PARTS
 from pkvsim.selection.rules import Budget, Pins
-from pkvsim.selection.summaries import CODES, SUMMARIES
+from pkvsim.selection.summaries import CODES, check_form
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
 OFF = "off"
 CODED_WORD = "8bit"  # of METHOD:BUDGET:8bit
 SUMMARY_VECTORS = 2  # mean and standard deviation, or minimum and maximum
 ELEMENT_BYTES, CODE_BYTES, CODE_SCALE_BYTES = 2, 1, 4  # of an element in 16 bits, of one in a code; of a coded vector
+CENTROID_CODES_A_BYTE, CENTROID_SCALE_BYTES = 2, 4  # of a centroid, whose scale and count are of 16 bits
+IN_16_BITS, IN_CODES, IN_CENTROIDS = 0, 1, 2  # forms of summaries
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +36,21 @@ class SelectionSetup:
     summary_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if method(self.method).SUMMARY not in SUMMARIES:
-            raise ValueError(f"method: expected one that scores summaries, got {self.method}")
+        check_form(method(self.method).SUMMARY, self.summary_dtype)
         check_int("every", self.every, 1, MAX_TOKENS)
         check_int("dense_layers", self.dense_layers, 0, MAX_TOKENS)
-        if self.summary_dtype not in (None, CODES):
-            raise ValueError(f"summary_dtype: expected None or {CODES!r}, got {self.summary_dtype!r}")
 
     @property
-    def coded(self) -> bool:
-        """Whether summaries are kept in 8-bit codes."""
-        return self.summary_dtype == CODES
+    def form(self) -> int:
+        """In which form summaries are kept: IN_16_BITS, IN_CODES or IN_CENTROIDS."""
+        if method(self.method).SUMMARY == CENTROIDS:
+            return IN_CENTROIDS
+        return IN_CODES if self.summary_dtype == CODES else IN_16_BITS
 
     @property
     def words(self) -> str:
         """As parse_selection reads it."""
-        return f"{self.method}:{self.budget.fraction:g}" + (f":{CODED_WORD}" if self.coded else "")
+        return f"{self.method}:{self.budget.fraction:g}" + (f":{CODED_WORD}" if self.form == IN_CODES else "")
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -61,7 +63,7 @@ class SelectionSetup:
 
 def parse_selection(text: str, *, every: int = 1, dense_layers: int = 2) -> SelectionSetup | None:
     """`mean_std:0.1`: the method, and the part of a row's pages that each KV head reads; `mean_std:0.1:8bit` by
-    summaries in 8-bit codes; None of `off`. ValueError naming select."""
+    summaries in 8-bit codes; None of `off`. Centroids have codes of their own. ValueError naming select."""
     if text.strip() == OFF:
         return None
     name, colon, rest = text.strip().partition(":")
@@ -78,21 +80,25 @@ def parse_selection(text: str, *, every: int = 1, dense_layers: int = 2) -> Sele
         found = Budget(part)
     except ValueError as error:
         raise ValueError(f"select: {error}") from None
+    if more and BY_SUMMARIES[name].SUMMARY == CENTROIDS:
+        raise ValueError(f"select: expected METHOD:BUDGET of centroids, which are 4-bit codes, got {text!r}")
     return SelectionSetup(name, found, every=check_int("select_every", every, 1, MAX_TOKENS),
                           dense_layers=dense_layers, summary_dtype=CODES if more else None)  # fmt: skip
 
 
 @compiled
-def head_summary_bytes(head_dim: int, coded: bool) -> int:
+def head_summary_bytes(head_dim: int, form: int) -> int:
     """Bytes of one page's summary of one KV head."""
-    if coded:
+    if form == IN_CENTROIDS:
+        return PARTS * (head_dim // CENTROID_CODES_A_BYTE + CENTROID_SCALE_BYTES)
+    if form == IN_CODES:
         return SUMMARY_VECTORS * (head_dim * CODE_BYTES + CODE_SCALE_BYTES)
     return SUMMARY_VECTORS * head_dim * ELEMENT_BYTES
 
 
 def summary_bytes(shape: DecodeShape, setup: SelectionSetup) -> int:
     """Bytes of one page's summary over the KV heads of a layer."""
-    return shape.num_kv_heads * int(head_summary_bytes(shape.head_dim, setup.coded))
+    return shape.num_kv_heads * int(head_summary_bytes(shape.head_dim, setup.form))
 
 
 drop_stale("pkvsim")

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from pkvsim.selection import centroids
+from pkvsim.selection.centroids import CENTROIDS, Centroids
+
 MEAN_STD, MIN_MAX = "mean_std", "min_max"
-SUMMARIES = (MEAN_STD, MIN_MAX)
+SUMMARIES = (MEAN_STD, MIN_MAX, CENTROIDS)
 CODES = "uint8"  # the dtype of summaries that are kept in 8-bit codes
 # Of each kind's two vectors: the code of 0, the steps that its largest magnitude is divided into, and how elements are
 # rounded to steps. Minima and maxima go outward, so that they stay bounds, for which half a step of 127 is left.
@@ -20,7 +23,23 @@ def summarize(keys: np.ndarray, kind: str) -> np.ndarray:
         return np.stack((keys.mean(axis=0), keys.std(axis=0)))
     if kind == MIN_MAX:
         return np.stack((keys.min(axis=0), keys.max(axis=0)))
-    raise ValueError(f"kind: expected one of {', '.join(SUMMARIES)}, got {kind!r}")
+    raise ValueError(f"kind: expected one of {MEAN_STD}, {MIN_MAX}, got {kind!r}")
+
+
+def check_form(kind: str, summary_dtype: str | None) -> None:
+    """Raises ValueError naming summary_dtype where summaries of a kind are not kept so."""
+    if summary_dtype not in (None, CODES):
+        raise ValueError(f"summary_dtype: expected None or {CODES!r}, got {summary_dtype!r}")
+    if kind == CENTROIDS and summary_dtype is not None:
+        raise ValueError(f"summary_dtype: expected None of centroids, which are 4-bit codes, got {summary_dtype!r}")
+
+
+def as_kept(keys: np.ndarray, page_size: int, kind: str, summary_dtype: str | None) -> np.ndarray | Centroids:
+    """What a method scores of a row's pages, of keys [tokens, head_dim]: where codes are kept, what they stand for."""
+    if kind == CENTROIDS:
+        return centroids.decode(centroids.encode(centroids.row_centroids(keys, page_size)))
+    found = row_summaries(keys, page_size, kind)
+    return found if summary_dtype is None else decode(*encode(found, kind), kind)
 
 
 def row_summaries(

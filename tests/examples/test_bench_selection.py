@@ -62,7 +62,7 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     class Summaries(Planned):
-        def __init__(self, shape, k, *, summary_dtype) -> None:
+        def __init__(self, shape, k, *, kind, summary_dtype) -> None:
             self.k = k
 
     with fake_gpu():
@@ -96,7 +96,7 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
         result = bench.measure(2, 660)
     sys.modules.pop("bench.selection_measure", None)
     of_summaries = {f"{name}{suffix}" for name in ("summarize_one_token", "select", "everything")
-                    for suffix in ("", "_8bit")}  # fmt: skip
+                    for suffix in ("", "_8bit", "_centroids")}  # fmt: skip
     assert set(result.times) == {"dense", "attend", "attend_skewed", "dense_page_lse", *of_summaries}
     assert max(result.errors.values()) < 2e-3 and set(result.notes) == {"flashinfer_tensor_core", "flashinfer_cuda_core"}
 

@@ -17,9 +17,9 @@ from pkvsim.selection.evictions import METHODS, Seen, kept_pages  # noqa: E402
 from pkvsim.selection.masses import page_scores  # noqa: E402
 from pkvsim.selection.methods import defensivekv, kascade, streaming_llm, twilight  # noqa: E402
 from pkvsim.selection.rules import Budget, Pins, softmax_mean, top_pages  # noqa: E402
-from pkvsim.selection.summaries import row_summaries  # noqa: E402
+from pkvsim.selection.summaries import as_kept  # noqa: E402
 
-METHODS_BY_RULES = ("oracle", "mean_std", "mean_std_8bit", "quest", "quest_softmax", "kascade", "twilight",
+METHODS_BY_RULES = ("oracle", "mean_std", "mean_std_8bit", "centroids", "quest", "quest_softmax", "kascade", "twilight",
                     "streaming_llm")  # fmt: skip
 
 LAYERS, HEADS, KV_HEADS, DIM, WORDS = 4, 4, 2, 8, 50
@@ -89,7 +89,7 @@ def rules_pages(method: str, q, keys, count: int, pages: int, lists: dict, layer
         return lists[head]
     base = {"twilight": "mean_std"}.get(method, method.removesuffix("_8bit").removesuffix("_softmax"))
     rule = by_name.method(base)
-    found = row_summaries(keys, 16, rule.SUMMARY)
+    found = as_kept(keys, 16, rule.SUMMARY, None)
     if method.endswith("_8bit"):
         found = choosers.in_8_bits(torch.from_numpy(found)).numpy()
     logits = rule.logits(q, found, scale)

@@ -22,8 +22,10 @@ from gpu.kernels.launch import Arguments
 from gpu.selection import variant
 from pkvsim import DecodeShape
 from pkvsim.selection import by_name
+from pkvsim.selection.centroids import encode as encode_centroids
+from pkvsim.selection.centroids import row_centroids
 from pkvsim.selection.rules import Budget, Pins, top_pages
-from pkvsim.selection.summaries import CODES, decode, encode, row_summaries
+from pkvsim.selection.summaries import CODES, as_kept, encode, row_summaries
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -75,12 +77,16 @@ class Case:
         self.k = aligned(k.astype(DTYPES[dtype]))
         q = rng.standard_normal((len(lens), shape.num_q_heads, shape.head_dim)) * 2
         self.q = aligned(q.astype(DTYPES[dtype]))
-        vectors, self.summary_dtype = (count, shape.num_kv_heads, 2), CODES if codes else None
-        self.summaries = aligned(np.full((*vectors, shape.head_dim), 255, np.uint8) if codes else
-                                 np.full((*vectors, shape.head_dim), np.nan, DTYPES[dtype]))  # fmt: skip
-        self.scales = np.full(vectors, np.nan, np.float32)
+        self.summary_dtype = CODES if codes else None
 
     def summarize(self, kind: str, new_tokens: int = 2**31 - 1) -> None:
+        pages = len(self.k), self.shape.num_kv_heads
+        (inner, dtype), scales = variant.summary_arrays(kind, self.shape.head_dim, self.dtype, self.summary_dtype)
+        unknown = np.full((*pages, *inner), 255, np.uint8) if dtype == CODES else np.full(
+            (*pages, *inner), np.nan, DTYPES[dtype])  # fmt: skip
+        self.summaries = aligned(unknown)
+        inner, dtype = scales or ((2,), "float32")
+        self.scales = aligned(np.full((*pages, *inner), np.nan, dtype))
         defines, k = variant.selection_defines(self.shape, self.dtype, kind, "maximum", self.summary_dtype), self.k
         touched = min(self.table.shape[1] * self.shape.page_size, new_tokens + self.shape.page_size - 1)
         grid = -(-(touched // self.shape.page_size + 1) // variant.WARPS), len(self.lens) * self.shape.num_kv_heads
@@ -89,7 +95,8 @@ class Case:
             "k_token_stride": k.shape[-1], "new_tokens": new_tokens})  # fmt: skip
 
     def common(self) -> dict:
-        return {"summaries": address(self.summaries), "summary_scales": address(self.scales),
+        return {"summaries": address(getattr(self, "summaries", None)),
+                "summary_scales": address(getattr(self, "scales", None)),
                 "page_ids": address(self.table), "lengths": address(self.lens), "row_begins": 0,
                 "batch_size": len(self.lens), "num_kv_heads": self.shape.num_kv_heads, "table_stride": self.table.shape[1],
                 "num_pages": len(self.k), "max_tokens": self.table.shape[1] * self.shape.page_size}  # fmt: skip
@@ -119,12 +126,14 @@ class Case:
 
 CASES = [("mean_std", 128, 12, 16, "float16"), ("quest", 64, 3, 4, "bfloat16")]
 CODED = [("mean_std", 128, 4, 16, "bfloat16"), ("quest", 64, 12, 4, "float16")]
+OF_CENTROIDS = [("centroids", 128, 4, 16, "bfloat16"), ("centroids", 64, 12, 8, "float16"),
+                ("centroids", 256, 3, 8, "float16")]
 
 
 @pytest.mark.parametrize(("method", "head_dim", "group", "page_size", "dtype", "codes"),
                          slow_unless_of(
-    lambda *case: case == (*CASES[1], False),
-    [*((*case, False) for case in CASES), *((*case, True) for case in CODED)]))
+    lambda *case: case in ((*CASES[1], False), (*OF_CENTROIDS[1], False)),
+    [*((*case, False) for case in (*CASES, *OF_CENTROIDS)), *((*case, True) for case in CODED)]))
 def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype, codes) -> None:
     """A page that the rules take and the kernel leaves, or the other way, has a score as good as the last one taken."""
     shape = DecodeShape(2 * group, 2, head_dim, page_size)
@@ -141,9 +150,7 @@ def test_lists_are_those_of_the_rules(method, head_dim, group, page_size, dtype,
                 at = np.arange(length)
                 keys = case.k[case.table[row, at // page_size], head, at % page_size].astype(np.float64)
                 q = case.q[row, head * group : (head + 1) * group].astype(np.float64)
-                found = row_summaries(keys, page_size, rule.SUMMARY)
-                if codes:
-                    found = decode(*encode(found, rule.SUMMARY), rule.SUMMARY)
+                found = as_kept(keys, page_size, rule.SUMMARY, case.summary_dtype)
                 scores = rule.scores(q, found, head_dim**-0.5)
                 got, want = pages[row, head, :count], top_pages(scores, count, pins)
                 assert (np.diff(got) > 0).all() and got[0] >= 0 and got[-1] < row_pages
@@ -221,6 +228,30 @@ def test_summaries_follow_growth(kind, codes) -> None:
             assert np.isnan(got[:first]).all()
 
 
+@pytest.mark.parametrize(("head_dim", "page_size", "dtype"), slow_unless_of(lambda *case: case[0] == 64, [
+    (64, 16, "float16"), (128, 16, "bfloat16"), (256, 4, "float16"), (64, 40, "bfloat16")]))  # fmt: skip
+def test_centroids_follow_growth(head_dim, page_size, dtype) -> None:
+    """Also of pages of one token, and of pages whose tokens are fewer keys than there are parts."""
+    shape = DecodeShape(4, 2, head_dim, page_size)
+    case = Case(shape, dtype, (0, 1, page_size, page_size + 1, 6 * page_size + 3), 3)
+    repeated = case.table[4, 5]
+    case.k[repeated] = case.k[repeated][:, np.arange(page_size) % 3]
+    for new_tokens in (2**31 - 1, page_size + 4):
+        case.summarize("centroids", new_tokens=new_tokens)
+        for row, length in enumerate(case.lens.tolist()):
+            at = np.arange(length)
+            for head in range(2):
+                keys = case.k[case.table[row, at // page_size], head, at % page_size].astype(np.float64)
+                want = encode_centroids(row_centroids(keys.reshape(length, head_dim), page_size))
+                ids, first = case.table[row, : len(want.codes)], max(0, length - new_tokens) // page_size
+                codes, scales = case.summaries[ids, head], case.scales[ids, head]
+                assert (codes[:first] == 255).all() and np.isnan(scales[:first]).all()
+                np.testing.assert_allclose(scales[first:].astype(float), want.scales[first:].astype(float), rtol=2e-3)
+                off = np.stack((codes[first:] & 15, codes[first:] >> 4)).astype(int) - np.stack(
+                    (want.codes[first:] & 15, want.codes[first:] >> 4))
+                assert np.abs(off).max(initial=0) <= 1 and np.count_nonzero(off) <= 0.01 * off.size
+
+
 def test_a_long_row_selects_exactly() -> None:
     """More pages than a thread reads at once, of scores whose k-th largest has many, few or no others beside it."""
     rng, pages, pins = np.random.default_rng(5), 5003, Pins(1, 2)
@@ -268,8 +299,10 @@ def test_a_row_is_cut_for_the_gpu() -> None:
     assert variant.warps_of(DecodeShape(128, 8, 128, 16), 8192, 8, 132, "softmax_mean") == 8
 
 
-@pytest.mark.parametrize(("capability", "head_dim", "group", "dtype", "method", "summary_dtype"), slow_unless_of(lambda *case: case[-1] == CODES and case[0] == 90, [
-    (86, 128, 4, "float16", "mean_std", None), (90, 128, 16, "bfloat16", "mean_std", None),
+@pytest.mark.parametrize(("capability", "head_dim", "group", "dtype", "method", "summary_dtype"), slow_unless_of(lambda *case: case[-1] == CODES and case[0] == 90 or case[-2:] == ("centroids", None), [
+    (90, 128, 4, "float16", "centroids", None), (86, 64, 16, "bfloat16", "centroids", None),
+    (90, 256, 8, "bfloat16", "centroids", None), (90, 128, 16, "float16", "centroids", None),
+    (90, 64, 3, "float16", "centroids", None), (86, 128, 4, "float16", "mean_std", None), (90, 128, 16, "bfloat16", "mean_std", None),
     (86, 64, 16, "bfloat16", "quest", None), (90, 256, 8, "float16", "mean_std", None),
     (90, 128, 4, "float16", None, None), (90, 128, 4, "float16", "mean_std", CODES),
     (86, 256, 8, "bfloat16", "quest", CODES), (90, 128, 4, "float16", "quest", None),

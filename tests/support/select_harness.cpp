@@ -3,6 +3,11 @@
 // Stands in for mma.cuh, as decode_harness.cpp does, and for what these kernels alone take of it.
 #include "instructions_on_cpu.h"
 
+#if SUMMARIES
+#undef __shared__
+#define __shared__ static  // one CTA runs at a time
+#endif
+
 static int atomicAdd(int* at, int value) {
   ++progress;
   return (*at += value) - value;

@@ -45,7 +45,8 @@ class ServerOptions(OptionGroup):
         Optional[str],
         typer.Option(
             help="Decode steps read the pages that a method chooses where that pays: METHOD:BUDGET, such as "
-            "mean_std:0.1 or quest:0.05, or mean_std:0.1:8bit by summaries in 8 bits; by default all pages."
+            "mean_std:0.1, centroids:0.1 or quest:0.05, or mean_std:0.1:8bit by summaries in 8 bits; by default "
+            "all pages."
         ),
     ] = None
     select_every: Annotated[int, typer.Option(help="Layers that read the lists which the first of them selects.")] = 1

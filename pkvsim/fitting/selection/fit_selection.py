@@ -52,7 +52,7 @@ def predicted(cell: MeasuredSelection, device: DeviceSpec, constants: SelectionC
     for suffix, summary_dtype in (("", None), ("_8bit", CODES)):
         setup = SelectionSetup(budget=Budget(cell.fraction, 0), pins=Pins(1, 2), summary_dtype=summary_dtype)
         us = selected_us(lens, heads, row, list_rule(setup), constants)
-        found[f"select{suffix}"] = selecting_us(lens, heads, row[BANDWIDTH], setup.coded, constants)
+        found[f"select{suffix}"] = selecting_us(lens, heads, row[BANDWIDTH], setup.form, constants)
         found[f"everything{suffix}"] = us.select + us.attend
         found[f"summarize_one_token{suffix}"] = us.keep
     return found | {"attend": us.attend}

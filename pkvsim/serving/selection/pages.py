@@ -20,7 +20,7 @@ from pkvsim.policy.choose import Prices
 from pkvsim.policy.selecting import pays
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.selected import ListRule, list_rule, selected_step_time, selected_us, tokens_of_list
-from pkvsim.selection.setup import SelectionSetup, head_summary_bytes
+from pkvsim.selection.setup import IN_16_BITS, SelectionSetup, head_summary_bytes
 from pkvsim.serving.selection.memory import selecting_layers
 
 BALANCED_ROUTE = ROUTES.index("balanced")
@@ -46,7 +46,7 @@ def make_selecting(
     """Of the kinds of layers that routes serve. setup: None where the server selects nothing."""
     if setup is None:
         nothing = SelectionConstants(*[1.0] * len(SelectionConstants._fields))
-        return Selecting(False, np.zeros(len(groups), np.int64), ListRule(1, 0, 0, 1, False), nothing, 0.0)
+        return Selecting(False, np.zeros(len(groups), np.int64), ListRule(1, 0, 0, 1, IN_16_BITS), nothing, 0.0)
     layers, prices = np.array(selecting_layers(groups, setup), np.int64), selection_entry(device).constants
     issue_us = 0.0 if graphs else prices.run_us / setup.every
     return Selecting(bool(layers.any()), layers, list_rule(setup), prices, issue_us)
@@ -80,7 +80,7 @@ def select_pages(
                 prices.layer_us[BALANCED_ROUTE] = mean_us
                 prices.gpu_us[BALANCED_ROUTE], prices.host_us[BALANCED_ROUTE] = gpu_us, host_us
                 token_bytes = heads.num_kv_heads * (heads.head_dim + heads.v_head_dim) * heads.kv_element_bytes
-                summary_bytes = heads.num_kv_heads * head_summary_bytes(heads.head_dim, selecting.rule.coded)
+                summary_bytes = heads.num_kv_heads * head_summary_bytes(heads.head_dim, selecting.rule.form)
                 for row in range(len(lens)):
                     listed += tokens_of_list(lens[row], heads.page_size, selecting.rule) * token_bytes * chosen
                     whole += lens[row] * token_bytes * chosen

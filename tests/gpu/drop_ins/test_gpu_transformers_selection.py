@@ -15,7 +15,8 @@ register()
 LENS = [500, 2, 333, 64]
 
 
-@pytest.mark.parametrize(("method", "summary_dtype"), [("mean_std", None), ("quest", None), ("mean_std", "uint8")])
+@pytest.mark.parametrize(("method", "summary_dtype"), [("mean_std", None), ("quest", None), ("mean_std", "uint8"),
+                                                       ("centroids", None)])
 def test_generate_over_selected_pages(method: str, summary_dtype: str | None) -> None:
     model = make_model("llama", head_dim=64, dtype=torch.float16, device="cuda")
     inputs, new_tokens = prompts(LENS, "left", device="cuda"), 30

@@ -9,9 +9,9 @@ import torch
 from gpu import DecodeEngine, PageSelector, PageSummaries
 from gpu.measure.timing import capture, shared_stream
 from pkvsim import DecodeShape, reference
-from pkvsim.selection import by_name
+from pkvsim.selection import by_name, centroids
 from pkvsim.selection.rules import Budget, Pins, top_pages
-from pkvsim.selection.summaries import CODES, decode, encode, row_summaries
+from pkvsim.selection.summaries import CODES, as_kept, encode, row_summaries
 
 
 class Pool:
@@ -44,6 +44,8 @@ class Pool:
     ("mean_std", 256, 8, 16, "float16", None), ("mean_std", 128, 16, 32, "float16", None),
     ("mean_std", 128, 4, 16, "float16", CODES), ("quest", 128, 16, 16, "bfloat16", CODES),
     ("mean_std", 64, 5, 16, "bfloat16", CODES), ("mean_std", 256, 8, 16, "float16", CODES),
+    ("centroids", 128, 4, 16, "float16", None), ("centroids", 64, 12, 16, "bfloat16", None),
+    ("centroids", 256, 8, 32, "float16", None), ("centroids", 128, 16, 4, "bfloat16", None),
 ])  # fmt: skip
 def test_lists_are_those_of_the_rules(method: str, head_dim: int, group: int, page_size: int, dtype: str,
                                       summary_dtype: str | None) -> None:
@@ -64,9 +66,7 @@ def test_lists_are_those_of_the_rules(method: str, head_dim: int, group: int, pa
             assert (counts[row] == count).all() and (counts_again[row] == count).all()
             for head in range(2 * (row_pages > 0)):
                 q = pool.q[row, head * group : (head + 1) * group].double().cpu().numpy()
-                found = row_summaries(pool.keys(row, head), page_size, rule.SUMMARY)
-                if summary_dtype == CODES:
-                    found = decode(*encode(found, rule.SUMMARY), rule.SUMMARY)
+                found = as_kept(pool.keys(row, head), page_size, rule.SUMMARY, summary_dtype)
                 scores = rule.scores(q, found, head_dim**-0.5)
                 got, want = pages[row, head, :count], top_pages(scores, count, pins)
                 assert (pages_again[row, head, :count] == got).all()
@@ -138,15 +138,42 @@ def test_codes_follow_growth(kind: str) -> None:
                 assert (got[:first] == 255).all() and np.isnan(of[:first]).all()
 
 
-@pytest.mark.parametrize("summary_dtype", [None, CODES])
-def test_a_graph_selects_and_attends(summary_dtype: str | None) -> None:
+@pytest.mark.parametrize(("head_dim", "page_size", "dtype"), [(128, 16, "float16"), (64, 16, "bfloat16"),
+                                                              (256, 4, "float16"), (128, 40, "bfloat16")])
+def test_centroids_follow_growth(head_dim: int, page_size: int, dtype: str) -> None:
+    """Codes and scales are those of the keys that a page has, also where these are fewer than the parts."""
+    shape = DecodeShape(4, 2, head_dim, page_size)
+    pool = Pool(shape, dtype, (0, 1, page_size, page_size + 1, 100, 1500), seed=3)
+    repeated = int(pool.table[5, 3])
+    pool.k[repeated] = pool.k[repeated][:, torch.arange(page_size, device="cuda") % 3]
+    summaries = PageSummaries(shape, pool.k, dtype, kind="centroids")
+    for new_tokens in (None, page_size + 4, 1):
+        summaries.array.fill_(255)
+        summaries.scales.fill_(float("nan"))
+        summaries.update(pool.k, *pool.on_gpu, new_tokens=new_tokens)
+        for row, length in enumerate(pool.lens.tolist()):
+            for head in range(2 * (length > 0)):
+                want = centroids.encode(centroids.row_centroids(pool.keys(row, head), page_size))
+                ids = torch.from_numpy(pool.table[row, : len(want.codes)].astype(np.int64)).cuda()
+                codes, scales = summaries.array[ids, head].cpu().numpy(), summaries.scales[ids, head].cpu().numpy()
+                first = 0 if new_tokens is None else max(0, length - new_tokens) // page_size
+                assert (codes[:first] == 255).all() and np.isnan(scales[:first]).all()
+                np.testing.assert_allclose(scales[first:].astype(float), want.scales[first:].astype(float), rtol=2e-3)
+                off = np.stack((codes[first:] & 15, codes[first:] >> 4)).astype(int) - np.stack(
+                    (want.codes[first:] & 15, want.codes[first:] >> 4))
+                assert np.abs(off).max(initial=0) <= 1 and np.count_nonzero(off) <= 0.01 * off.size
+
+
+@pytest.mark.parametrize(("method", "summary_dtype"), [("mean_std", None), ("mean_std", CODES), ("centroids", None)])
+def test_a_graph_selects_and_attends(method: str, summary_dtype: str | None) -> None:
     """Growth, summaries, selection and attention in one captured step, without the host; new queries every time."""
     shape, budget, pins = DecodeShape(32, 8, 128, 16), Budget(0.1, 4), Pins(1, 2)
     pool = Pool(shape, "float16", (3000, 100, 20000, 0, 513), seed=4, max_pages=1300)
     lens, table = pool.on_gpu
-    summaries = PageSummaries(shape, pool.k, summary_dtype=summary_dtype)
+    kind = by_name.method(method).SUMMARY
+    summaries = PageSummaries(shape, pool.k, kind=kind, summary_dtype=summary_dtype)
     summaries.update(pool.k, lens, table)
-    selector = PageSelector(shape, budget=budget, pins=pins, summary_dtype=summary_dtype)
+    selector = PageSelector(shape, method=method, budget=budget, pins=pins, summary_dtype=summary_dtype)
     engine = DecodeEngine(shape)
     out, lse = torch.empty_like(pool.q), torch.empty(pool.q.shape[:2], device="cuda")
     selector.plan(lens, table)
