@@ -1,4 +1,4 @@
-"""One engine that vLLM's layers decode on, and which of its steps read the pages that rows share once. Needs no vLLM."""
+"""One engine that vLLM's layers decode on, and which of its steps read what rows share once. Needs no vLLM."""
 from __future__ import annotations
 
 import logging

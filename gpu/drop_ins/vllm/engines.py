@@ -1,6 +1,7 @@
 """The engines that vLLM's attention layers decode on, and its caches as they read them. Needs no vLLM."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,8 +162,8 @@ class Engines:
             for tokens in new:
                 self._try_out(decoder, 1, tokens)
                 if self.shared_prefixes:
-                    decoder.slots[tokens].prepare_sharing(
-                        most_rows, tokens, lambda rows, each=tokens: self._try_out(decoder, rows, each))
+                    try_out = functools.partial(self._try_out, decoder, query_tokens=tokens)
+                    decoder.slots[tokens].prepare_sharing(most_rows, tokens, try_out)
         return decoder
 
     def _empty_rows(self, num_rows: int, query_tokens: int) -> DecodeRows:
