@@ -3,6 +3,7 @@
     python examples/bench_vllm.py --json vllm.json                        # CUSTOM, FLASH_ATTN, TRITON_ATTN
     python examples/bench_vllm.py --backends CUSTOM,FLASH_ATTN --groups 32.8K,120K
     python examples/bench_vllm.py --eight-bit                             # 8 x 32.8K with FP8 and INT8 caches too
+    python examples/bench_vllm.py --shared --backends CUSTOM,FLASH_ATTN   # rows of one prompt, prefix caching
     python examples/bench_vllm.py --check                                 # greedy tokens against FLASH_ATTN's
     python examples/bench_vllm.py --check --kv-cache-dtype fp8            # against TRITON_ATTN's with the same cache
     python examples/bench_vllm.py --check --model smollm2                 # of a model on disk: serving/gguf_to_hf.py
@@ -50,6 +51,9 @@ def main() -> None:
                              " and ".join(plans.EIGHT_BIT))
     parser.add_argument("--vllm-append", action="store_true",
                         help="CUSTOM with vLLM's kernel that stores keys and values too")
+    parser.add_argument("--shared", action="store_true",
+                        help="rows of one prompt in place of the groups, with prefix caching: CUSTOM with and without "
+                             "shared_prefixes, FLASH_ATTN with and without vLLM's cascade attention")
     parser.add_argument("--steps", type=int, default=60, help="steps timed for each shape")
     parser.add_argument("--seconds", type=float, default=540.0, help="after which nothing more is begun")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile: starts faster")
@@ -84,6 +88,9 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     if args.plan:
         requests = "" if args.requests is None else str(args.requests.resolve())
         stages = plans.plan(args.plan, plans.Given(llama, str(checked), folder, requests, begin, end))
+    elif args.shared:
+        given = plans.Given(llama, str(checked), folder, "", begin, end)
+        stages = plans.shared(given, args.backends.split(","), args.steps)
     elif args.check:
         stages = [plans.checks(str(checked), folder, end, (args.kv_cache_dtype,), args.eager)]
     else:

@@ -48,6 +48,7 @@ class Group:
     name: str
     prompts: tuple[int, ...]  # tokens of each
     shapes: tuple[Shape, ...]
+    shared_tokens: int = 0  # of those the first ones, which are the same in all prompts
 
 
 GROUPS = (
@@ -59,12 +60,25 @@ GROUPS = (
     Group("8.3K", (8250,) * 32, (Shape("32 x 8.3K", 32, 13.2), Shape("8 x 8.3K", 8, 7.00))),
     Group("120K", (120000,), (Shape("1 x 120K", 1, 8.60),)),
 )
+# Of engines with prefix caching, whose rows then have the same blocks; and as long rows that share nothing.
+SHARED_GROUPS = (
+    Group("8K shared", (8704,) * 32, (Shape("32 x (8K shared + 512)", 32), Shape("16 x (8K shared + 512)", 16)), 8192),
+    Group("8K apart", (8704,) * 32, (Shape("32 x 8.7K apart", 32), Shape("16 x 8.7K apart", 16))),
+)
+BLOCK_TOKENS = 16  # vLLM's default
 CAPTURED = (1, 2, 4, *range(8, 129, 8))  # batch sizes of CUDA graphs: vLLM's own, up to our largest
 CAPTURED_FOR_TOKENS = (1, 2, 4, 8, 16)  # enough for the rows of --check
+CAPTURED_FOR_SHARED = (1, 2, 4, 8, 16, 24, 32)  # and of SHARED_GROUPS
 KV_BYTES = 100 << 30  # of the cache: what the 11 served cases need, most of it for 16 x 32.8K
 KV_BYTES_FOR_TOKENS = 2 << 30  # so that engines that are compared start side by side
 KV_BYTES_FOR_MIX = 24 << 30  # so little that a mix of lengths has rows preempted
 
+
+def label(backend: str, kv_cache_dtype: str = "auto", *, vllm_append: bool = False, shared_prefixes: bool = False,
+          cascade: bool = False) -> str:
+    """What an engine is called in tables and lines."""
+    own = backend if kv_cache_dtype == "auto" else f"{backend} {kv_cache_dtype}"
+    return own + " vLLM's append" * vllm_append + " shared prefixes" * shared_prefixes + " cascade" * cascade
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +104,17 @@ class Job:
     mix_s: float = 0.0  # seconds of requests of drawn lengths, after everything else
     kv_bytes: int = KV_BYTES  # of the cache
     vllm_append: bool = False  # CUSTOM with vLLM's kernel that stores keys and values, also in captured steps
+    prefix_caching: bool = False
+    shared_prefixes: bool = False  # CUSTOM with the option that reads them once
+    cascade: bool = False  # FLASH_ATTN with vLLM's cascade attention allowed, on the one runner of vLLM that has it
     plain: bool = False  # an engine that starts as vLLM starts it, in a new process
     grace_s: float = 25.0  # to end after `until`, before the job is killed
     title: str = ""  # of a model that is not Llama-3.1-8B's shape
 
     @property
     def name(self) -> str:
-        own = self.backend if self.kv_cache_dtype == "auto" else f"{self.backend} {self.kv_cache_dtype}"
-        own += " vLLM's append" * self.vllm_append
+        own = label(self.backend, self.kv_cache_dtype, vllm_append=self.vllm_append,
+                    shared_prefixes=self.shared_prefixes, cascade=self.cascade)
         return f"{self.title} {own}" if self.title else own
 
     def write(self, path: Path) -> Path:
@@ -146,7 +163,7 @@ def engine_arguments(job: Job) -> dict[str, object]:
     The cache's bytes are given, so that no engine measures a GPU's memory while another process uses it.
     """
     given: dict[str, object] = {
-        "model": job.model, "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0,
+        "model": job.model, "skip_tokenizer_init": True, "enable_prefix_caching": job.prefix_caching, "seed": 0,
         "attention_backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "dtype": "bfloat16",
         "max_num_batched_tokens": 2048, "max_num_seqs": 256, "gpu_memory_utilization": 0.3,
         "kv_cache_memory_bytes": job.kv_bytes, "enforce_eager": job.eager,
@@ -154,8 +171,12 @@ def engine_arguments(job: Job) -> dict[str, object]:
     }
     if job.tokens:
         given |= {"max_logprobs": 20, "gpu_memory_utilization": 0.02, "max_num_seqs": max(CAPTURED_FOR_TOKENS)}
+    if job.shared_prefixes:
+        given["additional_config"] = {"persistentkv": {"shared_prefixes": True}}
+    if job.cascade:
+        given["disable_cascade_attn"] = False
     if not job.eager:
-        sizes = CAPTURED_FOR_TOKENS if job.tokens else CAPTURED
+        sizes = CAPTURED_FOR_TOKENS if job.tokens else CAPTURED_FOR_SHARED if job.prefix_caching else CAPTURED
         given["compilation_config"] = {"cudagraph_capture_sizes": list(sizes)}
     if job.backend == "FLASHINFER":
         given["dtype"] = "float16"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_bench import serving
-from vllm_bench.cases import GROUPS, Group, Job, Shape, engine_arguments
+from vllm_bench.cases import BLOCK_TOKENS, GROUPS, SHARED_GROUPS, Group, Job, Shape, engine_arguments
 from vllm_bench.report import case_line
 from vllm_bench.start import prefills_without_attention, say, start_sooner
 
@@ -38,7 +38,8 @@ def run(job: Job) -> None:
     engine, config = llm.llm_engine, llm.llm_engine.vllm_config
     found: dict[str, Any] = {
         "backend": job.backend, "kv_cache_dtype": job.kv_cache_dtype, "vllm_append": job.vllm_append,
-        "title": job.title, "start_s": time.monotonic() - begin,
+        "shared_prefixes": job.shared_prefixes, "cascade": job.cascade, "title": job.title,
+        "start_s": time.monotonic() - begin,
         "async_scheduling": config.scheduler_config.async_scheduling,
         "cudagraph_mode": str(config.compilation_config.cudagraph_mode), "shapes": [], "cases": {},
     }
@@ -63,7 +64,7 @@ def _time_and_serve(engine: Any, job: Job, found: dict[str, Any]) -> None:
     ids = itertools.count()
     layers = engine.vllm_config.compilation_config.static_forward_context
     skip_attention = prefills_without_attention(layers)
-    for group in (group for group in GROUPS if group.name in job.groups):
+    for group in (group for group in (*GROUPS, *SHARED_GROUPS) if group.name in job.groups):
         if time.monotonic() > job.until:
             say(f"{job.name}: out of time before {group.name}")
             break
@@ -123,7 +124,7 @@ def _measure(engine: Any, group: Group, job: Job, ids: Iterator[int], skip_atten
     most = (job.steps + SETTLING_STEPS + 4) * (len(group.shapes) + 1) + len(group.prompts) * 64 + 512
     rows = [f"{group.name}-{next(ids)}" for _ in group.prompts]
     for number, (row, length) in enumerate(zip(rows, group.prompts)):
-        engine.add_request(row, serving.prompt(length, number), serving.sampling(most))
+        engine.add_request(row, _prompt(group, number, length), serving.sampling(most))
     produced = dict.fromkeys(rows, 0)
     filled = time.perf_counter()
     skip_attention(True)
@@ -132,16 +133,37 @@ def _measure(engine: Any, group: Group, job: Job, ids: Iterator[int], skip_atten
             produced[output.request_id] += len(output.outputs[0].token_ids)
     skip_attention(False)
     say(f"{job.name}: {group.name} prefilled in {time.perf_counter() - filled:.1f} s")
+    blocks = _count_blocks(engine, group) if group.shared_tokens else {}
     for shape in group.shapes:
         if time.monotonic() > job.until:
             say(f"{job.name}: out of time before {shape.name}")
             break
         engine.abort_request(rows[shape.rows:])
         rows = rows[:shape.rows]
-        yield shape, _time_steps(engine, shape, rows, produced, group, job.steps)
+        yield shape, _time_steps(engine, shape, rows, produced, group, job.steps) | blocks
     engine.abort_request(rows)
     while engine.has_unfinished_requests():
         engine.step()
+
+
+def _prompt(group: Group, number: int, length: int) -> dict[str, list[int]]:
+    """The prompt of a group's row, as many of its first tokens those of all rows as the group says."""
+    own = serving.prompt(length, number)["prompt_token_ids"]
+    common = serving.prompt(group.shared_tokens, len(group.prompts))["prompt_token_ids"]
+    return {"prompt_token_ids": common + own[group.shared_tokens:]}
+
+
+def _count_blocks(engine: Any, group: Group) -> dict[str, int]:
+    """Blocks in the tables of a group's rows, and the distinct ones. RuntimeError where rows do not share the first."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    ids = [block for request in scheduler.running
+           for blocks in scheduler.kv_cache_manager.get_block_ids(request.request_id) for block in blocks]
+    found = {"blocks": len(ids), "distinct_blocks": len({*ids})}
+    say(f"{group.name}: {found['distinct_blocks']} distinct of {found['blocks']} blocks of {len(group.prompts)} rows")
+    saved = (len(group.prompts) - 1) * (group.shared_tokens // BLOCK_TOKENS)
+    if found["distinct_blocks"] > found["blocks"] - saved:
+        raise RuntimeError(f"{group.name}: expected prefix caching to save {saved} blocks, got {found}")
+    return found
 
 
 def _time_steps(engine: Any, shape: Shape, rows: list[str], produced: dict[str, int], group: Group,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_bench.cases import GROUPS, KV_BYTES_FOR_MIX, KV_BYTES_FOR_TOKENS, Job
+from vllm_bench.cases import GROUPS, KV_BYTES_FOR_MIX, KV_BYTES_FOR_TOKENS, SHARED_GROUPS, Job
 
 EVERY_GROUP = tuple(group.name for group in GROUPS)
 EIGHT_BIT = ("fp8", "int8_per_token_head")
@@ -57,6 +57,20 @@ def plan(name: str, given: Given) -> list[list[Job]]:
         return [checks(given.checked, given.results, given.begin + CHECKS_S, vllm_append=True),
                 [given.job(99, "CUSTOM", mix_s=3600.0, kv_bytes=KV_BYTES_FOR_MIX, title="mix")]]
     raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name}")
+
+
+def shared(given: Given, backends: Iterable[str], steps: int) -> list[list[Job]]:
+    """Engines with prefix caching on rows of one prompt: each as it comes, then with what reads it once. CUSTOM also
+    times rows that share nothing, which the option must not slow down."""
+    sharing = tuple(group.name for group in SHARED_GROUPS if group.shared_tokens)
+    every = tuple(group.name for group in SHARED_GROUPS)
+    ways = {"CUSTOM": ({}, {"shared_prefixes": True}), "FLASH_ATTN": ({}, {"cascade": True})}
+    found: list[list[Job]] = []
+    for backend in backends:
+        for way in ways.get(backend, ({},)):
+            groups = every if backend == "CUSTOM" else sharing
+            found.append([given.job(len(found), backend, groups=groups, steps=steps, prefix_caching=True, **way)])
+    return found
 
 
 def checks(model: str, results: Path, until: float, kinds: Iterable[str] = ("auto", *EIGHT_BIT),

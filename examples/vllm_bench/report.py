@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
-from vllm_bench.cases import GROUPS
+from vllm_bench.cases import GROUPS, SHARED_GROUPS, label
 
 
 def times_table(found: Iterable[dict[str, Any]]) -> Table:
@@ -17,7 +17,7 @@ def times_table(found: Iterable[dict[str, Any]]) -> Table:
     table = Table("shape", *names, "ours over the best other, %", "reference, ms",
                   title="decode steps, median ms; reference: FlashAttention 3, vLLM 0.24.0, H200")
     others = [name_of(one) for one in found if one["backend"] != "CUSTOM" and one["kv_cache_dtype"] == "auto"]
-    for shape in (shape for group in GROUPS for shape in group.shapes):
+    for shape in (shape for group in (*GROUPS, *SHARED_GROUPS) for shape in group.shapes):
         times = [medians.get((name, shape.name)) for name in names]
         best = min((medians[name, shape.name] for name in others if (name, shape.name) in medians), default=None)
         own = medians.get(("CUSTOM", shape.name))
@@ -54,8 +54,8 @@ def _figures(of: dict[str, float] | None) -> tuple[str, str, str]:
 
 
 def name_of(one: dict[str, Any]) -> str:
-    own = one["backend"] if one["kv_cache_dtype"] == "auto" else f"{one['backend']} {one['kv_cache_dtype']}"
-    return own + " vLLM's append" * one.get("vllm_append", False)
+    told = {name: one.get(name, False) for name in ("vllm_append", "shared_prefixes", "cascade")}
+    return label(one["backend"], one["kv_cache_dtype"], **told)
 
 
 @dataclass(frozen=True, slots=True)

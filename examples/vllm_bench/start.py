@@ -156,7 +156,7 @@ def _wait(running: dict[int, Job]) -> list[Job]:
 
 def start_sooner(job: Job) -> None:
     """Before an engine of this process is made: what it would do again, or for nothing, it leaves out."""
-    from vllm.config import AttentionConfig, CacheConfig
+    from vllm.config import AttentionConfig, CacheConfig, VllmConfig
     from vllm.model_executor.models import registry
     from vllm.v1.worker import gpu_worker
 
@@ -173,6 +173,23 @@ def start_sooner(job: Job) -> None:
     quantises_queries = job.kv_cache_dtype != "auto" and job.backend != "CUSTOM"  # in the graph, before attention
     if not job.tokens and not quantises_queries:
         AttentionConfig.compute_hash = CacheConfig.compute_hash = lambda self: SHARED_HASH
+    if job.shared_prefixes:
+        VllmConfig.compute_hash = _without_additions(VllmConfig.compute_hash)
+    if job.cascade:  # not by the environment, of which the graph's name depends as well
+        VllmConfig.use_v2_model_runner = property(lambda self: False)
+
+
+def _without_additions(own: Callable) -> Callable:
+    """compute_hash() of a VllmConfig whose additional_config is only for attention, which the graph does not know."""
+
+    def compute_hash(self: object) -> str:
+        kept, self.additional_config = self.additional_config, {}
+        try:
+            return own(self)
+        finally:
+            self.additional_config = kept
+
+    return compute_hash
 
 
 def prefills_without_attention(layers: dict[str, object]) -> Callable[[bool], None]:

@@ -22,7 +22,7 @@ ANY = ("*",)  # all fields or members, not a choice of them
 # attributes that methods set on self. A class comes after its bases.
 TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.config": {
-        "VllmConfig": ("cache_config", "compilation_config", "model_config", "parallel_config", "scheduler_config",
+        "VllmConfig": ("additional_config", "cache_config", "compilation_config", "model_config", "parallel_config", "scheduler_config",
                        "speculative_config"),
         "CacheConfig": ("cache_dtype",),
         "CompilationConfig": ("max_cudagraph_capture_size", "static_forward_context"),

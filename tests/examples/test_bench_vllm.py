@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import itertools
 import json
@@ -19,19 +20,32 @@ from hypothesis import strategies as st
 from rich.console import Console
 from serving.gguf_to_hf import token_ids
 from vllm_bench import child, plans, serving, start
-from vllm_bench.cases import CAPTURED, GROUPS, LLAMA_8B, Job, engine_arguments, environment, write_model, write_plugin
+from vllm_bench.cases import (
+    CAPTURED,
+    CAPTURED_FOR_SHARED,
+    GROUPS,
+    LLAMA_8B,
+    SHARED_GROUPS,
+    Job,
+    engine_arguments,
+    environment,
+    write_model,
+    write_plugin,
+)
 from vllm_bench.report import compare, times_table
 from vllm_engine import Engine, modules, python_path, write_checked_model
 
+from gpu.drop_ins.vllm.options import read_options
 from gpu.serve.model.gguf import halves, hf_name
 
 
 def test_shapes_drop_rows_and_fit_the_model_and_its_graphs() -> None:
-    for group in GROUPS:
+    for group in (*GROUPS, *SHARED_GROUPS):
         rows = [shape.rows for shape in group.shapes]
         assert rows == sorted(rows, reverse=True) and rows[0] == len(group.prompts)
         assert max(group.prompts) + 4096 <= LLAMA_8B["max_position_embeddings"]
-        assert max(rows) <= max(CAPTURED)
+        assert max(rows) <= max(CAPTURED if group in GROUPS else CAPTURED_FOR_SHARED)
+        assert all(group.shared_tokens < length for length in group.prompts) and group.shared_tokens % 16 == 0
 
 
 def test_jobs_survive_their_file_and_say_what_vllm_is_given(tmp_path) -> None:
@@ -68,6 +82,40 @@ def test_steps_are_timed_in_which_every_row_decodes_and_none_else(tmp_path, engi
     assert 32700 < found["4 x 32.8K"]["mean_context"] < 33400
     child.run(Job("FLASH_ATTN", "auto", "model", str(results), ("120K",), steps=5, until=0.0))
     assert json.loads(results.read_text())["shapes"] == []  # out of time
+
+
+def test_rows_of_one_prompt_have_the_same_blocks_or_an_error(tmp_path, engine) -> None:
+    results = tmp_path / "results.json"
+    stages = plans.shared(_given(tmp_path), ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN"), 5)
+    jobs = [dataclasses.replace(job, results=str(results)) for stage in stages for job in stage]
+    assert [job.name for job in jobs] == ["CUSTOM", "CUSTOM shared prefixes", "FLASH_ATTN", "FLASH_ATTN cascade",
+                                          "TRITON_ATTN"]
+    for job in jobs[1:4:2]:
+        child.run(job)
+        (found,) = [json.loads(results.read_text())]
+        assert bench_vllm.name_of(found) == job.name
+        assert [one["shape"] for one in found["shapes"]] == [
+            shape.name for group in SHARED_GROUPS if group.name in job.groups for shape in group.shapes]
+        assert found["shapes"][0]["distinct_blocks"] == 512 + 32 * 32 and found["shapes"][0]["blocks"] == 32 * 544
+    assert bench_vllm.report([found]) == 0
+    engine.caches = False
+    with pytest.raises(RuntimeError, match="8K shared: expected prefix caching to save"):
+        child.run(jobs[0])
+
+
+def test_what_shared_engines_are_given(engine) -> None:
+    from vllm.config import VllmConfig
+
+    asked = engine_arguments(Job("CUSTOM", "auto", "m", "r", prefix_caching=True, shared_prefixes=True))
+    assert asked["enable_prefix_caching"] and read_options(asked["additional_config"]).shared_prefixes
+    assert "additional_config" not in engine_arguments(Job("CUSTOM", "auto", "m", "r", prefix_caching=True))
+    assert engine_arguments(Job("FLASH_ATTN", "auto", "m", "r", cascade=True))["disable_cascade_attn"] is False
+    config = VllmConfig()
+    config.additional_config = asked["additional_config"]
+    start.start_sooner(Job("FLASH_ATTN", "auto", "m", "r", cascade=True))
+    assert config.compute_hash() != "{}" and not config.use_v2_model_runner
+    start.start_sooner(Job("CUSTOM", "auto", "m", "r", shared_prefixes=True))
+    assert config.compute_hash() == "{}" and config.additional_config == asked["additional_config"]
 
 
 def test_layers_skip_attention_only_while_told_to() -> None:
@@ -168,7 +216,7 @@ def test_a_process_for_each_job_and_what_failed_leaves_the_rest(tmp_path, monkey
 
 def test_checks_compare_tokens_and_say_what_is_wrong(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "packages"))
-    arguments = argparse.Namespace(seconds=20.0, model=write_checked_model(tmp_path / "checked"), check=True, plan=None,
+    arguments = argparse.Namespace(seconds=20.0, model=write_checked_model(tmp_path / "checked"), check=True, plan=None, shared=False,
                                    kv_cache_dtype="auto", eager=False, json=None)
     assert bench_vllm.run(arguments, tmp_path) == 0
     assert "CUSTOM against FLASH_ATTN: 448 tokens agree" in capfd.readouterr().out

@@ -43,6 +43,7 @@ class FakeVllm:
     stored: list[int] = dataclasses.field(default_factory=list)  # rows of each call of our writers that had any token
     step: Any = None  # the current step's metadata, by layer
     refused: str | None = None  # what making an engine ends with
+    most_grouped: int = 1 << 20  # rows that engines can plan with groups
 
     @property
     def adapter(self) -> types.ModuleType:
@@ -56,7 +57,8 @@ class FakeVllm:
         return getattr(self.modules[module], name)
 
     def configure(self, *, cache_dtype: str = "auto", dtype: torch.dtype = torch.float32, drafts: int | None = None,
-                  max_num_seqs: int = 16, ubatching: bool = False, data_parallel_size: int = 1) -> Any:
+                  max_num_seqs: int = 16, ubatching: bool = False, data_parallel_size: int = 1,
+                  additional_config: Any = None) -> Any:
         """Makes and sets the current VllmConfig."""
         given = {
             "CacheConfig": {"cache_dtype": cache_dtype},
@@ -69,9 +71,10 @@ class FakeVllm:
         parts = {name: settle(self.named("vllm.config", name).__new__(self.named("vllm.config", name)), **values)
                  for name, values in given.items()}
         whole = self.named("vllm.config", "VllmConfig")
-        self.config = settle(whole.__new__(whole), cache_config=parts["CacheConfig"],
-                             compilation_config=parts["CompilationConfig"], model_config=parts["ModelConfig"],
-                             parallel_config=parts["ParallelConfig"], scheduler_config=parts["SchedulerConfig"],
+        self.config = settle(whole.__new__(whole), additional_config=additional_config or {},
+                             cache_config=parts["CacheConfig"], compilation_config=parts["CompilationConfig"],
+                             model_config=parts["ModelConfig"], parallel_config=parts["ParallelConfig"],
+                             scheduler_config=parts["SchedulerConfig"],
                              speculative_config=None if drafts is None else parts["SpeculativeConfig"])
         return self.config
 
@@ -85,12 +88,20 @@ class BaseMetadata:
 
 
 class PlainEngine:
-    """DecodeEngine's plan() and run() with NHD pages, computed in float64. `plans` counts."""
+    """DecodeEngine's plan() and run() with NHD pages, computed in float64. `plans` counts; `shared`: rows of those that
+    were planned with groups."""
 
     def __init__(self, vllm: FakeVllm, kind: vllm_engines.LayerKind, query_tokens: int) -> None:
         self.vllm, self.kind, self.query_tokens, self.plans, self.tables = vllm, kind, query_tokens, 0, None
+        self.shared: list[int] = []
 
-    def plan(self, seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
+    def plan(self, seq_lens: torch.Tensor, block_table: torch.Tensor, *, groups: str | None = None) -> None:
+        assert groups in (None, "auto")
+        if groups and self.kind.window is not None:
+            raise ValueError("window: expected None with groups, of whose pages it may hide some")
+        if groups and len(seq_lens) > self.vllm.most_grouped:
+            raise ValueError(f"groups: expected at most {self.vllm.most_grouped} rows, got {len(seq_lens)}")
+        self.shared += [len(seq_lens)] if groups else []
         assert seq_lens.dtype == block_table.dtype == torch.int32 and len(seq_lens) == len(block_table) > 0
         self.tables, self.plans = (block_table, seq_lens), self.plans + 1
 

@@ -1,7 +1,7 @@
 """What bench_vllm's processes use of vLLM, without vLLM: an engine that hands out tokens and computes nothing.
 
 The folder of a model says what goes wrong: `fails` does not start, `hangs` never does, `short` ends requests a token
-early, and `silent` cannot be asked for tokens.
+early, `silent` cannot be asked for tokens, and `uncached` gives every row blocks of its own.
 """
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class Engine:
 
     def __init__(self, model: str = "model", most_tokens: int = 131_072) -> None:
         self.left, self.owed, self.queue = {}, {}, deque()
-        self.most_tokens, self.short = most_tokens, model == "short"
+        self.most_tokens, self.short, self.caches = most_tokens, model == "short", model != "uncached"
+        self.prompts: dict[str, list[int]] = {}
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=Scheduler(self)))
         self.layer = SimpleNamespace(impl=SimpleNamespace(forward=lambda *args, **kwargs: kwargs["output"]))
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(async_scheduling=True),
@@ -31,6 +33,7 @@ class Engine:
     def add_request(self, row: str, prompt: dict, params: SimpleNamespace) -> None:
         assert row not in self.left and min(prompt["prompt_token_ids"]) >= 0
         assert len(prompt["prompt_token_ids"]) + params.max_tokens <= self.most_tokens
+        self.prompts[row] = prompt["prompt_token_ids"]
         self.left[row], self.owed[row] = len(prompt["prompt_token_ids"]), params.max_tokens - self.short
 
     def abort_request(self, rows: list[str]) -> None:
@@ -60,6 +63,24 @@ class Engine:
                 for row, last in made]
 
 
+class Scheduler:
+    """What is read of an engine's: running requests, and the ids of their blocks of 16 tokens, equal where all tokens
+    up to a block's end are."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.kv_cache_manager = engine, self
+
+    @property
+    def running(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(request_id=row) for row in self.engine.left]
+
+    def get_block_ids(self, row: str) -> tuple[list[int]]:
+        ids, tokens = [0 if self.engine.caches else hash(row)], self.engine.prompts[row]
+        for begin in range(0, len(tokens), 16):
+            ids.append(hash((ids[-1], *tokens[begin:begin + 16])))
+        return (ids[1:],)
+
+
 class LLM:
     def __init__(self, *, model: str, **given: object) -> None:
         self.model = Path(model).name
@@ -82,7 +103,9 @@ def modules() -> dict[str, types.ModuleType]:
     own = {
         "vllm": {"LLM": LLM, "SamplingParams": SimpleNamespace},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA="delta")},
-        "vllm.config": {"AttentionConfig": type("AttentionConfig", (), {}), "CacheConfig": type("CacheConfig", (), {})},
+        "vllm.config": {"AttentionConfig": type("AttentionConfig", (), {}), "CacheConfig": type("CacheConfig", (), {}),
+                        "VllmConfig": type("VllmConfig", (), {"compute_hash": lambda self: str(self.additional_config),
+                                                              "use_v2_model_runner": True})},
         "vllm.model_executor": {}, "vllm.model_executor.models": {},
         "vllm.model_executor.models.registry": {"_LazyRegisteredModel": type("Lazy", (), {})},
         "vllm.v1": {}, "vllm.v1.worker": {}, "vllm.v1.worker.gpu_worker": {"warmup_kernels": lambda *args: None},

@@ -31,6 +31,7 @@ from gpu.drop_ins.vllm.engines import (
     own_planes,
     unserved,
 )
+from gpu.drop_ins.vllm.options import read_options
 from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 
@@ -209,6 +210,10 @@ class PersistentBackend(FlashAttentionBackend):
             **others)
         if use_batch_invariant:
             reasons = [*reasons, "batch invariance not supported"]
+        try:
+            read_options(get_current_vllm_config().additional_config)
+        except ValueError as error:
+            reasons = [*reasons, str(error)]
         if use_kv_connector and KV_TYPES.get(kv_cache_dtype or "auto", (None, None))[1] == "token":
             reasons = [*reasons, "KV connector not supported with scales of tokens, which lie in planes of their own"]
         return reasons

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 
 from gpu.drop_ins.vllm.engines import Engines
+from gpu.drop_ins.vllm.options import read_options
 from gpu.drop_ins.vllm.step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
 
 # Whether captured decode steps store keys and values by our kernel too, beside which attention is launched and planned.
@@ -49,7 +50,7 @@ class _Builder(Mixin):
         self._query_tokens = served_query_tokens(drafts)
         self._most_rows = max(vllm_config.scheduler_config.max_num_seqs,
                               vllm_config.compilation_config.max_cudagraph_capture_size or 0)
-        self._engines = Engines(device)
+        self._engines = Engines(device, read_options(vllm_config.additional_config).shared_prefixes)
         # Ranks that idle beside others replay graphs over lengths that are nobody's, and drafters over lengths that
         # run past a row's end: only vLLM's slots say that nothing is to be stored then.
         self._appends = (APPENDS_IN_GRAPHS and speculative is None

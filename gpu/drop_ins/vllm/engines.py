@@ -1,12 +1,14 @@
 """The engines that vLLM's attention layers decode on, and its caches as they read them. Needs no vLLM."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gpu.drop_ins.vllm.engine_slot import EngineSlot
 from gpu.drop_ins.vllm.step import DecodeRows
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
@@ -81,15 +83,6 @@ def append(writer: Any, rows: DecodeRows, key: torch.Tensor, value: torch.Tensor
                   block_table=rows.block_table, **scales)
 
 
-@dataclass(slots=True, eq=False)
-class EngineSlot:
-    """An engine, the rows that it has planned, and where it writes the log-sums that nobody asks for."""
-
-    engine: Any
-    lse: torch.Tensor  # [most_rows, (query_tokens,) num_q_heads] float32
-    rows: DecodeRows | None = None
-
-
 class LayerDecoder:
     """Decode attention of one layer, by an engine for each number of query tokens that a row may have."""
 
@@ -113,9 +106,7 @@ class LayerDecoder:
         A step plans each engine at its first layer. Under capture this must not be the engine's first run.
         """
         slot = self.slots[rows.query_tokens]
-        if slot.rows is not rows:
-            slot.engine.plan(rows.seq_lens, rows.block_table)
-            slot.rows = rows
+        slot.plan(rows)
         if not q.is_contiguous():
             q = q.contiguous()  # without torch.compile, a slice of the product that gave q, k and v
         if rows.query_tokens > 1:
@@ -127,9 +118,13 @@ class LayerDecoder:
 
 @dataclass(slots=True, eq=False)
 class Engines:
-    """The engines of layers that get the same metadata: those of one kind share them, as vLLM runs layers in turn."""
+    """The engines of layers that get the same metadata: those of one kind share them, as vLLM runs layers in turn.
+
+    shared_prefixes: whether rows with one query token read the pages that they begin with in common once, together.
+    """
 
     device: torch.device
+    shared_prefixes: bool = False
     made: dict[tuple[LayerKind, int, int], EngineSlot] = field(default_factory=dict)
     writers: dict[LayerKind, Any] = field(default_factory=dict)
 
@@ -141,7 +136,7 @@ class Engines:
                 self.writers[kind] = make_writer(kind)
                 new = torch.zeros(1, *heads, dtype=getattr(torch, kind.dtype), device=self.device)
                 pages, scales = self._one_page(kind)
-                append(self.writers[kind], self._empty_row(1), new, new, pages, pages, scales, scales)
+                append(self.writers[kind], self._empty_rows(1, 1), new, new, pages, pages, scales, scales)
                 torch.cuda.synchronize(self.device)
         return self.writers[kind]
 
@@ -165,12 +160,15 @@ class Engines:
             decoder = LayerDecoder(kind, most_rows, {tokens: self.made[kind, tokens, most_rows] for tokens in wanted},
                                    sinks)
             for tokens in new:
-                self._try_out(decoder, tokens)
+                self._try_out(decoder, 1, tokens)
+                if self.shared_prefixes:
+                    try_out = functools.partial(self._try_out, decoder, query_tokens=tokens)
+                    decoder.slots[tokens].prepare_sharing(most_rows, tokens, try_out)
         return decoder
 
-    def _empty_row(self, query_tokens: int) -> DecodeRows:
-        return DecodeRows(torch.zeros(1, dtype=torch.int32, device=self.device),
-                          torch.zeros(1, 1, dtype=torch.int32, device=self.device), 1, query_tokens)
+    def _empty_rows(self, num_rows: int, query_tokens: int) -> DecodeRows:
+        return DecodeRows(torch.zeros(num_rows, dtype=torch.int32, device=self.device),
+                          torch.zeros(num_rows, 1, dtype=torch.int32, device=self.device), num_rows, query_tokens)
 
     def _one_page(self, kind: LayerKind) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A pool of one page of such layers, and its scales."""
@@ -181,13 +179,13 @@ class Engines:
             return pages, None
         return pages, torch.ones(pages.shape[:-1] if kind.kv_scales == "token" else (), device=self.device)
 
-    def _try_out(self, decoder: LayerDecoder, query_tokens: int) -> None:
-        """One run over an empty row: the engine compiles, and knows from whose library arrays come."""
+    def _try_out(self, decoder: LayerDecoder, num_rows: int, query_tokens: int) -> None:
+        """One run over empty rows: the engine compiles, and knows from whose library arrays come."""
         kind, shape, device = decoder.kind, decoder.kind.shape, self.device
         dtype = getattr(torch, kind.dtype)
         pages, scales = self._one_page(kind)
-        q = torch.zeros(query_tokens, shape.num_q_heads, shape.head_dim, dtype=dtype, device=device)
-        decoder.run(self._empty_row(query_tokens), q, pages, pages, torch.empty_like(q), scales, scales)
+        q = torch.zeros(num_rows * query_tokens, shape.num_q_heads, shape.head_dim, dtype=dtype, device=device)
+        decoder.run(self._empty_rows(num_rows, query_tokens), q, pages, pages, torch.empty_like(q), scales, scales)
         torch.cuda.synchronize(device)
 
 

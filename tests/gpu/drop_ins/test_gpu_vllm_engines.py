@@ -1,6 +1,7 @@
 """The vLLM adapter's engines on the GPU, without vLLM: on caches laid out as its own, captured, every cache type."""
 from __future__ import annotations
 
+import cupy
 import numpy as np
 import pytest
 import torch
@@ -8,18 +9,23 @@ from torch_paged import paged_attention
 
 from gpu.drop_ins.vllm.engines import KV_TYPES, SCALE_BYTES, Engines, LayerKind, append, own_planes
 from gpu.drop_ins.vllm.step import DecodeRows
+from gpu.engine.prefixes import PrefixGroups, default_rule
 from pkvsim import DecodeShape
 from pkvsim.reference.append import quantize_fp8, quantize_int8
+from pkvsim.schedule.prefixes import find_prefixes
 
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)
 NUM_BLOCKS, MAX_ROWS, MAX_BLOCKS = 600, 8, 64
 DEVICE = torch.device("cuda", 0)
+SHARING_ROWS = (96, 64)  # of two captured steps
+PREFIX_BLOCKS, SHARING_BLOCKS = 104, 640  # full blocks that a group's rows share; of the pool
+NOBODYS, EMPTY = -1, -2  # in place of a row's group
 
 
-def make_cache(kind: str, *, hnd: bool) -> tuple[torch.Tensor, object, object]:
+def make_cache(kind: str, *, hnd: bool, num_blocks: int = NUM_BLOCKS) -> tuple[torch.Tensor, object, object]:
     """(cache [num_blocks, 2, block_size, num_kv_heads, head_size] as values, k_scale, v_scale), random."""
     kv_dtype, scales = KV_TYPES[kind]
-    sizes = (NUM_BLOCKS, 2, SHAPE.page_size, SHAPE.num_kv_heads, SHAPE.head_dim)
+    sizes = (num_blocks, 2, SHAPE.page_size, SHAPE.num_kv_heads, SHAPE.head_dim)
     if hnd:
         sizes = (sizes[0], 2, sizes[3], sizes[2], sizes[4])
     if kv_dtype is None:
@@ -134,3 +140,82 @@ def test_a_captured_step_stores_before_it_attends(name: str, hnd: bool) -> None:
         pools = (values(pages, name, scale) for pages, scale in zip(wanted_cache.unbind(1), wanted_scales))
         wanted, _ = paged_attention(q, *pools, table, lens)
         torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
+
+
+def sharing_step(rng: np.random.Generator, group_of_row: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(seq_lens, block table): rows of a group begin with its full blocks, and each has 1 to 60 tokens of its own."""
+    ids = iter((rng.permutation(SHARING_BLOCKS - 1) + 1).tolist())  # 0 is vLLM's null block
+    prefixes = {group: [next(ids) for _ in range(PREFIX_BLOCKS)] for group in {*group_of_row} if group >= 0}
+    lens = np.zeros(len(group_of_row), np.int32)
+    table = np.zeros((len(group_of_row), PREFIX_BLOCKS + 8), np.int32)
+    for row, group in enumerate(group_of_row):
+        if group == EMPTY:
+            continue
+        prefix, own = prefixes.get(group, []), int(rng.integers(1, 61))
+        blocks = [*prefix, *(next(ids) for _ in range(-(-own // SHAPE.page_size)))]
+        lens[row], table[row, :len(blocks)] = len(prefix) * SHAPE.page_size + own, blocks
+    return lens, table
+
+
+@pytest.mark.parametrize("name, hnd", [("auto", False), ("auto", True), ("fp8", False), ("int8_per_token_head", False)])
+def test_captured_steps_whose_rows_come_to_share_blocks_and_stop(name: str, hnd: bool) -> None:
+    """Two graphs of one engine, as vLLM has one for each number of rows: they store, find groups and run two layers.
+
+    The keys that they store are what the first query head of each KV head looks for, so that stale ones would be seen.
+    """
+    torch.manual_seed(2)
+    rng = np.random.default_rng(2)
+    cache, k_scale, v_scale = make_cache(name, hnd=hnd, num_blocks=SHARING_BLOCKS)
+    k_pages, v_pages = cache.unbind(1)
+    kind = LayerKind(SHAPE, "bfloat16", None, None, False, *KV_TYPES[name], SHAPE.head_dim**-0.5)
+    engines, most = Engines(DEVICE, shared_prefixes=True), max(SHARING_ROWS)
+    decoder, writer = engines.decoder(kind, {1}, most, None), engines.writer(kind)
+    slot = decoder.slots[1]
+    assert slot.most_sharing == most
+    rule = default_rule(SHAPE, kind.options(1))
+    lens = torch.zeros(most, dtype=torch.int32, device=DEVICE)
+    table = torch.zeros(most, PREFIX_BLOCKS + 8, dtype=torch.int32, device=DEVICE)
+    q = torch.randn(most, SHAPE.num_q_heads, SHAPE.head_dim, device=DEVICE).bfloat16()
+    key, value = (torch.randn(most, SHAPE.num_kv_heads, SHAPE.head_dim, device=DEVICE).bfloat16() for _ in range(2))
+    outs = [torch.empty_like(q) for _ in range(2)]
+
+    def step(num_rows: int) -> None:
+        rows = DecodeRows(lens[:num_rows], table[:num_rows], num_rows, 1)
+        append(writer, rows, key, value, k_pages, v_pages, k_scale, v_scale)
+        for out in outs:  # two layers
+            decoder.run(rows, q[:num_rows], k_pages, v_pages, out[:num_rows], k_scale, v_scale)
+
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, PrefixGroups]] = {}
+    for num_rows in SHARING_ROWS:
+        step(num_rows)  # as vLLM does before each capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(num_rows)
+        graphs[num_rows] = graph, slot.engine.schedule_engine._plan.groups.finder.groups
+    nobody, half = [NOBODYS] * most, most // 2
+    shared = 0
+    for group_of_row in (nobody, [0] * most, [0, 1] * half, [0] * 60 + [NOBODYS] * 36, [0] * 90 + [EMPTY] * 6,
+                         [1] * half + [0] * half, [EMPTY] * most, nobody):
+        host_lens, host_table = sharing_step(rng, group_of_row)
+        lens.copy_(torch.from_numpy(host_lens))
+        table.copy_(torch.from_numpy(host_table))
+        q.normal_()
+        key.copy_(q[:, ::SHAPE.group_size] * 4)
+        value.normal_()
+        for num_rows, (graph, groups) in graphs.items():
+            for out in outs:
+                out.fill_(float("nan"))
+            graph.replay()
+            wanted_groups = find_prefixes(host_table[:num_rows], host_lens[:num_rows], page_size=SHAPE.page_size,
+                                          rule=rule)
+            prefix_pages = cupy.asnumpy(groups.prefix_pages)
+            count = len(wanted_groups.prefix_pages)
+            assert (cupy.asnumpy(groups.group_of_row) == wanted_groups.group_of_row).all()
+            assert (prefix_pages[:count] == wanted_groups.prefix_pages).all() and not prefix_pages[count:].any()
+            shared += count > 0
+            pools = (values(pages, name, scale) for pages, scale in ((k_pages, k_scale), (v_pages, v_scale)))
+            wanted, _ = paged_attention(q[:num_rows], *pools, table[:num_rows], lens[:num_rows])
+            for out in outs:
+                torch.testing.assert_close(out[:num_rows], wanted, atol=2e-2, rtol=2e-2)
+                assert out[num_rows:].isnan().all()
+    assert shared >= 4  # of all 96 rows at least, whatever the type of the cache
