@@ -4,17 +4,21 @@ from __future__ import annotations
 import json
 import logging
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+from fake_gpu import fake_gpu
 from fake_vllm import FakeVllm, PlainEngine, fake_vllm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_steps import Case, attention_layer, builder_of, prepare, run
 
-from gpu.drop_ins.vllm.engine_slot import sizes
+from gpu.drop_ins.vllm.engine_slot import EngineSlot, sizes
 from gpu.drop_ins.vllm.options import PluginOptions, read_options
+from pkvsim import DecodeShape
 
 SHARED = {"persistentkv": {"shared_prefixes": True}}
 CASE = Case((1, 1, 1), (40, 20, 3))
@@ -63,6 +67,31 @@ def test_sizes_that_are_tried_are_the_most_and_powers_of_two(most) -> None:
     found = [*sizes(most)]
     assert found == sorted({*found}, reverse=True) and found[:1] == [most] * (most > 1)
     assert {*found[1:]} == {2**power for power in range(1, 13) if 2**power < most}
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(2, 700), st.sampled_from([(32, 8), (28, 4), (8, 8), (64, 2)]),
+       st.sampled_from([86, 90]), st.data())
+def test_steps_of_every_size_find_their_kernels_compiled(most, heads, capability, data) -> None:
+    """On the engine's own host side: no plan after prepare_sharing() loads a kernel, whatever its rows."""
+    with fake_gpu(compute_capability=capability) as gpu:
+        from gpu.decode_engine import DecodeEngine
+
+        engine, tried = DecodeEngine(DecodeShape(*heads, 64, 16), layout="NHD"), []
+
+        def plan(num_rows: int, groups: str | None) -> None:
+            lens, table = (gpu.array(np.zeros(shape, np.int32)) for shape in (num_rows, (num_rows, 9)))
+            engine.plan(lens, table, groups=groups)
+
+        slot = EngineSlot(SimpleNamespace(plan=lambda lens, table, groups=None: plan(len(lens), groups)),
+                          torch.empty(0))
+        plan(1, None)
+        slot.prepare_sharing(most, 1, tried.append)
+        assert tried == [rows for rows in sizes(most) if rows <= slot.most_sharing] and tried
+        loaded = len(gpu.kernels)
+        for rows in {*data.draw(st.lists(st.integers(2, slot.most_sharing), max_size=9)), 2, 3, slot.most_sharing}:
+            plan(min(rows, slot.most_sharing), "auto")
+        assert len(gpu.kernels) == loaded
 
 
 def prepared_step(vllm: FakeVllm, case: Case = CASE, **configured: object) -> tuple[object, object, PlainEngine]:
