@@ -162,7 +162,7 @@ struct Selection {
     }
   }
 #else
-  // Scores the pages [begin, end), a chunk of the list. id: that of page lane % CENTROID_PAGES of its warp's first step.
+  // Scores the pages [begin, end), a chunk of the list. id: of page lane % CENTROID_PAGES of this warp's first step.
   __device__ __forceinline__ void score(const PageTable& table, int chunk, int begin, int end, int id, int,
                                         SelectMemory& memory) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -176,7 +176,8 @@ struct Selection {
       return table.cut(table.template stored<false>(row, min(page + lane % CENTROID_PAGES, end - 1)));
     };
     const auto load = [&](CentroidRows& rows, int ids, int pair) {
-      rows.load(given, head, __shfl_sync(0xffffffffu, ids, 2 * pair), __shfl_sync(0xffffffffu, ids, 2 * pair + 1), lane);
+      const int low = __shfl_sync(0xffffffffu, ids, 2 * pair), high = __shfl_sync(0xffffffffu, ids, 2 * pair + 1);
+      rows.load(given, head, low, high, lane);
     };
     int first = begin + warp * CENTROID_PAGES;
     if (first < end) {
