@@ -19,6 +19,7 @@ NUM_BLOCKS, MAX_ROWS, MAX_BLOCKS = 600, 8, 64
 DEVICE = torch.device("cuda", 0)
 SHARING_ROWS = (96, 64)  # of two captured steps
 PREFIX_BLOCKS, SHARING_BLOCKS = 104, 640  # full blocks that a group's rows share; of the pool
+TABLE_BLOCKS = PREFIX_BLOCKS + 64  # room of a row: with less, 64 rows of 8 bits could not save enough, and none look
 NOBODYS, EMPTY = -1, -2  # in place of a row's group
 
 
@@ -147,7 +148,7 @@ def sharing_step(rng: np.random.Generator, group_of_row: list[int]) -> tuple[np.
     ids = iter((rng.permutation(SHARING_BLOCKS - 1) + 1).tolist())  # 0 is vLLM's null block
     prefixes = {group: [next(ids) for _ in range(PREFIX_BLOCKS)] for group in {*group_of_row} if group >= 0}
     lens = np.zeros(len(group_of_row), np.int32)
-    table = np.zeros((len(group_of_row), PREFIX_BLOCKS + 8), np.int32)
+    table = np.zeros((len(group_of_row), TABLE_BLOCKS), np.int32)
     for row, group in enumerate(group_of_row):
         if group == EMPTY:
             continue
@@ -174,7 +175,7 @@ def test_captured_steps_whose_rows_come_to_share_blocks_and_stop(name: str, hnd:
     assert slot.most_sharing == most
     rule = default_rule(SHAPE, kind.options(1))
     lens = torch.zeros(most, dtype=torch.int32, device=DEVICE)
-    table = torch.zeros(most, PREFIX_BLOCKS + 8, dtype=torch.int32, device=DEVICE)
+    table = torch.zeros(most, TABLE_BLOCKS, dtype=torch.int32, device=DEVICE)
     q = torch.randn(most, SHAPE.num_q_heads, SHAPE.head_dim, device=DEVICE).bfloat16()
     key, value = (torch.randn(most, SHAPE.num_kv_heads, SHAPE.head_dim, device=DEVICE).bfloat16() for _ in range(2))
     outs = [torch.empty_like(q) for _ in range(2)]
