@@ -26,6 +26,7 @@ TENTH = 10
 LAYERS, RUN_BYTES = 32, 6656  # of a tenth of 64 KiB, in whole sectors
 LINK_BYTES_PER_S = 51e9 / TENTH
 DRIVER_COPY_S, DRIVER_CALL_S = 0.9e-6, 1e-5
+PAUSE_S = 0.1
 CALLS = 3  # of a hand-over, beside its copies
 
 
@@ -101,6 +102,7 @@ def load_beside_host(
             cache.store(keys, pages).wait()
             tracer, turns = Tracer(cache, limiters), []
             for _ in range(repeats):
+                time.sleep(PAUSE_S)  # for what follows a load: its blocks may be displaced again
                 tracer.start()
                 begin = time.perf_counter()
                 handle = cache.load(keys, pages)

@@ -93,7 +93,7 @@ class LoadHandle:
         for ticket in tickets:
             ticket.wait()
 
-    def _copy_host(self, addresses: np.ndarray, blocks: Sequence[int]) -> None:
+    def _copy_host(self, addresses: np.ndarray, blocks: np.ndarray) -> None:
         """Copies the load's blocks of host memory at addresses [n], at the pace at which they arrive; in a thread of
         the cache. blocks [n]: which of the load's they are."""
         layers: Sequence[Ticket] = ()
@@ -104,7 +104,7 @@ class LoadHandle:
                     addresses, self._pages[blocks], after=self._after, each_layer=True, paced=True
                 )
         except Exception:  # of the GPU: its blocks do not arrive
-            valid = min(blocks)
+            valid = int(blocks.min())
         with self._changed:
             self._layers = layers
             self._asking -= 1

@@ -148,28 +148,31 @@ class TieredKVCache:
         with self._lock:
             reads = self._pool.want(list(keys), limit=len(pages))
         handle = LoadHandle(self, reads, pages, self.device.mark())
-        by_tier: dict[int, list[int]] = {}
-        for at, read in enumerate(reads):
-            by_tier.setdefault(read.place.tier, []).append(at)
-        jobs = {
-            tier: [ReadJob(reads[at].place.slot, reads[at].key, at, handle._take, handle._ended) for at in blocks]
-            for tier, blocks in by_tier.items() if tier >= len(self._arenas)
-        }  # fmt: skip
-        handle._jobs = [job for group in jobs.values() for job in group]
+        tiers = np.array([read.place.tier for read in reads], np.int64)
+        in_host = np.flatnonzero(tiers < len(self._arenas))
+        addresses = np.empty(len(in_host), np.int64)
+        for tier, arena in enumerate(self._arenas):
+            mine = np.flatnonzero(tiers[in_host] == tier)
+            slots = [reads[at].place.slot for at in in_host[mine].tolist()]
+            addresses[mine] = arena.addresses(np.array(slots, np.int64))
+        jobs = [
+            [ReadJob(reads[at].place.slot, reads[at].key, at, handle._take, handle._ended)
+             for at in np.flatnonzero(tiers == tier).tolist()]
+            for tier in range(len(self._arenas), len(self._arenas) + len(self._disks))
+        ]  # fmt: skip
+        handle._jobs = [job for group in jobs for job in group]
         handle._pending += len(handle._jobs)
-        for tier, group in jobs.items():  # disks first: they are the slower ones and work while host memory is copied
-            self._disks[tier - len(self._arenas)].add(group)
-        host = [at for tier, blocks in by_tier.items() if tier < len(self._arenas) for at in blocks]
-        if host:
-            addresses = np.concatenate([
-                self._arenas[tier].addresses(np.array([reads[at].place.slot for at in blocks]))
-                for tier, blocks in by_tier.items() if tier < len(self._arenas)
-            ])  # fmt: skip
-            if jobs:  # the caller waits for the disks in any case, and they have their part of the link at once
-                handle._asking += 1  # nobody else has the handle
-                self._loader.submit(handle._copy_host, addresses, host)
+        handle._asking += bool(handle._jobs and len(in_host))  # before anybody else has the handle
+        # Disks first, as they are the slower ones; and all together, with little of Python behind it in this thread:
+        # a disk's thread that wakes while it runs waits for Python's lock, 5 ms and more where others wait too.
+        for disk, group in zip(self._disks, jobs):
+            if group:
+                disk.add(group)
+        if len(in_host):
+            if handle._jobs:  # the caller waits for disks in any case, and they have their part of the link at once
+                self._loader.submit(handle._copy_host, addresses, in_host)
                 return handle
-            handle._layers = self.device.copy_in(addresses, pages[host], after=handle._after, each_layer=True)
+            handle._layers = self.device.copy_in(addresses, pages[in_host], after=handle._after, each_layer=True)
         handle._less(1, handle.blocks)
         return handle
 
