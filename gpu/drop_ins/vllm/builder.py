@@ -20,7 +20,7 @@ from gpu.drop_ins.vllm.options import read_options
 from gpu.drop_ins.vllm.step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
 
 # Whether captured decode steps store keys and values by our kernel too, beside which attention is launched and planned.
-# vLLM's leaves that until it has ended. Tokens are the same; on an H200 it saves 0.05 to 0.07 ms of 32 layers.
+# vLLM's leaves that until it has ended. Tokens are the same; on an H200 examples/results/h200_vllm.md has the times.
 APPENDS_IN_GRAPHS = True
 LOG = init_logger("vllm.persistentkv")  # vLLM shows the loggers below its own name
 Mixin: Any = object  # what stands before either of vLLM's classes, whose methods super() finds
