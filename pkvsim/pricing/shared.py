@@ -49,8 +49,8 @@ PRICES = SharedPrices(efficiency=0.332, weights=0.0, start=39.3, read=0.784, row
 # Of reads by wgmma, by
 #   bench_shared.py --fit results/h200_shared{,_steps,_drawn,_plans}.json
 # in examples/: of the 69 measurements of one H200 (2026-11-29), of 33 steps by one plan or two, that save enough to be
-# read together. Off by 3.2 % in the mean and 10.9 % at most, and by 4.8 % in the mean of the steps of the half that
-# each half's fit has not seen.
+# read together. Off by 3.2 % in the mean and 10.9 % at most, by 4.8 % in the mean of the steps of the half that
+# each half's fit has not seen, and by 3.9 % of 118 later measurements of kernels that plan otherwise.
 WARPGROUP_PRICES = SharedPrices(
     efficiency=0.9916, weights=441.3, start=14.73, read=2.349, row=0.7605, state=6.576, share=0.4709
 )  # fmt: skip

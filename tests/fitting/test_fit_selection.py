@@ -41,6 +41,12 @@ def test_the_shipped_constants_are_those_of_the_shipped_measurements() -> None:
     assert 100 * np.abs(off).mean() == pytest.approx(entry.in_sample.mean_percent, abs=0.1)
 
 
+def test_the_shipped_constants_are_within_five_percent_of_a_run_that_no_fit_has_seen() -> None:
+    cells, _ = read_selection_cells(ROOT / "examples/results/h200_selection_steps.json")
+    off = np.concatenate([errors(cells, DEVICE, DEVICE.selection.constants, name) for name in STEPS])
+    assert len(off) == 20 and np.abs(off).mean() < 0.05
+
+
 def test_a_device_file_keeps_them(tmp_path) -> None:
     path = tmp_path / "one.json"
     path.write_text(DEVICE.to_json())
