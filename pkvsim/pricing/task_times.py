@@ -15,6 +15,7 @@ from pkvsim.pricing.layer import Layer
 
 FULLEST_SM_SIGMAS = 0.75  # tasks that all start at once: the fullest SM's load over the mean, in standard deviations
 LOCKSTEP_WAVES = 4  # equal tasks start and end together for so long; then their waves have drifted apart
+EQUAL = 0.8  # of the longest: rows of such lengths and above are alike in this
 
 
 @inner
@@ -43,7 +44,7 @@ def even_us(ordered: np.ndarray, splits: int, layer: Layer) -> float:
             fullest = max(fullest, -(-running // layer.num_sms) * size * layer.arithmetic_us)
             squares += layer.num_kv_heads * own * size * size
         return max(us, fullest, sm_load(float(tasks), tokens, squares, layer.num_sms) * layer.arithmetic_us)
-    if ordered[0] == ordered[num_rows - 1] and tasks < LOCKSTEP_WAVES * layer.slots:
+    if ordered[num_rows - 1] >= EQUAL * ordered[0] and tasks < LOCKSTEP_WAVES * layer.slots:
         full = tasks // layer.slots
         rest = tasks - full * layer.slots
         us = full * max(task_us + longest * layer.alone_us, longest * layer.slots * layer.shared_us)

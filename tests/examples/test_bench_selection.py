@@ -79,7 +79,7 @@ def test_a_cell_is_checked_and_every_figure_is_timed(monkeypatch) -> None:
 
         monkeypatch.setattr(measure, "graph_time_us", call_all)
         page = 8 * 16 * 128
-        monkeypatch.setattr(measure.memory, "free_bytes", lambda: 90 * page // 4)  # a byte less would not do
+        monkeypatch.setattr(measure.memory, "free_bytes", lambda: 90 * page * 17 // 64)  # of centroids; a byte less would not do
         monkeypatch.setattr(measure.fi, "installed", lambda: True)  # and yet not there: a note, no time
         torch.manual_seed(0)
         pools = [torch.randn(90 * page).half() for _ in range(2)]
