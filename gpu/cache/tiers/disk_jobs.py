@@ -15,7 +15,6 @@ import numpy as np
 
 from gpu.cache.tiers.device import Ticket
 
-
 # The fault of a job that no disk is to blame for: the load was cancelled, or the GPU took or gave no block.
 UNTAKEN = "untaken"
 

@@ -206,7 +206,7 @@ class DiskTier:
                     cancelled.append(job)
         self._to_write += writes
         try:
-            # Each request is submitted as soon as its time begins: filling buffers waits for the GPU, and a request that
+            # A request is submitted as soon as its time begins: filling buffers waits for the GPU, and a request that
             # waited for that, and not for the disk, would count as stalled.
             if reads:
                 now = time.perf_counter()

@@ -199,7 +199,7 @@ class TieredKVCache:
             addresses = np.array([self._arenas[write.place.tier].address(write.place.slot) for write in host])
             try:
                 ticket = handle._copy(host, addresses)
-            except Exception as error:  # of the GPU: nothing of it is under way, and disks have their blocks all the same
+            except Exception as error:  # of the GPU: nothing of it is under way, and disks have their blocks
                 self._end_host(handle, host, f"{type(error).__name__}: {error}")
             else:
                 self._wait_for(self._host_stored, handle, host, ticket)
