@@ -64,10 +64,15 @@ class LoadHandle:
         return valid
 
     def wait(self) -> int:
-        """Blocks this thread until everything is in its pages; returns how many leading blocks are valid."""
+        """Blocks this thread until everything is in its pages; returns how many leading blocks are valid. Raises what
+        the device does where copies failed, and nothing writes to the pages any more then."""
         valid = self._wait_disks()
-        for ticket in (*self._layers, *self._not_done()):
-            ticket.wait()
+        try:
+            for ticket in (*self._layers, *self._not_done()):
+                ticket.wait()
+        except Exception:
+            self.cancel()
+            raise
         return valid
 
     def _not_done(self) -> list[Ticket]:
@@ -96,7 +101,7 @@ class LoadHandle:
         for ticket in tickets:
             wait_ended(ticket)
 
-    def _copy_host(self, addresses: np.ndarray, blocks: np.ndarray, *, paced: bool) -> None:
+    def _copy_host(self, addresses: np.ndarray, blocks: np.ndarray, paced: bool = True) -> None:
         """Copies the load's blocks of host memory at addresses [n]; paced: as they arrive, in a thread of the cache.
         blocks [n]: which of the load's they are."""
         layers: Sequence[Ticket] = ()

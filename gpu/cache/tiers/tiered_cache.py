@@ -62,6 +62,14 @@ class DiskStore:
     pin: bool = True
 
 
+def _give(threads: ThreadPoolExecutor, task: Callable[..., None], *arguments: object) -> None:
+    """Has the task done by those threads. Where the main thread has ended they take no more, and this one does it."""
+    try:
+        threads.submit(task, *arguments)
+    except RuntimeError:
+        task(*arguments)
+
+
 class TieredKVCache:
     """Host memory and disks behind a device's pages."""
 
@@ -171,7 +179,7 @@ class TieredKVCache:
                 disk.add(group)
         if len(in_host):
             if handle._jobs:  # the caller waits for disks in any case, and they have their part of the link at once
-                self._loader.submit(handle._copy_host, addresses, in_host, paced=True)
+                _give(self._loader, handle._copy_host, addresses, in_host)
             else:
                 handle._copy_host(addresses, in_host, paced=False)
         else:
@@ -202,7 +210,7 @@ class TieredKVCache:
             except Exception as error:  # of the GPU: nothing of it is under way, and disks have their blocks
                 self._end_host(handle, host, f"{type(error).__name__}: {error}")
             else:
-                self._wait_for(self._host_stored, handle, host, ticket)
+                _give(self._waiter, self._host_stored, handle, host, ticket)
         return handle
 
     def free(self, keys: Sequence[bytes]) -> None:
@@ -285,14 +293,7 @@ class TieredKVCache:
         if all(map(has_ended, tickets)) or self._closed:
             self._loaded(handle, tickets)
         else:
-            self._wait_for(self._loaded, handle, tickets)
-
-    def _wait_for(self, ended: Callable[..., None], *arguments: object) -> None:
-        """Has the waiter wait for copies and tell of their end."""
-        try:
-            self._waiter.submit(ended, *arguments)
-        except RuntimeError:  # the interpreter ends, and starts nothing in a pool of threads: this thread waits
-            ended(*arguments)
+            _give(self._waiter, self._loaded, handle, tickets)
 
     def _loaded(self, handle: LoadHandle, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
