@@ -96,6 +96,38 @@ def test_a_load_ends_whose_copies_fail_later(tmp_path):
         assert cache.stats()["blocks"] == 0
 
 
+def test_nothing_writes_to_the_pages_after_a_wait_that_raised():
+    """The first layer's copy fails while the others' are still to come: pages that serve another prompt by then would
+    have this one's layers, and be stored so."""
+    with opened(LanePages(16), host=[host(4)]) as cache:
+        prompt = keys("p", 4)
+        put(cache, prompt)
+        gate, first = threading.Event(), iter([RuntimeError("the GPU has fallen off the bus")])
+
+        def fault(name):
+            if name != "copy":
+                return None
+            error = next(first, None)
+            if error is None:
+                gate.wait(LONG_S)
+            return error
+
+        cache.device.fault = fault
+        load, raised = cache.load(prompt, np.arange(4)), []
+
+        def wait():
+            with pytest.raises(RuntimeError, match="bus"):
+                load.wait()
+            raised.append(not gate.is_set())
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        waiting.join(0.1)
+        gate.set()
+        waiting.join(LONG_S)
+        assert raised == [False]
+
+
 @pytest.mark.parametrize("stores", ["host", "disk"])
 def test_copies_that_the_gpu_has_no_memory_for_cost_hits_and_no_disk(tmp_path, stores):
     """More of them than faults of a disk that is given up: what is stored stays, and is loaded when there is memory."""
