@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Ticket(Protocol):
-    """Copies that have been asked for."""
+    """Copies that have been asked for. Either call may raise where they failed."""
 
     def done(self) -> bool:
         """Whether they have ended."""
@@ -22,8 +22,26 @@ class Ticket(Protocol):
         """Until they have."""
 
 
+def has_ended(ticket: Ticket) -> bool:
+    """Whether copies have ended, well or not: their buffers and pages are free then."""
+    try:
+        return ticket.done()
+    except Exception:  # of the GPU, whoever uses what was copied meets it
+        return True
+
+
+def wait_ended(ticket: Ticket) -> str | None:
+    """Waits until copies have ended, well or not; what went wrong, None where nothing did."""
+    try:
+        ticket.wait()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 class Device(Protocol):
-    """Pages of all layers. Copies go to streams of their own, one for each direction, and in the order asked for."""
+    """Pages of all layers. Copies go to streams of their own, one for each direction, and in the order asked for. Where
+    a call raises, nothing of what it was asked for is under way."""
 
     num_layers: int
     block_bytes: int  # of one page of all layers

@@ -189,9 +189,10 @@ class DiskFiles:
         record = record[:40] + struct.pack("<I", zlib.crc32(record[:40])) + record[44:]
         os.pwrite(self._complete, record, slot * RECORD_BYTES)
 
-    def close(self) -> None:
-        """Closes the files and lets another process have the directory."""
-        for fd in (self.fd, self._complete, self._lock):
+    def close(self, *, keep_blocks: bool = False) -> None:
+        """Closes the files and lets another process have the directory. keep_blocks: `fd` stays open, as a request that
+        uses it may still begin, and must not meet another file of the same number."""
+        for fd in (-1 if keep_blocks else self.fd, self._complete, self._lock):
             if fd >= 0:
                 with contextlib.suppress(OSError):  # already closed under us by a fault: nothing is left to keep
                     os.close(fd)

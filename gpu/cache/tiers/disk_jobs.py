@@ -15,12 +15,16 @@ import numpy as np
 
 from gpu.cache.tiers.device import Ticket
 
+# The fault of a job that no disk is to blame for: the load was cancelled, or the GPU took or gave no block.
+UNTAKEN = "untaken"
+
 
 @dataclass(slots=True, eq=False)
 class ReadJob:
     """A block to be read. take(buffers of blocks [n] int64, jobs) is called in the porter's thread with the blocks that
     have arrived, checked, of jobs that share it; it returns the ticket after which the buffers are free, None at once.
-    ended(jobs, fault) follows, once for all of them, fault None where the blocks were handed over."""
+    ended(jobs, fault) follows, once for all of them, fault None where the blocks were handed over. Neither the call nor
+    what it wakes may raise."""
 
     slot: int
     key: bytes

@@ -16,12 +16,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpu.cache.tiers.device import Ticket
+from gpu.cache.tiers.device import Ticket, has_ended, wait_ended
 from gpu.cache.tiers.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
-from gpu.cache.tiers.disk_jobs import DiskCounts, Parcel, Phase, Porter, ReadJob, WriteJob, error_name, groups
+from gpu.cache.tiers.disk_jobs import UNTAKEN, DiskCounts, Parcel, Phase, Porter, ReadJob, WriteJob, error_name, groups
 from gpu.cache.tiers.disk_reads import Done, Reader, Request
 from gpu.cache.tiers.host_arena import HostArena
 
+LATE_S = 0.1  # that close() gives a stalled disk to end what it was given up for
 OBSERVED_BYTES = 64 * 2**20  # read between two reports of the rate
 # What has ended is checked and handed over once it is this part of what is under way: a hand-over to the GPU costs the
 # processor about as much for many blocks as for one, and the disk has the rest to work on meanwhile.
@@ -63,6 +64,7 @@ class DiskTier:
         self._buffers = [ring.bytes_of(slot) for slot in self._free]
         self._under_way: dict[int, tuple[ReadJob | WriteJob, float]] = {}  # ring slot -> job, when it began
         self._arrived: list[tuple[ReadJob | WriteJob, int, int]] = []  # ended, to be looked at: job, ring slot, result
+        self._to_write: list[WriteJob] = []  # taken from the queue, not under way
         self._given_up: set[int] = set()
         self._draining: deque[tuple[Ticket, list[int], float]] = deque()  # copies to the GPU, ring slots, since when
         self._parcels = 0  # that the porter has not handed over
@@ -82,7 +84,7 @@ class DiskTier:
     @property
     def queued(self) -> int:
         """Jobs that wait or are under way."""
-        return len(self._jobs) + len(self._under_way) + len(self._arrived)
+        return len(self._jobs) + len(self._to_write) + len(self._under_way) + len(self._arrived)
 
     @property
     def _busy(self) -> bool:
@@ -99,17 +101,18 @@ class DiskTier:
             job.ended([job], "the disk is gone")
 
     def close(self) -> None:
-        """Finishes what is queued and ends the thread; buffers of a stalled disk are left to it."""
+        """Finishes what is queued and ends the thread; buffers and file of a stalled disk are left to it."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-        if self._given_up:
-            self._collect(self._reader.poll(0.0))
+        with contextlib.suppress(Exception):  # of a reader that has failed: what it has is left to it
+            if self._given_up:
+                self._collect(self._reader.poll(LATE_S, len(self._given_up)))
         self._reader.close()
         if self._given_up:
             self._ring.keep()
-        self.files.close()
+        self.files.close(keep_blocks=bool(self._given_up))
 
     def _run(self) -> None:
         begin = self.counts.spent.begin
@@ -136,14 +139,14 @@ class DiskTier:
         begin(Phase.HAND_OVER)
         while self._parcels and not self._back.empty():
             self._take_back()
-        while self._draining and (self._draining[0][0].done() or not (self._free or self._under_way)):
+        while self._draining and (has_ended(self._draining[0][0]) or not (self._free or self._under_way)):
             self._drain(Phase.SLOTS)
         begin(Phase.ASK)
         self._submit()
-        if self._under_way or (self._given_up and not self._parcels):
+        if self._under_way:
             wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
             begin(Phase.SLOTS if self._jobs and not self._free and len(self._under_way) < self._depth else Phase.READ)
-            ended = self._collect(self._reader.poll(0.01 if self._under_way else 0.0, wait_for))
+            ended = self._collect(self._reader.poll(0.01, wait_for))
             begin(Phase.ASK)
             self._arrived += ended
             submitted = False
@@ -175,14 +178,14 @@ class DiskTier:
             self.counts.read += len(parcel.jobs)
             parcel.jobs[0].ended(parcel.jobs, None)
             return
-        for job in parcel.jobs:
-            self._end(job, parcel.fault)
+        self.counts.last_fault = parcel.fault
+        parcel.jobs[0].ended(parcel.jobs, UNTAKEN)
 
     def _drain(self, phase: Phase) -> None:
         """Takes back the buffers of the oldest hand-over once it has been copied. phase: what waiting for it is."""
         self.counts.spent.begin(phase)
         ticket, slots, since = self._draining.popleft()
-        ticket.wait()
+        self.counts.last_fault = wait_ended(ticket) or self.counts.last_fault
         self._free += slots
         self.counts.copies += 1
         self.counts.copies_s += time.perf_counter() - since
@@ -190,6 +193,7 @@ class DiskTier:
     def _submit(self) -> None:
         reads: list[ReadJob] = []
         writes: list[WriteJob] = []
+        cancelled: list[ReadJob] = []
         with self._wake:
             room = min(self._depth - len(self._under_way), len(self._free))
             while self._jobs and len(reads) + len(writes) < room:
@@ -199,15 +203,20 @@ class DiskTier:
                 elif not job.cancelled:
                     reads.append(job)
                 else:
-                    self._end(job, "cancelled")
-        now = time.perf_counter()
-        if reads and not self._under_way:
-            self._seen_bytes, self._seen_since = 0, now
-        requests = self._read_requests(reads, now)
-        if writes:
-            requests += self._prepare(writes)
-        if requests:
-            self._reader.submit(requests)
+                    cancelled.append(job)
+        self._to_write += writes
+        try:
+            # A request is submitted as soon as its time begins: filling buffers waits for the GPU, and a request that
+            # waited for that, and not for the disk, would count as stalled.
+            if reads:
+                now = time.perf_counter()
+                if not self._under_way:
+                    self._seen_bytes, self._seen_since = 0, now
+                self._reader.submit(self._read_requests(reads, now))
+        finally:
+            for read in cancelled:  # with no lock held, as whoever is told may wait for others
+                self._end(read, UNTAKEN)
+        self._write()
 
     def _read_requests(self, jobs: list[ReadJob], now: float) -> list[Request]:
         files, slots, address = self.files, self._free[len(self._free) - len(jobs) :], self._ring.address
@@ -221,19 +230,22 @@ class DiskTier:
         self._under_way[at] = job, now
         return Request(at, files.fd, files.offset(job.slot), self._ring.address(at), files.slot_bytes, True)
 
-    def _prepare(self, jobs: list[WriteJob]) -> list[Request]:
-        """Blocks of jobs, copied from the GPU and sealed, as requests."""
-        requests = []
-        for group in groups(jobs, "fill"):
-            slots = [self._free.pop() for _ in group]
+    def _write(self) -> None:
+        """Copies blocks of jobs that have been taken from the queue from the GPU, seals them and submits them."""
+        while self._to_write:
+            group = groups(self._to_write, "fill")[0]
+            requests, slots = [], [self._free.pop() for _ in group]
             buffers = self._ring.addresses(np.array(slots))
             try:
                 group[0].fill(buffers + HEADER_BYTES, group).wait()
             except Exception as error:  # of the GPU: its blocks are not stored
                 self._free += slots
+                self.counts.last_fault = f"{type(error).__name__}: {error}"
+                self._to_write = [job for job in self._to_write if job not in group]
                 for job in group:
-                    self._end(job, f"{type(error).__name__}: {error}")
+                    self._end(job, UNTAKEN)
                 continue
+            self._to_write = [job for job in self._to_write if job not in group]
             for job, slot, buffer in zip(group, slots, buffers.tolist()):
                 seal(buffer, self.files.block_bytes, job.key, job.slot)
                 try:
@@ -243,7 +255,8 @@ class DiskTier:
                     self._end(job, error_name(error.errno))
                 else:
                     requests.append(self._write_request(job, time.perf_counter(), slot))
-        return requests
+            if requests:
+                self._reader.submit(requests)
 
     def _collect(self, ended: list[Done]) -> list[tuple[ReadJob | WriteJob, int, int]]:
         """(job, ring slot, result) of what has ended; what was given up is over with that."""
@@ -280,7 +293,7 @@ class DiskTier:
                 arrived[job] = tag
             else:
                 self._free.append(tag)
-                self._end(job, fault or "cancelled")
+                self._end(job, fault or UNTAKEN)
         begin(Phase.HAND_OVER)
         for group in groups(list(arrived), "take"):
             slots = [arrived[job] for job in group]
@@ -304,7 +317,7 @@ class DiskTier:
         if fault is None:
             self.counts.written += isinstance(job, WriteJob)
             self.counts.read += isinstance(job, ReadJob)
-        elif fault != "cancelled":
+        elif fault != UNTAKEN:
             self.counts.faults += 1
             self.counts.last_fault = fault
             if isinstance(job, ReadJob):
@@ -312,11 +325,17 @@ class DiskTier:
                     self.files.begin(job.slot)
         job.ended([job], fault)
 
-    def _check_stall(self) -> None:
+    def _is_late(self) -> bool:
         _, began = next(iter(self._under_way.values()), (None, float("inf")))  # the oldest: dicts keep their order
-        if time.perf_counter() - began > self._stall_s:
+        return time.perf_counter() - began > self._stall_s
+
+    def _check_stall(self) -> None:
+        if self._is_late():
+            # This thread may have waited for the GPU since it last asked: what has ended meanwhile is not late.
+            self._arrived += self._collect(self._reader.poll(0.0))
             self._finish()
-            self._give_up(f"stalled for {self._stall_s:g} s", list(self._under_way))
+            if self._is_late():
+                self._give_up(f"stalled for {self._stall_s:g} s", list(self._under_way))
 
     def _give_up(self, fault: str, slots: list[int]) -> None:
         """Ends every job; the ring slots of those under way belong to the disk until it tells of them."""
@@ -324,7 +343,9 @@ class DiskTier:
             self._is_stalled = True
             queued, self._jobs = list(self._jobs), deque()
         self._given_up.update(slots)
-        jobs = [self._under_way.pop(at)[0] for at in slots] + [job for job, _, _ in self._arrived] + queued
+        jobs = [self._under_way.pop(at)[0] for at in slots] + [job for job, _, _ in self._arrived]
+        jobs += self._to_write + queued
+        self._to_write = []
         self._free += [at for _, at, _ in self._arrived]
         self._arrived = []
         for job in jobs:

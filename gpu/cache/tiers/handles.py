@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu.cache.tiers.device import Device, Ticket
-from gpu.cache.tiers.disk_jobs import ReadJob, WriteJob
+from gpu.cache.tiers.device import Device, Ticket, wait_ended
+from gpu.cache.tiers.disk_jobs import UNTAKEN, ReadJob, WriteJob
 from pkvsim.memory.memory_pool import Read, Write
 
 
@@ -31,6 +31,9 @@ class Owner(Protocol):
 
     def _count_fault(self, tier: int) -> None:
         """A disk failed once more."""
+
+    def _device_failed(self, fault: str) -> None:
+        """The device copied no blocks from or to host memory."""
 
 
 class LoadHandle:
@@ -61,10 +64,15 @@ class LoadHandle:
         return valid
 
     def wait(self) -> int:
-        """Blocks this thread until everything is in its pages; returns how many leading blocks are valid."""
+        """Blocks this thread until everything is in its pages; returns how many leading blocks are valid. Raises what
+        the device does where copies failed, and nothing writes to the pages any more then."""
         valid = self._wait_disks()
-        for ticket in (*self._layers, *self._not_done()):
-            ticket.wait()
+        try:
+            for ticket in (*self._layers, *self._not_done()):
+                ticket.wait()
+        except Exception:
+            self.cancel()
+            raise
         return valid
 
     def _not_done(self) -> list[Ticket]:
@@ -91,20 +99,21 @@ class LoadHandle:
             self._changed.wait_for(lambda: not self._asking)
             tickets = [*self._layers, *self._tickets]
         for ticket in tickets:
-            ticket.wait()
+            wait_ended(ticket)
 
-    def _copy_host(self, addresses: np.ndarray, blocks: np.ndarray) -> None:
-        """Copies the load's blocks of host memory at addresses [n], at the pace at which they arrive; in a thread of
-        the cache. blocks [n]: which of the load's they are."""
+    def _copy_host(self, addresses: np.ndarray, blocks: np.ndarray, paced: bool = True) -> None:
+        """Copies the load's blocks of host memory at addresses [n]; paced: as they arrive, in a thread of the cache.
+        blocks [n]: which of the load's they are."""
         layers: Sequence[Ticket] = ()
         valid = self.blocks
         try:
             if not self._cancelled:
                 layers = self._cache.device.copy_in(
-                    addresses, self._pages[blocks], after=self._after, each_layer=True, paced=True
+                    addresses, self._pages[blocks], after=self._after, each_layer=True, paced=paced
                 )
-        except Exception:  # of the GPU: its blocks do not arrive
+        except Exception as error:  # of the GPU: its blocks do not arrive
             valid = int(blocks.min())
+            self._cache._device_failed(f"{type(error).__name__}: {error}")
         with self._changed:
             self._layers = layers
             self._asking -= 1
@@ -131,7 +140,7 @@ class LoadHandle:
         return ticket
 
     def _ended(self, jobs: list[ReadJob], fault: str | None) -> None:
-        if fault is not None and fault != "cancelled":
+        if fault is not None and fault != UNTAKEN:
             for job in jobs:
                 self._cache._failed(self._reads[job.tag])
         self._less(len(jobs), self.blocks if fault is None else min(job.tag for job in jobs))
@@ -187,7 +196,7 @@ class StoreHandle:
         for job in jobs:
             write = self._writes[job.tag]
             self._ended(write, fault is None)
-            if fault is not None:
+            if fault is not None and fault != UNTAKEN:
                 self._cache._count_fault(write.place.tier)
 
     def _ended(self, write: Write, ok: bool) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu.cache.tiers.device import Device, Ticket
+from gpu.cache.tiers.device import Device, Ticket, has_ended, wait_ended
 from gpu.cache.tiers.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
 from gpu.cache.tiers.disk_jobs import Porter, ReadJob, WriteJob, by_name
 from gpu.cache.tiers.disk_reads import Reader
@@ -62,6 +62,14 @@ class DiskStore:
     pin: bool = True
 
 
+def _give(threads: ThreadPoolExecutor, task: Callable[..., None], *arguments: object) -> None:
+    """Has the task done by those threads. Where the main thread has ended they take no more, and this one does it."""
+    try:
+        threads.submit(task, *arguments)
+    except RuntimeError:
+        task(*arguments)
+
+
 class TieredKVCache:
     """Host memory and disks behind a device's pages."""
 
@@ -85,6 +93,7 @@ class TieredKVCache:
         self._rings: list[HostArena] = []
         self._lost: set[int] = set()
         self._closed = False
+        self._device_faults, self._last_device_fault = 0, ""
         self._porter = Porter()
         self._loader = ThreadPoolExecutor(1, "tier loads")  # copies blocks of host memory that disks' blocks belong to
         self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
@@ -162,7 +171,7 @@ class TieredKVCache:
         ]  # fmt: skip
         handle._jobs = [job for group in jobs for job in group]
         handle._pending += len(handle._jobs)
-        handle._asking += bool(handle._jobs and len(in_host))  # before anybody else has the handle
+        handle._asking += bool(len(in_host))  # before anybody else has the handle
         # Disks first, as they are the slower ones; and all together, with little of Python behind it in this thread:
         # a disk's thread that wakes while it runs waits for Python's lock, 5 ms and more where others wait too.
         for disk, group in zip(self._disks, jobs):
@@ -170,10 +179,11 @@ class TieredKVCache:
                 disk.add(group)
         if len(in_host):
             if handle._jobs:  # the caller waits for disks in any case, and they have their part of the link at once
-                self._loader.submit(handle._copy_host, addresses, in_host)
-                return handle
-            handle._layers = self.device.copy_in(addresses, pages[in_host], after=handle._after, each_layer=True)
-        handle._less(1, handle.blocks)
+                _give(self._loader, handle._copy_host, addresses, in_host)
+            else:
+                handle._copy_host(addresses, in_host, paced=False)
+        else:
+            handle._less(1, handle.blocks)
         return handle
 
     def store(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> StoreHandle:
@@ -195,14 +205,18 @@ class TieredKVCache:
                 disk.add(jobs)
         if host:
             addresses = np.array([self._arenas[write.place.tier].address(write.place.slot) for write in host])
-            ticket = handle._copy(host, addresses)
-            self._waiter.submit(self._host_stored, handle, host, ticket)
+            try:
+                ticket = handle._copy(host, addresses)
+            except Exception as error:  # of the GPU: nothing of it is under way, and disks have their blocks
+                self._end_host(handle, host, f"{type(error).__name__}: {error}")
+            else:
+                _give(self._waiter, self._host_stored, handle, host, ticket)
         return handle
 
     def free(self, keys: Sequence[bytes]) -> None:
         """Forgets blocks that will not be asked for again, where nobody reads or writes them."""
         with self._lock:
-            self._pool.forget(keys)
+            self._pool.forget(list(dict.fromkeys(keys)))
 
     def hold(self, keys: Sequence[bytes], until_s: float) -> int:
         """Keeps a session's blocks until expire() is told that time; see pkvsim.memory.retention.choose_ttl_s."""
@@ -223,6 +237,7 @@ class TieredKVCache:
         """What it has done so far, by tier."""
         with self._lock:
             out: dict[str, Any] = {"blocks": len(self._pool), **asdict(self._pool.counts)}
+            out["device_faults"], out["last_device_fault"] = self._device_faults, self._last_device_fault
             out["quarantined"], out["replans"] = self._pool.index.quarantined, self._pool.shares.replans
             weights = self._pool.shares.weights
         for tier, disk in enumerate(self._disks, len(self._arenas)):
@@ -275,22 +290,32 @@ class TieredKVCache:
     def _after_copies(self, handle: LoadHandle) -> None:
         """All blocks of a load have been handed over: once they are copied, the pool may move them again."""
         tickets = (*handle._layers, *handle._tickets)
-        if all(ticket.done() for ticket in tickets) or self._closed:
+        if all(map(has_ended, tickets)) or self._closed:
             self._loaded(handle, tickets)
         else:
-            self._waiter.submit(self._loaded, handle, tickets)
+            _give(self._waiter, self._loaded, handle, tickets)
 
     def _loaded(self, handle: LoadHandle, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
-            ticket.wait()
+            wait_ended(ticket)
         with self._lock:
             self._pool.done_all(handle._reads)
 
     def _host_stored(self, handle: StoreHandle, writes: Sequence[Write], ticket: Ticket) -> None:
-        ticket.wait()
+        self._end_host(handle, writes, wait_ended(ticket))
+
+    def _end_host(self, handle: StoreHandle, writes: Sequence[Write], fault: str | None) -> None:
+        """Blocks of a store lie in host memory, or could not be copied there."""
+        if fault is not None:
+            self._device_failed(fault)
         handle._copied(len(writes))
         for write in writes:
-            handle._ended(write, True)
+            handle._ended(write, fault is None)
+
+    def _device_failed(self, fault: str) -> None:
+        with self._lock:
+            self._device_faults += 1
+            self._last_device_fault = fault
 
     def _stored(self, write: Write, ok: bool) -> None:
         with self._lock:

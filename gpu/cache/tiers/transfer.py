@@ -6,6 +6,7 @@ follows each layer, or several layers where they are staged as one piece.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Sequence
@@ -188,6 +189,19 @@ class CudaPages:
             cupy.cuda.runtime.streamWaitEvent(stream, ticket.event.ptr, 0)
 
     def _copy(
+        self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
+    ) -> list[EventTicket]:  # fmt: skip
+        """As _ask_for(). Where that raises, what it had asked for has ended."""
+        try:
+            return self._ask_for(lane, addresses, pages, after, paced)
+        except Exception:
+            ring = self._rings[lane]
+            for stream in (self._streams[lane], *(() if ring is None else (ring.stream,))):
+                with contextlib.suppress(Exception):  # of a GPU that has failed altogether and copies nothing
+                    stream.synchronize()
+            raise
+
+    def _ask_for(
         self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
     ) -> list[EventTicket]:  # fmt: skip
         """All runs on one of the streams; a ticket for each layer on the first, one for all on the others.

@@ -32,6 +32,9 @@ class Stream:
     def wait_event(self, event):
         self.told.append(("wait", event.ptr))
 
+    def synchronize(self):
+        self.told.append(("synchronize",))
+
     def __enter__(self):
         return self
 
@@ -191,6 +194,27 @@ def test_paced_copies_have_two_layers_under_way_and_other_calls_between_theirs(f
         tickets = pages.copy_in(addresses, np.array([4, 0, 9]), after=pages.mark(), each_layer=True, paced=True)
         assert len(tickets) == LAYERS and (pages.pages[[4, 0, 9]].reshape(3, -1) == buffer).all()
         assert seen == [(2, 0), (1, 0), (2, 0), (1, 0), (2, waited), (1, waited)]
+
+
+@pytest.mark.parametrize("way", ["dma", "staged"])
+def test_copies_that_fail_half_way_have_ended_before_anybody_is_told(fake, way):
+    """Their buffers serve others at once, and a cancelled load's pages too."""
+    left = [2]
+
+    def batch(*arguments):
+        left[0] -= 1
+        return copy_batch(*arguments) if left[0] else 1
+
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: batch)
+    pages = make(ways=(way, way))
+    buffer = np.zeros((2, pages.block_bytes), np.uint8)
+    addresses = buffer.ctypes.data + np.arange(2) * pages.block_bytes
+    fake.monkeypatch.setattr(transfer, "BATCH_COPIES", 1)
+    pages.copy_in(addresses[:1], np.array([4]), after=pages.mark(), each_layer=False) if way == "staged" else None
+    with pytest.raises(RuntimeError, match="status 1"):
+        pages.copy_in(addresses, np.array([4, 0]), after=pages.mark(), each_layer=False)
+    used = [stream for stream in Stream.made if stream.told]
+    assert used and all(stream.told[-1] == ("synchronize",) for stream in used)
 
 
 def there_and_back(pages):

@@ -1,0 +1,96 @@
+"""Pages of host memory whose copies are made later, by a thread for each of a GPU's streams, and may fail."""
+from __future__ import annotations
+
+import ctypes
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from pool_cases import LAYERS, RUN_BYTES
+
+from gpu.cache.tiers.device import HostPages
+
+
+class LaneTicket:
+    """Raises what its copies raised, as an event of a GPU does after an error."""
+
+    def __init__(self) -> None:
+        self._ended, self._error = threading.Event(), None
+
+    def end(self, error: Exception | None) -> None:
+        self._error = error
+        self._ended.set()
+
+    def done(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return self._ended.is_set()
+
+    def wait(self) -> None:
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class LanePages(HostPages):
+    """fault(name) is asked before each "in" and "out" call and before each "copy": an exception to raise there, or None.
+    Copies wait up to slow_s, at random."""
+
+    __slots__ = ("fault", "_lanes", "_slow_s", "_random")
+
+    def __init__(self, num_pages: int, *, slow_s: float = 0.0, seed: int = 0) -> None:
+        super().__init__(num_pages=num_pages, num_layers=LAYERS, run_bytes=RUN_BYTES)
+        self.fault: Callable[[str], Exception | None] = lambda name: None
+        self._slow_s, self._random = slow_s, random.Random(seed)
+        self._lanes: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in range(3)]
+        for lane in self._lanes:
+            threading.Thread(target=self._run, args=(lane,), daemon=True).start()
+
+    def _run(self, lane: queue.SimpleQueue) -> None:
+        while (work := lane.get()) is not None:
+            moves, ticket = work
+            if self._slow_s:
+                time.sleep(self._random.random() * self._slow_s)
+            error = self.fault("copy")
+            if error is None:
+                for target, source, num_bytes in moves:
+                    ctypes.memmove(target, source, num_bytes)
+            ticket.end(error)
+
+    def close(self) -> None:
+        """Ends the lanes behind what they have been given."""
+        for lane in self._lanes:
+            lane.put(None)
+
+    def _copy(self, lane: int, moves: list[tuple[int, int, int]]) -> LaneTicket:
+        ticket = LaneTicket()
+        self._lanes[lane].put((moves, ticket))
+        return ticket
+
+    def _check(self, name: str) -> None:
+        error = self.fault(name)
+        if error is not None:
+            raise error
+
+    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+        self._check("in")
+        ends = [(self.pages[page].ctypes.data, address) for address, page in zip(addresses.tolist(), pages.tolist())]
+        if not each_layer:
+            return [self._copy(1, [(page, address, self.block_bytes) for page, address in ends])]
+        tickets: list[LaneTicket] = []
+        for at in range(0, self.block_bytes, RUN_BYTES):
+            tickets.append(self._copy(0, [(page + at, address + at, RUN_BYTES) for page, address in ends]))
+            if paced and len(tickets) > 1 and not tickets[-2]._ended.wait(20):
+                raise AssertionError("a copy has not ended")
+        return tickets
+
+    def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> LaneTicket:
+        self._check("out")
+        ends = zip(addresses.tolist(), pages.tolist())
+        return self._copy(2, [(address, self.pages[page].ctypes.data, self.block_bytes) for address, page in ends])
+
+    def wait(self, ticket: LaneTicket) -> None:
+        ticket.wait()
