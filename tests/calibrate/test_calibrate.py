@@ -74,6 +74,7 @@ def test_other_errors_end_the_run(tmp_path):
 
 def test_only_the_routes_asked_for_are_timed(monkeypatch):
     """Cells without one of them are not even laid out."""
+    pytest.importorskip("torch", reason="torch is not installed")
     measure = pytest.importorskip("gpu.calibrate.measure")
     laid_out = []
     monkeypatch.setattr(measure, "available_routes", lambda shape: ROUTES)
@@ -122,6 +123,7 @@ class OwnRoutes(FakeCalibrator):
 
 def test_a_known_device_keeps_what_is_not_timed(monkeypatch, tmp_path):
     """From the options to the file, which differs from the catalogue's in one route's GPU part alone."""
+    pytest.importorskip("torch", reason="torch is not installed")
     about = dict.fromkeys(("gpu", "driver", "cuda", "cupy", "torch", "flashinfer", "command"), "known") | {
         "date": "2026-12-01T10:00:00+00:00"}
     for module, name, fake in (

@@ -85,6 +85,7 @@ def test_steps_are_timed_in_which_every_row_decodes_and_none_else(tmp_path, engi
 
 
 def test_rows_of_one_prompt_have_the_same_blocks_or_an_error(tmp_path, engine) -> None:
+    pytest.importorskip("torch", reason="torch is not installed")  # jobs of ours count what its engines run
     results = tmp_path / "results.json"
     stages = plans.shared(_given(tmp_path), ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN"), 5)
     jobs = [dataclasses.replace(job, results=str(results)) for stage in stages for job in stage]
