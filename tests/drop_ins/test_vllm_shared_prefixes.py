@@ -11,9 +11,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 from fake_gpu import fake_gpu
-from fake_vllm import FakeVllm, PlainEngine, fake_vllm
+from fake_vllm import FakeVllm, fake_vllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm_plain import PlainEngine
 from vllm_steps import Case, attention_layer, builder_of, prepare, run
 
 from gpu.drop_ins.vllm.engine_slot import EngineSlot, sizes

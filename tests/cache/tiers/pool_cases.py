@@ -4,7 +4,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from pkvsim.memory.tiers import Tier
 
 LAYERS, RUN_BYTES = 3, 4096
 BLOCK_BYTES = LAYERS * RUN_BYTES
+SLOT = 4096 + BLOCK_BYTES  # of a disk's file, with the block's header
+LONG_S = 20.0  # after which something counts as never ending
 
 
 def tier(name: str, blocks: int, *, kind: str = "disk", rate: float = 1e9) -> Tier:
@@ -127,3 +129,13 @@ class FaultyReader:
 
 
 EIO, ENOSPC = -errno.EIO, -errno.ENOSPC
+
+
+def ends(call: Callable[[], object]) -> object:
+    """What the call returns; AssertionError where it does not end."""
+    out: list[object] = []
+    thread = threading.Thread(target=lambda: out.append(call()), daemon=True)
+    thread.start()
+    thread.join(LONG_S)
+    assert not thread.is_alive(), "it does not end"
+    return out[0]
