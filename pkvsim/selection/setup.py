@@ -6,7 +6,7 @@ from typing import Any
 
 from pkvsim.compiled import compiled, drop_stale
 from pkvsim.selection.by_name import BY_SUMMARIES, method
-from pkvsim.selection.centroids import CENTROIDS, PARTS
+from pkvsim.selection.centroids import CENTROIDS, ELEMENTS_PER_BYTE, PARTS
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.summaries import CODES, check_form
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
@@ -15,7 +15,7 @@ OFF = "off"
 CODED_WORD = "8bit"  # of METHOD:BUDGET:8bit
 SUMMARY_VECTORS = 2  # mean and standard deviation, or minimum and maximum
 ELEMENT_BYTES, CODE_BYTES, CODE_SCALE_BYTES = 2, 1, 4  # of an element in 16 bits, of one in a code; of a coded vector
-CENTROID_CODES_A_BYTE, CENTROID_SCALE_BYTES = 2, 4  # of a centroid, whose scale and count are of 16 bits
+CENTROID_SCALE_BYTES = 4  # of a centroid, whose scale and count are of 16 bits
 IN_16_BITS, IN_CODES, IN_CENTROIDS = 0, 1, 2  # forms of summaries
 
 
@@ -90,7 +90,7 @@ def parse_selection(text: str, *, every: int = 1, dense_layers: int = 2) -> Sele
 def head_summary_bytes(head_dim: int, form: int) -> int:
     """Bytes of one page's summary of one KV head."""
     if form == IN_CENTROIDS:
-        return PARTS * (head_dim // CENTROID_CODES_A_BYTE + CENTROID_SCALE_BYTES)
+        return PARTS * (head_dim // ELEMENTS_PER_BYTE + CENTROID_SCALE_BYTES)
     if form == IN_CODES:
         return SUMMARY_VECTORS * (head_dim * CODE_BYTES + CODE_SCALE_BYTES)
     return SUMMARY_VECTORS * head_dim * ELEMENT_BYTES
