@@ -42,11 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="keep every N-th step (1)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where HASH.csv goes")
     args = parser.parse_args(argv)
-    document = json.loads(args.steps.read_text(encoding="utf-8"))
     if args.every < 1:
         parser.error(f"--every: expected at least 1, got {args.every}")
-    if document["options"]["layers"] != "1":
-        parser.error(f"steps: expected one layer a plan, got {document['options']['layers']}")
+    try:
+        document = json.loads(args.steps.read_text(encoding="utf-8"))
+        layers = document["options"]["layers"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"steps: expected a JSON document of serving_trace, got {args.steps} "
+                     f"({type(error).__name__}: {error})")
+    if layers != "1":
+        parser.error(f"steps: expected one layer a plan, got {layers}")
     path = args.folder / f"{document['environment']['source_hash'][:8]}.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -56,3 +56,12 @@ def test_other_runs_are_refused(document, tmp_path, capsys, option, value) -> No
     with pytest.raises(SystemExit):
         cut_held_out.main([str(tmp_path / "steps.json"), *([option, value] if option[0] == "-" else [])])
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "", "arrived,tokens\n1,2\n", "[]", '{"options": {}}'])
+def test_files_that_no_run_wrote_are_refused_in_a_line(text, tmp_path, capsys) -> None:
+    if text is not None:
+        (tmp_path / "steps.json").write_text(text)
+    with pytest.raises(SystemExit):
+        cut_held_out.main([str(tmp_path / "steps.json")])
+    assert "expected a JSON document of serving_trace" in capsys.readouterr().err
