@@ -2,7 +2,8 @@
 // by farthest-first traversal, of each part the mean key in 4-bit codes, the scale and the log2 of the count.
 //
 // A warp makes those of one page and head. Its lanes read whole tokens, 16 bytes each, some tokens at a time; which
-// centroid a token is nearest to waits in shared memory, whatever the page's size.
+// centroid a token is nearest to waits in shared memory, whatever the page's size. Pages of no more than 16 tokens are
+// made by centroid_teams.cuh instead.
 #pragma once
 #include "centroid_scores.cuh"
 
@@ -11,6 +12,28 @@ namespace pkv {
 constexpr float CENTROID_STEPS = 7.5f;          // that a centroid's largest magnitude is divided into
 constexpr float LARGEST_SCALE = 65504.0f;       // FP16's
 constexpr float NO_TOKENS = -60000.0f;          // in place of the log2 of no tokens
+
+// What the sum of so many tokens' keys is multiplied by.
+__device__ __forceinline__ float share_of(float count) { return count > 0.0f ? __fdividef(1.0f, count) : 0.0f; }
+
+// What is kept beside the codes of a centroid whose largest magnitude is `largest`.
+__device__ __forceinline__ unsigned centroid_scale(float largest, float count) {
+  const float log2_count = count > 0.0f ? log2f(count) : NO_TOKENS;
+  return pack_operands(fminf(largest * (1.0f / CENTROID_STEPS), LARGEST_SCALE), log2_count);
+}
+
+// Codes of neighbouring elements, the first in the lowest bits.
+template <int COUNT>
+__device__ __forceinline__ unsigned centroid_codes(const float (&mean)[COUNT], unsigned scale) {
+  const float step = unpack_operands(scale).x, inverse = step > 0.0f ? __fdividef(1.0f, step) : 0.0f;
+  unsigned codes = 0;
+  #pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const float code = rintf(mean[i] * inverse) + CENTROID_ZERO;
+    codes |= static_cast<unsigned>(fminf(fmaxf(code, 0.0f), 15.0f)) << 4 * i;
+  }
+  return codes;
+}
 
 // A warp's notes of a page's tokens.
 struct TokenParts {
@@ -86,24 +109,16 @@ struct CentroidMaker {
     }
     #pragma unroll
     for (int j = 0; j < EACH; ++j) {
-      const float share = count[j] > 0.0f ? __fdividef(1.0f, count[j]) : 0.0f;
+      const float share = share_of(count[j]);
       float largest = 0.0f;
       #pragma unroll
       for (int i = 0; i < 8; ++i) sum[j][i] *= share, largest = fmaxf(largest, fabsf(sum[j][i]));
       #pragma unroll
       for (int hop = 1; hop < LANES; hop <<= 1)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, hop));
-      const float log2_count = count[j] > 0.0f ? log2f(count[j]) : NO_TOKENS;
-      const unsigned scale = pack_operands(fminf(largest * (1.0f / CENTROID_STEPS), LARGEST_SCALE), log2_count);
-      const float step = unpack_operands(scale).x, inverse = step > 0.0f ? __fdividef(1.0f, step) : 0.0f;
-      unsigned word = 0;
-      #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float code = rintf(sum[j][i] * inverse) + CENTROID_ZERO;
-        word |= static_cast<unsigned>(fminf(fmaxf(code, 0.0f), 15.0f)) << 4 * i;
-      }
+      const unsigned scale = centroid_scale(largest, count[j]);
       const int centroid = group + j * TOKENS;
-      reinterpret_cast<unsigned*>(to + centroid * CENTROID_BYTES)[at] = word;
+      reinterpret_cast<unsigned*>(to + centroid * CENTROID_BYTES)[at] = centroid_codes(sum[j], scale);
       if (at == 0) scales[centroid] = scale;
     }
   }

@@ -18,6 +18,11 @@
 #if SCORING == 3
 #include "centroid_summaries.cuh"
 #endif
+// A page's warps make its centroids together.
+#define PKV_TEAMS (SCORING == 3 && PAGE_SIZE <= 16)
+#if PKV_TEAMS
+#include "centroid_teams.cuh"
+#endif
 
 namespace pkv {
 
@@ -46,7 +51,33 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
   return make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 
-#if SCORING == 3
+#if PKV_TEAMS
+// Pages of one head from `first` on, some for each warp of the CTA: as many as the row has.
+__device__ __forceinline__ void summarize_pages(const SummaryArguments& given, const PageTable& table, int row,
+                                                int head, int first, int row_len) {
+  __shared__ PageNotes notes[WARPS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tokens = min(row_len - first * PAGE_SIZE, WARPS * PAGE_SIZE), pages = divide(tokens - 1, PAGE_SIZE) + 1;
+  const auto id_of = [&](int page) { return table.cut(table.stored<false>(row, first + page)); };
+  const auto keys_of = [&](int page, int id) {
+    return PageKeys{given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride
+                        + lane * OWN_ELEMENTS,
+                    given.k_token_stride, min(PAGE_SIZE, tokens - page * PAGE_SIZE)};
+  };
+  #pragma unroll 1
+  for (int page = 0; page < pages; ++page) keys_of(page, id_of(page)).measure(notes[page], warp, lane);
+  __syncthreads();
+  if (warp < pages) keys_of(warp, 0).split(notes[warp], lane);
+  __syncthreads();
+  #pragma unroll 1
+  for (int page = 0; page < pages; ++page) {
+    const int id = id_of(page);
+    const long long at = (static_cast<long long>(id) * given.num_kv_heads + head) * PAGE_CENTROIDS;
+    keys_of(page, id).write(notes[page], warp, given.summaries + at * CENTROID_BYTES,
+                            reinterpret_cast<unsigned*>(given.summary_scales) + at, lane);
+  }
+}
+#elif SCORING == 3
 // One page of one head, of which the row has `tokens`. from: the page's keys; to, scales: its centroids.
 __device__ __forceinline__ void summarize(const half_type* from, int token_stride, int tokens, summary_type* to,
                                           unsigned* scales, int lane, TokenParts& notes) {
@@ -152,7 +183,9 @@ __device__ __forceinline__ void summarize(const half_type* from, int token_strid
 
 }  // namespace pkv
 
-#if SCORING == 3
+#if PKV_TEAMS
+#define PKV_SUMMARY_CTAS , (HEAD_DIM <= 128 ? 4 : 2)  // of an SM, so that those of many rows' appends run at once
+#elif SCORING == 3
 #define PKV_SUMMARY_CTAS , 2  // of an SM; told nothing, the compiler takes so few registers that some are spilled
 #else
 #define PKV_SUMMARY_CTAS
@@ -168,6 +201,10 @@ pkv_summarize_pages(const pkv::SummaryArguments given) {
                         PKV_CSR(, given.row_begins, given.batch_size)};
   const int row = divide(blockIdx.y, given.num_kv_heads), head = blockIdx.y - row * given.num_kv_heads;
   const int row_len = lens[row];
+#if PKV_TEAMS
+  const int first = divide(max(0, row_len - given.new_tokens), PAGE_SIZE) + blockIdx.x * WARPS;
+  if (first * PAGE_SIZE < row_len) summarize_pages(given, table, row, head, first, row_len);
+#else
   const int page = divide(max(0, row_len - given.new_tokens), PAGE_SIZE) + blockIdx.x * WARPS + threadIdx.x / 32;
   if (page * PAGE_SIZE >= row_len) return;
   const int id = table.cut(table.stored<false>(row, page));
@@ -183,5 +220,6 @@ pkv_summarize_pages(const pkv::SummaryArguments given) {
   summarize(given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride,
             given.k_token_stride, min(PAGE_SIZE, row_len - page * PAGE_SIZE),
             given.summaries + at * 2 * HEAD_DIM, given.summary_scales + at, threadIdx.x % 32);
+#endif
 #endif
 }

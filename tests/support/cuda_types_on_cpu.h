@@ -22,6 +22,7 @@ static To bits(From from) {
   return to;
 }
 static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
+[[maybe_unused]] static int __float_as_int(float x) { return bits<int>(x); }
 static float __uint_as_float(unsigned x) { return bits<float>(x); }
 template <class T>
 [[maybe_unused]] static T __ldcg(const T* at) { return *at; }
