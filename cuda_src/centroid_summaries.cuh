@@ -14,12 +14,11 @@ constexpr float LARGEST_SCALE = 65504.0f;       // FP16's
 constexpr float NO_TOKENS = -60000.0f;          // in place of the log2 of no tokens
 
 // What the sum of so many tokens' keys is multiplied by.
-__device__ __forceinline__ float share_of(float count) { return count > 0.0f ? __fdividef(1.0f, count) : 0.0f; }
+__device__ __forceinline__ float share_of(float count) { return __fdividef(1.0f, fmaxf(count, 1.0f)); }
 
 // What is kept beside the codes of a centroid whose largest magnitude is `largest`.
 __device__ __forceinline__ unsigned centroid_scale(float largest, float count) {
-  const float log2_count = count > 0.0f ? log2f(count) : NO_TOKENS;
-  return pack_operands(fminf(largest * (1.0f / CENTROID_STEPS), LARGEST_SCALE), log2_count);
+  return pack_operands(fminf(largest * (1.0f / CENTROID_STEPS), LARGEST_SCALE), fmaxf(log2_fast(count), NO_TOKENS));
 }
 
 // Codes of neighbouring elements, the first in the lowest bits.

@@ -33,11 +33,17 @@ struct __align__(2 * OWN_ELEMENTS) KeyWords {
 
 // A page's keys, of which the row has `tokens`, as a lane sees them.
 struct PageKeys {
-  const half_type* own;  // this lane's elements of the first token
-  int token_stride, tokens;
+  const unsigned char* own;  // this lane's elements of the first token
+  unsigned token_bytes;      // from a token to the next
+  int tokens;
 
-  __device__ __forceinline__ KeyWords load(int token) const {
-    return *reinterpret_cast<const KeyWords*>(own + static_cast<long long>(token) * token_stride);
+  __device__ __forceinline__ PageKeys(const half_type* page, int token_stride, int tokens, int lane)
+      : own(reinterpret_cast<const unsigned char*>(page + lane * OWN_ELEMENTS)),
+        token_bytes(2 * static_cast<unsigned>(token_stride)), tokens(tokens) {}
+
+  // An address is one instruction, a product of 32 bits by 32.
+  __device__ __forceinline__ KeyWords load(unsigned token) const {
+    return *reinterpret_cast<const KeyWords*>(own + static_cast<unsigned long long>(token) * token_bytes);
   }
   __device__ __forceinline__ static void widen(float (&to)[OWN_ELEMENTS], const KeyWords& from) {
     #pragma unroll
@@ -82,7 +88,7 @@ struct PageKeys {
     int own = 0, seed = 0;
     #pragma unroll 1
     for (int part = 0;; ++part) {
-      const float distance = lane == seed ? 0.0f : notes.distances[seed][lane % CIRCLE];
+      const float measured = notes.distances[seed][lane % CIRCLE], distance = lane == seed ? 0.0f : measured;
       if (distance < nearest) nearest = distance, own = part;
       if (part == PAGE_CENTROIDS - 1) break;
       // Numbers that are not negative are in the order of their bits; of equally far tokens the first is the seed.

@@ -60,9 +60,8 @@ __device__ __forceinline__ void summarize_pages(const SummaryArguments& given, c
   const int tokens = min(row_len - first * PAGE_SIZE, WARPS * PAGE_SIZE), pages = divide(tokens - 1, PAGE_SIZE) + 1;
   const auto id_of = [&](int page) { return table.cut(table.stored<false>(row, first + page)); };
   const auto keys_of = [&](int page, int id) {
-    return PageKeys{given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride
-                        + lane * OWN_ELEMENTS,
-                    given.k_token_stride, min(PAGE_SIZE, tokens - page * PAGE_SIZE)};
+    return PageKeys{given.k_pages + id * given.k_page_stride + static_cast<long long>(head) * given.k_head_stride,
+                    given.k_token_stride, min(PAGE_SIZE, tokens - page * PAGE_SIZE), lane};
   };
   #pragma unroll 1
   for (int page = 0; page < pages; ++page) keys_of(page, id_of(page)).measure(notes[page], warp, lane);

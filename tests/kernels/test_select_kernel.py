@@ -238,18 +238,42 @@ def test_centroids_follow_growth(head_dim, page_size, dtype) -> None:
     case.k[repeated] = case.k[repeated][:, np.arange(page_size) % 3]
     for new_tokens in (2**31 - 1, page_size + 4):
         case.summarize("centroids", new_tokens=new_tokens)
-        for row, length in enumerate(case.lens.tolist()):
-            at = np.arange(length)
-            for head in range(2):
-                keys = case.k[case.table[row, at // page_size], head, at % page_size].astype(np.float64)
-                want = encode_centroids(row_centroids(keys.reshape(length, head_dim), page_size))
-                ids, first = case.table[row, : len(want.codes)], max(0, length - new_tokens) // page_size
-                codes, scales = case.summaries[ids, head], case.scales[ids, head]
-                assert (codes[:first] == 255).all() and np.isnan(scales[:first]).all()
-                np.testing.assert_allclose(scales[first:].astype(float), want.scales[first:].astype(float), rtol=2e-3)
-                off = np.stack((codes[first:] & 15, codes[first:] >> 4)).astype(int) - np.stack(
-                    (want.codes[first:] & 15, want.codes[first:] >> 4))
-                assert np.abs(off).max(initial=0) <= 1 and np.count_nonzero(off) <= 0.01 * off.size
+        check_centroids(case, new_tokens)
+
+
+def check_centroids(case: Case, new_tokens: int) -> None:
+    page_size = case.shape.page_size
+    for row, length in enumerate(case.lens.tolist()):
+        at = np.arange(length)
+        for head in range(2):
+            keys = case.k[case.table[row, at // page_size], head, at % page_size].astype(np.float64)
+            want = encode_centroids(row_centroids(keys.reshape(length, case.shape.head_dim), page_size))
+            ids, first = case.table[row, : len(want.codes)], max(0, length - new_tokens) // page_size
+            codes, scales = case.summaries[ids, head], case.scales[ids, head]
+            assert (codes[:first] == 255).all() and np.isnan(scales[:first]).all()
+            np.testing.assert_allclose(scales[first:].astype(float), want.scales[first:].astype(float), rtol=2e-3)
+            off = np.stack((codes[first:] & 15, codes[first:] >> 4)).astype(int) - np.stack(
+                (want.codes[first:] & 15, want.codes[first:] >> 4))
+            assert np.abs(off).max(initial=0) <= 1 and np.count_nonzero(off) <= 0.01 * off.size
+
+
+def test_of_equally_far_tokens_the_first_is_taken_wherever_keys_lie() -> None:
+    """Keys of few small integers, at the origin or far from it, whose distances are exact and often the same, in pages
+    of every number of tokens; in some of them one token lies far from all others."""
+    shape, rng = DecodeShape(4, 2, 64, 16), np.random.default_rng(7)
+    case = Case(shape, "float16", (*range(1, 17), 16 * 40 - 5), 5)
+    near = rng.integers(-1, 2, case.k.shape) * (rng.random(case.k.shape) < 0.2)
+    near[::3, :, ::5] += rng.integers(-400, 400, (2, 1, 64))
+    near += np.where(np.arange(2) == 1, 1024, 0)[:, None, None]
+    case.k = aligned(np.where(np.isnan(case.k), case.k, near.astype(np.float16)))
+    case.summarize("centroids")
+    check_centroids(case, 2**31 - 1)
+    for row, length in enumerate(case.lens.tolist()):
+        at = np.arange(length)
+        for head in range(2):
+            want = row_centroids(case.k[case.table[row, at // 16], head, at % 16].astype(np.float64), 16).log2_counts
+            got = case.scales[case.table[row, : len(want)], head, :, 1]
+            assert (got == want.astype(np.float16)).all()
 
 
 def test_a_long_row_selects_exactly() -> None:
