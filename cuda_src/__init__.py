@@ -19,7 +19,7 @@ What to read, in this order:
 9. decode.cu and merge.cu, the paper's two schedules over the same attend(): a list of tasks, then a merge
 10. selected.cu    the same for listed pages (lists.cuh, list_plan.cuh); select.cu makes the lists (page_scores.cuh,
    page_weights.cuh, top_pages.cuh; coded_scores.cuh of 8-bit summaries, centroid_scores.cuh of
-   centroids) from what summaries.cu keeps of pages (centroid_summaries.cuh);
+   centroids) from what summaries.cu keeps of pages (centroid_summaries.cuh, centroid_teams.cuh);
    page_lse.cuh is the mass of tiles as a by-product
 11. several.cu     the same over several GPUs: several.cuh sends states to the ranks that own the outputs
 Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu and plan_spans.cu (list the balanced

@@ -130,10 +130,10 @@ struct PageKeys {
     for (int i = 0; i < OWN_ELEMENTS; ++i) mean[i] *= share, largest = fmaxf(largest, fabsf(mean[i]));
     largest = __int_as_float(__reduce_max_sync(0xffffffffu, __float_as_int(largest)));
     const unsigned scale = centroid_scale(largest, count), codes = centroid_codes(mean, scale);
-    unsigned char* own_codes = to + centroid * CENTROID_BYTES + lane * (OWN_ELEMENTS / 2);
-    if constexpr (OWN_ELEMENTS == 2) *own_codes = static_cast<unsigned char>(codes);
-    else if constexpr (OWN_ELEMENTS == 4) *reinterpret_cast<unsigned short*>(own_codes) = static_cast<unsigned short>(codes);
-    else *reinterpret_cast<unsigned*>(own_codes) = codes;
+    unsigned char* codes_at = to + centroid * CENTROID_BYTES + lane * (OWN_ELEMENTS / 2);
+    if constexpr (OWN_ELEMENTS == 2) *codes_at = static_cast<unsigned char>(codes);
+    else if constexpr (OWN_ELEMENTS == 4) *reinterpret_cast<unsigned short*>(codes_at) = codes;
+    else *reinterpret_cast<unsigned*>(codes_at) = codes;
     if (lane == 0) scales[centroid] = scale;
   }
 

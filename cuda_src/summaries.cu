@@ -15,13 +15,12 @@
 #include "mma.cuh"
 #include "arguments.cuh"
 #include "page_scores.cuh"
-#if SCORING == 3
-#include "centroid_summaries.cuh"
-#endif
-// A page's warps make its centroids together.
+// Whether all warps of a CTA make a page's centroids together.
 #define PKV_TEAMS (SCORING == 3 && PAGE_SIZE <= 16)
 #if PKV_TEAMS
 #include "centroid_teams.cuh"
+#elif SCORING == 3
+#include "centroid_summaries.cuh"
 #endif
 
 namespace pkv {
@@ -52,7 +51,7 @@ __device__ __forceinline__ uint4 narrow(const float (&x)[8]) {
 }
 
 #if PKV_TEAMS
-// Pages of one head from `first` on, some for each warp of the CTA: as many as the row has.
+// Centroids of a row's pages from `first` on, of one head: no more than there are warps.
 __device__ __forceinline__ void summarize_pages(const SummaryArguments& given, const PageTable& table, int row,
                                                 int head, int first, int row_len) {
   __shared__ PageNotes notes[WARPS];
