@@ -10,6 +10,7 @@
     python examples/bench_vllm.py --plan timings --requests FILE.csv      # CUSTOM, FLASH_ATTN, 8 bits; served cases
     python examples/bench_vllm.py --plan others --requests FILE.csv       # TRITON_ATTN, FLASHINFER; the long cases
     python examples/bench_vllm.py --plan checks --model smollm2           # tokens with each cache; a mix of lengths
+    python examples/bench_vllm.py --plan mix --seconds 1200 --seed 1      # nothing but the mix
 
 Needs vLLM 0.24; not that this package is installed, as every process finds its entry point in a temporary folder on
 PYTHONPATH. vLLM is imported once and each backend runs in a fork, which writes keys and values of a group of rows once,
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs and torch.compile: starts faster")
     parser.add_argument("--check", action="store_true", help="compare greedy tokens in place of times")
     parser.add_argument("--plan", choices=plans.PLANS, help="several measurements in as little time as they need")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests that --plan checks and mix draw")
     parser.add_argument("--requests", type=Path, help="a CSV file whose cases --plan serves")
     parser.add_argument("--kv-cache-dtype", default="auto", help="of --check")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder for --check; a random model by default")
@@ -87,7 +89,8 @@ def run(args: argparse.Namespace, folder: Path) -> int:
         write_random_weights(checked)
     if args.plan:
         requests = "" if args.requests is None else str(args.requests.resolve())
-        stages = plans.plan(args.plan, plans.Given(llama, str(checked), folder, requests, begin, end))
+        given = plans.Given(llama, str(checked), folder, requests, begin, end, args.seed)
+        stages = plans.plan(args.plan, given)
     elif args.shared:
         given = plans.Given(llama, str(checked), folder, "", begin, end)
         stages = plans.shared(given, args.backends.split(","), args.steps)

@@ -102,6 +102,7 @@ class Job:
     cases: tuple[str, ...] = ()  # of that file
     cases_until: float = math.inf  # the time after which no case is begun
     mix_s: float = 0.0  # seconds of requests of drawn lengths, after everything else
+    seed: int = 0  # of these
     kv_bytes: int = KV_BYTES  # of the cache
     vllm_append: bool = False  # CUSTOM with vLLM's kernel that stores keys and values, also in captured steps
     prefix_caching: bool = False

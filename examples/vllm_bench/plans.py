@@ -18,7 +18,7 @@ SHAPES_S, EIGHT_BIT_S, APPEND_S = 60.0, 32.0, 40.0  # of engines that time every
 FLASHINFER_S = 130.0  # after which it is taken for one that compiles without end
 CHECKS_S = 150.0
 LONGEST_CASE_S = 12.0  # of SHORT_CASES
-PLANS = ("timings", "others", "checks")
+PLANS = ("timings", "others", "checks", "mix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Given:
     requests: str
     begin: float  # of time.monotonic()
     end: float
+    seed: int = 0  # of drawn requests
 
     def job(self, number: int, backend: str, kv_cache_dtype: str = "auto", **fields: object) -> Job:
         given = {"model": self.llama, "until": self.end, "cases_until": self.end} | fields
@@ -54,9 +55,15 @@ def plan(name: str, given: Given) -> list[list[Job]]:
                 [given.job(1, "FLASHINFER", groups=EVERY_GROUP, limit_s=FLASHINFER_S)],
                 [given.job(2, "CUSTOM", cases=LONG_CASES)]]
     if name == "checks":
-        return [checks(given.checked, given.results, given.begin + CHECKS_S, vllm_append=True),
-                [given.job(99, "CUSTOM", mix_s=3600.0, kv_bytes=KV_BYTES_FOR_MIX, title="mix")]]
+        return [checks(given.checked, given.results, given.begin + CHECKS_S, vllm_append=True), [mix(given)]]
+    if name == "mix":
+        return [[mix(given)]]
     raise ValueError(f"plan: expected one of {', '.join(PLANS)}, got {name}")
+
+
+def mix(given: Given) -> Job:
+    """Drawn requests until the end; several at a time with other seeds, a GPU each, are as many minutes of it."""
+    return given.job(99, "CUSTOM", mix_s=3600.0, seed=given.seed, kv_bytes=KV_BYTES_FOR_MIX, title="mix")
 
 
 def shared(given: Given, backends: Iterable[str], steps: int) -> list[list[Job]]:

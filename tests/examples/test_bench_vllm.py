@@ -194,6 +194,8 @@ def test_plans_time_engines_alone_and_every_shape_with_every_backend(tmp_path) -
     assert whole == {"CUSTOM", "FLASH_ATTN", "TRITON_ATTN", "FLASHINFER"}
     results = [job.results for stage in plans.plan("checks", _given(tmp_path)) for job in stage]
     assert len({*results}) == len(results) == 9
+    [[mixed]] = plans.plan("mix", _given(tmp_path, seed=3))
+    assert mixed.mix_s > 0 and mixed.seed == 3
     with pytest.raises(ValueError, match="plan: expected one of"):
         plans.plan("all", _given(tmp_path))
 
