@@ -1,96 +1,24 @@
 """Lays a step out over ranks, checks it against one engine that has all pages, and times the ways of computing it."""
 from __future__ import annotations
 
-import contextlib
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from several_bench.cells import PAGE_SIZE, SeveralCell, local_tables, whole_table
+from several_bench.ranks import Ranks, processes_meet
+from several_bench.timing import WayTime
 
 from gpu import DecodeEngine
 from gpu.inputs.run import Run
-from gpu.measure.timing import MIN_GRAPH_US, capture, l2_bytes, rotation_length
-from gpu.several import CollectiveGroup, DeviceGroup, ShardedDecode
+from gpu.measure.timing import l2_bytes, rotation_length
+from gpu.several import CollectiveGroup, ShardedDecode
 from pkvsim.schedule.shares import PageShares
 
 TOLERANCE = 2e-3
 MOST_LAYERS = 64
-RunOne = Callable[[int], None]  # launches a layer's step of one rank
-
-
-class Ranks:
-    """This process's ranks of a group, each with a stream that torch and CuPy share."""
-
-    def __init__(self, group: Any) -> None:
-        self.group, self._streams = group, {}
-        if not hasattr(group, "streams"):
-            with torch.cuda.device(group.device(group.ranks[0])):
-                self._streams = {rank: torch.cuda.Stream() for rank in group.ranks}
-
-    @contextlib.contextmanager
-    def on(self, rank: int) -> Iterator[None]:
-        import cupy
-
-        with self.group.use(rank), contextlib.ExitStack() as stack:
-            if rank in self._streams:
-                stack.enter_context(torch.cuda.stream(self._streams[rank]))
-                stack.enter_context(cupy.cuda.ExternalStream(self._streams[rank].cuda_stream))
-            yield
-
-    def synchronize(self) -> None:
-        for rank in self.group.ranks:
-            torch.cuda.synchronize(self.group.device(rank))
-
-    def together(self, values: list[float]) -> list[float]:
-        """The largest of each number over all processes."""
-        if isinstance(self.group, DeviceGroup):
-            return values
-        import torch.distributed as dist
-
-        found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.tolist()
-
-    def time_us(self, run_one: dict[int, RunOne], *, layers: int, repeats: int) -> tuple[float, float]:
-        """(median, largest) time of a call, us: of graphs of all ranks that are replayed together, the slowest rank's.
-
-        A graph holds the calls of all layers in turn, as often as fill MIN_GRAPH_US.
-        """
-        for layer in range(min(layers, 2)):  # first use: compile, load, allocate outside the capture
-            for rank, run in run_one.items():
-                with self.on(rank):
-                    run(layer)
-        self.synchronize()
-        rounds, times = 1, [0.0]
-        for timed in (False, True):
-            graphs = {}
-            for rank, run in run_one.items():
-                with self.on(rank):
-                    graphs[rank] = capture(lambda run=run, n=rounds: [run(i) for _ in range(n) for i in range(layers)])
-            self._replay_us(graphs)
-            times = self.together([self._replay_us(graphs) for _ in range(repeats if timed else 1)])
-            if not timed:
-                rounds = max(1, int(np.ceil(MIN_GRAPH_US / times[0])))
-            else:
-                times = [us / (layers * rounds) for us in times]
-        return statistics.median(times), max(times)
-
-    def _replay_us(self, graphs: dict[int, Any]) -> float:
-        self.synchronize()
-        self.group.barrier()
-        marks = {}
-        for rank, graph in graphs.items():
-            with self.on(rank):
-                marks[rank] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                marks[rank][0].record()
-                graph.replay()
-                marks[rank][1].record()
-        self.synchronize()
-        return max(begin.elapsed_time(end) * 1e3 for begin, end in marks.values())
 
 
 @dataclass(slots=True)
@@ -108,23 +36,32 @@ class Pages:
 
 @dataclass(slots=True)
 class Result:
-    """us; `ways` by name, (median, largest)."""
+    """us of a call; `ways` by name, (median, largest) over the replays, of each the slowest rank's."""
 
     cell: str
     kv_bytes: int
     ranks: int
     layers: int
     ways: dict[str, tuple[float, float]] = field(default_factory=dict)
+    by_rank: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by way, the median of each rank that ran
+    calls: dict[str, int] = field(default_factory=dict)  # by way, of a graph
     errors: dict[str, float] = field(default_factory=dict)  # the largest, against one engine
-    notes: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)  # by way, what makes its time doubtful
+
+    def add(self, way: str, time: WayTime) -> None:
+        self.ways[way], self.by_rank[way] = (time.median_us, time.largest_us), time.by_rank_us
+        self.calls[way] = time.calls
+        if time.apart:
+            self.notes[way] = "the host was late, and the ranks may have started one after the other"
 
 
 class SeveralBench:
     """A cell at a time, on one group and, where there are processes, on one of collectives beside it."""
 
     def __init__(self, group: Any, collectives: CollectiveGroup | None, *, repeats: int, num_ctas: int | None) -> None:
-        self.ranks, self.repeats, self.num_ctas = Ranks(group), repeats, num_ctas
-        self.collectives = None if collectives is None else Ranks(collectives)
+        meet = None if hasattr(group, "streams") else processes_meet(group)
+        self.ranks, self.repeats, self.num_ctas = Ranks(group, meet), repeats, num_ctas
+        self.collectives = None if collectives is None else Ranks(collectives, meet)
 
     def measure(self, cell: SeveralCell, owners: tuple[str, ...]) -> Result:
         group = self.ranks.group
@@ -164,7 +101,7 @@ class SeveralBench:
                 runs[rank](0)
                 wanted[device] = runs[rank].out.clone()
         self.ranks.synchronize()
-        result.ways["one"] = self.ranks.time_us(runs, layers=result.layers, repeats=self.repeats)
+        result.add("one", self.ranks.time_us(runs, layers=result.layers, repeats=self.repeats))
         return wanted
 
     def _alone(self, cell: SeveralCell, shares: PageShares, tables: list[np.ndarray], pages: dict[int, Pages],
@@ -178,7 +115,7 @@ class SeveralBench:
                 engine.plan(*on_device(device, shares.local_lens(cell.lengths(), rank), tables[rank]))
                 runs[rank] = plain_run(engine, own, lambda layer, p=own, rank=rank: p.of(rank, layer))
         self.ranks.synchronize()
-        result.ways["alone"] = self.ranks.time_us(runs, layers=result.layers, repeats=self.repeats)
+        result.add("alone", self.ranks.time_us(runs, layers=result.layers, repeats=self.repeats))
 
     def _several(self, ranks: Ranks, name: str, cell: SeveralCell, shares: PageShares, tables: list[np.ndarray],
                  pages: dict[int, Pages], result: Result, wanted: dict, owner: str, *,
@@ -225,7 +162,7 @@ class SeveralBench:
         result.errors[name] = worst
         if not worst < TOLERANCE:
             raise SystemExit(f"bench_several: {cell.name}: {name} differs from one engine by {worst:.2g}")
-        result.ways[name] = ranks.time_us(runs, layers=result.layers, repeats=self.repeats)
+        result.add(name, ranks.time_us(runs, layers=result.layers, repeats=self.repeats))
         engine.synchronize()
 
 
