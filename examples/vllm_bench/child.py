@@ -85,7 +85,8 @@ def _time_and_serve(engine: Any, job: Job, found: dict[str, Any]) -> None:
         say(f"{job.name}: {name}: {case_line(served)}")
     seconds = min(job.mix_s, job.until - time.monotonic())
     if seconds > 0:
-        found["mix"] = serving.mix(engine, seconds, ids, job.seed)
+        for found["mix"] in serving.mix(engine, seconds, ids, job.seed):
+            _write(job, found)
         say(f"{job.name}: mix: {found['mix']}")
 
 

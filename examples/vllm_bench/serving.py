@@ -16,6 +16,7 @@ MIX_ROWS = (1, 4, 16, 48, 120)  # requests that a mix keeps running, each for a 
 MIX_TOKENS, MIX_OUTPUTS = (1, 60_000), (1, 400)  # of a request, drawn so that each power of ten is as likely
 MIX_WAITING_TOKENS = 400_000  # prompt tokens that a mix has in the engine at most
 MIX_SECONDS_PER_ROWS = 6.0
+MIX_TOLD_S = 10.0  # after which what a mix has counted is written
 MIX_ABORTED = 0.05  # of requests, after a drawn number of tokens
 
 
@@ -116,8 +117,9 @@ def warm(engine: Any, ids: Iterator[int]) -> None:
     _drain(engine)
 
 
-def mix(engine: Any, seconds: float, ids: Iterator[int], seed: int = 0) -> dict[str, Any]:
-    """Serves drawn lengths for so many seconds, rows coming, ending and being aborted all the time.
+def mix(engine: Any, seconds: float, ids: Iterator[int], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Serves drawn lengths for so many seconds, rows coming, ending and being aborted all the time: yields what has been
+    counted every MIX_TOLD_S, and at the end.
 
     Every request that is not aborted must end with the tokens that it asked for, all of them ids of the vocabulary.
     """
@@ -126,8 +128,11 @@ def mix(engine: Any, seconds: float, ids: Iterator[int], seed: int = 0) -> dict[
     made: dict[str, int] = {}
     found = {"seconds": 0.0, "steps": 0, "finished": 0, "aborted": 0, "prompt_tokens": 0, "tokens": 0, "most_rows": 0,
              "longest": 0, "wrong": 0}
-    begin = time.perf_counter()
+    begin, told = time.perf_counter(), 0.0
     while (now := time.perf_counter() - begin) < seconds:
+        if now > told + MIX_TOLD_S:
+            told = found["seconds"] = now
+            yield found
         rows = MIX_ROWS[int(now / MIX_SECONDS_PER_ROWS) % len(MIX_ROWS)]
         while len(asked) < rows and sum(tokens for tokens, _, _ in asked.values()) < MIX_WAITING_TOKENS:
             length, outputs = (int(np.exp(rng.uniform(*np.log(span)))) for span in (MIX_TOKENS, MIX_OUTPUTS))
@@ -159,7 +164,7 @@ def mix(engine: Any, seconds: float, ids: Iterator[int], seed: int = 0) -> dict[
     found["seconds"] = time.perf_counter() - begin
     engine.abort_request([*asked])
     _drain(engine)
-    return found
+    yield found
 
 
 def _drain(engine: Any) -> None:

@@ -167,10 +167,14 @@ def test_cases_are_served_whole(requests) -> None:
 
 def test_a_mix_counts_what_ends_wrong(engine, monkeypatch) -> None:
     monkeypatch.setattr(serving, "MIX_SECONDS_PER_ROWS", 0.05)
-    found = serving.mix(engine, 0.4, itertools.count())
+    monkeypatch.setattr(serving, "MIX_TOLD_S", 0.05)
+    told = [dict(found) for found in serving.mix(engine, 0.4, itertools.count())]
+    found = told[-1]
+    assert len(told) > 2 and [one["steps"] for one in told] == sorted(one["steps"] for one in told)
     assert found["finished"] and found["aborted"] and not found["wrong"] and not engine.left
     assert found["most_rows"] > 1 and found["longest"] > 1000
-    assert serving.mix(Engine("short"), 0.2, itertools.count())["wrong"]
+    *_, found = serving.mix(Engine("short"), 0.2, itertools.count())
+    assert found["wrong"]
 
 
 def _write_requests(path) -> str:
