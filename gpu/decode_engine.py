@@ -120,7 +120,8 @@ class DecodeEngine:
         scale: of the logits of this run, a finite number; a routed schedule="auto" has the constructor's alone. sinks
         [num_q_heads] float32 on the GPU, with options.sinks. With options.query_tokens = n > 1, q, out and lse have an
         axis [batch_size, n, ..], and query_lens [batch_size] int32 on the GPU may say how many of the n a row has, the
-        first ones; outputs of the others are left as they were.
+        first ones; outputs of the others are left as they were. A length counts the row's query tokens: of a row with
+        fewer tokens than these, those that see none may get anything, even NaN.
         k_scale, v_scale: of an 8-bit cache, which holds value / scale (FP8 pages may be uint8). With options.kv_scales
         "tensor" a positive number or one float32 on the GPU each, by default 1; with "page" float32 [num_pages,
         num_kv_heads], with "token" float32 of the pages' shape less the last axis, as CacheWriter writes them, none

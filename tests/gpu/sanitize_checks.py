@@ -145,27 +145,37 @@ def grouped_replays() -> None:
             check(out, lse, case, dtype="float16")
 
 
-def selected(page_size: int = 16, head_dim: int = 128, **options: object) -> None:
+def listed_case(
+    page_size: int = 16, head_dim: int = 128, **options: object
+) -> tuple[DecodeShape, str, AttentionOptions, tuple[int, ...]]:
+    """(shape, dtype, options, lengths) of a step of SELECTED or PAGE_LSE. Rows have their query tokens, which count in a
+    length, or nothing at all: one that saw no token would get NaN, which is not equal to itself."""
+    attention = AttentionOptions(**options)
+    lens = tuple(length and max(length, attention.query_tokens) for length in LENS)
+    return DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, head_dim, page_size), "float16", attention, lens
+
+
+def selected(**case: object) -> None:
     """Ragged lists, some of them empty, among rows that are."""
     from selected_cases import GpuStep, assert_selected
 
-    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, head_dim, page_size)
-    step = GpuStep(shape, "float16", AttentionOptions(**options), LENS, seed=1)
+    step = GpuStep(*listed_case(**case), seed=1)
     for _ in range(2):  # the workspace is left clean
         assert_selected(step.run(selected=step.lists), step.expected(), "float16")
 
 
-def with_page_lse(page_size: int = 16, **options: object) -> None:
-    """The masses of a dense step's pages and of a listed one's, whose results stay what they were."""
+def with_page_lse(**case: object) -> None:
+    """The masses of a dense step's pages and of a listed one's, whose results stay what they were: a dense step's to the
+    bit, since CTAs, costs and variant are the same and so is the plan."""
     import torch
     from selected_cases import GpuStep, assert_selected
 
-    shape = DecodeShape(SHAPE.num_q_heads, SHAPE.num_kv_heads, SHAPE.head_dim, page_size)
-    step = GpuStep(shape, "float16", AttentionOptions(**options), LENS, seed=2)
+    shape, _, _, lens = arguments = listed_case(**case)
+    step = GpuStep(*arguments, seed=2)
     inner = (shape.group_size,) if step.q.dim() == 3 else (step.q.shape[1], shape.group_size)
     for lists in (None, step.lists):
-        tiles = -(-max(LENS) // 16) if lists is None else lists.pages.shape[2] * (page_size // 16)
-        masses = torch.full((len(LENS), shape.num_kv_heads, tiles, *inner), float("-inf"), device="cuda")
+        tiles = -(-max(lens) // 16) if lists is None else lists.pages.shape[2] * (shape.page_size // 16)
+        masses = torch.full((len(lens), shape.num_kv_heads, tiles, *inner), float("-inf"), device="cuda")
         found = step.run(selected=lists, page_lse=masses)
         if lists is None:
             assert all((a == b).all() for a, b in zip(found, step.run(selected=None)))

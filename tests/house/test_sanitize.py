@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from decode_on_cpu import make_step
 from paths import ROOT
 
 from gpu.cache.append_variant import CACHE_TYPES  # noqa: E402
@@ -36,6 +37,15 @@ def test_the_list_covers_every_variant() -> None:
 def test_every_check_is_called_as_it_can_be() -> None:
     for check in sanitize_checks.checks().values():
         inspect.signature(check.func).bind(*check.args, **check.keywords)
+
+
+@pytest.mark.parametrize("case", [*sanitize_checks.SELECTED.values(), *sanitize_checks.PAGE_LSE.values()])
+def test_rows_with_lists_have_their_query_tokens(case: dict) -> None:
+    """Steps that float64 attention refuses prove nothing: a query token that sees no token gets NaN."""
+    *arguments, lens = sanitize_checks.listed_case(**case)
+    step = make_step(*arguments, seed=1, lens=lens)
+    assert len(step.lens) == len(sanitize_checks.LENS) and 0 in step.lens
+    assert step.lens[step.lens > 0].min() == step.options.query_tokens
 
 
 def test_what_the_checks_import_is_found() -> None:

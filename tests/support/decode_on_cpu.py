@@ -88,9 +88,12 @@ class Step:
 def make_step(shape: DecodeShape, dtype: str, options: AttentionOptions, *, seed: int, lens: tuple[int, ...] = LENGTHS,
               spread: float = 1.0, ragged: bool = False, groups: PrefixGroups | None = None) -> Step:
     """spread: the scales' powers of two reach so far up and down. ragged: rows have fewer query tokens than others.
-    groups: rows that are long enough begin with the pages of their group's first such row."""
+    groups: rows that are long enough begin with the pages of their group's first such row.
+    Raises ValueError where a row has tokens, but fewer than query tokens, which pkvsim.reference refuses."""
     rng, slots, kv_dtype = np.random.default_rng(seed), shape.page_size, options.kv_dtype
     lens = np.array(lens, np.int32)
+    if not ragged and ((lens > 0) & (lens < options.query_tokens)).any():
+        raise ValueError(f"lens: expected 0 or at least {options.query_tokens} query tokens of each row, got {lens}")
     pages = -(-lens // slots)
     count = int(pages.sum()) + 3
     table = np.full((len(lens), int(pages.max()) + 1), 0x7FFFFFFF, np.int32)
