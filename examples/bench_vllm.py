@@ -5,18 +5,22 @@
     python examples/bench_vllm.py --eight-bit                             # 8 x 32.8K with FP8 and INT8 caches too
     python examples/bench_vllm.py --shared --backends CUSTOM,FLASH_ATTN   # rows of one prompt, prefix caching
     python examples/bench_vllm.py --check                                 # greedy tokens against FLASH_ATTN's
-    python examples/bench_vllm.py --check --kv-cache-dtype fp8            # against TRITON_ATTN's with the same cache
+    python examples/bench_vllm.py --check --kv-cache-dtype fp8            # of CUSTOM and TRITON_ATTN with that cache
     python examples/bench_vllm.py --check --model smollm2                 # of a model on disk: serving/gguf_to_hf.py
     python examples/bench_vllm.py --plan timings --requests FILE.csv      # CUSTOM, FLASH_ATTN, 8 bits; served cases
     python examples/bench_vllm.py --plan others --requests FILE.csv       # TRITON_ATTN, FLASHINFER; the long cases
     python examples/bench_vllm.py --plan checks --model smollm2           # tokens with each cache; a mix of lengths
     python examples/bench_vllm.py --plan mix --seconds 1200 --seed 1      # nothing but the mix
+    python examples/bench_vllm.py --report vllm.json                      # tables and verdicts of an earlier --json
 
 Needs vLLM 0.24; not that this package is installed, as every process finds its entry point in a temporary folder on
 PYTHONPATH. vLLM is imported once and each backend runs in a fork, which writes keys and values of a group of rows once,
 without attention, and times steps that do nothing but decode, for fewer and fewer of the rows. Engines that are timed
 run alone, those whose tokens are compared side by side. What was measured is kept whatever happens later: --json is
 written anew every second, and vLLM's own output goes to a file beside it.
+
+Tokens of ours are held against FLASH_ATTN's by what TRITON_ATTN with the same type of cache differs from it by, on the
+same prompts (vllm_bench/agreement.py); the exit code is 1 where ours differ by more.
 
 FILE.csv has the columns case, arrived_at (s), num_prefill_tokens, num_decode_tokens and, of another run to hold ours
 against, measured_ttft_s, measured_tpot_ms and measured_e2e_s.
@@ -35,11 +39,11 @@ from typing import Any
 
 from bench.script import one_line_errors
 from vllm_bench import plans
+from vllm_bench.agreement import TIE, compare, judge
 from vllm_bench.cases import GROUPS, LLAMA_8B, SMALL, Job, environment, write_model, write_plugin
-from vllm_bench.report import compare, name_of, served_table, times_table
+from vllm_bench.report import name_of, served_table, times_table
 
 BACKENDS = ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN")
-TIE = 0.05  # of log-probability: what backends that round differently may swap
 
 
 @one_line_errors("bench_vllm")
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto", help="of --check")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder for --check; a random model by default")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="print what an earlier run's --json holds, no more")
     parser.add_argument("--serve-stages", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve_stages:
@@ -72,6 +77,8 @@ def main() -> None:
 
         serve_stages(*args.serve_stages)
         return
+    if args.report:
+        sys.exit(report(read_json(args.report)))
     if args.requests is not None and not args.requests.exists():
         parser.error(f"--requests: expected a CSV file, got {args.requests}")
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as folder:
@@ -79,7 +86,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> int:
-    """Measures what was asked for; 1 where tokens part other than at ties, or a request went wrong."""
+    """Measures what was asked for; 1 where tokens differ by more than rounding, or a request went wrong."""
     begin = time.monotonic()
     end = begin + args.seconds
     llama = str(write_model(folder / "model", LLAMA_8B))
@@ -150,12 +157,17 @@ def report(found: Sequence[dict[str, Any]]) -> int:
             print(f"{name_of(one)}: {one['error']}")
             wrong = True
     rows = {name_of(one): one["rows"] for one in found if "rows" in one}
-    for own, other in plans.comparisons(rows):
-        agreed = compare(rows[own], rows[other])
-        print(f"{own} against {other}: {agreed.compared} tokens agree, log-probabilities within "
-              f"{agreed.largest_difference:.4f}, {agreed.mean_difference:.5f} in the mean; {len(agreed.parted)} of "
-              f"{len(rows[own])} rows part, at (row, place, gap) {[*agreed.parted]}", flush=True)
-        wrong |= own in plans.SIXTEEN_BIT and not agreed.within(TIE)
+    if rows and "FLASH_ATTN" not in rows:
+        print(f"nothing to hold the tokens of {', '.join(rows)} against: FLASH_ATTN made none")
+        wrong = True
+    for pair in plans.comparisons(rows):
+        agreed = compare(rows[pair.own], rows[pair.other])
+        print(f"{pair.own} against {pair.other}: {agreed}", flush=True)
+        if pair.peer:
+            peers = compare(rows[pair.peer], rows[pair.other]) if pair.peer in rows else None
+            verdict = judge(agreed, peers, TIE if pair.own in plans.SIXTEEN_BIT else None)
+            print(f"    {verdict}", flush=True)
+            wrong |= verdict.whether is False
     return int(wrong or not found)
 
 
@@ -184,6 +196,18 @@ def write_random_weights(folder: Path) -> None:
         weights |= {f"{at}.{name}.weight": torch.ones(hidden).bfloat16()
                     for name in ("input_layernorm", "post_attention_layernorm")}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """What write_json wrote. ValueError for another file."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:  # also of text that is no UTF-8
+        found = None
+    needed = {"backend", "kv_cache_dtype", "shapes", "cases"}
+    if not isinstance(found, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in found):
+        raise ValueError(f"--report: expected a file that --json wrote, a list of engines, got {path}")
+    return found
 
 
 def write_json(path: Path | None, found: list[dict[str, Any]]) -> None:

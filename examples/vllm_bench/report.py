@@ -1,8 +1,7 @@
-"""What bench_vllm prints: step times by backend, and how far two backends' greedy tokens agree."""
+"""Tables that bench_vllm prints: step times by backend, and served cases."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -56,36 +55,3 @@ def _figures(of: dict[str, float] | None) -> tuple[str, str, str]:
 def name_of(one: dict[str, Any]) -> str:
     told = {name: one.get(name, False) for name in ("vllm_append", "shared_prefixes", "cascade")}
     return label(one["backend"], one["kv_cache_dtype"], **told)
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Greedy tokens of one backend against another's, until the first place of each row where they part.
-
-    parted: (row, place, gap) with the gap in log-probability that the other backend sees between its token and ours,
-    None where ours is not among its likely ones.
-    """
-
-    compared: int  # tokens
-    parted: tuple[tuple[int, int, float | None], ...]
-    largest_difference: float  # of log-probabilities of the tokens that agree
-    mean_difference: float
-
-    def within(self, gap: float) -> bool:
-        """Whether rows part only at ties: where the other backend sees at most so large a gap."""
-        return all(seen is not None and seen <= gap for _, _, seen in self.parted)
-
-
-def compare(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> Agreement:
-    """own, other: rows of the same prompts, as vllm_bench.child writes them, read back from JSON or not."""
-    parted, differences = [], []
-    for row, (mine, theirs) in enumerate(zip(own, other, strict=True)):
-        for place, (a, b) in enumerate(zip(mine["tokens"], theirs["tokens"], strict=True)):
-            seen = {int(token): value for token, value in theirs["top"][place].items()}
-            if a != b:
-                parted.append((row, place, seen[b] - seen[a] if a in seen else None))
-                break
-            held = {int(token): value for token, value in mine["top"][place].items()}
-            differences.append(abs(held[a] - seen[a]))
-    return Agreement(len(differences), tuple(parted), max(differences, default=0.0),
-                     sum(differences) / max(1, len(differences)))

@@ -32,7 +32,7 @@ from vllm_bench.cases import (
     write_model,
     write_plugin,
 )
-from vllm_bench.report import compare, times_table
+from vllm_bench.report import times_table
 from vllm_engine import Engine, modules, python_path, write_checked_model
 
 from gpu.drop_ins.vllm.options import read_options
@@ -223,16 +223,34 @@ def test_a_process_for_each_job_and_what_failed_leaves_the_rest(tmp_path, monkey
 
 def test_checks_compare_tokens_and_say_what_is_wrong(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "packages"))
-    arguments = argparse.Namespace(seconds=20.0, model=write_checked_model(tmp_path / "checked"), check=True, plan=None, shared=False,
-                                   kv_cache_dtype="auto", eager=False, json=None)
+    arguments = argparse.Namespace(seconds=20.0, model=write_checked_model(tmp_path / "checked"), check=True, plan=None,
+                                   shared=False, kv_cache_dtype="auto", eager=False, json=tmp_path / "kept.json")
     assert bench_vllm.run(arguments, tmp_path) == 0
-    assert "CUSTOM against FLASH_ATTN: 448 tokens agree" in capfd.readouterr().out
-    arguments.model = write_checked_model(tmp_path / "silent")
+    said = capfd.readouterr().out
+    assert "CUSTOM against FLASH_ATTN: 448 tokens agree" in said and "    within: 0 of 0 partings beyond" in said
+    assert bench_vllm.report(bench_vllm.read_json(arguments.json)) == 0
+    assert capfd.readouterr().out == said[said.index("TRITON_ATTN against"):]
+    for name, kind, reason in (("swaps", "auto", "7 of 7 partings beyond"), ("off", "fp8", "within 0.5000, wanted 0.0")):
+        arguments.model, arguments.kv_cache_dtype = write_checked_model(tmp_path / name), kind
+        assert bench_vllm.run(arguments, tmp_path) == 1
+        said = capfd.readouterr().out
+        assert said.count("NOT within: ") == 1 and reason in said
+    arguments.model, arguments.kv_cache_dtype = write_checked_model(tmp_path / "silent"), "auto"
     assert bench_vllm.run(arguments, tmp_path) == 1
     assert "3 engines made no tokens" in capfd.readouterr().out
     assert bench_vllm.report([{"backend": "CUSTOM", "kv_cache_dtype": "auto", "shapes": [], "cases": {},
                                "error": "RuntimeError: engine is dead"}]) == 1
     assert "engine is dead" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'[{"backend": "CUSTOM"}]', b"\xff\xfe"])
+def test_what_is_no_report_is_said_in_a_line(tmp_path, monkeypatch, capfd, content) -> None:
+    path = tmp_path / "other.json"
+    path.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["bench_vllm.py", "--report", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        bench_vllm.main()
+    assert ended.value.code == 2 and "--report: expected a file that --json wrote" in capfd.readouterr().err
 
 
 def test_cases_stand_beside_the_file_of_requests(tmp_path, engine, capfd) -> None:
@@ -244,23 +262,6 @@ def test_cases_stand_beside_the_file_of_requests(tmp_path, engine, capfd) -> Non
     assert bench_vllm.report([found]) == 0
     said = capfd.readouterr().out
     assert "i8192_o256_c32" in said and "166.7" in said  # 5 tokens in 0.03 s
-
-
-def _rows(tokens: list[int], tops: list[dict[int, float]]) -> list[dict]:
-    return [{"tokens": tokens, "top": tops}]
-
-
-def test_tokens_that_part_at_ties_agree() -> None:
-    tops = [{1: -0.1, 2: -3.0}, {5: -0.70, 6: -0.71}, {9: 0.0}]
-    theirs = _rows([1, 5, 9], tops)
-    same = compare(_rows([1, 5, 9], [{1: -0.15}, *tops[1:]]), theirs)
-    assert (same.compared, same.parted) == (3, ()) and same.within(0) and same.largest_difference == pytest.approx(0.05)
-    tie = compare(_rows([1, 6, 7], tops), theirs)
-    assert tie.compared == 1 and tie.within(0.02) and not tie.within(0.005)
-    assert not compare(_rows([2, 5, 9], tops), theirs).within(1.0)
-    assert not compare(_rows([4, 5, 9], tops), theirs).within(99)  # not among its likely ones
-    back = json.loads(json.dumps(theirs))  # whose keys are text
-    assert compare(theirs, back) == compare(back, theirs) == compare(theirs, theirs)
 
 
 def test_the_table_puts_ours_beside_the_best_other() -> None:

@@ -1,12 +1,12 @@
 """What bench_vllm's processes use of vLLM, without vLLM: an engine that hands out tokens and computes nothing.
 
 The folder of a model says what goes wrong: `fails` does not start, `hangs` never does, `short` ends requests a token
-early, `silent` cannot be asked for tokens, and `uncached` gives every row blocks of its own.
+early, `silent` cannot be asked for tokens, and `uncached` gives every row blocks of its own. Of backend CUSTOM alone,
+`swaps` takes a token that is less likely by 1.0, and `off` is off by 0.5 in every log-probability.
 """
 from __future__ import annotations
 
 import json
-import math
 import time
 import types
 from collections import deque
@@ -84,6 +84,7 @@ class Scheduler:
 class LLM:
     def __init__(self, *, model: str, **given: object) -> None:
         self.model = Path(model).name
+        self.ours = given.get("attention_backend") == "CUSTOM"
         if self.model == "fails":
             raise ValueError("no kernel image is available")
         if self.model == "hangs":
@@ -93,8 +94,12 @@ class LLM:
     def generate(self, prompts: list[dict], params: SimpleNamespace) -> list[SimpleNamespace]:
         if self.model == "silent":
             raise RuntimeError("engine is dead")
-        places = [{token: SimpleNamespace(logprob=math.log(0.5)) for token in (7, 8)}] * params.max_tokens
-        one = SimpleNamespace(token_ids=[7] * params.max_tokens, logprobs=places)
+        off = 0.5 * (self.ours and self.model == "off")
+        places = [{7: SimpleNamespace(logprob=-0.4 - off), 8: SimpleNamespace(logprob=-1.4 - off)}] * params.max_tokens
+        tokens = [7] * params.max_tokens
+        if self.ours and self.model == "swaps":
+            tokens[5] = 8
+        one = SimpleNamespace(token_ids=tokens, logprobs=places)
         return [SimpleNamespace(prompt_token_ids=prompt["prompt_token_ids"], outputs=[one]) for prompt in prompts]
 
 
