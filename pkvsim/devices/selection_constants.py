@@ -17,7 +17,7 @@ class SelectionConstants(NamedTuple):
     select_us: float  # of a selecting launch whatever its size: until the first summary, and a short list
     score_share: float  # of RouteModel.bandwidth_gb_s, at which summaries in 16 bits are scored
     coded_share: float  # and at which those in 8-bit codes are
-    page_us: float  # for every page of the longest list, from which one CTA selects; or of an SM's share of all lists
+    page_us: float  # for every page of the longest list, from which one CTA selects
     attend_us: float  # of attention over lists, above a plain step of rows of these lengths
     attend_share: float  # of the speed of such a step
     gap_us: float  # between a selecting launch and the attention that waits for its lists
@@ -25,6 +25,7 @@ class SelectionConstants(NamedTuple):
     keep_list_us: float  # of that, for every (row, KV head)
     keep_coded_us: float  # of that, more where summaries are made into 8-bit codes
     run_us: float  # host time of issuing a selecting launch
+    list_us: float = 0.0  # of every wave of lists after the first, two CTAs an SM; 0 where a file does not say it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,8 @@ def read_selection(where: str, entry: Any) -> SelectionEntry:
     cells = entry.get("cells")
     if not isinstance(cells, list) or not all(isinstance(cell, str) for cell in cells):
         raise ValueError(f"{where}.cells: expected a list of texts, got {cells!r:.80}")
-    odd = set(entry["constants"]) ^ set(SelectionConstants._fields)
+    given, known = set(entry["constants"]), set(SelectionConstants._fields)
+    odd = (known - set(SelectionConstants._field_defaults) - given) | (given - known)
     if odd:
         raise ValueError(f"{where}.constants: missing or unknown: {', '.join(sorted(odd))}")
     constants = {name: _number(f"{where}.constants.{name}", value) for name, value in entry["constants"].items()}

@@ -19,6 +19,8 @@ from pkvsim.pricing.step_times import step_time
 from pkvsim.selection.rules import PARTS
 from pkvsim.selection.setup import IN_16_BITS, SelectionSetup, head_summary_bytes
 
+CTAS_PER_SM = 2  # of a selecting launch over many lists, as cuda_src/select.cu bounds its registers
+
 
 class ListRule(NamedTuple):
     """How many pages each list of a row has, as pkvsim.selection.rules says it."""
@@ -65,9 +67,9 @@ def listed_tokens(lengths: np.ndarray, page_size: int, rule: ListRule) -> np.nda
 def selecting_us(
     lengths: np.ndarray, heads: Heads, bandwidth_gb_s: float, form: int, prices: SelectionConstants
 ) -> float:
-    """One selecting launch over rows of these lengths [rows] int64: all summaries at the streaming rate, then one CTA's
-    work on the longest list, or an SM's share of all lists where that is more. Centroids are priced as 8-bit codes of
-    their bytes, an assumption: no device file has constants of their own."""
+    """One selecting launch over rows of these lengths [rows] int64: all summaries at the streaming rate, one CTA's work
+    on the longest list, and the waves in which CTAs begin other lists. Centroids are priced as 8-bit codes of their
+    bytes, an assumption: no device file has constants of their own."""
     pages, longest = 0, 0
     for length in lengths:
         own = (length + heads.page_size - 1) // heads.page_size
@@ -75,8 +77,10 @@ def selecting_us(
         longest = max(longest, own)
     summary_bytes = pages * heads.num_kv_heads * head_summary_bytes(heads.head_dim, form)
     share = prices.score_share if form == IN_16_BITS else prices.coded_share
-    most = max(float(longest), pages * heads.num_kv_heads / heads.num_sms)
-    return prices.select_us + summary_bytes / (bandwidth_gb_s * 1e3 * share) + prices.page_us * most
+    at_once = CTAS_PER_SM * heads.num_sms
+    later_waves = max(0, (len(lengths) * heads.num_kv_heads + at_once - 1) // at_once - 1)
+    streaming_us = summary_bytes / (bandwidth_gb_s * 1e3 * share)
+    return prices.select_us + streaming_us + prices.page_us * longest + prices.list_us * later_waves
 
 
 @allocating

@@ -12,8 +12,9 @@ from pkvsim.fitting.selection.cells import CODED_TIMES, TIMES, MeasuredSelection
 from pkvsim.fitting.selection.fit_selection import STEPS, errors, fit, fit_selection, predicted
 
 DEVICE = get_device("h200")
-TRUE = SelectionConstants(7.0, 0.7, 0.5, 1.5e-3, 2.0, 0.95, 0.5, 2.0, 2e-3, 0.4, 20.0)
-GRID = [(1, 2048, 0.1), (1, 65536, 0.2), (2, 131072, 0.1), (8, 16384, 0.05), (32, 32768, 0.1), (128, 8192, 0.2)]
+TRUE = SelectionConstants(7.0, 0.7, 0.5, 1.5e-3, 2.0, 0.95, 0.5, 2.0, 2e-3, 0.4, 20.0, 3.0)
+GRID = [(1, 2048, 0.1), (1, 65536, 0.2), (2, 131072, 0.1), (8, 16384, 0.05), (32, 32768, 0.1), (128, 8192, 0.2),
+        (64, 4096, 0.1)]  # fmt: skip
 
 
 def made(rows, length, fraction) -> MeasuredSelection:
@@ -52,6 +53,9 @@ def test_a_device_file_keeps_them(tmp_path) -> None:
     path.write_text(DEVICE.to_json())
     assert load_device(path).selection == DEVICE.selection
     data = json.loads(path.read_text())
+    del data["selection"]["constants"]["list_us"]  # as of a file that was fitted before waves had a price
+    path.write_text(json.dumps(data))
+    assert load_device(path).selection.constants == DEVICE.selection.constants._replace(list_us=0.0)
     for change, words in (({"status": "told"}, "selection.status"), ({"cells": 3}, "selection.cells"),
                           ({"constants": {}}, "selection.constants: missing"), ({"more": 1}, "selection: unknown"),
                           ({"constants": TRUE._asdict() | {"score_share": 0}}, "score_share: expected a number > 0"),

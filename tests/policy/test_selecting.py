@@ -45,6 +45,29 @@ def test_lists_are_as_long_as_the_budget_says_and_longer_rows_have_no_shorter_on
     assert (np.diff(found) <= 0).all()
 
 
+@given(lens=st.lists(st.integers(1, 140_000), min_size=1, max_size=200), more=st.integers(1, 140_000), data=st.data(),
+       device=st.sampled_from(sorted(DEVICES)), form=st.sampled_from(FORMS))  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_selecting_longer_or_more_rows_is_priced_no_lower(lens, more, data, device, form) -> None:
+    prices = selection_prices(SHAPE, DEVICES[device], SelectionSetup(form[0], summary_dtype=form[1]))
+    at = data.draw(st.integers(0, len(lens) - 1))
+    select_us = prices.of(lens).selected.select
+    assert prices.of([*lens, more]).selected.select >= select_us
+    assert prices.of([*lens[:at], lens[at] + more, *lens[at + 1 :]]).selected.select >= select_us
+
+
+def test_every_wave_of_lists_after_the_first_has_its_price() -> None:
+    device = get_device("h200")
+    prices = selection_prices(SHAPE, device, SelectionSetup())
+    rows = 2 * device.num_sms // SHAPE.num_kv_heads  # of a wave: 33 of 8 lists on 132 SMs
+    assert rows * SHAPE.num_kv_heads == 2 * device.num_sms
+    counts = np.array([1, rows, rows + 1, 2 * rows, 2 * rows + 1])
+    us = np.array([prices.of([1] * count).selected.select for count in counts])
+    row_us = (us[1] - us[0]) / (rows - 1)  # of a row's summaries
+    waves = us - us[0] - row_us * (counts - 1)
+    np.testing.assert_allclose(waves, prices.prices.list_us * np.array([0, 0, 1, 1, 2]), atol=1e-9)
+
+
 def test_short_steps_go_dense_and_long_ones_select() -> None:
     prices = selection_prices(SHAPE, get_device("h200"), SelectionSetup())
     assert not prices.of([4096]).pays

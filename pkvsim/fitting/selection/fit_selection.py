@@ -28,12 +28,12 @@ from pkvsim.shapes import DecodeShape
 SHAPE = DecodeShape(num_q_heads=32, num_kv_heads=8, head_dim=128, page_size=16)  # of bench_selection
 START = SelectionConstants(
     select_us=9.0, score_share=0.9, coded_share=0.7, page_us=2e-3, attend_us=3.0, attend_share=0.97, gap_us=1.0,
-    keep_us=2.5, keep_list_us=3e-3, keep_coded_us=0.5, run_us=27.0,
+    keep_us=2.5, keep_list_us=3e-3, keep_coded_us=0.5, run_us=27.0, list_us=5.0,
 )  # fmt: skip
 SHARES = ("score_share", "coded_share", "attend_share")
 # Which constants each time tells, one after the other.
 FITTED_TO = (
-    ("select", ("select_us", "score_share", "page_us")),
+    ("select", ("select_us", "score_share", "page_us", "list_us")),
     ("attend", ("attend_us", "attend_share")),
     ("everything", ("gap_us",)),
     ("summarize_one_token", ("keep_us", "keep_list_us")),
