@@ -6,7 +6,7 @@
     python examples/bench_serve.py --traces FOLDER --device h200          # azure*code*.csv and mooncake*.jsonl of it
     python examples/bench_serve.py --predictions --traces FOLDER --json found.json
     python examples/bench_serve.py --transformers                         # generate() on the same cells
-    python examples/bench_serve.py --soak 20000 --model smollm2           # bursts, cancellations, overlong prompts
+    python examples/bench_serve.py --soak 20000                           # bursts, cancellations, overlong prompts
     python examples/bench_serve.py --page h200_serve.md steps.json found.json   # the page of results, without a GPU
 
 --predictions fits the constants of a step to a load that is served first. Then it serves Azure's arrivals, Mooncake's
@@ -15,6 +15,11 @@ Where FOLDER has not a trace, a load like it is drawn.
 
 Without --model the model is Llama-3.1-8B, or the largest preset whose weights GPU memory has room for; cells whose KV
 does not fit beside them are left out and named.
+
+--soak's model without --model is qwen3-0.6b, whose shape is here, with random weights: FlashInfer computes its prompt
+chunks in one launch a layer. smollm2, with its own weights, is slower where FlashInfer has no kernel for its head_dim
+of 64: PyTorch then takes a call for each chunk and layer. SIGINT or SIGTERM (`timeout -s INT 200 python ...`) cuts a
+soak short: what has not ended is cancelled, and what happened so far is told and written, as cut short.
 
 The limit of a step is the bytes that it must read, weights and KV, over the rate at which this GPU streams. Weights are
 random, of the model's shape.
@@ -31,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.script import run_script
 from serve_bench import page, predictions, presets, roofline, runs, soak
+from serve_bench.interrupts import until_interrupted
 
 from pkvsim.reports.grid import PIPE_COLUMNS, print_line, table_console
 
@@ -39,12 +45,14 @@ if TYPE_CHECKING:
 
 MODEL = "llama-3.1-8b"
 KV_BYTES = 1 << 30  # at least, that a model chosen by its size leaves for KV pages
+CELL_STEP_TOKENS = 4096
 CELLS = "1x1024,8x1024,32x1024,128x1024,1x32768,8x32768"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=f"a preset of pkvsim, or a config.json; {MODEL}, or the largest that fits")
+    parser.add_argument("--model", help=f"a preset of pkvsim, {', '.join(presets.SHAPES)}, or a config.json; {MODEL}, "
+                                        f"or the largest that fits; with --soak {presets.SOAKED}, or smollm2")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16"))
     parser.add_argument("--kv-dtype", help="float8_e4m3fn, float8_e5m2 or int8; by default the model's")
     parser.add_argument("--cells", default=CELLS, help="rows x tokens of their prompts, comma-separated")
@@ -61,17 +69,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--predictions", action="store_true", help="three loads beside what was fitted before them")
     parser.add_argument("--as-is", action="store_true", help="with --predictions: the device's own constants, no fit")
     parser.add_argument("--save-steps", type=Path, metavar="NPZ", help="with --predictions: every step, for other fits")
-    parser.add_argument("--soak", type=int, metavar="N", help="N requests beyond what memory holds; 1 if unsound")
+    parser.add_argument("--soak", type=int, metavar="N", help="N requests in bursts beyond what memory holds; exits "
+                        f"with 1 if unsound; quickest with {presets.SOAKED}, its default")
     parser.add_argument("--transformers", action="store_true", help="decode steps of Transformers on the cells")
     parser.add_argument("--device", help="of the prediction, as `pkvsim devices` lists it; by default this GPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", nargs="+", type=Path, metavar=("MD", "JSON"), help="write documents into a page")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error(f"--steps: expected at least 2, as a step is from its end to the next one's, got {args.steps}")
+    return args
 
 
 def choose_model(args: argparse.Namespace, console: Console) -> None:
     """Sets the model where none was asked for, and says which where it is not the usual one."""
     if args.model is not None:
+        args.model = presets.SHAPES.get(args.model, args.model)
         return
     import torch
 
@@ -88,14 +101,18 @@ def soak_model(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """A long life of the model with too few pages; its weights are its own where there are any."""
     from gpu.serve.llm import LLM, ServeOptions
 
+    args.model = args.model or presets.SOAKED
     choose_model(args, console)
-    llm = LLM(args.model, ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=args.model != "smollm2",
-                                       max_context=2048, max_batch=64, num_pages=800, prefix_cache="lru",
-                                       graphs=not args.eager, streamed_products=args.streamed_products))
-    result = soak.soak(llm, args.soak)
-    print(f"{result.requests:,} requests in {result.seconds:.0f} s, {result.tokens:,} tokens: {result.ended}, "
-          f"{result.lost_pages} pages lost, peaks grew by {[n >> 20 for n in result.growth_bytes]} MiB (host, GPU)")
-    return asdict(result) | {"sound": result.sound}
+    with until_interrupted() as stopped:
+        llm = LLM(args.model, ServeOptions(
+            dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=args.model != "smollm2", max_context=2048,
+            max_batch=64, num_pages=800, prefix_cache="lru", graphs=not args.eager,
+            streamed_products=args.streamed_products,
+        ), say=lambda line: print(line, file=sys.stderr))  # fmt: skip
+        print_line(console, f"{llm.config.name}: prompt chunks by {llm.prefill}, {llm.pages.num_pages} KV pages")
+        result = soak.soak(llm, args.soak, stopped=stopped)
+    print_line(console, str(result))
+    return asdict(result) | {"sound": result.sound, "model": llm.config.name, "prefill": llm.prefill}
 
 
 def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
@@ -110,8 +127,8 @@ def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
     console, rate = table_console(), args.rate
     if not whole:
         rate = rate or roofline.streaming_rate()
-        sizes = {"max_context": max(context for _, context in cells) + args.steps + 64,
-                 "max_batch": max(rows for rows, _ in cells), "step_tokens": 4096}
+        sizes = {"max_context": roofline.longest(cells, args.steps, step_tokens=CELL_STEP_TOKENS),
+                 "max_batch": max(rows for rows, _ in cells), "step_tokens": CELL_STEP_TOKENS}
     else:
         sizes = {"prefix_cache": "lru"}
     options = ServeOptions(dtype=args.dtype, kv_dtype=args.kv_dtype, dummy_weights=True, graphs=not args.eager,
@@ -124,13 +141,21 @@ def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
     if whole:
         return found | {"runs": measure_runs(llm, args)}
     left_out = {cell: why for cell in cells if (why := roofline.lacks_room(llm, *cell, args.steps)) is not None}
-    for (rows, context), why in left_out.items():
+    found["left_out"] = {}
+
+    def leave_out(rows: int, context: int, why: object) -> None:
         print_line(console, f"left out {rows} x {context}: {why}")
-    found["left_out"] = {f"{rows}x{context}": why for (rows, context), why in left_out.items()}
+        found["left_out"][f"{rows}x{context}"] = str(why)
+
+    for cell, why in left_out.items():
+        leave_out(*cell, why)
     cells = [cell for cell in cells if cell not in left_out]
     if args.profile:
         for rows, context in cells:
-            roofline.profile(llm, rows, context)
+            try:
+                roofline.profile(llm, rows, context, args.steps)
+            except roofline.CellError as error:
+                leave_out(rows, context, error)
         return found
     if args.transformers:
         del llm.pages, llm.server, llm.runner
@@ -142,7 +167,11 @@ def measure(args: argparse.Namespace, told: Console) -> dict[str, Any]:
         return found | {"transformers_us": times, "transformers": transformers.__version__}
     results = []
     for rows, context in cells:
-        results.append(roofline.measure(llm, rows, context, steps=args.steps, rate=rate))
+        try:
+            results.append(roofline.measure(llm, rows, context, steps=args.steps, rate=rate))
+        except roofline.CellError as error:
+            leave_out(rows, context, error)
+            continue
         r = results[-1]
         print(f"  {rows} x {context}: {r.step_us:.0f} us, limit {r.limit_us:.0f}, {r.over_limit:.3f} x, gap "
               f"{r.gap_us:.1f} us, plan {r.plan_us:.0f} us", file=sys.stderr, flush=True)

@@ -142,13 +142,18 @@ def sources(documents: list[Document]) -> str:
 
 
 def soak_tables(chosen: list[Document], _: list[Document]) -> Iterator[Table]:
-    columns = ("requests", "served", "refused", "cancelled", "pages lost", "memory grew by (host, GPU), MiB", "tokens",
-               "s", "sound")
+    columns = ("model", "requests", "served", "refused", "cancelled", "pages lost", "memory grew by (host, GPU), MiB",
+               "tokens", "s", "sound")
     ends = "served", "refused", "cancelled"
-    rows = [(f"{one['requests']:,}", *(f"{one['ended'].get(status, 0):,}" for status in ends),
-             f"{one['lost_pages']}", ", ".join(f"{count / 2**20:.1f}" for count in one["growth_bytes"]),
+    rows = [(one.get("model", "not kept"), _came(one), *(f"{one['ended'].get(status, 0):,}" for status in ends),
+             f"{one['lost_pages']}", ", ".join(f"{count / 2**20:.1f}" for count in one["growth_bytes"] or ()) or "-",
              f"{one['tokens']:,}", f"{one['seconds']:.0f}", "yes" if one["sound"] else "NO") for one in chosen]
     yield Table("Bursts beyond memory, cancellations, overlong prompts", columns, tuple(rows), sources(chosen))
+
+
+def _came(soak: Document) -> str:
+    """How many requests came, and where it was cut short of how many."""
+    return f"{soak['requests']:,}" + (f" of {soak['asked']:,}, cut short" if soak.get("cut_short") else "")
 
 
 def prediction_tables(chosen: list[Document], _: list[Document]) -> Iterator[Table]:

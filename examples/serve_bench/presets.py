@@ -1,10 +1,15 @@
-"""Which model bench_serve takes where none is asked for."""
+"""Which model bench_serve takes where none is asked for, and shapes that it knows beside pkvsim's presets."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from gpu.serve.model.config import ModelConfig, find_config
 from pkvsim.models.presets import catalogue
+
+# Small, with a head_dim of 128: FlashInfer's wheels of kernels have that size for prompt chunks, and seldom that of 64.
+SOAKED = "qwen3-0.6b"
+SHAPES = {SOAKED: str(Path(__file__).with_name(f"{SOAKED}.json"))}
 
 
 def largest_preset(wanted: str, *, room: int, weights_bytes: Callable[[ModelConfig], int]) -> str:

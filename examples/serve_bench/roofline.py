@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from pkvsim.reports.grid import Column, print_grid
 
 if TYPE_CHECKING:
     from gpu.serve.llm import LLM
-    from gpu.serve.server import Server
+    from gpu.serve.server import Request, Server
 
 SKIPPED = 8  # decode steps of a cell before its first timed one
 STREAM_BYTES = 8 << 30
@@ -54,30 +55,63 @@ def streaming_rate() -> float:
     return rate
 
 
-def new_tokens(llm: LLM, rows: int, context: int, steps: int) -> int:
-    """Of each request, such that the first still decodes when the last has done so for `steps` steps."""
-    return steps + SKIPPED + rows * (context // llm.options.step_tokens + 1)
+def new_tokens(rows: int, context: int, steps: int, *, step_tokens: int) -> int:
+    """Of each request, such that the first still decodes when all have done so for `steps` timed steps."""
+    # Prompts have of a step what the rows that decode already leave of it; one step more is the first of all rows.
+    prompt_steps = rows * (context // (step_tokens - rows + 1) + 1)
+    return prompt_steps + 1 + SKIPPED + steps
+
+
+def longest(cells: Sequence[tuple[int, int]], steps: int, *, step_tokens: int) -> int:
+    """Most tokens that a request of these cells (rows, context) has with what it generates."""
+    return max(context + new_tokens(rows, context, steps, step_tokens=step_tokens) for rows, context in cells)
 
 
 def lacks_room(llm: LLM, rows: int, context: int, steps: int) -> str | None:
     """Why the cell's rows cannot all decode at once, None where they can."""
-    limits = llm.server.scheduler.limits
-    needed = rows * -(-(context + new_tokens(llm, rows, context, steps)) // limits.page_size)
-    room = limits.num_pages - limits.keep_free
-    return None if needed <= room else f"it takes {needed:,} KV pages, of which there are {room:,} beside the weights"
+    server, limits = llm.server, llm.server.scheduler.limits
+    tokens = context + new_tokens(rows, context, steps, step_tokens=llm.options.step_tokens)
+    needed, room = rows * -(-tokens // limits.page_size), limits.num_pages - limits.keep_free
+    if needed > room:
+        return f"it takes {needed:,} KV pages, of which there are {room:,} beside the weights"
+    if tokens > server.max_context:
+        return (f"its requests have {tokens:,} tokens with what they generate, and {llm.config.name} is served with at "
+                f"most {server.max_context:,}")
+    return None
+
+
+class CellError(ValueError):
+    """A cell whose rows did not all decode at once, or not for long enough."""
 
 
 def fill(llm: LLM, rows: int, context: int, steps: int) -> None:
-    """Adds rows and runs their prompts, until all of them decode."""
+    """Adds rows and runs their prompts, until all of them decode. Raises CellError, with no request left, where one
+    ends before that or is refused."""
+    from gpu.serve.server import ENDED
     from gpu.serve.step import SamplingParams
 
     server = llm.server
     rng = np.random.default_rng(0)
-    params = SamplingParams(max_tokens=new_tokens(llm, rows, context, steps), ignore_eos=True)
-    for _ in range(rows):
-        server.add_request(rng.integers(0, llm.config.vocab_size, context), params)
+    tokens = new_tokens(rows, context, steps, step_tokens=llm.options.step_tokens)
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    requests = [server.add_request(rng.integers(0, llm.config.vocab_size, context), params) for _ in range(rows)]
     while not server.steps or server.steps[-1].decode_rows < rows:
+        if any(request.status in ENDED for request in requests):
+            most = max((step.decode_rows for step in server.steps), default=0)
+            drain(server)
+            raise CellError(f"expected {rows} rows to decode at once, got at most {most}: {_what_ended(requests)}")
         server.step()
+
+
+def _what_ended(requests: Sequence[Request]) -> str:
+    """How the first of them that has ended did so, cancelled ones aside unless there are no others."""
+    from gpu.serve.server import CANCELLED, ENDED
+
+    ended = [request for request in requests if request.status in ENDED]
+    first = next((request for request in ended if request.status != CANCELLED), ended[0])
+    why = f" ({first.reason})" if first.reason else ""
+    given = f"{len(first.tokens):,} of {first.params.max_tokens:,} tokens"
+    return f"request {first.id} was {first.status}{why} after {given}"
 
 
 def drain(server: Server) -> None:
@@ -97,6 +131,10 @@ def measure(llm: LLM, rows: int, context: int, *, steps: int, rate: float) -> Ce
     while len(server.steps) < steps + SKIPPED and server.has_work:
         server.step()
     timed = [step for step in server.steps if step.kind == "decode" and step.decode_rows == rows][SKIPPED:]
+    if len(timed) < 2:
+        drain(server)
+        raise CellError(f"expected 2 or more steps in which {rows} rows decode after the first {SKIPPED} of them, got "
+                        f"{len(timed)} of {steps}")
     pairs = list(zip(timed, timed[1:]))
     device = [step.end_us - step.start_us for step in timed]
     gaps = [two.start_us - one.end_us for one, two in pairs]
@@ -112,13 +150,14 @@ def measure(llm: LLM, rows: int, context: int, *, steps: int, rate: float) -> Ce
     return result
 
 
-def profile(llm: LLM, rows: int, context: int) -> None:
-    """Prints what a decode step's time goes to, kernel by kernel, as CUPTI sees it."""
+def profile(llm: LLM, rows: int, context: int, steps: int) -> None:
+    """Prints what a decode step's time goes to, kernel by kernel, as CUPTI sees it. steps: that the cell has room for,
+    of which few are profiled."""
     import torch
     from torch.profiler import ProfilerActivity
 
     server = llm.server
-    fill(llm, rows, context, 2 * PROFILED_STEPS + SKIPPED)
+    fill(llm, rows, context, steps)
     for _ in range(4):
         server.step()
     torch.cuda.synchronize()

@@ -102,15 +102,18 @@ def attend_to(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int 
     n, length = len(q), k.shape[1]
     group = q.shape[1] // k.shape[0]
     k, v = (part.to(q.dtype).repeat_interleave(group, dim=0)[None] for part in (k, v))
-    mask = None
-    if n > 1 or window is not None and window < length:
-        position = torch.arange(length - n, length, device=q.device)[:, None]
-        key = torch.arange(length, device=q.device)[None]
-        mask = key <= position
-        if window is not None:
-            mask &= key > position - window
+    windowed = window is not None and window < length
+    mask = causal_mask(n, length, window=window, device=q.device) if n > 1 or windowed else None
     out = scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=mask)
     return out[0].transpose(0, 1)
+
+
+def causal_mask(n: int, length: int, *, window: int | None, device: torch.device) -> torch.Tensor:
+    """[n, length] bool: which of `length` keys each of the last n tokens attends to."""
+    position = torch.arange(length - n, length, device=device)[:, None]
+    key = torch.arange(length, device=device)[None]
+    mask = key <= position
+    return mask if window is None else mask & (key > position - window)
 
 
 class TorchAttention:

@@ -3,14 +3,18 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from gpu.cache.writer import CacheWriter
 from gpu.decode_engine import DecodeEngine
-from gpu.serve.attention import KVPages, StepRows, attend_to
+from gpu.serve.attention import KVPages, StepRows, causal_mask
 from gpu.serve.model.config import ModelConfig
 from gpu.serve.step import Chunk
 from pkvsim import AttentionOptions
@@ -20,6 +24,11 @@ from pkvsim.reference.rope import HALF, Rope
 FLASHINFER_WORKSPACE_BYTES = 256 << 20
 PLANS_UNDER_WAY = 3  # one more than steps that are launched and not waited for
 FLASHINFER_BACKENDS = ("fa3", "fa2")  # FlashInfer's names, the faster first; fa3 needs Hopper
+GATHERED_TOKENS = 1 << 15  # of chunks whose pages are gathered together; a longer one is gathered alone
+# Not cuDNN's, which PyTorch prefers on Hopper: it builds an execution graph for every pair of lengths that it has not
+# seen, 23 to 37 ms of the host each (pytorch: aten/src/ATen/native/cudnn/MHA.cpp, whose cache's key has both lengths,
+# and cuda/sdp_utils.cpp, check_prefer_cudnn_attention), and keeps every one. Lengths of chunks hardly ever repeat.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class GpuAttention:
@@ -119,28 +128,82 @@ class _FlashInferChunks:
         self._wrappers[self._planned % PLANS_UNDER_WAY].run(q, (self._pages.k[layer], self._pages.v[layer]), out=out)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Span:
+    """A chunk: its queries [begin, end) of the step's chunks, its keys [first, first + length) of a gathering."""
+
+    begin: int
+    end: int
+    first: int
+    length: int
+    mask: torch.Tensor | None  # what scaled_dot_product_attention takes, None where a query sees all keys
+    windowed: bool  # and so the mask is one of values, with which only the slowest kernel takes fewer KV heads
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gathering:
+    page_ids: torch.Tensor  # [pages] int64, of its chunks one after the other
+    tokens: int  # that the pages have room for
+    spans: list[_Span]
+
+
 class _TorchChunks:
-    """PyTorch's attention over gathered pages, chunk by chunk."""
+    """PyTorch's attention over gathered pages, a call for each chunk and layer.
+
+    Its time is that of launches, as most chunks are short. So what all layers share is made once a step, pages are
+    gathered for many chunks at once, and neither masks nor repeated KV heads are written where a kernel needs none.
+    """
 
     name = "torch"
-    __slots__ = ("_config", "_pages", "_spans")
+    __slots__ = ("_config", "_pages", "_gatherings")
 
     def __init__(self, config: ModelConfig, pages: KVPages) -> None:
         self._config, self._pages = config, pages
-        self._spans: list[tuple[int, int, torch.Tensor, int]] = []
+        self._gatherings: list[_Gathering] = []
 
     def begin(self, chunks: list[Chunk]) -> None:
-        self._spans, at, device = [], 0, self._pages.k[0].device
+        """Takes the chunks of a step, whose queries come in the same order."""
+        page_size, device, window = self._pages.page_size, self._pages.k[0].device, self._config.window
+        self._gatherings = []
+        ids: list[int] = []
+        spans: list[_Span] = []
+
+        def gather() -> None:
+            if spans:
+                self._gatherings.append(_Gathering(_sent(ids, torch.int64, device), len(ids) * page_size, spans.copy()))
+            ids.clear()
+            spans.clear()
+
+        at = 0
         for chunk in chunks:
-            length = chunk.begin + len(chunk.tokens)
-            ids = _sent(chunk.page_ids[: -(-length // self._pages.page_size)], torch.int64, device)
-            self._spans.append((at, at + len(chunk.tokens), ids, length))
-            at += len(chunk.tokens)
+            count, length = len(chunk.tokens), chunk.begin + len(chunk.tokens)
+            pages = chunk.page_ids[: -(-length // page_size)]
+            if (len(ids) + len(pages)) * page_size > GATHERED_TOKENS:
+                gather()
+            windowed = window is not None and window < length
+            mask = (causal_mask(count, length, window=window, device=device) if windowed
+                    else causal_lower_right(count, length) if count > 1 else None)
+            spans.append(_Span(at, at + count, len(ids) * page_size, length, mask, windowed))
+            ids += pages
+            at += count
+        gather()
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor) -> None:
-        for begin, end, ids, length in self._spans:
-            k, v = self._pages.read(layer, ids, length)
-            out[begin:end] = attend_to(q[begin:end], k, v, window=self._config.window)
+        """Fills out with what q attends to; both [tokens, num_q_heads, head_dim], rotated, of chunks alone."""
+        with sdpa_kernel(BACKENDS):
+            for gathering in self._gatherings:
+                k, v = (part.to(q.dtype)[None]
+                        for part in self._pages.read(layer, gathering.page_ids, gathering.tokens))
+                for span in gathering.spans:
+                    keys, values = (part[:, :, span.first : span.first + span.length] for part in (k, v))
+                    if span.windowed:
+                        group = q.shape[1] // k.shape[1]
+                        keys, values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
+                    attended = scaled_dot_product_attention(
+                        q[span.begin : span.end].transpose(0, 1)[None], keys, values, attn_mask=span.mask,
+                        enable_gqa=keys.shape[1] != q.shape[1],
+                    )  # fmt: skip
+                    out[span.begin : span.end] = attended[0].transpose(0, 1)
 
 
 def _sent(values: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -184,7 +184,7 @@ class LLM:
             raise ValueError(f"model: expected room for KV pages of {page / 2**20:.3g} MiB beside its weights of "
                              f"{self.weights.num_bytes / GIB:.2f} GiB, of which {room / GIB:.2f} GiB are left")
         context = -(-(options.max_context or self.config.max_context) // options.page_size)
-        return min(pages, context * options.max_batch)  # more could never be in use
+        return min(pages, pages_with_reserve(context * options.max_batch))  # requests could never use more
 
     def _activation_bytes(self) -> int:
         """Bytes of a largest step's intermediate results, roughly: those of the MLP, and logits in 32 bits too."""
@@ -239,9 +239,22 @@ def weights_room(options: ServeOptions) -> int:
     return free - int((1 - options.memory_fraction) * torch.cuda.mem_get_info()[1]) - WORKSPACE_BYTES
 
 
+def pages_with_reserve(used: int) -> int:
+    """The fewest pages of which requests may use so many beside those that an admission leaves free."""
+    pages = used
+    while pages - reserve(pages) < used:
+        pages = used + reserve(pages)
+    return pages
+
+
+def reserve(num_pages: int) -> int:
+    """Pages that an admission leaves free while other requests run."""
+    return int(num_pages * KEEP_FREE_FRACTION)
+
+
 def _limits(options: ServeOptions, num_pages: int) -> Limits:
     return Limits(
-        page_size=options.page_size, num_pages=num_pages, keep_free=int(num_pages * KEEP_FREE_FRACTION),
+        page_size=options.page_size, num_pages=num_pages, keep_free=reserve(num_pages),
         max_batch=options.max_batch, step_tokens=options.step_tokens, cache_kind=KINDS.index(options.prefix_cache),
         order=ORDERS.index(options.order),
     )  # fmt: skip

@@ -59,8 +59,8 @@ def test_the_largest_of_several_that_fit_is_taken() -> None:
 @pytest.mark.parametrize(("rows", "context", "lacks"), [(1, 1024, False), (8, 32768, True), (1, 32768, True)])
 def test_cells_whose_pages_do_not_fit_are_left_out(rows, context, lacks) -> None:
     limits = SimpleNamespace(page_size=16, num_pages=2000, keep_free=20)
-    llm = SimpleNamespace(server=SimpleNamespace(scheduler=SimpleNamespace(limits=limits)),
-                          options=SimpleNamespace(step_tokens=4096))
+    server = SimpleNamespace(scheduler=SimpleNamespace(limits=limits), max_context=131072)
+    llm = SimpleNamespace(server=server, options=SimpleNamespace(step_tokens=4096))
     why = roofline.lacks_room(llm, rows, context, 100)
     assert (why is not None) == lacks and (not lacks or "of which there are 1,980" in why)
 

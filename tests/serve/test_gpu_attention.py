@@ -89,10 +89,47 @@ def module(monkeypatch):
     sys.modules.pop("gpu.serve.gpu_attention", None)
 
 
+def test_pages_of_chunks_are_gathered_together_and_no_graph_is_built_for_each_length(module, monkeypatch):
+    config = read_config(CONFIG, name="small")
+    pool = KVPages(config, num_pages=PAGES, page_size=PAGE, kv_dtype="float32", device="cpu")
+    monkeypatch.setattr(module, "GATHERED_TOKENS", 24)
+    chunks = module._TorchChunks(config, pool)
+    lens = (9, 12, 30, 2, 1)  # with pages of 4: 12 + 12 tokens, 32, 4 + 4
+    begins = (0, 5, 7, 0, 0)
+    at, made = 0, []
+    for begin, length in zip(begins, lens):
+        count = -(-length // PAGE)
+        made.append(Chunk(0, begin, np.zeros(length - begin, np.int32), True, list(range(at, at + count))))
+        at += count
+    chunks.begin(made)
+    assert [gathering.tokens for gathering in chunks._gatherings] == [24, 32, 8]
+    kernel, cudnn = module.scaled_dot_product_attention, []
+
+    def attention(*args, **options):
+        cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(module, "scaled_dot_product_attention", attention)
+    for pages in (*pool.k, *pool.v):
+        pages.copy_(torch.randn_like(pages))
+    q = torch.randn(sum(lens) - sum(begins), 4, 16)
+    out = torch.empty_like(q)
+    chunks.attend(1, q, out)
+    assert cudnn == [False] * len(lens)
+    at = 0
+    for chunk, length in zip(made, lens):
+        end = at + len(chunk.tokens)
+        wanted = attend_to(q[at:end], *pool.read(1, torch.tensor(chunk.page_ids), length), window=None)
+        torch.testing.assert_close(out[at:end], wanted, rtol=1e-4, atol=1e-5)
+        at = end
+
+
+@pytest.mark.parametrize("gathered", [1 << 15, 16])
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(("decode", "chunks"), [([5, 30, 17, 0, 1], []), ([], [(0, 33)]), ([40, 1], [(0, 3), (8, 21)])])
-def test_as_pytorch_computes(module, kv_dtype, window, decode, chunks):
+def test_as_pytorch_computes(module, monkeypatch, gathered, kv_dtype, window, decode, chunks):
+    monkeypatch.setattr(module, "GATHERED_TOKENS", gathered)
     config = read_config({**CONFIG, "sliding_window": window}, name="small")
     pools = [KVPages(config, num_pages=PAGES, page_size=PAGE, kv_dtype=kv_dtype, device="cpu") for _ in range(2)]
     Writer.pool = Engine.pool = pools[0]
