@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from bench.script import run_script
 from bench.tables import Table
 from pool_bench import disks
+from pool_bench.noted import KEPT, VARIANTS
 
 from gpu.calibrate.tier_rates import link_rates
 from gpu.measure import memory
@@ -64,6 +65,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in TTFT_RATES),
                         help="GB/s of host memory and of each limited disk, of these parts")  # fmt: skip
+    parser.add_argument("--variants", default=KEPT, help=f"ttft, host and disks: all, or of {'; '.join(VARIANTS)}")
     parser.add_argument("--trace", action="store_true", help="limited, stand-in, ttft: where each disk's time went")
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
@@ -72,6 +74,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         unknown = [word for word in getattr(args, name) if word not in known]
         if unknown:
             parser.error(f"--{name}: expected of {', '.join(known)}, got {unknown[0]}")
+    args.variants = list(VARIANTS) if args.variants == "all" else args.variants.split(";")
+    unknown = [word for word in args.variants if word not in VARIANTS]
+    if unknown:
+        parser.error(f"--variants: expected of {'; '.join(VARIANTS)}, got {unknown[0]}")
     try:
         args.rates = [float(word) for word in args.rates.split(",")]
     except ValueError:
@@ -215,10 +221,10 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Ta
     rates = [rate * 1e9 for rate in args.rates]
     runs = measured.scattered(model.device.run_bytes // 2, GIB, "chosen").in_gb_s * 1e9
     shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
-    found = [first.from_pool(model, "host memory", [link], [], **shared)]
+    found = first.from_pool(model, "host memory", [link], [], **shared)
     if SHM.is_dir():
         disks = [SHM] * (len(rates) - 1)
-        found.append(first.from_pool(model, "host and limited disks", rates, disks, **shared))
+        found += first.from_pool(model, "host and limited disks", rates, disks, variants=args.variants, **shared)
         found.append(first.from_files(model, link, rates[1], SHM, host_share=0.75, compute_s=compute_s))
     rows = tuple(
         (one.what, f"{one.gb:.1f}", f"{one.ttft_s * 1e3:.0f}", f"{one.bound_s * 1e3:.0f}", f"{one.over_bound:.2f}",
@@ -233,7 +239,7 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Ta
         note += f" {tokens:,} tokens in place of {args.tokens:,}, as GPU memory has room for."
     return Table(f"First token of {tokens / 1024:.0f}K tokens, Llama-3.1-8B's sizes", columns, rows, note), [
         {**dataclasses.asdict(one), "over_bound": one.over_bound} for one in found
-    ], [trace.table_of(f"Disks of: {one.what}", one.traces) for one in found if one.traces]
+    ], [trace.table_of(f"Disks of: {one.what}", one.traces, one.copies.said()) for one in found if one.traces]
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
