@@ -27,6 +27,7 @@ from bench.script import run_script
 from bench.tables import Table
 from pool_bench import disks
 from pool_bench.noted import KEPT, VARIANTS
+from pool_bench.stand_in import ENGINES
 
 from gpu.calibrate.tier_rates import link_rates
 from gpu.measure import memory
@@ -65,11 +66,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in TTFT_RATES),
                         help="GB/s of host memory and of each limited disk, of these parts")  # fmt: skip
-    parser.add_argument("--variants", default=KEPT, help=f"ttft, host and disks: all, or of {'; '.join(VARIANTS)}")
+    parser.add_argument("--variants", default=KEPT, help=f"orders of copies: all, or of {'; '.join(VARIANTS)}")
+    parser.add_argument("--engines", default="in order", help=f"of the stand-in, of {','.join(ENGINES)}")
     parser.add_argument("--trace", action="store_true", help="limited, stand-in, ttft: where each disk's time went")
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
-    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS))):
+    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS)), ("engines", tuple(ENGINES))):
         setattr(args, name, getattr(args, name).split(","))
         unknown = [word for word in getattr(args, name) if word not in known]
         if unknown:
@@ -188,21 +190,29 @@ def limited(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, An
     return table, found, [trace.table_of("The limited disks", traces)]
 
 
-def stand_in(args: argparse.Namespace) -> tuple[Table, dict[str, Any], list[Table]]:
+def stand_in(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Table]]:
     """The load of the first token without a GPU."""
     from pool_bench import stand_in as timed
     from pool_bench import trace
 
     where = SHM if SHM.is_dir() else args.directory
     rates, blocks = [rate * 1e9 for rate in args.rates], args.tokens // 16
-    seconds, asked_s, bound_s, traces = timed.load_beside_host(where, rates, blocks=blocks)
-    found = {"load_s": seconds, "asked_s": asked_s, "bound_s": bound_s, "over_bound": seconds / bound_s,
-             "traces": [dataclasses.asdict(one) for one in traces]}  # fmt: skip
-    row = f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}", f"{asked_s * 1e3:.0f}"
+    rows, found, traced = [], [], []
+    for engine, name in ((engine, name) for engine in args.engines for name in args.variants):
+        seconds, asked_s, bound_s, traces = timed.load_beside_host(
+            where, rates, blocks=blocks, variant=VARIANTS[name], engine=engine
+        )  # fmt: skip
+        found.append({
+            "engine": engine, "variant": name, "load_s": seconds, "asked_s": asked_s, "bound_s": bound_s,
+            "over_bound": seconds / bound_s, "traces": [dataclasses.asdict(one) for one in traces],
+        })  # fmt: skip
+        copied = sum(one.copies_s for one in traces) / max(1, sum(one.copies for one in traces))
+        rows.append((engine, name, f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}",
+                     f"{asked_s * 1e3:.0f}", f"{copied * 1e3:.0f}"))  # fmt: skip
+        traced.append(trace.table_of(f"Its disks: {engine}, {name}", traces))
     note = f"A tenth of the rates {', '.join(f'{rate:g}' for rate in args.rates)} GB/s and of the bytes."
-    columns = ("ms", "bound ms", "x bound", "asked ms")
-    table = Table("Load of the first token, on a stand-in", columns, (row,), note)
-    return table, found, [trace.table_of("Its disks", traces)]
+    columns = ("engine", "order of copies", "ms", "bound ms", "x bound", "asked ms", "ms until a block is copied")
+    return Table("Load of the first token, on a stand-in", columns, tuple(rows), note), found, traced
 
 
 def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Table]]:

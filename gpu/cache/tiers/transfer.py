@@ -43,9 +43,9 @@ STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
 # Copies of one call of the driver, about 1 ms of it, in which other threads' calls may have to wait.
 BATCH_COPIES = 1024
 # Under way at most, of blocks from host memory that disks' blocks arrive beside, and in how many parts they are asked
-# for: 5 ms of the link, so that it does not run dry while the thread that asks waits for a lock, and a disk's ring
+# for: 10 ms of the link, so that it does not run dry while the thread that asks waits for a lock, and a disk's ring
 # holds what it reads in several times as long. A part is one call of the driver where runs are of 64 KiB.
-PACED_BYTES, PACED_PARTS = 256 * 2**20, 4
+PACED_BYTES, PACED_PARTS = 512 * 2**20, 8
 ONE_STREAM = True  # paced blocks go on the disks' stream; False: on that of host memory's, for measuring it
 DISKS_WAY: str | None = None  # of COPY_WAYS, for blocks that disks deliver; None: as those of host memory
 

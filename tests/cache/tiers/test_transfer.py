@@ -187,6 +187,7 @@ def test_paced_copies_have_a_few_parts_under_way_and_wait_in_line_with_disks(fak
 
     fake.monkeypatch.setattr(dma, "_batch_copy", lambda: batch)
     fake.monkeypatch.setattr(transfer, "BATCH_COPIES", 2)
+    fake.monkeypatch.setattr(transfer, "PACED_PARTS", 4)
     fake.monkeypatch.setattr(copy_way, "PIECE_BYTES", 2 * RUN)
     buffer = np.random.default_rng(3).integers(0, 256, (3, LAYERS * 2 * RUN), np.uint8)
     addresses = buffer.ctypes.data + np.arange(3) * LAYERS * 2 * RUN
