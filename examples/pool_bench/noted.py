@@ -22,11 +22,13 @@ KEPT = "kept"  # what ships
 @dataclass(frozen=True, slots=True)
 class Variant:
     """paced_bytes in `parts` parts: of host memory's blocks under way beside disks'; one_stream: with theirs;
-    disks_way: of COPY_WAYS, None for that of host memory; ring_depths: a disk's buffers, in depths."""
+    host_way: of COPY_WAYS, None for the chosen one; disks_way: None for that of host memory; ring_depths: a disk's
+    buffers, in depths."""
 
     paced_bytes: int = transfer.PACED_BYTES
     parts: int = transfer.PACED_PARTS
     one_stream: bool = transfer.ONE_STREAM
+    host_way: str | None = None
     disks_way: str | None = transfer.DISKS_WAY
     ring_depths: int = 3
 
@@ -40,9 +42,18 @@ VARIANTS = {
     "1 GiB": Variant(1024 * MIB, 16),
     "staged disks": Variant(disks_way=STAGED),
     "staged disks, two streams": Variant(one_stream=False, disks_way=STAGED),
+    "all staged": Variant(host_way=STAGED),
     "ring 6": Variant(ring_depths=6),
     "staged disks, ring 6": Variant(disks_way=STAGED, ring_depths=6),
 }
+
+
+def pages_of(variant: Variant, kept: CudaPages) -> CudaPages:
+    """As the variant says; kept: as they ship, over the same arrays. To be made and used within ordered()."""
+    if variant == VARIANTS[KEPT]:
+        return kept
+    ways = kept.ways if variant.host_way is None else (variant.host_way, kept.ways[1])
+    return CudaPages(kept.arrays[::2], kept.arrays[1::2], ways=ways)
 
 
 @contextmanager

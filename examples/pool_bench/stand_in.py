@@ -26,7 +26,7 @@ from gpu.cache.tiers.device import NoPages, Ticket
 from gpu.cache.tiers.disk_reads import LimitedReader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import BATCH_COPIES
-from pkvsim.devices.copy_way import STAGED
+from pkvsim.devices.copy_way import PIECE_BYTES, STAGED
 
 TENTH = 10
 LAYERS, RUN_BYTES = 32, 6656  # of a tenth of 64 KiB, in whole sectors
@@ -156,19 +156,21 @@ class TimedPages(NoPages):
         for _ in range(CALLS):
             self._call(DRIVER_CALL_S)
         if not each_layer:
-            each = 1 if variant.disks_way == STAGED else LAYERS
+            each = 1 if STAGED in (variant.host_way, variant.disks_way) else LAYERS
             return [self._ask(1, len(pages) * each, self.block_bytes // each)]
         tickets: list[TimedTicket] = []
         parts: list[TimedTicket] = []
         part = max(1, variant.paced_bytes // TENTH // variant.parts // RUN_BYTES) if paced else max(1, len(pages))
-        for _ in range(LAYERS):
+        layers = PIECE_BYTES // TENTH // RUN_BYTES if variant.host_way == STAGED else 1  # of a copy
+        part = max(1, part // layers)
+        for _ in range(0, LAYERS, layers):
             for begin in range(0, len(pages), part):
                 if paced and len(parts) >= variant.parts:
                     parts[-variant.parts].wait()
                 count = min(part, len(pages) - begin)
-                parts.append(self._ask(int(paced and variant.one_stream), count, RUN_BYTES))
-            tickets.append(parts[-1])
-        return tickets
+                parts.append(self._ask(int(paced and variant.one_stream), count, layers * RUN_BYTES))
+            tickets += [parts[-1]] * layers
+        return tickets[:LAYERS]
 
     def _ask(self, stream: int, copies: int, copy_bytes: int) -> TimedTicket:
         for begin in range(0, copies, BATCH_COPIES):

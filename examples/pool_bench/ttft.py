@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pool_bench.disks import host_store, keys_of, limited_disk, store_all
-from pool_bench.noted import KEPT, VARIANTS, CopyTimes, NotedPages, ordered
+from pool_bench.noted import KEPT, VARIANTS, CopyTimes, NotedPages, ordered, pages_of
 from pool_bench.trace import DiskTrace, Tracer
 
 from gpu.cache.tiers.disk_reads import LimitedReader
@@ -174,7 +174,7 @@ def _timed(
         disk._free = list(range(min(disk._ring.slots, variant.ring_depths * disk._depth)))
     try:
         with ordered(variant):
-            noted = NotedPages(CudaPages(model.k, model.v) if name != KEPT else model.device)
+            noted = NotedPages(pages_of(variant, model.device))
             cache.device = noted
 
             def before() -> None:
