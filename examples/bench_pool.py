@@ -9,7 +9,8 @@ and all, in turn with a plain C loop of the same depth over the same file. Tiers
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
 Limited: these four disks alone. Stand-in: the load of the first token at a tenth of the rates and bytes, over pages
-that take the time of a driver and a link. With --trace these parts say where each disk's time went.
+that take the time of a driver and a link, whose engine takes streams in one of --engines. With --trace these parts say
+where each disk's time went, and with --variants these two measure several orders of copies of one load.
 """
 from __future__ import annotations
 
