@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu.cache.dma import StagingRing, copy_runs
+from gpu.cache.tiers.event_ticket import EventTicket
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 from pkvsim.devices.copy_way import COPY_WAYS, DMA, KERNEL, STAGED, choose_copy_way, layers_in_piece
@@ -48,24 +49,6 @@ BATCH_COPIES = 1024
 PACED_BYTES, PACED_PARTS = 512 * 2**20, 8
 ONE_STREAM = True  # paced blocks go on the disks' stream; False: on that of host memory's, for measuring it
 DISKS_WAY: str | None = None  # of COPY_WAYS, for blocks that disks deliver; None: as those of host memory
-
-
-class EventTicket:
-    """Copies up to an event. Keeps what they read of this process until they have ended."""
-
-    __slots__ = ("event", "_kept", "_device")
-
-    def __init__(self, event: object, device: int, kept: Sequence[object]) -> None:
-        self.event, self._device, self._kept = event, device, kept
-
-    def done(self) -> bool:
-        return self.event.done
-
-    def wait(self) -> None:
-        import cupy
-
-        with cupy.cuda.Device(self._device):
-            self.event.synchronize()
 
 
 class CudaPages:
