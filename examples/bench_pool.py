@@ -9,7 +9,8 @@ and all, in turn with a plain C loop of the same depth over the same file. Tiers
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
 Limited: these four disks alone. Stand-in: the load of the first token at a tenth of the rates and bytes, over pages
-that take the time of a driver and a link. With --trace these parts say where each disk's time went.
+that take the time of a driver and a link, whose engine takes streams in one of --engines. With --trace these parts say
+where each disk's time went, and with --variants these two measure several orders of copies of one load.
 """
 from __future__ import annotations
 
@@ -26,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 from bench.script import run_script
 from bench.tables import Table
 from pool_bench import disks
+from pool_bench.noted import KEPT, VARIANTS
+from pool_bench.stand_in import ENGINES
 
 from gpu.calibrate.tier_rates import link_rates
 from gpu.measure import memory
@@ -64,14 +67,20 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in TTFT_RATES),
                         help="GB/s of host memory and of each limited disk, of these parts")  # fmt: skip
+    parser.add_argument("--variants", default=KEPT, help=f"orders of copies: all, or of {'; '.join(VARIANTS)}")
+    parser.add_argument("--engines", default="in order", help=f"of the stand-in, of {','.join(ENGINES)}")
     parser.add_argument("--trace", action="store_true", help="limited, stand-in, ttft: where each disk's time went")
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
-    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS))):
+    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS)), ("engines", tuple(ENGINES))):
         setattr(args, name, getattr(args, name).split(","))
         unknown = [word for word in getattr(args, name) if word not in known]
         if unknown:
             parser.error(f"--{name}: expected of {', '.join(known)}, got {unknown[0]}")
+    args.variants = list(VARIANTS) if args.variants == "all" else args.variants.split(";")
+    unknown = [word for word in args.variants if word not in VARIANTS]
+    if unknown:
+        parser.error(f"--variants: expected of {'; '.join(VARIANTS)}, got {unknown[0]}")
     try:
         args.rates = [float(word) for word in args.rates.split(",")]
     except ValueError:
@@ -182,21 +191,29 @@ def limited(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, An
     return table, found, [trace.table_of("The limited disks", traces)]
 
 
-def stand_in(args: argparse.Namespace) -> tuple[Table, dict[str, Any], list[Table]]:
+def stand_in(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Table]]:
     """The load of the first token without a GPU."""
     from pool_bench import stand_in as timed
     from pool_bench import trace
 
     where = SHM if SHM.is_dir() else args.directory
     rates, blocks = [rate * 1e9 for rate in args.rates], args.tokens // 16
-    seconds, asked_s, bound_s, traces = timed.load_beside_host(where, rates, blocks=blocks)
-    found = {"load_s": seconds, "asked_s": asked_s, "bound_s": bound_s, "over_bound": seconds / bound_s,
-             "traces": [dataclasses.asdict(one) for one in traces]}  # fmt: skip
-    row = f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}", f"{asked_s * 1e3:.0f}"
+    rows, found, traced = [], [], []
+    for engine, name in ((engine, name) for engine in args.engines for name in args.variants):
+        seconds, asked_s, bound_s, traces = timed.load_beside_host(
+            where, rates, blocks=blocks, variant=VARIANTS[name], engine=engine
+        )  # fmt: skip
+        found.append({
+            "engine": engine, "variant": name, "load_s": seconds, "asked_s": asked_s, "bound_s": bound_s,
+            "over_bound": seconds / bound_s, "traces": [dataclasses.asdict(one) for one in traces],
+        })  # fmt: skip
+        copied = sum(one.copies_s for one in traces) / max(1, sum(one.copies for one in traces))
+        rows.append((engine, name, f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}",
+                     f"{asked_s * 1e3:.0f}", f"{copied * 1e3:.0f}"))  # fmt: skip
+        traced.append(trace.table_of(f"Its disks: {engine}, {name}", traces))
     note = f"A tenth of the rates {', '.join(f'{rate:g}' for rate in args.rates)} GB/s and of the bytes."
-    columns = ("ms", "bound ms", "x bound", "asked ms")
-    table = Table("Load of the first token, on a stand-in", columns, (row,), note)
-    return table, found, [trace.table_of("Its disks", traces)]
+    columns = ("engine", "order of copies", "ms", "bound ms", "x bound", "asked ms", "ms until a block is copied")
+    return Table("Load of the first token, on a stand-in", columns, tuple(rows), note), found, traced
 
 
 def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Table]]:
@@ -215,10 +232,10 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Ta
     rates = [rate * 1e9 for rate in args.rates]
     runs = measured.scattered(model.device.run_bytes // 2, GIB, "chosen").in_gb_s * 1e9
     shared = {"link_bytes_per_s": link, "runs_bytes_per_s": runs, "compute_s": compute_s}
-    found = [first.from_pool(model, "host memory", [link], [], **shared)]
+    found = first.from_pool(model, "host memory", [link], [], **shared)
     if SHM.is_dir():
         disks = [SHM] * (len(rates) - 1)
-        found.append(first.from_pool(model, "host and limited disks", rates, disks, **shared))
+        found += first.from_pool(model, "host and limited disks", rates, disks, variants=args.variants, **shared)
         found.append(first.from_files(model, link, rates[1], SHM, host_share=0.75, compute_s=compute_s))
     rows = tuple(
         (one.what, f"{one.gb:.1f}", f"{one.ttft_s * 1e3:.0f}", f"{one.bound_s * 1e3:.0f}", f"{one.over_bound:.2f}",
@@ -233,7 +250,7 @@ def ttft(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], list[Ta
         note += f" {tokens:,} tokens in place of {args.tokens:,}, as GPU memory has room for."
     return Table(f"First token of {tokens / 1024:.0f}K tokens, Llama-3.1-8B's sizes", columns, rows, note), [
         {**dataclasses.asdict(one), "over_bound": one.over_bound} for one in found
-    ], [trace.table_of(f"Disks of: {one.what}", one.traces) for one in found if one.traces]
+    ], [trace.table_of(f"Disks of: {one.what}", one.traces, one.copies.said()) for one in found if one.traces]
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def limited(name: str, bytes_per_s: float, limiters: dict[str, LimitedReader]):
 
 def limited_disk(
     name: str, directory: Path, bytes_per_s: float, blocks: int, block_bytes: int, *, pin: bool,
-    limiters: dict[str, LimitedReader] | None = None, depth_bytes: int = DEPTH_BYTES,
+    limiters: dict[str, LimitedReader] | None = None, depth_bytes: int = DEPTH_BYTES, ring_depths: int = RING_DEPTHS,
 ) -> DiskStore:  # fmt: skip
     """A disk tier on a directory, limited to a rate. limiters: takes its limiter, once it is open."""
     tier = Tier(name=name, kind=DISK, capacity_bytes=blocks * block_bytes, read_bytes_per_s=bytes_per_s,
@@ -185,7 +185,7 @@ def limited_disk(
     under_way = depth_of(HEADER_BYTES + block_bytes, depth_bytes) * (HEADER_BYTES + block_bytes)
     reader = limited(name, bytes_per_s, {} if limiters is None else limiters)
     return DiskStore(tier=tier, directory=str(directory / name), reader=reader, pin=pin, bytes_under_way=under_way,
-                     ring_bytes=RING_DEPTHS * under_way)  # fmt: skip
+                     ring_bytes=ring_depths * under_way)  # fmt: skip
 
 
 def three_tiers(

@@ -110,11 +110,11 @@ class Tracer:
         return found
 
 
-def table_of(title: str, traces: Sequence[DiskTrace]) -> Table:
-    """A column for each disk."""
+def table_of(title: str, traces: Sequence[DiskTrace], more: str = "") -> Table:
+    """A column for each disk. more: said below it."""
     cells = [trace.cells() for trace in traces]
     rows = tuple((name, *(one[name] for one in cells)) for name in cells[0])
-    return Table(title, ("", *(trace.name for trace in traces)), rows, NOTE)
+    return Table(title, ("", *(trace.name for trace in traces)), rows, f"{NOTE} {more}".rstrip())
 
 
 def limited_disks(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pool_bench.disks import host_store, keys_of, limited_disk, store_all
+from pool_bench.noted import KEPT, VARIANTS, CopyTimes, NotedPages, ordered, pages_of
 from pool_bench.trace import DiskTrace, Tracer
 
 from gpu.cache.tiers.disk_reads import LimitedReader
@@ -38,7 +39,7 @@ class FirstToken:
     """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
     predicted_s: the same with the rate at which runs of a layer's page come in, and layers computed while others load;
     asked_s, arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These
-    three are of the repeat that ttft_s, the median, comes from."""
+    and copies are of the repeat that ttft_s, the median, comes from."""
 
     what: str
     gb: float
@@ -49,6 +50,7 @@ class FirstToken:
     asked_s: float = 0.0
     arrived_s: float = 0.0
     traces: tuple[DiskTrace, ...] = ()
+    copies: CopyTimes = CopyTimes()
 
     @property
     def over_bound(self) -> float:
@@ -120,10 +122,11 @@ def median_s(body: Callable[[], None], before: Callable[[], None]) -> float:
 
 def from_pool(
     model: Model, what: str, rates: Sequence[float], directories: Sequence[Path], *, link_bytes_per_s: float,
-    runs_bytes_per_s: float, compute_s: float,
-) -> FirstToken:  # fmt: skip
+    runs_bytes_per_s: float, compute_s: float, variants: Sequence[str] = (KEPT,),
+) -> list[FirstToken]:  # fmt: skip
     """rates [1 + disks]: of host memory and of disks limited to theirs. link_bytes_per_s: of one piece;
-    runs_bytes_per_s: of scattered runs of a layer's page, measured alone."""
+    runs_bytes_per_s: of scattered runs of a layer's page, measured alone; variants: of VARIANTS, one after another from
+    the same blocks."""
     block_bytes = model.device.block_bytes
     whole, total = model.blocks * block_bytes, sum(rates)
     places = [Path(tempfile.mkdtemp(dir=directory, prefix="pool-")) for directory in directories]
@@ -132,7 +135,8 @@ def from_pool(
         host = [host_store(-(-int(model.blocks * rates[0] / total * 1.01) // 1) + 8, block_bytes, rates[0], pin=True)]
         disks = [
             limited_disk(f"disk{at}", place, rate, int(model.blocks * rate / total * 1.01) + 8, block_bytes,
-                         pin=True, limiters=limiters)
+                         pin=True, limiters=limiters,
+                         ring_depths=max(VARIANTS[name].ring_depths for name in variants))
             for at, (place, rate) in enumerate(zip(places, rates[1:]))
         ]
         keys, pages = keys_of(what, model.blocks), np.arange(model.blocks, dtype=np.int32)
@@ -146,10 +150,36 @@ def from_pool(
             if cache.lookup(keys) != model.blocks:
                 raise RuntimeError(f"stored {cache.lookup(keys)} of {model.blocks} blocks: {cache.stats()}")
 
-            tracer, turns = Tracer(cache, limiters), []
+            found = [_timed(model, cache, keys, pages, limiters, name, wanted) for name in variants]
+    finally:
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+    of_tiers = whole / total if disks else 0.0
+    bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
+    load = max(of_tiers, whole / runs_bytes_per_s)
+    steps = model.device.load_steps
+    predicted = load + compute_s if disks else max(load + compute_s / steps, load / steps + compute_s)
+    names = [what if name == KEPT else f"{what}: {name}" for name in variants]
+    return [FirstToken(name, whole / 1e9, times[0], compute_s, bound, predicted, *times[1:])
+            for name, times in zip(names, found)]  # fmt: skip
+
+
+def _timed(
+    model: Model, cache: TieredKVCache, keys: list[bytes], pages: np.ndarray, limiters: dict[str, LimitedReader],
+    name: str, wanted: list[float],
+) -> tuple[float, float, float, tuple[DiskTrace, ...], CopyTimes]:  # fmt: skip
+    """(TTFT, asked, arrived, traces, copies) of the median load as the variant of that name says."""
+    tracer, turns, variant, device = Tracer(cache, limiters), [], VARIANTS[name], cache.device
+    for disk in cache._disks:  # which have nothing to do: buffers that the variant does without are kept from them
+        disk._free = list(range(min(disk._ring.slots, variant.ring_depths * disk._depth)))
+    try:
+        with ordered(variant):
+            noted = NotedPages(pages_of(variant, model.device))
+            cache.device = noted
 
             def before() -> None:
                 model.clear()
+                noted.start()
                 tracer.start()
 
             def body() -> None:
@@ -159,21 +189,15 @@ def from_pool(
                 handle.wait_layer(0)
                 arrived = time.perf_counter()
                 model.first_token(handle.wait_layer)
-                turns.append((time.perf_counter() - begin, asked - begin, arrived - begin, tuple(tracer.stop())))
+                end, traces = time.perf_counter(), tuple(tracer.stop())
+                turns.append((end - begin, asked - begin, arrived - begin, traces, noted.stop(begin)))
 
             median_s(body, before)
-            ttft, asked, arrived, traces = sorted(turns[WARM_UP:], key=lambda turn: turn[0])[REPEATS // 2]
-            if model.checksums() != wanted:
-                raise RuntimeError(f"{what}: the pages came back changed")
     finally:
-        for place in places:
-            shutil.rmtree(place, ignore_errors=True)
-    of_tiers = whole / total if disks else 0.0
-    bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
-    load = max(of_tiers, whole / runs_bytes_per_s)
-    steps = model.device.load_steps
-    predicted = load + compute_s if disks else max(load + compute_s / steps, load / steps + compute_s)
-    return FirstToken(what, whole / 1e9, ttft, compute_s, bound, predicted, asked, arrived, traces)
+        cache.device = device
+    if model.checksums() != wanted:
+        raise RuntimeError(f"{name}: the pages came back changed")
+    return sorted(turns, key=lambda turn: turn[0])[REPEATS // 2]
 
 
 def from_files(model: Model, host_bytes_per_s: float, disk_bytes_per_s: float, directory: Path, *, host_share: float,

@@ -51,7 +51,8 @@ class StagingRing:
     other, so that both are busy and no thread waits. A piece is the same layers of one block, in one piece on the host
     and in the ring; the kernel takes its runs to the block's page, or collects them from there.
 
-    dma_stream: of the DMA engine; stream: of the kernel; last: that of what comes last, whose end is the copy's.
+    dma_stream: of the DMA engine, unless a copy is given another one, of which a ring may have any number: events keep
+    a slot's users apart; stream: of the kernel; last: that of what comes last, whose end is the copy's.
     """
 
     __slots__ = ("layers", "dma_stream", "stream", "to_host", "_launch", "_positions", "_pieces", "_table", "_memory",
@@ -84,16 +85,21 @@ class StagingRing:
     def last(self) -> cupy.cuda.Stream:
         return self.dma_stream if self.to_host else self.stream
 
-    def copy(self, hosts: np.ndarray, pages: int, first_run: int, num_runs: int, num_bytes: int) -> None:
+    def copy(
+        self, hosts: np.ndarray, pages: int, first_run: int, num_runs: int, num_bytes: int,
+        dma_stream: cupy.cuda.Stream | None = None,
+    ) -> None:  # fmt: skip
         """Starts copies of num_runs runs, num_bytes in all, of each block from first_run on. hosts [n] int64: where
-        they are on the host; pages: where the GPU has the blocks' page numbers [n] int32."""
+        they are on the host; pages: where the GPU has the blocks' page numbers [n] int32; dma_stream: in place of the
+        ring's, of rings to the GPU."""
+        dma_stream = self.dma_stream if dma_stream is None else dma_stream
         for begin in range(0, len(hosts), self._positions):
             part = hosts[begin : begin + self._positions]
             with self._lock:
                 slot, self._next = self._next, (self._next + 1) % self._slots
                 place = slot * self._positions
                 staged, table = self._pieces[place : place + len(part)], self._table.data.ptr + 8 * place
-                first, second = (self.stream, self.dma_stream) if self.to_host else (self.dma_stream, self.stream)
+                first, second = (self.stream, dma_stream) if self.to_host else (dma_stream, self.stream)
                 first.wait_event(self._empty[slot])
                 if self.to_host:
                     self._launch(table, pages + 4 * begin, len(part), first_run, num_runs, first)

@@ -136,10 +136,8 @@ class DiskTier:
     def _turn(self) -> None:
         """One round: frees buffers, submits, and waits for what ends first."""
         begin = self.counts.spent.begin
-        begin(Phase.HAND_OVER)
-        while self._parcels and not self._back.empty():
-            self._take_back()
-        while self._draining and (has_ended(self._draining[0][0]) or not (self._free or self._under_way)):
+        self._free_copied()
+        while self._draining and not (self._free or self._under_way):
             self._drain(Phase.SLOTS)
         begin(Phase.ASK)
         self._submit()
@@ -147,8 +145,9 @@ class DiskTier:
             wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
             begin(Phase.SLOTS if self._jobs and not self._free and len(self._under_way) < self._depth else Phase.READ)
             ended = self._collect(self._reader.poll(0.01, wait_for))
-            begin(Phase.ASK)
             self._arrived += ended
+            self._free_copied()  # as the GPU has taken blocks meanwhile, and the disk needs their buffers
+            begin(Phase.ASK)
             submitted = False
             try:
                 self._submit()  # before what has ended is looked at, so that the disk has work meanwhile
@@ -163,6 +162,14 @@ class DiskTier:
             self._take_back()
         elif self._draining:
             self._drain(Phase.DRAIN)
+
+    def _free_copied(self) -> None:
+        """Takes back what the porter has handed over and the buffers of what has been copied, and waits for neither."""
+        self.counts.spent.begin(Phase.HAND_OVER)
+        while self._parcels and not self._back.empty():
+            self._take_back()
+        while self._draining and has_ended(self._draining[0][0]):
+            self._drain(Phase.HAND_OVER)
 
     def _take_back(self) -> None:
         """Takes back the next parcel that the porter has handed over, and ends its jobs."""

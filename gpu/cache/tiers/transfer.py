@@ -1,8 +1,10 @@
 """Blocks between pinned host memory and the GPU's pages, whichever of pkvsim.devices.copy_way's ways they go.
 
 Loads and stores go to streams of their own that decode never waits for: blocks of host memory layer by layer on one,
-whole blocks that disks deliver on another, so that neither waits behind the other, and stores on a third. An event
-follows each layer, or several layers where they are staged as one piece.
+whole blocks that disks deliver on another, and stores on a third. Blocks of host memory that disks' blocks arrive
+beside are paced: they go on the disks' stream, in small parts of which few are under way. Copies of one stream come in
+the order asked for, so that a disk's blocks wait for those few and no more, whatever turns the DMA engine takes between
+streams. An event follows each layer, or several layers where they are staged as one piece.
 """
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu.cache.dma import StagingRing, copy_runs
+from gpu.cache.tiers.event_ticket import EventTicket
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
 from pkvsim.devices.copy_way import COPY_WAYS, DMA, KERNEL, STAGED, choose_copy_way, layers_in_piece
@@ -40,27 +43,12 @@ STAGING_SLOTS = (2, 4, 2)
 STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
 # Copies of one call of the driver, about 1 ms of it, in which other threads' calls may have to wait.
 BATCH_COPIES = 1024
-# Under way at most, and at least two layers, of blocks from host memory that disks' blocks arrive beside: 10 ms of the
-# link, and a disk's ring holds what it reads in several times as long.
-PACED_BYTES = 512 * 2**20
-
-
-class EventTicket:
-    """Copies up to an event. Keeps what they read of this process until they have ended."""
-
-    __slots__ = ("event", "_kept", "_device")
-
-    def __init__(self, event: object, device: int, kept: Sequence[object]) -> None:
-        self.event, self._device, self._kept = event, device, kept
-
-    def done(self) -> bool:
-        return self.event.done
-
-    def wait(self) -> None:
-        import cupy
-
-        with cupy.cuda.Device(self._device):
-            self.event.synchronize()
+# Under way at most, of blocks from host memory that disks' blocks arrive beside, and in how many parts they are asked
+# for: 10 ms of the link, so that it does not run dry while the thread that asks waits for a lock, and a disk's ring
+# holds what it reads in several times as long. A part is one call of the driver where runs are of 64 KiB.
+PACED_BYTES, PACED_PARTS = 512 * 2**20, 8
+ONE_STREAM = True  # paced blocks go on the disks' stream; False: on that of host memory's, for measuring it
+DISKS_WAY: str | None = None  # of COPY_WAYS, for blocks that disks deliver; None: as those of host memory
 
 
 class CudaPages:
@@ -75,7 +63,7 @@ class CudaPages:
 
     __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "ways", "gather_ctas",
                  "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
-                 "_rings", "_gather", "_scatter", "_lock")  # fmt: skip
+                 "_rings", "_gather", "_scatter", "_lock", "_disks_way")  # fmt: skip
 
     def __init__(
         self, k_pages: Sequence[object], v_pages: Sequence[object], *, ways: tuple[str, str] | None = None,
@@ -127,6 +115,7 @@ class CudaPages:
             choose_copy_way(self.run_bytes, pieces[0] * layer_bytes, to_host=False),
             choose_copy_way(self.run_bytes, pieces[2] * layer_bytes, to_host=True),
         )  # fmt: skip
+        self._disks_way = self.ways[0] if DISKS_WAY is None else DISKS_WAY
         with cupy.cuda.Device(self._device):
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]  # layers, whole blocks, stores
             self._bases = cupy.asarray(self._host_bases)
@@ -144,7 +133,7 @@ class CudaPages:
             to_host = at == 2
             piece_bytes = layers[at] * self.runs_per_layer * self.run_bytes
             ring = None
-            if self.ways[to_host] == STAGED:
+            if self._way(at) == STAGED:
                 try:
                     ring = StagingRing(
                         stream, layers=layers[at], piece_bytes=piece_bytes, to_host=to_host,
@@ -156,9 +145,16 @@ class CudaPages:
                     )  # fmt: skip
                 except MemoryError:
                     direct = choose_copy_way(self.run_bytes, self.run_bytes, to_host=to_host)
-                    self.ways = (self.ways[0], direct) if to_host else (direct, self.ways[1])
+                    if at == 1:
+                        self._disks_way = direct
+                    else:
+                        self.ways = (self.ways[0], direct) if to_host else (direct, self.ways[1])
             rings.append(ring)
         return rings
+
+    def _way(self, lane: int) -> str:
+        """Of copies of host memory's blocks, of disks' blocks, and to the host."""
+        return (self.ways[0], self._disks_way, self.ways[1])[lane]
 
     @property
     def load_steps(self) -> int:
@@ -192,19 +188,20 @@ class CudaPages:
         self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
     ) -> list[EventTicket]:  # fmt: skip
         """As _ask_for(). Where that raises, what it had asked for has ended."""
+        stream, ring = self._streams[1 if paced and ONE_STREAM else lane], self._rings[lane]
         try:
-            return self._ask_for(lane, addresses, pages, after, paced)
+            return self._ask_for(lane, stream, addresses, pages, after, paced)
         except Exception:
-            ring = self._rings[lane]
-            for stream in (self._streams[lane], *(() if ring is None else (ring.stream,))):
+            for one in (stream, *(() if ring is None else (ring.stream,))):
                 with contextlib.suppress(Exception):  # of a GPU that has failed altogether and copies nothing
-                    stream.synchronize()
+                    one.synchronize()
             raise
 
     def _ask_for(
-        self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
+        self, lane: int, stream: cupy.cuda.Stream, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool
     ) -> list[EventTicket]:  # fmt: skip
-        """All runs on one of the streams; a ticket for each layer on the first, one for all on the others.
+        """All runs on the stream; a ticket for each layer of lane 0, one for all of the others. paced: by parts of the
+        blocks, each once few enough are under way.
 
         No lock is held over more than one launch: a disk's blocks are handed over while another thread is still asking
         for many others'.
@@ -212,53 +209,60 @@ class CudaPages:
         import cupy
 
         addresses, pages = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(pages, np.int32)
-        stream, ring, to_host = self._streams[lane], self._rings[lane], lane == 2
+        ring, to_host = self._rings[lane], lane == 2
         tickets: list[EventTicket] = []
         events: list[cupy.cuda.Event] = []
         with cupy.cuda.Device(self._device):
             kept: tuple[object, ...] = (self.arrays, self._bases)
+            place = 0  # where the GPU has the pages, or hosts' addresses and pages
             if ring is not None:
                 ring.stream.wait_event(after)
                 with ring.stream:
                     kept += (ring, cupy.asarray(pages))
-                last, layers = ring.last, ring.layers
+                place, last, layers = kept[-1].data.ptr, ring.last, ring.layers
             else:
                 stream.wait_event(after)
                 last, layers = stream, 1 if lane == 0 else self.num_layers
-                if self.ways[to_host] == KERNEL:
+                if self._way(lane) == KERNEL:
                     packed = np.empty(3 * len(pages), np.int32)  # one copy brings both to the GPU
                     packed[: 2 * len(pages)].view(np.int64)[:] = addresses
                     packed[2 * len(pages) :] = pages
                     with stream:
                         kept += (cupy.asarray(packed),)
-            step_bytes = len(pages) * layers * self.runs_per_layer * self.run_bytes
-            ahead = max(2, PACED_BYTES // max(step_bytes, 1))
+                    place = kept[-1].data.ptr
             for layer in range(0, self.num_layers, layers):
-                if paced and len(events) >= ahead:
-                    events[-ahead].synchronize()
                 count = min(layers, self.num_layers - layer)
                 run, num_runs = layer * self.runs_per_layer, count * self.runs_per_layer
-                if ring is not None:
-                    ring.copy(addresses + run * self.run_bytes, kept[-1].data.ptr, run, num_runs,
-                              num_runs * self.run_bytes)  # fmt: skip
-                elif self.ways[to_host] == DMA:
-                    self._copy_batched(stream, addresses, pages, run, num_runs, to_host)
-                else:
-                    self._launch(stream, kept[-1].data.ptr, len(pages), run, num_runs, to_host)
-                if lane == 0 or layer + count == self.num_layers:
-                    event = cupy.cuda.Event(block=True, disable_timing=True)
-                    event.record(last)
-                    events.append(event)
-                    tickets += [EventTicket(event, self._device, kept)] * (count if lane == 0 else 1)
+                is_told = lane == 0 or layer + count == self.num_layers
+                part = max(1, PACED_BYTES // (PACED_PARTS * num_runs * self.run_bytes) if paced else len(pages))
+                for begin in range(0, max(1, len(pages)), part):
+                    if paced and len(events) >= PACED_PARTS:
+                        events[-PACED_PARTS].synchronize()
+                    hosts, end = addresses[begin : begin + part], min(begin + part, len(pages))
+                    if ring is not None:
+                        ring.copy(hosts + run * self.run_bytes, place + 4 * begin, run, num_runs,
+                                  num_runs * self.run_bytes, stream)  # fmt: skip
+                    elif self._way(lane) == DMA:
+                        self._copy_batched(stream, hosts, pages[begin:end], run, num_runs, to_host)
+                    else:
+                        self._launch(stream, place, len(pages), range(begin, end), run, num_runs, to_host)
+                    if paced or is_told:
+                        events.append(cupy.cuda.Event(block=True, disable_timing=True))
+                        events[-1].record(last)
+                if is_told:
+                    tickets += [EventTicket(events[-1], self._device, kept)] * (count if lane == 0 else 1)
         return tickets
 
-    def _launch(self, stream: object, packed: int, blocks: int, run: int, num_runs: int, to_host: bool) -> None:
-        """packed: where the GPU has the hosts' addresses [blocks] int64 and behind them pages [blocks] int32."""
+    def _launch(
+        self, stream: object, packed: int, blocks: int, part: range, run: int, num_runs: int, to_host: bool
+    ) -> None:  # fmt: skip
+        """packed: where the GPU has the hosts' addresses [blocks] int64 and behind them pages [blocks] int32; part: of
+        them."""
         vectors = num_runs * self.run_bytes // VECTOR_BYTES
         most = max(1, MAX_VECTORS // vectors)
         kernel, ctas = (self._scatter, self.scatter_ctas) if to_host else (self._gather, self.gather_ctas)
-        for begin in range(0, blocks, most):
-            count = min(most, blocks - begin)
+        for begin in range(part.start, part.stop, most):
+            count = min(most, part.stop - begin)
             with self._lock:
                 kernel(ctas, (
                     packed + 8 * begin, packed + 8 * blocks + 4 * begin, self._bases.data.ptr, self._page_stride,

@@ -175,25 +175,39 @@ def test_long_runs_go_by_dma(fake, has_batch):
     assert not fake.launches
 
 
-def test_paced_copies_have_two_layers_under_way_and_other_calls_between_theirs(fake):
-    """Two layers are asked for at once, a further one as the first arrives; a call has no more copies than allowed."""
+@pytest.mark.parametrize("way", ["kernel", "dma", "staged"])
+def test_paced_copies_have_a_few_parts_under_way_and_wait_in_line_with_disks(fake, way):
+    """A further part is asked for as the fourth before it arrives; a call has no more copies than allowed, and all of
+    them are on the stream of disks' blocks, whose copies come in the order asked for."""
     seen = []
 
-    def batch(targets, sources, sizes, count, *rest):
-        seen.append((count.value, sum(event.done for event in Event.made)))
-        return copy_batch(targets, sources, sizes, count, *rest)
+    def batch(targets, sources, sizes, count, attributes, first, num_attributes, failed, stream):
+        seen.append((count.value, sum(event.done for event in Event.made), stream.value))
+        return copy_batch(targets, sources, sizes, count, attributes, first, num_attributes, failed, stream)
 
     fake.monkeypatch.setattr(dma, "_batch_copy", lambda: batch)
     fake.monkeypatch.setattr(transfer, "BATCH_COPIES", 2)
+    fake.monkeypatch.setattr(transfer, "PACED_PARTS", 4)
+    fake.monkeypatch.setattr(copy_way, "PIECE_BYTES", 2 * RUN)
     buffer = np.random.default_rng(3).integers(0, 256, (3, LAYERS * 2 * RUN), np.uint8)
     addresses = buffer.ctypes.data + np.arange(3) * LAYERS * 2 * RUN
-    for paced_bytes, waited in ((1, 1), (10**9, 0)):  # little is under way however long a layer takes: no wait
+    small = [(1, max(0, at - 3)) for at in range(3 * LAYERS)]  # parts of one block
+    large = [(2, 0), (1, 0)] * LAYERS if way == "dma" else [(3, 0)] * LAYERS  # of all, and no wait for three of them
+    for paced_bytes, wanted in ((1, small), (10**9, large)):
         fake.monkeypatch.setattr(transfer, "PACED_BYTES", paced_bytes)
-        pages = make(ways=("dma", "dma"))
+        Stream.made.clear(), fake.launches.clear()
+        pages = make(ways=(way, way), staging_bytes=(3 * 2 * RUN, 3 * LAYERS * 2 * RUN, 3 * LAYERS * 2 * RUN))
+        loads, disks, stores = Stream.made[:3]
         seen.clear(), Event.made.clear()
         tickets = pages.copy_in(addresses, np.array([4, 0, 9]), after=pages.mark(), each_layer=True, paced=True)
         assert len(tickets) == LAYERS and (pages.pages[[4, 0, 9]].reshape(3, -1) == buffer).all()
-        assert seen == [(2, 0), (1, 0), (2, 0), (1, 0), (2, waited), (1, waited)]
+        assert not loads.told and not stores.told
+        if way == "kernel":
+            assert [(count, stream) for _, _, stream, _, _, count in fake.launches] == [
+                (count, disks.ptr) for count, _ in wanted]
+        else:
+            assert seen == [(count, done, disks.ptr) for count, done in wanted]
+        assert len({ticket.event.ptr for ticket in tickets}) == LAYERS == pages.load_steps
 
 
 @pytest.mark.parametrize("way", ["dma", "staged"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu_needs import skip_below
 
+from gpu.cache.tiers import transfer
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages
@@ -51,10 +52,17 @@ def keys(count: int, name: str = "") -> list[bytes]:
     ("cupy", (1, 16, 64), "int8", True, "kernel"), ("cupy", (3, 1, 8), "float16", False, "kernel"),  # 48 bytes a run
     ("torch", (8, 16, 128), "float16", False, "dma"), ("cupy", (8, 64, 256), "float16", True, "dma"),
     ("torch", (8, 16, 128), "float16", True, "staged"), ("cupy", (8, 16, 128), "float16", False, "staged"),
-    ("cupy", (3, 1, 8), "float16", False, "staged"),
+    ("cupy", (3, 1, 8), "float16", False, "staged"), ("torch", (8, 16, 128), "float16", True, "dma beside staged"),
 ])  # fmt: skip
-def test_blocks_come_back_from_host_memory_and_disk(tmp_path, library, shape, dtype, combined, way) -> None:
+def test_blocks_come_back_from_host_memory_and_disk(
+    tmp_path, monkeypatch, library, shape, dtype, combined, way
+) -> None:  # fmt: skip
+    """Blocks of host memory are asked for in parts as they arrive, in line with those of disks."""
     num_pages, blocks = 64, 30
+    monkeypatch.setattr(transfer, "PACED_BYTES", 2**20)
+    if way == "dma beside staged":
+        way = "dma"
+        monkeypatch.setattr(transfer, "DISKS_WAY", "staged")
     k, v = make_pages(library, num_pages, shape, dtype, combined)
     pages = CudaPages(k, v, ways=None if way is None else (way, way), staging_bytes=(2**20, 2**19, 2**20))
     before = [bits(array) for array in (*k, *v)]
