@@ -40,13 +40,34 @@ KEPT = (0.2, 0.4)
 ORDER, ORDER_KEPT = (("defensivekv", "snapkv"), ("snapkv", "h2o"), ("defensivekv", "h2o")), 0.2
 
 
+def methods(text: str) -> tuple[str, ...]:
+    from study.variants import parse
+
+    try:
+        return tuple(dict.fromkeys(name for name in text.split(",") if parse(name)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    from pkvsim.selection.rules import Budget
+
+    try:
+        return tuple(Budget(float(one)).fraction for one in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, default=4, help="texts of the KL")
     parser.add_argument("--needles", type=int, default=4, help="texts with a needle")
     parser.add_argument("--shortest", type=int, default=3000, help="tokens")
     parser.add_argument("--longest", type=int, default=4000, help="tokens; the model was trained to 8192")
-    parser.add_argument("--methods", default=",".join(RETRIEVAL), help="of retrieval, by commas")
+    parser.add_argument("--methods", type=methods, help="of retrieval, by commas, with words of study/variants.py as "
+                        "in centroids+linf+heads; by default those of the two tables")
+    parser.add_argument("--needle-budgets", type=fractions, default=(0.1,), help="parts of the pages, by commas")
+    parser.add_argument("--no-evictions", action="store_true", help="leave out what tokens are dropped")
     parser.add_argument("--device", default="cpu", help="of PyTorch")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                         help="of the forward pass: float32 on a CPU, float16 elsewhere; on a text of 400 tokens "
@@ -72,7 +93,8 @@ def tables(findings: list) -> list[Table]:
     shown = []
     for what, title, note in (
         ("retrieval", "KL of the next token, millinats", "In brackets: over the oracle's; then the share read."),
-        ("needle", "Needles found, retrieval", ""),
+        ("needle", "Needles found, retrieval", "Then the share read."),
+        ("needle loss", "Loss of the answer's tokens, retrieval, nats", ""),
         ("evicted needle", "Needles found after eviction", ""),
         ("eviction", "Loss of the answer's tokens after eviction, nats", ""),
     ):
@@ -87,6 +109,8 @@ def tables(findings: list) -> list[Table]:
                     oracle = means.get((what, "oracle", fraction))
                     ratio = f" ({means[key] / oracle:.2f})" if oracle else ""
                     cells.append(f"{1e3 * means[key]:.2f}{ratio} {sum(read[key]) / len(read[key]):.2f}")
+                elif what == "needle":
+                    cells.append(f"{means[key]:.2f} {sum(read[key]) / len(read[key]):.2f}")
                 else:
                     cells.append(f"{means[key]:.2f}")
             rows.append(tuple(cells))
@@ -145,9 +169,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"--minutes: ends after {done} of {len(jobs)} texts")
             break
         if isinstance(job, texts.Context):
-            findings += judge.retrieval(model, job, tuple(args.methods.split(",")), FRACTIONS)
+            findings += judge.retrieval(model, job, args.methods or RETRIEVAL, FRACTIONS)
         else:
-            findings += judge.find_needle(model, job, NEEDLE, METHODS, (0.1,), KEPT)
+            findings += judge.find_needle(model, job, args.methods or NEEDLE, () if args.no_evictions else METHODS,
+                                          args.needle_budgets, KEPT)
         now, done = time.perf_counter(), done + 1
         longest = max(longest, now - begin)
         console.print(f"{done} of {len(jobs)}: {type(job).__name__.lower()} of {len(job.ids)} tokens in "
