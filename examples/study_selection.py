@@ -4,11 +4,12 @@
     python examples/study_selection.py                                   # a few contexts, minutes on a CPU
     python examples/study_selection.py --contexts 50 --needles 50 --longest 8000 --device cuda --json study.json
     python examples/study_selection.py --contexts 50 --needles 50 --minutes 5   # as many as that allows
+    python examples/study_selection.py --methods oracle,centroids,centroids+linf --no-evictions
 
-Contexts are texts of the standard library's pydoc topics. Retrieval: all pages are kept and few are read, the first two
-layers dense; KL of the next-token distribution from the dense model's, mean over 8 steps after each context. Needle: a
-number hidden in the text, and a question for it at the end. Eviction: tokens are dropped after the text and before the
-question; H2O's sums are over all queries of the text.
+Contexts are texts of the standard library's pydoc topics, other ones in another Python. Retrieval: all pages are kept
+and few are read, the first two layers dense; KL of the next-token distribution from the dense model's, mean over 8
+steps after each context. Needle: a number hidden in the text, and a question for it at the end. Eviction: tokens are
+dropped after the text and before the question; H2O's sums are over all queries of the text.
 
 All methods and budgets of a text go through the model together, and the steps of each as one block, since their tokens
 are known. Contexts and needles take turns, in an order of lengths drawn at random, so that a run that --minutes ends
@@ -21,6 +22,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import platform
 import random
 import sys
 import time
@@ -162,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = interleaved(
         texts.contexts(tokenizer, args.contexts, args.shortest, args.longest, seed=args.seed),
         texts.needles(tokenizer, args.needles, args.shortest, args.longest, seed=args.seed + 1), seed=args.seed)
+    window_q = model.prefill(texts.docstrings(tokenizer)).window_q
     start, findings, longest, done = time.perf_counter(), [], 0.0, 0
     for job in jobs:
         begin = time.perf_counter()
@@ -169,10 +172,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"--minutes: ends after {done} of {len(jobs)} texts")
             break
         if isinstance(job, texts.Context):
-            findings += judge.retrieval(model, job, args.methods or RETRIEVAL, FRACTIONS)
+            findings += judge.retrieval(model, job, args.methods or RETRIEVAL, FRACTIONS, window_q)
         else:
             findings += judge.find_needle(model, job, args.methods or NEEDLE, () if args.no_evictions else METHODS,
-                                          args.needle_budgets, KEPT)
+                                          args.needle_budgets, KEPT, window_q)
         now, done = time.perf_counter(), done + 1
         longest = max(longest, now - begin)
         console.print(f"{done} of {len(jobs)}: {type(job).__name__.lower()} of {len(job.ids)} tokens in "
@@ -183,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             table.print(console)
     if args.json is not None:
         document = {"options": {key: str(value) for key, value in vars(args).items()},
-                    "seconds": time.perf_counter() - start,
+                    "python": platform.python_version(), "seconds": time.perf_counter() - start,
                     "order": [dataclasses.asdict(judge.order(findings, *pair, ORDER_KEPT)) for pair in ORDER]
                     if shown[-1] is not None else [],
                     "findings": [dataclasses.asdict(one) for one in findings]}

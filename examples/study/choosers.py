@@ -56,9 +56,9 @@ def page_centroids(pages: torch.Tensor, valid: torch.Tensor, how: Variant = Vari
                    weights: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """pkvsim.selection.centroids' of many pages at once, through their codes, and changed as `how` says.
 
-    weights: of elements, broadcast to pages, by which `how.weighted` has distances.
+    weights: of elements, broadcast to pages, which `how.weighted` and `how.spread` take.
     """
-    seen = pages if weights is None else pages * weights
+    seen = pages * weights if how.weighted else pages
     infinite = torch.full(pages.shape[:-1], torch.inf, dtype=pages.dtype, device=pages.device)
     nearest, owner = infinite, torch.zeros(pages.shape[:-1], dtype=torch.int64, device=pages.device)
     seed = torch.zeros((*pages.shape[:-2], 1, 1), dtype=torch.int64, device=pages.device)
@@ -73,7 +73,7 @@ def page_centroids(pages: torch.Tensor, valid: torch.Tensor, how: Variant = Vari
     means = member @ pages.masked_fill(~valid[..., None], 0) / count.clamp(min=1)
     log2_count = torch.where(count > 0, count.clamp(min=1).log2(), parts.NO_TOKENS)
     if how.spread:
-        there = seen.masked_fill(~valid[..., None], 0)
+        there = (pages * weights).masked_fill(~valid[..., None], 0)
         variance = member @ there.square() / count.clamp(min=1) - (member @ there / count.clamp(min=1)).square()
         deviation = variance.clamp(min=0).sum(-1, keepdim=True).sqrt() * pages.shape[-1] ** -0.5  # of logits
         log2_count = torch.where(count > 0, log2_count + how.spread * deviation / math.log(2), log2_count)
@@ -116,12 +116,15 @@ class PageChooser:
 
     def __init__(self, choices: list[Choice], *, layers: int | None = None, window_q: list[torch.Tensor] | None = None,
                  page_size: int = 16) -> None:  # fmt: skip
-        """layers: of the model, for methods whose budgets differ by layer. window_q: the prompt's last queries by layer
+        """layers: of the model, for methods whose budgets differ by layer. window_q: queries of any text by layer
         [num_q_heads, queries, head_dim], for methods that weigh elements by them."""
         self.choices, self.page_size, self.layers, self.window_q = choices, page_size, layers, window_q
         self.variants = {choice.method: parse(choice.method) for choice in choices}
+        if window_q is None and any(how.weighted or how.spread for how in self.variants.values()):
+            raise ValueError("window_q: expected queries for methods that weigh elements by them, got None")
         self.read: torch.Tensor | None = None  # [choices, 2], tokens read and there, of the layers that are not dense
         self._counts: dict[tuple[float, ...], torch.Tensor] = {}  # [choices, new_tokens, 1], pages of each budget
+        self._kept: dict[tuple[str, ...], torch.Tensor] = {}  # of the layer's whole pages, which methods share
         self._anchors: torch.Tensor | None = None  # pages of Kascade's choices in its last anchor
         self._rng: torch.Generator | None = None
 
@@ -137,6 +140,7 @@ class PageChooser:
         pages = -(-lengths // size)[:, None]
         at = torch.arange(-(-step.tokens // size), device=step.q.device)
         there = at < pages
+        self._kept = {}
         chosen = torch.zeros(*shape[:3], len(at), dtype=torch.bool, device=step.q.device)
         for method in dict.fromkeys(choice.method for choice in self.choices):
             own = [i for i, choice in enumerate(self.choices) if choice.method == method]
@@ -212,11 +216,12 @@ class PageChooser:
         choices, heads, group, new, dim = q.shape
         before = step.keys.shape[1]
         whole, form, of_keys, of_last = before // size, RULES[kind].SUMMARY, None, None
-        if how.weighted:
+        if how.weighted or how.spread:
             of_elements = weights_of(self.window_q[layer], heads)
             of_keys, of_last = of_elements[:, None, None], of_elements[:, None, None, None]
-        old_pages = step.keys[:, : whole * size].double().unflatten(1, (whole, size))
-        summaries = summarize(old_pages, form, None, how, of_keys)
+        if (summaries := self._kept.get(how.summaries)) is None:
+            old_pages = step.keys[:, : whole * size].double().unflatten(1, (whole, size))
+            summaries = self._kept[how.summaries] = summarize(old_pages, form, None, how, of_keys)
         tail = torch.cat((step.keys[None, :, whole * size :].expand(choices, -1, -1, -1), step.new_keys), 2).double()
         pages = -(-tail.shape[2] // size)
         tail = torch.nn.functional.pad(tail, (0, 0, 0, pages * size - tail.shape[2])).unflatten(2, (pages, size))

@@ -45,11 +45,13 @@ def readers(*parts: tuple[int, Chooser | None]) -> Chooser:
     return choose
 
 
-def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fractions: tuple[float, ...]) -> list[Finding]:
-    """The mean KL over the steps after a context, by method and budget."""
+def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fractions: tuple[float, ...],
+              window_q: list[torch.Tensor] | None = None) -> list[Finding]:  # fmt: skip
+    """The mean KL over the steps after a context, by method and budget. window_q: queries of another text by layer, for
+    methods that weigh elements by them."""
     cache = model.prefill(context.ids)
     choices = [Choice(method, fraction) for method in methods for fraction in fractions]
-    chooser = PageChooser(choices, layers=model.layers, window_q=cache.window_q)
+    chooser = PageChooser(choices, layers=model.layers, window_q=window_q)
     logits = model.block(context.following, cache, readers((1, None), (len(choices), chooser)),
                          variants=1 + len(choices))  # fmt: skip
     return [Finding("retrieval", *choice, len(context.ids), kl_nats(logits[0], own), read)
@@ -57,12 +59,13 @@ def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fraction
 
 
 def find_needle(model: Llama, needle: Needle, methods: tuple[str, ...], evictions: tuple[str, ...],
-                fractions: tuple[float, ...], eviction_fractions: tuple[float, ...]) -> list[Finding]:
+                fractions: tuple[float, ...], eviction_fractions: tuple[float, ...],
+                window_q: list[torch.Tensor] | None = None) -> list[Finding]:  # fmt: skip
     """Answers of the dense model, of steps that read chosen pages, and after evictions made before the question."""
     cache, tokens = model.prefill(needle.ids, masses=bool(evictions)), len(needle.ids)
     choices = [Choice(method, fraction) for method in methods for fraction in fractions]
     cuts = [Choice(method, fraction) for method in evictions for fraction in eviction_fractions]
-    chooser = PageChooser(choices, layers=model.layers, window_q=cache.window_q)
+    chooser = PageChooser(choices, layers=model.layers, window_q=window_q)
     parts: list[tuple[int, Chooser | None]] = [(1, None), (len(choices), chooser)]
     if cuts:
         evicted = Evictions(model, cache)

@@ -148,19 +148,20 @@ def numpy_centroids(keys: np.ndarray, how: variants.Variant, weights: np.ndarray
         step = np.float16(np.abs(mean).max() / (2 ** (how.bits - 1) - 0.5)) if how.bits else 0
         if step:
             mean = np.clip(np.rint(mean / np.float64(step)), -(2 ** (how.bits - 1)), 2 ** (how.bits - 1) - 1) * step
-        deviation = np.sqrt(seen[own].var(0).sum() / keys.shape[1]) if own.any() else 0
+        deviation = np.sqrt((keys * weights)[own].var(0).sum() / keys.shape[1]) if own.any() else 0
         means.append(mean)
         counts.append(np.log2(own.sum()) + how.spread * deviation / np.log(2) if own.any() else -60000)
     return np.array(means), np.float16(counts).astype(np.float64)
 
 
-@pytest.mark.parametrize("words", ["parts16", "bits8", "bits0", "linf", "weighted", "weighted+spread0.5+bits3", "parts5"])
+@pytest.mark.parametrize("words", ["parts16", "bits8", "bits0", "linf", "weighted", "weighted+spread0.5+bits3",
+                                   "linf+spread1", "parts5"])
 def test_changed_centroids_are_those_of_their_words(words: str) -> None:
     rng, how = np.random.default_rng(len(words)), variants.parse(f"centroids+{words}")
     keys, tokens = rng.normal(size=(6, 16, DIM)) * rng.random(DIM), np.array([16, 16, 16, 9, 3, 1])
     weights = rng.random(DIM)
     valid = torch.arange(16) < torch.from_numpy(tokens)[:, None]
-    found = choosers.page_centroids(torch.from_numpy(keys), valid, how, torch.from_numpy(weights) if how.weighted else None)
+    found = choosers.page_centroids(torch.from_numpy(keys), valid, how, torch.from_numpy(weights))
     for page, count, own in zip(keys, tokens, found.numpy()):
         means, counts = numpy_centroids(page[:count], how, weights)
         np.testing.assert_allclose(own[:, :-1], means, atol=1e-12)
@@ -196,18 +197,21 @@ def test_budgets_of_words_are_those_of_the_rules() -> None:
 
 
 def test_words_change_what_is_read_and_a_wrong_one_is_named(model) -> None:
-    context = Context(ids(900, 1), ids(3, 2))
-    words = ("", "+largest", "+linf", "+weighted+spread1", "+heads", "+p0.3", "+dense3", "+pins2.9")
-    found = judge.retrieval(model, context, tuple(f"centroids{word}" for word in words), (0.2, 1.0))
+    context = Context(ids(500, 1), ids(2, 2))
+    words = ("", "+largest", "+weighted+spread1", "+heads", "+p0.3", "+dense3", "+pins2.9")
+    found = judge.retrieval(model, context, tuple(f"centroids{word}" for word in words), (0.4, 1.0),
+                            model.prefill(ids(50, 3)).window_q)  # fmt: skip
     read = {(one.method.removeprefix("centroids"), one.fraction): one.read for one in found}
     assert all(read[word, 1.0] == 1 for word in words if word != "+p0.3")
-    assert read["+heads", 0.2] == pytest.approx(read["", 0.2], rel=0.02)
-    assert read["+dense3", 0.2] == pytest.approx((1 + read["", 0.2]) / 2, rel=0.02)
-    how = variants.parse("oracle+early2")
+    assert read["+heads", 0.4] == pytest.approx(read["", 0.4], rel=0.02)
+    assert read["+dense3", 0.4] == pytest.approx((1 + read["", 0.4]) / 2, rel=0.02)
+    with pytest.raises(ValueError, match="^window_q: "):
+        judge.retrieval(model, context, ("centroids+weighted",), (0.4,))
+    how = variants.parse("oracle+early8x2")
     shares = [how.fraction(0.1, layer, 30) for layer in range(2, 30)]
     assert shares[0] == 0.2 and np.mean(shares) == pytest.approx(0.1) and how.fraction(0.1, 2, None) == 0.1
-    for wrong in ("nothing", "centroids+parts17", "oracle+linf", "centroids+spread1", "random+heads", "centroids+", "quest+p0.5",
-                  "centroids+pins1", "centroids+p0.5+heads", "centroids+linf+linf", "centroids+parts\u00b2"):
+    for wrong in ("nothing", "centroids+parts17", "oracle+linf", "random+heads", "centroids+", "quest+p0.5",
+                  "centroids+pins1", "centroids+early2", "centroids+p0.5+heads", "centroids+linf+linf", "centroids+parts\u00b2"):
         with pytest.raises(ValueError, match="^methods: "):
             variants.parse(wrong)
 
