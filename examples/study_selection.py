@@ -4,11 +4,12 @@
     python examples/study_selection.py                                   # a few contexts, minutes on a CPU
     python examples/study_selection.py --contexts 50 --needles 50 --longest 8000 --device cuda --json study.json
     python examples/study_selection.py --contexts 50 --needles 50 --minutes 5   # as many as that allows
+    python examples/study_selection.py --methods oracle,centroids,centroids+linf --no-evictions
 
-Contexts are texts of the standard library's pydoc topics. Retrieval: all pages are kept and few are read, the first two
-layers dense; KL of the next-token distribution from the dense model's, mean over 8 steps after each context. Needle: a
-number hidden in the text, and a question for it at the end. Eviction: tokens are dropped after the text and before the
-question; H2O's sums are over all queries of the text.
+Contexts are texts of the standard library's pydoc topics, other ones in another Python. Retrieval: all pages are kept
+and few are read, the first two layers dense; KL of the next-token distribution from the dense model's, mean over 8
+steps after each context. Needle: a number hidden in the text, and a question for it at the end. Eviction: tokens are
+dropped after the text and before the question; H2O's sums are over all queries of the text.
 
 All methods and budgets of a text go through the model together, and the steps of each as one block, since their tokens
 are known. Contexts and needles take turns, in an order of lengths drawn at random, so that a run that --minutes ends
@@ -21,6 +22,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import platform
 import random
 import sys
 import time
@@ -40,13 +42,34 @@ KEPT = (0.2, 0.4)
 ORDER, ORDER_KEPT = (("defensivekv", "snapkv"), ("snapkv", "h2o"), ("defensivekv", "h2o")), 0.2
 
 
+def methods(text: str) -> tuple[str, ...]:
+    from study.variants import parse
+
+    try:
+        return tuple(dict.fromkeys(name for name in text.split(",") if parse(name)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def fractions(text: str) -> tuple[float, ...]:
+    from pkvsim.selection.rules import Budget
+
+    try:
+        return tuple(Budget(float(one)).fraction for one in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, default=4, help="texts of the KL")
     parser.add_argument("--needles", type=int, default=4, help="texts with a needle")
     parser.add_argument("--shortest", type=int, default=3000, help="tokens")
     parser.add_argument("--longest", type=int, default=4000, help="tokens; the model was trained to 8192")
-    parser.add_argument("--methods", default=",".join(RETRIEVAL), help="of retrieval, by commas")
+    parser.add_argument("--methods", type=methods, help="of retrieval, by commas, with words of study/variants.py as "
+                        "in centroids+linf+heads; by default those of the two tables")
+    parser.add_argument("--needle-budgets", type=fractions, default=(0.1,), help="parts of the pages, by commas")
+    parser.add_argument("--no-evictions", action="store_true", help="leave out what tokens are dropped")
     parser.add_argument("--device", default="cpu", help="of PyTorch")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                         help="of the forward pass: float32 on a CPU, float16 elsewhere; on a text of 400 tokens "
@@ -72,7 +95,8 @@ def tables(findings: list) -> list[Table]:
     shown = []
     for what, title, note in (
         ("retrieval", "KL of the next token, millinats", "In brackets: over the oracle's; then the share read."),
-        ("needle", "Needles found, retrieval", ""),
+        ("needle", "Needles found, retrieval", "Then the share read."),
+        ("needle loss", "Loss of the answer's tokens, retrieval, nats", ""),
         ("evicted needle", "Needles found after eviction", ""),
         ("eviction", "Loss of the answer's tokens after eviction, nats", ""),
     ):
@@ -87,6 +111,8 @@ def tables(findings: list) -> list[Table]:
                     oracle = means.get((what, "oracle", fraction))
                     ratio = f" ({means[key] / oracle:.2f})" if oracle else ""
                     cells.append(f"{1e3 * means[key]:.2f}{ratio} {sum(read[key]) / len(read[key]):.2f}")
+                elif what == "needle":
+                    cells.append(f"{means[key]:.2f} {sum(read[key]) / len(read[key]):.2f}")
                 else:
                     cells.append(f"{means[key]:.2f}")
             rows.append(tuple(cells))
@@ -138,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = interleaved(
         texts.contexts(tokenizer, args.contexts, args.shortest, args.longest, seed=args.seed),
         texts.needles(tokenizer, args.needles, args.shortest, args.longest, seed=args.seed + 1), seed=args.seed)
+    window_q = model.prefill(texts.docstrings(tokenizer)).window_q
     start, findings, longest, done = time.perf_counter(), [], 0.0, 0
     for job in jobs:
         begin = time.perf_counter()
@@ -145,9 +172,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"--minutes: ends after {done} of {len(jobs)} texts")
             break
         if isinstance(job, texts.Context):
-            findings += judge.retrieval(model, job, tuple(args.methods.split(",")), FRACTIONS)
+            findings += judge.retrieval(model, job, args.methods or RETRIEVAL, FRACTIONS, window_q)
         else:
-            findings += judge.find_needle(model, job, NEEDLE, METHODS, (0.1,), KEPT)
+            findings += judge.find_needle(model, job, args.methods or NEEDLE, () if args.no_evictions else METHODS,
+                                          args.needle_budgets, KEPT, window_q)
         now, done = time.perf_counter(), done + 1
         longest = max(longest, now - begin)
         console.print(f"{done} of {len(jobs)}: {type(job).__name__.lower()} of {len(job.ids)} tokens in "
@@ -158,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             table.print(console)
     if args.json is not None:
         document = {"options": {key: str(value) for key, value in vars(args).items()},
-                    "seconds": time.perf_counter() - start,
+                    "python": platform.python_version(), "seconds": time.perf_counter() - start,
                     "order": [dataclasses.asdict(judge.order(findings, *pair, ORDER_KEPT)) for pair in ORDER]
                     if shown[-1] is not None else [],
                     "findings": [dataclasses.asdict(one) for one in findings]}

@@ -16,11 +16,11 @@ from study.texts import Context, Needle
 class Finding:
     """One method at one budget on one text."""
 
-    what: str  # "retrieval", "needle", "eviction"
+    what: str  # "retrieval", "needle", "needle loss", "eviction", "evicted needle"
     method: str
     fraction: float
     tokens: int
-    value: float  # nats, or 1 for a right answer; of "eviction" the mean negative log likelihood of the answer
+    value: float  # nats, or 1 for a right answer; of losses the mean negative log likelihood of the answer
     read: float  # share of the tokens that were read
 
 
@@ -45,11 +45,13 @@ def readers(*parts: tuple[int, Chooser | None]) -> Chooser:
     return choose
 
 
-def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fractions: tuple[float, ...]) -> list[Finding]:
-    """The mean KL over the steps after a context, by method and budget."""
+def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fractions: tuple[float, ...],
+              window_q: list[torch.Tensor] | None = None) -> list[Finding]:  # fmt: skip
+    """The mean KL over the steps after a context, by method and budget. window_q: queries of another text by layer, for
+    methods that weigh elements by them."""
     cache = model.prefill(context.ids)
     choices = [Choice(method, fraction) for method in methods for fraction in fractions]
-    chooser = PageChooser(choices)
+    chooser = PageChooser(choices, layers=model.layers, window_q=window_q)
     logits = model.block(context.following, cache, readers((1, None), (len(choices), chooser)),
                          variants=1 + len(choices))  # fmt: skip
     return [Finding("retrieval", *choice, len(context.ids), kl_nats(logits[0], own), read)
@@ -57,25 +59,29 @@ def retrieval(model: Llama, context: Context, methods: tuple[str, ...], fraction
 
 
 def find_needle(model: Llama, needle: Needle, methods: tuple[str, ...], evictions: tuple[str, ...],
-                fractions: tuple[float, ...], eviction_fractions: tuple[float, ...]) -> list[Finding]:
+                fractions: tuple[float, ...], eviction_fractions: tuple[float, ...],
+                window_q: list[torch.Tensor] | None = None) -> list[Finding]:  # fmt: skip
     """Answers of the dense model, of steps that read chosen pages, and after evictions made before the question."""
-    cache, tokens = model.prefill(needle.ids, masses=True), len(needle.ids)
+    cache, tokens = model.prefill(needle.ids, masses=bool(evictions)), len(needle.ids)
     choices = [Choice(method, fraction) for method in methods for fraction in fractions]
     cuts = [Choice(method, fraction) for method in evictions for fraction in eviction_fractions]
-    chooser, evicted = PageChooser(choices), Evictions(model, cache)
-    kept = Kept([evicted.kept(*cut) for cut in cuts], tokens, model.device)
-    logits = model.block(needle.question + needle.answer[:-1], cache, readers(
-        (1, None), (len(choices), chooser), (len(cuts), kept)), variants=1 + len(choices) + len(cuts),
-        last=len(needle.answer))  # fmt: skip
+    chooser = PageChooser(choices, layers=model.layers, window_q=window_q)
+    parts: list[tuple[int, Chooser | None]] = [(1, None), (len(choices), chooser)]
+    if cuts:
+        evicted = Evictions(model, cache)
+        parts.append((len(cuts), Kept([evicted.kept(*cut) for cut in cuts], tokens, model.device)))
+    logits = model.block(needle.question + needle.answer[:-1], cache, readers(*parts),
+                         variants=1 + len(choices) + len(cuts), last=len(needle.answer))  # fmt: skip
     answer = torch.tensor(needle.answer, device=logits.device)
     right = (logits.argmax(-1) == answer).all(-1).tolist()
     chosen = torch.log_softmax(logits.double(), -1).gather(-1, answer[None, :, None].expand(len(logits), -1, 1))
     losses = (-chosen).mean((1, 2)).tolist()
-    found = [Finding("needle", "dense", 1.0, tokens, right[0], 1.0),
-             Finding("eviction", "dense", 1.0, tokens, losses[0], 1.0),
-             Finding("evicted needle", "dense", 1.0, tokens, right[0], 1.0)]
-    found += [Finding("needle", *choice, tokens, hit, read)
-              for choice, hit, read in zip(choices, right[1:], chooser.shares())]
+    found = []
+    for own, read, hit, loss in zip([Choice("dense", 1.0), *choices], [1.0, *chooser.shares()], right, losses):
+        found += [Finding("needle", *own, tokens, hit, read), Finding("needle loss", *own, tokens, loss, read)]
+    if cuts:
+        found += [Finding("eviction", "dense", 1.0, tokens, losses[0], 1.0),
+                  Finding("evicted needle", "dense", 1.0, tokens, right[0], 1.0)]
     for cut, hit, loss in zip(cuts, right[1 + len(choices) :], losses[1 + len(choices) :]):
         found += [Finding("eviction", *cut, tokens, loss, cut.fraction),
                   Finding("evicted needle", *cut, tokens, hit, cut.fraction)]

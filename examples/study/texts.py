@@ -1,6 +1,8 @@
 """What the model reads: the standard library's pydoc topics, and needles hidden in them."""
 from __future__ import annotations
 
+import argparse
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +33,11 @@ def corpus() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
+
+
+def docstrings(tokenizer, count: int = 512) -> list[int]:
+    """Token ids that no topic has, whose queries say which elements of keys a model's layers look at."""
+    return tokenizer.encode("\n\n".join((argparse.__doc__, statistics.__doc__))).ids[:count]
 
 
 def contexts(tokenizer, count: int, shortest: int, longest: int, *, seed: int) -> list[Context]:

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from study import choosers, evictions, judge  # noqa: E402
+from study import choosers, evictions, judge, variants  # noqa: E402
 from study.llama import LayerStep, Llama, window_attention  # noqa: E402
 from study.texts import Context, Needle  # noqa: E402
 
 from pkvsim.reference.selected import tokens_of  # noqa: E402
-from pkvsim.selection import by_name  # noqa: E402
+from pkvsim.selection import budgets, by_name  # noqa: E402
 from pkvsim.selection.evictions import METHODS, Seen, kept_pages  # noqa: E402
 from pkvsim.selection.masses import page_scores  # noqa: E402
 from pkvsim.selection.methods import defensivekv, kascade, streaming_llm, twilight  # noqa: E402
-from pkvsim.selection.rules import Budget, Pins, softmax_mean, top_pages  # noqa: E402
+from pkvsim.selection.rules import Budget, Pins, softmax_mean, top_pages, top_share  # noqa: E402
 from pkvsim.selection.summaries import as_kept  # noqa: E402
 
 METHODS_BY_RULES = ("oracle", "mean_std", "mean_std_8bit", "centroids", "quest", "quest_softmax", "kascade", "twilight",
@@ -122,7 +122,7 @@ def test_pages_are_those_of_the_rules(model, tokens: int) -> None:
         for (at, choice), step in itertools.product(enumerate(choices), range(new)):
             length = tokens + step + 1
             pages = -(-length // 16)
-            budget = Budget(choice.fraction, choosers.LEAST_PAGES).pages(pages, Pins(1, 2))
+            budget = Budget(choice.fraction, variants.LEAST_PAGES).pages(pages, Pins(1, 2))
             for head in range(KV_HEADS):
                 mine = everything[at, head, :length].numpy()
                 want = rules_pages(choice.method, q[at, head, :, step].numpy(), mine, budget, pages,
@@ -131,6 +131,89 @@ def test_pages_are_those_of_the_rules(model, tokens: int) -> None:
                 assert found.tolist() == tokens_of(want, length, 16).tolist(), (choice, layer, step, head)
                 shares[at] += len(found), length
     np.testing.assert_allclose(chooser.shares(), shares[:, 0] / shares[:, 1])
+
+
+def numpy_centroids(keys: np.ndarray, how: variants.Variant, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means [parts, head_dim] and log2 counts [parts] of one page's keys, changed as a variant says."""
+    seen = keys * weights if how.weighted else keys
+    apart = np.abs(seen[:, None] - seen[None])
+    apart = apart.max(-1) if how.linf else np.square(apart).sum(-1)
+    seeds = [0]
+    for _ in range(how.parts - 1):
+        seeds.append(int(apart[:, seeds].min(1).argmax()))
+    owner, means, counts = apart[:, seeds].argmin(1), [], []
+    for part in range(how.parts):
+        own = owner == part
+        mean = keys[own].mean(0) if own.any() else np.zeros(keys.shape[1])
+        step = np.float16(np.abs(mean).max() / (2 ** (how.bits - 1) - 0.5)) if how.bits else 0
+        if step:
+            mean = np.clip(np.rint(mean / np.float64(step)), -(2 ** (how.bits - 1)), 2 ** (how.bits - 1) - 1) * step
+        deviation = np.sqrt((keys * weights)[own].var(0).sum() / keys.shape[1]) if own.any() else 0
+        means.append(mean)
+        counts.append(np.log2(own.sum()) + how.spread * deviation / np.log(2) if own.any() else -60000)
+    return np.array(means), np.float16(counts).astype(np.float64)
+
+
+@pytest.mark.parametrize("words", ["parts16", "bits8", "bits0", "linf", "weighted", "weighted+spread0.5+bits3",
+                                   "linf+spread1", "parts5"])
+def test_changed_centroids_are_those_of_their_words(words: str) -> None:
+    rng, how = np.random.default_rng(len(words)), variants.parse(f"centroids+{words}")
+    keys, tokens = rng.normal(size=(6, 16, DIM)) * rng.random(DIM), np.array([16, 16, 16, 9, 3, 1])
+    weights = rng.random(DIM)
+    valid = torch.arange(16) < torch.from_numpy(tokens)[:, None]
+    found = choosers.page_centroids(torch.from_numpy(keys), valid, how, torch.from_numpy(weights))
+    for page, count, own in zip(keys, tokens, found.numpy()):
+        means, counts = numpy_centroids(page[:count], how, weights)
+        np.testing.assert_allclose(own[:, :-1], means, atol=1e-12)
+        np.testing.assert_allclose(own[:, -1], counts, rtol=1e-3)
+
+
+def test_elements_of_a_rotation_weigh_the_same() -> None:
+    q = torch.randn(HEADS, 5, DIM, generator=torch.Generator().manual_seed(1))
+    weights = choosers.weights_of(q, KV_HEADS)
+    squares = q.double().square().view(KV_HEADS, -1, DIM // 2, 2).mean((1, 3)).sqrt()
+    torch.testing.assert_close(weights, squares.repeat_interleave(2, -1))
+
+
+def test_budgets_of_words_are_those_of_the_rules() -> None:
+    rng, pins, pages, counts = np.random.default_rng(2), Pins(1, 2), 60, (9, 20)
+    scores = rng.random((len(counts), KV_HEADS, 1, pages)) ** 4
+    scores /= scores.sum(-1, keepdims=True)
+    pinned, there = torch.from_numpy(pins.pinned(pages))[None], torch.ones(1, pages, dtype=torch.bool)
+    asked = torch.tensor(counts)[:, None, None, None]
+
+    def listed(word: str) -> list:
+        how = variants.parse(f"oracle+{word}")
+        found = choosers.listed(torch.from_numpy(scores), asked, pinned, there, how)[:, :, 0]
+        return [[np.flatnonzero(head).tolist() for head in one] for one in found]
+
+    for own, count, found in zip(scores[:, :, 0], counts, listed("heads")):
+        want = budgets.across_heads(own, count * KV_HEADS, pins, least=-(-count // 2))
+        assert found == [head.tolist() for head in want]
+    for own, count, found in zip(scores[:, :, 0], counts, listed("p0.6")):
+        for head, places in zip(own, found):
+            most = set(top_pages(head, min(pages, 3 * count), pins).tolist())
+            assert places == sorted(most & set(top_share(head, 0.6, pins).tolist()))
+
+
+def test_words_change_what_is_read_and_a_wrong_one_is_named(model) -> None:
+    context = Context(ids(500, 1), ids(2, 2))
+    words = ("", "+largest", "+weighted+spread1", "+heads", "+p0.3", "+dense3", "+pins2.9")
+    found = judge.retrieval(model, context, tuple(f"centroids{word}" for word in words), (0.4, 1.0),
+                            model.prefill(ids(50, 3)).window_q)  # fmt: skip
+    read = {(one.method.removeprefix("centroids"), one.fraction): one.read for one in found}
+    assert all(read[word, 1.0] == 1 for word in words if word != "+p0.3")
+    assert read["+heads", 0.4] == pytest.approx(read["", 0.4], rel=0.02)
+    assert read["+dense3", 0.4] == pytest.approx((1 + read["", 0.4]) / 2, rel=0.02)
+    with pytest.raises(ValueError, match="^window_q: "):
+        judge.retrieval(model, context, ("centroids+weighted",), (0.4,))
+    how = variants.parse("oracle+early8x2")
+    shares = [how.fraction(0.1, layer, 30) for layer in range(2, 30)]
+    assert shares[0] == 0.2 and np.mean(shares) == pytest.approx(0.1) and how.fraction(0.1, 2, None) == 0.1
+    for wrong in ("nothing", "centroids+parts17", "oracle+linf", "random+heads", "centroids+", "quest+p0.5",
+                  "centroids+pins1", "centroids+early2", "centroids+p0.5+heads", "centroids+linf+linf", "centroids+parts\u00b2"):
+        with pytest.raises(ValueError, match="^methods: "):
+            variants.parse(wrong)
 
 
 def test_a_whole_budget_is_dense_and_the_oracle_wins(model) -> None:
@@ -196,6 +279,23 @@ def test_tables_show_every_method(model, capsys) -> None:
     assert all(name in shown for name in ("quest", "snapkv", "h2o", "dense", "50 %", "defensivekv over snapkv"))
     with pytest.raises(SystemExit):
         study_selection.parse_args(["--shortest", "9000", "--longest", "100"])
+    for wrong in (["--methods", "centroids+linfs"], ["--needle-budgets", "0.1,2"]):
+        with pytest.raises(SystemExit):
+            study_selection.parse_args(wrong)
+    args = study_selection.parse_args(["--methods", "oracle,centroids+linf,oracle", "--needle-budgets", "0.1,0.2"])
+    assert args.methods == ("oracle", "centroids+linf") and args.needle_budgets == (0.1, 0.2)
+
+
+def test_needles_without_evictions_show_loss_and_share(model, capsys) -> None:
+    import study_selection
+    from rich.console import Console
+
+    findings = judge.find_needle(model, Needle(ids(400, 5), ids(5, 6), ids(2, 7)), ("oracle", "centroids"), (), (0.1, 0.5), ())
+    assert {one.what for one in findings} == {"needle", "needle loss"} and len(findings) == 10
+    for table in study_selection.tables(findings):
+        table.print(Console(width=150))
+    shown = capsys.readouterr().out
+    assert study_selection.order_table(findings) is None and "retrieval, nats" in shown and "eviction" not in shown
 
 
 def test_jobs_take_turns_and_keep_to_their_minutes() -> None:
