@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from gpu.cache.tiers.device import Device, NoPages
-from gpu.cache.tiers.disk_files import ALIGNMENT, CHECKSUM_NAME, HEADER_BYTES, find_fault, seal
-from gpu.cache.tiers.disk_reads import LimitedReader, Reader
+from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME, HEADER_BYTES, find_fault, seal
+from gpu.cache.tiers.disks.disk_reads import LimitedReader, Reader
+from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.handles import LoadHandle
-from gpu.cache.tiers.host_arena import HostArena
-from gpu.cache.tiers.open_reader import open_reader
+from gpu.cache.tiers.host_arena import ALIGNMENT, HostArena
 from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
 from pkvsim.memory.load_or_recompute import load_times_s
 from pkvsim.memory.tiers import DISK, HOST, Tier

@@ -23,7 +23,7 @@ from pool_bench.noted import KEPT, VARIANTS, Variant
 from pool_bench.trace import DiskTrace, Tracer
 
 from gpu.cache.tiers.device import NoPages, Ticket
-from gpu.cache.tiers.disk_reads import LimitedReader
+from gpu.cache.tiers.disks.disk_reads import LimitedReader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import BATCH_COPIES
 from pkvsim.devices.copy_way import PIECE_BYTES, STAGED

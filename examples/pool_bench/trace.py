@@ -12,8 +12,8 @@ from bench.tables import Table
 from pool_bench.disks import keys_of, limited_disk, store_all, timed_load
 
 from gpu.cache.tiers.device import Device, NoPages
-from gpu.cache.tiers.disk_jobs import Phase
-from gpu.cache.tiers.disk_reads import LimitedReader
+from gpu.cache.tiers.disks.disk_jobs import Phase
+from gpu.cache.tiers.disks.disk_reads import LimitedReader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 NOT_READING = Phase.IDLE.value, Phase.DRAIN.value

@@ -19,7 +19,7 @@ from pool_bench.disks import host_store, keys_of, limited_disk, store_all
 from pool_bench.noted import KEPT, VARIANTS, CopyTimes, NotedPages, ordered, pages_of
 from pool_bench.trace import DiskTrace, Tracer
 
-from gpu.cache.tiers.disk_reads import LimitedReader
+from gpu.cache.tiers.disks.disk_reads import LimitedReader
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages

@@ -118,8 +118,8 @@ def warm(engine: Any, ids: Iterator[int]) -> None:
 
 
 def mix(engine: Any, seconds: float, ids: Iterator[int], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Serves drawn lengths for so many seconds, rows coming, ending and being aborted all the time: yields what has been
-    counted every MIX_TOLD_S, and at the end.
+    """Serves drawn lengths for so many seconds, rows coming, ending and being aborted all the time: yields what has
+    been counted every MIX_TOLD_S, and at the end.
 
     Every request that is not aborted must end with the tokens that it asked for, all of them ids of the vocabulary.
     """

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from gpu.cache.tiers.device import Device, NoPages
-from gpu.cache.tiers.disk_files import HEADER_BYTES, round_up
-from gpu.cache.tiers.host_arena import HostArena
+from gpu.cache.tiers.disks.disk_files import HEADER_BYTES
+from gpu.cache.tiers.host_arena import HostArena, round_up
 from gpu.cache.tiers.tiered_cache import DiskStore, TieredKVCache
 from pkvsim.memory.tiers import DISK, HOST, Tier
 

@@ -1,9 +1,7 @@
 """KV blocks beyond the GPU's pages: pinned host memory and disks, read all at once.
 
 Read in this order: `tiered_cache` is the face, `handles` what its callers wait on; `device` says what they ask of the
-GPU's pages, `transfer` is that for CUDA, over kernels and `gpu.cache.dma`; `disk_tier` keeps one disk busy with
-`disk_jobs`, over `disk_files` (slots, checksums, what a restart finds) and `disk_reads` (many reads at once;
-`open_reader` chooses threads or `io_uring`, and `nvme_passthrough` is there to be asked for); `host_arena` is pinned
-memory. `stores` reads what a cache is told of its tiers. What goes where is decided by pkvsim.memory, and which way to
-the GPU by pkvsim.devices.copy_way. Only `transfer` needs CuPy.
+GPU's pages, `transfer` is that for CUDA, over kernels and `gpu.cache.dma` (`event_ticket` is how it waits); the folder
+`disks` keeps disks busy; `host_arena` is pinned memory. `stores` reads what a cache is told of its tiers. What goes
+where is decided by pkvsim.memory, and which way to the GPU by pkvsim.devices.copy_way. Only `transfer` needs CuPy.
 """

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket, wait_ended
-from gpu.cache.tiers.disk_jobs import UNTAKEN, ReadJob, WriteJob
+from gpu.cache.tiers.disks.disk_jobs import UNTAKEN, ReadJob, WriteJob
 from pkvsim.memory.memory_pool import Read, Write
 
 

@@ -9,10 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu.cache.tiers.disk_files import ALIGNMENT, round_up, view
-
+ALIGNMENT = 4096  # bytes: of O_DIRECT's buffers, offsets and lengths on every device met
 CHUNK_BYTES = 2**30  # of one cudaHostRegister call; slots do not cross one
 _MBIND, _MPOL_BIND = {"x86_64": 237, "aarch64": 235}.get(os.uname().machine), 2
+
+
+def round_up(num_bytes: int) -> int:
+    """To a multiple of ALIGNMENT."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def view(address: int, num_bytes: int) -> memoryview:
+    """Bytes of this process at an address, which its owner keeps."""
+    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
 
 
 def numa_nodes() -> list[int]:

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket, has_ended, wait_ended
-from gpu.cache.tiers.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
-from gpu.cache.tiers.disk_jobs import Porter, ReadJob, WriteJob, by_name
-from gpu.cache.tiers.disk_reads import Reader
-from gpu.cache.tiers.disk_tier import DiskTier
+from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
+from gpu.cache.tiers.disks.disk_jobs import Porter, ReadJob, WriteJob, by_name
+from gpu.cache.tiers.disks.disk_reads import Reader
+from gpu.cache.tiers.disks.disk_tier import DiskTier
+from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.cache.tiers.host_arena import HostArena
-from gpu.cache.tiers.open_reader import open_reader
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool, Read, Write
 from pkvsim.memory.tiers import DISK, HOST, Tier

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu.cache.tiers.device import HostPages
-from gpu.cache.tiers.disk_reads import Done, Request, ThreadReader
+from gpu.cache.tiers.disks.disk_reads import Done, Request, ThreadReader
 from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
 from pkvsim.memory.tiers import Tier
 
@@ -118,7 +118,7 @@ class FaultyReader:
         for done in self._inner.poll(0.0 if told else wait_s):
             flipped = self._spoilt.pop(done.tag)
             if flipped is not None:
-                from gpu.cache.tiers.disk_files import view
+                from gpu.cache.tiers.host_arena import view
 
                 view(flipped.address, flipped.num_bytes)[flipped.num_bytes // 2] ^= 16
             told.append(done)

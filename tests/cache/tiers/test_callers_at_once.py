@@ -10,7 +10,8 @@ import pytest
 from lane_pages import LanePages
 from pool_cases import EIO, LAYERS, LONG_S, SLOT, FaultyReader, check, compute, disk, ends, host, keys
 
-from gpu.cache.tiers import disk_jobs, disk_tier, handles, tiered_cache
+from gpu.cache.tiers import handles, tiered_cache
+from gpu.cache.tiers.disks import disk_jobs, disk_tier
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 

@@ -7,10 +7,10 @@ import time
 import numpy as np
 from pool_cases import BLOCK_BYTES, compute, device, disk, keys
 
-from gpu.cache.tiers import disk_files
 from gpu.cache.tiers.device import HostPages
-from gpu.cache.tiers.disk_files import view
-from gpu.cache.tiers.disk_reads import Done, LimitedReader, Request
+from gpu.cache.tiers.disks import disk_files
+from gpu.cache.tiers.disks.disk_reads import Done, LimitedReader, Request
+from gpu.cache.tiers.host_arena import view
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 SLOT, DEPTH, BLOCKS = 4096 + BLOCK_BYTES, 64, 400

@@ -27,7 +27,7 @@ from pool_cases import (
 )  # fmt: skip
 
 from gpu.cache.tiers.device import HostPages
-from gpu.cache.tiers.disk_reads import ThreadReader
+from gpu.cache.tiers.disks.disk_reads import ThreadReader
 from gpu.cache.tiers.tiered_cache import MOST_FAULTS, TieredKVCache
 
 

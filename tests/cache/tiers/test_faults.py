@@ -29,7 +29,7 @@ from pool_cases import (
 )  # fmt: skip
 from soak_tiers import soak
 
-from gpu.cache.tiers.disk_files import DiskFiles
+from gpu.cache.tiers.disks.disk_files import DiskFiles
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 BLOCKS = 10

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from pool_cases import BLOCK_BYTES, device, disk, got, keys, put
 
-from gpu.cache.tiers.disk_reads import Done, Request
-from gpu.cache.tiers.io_uring import CQE
-from gpu.cache.tiers.nvme_passthrough import COMMAND, NVME_URING_CMD_IO, SQE128, NvmePassthroughReader
+from gpu.cache.tiers.disks.disk_reads import Done, Request
+from gpu.cache.tiers.disks.io_uring import CQE
+from gpu.cache.tiers.disks.nvme_passthrough import COMMAND, NVME_URING_CMD_IO, SQE128, NvmePassthroughReader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 

@@ -20,8 +20,8 @@ from pool_cases import (
 )  # fmt: skip
 
 from gpu.cache.tiers.device import HostPages
-from gpu.cache.tiers.disk_files import DiskFiles
-from gpu.cache.tiers.open_reader import open_reader
+from gpu.cache.tiers.disks.disk_files import DiskFiles
+from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.retention import TinyLfu
 

@@ -17,9 +17,19 @@ from collections.abc import Callable
 import numpy as np
 
 from gpu.cache.tiers.device import Ticket, has_ended, wait_ended
-from gpu.cache.tiers.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
-from gpu.cache.tiers.disk_jobs import UNTAKEN, DiskCounts, Parcel, Phase, Porter, ReadJob, WriteJob, error_name, groups
-from gpu.cache.tiers.disk_reads import Done, Reader, Request
+from gpu.cache.tiers.disks.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
+from gpu.cache.tiers.disks.disk_jobs import (
+    UNTAKEN,
+    DiskCounts,
+    Parcel,
+    Phase,
+    Porter,
+    ReadJob,
+    WriteJob,
+    error_name,
+    groups,
+)  # fmt: skip
+from gpu.cache.tiers.disks.disk_reads import Done, Reader, Request
 from gpu.cache.tiers.host_arena import HostArena
 
 LATE_S = 0.1  # that close() gives a stalled disk to end what it was given up for

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from gpu.cache.tiers.disk_files import view
+from gpu.cache.tiers.host_arena import view
 
 THREADS = 16  # of a pool: 64 KiB reads of a virtual disk are fastest there, and larger ones lose nothing
 

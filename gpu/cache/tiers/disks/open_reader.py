@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpu.cache.tiers.disk_reads import THREADS, Reader, ThreadReader
-from gpu.cache.tiers.io_uring import IoUringReader
+from gpu.cache.tiers.disks.disk_reads import THREADS, Reader, ThreadReader
+from gpu.cache.tiers.disks.io_uring import IoUringReader
 
 
 def open_reader(*, depth: int, buffers: Sequence[tuple[int, int]] = (), kind: str = "auto") -> Reader:

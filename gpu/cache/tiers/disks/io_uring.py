@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpu.cache.tiers.disk_reads import Done, Request
+from gpu.cache.tiers.disks.disk_reads import Done, Request
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427  # system calls, the same on every architecture
 _GETEVENTS, _EXT_ARG = 1, 8  # IORING_ENTER_*

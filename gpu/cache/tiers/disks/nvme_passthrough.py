@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu.cache.tiers.disk_reads import Done, Request
-from gpu.cache.tiers.io_uring import SETUP_CQE32, SETUP_SQE128, URING_CMD, Ring
+from gpu.cache.tiers.disks.disk_reads import Done, Request
+from gpu.cache.tiers.disks.io_uring import SETUP_CQE32, SETUP_SQE128, URING_CMD, Ring
 
 _NVME_IOCTL_ID = 0x4E40
 NVME_URING_CMD_IO = 0xC0484E80  # _IOWR('N', 0x80, struct nvme_uring_cmd)
@@ -47,7 +47,7 @@ class CommandRing(Protocol):
 
 
 class NvmePassthroughReader:
-    """Reads and writes of one namespace, as gpu.cache.tiers.disk_reads.Reader has it."""
+    """Reads and writes of one namespace, as gpu.cache.tiers.disks.disk_reads.Reader has it."""
 
     __slots__ = ("name", "_ring", "_fd", "_nsid", "_block", "_first", "_most", "_left", "_waiting", "_under_way")
 

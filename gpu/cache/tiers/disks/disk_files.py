@@ -12,7 +12,6 @@ checks: torn writes, flipped bits, blocks of elsewhere and records that outlived
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -22,7 +21,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-ALIGNMENT = 4096  # bytes: of O_DIRECT's buffers, offsets and lengths on every device met
+from gpu.cache.tiers.host_arena import ALIGNMENT, round_up, view
+
 HEADER_BYTES = ALIGNMENT
 MAX_KEY_BYTES = 32
 FORMAT = 1
@@ -52,16 +52,6 @@ def _find_checksums() -> dict[int, Callable[[memoryview], int]]:
 _CHECKSUMS = _find_checksums()
 CHECKSUM = next(iter(_CHECKSUMS))
 CHECKSUM_NAME = {XXH3: "xxh3_64", CRC32: "crc32"}[CHECKSUM]
-
-
-def round_up(num_bytes: int) -> int:
-    """To a multiple of ALIGNMENT."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def view(address: int, num_bytes: int) -> memoryview:
-    """Bytes of this process at an address, which its owner keeps."""
-    return memoryview((ctypes.c_char * num_bytes).from_address(address)).cast("B")
 
 
 def check_key(key: object) -> bytes:

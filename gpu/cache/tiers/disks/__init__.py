@@ -1,0 +1,6 @@
+"""One disk of a pool: blocks in slots of preallocated files, written and read without the page cache.
+
+Read in this order: `disk_tier` keeps one disk busy with `disk_jobs`, over `disk_files` (slots, checksums, what a
+restart finds) and `disk_reads` (many reads at once; `open_reader` chooses threads or `io_uring`, and `nvme_passthrough`
+is there to be asked for). Nothing here needs a GPU.
+"""
