@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -69,21 +70,29 @@ def test_a_device_that_stops_ends_the_others() -> None:
 
 SCRIPT = ROOT / "tests/support/several_process.py"
 ENV = os.environ | {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0", "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": "29541", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"}
+
+
+def free_port() -> str:
+    """One that nobody listens on, so that two runs of these tests on one machine do not meet."""
+    with socket.socket() as unbound:
+        unbound.bind(("127.0.0.1", 0))
+        return str(unbound.getsockname()[1])
 
 
 def test_a_process_for_each_gpu() -> None:
     """Symmetric memory and NCCL give the same bits."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT)], env=ENV,
-                          capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(SCRIPT)], env=ENV, capture_output=True, text=True, timeout=240, check=False)
     told = done.stdout + done.stderr
     assert done.returncode == 0 and told.count("all alike") == 2, told[-4000:]
 
 
 def test_a_killed_process_ends_the_other() -> None:
+    port = free_port()
     processes = [subprocess.Popen([sys.executable, str(SCRIPT), "--kill"], stdout=subprocess.PIPE, text=True,
                                   stderr=subprocess.STDOUT,
-                                  env=ENV | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": "29542"})
+                                  env=ENV | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port})
                  for rank in "01"]
     told = [process.communicate(timeout=240)[0] for process in processes]
     assert "rank 0: RankLost after 1." in told[0], told
