@@ -37,9 +37,10 @@ WARM_UP, REPEATS = 1, 3
 @dataclass(frozen=True, slots=True)
 class FirstToken:
     """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
-    predicted_s: the same with the rate at which runs of a layer's page come in, and layers computed while others load;
-    asked_s, arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These
-    and copies are of the repeat that ttft_s, the median, comes from."""
+    predicted_s: the same with the rate at which runs of a layer's page come in. No layer is computed meanwhile, as
+    load() returns when all of host memory's copies have been asked for, which takes as long as they do. asked_s,
+    arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These and copies are
+    of the repeat that ttft_s, the median, comes from."""
 
     what: str
     gb: float
@@ -157,8 +158,7 @@ def from_pool(
     of_tiers = whole / total if disks else 0.0
     bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
     load = max(of_tiers, whole / runs_bytes_per_s)
-    steps = model.device.load_steps
-    predicted = load + compute_s if disks else max(load + compute_s / steps, load / steps + compute_s)
+    predicted = load + compute_s
     names = [what if name == KEPT else f"{what}: {name}" for name in variants]
     return [FirstToken(name, whole / 1e9, times[0], compute_s, bound, predicted, *times[1:])
             for name, times in zip(names, found)]  # fmt: skip
