@@ -39,8 +39,8 @@ class FirstToken:
     """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
     predicted_s: the same with the rate at which runs of a layer's page come in. No layer is computed meanwhile, as
     load() returns when all of host memory's copies have been asked for, which takes as long as they do. asked_s,
-    arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These and copies are
-    of the repeat that ttft_s, the median, comes from."""
+    arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These and copies
+    are of the repeat that ttft_s, the median, comes from."""
 
     what: str
     gb: float
