@@ -170,8 +170,9 @@ def test_an_interrupted_run_is_one_line():
         "device.get_device = wait\nsys.argv = ['pkvsim', 'devices', 'l4']\ncli.main()\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as running:
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    ) as running:  # fmt: skip
         assert running.stdout.readline() == "waits\n"
         time.sleep(0.1)
         running.send_signal(signal.SIGINT)
