@@ -1,8 +1,8 @@
 """Reads and writes of whole buffers, many at a time: one interface over io_uring, threads and NVMe passthrough.
 
 `submit` hands over requests and returns at once; `poll` returns those that have ended. A buffer belongs to the kernel
-from the one to the other, whatever happens to its request meanwhile. Who bounds bytes in flight and gives up on a
-stalled device is disk_tier.
+from the one to the other, whatever happens to its request meanwhile. disk_tier bounds bytes in flight, and
+disk_requests gives up on a stalled device.
 """
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
 """One disk of the pool at work: a thread that keeps it busy and checks every block before anybody sees it.
 
 Reads and writes wait in one queue. Bytes under way are bounded; each request has a slot of a pinned ring, from its
-submission until the GPU has taken the block out of it or the write has ended. Whatever goes wrong ends in the jobs'
-`ended(jobs, fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s. A
-stalled disk gets nothing more to do, and its buffers stay its own for as long as it may still write to them.
+submission until the GPU has taken the block out of it or the write has ended. disk_requests says what has failed or
+stalled. A stalled disk gets nothing more to do, and its buffers stay its own for as long as it may write to them.
 """
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -26,14 +24,12 @@ from gpu.cache.tiers.disks.disk_jobs import (
     Porter,
     ReadJob,
     WriteJob,
-    error_name,
     groups,
 )  # fmt: skip
-from gpu.cache.tiers.disks.disk_reads import Done, Reader, Request
+from gpu.cache.tiers.disks.disk_reads import Reader
+from gpu.cache.tiers.disks.disk_requests import DiskRequests, Ended
 from gpu.cache.tiers.host_arena import HostArena
 
-LATE_S = 0.1  # that close() gives a stalled disk to end what it was given up for
-OBSERVED_BYTES = 64 * 2**20  # read between two reports of the rate
 # What has ended is checked and handed over once it is this part of what is under way: a hand-over to the GPU costs the
 # processor about as much for many blocks as for one, and the disk has the rest to work on meanwhile.
 BATCH_PART = 4
@@ -46,40 +42,31 @@ class DiskTier:
     """The thread, queue and ring of one directory."""
 
     def __init__(
-        self,
-        files: DiskFiles,
-        reader: Reader,
-        ring: HostArena,
-        porter: Porter,
-        *,
-        bytes_under_way: int,
-        stall_s: float = 30.0,
-        observe: Callable[[int, float], None] | None = None,
+        self, files: DiskFiles, reader: Reader, ring: HostArena, porter: Porter, *, bytes_under_way: int,
+        stall_s: float = 30.0, observe: Callable[[int, float], None] | None = None,
         stalled: Callable[[], None] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """ring: buffers of files.slot_bytes; porter: hands over what has been read; observe(bytes, seconds): told the
         rate of reads now and then; stalled(): told once, when a request is given up."""
         if ring.slot_bytes < files.slot_bytes:
             raise ValueError(f"ring: expected slots of {files.slot_bytes} bytes, got {ring.slot_bytes}")
         self.files = files
         self.counts = DiskCounts()
-        self._reader, self._ring, self._porter = reader, ring, porter
+        self._ring, self._porter = ring, porter
+        self._requests = DiskRequests(
+            files, reader, ring, self.counts, stall_s=stall_s, observe=observe, stalled=stalled
+        )  # fmt: skip
         self._depth = max(1, min(bytes_under_way // files.slot_bytes, ring.slots))
-        self._stall_s = stall_s
-        self._observe, self._stalled = observe, stalled
         self._wake = threading.Condition()
         self._jobs: deque[ReadJob | WriteJob] = deque()
         self._closing = self._is_stalled = False
         self._free = list(range(ring.slots))
         self._buffers = [ring.bytes_of(slot) for slot in self._free]
-        self._under_way: dict[int, tuple[ReadJob | WriteJob, float]] = {}  # ring slot -> job, when it began
-        self._arrived: list[tuple[ReadJob | WriteJob, int, int]] = []  # ended, to be looked at: job, ring slot, result
+        self._arrived: list[Ended] = []  # to be looked at
         self._to_write: list[WriteJob] = []  # taken from the queue, not under way
-        self._given_up: set[int] = set()
         self._draining: deque[tuple[Ticket, list[int], float]] = deque()  # copies to the GPU, ring slots, since when
         self._parcels = 0  # that the porter has not handed over
         self._back: queue.SimpleQueue[Parcel] = queue.SimpleQueue()
-        self._seen_bytes, self._seen_since = 0, 0.0
         self._thread = threading.Thread(target=self._run, name=f"tier {files.directory.name}", daemon=True)
         self._thread.start()
 
@@ -89,16 +76,16 @@ class DiskTier:
 
     @property
     def reader_name(self) -> str:
-        return self._reader.name
+        return self._requests.reader_name
 
     @property
     def queued(self) -> int:
         """Jobs that wait or are under way."""
-        return len(self._jobs) + len(self._to_write) + len(self._under_way) + len(self._arrived)
+        return len(self._jobs) + len(self._to_write) + len(self._requests.under_way) + len(self._arrived)
 
     @property
     def _busy(self) -> bool:
-        return bool(self._under_way or self._parcels or self._draining)
+        return bool(self._requests.under_way or self._parcels or self._draining)
 
     def add(self, jobs: list[ReadJob] | list[WriteJob]) -> None:
         """Queues jobs. Each ends, whatever happens."""
@@ -116,13 +103,10 @@ class DiskTier:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-        with contextlib.suppress(Exception):  # of a reader that has failed: what it has is left to it
-            if self._given_up:
-                self._collect(self._reader.poll(LATE_S, len(self._given_up)))
-        self._reader.close()
-        if self._given_up:
+        is_left = self._requests.close()
+        if is_left:
             self._ring.keep()
-        self.files.close(keep_blocks=bool(self._given_up))
+        self.files.close(keep_blocks=is_left)
 
     def _run(self) -> None:
         begin = self.counts.spent.begin
@@ -133,29 +117,28 @@ class DiskTier:
                     self._wake.wait()
                 if self._closing and not (self._jobs or self._busy):
                     return
-            busy = bool(self._under_way)
+            busy = bool(self._requests.under_way)
             began = time.perf_counter()
             try:
                 self._turn()
             except Exception as error:  # a fault of the ring: every job ends, and the disk is not used again
-                self._give_up(f"{type(error).__name__}: {error}", list(self._under_way))
+                self._give_up(f"{type(error).__name__}: {error}")
             self.counts.thread_s = time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
             if busy:
                 self.counts.busy_s += time.perf_counter() - began
 
     def _turn(self) -> None:
         """One round: frees buffers, submits, and waits for what ends first."""
-        begin = self.counts.spent.begin
+        begin, under_way = self.counts.spent.begin, self._requests.under_way
         self._free_copied()
-        while self._draining and not (self._free or self._under_way):
+        while self._draining and not (self._free or under_way):
             self._drain(Phase.SLOTS)
         begin(Phase.ASK)
         self._submit()
-        if self._under_way:
-            wait_for = max(min(WAKE_FROM, len(self._under_way) // BATCH_PART), len(self._under_way) // WAKE_PART, 1)
-            begin(Phase.SLOTS if self._jobs and not self._free and len(self._under_way) < self._depth else Phase.READ)
-            ended = self._collect(self._reader.poll(0.01, wait_for))
-            self._arrived += ended
+        if under_way:
+            wait_for = max(min(WAKE_FROM, len(under_way) // BATCH_PART), len(under_way) // WAKE_PART, 1)
+            begin(Phase.SLOTS if self._jobs and not self._free and len(under_way) < self._depth else Phase.READ)
+            ended = self._poll(0.01, wait_for)
             self._free_copied()  # as the GPU has taken blocks meanwhile, and the disk needs their buffers
             begin(Phase.ASK)
             submitted = False
@@ -163,7 +146,7 @@ class DiskTier:
                 self._submit()  # before what has ended is looked at, so that the disk has work meanwhile
                 submitted = True
             finally:
-                many = len(self._arrived) >= len(self._under_way) // BATCH_PART
+                many = len(self._arrived) >= len(under_way) // BATCH_PART
                 if many or len(ended) < wait_for or not (submitted and self._free):
                     self._finish()
             self._check_stall()
@@ -212,7 +195,7 @@ class DiskTier:
         writes: list[WriteJob] = []
         cancelled: list[ReadJob] = []
         with self._wake:
-            room = min(self._depth - len(self._under_way), len(self._free))
+            room = min(self._depth - len(self._requests.under_way), len(self._free))
             while self._jobs and len(reads) + len(writes) < room:
                 job = self._jobs.popleft()
                 if isinstance(job, WriteJob):
@@ -226,26 +209,13 @@ class DiskTier:
             # A request is submitted as soon as its time begins: filling buffers waits for the GPU, and a request that
             # waited for that, and not for the disk, would count as stalled.
             if reads:
-                now = time.perf_counter()
-                if not self._under_way:
-                    self._seen_bytes, self._seen_since = 0, now
-                self._reader.submit(self._read_requests(reads, now))
+                slots = self._free[len(self._free) - len(reads) :]
+                del self._free[len(self._free) - len(reads) :]
+                self._requests.read(reads, slots)
         finally:
             for read in cancelled:  # with no lock held, as whoever is told may wait for others
-                self._end(read, UNTAKEN)
+                self._requests.end(read, UNTAKEN)
         self._write()
-
-    def _read_requests(self, jobs: list[ReadJob], now: float) -> list[Request]:
-        files, slots, address = self.files, self._free[len(self._free) - len(jobs) :], self._ring.address
-        del self._free[len(self._free) - len(jobs) :]
-        self._under_way.update((at, (job, now)) for at, job in zip(slots, jobs))
-        fd, offset, num_bytes = files.fd, files.offset, files.slot_bytes
-        return [Request(at, fd, offset(job.slot), address(at), num_bytes) for at, job in zip(slots, jobs)]
-
-    def _write_request(self, job: WriteJob, now: float, at: int) -> Request:
-        files = self.files
-        self._under_way[at] = job, now
-        return Request(at, files.fd, files.offset(job.slot), self._ring.address(at), files.slot_bytes, True)
 
     def _write(self) -> None:
         """Copies blocks of jobs that have been taken from the queue from the GPU, seals them and submits them."""
@@ -260,31 +230,25 @@ class DiskTier:
                 self.counts.last_fault = f"{type(error).__name__}: {error}"
                 self._to_write = [job for job in self._to_write if job not in group]
                 for job in group:
-                    self._end(job, UNTAKEN)
+                    self._requests.end(job, UNTAKEN)
                 continue
             self._to_write = [job for job in self._to_write if job not in group]
             for job, slot, buffer in zip(group, slots, buffers.tolist()):
                 seal(buffer, self.files.block_bytes, job.key, job.slot)
-                try:
-                    self.files.begin(job.slot)
-                except OSError as error:
+                request = self._requests.begin_write(job, slot)
+                if request is None:
                     self._free.append(slot)
-                    self._end(job, error_name(error.errno))
                 else:
-                    requests.append(self._write_request(job, time.perf_counter(), slot))
+                    requests.append(request)
             if requests:
-                self._reader.submit(requests)
+                self._requests.write(requests)
 
-    def _collect(self, ended: list[Done]) -> list[tuple[ReadJob | WriteJob, int, int]]:
-        """(job, ring slot, result) of what has ended; what was given up is over with that."""
-        out = []
-        for tag, result in ended:
-            if tag in self._given_up:
-                self._given_up.remove(tag)
-                self._free.append(tag)
-            else:
-                out.append((self._under_way.pop(tag)[0], tag, result))
-        return out
+    def _poll(self, wait_s: float, few: int = 1) -> list[Ended]:
+        """What has ended, which is to be looked at from here on."""
+        ended, free = self._requests.poll(wait_s, few)
+        self._free += free
+        self._arrived += ended
+        return ended
 
     def _finish(self) -> None:
         """Checks what was read and gives it to the porter; ends what was written."""
@@ -292,82 +256,44 @@ class DiskTier:
         begin(Phase.CHECK)
         ended, self._arrived = self._arrived, []
         arrived: dict[ReadJob, int] = {}
-        block_bytes, slot_bytes, buffers = self.files.block_bytes, self.files.slot_bytes, self._buffers
-        for job, tag, result in ended:
-            fault = None
-            if result < 0:
-                fault = error_name(-result)
-            elif result != slot_bytes:
-                fault = f"short {'write' if isinstance(job, WriteJob) else 'read'} of {result} bytes"
+        block_bytes, buffers, requests, read_bytes = self.files.block_bytes, self._buffers, self._requests, 0
+        for job, at, result in ended:
+            fault = requests.fault_of(job, result)
             if isinstance(job, WriteJob):
-                self._free.append(tag)
-                self._end_write(job, fault)
+                self._free.append(at)
+                requests.end_write(job, fault)
                 continue
             if fault is None and not job.cancelled:
-                self._seen_bytes += slot_bytes
-                fault = find_fault(buffers[tag], block_bytes, job.key, job.slot)
+                read_bytes += self.files.slot_bytes
+                fault = find_fault(buffers[at], block_bytes, job.key, job.slot)
             if fault is None and not job.cancelled:
-                arrived[job] = tag
+                arrived[job] = at
             else:
-                self._free.append(tag)
-                self._end(job, fault or UNTAKEN)
+                self._free.append(at)
+                requests.end(job, fault or UNTAKEN)
         begin(Phase.HAND_OVER)
         for group in groups(list(arrived), "take"):
             slots = [arrived[job] for job in group]
             buffers_of = self._ring.addresses(np.array(slots)) + HEADER_BYTES
             self._parcels += 1
             self._porter.put(Parcel(group, buffers_of, slots, self._back, time.perf_counter()))
-        if self._observe is not None and self._seen_bytes >= OBSERVED_BYTES:
-            now = time.perf_counter()
-            self._observe(self._seen_bytes, now - self._seen_since)
-            self._seen_bytes, self._seen_since = 0, now
-
-    def _end_write(self, job: WriteJob, fault: str | None) -> None:
-        if fault is None:
-            try:
-                self.files.finish(job.slot, job.key)
-            except OSError as error:
-                fault = error_name(error.errno)
-        self._end(job, fault)
-
-    def _end(self, job: ReadJob | WriteJob, fault: str | None) -> None:
-        if fault is None:
-            self.counts.written += isinstance(job, WriteJob)
-            self.counts.read += isinstance(job, ReadJob)
-        elif fault != UNTAKEN:
-            self.counts.faults += 1
-            self.counts.last_fault = fault
-            if isinstance(job, ReadJob):
-                with contextlib.suppress(OSError):  # the header's checksum refuses the block again where this fails
-                    self.files.begin(job.slot)
-        job.ended([job], fault)
-
-    def _is_late(self) -> bool:
-        _, began = next(iter(self._under_way.values()), (None, float("inf")))  # the oldest: dicts keep their order
-        return time.perf_counter() - began > self._stall_s
+        requests.observe(read_bytes)
 
     def _check_stall(self) -> None:
-        if self._is_late():
+        if self._requests.find_stall():
             # This thread may have waited for the GPU since it last asked: what has ended meanwhile is not late.
-            self._arrived += self._collect(self._reader.poll(0.0))
+            self._poll(0.0)
             self._finish()
-            if self._is_late():
-                self._give_up(f"stalled for {self._stall_s:g} s", list(self._under_way))
+            fault = self._requests.find_stall()
+            if fault:
+                self._give_up(fault)
 
-    def _give_up(self, fault: str, slots: list[int]) -> None:
+    def _give_up(self, fault: str) -> None:
         """Ends every job; the ring slots of those under way belong to the disk until it tells of them."""
         with self._wake:
             self._is_stalled = True
             queued, self._jobs = list(self._jobs), deque()
-        self._given_up.update(slots)
-        jobs = [self._under_way.pop(at)[0] for at in slots] + [job for job, _, _ in self._arrived]
-        jobs += self._to_write + queued
-        self._to_write = []
+        others = [job for job, _, _ in self._arrived] + self._to_write + queued
         self._free += [at for _, at, _ in self._arrived]
-        self._arrived = []
-        for job in jobs:
-            self.counts.faults += 1
-            self.counts.last_fault = fault
-            job.ended([job], fault)
-        if self._stalled is not None:
-            self._stalled()
+        self._arrived, self._to_write = [], []
+        self._requests.give_up(fault, others)
