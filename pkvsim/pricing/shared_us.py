@@ -22,20 +22,15 @@ from pkvsim.pricing.constants import (
 )
 from pkvsim.pricing.layer import Heads
 from pkvsim.pricing.shared import REREAD_SPEEDUP, ReadPrices
-from pkvsim.schedule.costs import (
-    EIGHTHS,
-    MOST_READ_COST,
-    SHARED_COLUMNS,
-    BalancedCosts,
-    SharedCosts,
-    paired,
-    segment_of,
-)
+from pkvsim.schedule.costs import EIGHTHS, BalancedCosts, SharedCosts, paired, segment_of
 from pkvsim.schedule.make import balanced_ranges
 
 _ranges = inner(balanced_ranges)
 _paired = inner(paired)
 _segment_of = inner(segment_of)
+_tile_eighths = inner(SharedCosts.tile_eighths)
+_segment_tiles = inner(SharedCosts.segment_tiles)
+_least_own = inner(SharedCosts.least_own)
 
 
 class SharedLayer(NamedTuple):
@@ -111,8 +106,8 @@ def shared_us(
         skipped_of[group] = tiles * layer.tile
         reads = -(-members[group] // most)
         columns_of[group] = -(-members[group] // reads) * layer.columns
-        eighths = max(shared.least, -(-columns_of[group] * shared.tile // SHARED_COLUMNS))
-        segment = max(1, costs.segment, -(-columns_of[group] * shared.segment // EIGHTHS))
+        eighths = _tile_eighths(shared, columns_of[group])
+        segment = _segment_tiles(shared, columns_of[group], costs.segment)
         span_cost_of[group] = segment - (-tiles * eighths // EIGHTHS)
         costs_of[group] = reads * heads * span_cost_of[group]
         eighths_of[group] = eighths
@@ -128,7 +123,7 @@ def shared_us(
     outputs = 0
     for group in range(groups):
         outputs += heads * members[group]
-    least_own = max(1, int(np.sqrt(shared.merge * min(total // outputs, MOST_READ_COST))))
+    least_own = _least_own(shared, total, outputs)
     own_cost, own_spans, own_tokens, merged = 0, 0, 0, 0
     for row in range(len(lens)):
         group = group_of_row[row]

@@ -57,6 +57,8 @@ class SharedCosts(NamedTuple):
 
     tile and segment are the best of a sweep on one H200 (2026-11-29, `examples/bench_shared.py --calibrate`: 64 rows of
     8K shared and 512 own tokens, and 8 rows of 32K and 4K).
+
+    pkvsim.pricing.shared_us compiles tile_eighths, segment_tiles and least_own as they stand here.
     """
 
     columns: int = 64
@@ -82,7 +84,8 @@ class SharedCosts(NamedTuple):
         where x : N - x is as sqrt(merge * O) : sqrt(R), which is where the schedule puts it if an output costs
         sqrt(merge * R / O). Where its own tiles cost more, they are what its CTA is busy with.
         """
-        return max(1, math.isqrt(self.merge * min(reads_cost // outputs, MOST_READ_COST)))
+        # Numba has no math.isqrt. Of at most 2**28, which check_shared_costs leaves, the rounded root is as exact.
+        return max(1, int(math.sqrt(self.merge * min(reads_cost // outputs, MOST_READ_COST))))
 
     def longest_gap(self, columns: int, segment: int, least_own: int) -> int:
         """Most tiles between two places at which a schedule with reads of up to so many columns can be cut."""

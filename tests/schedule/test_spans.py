@@ -4,14 +4,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from shared_cases import balanced_costs, shared_batches
 from strategies import seq_lens, shapes
 
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.schedule.balanced import balanced_ranges
-from pkvsim.schedule.costs import MEASURED_COSTS, SharedCosts
+from pkvsim.schedule.costs import MAX_SHARED_COST, MEASURED_COSTS, MOST_READ_COST, SharedCosts
 from pkvsim.schedule.fill import fill_balanced, fill_spans
 from pkvsim.schedule.groups import PrefixGroups
 
@@ -133,6 +133,20 @@ def test_balanced_equals_its_statement(batch, costs, num_ctas):
         assert own <= slots and len(parts) - own <= found.shared_parts()[row]
     partial = sum(len(parts) for (row, _), parts in states.items() if len(parts) > 1 or shared_of_row[row])
     assert schedule.num_partial_tasks == partial
+
+
+beside_squares = st.builds(lambda root, beside: root**2 + beside, st.integers(1, 1500), st.integers(-1, 1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, MAX_SHARED_COST), st.one_of(st.integers(0, 2 * MOST_READ_COST), beside_squares), st.integers(1, 99))
+@example(1, 1024**2 - 1, 1)
+@example(MAX_SHARED_COST, MOST_READ_COST - 1, 1)
+@example(MAX_SHARED_COST, MOST_READ_COST, 1)
+def test_the_root_is_exact(merge, reads_cost, outputs):
+    """Also where a square is one more than what the root is of, so that the price can share it with the plan."""
+    exact = max(1, math.isqrt(merge * min(reads_cost, MOST_READ_COST)))
+    assert SharedCosts(merge=merge).least_own(reads_cost * outputs + outputs - 1, outputs) == exact
 
 
 @settings(max_examples=100, deadline=None)

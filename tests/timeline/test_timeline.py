@@ -232,3 +232,21 @@ def test_closed_form_is_close_to_the_timeline(name):
             lane = simulate(model, shape, lens, num_sms=device.num_sms)
             apart.append(abs(prices[ROUTES.index(route)] / lane.makespan_us - 1))
     assert np.median(apart) < 0.02 and np.quantile(apart, 0.9) < 0.13 and max(apart) < 0.4
+
+
+def test_waves_of_rows_nearly_alike_drift_apart():
+    """Where they no longer start together the price goes over without a step, near the timeline all the way."""
+    rng, apart = np.random.default_rng(11), []
+    models = {"xqa": H200.routes["xqa"]}
+    for rows in (20, 30, 37, 50, 60):
+        below = rng.random(rows)  # how far each row is below the longest, of the furthest
+        before = None
+        for most in np.linspace(0.0, 0.4, 101):
+            lens = np.sort(np.round(200000 * (1 - most * below))).astype(np.int32)[::-1].copy()
+            lens[0] = 200000
+            price = layer_prices(lens, SHAPE, constants_matrix(models), 132)[0][ROUTES.index("xqa")]
+            assert before is None or abs(price / before - 1) < 0.02, (rows, most)
+            before = price
+            if round(most * 250) % 10 == 0:
+                apart.append(abs(price / makespan_us(models["xqa"], SHAPE, lens, num_sms=132) - 1))
+    assert np.mean(apart) < 0.06 and max(apart) < 0.11, (np.mean(apart), max(apart))
