@@ -179,6 +179,37 @@ def test_a_disk_that_stalls_ends_its_loads_and_keeps_its_buffers(tmp_path):
         assert got(cache, prompt) == BLOCKS  # without the disk
 
 
+class TellsOneAtATime(FaultyReader):
+    """A reader that tells of one request in each poll, as any may."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._kept = []
+
+    def poll(self, wait_s, few=1):
+        self._kept += super().poll(wait_s, few)
+        told, self._kept = self._kept[:1], self._kept[1:]
+        return told
+
+
+def test_a_stalled_disk_whose_requests_all_end_at_last_leaves_no_file_open(tmp_path):
+    made, stalling = [], {"on": False}
+    rule = lambda request, count: "stall" if stalling["on"] and not request.write else None  # noqa: E731
+
+    def reader(depth, buffers):
+        made.append(TellsOneAtATime(rule, depth))
+        return made[-1]
+
+    handles = len(os.listdir("/proc/self/fd"))
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader=reader, stall_s=0.15)]) as cache:
+        put(cache, keys("p", BLOCKS))
+        stalling["on"] = True
+        assert got(cache, keys("p", BLOCKS)) < BLOCKS and cache.stats()["a"]["stalled"]
+        assert len(made[0]._stalled) > 1
+        made[0].release()
+    assert len(os.listdir("/proc/self/fd")) == handles
+
+
 def test_writes_that_stall_end_too(tmp_path):
     rule = lambda request, count: "stall" if request.write else None  # noqa: E731
     stores = {"disks": [disk(tmp_path / "a", reader=faulty(rule, []), stall_s=0.15), disk(tmp_path / "b")]}

@@ -145,8 +145,9 @@ class DiskRequests:
 
     def close(self) -> bool:
         """Ends the reader. Whether a disk that was given up may still write to its slots of the ring."""
+        end = time.perf_counter() + LATE_S
         with contextlib.suppress(Exception):  # of a reader that has failed: what it has is left to it
-            if self._given_up:
-                self.poll(LATE_S, len(self._given_up))
+            while self._given_up and (left := end - time.perf_counter()) > 0:
+                self.poll(left, len(self._given_up))
         self._reader.close()
         return bool(self._given_up)
