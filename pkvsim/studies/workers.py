@@ -140,8 +140,8 @@ def _pool(
             except BrokenProcessPool:
                 if len(indices) == 1:
                     yield indices[0], Failed("the process that computed it ended, for want of memory or by a signal")
-            except Exception as error:  # The cell or its result cannot be sent to another process.
-                yield futures[future], Failed(_reason(error))
+            except Exception as error:  # of pickling, whose own words differ between versions of Python
+                yield futures[future], Failed(f"it cannot be sent to another process: {_reason(error)}")
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -56,7 +56,7 @@ def test_no_copies_beside_other_threads() -> None:
 
 def test_what_cannot_be_sent() -> None:
     results = run_cells(lambda cell: cell, [1, 2], Workers(2))
-    assert all(isinstance(one, Failed) and "pickle" in one.reason for one in results)
+    assert all(isinstance(one, Failed) and "cannot be sent to another process: " in one.reason for one in results)
 
 
 @pytest.mark.parametrize(("workers", "dask", "message"), [
