@@ -58,7 +58,7 @@ SHM = Path("/dev/shm")
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """Options; exits with 2 where one is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--total-gib", type=float, default=2.0, help="bytes of each copy and disk measurement")

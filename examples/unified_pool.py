@@ -229,7 +229,7 @@ of `pkvsim.memory.tier_presets`.
 
 @one_line_errors("unified_pool")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="writes the page there instead of printing the tables")
     args = parser.parse_args()
     shown = tables()
