@@ -2,6 +2,7 @@
 
     python examples/unified_pool.py                     # the tables
     python examples/unified_pool.py --markdown examples/results/unified_pool.md
+    python examples/unified_pool.py --json pool.json   # the tables there too
 
 A request's context is stored already; its last chunk is computed. The pool reads all devices at once in shares of their
 bandwidth; the baseline reads host memory and then one SSD through the kernel's file system. pkvsim.memory decides in
@@ -12,8 +13,9 @@ SSD retrieval spent in the file system. Its tables and rates were not at hand.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -231,8 +233,11 @@ of `pkvsim.memory.tier_presets`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="writes the page there instead of printing the tables")
+    parser.add_argument("--json", type=Path, help="writes the tables there too: title, columns, rows, note")
     args = parser.parse_args()
     shown = tables()
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(table) for table in shown], indent=1) + "\n", encoding="utf-8")
     if args.markdown is not None:
         args.markdown.write_text(page(shown), encoding="utf-8")
         return

@@ -1,4 +1,6 @@
 """examples/unified_pool.py: bounds that its figures must keep."""
+import json
+
 import unified_pool as script
 
 from pkvsim.memory.tier_presets import SERIAL_FILES, UNIFIED_POOL
@@ -21,3 +23,12 @@ def test_times_are_between_their_bounds():
 def test_the_page_names_what_it_assumes():
     page = script.page([])
     assert "arxiv.org/abs/2606.14779" in page and "Assumed" in page and "30.7" in page
+
+
+def test_tables_are_json_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "tables", lambda: [script.implied(UNIFIED_POOL)])
+    monkeypatch.setattr("sys.argv", ["unified_pool.py", "--json", str(tmp_path / "pool.json")])
+    script.main()
+    (found,) = json.loads((tmp_path / "pool.json").read_text())
+    assert found["title"] in capsys.readouterr().out
+    assert found["rows"] and all(len(row) == len(found["columns"]) for row in found["rows"])
