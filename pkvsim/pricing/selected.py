@@ -19,7 +19,7 @@ from pkvsim.pricing.step_times import step_time
 from pkvsim.selection.rules import PARTS
 from pkvsim.selection.setup import IN_16_BITS, SelectionSetup, head_summary_bytes
 
-CTAS_PER_SM = 2  # of a selecting launch over many lists, as cuda_src/select.cu bounds its registers
+SELECT_CTAS = 2  # an SM, of a selecting launch over many lists, as cuda_src/select.cu bounds its registers
 
 
 class ListRule(NamedTuple):
@@ -77,7 +77,7 @@ def selecting_us(
         longest = max(longest, own)
     summary_bytes = pages * heads.num_kv_heads * head_summary_bytes(heads.head_dim, form)
     share = prices.score_share if form == IN_16_BITS else prices.coded_share
-    at_once = CTAS_PER_SM * heads.num_sms
+    at_once = SELECT_CTAS * heads.num_sms
     later_waves = max(0, (len(lengths) * heads.num_kv_heads + at_once - 1) // at_once - 1)
     streaming_us = summary_bytes / (bandwidth_gb_s * 1e3 * share)
     return prices.select_us + streaming_us + prices.page_us * longest + prices.list_us * later_waves

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import ROOT
 
 from pkvsim import DecodeShape
 from pkvsim.devices.device import DEVICES, get_device
 from pkvsim.options import AttentionOptions
 from pkvsim.policy.selecting import LEAST_GAIN, selection_prices
-from pkvsim.pricing.selected import list_rule, listed_tokens
+from pkvsim.pricing.selected import SELECT_CTAS, list_rule, listed_tokens
 from pkvsim.schedule.page_lists import list_shape
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.setup import SelectionSetup, parse_selection, summary_bytes
@@ -130,3 +131,8 @@ def test_the_words_of_the_commands() -> None:
         SelectionSetup(summary_dtype="int8")
     with pytest.raises(ValueError, match="select_every: "):
         parse_selection("quest:0.1", every=0)
+
+
+def test_the_price_and_the_kernel_agree_on_ctas_of_an_sm() -> None:
+    (line,) = [one for one in (ROOT / "cuda_src/select.cu").read_text().splitlines() if "constexpr int SELECT_CTAS" in one]
+    assert line.endswith(f"? {SELECT_CTAS} : 1;")
