@@ -47,8 +47,6 @@ BATCH_COPIES = 1024
 # for: 10 ms of the link, so that it does not run dry while the thread that asks waits for a lock, and a disk's ring
 # holds what it reads in several times as long. A part is one call of the driver where runs are of 64 KiB.
 PACED_BYTES, PACED_PARTS = 512 * 2**20, 8
-ONE_STREAM = True  # paced blocks go on the disks' stream; False: on that of host memory's, for measuring it
-DISKS_WAY: str | None = None  # of COPY_WAYS, for blocks that disks deliver; None: as those of host memory
 
 
 class CudaPages:
@@ -61,9 +59,9 @@ class CudaPages:
     memory. Host blocks are in memory registered with CUDA.
     """
 
-    __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "ways", "gather_ctas",
+    __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "gather_ctas",
                  "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
-                 "_rings", "_gather", "_scatter", "_lock", "_disks_way")  # fmt: skip
+                 "_rings", "_gather", "_scatter", "_lock", "_ways")  # fmt: skip
 
     def __init__(
         self, k_pages: Sequence[object], v_pages: Sequence[object], *, ways: tuple[str, str] | None = None,
@@ -111,11 +109,11 @@ class CudaPages:
         layer_bytes = self.runs_per_layer * self.run_bytes
         pieces = [layers_in_piece(self.num_layers, layer_bytes, most_bytes=most, whole=at > 0)
                   for at, most in enumerate(staging_bytes)]  # fmt: skip
-        self.ways = ways if ways is not None else (
+        to_gpu, to_host = ways if ways is not None else (
             choose_copy_way(self.run_bytes, pieces[0] * layer_bytes, to_host=False),
             choose_copy_way(self.run_bytes, pieces[2] * layer_bytes, to_host=True),
         )  # fmt: skip
-        self._disks_way = self.ways[0] if DISKS_WAY is None else DISKS_WAY
+        self._ways = [to_gpu, to_gpu, to_host]  # of copies of host memory's blocks, of disks' blocks, and to the host
         with cupy.cuda.Device(self._device):
             self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]  # layers, whole blocks, stores
             self._bases = cupy.asarray(self._host_bases)
@@ -133,7 +131,7 @@ class CudaPages:
             to_host = at == 2
             piece_bytes = layers[at] * self.runs_per_layer * self.run_bytes
             ring = None
-            if self._way(at) == STAGED:
+            if self._ways[at] == STAGED:
                 try:
                     ring = StagingRing(
                         stream, layers=layers[at], piece_bytes=piece_bytes, to_host=to_host,
@@ -144,17 +142,13 @@ class CudaPages:
                         ),
                     )  # fmt: skip
                 except MemoryError:
-                    direct = choose_copy_way(self.run_bytes, self.run_bytes, to_host=to_host)
-                    if at == 1:
-                        self._disks_way = direct
-                    else:
-                        self.ways = (self.ways[0], direct) if to_host else (direct, self.ways[1])
+                    self._ways[at] = choose_copy_way(self.run_bytes, self.run_bytes, to_host=to_host)
             rings.append(ring)
         return rings
 
-    def _way(self, lane: int) -> str:
-        """Of copies of host memory's blocks, of disks' blocks, and to the host."""
-        return (self.ways[0], self._disks_way, self.ways[1])[lane]
+    @property
+    def ways(self) -> tuple[str, str]:
+        return self._ways[0], self._ways[2]
 
     @property
     def load_steps(self) -> int:
@@ -188,7 +182,7 @@ class CudaPages:
         self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
     ) -> list[EventTicket]:  # fmt: skip
         """As _ask_for(). Where that raises, what it had asked for has ended."""
-        stream, ring = self._streams[1 if paced and ONE_STREAM else lane], self._rings[lane]
+        stream, ring = self._streams[1 if paced else lane], self._rings[lane]
         try:
             return self._ask_for(lane, stream, addresses, pages, after, paced)
         except Exception:
@@ -223,7 +217,7 @@ class CudaPages:
             else:
                 stream.wait_event(after)
                 last, layers = stream, 1 if lane == 0 else self.num_layers
-                if self._way(lane) == KERNEL:
+                if self._ways[lane] == KERNEL:
                     packed = np.empty(3 * len(pages), np.int32)  # one copy brings both to the GPU
                     packed[: 2 * len(pages)].view(np.int64)[:] = addresses
                     packed[2 * len(pages) :] = pages
@@ -242,7 +236,7 @@ class CudaPages:
                     if ring is not None:
                         ring.copy(hosts + run * self.run_bytes, place + 4 * begin, run, num_runs,
                                   num_runs * self.run_bytes, stream)  # fmt: skip
-                    elif self._way(lane) == DMA:
+                    elif self._ways[lane] == DMA:
                         self._copy_batched(stream, hosts, pages[begin:end], run, num_runs, to_host)
                     else:
                         self._launch(stream, place, len(pages), range(begin, end), run, num_runs, to_host)

@@ -1,6 +1,7 @@
 """gpu.cache.tiers.transfer on a CuPy of host memory: what it launches and copies, in which order, on which stream."""
 import contextlib
 import ctypes
+import itertools
 import sys
 import threading
 import types
@@ -268,6 +269,30 @@ def test_a_gpu_without_room_for_a_ring_has_its_pages_moved_all_the_same(fake):
     pages = make(ways=("staged", "staged"))
     assert pages.ways == ("kernel", "kernel") and pages.load_steps == LAYERS
     there_and_back(pages)
+
+
+@pytest.mark.parametrize(("lost", "ways"), [
+    (0, ["kernel", "staged", "staged"]), (1, ["staged", "kernel", "staged"]), (2, ["staged", "staged", "kernel"]),
+])  # fmt: skip
+def test_a_ring_that_has_no_room_costs_no_other_its_way(fake, lost, ways):
+    """Blocks of host memory, of disks, and to the host each have a ring; host memory's go in line with disks' still."""
+    count = itertools.count()
+
+    def ring(*arguments, **options):
+        if next(count) == lost:
+            raise MemoryError
+        return dma.StagingRing(*arguments, **options)
+
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: copy_batch)
+    fake.monkeypatch.setattr(transfer, "StagingRing", ring)
+    pages = make(ways=("staged", "staged"))
+    assert pages._ways == ways and pages.ways == (ways[0], ways[2])
+    there_and_back(pages)
+    loads = Stream.made[0]
+    told, wanted = len(loads.told), np.random.default_rng(4).integers(0, 256, (2, pages.block_bytes), np.uint8)
+    addresses = wanted.ctypes.data + np.arange(2) * pages.block_bytes
+    pages.copy_in(addresses, np.array([3, 8]), after=pages.mark(), each_layer=True, paced=True)
+    assert (pages.pages[[3, 8]].reshape(2, -1) == wanted).all() and len(loads.told) == told
 
 
 def test_a_disks_blocks_are_handed_over_while_others_are_still_asked_for(fake):

@@ -47,12 +47,24 @@ def keys(count: int, name: str = "") -> list[bytes]:
     return [hashlib.sha256(f"{name}{at}".encode()).digest() for at in range(count)]
 
 
+def no_room_for(lost: int) -> Callable[..., StagingRing]:
+    """Makes rings, but for the one of that number."""
+    count = itertools.count()
+
+    def make(*arguments: Any, **options: Any) -> StagingRing:
+        if next(count) == lost:
+            raise MemoryError
+        return StagingRing(*arguments, **options)
+
+    return make
+
+
 @pytest.mark.parametrize(("library", "shape", "dtype", "combined", "way"), [
     ("cupy", (8, 16, 128), "float16", False, "kernel"), ("torch", (8, 16, 128), "float16", True, None),
     ("cupy", (1, 16, 64), "int8", True, "kernel"), ("cupy", (3, 1, 8), "float16", False, "kernel"),  # 48 bytes a run
     ("torch", (8, 16, 128), "float16", False, "dma"), ("cupy", (8, 64, 256), "float16", True, "dma"),
     ("torch", (8, 16, 128), "float16", True, "staged"), ("cupy", (8, 16, 128), "float16", False, "staged"),
-    ("cupy", (3, 1, 8), "float16", False, "staged"), ("torch", (8, 16, 128), "float16", True, "dma beside staged"),
+    ("cupy", (3, 1, 8), "float16", False, "staged"), ("torch", (8, 16, 128), "float16", True, "room for disks' ring"),
 ])  # fmt: skip
 def test_blocks_come_back_from_host_memory_and_disk(
     tmp_path, monkeypatch, library, shape, dtype, combined, way
@@ -60,9 +72,9 @@ def test_blocks_come_back_from_host_memory_and_disk(
     """Blocks of host memory are asked for in parts as they arrive, in line with those of disks."""
     num_pages, blocks = 64, 30
     monkeypatch.setattr(transfer, "PACED_BYTES", 2**20)
-    if way == "dma beside staged":
-        way = "dma"
-        monkeypatch.setattr(transfer, "DISKS_WAY", "staged")
+    if way == "room for disks' ring":  # host memory's blocks come by DMA in line with staged ones of disks
+        way = "staged"
+        monkeypatch.setattr(transfer, "StagingRing", no_room_for(0))
     k, v = make_pages(library, num_pages, shape, dtype, combined)
     pages = CudaPages(k, v, ways=None if way is None else (way, way), staging_bytes=(2**20, 2**19, 2**20))
     before = [bits(array) for array in (*k, *v)]
