@@ -9,8 +9,8 @@ and all, in turn with a plain C loop of the same depth over the same file. Tiers
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
 Limited: these four disks alone. Stand-in: the load of the first token at a tenth of the rates and bytes, over pages
-that take the time of a driver and a link, whose engine takes streams in one of --engines. With --trace these parts say
-where each disk's time went, and with --variants these two measure several orders of copies of one load.
+that take the time of a driver and a link. With --trace these parts say where each disk's time went, and with --variants
+these two measure a load with other windows and ways of copies, and with more buffers.
 """
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from bench.script import run_script
 from bench.tables import Table
 from pool_bench import disks
 from pool_bench.noted import KEPT, VARIANTS
-from pool_bench.stand_in import ENGINES
 
 from gpu.calibrate.tier_rates import link_rates
 from gpu.measure import memory
@@ -67,12 +66,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", default="auto", choices=("auto", "io_uring", "preadv"))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in TTFT_RATES),
                         help="GB/s of host memory and of each limited disk, of these parts")  # fmt: skip
-    parser.add_argument("--variants", default=KEPT, help=f"orders of copies: all, or of {'; '.join(VARIANTS)}")
-    parser.add_argument("--engines", default="in order", help=f"of the stand-in, of {','.join(ENGINES)}")
+    parser.add_argument("--variants", default=KEPT, help=f"of a load: all, or of {'; '.join(VARIANTS)}")
     parser.add_argument("--trace", action="store_true", help="limited, stand-in, ttft: where each disk's time went")
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
-    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS)), ("engines", tuple(ENGINES))):
+    for name, known in (("parts", PARTS), ("ways", tuple(COPY_RUNS))):
         setattr(args, name, getattr(args, name).split(","))
         unknown = [word for word in getattr(args, name) if word not in known]
         if unknown:
@@ -199,20 +197,18 @@ def stand_in(args: argparse.Namespace) -> tuple[Table, list[dict[str, Any]], lis
     where = SHM if SHM.is_dir() else args.directory
     rates, blocks = [rate * 1e9 for rate in args.rates], args.tokens // 16
     rows, found, traced = [], [], []
-    for engine, name in ((engine, name) for engine in args.engines for name in args.variants):
-        seconds, asked_s, bound_s, traces = timed.load_beside_host(
-            where, rates, blocks=blocks, variant=VARIANTS[name], engine=engine
-        )  # fmt: skip
+    for name in args.variants:
+        seconds, asked_s, bound_s, traces = timed.load_beside_host(where, rates, blocks=blocks, variant=VARIANTS[name])
         found.append({
-            "engine": engine, "variant": name, "load_s": seconds, "asked_s": asked_s, "bound_s": bound_s,
+            "variant": name, "load_s": seconds, "asked_s": asked_s, "bound_s": bound_s,
             "over_bound": seconds / bound_s, "traces": [dataclasses.asdict(one) for one in traces],
         })  # fmt: skip
         copied = sum(one.copies_s for one in traces) / max(1, sum(one.copies for one in traces))
-        rows.append((engine, name, f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}",
+        rows.append((name, f"{seconds * 1e3:.0f}", f"{bound_s * 1e3:.0f}", f"{seconds / bound_s:.2f}",
                      f"{asked_s * 1e3:.0f}", f"{copied * 1e3:.0f}"))  # fmt: skip
-        traced.append(trace.table_of(f"Its disks: {engine}, {name}", traces))
+        traced.append(trace.table_of(f"Its disks: {name}", traces))
     note = f"A tenth of the rates {', '.join(f'{rate:g}' for rate in args.rates)} GB/s and of the bytes."
-    columns = ("engine", "order of copies", "ms", "bound ms", "x bound", "asked ms", "ms until a block is copied")
+    columns = ("variant", "ms", "bound ms", "x bound", "asked ms", "ms until a block is copied")
     return Table("Load of the first token, on a stand-in", columns, tuple(rows), note), found, traced
 
 

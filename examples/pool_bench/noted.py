@@ -1,4 +1,4 @@
-"""When copies to the GPU were asked for and when they had ended, by the GPU's own clock; and ways to order them."""
+"""When copies to the GPU were asked for and had ended, by the GPU's own clock; and windows and ways of them."""
 from __future__ import annotations
 
 import threading
@@ -21,30 +21,22 @@ KEPT = "kept"  # what ships
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """paced_bytes in `parts` parts: of host memory's blocks under way beside disks'; one_stream: with theirs;
-    host_way: of COPY_WAYS, None for the chosen one; disks_way: None for that of host memory; ring_depths: a disk's
-    buffers, in depths."""
+    """paced_bytes in `parts` parts: of host memory's blocks under way beside disks'; to_gpu: of COPY_WAYS, None for the
+    chosen one; ring_depths: a disk's buffers, in depths."""
 
     paced_bytes: int = transfer.PACED_BYTES
     parts: int = transfer.PACED_PARTS
-    one_stream: bool = transfer.ONE_STREAM
-    host_way: str | None = None
-    disks_way: str | None = transfer.DISKS_WAY
+    to_gpu: str | None = None
     ring_depths: int = 3
 
 
 VARIANTS = {
     KEPT: Variant(),
-    "two layers, two streams": Variant(768 * MIB, 2, one_stream=False),
     "two layers": Variant(768 * MIB, 2),
-    "two streams": Variant(one_stream=False),
     "256 MiB": Variant(256 * MIB, 4),
     "1 GiB": Variant(1024 * MIB, 16),
-    "staged disks": Variant(disks_way=STAGED),
-    "staged disks, two streams": Variant(one_stream=False, disks_way=STAGED),
-    "all staged": Variant(host_way=STAGED),
+    "all staged": Variant(to_gpu=STAGED),
     "ring 6": Variant(ring_depths=6),
-    "staged disks, ring 6": Variant(disks_way=STAGED, ring_depths=6),
 }
 
 
@@ -52,14 +44,14 @@ def pages_of(variant: Variant, kept: CudaPages) -> CudaPages:
     """As the variant says; kept: as they ship, over the same arrays. To be made and used within ordered()."""
     if variant == VARIANTS[KEPT]:
         return kept
-    ways = kept.ways if variant.host_way is None else (variant.host_way, kept.ways[1])
+    ways = kept.ways if variant.to_gpu is None else (variant.to_gpu, kept.ways[1])
     return CudaPages(kept.arrays[::2], kept.arrays[1::2], ways=ways)
 
 
 @contextmanager
 def ordered(variant: Variant) -> Iterator[None]:
     """Copies of pages that are made and used inside go as the variant says."""
-    names = {"PACED_BYTES": "paced_bytes", "PACED_PARTS": "parts", "ONE_STREAM": "one_stream", "DISKS_WAY": "disks_way"}
+    names = {"PACED_BYTES": "paced_bytes", "PACED_PARTS": "parts"}
     before = {name: getattr(transfer, name) for name in names}
     try:
         for name, field in names.items():
@@ -120,7 +112,7 @@ class NotedPages:
         tickets = self._pages.copy_in(addresses, pages, after=after, each_layer=each_layer, paced=paced)
         end = time.perf_counter()
         ring = self._pages._rings[not each_layer]
-        stream = self._pages._streams[not each_layer or (paced and transfer.ONE_STREAM)] if ring is None else ring.last
+        stream = self._pages._streams[not each_layer or paced] if ring is None else ring.last
         event = cupy.cuda.Event()
         event.record(stream)
         with self._lock:

@@ -2,9 +2,8 @@
 
 All rates and bytes are a TENTH of the H200's, so that two cores read four disks; times and numbers of copies are its
 own. Calls of the driver come one at a time and take DRIVER_COPY_S a copy (pkvsim.devices.copy_way has it of one H200),
-DRIVER_CALL_S each; one engine copies, what each stream was given in its order. Between streams it is one of ENGINES,
-which are assumptions: as asked for; in turn; or unfair, as what one H200 measured for two streams would be explained by
-(2026-11-29: host memory's blocks at 34 GB/s beside disks' at 6, and the link no better used than that).
+DRIVER_CALL_S each; one engine copies in the order asked for, as CudaPages has host memory's blocks and those of disks
+on one stream.
 """
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +32,6 @@ LINK_BYTES_PER_S = 53e9 / TENTH
 DRIVER_COPY_S, DRIVER_CALL_S = 0.9e-6, 1e-5
 PAUSE_S = 0.1
 CALLS = 3  # of a hand-over, beside its copies and a call for each of its parts
-AHEAD_S = 5e-4  # that the engine's thread decides ahead of its time, so that it sleeps seldom
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """turn_bytes: of a stream of host memory and of disks until the other one has its turn, None for the order asked
-    for; rate: part of the link's while both have something to copy."""
-
-    turn_bytes: tuple[int, int] | None = None
-    rate: float = 1.0
-
-
-ENGINES = {
-    "in order": Engine(), "in turn": Engine((RUN_BYTES * 16, RUN_BYTES * 16)),
-    "unfair": Engine((RUN_BYTES * 88, RUN_BYTES * 16), 0.75),
-}  # fmt: skip
 
 
 class TimedTicket:
@@ -71,21 +53,19 @@ class TimedTicket:
 
 
 class Link:
-    """The engine and what it has been given: copies of stream 0, of host memory, and 1, of disks."""
+    """The engine and what it has been given."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._given = engine, threading.Condition()
-        self._streams: tuple[deque, deque] = deque(), deque()  # of [number in the order asked for, bytes left, ticket]
-        self._count, self._free_s, self._turn, self._left = 0, 0.0, 0, 0
-        self._closed = False
+    def __init__(self) -> None:
+        self._given = threading.Condition()
+        self._copies: deque[tuple[float, int, TimedTicket]] = deque()  # when it was given each, and its bytes
+        self._free_s, self._closed = 0.0, False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def give(self, stream: int, num_bytes: int) -> TimedTicket:
+    def give(self, num_bytes: int) -> TimedTicket:
         ticket = TimedTicket()
         with self._given:
-            self._streams[stream].append([self._count, num_bytes, ticket])
-            self._count += 1
+            self._copies.append((time.perf_counter(), num_bytes, ticket))
             self._given.notify()
         return ticket
 
@@ -96,48 +76,16 @@ class Link:
         self._thread.join()
 
     def _run(self) -> None:
-        ended: deque[tuple[float, TimedTicket]] = deque()
         while True:
             with self._given:
-                while not (self._closed or ended or any(self._streams)):
+                while not (self._closed or self._copies):
                     self._given.wait()
                 if self._closed:
                     return
-                now = time.perf_counter()
-                if not ended:
-                    self._free_s = max(self._free_s, now)
-                while any(self._streams) and self._free_s < now + AHEAD_S:
-                    ticket = self._copy()
-                    if ticket is not None:
-                        ended.append((self._free_s, ticket))
-            if ended:
-                at, ticket = ended.popleft()
-                time.sleep(max(0.0, at - time.perf_counter()))
-                ticket.end()
-            else:
-                time.sleep(AHEAD_S)
-
-    def _copy(self) -> TimedTicket | None:
-        """The next bytes; a ticket where they end it."""
-        both, turns = all(self._streams), self._engine.turn_bytes
-        if not both:
-            at = 0 if self._streams[0] else 1
-        elif turns is None:
-            at = 0 if self._streams[0][0][0] < self._streams[1][0][0] else 1
-        else:
-            if self._left <= 0:
-                self._turn = 1 - self._turn
-                self._left = turns[self._turn]
-            at = self._turn
-        first = self._streams[at][0]
-        count = min(first[1], self._left) if both and turns is not None else min(first[1], RUN_BYTES * 128)
-        self._left -= count
-        first[1] -= count
-        self._free_s += count / (LINK_BYTES_PER_S * (self._engine.rate if both else 1.0))
-        if first[1]:
-            return None
-        self._streams[at].popleft()
-        return first[2]
+                given_s, num_bytes, ticket = self._copies.popleft()
+            self._free_s = max(self._free_s, given_s) + num_bytes / LINK_BYTES_PER_S
+            time.sleep(max(0.0, self._free_s - time.perf_counter()))
+            ticket.end()
 
 
 class TimedPages(NoPages):
@@ -145,9 +93,9 @@ class TimedPages(NoPages):
 
     __slots__ = ("link", "_driver", "_variant")
 
-    def __init__(self, blocks: int, variant: Variant, engine: Engine) -> None:
+    def __init__(self, blocks: int, variant: Variant) -> None:
         super().__init__(LAYERS * RUN_BYTES, blocks, LAYERS)
-        self.link, self._variant, self._driver = Link(engine), variant, threading.Lock()
+        self.link, self._variant, self._driver = Link(), variant, threading.Lock()
 
     def copy_in(
         self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
@@ -156,27 +104,27 @@ class TimedPages(NoPages):
         for _ in range(CALLS):
             self._call(DRIVER_CALL_S)
         if not each_layer:
-            each = 1 if STAGED in (variant.host_way, variant.disks_way) else LAYERS
-            return [self._ask(1, len(pages) * each, self.block_bytes // each)]
+            each = 1 if variant.to_gpu == STAGED else LAYERS
+            return [self._ask(len(pages) * each, self.block_bytes // each)]
         tickets: list[TimedTicket] = []
         parts: list[TimedTicket] = []
         part = max(1, variant.paced_bytes // TENTH // variant.parts // RUN_BYTES) if paced else max(1, len(pages))
-        layers = PIECE_BYTES // TENTH // RUN_BYTES if variant.host_way == STAGED else 1  # of a copy
+        layers = PIECE_BYTES // TENTH // RUN_BYTES if variant.to_gpu == STAGED else 1  # of a copy
         part = max(1, part // layers)
         for _ in range(0, LAYERS, layers):
             for begin in range(0, len(pages), part):
                 if paced and len(parts) >= variant.parts:
                     parts[-variant.parts].wait()
                 count = min(part, len(pages) - begin)
-                parts.append(self._ask(int(paced and variant.one_stream), count, layers * RUN_BYTES))
+                parts.append(self._ask(count, layers * RUN_BYTES))
             tickets += [parts[-1]] * layers
         return tickets[:LAYERS]
 
-    def _ask(self, stream: int, copies: int, copy_bytes: int) -> TimedTicket:
+    def _ask(self, copies: int, copy_bytes: int) -> TimedTicket:
         for begin in range(0, copies, BATCH_COPIES):
             count = min(BATCH_COPIES, copies - begin)
             self._call(count * DRIVER_COPY_S + DRIVER_CALL_S)
-            ticket = self.link.give(stream, count * copy_bytes)
+            ticket = self.link.give(count * copy_bytes)
         return ticket
 
     def _call(self, seconds: float) -> None:
@@ -185,14 +133,12 @@ class TimedPages(NoPages):
 
 
 def load_beside_host(
-    directory: Path, rates: Sequence[float], *, blocks: int, repeats: int = 5, variant: Variant = VARIANTS[KEPT],
-    engine: str = "in order",
+    directory: Path, rates: Sequence[float], *, blocks: int, repeats: int = 5, variant: Variant = VARIANTS[KEPT]
 ) -> tuple[float, float, float, list[DiskTrace]]:  # fmt: skip
     """A prompt of `blocks` from host memory and limited disks of rates [1 + disks], bytes/s, of which a TENTH is taken:
-    (median seconds of a load, seconds until load() returned, bound in seconds, the median's traces). engine: of
-    ENGINES."""
+    (median seconds of a load, seconds until load() returned, bound in seconds, the median's traces)."""
     rates = [rate / TENTH for rate in rates]
-    device, limiters = TimedPages(blocks, variant, ENGINES[engine]), dict[str, LimitedReader]()
+    device, limiters = TimedPages(blocks, variant), dict[str, LimitedReader]()
     block_bytes, total = device.block_bytes, sum(rates)
     place = Path(tempfile.mkdtemp(dir=directory, prefix="pool-"))
     try:

@@ -24,7 +24,7 @@ def test_the_parts_that_need_a_gpu_load_without_one() -> None:
     ("--total-gib 0", "--total-gib: expected 0.01 to 64, got 0"), ("--tokens 1000", "--tokens: expected a multiple"),
     ("--rates 36", "--rates: expected GB/s of host memory and of at least one disk"),
     ("--rates 36,fast", "--rates: expected GB/s"), ("--rates 36,-1", "--rates: expected GB/s"),
-    ("--variants fast", "--variants: expected of kept; two layers"), ("--engines none", "--engines: expected of in order"),
+    ("--variants fast", "--variants: expected of kept; two layers"),
     ("--directory /none", "--directory: expected a directory, got /none"),
 ])
 def test_bad_options_are_named(words: str, said: str, capsys: pytest.CaptureFixture) -> None:
@@ -49,7 +49,7 @@ def test_disks_and_tiers_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     found = json.loads((tmp_path / "found.json").read_text())["parts"]["limited"]
     assert 0.2 < found["gb_s"] / found["sum_gb_s"] < 1.1 and sum(one["blocks"] for one in found["traces"]) == 20
     words[1] = "stand-in"
-    more = ["--tokens", "4096", "--variants", "kept;all staged", "--engines", "unfair"]
+    more = ["--tokens", "4096", "--variants", "kept;all staged"]
     assert bench_pool.main([*words, *more]) == 0 and "all staged" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["parts"]["stand-in"][0]
     assert found["over_bound"] > 0.9 and sum(one["blocks"] for one in found["traces"]) == 64

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import cupy
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from gpu_needs import skip_below
 
+from gpu.cache.dma import StagingRing
 from gpu.cache.tiers import transfer
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
