@@ -21,7 +21,8 @@ from gpu.cache.tiers.disks.disk_reads import LimitedReader, Reader
 from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.handles import LoadHandle
 from gpu.cache.tiers.host_arena import ALIGNMENT, HostArena
-from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
+from gpu.cache.tiers.stores import DiskStore, HostStore
+from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.load_or_recompute import load_times_s
 from pkvsim.memory.tiers import DISK, HOST, Tier
 

@@ -171,7 +171,7 @@ def _timed(
     """(TTFT, asked, arrived, traces, copies) of the median load as the variant of that name says."""
     tracer, turns, variant, device = Tracer(cache, limiters), [], VARIANTS[name], cache.device
     for disk in cache._disks:  # which have nothing to do: buffers that the variant does without are kept from them
-        disk._free = list(range(min(disk._ring.slots, variant.ring_depths * disk._depth)))
+        disk._free = list(range(min(disk.ring.slots, variant.ring_depths * disk._depth)))
     try:
         with ordered(variant):
             noted = NotedPages(pages_of(variant, model.device))

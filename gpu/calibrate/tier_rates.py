@@ -21,7 +21,8 @@ import numpy as np
 from gpu.cache.tiers.device import Device, NoPages
 from gpu.cache.tiers.disks.disk_files import HEADER_BYTES
 from gpu.cache.tiers.host_arena import HostArena, round_up
-from gpu.cache.tiers.tiered_cache import DiskStore, TieredKVCache
+from gpu.cache.tiers.stores import DiskStore
+from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.tiers import DISK, HOST, Tier
 
 MIB = 2**20

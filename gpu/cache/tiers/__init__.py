@@ -2,6 +2,7 @@
 
 Read in this order: `tiered_cache` is the face, `handles` what its callers wait on; `device` says what they ask of the
 GPU's pages, `transfer` is that for CUDA, over kernels and `gpu.cache.dma` (`event_ticket` is how it waits); the folder
-`disks` keeps disks busy; `host_arena` is pinned memory. `stores` reads what a cache is told of its tiers. What goes
-where is decided by pkvsim.memory, and which way to the GPU by pkvsim.devices.copy_way. Only `transfer` needs CuPy.
+`disks` keeps disks busy, `open_disk` opens one; `host_arena` is pinned memory. `stores` is what a cache is told of its
+tiers. What goes where is decided by pkvsim.memory, and which way to the GPU by pkvsim.devices.copy_way. Only `transfer`
+needs CuPy.
 """

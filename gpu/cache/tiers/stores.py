@@ -1,11 +1,39 @@
-"""The tiers of a cache as text: "host:64GiB:50", "disk0:1TiB:7=/mnt/nvme0/kv", or what a device file has measured."""
+"""What a cache is told of its tiers, and tiers as text: "host:64GiB:50", "disk0:1TiB:7=/mnt/nvme0/kv", or what a device
+file has measured."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from gpu.cache.tiers.tiered_cache import DiskStore, HostStore
+from gpu.cache.tiers.disks.disk_reads import Reader
 from pkvsim.memory.tier_presets import find_tiers
 from pkvsim.memory.tiers import HOST, Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStore:
+    """An arena of host memory. node: of NUMA, None for any; pin: registers it with CUDA."""
+
+    tier: Tier
+    node: int | None = None
+    pin: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskStore:
+    """A directory on a disk.
+
+    ring_bytes: pinned memory that its blocks pass through; bytes_under_way: most that the disk is asked for at once;
+    reader: of open_reader(), or what makes one from (depth, buffers); stall_s: after which it is given up.
+    """
+
+    tier: Tier
+    directory: str
+    ring_bytes: int = 256 * 2**20
+    bytes_under_way: int = 64 * 2**20
+    reader: str | Callable[[int, Sequence[tuple[int, int]]], Reader] = "auto"
+    stall_s: float = 30.0
+    pin: bool = True
 
 
 def parse_stores(

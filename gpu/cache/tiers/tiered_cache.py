@@ -15,51 +15,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpu.cache.tiers.device import Device, Ticket, has_ended, wait_ended
-from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, DiskFiles, check_key
+from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, check_key
 from gpu.cache.tiers.disks.disk_jobs import Porter, ReadJob, WriteJob, by_name
-from gpu.cache.tiers.disks.disk_reads import Reader
 from gpu.cache.tiers.disks.disk_tier import DiskTier
-from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.cache.tiers.host_arena import HostArena
+from gpu.cache.tiers.open_disk import open_disk
+from gpu.cache.tiers.stores import DiskStore, HostStore
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool, Read, Write
-from pkvsim.memory.tiers import DISK, HOST, Tier
+from pkvsim.memory.tiers import DISK, HOST
 
 MOST_FAULTS = 64  # of one disk, after which it is not used any more
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostStore:
-    """An arena of host memory. node: of NUMA, None for any; pin: registers it with CUDA."""
-
-    tier: Tier
-    node: int | None = None
-    pin: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskStore:
-    """A directory on a disk.
-
-    ring_bytes: pinned memory that its blocks pass through; bytes_under_way: most that the disk is asked for at once;
-    reader: of open_reader(), or what makes one from (depth, buffers); stall_s: after which it is given up.
-    """
-
-    tier: Tier
-    directory: str
-    ring_bytes: int = 256 * 2**20
-    bytes_under_way: int = 64 * 2**20
-    reader: str | Callable[[int, Sequence[tuple[int, int]]], Reader] = "auto"
-    stall_s: float = 30.0
-    pin: bool = True
 
 
 def _give(threads: ThreadPoolExecutor, task: Callable[..., None], *arguments: object) -> None:
@@ -90,7 +64,6 @@ class TieredKVCache:
         self._link = link_bytes_per_s
         self._arenas: list[HostArena] = []
         self._disks: list[DiskTier] = []
-        self._rings: list[HostArena] = []
         self._lost: set[int] = set()
         self._closed = False
         self._device_faults, self._last_device_fault = 0, ""
@@ -103,34 +76,16 @@ class TieredKVCache:
                     slots=max(1, store.tier.slots(device.block_bytes)), slot_bytes=device.block_bytes, node=store.node,
                     pin=store.pin,
                 ))  # fmt: skip
-            for directory in disks:
-                self._open_disk(len(self._arenas) + len(self._disks), directory, contents)
+            for at, directory in enumerate(disks, len(self._arenas)):
+                disk = open_disk(
+                    directory, self._porter, block_bytes=device.block_bytes, contents=contents,
+                    observe=partial(self._observe, at), stalled=partial(self._lose, at),
+                )  # fmt: skip
+                self._disks.append(disk)
+                self._pool.restore(at, disk.files.complete())
         except BaseException:
             self.close()
             raise
-
-    def _open_disk(self, tier: int, store: DiskStore, contents: str) -> None:
-        block_bytes = self.device.block_bytes
-        files = DiskFiles(
-            store.directory, block_bytes=block_bytes, slots=max(1, store.tier.slots(block_bytes)), contents=contents
-        )
-        try:
-            buffers = max(2, store.ring_bytes // files.slot_bytes)
-            ring = HostArena(slots=buffers, slot_bytes=files.slot_bytes, pin=store.pin)
-            depth = max(1, min(store.bytes_under_way // files.slot_bytes, buffers))
-            if callable(store.reader):
-                reader = store.reader(depth, [ring.region])
-            else:
-                reader = open_reader(depth=depth, buffers=[ring.region], kind=store.reader)
-        except BaseException:
-            files.close()
-            raise
-        self._rings.append(ring)
-        self._pool.restore(tier, files.complete())
-        self._disks.append(DiskTier(
-            files, reader, ring, self._porter, bytes_under_way=store.bytes_under_way, stall_s=store.stall_s,
-            observe=partial(self._observe, tier), stalled=partial(self._lose, tier),
-        ))  # fmt: skip
 
     def lookup(self, keys: Sequence[bytes], compute_s: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
         """How many leading blocks load() would load: all that are there or, with compute_s (seconds to compute the rest
@@ -262,7 +217,7 @@ class TieredKVCache:
         self._porter.close()
         self._loader.shutdown()
         self._waiter.shutdown()
-        for arena in (*self._arenas, *self._rings):
+        for arena in (*self._arenas, *(disk.ring for disk in self._disks)):
             arena.close()
 
     def __enter__(self) -> TieredKVCache:

@@ -13,7 +13,8 @@ import torch
 
 from gpu.cache.tiers.device import Device, HostLayers
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
-from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
+from gpu.cache.tiers.stores import DiskStore, HostStore
+from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 ComputeTimes = Callable[[np.ndarray], np.ndarray]  # blocks loaded [k] -> seconds to compute the rest of the prompt [k]
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.disks.disk_reads import Done, Request, ThreadReader
-from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
+from gpu.cache.tiers.stores import DiskStore, HostStore
+from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.tiers import Tier
 
 LAYERS, RUN_BYTES = 3, 4096

@@ -15,7 +15,8 @@ from gpu_needs import skip_below
 from gpu.cache.dma import StagingRing
 from gpu.cache.tiers import transfer
 from gpu.cache.tiers.host_arena import HostArena
-from gpu.cache.tiers.tiered_cache import DiskStore, HostStore, TieredKVCache
+from gpu.cache.tiers.stores import DiskStore, HostStore
+from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages
 from pkvsim.memory.tiers import Tier
 

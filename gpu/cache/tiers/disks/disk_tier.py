@@ -52,7 +52,7 @@ class DiskTier:
             raise ValueError(f"ring: expected slots of {files.slot_bytes} bytes, got {ring.slot_bytes}")
         self.files = files
         self.counts = DiskCounts()
-        self._ring, self._porter = ring, porter
+        self.ring, self._porter = ring, porter
         self._requests = DiskRequests(
             files, reader, ring, self.counts, stall_s=stall_s, observe=observe, stalled=stalled
         )  # fmt: skip
@@ -105,7 +105,7 @@ class DiskTier:
         self._thread.join()
         is_left = self._requests.close()
         if is_left:
-            self._ring.keep()
+            self.ring.keep()
         self.files.close(keep_blocks=is_left)
 
     def _run(self) -> None:
@@ -222,7 +222,7 @@ class DiskTier:
         while self._to_write:
             group = groups(self._to_write, "fill")[0]
             requests, slots = [], [self._free.pop() for _ in group]
-            buffers = self._ring.addresses(np.array(slots))
+            buffers = self.ring.addresses(np.array(slots))
             try:
                 group[0].fill(buffers + HEADER_BYTES, group).wait()
             except Exception as error:  # of the GPU: its blocks are not stored
@@ -274,7 +274,7 @@ class DiskTier:
         begin(Phase.HAND_OVER)
         for group in groups(list(arrived), "take"):
             slots = [arrived[job] for job in group]
-            buffers_of = self._ring.addresses(np.array(slots)) + HEADER_BYTES
+            buffers_of = self.ring.addresses(np.array(slots)) + HEADER_BYTES
             self._parcels += 1
             self._porter.put(Parcel(group, buffers_of, slots, self._back, time.perf_counter()))
         requests.observe(read_bytes)
