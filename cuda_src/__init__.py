@@ -21,7 +21,8 @@ What to read, in this order:
    page_weights.cuh, top_pages.cuh; coded_scores.cuh of 8-bit summaries, centroid_scores.cuh of
    centroids) from what summaries.cu keeps of pages (centroid_summaries.cuh, centroid_teams.cuh);
    page_lse.cuh is the mass of tiles as a by-product
-11. several.cu     the same over several GPUs: several.cuh sends states to the ranks that own the outputs
+11. several.cu     the same over several GPUs: inbox.cuh sends states to the ranks that own the outputs and merges them,
+   several_step.cuh is a rank's step
 Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu and plan_spans.cu (list the balanced
 schedules for tests), stream.cu (the speed of light), mma.cuh (the instructions everything is made of), read_early.cuh
 (one load), gather.cu (pages from and to host memory), product.cu (matrix products of few rows, for

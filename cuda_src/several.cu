@@ -1,7 +1,7 @@
 // pkv_decode_several: one rank's launch of a decode step whose rows' pages are spread over RANKS GPUs.
 //
 // Computes what pkv_decode_balanced (balanced.cu) does of rows of which every rank has some pages, in one launch of each
-// rank: it attends to this rank's pages and merges the states of all ranks of what this rank owns (several.cuh).
+// rank: it attends to this rank's pages and merges the states of all ranks of what this rank owns (inbox.cuh).
 // Grid: [num_ctas], the same in every launch; block: [WARPS * 32]; dynamic shared memory: SharedMemory<RowWidth>
 // (attend.cuh), then OpenedStep for each warp. All CTAs have to be on the GPU at a time, beside those of other ranks
 // that share it: they wait for each other.
@@ -22,7 +22,7 @@
 //   written     out and lse of those places
 //
 // Its speed is bound by the latency of one read of the states.
-#include "several.cuh"
+#include "several_step.cuh"
 
 extern "C" __global__ void __launch_bounds__(pkv::THREADS, 1)
 pkv_decode_several(const pkv::DecodeArguments given, const pkv::Costs costs, const pkv::RankArguments ranks,

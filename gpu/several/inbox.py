@@ -1,4 +1,4 @@
-"""What ranks write to each other: an inbox of each, as cuda_src/several.cuh lays it out, and the kernel's constants."""
+"""What ranks write to each other: an inbox of each, as cuda_src/inbox.cuh lays it out, and the kernel's constants."""
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@
 // another rank needs for the states that this one waits for. started[] counts those CTAs; whoever finds all of them
 // there lets the next launch begin, and where nobody does it begins when this one has ended.
 #pragma once
-#include "balanced_step.cuh"
+#include "attend.cuh"
 
 namespace pkv {
 
@@ -300,54 +300,6 @@ __device__ __forceinline__ void store_empty_rows(const Links& links, const Lengt
                                                  int workers, int) {
   for (int row = worker; row < batch_size; row += workers)
     if (lens[row] == 0) links.send_nothing(row);
-}
-
-// The `start` of attend: EarlyStart's, and the step is opened.
-struct RankStart {
-  EarlyStart<Links> early;
-  const Links& links;
-  Links::Asked asked;
-
-  static constexpr bool EARLY = KERNELS_OVERLAP;
-
-  __device__ __forceinline__ void release(const Pages& pages, const Loader<BalancedWalk, RowWidth>& loader) {
-    early.release(pages, loader);
-    asked = links.ask();
-  }
-  __device__ __forceinline__ bool begin(const Pages& pages) {
-    links.open(asked);
-    if (!early.begin(pages)) return false;
-    links.count();
-    links.let_next_start(LOOKS);
-    return true;
-  }
-};
-
-// Where the results of a range go.
-struct RankEmit {
-  const Links& links;
-  Parts& parts;
-
-  __device__ __forceinline__ void operator()(const Segment& s, int column, const HeadState& state) {
-    if (s.begins && s.ends) links.send(s.row, s.kv_head, column, state);
-    else if (s.ends) parts.keep(s, column, state);
-    else parts.send(column, state);
-  }
-};
-
-// One attempt at a rank's part of a step, up to its last send. False where the plan did not hold; nothing is written
-// then.
-__device__ __forceinline__ bool attempt_rank(EarlyPlan& planning, const RangePlan& plan, const Pages& pages,
-                                             const DecodeArguments& given, const Links& links,
-                                             SharedMemory<RowWidth>& shared) {
-  planning.make();
-  RankStart start{.early = {.from = planning, .output = links}, .links = links};
-  Parts parts{.slots = given.partials, .kept = shared.kept, .plan = plan, .lane = planning.lane};
-  RankEmit emit{.links = links, .parts = parts};
-  if (!attend(plan.walk, pages, given, shared, start, emit)) return false;
-  const int stream = threadIdx.x / 32 / RowWidth::TEAM_SIZE;
-  if (parts.held.any) parts.finish(links, shared.ring[stream][0] + RowWidth::team_member() * Parts::RING_BYTES);
-  return true;
 }
 
 }  // namespace pkv
