@@ -119,14 +119,10 @@ def whatif(
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)
         if lend is not None:
-            for option, given in (("plot", plot), ("timeline", timeline), ("report", report_file),
-                                  ("requests_csv", requests_csv)):  # fmt: skip
+            for option, given in (("policies", policies), ("plot", plot), ("timeline", timeline),
+                                  ("report", report_file), ("requests_csv", requests_csv)):  # fmt: skip
                 if given is not None:
                     raise ValueError(f"{option}: expected None with --lend, got {given}")
-            if config.select is not None:
-                raise ValueError(f"select: expected None with --lend, got {server.select}")
-            if config.query_tokens > 1:
-                raise ValueError(f"query_tokens: expected 1 with --lend, got {config.query_tokens}")
             from pkvsim.commands.several.lend import whatif_lend
 
             with progress_bar(not as_json, "requests") as progress:

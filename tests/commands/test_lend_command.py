@@ -25,6 +25,14 @@ def test_every_way_is_a_line(capsys, monkeypatch) -> None:
     (("--lend", "borrow,borrow", "--replicas", "2"), "lend: expected some of borrow"),
     (("--lend", "borrow"), "replicas: expected"),
     (("--lend", "borrow", "--replicas", "2", "--requests-csv", "x.csv"), "requests_csv: expected None with --lend"),
+    (("--lend", "borrow", "--replicas", "2", "--policies", "paper"), "policies: expected None with --lend"),
+    (("--lend", "borrow", "--replicas", "2", "--kv-parallel", "2"), "kv_parallel: expected 1 with --lend, got 2"),
+    (("--lend", "borrow", "--replicas", "2", "--kv-dtype", "int8"), "kv_dtype: expected None with --lend, got int8"),
+    (("--lend", "borrow", "--replicas", "2", "--prefix-cache", "lru"), "prefix_cache: expected none with --lend"),
+    (("--lend", "borrow", "--replicas", "2", "--engine", "vllm"), "engine: expected pkv with --lend, got vllm"),
+    (("--lend", "borrow", "--replicas", "2", "--query-tokens", "2", "--acceptance", "0.5"), "query_tokens: expected 1"),
+    (("--lend", "borrow", "--replicas", "2", "--tier", "host:1GiB:50"), "tiers: expected None with --lend, got some"),
+    (("--lend", "borrow", "--prefill-replicas", "1"), "prefill_replicas: expected 0 with --lend"),
 ])
 def test_what_lend_refuses(capsys, monkeypatch, more, said) -> None:
     code, _, err = pkvsim(capsys, monkeypatch, *LOAD, *more)
@@ -39,6 +47,10 @@ def test_a_step_over_gpus(capsys, monkeypatch, tmp_path) -> None:
     assert (tmp_path / "step.svg").read_text().count("GPU 2") > 0
     code, out, _ = pkvsim(capsys, monkeypatch, *step)
     assert code == 0 and "GPU 2: " in out and "one GPU with all pages" in out
-    for more, said in (("--routes", "xqa"), "routes: expected balanced"), (("--splits", "4"), "splits: expected None"):
+    for more, said in (
+        (("--routes", "xqa"), "routes: expected balanced"), (("--splits", "4"), "splits: expected None"),
+        (("--kv-parallel", "0"), "kv_parallel: expected an integer in [1, 8], got 0"),
+        (("--kv-parallel", "9"), "kv_parallel: expected an integer in [1, 8], got 9"),
+    ):
         code, _, err = pkvsim(capsys, monkeypatch, *step, *more)
         assert code == 2 and said in err

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING
 
 import typer
@@ -14,16 +15,31 @@ if TYPE_CHECKING:
     from pkvsim.traces.requests import RequestTrace
 
 
+# What the replicas go by. Their steps take prompts whole, so step_tokens only has to let max_batch be.
+SERVED = ("page_size", "max_batch", "step_tokens", "kv_gib", "memory_fraction", "workspace_gib", "replicas", "draft_seed")
+
+
+def check_served(config: ServingConfig) -> None:
+    """ValueError naming the first setting of a server that replicas which lend do not have: taken for their memory
+    alone it would give wrong times, and left out it would say nothing."""
+    for field in fields(config):
+        given = getattr(config, field.name)
+        if field.name not in SERVED and given != field.default:
+            told = "some" if is_dataclass(given) else given
+            raise ValueError(f"{field.name}: expected {field.default} with --lend, got {told}")
+
+
 def whatif_lend(
     ways: str, requests: RequestTrace, model: ModelSpec, device: DeviceSpec, config: ServingConfig, *, as_json: bool,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:  # fmt: skip
     """Serves the requests on config.replicas replicas in each of the ways, and prints a line for each. ValueError as
-    serve_lending."""
+    check_served and serve_lending."""
     from pkvsim.serving.costs import page_budget
     from pkvsim.studies.lend.prices import LendPrices
     from pkvsim.studies.lend.run import WAYS, serve_lending
 
+    check_served(config)
     names = list(WAYS) if ways == "all" else [name.strip() for name in ways.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"lend: expected some of {', '.join(WAYS)}, each once, or all, got {ways!r}")
