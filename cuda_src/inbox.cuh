@@ -5,15 +5,16 @@
 // which steps use in turn. A state goes there as soon as a rank has it, its own included; when a CTA has sent all it
 // has, its warps take the columns that fall to them of what the rank owns, wait until all ranks' states are there, and
 // merge them in the order of the ranks. Every word is its own arrival flag, as in parts.cuh; whoever merges a state
-// empties its slot. A shard without tokens sends (LOWEST, 0) and no acc.
+// empties its slot. A shard without tokens, or all of whose logits are -inf, sends (LOWEST, 0) and no acc: nobody waits
+// for one, so that it could come when the slot has been emptied already, and pass for the next step's.
 //
 // A half is used again two steps later. A rank may send into it when its owner has begun the step between, since the
 // owner's step before that one has ended then and left the half empty: begun[] says so. Where every rank receives from
 // every other it always has, and the look costs nothing; a rank that receives nothing is held back by it.
 //
 // Waiting ends: after patience_ns the rank that was waited for is written down here, with the host and with every rank
-// that can be reached, and from then on nothing is sent, awaited or merged. The inboxes are useless then until the
-// hosts have emptied them all together.
+// that can be reached, and from then on nothing is sent, awaited or merged; each rank's next step tells its own host.
+// The inboxes are useless then until the hosts have emptied them all together.
 //
 // Where each rank has a GPU for itself, the next launch's CTAs may take an SM as soon as one is free (early_plan.cuh).
 // Ranks that share a GPU must not let them before all ranks' CTAs of this step are there: they would take the SMs that
@@ -189,7 +190,9 @@ struct Links {
     if (lane < RANKS) opened.inboxes[lane] = asked.inbox;
     if (lane == 0) opened.number = step, opened.failed = asked.failed;
     __syncwarp();
-    if (!ranks.in_kernel || asked.failed != EMPTY_WORD) return;
+    if (!ranks.in_kernel) return;
+    // Who comes late finds only here that the others have given up; its host would take what is in `out` for results.
+    if (asked.failed != EMPTY_WORD) return tell_host(asked.failed);
     // The previous kernel has ended: what it emptied is empty for whoever sees this.
     if (blockIdx.x == 0 && threadIdx.x < RANKS) send_to_rank(&asked.inbox->begun[ranks.rank], step);
     unsigned begun = asked.begun;
@@ -238,7 +241,8 @@ struct Links {
       Slot& slot = slots(to, ranks.rank)[place];
       #pragma unroll
       for (int i = 0; i < LANE_QUADS; ++i)
-        if (lane + i * 32 < HEAD_QUADS) send_to_rank(&slot.acc[column][lane + i * 32], state.acc[i]);
+        if (lane + i * 32 < HEAD_QUADS && state.l != 0.0f)
+          send_to_rank(&slot.acc[column][lane + i * 32], state.acc[i]);
       if (lane == 0) send_to_rank(&slot.ml[column], make_float2(state.m, state.l));
     }
   }
@@ -287,8 +291,12 @@ struct Links {
   // Tells everybody that `rank` was waited for in vain.
   __device__ __forceinline__ void fail(int rank) const {
     if (lane < RANKS) send_to_rank(&opened.inboxes[lane]->failed, static_cast<unsigned>(rank));
-    if (lane == 0) send_to_rank(ranks.failure, static_cast<unsigned>(rank)), opened.failed = rank;
+    tell_host(static_cast<unsigned>(rank));
+    if (lane == 0) opened.failed = rank;
     __syncwarp();
+  }
+  __device__ __forceinline__ void tell_host(unsigned rank) const {
+    if (lane == 0) send_to_rank(ranks.failure, rank);
   }
 };
 

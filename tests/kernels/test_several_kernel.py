@@ -14,7 +14,7 @@ from test_decode_kernel import assert_close, expected
 
 from gpu.kernels.compile import SOURCE_DIR, compile_options
 from gpu.kernels.variant import shared_limit_bytes
-from gpu.several.inbox import EMPTY_WORD, rank_config
+from gpu.several.inbox import EMPTY_WORD, HEAD_BYTES, rank_config
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.schedule.shares import PageShares, in_proportion, in_runs, interleaved
 
@@ -122,6 +122,23 @@ def test_a_rank_that_does_not_come_is_told_of_in_time(name, lost) -> None:
     for number, rank in enumerate(ranks.ranks):
         assert rank.failure[0] == (EMPTY_WORD if number == lost else lost)
         assert rank.inbox.view(np.uint32)[ranks.config.num_ranks] == lost  # all are told, also the one that is late
+    ranks.launch()  # it comes after all, and computes nothing that its host could take for results
+    assert all(rank.failure[0] == lost and np.isnan(rank.lse).all() for rank in ranks.ranks)
+
+
+def test_a_state_without_weight_leaves_the_slots_of_its_output_empty() -> None:
+    """Where every logit is -inf nobody waits for the output: it would come after its slot was emptied."""
+    ranks = ranks_of("two ranks by head", in_kernel=False)  # where nobody empties slots
+    ranks.step.q[..., 0], ranks.step.k[..., 0] = 1, -np.inf
+    ranks.launch()
+    ranks.merge_exchanged()
+    out, lse = ranks.results()
+    assert (out == 0).all() and (lse == -np.inf).all()
+    kernel, places = ranks.config.kernel, len(ranks.step.lens) * ranks.step.shape.num_kv_heads
+    for rank in ranks.ranks:
+        slots = rank.inbox[HEAD_BYTES:][:places * kernel.state_bytes].view(np.uint32).reshape(places, -1)
+        assert (slots[:, :kernel.columns * kernel.v_dim] == EMPTY_WORD).all()
+        assert (slots[:, kernel.columns * kernel.v_dim:] != EMPTY_WORD).all()
 
 
 def test_a_rank_that_owns_nothing_is_held_back() -> None:
