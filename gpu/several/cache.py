@@ -60,8 +60,8 @@ class ShardedCache:
         """A run of new tokens of one row: k, v [tokens, num_kv_heads, head_dim], the same on every rank, CuPy arrays in
         a list with an entry for each of this process's ranks. Raises ValueError and changes nothing where they do not
         fit."""
-        begin, count = int(self.rows.seq_lens[row]), len(k[0])
-        self.rows.extend([row], [count])
+        count = self._check_tokens(k, v)
+        begin = int(self.rows.extend([row], [count])[0])
         for (rank, pool), own_k, own_v in zip(self.pools.items(), k, v):
             own = self.rows.tokens_of(rank, begin, begin + count)
             if len(own):
@@ -71,9 +71,10 @@ class ShardedCache:
         self._stale = True
 
     def append(self, rows: Any, k: Any, v: Any) -> None:
-        """One new token for each of rows [n]; k, v [n, num_kv_heads, head_dim] in lists as of fill()."""
+        """One new token for each of rows [n]; k, v [n, num_kv_heads, head_dim] in lists as of fill(). Raises as fill()."""
         rows = np.asarray(rows, np.int64)
-        counts = self.rows.local_counts(rows, np.ones(len(rows), np.int64))
+        counts = self.rows.local_counts(rows, np.ones(rows.shape, np.int64))
+        self._check_tokens(k, v, len(rows))
         self.rows.extend(rows, np.ones(len(rows), np.int64))
         for (rank, pool), own_k, own_v in zip(self.pools.items(), k, v):
             own = np.flatnonzero(counts[rank])
@@ -82,6 +83,27 @@ class ShardedCache:
                     picked = cupy.asarray(own)
                     pool.append(rows[own], own_k[picked], own_v[picked])
         self._stale = True
+
+    def _check_tokens(self, k: Any, v: Any, tokens: int | None = None) -> int:
+        """How many tokens all arrays have, before any rank takes some. Raises ValueError naming k or v."""
+        ranks, shape = len(self.pools), self.shape
+        for name, of_ranks in (("k", k), ("v", v)):
+            listed = isinstance(of_ranks, (list, tuple))
+            if not listed or len(of_ranks) != ranks:
+                found = f"{type(of_ranks).__name__} of {len(of_ranks)}" if listed else type(of_ranks).__name__
+                raise ValueError(f"{name}: expected a list with an array for each of {ranks} ranks, got {found}")
+            for (rank, pool), own in zip(self.pools.items(), of_ranks):
+                device, dtype = self.group.device(rank), pool.k_pages.dtype
+                if tokens is None and isinstance(own, cupy.ndarray) and own.ndim == 3:
+                    tokens = len(own)
+                if (not isinstance(own, cupy.ndarray) or own.shape != (tokens, shape.num_kv_heads, shape.head_dim)
+                        or own.dtype != dtype or own.device.id != device):
+                    found = (f"{own.dtype} {list(own.shape)} on cuda:{own.device.id}" if isinstance(own, cupy.ndarray)
+                             else type(own).__name__)
+                    count = "tokens" if tokens is None else tokens
+                    raise ValueError(f"{name}[{rank}]: expected cupy {dtype} [{count}, {shape.num_kv_heads}, "
+                                     f"{shape.head_dim}] on cuda:{device}, got {found}")
+        return 0 if tokens is None else tokens
 
     def device_tables(self) -> tuple[list[cupy.ndarray], list[cupy.ndarray]]:
         """(seq_lens, block_table) as ShardedDecode.plan() takes them; the same arrays on every call."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.schedule.shares import PageShares
+from pkvsim.shapes import check_int
 
 
 class PageAllocator:
@@ -186,7 +187,7 @@ class ShardedAllocator:
 
     def __init__(self, shares: PageShares, *, num_pages: int, max_batch: int, max_seq_len: int) -> None:
         """num_pages: of each rank's pool."""
-        self.shares, self.max_seq_len = shares, max_seq_len
+        self.shares, self.max_seq_len = shares, check_int("max_seq_len", max_seq_len, 1, 2**31 - 1)
         self.ranks = tuple(
             PageAllocator(num_pages=num_pages, page_size=shares.page_size, max_batch=max_batch,
                           max_seq_len=max(1, int(shares.of_rank(rank).of(np.int64(max_seq_len)))))

@@ -1,14 +1,13 @@
 """ShardedDecode's host side on a fake GPU: every rank's kernel gets what it needs to compute its part of a step."""
 from __future__ import annotations
 
-import contextlib
 import itertools
 import types
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from fake_gpu import FakeArray, decode, fake_gpu, memory
+from fake_gpu import decode, memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,53 +70,6 @@ class SeveralKernel:
             part = slice(rows.start, rows.stop), slice(heads.start * group, heads.stop * group)
             memory(values.out, np.float16, out.shape)[part] = out[part]
             memory(values.lse, np.float32, whole.shape)[part] = whole[part]
-
-
-@pytest.fixture(scope="module")
-def gpu():
-    with fake_gpu(num_sms=12) as gpu:
-        @contextlib.contextmanager
-        def entered():
-            yield
-
-        class Device:
-            id, synchronize = 0, staticmethod(lambda: None)
-
-            def __init__(self, index: int = 0) -> None:
-                pass
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                return None
-
-        stream = types.SimpleNamespace(ptr=0, synchronize=lambda: None)
-
-        class Stream:
-            ptr = 0
-
-            def __init__(self, **_) -> None:
-                pass
-
-            def synchronize(self) -> None:
-                pass
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                return None
-
-        cuda = gpu.cupy.cuda
-        cuda.Device, cuda.Stream, cuda.get_current_stream = Device, Stream, lambda: stream
-        cuda.alloc_pinned_memory = lambda size: bytearray(size)
-        cuda.runtime.getDeviceCount = lambda: 1
-        cuda.runtime.memset = lambda at, value, size: memory(at, np.uint8, (size,)).fill(value)
-        FakeArray.fill = lambda self, value: self.host.fill(value)
-        gpu.cupy.ndarray = FakeArray
-        yield gpu
-        del FakeArray.fill
 
 
 def make(gpu, num_ranks: int, **more):
@@ -239,6 +191,52 @@ def test_plans_are_checked(gpu) -> None:
     with pytest.raises(ValueError, match="^seq_lens"):  # of rank 1, when rank 0 has planned
         engine.plan([np.array([49], np.int32)] * 2, [wide, table])
     assert [one.planned for one in engine.engines.values()] == kept
+
+
+def test_who_came_late_is_told_of_itself(gpu) -> None:
+    from gpu.several.rank_engine import RankLost
+
+    engine, _ = make(gpu, 2)
+    engine.engines[1]._failure[0] = 1  # as the kernel writes it
+    with pytest.raises(RankLost, match=r"^rank 1: this rank did not do its part of a step within 2 s; .* reset\(\)"):
+        engine.synchronize()
+
+
+def test_a_process_with_one_rank_gives_its_arrays_or_lists_of_them(gpu, monkeypatch) -> None:
+    """Also lengths of one row as a list of numbers, which is no list of the one rank's arrays."""
+    from gpu.several.group import Inboxes
+    from gpu.several.one_process import DeviceGroup
+
+    def one_rank(group: DeviceGroup, devices: object) -> None:
+        made(group, devices)
+        group.ranks = (0,)
+
+    made = DeviceGroup.__init__
+    monkeypatch.setattr(DeviceGroup, "__init__", one_rank)
+    monkeypatch.setattr(DeviceGroup, "inboxes", lambda group, size: {0: Inboxes(0, (0, 0), ())})
+    engine, _ = make(gpu, 2)
+    table = np.array([[0, 1]], np.int32)
+    for lens in ([33], [np.int64(33)], [[33]], np.array([33], np.int32), [np.array([33], np.int32)]):
+        engine.plan(lens, [table])
+        assert engine.engines[0].planned[0].batch_size == 1
+    engine.plan([33, 40], np.array([[0, 1], [2, 3]], np.int32))
+    with pytest.raises(ValueError, match=r"^block_table: expected int32 or int64 \[2, max_pages\]"):
+        engine.plan([33, 40], table)
+
+
+@pytest.mark.parametrize(("lens", "said"), [(5, "got int"), ([[5]] * 3, "got list of 3")])
+def test_lists_of_other_ranks_are_refused(gpu, lens, said) -> None:
+    engine, _ = make(gpu, 2)
+    with pytest.raises(ValueError, match=f"^seq_lens: expected a list with an entry for each of 2 ranks, {said}"):
+        engine.plan(lens, [np.zeros((1, 1), np.int32)] * 2)
+
+
+@pytest.mark.parametrize("devices", [2, None, [0], [0] * 9, ["cuda:0", "cuda:0"], [0, 1], [0, -1], [0, True], "00"])
+def test_devices_are_checked(gpu, devices) -> None:
+    from gpu.several.one_process import DeviceGroup
+
+    with pytest.raises(ValueError, match="^devices"):
+        DeviceGroup(devices)
 
 
 def test_what_ranks_own_is_everything_once() -> None:

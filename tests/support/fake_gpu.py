@@ -32,6 +32,7 @@ ENGINE_MODULES = (
     "gpu.cache.writer",
     "gpu.cache.pool",
     "gpu.cache.head_pool",
+    "gpu.several.cache",
     "gpu.several.collectives",
     "gpu.several.one_process",
     "gpu.several.rank_engine",
@@ -58,7 +59,7 @@ class FakeArray:
         return getattr(self.host, name)
 
     def __getitem__(self, index: object) -> FakeArray:
-        return FakeArray(self.host[index], self.device.id)
+        return FakeArray(self.host[_host(index)], self.device.id)
 
     def __setitem__(self, index: object, value: object) -> None:
         index = tuple(_host(part) for part in index) if isinstance(index, tuple) else _host(index)
