@@ -54,6 +54,7 @@ class DeviceGroup:
             yield stream
 
     def inboxes(self, num_bytes: int) -> dict[int, Inboxes]:
+        self.barrier()  # a step of an engine that was dropped may still write into memory that is used again here
         boxes = []
         for rank in self.ranks:
             with self.use(rank) as stream:

@@ -18,6 +18,7 @@ class SymmetricGroup(TorchRank):
         import torch
         import torch.distributed._symmetric_memory as symmetric
 
+        self.barrier()  # a step of an engine that was dropped may still write into memory that is used again here
         with torch.cuda.device(self._device):
             memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=f"cuda:{self._device}")
             handle = symmetric.rendezvous(memory, self._process_group)

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator
 
 from pkvsim.schedule.shares import MAX_RANKS
+from pkvsim.shapes import check_int
 
 
 class TorchRank:
@@ -26,7 +27,9 @@ class TorchRank:
         self.ranks = (self._rank,)
         self._device = -1
         if torch.cuda.is_available():
-            self._device = torch.cuda.current_device() if device is None else device
+            self._device = torch.cuda.current_device()
+            if device is not None:
+                self._device = check_int("device", device, 0, torch.cuda.device_count() - 1)
 
     def device(self, rank: int) -> int:
         return self._device

@@ -54,7 +54,8 @@ def test_every_rank_gets_the_states_of_what_it_owns(ranks: int) -> None:
         port = probe.getsockname()[1]
     context = processes.get_context("fork")
     errors = context.Queue()
-    started = [context.Process(target=one_rank, args=(rank, ranks, port, errors)) for rank in range(ranks)]
+    # Daemons: where one fails, the others would wait for it beyond this test.
+    started = [context.Process(target=one_rank, args=(rank, ranks, port, errors), daemon=True) for rank in range(ranks)]
     for process in started:
         process.start()
     told = [errors.get(timeout=120) for _ in started]
@@ -68,3 +69,16 @@ def test_a_group_needs_torch_distributed() -> None:
 
     with pytest.raises(ValueError, match="^process_group"):
         CollectiveGroup()
+
+
+@pytest.mark.parametrize("device", ["cuda:1", -1, 2, 1.0])
+def test_a_device_that_is_not_there_is_refused(monkeypatch, device) -> None:
+    from gpu.several.symmetric_memory import SymmetricGroup
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    for name, value in (("is_available", True), ("current_device", 0), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert SymmetricGroup().device(1) == 0 and SymmetricGroup(device=1).device(1) == 1
+    with pytest.raises(ValueError, match=r"^device: expected an integer in \[0, 1\]"):
+        SymmetricGroup(device=device)
