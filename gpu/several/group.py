@@ -1,7 +1,7 @@
 """What a step over several GPUs asks of a group of ranks. Needs no GPU."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,8 +55,10 @@ def check_group(group: Any) -> Group:
     return group
 
 
-def check_devices(devices: Iterable[int], available: int) -> tuple[int, ...]:
+def check_devices(devices: Sequence[int], available: int) -> tuple[int, ...]:
     """The device of each rank. Raises ValueError naming devices."""
+    if not hasattr(devices, "__iter__"):
+        raise ValueError(f"devices: expected a device for each rank, such as [0, 1], got {devices!r}")
     found = tuple(check_int(f"devices[{i}]", device, 0, available - 1) for i, device in enumerate(devices))
     if not 2 <= len(found) <= MAX_RANKS:
         raise ValueError(f"devices: expected one for each of 2 to {MAX_RANKS} ranks, got {len(found)}")

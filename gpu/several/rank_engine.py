@@ -31,7 +31,10 @@ SEVERAL_VALUES = (*VALUES, *BalancedCosts._fields, *RANK_FIELDS, "max_tokens")
 
 
 class RankLost(RuntimeError):
-    """A rank did not do its part of a step within the stated time. The group's steps are void until reset()."""
+    """A rank did not do its part of a step within the stated time. The group's steps are void until reset().
+
+    Who came late itself learns of it from its next step, which computes nothing.
+    """
 
 
 class PreparedRun(NamedTuple):
@@ -158,14 +161,16 @@ class RankEngine:
                   for rank in range(ranks)]
         own = places[self.rank][1] - places[self.rank][0]
         sent = batch_size * self._heads.num_kv_heads
+        if self._received is None or self._received.numel() != ranks * own * size:
+            # First of all, since where no memory is left the last plan stays, with the counts that belong to it.
+            received = torch.empty(ranks * own * size, dtype=torch.uint8, device=f"cuda:{self.device_id}")
+            if self._received is not None:
+                self._in_graphs.append((self._received,))  # a captured graph may write it still
+            self._received = received
         self._counts = None if self.owner == "all" else (
             tuple((end - begin) * size for begin, end in places), (own * size,) * ranks)
         box = self._inboxes.kept[0]
         self._left = torch.as_tensor(box, device=f"cuda:{self.device_id}")[HEAD_BYTES:HEAD_BYTES + sent * size]
-        if self._received is None or self._received.numel() != ranks * own * size:
-            if self._received is not None:
-                self._in_graphs.append((self._received,))  # a captured graph may write it still
-            self._received = torch.empty(ranks * own * size, dtype=torch.uint8, device=f"cuda:{self.device_id}")
 
     def run(self, run: Run) -> tuple[object, object]:
         """As gpu.several.ShardedDecode.run, of this rank's arrays, on the caller's current stream."""
@@ -227,7 +232,9 @@ class RankEngine:
         """Raises RankLost where a launch that has ended waited in vain. Waits for nothing."""
         lost = int(self._failure[0])
         if lost != EMPTY_WORD:
-            raise RankLost(f"rank {self.rank}: rank {lost} did not do its part of a step within {self.timeout_s:g} s")
+            who = "this rank" if lost == self.rank else f"rank {lost}"
+            raise RankLost(f"rank {self.rank}: {who} did not do its part of a step within {self.timeout_s:g} s; all ranks "
+                           "serve again after reset() on each of them")
 
     def clear(self) -> None:
         """Empties what is this rank's, when no rank's launch runs; ShardedDecode.reset() says what else."""

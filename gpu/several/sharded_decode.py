@@ -1,6 +1,7 @@
 """ShardedDecode: one decode step of rows whose pages are spread over several GPUs."""
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class ShardedDecode:
     A step is one launch of each rank. Lengths, tables and queries may change in place between runs, also inside a
     captured CUDA graph, and results repeat bit for bit. Every rank plans and runs the same steps in the same order,
     with the same lengths; the queries of a step are on every rank, whole. A step's ranks wait for each other: on a
-    device that several of them share, theirs must be the only work that takes its SMs for long.
+    device that several of them share, theirs must be the only work that takes its SMs for long. They write into each
+    other's memory: synchronize() before the object is dropped.
 
     engines: this process's ranks', by rank; engines[rank].run(Run(..)) is one rank's launch alone, as a captured graph
     of that rank needs it.
@@ -47,7 +49,8 @@ class ShardedDecode:
         lengths, whatever pages they are.
         max_batch: rows of a step at most; inboxes of 2 * num_ranks states for each of their heads are kept for them.
         num_ctas: of a rank's launch, by default its part of the device's SMs.
-        timeout_s: how long a rank waits for another before RankLost, and then on every rank.
+        timeout_s: how long a rank waits for another before RankLost, and then on every rank. Of a CollectiveGroup a step
+        waits for as long as torch.distributed does.
         overlap: whether a rank's launch may begin while the one before it ends (sm_90); by default where the rank has a
         GPU for itself. Ranks that share one let it begin once all CTAs of the step are there.
 
@@ -162,9 +165,9 @@ class ShardedDecode:
         count = len(self.group.ranks)
         if value is None:
             return (None,) * count
-        many = isinstance(value, (list, tuple)) and (count > 1 or len(value) == 1)
-        if count == 1 and not many:
-            return (value,)
-        checks.expect(name, f"a list with an entry for each of {count} ranks", type(value).__name__,
-                      many and len(value) == count)
+        many = isinstance(value, (list, tuple))
+        if count == 1 and not (many and len(value) == 1 and not isinstance(value[0], numbers.Number)):
+            return (value,)  # a list of numbers is the lengths themselves
+        checks.expect(name, f"a list with an entry for each of {count} ranks", f"{type(value).__name__} of {len(value)}"
+                      if many else type(value).__name__, many and len(value) == count)
         return value
