@@ -18,6 +18,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams of ranks o
 from bench.script import one_line_errors
 
 from gpu.measure.environment import environment, lacks_gpu, options_of, write_json
+from pkvsim.schedule.shares import MAX_RANKS
+from pkvsim.shapes import check_int
 
 TOLERANCE = 2e-3
 CHUNK = 1 << 16  # tokens that are filled, and checked, at a time
@@ -35,9 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @one_line_errors("several")
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_int("tokens", args.tokens, 0)
+    check_int("steps", args.steps, 1)
+    check_int("ranks", args.ranks, 2, MAX_RANKS)
     if lacks_gpu("several"):
         return 1
     import cupy
+    import numpy as np
     import torch
 
     from gpu.measure.progress import tracked
@@ -68,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         times.append(time.perf_counter() - start)
         if step in (0, args.steps - 1):
             want = expected(cache, q[0].get())
-            worst = max(worst, *(float(abs(out.get().astype("f8") - want).max()) for out, _ in results))
+            # NumPy's maximum, since Python's passes over NaN.
+            worst = float(np.max([worst, *(abs(out.get().astype("f8") - want).max() for out, _ in results)]))
             same = len({out.get().tobytes() for out, _ in results}) == 1
             if not worst < TOLERANCE or not same:
                 print(f"several: error: ranks {'agree' if same else 'differ'}, error {worst:.2g}", file=sys.stderr)
