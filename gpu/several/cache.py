@@ -71,7 +71,7 @@ class ShardedCache:
         self._stale = True
 
     def append(self, rows: Any, k: Any, v: Any) -> None:
-        """One new token for each of rows [n]; k, v [n, num_kv_heads, head_dim] in lists as of fill(). Raises as fill()."""
+        """One new token for each of rows [n]; k, v [n, num_kv_heads, head_dim] in lists and refused as of fill()."""
         rows = np.asarray(rows, np.int64)
         counts = self.rows.local_counts(rows, np.ones(rows.shape, np.int64))
         self._check_tokens(k, v, len(rows))

@@ -233,8 +233,8 @@ class RankEngine:
         lost = int(self._failure[0])
         if lost != EMPTY_WORD:
             who = "this rank" if lost == self.rank else f"rank {lost}"
-            raise RankLost(f"rank {self.rank}: {who} did not do its part of a step within {self.timeout_s:g} s; all ranks "
-                           "serve again after reset() on each of them")
+            raise RankLost(f"rank {self.rank}: {who} did not do its part of a step within {self.timeout_s:g} s; they "
+                           "serve again after reset() on all ranks")
 
     def clear(self) -> None:
         """Empties what is this rank's, when no rank's launch runs; ShardedDecode.reset() says what else."""

@@ -49,7 +49,7 @@ class ShardedDecode:
         lengths, whatever pages they are.
         max_batch: rows of a step at most; inboxes of 2 * num_ranks states for each of their heads are kept for them.
         num_ctas: of a rank's launch, by default its part of the device's SMs.
-        timeout_s: how long a rank waits for another before RankLost, and then on every rank. Of a CollectiveGroup a step
+        timeout_s: how long a rank waits for another before RankLost, and then on every rank. A CollectiveGroup's step
         waits for as long as torch.distributed does.
         overlap: whether a rank's launch may begin while the one before it ends (sm_90); by default where the rank has a
         GPU for itself. Ranks that share one let it begin once all CTAs of the step are there.

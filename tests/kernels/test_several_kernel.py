@@ -65,6 +65,23 @@ def test_lengths_change_between_steps() -> None:
     assert ranks.left_empty()
 
 
+@pytest.mark.parametrize("before", [2**31 - 3, 2**32 - 3])
+def test_steps_are_counted_beyond_32_bits(before) -> None:
+    """A thousand layers a second come to 2^31 in a month."""
+    ranks = ranks_of("two ranks by head", same_gpu=True, patience_ns=2_000_000_000)
+    num, ctas = ranks.config.num_ranks, ranks.ctas
+    for rank in ranks.ranks:
+        rank.workspace.view(np.uint32)[-ctas * ranks.config.kernel.warps:] = before
+        words = rank.inbox.view(np.uint32)
+        words[:num], words[num + 1:2 * num + 1] = before, ((before + 1) * ctas - 1) % 2**32
+    for step in range(1, 5):
+        ranks.launch(seed=step)
+        assert_close(ranks.results(), expected(ranks.step), "float16")
+        assert all(rank.failure[0] == EMPTY_WORD for rank in ranks.ranks) and ranks.left_empty()
+        assert all((rank.inbox.view(np.uint32)[:num][np.arange(num) != at] == (before + step) % 2**32).all()
+                   for at, rank in enumerate(ranks.ranks))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("owner", ["head", "row"])
 def test_ranks_go_on_by_themselves(owner) -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 # What the replicas go by. Their steps take prompts whole, so step_tokens only has to let max_batch be.
-SERVED = ("page_size", "max_batch", "step_tokens", "kv_gib", "memory_fraction", "workspace_gib", "replicas", "draft_seed")
+SERVED = ("page_size", "max_batch", "step_tokens", "kv_gib", "memory_fraction", "workspace_gib", "replicas",
+          "draft_seed")
 
 
 def check_served(config: ServingConfig) -> None:
