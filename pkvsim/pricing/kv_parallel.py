@@ -88,16 +88,30 @@ def first_ranks(lens, page_size, ranks, found):
     return found
 
 
-def check_kv_parallel(policy: str, groups: Sequence[DecodeGroup]) -> None:
-    """ValueError where no kernel serves the policy, or one of the model's kinds of layers, over several GPUs."""
-    if policy != POLICY:
-        raise ValueError(f"policies: expected {POLICY} alone with kv_parallel, got {policy}")
+def unserved_layers(groups: Sequence[DecodeGroup]) -> str | None:
+    """A model's layers that no kernel serves over several GPUs, in words, or None where all are served. groups:
+    its grouped-query attention."""
     if not groups:
-        raise ValueError("kv_parallel: expected 1 for a model without grouped-query attention")
+        return "a model without grouped-query attention"
     for group in groups:
         if group.options is not None and group.options.window is not None:
-            raise ValueError(f"kv_parallel: expected 1 for layers with windows, which no kernel serves over several "
-                             f"GPUs, got layers of {group.options.window} tokens")
+            return (f"layers with windows, which no kernel serves over several GPUs, got layers of "
+                    f"{group.options.window} tokens")
+    return None
+
+
+def check_kv_parallel(policy: str, groups: Sequence[DecodeGroup]) -> None:
+    """ValueError where no kernel serves the policy, several query tokens of a row, or one of the model's kinds of layers
+    over several GPUs."""
+    if policy != POLICY:
+        raise ValueError(f"policies: expected {POLICY} alone with kv_parallel, got {policy}")
+    for group in groups:
+        if group.options is not None and group.options.query_tokens != 1:
+            raise ValueError(f"query_tokens: expected 1 with kv_parallel, as its kernel serves no other, got "
+                             f"{group.options.query_tokens}")
+    unserved = unserved_layers(groups)
+    if unserved is not None:
+        raise ValueError(f"kv_parallel: expected 1 for {unserved}")
 
 
 def exchange_table(groups: Sequence[DecodeGroup], device: DeviceSpec, *, ranks: int, max_batch: int) -> np.ndarray:

@@ -39,6 +39,14 @@ def test_what_lend_refuses(capsys, monkeypatch, more, said) -> None:
     assert code == 2 and said in err
 
 
+def test_only_models_that_the_kernel_serves_borrow(capsys, monkeypatch) -> None:
+    """Windows have no kernel over several GPUs; the other ways need none."""
+    load = (*LOAD, "--model", "gpt-oss-20b", "--replicas", "2")
+    code, _, err = pkvsim(capsys, monkeypatch, *load, "--lend", "all")
+    assert code == 2 and "lend: expected some of preempt, move, recompute for layers with windows" in err
+    assert pkvsim(capsys, monkeypatch, *load, "--lend", "preempt,move,recompute")[0] == 0
+
+
 def test_a_step_over_gpus(capsys, monkeypatch, tmp_path) -> None:
     step = ("step", "--seq-lens", "65536,900x3", "--device", "h200", "--kv-parallel", "3")
     code, out, _ = pkvsim(capsys, monkeypatch, *step, "--json", "--plot", str(tmp_path / "step.svg"))

@@ -62,7 +62,8 @@ def test_two_gpus_halve_a_long_row() -> None:
 
 @pytest.mark.parametrize(("more", "name"), [
     ({"num_ranks": 9}, "num_ranks"), ({"owner": "me"}, "owner"), ({"options": AttentionOptions(window=8)}, "window"),
-    ({"options": AttentionOptions(query_tokens=2)}, "query_tokens"),
+    ({"options": AttentionOptions(query_tokens=2)}, "query_tokens"), ({"shares": PageShares(32, (1, 1))}, "shares"),
+    ({"shares": (1, 1)}, "shares"),
 ])
 def test_what_cannot_be_is_refused_by_name(more, name) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):

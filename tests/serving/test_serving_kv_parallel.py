@@ -40,6 +40,7 @@ def test_pages_of_all_gpus_are_a_servers() -> None:
 @pytest.mark.parametrize(("model", "policy", "more", "name"), [
     (MODEL, "calibrated", {"kv_parallel": 2}, "policies"), (GPT_OSS, "balanced", {"kv_parallel": 2}, "kv_parallel"),
     (MODEL, "balanced", {"kv_parallel": 9}, "kv_parallel"), (MODEL, "balanced", {"kv_parallel": 0}, "kv_parallel"),
+    (MODEL, "balanced", {"kv_parallel": 2, "query_tokens": 2, "acceptance": 0.5}, "query_tokens"),
 ])
 def test_what_cannot_be_is_refused_by_name(model, policy, more, name) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):

@@ -36,7 +36,8 @@ def whatif_lend(
 ) -> None:  # fmt: skip
     """Serves the requests on config.replicas replicas in each of the ways, and prints a line for each. ValueError as
     check_served and serve_lending."""
-    from pkvsim.serving.costs import page_budget
+    from pkvsim.pricing.kv_parallel import unserved_layers
+    from pkvsim.serving.costs import page_budget, routed_groups
     from pkvsim.studies.lend.prices import LendPrices
     from pkvsim.studies.lend.run import WAYS, serve_lending
 
@@ -44,6 +45,10 @@ def whatif_lend(
     names = list(WAYS) if ways == "all" else [name.strip() for name in ways.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"lend: expected some of {', '.join(WAYS)}, each once, or all, got {ways!r}")
+    unserved = unserved_layers(routed_groups(model, config.page_size))
+    if "borrow" in names and unserved is not None:
+        others = ", ".join(way for way in WAYS if way != "borrow")
+        raise ValueError(f"lend: expected some of {others} for {unserved}")
     pages, prices, results = page_budget(model, device, config), LendPrices(model, device), []
     for name in names:
         def advance(sent: int, name: str = name) -> None:

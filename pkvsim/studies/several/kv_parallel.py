@@ -67,6 +67,8 @@ def explain_kv_parallel(
     after the other in turn. Raises ValueError naming the argument."""
     lens = check_seq_lens(seq_lens)
     shares = interleaved(num_ranks, shape.page_size) if shares is None else shares
+    if not isinstance(shares, PageShares) or shares.page_size != shape.page_size:
+        raise ValueError(f"shares: expected PageShares of pages of {shape.page_size} tokens, got {shares!r}")
     for name, plain, given in (("window", None, options.window), ("query_tokens", 1, options.query_tokens)):
         if given != plain:
             raise ValueError(f"{name}: expected {plain} with kv_parallel, as its kernel serves no other, got {given}")
