@@ -101,8 +101,8 @@ def unserved_layers(groups: Sequence[DecodeGroup]) -> str | None:
 
 
 def check_kv_parallel(policy: str, groups: Sequence[DecodeGroup]) -> None:
-    """ValueError where no kernel serves the policy, several query tokens of a row, or one of the model's kinds of layers
-    over several GPUs."""
+    """ValueError where no kernel serves the policy, several query tokens of a row, or one of the model's kinds of
+    layers, over several GPUs."""
     if policy != POLICY:
         raise ValueError(f"policies: expected {POLICY} alone with kv_parallel, got {policy}")
     for group in groups:
