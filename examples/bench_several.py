@@ -52,6 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.owners = tuple(args.owners.split(","))
     if not set(args.owners) <= set(OWNERS):
         parser.error(f"--owners: expected some of {', '.join(OWNERS)}, got {','.join(args.owners)!r}")
+    for name, least in (("gpus", 1), ("ranks", 2), ("repeats", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: expected at least {least}, got {getattr(args, name)}")
     return args
 
 
@@ -81,7 +84,8 @@ def table(results: list, ranks: int):
         for way in ways:
             found = result.ways.get(way)
             cells.append("-" if found is None else f"{found[0]:.1f}")
-        several = result.ways.get("several, head", result.ways.get("several, all", (float("nan"),)))[0]
+        several = next(result.ways[f"several, {owner}"][0] for owner in ("head", "all", "row")
+                       if f"several, {owner}" in result.ways)
         rows.append((result.cell, *cells, f"{min(result.by_rank['alone']):.1f}", f"{several / one:.3f}",
                      f"{several - result.ways['alone'][0]:+.1f}"))
     columns = ("cell", *ways, "fastest alone", "over one", "merge adds")

@@ -1,6 +1,8 @@
 """bench_several as far as no GPU is needed: cells, how their pages lie, options."""
 from __future__ import annotations
 
+import types
+
 import bench_several
 import numpy as np
 import pytest
@@ -37,3 +39,26 @@ def test_options(capsys) -> None:
         bench_several.parse_args(["--owners", "row,nobody"])
     assert "--owners: expected some of all, row, head, got 'row,nobody'" in capsys.readouterr().err
     assert several.parse_args(["--tokens", "5"]).tokens == 5
+
+
+@pytest.mark.parametrize("option", ["--gpus 0", "--ranks 1", "--repeats 0"])
+def test_numbers_that_cannot_be(capsys, option) -> None:
+    with pytest.raises(SystemExit):
+        bench_several.parse_args(option.split())
+    assert f"{option.split()[0]}: expected at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tokens -1", "--ranks 9", "--ranks 1", "--steps 0"])
+def test_what_the_example_cannot_run(capsys, option) -> None:
+    with pytest.raises(SystemExit) as ended:
+        several.main(option.split())
+    assert ended.value.code == 2 and f"several: error: {option.split()[0][2:]}: expected an integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("owner", ["row", "all", "head"])
+def test_the_table_compares_whatever_owner_was_asked_for(owner) -> None:
+    us = {"one": 20.0, "alone": 10.0, f"several, {owner}": 12.0}
+    result = types.SimpleNamespace(cell="cell", ways={way: (one, one) for way, one in us.items()},
+                                   by_rank={way: (one, one) for way, one in us.items()})
+    ((*_, over_one, adds),) = bench_several.table([result], 2).rows
+    assert (over_one, adds) == ("0.600", "+2.0")

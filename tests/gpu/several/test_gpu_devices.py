@@ -94,5 +94,9 @@ def test_a_killed_process_ends_the_other() -> None:
                                   stderr=subprocess.STDOUT,
                                   env=ENV | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port})
                  for rank in "01"]
-    told = [process.communicate(timeout=240)[0] for process in processes]
+    try:
+        told = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # a rank that hangs would keep its GPU
     assert "rank 0: RankLost after 1." in told[0], told
