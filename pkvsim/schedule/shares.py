@@ -54,12 +54,14 @@ class PageShares:
     pages_of_rank: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_int("page_size", self.page_size, 1)
+        check_int("page_size", self.page_size, 1, MAX_TOKENS)
+        if not isinstance(self.pages_of_rank, (list, tuple)):
+            raise ValueError(f"pages_of_rank: expected pages of each rank, such as (7, 3), got {self.pages_of_rank!r}")
         ranks, most = len(self.pages_of_rank), MAX_TOKENS // self.page_size
         if not 1 <= ranks <= MAX_RANKS:
             raise ValueError(f"pages_of_rank: expected 1 to {MAX_RANKS} ranks, got {ranks}")
-        for rank, pages in enumerate(self.pages_of_rank):
-            check_int(f"pages_of_rank[{rank}]", pages, 0, most)
+        object.__setattr__(self, "pages_of_rank", tuple(check_int(f"pages_of_rank[{rank}]", pages, 0, most)
+                                                        for rank, pages in enumerate(self.pages_of_rank)))
         if not 0 < sum(self.pages_of_rank) <= most:
             raise ValueError(f"pages_of_rank: expected 1 to {most} pages together, got {sum(self.pages_of_rank)}")
 
@@ -105,6 +107,7 @@ def interleaved(num_ranks: int, page_size: int, *, pages: int = 1) -> PageShares
 def in_runs(num_ranks: int, page_size: int, *, max_tokens: int) -> PageShares:
     """A run for each rank, of rows of at most max_tokens: short rows are the first ranks' alone."""
     num_ranks = check_int("num_ranks", num_ranks, 1, MAX_RANKS)
+    page_size = check_int("page_size", page_size, 1, MAX_TOKENS)
     pages = -(-check_int("max_tokens", max_tokens, 1, MAX_TOKENS) // page_size)
     return PageShares(page_size, (-(-pages // num_ranks),) * num_ranks)
 
@@ -112,10 +115,15 @@ def in_runs(num_ranks: int, page_size: int, *, max_tokens: int) -> PageShares:
 def in_proportion(weights: Sequence[float], page_size: int, *, cycle_pages: int = 64) -> PageShares:
     """Of every cycle_pages so many to each rank as its weight says, by the largest remainder; the ranks' bandwidths
     are the weights with which they take equally long. Raises ValueError naming the argument."""
-    given = np.asarray(weights, np.float64)
-    if given.ndim != 1 or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
+    try:
+        given = np.asarray(weights, np.float64)
+    except (TypeError, ValueError):
+        given = np.zeros(0)
+    with np.errstate(over="ignore"):
+        whole = given.sum()  # NaN or infinite where a weight is
+    if given.ndim != 1 or (given < 0).any() or not 0 < whole < np.inf:
         raise ValueError(f"weights: expected numbers from 0 on, one of each rank, not all 0, got {weights!r}")
-    wanted = given / given.sum() * check_int("cycle_pages", cycle_pages, 1)
+    wanted = given / whole * check_int("cycle_pages", cycle_pages, 1)
     pages = np.floor(wanted).astype(np.int64)
     left = np.argsort(pages - wanted, kind="stable")[:cycle_pages - int(pages.sum())]
     pages[left] += 1

@@ -52,11 +52,18 @@ def test_shares_are_in_proportion_to_a_page(weights, cycle) -> None:
     (lambda: PageShares(0, (1,)), "page_size"), (lambda: interleaved(9, 16), "num_ranks"),
     (lambda: interleaved(2, 16, pages=0), "pages"), (lambda: in_runs(2, 16, max_tokens=0), "max_tokens"),
     (lambda: in_proportion((), 16), "weights"), (lambda: in_proportion((1, float("nan")), 16), "weights"),
-    (lambda: in_proportion((0, 0), 16), "weights"),
+    (lambda: in_proportion((0, 0), 16), "weights"), (lambda: in_proportion("fast", 16), "weights"),
+    (lambda: in_proportion(((1, 2), (3,)), 16), "weights"), (lambda: in_proportion((1e308, 1e308), 16), "weights"),
+    (lambda: in_runs(2, 0, max_tokens=9), "page_size"), (lambda: PageShares(16, 2), "pages_of_rank"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(make, name) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
         make()
+
+
+def test_shares_of_lists_and_numpy_integers_are_the_same() -> None:
+    assert PageShares(16, list(np.array([7, 3]))) == PageShares(16, (7, 3))
+    assert hash(PageShares(16, [7, 3])) == hash(PageShares(16, (7, 3)))
 
 
 @given(st.integers(2, 2**31 - 1), st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=20))
