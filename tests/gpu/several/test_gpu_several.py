@@ -175,6 +175,11 @@ def test_a_rank_that_stops_ends_the_others(lost: int) -> None:
         engine.synchronize()
     torch.cuda.synchronize()
     assert 0.4 <= time.perf_counter() - begin < 1.5
+    with engine.group.use(lost):
+        arrays.launch(lost)  # it comes after all, and computes nothing
+    torch.cuda.synchronize()
+    with pytest.raises(RankLost, match=f"rank {lost}: this rank did not do its part"):
+        engine.engines[lost].check()
     with pytest.raises(RankLost):
         arrays.run()
     engine.reset()
