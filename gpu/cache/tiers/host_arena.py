@@ -114,13 +114,16 @@ class HostArena:
         self._kept = True
 
     def close(self) -> None:
-        """Unregisters it; the memory goes with the last who looks at it."""
+        """Unregisters it and gives the memory back to the machine; who looks at it afterwards sees zeros."""
         if self._registered and not self._kept:
             import cupy
 
             for address in self._registered:
                 cupy.cuda.runtime.hostUnregister(address)
         self._registered = []
-        if self._kept:
+        if not self._kept:
+            with contextlib.suppress(OSError):  # where it is locked it goes with the mapping
+                self._map.madvise(mmap.MADV_DONTNEED)
+        else:
             # The mapping outlives the last name that this process has for it.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))

@@ -182,6 +182,9 @@ class DiskFiles:
     def close(self, *, keep_blocks: bool = False) -> None:
         """Closes the files and lets another process have the directory. keep_blocks: `fd` stays open, as a request that
         uses it may still begin, and must not meet another file of the same number."""
+        if self._lock >= 0:  # which a forked process may have open as well
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
         for fd in (-1 if keep_blocks else self.fd, self._complete, self._lock):
             if fd >= 0:
                 with contextlib.suppress(OSError):  # already closed under us by a fault: nothing is left to keep
