@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpu.cache.tiers.host_arena import numa_nodes
+from gpu.cache.tiers.host_room import free_host_bytes
 from gpu.calibrate.tier_rates import (
     BLOCK_BYTES,
     MIB,
     RUN_BYTES,
     disk_rates,
     disk_tier,
-    free_host_bytes,
     host_rates,
     host_tier,
     link_rates,
