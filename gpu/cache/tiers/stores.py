@@ -76,7 +76,7 @@ def parse_stores(
             raise ValueError(f"tiers: expected host memory, or a disk with =DIRECTORY, got {text!r}")
         if tier.kind == HOST:
             node = tier.name.removeprefix(HOST)
-            host.append(HostStore(tier=tier, node=int(node) if node.isdigit() else None, pin=pin))
+            host.append(HostStore(tier=tier, node=int(node) if node.isdecimal() else None, pin=pin))
         else:
             # A shell expands a tilde at the beginning of a word, and here it stands behind the equals sign.
             disks.append(DiskStore(tier=tier, directory=os.path.expanduser(directory), pin=pin))

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 from pool_cases import device, disk, got, host, keys, put, tier
 
+from gpu.cache.tiers.device import HostLayers
 from gpu.cache.tiers.stores import DiskStore, parse_stores
 from gpu.cache.tiers.tiered_cache import TieredKVCache
+from pkvsim.memory.tiers import Tier
 
 
 @pytest.mark.parametrize("pages", [
@@ -57,3 +59,17 @@ def test_a_reader_that_cannot_be_had_is_named(tmp_path, monkeypatch):
         TieredKVCache(device(), disks=[disk(tmp_path / "a", reader="io_uring")])
     with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader="auto")]) as cache:
         assert cache.stats()["a"]["reader"] == "preadv"
+
+
+def test_pages_that_copies_by_address_must_not_write_to():
+    """Memory that is mapped to be read ends the process, and that of an immutable object changes under it."""
+    fixed = np.frombuffer(bytes(64), np.uint8).reshape(4, 16)
+    for pages, said in ((fixed, "that may be written"), (np.zeros((0, 16), np.uint8), "uint8 arrays of one shape")):
+        with pytest.raises(ValueError, match=f"k_pages, v_pages: expected .*{said}"):
+            HostLayers([pages], [pages])
+
+
+def test_a_tier_is_what_it_says():
+    for name, rate in ((" ", 1.0), ("disk", "7")):
+        with pytest.raises(ValueError, match="name: expected|read_bytes_per_s: expected"):
+            Tier(name=name, kind="disk", capacity_bytes=1, read_bytes_per_s=rate, write_bytes_per_s=1.0)
