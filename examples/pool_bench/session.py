@@ -114,6 +114,6 @@ def run(
 
 
 def largest_difference(found: Sequence[Answer], expected: Sequence[Answer]) -> float:
-    """Of the first tokens' logits, as a share of their standard deviation."""
-    return max(float((one.first_logits - other.first_logits).abs().max() / other.first_logits.std())
-               for one, other in zip(found, expected))  # fmt: skip
+    """Of the first tokens' logits, as a share of their standard deviation; NaN where one of them is."""
+    return float(np.max([float((one.first_logits - other.first_logits).abs().max() / other.first_logits.std())
+                         for one, other in zip(found, expected)]))  # fmt: skip

@@ -5,6 +5,7 @@ that compute takes the time it would and depends on every page; no weights are n
 """
 from __future__ import annotations
 
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -127,31 +128,30 @@ def from_pool(
 ) -> list[FirstToken]:  # fmt: skip
     """rates [1 + disks]: of host memory and of disks limited to theirs. link_bytes_per_s: of one piece;
     runs_bytes_per_s: of scattered runs of a layer's page, measured alone; variants: of VARIANTS, one after another from
-    the same blocks."""
+    the same blocks; the pool is opened again for another number of buffers."""
     block_bytes = model.device.block_bytes
     whole, total = model.blocks * block_bytes, sum(rates)
     places = [Path(tempfile.mkdtemp(dir=directory, prefix="pool-")) for directory in directories]
     limiters: dict[str, LimitedReader] = {}
+    keys, pages = keys_of(what, model.blocks), np.arange(model.blocks, dtype=np.int32)
+    wanted, found = model.checksums(), []
     try:
-        host = [host_store(-(-int(model.blocks * rates[0] / total * 1.01) // 1) + 8, block_bytes, rates[0], pin=True)]
-        disks = [
-            limited_disk(f"disk{at}", place, rate, int(model.blocks * rate / total * 1.01) + 8, block_bytes,
-                         pin=True, limiters=limiters,
-                         ring_depths=max(VARIANTS[name].ring_depths for name in variants))
-            for at, (place, rate) in enumerate(zip(places, rates[1:]))
-        ]
-        keys, pages = keys_of(what, model.blocks), np.arange(model.blocks, dtype=np.int32)
-        with TieredKVCache(model.device, host=host, disks=disks, drift=1e9) as cache:
-            wanted = model.checksums()
-            if disks:
-                handle = cache.store(keys, pages)
-                handle.wait()
-            else:
-                store_all(cache, keys, group=model.blocks)
-            if cache.lookup(keys) != model.blocks:
-                raise RuntimeError(f"stored {cache.lookup(keys)} of {model.blocks} blocks: {cache.stats()}")
-
-            found = [_timed(model, cache, keys, pages, limiters, name, wanted) for name in variants]
+        host = [host_store(int(model.blocks * rates[0] / total * 1.01) + 8, block_bytes, rates[0], pin=True)]
+        # A disk has its buffers from its opening on. What it holds it finds again, and host memory is filled anew.
+        for ring_depths, names in itertools.groupby(variants, lambda name: VARIANTS[name].ring_depths):
+            disks = [
+                limited_disk(f"disk{at}", place, rate, int(model.blocks * rate / total * 1.01) + 8, block_bytes,
+                             pin=True, limiters=limiters, ring_depths=ring_depths)
+                for at, (place, rate) in enumerate(zip(places, rates[1:]))
+            ]  # fmt: skip
+            with TieredKVCache(model.device, host=host, disks=disks, drift=1e9) as cache:
+                if disks:
+                    cache.store(keys, pages).wait()
+                else:
+                    store_all(cache, keys, group=model.blocks)
+                if cache.lookup(keys) != model.blocks:
+                    raise RuntimeError(f"stored {cache.lookup(keys)} of {model.blocks} blocks: {cache.stats()}")
+                found += [_timed(model, cache, keys, pages, limiters, name, wanted) for name in names]
     finally:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
@@ -170,8 +170,6 @@ def _timed(
 ) -> tuple[float, float, float, tuple[DiskTrace, ...], CopyTimes]:  # fmt: skip
     """(TTFT, asked, arrived, traces, copies) of the median load as the variant of that name says."""
     tracer, turns, variant, device = Tracer(cache, limiters), [], VARIANTS[name], cache.device
-    for disk in cache._disks:  # which have nothing to do: buffers that the variant does without are kept from them
-        disk._free = list(range(min(disk.ring.slots, variant.ring_depths * disk._depth)))
     try:
         with ordered(variant):
             noted = NotedPages(pages_of(variant, model.device))

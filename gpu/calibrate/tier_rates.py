@@ -161,19 +161,6 @@ def _tier(name: str, kind: str, rates: Rates, free_bytes: int, source: str) -> T
     )  # fmt: skip
 
 
-def free_host_bytes(node: int | None) -> int:
-    """Memory that is free or can be made so, of a NUMA node, or of the machine."""
-    if node is not None:
-        place = Path(f"/sys/devices/system/node/node{node}/meminfo")
-        if place.exists():
-            fields = {line.split()[2].rstrip(":"): int(line.split()[3]) for line in place.read_text().splitlines()}
-            return 2**10 * (fields["MemFree"] + fields.get("FilePages", 0))
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 2**10 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def make_device(num_pages: int, *, cuda: bool) -> Device:
     """Pages of BLOCK_BYTES a block on the GPU, or pages that keep nothing."""
     layers = BLOCK_BYTES // (2 * (RUN_BYTES // 2))

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from gpu.cache.tiers.host_arena import numa_nodes
+from gpu.cache.tiers.host_room import free_host_bytes
 from gpu.calibrate.tier_rates import (
     BLOCK_BYTES,
     MIB,
     RUN_BYTES,
     disk_rates,
     disk_tier,
-    free_host_bytes,
     host_rates,
     host_tier,
     link_rates,
@@ -53,12 +54,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--gib: expected 0 to 64, got {args.gib:g}")
     args.places = {}
     for at, text in enumerate(args.tiers):
-        name, _, directory = text.rpartition("=")
-        name = name or f"disk{at}"
+        name, named, directory = text.partition("=")
+        if Path(text).is_dir() or not named:  # whose name may have an equals sign in it
+            name, directory = "", text
+        name, directory = name or f"disk{at}", os.path.expanduser(directory)
         if not Path(directory).is_dir():
             parser.error(f"--tiers: expected directories, got {directory}")
-        if name in args.places or name.startswith(HOST):
-            parser.error(f"--tiers: expected distinct names that do not begin with {HOST}, got {name}")
+        if name in args.places or name.startswith(HOST) or ":" in name:
+            parser.error(f"--tiers: expected distinct names without colons that do not begin with {HOST}, got {name}")
         args.places[name] = Path(directory)
     if args.device_base is None and not args.out.exists():
         parser.error(f"--out: expected a device file, {args.out} is none: name a GPU by --device-base")
@@ -118,14 +121,14 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     try:
         base = load_device(args.out) if args.device_base is None else get_device(args.device_base)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         tiers, link = measure(args)
-    except ValueError as error:
+        if args.device_base is not None:
+            base = replace(base, name=args.out.stem)
+        args.out.write_text(completed(base, tiers, link).to_json(), encoding="utf-8")
+    except (ValueError, OSError, RuntimeError) as error:  # of a directory, a disk or the GPU
         print(f"gpu.calibrate: error: {error}", file=sys.stderr)
         return 2
-    if args.device_base is not None:
-        base = replace(base, name=args.out.stem)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(completed(base, tiers, link).to_json(), encoding="utf-8")
     note(f"wrote {len(tiers)} tiers to {args.out}")
     return 0
 

@@ -130,15 +130,24 @@ class PagedCache(Cache):
             layer.copy_pages(*copies)
 
     def begin(self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-              **_: object) -> int:
+              **others: object) -> int:
         """Loads what the tiers have of the beginnings of prompts [batch_size, tokens] into an empty cache; returns the
         leading columns of input_ids that need not be computed. generate() and forward() go on from there: generate()
         takes the whole input_ids, forward() what follows these columns.
 
-        Layers arrive while earlier ones are computed; where a tier fails, fewer columns are loaded. Raises ValueError
-        naming the argument.
+        Layers arrive while earlier ones are computed; where a tier fails, fewer columns are loaded. others: of a
+        tokenizer, which may say nothing about the tokens. Raises ValueError naming the argument, also where prompts are
+        more than their tokens, such as images: the tiers know blocks by their tokens alone.
         """
         tiers = self._tiers()
+        for name, value in others.items():
+            if value is not None and not (name == "token_type_ids" and not torch.as_tensor(value).any()):
+                raise ValueError(f"{name}: expected input_ids and attention_mask alone, by which tiers know a prompt")
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids: expected integers [batch_size, tokens], got {input_ids.dtype} "
+                             f"{list(input_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask: expected {list(input_ids.shape)}, got {list(attention_mask.shape)}")
         if self.get_seq_length():
             raise ValueError("begin: expected an empty cache, reset() it")
         self._open(model)
@@ -172,10 +181,15 @@ class PagedCache(Cache):
         token may be missing from the cache. attention_mask [batch_size, prompt tokens]: the prompts'; tokens behind it
         are no padding. Raises ValueError naming the argument."""
         tiers = self._tiers()
-        if self.rows.lens is None or len(token_ids) != len(self.rows.lens):
+        if self.rows.lens is None or token_ids.ndim != 2 or len(token_ids) != len(self.rows.lens):
             raise ValueError(f"token_ids: expected the cache's rows, got {list(token_ids.shape)}")
-        if not tiers.is_open:
-            self._open_pages(tiers)
+        if attention_mask is not None and (
+            attention_mask.ndim != 2 or len(attention_mask) != len(token_ids)
+            or attention_mask.shape[1] > token_ids.shape[1]
+        ):  # fmt: skip
+            raise ValueError(f"attention_mask: expected of the first of {list(token_ids.shape)} tokens, got "
+                             f"{list(attention_mask.shape)}")
+        self._open_pages(tiers)
         mask = None
         if attention_mask is not None:
             mask = torch.ones_like(token_ids, device="cpu")
@@ -226,8 +240,9 @@ class PagedCache(Cache):
             if not layer.is_initialized:
                 empty = torch.empty((1, heads, 0, head_dim), dtype=model.dtype, device=model.device)
                 layer.lazy_initialization(empty, empty)
-        if not self._tiers().is_open:
-            self._open_pages(self._tiers())
+        self._open_pages(self._tiers())
 
     def _open_pages(self, tiers: PromptPool) -> None:
-        tiers.open([layer.keys for layer in self.layers], [layer.values for layer in self.layers])
+        """Puts the tiers behind the pages, unless they are. ValueError where they are behind another cache's."""
+        if not tiers.serves(self.layers[0].keys):
+            tiers.open([layer.keys for layer in self.layers], [layer.values for layer in self.layers])

@@ -56,9 +56,11 @@ def choose_prefix(load_s: np.ndarray, compute_s: Callable[[np.ndarray], np.ndarr
 
     load_s [blocks + 1]: of load_times_s; compute_s(blocks loaded [n]) -> [n] seconds for the rest of the prompt.
     num_layers: that arrive one by one, where the slower of loading and computing hides all but one layer of the other;
-    1 where computing begins when all is there.
+    1 where computing begins when all is there. ValueError where compute_s gives no seconds for each.
     """
     compute = np.asarray(compute_s(np.arange(len(load_s))), np.float64)
+    if compute.shape != np.shape(load_s) or np.isnan(compute).any():
+        raise ValueError(f"compute_s: expected seconds [{len(load_s)}], got {compute}")
     total = np.maximum(load_s + compute / num_layers, load_s / num_layers + compute)
     best = len(total) - 1 - int(np.argmin(total[::-1]))
     return Choice(best, float(load_s[best]), float(compute[best]), float(total[best]))

@@ -15,6 +15,7 @@ Nothing here waits, copies or locks: a caller with threads holds one lock around
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,6 +78,10 @@ class MemoryPool:
             raise ValueError(f"block_bytes: expected an integer >= 1, got {block_bytes!r}")
         if placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}")
+        if not callable(retention):
+            raise ValueError(f"retention: expected what makes a policy, such as Lru, got {retention!r}")
+        if admission is not None and not callable(getattr(admission, "admits", None)):
+            raise ValueError(f"admission: expected a policy, such as TinyLfu(), or None, got {admission!r}")
         self.tiers = tuple(tiers)
         self.block_bytes = block_bytes
         self.shares = Shares([tier.read_bytes_per_s for tier in tiers], drift=drift)
@@ -223,7 +228,10 @@ class MemoryPool:
         return taken
 
     def hold(self, keys: Sequence[Hashable], until_s: float) -> int:
-        """Keeps the leading blocks that are there until that time (retention.choose_ttl_s); returns how many."""
+        """Keeps the leading blocks that are there until that time (retention.choose_ttl_s); returns how many.
+        ValueError where it is NaN, a time that never comes."""
+        if math.isnan(until_s):
+            raise ValueError("until_s: expected a time, got nan")
         kept: list[tuple[Hashable, Entry]] = []
         for key in keys[: self.ready_prefix(keys)]:
             self._protect(key)

@@ -1,6 +1,7 @@
 """Which row owns which page, of one pool or of pools that hold rows together: host bookkeeping, without a GPU."""
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,22 @@ import numpy as np
 
 from pkvsim.schedule.shares import PageShares
 from pkvsim.shapes import check_int
+
+
+def _integer(name: str, value: Any) -> int:
+    """ValueError unless it is one."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    """int64 [n]. ValueError unless they are integers: 1.5 tokens are not 1."""
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integers of 64 bits, got {array.dtype} {list(array.shape)}")
+    return array.astype(np.int64)
 
 
 class PageAllocator:
@@ -54,7 +71,7 @@ class PageAllocator:
             if len(unused) == 0:
                 raise ValueError(f"row: expected an unused row, all {len(self._used)} are in use")
             row = int(unused[0])
-        elif not 0 <= row < len(self._used):
+        elif not 0 <= _integer("row", row) < len(self._used):
             raise ValueError(f"row: expected [0, {len(self._used)}), got {row}")
         elif self._used[row]:
             raise ValueError(f"row: expected an unused row, got {row}, which is in use")
@@ -63,8 +80,7 @@ class PageAllocator:
 
     def extend(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Adds counts[i] tokens to rows[i], taking pages as needed; returns the old lengths."""
-        rows = np.asarray(rows, dtype=np.int64)
-        counts = np.asarray(counts, dtype=np.int64)
+        rows, counts = _integers("rows", rows), _integers("counts", counts)
         if rows.ndim != 1 or rows.shape != counts.shape:
             raise ValueError(f"rows, counts: expected equal [n], got {list(rows.shape)}, {list(counts.shape)}")
         if len(np.unique(rows)) != len(rows):
@@ -74,9 +90,9 @@ class PageAllocator:
         if (counts < 0).any():
             raise ValueError(f"counts: expected >= 0, got {int(counts.min())}")
         old = self.seq_lens[rows].astype(np.int64)
+        if (counts > self.max_seq_len - old).any():  # a sum might pass 2^63
+            raise ValueError(f"counts: expected rows of at most {self.max_seq_len} tokens, got {counts.tolist()} more")
         new = old + counts
-        if (new > self.max_seq_len).any():
-            raise ValueError(f"counts: expected rows of at most {self.max_seq_len} tokens, got {int(new.max())}")
         first, last = -(-old // self.page_size), -(-new // self.page_size)
         needed = int((last - first).sum())
         if needed > len(self._free):
@@ -96,7 +112,7 @@ class PageAllocator:
         """
         self._check_row(source)
         full = int(self.seq_lens[source]) // self.page_size
-        pages = full if pages is None else pages
+        pages = full if pages is None else _integer("pages", pages)
         if not 0 <= pages <= full:
             raise ValueError(f"pages: expected at most the {full} full pages of row {source}, got {pages}")
         row = self.allocate(row)
@@ -171,7 +187,7 @@ class PageAllocator:
         return unowned
 
     def _check_row(self, row: int) -> None:
-        if not 0 <= row < len(self._used) or not self._used[row]:
+        if not 0 <= _integer("row", row) < len(self._used) or not self._used[row]:
             raise ValueError(f"row: expected a row in use, got {row}")
 
 
@@ -203,7 +219,7 @@ class ShardedAllocator:
 
     def extend(self, rows: Any, counts: Any) -> np.ndarray:
         """Adds counts[i] tokens to rows[i], taking pages of the ranks that get them; returns the old lengths."""
-        rows, counts = np.asarray(rows, np.int64), np.asarray(counts, np.int64)
+        rows, counts = _integers("rows", rows), _integers("counts", counts)
         steps = self.local_counts(rows, counts)
         page_size = self.shares.page_size
         for number, (rank, local) in enumerate(zip(self.ranks, steps)):
@@ -220,7 +236,7 @@ class ShardedAllocator:
 
     def local_counts(self, rows: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
         """How many of counts [n] new tokens of rows [n] each rank gets. Raises ValueError naming the argument."""
-        rows, counts = np.asarray(rows, np.int64), np.asarray(counts, np.int64)
+        rows, counts = _integers("rows", rows), _integers("counts", counts)
         if rows.ndim != 1 or rows.shape != counts.shape:
             raise ValueError(f"rows, counts: expected equal [n], got {list(rows.shape)}, {list(counts.shape)}")
         if len(np.unique(rows)) != len(rows):
@@ -230,9 +246,8 @@ class ShardedAllocator:
         if (counts < 0).any():
             raise ValueError(f"counts: expected >= 0, got {int(counts.min())}")
         old = self.seq_lens[rows].astype(np.int64)
-        if (old + counts > self.max_seq_len).any():
-            raise ValueError(f"counts: expected rows of at most {self.max_seq_len} tokens, got "
-                             f"{int((old + counts).max())}")
+        if (counts > self.max_seq_len - old).any():  # a sum might pass 2^63
+            raise ValueError(f"counts: expected rows of at most {self.max_seq_len} tokens, got {counts.tolist()} more")
         shares = [self.shares.of_rank(rank) for rank in range(self.shares.num_ranks)]
         return [share.of(old + counts) - share.of(old) for share in shares]
 

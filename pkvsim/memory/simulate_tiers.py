@@ -64,6 +64,8 @@ def simulate_tiers(
     n = len(requests.arrival_s)
     if len(offsets) != n + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(requests.hashes):
         raise ValueError(f"offsets: expected [{n + 1}] rising from 0 to {len(requests.hashes)}")
+    if not (np.isfinite(requests.arrival_s).all() and (np.diff(requests.arrival_s) >= 0).all()):
+        raise ValueError("arrival_s: expected seconds that do not decrease: a device reads one request after another")
     holding = options.hold_cost is not None
     if holding and (compute_s is None or requests.session is None):
         raise ValueError("hold_cost: expected prices (compute_s) and sessions with it")

@@ -40,8 +40,8 @@ class TierOptions:
             raise ValueError(f"link_bytes_per_s: expected > 0, got {self.link_bytes_per_s!r}")
         if self.hold_cost is not None and not self.hold_cost >= 0:
             raise ValueError(f"hold_cost: expected >= 0 or None, got {self.hold_cost!r}")
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers: expected >= 1, got {self.num_layers!r}")
+        if not isinstance(self.num_layers, int) or self.num_layers < 1:
+            raise ValueError(f"num_layers: expected an integer >= 1, got {self.num_layers!r}")
 
     def make_pool(
         self, tiers: Sequence[Tier], *, block_bytes: int, next_use: Callable[[Hashable], float]

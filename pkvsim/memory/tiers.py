@@ -38,7 +38,7 @@ class Tier:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not self.name:
+        if not self.name.strip():
             raise ValueError("name: expected a name of the tier, got an empty one")
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
@@ -46,7 +46,7 @@ class Tier:
             raise ValueError(f"capacity_bytes: expected an integer in [0, 2^60], got {self.capacity_bytes!r}")
         for field in ("read_bytes_per_s", "write_bytes_per_s"):
             rate = getattr(self, field)
-            if not (math.isfinite(rate) and rate > 0):
+            if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
                 raise ValueError(f"{field}: expected a finite rate > 0, got {rate!r}")
         if not (math.isfinite(self.read_latency_s) and self.read_latency_s >= 0):
             raise ValueError(f"read_latency_s: expected finite seconds >= 0, got {self.read_latency_s!r}")

@@ -1,4 +1,5 @@
 """python -m gpu.calibrate --tiers without a GPU: disks measured, the file read back by whatif and the tiered cache."""
+import errno
 import json
 from dataclasses import replace
 
@@ -71,12 +72,34 @@ def test_a_disk_that_cannot_hold_the_blocks_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fails", ["mkdtemp", "a block", "the file"])
+def test_what_goes_wrong_while_it_measures_is_one_line(tmp_path, monkeypatch, capsys, fails):
+    def read_only(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    out = tmp_path / "new" / "mine.json"
+    if fails == "mkdtemp":
+        monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    elif fails == "a block":
+        monkeypatch.setattr("gpu.cache.tiers.disks.disk_tier.find_fault", lambda *_: "wrong checksum")
+    else:
+        out.mkdir(parents=True)
+    (tmp_path / "a=b").mkdir()
+    words = ["--tiers", str(tmp_path / "a=b"), "-o", str(out), "--device-base", "h200", "--device", "cpu"]
+    assert calibrate.main(words) == 2
+    said = capsys.readouterr().err.splitlines()
+    expected = {"mkdtemp": "Read-only file system", "a block": "'last_fault': 'wrong checksum'", "the file": "directory"}
+    assert said[-1].startswith("gpu.calibrate: error: ") and expected[fails] in said[-1]
+    assert not list((tmp_path / "a=b").iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--tiers", "/nowhere", "-o", "x.json"], "expected directories, got /nowhere"),
         (["--tiers", "/tmp", "-o", "x.csv"], "expected a file name that ends in .json"),
         (["--tiers", "/tmp", "-o", "/nowhere/x.json"], "name a GPU by --device-base"),
+        (["--tiers", "a:b=/tmp", "-o", "x.json", "--device-base", "h200"], "without colons"),
         (["--tiers", "host=/tmp", "-o", "x.json", "--device-base", "h200"], "do not begin with host"),
     ],
 )

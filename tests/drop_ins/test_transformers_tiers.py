@@ -143,6 +143,57 @@ def test_other_weights_are_refused(make_pool) -> None:
         make_cache(pool, inputs).begin(other, **inputs)
 
 
+def test_another_version_of_transformers_makes_the_same_blocks(monkeypatch) -> None:
+    before, written = contents_of(MODEL, PAGE), MODEL.config.to_json_string()
+    version = MODEL.config.to_dict()["transformers_version"]
+    changes = {version: "6.0.0", '"rms_norm_eps": 1e-06': '"rms_norm_eps": 1e-05'}
+    assert all(old in written for old in changes)
+    found = []
+    for old, new in changes.items():
+        monkeypatch.setattr(type(MODEL.config), "to_json_string", lambda _, text=written.replace(old, new): text)
+        found.append(contents_of(MODEL, PAGE) == before)
+    assert found == [True, False]
+
+
+def test_a_second_cache_does_not_get_what_is_loaded_into_the_first_ones_pages(make_pool) -> None:
+    inputs = prompts([27], "left")
+    with make_pool() as pool:
+        first, second = (make_cache(pool, inputs) for _ in range(2))
+        found, *_ = serve(first, inputs)
+        first.keep(found, inputs["attention_mask"])
+        settle(first)
+        for call in (lambda: second.begin(MODEL, **inputs), lambda: serve(second, inputs)):
+            with pytest.raises(ValueError, match=r"tiers: expected a pool that no other cache uses, close\(\) it first"):
+                call()
+        assert serve(first, inputs)[1] > 0
+        first.reset()
+        pool.close()
+        again, *_ = serve(second, inputs)
+        assert torch.equal(again, found)
+        with pytest.raises(ValueError, match="no other cache uses"):
+            first.begin(MODEL, **inputs)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "pixel_values: expected input_ids and attention_mask alone"),
+    ({"token_type_ids": torch.ones(2, 9)}, "token_type_ids: expected input_ids"),
+    ({"attention_mask": torch.ones(2, 8)}, r"attention_mask: expected \[2, 9\], got \[2, 8\]"),
+    ({"input_ids": torch.zeros(9, dtype=torch.long)}, r"input_ids: expected integers .* got torch.int64 \[9\]"),
+])
+def test_prompts_that_are_more_than_their_tokens_are_refused(make_pool, change, said) -> None:
+    inputs = prompts([9, 5], "left")
+    with make_pool() as pool:
+        cache = make_cache(pool, inputs)
+        with pytest.raises(ValueError, match=said):
+            cache.begin(MODEL, **(inputs | change))
+        assert cache.begin(MODEL, **inputs, token_type_ids=torch.zeros(2, 9)) == 0
+        found = MODEL.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **cache.argument_of(MODEL))
+        with pytest.raises(ValueError, match="attention_mask: expected of the first of"):
+            cache.keep(found, torch.ones(2, 99))
+        assert cache.keep(found, inputs["attention_mask"]) > 0
+        settle(cache)
+
+
 def test_refusals(make_pool) -> None:
     inputs = prompts([9, 5], "left")
     cache = make_cache(None, inputs)

@@ -3,11 +3,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 
 import bench_pool
+import numpy as np
 import pytest
 import without_gpu
-from pool_bench import copies, disks, ttft
+from pool_bench import copies, disks, noted, ttft
+from pool_bench.noted import CopyTimes
+
+from gpu.cache.tiers.device import HostPages
+from gpu.cache.tiers.stores import DiskStore
 
 
 def test_help_and_a_machine_without_a_gpu() -> None:
@@ -56,3 +62,58 @@ def test_disks_and_tiers_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     figures = disks.three_tiers([tmp_path] * 3, [4e7, 2e7, 1e7], disks.NoPages(65536, 64), blocks=70, placement="bandwidth")
     assert 0.5 < figures["share"] < 1.2
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # nothing is left on the disk
+
+
+class HostModel:
+    """A model whose pages are in host memory."""
+
+    blocks = 40
+
+    def __init__(self) -> None:
+        self.device = HostPages(num_pages=self.blocks, num_layers=2, run_bytes=4096)
+        self.device.pages[:] = np.random.default_rng(0).integers(0, 256, self.device.pages.shape)
+
+    def checksums(self) -> list[float]:
+        return self.device.pages.sum((1, 2)).tolist()
+
+    def clear(self) -> None:
+        self.device.pages[:] = 0
+
+    def first_token(self, wait_layer: Callable[[int], object]) -> None:
+        for layer in range(2):
+            wait_layer(layer)
+
+
+class Noted:
+    def __init__(self, pages: HostPages) -> None:
+        self._pages = pages
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._pages, name)
+
+    def start(self) -> None:
+        pass
+
+    def stop(self, begin: float) -> CopyTimes:
+        return CopyTimes()
+
+
+def test_variants_of_the_first_token_have_the_buffers_they_say(tmp_path, monkeypatch) -> None:
+    """The blocks that disks hold are found again where the pool is opened with other buffers."""
+    opened = []
+
+    def limited_disk(*arguments: object, pin: bool, **options: object) -> DiskStore:
+        opened.append(disks.limited_disk(*arguments, pin=False, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(ttft, "limited_disk", limited_disk)
+    monkeypatch.setattr(ttft, "host_store", lambda *arguments, pin: disks.host_store(*arguments, pin=False))
+    monkeypatch.setattr(ttft, "NotedPages", Noted)
+    monkeypatch.setattr(ttft, "pages_of", lambda variant, kept: kept)
+    names = [noted.KEPT, "256 MiB", "ring 6"]
+    found = ttft.from_pool(HostModel(), "x", [3e9, 1e9], [tmp_path], link_bytes_per_s=1e9, runs_bytes_per_s=1e9,
+                           compute_s=0.0, variants=names)  # fmt: skip
+    assert [one.what for one in found] == ["x", "x: 256 MiB", "x: ring 6"]
+    assert all(one.ttft_s > 0 and one.traces[0].blocks >= 8 for one in found)
+    assert [store.ring_bytes // store.bytes_under_way for store in opened] == [3, 6]
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pkvsim.memory.page_allocator import PageAllocator
+from pkvsim.memory.page_allocator import PageAllocator, ShardedAllocator
+from pkvsim.schedule.shares import PageShares
 
 NUM_PAGES, PAGE_SIZE, MAX_BATCH, MAX_SEQ_LEN = 20, 3, 5, 31
 
@@ -69,3 +70,26 @@ class Machine(RuleBasedStateMachine):
 
 TestPageAllocator = Machine.TestCase
 TestPageAllocator.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("counts", [[2**63 - 2], [2**64], [2**63], [1.5], [True], ["1"], [None]])
+def test_counts_that_are_none_change_nothing(counts) -> None:
+    """3 tokens and 2^63 - 2 more are a negative length in 64 bits, and 1.5 more are not 1."""
+    shares = PageShares(PAGE_SIZE, (1, 1))
+    for pool in (PageAllocator(num_pages=9, page_size=PAGE_SIZE, max_batch=2, max_seq_len=16),
+                 ShardedAllocator(shares, num_pages=9, max_batch=2, max_seq_len=16)):
+        row = pool.allocate()
+        pool.extend([row], [3])
+        for call in (lambda pool=pool: pool.extend([row], counts), lambda pool=pool: pool.extend([0.7], [1])):
+            with pytest.raises(ValueError, match="counts: expected|rows: expected"):
+                call()
+        assert pool.seq_lens.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("row", [0.0, "0", None, [0]])
+def test_rows_that_are_none_are_named(row) -> None:
+    pool = PageAllocator(num_pages=9, page_size=PAGE_SIZE, max_batch=2, max_seq_len=16)
+    pool.allocate()
+    for call in (pool.pages, pool.free, pool.fork, lambda row: pool.fork(0, pages=row or 0.0)):
+        with pytest.raises(ValueError, match="(row|pages): expected an integer, got"):
+            call(row)

@@ -126,6 +126,19 @@ def test_presets_say_where_their_rates_come_from():
     assert pooled < serial.load_s[1]
 
 
+@pytest.mark.parametrize("seconds", [lambda n: 1.0, lambda n: np.ones(2), lambda n: np.array([3, np.nan, 1])])
+def test_times_that_are_none_choose_nothing(seconds):
+    with pytest.raises(ValueError, match=r"compute_s: expected seconds \[3\]"):
+        choose_prefix(np.array([0.0, 1.0, 2.0]), seconds)
+
+
+@pytest.mark.parametrize("arrival_s", [[5.0, 1.0], [np.nan, 1.0], [0.0, np.inf]])
+def test_a_clock_that_goes_backwards_is_refused(arrival_s):
+    requests = BlockRequests(np.array(arrival_s), np.array([0, 2, 4]), np.array([1, 2, 1, 2]))
+    with pytest.raises(ValueError, match="arrival_s: expected seconds that do not decrease"):
+        simulate_tiers(requests, [tier("host", 99, 1e9)], block_bytes=1024)
+
+
 def test_refusals():
     asked = requests([[1]])
     for options in ({"retention": "mru"}, {"admission": "some"}, {"link_bytes_per_s": 0}, {"num_layers": 0}, {"hold_cost": -1}):

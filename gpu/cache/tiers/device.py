@@ -148,14 +148,17 @@ class HostLayers(_LayerByLayer):
     __slots__ = ("num_layers", "block_bytes", "num_pages", "_arrays", "_run_bytes")
 
     def __init__(self, k_pages: Sequence[np.ndarray], v_pages: Sequence[np.ndarray]) -> None:
-        """[num_pages, ...] uint8 each, of one shape, a page's bytes in one piece. ValueError naming the argument."""
+        """[num_pages, ...] uint8 each, of one shape, a page's bytes in one piece, which may be written. ValueError
+        naming the argument."""
         if not len(k_pages) or len(k_pages) != len(v_pages):
             raise ValueError(f"k_pages, v_pages: expected one of each a layer, got {len(k_pages)} and {len(v_pages)}")
         self._arrays = [array for pair in zip(k_pages, v_pages) for array in pair]
         first = self._arrays[0]
-        if any(one.shape != first.shape or one.dtype != np.uint8 or not one[0].flags.c_contiguous
+        if any(not one.size or one.shape != first.shape or one.dtype != np.uint8 or not one[0].flags.c_contiguous
                for one in self._arrays):  # fmt: skip
             raise ValueError("k_pages, v_pages: expected uint8 arrays of one shape, pages without gaps")
+        if not all(one.flags.writeable for one in self._arrays):  # copies go by address, past NumPy's own check
+            raise ValueError("k_pages, v_pages: expected arrays that may be written")
         self._run_bytes = first[0].size
         self.num_pages, self.num_layers = len(first), len(k_pages)
         self.block_bytes = len(self._arrays) * self._run_bytes

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gpu.cache.tiers.host_room import free_host_bytes
+
 ALIGNMENT = 4096  # bytes: of O_DIRECT's buffers, offsets and lengths on every device met
 CHUNK_BYTES = 2**30  # of one cudaHostRegister call; slots do not cross one
 _MBIND, _MPOL_BIND = {"x86_64": 237, "aarch64": 235}.get(os.uname().machine), 2
@@ -58,6 +60,9 @@ class HostArena:
         length = slots * self.slot_bytes
         self._registered: list[int] = []
         self._kept = False
+        free = free_host_bytes(node)
+        if length > free:  # Linux grants it all the same, and ends the process when it is touched
+            raise ValueError(f"slots: {length:,} bytes of host memory cannot be had: {free:,} are free")
         try:
             self._map = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError, ValueError) as error:
@@ -82,11 +87,15 @@ class HostArena:
             raise ValueError(f"node: memory cannot be bound to {node}: {os.strerror(ctypes.get_errno())}")
 
     def _register(self, length: int, chunk_bytes: int) -> None:
-        import cupy
+        try:
+            import cupy
 
-        for at in range(0, length, chunk_bytes):
-            cupy.cuda.runtime.hostRegister(self._base + at, min(chunk_bytes, length - at), 0)
-            self._registered.append(self._base + at)
+            for at in range(0, length, chunk_bytes):
+                cupy.cuda.runtime.hostRegister(self._base + at, min(chunk_bytes, length - at), 0)
+                self._registered.append(self._base + at)
+        except Exception as error:  # of CUDA, or of CuPy that is not there
+            self.close()
+            raise ValueError(f"pin: {length:,} bytes of host memory cannot be registered with CUDA: {error}") from error
 
     @property
     def region(self) -> tuple[int, int]:
@@ -114,13 +123,16 @@ class HostArena:
         self._kept = True
 
     def close(self) -> None:
-        """Unregisters it; the memory goes with the last who looks at it."""
+        """Unregisters it and gives the memory back to the machine; who looks at it afterwards sees zeros."""
         if self._registered and not self._kept:
             import cupy
 
             for address in self._registered:
                 cupy.cuda.runtime.hostUnregister(address)
         self._registered = []
-        if self._kept:
+        if not self._kept:
+            with contextlib.suppress(OSError):  # where it is locked it goes with the mapping
+                self._map.madvise(mmap.MADV_DONTNEED)
+        else:
             # The mapping outlives the last name that this process has for it.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))

@@ -18,7 +18,7 @@ def open_disk(
     """A disk at work, for blocks of block_bytes. contents: as DiskFiles has it; porter, observe, stalled: as DiskTier
     has them. Raises ValueError naming the argument, and has nothing open then."""
     files = DiskFiles(
-        store.directory, block_bytes=block_bytes, slots=max(1, store.tier.slots(block_bytes)), contents=contents
+        store.directory, block_bytes=block_bytes, slots=store.tier.slots(block_bytes), contents=contents
     )
     try:
         buffers = max(2, store.ring_bytes // files.slot_bytes)
@@ -29,8 +29,10 @@ def open_disk(
                 reader = store.reader(depth, [ring.region])
             else:
                 reader = open_reader(depth=depth, buffers=[ring.region], kind=store.reader)
-        except BaseException:
+        except BaseException as error:
             ring.close()
+            if isinstance(error, OSError):
+                raise ValueError(f"reader: {store.reader} cannot be had: {error}") from error
             raise
     except BaseException:
         files.close()

@@ -21,17 +21,18 @@ from typing import Any
 
 import numpy as np
 
+from gpu.cache.tiers.block_arguments import check_keys, check_pages
+from gpu.cache.tiers.cache_calls import CacheCalls
 from gpu.cache.tiers.device import Device, Ticket, has_ended, wait_ended
-from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME, MAX_KEY_BYTES, check_key
-from gpu.cache.tiers.disks.disk_jobs import Porter, ReadJob, WriteJob, by_name
+from gpu.cache.tiers.disk_stats import disk_stats
+from gpu.cache.tiers.disks.disk_jobs import Porter, ReadJob, WriteJob
 from gpu.cache.tiers.disks.disk_tier import DiskTier
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.open_disk import open_disk
-from gpu.cache.tiers.stores import DiskStore, HostStore
+from gpu.cache.tiers.stores import DiskStore, HostStore, check_stores
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool, Read, Write
-from pkvsim.memory.tiers import DISK, HOST
 
 MOST_FAULTS = 64  # of one disk, after which it is not used any more
 
@@ -45,7 +46,8 @@ def _give(threads: ThreadPoolExecutor, task: Callable[..., None], *arguments: ob
 
 
 class TieredKVCache:
-    """Host memory and disks behind a device's pages."""
+    """Host memory and disks behind a device's pages, for the threads of the process that opens it. A process forked
+    from that has none of its threads: every call there raises ValueError, and close() leaves all to the other."""
 
     def __init__(
         self, device: Device, *, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (), contents: str = "",
@@ -54,18 +56,19 @@ class TieredKVCache:
         """contents: what a block is (model, type, layout), noted in the disks' directories; link_bytes_per_s: of
         load-or-recompute; pool_options: placement, retention, admission and drift of MemoryPool. Takes in what the
         disks kept. Raises ValueError naming the argument, and has opened nothing then."""
-        for kind, tiers in ((HOST, [one.tier for one in host]), (DISK, [one.tier for one in disks])):
-            for tier in tiers:
-                if tier.kind != kind:
-                    raise ValueError(f"{kind}: expected a tier of that kind, got {tier.kind} {tier.name}")
+        check_stores(host, disks, device.block_bytes)
+        if not link_bytes_per_s > 0:
+            raise ValueError(f"link_bytes_per_s: expected > 0, got {link_bytes_per_s!r}")
         self.device = device
         self._pool = MemoryPool([one.tier for one in (*host, *disks)], block_bytes=device.block_bytes, **pool_options)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._link = link_bytes_per_s
         self._arenas: list[HostArena] = []
         self._disks: list[DiskTier] = []
         self._lost: set[int] = set()
-        self._closed = False
+        self._calls = CacheCalls(self._lock)
+        self._closing = threading.Lock()
+        self._is_done = False
         self._device_faults, self._last_device_fault = 0, ""
         self._porter = Porter()
         self._loader = ThreadPoolExecutor(1, "tier loads")  # copies blocks of host memory that disks' blocks belong to
@@ -73,7 +76,7 @@ class TieredKVCache:
         try:
             for store in host:
                 self._arenas.append(HostArena(
-                    slots=max(1, store.tier.slots(device.block_bytes)), slot_bytes=device.block_bytes, node=store.node,
+                    slots=store.tier.slots(device.block_bytes), slot_bytes=device.block_bytes, node=store.node,
                     pin=store.pin,
                 ))  # fmt: skip
             for at, directory in enumerate(disks, len(self._arenas)):
@@ -90,7 +93,8 @@ class TieredKVCache:
     def lookup(self, keys: Sequence[bytes], compute_s: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
         """How many leading blocks load() would load: all that are there or, with compute_s (seconds to compute the rest
         of the prompt after n loaded blocks [k] -> [k]), as many as give the first token soonest."""
-        with self._lock:
+        check_keys(keys)
+        with self._calls.lock:
             hits = self._pool.ready_prefix(keys)
             if compute_s is None or not hits:
                 return hits
@@ -108,10 +112,15 @@ class TieredKVCache:
 
         Pages may be in use by what the caller's stream was given before. Raises ValueError naming the argument.
         """
-        pages = self._check(keys, pages)
+        with self._calls.one():
+            check_keys(keys, once=True)
+            return self._load(keys, check_pages(pages, self.device.num_pages))
+
+    def _load(self, keys: Sequence[bytes], pages: np.ndarray) -> LoadHandle:
+        mark = self.device.mark()  # before anything is taken, as it may raise
         with self._lock:
             reads = self._pool.want(list(keys), limit=len(pages))
-        handle = LoadHandle(self, reads, pages, self.device.mark())
+        handle = LoadHandle(self, reads, pages, mark)
         tiers = np.array([read.place.tier for read in reads], np.int64)
         in_host = np.flatnonzero(tiers < len(self._arenas))
         addresses = np.empty(len(in_host), np.int64)
@@ -144,12 +153,18 @@ class TieredKVCache:
     def store(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> StoreHandle:
         """Begins to store the blocks of a prompt, whole ones from its start, that the pool has not, up to the first
         for which it has no room. pages [len(keys)] must keep their KV until handle.wait_copied(). Raises ValueError."""
-        pages = self._check(keys, pages)
-        if len(pages) != len(keys):
-            raise ValueError(f"pages: expected one for each of {len(keys)} keys, got {len(pages)}")
+        with self._calls.one():
+            check_keys(keys, once=True)
+            pages = check_pages(pages, self.device.num_pages)
+            if len(pages) != len(keys):
+                raise ValueError(f"pages: expected one for each of {len(keys)} keys, got {len(pages)}")
+            return self._store(keys, pages)
+
+    def _store(self, keys: Sequence[bytes], pages: np.ndarray) -> StoreHandle:
+        mark = self.device.mark()  # before anything is taken, as it may raise
         with self._lock:
             writes = self._pool.store(keys)
-        handle = StoreHandle(self, writes, keys, pages, self.device.mark())
+        handle = StoreHandle(self, writes, keys, pages, mark)
         host = [write for write in writes if write.place.tier < len(self._arenas)]
         for tier, disk in enumerate(self._disks, len(self._arenas)):
             jobs = [
@@ -170,55 +185,52 @@ class TieredKVCache:
 
     def free(self, keys: Sequence[bytes]) -> None:
         """Forgets blocks that will not be asked for again, where nobody reads or writes them."""
-        with self._lock:
+        with self._calls.lock:
             self._pool.forget(list(dict.fromkeys(keys)))
 
     def hold(self, keys: Sequence[bytes], until_s: float) -> int:
         """Keeps a session's blocks until expire() is told that time; see pkvsim.memory.retention.choose_ttl_s."""
-        with self._lock:
+        with self._calls.lock:
             return self._pool.hold(keys, until_s)
 
     def expire(self, now_s: float) -> None:
         """Ends the holds whose time is over."""
-        with self._lock:
+        with self._calls.lock:
             self._pool.expire(now_s)
 
     def tiers_of(self, keys: Sequence[bytes]) -> list[int]:
         """Which tier each of these blocks lies on, host memory before disks. KeyError where one is nowhere."""
-        with self._lock:
+        with self._calls.lock:
             return self._pool.places(keys)
 
     def stats(self) -> dict[str, Any]:
         """What it has done so far, by tier."""
-        with self._lock:
+        with self._calls.lock:
             out: dict[str, Any] = {"blocks": len(self._pool), **asdict(self._pool.counts)}
             out["device_faults"], out["last_device_fault"] = self._device_faults, self._last_device_fault
             out["quarantined"], out["replans"] = self._pool.index.quarantined, self._pool.shares.replans
             weights = self._pool.shares.weights
         for tier, disk in enumerate(self._disks, len(self._arenas)):
-            counts, read_bytes = disk.counts, disk.counts.read * self.device.block_bytes
-            out[self._pool.tiers[tier].name] = {
-                "reader": disk.reader_name, "direct": disk.files.direct, "checksum": CHECKSUM_NAME, "read": counts.read,
-                "written": counts.written, "faults": counts.faults, "busy_s": counts.busy_s, "read_bytes": read_bytes,
-                "thread_s": counts.thread_s, "stalled": disk.is_stalled, "last_fault": counts.last_fault,
-                "queued": disk.queued, "weight_bytes_per_s": float(weights[tier]), "copies": counts.copies,
-                "copies_s": counts.copies_s, "porter_s": counts.porter_s, "wall_s": by_name(counts.spent.wall_s),
-                "cpu_s": by_name(counts.spent.cpu_s),
-            }  # fmt: skip
+            out[self._pool.tiers[tier].name] = disk_stats(disk, float(weights[tier]))
         return out
 
     def close(self) -> None:
-        """Finishes what is under way and closes the files."""
-        if self._closed:
+        """Finishes what is under way, closes the files and gives host memory back. Waits for calls of other threads;
+        may be called again, also where it was interrupted."""
+        if not self._calls.are_own:
             return
-        self._closed = True
-        for disk in self._disks:
-            disk.close()
-        self._porter.close()
-        self._loader.shutdown()
-        self._waiter.shutdown()
-        for arena in (*self._arenas, *(disk.ring for disk in self._disks)):
-            arena.close()
+        self._calls.end()
+        with self._closing:
+            if self._is_done:
+                return
+            for disk in self._disks:
+                disk.close()
+            self._porter.close()
+            self._loader.shutdown()
+            self._waiter.shutdown()
+            for arena in (*self._arenas, *(disk.ring for disk in self._disks)):
+                arena.close()
+            self._is_done = True
 
     def __enter__(self) -> TieredKVCache:
         return self
@@ -226,26 +238,12 @@ class TieredKVCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> np.ndarray:
-        if self._closed:
-            raise ValueError("cache: expected one that is open")
-        kinds = set(map(type, keys))  # of thousands of keys: no Python between them
-        if kinds - {bytes} or not set(map(len, keys)) <= set(range(1, MAX_KEY_BYTES + 1)):
-            for key in keys:
-                check_key(key)
-        if len(set(keys)) < len(keys):
-            raise ValueError("keys: expected each once")
-        array = np.asarray(pages, np.int32)
-        if array.ndim != 1 or (len(array) and not 0 <= array.min() <= array.max() < self.device.num_pages):
-            raise ValueError(f"pages: expected [n] in [0, {self.device.num_pages}), got {array.tolist()}")
-        return array
-
     # Called by the threads of disks and copies.
 
     def _after_copies(self, handle: LoadHandle) -> None:
         """All blocks of a load have been handed over: once they are copied, the pool may move them again."""
         tickets = (*handle._layers, *handle._tickets)
-        if all(map(has_ended, tickets)) or self._closed:
+        if all(map(has_ended, tickets)) or self._calls.is_closed:
             self._loaded(handle, tickets)
         else:
             _give(self._waiter, self._loaded, handle, tickets)

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+UNRELATED = ("transformers_version", "_name_or_path")  # of a configuration: what KV does not depend on
 SAMPLED = 64  # elements of every parameter that tell one model's weights from another's
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose angles depend on the whole sequence
 
@@ -23,9 +25,11 @@ def block_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
 
 
 def contents_of(model: PreTrainedModel, page_size: int) -> str:
-    """What a block of this model is: its configuration, type, page size and a fingerprint of its weights. What a
-    directory holds of anything else is refused."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())
+    """What a block of this model is: its configuration, type, page size and a fingerprint of its weights as they are
+    now. What a directory holds of anything else is refused; weights that change later, by training or by another
+    adapter, are those of another pool."""
+    config = {name: value for name, value in json.loads(model.config.to_json_string()).items() if name not in UNRELATED}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         flat = weight.detach().reshape(-1)

@@ -31,16 +31,21 @@ class PromptPool:
             raise ValueError("host, disks: expected at least one tier")
         self.contents, self.host, self.disks, self.options = contents, host, disks, options
         self._cache: TieredKVCache | None = None
+        self._first_pages: torch.Tensor | None = None  # K of layer 0 of the cache that uses it
 
     @property
     def is_open(self) -> bool:
         return self._cache is not None
 
+    def serves(self, k_pages: torch.Tensor) -> bool:
+        """Whether it is open and loads into the cache whose K of layer 0 lies in these pages."""
+        return self._cache is not None and self._first_pages is k_pages
+
     def open(self, k_pages: Sequence[torch.Tensor], v_pages: Sequence[torch.Tensor]) -> None:
         """Puts the tiers behind the pages of all layers, [num_pages, num_kv_heads, page_size, head_dim] each, and takes
         in what disks kept. ValueError where they hold something else, or are in use."""
         if self._cache is not None:
-            raise ValueError("tiers: expected a pool that no other cache uses")
+            raise ValueError("tiers: expected a pool that no other cache uses, close() it first")
         device: Device
         if k_pages[0].is_cuda:
             from gpu.cache.tiers.transfer import CudaPages
@@ -52,6 +57,7 @@ class PromptPool:
         self._cache = TieredKVCache(
             device, host=self.host, disks=self.disks, contents=self.contents, **self.options
         )  # fmt: skip
+        self._first_pages = k_pages[0]
 
     def lookup(self, keys: Sequence[bytes], compute_s: ComputeTimes | None = None) -> int:
         """Leading blocks that a load would bring, as TieredKVCache has it."""
@@ -73,7 +79,7 @@ class PromptPool:
         """Finishes what is under way; disks keep what they hold."""
         if self._cache is not None:
             self._cache.close()
-            self._cache = None
+            self._cache = self._first_pages = None
 
     def __enter__(self) -> PromptPool:
         return self

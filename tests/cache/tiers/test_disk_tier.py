@@ -9,8 +9,11 @@ from pool_cases import BLOCK_BYTES, compute, device, disk, keys
 
 from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.disks import disk_files
+from gpu.cache.tiers.disks.disk_files import DiskFiles
+from gpu.cache.tiers.disks.disk_jobs import DiskCounts, ReadJob, WriteJob
 from gpu.cache.tiers.disks.disk_reads import Done, LimitedReader, Request
-from gpu.cache.tiers.host_arena import view
+from gpu.cache.tiers.disks.disk_requests import OBSERVED_BYTES, DiskRequests
+from gpu.cache.tiers.host_arena import HostArena, view
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 SLOT, DEPTH, BLOCKS = 4096 + BLOCK_BYTES, 64, 400
@@ -162,3 +165,33 @@ def test_a_checksum_lets_other_threads_run():
     finally:
         sys.setswitchinterval(interval)
     assert beside
+
+
+def test_the_rate_of_reads_is_of_the_time_in_which_they_were_read(tmp_path):
+    """Writes are under way when a disk is read again after it had nothing to do: their time, and the pause before, are
+    none of the reads', or the disk would look slower than it is and get fewer blocks."""
+    files = DiskFiles(tmp_path / "a", block_bytes=BLOCK_BYTES, slots=8)
+    ring, reader, told = HostArena(slots=4, slot_bytes=files.slot_bytes), PromptReader(), []
+    requests = DiskRequests(files, reader, ring, DiskCounts(), stall_s=5.0, observe=lambda *seen: told.append(seen),
+                            stalled=None)  # fmt: skip
+    requests.write([requests.begin_write(WriteJob(0, b"w", 0, None, lambda jobs, fault: None), 0)])
+    time.sleep(0.2)
+    began = time.perf_counter()
+    requests.read([ReadJob(1, b"r", 0, None, lambda jobs, fault: None)], [1])
+    requests.observe(OBSERVED_BYTES)
+    took = time.perf_counter() - began
+    assert [num_bytes for num_bytes, _ in told] == [OBSERVED_BYTES] and told[0][1] <= took
+    time.sleep(0.1)
+    requests.read([ReadJob(2, b"s", 0, None, lambda jobs, fault: None)], [2])  # the first is still under way
+    requests.observe(OBSERVED_BYTES)
+    assert told[1][1] >= 0.1
+    while requests.under_way:
+        requests.poll(0.0, 3)
+    time.sleep(0.1)
+    requests.write([requests.begin_write(WriteJob(3, b"w", 0, None, lambda jobs, fault: None), 3)])
+    requests.read([ReadJob(1, b"r", 0, None, lambda jobs, fault: None)], [1])
+    requests.observe(OBSERVED_BYTES)
+    assert told[2][1] < 0.1
+    requests.close()
+    files.close()
+    ring.close()

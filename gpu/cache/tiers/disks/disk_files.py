@@ -25,6 +25,7 @@ from gpu.cache.tiers.host_arena import ALIGNMENT, round_up, view
 
 HEADER_BYTES = ALIGNMENT
 MAX_KEY_BYTES = 32
+MAX_SLOT_BYTES = 2**31 - ALIGNMENT  # what Linux reads or writes in one call at most
 FORMAT = 1
 
 _HEADER = struct.Struct("<8sQQQI4x32sI4x")  # magic, slot, block bytes, checksum, kind * 256 + key bytes, key; its CRC
@@ -102,6 +103,9 @@ class DiskFiles:
         self.directory = Path(directory)
         self.block_bytes, self.slots = block_bytes, slots
         self.slot_bytes = HEADER_BYTES + round_up(block_bytes)
+        if self.slot_bytes > MAX_SLOT_BYTES:
+            raise ValueError(f"block_bytes: expected at most {MAX_SLOT_BYTES - HEADER_BYTES:,}, which is read in one "
+                             f"call, got {block_bytes:,}")
         self.fd = self._lock = self._complete = -1
         self.direct = True
         try:
@@ -114,6 +118,10 @@ class DiskFiles:
             self._check_contents(contents)
             self._open_blocks()
             self._complete = os.open(self.directory / "complete", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            whole = os.fstat(self.fd).st_size // self.slot_bytes * RECORD_BYTES
+            if os.fstat(self._complete).st_size > whole:  # blocks that somebody cut off, which are no faults of a disk
+                os.ftruncate(self._complete, whole)
+            self._allocate()
         except OSError as error:
             self.close()
             raise ValueError(f"directory: {directory} cannot hold the blocks: {error}") from error
@@ -142,17 +150,25 @@ class DiskFiles:
             self.fd = os.open(self.directory / "blocks", flags | os.O_DIRECT, 0o644)
         except OSError:
             self.fd, self.direct = os.open(self.directory / "blocks", flags, 0o644), False
+
+    def _allocate(self) -> None:
+        """Makes the file as long as all slots, with room on the disk for them where the file system can promise it."""
         length, wanted = os.fstat(self.fd).st_size, self.slots * self.slot_bytes
         if length >= wanted:
             return
         room = os.fstatvfs(self.fd)
-        if wanted - length > room.f_bavail * room.f_frsize:  # else allocation first fills the disk, then says so
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        free = room.f_bavail * room.f_frsize
+        if wanted - length > free:  # else allocation first fills the disk, then says so
+            what = f"{os.strerror(errno.ENOSPC)}: expected {wanted - length:,} bytes, got {free:,}"
+            raise OSError(errno.ENOSPC, what)
         try:
             os.posix_fallocate(self.fd, length, wanted - length)
-        except OSError:
-            os.ftruncate(self.fd, length)  # gives back what it took before it failed
-            raise
+        except OSError as error:
+            # Network file systems and others promise no room: a write that finds none is a fault, which costs a block.
+            promises_none = error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+            os.ftruncate(self.fd, wanted if promises_none else length)  # and gives back what it took before it failed
+            if not promises_none:
+                raise
 
     def offset(self, slot: int) -> int:
         """Of a slot in fd, bytes."""
@@ -182,6 +198,9 @@ class DiskFiles:
     def close(self, *, keep_blocks: bool = False) -> None:
         """Closes the files and lets another process have the directory. keep_blocks: `fd` stays open, as a request that
         uses it may still begin, and must not meet another file of the same number."""
+        if self._lock >= 0:  # which a forked process may have open as well
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
         for fd in (-1 if keep_blocks else self.fd, self._complete, self._lock):
             if fd >= 0:
                 with contextlib.suppress(OSError):  # already closed under us by a fault: nothing is left to keep

@@ -35,7 +35,7 @@ class DiskRequests:
     """
 
     __slots__ = ("under_way", "_files", "_reader", "_ring", "_counts", "_stall_s", "_observe", "_stalled", "_given_up",
-                 "_seen_bytes", "_seen_since")  # fmt: skip
+                 "_reads", "_seen_bytes", "_seen_since")  # fmt: skip
 
     def __init__(
         self, files: DiskFiles, reader: Reader, ring: HostArena, counts: DiskCounts, *, stall_s: float,
@@ -46,6 +46,7 @@ class DiskRequests:
         self._files, self._reader, self._ring, self._counts = files, reader, ring, counts
         self._stall_s, self._observe, self._stalled = stall_s, observe, stalled
         self._given_up: set[int] = set()
+        self._reads = 0  # of what is under way
         self._seen_bytes, self._seen_since = 0, 0.0
 
     @property
@@ -55,8 +56,9 @@ class DiskRequests:
     def read(self, jobs: list[ReadJob], slots: list[int]) -> None:
         """Asks for blocks, into ring slots [len(jobs)]."""
         now = time.perf_counter()
-        if not self.under_way:
+        if not self._reads:  # writes may be under way, and the time before is none of reads
             self._seen_bytes, self._seen_since = 0, now
+        self._reads += len(jobs)
         self.under_way.update((at, (job, now)) for at, job in zip(slots, jobs))
         address, fd, offset, num_bytes = self._ring.address, self._files.fd, self._files.offset, self._files.slot_bytes
         self._reader.submit([Request(at, fd, offset(job.slot), address(at), num_bytes) for at, job in zip(slots, jobs)])
@@ -85,7 +87,9 @@ class DiskRequests:
                 self._given_up.remove(tag)
                 free.append(tag)
             else:
-                ended.append(Ended(self.under_way.pop(tag)[0], tag, result))
+                job, _ = self.under_way.pop(tag)
+                self._reads -= isinstance(job, ReadJob)
+                ended.append(Ended(job, tag, result))
         return ended, free
 
     def fault_of(self, job: ReadJob | WriteJob, result: int) -> str | None:
@@ -136,6 +140,7 @@ class DiskRequests:
         jobs = [job for job, _ in self.under_way.values()] + others
         self._given_up.update(self.under_way)
         self.under_way.clear()
+        self._reads = 0
         for job in jobs:
             self._counts.faults += 1
             self._counts.last_fault = fault

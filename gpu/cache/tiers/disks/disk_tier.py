@@ -103,6 +103,8 @@ class DiskTier:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        if self.files.fd < 0:  # an earlier call has closed it
+            return
         is_left = self._requests.close()
         if is_left:
             self.ring.keep()
