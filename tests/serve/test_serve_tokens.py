@@ -16,6 +16,8 @@ ROPES = {
     "llama3": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     "yarn": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn of another scale": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 1.0,
+                              "mscale_all_dim": 0.5, "truncate": False, "original_max_position_embeddings": 64},
     "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
 }
 WAYS = {
