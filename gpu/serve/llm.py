@@ -20,8 +20,8 @@ import torch
 from gpu.measure import memory
 from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
 from gpu.serve.decoder import Decoder
-from gpu.serve.model.gguf import GgufFile, is_gguf
 from gpu.serve.model.products import StreamedProducts, TorchProducts
+from gpu.serve.model.tokenizer import tokenizer_of
 from gpu.serve.model.weights import load
 from gpu.serve.runner import Runner, graph_rows
 from gpu.serve.server import Request, Server
@@ -203,12 +203,7 @@ class LLM:
     def tokenizer(self) -> Any:
         """The model's, as Transformers has it. ValueError where there is none."""
         if self._tokenizer is None:
-            if is_gguf(self._model):
-                self._tokenizer = GgufFile(self._model).tokenizer()
-            elif Path(self._model).is_dir():
-                self._tokenizer = _folder_tokenizer(Path(self._model))
-            else:
-                raise ValueError(f"prompts: expected token ids, as {self._model} has no tokenizer")
+            self._tokenizer = tokenizer_of(self._model)
         return self._tokenizer
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -257,20 +252,6 @@ class LLM:
                     self.server.step()  # tells of their ends, and reads what is under way
                 raise
             return [self.completion(request) for request in requests]
-
-
-def _folder_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder. ValueError where it cannot be read."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError("prompts: reading a tokenizer needs the package transformers: pip install transformers; "
-                         "token ids need none") from None
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # of many kinds, which Transformers does not name
-        line = str(error).partition("\n")[0]
-        raise ValueError(f"prompts: expected token ids, as the tokenizer of {folder} cannot be read: {line}") from error
 
 
 def weights_room(options: ServeOptions) -> int:
