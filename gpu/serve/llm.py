@@ -8,7 +8,9 @@ gpu.serve.async_llm makes an asynchronous service of it.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,12 @@ import torch
 from gpu.measure import memory
 from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
 from gpu.serve.decoder import Decoder
-from gpu.serve.model.gguf import GgufFile, is_gguf
 from gpu.serve.model.products import StreamedProducts, TorchProducts
+from gpu.serve.model.tokenizer import tokenizer_of
 from gpu.serve.model.weights import load
 from gpu.serve.runner import Runner, graph_rows
 from gpu.serve.server import Request, Server
-from gpu.serve.step import GREEDY, SamplingParams
+from gpu.serve.step import GREEDY, SamplingParams, is_number
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.serving.orders import ORDERS
@@ -74,7 +76,10 @@ class ServeOptions:
             raise ValueError(f"prefix_cache: expected none or lru, got {self.prefix_cache!r}")
         if self.order not in ORDERS:
             raise ValueError(f"order: expected one of {', '.join(ORDERS)}, got {self.order!r}")
-        if not 0 < self.memory_fraction <= 1:
+        if self.kv_gib is not None and (not is_number(self.kv_gib) or not 0 < self.kv_gib < math.inf):
+            raise ValueError(f"kv_gib: expected a number above 0, got {self.kv_gib!r}")
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction: expected a number in (0, 1], got {self.memory_fraction!r}")
         if self.device not in (None, "cpu") and not str(self.device).startswith("cuda"):
             raise ValueError(f"device: expected cuda or cpu, got {self.device!r}")
@@ -86,7 +91,8 @@ class Completion:
 
     prompt: list[int]
     tokens: list[int]
-    text: str | None  # where there is a tokenizer; without the token that ended it
+    # Without the token that ended it. None until a text, or a look at LLM.tokenizer, has loaded the tokenizer.
+    text: str | None
     finish_reason: str  # "stop" or "length"; why it was refused otherwise
     status: str  # gpu.serve.server's SERVED, REFUSED or CANCELLED
 
@@ -146,18 +152,20 @@ class LLM:
     def restart(self, *, num_pages: int | None = None, max_batch: int | None = None, step_tokens: int | None = None,
                 prefix_cache: str | None = None, order: str | None = None) -> None:
         """Begins anew: an empty cache, no requests, and where they are given other options over the same weights and
-        pages. ValueError where requests are under way or there are not so many pages or rows."""
-        if self.server.has_work:
-            raise ValueError(f"restart: expected no request under way, got {self.server.num_unfinished}")
-        pages, rows = self.pages.num_pages, self.runner.max_batch
-        if num_pages is not None and not 1 <= num_pages <= pages:
-            raise ValueError(f"num_pages: expected 1 to {pages}, which there are, got {num_pages}")
-        if max_batch is not None and not 1 <= max_batch <= rows:
-            raise ValueError(f"max_batch: expected 1 to {rows}, which the model was loaded for, got {max_batch}")
-        given = {"max_batch": max_batch, "step_tokens": step_tokens, "prefix_cache": prefix_cache, "order": order}
-        self.options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
-        self.server = self._new_server(num_pages or self.server.scheduler.limits.num_pages,
-                                       self.server.steps is not None)
+        pages. ValueError where requests are under way or there are not so many pages or rows, RuntimeError where an
+        AsyncLLM or generate() drives the server."""
+        with self.server.driven_by("restart"):
+            if self.server.has_work:
+                raise ValueError(f"restart: expected no request under way, got {self.server.num_unfinished}")
+            pages, rows = self.pages.num_pages, self.runner.max_batch
+            if num_pages is not None and not 1 <= num_pages <= pages:
+                raise ValueError(f"num_pages: expected 1 to {pages}, which there are, got {num_pages}")
+            if max_batch is not None and not 1 <= max_batch <= rows:
+                raise ValueError(f"max_batch: expected 1 to {rows}, which the model was loaded for, got {max_batch}")
+            given = {"max_batch": max_batch, "step_tokens": step_tokens, "prefix_cache": prefix_cache, "order": order}
+            self.options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
+            self.server = self._new_server(num_pages or self.server.scheduler.limits.num_pages,
+                                           self.server.steps is not None)
 
     def _new_server(self, num_pages: int, record: bool) -> Server:
         return Server(
@@ -195,19 +203,17 @@ class LLM:
     def tokenizer(self) -> Any:
         """The model's, as Transformers has it. ValueError where there is none."""
         if self._tokenizer is None:
-            if is_gguf(self._model):
-                self._tokenizer = GgufFile(self._model).tokenizer()
-            elif Path(self._model).is_dir():
-                from transformers import AutoTokenizer
-
-                self._tokenizer = AutoTokenizer.from_pretrained(str(self._model))
-            else:
-                raise ValueError(f"prompts: expected token ids, as {self._model} has no tokenizer")
+            self._tokenizer = tokenizer_of(self._model)
         return self._tokenizer
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a text; ids are left as they are."""
-        return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        """Token ids of a text; ids are left as they are. ValueError for what is neither, and a text without a
+        tokenizer."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, Iterable):
+            raise ValueError(f"prompts: expected texts or lists of token ids, got {type(prompt).__name__}")
+        return list(prompt)
 
     def completion(self, request: Request) -> Completion:
         """What an ended request gave."""
@@ -219,14 +225,33 @@ class LLM:
 
     def generate(self, prompts: Sequence[str | Sequence[int]],
                  params: SamplingParams | Sequence[SamplingParams] = GREEDY) -> list[Completion]:
-        """Serves all prompts, texts or token ids, and returns what they gave in their order."""
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"params: expected one, or {len(prompts)} of them, got {len(each)}")
-        requests = [self.server.add_request(self.encode(prompt), one) for prompt, one in zip(prompts, each)]
-        while self.server.has_work:
-            self.server.step()
-        return [self.completion(request) for request in requests]
+        """Serves all prompts, texts or token ids, and returns what they gave in their order. An interrupt cancels them.
+
+        Raises ValueError naming prompts or params before any is served, RuntimeError where another thread's generate()
+        or an AsyncLLM drives the server.
+        """
+        if isinstance(prompts, (str, bytes)):
+            raise ValueError("prompts: expected a list of texts or of lists of token ids, got "
+                             f"{type(prompts).__name__}")
+        all_ids = [self.encode(prompt) for prompt in prompts]
+        each = [params] * len(all_ids) if isinstance(params, SamplingParams) else params
+        if not isinstance(each, Sequence) or not all(isinstance(one, SamplingParams) for one in each):
+            raise ValueError(f"params: expected SamplingParams, or a list of them, got {params!r}")
+        if len(each) != len(all_ids):
+            raise ValueError(f"params: expected one, or {len(all_ids)} of them, got {len(each)}")
+        with self.server.driven_by("generate"):
+            requests: list[Request] = []
+            try:
+                requests += [self.server.add_request(ids, one) for ids, one in zip(all_ids, each)]
+                while self.server.has_work:
+                    self.server.step()
+            except BaseException:
+                for request in self.server.unfinished():
+                    self.server.cancel(request)
+                with suppress(Exception):
+                    self.server.step()  # tells of their ends, and reads what is under way
+                raise
+            return [self.completion(request) for request in requests]
 
 
 def weights_room(options: ServeOptions) -> int:

@@ -72,5 +72,6 @@ def outside_nucleus(logits: torch.Tensor, temperature: torch.Tensor, top_p: torc
     likely, ids = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     ahead = likely.cumsum(-1) - likely  # of all likelier tokens together
     cut = ((top_p < 1) & (temperature > 0))[:, None]
-    outside = (ahead >= top_p[:, None]) & cut
+    # The likeliest token is inside, also where a top_p is too small for float32, in which it is 0.
+    outside = (ahead >= top_p.clamp_min(torch.finfo(torch.float32).tiny)[:, None]) & cut
     return torch.empty_like(outside).scatter_(1, ids, outside)

@@ -7,12 +7,15 @@
 
 A step is planned and launched while the one before still runs, whose tokens are read then: the host's work hides behind
 the device's. So a request that ends with an end-of-sequence token is found out one step late, and the token that it
-has computed by then is dropped. Every request ends: served, refused with a reason, or cancelled.
+has computed by then is dropped. Every request ends: served, refused with a reason, or cancelled; also where a step
+fails, after which the server goes on with an empty cache.
 """
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +39,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)  # generated
     token_us: list[float] = field(default_factory=list)  # when the host had each
     status: str = WAITING
-    reason: str | None = None  # why it was refused; "stop" or "length" of one that was served
+    reason: str | None = None  # why it was refused or a step failed; "stop" or "length" of one that was served
     first_run_us: float | None = None
     end_us: float | None = None
     hit_tokens: int = 0  # of the prompt, found in the prefix cache when it first ran
@@ -90,7 +93,7 @@ class Server:
     """Serves requests in one thread: nothing here may be called by two at once."""
 
     __slots__ = ("runner", "scheduler", "max_context", "vocab_size", "eos_token_ids", "steps", "_requests", "_ended",
-                 "_in_flight", "_free_slots", "_next_id")
+                 "_in_flight", "_free_slots", "_next_id", "_driver")
 
     def __init__(self, runner: StepRunner, limits: Limits, *, max_context: int, vocab_size: int,
                  eos_token_ids: Sequence[int] = (), record: bool = False) -> None:
@@ -101,8 +104,21 @@ class Server:
         self._requests: dict[int, Request] = {}  # that have not ended
         self._ended: list[Request] = []  # to be told of by the next step
         self._in_flight: deque[_InFlight] = deque()
-        self._free_slots = list(range(limits.max_batch - 1, -1, -1))
+        self._free_slots = _all_slots(limits)
         self._next_id = 0
+        self._driver = threading.Lock()
+
+    @contextmanager
+    def driven_by(self, caller: str) -> Iterator[None]:
+        """Within it the server is the caller's alone. RuntimeError where another one has it, since two threads that
+        step one server would mix its requests up."""
+        if not self._driver.acquire(blocking=False):
+            raise RuntimeError(f"{caller}: expected a server that nobody else drives, got one under generate() or an "
+                               "AsyncLLM")
+        try:
+            yield
+        finally:
+            self._driver.release()
 
     @property
     def has_work(self) -> bool:
@@ -124,9 +140,15 @@ class Server:
 
     def add_request(self, prompt: Sequence[int] | np.ndarray, params: SamplingParams = GREEDY, *,
                     arrival_us: float | None = None) -> Request:
-        """Takes a request of token ids in. One that can never run comes back refused, with the reason."""
+        """Takes a request of token ids in. One that can never run comes back refused, with the reason. ValueError where
+        params are none."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params: expected SamplingParams, got {params!r}")
         now_us = self.runner.now_us()
-        ids = np.asarray(prompt)
+        try:
+            ids = np.asarray(prompt)
+        except (ValueError, TypeError):  # lists of several lengths, tensors on a GPU
+            ids = np.array(None)
         request = Request(self._next_id, ids, params, now_us if arrival_us is None else arrival_us)
         self._next_id += 1
         request.reason = self._refusal(ids, params)
@@ -158,7 +180,18 @@ class Server:
         return True
 
     def step(self) -> list[Event]:
-        """Plans and launches a step, and reads the tokens of the one before."""
+        """Plans and launches a step, and reads the tokens of the one before.
+
+        What the runner raises comes through, also KeyboardInterrupt. All requests are cancelled by then, with the
+        reason, and the next step tells of it: what the failed one has written of its pages nobody knows.
+        """
+        try:
+            return self._step()
+        except BaseException as error:
+            self._abandon(f"a step failed: {type(error).__name__}: {error}")
+            raise
+
+    def _step(self) -> list[Event]:
         if self.scheduler.has_work:
             self._launch()
         events = []
@@ -259,12 +292,29 @@ class Server:
             self.scheduler.cancel(request.id, self.runner.now_us())
         self._give_slot_back(request)
 
+    def _abandon(self, reason: str) -> None:
+        """Cancels all requests and forgets the cache, blocks that other prompts could have taken from it too."""
+        while self._in_flight:
+            with suppress(Exception):  # its buffers are used again, and nobody asks for its tokens
+                self._in_flight.popleft().launched.wait()
+        limits = self.scheduler.limits
+        self.scheduler, self._free_slots = LiveScheduler(limits), _all_slots(limits)
+        for request in self.unfinished():
+            request.slot, request.reason = None, reason
+            self._end(request, CANCELLED, self.runner.now_us())
+        self._requests.clear()
+
     def _end(self, request: Request, status: str, now_us: float) -> None:
         request.status, request.end_us = status, now_us
         self._ended.append(request)
 
     def _used_pages(self) -> int:
         return self.scheduler.num_used_pages
+
+
+def _all_slots(limits: Limits) -> list[int]:
+    """Free slots, of which the last is taken first."""
+    return list(range(limits.max_batch - 1, -1, -1))
 
 
 def _tokens_of(request: Request, begin: int, end: int) -> np.ndarray:

@@ -1,14 +1,15 @@
 """What a step is given and what it gives; how a request samples. Needs no torch."""
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 import numpy as np
 
 from pkvsim.shapes import MAX_TOKENS, check_int
 
+MAX_TEMPERATURE = 1e6  # draws are uniform long before, and their float32 sums stay far from infinity
 LIKELIEST, DRAWN, FROM_NUCLEUS = range(3)  # how a token is chosen; by a top_p below 1 it comes from a nucleus
 
 
@@ -31,15 +32,25 @@ class SamplingParams:
     def __post_init__(self) -> None:
         check_int("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         check_int("seed", self.seed, 0, 2**63 - 1)
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a number >= 0, got {self.temperature!r}")
-        if not 0 < self.top_p <= 1:
+        if not is_number(self.temperature) or not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature: expected a number in [0, {MAX_TEMPERATURE:g}], got {self.temperature!r}")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
+        try:
+            stops = tuple(check_int("stop_token_ids", token, 0, MAX_TOKENS) for token in self.stop_token_ids)
+        except TypeError:
+            raise ValueError(f"stop_token_ids: expected token ids, got {self.stop_token_ids!r}") from None
+        object.__setattr__(self, "stop_token_ids", stops)
 
     @property
     def choice(self) -> int:
         """LIKELIEST, DRAWN or FROM_NUCLEUS."""
         return LIKELIEST if not self.temperature else DRAWN if self.top_p == 1 else FROM_NUCLEUS
+
+
+def is_number(value: Any) -> bool:
+    """Whether value is a real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 GREEDY = SamplingParams()

@@ -133,3 +133,9 @@ def test_what_a_step_must_compute_is_the_most_that_a_row_asks_for():
     assert SamplingParams(temperature=1.0).choice == DRAWN
     assert SamplingParams(temperature=1.0, top_p=0.5).choice == FROM_NUCLEUS
     assert LIKELIEST < DRAWN < FROM_NUCLEUS
+
+
+def test_a_top_p_too_small_for_float32_leaves_the_likeliest_token():
+    logits = torch.tensor([[0.0, 1.0, 3.0, 2.0]]).repeat(50, 1)
+    for top_p in (1e-30, 1e-50):
+        assert (drawn(logits, top_p=top_p, seed=torch.arange(50)) == 2).all()

@@ -13,11 +13,12 @@ from typer.testing import CliRunner  # noqa: E402
 
 import gpu.serve.__main__ as serve_command  # noqa: E402
 from gpu.serve.__main__ import serve  # noqa: E402
-from gpu.serve.model.config import find_config  # noqa: E402
+from gpu.serve.model.config import find_config, read_config  # noqa: E402
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 199,
           "max_position_embeddings": 512, "torch_dtype": "bfloat16"}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
 LOAD = ("--cpu", "--dummy-weights", "--max-batch", "8", "--step-tokens", "64", "--input-tokens", "20-90", "--output-tokens",
         "2-9", "--requests", "12", "--concurrency", "5", "--shared-prefix", "40", "--prefix-cache", "lru")
 
@@ -96,12 +97,49 @@ def test_refusals_are_one_line(model, arguments, words):
     ({"torch_dtype": "float64"}, "torch_dtype: expected one of"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a number above 0"),
     ({"eos_token_id": "</s>"}, "eos_token_id: expected token ids"),
+    ({"eos_token_id": True}, "eos_token_id: expected token ids"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "architectures: expected one of"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}},
+     "high_freq_factor: expected a number above low_freq_factor"),
+    ({"rope_scaling": ["yarn"]}, "rope_scaling: expected one object"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_scaling: expected one object"),
+    ({"rope_theta": -1.0}, "rope_theta: expected a number above"),
+    ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_theta: expected a number above 1"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps: expected a number above 0"),
+    ({"head_dim": 5}, "head_dim: expected an even number"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": "4096"}, "sliding_window: expected an integer"),
+    (QWEN | {"max_window_layers": 1}, "max_window_layers: expected 0, or at least 2"),
+    (QWEN | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected layers of one type"),
 ])
 def test_configs_that_are_not_served(tmp_path, change, words):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**CONFIG, **change}))
     done = run("--model", str(path), *LOAD)
-    assert done.exit_code == 2 and words in done.stderr
+    assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("change", "window"), [
+    ({"max_window_layers": 0}, 8), ({"max_window_layers": 2}, None), ({"max_window_layers": None}, None), ({}, None),
+    ({"layer_types": ["sliding_attention"] * 2, "max_window_layers": 1}, 8), ({"layer_types": ["full_attention"] * 2}, None),
+])  # fmt: skip
+def test_windows_of_qwen_are_those_of_its_layers(change, window):
+    assert read_config({**CONFIG, **QWEN, **change}, name="qwen").window == window
+
+
+def test_only_some_families_have_biases_of_the_output_projection():
+    for family, expected in (("Llama", True), ("Qwen3", True), ("Qwen2", False), ("Mistral", False)):
+        config = read_config({**CONFIG, "architectures": [f"{family}ForCausalLM"], "attention_bias": True}, name=family)
+        assert config.output_bias == expected and config.qkv_bias == (family != "Mistral")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{"])
+def test_files_that_hold_no_object(tmp_path, name, text):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: cannot read a model"):
+        find_config(tmp_path)
 
 
 def test_tokens_that_end_a_turn_are_those_of_the_generation_config(tmp_path):

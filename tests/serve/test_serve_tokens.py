@@ -16,6 +16,8 @@ ROPES = {
     "llama3": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     "yarn": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn of another scale": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 1.0,
+                              "mscale_all_dim": 0.5, "truncate": False, "original_max_position_embeddings": 64},
     "linear": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
 }
 WAYS = {
@@ -149,3 +151,18 @@ def test_a_model_restarts_with_other_options_and_an_empty_cache(llama):
     llm.server.add_request(prompts[0])
     with pytest.raises(ValueError, match="no request under way, got 1"):
         llm.restart()
+
+
+def test_texts_without_a_tokenizer_and_shards_that_are_missing_are_named(llama, tmp_path):
+    folder, _ = llama
+    llm = LLM(folder, ServeOptions(device="cpu", num_pages=8, max_batch=1))
+    with pytest.raises(ValueError, match="prompts: expected token ids, as the tokenizer of .* cannot be read: [^\n]*$"):
+        llm.generate([[1, 2], "text"])
+    assert not llm.server.has_work
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for index, words in (({"weight_map": {"model.embed_tokens.weight": "gone.safetensors"}}, "gone.safetensors: cannot read"),
+                         ({"weight_map": ["model.safetensors"]}, "cannot read a model"), ({}, "cannot read a model"), ([], "cannot")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=words):
+            LLM(tmp_path, ServeOptions(device="cpu", num_pages=8, max_batch=1))

@@ -134,11 +134,12 @@ def test_a_long_life_leaves_nothing_behind():
 
 @pytest.mark.parametrize(("prompt", "match"), [
     ([], "at least one"), ([[1, 2]], "token ids"), ([1.5], "token ids"), ([-1], r"in \[0, 50\)"), ([50], r"in \[0, 50\)"),
-    ([1] * 99, "at most 100 tokens"), ([1] * 90, "at most 20 pages"),
+    ([1] * 99, "at most 100 tokens"), ([1] * 90, "at most 20 pages"), ([1, [2, 3]], "token ids"), ("text", "token ids"),
+    (None, "token ids"), ([2**70], "token ids"), ([True], "token ids"),
 ])
 def test_refusals_say_why(prompt, match):
     server = make_server(num_pages=20)
-    request = server.add_request(np.array(prompt), SamplingParams(max_tokens=4))
+    request = server.add_request(prompt, SamplingParams(max_tokens=4))
     assert request.status == REFUSED
     with pytest.raises(AssertionError, match=match):
         raise AssertionError(request.reason)
@@ -147,6 +148,8 @@ def test_refusals_say_why(prompt, match):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("max_tokens", 0), ("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5), ("seed", -1),
+    ("temperature", "0"), ("temperature", None), ("temperature", 1e39), ("top_p", "1"), ("stop_token_ids", 5),
+    ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]), ("max_tokens", 1.0),
 ])
 def test_sampling_params_are_checked(field, value):
     with pytest.raises(ValueError, match=field):

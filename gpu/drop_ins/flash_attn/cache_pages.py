@@ -3,8 +3,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from gpu.drop_ins.flash_attn.checks import check_tensor, describe, expect
 from pkvsim.devices.route_options import MAX_PAGE_SIZE
 
 
@@ -21,19 +23,6 @@ class CachePages(NamedTuple):
         return self.block_table.shape[1] * self.k.shape[1]
 
 
-def expect(name: str, expected: str, got: object, ok: bool) -> None:
-    """Raises ValueError naming the argument unless ok."""
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
-
-
-def describe(array: object) -> str:
-    """dtype, shape and device of a tensor, for error messages."""
-    if not isinstance(array, torch.Tensor):
-        return repr(array)
-    return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)} on {array.device}"
-
-
 def pages_of(k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor | None,
              cache_batch_idx: torch.Tensor | None, batch_size: int) -> CachePages:
     """The cache of `batch_size` rows.
@@ -45,14 +34,14 @@ def pages_of(k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Te
     Raises ValueError naming the argument.
     """
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        expect(name, "a tensor of 4 axes", describe(cache), isinstance(cache, torch.Tensor) and cache.dim() == 4)
+        check_tensor(name, "a tensor of 4 axes", cache, 4)
     expect("v_cache", f"k_cache's {list(k_cache.shape[:3])} and a head_dim", describe(v_cache),
            v_cache.shape[:3] == k_cache.shape[:3])
     if block_table is not None:
         expect("cache_batch_idx", "None with a block_table", describe(cache_batch_idx), cache_batch_idx is None)
-        expect("block_table", f"int32 [{batch_size}, max_pages]", describe(block_table),
-               isinstance(block_table, torch.Tensor) and block_table.dtype == torch.int32
-               and block_table.dim() == 2 and len(block_table) == batch_size)
+        expect("block_table", f"int32 [{batch_size}, max_pages] on {k_cache.device}", describe(block_table),
+               isinstance(block_table, torch.Tensor) and block_table.dtype == torch.int32 and block_table.dim() == 2
+               and (len(block_table), block_table.device) == (batch_size, k_cache.device))
         return CachePages(k_cache, v_cache, block_table if block_table.stride(1) == 1 else block_table.contiguous())
     entries, tokens = k_cache.shape[:2]
     expect("k_cache", "at least one token a row", describe(k_cache), tokens > 0)
@@ -69,9 +58,9 @@ def pages_of(k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Te
         expect("k_cache", f"the {batch_size} rows of q, or more", describe(k_cache), entries >= batch_size)
         table = torch.arange(batch_size * per_row, dtype=torch.int32, device=k_cache.device)
         return CachePages(k_pages, v_pages, table.view(batch_size, per_row))
-    expect("cache_batch_idx", f"int32 [{batch_size}]", describe(cache_batch_idx),
+    expect("cache_batch_idx", f"int32 [{batch_size}] on {k_cache.device}", describe(cache_batch_idx),
            isinstance(cache_batch_idx, torch.Tensor) and cache_batch_idx.dtype == torch.int32
-           and cache_batch_idx.shape == (batch_size,))
+           and (cache_batch_idx.shape, cache_batch_idx.device) == ((batch_size,), k_cache.device))
     first = cache_batch_idx[:, None] * per_row
     return CachePages(k_pages, v_pages, first + torch.arange(per_row, dtype=torch.int32, device=k_cache.device))
 
@@ -81,10 +70,10 @@ def lengths_of(cache_seqlens: int | torch.Tensor | None, cache: CachePages, batc
 
     Raises ValueError naming cache_seqlens.
     """
-    if cache_seqlens is None or isinstance(cache_seqlens, int):
-        tokens = cache.max_tokens if cache_seqlens is None else cache_seqlens
+    if cache_seqlens is None or isinstance(cache_seqlens, (int, np.integer)) and not isinstance(cache_seqlens, bool):
+        tokens = cache.max_tokens if cache_seqlens is None else int(cache_seqlens)
         return torch.full((batch_size,), tokens, dtype=torch.int32, device=cache.k.device)
-    expect("cache_seqlens", f"a number or int32 [{batch_size}]", describe(cache_seqlens),
+    expect("cache_seqlens", f"a number or int32 [{batch_size}] on {cache.k.device}", describe(cache_seqlens),
            isinstance(cache_seqlens, torch.Tensor) and cache_seqlens.dtype in (torch.int32, torch.int64)
-           and cache_seqlens.shape == (batch_size,))
+           and (cache_seqlens.shape, cache_seqlens.device) == ((batch_size,), cache.k.device))
     return cache_seqlens.to(torch.int32).contiguous()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu.drop_ins.flash_attn.cache_pages import describe, expect
+from gpu.drop_ins.flash_attn.checks import check_alike, check_options, check_tensor, describe, expect
 from gpu.drop_ins.flash_attn.dense import dense_attention
 from gpu.drop_ins.refusals import check_served
 
@@ -41,11 +41,14 @@ def flash_attn_varlen_func(
     expect("cu_seqlens_k", f"as many entries as cu_seqlens_q, {len(cu_seqlens_q)}", describe(cu_seqlens_k),
            len(cu_seqlens_k) == len(cu_seqlens_q))
     if block_table is not None:
-        expect("block_table", f"int32 [{len(cu_seqlens_q) - 1}, max_pages]", describe(block_table),
-               block_table.dim() == 2 and len(block_table) == len(cu_seqlens_q) - 1)
+        expect("block_table", f"[{len(cu_seqlens_q) - 1}, max_pages]", describe(block_table),
+               isinstance(block_table, torch.Tensor) and block_table.dim() == 2
+               and len(block_table) == len(cu_seqlens_q) - 1)
         k, v = gather(k, v, block_table, cu_seqlens_k.diff())
     for name, array in (("q", q), ("k", k), ("v", v)):
-        expect(name, "[tokens, heads, head_dim]", describe(array), array.dim() == 3)
+        check_tensor(name, "[tokens, heads, head_dim]", array, 3)
+    check_alike(q, k, v)
+    check_options(q, scale=softmax_scale, softcap=softcap, sinks=s_aux)
     left, right = window_of(window_size, causal)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     fused = q.is_cuda and q.dtype in HALF_TYPES and not softcap and s_aux is None and v.shape[-1] == q.shape[-1]
@@ -54,8 +57,12 @@ def flash_attn_varlen_func(
             q, k, v, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), 0.0, right == 0, False,
             scale=scale, window_size_left=left, window_size_right=right)
     else:
-        out, lse = one_by_one(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), scale=scale, left=left,
-                              right=right, soft_cap=softcap or None, sinks=s_aux)
+        q_begins, k_begins = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        for name, begins, array in (("cu_seqlens_q", q_begins, q), ("cu_seqlens_k", k_begins, k)):
+            expect(name, f"ascending from 0 to at most {len(array)} tokens", begins,
+                   0 <= begins[0] and begins[-1] <= len(array) and begins == sorted(begins))
+        out, lse = one_by_one(q, k, v, q_begins, k_begins, scale=scale, left=left, right=right,
+                              soft_cap=softcap or None, sinks=s_aux)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -71,7 +78,9 @@ def flash_attn_func(
     q [batch_size, new_tokens, num_q_heads, head_dim]; k, v [batch_size, tokens, num_kv_heads, head_dim].
     """
     for name, array in (("q", q), ("k", k), ("v", v)):
-        expect(name, "[batch_size, tokens, heads, head_dim]", describe(array), array.dim() == 4)
+        check_tensor(name, "[batch_size, tokens, heads, head_dim]", array, 4)
+        expect(name, "q's batch_size, at least 1", describe(array), len(array) == len(q) > 0)
+    check_alike(q, k, v)
     (batch_size, new_tokens), tokens = q.shape[:2], k.shape[1]
     begins = torch.arange(batch_size + 1, dtype=torch.int32, device=q.device)
     q, k, v = (array.flatten(0, 1) for array in (q, k, v))
@@ -84,8 +93,9 @@ def flash_attn_func(
 
 def window_of(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     """(keys to the left of a query's own place, to the right of it), -1 for all."""
-    ok = len(window_size) == 2 and all(isinstance(side, int) for side in window_size)
-    expect("window_size", "two numbers, -1 for all keys", window_size, ok)
+    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    expect("window_size", "two numbers, -1 for all keys", window_size,
+           pair and all(isinstance(side, int) for side in window_size))
     left, right = (max(-1, side) for side in window_size)
     return left, 0 if causal else right
 
@@ -97,8 +107,7 @@ def gather(k: torch.Tensor, v: torch.Tensor, block_table: torch.Tensor,
     k, v pages [num_pages, page_size, num_kv_heads, head_dim]; block_table [batch_size, max_pages]; lens [batch_size].
     """
     for name, pages in (("k", k), ("v", v)):
-        expect(name, "[num_pages, page_size, num_kv_heads, head_dim] with a block_table", describe(pages),
-               pages.dim() == 4)
+        check_tensor(name, "[num_pages, page_size, num_kv_heads, head_dim] with a block_table", pages, 4)
     page_size, long = k.shape[1], lens.long()
     row = torch.repeat_interleave(long)
     place = torch.arange(len(row), device=row.device) - (long.cumsum(0) - long)[row]

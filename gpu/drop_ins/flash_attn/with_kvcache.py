@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from gpu.drop_ins.flash_attn.cache_pages import CachePages, describe, expect, lengths_of, pages_of
+from gpu.drop_ins.flash_attn.cache_pages import CachePages, lengths_of, pages_of
+from gpu.drop_ins.flash_attn.checks import check_alike, check_options, describe, expect
 from gpu.drop_ins.flash_attn.prefill import flash_attn_varlen_func, window_of
 from gpu.drop_ins.flash_attn.writing import Rotation, Writers, make_writer, rotation_of
 from gpu.drop_ins.refusals import check_served
@@ -49,15 +50,16 @@ def flash_attn_with_kvcache(
     check_served("cache_leftpad", cache_leftpad)
     check_served("alibi_slopes", alibi_slopes)
     expect("q", "float16 or bfloat16 [batch_size, new_tokens, num_q_heads, head_dim]", describe(q),
-           isinstance(q, torch.Tensor) and q.dim() == 4 and q.shape[1] > 0
+           isinstance(q, torch.Tensor) and q.dim() == 4 and min(q.shape) > 0
            and q.dtype in (torch.float16, torch.bfloat16))
+    check_options(q, scale=softmax_scale, softcap=softcap, sinks=s_aux)
     batch_size, new_tokens = q.shape[:2]
     left, right = window_of(window_size, causal)
     cache = pages_of(k_cache, v_cache, block_table, cache_batch_idx, batch_size)
     _check_new(q, k, v, cache)
     rotation = rotation_of(rotary_cos, rotary_sin, rotary_interleaved)
     if rotation is not None:
-        _check_rotated(q, k, causal or left >= 0 or right >= 0)
+        _check_rotated(q, k, rotation, causal or left >= 0 or right >= 0)
     lens = lengths_of(cache_seqlens, cache, batch_size)
     if k is not None:
         expect("cache_seqlens", "the tokens before k", cache_seqlens, cache_seqlens is not None)
@@ -73,19 +75,23 @@ def flash_attn_with_kvcache(
 
 def _check_new(q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, cache: CachePages) -> None:
     """That q, k, v are alike and fit the cache. Raises ValueError naming the argument."""
-    expect("k_cache", f"q's dtype, head_dim and place: {describe(q)}", describe(cache.k),
-           (cache.k.dtype, cache.k.shape[3], cache.k.device) == (q.dtype, q.shape[3], q.device))
+    check_alike(q, cache.k, cache.v, ("k_cache", "v_cache"))
     if k is None and v is None:
         return
     for name, new, pages in (("k", k, cache.k), ("v", v, cache.v)):
-        ok = isinstance(new, torch.Tensor) and new.dim() == 4 and new.shape[0] == q.shape[0] and new.dtype == q.dtype
+        ok = (isinstance(new, torch.Tensor) and new.dim() == 4
+              and (new.shape[0], new.dtype, new.device) == (q.shape[0], q.dtype, q.device))
         expect(name, f"{str(q.dtype).removeprefix('torch.')} [{q.shape[0]}, new tokens, {pages.shape[2]}, "
                      f"{pages.shape[3]}]", describe(new), ok and new.shape[2:] == pages.shape[2:] and new.shape[1] > 0)
     expect("v", f"k's {k.shape[1]} tokens", describe(v), v.shape[1] == k.shape[1])
 
 
-def _check_rotated(q: torch.Tensor, k: torch.Tensor | None, advances: bool) -> None:
-    """That every query is rotated as the key beside it. advances: whether queries have positions of their own."""
+def _check_rotated(q: torch.Tensor, k: torch.Tensor | None, rotation: Rotation, advances: bool) -> None:
+    """That the tables are q's, and every query is rotated as the key beside it. advances: whether queries have
+    positions of their own."""
+    for name, table in (("rotary_cos", rotation.cos), ("rotary_sin", rotation.sin)):
+        expect(name, f"1 to {q.shape[3] // 2} columns on {q.device}", describe(table),
+               0 < 2 * table.shape[1] <= q.shape[3] and table.device == q.device)
     expect("rotary_cos", "None without k", "a tensor", k is not None)
     expect("q", f"as many tokens as k, {k.shape[1]}, with rotary_cos", describe(q), q.shape[1] == k.shape[1])
     if q.shape[1] > 1 and not advances:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from gpu.drop_ins.flash_attn.cache_pages import CachePages, describe, expect
+from gpu.drop_ins.flash_attn.cache_pages import CachePages
+from gpu.drop_ins.flash_attn.checks import describe, expect
 from pkvsim import DecodeShape
 from pkvsim.reference.rope import HALF, INTERLEAVED, Rope
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -89,6 +89,9 @@ def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = Fa
     if is_gguf(model):
         file = GgufFile(model)
         config = read_config(file.config(), name=file.path.stem)
+        factors = file.rope_factors(config.head_dim)
+        if factors is not None:
+            config = replace(config, rope=replace(config.rope, inv_freq=config.rope.inv_freq / factors))
         _expect_room(config, dtype, room)
         found = {name: torch.from_numpy(array) for name, array in ([] if dummy else file.tensors())}
         return config, _assemble(config, _random(dtype, device, seed) if dummy else _known(found, dtype, device))
@@ -169,13 +172,14 @@ def _from_files(folder: Path, files: list[Path], dtype: torch.dtype, device: str
     index = folder / "model.safetensors.index.json"
     try:
         if index.is_file():
-            place = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            place = {name: folder / file for name, file in named.items()}
         else:
             for file in files:
                 opened[file] = safe_open(str(file), framework="pt")
                 place |= dict.fromkeys(opened[file].keys(), file)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot read a model: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot read a model: {type(error).__name__}: {error}") from None
 
     def tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name not in place:
