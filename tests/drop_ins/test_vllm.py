@@ -232,13 +232,19 @@ def test_texts_beside_images_decode() -> None:
         torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected)
 
 
-def test_sinks_follow_reloaded_weights_in_place() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sinks_are_kept_with_the_weights_and_follow_reloaded_ones_in_place(dtype) -> None:
+    """What a builder allocates lies with the caches, whose contents vLLM's sleep mode drops."""
     case = Case((1,), (4,), sinks=True)
     with fake_vllm() as vllm:
         vllm.configure()
         layer = attention_layer(vllm, case, "a")
+        layer.impl.sinks = layer.impl.sinks.to(dtype)
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+        with_weights = layer.impl._kept_sinks().data_ptr()
         builder_of(vllm, ["a"])
         held = layer.impl._decoder.sinks
+        assert held.data_ptr() == with_weights and torch.equal(held, layer.impl.sinks.float())
         address = held.data_ptr()
         layer.impl.sinks.fill_(0.5)
         layer.impl.process_weights_after_loading(torch.bfloat16)
