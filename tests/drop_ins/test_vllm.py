@@ -251,6 +251,20 @@ def test_sinks_are_kept_with_the_weights_and_follow_reloaded_ones_in_place(dtype
         assert held.dtype == torch.float32 and held.data_ptr() == address and (held == 0.5).all()
 
 
+@pytest.mark.parametrize("cache", ["auto", "int8_per_token_head"])
+def test_layers_that_read_what_others_stored_are_given_no_keys(cache) -> None:
+    case = Case((1, 1, 5), (4, 20, 0), kv_cache_dtype=cache)
+    with fake_vllm() as vllm:
+        vllm.configure(cache_dtype=cache)
+        layer = attention_layer(vllm, case, "a")
+        prepared = prepare(vllm, case, layer)
+        metadata = builder_of(vllm, ["a"]).build(0, prepared.common)
+        run(vllm, prepared, metadata)
+        out = torch.empty_like(prepared.query)
+        layer.impl.forward(layer, prepared.query, None, None, prepared.cache, metadata, out)
+        torch.testing.assert_close(out[:len(prepared.expected)], prepared.expected, atol=1e-5, rtol=1e-5)
+
+
 def test_profiling_outputs_and_refusals() -> None:
     case = Case((1,), (4,))
     with fake_vllm() as vllm:

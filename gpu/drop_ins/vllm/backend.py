@@ -103,10 +103,11 @@ class _Impl(Mixin):
             k_pages, v_pages = cache.unbind(1)
             self._decoder.run(rows, query[:done], k_pages, v_pages, output[:done], *self._scales(layer))
         if attn_metadata.base is not None:
+            rest = output
             if done:
-                query, key, value, rest = query[done:], key[done:], value[done:], output[done:]
-            else:
-                rest = output
+                query, rest = query[done:], output[done:]
+                # A layer that only reads a cache, its own or another's, is given neither.
+                key, value = (None if new is None else new[done:] for new in (key, value))
             super().forward(layer, query, key, value, cache, attn_metadata.base, rest)
         return output
 
