@@ -265,6 +265,25 @@ def test_layers_that_read_what_others_stored_are_given_no_keys(cache) -> None:
         torch.testing.assert_close(out[:len(prepared.expected)], prepared.expected, atol=1e-5, rtol=1e-5)
 
 
+def test_models_clear_ranges_of_images_in_the_metadata_of_the_rest() -> None:
+    """Gemma 4 attends to whole images in its layers with a window alone, and sets what others' metadata says to None."""
+    case = Case((1, 5), (4, 0))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        prepared = prepare(vllm, case, attention_layer(vllm, case, "a"))
+        builder = builder_of(vllm, ["a"])
+        prepared.common.mm_req_doc_ranges = {1: [(0, 3)]}
+        metadata = builder.build(0, prepared.common)
+        for name in ("mm_prefix_range", "mm_prefix_range_tensor"):
+            assert getattr(metadata, name) is getattr(metadata.base, name) is not None
+            setattr(metadata, name, None)
+            assert getattr(metadata.base, name) is None
+        prepared.common.mm_req_doc_ranges = None
+        decodes = builder.build(0, prepare(vllm, Case((1, 1), (4, 9)), prepared.layer).common)
+        decodes.mm_prefix_range = decodes.mm_prefix_range_tensor = None
+        assert decodes.base is None and decodes.mm_prefix_range is decodes.mm_prefix_range_tensor is None
+
+
 def test_profiling_outputs_and_refusals() -> None:
     case = Case((1,), (4,))
     with fake_vllm() as vllm:

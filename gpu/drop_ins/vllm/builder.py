@@ -35,6 +35,26 @@ class StepMetadata:
     decode: DecodeRows | None
     base: Any | None  # None where no row is left for it
 
+    @property
+    def mm_prefix_range(self) -> Any | None:
+        """Of the base's rows, as is the tensor below: models that attend to whole images in some layers alone clear
+        both in the others' metadata, under these names."""
+        return getattr(self.base, "mm_prefix_range", None)
+
+    @mm_prefix_range.setter
+    def mm_prefix_range(self, ranges: Any | None) -> None:
+        if self.base is not None:
+            self.base.mm_prefix_range = ranges
+
+    @property
+    def mm_prefix_range_tensor(self) -> torch.Tensor | None:
+        return getattr(self.base, "mm_prefix_range_tensor", None)
+
+    @mm_prefix_range_tensor.setter
+    def mm_prefix_range_tensor(self, ranges: torch.Tensor | None) -> None:
+        if self.base is not None:
+            self.base.mm_prefix_range_tensor = ranges
+
 
 class _Builder(Mixin):
     """build() of either base: it cuts the step, and has the base build the metadata of the rows that prefill."""
