@@ -105,8 +105,14 @@ class _Builder(Mixin):
     def _cut(self, common: CommonAttentionMetadata) -> Cut:
         if len(self.layer_names) != self._num_prepared:
             self._prepare_layers()
+        if not self._decodes:
+            return Cut(0, 1, True)
         images = common.mm_req_doc_ranges and any(common.mm_req_doc_ranges.values())
-        if not self._decodes or common.causal is not True or images:
+        if common.causal is not True or images:
+            # A captured decode step stays as it was captured: its rows' tokens come after all of their images.
+            which = "with images that are attended to whole (captured ones apart)" if images else (
+                "whose attention is not causal")
+            LOG.warning_once("PersistentKV leaves steps %s to vLLM's %s", which, self.base_name)
             return Cut(0, 1, True)
         return cut_step(common.query_start_loc_cpu, common.num_actual_tokens, self._query_tokens, self._most_rows)
 
