@@ -42,6 +42,7 @@ from vllm_bench import plans
 from vllm_bench.agreement import TIE, compare, judge
 from vllm_bench.cases import GROUPS, LLAMA_8B, SMALL, Job, environment, write_model, write_plugin
 from vllm_bench.report import name_of, served_table, times_table
+from vllm_bench.serving import read_cases
 
 BACKENDS = ("CUSTOM", "FLASH_ATTN", "TRITON_ATTN")
 
@@ -79,10 +80,36 @@ def main() -> None:
         return
     if args.report:
         sys.exit(report(read_json(args.report)))
-    if args.requests is not None and not args.requests.exists():
-        parser.error(f"--requests: expected a CSV file, got {args.requests}")
+    check(args)
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as folder:
         sys.exit(run(args, Path(folder)))
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError of what would end engines only after minutes, naming the option."""
+    known = [group.name for group in GROUPS]
+    for name in args.groups.split(","):
+        if name not in known:
+            raise ValueError(f"--groups: expected names among {', '.join(known)}, got {name!r}")
+    if not all(args.backends.split(",")):
+        raise ValueError(f"--backends: expected names of backends, got {args.backends!r}")
+    for option, least in (("steps", 1), ("seed", 0)):
+        if getattr(args, option) < least:
+            raise ValueError(f"--{option}: expected {least} or more, got {getattr(args, option)}")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds: expected a number above 0, got {args.seconds}")
+    if args.model is not None and not (args.model / "config.json").is_file():
+        raise ValueError(f"--model: expected a folder with a config.json, got {args.model}")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {args.json}")
+    if args.requests is not None:
+        try:
+            cases = read_cases(args.requests)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError("--requests: expected a CSV file with the columns case, arrived_at, num_prefill_tokens "
+                             f"and num_decode_tokens, got {args.requests} ({type(error).__name__}: {error})") from None
+        if not cases:
+            raise ValueError(f"--requests: expected a CSV file with at least one request, got {args.requests}")
 
 
 def run(args: argparse.Namespace, folder: Path) -> int:

@@ -3,7 +3,8 @@
     python -m tests.drop_ins.record_vllm vllm-0.24.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 writes tests/drop_ins/vllm_interface/MAJOR.MINOR.json, and differences.md anew from all files there: what each release
-changes against the one that the adapter was written for. Names, defaults and annotations are kept, no code.
+changes against the one that the adapter was written for. Names, defaults and annotations are kept, and of code what
+says how a cache lies.
 """
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ ANY = ("*",)  # all fields or members, not a choice of them
 # attributes that methods set on self. A class comes after its bases.
 TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.config": {
-        "VllmConfig": ("additional_config", "cache_config", "compilation_config", "model_config", "parallel_config", "scheduler_config",
-                       "speculative_config"),
+        "VllmConfig": ("additional_config", "cache_config", "compilation_config", "model_config", "parallel_config",
+                       "scheduler_config", "speculative_config"),
         "CacheConfig": ("cache_dtype",),
         "CompilationConfig": ("max_cudagraph_capture_size", "static_forward_context"),
         "ModelConfig": ("dtype",),
@@ -35,12 +36,13 @@ TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.config.cache": {"CacheDType": ()},
     "vllm.forward_context": {"ForwardContext": ("attn_metadata",), "get_forward_context": ()},
     "vllm.logger": {"init_logger": (), "_VllmLogger": ("info_once", "warning_once")},
-    "vllm.model_executor.layers.attention": {"Attention": ("impl", "head_size_v", "layer_name", "_k_scale", "_v_scale")},
+    "vllm.model_executor.layers.attention": {"Attention": ("impl", "head_size_v", "layer_name")},
     "vllm.v1.attention.backend": {
         "AttentionBackend": ("get_builder_cls", "get_impl_cls", "get_kv_cache_shape", "get_name",
                              "supports_batch_invariance", "supports_kv_cache_dtype", "validate_configuration",
                              "supported_kv_cache_dtypes"),
         "AttentionCGSupport": ANY,
+        "AttentionLayer": ("_k_scale", "_v_scale"),
         "AttentionImplBase": ("head_size", "num_heads", "process_weights_after_loading", "scale",
                               "supports_quant_query_input", "total_cp_world_size"),
         "AttentionImpl": ("forward", "fused_output_quant_supported", "kv_cache_dtype"),
@@ -52,7 +54,9 @@ TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
         "CommonAttentionMetadata": (*ANY, "replace"),
     },
     "vllm.v1.attention.backends.flash_attn": {
-        "FlashAttentionBackend": ("get_kv_cache_shape", "supports_kv_cache_dtype"),
+        "FlashAttentionBackend": ("forward_includes_kv_cache_update", "get_kv_cache_shape", "get_kv_cache_stride_order",
+                                  "supports_kv_cache_dtype"),
+        "FlashAttentionMetadata": ("mm_prefix_range_tensor",),
         "FlashAttentionImpl": ("__init__", "alibi_slopes", "attn_type", "do_kv_cache_update", "forward", "head_size",
                                "kv_cache_dtype", "logits_soft_cap", "num_heads", "num_kv_heads", "scale", "sinks",
                                "sliding_window"),
@@ -60,15 +64,20 @@ TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": ("CUSTOM",), "register_backend": ()},
     "vllm.v1.attention.backends.triton_attn": {
-        "TritonAttentionBackend": ("get_kv_cache_shape", "supported_kv_cache_dtypes"),
+        "TritonAttentionBackend": ("forward_includes_kv_cache_update", "get_kv_cache_shape",
+                                   "get_kv_cache_stride_order", "supported_kv_cache_dtypes"),
         "TritonAttentionImpl": ("__init__", "_ensure_scale_caches", "_is_per_token_head_quant", "_k_scale_cache",
                                 "_v_scale_cache", "alibi_slopes", "attn_type", "do_kv_cache_update", "forward",
                                 "fused_output_quant_supported", "head_size", "kv_cache_dtype", "logits_soft_cap",
                                 "num_heads", "num_kv_heads", "scale", "sinks", "sliding_window",
                                 "supports_quant_query_input"),
+        "TritonAttentionMetadata": ("mm_prefix_range", "mm_prefix_range_tensor"),
         "TritonAttentionMetadataBuilder": ("__init__", "build", "build_for_cudagraph_capture"),
     },
+    "vllm.v1.kv_cache_interface": {"KVCacheSpec": ("block_size",)},
 }
+# Functions whose results are recorded too: the axes of a cache, and their order in memory.
+WITH_RESULTS = ("get_kv_cache_shape", "get_kv_cache_stride_order")
 
 
 class Sources:
@@ -118,7 +127,19 @@ def signature(function: ast.FunctionDef) -> dict[str, Any]:
     found += [["keywords", given.kwarg.arg, _text(given.kwarg.annotation), None]] if given.kwarg else []
     names = sorted(text for text in map(_text, function.decorator_list)
                    if text in ("staticmethod", "classmethod", "property"))
-    return {"decorators": names, "parameters": found, "returns": _text(function.returns)}
+    told_of: dict[str, Any] = {"decorators": names, "parameters": found, "returns": _text(function.returns)}
+    given = results(function) if function.name in WITH_RESULTS else []
+    return told_of | {"results": given} if given else told_of
+
+
+def results(function: ast.FunctionDef) -> list[str]:
+    """What the function returns, in its order: a name that it returns stands for all that it may have been set to."""
+    given = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
+    named = {value.id for value in given if isinstance(value, ast.Name)}
+    given += [node.value for node in ast.walk(function) if isinstance(node, (ast.Assign, ast.AnnAssign))
+              and isinstance(_target(node), ast.Name) and _target(node).id in named and node.value is not None]
+    return [ast.unparse(value) for value in sorted(given, key=lambda value: value.lineno)
+            if not isinstance(value, ast.Name)]
 
 
 def members(node: ast.ClassDef, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -159,6 +180,20 @@ def record(wheel: Path) -> dict[str, Any]:
     return {"release": wheel.name.split("-")[1], "modules": modules}
 
 
+def missing(interface: dict[str, Any]) -> list[str]:
+    """What is touched and is not there."""
+    gone = []
+    for module, names in TOUCHED.items():
+        for name, wanted in names.items():
+            entry = interface["modules"][module][name]
+            if entry is None:
+                gone.append(f"{module}.{name}")
+            else:
+                gone += [f"{module}.{name}.{member}" for member in wanted
+                         if member not in ANY and member not in entry["members"]]
+    return gone
+
+
 def flatten(interface: dict[str, Any]) -> dict[str, str]:
     """{dotted name: what it is}, of everything that is recorded and there."""
     found = {}
@@ -176,8 +211,9 @@ def told(what: Any) -> str:
     """A member in words of Python."""
     if isinstance(what, dict):
         stars = {"variable": "*", "keywords": "**"}
-        return "(" + ", ".join(stars.get(kind, "") + name + ("" if default is None else f"={default}")
-                               for kind, name, _, default in what["parameters"]) + ")"
+        taken = ", ".join(stars.get(kind, "") + name + ("" if default is None else f"={default}")
+                          for kind, name, _, default in what["parameters"])
+        return f"({taken})" + (f" -> {' or '.join(what['results'])}" if "results" in what else "")
     if isinstance(what, list):
         annotation, default = what
         return ("" if annotation is None else f": {annotation}") + ("" if default is None else f" = {default}")
@@ -216,9 +252,7 @@ def main() -> None:
         interface = record(wheel)
         band = ".".join(interface["release"].split(".")[:2])
         (FOLDER / f"{band}.json").write_text(json.dumps(interface, indent=1) + "\n")
-        missing = [f"{module}.{name}" for module, names in interface["modules"].items()
-                   for name, entry in names.items() if entry is None]
-        print(f"{band}: {len(flatten(interface))} names; not there: {', '.join(missing) or 'none'}")
+        print(f"{band}: {len(flatten(interface))} names; not there: {', '.join(missing(interface)) or 'none'}")
     (FOLDER / "differences.md").write_text(write_table())
 
 

@@ -212,11 +212,13 @@ def test_what_is_not_served_decodes_on_vllms_own_attention(why) -> None:
         metadata = builder.build(0, prepared.common)
         torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected)
         assert {who for who, _, _ in vllm.writes} == {"base"} and metadata.base.common is prepared.common
-        lines = [line for line in vllm.said if "leaves decode steps" in line]
+        (line,) = (line for line in vllm.said if "leaves" in line)
+        assert "FLASH_ATTN" in line
         if why in ("not causal", "images"):
-            assert not lines and builder.reorder_batch_threshold == 1
+            assert {"not causal": "whose attention is not causal", "images": "with images"}[why] in line
+            assert builder.reorder_batch_threshold == 1
         else:
-            assert len(lines) == 1 and "FLASH_ATTN" in lines[0] and builder.reorder_batch_threshold is None
+            assert "leaves decode steps" in line and builder.reorder_batch_threshold is None
             assert builder.supports_update_block_table is False
 
 
@@ -232,17 +234,56 @@ def test_texts_beside_images_decode() -> None:
         torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected)
 
 
-def test_sinks_follow_reloaded_weights_in_place() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sinks_are_kept_with_the_weights_and_follow_reloaded_ones_in_place(dtype) -> None:
+    """What a builder allocates lies with the caches, whose contents vLLM's sleep mode drops."""
     case = Case((1,), (4,), sinks=True)
     with fake_vllm() as vllm:
         vllm.configure()
         layer = attention_layer(vllm, case, "a")
+        layer.impl.sinks = layer.impl.sinks.to(dtype)
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+        with_weights = layer.impl._kept_sinks().data_ptr()
         builder_of(vllm, ["a"])
         held = layer.impl._decoder.sinks
+        assert held.data_ptr() == with_weights and torch.equal(held, layer.impl.sinks.float())
         address = held.data_ptr()
         layer.impl.sinks.fill_(0.5)
         layer.impl.process_weights_after_loading(torch.bfloat16)
         assert held.dtype == torch.float32 and held.data_ptr() == address and (held == 0.5).all()
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8_per_token_head"])
+def test_layers_that_read_what_others_stored_are_given_no_keys(cache) -> None:
+    case = Case((1, 1, 5), (4, 20, 0), kv_cache_dtype=cache)
+    with fake_vllm() as vllm:
+        vllm.configure(cache_dtype=cache)
+        layer = attention_layer(vllm, case, "a")
+        prepared = prepare(vllm, case, layer)
+        metadata = builder_of(vllm, ["a"]).build(0, prepared.common)
+        run(vllm, prepared, metadata)
+        out = torch.empty_like(prepared.query)
+        layer.impl.forward(layer, prepared.query, None, None, prepared.cache, metadata, out)
+        torch.testing.assert_close(out[:len(prepared.expected)], prepared.expected, atol=1e-5, rtol=1e-5)
+
+
+def test_models_clear_ranges_of_images_in_the_metadata_of_the_rest() -> None:
+    """Gemma 4 attends to whole images in its layers with a window alone, and sets what others' metadata says to None."""
+    case = Case((1, 5), (4, 0))
+    with fake_vllm() as vllm:
+        vllm.configure()
+        prepared = prepare(vllm, case, attention_layer(vllm, case, "a"))
+        builder = builder_of(vllm, ["a"])
+        prepared.common.mm_req_doc_ranges = {1: [(0, 3)]}
+        metadata = builder.build(0, prepared.common)
+        for name in ("mm_prefix_range", "mm_prefix_range_tensor"):
+            assert getattr(metadata, name) is getattr(metadata.base, name) is not None
+            setattr(metadata, name, None)
+            assert getattr(metadata.base, name) is None
+        prepared.common.mm_req_doc_ranges = None
+        decodes = builder.build(0, prepare(vllm, Case((1, 1), (4, 9)), prepared.layer).common)
+        decodes.mm_prefix_range = decodes.mm_prefix_range_tensor = None
+        assert decodes.base is None and decodes.mm_prefix_range is decodes.mm_prefix_range_tensor is None
 
 
 def test_profiling_outputs_and_refusals() -> None:

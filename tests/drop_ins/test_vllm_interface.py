@@ -73,6 +73,29 @@ def test_bands_are_served_whose_interface_the_adapter_was_written_for() -> None:
         assert same == (band in vllm_plugin.BANDS), band
 
 
+def test_all_that_is_touched_is_in_the_release_that_the_adapter_was_written_for() -> None:
+    """A name that is looked for and never found would stay unnoticed in all later releases."""
+    written_for = RECORDED[record_vllm.WRITTEN_FOR]
+    assert record_vllm.missing(written_for) == []
+    written_for = json.loads(json.dumps(written_for))
+    del written_for["modules"][BASE]["AttentionLayer"]["members"]["_k_scale"]
+    written_for["modules"]["vllm.logger"]["init_logger"] = None
+    assert record_vllm.missing(written_for) == ["vllm.logger.init_logger", f"{BASE}.AttentionLayer._k_scale"]
+
+
+@pytest.mark.parametrize("base", ["flash_attn", "triton_attn"])
+def test_caches_lie_as_layers_read_them(base) -> None:
+    """Layers take K and V from the second axis, blocks NHD, and blocks' strides as they come; stores are our call."""
+    kind = {"flash_attn": "FlashAttentionBackend", "triton_attn": "TritonAttentionBackend"}[base]
+    members = RECORDED[record_vllm.WRITTEN_FOR]["modules"][f"vllm.v1.attention.backends.{base}"][kind]["members"]
+    axes = [result.strip("()").split(", ") for result in members["get_kv_cache_shape"]["results"]]
+    assert axes and all(one[:4] == ["num_blocks", "2", "block_size", "num_kv_heads"] and one[4].startswith("head_size")
+                        for one in axes)
+    orders = [eval(result) for result in members["get_kv_cache_stride_order"]["results"]]
+    assert {order for order in orders if len(order) == 5} == {(0, 1, 2, 3, 4), (0, 1, 3, 2, 4)}
+    assert members["forward_includes_kv_cache_update"] == ["bool", "False"]
+
+
 def test_the_table_of_differences_is_that_of_the_records() -> None:
     assert (INTERFACES / "differences.md").read_text() == record_vllm.write_table()
 
@@ -84,11 +107,25 @@ def test_records_come_from_a_wheels_own_sources(tmp_path) -> None:
                                                     "get_current_vllm_config\nfrom vllm.config.deep import ModelConfig")
         archive.writestr("vllm/config/deep.py", "class ModelConfig:\n    dtype: int = 3\n    other = 4\n"
                                                 "def get_current_vllm_config(a, *b, c: int = 1, **d): ...\n")
+        archive.writestr("vllm/v1/attention/backends/flash_attn.py", """
+class FlashAttentionBackend:
+    def get_kv_cache_shape(a):
+        if a:
+            return (a, 2)
+        order = (1, 0)
+        other = (3, 4)
+        return order
+""")
     found = record_vllm.record(wheel)
     assert found["release"] == "9.8.7" and found["modules"]["vllm.config"]["VllmConfig"] is None
     flat = record_vllm.flatten(found)
     assert flat["vllm.config.ModelConfig.dtype"] == ": int = 3" and "vllm.config.ModelConfig.other" not in flat
     assert flat["vllm.config.get_current_vllm_config"] == "(a, *b, c=1, **d)"
+    backend = "vllm.v1.attention.backends.flash_attn.FlashAttentionBackend"
+    assert flat[f"{backend}.get_kv_cache_shape"] == "(a) -> (a, 2) or (1, 0)"
+    gone = record_vllm.missing(found)
+    assert f"{backend}.get_kv_cache_stride_order" in gone and "vllm.config.CacheConfig" in gone
+    assert "vllm.config.ModelConfig.dtype" not in gone
     gone = [name for name, _, new in record_vllm.differences(RECORDED["0.24"], found) if new == "-"]
     assert "vllm.logger.init_logger" in gone
 

@@ -253,6 +253,28 @@ def test_what_is_no_report_is_said_in_a_line(tmp_path, monkeypatch, capfd, conte
     assert ended.value.code == 2 and "--report: expected a file that --json wrote" in capfd.readouterr().err
 
 
+WRONG_OPTIONS = (
+    ("--groups", "1.2K,9K"), ("--groups", ""), ("--backends", "CUSTOM,"), ("--steps", "0"), ("--seconds", "0"),
+    ("--seconds", "nan"), ("--seed", "-1"), ("--model", "nowhere"), ("--json", "nowhere/found.json"),
+    ("--requests", "nowhere.csv"), ("--requests", "."), ("--requests", "empty.csv"), ("--requests", "columns.csv"),
+    ("--requests", "words.csv"))
+
+
+@pytest.mark.parametrize("option, value", WRONG_OPTIONS)
+def test_options_that_no_engine_could_take_are_refused_before_any_starts(tmp_path, monkeypatch, capfd, option,
+                                                                        value) -> None:
+    columns = "case,arrived_at,num_prefill_tokens,num_decode_tokens\n"
+    for name, text in (("empty", columns), ("columns", "case,arrived_at\na,1\n"), ("words", columns + "a,0,many,3\n")):
+        (tmp_path / f"{name}.csv").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_vllm.py", option, value])
+    monkeypatch.setattr(bench_vllm, "run_stages", lambda *args: pytest.fail("engines were started"))
+    with pytest.raises(SystemExit) as exit_:
+        bench_vllm.main()
+    said = capfd.readouterr().err.strip()
+    assert exit_.value.code == 2 and said.startswith(f"bench_vllm: error: {option}: expected ") and "\n" not in said
+
+
 def test_cases_stand_beside_the_file_of_requests(tmp_path, engine, capfd) -> None:
     results = tmp_path / "results.json"
     child.run(Job("FLASH_ATTN", "auto", "model", str(results), requests=_write_requests(tmp_path / "requests.csv"),

@@ -85,6 +85,8 @@ class BaseMetadata:
 
     common: Any
     fast_build: bool
+    mm_prefix_range: Any = None
+    mm_prefix_range_tensor: Any = None
 
 
 def settle(owner: Any, **values: Any) -> Any:
@@ -173,7 +175,9 @@ def _build(vllm: FakeVllm, self: Any, common_prefix_len: int, common_attn_metada
     assert int(lens.sum()) <= common.num_actual_tokens and int(lens.max()) <= common.max_query_len
     for name in ("positions", "slot_mapping"):
         assert getattr(common, name) is None or len(getattr(common, name)) >= common.num_actual_tokens
-    return BaseMetadata(common, fast_build)
+    ranges = common.mm_req_doc_ranges
+    return BaseMetadata(common, fast_build, ranges, None if ranges is None else torch.tensor(
+        [[*(ranges.get(row) or [(0, 0)])[0]] for row in range(common.num_reqs)]))
 
 
 def _update(vllm: FakeVllm, self: Any, metadata: BaseMetadata, blk_table: torch.Tensor,

@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from typing import Any
 
 import numpy as np
 import torch
-from fake_vllm import FakeVllm
+from fake_vllm import FakeVllm, settle
 
 BLOCK = 16
 GRAIN = 0.25  # K and V are small multiples of it, which 8-bit caches hold exactly
@@ -50,14 +49,16 @@ def attention_layer(vllm: FakeVllm, case: Case, name: str) -> Any:
     sinks = torch.linspace(-2, 3, case.num_heads).bfloat16() if case.sinks else None
     impl = backend.get_impl_cls()(case.num_heads, case.head_size, case.head_size**-0.5, case.num_kv_heads, None,
                                   case.window, case.kv_cache_dtype, case.soft_cap, "decoder", None, sinks=sinks)
-    layer = types.SimpleNamespace(impl=impl, layer_name=name, head_size_v=case.head_size, _k_scale=torch.tensor(GRAIN),
-                                  _v_scale=torch.tensor(GRAIN))
+    promised = (vllm.named("vllm.model_executor.layers.attention", "Attention"),
+                vllm.named("vllm.v1.attention.backend", "AttentionLayer"))
+    layer = settle(type("Layer", promised, {})(), impl=impl, layer_name=name, head_size_v=case.head_size,
+                   _k_scale=torch.tensor(GRAIN), _v_scale=torch.tensor(GRAIN))
     vllm.config.compilation_config.static_forward_context[name] = layer
     return layer
 
 
 def builder_of(vllm: FakeVllm, names: list[str], block_size: int = BLOCK) -> Any:
-    spec = types.SimpleNamespace(block_size=block_size)
+    spec = settle(vllm.named("vllm.v1.kv_cache_interface", "KVCacheSpec")(), block_size=block_size)
     return vllm.adapter.PersistentBackend.get_builder_cls()(spec, names, vllm.config, torch.device("cpu"))
 
 

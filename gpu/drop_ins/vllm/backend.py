@@ -43,6 +43,7 @@ class _Impl(Mixin):
 
     _decoder: LayerDecoder | None = None
     _writer: Any | None = None  # a CacheWriter, for captured steps
+    _float_sinks: torch.Tensor | None = None  # [num_heads] float32, what our engines read of the layer's sinks
 
     def prepare_decode(self, layer: torch.nn.Module, block_size: int, dtype: torch.dtype,
                        query_tokens: tuple[int, ...], most_rows: int, engines: Engines, appends: bool) -> None:
@@ -63,7 +64,7 @@ class _Impl(Mixin):
         kind = LayerKind(DecodeShape(self.num_heads, self.num_kv_heads, self.head_size, block_size), name,
                          None if left < 0 else left + 1, self.logits_soft_cap or None, self.sinks is not None, kv_dtype,
                          kv_scales, self.scale)
-        self._decoder = engines.decoder(kind, query_tokens, most_rows, self.sinks, self._decoder)
+        self._decoder = engines.decoder(kind, query_tokens, most_rows, self._kept_sinks(), self._decoder)
         if appends and kind.stored_by_ours:
             self._writer = engines.writer(kind)
         LOG.info_once("PersistentKV decodes on the GPU's balanced schedule: %s query heads of %s over %s KV heads, "
@@ -72,12 +73,24 @@ class _Impl(Mixin):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         super().process_weights_after_loading(act_dtype)
-        if self._decoder is not None and self.sinks is not None:
-            self._decoder.copy_sinks(self.sinks)
+        kept = self._kept_sinks()
+        if kept is not None:
+            with torch.inference_mode():  # vLLM may have made either in it
+                kept.copy_(self.sinks.detach())  # in place: captured graphs read reloaded sinks there
 
-    def forward(self, layer: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                kv_cache: torch.Tensor, attn_metadata: StepMetadata | None, output: torch.Tensor,
-                output_scale: torch.Tensor | None = None,
+    def _kept_sinks(self) -> torch.Tensor | None:
+        """The layer's sinks in float32, made at the first call, which vLLM's loading of weights makes.
+
+        vLLM's sleep mode keeps what was allocated with the weights. What a builder allocates belongs to the caches,
+        whose contents it drops.
+        """
+        if self._float_sinks is None and self.sinks is not None:
+            self._float_sinks = self.sinks.detach().to(torch.float32, copy=True).contiguous()
+        return self._float_sinks
+
+    def forward(self, layer: torch.nn.Module, query: torch.Tensor, key: torch.Tensor | None,
+                value: torch.Tensor | None, kv_cache: torch.Tensor, attn_metadata: StepMetadata | None,
+                output: torch.Tensor, output_scale: torch.Tensor | None = None,
                 output_block_scale: torch.Tensor | None = None) -> torch.Tensor:
         if attn_metadata is None:
             return output.fill_(0)  # vLLM's profiling run
@@ -90,10 +103,11 @@ class _Impl(Mixin):
             k_pages, v_pages = cache.unbind(1)
             self._decoder.run(rows, query[:done], k_pages, v_pages, output[:done], *self._scales(layer))
         if attn_metadata.base is not None:
+            rest = output
             if done:
-                query, key, value, rest = query[done:], key[done:], value[done:], output[done:]
-            else:
-                rest = output
+                query, rest = query[done:], output[done:]
+                # A layer that only reads a cache, its own or another's, is given neither.
+                key, value = (None if new is None else new[done:] for new in (key, value))
             super().forward(layer, query, key, value, cache, attn_metadata.base, rest)
         return output
 

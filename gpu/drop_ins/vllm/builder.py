@@ -35,6 +35,26 @@ class StepMetadata:
     decode: DecodeRows | None
     base: Any | None  # None where no row is left for it
 
+    @property
+    def mm_prefix_range(self) -> Any | None:
+        """Of the base's rows, as is the tensor below: models that attend to whole images in some layers alone clear
+        both in the others' metadata, under these names."""
+        return getattr(self.base, "mm_prefix_range", None)
+
+    @mm_prefix_range.setter
+    def mm_prefix_range(self, ranges: Any | None) -> None:
+        if self.base is not None:
+            self.base.mm_prefix_range = ranges
+
+    @property
+    def mm_prefix_range_tensor(self) -> torch.Tensor | None:
+        return getattr(self.base, "mm_prefix_range_tensor", None)
+
+    @mm_prefix_range_tensor.setter
+    def mm_prefix_range_tensor(self, ranges: torch.Tensor | None) -> None:
+        if self.base is not None:
+            self.base.mm_prefix_range_tensor = ranges
+
 
 class _Builder(Mixin):
     """build() of either base: it cuts the step, and has the base build the metadata of the rows that prefill."""
@@ -85,8 +105,14 @@ class _Builder(Mixin):
     def _cut(self, common: CommonAttentionMetadata) -> Cut:
         if len(self.layer_names) != self._num_prepared:
             self._prepare_layers()
+        if not self._decodes:
+            return Cut(0, 1, True)
         images = common.mm_req_doc_ranges and any(common.mm_req_doc_ranges.values())
-        if not self._decodes or common.causal is not True or images:
+        if common.causal is not True or images:
+            # A captured decode step stays as it was captured: its rows' tokens come after all of their images.
+            which = "with images that are attended to whole (captured ones apart)" if images else (
+                "whose attention is not causal")
+            LOG.warning_once("PersistentKV leaves steps %s to vLLM's %s", which, self.base_name)
             return Cut(0, 1, True)
         return cut_step(common.query_start_loc_cpu, common.num_actual_tokens, self._query_tokens, self._most_rows)
 

@@ -90,14 +90,9 @@ class LayerDecoder:
 
     def __init__(self, kind: LayerKind, most_rows: int, slots: dict[int, EngineSlot],
                  sinks: torch.Tensor | None) -> None:
-        """sinks: [num_q_heads] of any type, with kind.sinks; kept as float32."""
+        """sinks: [num_q_heads] of any type, with kind.sinks; those in float32 are read where they are."""
         self.kind, self.most_rows, self.slots = kind, most_rows, slots
         self.sinks = None if sinks is None else sinks.detach().float().contiguous()
-
-    def copy_sinks(self, sinks: torch.Tensor) -> None:
-        """Takes over reloaded sinks, in place: captured graphs read them there."""
-        with torch.inference_mode():  # vLLM made them in it
-            self.sinks.copy_(sinks.detach())
 
     def run(self, rows: DecodeRows, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, out: torch.Tensor,
             k_scale: object, v_scale: object) -> None:
