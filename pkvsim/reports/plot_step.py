@@ -94,4 +94,4 @@ def _draw(axes, report: StepReport, route: RouteStep, colours, where: str) -> No
     if shared is not None:
         name += ", red: read for several rows"
     slots = "" if used == line.num_slots else f"; {route.used_slots:,} of {line.num_slots:,} slots"
-    axes.set_title(f"{where}{name}: {route.timeline_us:,.4g} us; {route.why()}{slots}", fontsize=9)
+    axes.set_title(f"{where}{name}: {route.timeline_us:,.1f} us; {route.why()}{slots}", fontsize=9)
