@@ -42,7 +42,7 @@ def test_a_file_at_another_rate_and_in_a_closed_loop(run, file):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "FILE: expected a request trace, or --input-tokens and --output-tokens in place of one"),
+        ((), "trace: expected a request trace, or --input-tokens and --output-tokens in place of one"),
         (("--input-tokens", "5"), "output_tokens: expected, as a load without a file needs both lengths"),
         (("FILE", "--turns", "3"), "turns: expected only with a load without a file"),
         (("FILE", *LOAD), "input_tokens: expected only with a load without a file"),

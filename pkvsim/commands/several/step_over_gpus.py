@@ -19,8 +19,11 @@ def step_over_gpus(
 ) -> None:  # fmt: skip
     """Explains a step whose rows' pages `ranks` GPUs hold together. ValueError naming the option."""
     from pkvsim.devices.device import get_device
+    from pkvsim.schedule.shares import MAX_RANKS
+    from pkvsim.shapes import check_int
     from pkvsim.studies.several.kv_parallel import ROUTE, explain_kv_parallel
 
+    check_int("kv_parallel", ranks, 1, MAX_RANKS)
     if names not in (None, [ROUTE]):
         raise ValueError(f"routes: expected {ROUTE} alone with kv_parallel, got {', '.join(names)}")
     for option, given in (("splits", splits), ("timeline", timeline)):
