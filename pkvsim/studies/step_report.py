@@ -36,7 +36,7 @@ class RouteStep:
     used_slots: int
     busy_share: float  # of num_slots * makespan, in which a task runs
     longest_task: int | None  # index into timeline.schedule.tasks
-    saturated_by: str  # what the most that all CTAs read is due to: "memory", "L2" or "arithmetic"
+    saturated_by: str  # what the most that all CTAs read is due to: "memory", "L2", "memory and L2" or "arithmetic"
     split: TimeSplit
     read_gb_s: float | None = None  # what one CTA keeps up with in a read for several rows; None: there are none
 
