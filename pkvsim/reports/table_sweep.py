@@ -9,8 +9,8 @@ from pkvsim.studies.sweep import Sweep
 
 LESS_IS_BETTER = (
     "us", "routes_us", "ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s", "makespan_s", "step_us",
-    "attention_us_per_decode_step", "regret", "preemptions", "rejected_too_long_for_pool", "rejected_too_long_for_model",
-    "saturated",
+    "attention_us_per_decode_step", "regret", "preemptions", "rejected_too_long_for_pool",
+    "rejected_too_long_for_model", "saturated",
 )  # fmt: skip
 GOOD, BAD = np.array([46, 125, 50]), np.array([183, 28, 28])  # RGB of the ends of the heat map
 

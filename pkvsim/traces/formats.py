@@ -74,7 +74,9 @@ SHAREGPT = TraceFormat(
     "ShareGPT", ("timestamp",), ("first message",), ("reply",), "s",
     optional_arrival=True, prompt_is_text=True, output_is_text=True,
 )  # fmt: skip
-RESULTS = TraceFormat("benchmark result", ("start_times",), ("input_lens",), ("output_lens",), "s", optional_arrival=True)
+RESULTS = TraceFormat(
+    "benchmark result", ("start_times",), ("input_lens",), ("output_lens",), "s", optional_arrival=True
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

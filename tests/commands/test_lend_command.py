@@ -39,6 +39,9 @@ def test_a_step_over_gpus(capsys, monkeypatch, tmp_path) -> None:
     assert (tmp_path / "step.svg").read_text().count("GPU 2") > 0
     code, out, _ = pkvsim(capsys, monkeypatch, *step)
     assert code == 0 and "GPU 2: " in out and "one GPU with all pages" in out
-    for more, said in (("--routes", "xqa"), "routes: expected balanced"), (("--splits", "4"), "splits: expected None"):
+    for more, said in (
+        (("--routes", "xqa"), "routes: expected balanced"), (("--splits", "4"), "splits: expected None"),
+        (("--kv-parallel", "99"), "kv_parallel: expected an integer in [1, 8], got 99"),
+    ):  # fmt: skip
         code, _, err = pkvsim(capsys, monkeypatch, *step, *more)
         assert code == 2 and said in err
