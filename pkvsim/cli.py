@@ -65,6 +65,9 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Console entry point: every way to end is an exit code and at most one line on stderr."""
+    if sys.stdout is None:  # Python's, where a shell has closed it: `pkvsim devices >&-`
+        print_error("cannot write the output: standard output is closed")
+        sys.exit(UNWRITTEN)
     code = _run()
     try:
         sys.stdout.flush()

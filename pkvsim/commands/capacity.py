@@ -101,7 +101,7 @@ def capacity(
             check_report_path(report_file)
         axes, objectives = parse_axes(over, CAPACITY_AXES), parse_objectives(slo)
         crew = Workers(workers, dask, forks=True)
-        config = server.config()
+        config = server.config(seed)
         if server.prefill_replicas:
             raise ValueError("prefill_replicas: expected none, as one server is searched at a time")
         if server.replicas != 1:

@@ -66,7 +66,7 @@ class RequestOptions(OptionGroup):
     def load(self, file: str | None) -> RequestTrace:
         """The requests of the file, or of the load that the options describe. Raises ValueError naming an option."""
         if file is None and self.input_tokens is None and self.output_tokens is None:
-            raise ValueError("FILE: expected a request trace, or --input-tokens and --output-tokens in place of one")
+            raise ValueError("trace: expected a request trace, or --input-tokens and --output-tokens in place of one")
         return self._made_up() if file is None else self._from_file(file)
 
     def _from_file(self, file: str) -> RequestTrace:

@@ -28,6 +28,8 @@ def progress_bar(show: bool, unit: str, *, still: bool = False) -> Iterator[Call
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from pkvsim.reports.table_serving import digits
+
     console = Console(stderr=True)
     if not (show and console.is_terminal):
         yield None
@@ -45,6 +47,6 @@ def progress_bar(show: bool, unit: str, *, still: bool = False) -> Iterator[Call
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=total, rate="")
             speed = bar.tasks[bar.task_ids.index(tasks[name])].speed
-            bar.update(tasks[name], completed=done, rate=f"{speed:,.3g} {unit}/s" if speed else "", refresh=still)
+            bar.update(tasks[name], completed=done, rate=f"{digits(speed, 3)} {unit}/s" if speed else "", refresh=still)
 
         yield report

@@ -92,7 +92,7 @@ def sweep(
                 check_axes(axes, option=option, trace=serving)
         crew = Workers(workers, dask, forks=True)
         spec = get_device(device)
-        config = replace(server.config(), tiers=tiers.setup(spec))
+        config = replace(server.config(source.seed), tiers=tiers.setup(spec))
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
             serving, layers=layers != 1, **source.given(), **server.given() | {"page_size": False}, **tiers.given(),

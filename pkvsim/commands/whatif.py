@@ -114,7 +114,7 @@ def whatif(
 
             check_report_path(report_file)
         spec = get_device(device)
-        config = replace(server.config(), tiers=tiers.setup(spec), draft_seed=source.seed)
+        config = replace(server.config(source.seed), tiers=tiers.setup(spec))
         chosen, notes = load_model(model, server.weight_bits, server.tensor_parallel, spec, config)
         requests = source.load(trace)
         requests = replace(requests, notes=requests.notes + notes)

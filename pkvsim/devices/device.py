@@ -87,7 +87,7 @@ NUMBER_FIELDS = tuple(f.name for f in fields(DeviceSpec) if f.name not in _NO_NU
 def load_device(path: str | Path) -> DeviceSpec:
     """Reads one GPU's JSON file: an object, or an array of just one. ValueError naming the file and what is wrong."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read a device: {error.strerror}") from None
     except (RecursionError, ValueError) as error:  # not UTF-8, not JSON, nested too deeply, or a number of many digits

@@ -208,7 +208,7 @@ def read_layers(path: str | Path) -> list[MeasuredLayer]:
     """What gpu.calibrate.outside wrote beside its kernel times; ValueError naming the file."""
     found = []
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 rows, chunk = int(row["rows"]), int(row["chunk"])
                 found.append(

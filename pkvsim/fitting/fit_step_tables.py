@@ -38,7 +38,7 @@ def read_steps(path: str | Path, *, run: str | None = None) -> list[MeasuredStep
     (all rows together), median_ms. run: the value of column `run` to take. ValueError naming file, line and field."""
     found = []
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             prefill = "prefill_tokens" in (reader.fieldnames or ())
             names = ("decode_rows", "median_ms") + (

@@ -119,7 +119,7 @@ def _flashinfer(row: Row, lengths: dict[tuple[str, str, int], tuple[int, ...]]) 
 def _ragged_lengths(path: Path) -> dict[tuple[str, str, int], tuple[int, ...]]:
     """Lengths by (draw, case, batch size)."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(f"{path}: cannot read: {error.strerror}") from None

@@ -39,7 +39,7 @@ def read_kernel_times(path: str | Path) -> list[KernelTime]:
     types = {field.name: field.type for field in fields(KernelTime)}
     found = []
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if set(reader.fieldnames or ()) != set(types):
                 got = ", ".join(reader.fieldnames or ())

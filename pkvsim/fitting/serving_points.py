@@ -58,7 +58,7 @@ class ServingPoint:
 def read_points(path: str | Path) -> list[ServingPoint]:
     """The table's points; ValueError naming file, line and field."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:

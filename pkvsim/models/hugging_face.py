@@ -152,9 +152,9 @@ def _text_part(outer: Fields) -> tuple[Fields, str]:
     inner = outer.part("text_config")
     if outer.architecture not in WRAPPERS:
         return inner, outer.architecture
-    named = inner.get("architectures")
-    found = named[0] if isinstance(named, list) and len(named) == 1 else TEXT_MODELS.get(inner.get("model_type"))
-    if found not in READERS:
+    named, by_type = inner.get("architectures"), TEXT_MODELS.get(str(inner.get("model_type")))
+    found = named[0] if isinstance(named, list) and len(named) == 1 else by_type
+    if not isinstance(found, str) or found not in READERS:
         raise inner.error("architectures", f"expected one that is read, got {named!r}")
     inner.architecture = found
     return inner, found

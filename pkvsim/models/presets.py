@@ -5,6 +5,7 @@ Presets are the configs in configs/, one JSON per model; adding one is adding a 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def get_model(name_or_path: str | Path, *, tensor_parallel: int | None = None) -
             data["config"], name=path.stem, source=data["source"], where=str(path), tensor_parallel=parallel
         )
     path = Path(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, false also where there may be no look at it
         path = path / "config.json"
     if path.suffix != ".json":
         raise ValueError(
@@ -69,12 +70,12 @@ def _quantization_file(path: Path) -> Path | None:
     if beginning == path.name:
         return None
     found = path.with_name(f"{beginning}hf_quant_config.json")
-    return found if found.is_file() else None
+    return found if os.path.isfile(found) else None
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except OSError as error:
         raise ValueError(f"{path}: cannot read a model: {error.strerror}") from None
     except (RecursionError, ValueError) as error:

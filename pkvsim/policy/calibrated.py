@@ -153,7 +153,7 @@ def _reason(
     step = f"{active} rows, {megabytes:.0f} MB of KV"
     if not others:
         return f"{route} alone is available: {prices[route]:.0f} us for {step}"
-    margin = others[0][0] / prices[route] - 1
+    margin = 1 - prices[route] / others[0][0]
     listed = ", ".join(f"{name} {us:.0f} us{_host(host_us[name])}" for us, name in others)
     return f"{route} {prices[route]:.0f} us{_host(host_us[route])}, {margin:.0%} under the next for {step}: {listed}"
 

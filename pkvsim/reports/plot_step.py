@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pkvsim.reports.plots import picture
+from pkvsim.reports.table_serving import digits
 from pkvsim.serving.costs import fit_note
 from pkvsim.studies.step_report import RouteStep, StepReport
 
@@ -94,4 +95,4 @@ def _draw(axes, report: StepReport, route: RouteStep, colours, where: str) -> No
     if shared is not None:
         name += ", red: read for several rows"
     slots = "" if used == line.num_slots else f"; {route.used_slots:,} of {line.num_slots:,} slots"
-    axes.set_title(f"{where}{name}: {route.timeline_us:,.4g} us; {route.why()}{slots}", fontsize=9)
+    axes.set_title(f"{where}{name}: {digits(route.timeline_us, 4)} us; {route.why()}{slots}", fontsize=9)

@@ -57,12 +57,18 @@ def table_rows(report: WhatIf) -> list[tuple[str, list[str]]]:
     return [(label, [text or "-" for text in cells]) for label, cells in rows if any(cells)]
 
 
+def digits(value: float, count: int) -> str:
+    """`count` significant digits; what is larger than they can say keeps all of its own, and has no power of ten."""
+    text = f"{value:,.{count}g}"
+    return f"{value:,.0f}" if "e+" in text else text
+
+
 def seconds(value: float | None) -> str:
     """A time at three digits with its unit; empty for None."""
     if value is None:
         return ""
     for limit, scale, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (600.0, 1.0, "s"), (3 * 3600.0, 1 / 60, "min")):
-        if value < limit:
+        if float(f"{value:.3g}") < limit:  # as it is shown: 999.9 ms are 1 s
             return f"{value * scale:.3g} {unit}"
     return f"{value / 3600:,.1f} h"
 
@@ -76,7 +82,7 @@ BASIS_COLUMNS = (Column("", "left"), Column("basis", "left"), Column("of the tim
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+    return "" if value is None else digits(value, 4)
 
 
 def _shared(summary: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def _selection(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _terabytes(value: float | None) -> str:
-    return "" if value is None else f"{value / 1e12:,.3g} TB"
+    return "" if value is None else f"{digits(value / 1e12, 3)} TB"
 
 
 def _routes(summary: dict[str, Any]) -> str:

@@ -7,16 +7,21 @@ from rich.text import Text
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.studies.sweep import Sweep
 
-LESS_IS_BETTER = ("us", "ttft_s", "tpot_s", "queue_s", "makespan_s", "regret", "step_us", "preemptions", "routes_us")
+LESS_IS_BETTER = (
+    "us", "routes_us", "ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s", "makespan_s", "step_us",
+    "attention_us_per_decode_step", "regret", "preemptions", "rejected_too_long_for_pool",
+    "rejected_too_long_for_model", "saturated",
+)  # fmt: skip
 GOOD, BAD = np.array([46, 125, 50]), np.array([183, 28, 28])  # RGB of the ends of the heat map
 
 
 def print_sweep(sweep: Sweep, metric: str, notes: tuple[str, ...] = ()) -> None:
-    """One figure of every cell; a cell's route under it where steps were priced."""
+    """One figure of every cell; where steps were priced, a cell's route under it, if the figure is not another's."""
     console = table_console()
     values = sweep.values(metric)
     names = list(sweep.axes)
-    shown = [_cell(value, cell) for value, cell in zip(values.ravel(), sweep.cells)]
+    with_route = not metric.startswith("routes_us.")
+    shown = [_cell(value, cell, with_route=with_route) for value, cell in zip(values.ravel(), sweep.cells)]
     heat = _heat(values.ravel(), metric)
     print_line(console, f"[bold]{metric}[/] over {' and '.join(names)}", markup=True)
     figures = [Text(text, style=style) for text, style in zip(shown, heat)]
@@ -37,9 +42,9 @@ def print_sweep(sweep: Sweep, metric: str, notes: tuple[str, ...] = ()) -> None:
         print_line(console, f"- {note}")
 
 
-def _cell(value: float, cell: dict) -> str:
+def _cell(value: float, cell: dict, *, with_route: bool) -> str:
     number = "-" if np.isnan(value) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return f"{number}\n{cell['route'].replace('flashinfer_', '')}" if "route" in cell else number
+    return f"{number}\n{cell['route'].replace('flashinfer_', '')}" if with_route and "route" in cell else number
 
 
 def _heat(values: np.ndarray, metric: str) -> list[str]:

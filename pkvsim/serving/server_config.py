@@ -17,6 +17,7 @@ from pkvsim.serving.orders import ORDERS
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 ROUTERS = ("round-robin", "least-tokens", "prefix")
+MAX_DRAFT_SEED = (1 << 62) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class ServingConfig:
         check_int("max_batch", self.max_batch, 1, 1 << 16)
         check_int("step_tokens", self.step_tokens, self.max_batch, 1 << 20)
         check_int("query_tokens", self.query_tokens, 1, MAX_QUERY_TOKENS)
-        check_int("draft_seed", self.draft_seed, 0, (1 << 62) - 1)
+        check_int("draft_seed", self.draft_seed, 0, MAX_DRAFT_SEED)
         if self.max_batch * self.query_tokens > self.step_tokens:
             raise ValueError(
                 f"step_tokens: expected at least max_batch {self.max_batch} x query_tokens {self.query_tokens}, "

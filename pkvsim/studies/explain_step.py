@@ -24,6 +24,7 @@ from pkvsim.timeline.time_split import saturated_by, time_split
 from pkvsim.timeline.timeline import Timeline, simulate
 
 MAX_ROWS = 1 << 16
+MEMORY_AND_L2 = "memory and L2"  # what gives the bytes of rows that find each other's pages in L2
 
 
 def parse_seq_lens(text: str) -> np.ndarray:
@@ -69,7 +70,7 @@ def explain_step(
     check_int("layers", layers, 1, MAX_TOKENS)
     if splits is not None:
         check_int("splits", splits, 1, MAX_TOKENS)
-    models = device_routes(device)
+    models, own_models = device_routes(device), device_routes(own_device)
     have = serving_routes(shape, options, tuple(name for name in ROUTES if name in models))
     if not have:
         reasons = (f"{name}: {why_not(name, shape, options)}" for name in ROUTES if name in models)
@@ -112,6 +113,7 @@ def explain_step(
                 name, models[name], shape, lens, device, splits if name in PINNED_ROUTES else None,
                 as_read(name, options), closed_us=taken.layer_us[name], step_us=taken.prices[name],
                 timeline_step_us=oracle.prices[name], host_us=taken.host_us[name],
+                finds_in_l2=models[name].bandwidth_gb_s > own_models[name].bandwidth_gb_s,
             )
             for name in names  # fmt: skip
         ),
@@ -121,7 +123,9 @@ def explain_step(
 def _route_step(
     name: str, model: RouteModel, shape: DecodeShape, lens: np.ndarray, device: DeviceSpec, splits: int | None,
     options: AttentionOptions, *, closed_us: float, step_us: float, timeline_step_us: float, host_us: float,
+    finds_in_l2: bool,
 ) -> RouteStep:  # fmt: skip
+    """finds_in_l2: the device's memory stands for what rows find in L2 of each other's pages too."""
     line = simulate(model, shape, lens, num_sms=device.num_sms, splits=splits, options=options)
     counts = np.diff(line.schedule.split_offsets)[lens > 0]
     took = line.end_us - line.start_us
@@ -142,7 +146,7 @@ def _route_step(
         used_slots=len(np.unique(line.slot)),
         busy_share=float(took.sum() / area) if area else 0.0,
         longest_task=int(np.argmax(took)) if len(took) else None,
-        saturated_by=limit,
+        saturated_by=MEMORY_AND_L2 if finds_in_l2 and limit == "memory" else limit,
         split=time_split(model, line, shape, lens, limit=limit, options=options),
     )
 
@@ -154,11 +158,11 @@ def _shared_route_step(
     line = found.timeline
     took, area = line.end_us - line.start_us, line.num_slots * line.makespan_us
     counts = np.diff(line.schedule.split_offsets)
-    calibrated = device.calibration.get("balanced")
+    calibrated, model = device.calibration.get("balanced"), device_routes(device)["balanced"]
     return RouteStep(
         route="balanced",
         status="estimated" if calibrated is None else calibrated.status,
-        model=device_routes(device)["balanced"],
+        model=model,
         timeline=line,
         closed_us=found.closed_us,
         step_us=step_us,
@@ -169,7 +173,7 @@ def _shared_route_step(
         used_slots=len(np.unique(line.slot)),
         busy_share=float(took.sum() / area),
         longest_task=int(np.argmax(took)),
-        saturated_by="memory",
+        saturated_by=MEMORY_AND_L2 if line.shared_gb_s > model.bandwidth_gb_s else "memory",
         split=found.split,
         read_gb_s=found.read_gb_s,
     )

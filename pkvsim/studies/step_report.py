@@ -36,7 +36,7 @@ class RouteStep:
     used_slots: int
     busy_share: float  # of num_slots * makespan, in which a task runs
     longest_task: int | None  # index into timeline.schedule.tasks
-    saturated_by: str  # what the most that all CTAs read is due to: "memory", "L2" or "arithmetic"
+    saturated_by: str  # what the most that all CTAs read is due to: "memory", "L2", "memory and L2" or "arithmetic"
     split: TimeSplit
     read_gb_s: float | None = None  # what one CTA keeps up with in a read for several rows; None: there are none
 
@@ -61,7 +61,7 @@ class RouteStep:
             if self.read_gb_s is None
             else f"compute: in a read for several rows a CTA keeps up with {self.read_gb_s:,.0f} GB/s",
             "cta_rate": f"a single CTA's rate: {self.used_slots:,} of {speeds}",
-            "tail": f"tail: slots run dry while the longest task takes {self.longest_task_us():,.4g} us",
+            "tail": f"tail: slots run dry while the longest task takes {self.longest_task_us():,.1f} us",
             "task_starts": f"task starts: {len(line.schedule.tasks):,} tasks' fixed cost on {self.used_slots:,} slots",
             "launches": f"launching: the ramp-up of {self.launches} launches" if self.launches > 1 else "the launch",
             "merge": f"merging {line.schedule.num_partial_tasks:,} partial states",

@@ -13,6 +13,7 @@ from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.apart.stages import serve, transfer_gb_s
 from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget, state_pages
 from pkvsim.serving.results.result import ServingResult
+from pkvsim.serving.results.summary import SATURATED
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
@@ -148,7 +149,7 @@ def run_notes(
             notes.append(f"{len(rejected):,} requests rejected, {limit}: requests {named}")
     saturated = [name for name, result in results.items() if result.summary["saturated"]]
     if saturated:
-        notes.append(f"saturated, requests come faster than they are served: {', '.join(saturated)}")
+        notes.append(f"saturated, {SATURATED}: {', '.join(saturated)}")
     if {"calibrated", "oracle"} <= set(results):
         notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
     if config.order != "fcfs":

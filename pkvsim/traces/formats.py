@@ -74,7 +74,9 @@ SHAREGPT = TraceFormat(
     "ShareGPT", ("timestamp",), ("first message",), ("reply",), "s",
     optional_arrival=True, prompt_is_text=True, output_is_text=True,
 )  # fmt: skip
-RESULTS = TraceFormat("benchmark result", ("start",), ("input tokens",), ("output tokens",), "s", optional_arrival=True)
+RESULTS = TraceFormat(
+    "benchmark result", ("start_times",), ("input_lens",), ("output_lens",), "s", optional_arrival=True
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,7 @@ def _first_exchange(where: str, messages: Any) -> dict[str, Any]:
 
 def _result(where: str, line: int, record: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """`vllm bench serve --save-detailed`: a list of each figure."""
-    columns = {"input tokens": record["input_lens"], "output tokens": record["output_lens"]}
-    if "start_times" in record:
-        columns["start"] = record["start_times"]
+    columns = {name: record[name] for name in ("input_lens", "output_lens", "start_times") if name in record}
     if not all(isinstance(column, list) and len(column) == len(record["input_lens"]) for column in columns.values()):
         raise ValueError(f"{where}: column input_lens, output_lens, start_times: expected lists of equal length")
     for row in zip(*columns.values()):

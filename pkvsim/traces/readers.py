@@ -12,7 +12,7 @@ import numpy as np
 
 from pkvsim.shapes import MAX_TOKENS, check_int
 from pkvsim.traces.columns import BYTES_PER_TOKEN, Columns
-from pkvsim.traces.formats import BY_VALUE, DATES, ChosenFormat, choose_format, flat_records
+from pkvsim.traces.formats import BY_VALUE, DATES, RESULTS, ChosenFormat, choose_format, flat_records
 from pkvsim.traces.prompt_hashes import whole_hashes
 from pkvsim.traces.requests import (
     MAX_SEED,
@@ -31,6 +31,7 @@ from pkvsim.traces.time_units import SECONDS, STEPS, UNIT_NAMES, check_time_unit
 PAPER_STEP_S = 0.02  # a decode step of a busy server
 CHUNK_RECORDS = 1 << 13  # records whose cells are held at a time
 LOOKAHEAD = 4096  # requests that are read though fewer are asked for: they say the unit and the tick of timestamps
+MAX_SPAN_S = 1e10  # 300 years, up to which a clock of float64 microseconds keeps each of them
 EXTRAS = ("hash_ids", "delay", "session_id")  # keys of JSON records beside arrival, prompt and output
 
 
@@ -182,9 +183,16 @@ def _finish(
         more.append(f"prompt tokens estimated from text, {BYTES_PER_TOKEN} bytes each (an assumption)")
     if chosen.form.label == "ShareGPT":
         more.append("the first message of each conversation and its reply; later ones left out")
+    runs = len(np.unique(table.lines)) if chosen.form is RESULTS else 1
+    if runs > 1:
+        more.append(f"{runs:,} results in the file, taken as one trace")
     if len(kept) < len(table.prompt):
         more.append(f"{len(table.prompt) - len(kept):,} requests without prompt or output tokens (failed) left out")
     order = kept[np.argsort(arrival_s[kept], kind="stable")]
+    span_s = float(arrival_s[order[-1]] - arrival_s[order[0]])
+    if not span_s <= MAX_SPAN_S:
+        where = f"{file}:{table.lines[order[-1]]}: column {chosen.arrival}"
+        raise ValueError(f"{where}: expected arrivals within {MAX_SPAN_S:g} s of each other, got {span_s:g} s")
     if (np.diff(order) < 0).any():
         more.append("requests were not in order of arrival: sorted")
     prompt = table.prompt[order]

@@ -67,6 +67,8 @@ def open_source(path: str | Path) -> Iterator[TextSource]:
     with ExitStack() as stack:
         try:
             if str(path) == STANDARD_INPUT:
+                if sys.stdin is None:
+                    raise ValueError(f"{name}: cannot read: it is closed")
                 raw: Any = sys.stdin.buffer
             else:
                 raw = stack.enter_context(open(path, "rb", buffering=BUFFER_BYTES))

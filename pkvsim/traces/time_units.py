@@ -38,4 +38,5 @@ def decide_unit(timestamps: np.ndarray) -> tuple[str, str]:
         return "ms", f"{shown}, all equal"
     rate = len(timestamps) / (high - low)  # requests per second, were they seconds
     unit = "s" if rate >= (LEAST_RATE_FRACTIONS if fractions else LEAST_RATE_WHOLE) else "ms"
-    return unit, f"{shown}, which makes {rate / SECONDS[unit]:.3g} requests/s"
+    rate /= SECONDS[unit]
+    return unit, f"{shown}, which makes {f'{rate:.3g}' if rate < 1000 else f'{rate:,.0f}'} requests/s"

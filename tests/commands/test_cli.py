@@ -10,7 +10,7 @@ import time
 import pytest
 from paths import ROOT
 
-from pkvsim import __version__
+from pkvsim import __version__, cli
 from pkvsim.compiled.notice import NOTICE
 from pkvsim.devices.device import DEVICES
 
@@ -161,6 +161,18 @@ def test_output_that_cannot_be_written(args):
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize(("args", "closed", "said"), [
+    ("devices", "stdout", "cannot write the output: standard output is closed"),
+    ("trace -", "stdin", "standard input: cannot read: it is closed"),
+])  # fmt: skip
+def test_a_stream_that_the_shell_has_closed(args, closed, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pkvsim", *args.split()])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, closed, None)
+        cli.main()
+    assert stopped.value.code and capsys.readouterr().err == f"pkvsim: error: {said}\n"
 
 
 def test_an_interrupted_run_is_one_line():

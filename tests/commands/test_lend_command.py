@@ -59,6 +59,6 @@ def test_a_step_over_gpus(capsys, monkeypatch, tmp_path) -> None:
         (("--routes", "xqa"), "routes: expected balanced"), (("--splits", "4"), "splits: expected None"),
         (("--kv-parallel", "0"), "kv_parallel: expected an integer in [1, 8], got 0"),
         (("--kv-parallel", "9"), "kv_parallel: expected an integer in [1, 8], got 9"),
-    ):
+    ):  # fmt: skip
         code, _, err = pkvsim(capsys, monkeypatch, *step, *more)
         assert code == 2 and said in err

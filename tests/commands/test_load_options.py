@@ -4,6 +4,8 @@ import json
 import pytest
 from command import azure_trace, pkvsim
 
+from pkvsim.commands.options.server import ServerOptions
+
 LOAD = ("--input-tokens", "100-300", "--output-tokens", "20")
 
 
@@ -42,7 +44,7 @@ def test_a_file_at_another_rate_and_in_a_closed_loop(run, file):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "FILE: expected a request trace, or --input-tokens and --output-tokens in place of one"),
+        ((), "trace: expected a request trace, or --input-tokens and --output-tokens in place of one"),
         (("--input-tokens", "5"), "output_tokens: expected, as a load without a file needs both lengths"),
         (("FILE", "--turns", "3"), "turns: expected only with a load without a file"),
         (("FILE", *LOAD), "input_tokens: expected only with a load without a file"),
@@ -59,3 +61,10 @@ def test_a_file_at_another_rate_and_in_a_closed_loop(run, file):
 def test_refusals_are_one_line(run, file, args, message):
     code, out, err = run(*(file if arg == "FILE" else arg for arg in args))
     assert (code, out) == (2, "") and err.count("\n") == 1 and message in err
+
+
+def test_the_seed_draws_drafts_too_and_is_named_where_it_is_none():
+    for server in (ServerOptions(), ServerOptions(query_tokens=4, acceptance=0.5)):
+        assert server.config(7).draft_seed == 7
+        with pytest.raises(ValueError, match=r"^seed: expected an integer in \[0, .* got -1"):
+            server.config(-1)

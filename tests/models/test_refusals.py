@@ -78,6 +78,14 @@ NEMOTRON, QWEN35, LLAMA4 = (
             {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {"architectures": ["X"]}},
             "text_config: field architectures: expected one that is read",
         ),
+        (
+            {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": []}},
+            "text_config: field architectures: expected one that is read, got None",
+        ),
+        (
+            {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"architectures": [{}]}},
+            "text_config: field architectures: expected one that is read",
+        ),
     ],
 )
 def test_bad_configs(tmp_path, data, message):
@@ -86,6 +94,17 @@ def test_bad_configs(tmp_path, data, message):
     with pytest.raises(ValueError, match=f"config.json: .*{message}") as caught:
         get_model(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_config_of_a_windows_editor_and_one_that_may_not_be_looked_at(tmp_path, monkeypatch):
+    """A byte order mark is no part of the text; a name that no file can have, or a locked folder, is a bad name."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(config()).encode())
+    assert get_model(path).num_layers == 32
+    with pytest.raises(ValueError, match="model: expected one of .* or a Hugging Face config.json"):
+        get_model("a" * 5000)
+    with pytest.raises(ValueError, match="cannot read a model: File name too long"):
+        get_model(f"{'a' * 5000}/config.json")
 
 
 def test_grouped_shape_of_models_that_have_none():
@@ -98,7 +117,7 @@ def test_grouped_shape_of_models_that_have_none():
             _ = get_model(CONFIGS / f"{name}.json").num_q_heads
 
 
-VALUES = (None, "x", -1, 0, [], {}, True, 1.5, [None], {"a": 1}, 10**30)
+VALUES = (None, "x", -1, 0, [], {}, True, 1.5, [None], [[]], {"a": 1}, 10**30)
 FUZZED = (DEEPSEEK, V4, KIMI, NEMOTRON, QWEN35, LLAMA4, "nvidia--MiniMax-M3-NVFP4", "nvidia--GLM-5.1-NVFP4",
           "moonshotai--Kimi-K2.5", "google--gemma-4-26B-A4B", "openai--gpt-oss-20b")  # fmt: skip
 

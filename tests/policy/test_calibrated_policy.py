@@ -65,6 +65,14 @@ def test_reasons():
     assert CalibratedPolicy().decide(SHAPE, [0, 0], H200).reason == "no active row"
 
 
+@settings(max_examples=40, deadline=None)
+@given(lens=lengths.filter(any))
+def test_the_margin_is_a_part_of_the_next_price(lens):
+    decision = CalibratedPolicy().decide(SHAPE, lens, H200)
+    taken, following = sorted(decision.prices.values())[:2]
+    assert f", {100 * (following - taken) / following:.0f}% under the next for " in decision.reason
+
+
 def test_pinned_splits():
     policy = CalibratedPolicy(split_splits=7, workqueue_splits=5)
     lens = np.array([30000, 2000], np.int32)

@@ -127,6 +127,10 @@ def test_rows_that_share_pages(capsys, monkeypatch, tmp_path) -> None:
     for name, route in report["routes"].items():  # what rows share is found in L2
         assert route["closed_us"] <= apart["routes"][name]["closed_us"] + 1e-9
     assert sum(balanced["time_us"].values()) == pytest.approx(balanced["timeline_us"])
+    for route in (balanced, *others):  # no memory reads faster than the GPU's peak
+        words = "memory and L2 bandwidth" if route["shared_gb_s"] > DEVICES["h200"].peak_gb_s else "memory bandwidth"
+        assert route["bound"] != "bandwidth" or route["why"].startswith(words)
+    assert any("memory and L2" in route["why"] for route in others)
 
 
 def test_tables(capsys, monkeypatch) -> None:

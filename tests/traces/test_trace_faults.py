@@ -154,6 +154,10 @@ def test_truncated_json_is_an_error(file, writer, requests, cut):
         ('{"conversations": 3}', ":1: column conversations: expected a list of from and value, got 3"),
         ('{"session_id": "a", "sub_requests": 3}', ":1: column sub_requests: expected a list of objects, got 3"),
         ('{"input_lens": [1], "output_lens": [1, 2]}', ":1: column input_lens, .*: expected lists of equal length"),
+        ('{"input_lens": [1], "output_lens": ["x"]}', ":1: column output_lens: expected an integer in .* got 'x'"),
+        ('{"timestamp": 0, "input_length": 9, "output_length": 1}\n'
+         '{"timestamp": 1e300, "input_length": 9, "output_length": 1}',
+         r":2: column timestamp: expected arrivals within 1e\+10 s of each other, got 1e\+297 s"),
         ('{"prompt": 1, "prompt_len": 1, "decode": 1}', ":1: column prompt_len or prompt: expected one of them"),
     ],
 )  # fmt: skip

@@ -162,7 +162,11 @@ def test_measured_requests(tmp_path):
     assert trace.arrival_s.tolist() == pytest.approx([0, 2], abs=1e-5) and trace.prompt_tokens.tolist() == [550, 550]
     path.write_text(json.dumps({"date": "x", "input_lens": [5, 6], "output_lens": [1, 2], "start_times": [7.5, 8]}))
     trace = read_requests(path)
-    assert trace.arrival_s.tolist() == [0, 0.5] and trace.output_tokens.tolist() == [1, 2]
+    assert trace.arrival_s.tolist() == [0, 0.5] and trace.output_tokens.tolist() == [1, 2] and not trace.notes
+    # SGLang's benchmark appends every run to one file.
+    path.write_text('{"input_lens": [5, 6], "output_lens": [1, 2]}\n{"input_lens": [7], "output_lens": [3]}\n')
+    trace = read_requests(path)
+    assert trace.prompt_tokens.tolist() == [5, 6, 7] and "2 results in the file, taken as one trace" in trace.notes
 
 
 def test_a_limit_stops_reading(tmp_path):

@@ -102,11 +102,13 @@ class ServerOptions(OptionGroup):
         ),
     ] = None
 
-    def config(self) -> ServingConfig:
-        """The server. Raises ValueError naming an option."""
+    def config(self, seed: int) -> ServingConfig:
+        """The server. seed: of which drafts are accepted. Raises ValueError naming an option."""
         from pkvsim.selection.setup import parse_selection
-        from pkvsim.serving.server_config import ServingConfig
+        from pkvsim.serving.server_config import MAX_DRAFT_SEED, ServingConfig
+        from pkvsim.shapes import check_int
 
+        check_int("seed", seed, 0, MAX_DRAFT_SEED)
         if self.select is None and self.select_every != 1:
             raise ValueError(f"select_every: expected with --select alone, got {self.select_every}")
         steps = self.step_tokens
@@ -136,4 +138,5 @@ class ServerOptions(OptionGroup):
             query_tokens=self.query_tokens,
             acceptance=self.acceptance,
             draft_cost=self.draft_cost,
+            draft_seed=seed,
         )

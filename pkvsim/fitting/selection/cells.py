@@ -34,7 +34,7 @@ def read_selection_cells(path: str | Path) -> tuple[list[MeasuredSelection], str
     """The cells of a file of bench_selection --json, and where they come from: file, command, date, GPU and driver.
     Raises ValueError naming the file and what is wrong."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot read measurements: {error.strerror}") from None
     except (RecursionError, ValueError) as error:

@@ -1,7 +1,7 @@
 """The figures that every table shows of a server."""
 from __future__ import annotations
 
-from pkvsim.reports.table_serving import percent, seconds
+from pkvsim.reports.table_serving import digits, percent, seconds
 from pkvsim.studies.capacity.result import Capacity, CapacityCell, CapacitySearch
 
 AXIS_HEADS = {
@@ -41,7 +41,7 @@ def _row(search: CapacitySearch, cell: CapacityCell, wanted: bool, priced: bool)
 
 def rate(per_s: float) -> str:
     """Three digits."""
-    return f"{per_s:,.3g}" if per_s < 1000 else f"{per_s:,.0f}"
+    return digits(per_s, 3)
 
 
 def money(dollars: float | None) -> str:

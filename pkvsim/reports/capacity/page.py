@@ -10,6 +10,7 @@ from pkvsim.reports.capacity.table import RANK_WORDS
 from pkvsim.reports.html_page import DASHES, DIGITS, fill_page, write_page
 from pkvsim.reports.plots import colour_of
 from pkvsim.reports.table_serving import percent, seconds
+from pkvsim.serving.results.summary import SATURATED
 from pkvsim.studies.capacity.result import CapacityCell, CapacitySearch
 from pkvsim.studies.objectives import METRICS, Objective
 
@@ -84,7 +85,7 @@ def _question(search: CapacitySearch) -> str:
         wanted = f" Its rate says how many replicas {search.wanted_rate_per_s:g} requests per second need."
     return (
         "For every server the trace's requests were sent faster and slower, in simulation, to find the highest rate "
-        f"(to {100 * search.tolerance:g} %) at which its queue does not keep growing and all of the objectives "
+        f"(to {100 * search.tolerance:g} %) at which it is not saturated and all of the objectives "
         f"below are met.{wanted}"
     )
 
@@ -137,8 +138,7 @@ def _glossary(search: CapacitySearch) -> list[tuple[str, str]]:
         ("good requests", "those that keep every bound by themselves"),
         (
             "missed just above",
-            f"objectives that a rate higher by at most {100 * search.tolerance:g} % misses; saturated: the queue keeps "
-            "growing",
+            f"objectives that a rate higher by at most {100 * search.tolerance:g} % misses; saturated: {SATURATED}",
         ),
     ]
     if search.prices:

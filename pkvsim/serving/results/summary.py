@@ -17,6 +17,7 @@ from pkvsim.serving.state import (
 )  # fmt: skip
 
 PERCENTILES = (50, 90, 99)
+SATURATED = "requests wait ever longer, or half of them longer than they then take"  # is_saturated in short
 SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
 
 
@@ -74,7 +75,8 @@ def gap_percentile(gaps: np.ndarray, percentile: float) -> float | None:
 
 
 def is_saturated(requests: RequestLog) -> bool:
-    """Whether requests came faster than they could be served.
+    """Whether requests came faster than they could be served, through all of the run or in bursts that half of them
+    came in.
 
     A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated: half of
     the requests waited longer for admission than half of them then took; or the least-squares slope of the wait is at

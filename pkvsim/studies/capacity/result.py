@@ -22,7 +22,7 @@ class Point:
 
     @property
     def kept(self) -> bool:
-        """Whether every objective is met, and the queue does not grow without end."""
+        """Whether every objective is met, and the server is not saturated."""
         return not self.saturated and all(outcome.met for outcome in self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A server is a cell of the axes: a model on one GPU or several that share its layers (tensor parallel), a batch, a
 policy. The trace's arrivals are scaled to a rate, the run is simulated, and the rate is kept if every objective is met
-and the queue does not grow without end (a run that is saturated may still meet an objective on single tokens, but no
-server lasts so). Between a kept and a missed rate the search goes where its latencies let it expect the edge; the
+and the server is not saturated (pkvsim.serving.results.summary): it may then still meet an objective on single tokens,
+but no server lasts so. Between a kept and a missed rate the search goes where its latencies let it expect the edge; the
 result is the kept end.
 """
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pkvsim.models.presets import get_model
 from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.results.result import ServingResult
+from pkvsim.serving.results.summary import SATURATED
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED
@@ -313,13 +314,13 @@ def _why_none(lowest: Point, full: ServingResult) -> str:
         elif not outcome.met:
             parts.append(f"{outcome.objective.name} is {outcome.value_s:.4g} s, not {outcome.objective.bound_s:g} s")
     if lowest.saturated and not parts:
-        parts.append("requests come faster than they are served")
+        parts.append(SATURATED)
     return f"even at {lowest.rate_per_s:.3g} requests/s " + ", ".join(parts)
 
 
 def _search_notes(wanted_rate_per_s: float | None, tolerance: float) -> tuple[str, ...]:
     notes = [
-        "a rate is kept if every objective is met and the queue does not grow without end; a rate at most "
+        f"a rate is kept if every objective is met and the server is not saturated ({SATURATED}); a rate at most "
         f"{100 * tolerance:g} % above the highest one was tried and missed"
     ]
     if wanted_rate_per_s is not None:
