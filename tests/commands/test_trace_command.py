@@ -55,7 +55,7 @@ def test_plots_repeat(tmp_path, suffix):
         (["GOOD", "--limit", "0"], "limit: expected an integer in [1, 2147483647], got 0"),
         (["GOOD", "--seed", "-1"], "seed: expected an integer in [0, 18446744073709551615], got -1"),
         (["GOOD", "--plot", "x.gif"], "plot: expected a file ending in .png or .svg, got 'x.gif'"),
-        ([], "FILE"),
+        ([], "expected a request trace"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, args, message):
