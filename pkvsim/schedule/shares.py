@@ -72,6 +72,7 @@ class PageShares:
         return sum(self.pages_of_rank)
 
     def of_rank(self, rank: int) -> RankShare:
+        check_int("rank", rank, 0, self.num_ranks - 1)
         before = sum(self.pages_of_rank[:rank])
         # A cycle of one token is told as one of two.
         times = self.page_size * (2 if self.page_size * self.cycle_pages == 1 else 1)
@@ -103,8 +104,9 @@ def interleaved(num_ranks: int, page_size: int, *, pages: int = 1) -> PageShares
 
 
 def in_runs(num_ranks: int, page_size: int, *, max_tokens: int) -> PageShares:
-    """A run for each rank, of rows of at most max_tokens: short rows are the first ranks' alone."""
-    num_ranks = check_int("num_ranks", num_ranks, 1, MAX_RANKS)
+    """A run for each rank, of rows of at most max_tokens: short rows are the first ranks' alone. Raises ValueError
+    naming the argument."""
+    num_ranks, page_size = check_int("num_ranks", num_ranks, 1, MAX_RANKS), check_int("page_size", page_size, 1)
     pages = -(-check_int("max_tokens", max_tokens, 1, MAX_TOKENS) // page_size)
     return PageShares(page_size, (-(-pages // num_ranks),) * num_ranks)
 
@@ -112,7 +114,10 @@ def in_runs(num_ranks: int, page_size: int, *, max_tokens: int) -> PageShares:
 def in_proportion(weights: Sequence[float], page_size: int, *, cycle_pages: int = 64) -> PageShares:
     """Of every cycle_pages so many to each rank as its weight says, by the largest remainder; the ranks' bandwidths
     are the weights with which they take equally long. Raises ValueError naming the argument."""
-    given = np.asarray(weights, np.float64)
+    try:
+        given = np.asarray(weights, np.float64)
+    except (TypeError, ValueError):
+        given = np.empty((0, 0))
     if given.ndim != 1 or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
         raise ValueError(f"weights: expected numbers from 0 on, one of each rank, not all 0, got {weights!r}")
     wanted = given / given.sum() * check_int("cycle_pages", cycle_pages, 1)

@@ -52,7 +52,9 @@ def test_shares_are_in_proportion_to_a_page(weights, cycle) -> None:
     (lambda: PageShares(0, (1,)), "page_size"), (lambda: interleaved(9, 16), "num_ranks"),
     (lambda: interleaved(2, 16, pages=0), "pages"), (lambda: in_runs(2, 16, max_tokens=0), "max_tokens"),
     (lambda: in_proportion((), 16), "weights"), (lambda: in_proportion((1, float("nan")), 16), "weights"),
-    (lambda: in_proportion((0, 0), 16), "weights"),
+    (lambda: in_proportion((0, 0), 16), "weights"), (lambda: in_proportion(("much",), 16), "weights"),
+    (lambda: in_runs(2, 0, max_tokens=9), "page_size"), (lambda: interleaved(2, 16).of_rank(2), "rank"),
+    (lambda: interleaved(2, 16).local_lens([3], -1), "rank"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(make, name) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
