@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkvsim import DecodeShape
 from pkvsim.selection.budgets import across_heads, across_layers, by_weight
+from pkvsim.selection.by_name import select_pages
 from pkvsim.selection.masses import page_masses, page_scores, pooled
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages, top_share
 
@@ -41,6 +43,24 @@ def test_budgets_are_integers(pages, fraction, least, pins) -> None:
     assert min(pages, max(least, pins.sink_pages + pins.recent_pages)) <= count <= pages
     assert count <= max(least, pins.sink_pages + pins.recent_pages, int(np.ceil(pages * fraction)))
     assert count >= min(pages, pages * fraction - pages / 2**16)
+
+
+@pytest.mark.parametrize("fraction", ["0.1", None, True, 0.0, 1.5, float("nan")])
+def test_a_fraction_is_a_part(fraction) -> None:
+    with pytest.raises(ValueError, match="^fraction: expected"):
+        Budget(fraction)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"q": np.zeros((4, 8))}, "q"), ({"k_pages": np.zeros((3, 2, 4, 9))}, "k_pages"), ({"k_pages": None}, "k_pages"),
+    ({"seq_lens": [-3]}, "seq_lens"), ({"seq_lens": [9]}, "block_table"), ({"block_table": [[0, -1]]}, "block_table"),
+    ({"block_table": [[0, 3]]}, "block_table"), ({"name": ["quest"]}, "method")])
+def test_what_pages_cannot_be_selected_of_is_named(change, named) -> None:
+    step = {"name": "quest", "shape": DecodeShape(4, 2, 8, 4), "q": np.zeros((1, 4, 8)),
+            "k_pages": np.zeros((3, 2, 4, 8)), "block_table": [[0, 1]], "seq_lens": [7]}
+    assert select_pages(**step).counts.tolist() == [[2, 2]]
+    with pytest.raises(ValueError, match=rf"^{named}(\[.*\])?: expected"):
+        select_pages(**step | change)
 
 
 def test_round_fractions_take_round_counts() -> None:
