@@ -27,8 +27,9 @@ class DecodeEngine:
     on the host as the paper does. "auto" prices every route of the step, FlashInfer's included, and takes the cheapest
     where the host knows the lengths, balanced where only the GPU does: gpu.routes.router.Router says how.
 
-    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine must
-    live as long as the graphs that captured its runs; it keeps for them what it copied or allocated itself.
+    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine is of
+    the GPU that is current when it is made, which should be the current one in its calls, too. It must live as long as
+    the graphs that captured its runs; it keeps for them what it copied or allocated itself.
 
     schedule_engine: what runs the schedule, None of auto. router: what chooses the routes, None but of auto.
     """

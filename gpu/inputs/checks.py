@@ -62,6 +62,12 @@ def _check_row(size: int | str, name: str, array: ArrayView, dtypes: tuple[str, 
     return array.shape[0]
 
 
+def check_current(device: int, current: int) -> None:
+    """The GPU of an engine is the current one, where tables on the host are copied to."""
+    expect("device", f"cuda:{device}, where the engine was made, to be the current one, or tables that are there",
+           f"cuda:{current}", current == device)
+
+
 def check_contents(host: StepTables, page_size: int) -> None:
     """Lengths and row ends of tables on the host, where the page ids need not be."""
     if not host.is_csr:
