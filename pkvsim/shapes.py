@@ -55,20 +55,20 @@ class DecodeShape:
         return self.num_q_heads // self.num_kv_heads
 
 
-def check_seq_lens(seq_lens: Any) -> np.ndarray:
-    """`seq_lens` as int32 [batch_size]; ValueError unless it is one row of integers in [0, 2^31)."""
+def check_seq_lens(seq_lens: Any, name: str = "seq_lens") -> np.ndarray:
+    """`seq_lens` as int32 [batch_size]; ValueError that names `name` unless it is one row of integers in [0, 2^31)."""
     try:
         array = np.asarray(seq_lens)
     except (ValueError, TypeError) as error:  # rows of different lengths, or an array that is on a GPU
-        raise ValueError(f"seq_lens: expected integers [batch_size] on the host, got {error}") from None
+        raise ValueError(f"{name}: expected integers [batch_size] on the host, got {error}") from None
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"seq_lens: expected integers [batch_size], got {describe(array)}")
+        raise ValueError(f"{name}: expected integers [batch_size], got {describe(array)}")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > MAX_TOKENS:
         bad = int(np.flatnonzero((array < 0) | (array > MAX_TOKENS))[0])
-        raise ValueError(f"seq_lens[{bad}]: expected a length in [0, {MAX_TOKENS}], got {int(array[bad])}")
+        raise ValueError(f"{name}[{bad}]: expected a length in [0, {MAX_TOKENS}], got {int(array[bad])}")
     return array.astype(np.int32, copy=False)
 
 

@@ -212,18 +212,23 @@ def this_device() -> DeviceSpec | None:
     return None
 
 
-def _taken_or_checked(seq_lens: object) -> np.ndarray:
-    """Lengths on the host as int32 [batch_size]."""
-    if type(seq_lens) is np.ndarray and seq_lens.dtype == np.int32 and seq_lens.ndim == 1:
-        return seq_lens
-    return check_seq_lens(seq_lens)
+def _taken_or_checked(host_seq_lens: object) -> np.ndarray:
+    """Lengths on the host as int32 [batch_size]. Raises ValueError naming host_seq_lens."""
+    if type(host_seq_lens) is np.ndarray and host_seq_lens.dtype == np.int32 and host_seq_lens.ndim == 1:
+        return host_seq_lens
+    lens = _on_host(host_seq_lens, "host_seq_lens")
+    checks.expect("host_seq_lens", "lengths on the host", "an array on a GPU", lens is not None)
+    assert lens is not None
+    return lens
 
 
-def _on_host(seq_lens: object) -> np.ndarray | None:
+def _on_host(seq_lens: object, name: str = "seq_lens") -> np.ndarray | None:
     """Lengths that are on the host, as int32; None where they are on a GPU."""
-    if not isinstance(seq_lens, (list, tuple, np.ndarray)) and arrays.view("seq_lens", seq_lens).device >= 0:
+    if isinstance(seq_lens, (list, tuple, np.ndarray)):
+        return check_seq_lens(seq_lens, name)
+    if arrays.view(name, seq_lens).device >= 0:
         return None
-    return check_seq_lens(arrays.to_host("seq_lens", seq_lens))
+    return check_seq_lens(arrays.to_host(name, seq_lens), name)
 
 
 @functools.cache
