@@ -237,7 +237,7 @@ def _empty_outputs(shape: DecodeShape, given: _Given) -> tuple[np.ndarray, np.nd
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    """Whether it is a type of floats, those of ml_dtypes (bfloat16, FP8) among them, which have no kind of their own."""
+    """Whether it is a type of floats, those of ml_dtypes (bfloat16, FP8) among them, which NumPy counts as of no kind."""
     return dtype.kind == "f" or dtype.name.startswith(("float", "bfloat"))
 
 
@@ -273,7 +273,8 @@ def _check(
             raise ValueError(f"{name}: expected floats {list(want)}, got {describe(array)}")
     step.check_pages(shape, num_pages=num_pages)
     counts = np.full(step.batch_size, tokens) if query_lens is None else np.asarray(query_lens)
-    if counts.shape != (step.batch_size,) or counts.dtype.kind not in "iu" or (counts.size and (counts.min() < 0 or counts.max() > tokens)):
+    right = counts.shape == (step.batch_size,) and counts.dtype.kind in "iu"
+    if not right or (counts.size and (counts.min() < 0 or counts.max() > tokens)):
         raise ValueError(f"query_lens: expected counts in [0, {tokens}] [{step.batch_size}], got {query_lens!r}")
     short = np.flatnonzero((step.seq_lens > 0) & (step.seq_lens < counts))
     if len(short):
