@@ -1,6 +1,8 @@
 """DecodeEngine: paged decode attention on the GPU, under one of our schedules or by whichever route is cheapest."""
 from __future__ import annotations
 
+from os import PathLike
+
 import cupy
 
 from gpu.engine.schedule_engine import SCHEDULES, ScheduleEngine
@@ -40,7 +42,7 @@ class DecodeEngine:
                  tile_tokens: int = 32, num_ctas: int | None = None, costs: BalancedCosts | None = None,
                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN,
                  kv_dtype: str | None = None, kv_scales: str | None = None, layout: str = "HND",
-                 scale: float | None = None, device: DeviceSpec | str | None = None, layers: int = 1,
+                 scale: float | None = None, device: DeviceSpec | str | PathLike | None = None, layers: int = 1,
                  shared_costs: SharedCosts | None = None, sharing_rule: SharingRule | None = None,
                  read_stages: int | None = None) -> None:
         """

@@ -12,7 +12,7 @@ from gpu.kernels import variant
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.this_gpu import this_gpu
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.prefixes import SharingRule, sharing_rule
+from pkvsim.schedule.prefixes import SharingRule, check_rule, sharing_rule
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def find_prefixes(
     layout = TableLayout(int64=table.dtype == "int64")
     if finder is None:
         page_size, query_tokens = check_int("page_size", page_size, 1, 256), check_int("query_tokens", query_tokens, 1)
-        finder = PrefixFinder(page_size, query_tokens, rule, shared_limit_bytes=_shared_limit())
+        finder = PrefixFinder(page_size, query_tokens, check_rule(rule), shared_limit_bytes=_shared_limit())
     with arrays.on_stream(table.library, device.id):
         finder.prepare(layout, batch_size)
     finder.find(layout, page_ids=table.pointer, row_begins=0, lengths=lens.pointer,

@@ -28,7 +28,7 @@ from pkvsim.schedule.costs import (
     default_shared_costs,
 )
 from pkvsim.schedule.make import Schedule
-from pkvsim.schedule.prefixes import SharingRule
+from pkvsim.schedule.prefixes import SharingRule, check_rule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split")
@@ -64,7 +64,9 @@ class ScheduleEngine:
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
         self._capability, self._sharing = gpu.compute_capability, (
-            None if shared_costs is None else check_shared_costs(shared_costs), sharing_rule, read_stages)
+            None if shared_costs is None else check_shared_costs(shared_costs),
+            None if sharing_rule is None else check_rule(sharing_rule, "sharing_rule"),
+            None if read_stages is None else check_int("read_stages", read_stages, 1, checks.MAX_STAGES))
         self._lists = ListArguments(shape, self.config, self.device_id)
         self._shared: SharedReads | None = None  # of the last plan with groups
         self._shared_of: dict[int, SharedReads] = {}  # by columns of a read

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ class Router:
         dtype: str = "float16",
         *,
         policy: Policy | None = None,
-        device: DeviceSpec | str | None = None,
+        device: DeviceSpec | str | os.PathLike | None = None,
         layers: int = 1,
         needs_lse: bool = True,
         scale: float | None = None,
@@ -90,7 +91,11 @@ class Router:
         self.layers = check_int("layers", layers, 1)
         scale = None if scale is None else checks.check_scale(scale)
         self.policy = CalibratedPolicy() if policy is None else policy
-        self.device = this_device() if device is None else get_device(device) if isinstance(device, str) else device
+        if isinstance(device, (str, os.PathLike)):
+            device = get_device(os.fspath(device))
+        checks.expect("device", "a DeviceSpec, a name or a path", repr(device),
+                      device is None or isinstance(device, DeviceSpec))
+        self.device = this_device() if device is None else device
         self._needs_lse = needs_lse
         self._build = functools.partial(build, scale=scale, options=options, layout=layout)
         self.available: tuple[str, ...] = OWN_ROUTES

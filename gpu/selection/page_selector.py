@@ -61,6 +61,8 @@ class PageSelector:
         Raises ValueError naming the argument, or what no kernel serves.
         """
         variant.check_shape(shape, dtype)
+        checks.expect("budget", "a Budget", repr(budget), isinstance(budget, Budget))
+        checks.expect("pins", "Pins", repr(pins), isinstance(pins, Pins))
         check_form("" if method is None else by_name.method(method).SUMMARY, summary_dtype)
         self.shape, self.dtype, self.method, self.budget, self.pins = shape, dtype, method, budget, pins
         self.summary_dtype = summary_dtype

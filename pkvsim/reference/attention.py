@@ -237,7 +237,7 @@ def _empty_outputs(shape: DecodeShape, given: _Given) -> tuple[np.ndarray, np.nd
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    """Whether it is a type of floats, those of ml_dtypes (bfloat16, FP8) among them, which NumPy counts as of no kind."""
+    """Whether it is a type of floats, those of ml_dtypes (bfloat16, FP8) among them, which are of no kind to NumPy."""
     return dtype.kind == "f" or dtype.name.startswith(("float", "bfloat"))
 
 

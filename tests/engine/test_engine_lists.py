@@ -112,6 +112,14 @@ def test_pins_of_all_pages_read_all_pages(gpu, pins) -> None:
     assert launch.sink_pages + launch.recent_pages < 2**31
 
 
+@pytest.mark.parametrize("given", [{"budget": 0.1}, {"pins": (1, 2)}, {"budget": None}])
+def test_what_is_no_budget_is_named(gpu, given) -> None:
+    from gpu.selection.page_selector import PageSelector
+
+    with pytest.raises(ValueError, match=f"^{next(iter(given))}: expected"):
+        PageSelector(SHAPE, **given)
+
+
 def test_queries_that_wide_loads_would_miss_are_refused(gpu) -> None:
     from gpu.selection.page_selector import PageSelector
     from gpu.selection.page_summaries import PageSummaries

@@ -271,6 +271,14 @@ def test_the_first_choice_of_a_batch_size_is_logged_with_its_reason(caplog):
     assert len(said) == 2 and "1 rows" in said[0] and "2 rows" in said[1] and "us" in said[0]
 
 
+def test_a_device_is_a_name_a_path_or_a_spec(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(H200.to_json())
+    assert make_router(Built(), device=path).device.routes == make_router(Built(), device=str(path)).device.routes
+    with pytest.raises(ValueError, match="^device: expected a DeviceSpec, a name or a path, got 5"):
+        make_router(Built(), device=5)
+
+
 def test_run_before_plan():
     with pytest.raises(RuntimeError, match="plan"):
         make_router(Built()).run(Run(None, None))
