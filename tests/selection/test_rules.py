@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from pkvsim import DecodeShape
 from pkvsim.selection.budgets import across_heads, across_layers, by_weight
 from pkvsim.selection.by_name import select_pages
+from pkvsim.selection.evictions import kept_pages
 from pkvsim.selection.masses import page_masses, page_scores, pooled
+from pkvsim.selection.methods import epicache
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages, top_share
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3.0]), min_size=1, max_size=30).map(np.array)
@@ -90,6 +92,21 @@ def test_shares_by_weight_add_up(weights, total, most) -> None:
     counts = by_weight(np.array(weights), total, most, least=1)
     assert (counts >= 1).all() and (counts <= most).all()
     assert counts.sum() == max(len(weights), min(total, most * len(weights)))
+
+
+@pytest.mark.parametrize("weights", [[1.0, np.nan], [np.inf, 1.0], [-1.0, 2.0]])
+def test_weights_that_nothing_can_be_shared_by_are_named(weights) -> None:
+    with pytest.raises(ValueError, match="^weights: expected finite numbers from 0 on"):
+        by_weight(np.array(weights), 5, 4)
+
+
+def test_a_cosine_just_above_1_is_no_drift() -> None:
+    assert epicache.layer_budgets(np.array([1.0 + 1e-15, 0.5]), 6, 9).tolist() == [1, 5]
+
+
+def test_a_prompt_of_no_layers_is_named() -> None:
+    with pytest.raises(ValueError, match="^layers: expected at least one"):
+        kept_pages("snapkv", [], 2, Budget())
 
 
 def test_tokens_become_pages() -> None:
