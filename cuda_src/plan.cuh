@@ -108,8 +108,8 @@ struct Cut {
   // A head of n tiles in p parts takes about n / p + costs.part * p, least at p = sqrt(n / costs.part): no more parts
   // are made of the mean head. num_heads: non-empty (row, KV head) pairs. even: whether all of those have the same
   // tiles. If they do, and the ranges are short, a multiple of the heads is taken, or so many that each has the same
-  // number of heads: heads are then cut into equal parts, or not at all. Where such a step costs less than
-  // costs.pair a CTA, half the CTAs are taken, one on each pair of SMs (pkvsim.schedule.make.balanced_ranges says why).
+  // number of heads: heads are then cut into equal parts, or not at all. Where such a step costs less than costs.pair a
+  // CTA, half the CTAs are taken, one on each pair of SMs (pkvsim.schedule.balanced.balanced_ranges says why).
   PKV_HD Cut(int total_, int num_heads, bool even, int num_ctas, Costs costs)
       : total(total_), parts(0), head_cost(divide(total_, num_heads > 0 ? num_heads : 1)), segment_cost(costs.segment) {
     const int least = costs.minimum > 1 + segment_cost ? costs.minimum : 1 + segment_cost, half = num_ctas >> 1;

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -93,17 +92,20 @@ def calibrate(bench, cells: list, console) -> list[dict]:
 
 def fit(paths: list[pathlib.Path], device: str) -> int:
     """Prints the constants of pkvsim.pricing.shared that the files' steps ask for, and the cells furthest off."""
-    from bench.shared_cells import measured_of
+    from bench.shared_cells import read_measured
 
     from pkvsim.devices.device import get_device
     from pkvsim.fitting.fit_shared import errors, fit_shared
     from pkvsim.schedule.prefixes import sharing_rule
 
     gpu = get_device(device)
-    steps = [step for path in paths for step in measured_of(json.loads(path.read_text()))]
+    steps = [step for path in paths for step in read_measured(path)]
     bandwidth = gpu.routes["balanced"].bandwidth_gb_s
     steps = [step for step in steps
              if sharing_rule(step.shape, bandwidth_gb_per_s=bandwidth).worth(step.saved_tokens())]
+    if not steps:
+        raise ValueError(f"fit: expected steps that save enough to be read together, found none in "
+                         f"{', '.join(map(str, paths))}")
     found = fit_shared(steps, gpu)
     shipped = errors(steps, gpu, None)
     print(f"{len(steps)} steps that save enough to be read together: the shipped constants are off by "

@@ -1,6 +1,8 @@
 """DecodeEngine: paged decode attention on the GPU, under one of our schedules or by whichever route is cheapest."""
 from __future__ import annotations
 
+from os import PathLike
+
 import cupy
 
 from gpu.engine.schedule_engine import SCHEDULES, ScheduleEngine
@@ -27,8 +29,9 @@ class DecodeEngine:
     on the host as the paper does. "auto" prices every route of the step, FlashInfer's included, and takes the cheapest
     where the host knows the lengths, balanced where only the GPU does: gpu.routes.router.Router says how.
 
-    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine must
-    live as long as the graphs that captured its runs; it keeps for them what it copied or allocated itself.
+    plan() and run() belong on one stream: runs share the engine's workspace. Use an engine per stream. An engine is of
+    the GPU that is current when it is made, which should be the current one in its calls, too. It must live as long as
+    the graphs that captured its runs; it keeps for them what it copied or allocated itself.
 
     schedule_engine: what runs the schedule, None of auto. router: what chooses the routes, None but of auto.
     """
@@ -39,7 +42,7 @@ class DecodeEngine:
                  tile_tokens: int = 32, num_ctas: int | None = None, costs: BalancedCosts | None = None,
                  variant: tuple[int, int] | None = None, options: AttentionOptions = PLAIN,
                  kv_dtype: str | None = None, kv_scales: str | None = None, layout: str = "HND",
-                 scale: float | None = None, device: DeviceSpec | str | None = None, layers: int = 1,
+                 scale: float | None = None, device: DeviceSpec | str | PathLike | None = None, layers: int = 1,
                  shared_costs: SharedCosts | None = None, sharing_rule: SharingRule | None = None,
                  read_stages: int | None = None) -> None:
         """

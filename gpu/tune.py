@@ -12,12 +12,17 @@ import datetime
 import json
 import math
 import multiprocessing
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpu.kernels.variant import CALCULATED, DTYPES, HEAD_DIMS, KernelConfig, shared_limit_bytes, variants
+from gpu.measure.environment import lacks_gpu
 from gpu.measure.memory import NoRoom
 from pkvsim import DecodeShape
+from pkvsim.devices.route_options import MAX_GROUP_SIZE
+from pkvsim.shapes import check_int
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +35,7 @@ GROUP_SIZES = (1, 4, 8, 16, 32)
 PAGE_SIZE, KV_HEADS = 16, 8
 CELLS = ((1, 8192), (8, 4096), (32, 2048), (8, 32768))  # rows, tokens of the first; the others are ragged, down to half
 POOL_GIB = 12.0
+LEAST_CAPABILITY = 80  # that any kernel serves
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}  # of results of the same values summed in another order
 
 
@@ -199,6 +205,22 @@ def tuned_table(head_dims: list[int], group_sizes: list[int], dtypes: list[str],
     }
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Before anything is measured, which takes hours. Raises ValueError naming the argument, OSError where the table's
+    folder cannot be made."""
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"out: expected a file that can be written, got {args.out}")
+    if args.calculate is not None:
+        check_int("calculate", args.calculate, LEAST_CAPABILITY)
+    for group_size in args.group_sizes:
+        check_int("group-sizes", group_size, 1, MAX_GROUP_SIZE)
+    check_int("jobs", args.jobs, 1)
+    if args.pool_gib is not None and not args.pool_gib > 0:
+        raise ValueError(f"pool-gib: expected a number > 0, got {args.pool_gib}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gpu.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -214,8 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pool-gib", type=float, help=f"page pool, by default {POOL_GIB:g} or what fits")
     args = parser.parse_args(argv)
     try:
+        check_arguments(args)
         if args.calculate is not None:
             table = calculated_table(args.calculate)
+        elif lacks_gpu("gpu.tune"):
+            return 1
         else:
             table = tuned_table(args.head_dims, args.group_sizes, args.dtypes, args.jobs, args.pool_gib)
         with open(args.out, "w", encoding="utf-8") as file:

@@ -1,13 +1,17 @@
 """Variants of decode attention that a model may ask for, beyond its shape."""
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pkvsim.kv_types import KV_DTYPES, KV_SCALES, SCALE_BYTES, default_scales
-from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
+from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, is_number
 
 MAX_QUERY_TOKENS = 8
 KV_ELEMENT_BYTES = 2  # FP16 and BF16
+MAX_FLOAT = sys.float_info.max  # an int may be larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,10 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         if self.window is not None:
             check_int("window", self.window, 1, MAX_TOKENS)
-        if self.soft_cap is not None and not 0 < self.soft_cap < float("inf"):
+        if self.soft_cap is not None and not (is_number(self.soft_cap) and 0 < self.soft_cap <= MAX_FLOAT):
             raise ValueError(f"soft_cap: expected a finite number > 0 or None, got {self.soft_cap!r}")
+        if not isinstance(self.sinks, (bool, np.bool_)):
+            raise ValueError(f"sinks: expected True or False, got {type(self.sinks).__name__}")
         check_int("query_tokens", self.query_tokens, 1, MAX_QUERY_TOKENS)
         if self.v_head_dim is not None:
             check_int("v_head_dim", self.v_head_dim, 1, MAX_TOKENS)
@@ -84,8 +90,9 @@ class AttentionOptions:
 
     @property
     def reach(self) -> int | None:
-        """Tokens from a row's end back to where the window of its first query token begins; None without a window."""
-        return None if self.window is None else self.window + self.query_tokens - 1
+        """Tokens from a row's end back to where the window of its first query token begins, which no row has more of
+        than MAX_TOKENS; None without a window."""
+        return None if self.window is None else min(MAX_TOKENS, self.window + self.query_tokens - 1)
 
 
 PLAIN = AttentionOptions()

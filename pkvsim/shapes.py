@@ -18,6 +18,11 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     return int(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number of Python or NumPy, NaN and infinities among them (bool is none)."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
 def describe(value: Any) -> str:
     """dtype and shape of an array, for error messages: `int64 [8, 16]`."""
     return f"{value.dtype} {list(value.shape)}"
@@ -50,17 +55,20 @@ class DecodeShape:
         return self.num_q_heads // self.num_kv_heads
 
 
-def check_seq_lens(seq_lens: Any) -> np.ndarray:
-    """`seq_lens` as int32 [batch_size]; ValueError unless it is one row of integers in [0, 2^31)."""
-    array = np.asarray(seq_lens)
+def check_seq_lens(seq_lens: Any, name: str = "seq_lens") -> np.ndarray:
+    """`seq_lens` as int32 [batch_size]; ValueError that names `name` unless it is one row of integers in [0, 2^31)."""
+    try:
+        array = np.asarray(seq_lens)
+    except (ValueError, TypeError) as error:  # rows of different lengths, or an array that is on a GPU
+        raise ValueError(f"{name}: expected integers [batch_size] on the host, got {error}") from None
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"seq_lens: expected integers [batch_size], got {describe(array)}")
+        raise ValueError(f"{name}: expected integers [batch_size], got {describe(array)}")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > MAX_TOKENS:
         bad = int(np.flatnonzero((array < 0) | (array > MAX_TOKENS))[0])
-        raise ValueError(f"seq_lens[{bad}]: expected a length in [0, {MAX_TOKENS}], got {int(array[bad])}")
+        raise ValueError(f"{name}[{bad}]: expected a length in [0, {MAX_TOKENS}], got {int(array[bad])}")
     return array.astype(np.int32, copy=False)
 
 
@@ -82,7 +90,9 @@ class StepState:
         table = np.asarray(self.block_table)
         if table.ndim != 2 or table.dtype.kind not in "iu" or table.shape[0] != self.batch_size:
             raise ValueError(f"block_table: expected int32 [{self.batch_size}, max_pages], got {describe(table)}")
-        object.__setattr__(self, "block_table", table.astype(np.int32, copy=False))
+        if table.dtype != np.int32:  # an id past 31 bits is nobody's page, and must not become one by losing bits
+            table = np.clip(table.astype(np.int64), -MAX_TOKENS - 1, MAX_TOKENS).astype(np.int32)
+        object.__setattr__(self, "block_table", table)
 
     @property
     def batch_size(self) -> int:

@@ -1,7 +1,9 @@
 """Steps whose rows share leading pages, and how they lie in a pool."""
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -106,6 +108,15 @@ def costs_of(text: str) -> dict[str, int]:
         found[name] = int(value)
     check_shared_costs(SharedCosts(**found))
     return found
+
+
+def read_measured(path: Path) -> list[MeasuredShared]:
+    """measured_of a file. Raises ValueError naming one that bench_shared has not written."""
+    try:
+        return measured_of(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: expected what bench_shared --json wrote, got {type(error).__name__}: {error}"
+                         ) from None  # fmt: skip
 
 
 def measured_of(document: dict) -> list[MeasuredShared]:

@@ -84,5 +84,5 @@ def error_over_16_bit(shape: DecodeShape, options: AttentionOptions, q: torch.Te
         values = [values_of(pages[ids, head : head + 1], options.kv_dtype, q.dtype) for pages in (layer.k, layer.v)]
         own = slice(head * group, (head + 1) * group)
         found = engine.run(q[..., own, :].contiguous(), *values)[0]
-        worst = max(worst, float((out[..., own, :].float() - found.float()).abs().max()))
-    return worst
+        worst = np.maximum(worst, float((out[..., own, :].float() - found.float()).abs().max()))  # a NaN stays one
+    return float(worst)

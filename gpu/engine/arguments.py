@@ -7,6 +7,7 @@ from gpu.engine import cache_scales
 from gpu.inputs import arrays, checks
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
+from pkvsim.shapes import MAX_TOKENS
 
 if TYPE_CHECKING:
     from gpu.engine.plan import Plan
@@ -37,7 +38,9 @@ class DecodeArguments:
         """num_kv_heads: as the kernels count them. Raises ValueError naming scale."""
         self.library: str | None = None  # whose arrays and streams the runs use; known from the first run on
         self._shape, self._dtype, self._options, self._layout = shape, dtype, options, layout
-        self._num_kv_heads, self._device_id, self._window = num_kv_heads, device_id, options.window or 0
+        self._num_kv_heads, self._device_id = num_kv_heads, device_id
+        # Longer windows see as much, and what the kernels add to this stays within 31 bits.
+        self._window = min(options.window or 0, MAX_TOKENS - options.query_tokens + 1)
         self._scale = shape.head_dim**-0.5 if scale is None else checks.check_scale(scale)
         self._weights = self._weigh(self._scale)
         self._checked: list | None = None
@@ -75,9 +78,13 @@ class DecodeArguments:
                 self._window)
 
     def _weigh(self, scale: float) -> tuple[float, float]:
-        """scale and cap of pkv::DecodeArguments."""
+        """scale and cap of pkv::DecodeArguments. Raises ValueError naming scale where float32 cannot hold them."""
         cap = self._options.soft_cap
-        return (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
+        weights = (scale * LOG2_E, 0.0) if cap is None else (scale / cap, cap * LOG2_E)
+        if max(map(abs, weights)) > checks.MAX_FLOAT32:
+            raise ValueError(f"scale: expected one that float32 can hold with soft_cap and k_scale, got {scale!r}"
+                             + ("" if cap is None else f" with soft_cap {cap!r}"))
+        return weights
 
     def _check(self, batch_size: int, given: tuple) -> None:
         views = {name: arrays.view(name, array) for name, array in zip(NAMES, given)

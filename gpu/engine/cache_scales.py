@@ -6,11 +6,12 @@ import math
 import numpy as np
 
 from gpu.inputs.arrays import ArrayView
-from gpu.inputs.checks import expect
+from gpu.inputs.checks import MAX_FLOAT32, expect
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
 NO_STRIDES = (0, 0, 0)
+LEAST_SCALE = 2.0**-126  # smaller ones are 0 to the GPU
 
 
 def split(name: str, scale: object, options: AttentionOptions) -> tuple[float, object]:
@@ -25,7 +26,8 @@ def split(name: str, scale: object, options: AttentionOptions) -> tuple[float, o
         wanted = f"float32 on the GPU, a scale of every {options.kv_scales}"
         expect(name, wanted, repr(scale) if number else type(scale).__name__, scale is not None and not number)
     elif scale is None or number:
-        expect(name, "a positive number, or one float32 on the GPU", scale, scale is None or 0 < scale < math.inf)
+        expect(name, "a positive number in the range of float32, or one float32 on the GPU", scale,
+               scale is None or LEAST_SCALE <= scale <= MAX_FLOAT32)
         return 1.0 if scale is None else float(scale), None
     return 1.0, scale
 

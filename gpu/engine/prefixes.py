@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import cupy
 
 from gpu.inputs import arrays
-from gpu.inputs.block_tables import TableLayout
-from gpu.inputs.checks import ID_DTYPES, expect
+from gpu.inputs.block_tables import StepTables, TableLayout
+from gpu.inputs.checks import check_plan, expect
 from gpu.kernels import variant
 from gpu.kernels.compile import load_kernel
 from gpu.kernels.this_gpu import this_gpu
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.schedule.prefixes import SharingRule, sharing_rule
+from pkvsim.schedule.prefixes import SharingRule, check_rule, sharing_rule
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
 
 if TYPE_CHECKING:
@@ -69,9 +69,14 @@ class PrefixFinder:
                 overlap=this_gpu().overlaps)
         if self.groups is None or self.groups.group_of_row.shape[0] != batch_size:
             self.groups = PrefixGroups(cupy.full(batch_size, -1, dtype=cupy.int32),
-                                       cupy.zeros(max(1, batch_size // 2), dtype=cupy.int32))
+                                       cupy.zeros(self.num_groups(batch_size), dtype=cupy.int32))
             self._workspace = cupy.zeros(4 * batch_size, dtype=cupy.int32)  # two pkv::Links a row, of 64 bits
         return *self.groups, self._workspace
+
+    @staticmethod
+    def num_groups(batch_size: int) -> int:
+        """That there is room for in a step of so many rows."""
+        return max(1, batch_size // 2)
 
     def _room(self, batch_size: int) -> int:
         """Rows that the launch for so many has room for."""
@@ -97,18 +102,17 @@ def find_prefixes(
     which a captured graph needs; page_size, query_tokens and rule are its own then.
     Raises ValueError naming the argument.
     """
-    table, lens = arrays.view("block_table", block_table), arrays.view("seq_lens", seq_lens)
     device = cupy.cuda.Device()
-    expect("block_table", f"{' or '.join(ID_DTYPES)} [batch_size, max_pages] on cuda:{device.id}", table,
-           len(table.shape) == 2 and table.dtype in ID_DTYPES and table.device == device.id)
+    views = StepTables(seq_lens, block_table).views()
+    check_plan(views, device.id)
+    for name, array in views.items():
+        expect(name, f"an array on cuda:{device.id}", array, array.device == device.id)
+    table, lens = views["block_table"], views["seq_lens"]
     batch_size, max_pages = table.shape
-    expect("block_table", "contiguous rows", f"strides {table.strides}", table.strides[1] == 1 or max_pages <= 1)
-    expect("seq_lens", f"int32 [{batch_size}] on cuda:{device.id}", lens,
-           lens.shape == (batch_size,) and lens.dtype == "int32" and lens.device == device.id)
     layout = TableLayout(int64=table.dtype == "int64")
     if finder is None:
         page_size, query_tokens = check_int("page_size", page_size, 1, 256), check_int("query_tokens", query_tokens, 1)
-        finder = PrefixFinder(page_size, query_tokens, rule, shared_limit_bytes=_shared_limit())
+        finder = PrefixFinder(page_size, query_tokens, check_rule(rule), shared_limit_bytes=_shared_limit())
     with arrays.on_stream(table.library, device.id):
         finder.prepare(layout, batch_size)
     finder.find(layout, page_ids=table.pointer, row_begins=0, lengths=lens.pointer,

@@ -10,7 +10,7 @@ from gpu.engine.arguments import DecodeArguments
 from gpu.engine.decode_kernels import DecodeKernels
 from gpu.engine.page_lists import ListArguments
 from gpu.engine.plan import Plan, place
-from gpu.engine.shared_reads import SharedReads, check_host, groups_key
+from gpu.engine.shared_reads import AUTO, SharedReads, check_groups, check_host, groups_key
 from gpu.engine.task_list import read_device_tasks, upload_tasks
 from gpu.inputs import arrays, checks
 from gpu.inputs.block_tables import StepTables, fingerprint
@@ -28,11 +28,12 @@ from pkvsim.schedule.costs import (
     default_shared_costs,
 )
 from pkvsim.schedule.make import Schedule
-from pkvsim.schedule.prefixes import SharingRule
+from pkvsim.schedule.prefixes import SharingRule, check_rule
 from pkvsim.shapes import check_int, check_seq_lens
 
 SCHEDULES = ("balanced", "workqueue", "split")
 MAX_CTAS = 2**15  # the planner multiplies two range numbers in 32 bits
+MAX_GRID_ROWS = 65535  # of a launch's second axis
 
 
 class ScheduleEngine:
@@ -63,7 +64,9 @@ class ScheduleEngine:
         self._arguments = DecodeArguments(shape, dtype, options, layout, num_kv_heads=self._heads.num_kv_heads,
                                           scale=scale, device_id=self.device_id)
         self._capability, self._sharing = gpu.compute_capability, (
-            None if shared_costs is None else check_shared_costs(shared_costs), sharing_rule, read_stages)
+            None if shared_costs is None else check_shared_costs(shared_costs),
+            None if sharing_rule is None else check_rule(sharing_rule, "sharing_rule"),
+            None if read_stages is None else check_int("read_stages", read_stages, 1, checks.MAX_STAGES))
         self._lists = ListArguments(shape, self.config, self.device_id)
         self._shared: SharedReads | None = None  # of the last plan with groups
         self._shared_of: dict[int, SharedReads] = {}  # by columns of a read
@@ -90,12 +93,17 @@ class ScheduleEngine:
             tables = tables._replace(seq_lens=check_seq_lens(tables.seq_lens))
         views = tables.views()
         checks.check_plan(views, self.device_id)
+        if any(array.device < 0 for array in views.values()):  # copies go to the current GPU
+            checks.check_current(self.device_id, cupy.cuda.Device().id)
         checks.check_room(views, self._heads, segment_cost=self.costs.segment)
+        shared = None
         if groups is not None:
             checks.expect("groups", f"None for schedule {self.schedule!r}", repr(groups), self.schedule == "balanced")
             rows = views["last_page_len" if "last_page_len" in views else "seq_lens"].shape[0]
-            self._shared = self._shared_reads(rows * self._heads.group_size * self.options.query_tokens)
-            segment, tile = self._shared.most_costs()
+            if not (isinstance(groups, str) and groups == AUTO):
+                check_groups(groups, rows, self.device_id)
+            shared = self._shared_reads(rows * self._heads.group_size * self.options.query_tokens)
+            segment, tile = shared.most_costs()
             checks.check_room(views, self._heads, segment_cost=self.costs.segment + segment, tile_cost=tile)
         host = host_lens = None
         if self.schedule != "balanced" or validate or tables.lengths_on_host(views):
@@ -115,19 +123,19 @@ class ScheduleEngine:
                 plan = place(*tables.with_lengths(views, host_lens), self.shape.page_size)
                 plan.task_list = upload_tasks(schedule, host_lens)
                 self._reserve_partials(schedule)
-            if groups is not None:
-                plan.groups = self._shared.place(groups, plan, self.device_id)
-            if plan.groups is None:
+            if shared is not None:
+                plan.groups = shared.place(groups, plan, self.device_id)
+            if shared is None or plan.groups is None:
                 plan.decode = self._kernels.decode(plan.layout)
             else:
-                plan.decode = self._kernels.shared(plan.layout, self._shared.config, self._shared.shared_bytes)
+                plan.decode = self._kernels.shared(plan.layout, shared.config, shared.shared_bytes)
             if self._arguments.library is None:
                 stream.synchronize()  # the first run may be on another stream
         if validate:
             plan.unchecked_ids = host, host_lens
         on_gpu = all(array.device >= 0 for array in views.values()) and (plan.groups is None or not plan.groups.copied)
         self._checked_plan = key if on_gpu and self.schedule == "balanced" else None
-        self._plan = plan
+        self._plan, self._shared = plan, shared or self._shared
 
     def _shared_reads(self, batch_columns: int) -> SharedReads:
         """What serves groups in steps whose rows have so many query columns of a KV head together."""
@@ -186,9 +194,14 @@ class ScheduleEngine:
             grid, pairs = self._kernels.task_grid(bucket.count, self.num_ctas)
             plan.decode(grid, (*given, *list_args), stream, pairs=pairs)
             if bucket.rows is not None:
-                merge_args = *given, offsets, bucket.rows.data.ptr
-                self._kernels.merge()((self._heads.num_kv_heads, len(bucket.rows)), merge_args, stream)
+                self._merge(given, offsets, bucket.rows, stream)
         return out, lse
+
+    def _merge(self, given: tuple, offsets: int, rows: object, stream: int) -> None:
+        """Merges the rows [num_rows] int32 that were split: in one launch, or in several of as many as a grid holds."""
+        for begin in range(0, len(rows), MAX_GRID_ROWS):
+            grid = self._heads.num_kv_heads, min(MAX_GRID_ROWS, len(rows) - begin)
+            self._kernels.merge()(grid, (*given, offsets, rows.data.ptr + begin * rows.itemsize), stream)
 
     def _run_listed(self, plan: Plan, given: tuple, selected: object, page_lse: object, stream: int) -> None:
         """Launches a run with lists of pages, or with the mass of every page as a by-product."""

@@ -57,12 +57,14 @@ class SharedReads:
                 return None
             if self._finder is None:
                 self._finder = self._make_finder()
+            self._check_readers(batch + self._finder.num_groups(batch))  # before the last step's are let go
             kept = owned = self._finder.prepare(plan.layout, batch)
             copied = False
             placed, finder = self._finder.groups, self._finder
             at, num_groups = [array.data.ptr for array in placed], placed.prefix_pages.shape[0]
         else:
             views = check_groups(groups, batch, device_id)
+            self._check_readers(batch + views["prefix_pages"].shape[0])
             host = [arrays.to_host(name, getattr(groups, name)) for name in NAMES if views[name].device < 0]
             if len(host) == len(NAMES):
                 host_groups.PrefixGroups(*host)  # the values of what the host knows whole
@@ -71,11 +73,13 @@ class SharedReads:
             owned = tuple(array for name, array in zip(NAMES, kept) if views[name].device < 0)
             copied = bool(owned)
             at, num_groups = [address for _, address in pairs], views["prefix_pages"].shape[0]
-        expect("groups", f"at most {self.most_readers} rows and groups together on this GPU", batch + num_groups,
-               batch + num_groups <= self.most_readers)
         workspace = self._reserve(batch)
         of_row, prefixes = at
         return StepGroups(of_row, prefixes, num_groups, workspace.data.ptr, kept, (*owned, workspace), copied, finder)
+
+    def _check_readers(self, count: int) -> None:
+        expect("groups", f"at most {self.most_readers} rows and groups together on this GPU", count,
+               count <= self.most_readers)
 
     def most_costs(self) -> tuple[int, int]:
         """Tiles that a row's segment may cost beside BalancedCosts.segment, and plain tiles that a tile of it may.
@@ -129,7 +133,8 @@ def check_host(groups: object, tables: object, lens: np.ndarray, page_size: int)
     """For validate=True: the rows of each group have the same ids. Copies to the host; a ValueError names others."""
     given = host_groups.PrefixGroups(*(arrays.to_host(name, getattr(groups, name)) for name in NAMES))
     if tables.is_csr:
-        most = int(given.prefix_pages.max(initial=0))
+        pages = np.diff(tables.indptr).max(initial=0)  # a longer prefix is refused for the rows' lengths
+        most = min(int(given.prefix_pages.max(initial=0)), int(pages))
         table = np.zeros((len(lens), most), np.int64)
         for row, (begin, end) in enumerate(zip(tables.indptr, tables.indptr[1:])):
             ids = tables.indices[begin:end][:most]

@@ -1,7 +1,6 @@
 """Checks on what reaches the engine. Every failure is a ValueError that names the argument, before any launch."""
 from __future__ import annotations
 
-import math
 import numbers
 
 import numpy as np
@@ -16,6 +15,7 @@ from pkvsim.shapes import check_int
 MAX_COST = 2**31  # the planner counts tiles in 32 bits
 MAX_WARPS, MAX_STAGES = 32, 64  # of a variant that is asked for; what fits is gpu.kernels.variant's to say
 ID_DTYPES = ("int32", "int64")  # of page ids
+MAX_FLOAT32 = 3.4028234663852886e38  # numbers travel to the kernels as float32
 
 
 def expect(name: str, expected: str, got: object, ok: bool) -> None:
@@ -60,6 +60,12 @@ def _check_row(size: int | str, name: str, array: ArrayView, dtypes: tuple[str, 
            array.dtype in dtypes and len(array.shape) == 1 and (isinstance(size, str) or array.shape[0] == size))
     expect(name, "contiguous", f"strides {array.strides}", array.strides == (1,) or array.shape[0] <= 1)
     return array.shape[0]
+
+
+def check_current(device: int, current: int) -> None:
+    """The GPU of an engine is the current one, where tables on the host are copied to."""
+    expect("device", f"cuda:{device}, where the engine was made, to be the current one, or tables that are there",
+           f"cuda:{current}", current == device)
 
 
 def check_contents(host: StepTables, page_size: int) -> None:
@@ -120,9 +126,9 @@ def check_engine(shape: object, dtype: object, schedule: object, schedules: tupl
 
 
 def check_scale(scale: object) -> float:
-    """The scale of the logits: a finite number on the host."""
-    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+    """The scale of the logits: a finite number on the host, in the range of float32."""
+    if not isinstance(scale, numbers.Real) or not abs(scale) <= MAX_FLOAT32:
+        raise ValueError(f"scale: expected a finite number in the range of float32, got {scale!r}")
     return float(scale)
 
 
@@ -155,8 +161,10 @@ def check_run(shape: DecodeShape, dtype: str, options: AttentionOptions, layout:
             continue
         expect(name, f"{kind} {list(wanted)}", array, array.dtype == kind and array.shape == wanted)
         expect(name, "contiguous", f"strides {array.strides}", _contiguous(array))
-    if options.kv_dtype is not None:  # read two pairs at a time
-        expect("q", "an 8-byte boundary", f"address % 8 = {given['q'].pointer % 8}", given["q"].pointer % 8 == 0)
+    # Kernels read queries in pairs, of 8-bit pages two pairs at a time, and write four elements at once.
+    for name, boundary in (("q", 4 if options.kv_dtype is None else 8), ("out", 8)):
+        if name in given:
+            check_boundary(name, given[name], boundary)
     expect("sinks", "float32 logits" if options.sinks else "None, without options.sinks", given.get("sinks"),
            ("sinks" in given) == options.sinks)
     expect("query_lens", "None with one query token per row", given.get("query_lens"),
@@ -190,6 +198,12 @@ def _check_pages(name: str, pages: ArrayView, shape: DecodeShape, head_dim: int,
            all(stride % multiple == 0 for stride in pages.strides[:3]) and pages.pointer % 16 == 0)
     expect(name, "head and token strides of 0 to 2^31 - 1 elements", f"strides {pages.strides}",
            all(0 <= stride < 2**31 for stride in pages.strides[1:3]))
+
+
+def check_boundary(name: str, array: ArrayView, boundary: int) -> None:
+    """ValueError unless the array begins at a multiple of so many bytes, as wide loads and stores must."""
+    at = array.pointer % boundary
+    expect(name, f"an address in multiples of {boundary} bytes", f"address % {boundary} = {at}", at == 0)
 
 
 def check_contiguous(name: str, array: ArrayView) -> None:

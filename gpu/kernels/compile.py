@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gpu.kernels.launch import Kernel
 
 SOURCE_DIR = Path(cuda_src.__file__).parent
+_ASKING = threading.Lock()  # of CuPy's choice of an architecture
 
 
 @functools.cache
@@ -53,14 +55,16 @@ def _load(file_name: str, defines: tuple[tuple[str, int | str], ...]) -> cupy.Ra
 @contextlib.contextmanager
 def _architecture_alone(compiler: object) -> Iterator[None]:
     """Has CuPy compile for sm_90a and the like. CuPy 13 and 14 have no option for it, and ask this function of theirs
-    for every compilation and for the name that it is kept under on disk."""
-    asked = compiler._get_arch_for_options_for_nvrtc
-    option, method = asked()
-    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (option + "a", method)
-    try:
-        yield
-    finally:
-        compiler._get_arch_for_options_for_nvrtc = asked
+    for every compilation and for the name that it is kept under on disk. One thread at a time: another would ask what
+    this one has put there, and leave it there."""
+    with _ASKING:
+        asked = compiler._get_arch_for_options_for_nvrtc
+        option, method = asked()
+        compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (option + "a", method)
+        try:
+            yield
+        finally:
+            compiler._get_arch_for_options_for_nvrtc = asked
 
 
 def load_module(file_name: str, defines: dict[str, int | str]) -> cupy.RawModule:

@@ -11,8 +11,8 @@ To give the decode kernels one more value, edit in this order, six files at most
 5. tests/support/decode_on_cpu.py: its value for the kernel that runs on the CPU;
 6. tests/engine/test_decode_arguments.py: what it must be, worked out from the caller's arrays.
 One more cost of the balanced schedule is a field of pkvsim's BalancedCosts (pkvsim/schedule/costs.py), of pkv::Costs
-(cuda_src/plan.cuh) and of COSTS here, beside the two that use it, pkvsim/schedule/make.py and pkv::Cut in plan.cuh. The
-append kernel's arguments are APPEND here, pkv::AppendArguments, and CacheWriter.append or launch_sizes.
+(cuda_src/plan.cuh) and of COSTS here, beside the two that use it, pkvsim/schedule/balanced.py and pkv::Cut in plan.cuh.
+The append kernel's arguments are APPEND here, pkv::AppendArguments, and CacheWriter.append or launch_sizes.
 """
 from __future__ import annotations
 

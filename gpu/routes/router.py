@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ class Router:
         dtype: str = "float16",
         *,
         policy: Policy | None = None,
-        device: DeviceSpec | str | None = None,
+        device: DeviceSpec | str | os.PathLike | None = None,
         layers: int = 1,
         needs_lse: bool = True,
         scale: float | None = None,
@@ -90,7 +91,11 @@ class Router:
         self.layers = check_int("layers", layers, 1)
         scale = None if scale is None else checks.check_scale(scale)
         self.policy = CalibratedPolicy() if policy is None else policy
-        self.device = this_device() if device is None else get_device(device) if isinstance(device, str) else device
+        if isinstance(device, (str, os.PathLike)):
+            device = get_device(os.fspath(device))
+        checks.expect("device", "a DeviceSpec, a name or a path", repr(device),
+                      device is None or isinstance(device, DeviceSpec))
+        self.device = this_device() if device is None else device
         self._needs_lse = needs_lse
         self._build = functools.partial(build, scale=scale, options=options, layout=layout)
         self.available: tuple[str, ...] = OWN_ROUTES
@@ -212,18 +217,23 @@ def this_device() -> DeviceSpec | None:
     return None
 
 
-def _taken_or_checked(seq_lens: object) -> np.ndarray:
-    """Lengths on the host as int32 [batch_size]."""
-    if type(seq_lens) is np.ndarray and seq_lens.dtype == np.int32 and seq_lens.ndim == 1:
-        return seq_lens
-    return check_seq_lens(seq_lens)
+def _taken_or_checked(host_seq_lens: object) -> np.ndarray:
+    """Lengths on the host as int32 [batch_size]. Raises ValueError naming host_seq_lens."""
+    if type(host_seq_lens) is np.ndarray and host_seq_lens.dtype == np.int32 and host_seq_lens.ndim == 1:
+        return host_seq_lens
+    lens = _on_host(host_seq_lens, "host_seq_lens")
+    checks.expect("host_seq_lens", "lengths on the host", "an array on a GPU", lens is not None)
+    assert lens is not None
+    return lens
 
 
-def _on_host(seq_lens: object) -> np.ndarray | None:
+def _on_host(seq_lens: object, name: str = "seq_lens") -> np.ndarray | None:
     """Lengths that are on the host, as int32; None where they are on a GPU."""
-    if not isinstance(seq_lens, (list, tuple, np.ndarray)) and arrays.view("seq_lens", seq_lens).device >= 0:
+    if isinstance(seq_lens, (list, tuple, np.ndarray)):
+        return check_seq_lens(seq_lens, name)
+    if arrays.view(name, seq_lens).device >= 0:
         return None
-    return check_seq_lens(arrays.to_host("seq_lens", seq_lens))
+    return check_seq_lens(arrays.to_host(name, seq_lens), name)
 
 
 @functools.cache

@@ -32,6 +32,8 @@ class _Launch(NamedTuple):
     room: int  # of a list
     max_pages: int  # of a row
     chunk_pages: int
+    sink_pages: int
+    recent_pages: int
     library: str
 
 
@@ -59,6 +61,8 @@ class PageSelector:
         Raises ValueError naming the argument, or what no kernel serves.
         """
         variant.check_shape(shape, dtype)
+        checks.expect("budget", "a Budget", repr(budget), isinstance(budget, Budget))
+        checks.expect("pins", "Pins", repr(pins), isinstance(pins, Pins))
         check_form("" if method is None else by_name.method(method).SUMMARY, summary_dtype)
         self.shape, self.dtype, self.method, self.budget, self.pins = shape, dtype, method, budget, pins
         self.summary_dtype = summary_dtype
@@ -133,7 +137,7 @@ class PageSelector:
             q_at, summaries_at, scales_at, plan.page_ids, plan.lengths, plan.row_begins, scores_at,
             0 if self._sums is None else self._sums.data.ptr, self._tickets.data.ptr, budgets_at, *launch.lists_at,
             plan.batch_size, shape.num_kv_heads, plan.stride, launch.num_pages, plan.max_tokens, launch.room,
-            launch.max_pages, launch.chunk_pages, self.pins.sink_pages, self.pins.recent_pages, self.budget.least_pages,
+            launch.max_pages, launch.chunk_pages, launch.sink_pages, launch.recent_pages, self.budget.least_pages,
             self.budget.parts, self._scale,
         ), arrays.current_stream(launch.library, self._device_id))  # fmt: skip
         return self.lists
@@ -153,6 +157,7 @@ class PageSelector:
             checks.expect("summaries", f"PageSummaries of kind {self.summary} and the same shape and dtypes", summaries,
                           isinstance(summaries, PageSummaries) and summaries.made_for == wanted)
             self._expect("q", q, self.dtype, (plan.batch_size, shape.num_q_heads, shape.head_dim), library)
+            checks.check_boundary("q", arrays.view("q", q), variant.QUERY_BOUNDARY_BYTES)
             num_pages = summaries.array.shape[0]
         if budgets is not None:
             self._expect("budgets", budgets, "int32", heads, library)
@@ -167,7 +172,9 @@ class PageSelector:
         lists_at = tuple(arrays.view("lists", array).pointer for array in self.lists)
         kernel = self._kernel(plan.layout, max_pages, warps)
         grid = chunks * heads[1], heads[0]
-        self._launch = _Launch(kernel, grid, lists_at, num_pages, room, max_pages, each, library)
+        # A row has no more pages to pin than its table has room for, and the kernel adds the two up in 31 bits.
+        sinks, recent = (min(max_pages, pages) for pages in (self.pins.sink_pages, self.pins.recent_pages))
+        self._launch = _Launch(kernel, grid, lists_at, num_pages, room, max_pages, each, sinks, recent, library)
 
     def _max_pages(self, plan: Plan) -> int:
         return max(1, -(-plan.max_tokens // self.shape.page_size))

@@ -97,4 +97,6 @@ class PageSummaries:
         checks.expect("k_pages", "a contiguous last axis, strides in multiples of 8 elements, a 16-byte boundary",
                       f"strides {view.strides}", view.strides[3] == 1 and view.pointer % 16 == 0
                       and all(0 <= stride and stride % 8 == 0 for stride in view.strides[:3]))
+        checks.expect("k_pages", "head and token strides of less than 2^31 elements", f"strides {view.strides}",
+                      all(stride < 2**31 for stride in view.strides[1:3]))
         return view

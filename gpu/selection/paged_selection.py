@@ -45,6 +45,7 @@ class PagedSelection:
         ValueError naming the argument."""
         check_form(by_name.method(method).SUMMARY, summary_dtype)
         self.summary_dtype = summary_dtype
+        checks.expect("pins", "Pins", repr(pins), isinstance(pins, Pins))
         self.method, self.pins = method, pins
         self.budget = budget if isinstance(budget, Budget) else Budget(budget)
         self.dense_layers = check_int("dense_layers", dense_layers, 0)

@@ -20,6 +20,7 @@ LEAST_CHUNKS = 3  # of a long list: while one CTA selects, others score, which t
 WIDE_PAGES = 8192  # of a long list: of 4,096 pages each, twice as many lists took an H200 1.1 to 1.9 us more
 MAX_LISTS = 65535  # of a launch: its grid's second axis
 MOST_WIDE_ELEMENTS = 1024  # of a group's queries
+QUERY_BOUNDARY_BYTES = 16  # where queries begin, of which a lane reads so many at once
 LOGIT_BYTES = 2048  # for each warp at most, of a chunk whose logits become weights
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pkvsim.options import PLAIN, AttentionOptions
-from pkvsim.shapes import DecodeShape, StepState, describe
+from pkvsim.shapes import DecodeShape, StepState, describe, is_number
 
 if TYPE_CHECKING:
     from pkvsim.schedule.task_list import Schedule, SharedReads
@@ -40,6 +40,7 @@ def attention(
     natural log. A zero-length row gives zeros and -inf. Raises ValueError naming the argument.
     """
     given = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale, options, sinks, query_lens)
+    k_pages, v_pages = np.asarray(k_pages), np.asarray(v_pages)
     out, lse = _empty_outputs(shape, given)
     for row, seq_len in enumerate(given.step.seq_lens):
         if seq_len == 0:
@@ -77,7 +78,7 @@ def run_schedule(
     window = options.reach and, where it has shared reads, query_tokens = options.query_tokens.
     """
     given = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale, options, sinks, query_lens)
-    step = given.step
+    k_pages, v_pages, step = np.asarray(k_pages), np.asarray(v_pages), given.step
     if len(schedule.split_offsets) != step.batch_size + 1:
         raise ValueError(f"schedule: expected one of {step.batch_size} rows, got {len(schedule.split_offsets) - 1}")
     slots = int(schedule.split_offsets[-1])
@@ -235,6 +236,11 @@ def _empty_outputs(shape: DecodeShape, given: _Given) -> tuple[np.ndarray, np.nd
     return np.zeros((*outer, given.options.value_dim(shape))), np.full(outer, -np.inf)
 
 
+def _is_float(dtype: np.dtype) -> bool:
+    """Whether it is a type of floats, those of ml_dtypes (bfloat16, FP8) among them, which are of no kind to NumPy."""
+    return dtype.kind == "f" or dtype.name.startswith(("float", "bfloat"))
+
+
 def _check(
     shape: DecodeShape,
     q: np.ndarray,
@@ -249,7 +255,9 @@ def _check(
 ) -> _Given:
     step = StepState(seq_lens, block_table)
     page_shape = (shape.num_kv_heads, shape.page_size)
-    num_pages, tokens = len(k_pages), options.query_tokens
+    q, k_pages, v_pages = np.asarray(q), np.asarray(k_pages), np.asarray(v_pages)
+    sinks = None if sinks is None else np.asarray(sinks)
+    num_pages, tokens = (len(k_pages) if k_pages.ndim else 0), options.query_tokens
     tokens_axis = () if tokens == 1 else (tokens,)
     expected = {
         "q": (q, (step.batch_size, *tokens_axis, shape.num_q_heads, shape.head_dim)),
@@ -261,15 +269,18 @@ def _check(
     if sinks is not None:
         expected["sinks"] = (sinks, (shape.num_q_heads,))
     for name, (array, want) in expected.items():
-        if array.shape != want or array.dtype.kind != "f":
+        if array.shape != want or not _is_float(array.dtype):
             raise ValueError(f"{name}: expected floats {list(want)}, got {describe(array)}")
     step.check_pages(shape, num_pages=num_pages)
     counts = np.full(step.batch_size, tokens) if query_lens is None else np.asarray(query_lens)
-    if counts.shape != (step.batch_size,) or (counts.size and (counts.min() < 0 or counts.max() > tokens)):
+    right = counts.shape == (step.batch_size,) and counts.dtype.kind in "iu"
+    if not right or (counts.size and (counts.min() < 0 or counts.max() > tokens)):
         raise ValueError(f"query_lens: expected counts in [0, {tokens}] [{step.batch_size}], got {query_lens!r}")
     short = np.flatnonzero((step.seq_lens > 0) & (step.seq_lens < counts))
     if len(short):
         row = short[0]
         raise ValueError(f"seq_lens[{row}]: expected at least its {counts[row]} query tokens, got {step.seq_lens[row]}")
+    if scale is not None and not (is_number(scale) and np.isfinite(scale)):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     scale = shape.head_dim**-0.5 if scale is None else float(scale)
     return _Given(shape, options, step, q.reshape(step.batch_size, tokens, *q.shape[-2:]), scale, sinks, counts)

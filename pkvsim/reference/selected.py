@@ -1,12 +1,14 @@
 """Decode attention over lists of pages in float64, what each page gets of it, and lists as rows of a plain step."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.reference.attention import _check, _empty_outputs
 from pkvsim.schedule.page_lists import PageList, check_lists, list_tokens
-from pkvsim.shapes import DecodeShape
+from pkvsim.shapes import DecodeShape, check_int
 
 
 def selected_attention(
@@ -31,6 +33,7 @@ def selected_attention(
     if options.window is not None:
         raise ValueError(f"window: expected None with lists of pages, got {options.window}")
     given = _check(shape, q, k_pages, v_pages, block_table, seq_lens, scale, options, sinks, query_lens)
+    k_pages, v_pages = np.asarray(k_pages), np.asarray(v_pages)
     pages, counts = check_lists(lists, shape, seq_lens)
     out, lse = _empty_outputs(shape, given)
     for row, seq_len in enumerate(given.step.seq_lens.tolist()):
@@ -73,10 +76,13 @@ def page_lse(
     group_size], -inf where there is nothing to see; exp(page_lse - lse) is the page's share of the attention.
 
     tokens: of what counts as a page, by default page_size; the kernels write one for every 16. With several query
-    tokens [batch_size, num_kv_heads, most pages, query_tokens, group_size]. Arguments as attention's.
+    tokens [batch_size, num_kv_heads, most pages, query_tokens, group_size]. Arguments as attention's; sinks and V have
+    no part in it.
     """
+    options = replace(options, sinks=False, v_head_dim=None)
     given = _check(shape, q, k_pages, k_pages, block_table, seq_lens, scale, options, None, None)
-    tokens = shape.page_size if tokens is None else tokens
+    k_pages = np.asarray(k_pages)
+    tokens = shape.page_size if tokens is None else check_int("tokens", tokens, 1)
     most = -(-int(given.step.seq_lens.max(initial=0)) // tokens)
     inner = options.query_tokens, shape.group_size
     found = np.full((given.step.batch_size, shape.num_kv_heads, most, *inner), -np.inf)

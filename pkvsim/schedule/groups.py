@@ -51,6 +51,9 @@ class PrefixGroups:
         lens, page_size = check_seq_lens(seq_lens), check_int("page_size", page_size, 1)
         if len(lens) != len(self.group_of_row):
             raise ValueError(f"groups: expected group_of_row [{len(lens)}], got [{len(self.group_of_row)}]")
+        block_table = np.asarray(block_table)
+        if block_table.ndim != 2 or len(block_table) != len(lens):
+            raise ValueError(f"block_table: expected integers [{len(lens)}, max_pages], got {describe(block_table)}")
         for group, pages in enumerate(self.prefix_pages.tolist()):
             rows = np.flatnonzero(self.group_of_row == group)
             short = rows[lens[rows] < pages * page_size]

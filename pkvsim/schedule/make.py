@@ -50,6 +50,10 @@ def make_schedule(
     heads. shared_costs: what reads for several rows cost, and how many columns they serve.
     Raises ValueError naming the argument.
     """
+    if not isinstance(shape, DecodeShape):
+        raise ValueError(f"shape: expected a DecodeShape, got {shape!r}")
+    if groups is not None and not isinstance(groups, PrefixGroups):
+        raise ValueError(f"groups: expected pkvsim.schedule.groups.PrefixGroups or None, got {type(groups).__name__}")
     lens = check_seq_lens(seq_lens)
     tile_tokens = check_int("tile_tokens", tile_tokens, 1, MAX_TOKENS)
     tiles = -(-lens.astype(np.int64) // tile_tokens)  # [batch_size]
@@ -68,7 +72,7 @@ def make_schedule(
                 return balanced_spans(shape, found, num_groups, tile_tokens, num_ctas, costs, shared_costs)
             return queue_spans(shape, found, _check_queue(name, splits, num_ctas, len(lens)), tile_tokens)
     if window is not None:
-        window = check_int("window", window, 1)
+        window = min(check_int("window", window, 1), MAX_TOKENS)  # which no row is longer than
         skipped = skipped_tiles(lens.astype(np.int64), window, tile_tokens)  # [batch_size]
         schedule = _plan(name, shape, lens, tiles - skipped, tile_tokens, splits, num_ctas, costs)
         for field in ("tile_begin", "tile_end"):

@@ -25,7 +25,7 @@ import numpy as np
 from pkvsim.options import PLAIN, AttentionOptions
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.prefix_trees import group_sorted
-from pkvsim.shapes import DecodeShape, StepState, check_int
+from pkvsim.shapes import MAX_TOKENS, DecodeShape, StepState, check_int
 
 STATE_ELEMENT_BYTES = 4  # float32: acc, m and l of each column
 # Of 0 to 500 MB that a step must save, 300 MB were the best of 72 steps of five head shapes on one H200 (bench_shared
@@ -58,6 +58,14 @@ class SharingRule(NamedTuple):
     def ever_worth(self, rows: int, most_tokens: int) -> bool:
         """Whether so many rows of at most so many tokens could save enough: all but one, all of theirs."""
         return self.worth(max(0, rows - 1) * most_tokens)
+
+
+def check_rule(rule: object, name: str = "rule") -> SharingRule:
+    """`rule` as plain integers. Raises ValueError naming `name` or the field that is none, or out of range."""
+    if not isinstance(rule, SharingRule):
+        raise ValueError(f"{name}: expected a SharingRule, got {rule!r}")
+    named = zip(rule._fields, rule)
+    return SharingRule(*(check_int(f"{name}.{field}", value, 0, MAX_TOKENS) for field, value in named))
 
 
 def sharing_rule(
@@ -94,7 +102,7 @@ def find_prefixes(
 
     block_table [batch_size, max_pages] integers, seq_lens [batch_size] integers. Raises ValueError naming the argument.
     """
-    step = StepState(seq_lens, block_table)
+    step, rule = StepState(seq_lens, block_table), check_rule(rule)
     page_size, query_tokens = check_int("page_size", page_size, 1), check_int("query_tokens", query_tokens, 1)
     step.check_pages(DecodeShape(1, 1, 1, page_size))
     pages = np.maximum(0, step.seq_lens.astype(np.int64) - (query_tokens - 1)) // page_size  # [batch_size]

@@ -74,6 +74,7 @@ class PageShares:
         return sum(self.pages_of_rank)
 
     def of_rank(self, rank: int) -> RankShare:
+        check_int("rank", rank, 0, self.num_ranks - 1)
         before = sum(self.pages_of_rank[:rank])
         # A cycle of one token is told as one of two.
         times = self.page_size * (2 if self.page_size * self.cycle_pages == 1 else 1)
@@ -105,7 +106,8 @@ def interleaved(num_ranks: int, page_size: int, *, pages: int = 1) -> PageShares
 
 
 def in_runs(num_ranks: int, page_size: int, *, max_tokens: int) -> PageShares:
-    """A run for each rank, of rows of at most max_tokens: short rows are the first ranks' alone."""
+    """A run for each rank, of rows of at most max_tokens: short rows are the first ranks' alone. Raises ValueError
+    naming the argument."""
     num_ranks = check_int("num_ranks", num_ranks, 1, MAX_RANKS)
     page_size = check_int("page_size", page_size, 1, MAX_TOKENS)
     pages = -(-check_int("max_tokens", max_tokens, 1, MAX_TOKENS) // page_size)

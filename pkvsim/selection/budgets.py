@@ -33,8 +33,11 @@ def across_layers(
 
 def by_weight(weights: np.ndarray, total: int, most: int, *, least: int = 1) -> np.ndarray:
     """Shares of `total` in proportion to weights [layers], int64, each from `least` to `most`: largest remainders, the
-    first of equal ones. What a share cannot take goes to the others."""
+    first of equal ones. What a share cannot take goes to the others. Raises ValueError naming weights that are not
+    finite numbers from 0 on."""
     weights = np.asarray(weights, np.float64)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"weights: expected finite numbers from 0 on, got {weights.tolist()}")
     counts = np.full(len(weights), least, np.int64)
     left = max(0, min(total, most * len(weights)) - int(counts.sum()))
     while left > 0:

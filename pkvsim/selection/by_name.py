@@ -9,7 +9,7 @@ from pkvsim.schedule.page_lists import PageList
 from pkvsim.selection.methods import centroids, mean_std, quest
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages
 from pkvsim.selection.summaries import as_kept, check_form
-from pkvsim.shapes import DecodeShape
+from pkvsim.shapes import DecodeShape, StepState, describe
 
 DEFAULT = "mean_std"
 BY_SUMMARIES = {"mean_std": mean_std, "quest": quest, "centroids": centroids}
@@ -17,7 +17,7 @@ BY_SUMMARIES = {"mean_std": mean_std, "quest": quest, "centroids": centroids}
 
 def method(name: str) -> ModuleType:
     """The module of a method. Raises ValueError naming method."""
-    if name not in BY_SUMMARIES:
+    if not isinstance(name, str) or name not in BY_SUMMARIES:
         raise ValueError(f"method: expected one of {', '.join(BY_SUMMARIES)}, got {name!r}")
     return BY_SUMMARIES[name]
 
@@ -35,11 +35,19 @@ def select_pages(
     """
     rule, group = method(name), shape.group_size
     check_form(rule.SUMMARY, summary_dtype)
+    step, q, k_pages = StepState(seq_lens, block_table), np.asarray(q), np.asarray(k_pages)
+    pages = (len(k_pages) if k_pages.ndim else 0, shape.num_kv_heads, shape.page_size, shape.head_dim)
+    for given, array, wanted in (("q", q, (step.batch_size, shape.num_q_heads, shape.head_dim)),
+                                 ("k_pages", k_pages, pages)):  # fmt: skip
+        if array.shape != wanted:
+            raise ValueError(f"{given}: expected {list(wanted)}, got {describe(array)}")
+    step.check_pages(shape, num_pages=len(k_pages))
+    table = np.asarray(step.block_table)
     scale = shape.head_dim**-0.5 if scale is None else scale
     chosen: list[list[np.ndarray]] = []
-    for row, length in enumerate(np.asarray(seq_lens).tolist()):
+    for row, length in enumerate(step.seq_lens.tolist()):
         at = np.arange(length)
-        ids, slots = np.asarray(block_table)[row, at // shape.page_size], at % shape.page_size
+        ids, slots = table[row, at // shape.page_size], at % shape.page_size
         count = budget.pages(-(-length // shape.page_size), pins)
         lists = []
         for head in range(shape.num_kv_heads):

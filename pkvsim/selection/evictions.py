@@ -63,6 +63,8 @@ def kept_pages(method: str, layers: Sequence[Seen], num_kv_heads: int, budget: B
     ValueError naming the argument.
     """
     check_method(method)
+    if not layers:
+        raise ValueError("layers: expected at least one, got none")
     tokens = layers[0].attention.shape[-1]
     count = budget.pages(-(-tokens // page_size), pins)
     places = keeps_all(method, tokens, page_size, count)

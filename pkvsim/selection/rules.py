@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.schedule.page_lists import PageList
-from pkvsim.shapes import MAX_TOKENS, check_int
+from pkvsim.shapes import MAX_TOKENS, check_int, is_number
 
 PARTS = 2**16  # the budget's fractions are this fine, in cuda_src/select.cu too
 
@@ -36,7 +36,7 @@ class Budget:
     least_pages: int = 8
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction <= 1:
+        if not (is_number(self.fraction) and 0 < self.fraction <= 1):
             raise ValueError(f"fraction: expected a part of a row's pages in (0, 1], got {self.fraction!r}")
         check_int("least_pages", self.least_pages, 0, MAX_TOKENS)
 

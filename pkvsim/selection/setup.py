@@ -37,6 +37,9 @@ class SelectionSetup:
 
     def __post_init__(self) -> None:
         check_form(method(self.method).SUMMARY, self.summary_dtype)
+        for name, kind in (("budget", Budget), ("pins", Pins)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}: expected {kind.__name__}, got {getattr(self, name)!r}")
         check_int("every", self.every, 1, MAX_TOKENS)
         check_int("dense_layers", self.dense_layers, 0, MAX_TOKENS)
 

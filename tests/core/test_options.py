@@ -122,12 +122,23 @@ def test_tiles_before_the_window_are_not_scheduled(lens, window, num_ctas):
 
 @pytest.mark.parametrize("bad", [
     {"window": 0}, {"window": True}, {"soft_cap": 0.0}, {"soft_cap": float("inf")}, {"query_tokens": 9},
+    {"soft_cap": "50"}, {"soft_cap": True}, {"soft_cap": 10**400}, {"sinks": np.zeros(8)}, {"sinks": "no"},
     {"query_tokens": 0}, {"v_head_dim": 0}, {"kv_dtype": "float8"}, {"kv_dtype": "float16"}, {"kv_scales": "token"},
     {"kv_scales": "head", "kv_dtype": "int8"},
 ])  # fmt: skip
 def test_bad_options_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AttentionOptions(**bad)
+
+
+@pytest.mark.parametrize("query_tokens", [1, 2, 8])
+def test_the_longest_window_reaches_the_whole_row(query_tokens):
+    """Kernels count its reach in 31 bits."""
+    options = AttentionOptions(window=2**31 - 1, query_tokens=query_tokens)
+    assert options.reach == 2**31 - 1
+    close(reference.attention(SHAPE, *make_step([40], query_tokens=query_tokens), options=options),
+          reference.attention(SHAPE, *make_step([40], query_tokens=query_tokens),
+                              options=AttentionOptions(query_tokens=query_tokens)))
 
 
 def test_a_cache_has_the_scales_that_a_writer_gives_it():

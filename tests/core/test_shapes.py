@@ -35,11 +35,25 @@ def test_heads_must_divide():
         ([[1, 2]], r"seq_lens: expected integers \[batch_size\], got int64 \[1, 2\]"),
         ([3, -4], r"seq_lens\[1\]: expected a length in .*, got -4"),
         ([2**31], r"seq_lens\[0\]: expected a length in .*, got 2147483648"),
+        ([[1], [1, 2]], r"seq_lens: expected integers \[batch_size\] on the host, got setting an array element"),
     ],
 )
 def test_seq_lens(lens, message):
     with pytest.raises(ValueError, match=message):
         StepState(lens)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("far", [2**31, 2**32, 2**32 + 1, 2**63 - 1])
+def test_an_id_past_31_bits_is_no_page(dtype, far):
+    """Cut to 32 bits it would be page 0, 1 or -1."""
+    step = StepState([16], np.array([[far]], dtype))
+    with pytest.raises(ValueError, match=r"block_table\[0, 0\]: expected a page id in \[0, 4\)"):
+        step.check_pages(SHAPE, num_pages=4)
+
+
+def test_small_unsigned_ids_are_themselves():
+    assert StepState([16], np.array([[200]], np.uint8)).block_table.tolist() == [[200]]
 
 
 def test_step_state_converts_and_checks_pages():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gpu.engine import cache_scales
+from gpu.engine.arguments import DecodeArguments
 from gpu.inputs import arrays
 from gpu.inputs import checks as validate
 from gpu.inputs.arrays import ArrayView
@@ -39,7 +40,7 @@ def test_numbers_are_scales(scale) -> None:
     assert validate.check_scale(scale) == float(scale)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5", 1j, np.ones(1), (1,)])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, 10**400, "0.5", 1j, np.ones(1), (1,)])
 def test_anything_else_is_not(scale) -> None:
     with pytest.raises(ValueError, match="^scale"):
         validate.check_scale(scale)
@@ -99,6 +100,7 @@ def test_numbers_are_scales_of_a_tensor(scale) -> None:
 @pytest.mark.parametrize("kind,given,named", [
     (None, {"k_scale": 1.0}, "k_scale"), (None, {"v_scale": np.ones(1)}, "v_scale"),
     ("tensor", {"k_scale": 0.0}, "k_scale"),
+    ("tensor", {"k_scale": 1e-60}, "k_scale"), ("tensor", {"v_scale": 1e39}, "v_scale"),
     ("tensor", {"v_scale": float("inf")}, "v_scale"), ("tensor", {"v_scale": float("nan")}, "v_scale"),
     ("page", {"k_scale": 1.0}, "k_scale"), ("token", {}, "k_scale")])
 def test_what_is_no_scale_is_named(kind, given, named) -> None:
@@ -125,8 +127,28 @@ def test_pages_are_of_the_options_type(kv_dtype, dtype, passes) -> None:
 def test_queries_of_bytes_start_on_8() -> None:
     pages = array(9, 2, 16, 64, dtype="int8")
     given = {"q": replace(array(1, 8, 64, dtype="float16"), pointer=4), "k_pages": pages, "v_pages": pages}
-    with pytest.raises(ValueError, match="^q: expected an 8-byte boundary"):
+    with pytest.raises(ValueError, match="^q: expected an address in multiples of 8 bytes"):
         validate.check_run(SHAPE, "float16", AttentionOptions(kv_dtype="int8"), "HND", 1, 0, given)
+
+
+@pytest.mark.parametrize("name, pointer", [("q", 2), ("q", 6), ("out", 4), ("out", 2)])
+def test_what_wide_accesses_would_miss_is_refused(name, pointer) -> None:
+    """A view that begins at an odd element: the GPU would stop with a misaligned address."""
+    pages = array(9, 2, 16, 64, dtype="float16")
+    given = {"q": array(1, 8, 64, dtype="float16"), "out": array(1, 8, 64, dtype="float16"), "k_pages": pages,
+             "v_pages": pages}
+    validate.check_run(SHAPE, "float16", AttentionOptions(), "HND", 1, 0, given)
+    with pytest.raises(ValueError, match=f"^{name}: expected an address"):
+        validate.check_run(SHAPE, "float16", AttentionOptions(), "HND", 1, 0,
+                           given | {name: replace(given[name], pointer=pointer)})
+
+
+@pytest.mark.parametrize("options, scale, named", [
+    (AttentionOptions(), 3e38, "scale"), (AttentionOptions(soft_cap=1e-40), None, "scale"),
+    (AttentionOptions(soft_cap=3e38), None, "scale"), (AttentionOptions(soft_cap=30.0), -1e300, "scale")])
+def test_numbers_that_float32_cannot_hold_are_refused(options, scale, named) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        DecodeArguments(SHAPE, "float16", options, "HND", num_kv_heads=2, scale=scale, device_id=0)
 
 
 def test_rows_of_bytes_start_on_16() -> None:

@@ -145,6 +145,57 @@ def test_what_is_refused(gpu, groups, options, words) -> None:
         engine.plan(**tables(gpu), groups=groups)
 
 
+@pytest.mark.parametrize("groups", [object(), ([0, 0, 0, -1], [6]), 5])
+def test_what_are_no_groups_is_named_by_validate_too(gpu, groups) -> None:
+    with pytest.raises(ValueError, match="^groups: expected PrefixGroups"):
+        make_engine().plan(**tables(gpu), groups=groups, validate=True)
+
+
+def test_a_prefix_longer_than_any_row_is_named_whatever_its_length(gpu) -> None:
+    """Also of CSR, where its pages would fill the host's memory."""
+    counts = gpu.array(np.arange(0, 50, 10, dtype=np.int32))
+    csr = {"indptr": counts, "indices": gpu.array(np.arange(40, dtype=np.int32))}
+    with pytest.raises(ValueError, match=r"^prefix_pages\[0\]: expected at most the 6 full pages of row 0, got 2147483647"):
+        make_engine().plan(gpu.array(LENS.copy()), **csr, groups=PrefixGroups([0, 0, -1, -1], [2**31 - 1]),
+                           validate=True)
+
+
+def test_a_refused_plan_leaves_what_the_last_one_reads_with(gpu, monkeypatch) -> None:
+    """Its reads are of their own width, and its groups are found where the kernel looks for them."""
+    monkeypatch.setattr("gpu.kernels.launch.capture_id", lambda stream: 5)
+    engine, given = make_engine(sharing_rule=SharingRule(0, 0)), tables(gpu)
+    engine.plan(**given, groups="auto")
+    wanted, many = run(gpu, engine), engine.schedule_engine._shared.most_readers * 2 // 3 + 2
+    with pytest.raises(ValueError, match="^groups: expected at most .* rows and groups together"):
+        engine.plan(gpu.array(np.full(many, 16, np.int32)), gpu.array(np.zeros((many, 20), np.int32)), groups="auto")
+    gpu.capturing = True
+    memory(wanted["group_of_row"], np.int32, (4,))[:] = -5
+    try:
+        values = run(gpu, engine)
+    finally:
+        gpu.capturing = False
+    assert {name: values[name] for name in ("columns", "group_of_row", "num_groups")} == {
+        name: wanted[name] for name in ("columns", "group_of_row", "num_groups")}
+    assert memory(values["group_of_row"], np.int32, (4,)).tolist() == [0, 0, 0, -1]
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda gpu, given: given | {"seq_lens": gpu.array(np.repeat(LENS, 2))[::2]}, "seq_lens: expected contiguous"),
+    (lambda gpu, given: given | {"seq_lens": LENS}, "seq_lens: expected an array on cuda:0"),
+    (lambda gpu, given: {"seq_lens": gpu.array(LENS[:0]), "block_table": gpu.array(np.zeros((0, 10), np.int32))},
+     "seq_lens: expected at least one row"),
+    (lambda gpu, given: given | {"block_table": [[1]]}, "block_table: expected"),
+])  # fmt: skip
+def test_tables_that_no_prefixes_are_found_in_are_named(gpu, change, named) -> None:
+    from gpu.engine.prefixes import find_prefixes
+
+    given = tables(gpu)
+    found = find_prefixes(**given, page_size=16, rule=SharingRule(0, 0))
+    assert found.group_of_row.get().tolist() == [0, 0, 0, -1]
+    with pytest.raises(ValueError, match=f"^{named}"):
+        find_prefixes(**change(gpu, given), page_size=16)
+
+
 def test_validate_compares_the_pages(gpu) -> None:
     engine = make_engine()
     engine.plan(**tables(gpu), groups=PrefixGroups([0, 0, 0, -1], [6]), validate=True)

@@ -98,6 +98,54 @@ def test_given_scores_and_budgets(gpu) -> None:
         selector.select(None, scores=gpu.array(np.zeros((4, 2, 19), np.float32)))
 
 
+@pytest.mark.parametrize("pins", [Pins(2**31 - 1, 2**31 - 1), Pins(1, 2**31 - 1), Pins(2**31 - 1, 0)])
+def test_pins_of_all_pages_read_all_pages(gpu, pins) -> None:
+    """The kernel adds its two numbers of pins in 32 bits."""
+    from gpu.selection.page_selector import PageSelector
+
+    step = Step(gpu, 2)
+    selector = PageSelector(SHAPE, method=None, pins=pins)
+    selector.plan(step.lens, step.table)
+    lists = selector.select(None, scores=gpu.array(np.zeros((4, 2, 20), np.float32)))
+    assert lists.counts.host[:, 0].tolist() == [-(-length // 16) for length in LENS]
+    launch = selector._launch
+    assert launch.sink_pages + launch.recent_pages < 2**31
+
+
+@pytest.mark.parametrize("given", [{"budget": 0.1}, {"pins": (1, 2)}, {"budget": None}])
+def test_what_is_no_budget_is_named(gpu, given) -> None:
+    from gpu.selection.page_selector import PageSelector
+
+    with pytest.raises(ValueError, match=f"^{next(iter(given))}: expected"):
+        PageSelector(SHAPE, **given)
+
+
+def test_queries_that_wide_loads_would_miss_are_refused(gpu) -> None:
+    from gpu.selection.page_selector import PageSelector
+    from gpu.selection.page_summaries import PageSummaries
+
+    step, selector = Step(gpu, 1), PageSelector(SHAPE, method="quest")
+    summaries = PageSummaries(SHAPE, step.k, kind="min_max")
+    selector.plan(step.lens, step.table)
+    room = np.zeros(step.host["q"].size + 16, np.float16)
+    begin = -room.ctypes.data % 16 // 2
+    for off, fits in ((0, True), (4, False), (1, False)):
+        q = gpu.array(room[begin + off :][: step.host["q"].size].reshape(step.host["q"].shape))
+        if fits:
+            selector.select(q, summaries)
+            continue
+        with pytest.raises(ValueError, match="^q: expected an address in multiples of 16 bytes"):
+            selector.select(q, summaries)
+
+
+def test_strides_past_31_bits_are_refused_by_summaries(gpu) -> None:
+    from gpu.selection.page_summaries import PageSummaries
+
+    far = np.lib.stride_tricks.as_strided(np.zeros(64, np.float16), (1, 2, 16, 64), (0, 2**33, 128, 2))
+    with pytest.raises(ValueError, match="^k_pages: expected head and token strides of less than 2.31"):
+        PageSummaries(SHAPE, gpu.array(far))
+
+
 @pytest.mark.parametrize(("change", "match"), [
     (lambda gpu, s: PageList(gpu.array(s.lists.pages.astype(np.int64)), s.on_gpu.counts), "selected.pages: expected int32"),
     (lambda gpu, s: PageList(s.on_gpu.pages, gpu.array(s.lists.counts[:3])), "selected.counts: expected int32"),

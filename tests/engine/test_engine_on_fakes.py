@@ -148,6 +148,34 @@ def test_what_a_captured_step_reads_outlives_later_plans(gpu, schedule) -> None:
     assert len(engine.schedule_engine._in_graphs) == 1, "three runs of one plan are kept once"
 
 
+def test_rows_past_a_grids_second_axis_are_merged_in_further_launches(gpu, monkeypatch) -> None:
+    from gpu.engine import schedule_engine
+
+    monkeypatch.setattr(schedule_engine, "MAX_GRID_ROWS", 3)
+    shape = DecodeShape(4, 2, 64, 4)
+    engine, step = make_engine(shape, schedule="workqueue", splits=2), make_step(shape, [9, 40, 33, 40, 21, 64, 40])
+    engine.plan(step.seq_lens, step.block_table)
+    seen = []
+    merge = engine.schedule_engine._kernels.merge()
+    monkeypatch.setattr(type(engine.schedule_engine._kernels), "merge", lambda self: lambda grid, values, stream: (
+        seen.append((grid, values[-1])), merge(grid, values, stream)))
+    run = run_arguments(gpu, step)
+    engine.run(**run)
+    agrees(step, run)
+    rows = engine.schedule_engine._plan.task_list.buckets[0].rows.data.ptr
+    assert seen == [((2, 3), rows), ((2, 3), rows + 12), ((2, 1), rows + 24)]
+
+
+def test_host_tables_are_refused_where_another_gpu_is_current(gpu, monkeypatch) -> None:
+    """Their copies would be there, and the kernel would read them on its own."""
+    shape = DecodeShape(4, 2, 64, 4)
+    engine, step = make_engine(shape), make_step(shape, [9, 40])
+    monkeypatch.setattr(gpu.cupy.cuda.Device(), "id", 1)
+    engine.plan(gpu.array(step.seq_lens), gpu.array(step.block_table))
+    with pytest.raises(ValueError, match="^device: expected cuda:0, .* got cuda:1"):
+        engine.plan(step.seq_lens, gpu.array(step.block_table))
+
+
 def test_nothing_is_kept_of_steps_that_no_graph_captured(gpu) -> None:
     shape = DecodeShape(4, 2, 64, 4)
     engine = make_engine(shape, schedule="workqueue", splits=4)

@@ -109,3 +109,18 @@ def test_rows_that_are_not_checked_against_float64_are_still_compared(measuring,
     monkeypatch.setattr(measuring, "CHECKED_ROWS", 2)  # the first and the last
     with pytest.raises(SystemExit, match=f"told differs by {error:.0f}"):
         bench(measuring, monkeypatch, told_errs_by=error).measure(CELL)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[", "expected what bench_shared --json wrote"), ('{"x": 1}', "expected what bench_shared --json wrote"),
+    ("[1]", "expected what bench_shared --json wrote"), ('{"results": [3]}', "expected what bench_shared --json wrote"),
+    ('{"results": []}', "fit: expected steps that save enough")])
+def test_a_file_that_nothing_can_be_fitted_to_is_named(tmp_path, capsys, text, said) -> None:
+    import bench_shared
+
+    path = tmp_path / "shared.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        bench_shared.main(["--fit", str(path)])
+    error = capsys.readouterr().err
+    assert error.startswith("bench_shared: error: ") and said in error and str(path) in error

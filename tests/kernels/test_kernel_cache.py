@@ -1,7 +1,9 @@
 """A variant is compiled once in a process, whoever asks for it, and kept on disk until a source changes."""
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import types
 
 import pytest
@@ -47,3 +49,26 @@ def test_the_disk_cache_is_left_when_a_header_changes(compiled, tmp_path) -> Non
     kernels.load_module("balanced.cu", defines())
     before, after = compiled
     assert before["code"] == after["code"] and before["options"] != after["options"]
+
+
+def test_two_threads_may_ask_for_an_architecture_alone(compiled, monkeypatch) -> None:
+    """CuPy's function is everybody's: one thread must not take what the other has put there for its own."""
+    asked, original = [], lambda arch=None: ("-arch=sm_90", "cubin")
+    compiler = types.SimpleNamespace(_get_arch_for_options_for_nvrtc=original)
+    both = threading.Barrier(2)
+
+    class Module:
+        def compile(self) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.2)  # for the other to come in, if nothing keeps it out
+            asked.append(compiler._get_arch_for_options_for_nvrtc())
+
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(
+        RawModule=lambda **module: Module(), cuda=types.SimpleNamespace(compiler=compiler)))
+    threads = [threading.Thread(target=kernels.load_module, args=("balanced.cu", {"READ_TILES": 4, "STAGES": stages}))
+               for stages in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == [("-arch=sm_90a", "cubin")] * 2 and compiler._get_arch_for_options_for_nvrtc is original

@@ -129,6 +129,10 @@ def test_the_words_of_the_commands() -> None:
             parse_selection(words)
     with pytest.raises(ValueError, match="summary_dtype: expected None or 'uint8', got 'int8'"):
         SelectionSetup(summary_dtype="int8")
+    with pytest.raises(ValueError, match="^budget: expected Budget, got 0.1"):
+        SelectionSetup(budget=0.1)
+    with pytest.raises(ValueError, match="^pins: expected Pins"):
+        SelectionSetup(pins=(1, 2))
     with pytest.raises(ValueError, match="select_every: "):
         parse_selection("quest:0.1", every=0)
 

@@ -1,4 +1,5 @@
 """Float64 attention, the schedules run tile by tile, and the merge between them."""
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,6 +113,28 @@ def test_bad_arguments(index, value, message):
     args[index] = value
     with pytest.raises(ValueError, match=message):
         reference.attention(*args)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5", True])
+def test_a_scale_that_is_none(scale):
+    with pytest.raises(ValueError, match="^scale: expected a finite number"):
+        reference.attention(*Case(SHAPE, [20], 3).args(), scale=scale)
+
+
+def test_query_lens_are_integers():
+    with pytest.raises(ValueError, match="^query_lens: expected counts"):
+        reference.attention(*Case(SHAPE, [20], 3).args(), query_lens=[0.5])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_any_float_type_and_whatever_becomes_an_array(dtype):
+    shape, q, k, v, table, lens = Case(SHAPE, [20], 3).args()
+    stored = [array.astype(dtype) for array in (q, k, v)]
+    want = reference.attention(shape, *(array.astype(np.float64) for array in stored), table, lens)
+    close(reference.attention(shape, *stored, table, lens), want)
+    lists = [array.astype(np.float64).tolist() for array in stored]
+    close(reference.attention(shape, *lists, table.tolist(), list(lens)), want)
+    close(reference.run_schedule(make_schedule("balanced", shape, lens, num_ctas=3), shape, *lists, table, lens), want)
 
 
 def test_a_schedule_of_another_batch_is_refused():

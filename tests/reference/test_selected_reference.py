@@ -94,6 +94,16 @@ def test_pages_masses_add_up() -> None:
         np.testing.assert_allclose(np.nan_to_num(mass).sum(axis=2)[step[4] > 0], 1.0)
 
 
+def test_pages_masses_are_those_of_any_options() -> None:
+    """Of a sink and of V's width a page's logits know nothing."""
+    _, shape, step, _ = make(7, 16)
+    want = reference.page_lse(shape, step[0], step[1], *step[3:])
+    options = AttentionOptions(sinks=True, v_head_dim=64)
+    assert (reference.page_lse(shape, step[0], step[1], *step[3:], options=options) == want).all()
+    with pytest.raises(ValueError, match="^tokens: expected"):
+        reference.page_lse(shape, step[0], step[1], *step[3:], tokens=0)
+
+
 @pytest.mark.parametrize(("pages", "counts", "match"), [
     (np.zeros((1, 2, 3), np.int32), [[1, 4]], r"pages\[0, 1, 1\].*above the one before"),
     ([[[0, 1, 9]] * 2], [[3, 1]], r"pages\[0, 0, 2\].*below the row's 3 pages, got 9"),

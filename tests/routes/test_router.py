@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_a_route_that_cannot_be_built_is_named_and_left_out(installed, caplog):
 def test_lengths_on_the_gpu_alone_take_balanced(monkeypatch, installed):
     on_gpu = [70000] * 3  # stands for an array there
     monkeypatch.setattr(
-        router_module, "_on_host", lambda seq_lens: None if seq_lens is on_gpu else np.array(seq_lens, np.int32)
+        router_module, "_on_host", lambda lens, name="": None if lens is on_gpu else np.array(lens, np.int32)
     )
     policy, build = CountingPolicy(), Built()
     router = make_router(build, policy=policy)
@@ -221,6 +222,18 @@ def test_lengths_on_the_gpu_alone_take_balanced(monkeypatch, installed):
         router.plan(on_gpu, None, host_seq_lens=[70000] * 3)
         planned, _ = build[route].plans[0]
         assert (planned is on_gpu) == (planned_with == "gpu"), route
+
+
+@pytest.mark.parametrize("bad", [[-1], [1.5], "text", [[1], [1, 2]]])
+def test_bad_lengths_on_the_host_are_named_as_given(bad):
+    with pytest.raises(ValueError, match="^host_seq_lens"):
+        make_router(Built()).plan([5000], None, host_seq_lens=bad)
+
+
+def test_lengths_on_the_gpu_are_none_on_the_host(monkeypatch):
+    monkeypatch.setattr(router_module.arrays, "view", lambda name, array: SimpleNamespace(device=0))
+    with pytest.raises(ValueError, match="^host_seq_lens: expected lengths on the host, got an array on a GPU"):
+        make_router(Built()).plan([5000], None, host_seq_lens=object())
 
 
 def test_the_papers_flashinfer_is_on_tensor_cores(installed):
@@ -256,6 +269,14 @@ def test_the_first_choice_of_a_batch_size_is_logged_with_its_reason(caplog):
         router.plan(lens, None)
     said = [record.message for record in caplog.records if record.levelno == logging.INFO]
     assert len(said) == 2 and "1 rows" in said[0] and "2 rows" in said[1] and "us" in said[0]
+
+
+def test_a_device_is_a_name_a_path_or_a_spec(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(H200.to_json())
+    assert make_router(Built(), device=path).device.routes == make_router(Built(), device=str(path)).device.routes
+    with pytest.raises(ValueError, match="^device: expected a DeviceSpec, a name or a path, got 5"):
+        make_router(Built(), device=5)
 
 
 def test_run_before_plan():

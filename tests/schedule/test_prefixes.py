@@ -96,6 +96,8 @@ def test_when_sharing_pays():
         (np.zeros((1, 1), np.int32), [33], {"page_size": 16}, r"block_table: expected int32 \[1, >=3\]"),
         (np.zeros((1, 1), np.int32), [3], {"page_size": 0}, "page_size: expected an integer >= 1, got 0"),
         (np.zeros((1, 1), np.int32), [3], {"page_size": 16, "query_tokens": 0}, "query_tokens: expected an integer"),
+        (np.zeros((1, 1), np.int32), [3], {"page_size": 16, "rule": (26, 0)}, "rule: expected a SharingRule, got"),
+        (np.zeros((1, 1), np.int32), [3], {"page_size": 16, "rule": SharingRule(0, 0.5)}, "rule.least_tokens: expected"),
     ],
 )
 def test_bad_arguments(table, lens, options, message):

@@ -233,6 +233,17 @@ def test_bad_arguments(name, options, message):
         make_schedule(name, SHAPE, [2**31 - 1], **options)
 
 
+def test_what_is_no_shape_is_named():
+    with pytest.raises(ValueError, match=r"^shape: expected a DecodeShape, got \(4, 2, 64, 16\)"):
+        make_schedule("balanced", (4, 2, 64, 16), [100], num_ctas=4)
+
+
+@pytest.mark.parametrize("window", [2**31, 2**70])
+def test_a_window_longer_than_any_row_hides_nothing(window):
+    plain, wide = (make_schedule("balanced", SHAPE, [100, 7], num_ctas=4, window=w) for w in (None, window))
+    assert (plain.tasks == wide.tasks).all()
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("workqueue", {"splits": 20}), ("split", {"splits": 20}), ("balanced", {"num_ctas": 132})],

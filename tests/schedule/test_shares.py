@@ -55,6 +55,8 @@ def test_shares_are_in_proportion_to_a_page(weights, cycle) -> None:
     (lambda: in_proportion((0, 0), 16), "weights"), (lambda: in_proportion("fast", 16), "weights"),
     (lambda: in_proportion(((1, 2), (3,)), 16), "weights"), (lambda: in_proportion((1e308, 1e308), 16), "weights"),
     (lambda: in_runs(2, 0, max_tokens=9), "page_size"), (lambda: PageShares(16, 2), "pages_of_rank"),
+    (lambda: in_proportion(("much",), 16), "weights"), (lambda: interleaved(2, 16).of_rank(2), "rank"),
+    (lambda: interleaved(2, 16).local_lens([3], -1), "rank"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(make, name) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):

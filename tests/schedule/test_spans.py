@@ -236,6 +236,7 @@ def test_a_read_is_read_once_and_its_rows_pay_what_is_theirs():
         ("balanced", {"num_ctas": 4, "splits": 4}, "splits: expected None for balanced"),
         ("workqueue", {"splits": 4, "num_ctas": 4}, "num_ctas: expected None for workqueue"),
         ("balanced", {"num_ctas": 4, "groups": PrefixGroups([0], [1])}, r"groups: expected group_of_row \[2\], got"),
+        ("balanced", {"num_ctas": 4, "groups": ([0, 0], [2])}, r"groups: expected .*PrefixGroups or None, got tuple"),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, options, message):
@@ -266,3 +267,6 @@ def test_groups_against_their_block_table():
         PrefixGroups([0, 0, 0], [2]).check(table, [40, 40, 40], page_size=16)
     with pytest.raises(ValueError, match=r"groups: expected group_of_row \[1\], got \[3\]"):
         PrefixGroups([0, 0, 0], [2]).check(table, [40], page_size=16)
+    PrefixGroups([0, 0, -1], [2]).check(table.tolist(), [40, 33, 40], page_size=16)
+    with pytest.raises(ValueError, match=r"block_table: expected integers \[3, max_pages\], got"):
+        PrefixGroups([0, 0, -1], [2]).check(table[0], [40, 33, 40], page_size=16)

@@ -6,8 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkvsim import DecodeShape
 from pkvsim.selection.budgets import across_heads, across_layers, by_weight
+from pkvsim.selection.by_name import select_pages
+from pkvsim.selection.evictions import kept_pages
 from pkvsim.selection.masses import page_masses, page_scores, pooled
+from pkvsim.selection.methods import epicache
 from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages, top_share
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3.0]), min_size=1, max_size=30).map(np.array)
@@ -43,6 +47,24 @@ def test_budgets_are_integers(pages, fraction, least, pins) -> None:
     assert count >= min(pages, pages * fraction - pages / 2**16)
 
 
+@pytest.mark.parametrize("fraction", ["0.1", None, True, 0.0, 1.5, float("nan")])
+def test_a_fraction_is_a_part(fraction) -> None:
+    with pytest.raises(ValueError, match="^fraction: expected"):
+        Budget(fraction)
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"q": np.zeros((4, 8))}, "q"), ({"k_pages": np.zeros((3, 2, 4, 9))}, "k_pages"), ({"k_pages": None}, "k_pages"),
+    ({"seq_lens": [-3]}, "seq_lens"), ({"seq_lens": [9]}, "block_table"), ({"block_table": [[0, -1]]}, "block_table"),
+    ({"block_table": [[0, 3]]}, "block_table"), ({"name": ["quest"]}, "method")])
+def test_what_pages_cannot_be_selected_of_is_named(change, named) -> None:
+    step = {"name": "quest", "shape": DecodeShape(4, 2, 8, 4), "q": np.zeros((1, 4, 8)),
+            "k_pages": np.zeros((3, 2, 4, 8)), "block_table": [[0, 1]], "seq_lens": [7]}
+    assert select_pages(**step).counts.tolist() == [[2, 2]]
+    with pytest.raises(ValueError, match=rf"^{named}(\[.*\])?: expected"):
+        select_pages(**step | change)
+
+
 def test_round_fractions_take_round_counts() -> None:
     assert [Budget(fraction, 0).pages(pages) for fraction, pages in ((0.3, 20), (0.1, 2048), (0.1, 10), (0.25, 8))] == [
         6, 205, 1, 2]  # fmt: skip
@@ -70,6 +92,21 @@ def test_shares_by_weight_add_up(weights, total, most) -> None:
     counts = by_weight(np.array(weights), total, most, least=1)
     assert (counts >= 1).all() and (counts <= most).all()
     assert counts.sum() == max(len(weights), min(total, most * len(weights)))
+
+
+@pytest.mark.parametrize("weights", [[1.0, np.nan], [np.inf, 1.0], [-1.0, 2.0]])
+def test_weights_that_nothing_can_be_shared_by_are_named(weights) -> None:
+    with pytest.raises(ValueError, match="^weights: expected finite numbers from 0 on"):
+        by_weight(np.array(weights), 5, 4)
+
+
+def test_a_cosine_just_above_1_is_no_drift() -> None:
+    assert epicache.layer_budgets(np.array([1.0 + 1e-15, 0.5]), 6, 9).tolist() == [1, 5]
+
+
+def test_a_prompt_of_no_layers_is_named() -> None:
+    with pytest.raises(ValueError, match="^layers: expected at least one"):
+        kept_pages("snapkv", [], 2, Budget())
 
 
 def test_tokens_become_pages() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.schedule.costs import BalancedCosts
+from pkvsim.schedule.prefixes import SharingRule
 
 Place = Callable[[np.ndarray], object]  # to the GPU, whichever library's
 
@@ -73,6 +74,8 @@ BAD_ENGINES = {
     "options": (None, 1, {}, "window"),
     "layout": ("", "HDN", None, 1, ["HND"]),
     "scale": (float("nan"), float("inf"), "1", 1j, [1.0]),
+    "sharing_rule": (5, (1, 2), SharingRule(-1, 0), SharingRule(1.5, 0), SharingRule(0, 2**31)),
+    "read_stages": (0, -1, 1.5, "4", True, 1000),
 }
 BAD_WRITERS = {
     "shape": BAD_ENGINES["shape"],

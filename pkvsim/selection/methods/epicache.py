@@ -42,4 +42,5 @@ def scores(attention: np.ndarray, num_kv_heads: int) -> np.ndarray:
 
 def layer_budgets(cosines: np.ndarray, total: int, most: int, *, alpha: float = ALPHA) -> np.ndarray:
     """Pages of each layer, int64 [layers], `total` together and at most `most` each: by its keys' drift, 1 - cosine."""
-    return by_weight((1.0 - np.asarray(cosines, np.float64)) ** alpha, total, most)
+    drift = np.maximum(0.0, 1.0 - np.asarray(cosines, np.float64))  # a rounded cosine may be above 1
+    return by_weight(drift**alpha, total, most)
