@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from test_server import _Model, expect, make_server, run
 
-from gpu.serve.async_llm import AsyncLLM
-from gpu.serve.llm import LLM, ServeOptions
-from gpu.serve.server import CANCELLED, SERVED
-from gpu.serve.step import SamplingParams
+pytest.importorskip("torch")
+
+from gpu.serve.async_llm import AsyncLLM  # noqa: E402
+from gpu.serve.llm import LLM, ServeOptions  # noqa: E402
+from gpu.serve.server import CANCELLED, SERVED  # noqa: E402
+from gpu.serve.step import SamplingParams  # noqa: E402
 
 
 def fail_at(server, monkeypatch, *, launch=None, wait=None, error=RuntimeError):
