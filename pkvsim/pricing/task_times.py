@@ -52,7 +52,8 @@ def even_us(ordered: np.ndarray, splits: int, layer: Layer) -> float:
         drifted = min(1.0, max(0.0, (1.0 - tokens / (tasks * longest)) / DRIFTED))
     us = 0.0
     if drifted > 0.0:
-        us += drifted * waves_us(tokens, float(tasks), longest, layer)
+        least = fullest_slot_us(ordered, splits, tasks, layer)
+        us += drifted * max(least, waves_us(tokens, float(tasks), longest, layer))
     if drifted < 1.0:
         us += (1.0 - drifted) * lockstep_us(tasks, longest, layer)
     return us
@@ -68,6 +69,21 @@ def lockstep_us(tasks: int, longest: float, layer: Layer) -> float:
     if rest:
         us += task_us + longest * max(layer.alone_us, rest * layer.shared_us)
     return us
+
+
+@inner
+def fullest_slot_us(ordered: np.ndarray, splits: int, tasks: int, layer: Layer) -> float:
+    """Of w full waves and a task more, w + 1 tasks fall to some slot, each no shorter than the shortest of them all."""
+    waves = (tasks - 1) // layer.slots
+    counted = 0
+    shortest = float(ordered[0])
+    for length in ordered:
+        own = min(splits, -(-length // layer.tile))
+        shortest = min(shortest, length / own)
+        counted += layer.num_kv_heads * own
+        if counted > waves * layer.slots:
+            break
+    return (waves + 1) * (layer.constants[TASK] + shortest * layer.alone_us)
 
 
 @inner

@@ -1,7 +1,7 @@
 """Attention options in the timeline and the oracle: what each must and must not change."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pkvsim import AttentionOptions, DecodeShape
@@ -75,6 +75,9 @@ def test_a_smaller_head_of_v_saves_its_bytes(lens, route):
 
 @settings(max_examples=40, deadline=None)
 @given(lens=lengths, options=any_options, layers=st.integers(1, 64))
+# Eight heads of these rows are four tasks more than slots, and too unlike to end together.
+@example(lens=np.array([97] * 3 + [99] + [108] * 3 + [124] * 8 + [140, 156], np.int32),
+         options=AttentionOptions(window=84), layers=1)  # fmt: skip
 def test_the_oracle_takes_the_cheapest_by_the_timeline(lens, options, layers):
     oracle = OraclePolicy().decide(SHAPE, lens, H200, layers=layers, options=options)
     closed = CalibratedPolicy().decide(SHAPE, lens, H200, layers=layers, options=options)
