@@ -145,7 +145,7 @@ def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Tabl
         roof = figures.roof_gb_s
         rows.append((
             f"{block_bytes // KIB} KiB", f"{figures.pool_gb_s:.2f}", f"{roof:.2f}" if roof else "-",
-            f"{figures.pool_gb_s / roof * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
+            f"{figures.share * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
             f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.cached_checksum_cores_per_gb_s:.3f}",
             f"{figures.thread_cores_per_gb_s:.3f}",
             f"{figures.roof_cores_per_gb_s:.3f}" if roof else "-",
@@ -154,7 +154,8 @@ def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Tabl
     columns = (
         "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "check", "cached", "thread", "C loop's", "reader",
     )  # fmt: skip
-    note = (f"Depth {disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums "
+    note = (f"%: the median of {len(found[-1]['pools_gb_s'])} turns, each of the C loop's before and after it. Depth "
+            f"{disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums "
             f"({disks.checksum_package()}), and of checksums alone and the disk's thread") + (
         "" if on_gpu else "; no GPU: blocks are read and checked, and copied nowhere") + "."  # fmt: skip
     return Table(f"Random blocks of {args.directory}", columns, tuple(rows), note), found

@@ -34,12 +34,16 @@ RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for its c
 
 @dataclass(frozen=True, slots=True)
 class DiskFigures:
-    """One disk, random blocks of block_bytes. Cores per GB/s: of all threads and the kernel, of the disk's thread, and
-    of checksums, of blocks that are in no cache and of one that is (of 2 MiB: in as fast a one as holds it)."""
+    """One disk, random blocks of block_bytes; the pool and the C loop in turns. Cores per GB/s: of all threads and the
+    kernel, of the disk's thread, and of checksums, of blocks that are in no cache and of one that is (of 2 MiB: in as
+    fast a one as holds it)."""
 
     block_bytes: int
     roof_gb_s: float | None  # None without a C compiler
     pool_gb_s: float
+    share: float | None  # the median of turns, each of the mean of the C loop's before and after it
+    roofs_gb_s: tuple[float, ...]  # of turns, one more than the pool's
+    pools_gb_s: tuple[float, ...]
     cores_per_gb_s: float
     thread_cores_per_gb_s: float
     checksum_cores_per_gb_s: float
@@ -98,7 +102,7 @@ def depth_of(slot_bytes: int, depth_bytes: int = DEPTH_BYTES) -> int:
 
 
 def one_disk(
-    directory: Path, device: Device, *, total_bytes: int, repeats: int = 3, reader: str = "auto"
+    directory: Path, device: Device, *, total_bytes: int, repeats: int = 7, reader: str = "auto"
 ) -> DiskFigures:  # fmt: skip
     """Random blocks of a directory's disk through the pool, in turn with the C loop over the same file."""
     count = max(64, total_bytes // device.block_bytes)
@@ -116,12 +120,14 @@ def one_disk(
             store_all(cache, keys)
             rng = np.random.default_rng(0)
             roofs, pools, cores, threads, roof_cores = [], [], [], [], []
-            for turn in range(repeats):
+            for turn in range(repeats + 1):
                 if program is not None:
                     words = [program, place / "tier" / "blocks", slot_bytes, count, depth, count, turn]
                     told = subprocess.run([*map(str, words)], check=True, capture_output=True, text=True).stdout.split()
                     roofs.append(int(told[0]) / float(told[1]) / 1e9)
                     roof_cores.append(float(told[2]) / (int(told[0]) / 1e9))
+                if turn == repeats:
+                    break
                 shuffled = [keys[at] for at in rng.permutation(count)]
                 before, before_thread = cpu_s(), cache.stats()["disk"]["thread_s"]
                 seconds, _ = timed_load(cache, shuffled)
@@ -132,8 +138,11 @@ def one_disk(
             stats = cache.stats()["disk"]
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    # A virtual disk's rate changes within seconds, so a turn is held against those beside it.
+    shares = [2 * pool / (before + after) for pool, before, after in zip(pools, roofs, roofs[1:])]
     return DiskFigures(
         device.block_bytes, statistics.median(roofs) if roofs else None, statistics.median(pools),
+        statistics.median(shares) if shares else None, tuple(roofs), tuple(pools),
         statistics.median(cores), statistics.median(threads), checksum_s_per_gb(device.block_bytes),
         checksum_s_per_gb(device.block_bytes, slots=1), statistics.median(roof_cores) if roof_cores else None,
         stats["reader"], stats["direct"],

@@ -47,6 +47,10 @@ def test_disks_and_tiers_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     assert "Random blocks" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["parts"]["disk"][0]
     assert found["pool_gb_s"] > 0 and found["block_bytes"] == 65536
+    if found["roofs_gb_s"]:  # where there is a C compiler
+        assert len(found["roofs_gb_s"]) == len(found["pools_gb_s"]) + 1
+        shares = [pool / roof for pool in found["pools_gb_s"] for roof in found["roofs_gb_s"]]
+        assert min(shares) <= found["share"] <= max(shares)
     monkeypatch.setattr(bench_pool, "LIMITED_BLOCKS", 20)
     words[1] = "limited"
     assert bench_pool.main([*words, "--rates", "1,0.2,0.1", "--trace"]) == 0
