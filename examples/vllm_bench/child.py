@@ -195,8 +195,8 @@ def _time_steps(engine: Any, shape: Shape, rows: list[str], produced: dict[str, 
 
 
 def _sm_mhz() -> int | None:
-    """The clock of the SMs while the last step's successor still runs: times of whole groups of shapes were seen 0.16
-    ms apart, which a clock 4 % lower would explain. None where no NVML answers."""
+    """The clock of the SMs while the last step's successor still runs, which tells times that differ by the clock from
+    those that differ at one and the same. None where no NVML answers."""
     try:
         import torch
 
