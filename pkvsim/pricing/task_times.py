@@ -52,8 +52,10 @@ def even_us(ordered: np.ndarray, splits: int, layer: Layer) -> float:
         drifted = min(1.0, max(0.0, (1.0 - tokens / (tasks * longest)) / DRIFTED))
     us = 0.0
     if drifted > 0.0:
-        least = fullest_slot_us(ordered, splits, tasks, layer)
-        us += drifted * max(least, waves_us(tokens, float(tasks), longest, layer))
+        waves = waves_us(tokens, float(tasks), longest, layer)
+        if tasks < LOCKSTEP_WAVES * layer.slots:
+            waves = max(waves, fullest_slot_us(ordered, splits, tasks, layer))
+        us += drifted * waves
     if drifted < 1.0:
         us += (1.0 - drifted) * lockstep_us(tasks, longest, layer)
     return us
