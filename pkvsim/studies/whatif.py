@@ -13,7 +13,7 @@ from pkvsim.models.presets import ModelSpec
 from pkvsim.serving.apart.stages import serve, transfer_gb_s
 from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget, state_pages
 from pkvsim.serving.results.result import ServingResult
-from pkvsim.serving.results.summary import SATURATED
+from pkvsim.serving.results.summary import SATURATED, half_wait_longer
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
@@ -150,6 +150,12 @@ def run_notes(
     saturated = [name for name, result in results.items() if result.summary["saturated"]]
     if saturated:
         notes.append(f"saturated, {SATURATED}: {', '.join(saturated)}")
+    bursty = [name for name, result in results.items() if name not in saturated and half_wait_longer(result.requests)]
+    if bursty:
+        notes.append(
+            "not saturated, as there is time to spare between bursts, and yet half of the requests wait longer for "
+            f"admission than half of them then take: {', '.join(bursty)}"
+        )
     if {"calibrated", "oracle"} <= set(results):
         notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
     if config.order != "fcfs":
