@@ -161,7 +161,7 @@ def _servers(
         try:
             settings = {name: place[axis] for axis, name in _OF_CONFIG.items() if axis in place}
             if "batch" in place and "step_tokens" not in place:
-                settings["step_tokens"] = max(config.step_tokens, place["batch"])
+                settings["step_tokens"] = max(config.step_tokens, place["batch"] * config.query_tokens)
             server = replace(config, **settings)
             servers.append(Server(
                 place=place,
