@@ -146,7 +146,7 @@ def _serving_cell(
     )  # fmt: skip
     settings: dict[str, Any] = {name: place[name] for name in set_by_axes if name in place}
     if "max_batch" in settings:
-        settings["step_tokens"] = max(config.step_tokens, settings["max_batch"])
+        settings["step_tokens"] = max(config.step_tokens, settings["max_batch"] * config.query_tokens)
     if "shared_reads" in place:
         settings["shared_reads"] = _switch("shared_reads", place["shared_reads"])
     if "select" in place:

@@ -10,10 +10,11 @@ import numpy as np
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.model_costs import state_bytes
 from pkvsim.models.presets import ModelSpec
+from pkvsim.outside.derive import outside_entry
 from pkvsim.serving.apart.stages import serve, transfer_gb_s
 from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget, state_pages
 from pkvsim.serving.results.result import ServingResult
-from pkvsim.serving.results.summary import SATURATED
+from pkvsim.serving.results.summary import SATURATED, half_wait_longer
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
 from pkvsim.studies.provenance import Basis, serving_basis
@@ -150,6 +151,12 @@ def run_notes(
     saturated = [name for name, result in results.items() if result.summary["saturated"]]
     if saturated:
         notes.append(f"saturated, {SATURATED}: {', '.join(saturated)}")
+    bursty = [name for name, result in results.items() if name not in saturated and half_wait_longer(result.requests)]
+    if bursty:
+        notes.append(
+            "not saturated, as there is time to spare between bursts, and yet half of the requests wait longer for "
+            f"admission than half of them then take: {', '.join(bursty)}"
+        )
     if {"calibrated", "oracle"} <= set(results):
         notes.append("calibrated and oracle both take the cheapest price, so only tasks tell them from the best route")
     if config.order != "fcfs":
@@ -187,6 +194,12 @@ def run_notes(
         notes.append(
             f"{config.query_tokens} query tokens a row and step, {config.query_tokens - 1} of them drafts that are "
             f"accepted with probability {config.acceptance:g}, one by one; times between tokens are those between steps"
+        )
+    if config.engine == "pkv" and outside_entry(device, config.profile.constants).status != "fitted":
+        notes.append(
+            "pkv: all but decode attention at the prices of PyTorch's kernels; gpu.serve's own are faster (on an H200 "
+            "its measured decode steps of Llama-3.1-8B take 16 to 39 % less), so compare with other engines by "
+            "constants fitted to its steps (docs/model.md)"
         )
     if config.profile.graph_sizes:
         notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")

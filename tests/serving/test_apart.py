@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import DEVICE, MODEL, crowded, make_trace, poisson_trace, steady
 
+from pkvsim.models.model_spec import STATE, AttentionSpec
 from pkvsim.outside.step import StepWork, step_time
 from pkvsim.serving.apart.stages import serve, transfer_us_per_token
-from pkvsim.serving.costs import ENGINE
+from pkvsim.serving.costs import ENGINE, state_pages
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
-from pkvsim.serving.state import SERVED
+from pkvsim.serving.state import SERVED, TOO_LONG_FOR_POOL
 
 
 def test_a_request_alone_pays_for_each_of_its_parts() -> None:
@@ -63,3 +64,14 @@ def test_what_waits_for_answers_is_refused() -> None:
         serve(closed, MODEL, DEVICE, "balanced", ServingConfig(prefill_replicas=1))
     with pytest.raises(ValueError, match="transfer_gb_s: expected a number > 0"):
         ServingConfig(transfer_gb_s=0)
+
+
+def test_what_states_leave_no_pages_for_is_refused_before_its_prompt_is_computed() -> None:
+    state = replace(MODEL.layers[0], attention=AttentionSpec(kind=STATE, state_bytes=5 << 20, state_flops=1000))
+    hybrid = replace(MODEL, layers=MODEL.layers[:16] + (state,) * 16)
+    pages = state_pages(hybrid, ServingConfig()) + 20
+    config = ServingConfig(kv_gib=pages * 16 * 16 * 4096 / 2**30, prefill_replicas=1)
+    run = serve(make_trace([(0, 200, 400), (0, 200, 10)]), hybrid, DEVICE, "balanced", config)
+    alone = serve(make_trace([(0, 200, 10)]), hybrid, DEVICE, "balanced", config)
+    assert run.requests.rejected.tolist() == [TOO_LONG_FOR_POOL, SERVED]
+    assert run.requests.ttft_s[1] == alone.requests.ttft_s[0]

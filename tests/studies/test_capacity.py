@@ -22,6 +22,7 @@ from pkvsim.studies.capacity.expected_edge import expected_edge
 from pkvsim.studies.capacity.result import RANKS, CapacitySearch
 from pkvsim.studies.capacity.search import capacity_search, replicas_for
 from pkvsim.studies.objectives import evaluate, parse_objectives
+from pkvsim.studies.sweep import serving_sweep
 from pkvsim.studies.workers import Workers
 from pkvsim.traces.requests import at_rate
 
@@ -214,6 +215,19 @@ def test_what_no_rate_keeps_has_its_reason() -> None:
     rejected = make_trace([(1, 10**6, 4), (1, 10, 4)])
     (cell,) = capacity_search({"device": ("l4",)}, rejected, parse_objectives("ttft_p99=10s")).cells
     assert "cannot be met: 50.0% of the requests are rejected" in cell.reason
+
+
+def test_batches_of_a_sweep_or_a_search_have_room_for_their_drafts() -> None:
+    """As whatif makes room for those of --max-batch."""
+    config = ServingConfig(query_tokens=4, acceptance=0.5)
+    trace = make_trace([(0.5, 500, 10)] * 12)
+    sweep = serving_sweep({"max_batch": (8, 1024)}, trace, get_model("llama-3.1-8b"), get_device("h200"), "balanced", config)
+    assert sweep.values("finished").tolist() == [12, 12]
+    search = capacity_search(
+        {"batch": (8, 1024)}, trace, parse_objectives("ttft_p90=5s"), device="h200", policy="balanced", config=config,
+        tolerance=0.5,
+    )  # fmt: skip
+    assert all(cell.capacity is not None for cell in search.cells)
 
 
 @pytest.mark.parametrize(("options", "message"), [

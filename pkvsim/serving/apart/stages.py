@@ -45,7 +45,8 @@ def serve(
         raise ValueError("prefill_replicas: expected 0 with tiers, and with several GPUs a server")
     prompts = replace(config, replicas=config.prefill_replicas, prefill_replicas=0)
     # What no server could decode is refused as it is sent, not once its prompt has been computed.
-    served = refusals(trace, model, config, limits_of(model, device, config).num_pages) == SERVED
+    limits = limits_of(model, device, config)
+    served = refusals(trace, model, config, limits.num_pages - limits.state_pages) == SERVED
     one_token = replace(trace, output_tokens=np.where(served, 1, trace.output_tokens))
     first = simulate(one_token, model, device, policy, prompts)
     token_s = first.requests.finish_s  # of answers of one token

@@ -17,8 +17,10 @@ from pkvsim.serving.state import (
 )  # fmt: skip
 
 PERCENTILES = (50, 90, 99)
-SATURATED = "requests wait ever longer, or half of them longer than they then take"  # is_saturated in short
+# is_saturated in short
+SATURATED = "hardly ever without work, and requests wait ever longer, or half of them longer than they then take"
 SATURATED_SLOPE = 0.05  # seconds that the wait grows by per second of arrivals
+SATURATED_SHARE = 0.75  # of a run that servers have work; those that are idle for longer could do more
 
 
 def replica_summary(
@@ -75,23 +77,23 @@ def gap_percentile(gaps: np.ndarray, percentile: float) -> float | None:
 
 
 def is_saturated(requests: RequestLog) -> bool:
-    """Whether requests came faster than they could be served, through all of the run or in bursts that half of them
-    came in.
+    """Whether requests came faster than they could be served, through most of the run.
 
-    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated: half of
-    the requests waited longer for admission than half of them then took; or the least-squares slope of the wait is at
-    least SATURATED_SLOPE, and the last quarter of the requests waited longer than they then took; or all came at one
-    instant, and some had to wait.
+    A queue offered 1 + x times what it can serve waits x seconds longer for each second of arrivals. Saturated: the
+    servers had work for at least SATURATED_SHARE of the run, and half of the requests waited longer for admission than
+    half of them then took, or the least-squares slope of the wait is at least SATURATED_SLOPE and the last quarter of
+    the requests waited longer than they then took; or all came at one instant, and some had to wait. Bursts that a
+    server works off, to be idle until the next, are no saturation however long half of the requests waited in them:
+    objectives on the waits are what bounds those.
     """
-    served = requests.rejected == SERVED
-    order = np.argsort(requests.arrival_s[served], kind="stable")  # what follows others is sent out of trace order
-    columns = (requests.arrival_s, requests.queue_s, requests.finish_s)
-    arrival, wait, finish = (column[served][order] for column in columns)
+    arrival, wait, finish = _served_times(requests)
     if not len(arrival):
         return False
     if arrival[-1] <= arrival[0]:
         return bool(wait.max() > 0)
-    if np.median(wait) > np.median(finish - arrival - wait):
+    if work_share(requests) < SATURATED_SHARE:
+        return False
+    if half_wait_longer(requests):
         return True
     if len(arrival) < 8:
         return False
@@ -100,6 +102,35 @@ def is_saturated(requests: RequestLog) -> bool:
     last = slice(-(len(arrival) // 4), None)
     service = (finish - arrival - wait)[last].mean()
     return slope >= SATURATED_SLOPE and float(wait[last].mean()) > float(service)
+
+
+def half_wait_longer(requests: RequestLog) -> bool:
+    """Whether half of the requests waited longer for admission than half of them then took."""
+    arrival, wait, finish = _served_times(requests)
+    return bool(len(arrival)) and bool(np.median(wait) > np.median(finish - arrival - wait))
+
+
+def work_share(requests: RequestLog) -> float:
+    """Part of the time from the first request of all to the last token of a server in which that server has requests
+    that are unfinished: the mean over the requests, each counting its own server. NaN where none is served."""
+    served = requests.rejected == SERVED
+    columns = (requests.arrival_s, requests.finish_s, requests.replica)
+    arrival, finish, replica = (column[served] for column in columns)
+    first_s, shares = np.nan if not len(arrival) else arrival.min(), np.zeros(len(arrival))
+    for server in np.unique(replica):
+        own = np.flatnonzero(replica == server)
+        own = own[np.argsort(arrival[own], kind="stable")]
+        until_s = np.maximum.accumulate(finish[own])
+        from_s = np.maximum(arrival[own], np.concatenate([[first_s], until_s[:-1]]))  # before it others had work
+        shares[own] = np.maximum(until_s - from_s, 0).sum() / (until_s[-1] - first_s)
+    return float(shares.mean()) if len(shares) else float("nan")
+
+
+def _served_times(requests: RequestLog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(arrival, wait, finish) of the requests that were served, seconds, in order of arrival."""
+    served = requests.rejected == SERVED
+    order = np.argsort(requests.arrival_s[served], kind="stable")  # what follows others is sent out of trace order
+    return requests.arrival_s[served][order], requests.queue_s[served][order], requests.finish_s[served][order]
 
 
 def summarise(

@@ -3,8 +3,9 @@
 A server is a cell of the axes: a model on one GPU or several that share its layers (tensor parallel), a batch, a
 policy. The trace's arrivals are scaled to a rate, the run is simulated, and the rate is kept if every objective is met
 and the server is not saturated (pkvsim.serving.results.summary): it may then still meet an objective on single tokens,
-but no server lasts so. Between a kept and a missed rate the search goes where its latencies let it expect the edge; the
-result is the kept end.
+but no server lasts so. Waits in bursts that it works off are no saturation; objectives on ttft, e2e or queue bound
+them. Between a kept and a missed rate the search goes where its latencies let it expect the edge; the result is the
+kept end.
 """
 from __future__ import annotations
 
@@ -161,7 +162,7 @@ def _servers(
         try:
             settings = {name: place[axis] for axis, name in _OF_CONFIG.items() if axis in place}
             if "batch" in place and "step_tokens" not in place:
-                settings["step_tokens"] = max(config.step_tokens, place["batch"])
+                settings["step_tokens"] = max(config.step_tokens, place["batch"] * config.query_tokens)
             server = replace(config, **settings)
             servers.append(Server(
                 place=place,
