@@ -31,7 +31,7 @@ def test_bursts_that_are_worked_off_are_no_saturation() -> None:
         assert any(told.startswith("saturated") for told in report.notes) == saturated
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(crowded(), st.integers(1, 3))
 def test_the_share_of_time_with_work_is_that_of_the_steps(case, replicas) -> None:
     """Of one server; of several each counts by its requests."""

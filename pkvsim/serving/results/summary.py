@@ -116,7 +116,7 @@ def work_share(requests: RequestLog) -> float:
     served = requests.rejected == SERVED
     columns = (requests.arrival_s, requests.finish_s, requests.replica)
     arrival, finish, replica = (column[served] for column in columns)
-    first_s, shares = np.nan if not len(arrival) else arrival.min(), np.zeros(len(arrival))
+    first_s, shares = requests.arrival_s.min(initial=np.inf), np.zeros(len(arrival))
     for server in np.unique(replica):
         own = np.flatnonzero(replica == server)
         own = own[np.argsort(arrival[own], kind="stable")]
