@@ -82,6 +82,11 @@ def test_the_choice_is_the_best_of_all(places, token_s, backlog, layers):
     assert choice.total_s == total.min() and choice.total_s == total[choice.blocks]
 
 
+def test_of_two_choices_that_tie_more_is_loaded():
+    assert choose_prefix(np.array([0.0, 1.0, 2.0]), lambda n: 2.0 - n).blocks == 2
+    assert choose_prefix(np.array([0.0, 1.0, 3.0]), lambda n: 2.0 - n).blocks == 1
+
+
 def test_a_slow_disk_is_left_alone_where_computing_is_faster():
     asked = requests([range(10)] * 2)
     slow = simulate_tiers(asked, [tier("a", 99, 1.0)], block_bytes=100, compute_s=lambda i, n: (10 - n) * 0.5)
