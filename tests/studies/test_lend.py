@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from pkvsim.devices.device import get_device
 from pkvsim.models.presets import get_model
 from pkvsim.pricing.kv_parallel import MERGE_US
+from pkvsim.studies.lend import run
+from pkvsim.studies.lend.cluster import Cluster
 from pkvsim.studies.lend.prices import HOST_GB_S, LendPrices
 from pkvsim.studies.lend.run import WAYS, serve_lending
 from pkvsim.traces.requests import RequestTrace
@@ -102,8 +104,17 @@ lens = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60), st.integers(
 @settings(max_examples=60, deadline=None)
 @given(lens, st.sampled_from(WAYS), st.integers(2, 4), st.integers(2, 30), st.integers(1, 6))
 def test_whoever_fits_is_served_and_all_pages_come_back(requests, way, replicas, pages, max_batch) -> None:
-    requests = trace(*sorted(requests))
-    found = serve(way, requests, replicas=replicas, pages=pages, max_batch=max_batch)
+    requests, clusters = trace(*sorted(requests)), []
+
+    class Seen(Cluster):
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
+            clusters.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Cluster", Seen)
+        found = serve(way, requests, replicas=replicas, pages=pages, max_batch=max_batch)
+    assert [replica.free for replica in clusters[0].replicas] == [pages] * replicas
     whole = -(-(requests.prompt_tokens + requests.output_tokens) // 4)
     fits = whole <= pages * (replicas if way == "borrow" else 1)
     assert (np.isfinite(found.latency_us) == fits).all() and found.tally.rejected == (~fits).sum()
