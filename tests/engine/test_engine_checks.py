@@ -64,6 +64,9 @@ def test_a_table_that_the_planner_cannot_count_is_refused() -> None:
         validate.check_room(table(2, fits + 1), SHAPE, segment_cost=0)
     with pytest.raises(ValueError, match="^block_table"):
         validate.check_room(table(2, fits), SHAPE, segment_cost=1)
+    validate.check_room(table(2, fits // 3), SHAPE, segment_cost=0, tile_cost=3)
+    with pytest.raises(ValueError, match="^block_table"):
+        validate.check_room(table(2, fits // 3 + 1), SHAPE, segment_cost=0, tile_cost=3)
 
 
 def array(*shape: int, dtype: str = "float32", strides: tuple[int, ...] | None = None) -> ArrayView:
@@ -157,3 +160,17 @@ def test_rows_of_bytes_start_on_16() -> None:
     given = {"q": array(1, 8, 64, dtype="float16"), "k_pages": pages, "v_pages": pages}
     with pytest.raises(ValueError, match="^k_pages: expected other strides in multiples of 16"):
         validate.check_run(SHAPE, "float16", AttentionOptions(kv_dtype="int8"), "HND", 1, 0, given)
+
+
+@pytest.mark.parametrize("name", ["k_pages", "v_pages"])
+@pytest.mark.parametrize("change, said", [
+    ({"pointer": 8}, "16-byte boundary"), ({"strides": (2**40, 2**31, 64, 1)}, "head and token strides"),
+    ({"strides": (2**40, 1024, 2**31, 1)}, "head and token strides"), ({"strides": (2048, 1024, -64, 1)}, "head and token"),
+    ({"library": "torch"}, "the same library as q"), ({"device": 1}, "cuda:0")])
+def test_pages_that_kernels_cannot_address_are_refused(name, change, said) -> None:
+    pages = array(9, 2, 16, 64, dtype="float16")
+    given = {"q": array(1, 8, 64, dtype="float16"), "k_pages": pages, "v_pages": pages}
+    validate.check_run(SHAPE, "float16", AttentionOptions(), "HND", 1, 0,
+                       given | {name: replace(pages, strides=(2**40, 2**31 - 8, 2**31 - 8, 1))})
+    with pytest.raises(ValueError, match=f"^{name}: .*{said}"):
+        validate.check_run(SHAPE, "float16", AttentionOptions(), "HND", 1, 0, given | {name: replace(pages, **change)})

@@ -35,6 +35,7 @@ class Machine(RuleBasedStateMachine):
         self.busy: dict[Place, tuple] = {}  # slots under way, and for whom
         self.complete: dict = {}  # key -> place, as their writers said
         self.lost: set[int] = set()
+        self.held: list = []  # (until, key, entry) of what is held and has not failed
 
     @staticmethod
     def prompt(branch: int, length: int) -> list:
@@ -53,9 +54,17 @@ class Machine(RuleBasedStateMachine):
         self.writes += writes
 
     @precondition(lambda self: self.writes)
+    @rule()
+    def end_writes(self):
+        while self.writes:
+            self.end(self.writes.pop(0), True)
+
+    @precondition(lambda self: self.writes)
     @rule(data=st.data(), ok=st.booleans())
     def end_write(self, data, ok):
-        write = self.writes.pop(data.draw(st.integers(0, len(self.writes) - 1)))
+        self.end(self.writes.pop(data.draw(st.integers(0, len(self.writes) - 1))), ok)
+
+    def end(self, write, ok):
         del self.busy[write.place]
         self.pool.stored(write, ok=ok)
         entry = self.pool.index.get(write.key)
@@ -79,6 +88,7 @@ class Machine(RuleBasedStateMachine):
         read = self.reads.pop(data.draw(st.integers(0, len(self.reads) - 1)))
         if bad:
             self.pool.failed(read.key, read.place)
+            self.held = [one for one in self.held if one[2].place != read.place]
             assert read.key not in self.pool or self.pool.index.get(read.key).place != read.place
         if not any(other.place == read.place for other in self.reads):
             self.busy.pop(read.place)
@@ -86,12 +96,16 @@ class Machine(RuleBasedStateMachine):
 
     @rule(branch=st.integers(0, 3), length=st.integers(0, 8), ttl=st.integers(0, 5))
     def hold(self, branch, length, ttl):
-        self.pool.hold(self.prompt(branch, length), self.now + ttl)
+        keys = self.prompt(branch, length)
+        kept = self.pool.hold(keys, self.now + ttl)
+        assert kept == self.pool.ready_prefix(keys)
+        self.held += [(self.now + ttl, key, self.pool.index.get(key)) for key in keys[:kept]]
 
     @rule(seconds=st.integers(0, 3))
     def later(self, seconds):
         self.now += seconds
         self.pool.expire(self.now)
+        self.held = [one for one in self.held if one[0] > self.now]
 
     @rule(branch=st.integers(0, 3), length=st.integers(0, 8))
     def touch(self, branch, length):
@@ -103,6 +117,12 @@ class Machine(RuleBasedStateMachine):
             lost = data.draw(st.integers(0, len(self.slots) - 1))
             self.lost.add(lost)
             self.pool.lose_tier(lost)
+            self.held = [one for one in self.held if one[2].place.tier != lost]
+
+    @invariant()
+    def what_is_held_stays(self):
+        for _, key, entry in getattr(self, "held", ()):
+            assert self.pool.index.get(key) is entry and not entry.evictable
 
     @invariant()
     def slots_and_lists_agree(self):
@@ -164,6 +184,46 @@ def test_the_deepest_block_of_the_oldest_prompt_goes_first():
     fill(pool, [21, 22, 23, 24])
     assert pool.ready_prefix([1, 2]) == 2 and pool.ready_prefix([11]) == 0  # what is being read stays
     pool.done_all(reads)
+
+
+def test_the_deepest_block_goes_first_after_a_read_too():
+    pool = MemoryPool([tier("a", 3)], block_bytes=10)
+    fill(pool, [1, 2, 3])
+    pool.done_all(pool.want([1, 2, 3]))
+    fill(pool, [11])
+    assert pool.ready_prefix([1, 2, 3]) == 2
+
+
+def test_what_was_there_already_is_not_refused():
+    pool = MemoryPool([tier("a", 3)], block_bytes=10)
+    fill(pool, [1, 2])
+    assert len(pool.store([1, 2, 3, 4, 5])) == 1 and pool.counts.refused == 2
+
+
+def test_a_read_of_a_slot_that_was_given_up_ends_there_alone():
+    index = BlockIndex([2])
+    for loads in (1, 2):
+        place = index.reserve("a", 0)
+        assert index.complete("a", place)
+        index.get("a").loads = loads
+        if loads == 1:
+            old = index.remove("a")
+    assert not index.unpin("a", old) and index.get("a").loads == 2 and index.quarantined == 0
+    assert not index.unpin("a", place) and index.unpin("a", place)
+    index.check()
+
+
+def test_a_hold_ends_for_the_block_that_was_held_alone():
+    """A block that was lost and stored again is no newer for the end of the hold on what was lost."""
+    pool = MemoryPool([tier("a", 2)], block_bytes=10)
+    fill(pool, [1])
+    assert pool.hold([1], 10.0) == 1
+    pool.failed(1, pool.index.get(1).place)
+    fill(pool, [1])
+    fill(pool, [2])
+    pool.expire(10.0)
+    fill(pool, [3])
+    assert 1 not in pool and 2 in pool
 
 
 def test_a_prompt_does_not_displace_itself():

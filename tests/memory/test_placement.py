@@ -13,7 +13,9 @@ DEVICES = st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(0, 400)), min_siz
 def test_without_bounds_each_is_within_a_block_of_its_share(num_blocks, weights):
     counts = share_counts(num_blocks, weights, [num_blocks] * len(weights))
     assert counts.sum() == num_blocks
-    assert (np.abs(counts - num_blocks * np.array(weights) / sum(weights)) < 1 + 1e-6).all()
+    short = num_blocks * np.array(weights) / sum(weights) - counts
+    assert (np.abs(short) < 1 + 1e-6).all()
+    assert short.max() - short.min() < 1 + 1e-6  # whoever was rounded up had no smaller a remainder
 
 
 @given(st.integers(0, 500), DEVICES, st.data())
@@ -68,3 +70,11 @@ def test_weights_follow_what_is_measured_once_it_is_off():
     assert shares.weights[1] == 0 and not shares.observe(1, 10**9, 0.01) and shares.weights[1] == 0
     with pytest.raises(ValueError, match="drift"):
         Shares([1.0], drift=0)
+
+
+@pytest.mark.parametrize(("gb_s", "replans"), [(7.5, 0), (7.4, 1), (12.5, 0), (12.6, 1)])
+def test_drift_is_a_share_of_the_weight(gb_s, replans):
+    shares = Shares([10e9, 4e9, 2e9], drift=0.25, smoothing=1.0)
+    shares.lose(2)
+    assert shares.observe(0, int(gb_s * 1e9), 1.0) == bool(replans) and shares.replans == 1 + replans
+    assert shares.weights.tolist() == [gb_s * 1e9 if replans else 10e9, 4e9, 0.0]

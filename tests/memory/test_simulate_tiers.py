@@ -1,9 +1,12 @@
 """The simulated tiers: load times by arithmetic, bounds of policies, and the choice between loading and computing."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pkvsim.memory.device_clock import DeviceClock
 from pkvsim.memory.load_or_recompute import choose_prefix, load_times_s
 from pkvsim.memory.retention import choose_ttl_s
 from pkvsim.memory.simulate_tiers import BlockRequests, simulate_tiers
@@ -43,6 +46,20 @@ def test_requests_that_come_together_wait_for_each_other():
     assert loads.load_s.tolist() == [0.0, 4.0, 7.0]
 
 
+def test_the_link_and_each_device_do_one_thing_after_another():
+    """Two devices of 100 bytes/s that answer after 0.5 s, behind a link of 50 bytes/s."""
+    tiers = [replace(tier(name, 99, 100.0), read_latency_s=0.5) for name in "ab"]
+    clock = DeviceClock(tiers, link_bytes_per_s=50.0)
+    assert clock.load_times_s([0, 1], 100, 0.0).tolist() == [0.0, 2.0, 4.0]  # by the link
+    assert clock.read(np.array([100, 0]), 0.0).end_s == 2.0
+    other = clock.read(np.array([0, 100]), 0.0)
+    assert other.ends_s.tolist() == [0.0, 1.5] and other.end_s == 4.0  # the link was busy until 2 s
+    wide = DeviceClock(tiers)
+    assert wide.load_times_s([0, 1, 0], 100, 0.0).tolist() == [0.0, 1.5, 1.5, 2.5]
+    assert wide.read(np.array([100, 0]), 0.0).end_s == 1.5
+    assert wide.load_times_s([0], 100, 1.0).tolist() == [0.0, 2.0]  # 0.5 s of the read before are left
+
+
 PROMPTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=40).map(
     lambda pairs: [[10 * branch * (depth > 1) + depth for depth in range(length)] for branch, length in pairs]
 )
@@ -80,6 +97,11 @@ def test_the_choice_is_the_best_of_all(places, token_s, backlog, layers):
     compute = (len(places) - np.arange(len(places) + 1)) * token_s
     total = np.maximum(times + compute / layers, times / layers + compute)
     assert choice.total_s == total.min() and choice.total_s == total[choice.blocks]
+
+
+def test_of_two_choices_that_tie_more_is_loaded():
+    assert choose_prefix(np.array([0.0, 1.0, 2.0]), lambda n: 2.0 - n).blocks == 2
+    assert choose_prefix(np.array([0.0, 1.0, 3.0]), lambda n: 2.0 - n).blocks == 1
 
 
 def test_a_slow_disk_is_left_alone_where_computing_is_faster():

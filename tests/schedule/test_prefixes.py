@@ -56,10 +56,19 @@ def test_groups_are_those_of_the_rule(case, page_size, query_tokens, rule):
     table, pages, extra = case
     lens = pages * page_size + np.minimum(extra, page_size - 1)
     whole = np.maximum(0, lens - (query_tokens - 1)) // page_size
-    groups = find_prefixes(np.pad(table, ((0, 0), (0, 1)), constant_values=-7), lens, page_size=page_size,
-                           query_tokens=query_tokens, rule=rule)  # fmt: skip
-    rows = [np.flatnonzero(groups.group_of_row == group).tolist() for group in range(len(groups.prefix_pages))]
-    assert list(zip(groups.prefix_pages.tolist(), rows)) == stated(table, whole, page_size, rule)
+
+    def find(rule):
+        groups = find_prefixes(np.pad(table, ((0, 0), (0, 1)), constant_values=-7), lens, page_size=page_size,
+                               query_tokens=query_tokens, rule=rule)  # fmt: skip
+        rows = [np.flatnonzero(groups.group_of_row == group).tolist() for group in range(len(groups.prefix_pages))]
+        return groups, rows, list(zip(groups.prefix_pages.tolist(), rows))
+
+    groups, rows, found = find(rule)
+    assert found == stated(table, whole, page_size, rule)
+    every = find(rule._replace(least_tokens=0))[2]
+    saved = sum((len(members) - 1) * pages * page_size for pages, members in every)  # must be more than the least
+    assert find(rule._replace(least_tokens=saved))[2] == []
+    assert not saved or find(rule._replace(least_tokens=saved - 1))[2] == every
     groups.check(np.pad(table, ((0, 0), (0, 1))), lens, page_size=page_size)
     assert rule.ever_worth(len(lens), int(lens.max())) or not rows  # what is ruled out by room alone is never found
 

@@ -49,6 +49,10 @@ def test_queues_cover_every_tile_once(data, shape, lens, tile_tokens):
         assert np.diff(schedule.split_offsets).tolist() == want
         assert schedule.num_partial_slots == sum(want)
         assert schedule.num_partial_tasks == len(schedule.tasks) == sum(want) * shape.num_kv_heads
+        launches = {(n, w) for n, w in zip(lens, want) if n}
+        if name == "split":
+            assert schedule.merge_launches == sum(w > 1 for _, w in launches)
+            assert schedule.num_launches == len(launches) + schedule.merge_launches
         for row, _, split, begin, end in schedule.tasks.tolist():
             tiles = -(-lens[row] // tile_tokens)
             assert (begin, end) == (tiles * split // want[row], tiles * (split + 1) // want[row])

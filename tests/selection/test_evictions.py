@@ -71,6 +71,13 @@ def test_tokens_kept_are_those_of_the_methods_scores() -> None:
         kept_pages("defensivekv", [Seen(layers[0].attention)], KV_HEADS, budget)
 
 
+@pytest.mark.parametrize("method", ["tova", "snapkv", "defensivekv", "layer_defensivekv"])
+def test_whole_pages_go_by_the_mean_of_the_heads_or_the_worst_case(method: str) -> None:
+    layer = [np.array([[9.0, 0.0, 5.0, 4.0], [0.0, 1.0, 4.5, 4.6]])]  # [heads, pages]: the means are 4.5 0.5 4.75 4.3
+    worst = method.endswith("defensivekv")
+    assert [own.tolist() for own in evictions.kept_of_scores(method, layer, 1, whole=True)[0]] == [[0 if worst else 2]] * 2
+
+
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(1, 40), page_size=st.integers(1, 5), fraction=st.floats(0.05, 1), seed=SEEDS)
 def test_whole_pages_of_one_head_are_that_heads(tokens: int, page_size: int, fraction: float, seed: int) -> None:

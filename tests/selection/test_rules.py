@@ -12,7 +12,7 @@ from pkvsim.selection.by_name import select_pages
 from pkvsim.selection.evictions import kept_pages
 from pkvsim.selection.masses import page_masses, page_scores, pooled
 from pkvsim.selection.methods import epicache
-from pkvsim.selection.rules import Budget, Pins, lists_of, top_pages, top_share
+from pkvsim.selection.rules import Budget, Pins, lists_of, softmax_mean, top_pages, top_share
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, 3.0]), min_size=1, max_size=30).map(np.array)
 PINS = st.builds(Pins, st.integers(0, 3), st.integers(0, 3))
@@ -37,6 +37,26 @@ def test_a_share_takes_the_fewest(weights, pins, share) -> None:
     others = np.setdiff1d(taken, pinned)
     if len(others):  # without its least it would be too little
         assert weights[taken].sum() - weights[others].min() <= share * weights.sum() + 1e-9
+
+
+def test_a_share_that_is_held_exactly_takes_no_more() -> None:
+    assert top_share(np.array([1.0, 2.0, 1.0]), 0.5, Pins(0, 0)).tolist() == [1]
+    assert top_share(np.array([1.0, 2.0, 1.0]), 0.75, Pins(0, 0)).tolist() == [0, 1]
+    assert top_share(np.array([0.0, 4.0, 0.0]), 0.5, Pins(0, 0), least_pages=2).tolist() == [0, 1]
+
+
+def test_a_head_far_below_the_others_counts_as_much() -> None:
+    """Query heads of a group whose logits are thousands apart, of which exp() of one largest would leave nothing."""
+    weights = softmax_mean(np.array([[0.0, np.log(3.0)], [-2000.0, -2000.0 + np.log(7.0)]]))
+    np.testing.assert_allclose(weights, [(1 / 4 + 1 / 8) / 2, (3 / 4 + 7 / 8) / 2])
+
+
+def test_masses_are_of_the_heads_own_sums() -> None:
+    rng = np.random.default_rng(0)
+    page_lse, lse = rng.standard_normal((2, 5, 3)), 3 + rng.standard_normal(6)  # [KV heads, pages, group]
+    wanted = [[np.mean([np.exp(page_lse[head, page, q] - lse[head * 3 + q]) for q in range(3)]) for page in range(5)]
+              for head in range(2)]
+    np.testing.assert_allclose(page_masses(page_lse, lse), wanted)
 
 
 @given(pages=st.integers(0, 10**6), fraction=st.floats(1e-4, 1.0), least=st.integers(0, 50), pins=PINS)

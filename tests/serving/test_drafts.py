@@ -49,6 +49,14 @@ def test_a_step_gives_what_leviathan_expects(query_tokens, acceptance):
     assert given_tokens == pytest.approx(expected_tokens(query_tokens, acceptance), rel=0.02)
 
 
+def test_drafts_take_their_part_of_a_steps_tokens():
+    """Prompts come in while others decode: each row checks 8 tokens of the 64 that a step may have."""
+    trace = make_trace([(0.0002 * at, 300, 40) for at in range(12)])
+    steps = run(trace, query_tokens=8, acceptance=0.5, max_batch=8, step_tokens=64).steps
+    both = (steps.decode_rows > 0) & (steps.prefill_tokens > 0)
+    assert both.any() and (8 * steps.decode_rows + steps.prefill_tokens <= 64)[both].all()
+
+
 def test_expected_tokens():
     assert expected_tokens(4, 0.8) == pytest.approx((1 - 0.8**4) / (1 - 0.8)) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
     assert expected_tokens(4, 0.0) == 1 and expected_tokens(4, 1.0) == 4

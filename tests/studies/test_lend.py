@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from pkvsim.devices.device import get_device
 from pkvsim.models.presets import get_model
 from pkvsim.pricing.kv_parallel import MERGE_US
+from pkvsim.studies.lend import run
+from pkvsim.studies.lend.cluster import Cluster, Job
 from pkvsim.studies.lend.prices import HOST_GB_S, LendPrices
 from pkvsim.studies.lend.run import WAYS, serve_lending
 from pkvsim.traces.requests import RequestTrace
@@ -102,13 +104,63 @@ lens = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60), st.integers(
 @settings(max_examples=60, deadline=None)
 @given(lens, st.sampled_from(WAYS), st.integers(2, 4), st.integers(2, 30), st.integers(1, 6))
 def test_whoever_fits_is_served_and_all_pages_come_back(requests, way, replicas, pages, max_batch) -> None:
-    requests = trace(*sorted(requests))
-    found = serve(way, requests, replicas=replicas, pages=pages, max_batch=max_batch)
+    requests, clusters = trace(*sorted(requests)), []
+
+    class Seen(Cluster):
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
+            clusters.append(self)
+
+        def take(self, *args) -> None:
+            assert all(len(replica.running) <= max_batch for replica in self.replicas)
+            super().take(*args)
+
+        def give_back(self, *args) -> None:
+            assert all(len(replica.running) <= max_batch for replica in self.replicas)
+            super().give_back(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Cluster", Seen)
+        found = serve(way, requests, replicas=replicas, pages=pages, max_batch=max_batch)
+    assert [replica.free for replica in clusters[0].replicas] == [pages] * replicas
     whole = -(-(requests.prompt_tokens + requests.output_tokens) // 4)
     fits = whole <= pages * (replicas if way == "borrow" else 1)
     assert (np.isfinite(found.latency_us) == fits).all() and found.tally.rejected == (~fits).sum()
     assert found.output_tokens == requests.output_tokens[fits].sum()
     assert (found.latency_us[fits] >= found.first_token_us[fits]).all() and (found.first_token_us[fits] > 0).all()
+
+
+@pytest.mark.parametrize(("free", "but", "found"), [((5, 9, 7), 1, 2), ((5, 9, 7), 0, 1), ((6, 6, 6), 0, 1), ((6, 5, 5), 0, 1)])
+def test_the_roomiest_of_the_others(free, but, found) -> None:
+    cluster = Cluster(3, pages=9, page_size=4)
+    for replica, pages in zip(cluster.replicas, free):
+        replica.free = pages
+    assert cluster.roomiest(but) == found and Cluster(1, pages=9, page_size=4).roomiest(0) == -1
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_a_row_moves_where_a_row_more_may_run(max_batch) -> None:
+    cluster = Cluster(2, pages=9, page_size=4)
+    for at in range(2):
+        cluster.replicas[at].running.append(Job(at, 0.0, 3, 9, home=at, cached=3))
+        cluster.take(cluster.replicas[at].running[0], at, 1)
+    run._Run(cluster, Round(), "move", max_batch)._evict(0, 0.0)
+    assert (cluster.tally.moves, cluster.tally.recomputes) == ((0, 1) if max_batch == 1 else (1, 0))
+
+
+def test_a_lender_makes_up_for_all_who_borrow_of_it() -> None:
+    cluster = Cluster(3, pages=9, page_size=4)
+    for at, (pages, cached) in enumerate([({0: 1, 2: 2}, 10), ({1: 1, 2: 1}, 7), ({2: 1}, 1)]):
+        job = Job(at, 0.0, 1, 99, home=at, cached=cached)
+        cluster.replicas[at].running.append(job)
+        for replica, count in pages.items():
+            cluster.take(job, replica, count)
+    served = run._Run(cluster, Round(), "borrow", 8)
+    served._begin(0, 0.0)
+    served._begin(1, 0.0)
+    assert cluster.replicas[2].debt_us == cluster.tally.lent_us == 6 + 3  # tokens beyond the first page of each
+    served._begin(2, 0.0)
+    assert cluster.replicas[2].ready_us == 100 + 1 + 9 and cluster.replicas[2].debt_us == 0
 
 
 @given(lens)
@@ -129,7 +181,9 @@ def test_prices_are_the_rooflines_that_are_stated() -> None:
     assert prices.swap_us(1000) == pytest.approx(1000 * token / HOST_GB_S / 1e3)
     assert prices.exchange_us(1) == pytest.approx(32 * (0.68 + 32 * 130 * 4 / 2 / 450e3 + MERGE_US))
     assert prices.rest_us(1, 0) == pytest.approx(16.06e9 / device.beta_gb_s / 1e3, rel=0.07)  # reads the weights
-    assert prices.rest_us(1, 4000) > 10 * prices.rest_us(1, 0)  # computes
+    computed = 2 * 8.03e9 * 4000 / (0.6 * device.fp16_tflops * 1e6)
+    assert prices.rest_us(0, 4000) == pytest.approx(computed, rel=0.07)
+    assert prices.prefill_us(1000) == pytest.approx(32 * 4 * 32 * 128 * 1000**2 / 2 / (0.6 * device.fp16_tflops * 1e6), rel=0.01)
 
 
 @pytest.mark.parametrize(("more", "name"), [

@@ -91,6 +91,23 @@ def test_fine_timestamps_stay():
         assert tick_s(trace) is None and spread_ticks(trace) is trace
 
 
+def test_a_tick_before_a_long_pause_is_no_longer_than_others():
+    """Ticks of 3 s, then nothing for 27 s: what came at the last tick before is spread over 3 s."""
+    times = np.repeat(np.append(np.arange(20) * 3.0, 84.0), 50)
+    trace = RequestTrace("t", times, np.ones(len(times), np.int64), np.ones(len(times), np.int64))
+    late = spread_ticks(trace).arrival_s - times
+    assert 2.5 < late[19 * 50 : 20 * 50].max() <= 3.0
+
+
+def test_a_conversation_is_moved_as_one():
+    """Each turn by as much as the first, also where a turn follows one that follows another."""
+    n = 12
+    turns = RequestTrace("t", np.arange(n) * 100.0, np.ones(n, np.int64), np.ones(n, np.int64),
+                         after=np.arange(n) % 4 - 1 + np.arange(n) // 4 * 4 * (np.arange(n) % 4 > 0), think_us=np.zeros(n))
+    moves = (jitter(turns, 5.0, seed=1).arrival_s - turns.arrival_s).reshape(3, 4)
+    assert np.allclose(moves[1:], moves[1:, :1]) and len(np.unique(np.round(moves[1:], 9))) == 2
+
+
 def test_spread_ticks_leave_no_burst():
     """Poisson arrivals seen through a clock of 3 s look like bursts (CV 3) and come back as Poisson (CV 1)."""
     times = np.floor(np.cumsum(np.random.default_rng(2).exponential(0.3, 20000)) / 3) * 3

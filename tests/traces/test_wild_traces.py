@@ -14,6 +14,7 @@ from paths import ROOT
 from trace_writers import azure, mooncake, vidur
 
 import pkvsim.traces.rows as rows_module
+from pkvsim.traces.prompt_hashes import whole_hashes
 from pkvsim.traces.readers import LOOKAHEAD, load_requests, read_requests
 from pkvsim.traces.summary import summary
 from pkvsim.traces.time_units import decide_unit
@@ -89,6 +90,49 @@ def test_units_are_decided_by_value(count, rate, seed, origin):
     assert decide_unit(np.round(seconds, 3))[0] == "s" or (np.round(seconds, 3) % 1 == 0).all()
     if origin:
         assert decide_unit(seconds * 1e6)[0] == "us" and decide_unit(seconds * 1e9)[0] == "ns"
+
+
+@pytest.mark.parametrize(("times", "unit"), [
+    (np.floor(np.linspace(0, 250, 50)), "s"), (np.floor(np.linspace(0, 251, 50)), "ms"),
+    (0.5 + np.linspace(0, 480, 16), "s"), (0.5 + np.linspace(0, 481, 16), "ms")])  # fmt: skip
+def test_the_least_rates_of_seconds(times, unit):
+    """0.2 requests/s of whole numbers, one in 30 s of fractions; and just less."""
+    assert decide_unit(times)[0] == unit
+
+
+def test_hashes_of_full_blocks_alone_tell_the_block_too():
+    prompt = np.array([200, 330, 70])
+    hashes, offsets, size, notes = whole_hashes("f", np.arange(3), prompt, np.arange(9), prompt // 64)
+    assert size == 64 and np.diff(offsets).tolist() == [4, 6, 2]
+    assert hashes.tolist() == [0, 1, 2, 12, 3, 4, 5, 6, 7, 18, 8, 20] and "3; the rest" in notes[-1]
+
+
+@pytest.mark.parametrize("highest", [7, 2**63 - 1])
+def test_blocks_without_a_hash_are_nobody_elses(highest):
+    """Also where the first prompt has none, and where no number is left above the given ones."""
+    given = np.array([1, 2, 1, 2, highest, 1])
+    prompt = np.array([512, 1024, 1536, 512])
+    hashes, offsets, size, _ = whole_hashes("f", np.arange(4), prompt, given, np.array([0, 2, 3, 1]))
+    assert size == 512 and offsets.tolist() == [0, 1, 3, 6, 7] and hashes.dtype == np.int64
+    own, *rest = hashes.tolist()
+    assert own not in rest and [rest.index(one) for one in rest] == [0, 1, 0, 1, 4, 0]
+
+
+def test_blocks_of_token_ids_cover_what_is_before_them(tmp_path):
+    path, same = tmp_path / "a.jsonl", list(range(16))
+    ids = [same + same, [9] * 16 + same, same + same]
+    path.write_text("\n".join(json.dumps({"arrival_time_ns": at, "input_toks": 32, "output_toks": 1, "input_tok_ids": own})
+                              for at, own in enumerate(ids)))
+    first, second, third = read_requests(path).block_hashes.reshape(3, 2).tolist()
+    assert first == third and len({*first, *second}) == 4
+
+
+@pytest.mark.parametrize("limit", [2, 3, 4])
+def test_only_what_has_more_is_said_to_be_cut(tmp_path, limit):
+    path = tmp_path / "a.jsonl"
+    path.write_text(mooncake([(1000 * at, 600, 5) for at in range(3)]))
+    trace = read_requests(path, limit=limit)
+    assert len(trace) == min(limit, 3) and any("only the first" in note for note in trace.notes) == (limit < 3)
 
 
 @pytest.mark.parametrize("zone", ["+08:00", "-0330", "Z", " UTC", "+00"])

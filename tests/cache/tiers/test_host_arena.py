@@ -16,12 +16,13 @@ class Runtime:
     """CUDA's, which registers two pieces of memory and no third."""
 
     def __init__(self):
-        self.registered = []
+        self.registered, self.sizes = [], []
 
     def hostRegister(self, address, num_bytes, flags):  # noqa: N802
         if len(self.registered) == 2:
             raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
         self.registered.append(address)
+        self.sizes.append(num_bytes)
 
     def hostUnregister(self, address):  # noqa: N802
         self.registered.remove(address)
@@ -34,6 +35,8 @@ def test_memory_that_cannot_be_pinned_is_let_go(monkeypatch):
     monkeypatch.setattr(host_arena, "CHUNK_BYTES", 8192)
     HostArena(slots=4, slot_bytes=4096, pin=True).close()
     assert not runtime.registered
+    HostArena(slots=3, slot_bytes=4096, pin=True).close()
+    assert not runtime.registered and runtime.sizes == [8192, 8192, 8192, 4096]  # no byte beyond the arena
     with pytest.raises(ValueError, match="pin: 24,576 bytes of host memory cannot be registered.*out of memory"):
         HostArena(slots=6, slot_bytes=4096, pin=True)
     assert not runtime.registered, "pieces stay registered that nobody has"
