@@ -1,7 +1,6 @@
 """Which row owns which page, of one pool or of pools that hold rows together: host bookkeeping, without a GPU."""
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,7 @@ import numpy as np
 from pkvsim.schedule.shares import PageShares
 from pkvsim.shapes import check_int
 
-
-def _integer(name: str, value: Any) -> int:
-    """ValueError unless it is one."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}: expected an integer, got {value!r}") from None
+MAX_COUNT = 2**31 - 1  # that tables of int32 hold
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
@@ -38,18 +31,15 @@ class PageAllocator:
     __slots__ = ("num_pages", "page_size", "max_seq_len", "block_table", "seq_lens", "owners", "_used", "_free")
 
     def __init__(self, *, num_pages: int, page_size: int, max_batch: int, max_seq_len: int) -> None:
-        for name, value in (("num_pages", num_pages), ("page_size", page_size), ("max_batch", max_batch),
-                            ("max_seq_len", max_seq_len)):
-            if not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ValueError(f"{name}: expected an integer in [1, 2^31), got {value!r}")
-        self.num_pages = num_pages
-        self.page_size = page_size
-        self.max_seq_len = max_seq_len
-        self.block_table = np.full((max_batch, -(-max_seq_len // page_size)), -1, dtype=np.int32)
+        self.num_pages = check_int("num_pages", num_pages, 1, MAX_COUNT)
+        self.page_size = check_int("page_size", page_size, 1, MAX_COUNT)
+        self.max_seq_len = check_int("max_seq_len", max_seq_len, 1, MAX_COUNT)
+        max_batch = check_int("max_batch", max_batch, 1, MAX_COUNT)
+        self.block_table = np.full((max_batch, -(-self.max_seq_len // self.page_size)), -1, dtype=np.int32)
         self.seq_lens = np.zeros(max_batch, dtype=np.int32)
-        self.owners = np.zeros(num_pages, dtype=np.int32)
+        self.owners = np.zeros(self.num_pages, dtype=np.int32)
         self._used = np.zeros(max_batch, dtype=bool)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def num_free_pages(self) -> int:
@@ -71,12 +61,10 @@ class PageAllocator:
             if len(unused) == 0:
                 raise ValueError(f"row: expected an unused row, all {len(self._used)} are in use")
             row = int(unused[0])
-        elif not 0 <= _integer("row", row) < len(self._used):
-            raise ValueError(f"row: expected [0, {len(self._used)}), got {row}")
-        elif self._used[row]:
+        elif self._used[check_int("row", row, 0, len(self._used) - 1)]:
             raise ValueError(f"row: expected an unused row, got {row}, which is in use")
         self._used[row] = True
-        return row
+        return int(row)
 
     def extend(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Adds counts[i] tokens to rows[i], taking pages as needed; returns the old lengths."""
@@ -112,9 +100,8 @@ class PageAllocator:
         """
         self._check_row(source)
         full = int(self.seq_lens[source]) // self.page_size
-        pages = full if pages is None else _integer("pages", pages)
-        if not 0 <= pages <= full:
-            raise ValueError(f"pages: expected at most the {full} full pages of row {source}, got {pages}")
+        # A row's full pages alone: what lies in them does not change.
+        pages = full if pages is None else check_int("pages", pages, 0, full)
         row = self.allocate(row)
         shared = self.block_table[source, :pages]
         self.block_table[row, :pages] = shared
@@ -187,7 +174,7 @@ class PageAllocator:
         return unowned
 
     def _check_row(self, row: int) -> None:
-        if not 0 <= _integer("row", row) < len(self._used) or not self._used[row]:
+        if not self._used[check_int("row", row, 0, len(self._used) - 1)]:
             raise ValueError(f"row: expected a row in use, got {row}")
 
 
@@ -203,7 +190,7 @@ class ShardedAllocator:
 
     def __init__(self, shares: PageShares, *, num_pages: int, max_batch: int, max_seq_len: int) -> None:
         """num_pages: of each rank's pool."""
-        self.shares, self.max_seq_len = shares, check_int("max_seq_len", max_seq_len, 1, 2**31 - 1)
+        self.shares, self.max_seq_len = shares, check_int("max_seq_len", max_seq_len, 1, MAX_COUNT)
         self.ranks = tuple(
             PageAllocator(num_pages=num_pages, page_size=shares.page_size, max_batch=max_batch,
                           max_seq_len=max(1, int(shares.of_rank(rank).of(np.int64(max_seq_len)))))

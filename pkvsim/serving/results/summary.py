@@ -93,7 +93,7 @@ def is_saturated(requests: RequestLog) -> bool:
         return bool(wait.max() > 0)
     if work_share(requests) < SATURATED_SHARE:
         return False
-    if half_wait_longer(requests):
+    if _half_longer(arrival, wait, finish):
         return True
     if len(arrival) < 8:
         return False
@@ -107,7 +107,7 @@ def is_saturated(requests: RequestLog) -> bool:
 def half_wait_longer(requests: RequestLog) -> bool:
     """Whether half of the requests waited longer for admission than half of them then took."""
     arrival, wait, finish = _served_times(requests)
-    return bool(len(arrival)) and bool(np.median(wait) > np.median(finish - arrival - wait))
+    return bool(len(arrival)) and _half_longer(arrival, wait, finish)
 
 
 def work_share(requests: RequestLog) -> float:
@@ -124,6 +124,10 @@ def work_share(requests: RequestLog) -> float:
         from_s = np.maximum(arrival[own], np.concatenate([[first_s], until_s[:-1]]))  # before it others had work
         shares[own] = np.maximum(until_s - from_s, 0).sum() / (until_s[-1] - first_s)
     return float(shares.mean()) if len(shares) else float("nan")
+
+
+def _half_longer(arrival: np.ndarray, wait: np.ndarray, finish: np.ndarray) -> bool:
+    return bool(np.median(wait) > np.median(finish - arrival - wait))
 
 
 def _served_times(requests: RequestLog) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
