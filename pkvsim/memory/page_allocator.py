@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.schedule.shares import PageShares
-from pkvsim.shapes import check_int
-
-MAX_COUNT = 2**31 - 1  # that tables of int32 hold
+from pkvsim.shapes import MAX_TOKENS, check_int
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
@@ -31,10 +29,10 @@ class PageAllocator:
     __slots__ = ("num_pages", "page_size", "max_seq_len", "block_table", "seq_lens", "owners", "_used", "_free")
 
     def __init__(self, *, num_pages: int, page_size: int, max_batch: int, max_seq_len: int) -> None:
-        self.num_pages = check_int("num_pages", num_pages, 1, MAX_COUNT)
-        self.page_size = check_int("page_size", page_size, 1, MAX_COUNT)
-        self.max_seq_len = check_int("max_seq_len", max_seq_len, 1, MAX_COUNT)
-        max_batch = check_int("max_batch", max_batch, 1, MAX_COUNT)
+        self.num_pages = check_int("num_pages", num_pages, 1, MAX_TOKENS)
+        self.page_size = check_int("page_size", page_size, 1, MAX_TOKENS)
+        self.max_seq_len = check_int("max_seq_len", max_seq_len, 1, MAX_TOKENS)
+        max_batch = check_int("max_batch", max_batch, 1, MAX_TOKENS)
         self.block_table = np.full((max_batch, -(-self.max_seq_len // self.page_size)), -1, dtype=np.int32)
         self.seq_lens = np.zeros(max_batch, dtype=np.int32)
         self.owners = np.zeros(self.num_pages, dtype=np.int32)
@@ -190,7 +188,7 @@ class ShardedAllocator:
 
     def __init__(self, shares: PageShares, *, num_pages: int, max_batch: int, max_seq_len: int) -> None:
         """num_pages: of each rank's pool."""
-        self.shares, self.max_seq_len = shares, check_int("max_seq_len", max_seq_len, 1, MAX_COUNT)
+        self.shares, self.max_seq_len = shares, check_int("max_seq_len", max_seq_len, 1, MAX_TOKENS)
         self.ranks = tuple(
             PageAllocator(num_pages=num_pages, page_size=shares.page_size, max_batch=max_batch,
                           max_seq_len=max(1, int(shares.of_rank(rank).of(np.int64(max_seq_len)))))
