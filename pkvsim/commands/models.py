@@ -77,6 +77,7 @@ def _print_model(model: ModelSpec) -> None:
     from rich.table import Table
 
     from pkvsim.models.describe import describe_layers, model_figures
+    from pkvsim.reports.grid import print_line
 
     figures, console = model_figures(model), Console(highlight=False)
     share = f", one of {model.tensor_parallel} GPUs" if model.tensor_parallel > 1 else ""
@@ -113,11 +114,11 @@ def _print_model(model: ModelSpec) -> None:
         layers.add_row(str(count), attention, feed_forward)
     console.print(layers)
     for note in model.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+        print_line(console, f"note: {note}")
     by_reason: dict[str, list[str]] = {}
     for name, why in model.ignored:
         by_reason.setdefault(why, []).append(name)
     if by_reason:
         console.print("Fields of no effect:")
     for why, fields in sorted(by_reason.items()):
-        console.print(f"  {escape(why)}: {escape(', '.join(fields))}", soft_wrap=True)
+        print_line(console, f"  {why}: {', '.join(fields)}")

@@ -18,8 +18,11 @@ from pkvsim.fitting.selection.cells import TIMES, read_selection_cells
 from pkvsim.reports.selection.table_fit import print_selection_fit
 from pkvsim.reports.table_replay import print_fit
 
+CONFIGS = ROOT / "tests" / "models" / "configs"
 COMMANDS = (
     "devices",
+    *(f"models {CONFIGS / name}.json" for name in ("Qwen--Qwen3-235B-A22B", "nvidia--Nemotron-H-56B-Base-8K",
+                                                   "Qwen--Qwen3-VL-32B-Thinking")),  # fmt: skip
     "devices h200 rtx3060 b200",
     "replay --steps 8",
     "replay --steps 8 --policy paper --device h200",
