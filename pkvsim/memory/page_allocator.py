@@ -98,8 +98,9 @@ class PageAllocator:
         """
         self._check_row(source)
         full = int(self.seq_lens[source]) // self.page_size
-        # A row's full pages alone: what lies in them does not change.
-        pages = full if pages is None else check_int("pages", pages, 0, full)
+        pages = full if pages is None else check_int("pages", pages, 0)
+        if pages > full:
+            raise ValueError(f"pages: expected at most the {full} full pages of row {source}, got {pages}")
         row = self.allocate(row)
         shared = self.block_table[source, :pages]
         self.block_table[row, :pages] = shared

@@ -137,5 +137,5 @@ def test_rows_that_are_none_are_named(row) -> None:
     pool = PageAllocator(num_pages=9, page_size=PAGE_SIZE, max_batch=2, max_seq_len=16)
     pool.allocate()
     for call in (pool.pages, pool.free, pool.fork, lambda row: pool.fork(0, pages=row or 0.0)):
-        with pytest.raises(ValueError, match=r"(row|pages): expected an integer in \[0, \d+\], got"):
+        with pytest.raises(ValueError, match=r"(row: expected an integer in \[0, \d+\]|pages: expected an integer >= 0), got"):
             call(row)
