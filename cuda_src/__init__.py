@@ -25,8 +25,8 @@ What to read, in this order:
    several_step.cuh is a rank's step
 Beside these: append.cu (new tokens into pages; quantize.cuh, vectors.cuh), plan.cu and plan_spans.cu (list the balanced
 schedules for tests), stream.cu (the speed of light), mma.cuh (the instructions everything is made of), read_early.cuh
-(one load), gather.cu (pages from and to host memory), product.cu (matrix products of few rows, for
-gpu.serve), rows.cu (norms, gates and the likeliest token beside them).
+(one load), gather.cu (pages from and to host memory), block_sums.cu (by which blocks of disks are known again),
+product.cu (matrix products of few rows, for gpu.serve), rows.cu (norms, gates and the likeliest token beside them).
 
 How data flows in a decode step: a CTA finds its range -> its segments (a run of tiles of one row and KV head) -> tiles,
 dealt to its warps' streams -> page ids -> cp.async into each stream's ring -> ldmatrix -> S^T = K Q^T -> weights -> O^T

@@ -4,8 +4,8 @@
     python examples/bench_pool.py --parts disk,tiers,limited,stand-in --directory /tmp   # what needs no GPU
     python examples/bench_pool.py --parts copies,decode --ways staged,DMA --json pool.json
 
-Copies: scattered pages of 32 layers, against one cudaMemcpyAsync of everything. Disk: random blocks through checksums
-and all, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
+Copies: scattered pages of 32 layers, against one cudaMemcpyAsync of everything. Disk: random blocks, compared on the
+GPU, in turn with a plain C loop of the same depth over the same file. Tiers: three disks of unlike rates; they are
 directories on tmpfs and on the disk behind limiters, and labelled so. First token: 128K tokens of Llama-3.1-8B's sizes
 from host memory, and 3:1 from host memory and four limited disks, against host memory and then one disk by files.
 Limited: these four disks alone. Stand-in: the load of the first token at a tenth of the rates and bytes, over pages
@@ -29,6 +29,7 @@ from bench.tables import Table
 from pool_bench import disks
 from pool_bench.noted import KEPT, VARIANTS
 
+from gpu.cache.dma import ask_for_queues
 from gpu.calibrate.tier_rates import link_rates
 from gpu.measure import memory
 from gpu.measure.environment import missing
@@ -49,6 +50,7 @@ COPY_RUNS = {  # by way
 DECODE_RUNS = {"kernels": (32 * KIB,), "DMA": DMA_RUNS, "staged": RUNS, "staged by 4 MiB": (64 * KIB,)}
 DISK_BLOCKS = (2 * MIB, 256 * KIB)
 TIER_RATES = (0.6, 1.2, 0.3)  # GB/s, of the limiters
+TIER_BLOCKS = 768  # of 2 MiB
 TTFT_TOKENS = 128 * 1024
 TTFT_RATES = (36.0, 3.0, 3.0, 3.0, 3.0)  # GB/s of host memory and four limited disks: 3:1
 LIMITED_BLOCKS = 2048  # of 2 MiB: the disks' part of the prompt
@@ -139,35 +141,34 @@ def disk(args: argparse.Namespace, total_bytes: int, on_gpu: bool) -> tuple[Tabl
     """One disk against the C loop."""
     rows, found = [], []
     for block_bytes in DISK_BLOCKS:
-        device = device_for(block_bytes, 512, on_gpu)
+        device = device_for(block_bytes, max(disks.MIN_BLOCKS, total_bytes // block_bytes), on_gpu)
         figures = disks.one_disk(args.directory, device, total_bytes=total_bytes, reader=args.reader)
         found.append(dataclasses.asdict(figures))
         roof = figures.roof_gb_s
         rows.append((
             f"{block_bytes // KIB} KiB", f"{figures.pool_gb_s:.2f}", f"{roof:.2f}" if roof else "-",
             f"{figures.share * 100:.0f}" if roof else "-", f"{figures.cores_per_gb_s:.3f}",
-            f"{figures.checksum_cores_per_gb_s:.3f}", f"{figures.cached_checksum_cores_per_gb_s:.3f}",
             f"{figures.thread_cores_per_gb_s:.3f}",
             f"{figures.roof_cores_per_gb_s:.3f}" if roof else "-",
             figures.reader + ("" if figures.direct else ", buffered"),
         ))  # fmt: skip
     columns = (
-        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "check", "cached", "thread", "C loop's", "reader",
+        "block", "pool GB/s", "C loop GB/s", "%", "cores per GB/s", "thread", "C loop's", "reader",
     )  # fmt: skip
     note = (f"%: the median of {len(found[-1]['pools_gb_s'])} turns, each of the C loop's before and after it. Depth "
-            f"{disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores with checksums "
-            f"({disks.checksum_package()}), and of checksums alone and the disk's thread") + (
-        "" if on_gpu else "; no GPU: blocks are read and checked, and copied nowhere") + "."  # fmt: skip
+            f"{disks.DEPTH_BYTES // MIB} MiB, at least {disks.MIN_DEPTH} reads; cores of all threads, and of the "
+            "disk's alone") + (
+        "" if on_gpu else "; no GPU: blocks are read, and neither copied nor compared") + "."  # fmt: skip
     return Table(f"Random blocks of {args.directory}", columns, tuple(rows), note), found
 
 
 def tiers(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, Any]]:
     """Three unlike tiers at once."""
     places = [args.directory, SHM if SHM.is_dir() else args.directory, SHM if SHM.is_dir() else args.directory]
-    device = device_for(2 * MIB, 512, on_gpu)
+    device = device_for(2 * MIB, TIER_BLOCKS, on_gpu)
     rates, rows, found = [rate * 1e9 for rate in TIER_RATES], [], {}
     for placement in (BANDWIDTH, EQUAL):
-        figures = disks.three_tiers(places, rates, device, blocks=768, placement=placement)
+        figures = disks.three_tiers(places, rates, device, blocks=TIER_BLOCKS, placement=placement)
         found[placement] = figures
         rows.append((placement, f"{figures['gb_s']:.2f}", f"{figures['sum_gb_s']:.2f}", f"{figures['share'] * 100:.0f}",
                      f"{figures['predicted_error_percent']:.1f}"))  # fmt: skip
@@ -180,9 +181,9 @@ def limited(args: argparse.Namespace, on_gpu: bool) -> tuple[Table, dict[str, An
     """The first token's disks at once, with no host memory beside them."""
     from pool_bench import trace
 
-    device, rates = device_for(2 * MIB, 512, on_gpu), args.rates[1:]
-    where = SHM if SHM.is_dir() else args.directory
+    rates, where = args.rates[1:], SHM if SHM.is_dir() else args.directory
     blocks = min(LIMITED_BLOCKS, shutil.disk_usage(where).free // (4 * MIB))
+    device = device_for(2 * MIB, blocks, on_gpu)
     gb_s, traces = trace.limited_disks(where, [rate * 1e9 for rate in rates], device, blocks=blocks)
     found = {"gb_s": gb_s, "sum_gb_s": sum(rates), "traces": [dataclasses.asdict(one) for one in traces]}
     row = f"{len(rates)}", f"{gb_s:.2f}", f"{sum(rates):.2f}", f"{gb_s / sum(rates) * 100:.0f}"
@@ -276,6 +277,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def main(words: list[str] | None = None) -> int:
     args = parse_args(words)
+    ask_for_queues()
     needs_gpu = any(part in NEED_GPU for part in args.parts)
     return run_script("bench_pool", args, functools.partial(measure, args), width=130, needs_gpu=needs_gpu)
 

@@ -24,6 +24,7 @@ from bench.script import one_line_errors
 from bench.tables import Table
 from rich.console import Console
 
+from gpu.cache.dma import ask_for_queues
 from gpu.measure.environment import environment, install_line, lacks_gpu, options_of, write_json
 from pkvsim.devices.device import get_device
 
@@ -150,6 +151,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 @one_line_errors("pool")
 def main(words: list[str] | None = None) -> int:
     args = parse_args(words)
+    ask_for_queues()
     if lacks_gpu("pool"):
         return 1
     if importlib.util.find_spec("transformers") is None:

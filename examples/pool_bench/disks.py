@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import resource
 import shutil
 import statistics
@@ -16,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from gpu.cache.tiers.device import Device, NoPages
-from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME, HEADER_BYTES, find_fault, seal
+from gpu.cache.tiers.disks.disk_files import HEADER_BYTES
 from gpu.cache.tiers.disks.disk_reads import LimitedReader, Reader
 from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.handles import LoadHandle
-from gpu.cache.tiers.host_arena import ALIGNMENT, HostArena
+from gpu.cache.tiers.host_arena import ALIGNMENT
 from gpu.cache.tiers.stores import DiskStore, HostStore
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.load_or_recompute import load_times_s
@@ -29,14 +28,14 @@ from pkvsim.memory.tiers import DISK, HOST, Tier
 ROOF_SOURCE = Path(__file__).with_name("roof.c")
 DEPTH_BYTES = 64 * 2**20  # under way at a disk, in the pool and in the C loop
 MIN_DEPTH, MAX_DEPTH = 8, 128
-RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for its check and for the GPU
+MIN_BLOCKS = 64  # of a disk that is measured
+RING_DEPTHS = 3  # a ring's buffers, in depths: what has arrived waits for the GPU
 
 
 @dataclass(frozen=True, slots=True)
 class DiskFigures:
     """One disk, random blocks of block_bytes; the pool and the C loop in turns. Cores per GB/s: of all threads and the
-    kernel, of the disk's thread, and of checksums, of blocks that are in no cache and of one that is (of 2 MiB: in as
-    fast a one as holds it)."""
+    kernel, and of the disk's thread."""
 
     block_bytes: int
     roof_gb_s: float | None  # None without a C compiler
@@ -46,8 +45,6 @@ class DiskFigures:
     pools_gb_s: tuple[float, ...]
     cores_per_gb_s: float
     thread_cores_per_gb_s: float
-    checksum_cores_per_gb_s: float
-    cached_checksum_cores_per_gb_s: float
     roof_cores_per_gb_s: float | None
     reader: str
     direct: bool
@@ -75,10 +72,10 @@ def build_roof(folder: Path) -> Path | None:
 
 
 def store_all(cache: TieredKVCache, keys: list[bytes], group: int = 256) -> None:
-    """Stores blocks, whatever lies in the pages, some at a time."""
+    """Stores blocks, whatever lies in the first pages, some at a time."""
     for begin in range(0, len(keys), group):
         part = keys[begin : begin + group]
-        handle = cache.store(part, np.arange(len(part)) % cache.device.num_pages)
+        handle = cache.store(part, np.arange(len(part)))
         handle.wait()
         if handle.blocks < len(part):
             raise RuntimeError(f"stored {handle.blocks} of {len(part)} blocks: {cache.stats()}")
@@ -86,7 +83,7 @@ def store_all(cache: TieredKVCache, keys: list[bytes], group: int = 256) -> None
 
 def timed_load(cache: TieredKVCache, keys: Sequence[bytes]) -> tuple[float, LoadHandle]:
     """(seconds until all of them are in the device's pages, the handle); RuntimeError where one is not."""
-    pages = np.arange(len(keys), dtype=np.int32) % cache.device.num_pages
+    pages = np.arange(len(keys), dtype=np.int32)
     begin = time.perf_counter()
     handle = cache.load(keys, pages)
     valid = handle.wait()
@@ -105,7 +102,7 @@ def one_disk(
     directory: Path, device: Device, *, total_bytes: int, repeats: int = 7, reader: str = "auto"
 ) -> DiskFigures:  # fmt: skip
     """Random blocks of a directory's disk through the pool, in turn with the C loop over the same file."""
-    count = max(64, total_bytes // device.block_bytes)
+    count = max(MIN_BLOCKS, total_bytes // device.block_bytes)
     place = Path(tempfile.mkdtemp(dir=directory, prefix="pool-"))
     slot_bytes = HEADER_BYTES + -(-device.block_bytes // ALIGNMENT) * ALIGNMENT
     depth = depth_of(slot_bytes)
@@ -143,36 +140,9 @@ def one_disk(
     return DiskFigures(
         device.block_bytes, statistics.median(roofs) if roofs else None, statistics.median(pools),
         statistics.median(shares) if shares else None, tuple(roofs), tuple(pools),
-        statistics.median(cores), statistics.median(threads), checksum_s_per_gb(device.block_bytes),
-        checksum_s_per_gb(device.block_bytes, slots=1), statistics.median(roof_cores) if roof_cores else None,
+        statistics.median(cores), statistics.median(threads), statistics.median(roof_cores) if roof_cores else None,
         stats["reader"], stats["direct"],
     )  # fmt: skip
-
-
-def checksum_package() -> str:
-    """What computes checksums: xxhash of 4.0 and later chooses the processor's widest vectors, earlier ones do not."""
-    try:
-        return f"{CHECKSUM_NAME} of xxhash {importlib.metadata.version('xxhash')}"
-    except importlib.metadata.PackageNotFoundError:
-        return CHECKSUM_NAME
-
-
-def checksum_s_per_gb(block_bytes: int, total_bytes: int = 2**27, slots: int | None = None) -> float:
-    """Processor seconds of the checksums of a GB of blocks, one after another in memory that was last used long ago; or
-    of as many blocks in turn as `slots` says."""
-    slot_bytes = HEADER_BYTES + -(-block_bytes // ALIGNMENT) * ALIGNMENT
-    count = max(1, total_bytes // slot_bytes)
-    arena = HostArena(slots=slots or count, slot_bytes=slot_bytes)
-    for at in range(arena.slots):
-        seal(arena.address(at), block_bytes, b"key", at)
-    began = time.thread_time()
-    for turn in range(count):
-        at = turn % arena.slots
-        if find_fault(arena.bytes_of(at), block_bytes, b"key", at) is not None:
-            raise RuntimeError("a checksum is not what it was")
-    seconds = time.thread_time() - began
-    arena.close()
-    return seconds / (count * block_bytes / 1e9)
 
 
 def limited(name: str, bytes_per_s: float, limiters: dict[str, LimitedReader]):

@@ -20,11 +20,12 @@ from pool_bench import disks
 from pool_bench.noted import KEPT, VARIANTS, Variant
 from pool_bench.trace import DiskTrace, Tracer
 
-from gpu.cache.tiers.device import NoPages, Ticket
+from gpu.cache.tiers.device import NoPages, Sums, Ticket
 from gpu.cache.tiers.disks.disk_reads import LimitedReader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import BATCH_COPIES
 from pkvsim.devices.copy_way import PIECE_BYTES, STAGED
+from pkvsim.memory.block_sums import SUMS
 
 TENTH = 10
 LAYERS, RUN_BYTES = 32, 6656  # of a tenth of 64 KiB, in whole sectors
@@ -32,6 +33,7 @@ LINK_BYTES_PER_S = 53e9 / TENTH
 DRIVER_COPY_S, DRIVER_CALL_S = 0.9e-6, 1e-5
 PAUSE_S = 0.1
 CALLS = 3  # of a hand-over, beside its copies and a call for each of its parts
+SUMS_CALLS = 5  # of its sums: a wait, their blocks' numbers, zeros, the kernel, and the way back
 
 
 class TimedTicket:
@@ -50,6 +52,25 @@ class TimedTicket:
 
     def wait(self) -> None:
         self._ended.wait()
+
+
+class TimedSums:
+    """Sums of nothing, that end with the copies before them."""
+
+    __slots__ = ("_after", "_count")
+
+    def __init__(self, after: TimedTicket | None, count: int) -> None:
+        self._after, self._count = after, count
+
+    def done(self) -> bool:
+        return self._after is None or self._after.done()
+
+    def wait(self) -> None:
+        if self._after is not None:
+            self._after.wait()
+
+    def values(self) -> np.ndarray:
+        return np.zeros((self._count, SUMS), np.uint64)
 
 
 class Link:
@@ -119,6 +140,11 @@ class TimedPages(NoPages):
                 parts.append(self._ask(count, layers * RUN_BYTES))
             tickets += [parts[-1]] * layers
         return tickets[:LAYERS]
+
+    def sums(self, pages: np.ndarray, *, after: TimedTicket | None) -> Sums:
+        for _ in range(SUMS_CALLS):
+            self._call(DRIVER_CALL_S)
+        return TimedSums(after, len(pages))
 
     def _ask(self, copies: int, copy_bytes: int) -> TimedTicket:
         for begin in range(0, copies, BATCH_COPIES):

@@ -1,6 +1,6 @@
 """How fast each place of KV beyond the GPU is: the link both ways, arenas of host memory, disks behind directories.
 
-Disks are measured through TieredKVCache, checksums included, as the pool will use them; host memory in runs of a page
+Disks are measured through TieredKVCache, as the pool will use them; host memory in runs of a page
 of K or V, as it is gathered; the link in one piece.
 """
 from __future__ import annotations
@@ -96,8 +96,9 @@ def host_rates(device: Device, num_bytes: int, *, node: int | None, pin: bool) -
 
 
 def disk_rates(directory: Path, device: Device, num_bytes: int, *, pin: bool) -> tuple[Rates, str]:
-    """(rates, what reads) of the disk behind a directory, random blocks of the device. ValueError where it cannot hold
-    them, RuntimeError where a block did not come back."""
+    """(rates, what reads) of the disk behind a directory, random blocks of the device, LATENCY_READS + 1 at least.
+    ValueError where it cannot hold them, or the device has too few pages, RuntimeError where a block did not come
+    back."""
     slot_bytes = HEADER_BYTES + round_up(device.block_bytes)
     count = max(LATENCY_READS + 1, num_bytes // device.block_bytes)
     depth = max(8, UNDER_WAY_BYTES // slot_bytes)
@@ -110,7 +111,7 @@ def disk_rates(directory: Path, device: Device, num_bytes: int, *, pin: bool) ->
     store = DiskStore(tier=tier, directory=str(place), bytes_under_way=depth * slot_bytes,
                       ring_bytes=3 * depth * slot_bytes, pin=pin)  # fmt: skip
     keys = [hashlib.sha256(f"block {at}".encode()).digest() for at in range(count)]
-    pages = np.arange(count, dtype=np.int32) % device.num_pages
+    pages = np.arange(count, dtype=np.int32)
     try:
         with TieredKVCache(device, disks=[store]) as cache:
             begin = time.perf_counter()
@@ -132,7 +133,7 @@ def disk_rates(directory: Path, device: Device, num_bytes: int, *, pin: bool) ->
     finally:
         shutil.rmtree(place, ignore_errors=True)
     rate = count * device.block_bytes / read_s
-    how = f"{stats['reader']}, {'O_DIRECT' if stats['direct'] else 'buffered'}, {stats['checksum']}"
+    how = f"{stats['reader']}, {'O_DIRECT' if stats['direct'] else 'buffered'}"
     latency_s = max(0.0, single_s - device.block_bytes / rate)
     return Rates(rate, count * device.block_bytes / write_s, latency_s), how
 

@@ -16,10 +16,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from gpu.cache.dma import ask_for_queues
 from gpu.cache.tiers.host_arena import numa_nodes
 from gpu.cache.tiers.host_room import free_host_bytes
 from gpu.calibrate.tier_rates import (
     BLOCK_BYTES,
+    LATENCY_READS,
     MIB,
     RUN_BYTES,
     disk_rates,
@@ -73,7 +75,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Tier], dict[str, float]
     cuda = args.device == "cuda"
     num_bytes = int(args.gib * 2**30) if cuda else TINY_BYTES
     today = datetime.date.today().isoformat()
-    device = make_device(max(1, num_bytes // BLOCK_BYTES), cuda=cuda)
+    device = make_device(max(LATENCY_READS + 1, num_bytes // BLOCK_BYTES), cuda=cuda)
     tiers: dict[str, Tier] = {}
     link: dict[str, float] = {}
     if cuda:
@@ -114,6 +116,7 @@ def _tell(tier: Tier) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    ask_for_queues()
     if args.device == "cuda":
         from gpu.measure.environment import lacks_gpu
 

@@ -139,6 +139,10 @@ KERNELS: Mapping[str, tuple[Parameter, ...]] = {
     "pkv_argmax": (CHOICE,),
     "pkv_gather": RUNS,
     "pkv_scatter": RUNS,
+    "pkv_block_sums": _values(
+        *_fields("p", "pages bases"), Field("page_stride", "q"), *_fields("i", "run_bytes num_blocks runs_per_block"),
+        Field("sums", "p"),
+    ),
     "pkv_stream_read": _values(Field("src", "p"), Field("num_vectors", "q"), Field("sink", "p")),
 }  # fmt: skip
 

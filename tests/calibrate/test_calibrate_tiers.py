@@ -81,14 +81,14 @@ def test_what_goes_wrong_while_it_measures_is_one_line(tmp_path, monkeypatch, ca
     if fails == "mkdtemp":
         monkeypatch.setattr("tempfile.mkdtemp", read_only)
     elif fails == "a block":
-        monkeypatch.setattr("gpu.cache.tiers.disks.disk_tier.find_fault", lambda *_: "wrong checksum")
+        monkeypatch.setattr("gpu.cache.tiers.disks.disk_tier.read_header", lambda *_: ("no valid header", (0, 0)))
     else:
         out.mkdir(parents=True)
     (tmp_path / "a=b").mkdir()
     words = ["--tiers", str(tmp_path / "a=b"), "-o", str(out), "--device-base", "h200", "--device", "cpu"]
     assert calibrate.main(words) == 2
     said = capsys.readouterr().err.splitlines()
-    expected = {"mkdtemp": "Read-only file system", "a block": "'last_fault': 'wrong checksum'", "the file": "directory"}
+    expected = {"mkdtemp": "Read-only file system", "a block": "'last_fault': 'no valid header'", "the file": "directory"}
     assert said[-1].startswith("gpu.calibrate: error: ") and expected[fails] in said[-1]
     assert not list((tmp_path / "a=b").iterdir())
 

@@ -63,7 +63,7 @@ def test_disks_and_tiers_without_a_gpu(tmp_path, monkeypatch, capsys) -> None:
     assert bench_pool.main([*words, *more]) == 0 and "all staged" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["parts"]["stand-in"][0]
     assert found["over_bound"] > 0.9 and sum(one["blocks"] for one in found["traces"]) == 64
-    figures = disks.three_tiers([tmp_path] * 3, [4e7, 2e7, 1e7], disks.NoPages(65536, 64), blocks=70, placement="bandwidth")
+    figures = disks.three_tiers([tmp_path] * 3, [4e7, 2e7, 1e7], disks.NoPages(65536, 70), blocks=70, placement="bandwidth")
     assert 0.5 < figures["share"] < 1.2
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]  # nothing is left on the disk
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("gpu", "gpu-cuda13")
 CAPABILITIES = (86, 90)
-TOLD = ("torch", "cupy-", "cuda-toolkit", "flashinfer-python", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "xxhash")
+TOLD = ("torch", "cupy-", "cuda-toolkit", "flashinfer-python", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
 
 
 def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]:
@@ -72,6 +72,7 @@ def variants(capability: int) -> Iterator[tuple[str, str, dict[str, int | str]]]
         yield "select.cu", summary, defines
         yield "summaries.cu", summary, defines
     yield "gather.cu", "", {"THREADS": 512, "UNROLL": 4}
+    yield "block_sums.cu", "", {"THREADS": 256, "UNROLL": 4}
     yield "plan.cu", "", {}
     yield "plan_spans.cu", "", {}
     for unroll in sorted({unroll for _, _, unroll in STREAM_SHAPES}):

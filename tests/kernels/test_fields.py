@@ -48,6 +48,7 @@ FILES = {"pkv_decode_balanced": "balanced.cu", "pkv_decode_tasks": "decode.cu", 
          "pkv_list_balanced": "plan.cu", "pkv_append": "append.cu", "pkv_stream_read": "stream.cu",
          "pkv_list_spans": "plan_spans.cu", "pkv_find_prefixes": "prefixes.cu",
          "pkv_decode_shared": "shared.cu", "pkv_gather": "gather.cu", "pkv_scatter": "gather.cu",
+         "pkv_block_sums": "block_sums.cu",
          "pkv_decode_several": "several.cu", "pkv_merge_ranks": "several.cu",
          "pkv_product": "product.cu", **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), "rows.cu"),
          "pkv_decode_selected": "selected.cu", "pkv_select_pages": "select.cu", "pkv_summarize_pages": "summaries.cu"}
@@ -110,7 +111,8 @@ def ptx(file_name: str, options: tuple[str, ...]) -> str:
 def test_kernels_take_the_tables_parameters(name, file_name) -> None:
     others = {"pkv_append": APPEND_DEFINES, "pkv_stream_read": {}, "pkv_list_balanced": {}, "pkv_list_spans": {},
               "pkv_decode_shared": read_config(CONFIG, 90).read_defines(), "pkv_gather": {"THREADS": 512, "UNROLL": 4},
-              "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_decode_several": RANK_DEFINES,
+              "pkv_scatter": {"THREADS": 512, "UNROLL": 4}, "pkv_block_sums": {"THREADS": 256, "UNROLL": 4},
+              "pkv_decode_several": RANK_DEFINES,
               "pkv_merge_ranks": RANK_DEFINES, "pkv_product": PRODUCT_DEFINES,
               **dict.fromkeys(("pkv_rms_norm", "pkv_silu_gate", "pkv_argmax"), {"NORM_VECTORS": 2}),
               "pkv_select_pages": SELECTION_DEFINES, "pkv_summarize_pages": SELECTION_DEFINES,

@@ -248,6 +248,7 @@ def test_tiles_are_copied_sixteen_bytes_at_a_time(file_name):
 
 
 ELSEWHERE = {  # sources with more to test than that they compile, and the tests that compile them
+    "block_sums.cu": "test_block_sums_kernel.py",
     "gather.cu": "test_gather_kernel.py",
     "product.cu": "test_product_kernel.py",
     "rows.cu": "test_rows_kernels.py",

@@ -18,9 +18,9 @@ def check_keys(keys: Sequence[bytes], *, once: bool = False) -> None:
         raise ValueError("keys: expected each once")
 
 
-def check_pages(pages: Sequence[int] | np.ndarray, num_pages: int) -> np.ndarray:
+def check_pages(pages: Sequence[int] | np.ndarray, num_pages: int, *, once: bool = False) -> np.ndarray:
     """The pages as int32 [n]. ValueError unless they are integers in [0, num_pages): 2^32 is not page 0, nor 1.5 page
-    1."""
+    1; once: and no two of them are equal."""
     try:
         array = np.asarray(pages)
     except (TypeError, ValueError) as error:  # such as an array of a GPU, or lists of unlike lengths
@@ -29,4 +29,6 @@ def check_pages(pages: Sequence[int] | np.ndarray, num_pages: int) -> np.ndarray
         raise ValueError(f"pages: expected integers [n], got {array.dtype} {list(array.shape)}")
     if array.size and not 0 <= array.min() <= array.max() < num_pages:
         raise ValueError(f"pages: expected [n] in [0, {num_pages}), got {array.min()} to {array.max()}")
+    if once and len(np.unique(array)) < len(array):
+        raise ValueError("pages: expected each once")
     return array.astype(np.int32)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pkvsim.memory.block_sums import SUMS, block_sums
+
 
 class Ticket(Protocol):
     """Copies that have been asked for. Either call may raise where they failed."""
@@ -20,6 +22,13 @@ class Ticket(Protocol):
 
     def wait(self) -> None:
         """Until they have."""
+
+
+class Sums(Ticket, Protocol):
+    """Sums that have been asked for."""
+
+    def values(self) -> np.ndarray:
+        """[n, SUMS] uint64 of pkvsim.memory.block_sums, once they have ended."""
 
 
 def has_ended(ticket: Ticket) -> bool:
@@ -64,6 +73,9 @@ class Device(Protocol):
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
         """Pages [n] int32 to host blocks at addresses [n] int64, once the mark is reached."""
 
+    def sums(self, pages: np.ndarray, *, after: object) -> Sums:
+        """Of the blocks that pages [n] int32 hold once a mark is reached, or copies that a ticket is of have ended."""
+
     def wait(self, ticket: Any) -> None:
         """Lets what the caller's stream is given next wait for the ticket; this thread goes on."""
 
@@ -80,6 +92,18 @@ class DoneTicket:
         return None
 
 
+class DoneSums(DoneTicket):
+    """Sums that are known."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
+
+    def values(self) -> np.ndarray:
+        return self._values
+
+
 class _LayerByLayer:
     __slots__ = ()
 
@@ -91,7 +115,7 @@ class _LayerByLayer:
 
 
 class NoPages(_LayerByLayer):
-    """A device that takes every block and keeps none: disks alone are measured where there is no GPU."""
+    """A device that takes every block, keeps none and looks at none: disks alone are measured where there is no GPU."""
 
     __slots__ = ("num_layers", "block_bytes", "num_pages")
 
@@ -108,6 +132,9 @@ class NoPages(_LayerByLayer):
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
         return DoneTicket()
+
+    def sums(self, pages: np.ndarray, *, after: object) -> Sums:
+        return DoneSums(np.zeros((len(pages), SUMS), np.uint64))
 
     def wait(self, ticket: Ticket) -> None:
         return None
@@ -137,6 +164,9 @@ class HostPages(_LayerByLayer):
         for address, page in zip(addresses.tolist(), pages.tolist()):
             ctypes.memmove(address, self.pages[page].ctypes.data, self.block_bytes)
         return DoneTicket()
+
+    def sums(self, pages: np.ndarray, *, after: object) -> Sums:
+        return DoneSums(block_sums(self.pages[pages].reshape(len(pages), -1)))
 
     def wait(self, ticket: Ticket) -> None:
         return None
@@ -179,6 +209,10 @@ class HostLayers(_LayerByLayer):
             for at, array in enumerate(self._arrays):
                 ctypes.memmove(address + at * self._run_bytes, array[page].ctypes.data, self._run_bytes)
         return DoneTicket()
+
+    def sums(self, pages: np.ndarray, *, after: object) -> Sums:
+        blocks = np.stack([array[pages].reshape(len(pages), -1) for array in self._arrays], 1)
+        return DoneSums(block_sums(blocks.reshape(len(pages), -1)))
 
     def wait(self, ticket: Ticket) -> None:
         return None

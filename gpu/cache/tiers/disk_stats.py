@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpu.cache.tiers.disks.disk_files import CHECKSUM_NAME
 from gpu.cache.tiers.disks.disk_jobs import by_name
 from gpu.cache.tiers.disks.disk_tier import DiskTier
 
@@ -12,7 +11,7 @@ def disk_stats(disk: DiskTier, weight: float) -> dict[str, Any]:
     """weight: by which blocks are placed, bytes/s; 0 of a disk that is not used any more."""
     counts = disk.counts
     return {
-        "reader": disk.reader_name, "direct": disk.files.direct, "checksum": CHECKSUM_NAME, "read": counts.read,
+        "reader": disk.reader_name, "direct": disk.files.direct, "read": counts.read,
         "written": counts.written, "faults": counts.faults, "busy_s": counts.busy_s,
         "read_bytes": counts.read * disk.files.block_bytes, "thread_s": counts.thread_s, "stalled": disk.is_stalled,
         "last_fault": counts.last_fault, "queued": disk.queued, "weight_bytes_per_s": weight, "copies": counts.copies,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu.cache.tiers.device import Device, Ticket, wait_ended
+from gpu.cache.tiers.device import Device, Sums, Ticket, wait_ended
 from gpu.cache.tiers.disks.disk_jobs import UNTAKEN, ReadJob, WriteJob
 from pkvsim.memory.memory_pool import Read, Write
 
@@ -48,39 +48,32 @@ class LoadHandle:
         self._cancelled = self._closed = False
         self._asking = 0  # calls of the device that are asking for copies
         self._layers: Sequence[Ticket] = ()  # of the blocks from host memory
-        self._tickets: list[Ticket] = []  # of the blocks from disks
+        self._sums: list[Sums] = []  # of the blocks from disks, which end after their copies
         self._jobs: list[ReadJob] = []
 
     def wait_layer(self, layer: int) -> int:
         """Lets the caller's stream wait until layer `layer` of the loaded blocks is there; returns how many leading
         blocks are valid, the same for every layer, fewer than `blocks` where a tier failed. Blocks this thread only as
-        long as disks still read. ValueError after cancel()."""
+        long as blocks of disks are on their way, which are compared where they arrive. ValueError after cancel()."""
         valid = self._wait_disks()
         device = self._cache.device
         if not 0 <= layer < device.num_layers:
             raise ValueError(f"layer: expected [0, {device.num_layers}), got {layer}")
-        for ticket in (*self._layers[layer : layer + 1], *self._not_done()):
+        for ticket in self._layers[layer : layer + 1]:
             device.wait(ticket)
         return valid
 
     def wait(self) -> int:
         """Blocks this thread until everything is in its pages; returns how many leading blocks are valid. Raises what
-        the device does where copies failed, and nothing writes to the pages any more then."""
+        the device does where copies of host memory failed, and nothing writes to the pages any more then."""
         valid = self._wait_disks()
         try:
-            for ticket in (*self._layers, *self._not_done()):
+            for ticket in self._layers:
                 ticket.wait()
         except Exception:
             self.cancel()
             raise
         return valid
-
-    def _not_done(self) -> list[Ticket]:
-        """Tickets of disks' blocks that are still being copied. Those that are done are asked once, and not again for
-        each layer: a long prompt has hundreds."""
-        with self._changed:
-            self._tickets = [ticket for ticket in self._tickets if not ticket.done()]
-            return self._tickets
 
     def _wait_disks(self) -> int:
         with self._changed:
@@ -97,7 +90,7 @@ class LoadHandle:
                 job.cancelled = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._asking)
-            tickets = [*self._layers, *self._tickets]
+            tickets = [*self._layers, *self._sums]
         for ticket in tickets:
             wait_ended(ticket)
 
@@ -120,24 +113,29 @@ class LoadHandle:
             self._changed.notify_all()
         self._less(1, valid)
 
-    def _take(self, buffers: np.ndarray, jobs: list[ReadJob]) -> Ticket | None:
-        """Called by the porter's thread with blocks that have arrived. No lock is held over the device's call, which
+    def _take(self, buffers: np.ndarray, jobs: list[ReadJob]) -> Sums | None:
+        """Called by the porter's thread with blocks that have arrived. No lock is held over the device's calls, which
         may take as long as a disk reads many blocks in, and the disks tell this handle of others meanwhile."""
         pages = self._pages[[job.tag for job in jobs]]
         with self._changed:
             if self._cancelled:
                 return None
             self._asking += 1
-        ticket = None
+        sums, device = None, self._cache.device
         try:
-            ticket = self._cache.device.copy_in(buffers, pages, after=self._after, each_layer=False)[0]
+            ticket = device.copy_in(buffers, pages, after=self._after, each_layer=False)[0]
+            try:
+                sums = device.sums(pages, after=ticket)
+            except Exception:  # of a GPU that has copied, into pages that are another's once this load has ended
+                wait_ended(ticket)
+                raise
         finally:
             with self._changed:
                 self._asking -= 1
-                if ticket is not None:
-                    self._tickets.append(ticket)
+                if sums is not None:
+                    self._sums.append(sums)
                 self._changed.notify_all()
-        return ticket
+        return sums
 
     def _ended(self, jobs: list[ReadJob], fault: str | None) -> None:
         if fault is not None and fault != UNTAKEN:
@@ -152,6 +150,7 @@ class LoadHandle:
             self._pending -= count
             if self._pending:
                 return
+            self._sums.clear()  # as all of them have ended
             self._changed.notify_all()
         self._cache._after_copies(self)
 
@@ -180,11 +179,17 @@ class StoreHandle:
         pages = self._pages[[write.at for write in writes]]
         return self._cache.device.copy_out(pages, addresses, after=self._after)
 
-    def _fill(self, buffers: np.ndarray, jobs: list[WriteJob]) -> Ticket:
-        ticket = self._copy([self._writes[job.tag] for job in jobs], buffers)
-        ticket.wait()
+    def _fill(self, buffers: np.ndarray, jobs: list[WriteJob]) -> np.ndarray:
+        """Sums [n, SUMS] uint64 of the blocks, once they are in the buffers."""
+        writes = [self._writes[job.tag] for job in jobs]
+        ticket = self._copy(writes, buffers)
+        try:
+            sums = self._cache.device.sums(self._pages[[write.at for write in writes]], after=self._after)
+            sums.wait()
+        finally:
+            ticket.wait()
         self._copied(len(jobs))
-        return ticket
+        return sums.values()
 
     def _copied(self, count: int) -> None:
         with self._changed:

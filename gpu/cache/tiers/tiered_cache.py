@@ -8,7 +8,7 @@
 
 What goes where, and what goes when there is no room, pkvsim.memory decides, as it does for the simulator. A key covers
 everything before its block and how it was computed (model, type, layout): equal keys are equal KV. Whatever a tier does
-wrong costs hits: a block is used only where its key and checksum are right, and every wait ends.
+wrong costs hits: a block is used only where its key and sums are right, and every wait ends.
 """
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class TieredKVCache:
         """
         with self._calls.one():
             check_keys(keys, once=True)
-            return self._load(keys, check_pages(pages, self.device.num_pages))
+            return self._load(keys, check_pages(pages, self.device.num_pages, once=True))
 
     def _load(self, keys: Sequence[bytes], pages: np.ndarray) -> LoadHandle:
         mark = self.device.mark()  # before anything is taken, as it may raise
@@ -242,7 +242,7 @@ class TieredKVCache:
 
     def _after_copies(self, handle: LoadHandle) -> None:
         """All blocks of a load have been handed over: once they are copied, the pool may move them again."""
-        tickets = (*handle._layers, *handle._tickets)
+        tickets = handle._layers  # those of disks have ended before their jobs do
         if all(map(has_ended, tickets)) or self._calls.is_closed:
             self._loaded(handle, tickets)
         else:

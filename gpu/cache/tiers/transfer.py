@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu.cache.dma import StagingRing, copy_runs
+from gpu.cache.tiers.cuda_sums import CudaSums, SumsTicket
 from gpu.cache.tiers.event_ticket import EventTicket
 from gpu.inputs import arrays
 from gpu.kernels.compile import load_kernel
@@ -61,7 +62,7 @@ class CudaPages:
 
     __slots__ = ("num_layers", "num_pages", "block_bytes", "run_bytes", "runs_per_layer", "gather_ctas",
                  "scatter_ctas", "arrays", "_library", "_device", "_bases", "_host_bases", "_page_stride", "_streams",
-                 "_rings", "_gather", "_scatter", "_lock", "_ways")  # fmt: skip
+                 "_rings", "_gather", "_scatter", "_lock", "_ways", "_sums")  # fmt: skip
 
     def __init__(
         self, k_pages: Sequence[object], v_pages: Sequence[object], *, ways: tuple[str, str] | None = None,
@@ -122,6 +123,8 @@ class CudaPages:
                 for name in ("pkv_gather", "pkv_scatter")
             )
             self._rings = self._make_rings(pieces, staging_bytes)
+            self._sums = CudaSums(self._bases, page_stride=self._page_stride, run_bytes=self.run_bytes,
+                                  device=self._device)  # fmt: skip
             cupy.cuda.get_current_stream().synchronize()
 
     def _make_rings(self, layers: Sequence[int], staging_bytes: Sequence[int]) -> list[StagingRing | None]:
@@ -170,6 +173,9 @@ class CudaPages:
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> EventTicket:
         return self._copy(2, addresses, pages, after)[0]
+
+    def sums(self, pages: np.ndarray, *, after: object) -> SumsTicket:
+        return self._sums.ask_for(pages, after.event if isinstance(after, EventTicket) else after)
 
     def wait(self, ticket: EventTicket) -> None:
         import cupy

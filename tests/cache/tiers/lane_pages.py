@@ -12,6 +12,7 @@ import numpy as np
 from pool_cases import LAYERS, RUN_BYTES
 
 from gpu.cache.tiers.device import HostPages
+from pkvsim.memory.block_sums import block_sums
 
 
 class LaneTicket:
@@ -35,9 +36,16 @@ class LaneTicket:
             raise self._error
 
 
+class LaneSums(LaneTicket):
+    """With what has been added up."""
+
+    def values(self) -> np.ndarray:
+        return self.found
+
+
 class LanePages(HostPages):
-    """fault(name) is asked before each "in" and "out" call and before each "copy": an exception to raise there, or None.
-    Copies wait up to slow_s, at random."""
+    """fault(name) is asked before each "in", "out" and "sums" call, before each "copy" and before each "sum": an exception
+    to raise there, or None. Copies wait up to slow_s, at random."""
 
     __slots__ = ("fault", "_lanes", "_slow_s", "_random")
 
@@ -45,7 +53,7 @@ class LanePages(HostPages):
         super().__init__(num_pages=num_pages, num_layers=LAYERS, run_bytes=RUN_BYTES)
         self.fault: Callable[[str], Exception | None] = lambda name: None
         self._slow_s, self._random = slow_s, random.Random(seed)
-        self._lanes: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in range(3)]
+        self._lanes: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in range(4)]
         for lane in self._lanes:
             threading.Thread(target=self._run, args=(lane,), daemon=True).start()
 
@@ -54,6 +62,15 @@ class LanePages(HostPages):
             moves, ticket = work
             if self._slow_s:
                 time.sleep(self._random.random() * self._slow_s)
+            if isinstance(ticket, LaneSums):
+                pages, after = moves
+                error = self.fault("sum")
+                if after is not None:
+                    after._ended.wait()
+                    error = error or after._error
+                ticket.found = block_sums(self.pages[pages].reshape(len(pages), -1))
+                ticket.end(error)
+                continue
             error = self.fault("copy")
             if error is None:
                 for target, source, num_bytes in moves:
@@ -91,6 +108,12 @@ class LanePages(HostPages):
         self._check("out")
         ends = zip(addresses.tolist(), pages.tolist())
         return self._copy(2, [(address, self.pages[page].ctypes.data, self.block_bytes) for address, page in ends])
+
+    def sums(self, pages: np.ndarray, *, after: LaneTicket | None) -> LaneSums:
+        self._check("sums")
+        ticket = LaneSums()
+        self._lanes[3].put(((pages, after), ticket))
+        return ticket
 
     def wait(self, ticket: LaneTicket) -> None:
         ticket.wait()

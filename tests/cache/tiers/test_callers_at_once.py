@@ -13,6 +13,7 @@ from pool_cases import EIO, LAYERS, LONG_S, SLOT, FaultyReader, check, compute, 
 from gpu.cache.tiers import handles, tiered_cache
 from gpu.cache.tiers.disks import disk_jobs, disk_tier
 from gpu.cache.tiers.tiered_cache import TieredKVCache
+from pkvsim.memory.block_sums import block_sums
 
 
 def jitters(monkeypatch, rng):
@@ -102,6 +103,7 @@ def test_callers_at_once_with_sleeps_around_every_lock(tmp_path, monkeypatch, ti
     rule = lambda request, count: rng.choice([EIO, 100, 0, "flip"]) if faults and not rng.randrange(faults) else None  # noqa: E731
     options = {"reader": lambda depth, buffers: FaultyReader(rule, depth), "ring_bytes": slots * SLOT}
     pages = LanePages(seats * Callers.PAGES, slow_s=0.003, seed=seed)
+    block_sums(np.zeros((1, 16), np.uint8))  # compiled before the clock starts
     pages.fault = lambda name: RuntimeError("of the GPU") if rng.random() < gpu_faults else None
     cache = TieredKVCache(
         pages, host=[host(8)] if "host" in tiers else [], disks=[disk(tmp_path / name, 12, **options) for name in names]

@@ -1,6 +1,5 @@
 """One disk's thread: how much it has under way while it works, in how large parts it hands over, how often it wakes."""
 import os
-import sys
 import threading
 import time
 
@@ -8,7 +7,6 @@ import numpy as np
 from pool_cases import BLOCK_BYTES, compute, device, disk, keys
 
 from gpu.cache.tiers.device import HostPages
-from gpu.cache.tiers.disks import disk_files
 from gpu.cache.tiers.disks.disk_files import DiskFiles
 from gpu.cache.tiers.disks.disk_jobs import DiskCounts, ReadJob, WriteJob
 from gpu.cache.tiers.disks.disk_reads import Done, LimitedReader, Request
@@ -139,32 +137,6 @@ def test_disks_read_on_while_the_gpu_takes_long(tmp_path):
         told = stats[name]
         assert told["porter_s"] > 0 and told["copies_s"] >= 0 and told["wall_s"]["check"] >= told["cpu_s"]["check"] * 0.5
         assert set(told["wall_s"]) == {"idle", "ask", "read", "slots", "check", "hand over", "end", "drain"}
-
-
-def test_a_checksum_lets_other_threads_run():
-    """With no switch between threads but where one lets go of Python's lock: the checksum must."""
-    data, began, ended = memoryview(bytes(2**26)), threading.Event(), []
-
-    def check():
-        began.set()
-        disk_files._CHECKSUMS[disk_files.CHECKSUM](data)
-        ended.append(True)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000.0)
-    try:
-        for _ in range(50):  # as the operating system may wake this thread late
-            began.clear(), ended.clear()
-            thread = threading.Thread(target=check)
-            thread.start()
-            began.wait()
-            beside = not ended
-            thread.join()
-            if beside:
-                break
-    finally:
-        sys.setswitchinterval(interval)
-    assert beside
 
 
 def test_the_rate_of_reads_is_of_the_time_in_which_they_were_read(tmp_path):

@@ -67,7 +67,7 @@ def test_a_pool_over_a_namespace(tmp_path):
         put(cache, keys("p", 12))
         assert got(cache, keys("p", 12)) == 12
         assert "untested" in cache.stats()["a"]["reader"]
-    assert controller.memory[:4096].sum() == 0 and controller.memory[4096 : 4096 + 8] .tobytes() == b"PKVBLK01"
+    assert controller.memory[:4096].sum() == 0 and controller.memory[4096 : 4096 + 8] .tobytes() == b"PKVBLK02"
     with TieredKVCache(device(), disks=[disk(tmp_path / "a", 20, reader=make)]) as cache:
         assert got(cache, keys("p", 12)) == 12
 

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import itertools
+import os
 import sys
 import threading
 import types
@@ -9,13 +10,14 @@ import types
 import numpy as np
 import pytest
 from fake_gpu import FakeArray, memory
-from pool_cases import check, content, host, keys
+from pool_cases import check, content, disk, host, keys
 
 from gpu.cache import dma
-from gpu.cache.tiers import transfer
+from gpu.cache.tiers import cuda_sums, transfer
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.kernels import fields
 from pkvsim.devices import copy_way
+from pkvsim.memory.block_sums import SUMS, block_sums
 
 LAYERS, RUN = 3, 2048  # K or V of a page of a layer: pool_cases has 4096 for both
 
@@ -71,15 +73,31 @@ def fake(monkeypatch):
         runtime=types.SimpleNamespace(
             eventRecord=lambda event, stream: waits.append(("mark", event, stream)),
             streamWaitEvent=lambda stream, event, flags: waits.append(("wait", stream, event)),
+            memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size),
+            memcpyDefault=4, memcpyDeviceToHost=2,
         ),
+        alloc_pinned_memory=bytearray,
     )  # fmt: skip
     cupy = types.ModuleType("cupy")
-    cupy.__dict__.update(ndarray=FakeArray, cuda=cuda, asarray=lambda array: FakeArray(np.array(array)), uint8=np.uint8,
+    cupy.__dict__.update(ndarray=FakeArray, cuda=cuda, asarray=lambda array: FakeArray(np.array(array)), uint8=np.uint8, uint64=np.uint64, zeros=lambda shape, dtype: FakeArray(np.zeros(shape, dtype)),
                          empty=lambda size, dtype: FakeArray(np.full(size, 0xEE, dtype)))  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     launches = []
 
+    def add_up(names, args):
+        """pkv_block_sums."""
+        at = types.SimpleNamespace(**dict(zip(names, args)))
+        pages, bases = memory(at.pages, np.int32, (at.num_blocks,)), memory(at.bases, np.int64, (at.runs_per_block,))
+        sums = memory(at.sums, np.uint64, (at.num_blocks, SUMS))
+        for block, page in enumerate(pages.tolist()):
+            runs = [memory(int(base) + page * at.page_stride, np.uint8, (at.run_bytes,)) for base in bases]
+            sums[block] += block_sums(np.concatenate(runs)[None])[0]
+
     def load_kernel(file_name, kernel_name, defines, *, threads):
+        if kernel_name == "pkv_block_sums":
+            assert file_name == "block_sums.cu" and threads == defines["THREADS"] == 256
+            names = fields.names(kernel_name, defines)
+            return lambda grid, args, stream: add_up(names, args)
         assert file_name == "gather.cu" and threads == defines["THREADS"] == 512
 
         def launch(grid, args, stream):
@@ -97,7 +115,8 @@ def fake(monkeypatch):
 
         return launch
 
-    monkeypatch.setattr(transfer, "load_kernel", load_kernel)
+    for module in (transfer, cuda_sums):
+        monkeypatch.setattr(module, "load_kernel", load_kernel)
     return types.SimpleNamespace(launches=launches, waits=waits, monkeypatch=monkeypatch)
 
 
@@ -137,7 +156,7 @@ def test_blocks_go_out_and_come_back_layer_by_layer(fake, combined):
         assert [handle.wait_layer(layer) for layer in range(LAYERS)] == [5] * LAYERS
         handle.wait()
         check(pages, prompt, [2, 4, 6, 8, 10])
-    layers, _, stores = Stream.made
+    layers, _, stores = Stream.made[:3]
     assert [(name, stream, first, count) for name, _, stream, first, count, _ in fake.launches] == [
         ("pkv_scatter", stores.ptr, 0, each * LAYERS),
         *(("pkv_gather", layers.ptr, each * at, each) for at in range(LAYERS))]
@@ -168,8 +187,6 @@ def copy_batch(targets, sources, sizes, count, attributes, first, num_attributes
 
 @pytest.mark.parametrize("has_batch", [True, False])
 def test_long_runs_go_by_dma(fake, has_batch):
-    sys.modules["cupy"].cuda.runtime.memcpyAsync = lambda to, source, size, kind, stream: ctypes.memmove(to, source, size)
-    sys.modules["cupy"].cuda.runtime.memcpyDefault = 4
     fake.monkeypatch.setattr(dma, "_batch_copy", lambda: copy_batch if has_batch else None)
     pages = make(ways=("dma", "dma"))
     there_and_back(pages)
@@ -335,3 +352,56 @@ def test_pages_that_do_not_fit_each_other_are_named(fake):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             transfer.CudaPages(k, v)
+
+
+@pytest.mark.parametrize("combined", [True, False])
+def test_sums_are_those_of_the_pages_once_what_they_wait_for_is_there(fake, combined):
+    pages = make(combined=combined, ways=("kernel", "kernel"))
+    pages.both[:] = np.random.default_rng(5).integers(0, 256, pages.both.shape, np.uint8)
+    places = np.array([3, 11, 0])
+    wanted = block_sums(np.ascontiguousarray(pages.pages[places]).reshape(3, -1))
+    mark = pages.mark()
+    blocks = np.zeros((1, pages.block_bytes), np.uint8)
+    ticket = pages.copy_in(blocks.ctypes.data + np.zeros(1, np.int64), np.array([7]), after=mark, each_layer=False)[0]
+    stream = Stream.made[-1]
+    assert stream not in Stream.made[:3] and not stream.told
+    for after, event in ((mark, mark), (ticket, ticket.event)):
+        sums = pages.sums(places, after=after)
+        assert stream.told == [("wait", event.ptr), ("record", sums.event.ptr)]
+        sums.wait()
+        assert sums.done() and (sums.values() == wanted).all()
+        stream.told.clear()
+    assert (pages.sums(np.array([7]), after=ticket).values() == block_sums(blocks)).all()
+
+
+@pytest.mark.parametrize("combined", [True, False])
+def test_a_disks_blocks_are_compared_where_they_have_arrived(fake, tmp_path, combined):
+    """A bit that flips between the disk and the pages costs that block and those behind it, once."""
+    pages = make(combined=combined, ways=("kernel", "kernel"))
+    prompt, store = keys("p", 6), disk(tmp_path / "a")
+    with TieredKVCache(pages, disks=[store]) as cache:
+        for at, key in enumerate(prompt):
+            pages.both[:, at] = content(key).reshape(LAYERS, 2, RUN)
+        cache.store(prompt, range(6)).wait()
+        copy_in = transfer.CudaPages.copy_in
+
+        def flipping(self, addresses, places, **options):
+            tickets = copy_in(self, addresses, places, **options)
+            if 8 in places:
+                self.both[1, 8, 0, 100] ^= 4
+            return tickets
+
+        fake.monkeypatch.setattr(transfer.CudaPages, "copy_in", flipping)
+        handle = cache.load(prompt, [5, 6, 7, 8, 9, 10])
+        assert handle.wait() == 3 and cache.stats()["a"]["last_fault"] == "wrong sums"
+        check(pages, prompt[:3], [5, 6, 7])
+        assert cache.lookup(prompt) == 3 and cache.stats()["a"]["faults"] == 1
+
+
+def test_queues_are_asked_for_where_the_user_has_not_said_how_many(monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    for said, wanted in ((None, "32"), ("1", "1")):
+        if said is not None:
+            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", said)
+        dma.ask_for_queues()
+        assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == wanted

@@ -14,10 +14,12 @@ from gpu_needs import skip_below
 
 from gpu.cache.dma import StagingRing
 from gpu.cache.tiers import transfer
+from gpu.cache.tiers.event_ticket import EventTicket
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.stores import DiskStore, HostStore
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages
+from pkvsim.memory.block_sums import block_sums
 from pkvsim.memory.tiers import Tier
 
 LAYERS = 3
@@ -144,3 +146,45 @@ def test_a_load_waits_for_what_the_pages_are_used_for_and_nobody_waits_for_the_l
         assert handle.wait_layer(0) == 16
         seen_after = k[0][16:].copy()
         assert (seen_before == 1).all() and (bits(seen_after) == stored).all()
+
+
+@pytest.mark.parametrize(("library", "shape", "dtype", "combined"), [
+    ("cupy", (8, 16, 128), "float16", False), ("torch", (8, 16, 128), "float16", True), ("cupy", (1, 1, 8), "float16", True),
+    ("torch", (8, 64, 256), "float16", False),
+])  # fmt: skip
+@pytest.mark.parametrize("blocks", [1, 37])
+def test_sums_are_those_of_the_definition(library, shape, dtype, combined, blocks) -> None:
+    k, v = make_pages(library, 64, shape, dtype, combined)
+    pages = CudaPages(k, v)
+    places = np.random.default_rng(blocks).permutation(64)[:blocks].astype(np.int32)
+    runs = [bits(array)[places] for pair in zip(k, v) for array in pair]
+    sums = pages.sums(places, after=pages.mark())
+    sums.wait()
+    assert sums.done() and (sums.values() == block_sums(np.concatenate(runs, 1))).all()
+
+
+def test_a_block_that_changed_on_its_way_is_none_of_the_loaded(tmp_path, monkeypatch) -> None:
+    """One bit, in the pages that a disk's blocks have been copied to: what is behind it is not valid, nor asked again."""
+    k, v = make_pages("cupy", 64, (8, 16, 128), "float16", False)
+    pages, copy_in = CudaPages(k, v), CudaPages.copy_in
+
+    def flipping(self: CudaPages, addresses: np.ndarray, places: np.ndarray, **options: Any) -> Any:
+        tickets = copy_in(self, addresses, places, **options)
+        if 40 + 7 in places:
+            tickets[-1].wait()
+            k[1][47].view(np.uint16)[3, 5, 9] ^= 64
+            tickets = [EventTicket(self.mark(), 0, ())] * len(tickets)
+        return tickets
+
+    monkeypatch.setattr(CudaPages, "copy_in", flipping)
+    disks = [DiskStore(tier=store(name, "disk", 20, pages.block_bytes), directory=str(tmp_path / name)) for name in "ab"]
+    with TieredKVCache(pages, disks=disks) as cache:
+        cache.store(keys(20), np.arange(20)).wait()
+        before = [bits(array)[:20] for array in (*k, *v)]
+        handle = cache.load(keys(20), np.arange(40, 60))
+        assert handle.wait_layer(0) == handle.wait() == 7
+        for old, array in zip(before, (*k, *v)):
+            assert (bits(array)[40:47] == old[:7]).all()
+        faults = [cache.stats()[name] for name in "ab"]
+        assert sum(one["faults"] for one in faults) == 1 and "wrong sums" in {one["last_fault"] for one in faults}
+        assert cache.lookup(keys(20)) == 7

@@ -2,6 +2,6 @@
 
 Read in this order: `disk_tier` keeps one disk busy with `disk_jobs` (its thread, queue, ring and hand-over), and
 `disk_requests` says which of its requests have failed or stalled, and tells of it; both over `disk_files` (slots,
-checksums, what a restart finds) and `disk_reads` (many reads at once; `open_reader` chooses threads or `io_uring`, and
+headers, what a restart finds) and `disk_reads` (many reads at once; `open_reader` chooses threads or `io_uring`, and
 `nvme_passthrough` is there to be asked for). Nothing here needs a GPU.
 """

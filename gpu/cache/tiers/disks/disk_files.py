@@ -6,8 +6,9 @@
     complete   64 bytes a slot: the key of the block that is complete there, or zeros
 
 A slot's record in `complete` is cleared before the slot is written, and written after. So whenever a process dies, what
-the records list had been written whole. A header repeats key and slot and has the block's checksum, which every read
-checks: torn writes, flipped bits, blocks of elsewhere and records that outlived a power cut are misses, never KV.
+the records list had been written whole. A header repeats key and slot and has the block's sums, which every read
+compares with those of what it has brought: torn writes, flipped bits, blocks of elsewhere and records that outlived a
+power cut are misses, never KV.
 """
 from __future__ import annotations
 
@@ -18,41 +19,21 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from gpu.cache.tiers.host_arena import ALIGNMENT, round_up, view
 
 HEADER_BYTES = ALIGNMENT
 MAX_KEY_BYTES = 32
 MAX_SLOT_BYTES = 2**31 - ALIGNMENT  # what Linux reads or writes in one call at most
-FORMAT = 1
+FORMAT = 2
 
-_HEADER = struct.Struct("<8sQQQI4x32sI4x")  # magic, slot, block bytes, checksum, kind * 256 + key bytes, key; its CRC
+_HEADER = struct.Struct("<8sQQ2QI4x32sI4x")  # magic, slot, block bytes, its two sums, key bytes, key; CRC of these
 _RECORD = struct.Struct("<4sI32sI20x")  # magic, key bytes, key, CRC of these
-_HEADER_MAGIC, _RECORD_MAGIC = b"PKVBLK01", b"DONE"
+_HEADER_MAGIC, _RECORD_MAGIC = b"PKVBLK02", b"DONE"
 RECORD_BYTES = _RECORD.size
-XXH3, CRC32 = 1, 2
-
-
-def _find_checksums() -> dict[int, Callable[[memoryview], int]]:
-    """Checksums this process can compute, by number, the one to write with first."""
-    found: dict[int, Callable[[memoryview], int]] = {}
-    try:
-        import xxhash
-    except ImportError:  # about a twentieth of the speed, which stats() shows as the checksum's name
-        pass
-    else:
-        # Before xxhash 4.0 its one-shot functions keep Python's lock, so that disks' threads check one at a time: four
-        # disks of 3 GB/s gave 7 GB/s together. Objects let go of it for more than 100 KB, in every version.
-        found[XXH3] = lambda data: xxhash.xxh3_64(data).intdigest()
-    found[CRC32] = zlib.crc32
-    return found
-
-
-_CHECKSUMS = _find_checksums()
-CHECKSUM = next(iter(_CHECKSUMS))
-CHECKSUM_NAME = {XXH3: "xxh3_64", CRC32: "crc32"}[CHECKSUM]
 
 
 def check_key(key: object) -> bytes:
@@ -62,28 +43,25 @@ def check_key(key: object) -> bytes:
     return key
 
 
-def seal(address: int, block_bytes: int, key: bytes, slot: int) -> None:
-    """Writes the header of the block that lies behind it in a buffer of HEADER_BYTES + block_bytes."""
-    checksum = _CHECKSUMS[CHECKSUM](view(address + HEADER_BYTES, block_bytes))
-    head = _HEADER.pack(_HEADER_MAGIC, slot, block_bytes, checksum, CHECKSUM << 8 | len(key), key, 0)
+def seal(address: int, block_bytes: int, key: bytes, slot: int, sums: np.ndarray) -> None:
+    """Writes the header of the block that lies behind it in a buffer of HEADER_BYTES + block_bytes. sums: the block's,
+    [SUMS] uint64."""
+    head = _HEADER.pack(_HEADER_MAGIC, slot, block_bytes, *sums.tolist(), len(key), key, 0)
     target = view(address, HEADER_BYTES)
     target[: len(head)] = head[:-8] + struct.pack("<I4x", zlib.crc32(head[:-8]))
     target[len(head) :] = bytes(HEADER_BYTES - len(head))
 
 
-def find_fault(buffer: memoryview, block_bytes: int, key: bytes, slot: int) -> str | None:
-    """What is wrong with the block in a buffer that was read from a slot; None where it is the one of that key."""
-    magic, at, length, checksum, kind, stored, crc = _HEADER.unpack_from(buffer)
+def read_header(buffer: memoryview, block_bytes: int, key: bytes, slot: int) -> tuple[str | None, tuple[int, int]]:
+    """(What is wrong with the header in a buffer that was read from a slot, None where it is that of the key's block,
+    the sums that the block behind it must have)."""
+    magic, at, length, *sums, key_bytes, stored, crc = _HEADER.unpack_from(buffer)
+    fault = None
     if magic != _HEADER_MAGIC or crc != zlib.crc32(buffer[: _HEADER.size - 8]):
-        return "no valid header"
-    if at != slot or length != block_bytes or stored[: kind & 255] != key:
-        return "another block's header"
-    function = _CHECKSUMS.get(kind >> 8)
-    if function is None:
-        return f"checksum of kind {kind >> 8}, which this process cannot compute"
-    if function(buffer[HEADER_BYTES : HEADER_BYTES + block_bytes]) != checksum:
-        return "wrong checksum"
-    return None
+        fault = "no valid header"
+    elif at != slot or length != block_bytes or stored[:key_bytes] != key:
+        fault = "another block's header"
+    return fault, (sums[0], sums[1])
 
 
 class DiskFiles:

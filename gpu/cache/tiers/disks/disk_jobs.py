@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu.cache.tiers.device import Ticket
+from gpu.cache.tiers.device import Sums
 
 # The fault of a job that no disk is to blame for: the load was cancelled, or the GPU took or gave no block.
 UNTAKEN = "untaken"
@@ -22,14 +22,14 @@ UNTAKEN = "untaken"
 @dataclass(slots=True, eq=False)
 class ReadJob:
     """A block to be read. take(buffers of blocks [n] int64, jobs) is called in the porter's thread with the blocks that
-    have arrived, checked, of jobs that share it; it returns the ticket after which the buffers are free, None at once.
-    ended(jobs, fault) follows, once for all of them, fault None where the blocks were handed over. Neither the call nor
-    what it wakes may raise."""
+    have arrived, their headers right, of jobs that share it; it returns their sums where they are taken to, which end
+    after the buffers are free, None where it takes none. ended(jobs, fault) follows, fault None for those whose sums
+    are right. Neither the call nor what it wakes may raise."""
 
     slot: int
     key: bytes
     tag: int
-    take: Callable[[np.ndarray, list[ReadJob]], Ticket | None]
+    take: Callable[[np.ndarray, list[ReadJob]], Sums | None]
     ended: Callable[[list[Any], str | None], None]
     cancelled: bool = False
 
@@ -37,12 +37,12 @@ class ReadJob:
 @dataclass(slots=True, eq=False)
 class WriteJob:
     """A block to be written. fill(buffers [n], jobs) copies blocks of jobs that share it into the buffers and returns
-    the ticket after which they are there; ended([job], fault) follows for each."""
+    their sums [n, SUMS] uint64 once they are there; ended([job], fault) follows for each."""
 
     slot: int
     key: bytes
     tag: int
-    fill: Callable[[np.ndarray, list[WriteJob]], Ticket]
+    fill: Callable[[np.ndarray, list[WriteJob]], np.ndarray]
     ended: Callable[[list[Any], str | None], None]
 
 
@@ -53,10 +53,10 @@ class Phase(str, Enum):
     ASK = "ask"  # for blocks
     READ = "read"  # it waits for blocks that it has asked for
     SLOTS = "slots"  # it waits while buffers that the GPU has not emptied keep it from asking for more
-    CHECK = "check"  # checksums
+    CHECK = "check"  # headers
     HAND_OVER = "hand over"  # to the porter, and taking back what that has handed on
     END = "end"  # it tells of jobs that have ended
-    DRAIN = "drain"  # it waits for the porter and for copies to the GPU, with nothing left to read
+    DRAIN = "drain"  # it waits for the porter, for copies to the GPU and their sums, with nothing left to read
 
 
 class Stopwatch:
@@ -86,7 +86,7 @@ class DiskCounts:
     faults: int = 0
     busy_s: float = 0.0
     thread_s: float = 0.0  # processor time of its thread
-    copies: int = 0  # parcels whose copy to the GPU has ended
+    copies: int = 0  # parcels whose copy to the GPU has ended, and their sums
     copies_s: float = 0.0  # from giving one to the porter until the thread saw that, seconds in all
     porter_s: float = 0.0  # until the porter had handed it over, seconds in all
     spent: Stopwatch = field(default_factory=Stopwatch)
@@ -95,16 +95,24 @@ class DiskCounts:
 
 @dataclass(slots=True, eq=False)
 class Parcel:
-    """Blocks that a disk has read and checked, of jobs that share `take`, in buffers [n] of ring slots. The porter puts
-    it into `back` with its ticket, None where the buffers are free, or with what went wrong."""
+    """Blocks that a disk has read, of jobs that share `take`, in buffers [n] of ring slots. wanted: the sums that they
+    must have, [n] pairs. The porter puts it into `back` with the sums of all that it has handed over at once, of which
+    the parcel's begin at `first`; None where nobody took it, also with what went wrong."""
 
     jobs: list[ReadJob]
     buffers: np.ndarray
     slots: list[int]
+    wanted: list[tuple[int, int]]
     back: queue.SimpleQueue[Parcel]
     since: float  # by time.perf_counter()
-    ticket: Ticket | None = None
+    sums: Sums | None = None
+    first: int = 0
     fault: str | None = None
+
+    def find_wrong(self) -> list[bool]:
+        """Which blocks [n] are not those that were stored, once their sums have ended."""
+        found = self.sums.values()[self.first : self.first + len(self.jobs)]
+        return (found != np.array(self.wanted, np.uint64)).any(1).tolist()
 
 
 class Porter:
@@ -146,14 +154,16 @@ class Porter:
 
     def _hand_over(self, parcels: list[Parcel]) -> None:
         """Of one load."""
-        ticket = fault = None
+        sums = fault = None
         jobs = [job for parcel in parcels for job in parcel.jobs]
         try:
-            ticket = jobs[0].take(np.concatenate([parcel.buffers for parcel in parcels]), jobs)
+            sums = jobs[0].take(np.concatenate([parcel.buffers for parcel in parcels]), jobs)
         except Exception as error:  # of the GPU: its blocks do not arrive
             fault = f"{type(error).__name__}: {error}"
+        first = 0
         for parcel in parcels:
-            parcel.ticket, parcel.fault = ticket, fault
+            parcel.sums, parcel.first, parcel.fault = sums, first, fault
+            first += len(parcel.jobs)
             parcel.back.put(parcel)
 
 

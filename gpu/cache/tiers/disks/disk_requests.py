@@ -1,7 +1,7 @@
 """What one disk has been asked for: whose requests are under way, when one has failed or is late, and who is told.
 
 A request belongs to the slot of the pinned ring that it reads into or writes from. Whatever goes wrong ends in the
-jobs' `ended(jobs, fault)`: an error, a short read, a wrong checksum, or a request under way for longer than stall_s.
+jobs' `ended(jobs, fault)`: an error, a short read, wrong sums, or a request under way for longer than stall_s.
 After that the disk is given up, and the slots of what was under way stay its own until the reader tells of them.
 """
 from __future__ import annotations
@@ -126,7 +126,7 @@ class DiskRequests:
             self._counts.faults += 1
             self._counts.last_fault = fault
             if isinstance(job, ReadJob):
-                with contextlib.suppress(OSError):  # the header's checksum refuses the block again where this fails
+                with contextlib.suppress(OSError):  # the header or the block's sums refuse it again where this fails
                     self._files.begin(job.slot)
         job.ended([job], fault)
 

@@ -1,8 +1,9 @@
-"""One disk of the pool at work: a thread that keeps it busy and checks every block before anybody sees it.
+"""One disk of the pool at work: a thread that keeps it busy and hands on no block but those that were stored.
 
 Reads and writes wait in one queue. Bytes under way are bounded; each request has a slot of a pinned ring, from its
-submission until the GPU has taken the block out of it or the write has ended. disk_requests says what has failed or
-stalled. A stalled disk gets nothing more to do, and its buffers stay its own for as long as it may write to them.
+submission until the GPU has taken the block out of it and added up its sums, or the write has ended. The thread looks
+at headers, and at those sums. disk_requests says what has failed or stalled. A stalled disk gets nothing more to do,
+and its buffers stay its own for as long as it may write to them.
 """
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpu.cache.tiers.device import Ticket, has_ended, wait_ended
-from gpu.cache.tiers.disks.disk_files import HEADER_BYTES, DiskFiles, find_fault, seal
+from gpu.cache.tiers.device import has_ended, wait_ended
+from gpu.cache.tiers.disks.disk_files import HEADER_BYTES, DiskFiles, read_header, seal
 from gpu.cache.tiers.disks.disk_jobs import (
     UNTAKEN,
     DiskCounts,
@@ -64,7 +65,7 @@ class DiskTier:
         self._buffers = [ring.bytes_of(slot) for slot in self._free]
         self._arrived: list[Ended] = []  # to be looked at
         self._to_write: list[WriteJob] = []  # taken from the queue, not under way
-        self._draining: deque[tuple[Ticket, list[int], float]] = deque()  # copies to the GPU, ring slots, since when
+        self._draining: deque[Parcel] = deque()  # copies to the GPU and their sums under way
         self._parcels = 0  # that the porter has not handed over
         self._back: queue.SimpleQueue[Parcel] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"tier {files.directory.name}", daemon=True)
@@ -163,34 +164,48 @@ class DiskTier:
         self.counts.spent.begin(Phase.HAND_OVER)
         while self._parcels and not self._back.empty():
             self._take_back()
-        while self._draining and has_ended(self._draining[0][0]):
+        while self._draining and has_ended(self._draining[0].sums):
             self._drain(Phase.HAND_OVER)
 
     def _take_back(self) -> None:
-        """Takes back the next parcel that the porter has handed over, and ends its jobs."""
+        """Takes back the next parcel that the porter has handed over, and ends its jobs where nobody took it."""
         parcel = self._back.get()
-        self.counts.spent.begin(Phase.END)
         self._parcels -= 1
         self.counts.porter_s += time.perf_counter() - parcel.since
-        if parcel.ticket is None:
-            self._free += parcel.slots
-        else:
-            self._draining.append((parcel.ticket, parcel.slots, parcel.since))
-        if parcel.fault is None:
-            self.counts.read += len(parcel.jobs)
-            parcel.jobs[0].ended(parcel.jobs, None)
+        if parcel.sums is not None:
+            self._draining.append(parcel)
             return
-        self.counts.last_fault = parcel.fault
-        parcel.jobs[0].ended(parcel.jobs, UNTAKEN)
+        self._free += parcel.slots
+        self._end_untaken(parcel, parcel.fault)
 
     def _drain(self, phase: Phase) -> None:
-        """Takes back the buffers of the oldest hand-over once it has been copied. phase: what waiting for it is."""
+        """Takes back the buffers of the oldest hand-over once it has been copied, and ends its jobs by its sums. phase:
+        what waiting for it is."""
         self.counts.spent.begin(phase)
-        ticket, slots, since = self._draining.popleft()
-        self.counts.last_fault = wait_ended(ticket) or self.counts.last_fault
-        self._free += slots
+        parcel = self._draining.popleft()
+        fault = wait_ended(parcel.sums)
+        self._free += parcel.slots
         self.counts.copies += 1
-        self.counts.copies_s += time.perf_counter() - since
+        self.counts.copies_s += time.perf_counter() - parcel.since
+        if fault is not None:
+            self._end_untaken(parcel, fault)
+            return
+        self.counts.spent.begin(Phase.END)
+        right = []
+        for job, is_wrong in zip(parcel.jobs, parcel.find_wrong()):
+            if is_wrong:
+                self._requests.end(job, "wrong sums")
+            else:
+                right.append(job)
+        self.counts.read += len(right)
+        if right:
+            right[0].ended(right, None)
+
+    def _end_untaken(self, parcel: Parcel, fault: str | None) -> None:
+        """Ends jobs whose blocks did not reach the GPU. fault: of the GPU, None where a load was cancelled."""
+        self.counts.spent.begin(Phase.END)
+        self.counts.last_fault = fault or self.counts.last_fault
+        parcel.jobs[0].ended(parcel.jobs, UNTAKEN)
 
     def _submit(self) -> None:
         reads: list[ReadJob] = []
@@ -226,7 +241,7 @@ class DiskTier:
             requests, slots = [], [self._free.pop() for _ in group]
             buffers = self.ring.addresses(np.array(slots))
             try:
-                group[0].fill(buffers + HEADER_BYTES, group).wait()
+                sums = group[0].fill(buffers + HEADER_BYTES, group)
             except Exception as error:  # of the GPU: its blocks are not stored
                 self._free += slots
                 self.counts.last_fault = f"{type(error).__name__}: {error}"
@@ -235,8 +250,8 @@ class DiskTier:
                     self._requests.end(job, UNTAKEN)
                 continue
             self._to_write = [job for job in self._to_write if job not in group]
-            for job, slot, buffer in zip(group, slots, buffers.tolist()):
-                seal(buffer, self.files.block_bytes, job.key, job.slot)
+            for job, slot, buffer, of_block in zip(group, slots, buffers.tolist(), sums):
+                seal(buffer, self.files.block_bytes, job.key, job.slot, of_block)
                 request = self._requests.begin_write(job, slot)
                 if request is None:
                     self._free.append(slot)
@@ -253,11 +268,11 @@ class DiskTier:
         return ended
 
     def _finish(self) -> None:
-        """Checks what was read and gives it to the porter; ends what was written."""
+        """Gives what was read to the porter, where its headers are right; ends what was written."""
         begin = self.counts.spent.begin
         begin(Phase.CHECK)
         ended, self._arrived = self._arrived, []
-        arrived: dict[ReadJob, int] = {}
+        arrived: dict[ReadJob, tuple[int, tuple[int, int]]] = {}
         block_bytes, buffers, requests, read_bytes = self.files.block_bytes, self._buffers, self._requests, 0
         for job, at, result in ended:
             fault = requests.fault_of(job, result)
@@ -267,18 +282,18 @@ class DiskTier:
                 continue
             if fault is None and not job.cancelled:
                 read_bytes += self.files.slot_bytes
-                fault = find_fault(buffers[at], block_bytes, job.key, job.slot)
+                fault, sums = read_header(buffers[at], block_bytes, job.key, job.slot)
             if fault is None and not job.cancelled:
-                arrived[job] = at
+                arrived[job] = at, sums
             else:
                 self._free.append(at)
                 requests.end(job, fault or UNTAKEN)
         begin(Phase.HAND_OVER)
         for group in groups(list(arrived), "take"):
-            slots = [arrived[job] for job in group]
+            slots, wanted = map(list, zip(*(arrived[job] for job in group)))
             buffers_of = self.ring.addresses(np.array(slots)) + HEADER_BYTES
             self._parcels += 1
-            self._porter.put(Parcel(group, buffers_of, slots, self._back, time.perf_counter()))
+            self._porter.put(Parcel(group, buffers_of, slots, wanted, self._back, time.perf_counter()))
         requests.observe(read_bytes)
 
     def _check_stall(self) -> None:
