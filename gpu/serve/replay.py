@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu.serve.server import REFUSED, SERVED, Request, Server, StepRecord
-from gpu.serve.step import SamplingParams
+from gpu.serve.server import REFUSED, SERVED, Request, Server
+from gpu.serve.step import SamplingParams, StepRecord
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import no_blocks
 from pkvsim.serving.queueing.clients import end, next_send_us, send

@@ -12,7 +12,7 @@ import numpy as np
 from gpu.serve.llm import KEEP_FREE_FRACTION, LLM
 from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
-from gpu.serve.server import StepRecord
+from gpu.serve.step import StepRecord
 from gpu.serve.step_prices import StepErrors, price_steps, step_errors
 from pkvsim.devices.device import DEVICES, DeviceSpec, device_named_by, get_device
 from pkvsim.kv_types import KV_DTYPES
