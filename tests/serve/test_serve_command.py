@@ -80,12 +80,55 @@ def test_tables(model):
     (("--prefix-cache", "belady"), "prefix_cache: expected none or lru"),
     (("--order", "batchllm"), "order: expected one of fcfs, shortest, kvshare"),
     (("--kv-dtype", "int4"), "kv_dtype: expected"),
-    (("--device", "nothing", "--predict"), "device"),
+    (("--order", "kvshare", "--prefix-cache", "none"), "order: kvshare orders by what a prefix cache holds"),
+    (("--device", "nothing", "--predict"), "device: expected one of"),
+    (("--device", "h200"), "device: expected only with --predict"),
+    (("--predict",), "as no CUDA device answers"),
+    (("--steps-csv", "no folder/steps.csv"), "steps_csv: cannot write no folder/steps.csv: no folder"),
+    (("--predict", "--device", "h200", "--max-context", "8"), "expected a request that fits"),
 ])
 def test_refusals_are_one_line(model, arguments, words):
     done = run("--model", model, *LOAD, *arguments)
     assert done.exit_code == 2
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--order", "batchllm"), ("--order", "kvshare", "--prefix-cache", "none"), ("--steps-csv", "no folder/steps.csv"),
+])  # fmt: skip
+def test_refusals_come_before_weights_are_read(model, monkeypatch, arguments):
+    monkeypatch.setattr("gpu.serve.llm.load", lambda *_, **__: pytest.fail("weights are read"))
+    assert run("--model", model, *LOAD, *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("max_context", [1, 2, 9, 40])
+def test_a_server_of_short_requests_alone_refuses_the_others(model, max_context):
+    done = run("--model", model, *LOAD, "--json", "--max-context", str(max_context))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert set(found["ended"]) == {"refused"} and found["free_pages"] == found["kv_pages"]
+
+
+def test_the_prediction_refuses_what_the_server_refuses(model):
+    done = run("--model", model, *LOAD, "--json", "--predict", "--device", "h200", "--max-context", "90")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert 0 < found["ended"]["refused"] < 12
+    assert {run["finished"] for run in found["results"].values()} == {found["ended"]["served"]}
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_its_weights_are_made(model, monkeypatch):
+    monkeypatch.setattr("gpu.serve.llm.free_host_bytes", lambda: 1000)
+    done = run("--model", model, *LOAD)
+    assert done.exit_code == 2 and "model: expected at most 0.00 GiB of weights" in done.stderr
+
+
+def test_a_system_that_does_not_tell_of_its_memory_serves(model, monkeypatch):
+    def unknown():
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr("gpu.serve.llm.free_host_bytes", unknown)
+    assert run("--model", model, *LOAD, "--limit", "1").exit_code == 0
 
 
 @pytest.mark.parametrize(("change", "words"), [
