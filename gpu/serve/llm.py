@@ -234,7 +234,7 @@ class LLM:
         Raises ValueError naming prompts or params before any is served, RuntimeError where another thread's generate()
         or an AsyncLLM drives the server.
         """
-        if isinstance(prompts, (str, bytes)):
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
             raise ValueError("prompts: expected a list of texts or of lists of token ids, got "
                              f"{type(prompts).__name__}")
         all_ids = [self.encode(prompt) for prompt in prompts]

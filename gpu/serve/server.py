@@ -148,7 +148,9 @@ class Server:
         return request
 
     def _refusal(self, ids: np.ndarray, params: SamplingParams) -> str | None:
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        if ids.shape == (0,):
+            return "prompt: expected token ids, at least one, got none"
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
             return f"prompt: expected token ids, at least one, got {ids.dtype} {list(ids.shape)}"
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             return f"prompt: expected token ids in [0, {self.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
