@@ -28,6 +28,7 @@ from pkvsim.studies.whatif import WhatIf, whatif, why_left_out
 from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
+PREDICTED = "predicted"  # beside MEASURED, in tables and files
 KINDS = ("decode", "mixed", "prefill")
 CSV_COLUMNS = [field.name for field in fields(StepRecord) if field.type != "np.ndarray"]
 
@@ -101,8 +102,9 @@ def beside_prediction(run: Replay, llm: LLM, device: DeviceSpec) -> WhatIf:
     """whatif's report of the trace on the schedule that ran, with the measured run as one more of its results."""
     model, config = _served_model(llm), serving_config(llm, run.trace)
     predicted = whatif(run.trace, model, device, ["balanced"], config)
-    results = {MEASURED: as_result(run, llm.server), "predicted": predicted.results["balanced"]}
-    checks = {MEASURED: None, "predicted": predicted.checks["balanced"]}
+    results = {MEASURED: as_result(run, llm.server),
+               PREDICTED: replace(predicted.results["balanced"], policy=PREDICTED)}
+    checks = {MEASURED: None, PREDICTED: predicted.checks["balanced"]}
     return WhatIf(run.trace, model, device, config, results, checks, (*predicted.notes, *llm.notes),
                   predicted.left_out, predicted.basis)
 

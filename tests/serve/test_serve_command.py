@@ -60,7 +60,7 @@ def test_json_and_files_of_both_runs(model, tmp_path):
         for row in csv.DictReader(files[1].open()) if row["policy"] == "measured")
     names = {event["args"]["name"] for event in json.loads(files[2].read_text())["traceEvents"]
              if event["name"] == "process_name"}
-    assert names == {"policy measured", "policy balanced"}
+    assert names == {"policy measured", "policy predicted"}
 
 
 def test_tables(model):
