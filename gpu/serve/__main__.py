@@ -105,6 +105,11 @@ def serve(
             report_progress = None if progress is None else (lambda done, total: progress("serving", done, total))
             run = replay(llm.server, requests, progress=report_progress)
         report = None if spec is None else beside_prediction(run, llm, spec)
+        # What was measured is told first, so that a file which cannot be written loses none of it.
+        if as_json:
+            typer.echo(json.dumps(to_dict(run, llm, report), indent=2, allow_nan=False))
+        else:
+            show(run, llm, report)
         if steps_csv is not None:
             write_steps(run, steps_csv)
         if report is not None and timeline is not None:
@@ -115,10 +120,6 @@ def serve(
             from pkvsim.reports.export.requests_csv import write_requests
 
             write_requests(report, requests_csv)
-        if as_json:
-            typer.echo(json.dumps(to_dict(run, llm, report), indent=2, allow_nan=False))
-            return
-    show(run, llm, report)
 
 
 def check_machine(cpu: bool) -> None:

@@ -117,6 +117,15 @@ def test_the_prediction_refuses_what_the_server_refuses(model):
     assert {run["finished"] for run in found["results"].values()} == {found["ended"]["served"]}
 
 
+@pytest.mark.parametrize("option", ["--steps-csv", "--requests-csv", "--timeline"])
+def test_what_was_measured_is_told_though_a_file_cannot_be_written(model, tmp_path, option):
+    folder = tmp_path / ("run.json" if option == "--timeline" else "run.csv")
+    folder.mkdir()
+    done = run("--model", model, *LOAD, "--predict", "--device", "h200", option, str(folder))
+    assert done.exit_code == 2 and "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "steps against their prices" in done.stdout
+
+
 def test_a_model_larger_than_the_machine_is_refused_before_its_weights_are_made(model, monkeypatch):
     monkeypatch.setattr("gpu.serve.llm.free_host_bytes", lambda: 1000)
     done = run("--model", model, *LOAD)
