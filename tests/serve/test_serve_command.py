@@ -13,7 +13,9 @@ from typer.testing import CliRunner  # noqa: E402
 
 import gpu.serve.__main__ as serve_command  # noqa: E402
 from gpu.serve.__main__ import serve  # noqa: E402
-from gpu.serve.model.config import find_config, read_config  # noqa: E402
+from gpu.serve.model.config import find_config, known_to_pkvsim, read_config  # noqa: E402
+from gpu.serve.model.weights import weights_bytes  # noqa: E402
+from pkvsim.models.presets import get_model, weight_bytes  # noqa: E402
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 199,
@@ -199,6 +201,14 @@ def test_tokens_that_end_a_turn_are_those_of_the_generation_config(tmp_path):
     assert find_config(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert find_config(tmp_path).eos_token_ids == (2, 7)
+
+
+def test_a_preset_of_several_gpus_is_predicted_whole_as_it_is_served():
+    config = find_config("llama-3.1-70b-tp4")
+    known = known_to_pkvsim(config)
+    assert (known.num_q_heads, known.num_kv_heads, known.tensor_parallel) == (config.num_q_heads, config.num_kv_heads, 1)
+    assert weight_bytes(known) == weights_bytes(config, torch.bfloat16)
+    assert known_to_pkvsim(find_config("llama-3.1-8b")) == get_model("llama-3.1-8b")
 
 
 def test_products_by_kernels_need_a_gpu(model):
