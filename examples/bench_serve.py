@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -78,6 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps: expected at least 2, as a step is from its end to the next one's, got {args.steps}")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", args.cells):
+        parser.error(f"--cells: expected rows x tokens, comma-separated, as 1x1024,8x32768, got {args.cells!r}")
     return args
 
 

@@ -3,12 +3,12 @@
     python -m gpu.serve --model llama-3.1-8b --dummy-weights --input-tokens 1024 --output-tokens 128 --concurrency 32
     from gpu.serve import LLM; LLM("smollm2").generate(["The capital of France is"])
 
-Read `step` (what a step is given, and how a request samples), `server` (the loop: add_request, step, cancel) and
-`runner` (a step on the device: inputs, graphs). `decoder` takes tokens to logits, from which `sampling` draws; its
-attention is one of two executors: `attention` says what one does and has PyTorch's own, `gpu_attention` has our
-kernels. `model` has checkpoints and matrix products. `llm` and `async_llm` are the way in for programs. `replay` serves
-a trace in real time, `report` shows what was measured beside what pkvsim predicts, and `step_prices` has pkvsim's price
-of each step that ran, and fits constants to them.
+Read `step` (what a step is given, the record of one that ran, and how a request samples), `server` (the loop:
+add_request, step, cancel) and `runner` (a step on the device: inputs, graphs). `decoder` takes tokens to logits, from
+which `sampling` draws; its attention is one of two executors: `attention` says what one does and has PyTorch's own,
+`gpu_attention` has our kernels. `model` has checkpoints and matrix products. `llm` and `async_llm` are the way in for
+programs. `replay` serves a trace in real time, `report` shows what was measured beside what pkvsim predicts, and
+`step_prices` has pkvsim's price of each step that ran, and fits constants to them.
 """
 from __future__ import annotations
 

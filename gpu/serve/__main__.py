@@ -59,11 +59,13 @@ def serve(
 
     \b
     Examples:
-      python -m gpu.serve --model smollm2 --input-tokens 200 --output-tokens 100 --requests 64 --concurrency 16
+      python -m gpu.serve --model smollm2 --input-tokens 200 --output-tokens 100 \\
+          --requests 64 --concurrency 16
       python -m gpu.serve --model llama-3.1-8b --dummy-weights --predict \\
           --trace AzureLLMInferenceTrace_code.csv --limit 300 --rate-scale 3
       python -m gpu.serve --model llama-3.1-8b --dummy-weights \\
-          --torch-products --input-tokens 1000 --output-tokens 200 --concurrency 32
+          --torch-products --input-tokens 1000 --output-tokens 200 \\
+          --concurrency 32
     """
     with one_line_errors():
         check_machine(cpu)
@@ -72,10 +74,13 @@ def serve(
         from gpu.serve.report import beside_prediction, check_predictable, device_at_hand, show, to_dict, write_steps
         from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
+        from pkvsim.reports.plots import check_folder
 
-        for option, path in (("requests_csv", requests_csv), ("timeline", timeline)):
-            if path is not None and not predict:
+        for option, given in (("device", device), ("requests_csv", requests_csv), ("timeline", timeline)):
+            if given is not None and not predict:
                 raise ValueError(f"{option}: expected only with --predict")
+        if steps_csv is not None:
+            check_folder(steps_csv, option="steps_csv")
         if timeline is not None:
             from pkvsim.reports.perfetto import check_timeline_path
 
@@ -100,6 +105,11 @@ def serve(
             report_progress = None if progress is None else (lambda done, total: progress("serving", done, total))
             run = replay(llm.server, requests, progress=report_progress)
         report = None if spec is None else beside_prediction(run, llm, spec)
+        # What was measured is told first, so that a file which cannot be written loses none of it.
+        if as_json:
+            typer.echo(json.dumps(to_dict(run, llm, report), indent=2, allow_nan=False))
+        else:
+            show(run, llm, report)
         if steps_csv is not None:
             write_steps(run, steps_csv)
         if report is not None and timeline is not None:
@@ -110,10 +120,6 @@ def serve(
             from pkvsim.reports.export.requests_csv import write_requests
 
             write_requests(report, requests_csv)
-        if as_json:
-            typer.echo(json.dumps(to_dict(run, llm, report), indent=2, allow_nan=False))
-            return
-    show(run, llm, report)
 
 
 def check_machine(cpu: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from gpu.cache.tiers.host_room import free_host_bytes
 from gpu.measure import memory
 from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
 from gpu.serve.decoder import Decoder
@@ -28,6 +29,7 @@ from gpu.serve.server import Request, Server
 from gpu.serve.step import GREEDY, SamplingParams, is_number
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.serving.live.live_scheduler import check_served
 from pkvsim.serving.orders import ORDERS
 from pkvsim.serving.state import Limits
 from pkvsim.shapes import check_int
@@ -117,6 +119,7 @@ class LLM:
         dtype = options.dtype or ("bfloat16" if cuda else "float32")
         if cuda and dtype == "float32":
             raise ValueError("dtype: expected float16 or bfloat16 on the GPU, got 'float32'")
+        check_served(_limits(options, num_pages=1))
         self.options, self._model, self._tokenizer = options, model, None
         self.notes: list[str] = []
 
@@ -126,7 +129,7 @@ class LLM:
 
         self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
                                          dummy=options.dummy_weights, seed=options.seed,
-                                         room=weights_room(options) if cuda else None)
+                                         room=weights_room(options) if cuda else _host_room())
         kv_dtype = options.kv_dtype or dtype
         num_pages = self._num_pages(cuda, kv_dtype)
         self._max_context = min(options.max_context or self.config.max_context, self.config.max_context,
@@ -147,7 +150,7 @@ class LLM:
                              max_pages=-(-self._max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())
         self.runner.capture()
-        self.server = self._new_server(num_pages, record)
+        self.server = self._new_server(options, num_pages, record)
 
     def restart(self, *, num_pages: int | None = None, max_batch: int | None = None, step_tokens: int | None = None,
                 prefix_cache: str | None = None, order: str | None = None) -> None:
@@ -163,14 +166,15 @@ class LLM:
             if max_batch is not None and not 1 <= max_batch <= rows:
                 raise ValueError(f"max_batch: expected 1 to {rows}, which the model was loaded for, got {max_batch}")
             given = {"max_batch": max_batch, "step_tokens": step_tokens, "prefix_cache": prefix_cache, "order": order}
-            self.options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
-            self.server = self._new_server(num_pages or self.server.scheduler.limits.num_pages,
+            options = replace(self.options, **{name: value for name, value in given.items() if value is not None})
+            self.server = self._new_server(options, num_pages or self.server.scheduler.limits.num_pages,
                                            self.server.steps is not None)
+            self.options = options
 
-    def _new_server(self, num_pages: int, record: bool) -> Server:
+    def _new_server(self, options: ServeOptions, num_pages: int, record: bool) -> Server:
         return Server(
-            self.runner, _limits(self.options, num_pages),
-            max_context=min(self._max_context, num_pages * self.options.page_size),
+            self.runner, _limits(options, num_pages),
+            max_context=min(self._max_context, num_pages * options.page_size),
             vocab_size=self.config.vocab_size, eos_token_ids=self.config.eos_token_ids, record=record,
         )  # fmt: skip
 
@@ -230,7 +234,7 @@ class LLM:
         Raises ValueError naming prompts or params before any is served, RuntimeError where another thread's generate()
         or an AsyncLLM drives the server.
         """
-        if isinstance(prompts, (str, bytes)):
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
             raise ValueError("prompts: expected a list of texts or of lists of token ids, got "
                              f"{type(prompts).__name__}")
         all_ids = [self.encode(prompt) for prompt in prompts]
@@ -262,6 +266,13 @@ def weights_room(options: ServeOptions) -> int:
     if options.num_pages is not None:
         return free
     return free - int((1 - options.memory_fraction) * torch.cuda.mem_get_info()[1]) - WORKSPACE_BYTES
+
+
+def _host_room() -> int | None:
+    """Bytes that weights may take of this machine's memory; None where the system does not tell."""
+    with suppress(OSError):
+        return free_host_bytes()
+    return None
 
 
 def pages_with_reserve(used: int) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu.serve.server import REFUSED, SERVED, Request, Server, StepRecord
-from gpu.serve.step import SamplingParams
+from gpu.serve.server import REFUSED, SERVED, Request, Server
+from gpu.serve.step import SamplingParams, StepRecord
 from pkvsim.devices.route_model import ROUTES
 from pkvsim.memory.prefix_cache import no_blocks
 from pkvsim.serving.queueing.clients import end, next_send_us, send
@@ -64,9 +64,12 @@ def prompt_of(trace: RequestTrace, request: int, vocab_size: int) -> np.ndarray:
 
 def warm_up(server: Server, *, step_tokens: int) -> None:
     """Steps of every kind before any is timed: a long prompt, a short one beside a row that decodes."""
-    longest = min(step_tokens + 16, server.max_context - WARM_UP_TOKENS)
+    if server.max_context < 2:
+        return  # No request has both a prompt and an output then.
+    output = min(WARM_UP_TOKENS, server.max_context - 1)
+    longest = min(step_tokens + 16, server.max_context - output)
     for length in (longest, max(1, longest // 2), 1):
-        server.add_request(np.zeros(length, np.int32), SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True))
+        server.add_request(np.zeros(length, np.int32), SamplingParams(max_tokens=output, ignore_eos=True))
         server.step()
     while server.has_work:
         server.step()

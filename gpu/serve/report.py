@@ -12,20 +12,23 @@ import numpy as np
 from gpu.serve.llm import KEEP_FREE_FRACTION, LLM
 from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
-from gpu.serve.server import StepRecord
+from gpu.serve.step import StepRecord
 from gpu.serve.step_prices import StepErrors, price_steps, step_errors
 from pkvsim.devices.device import DEVICES, DeviceSpec, device_named_by, get_device
 from pkvsim.kv_types import KV_DTYPES
+from pkvsim.models.model_spec import ModelSpec
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.reports.table_serving import print_whatif, seconds
 from pkvsim.serving.costs import cache_bytes_per_token
 from pkvsim.serving.results.logs import StepLog
 from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.server_config import ServingConfig
+from pkvsim.serving.simulate import limits_of, requests_of
 from pkvsim.studies.whatif import WhatIf, whatif, why_left_out
 from pkvsim.traces.requests import RequestTrace
 
 GIB = 2**30
+PREDICTED = "predicted"  # beside MEASURED, in tables and files
 KINDS = ("decode", "mixed", "prefill")
 CSV_COLUMNS = [field.name for field in fields(StepRecord) if field.type != "np.ndarray"]
 
@@ -68,30 +71,40 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
     return replace(config, kv_gib=pages * page / GIB)
 
 
+def _served_model(llm: LLM) -> ModelSpec:
+    """The model as pkvsim knows it, with the context that the server takes requests of."""
+    return replace(known_to_pkvsim(llm.config), max_context=llm.server.max_context)
+
+
 def device_at_hand() -> DeviceSpec:
     """The catalogue's entry of the GPU here. ValueError where there is none."""
     import torch
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    known = device_named_by(name)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    known = None if name is None else device_named_by(name)
     if known is not None:
         return get_device(known)
-    raise ValueError(f"device: expected --device with one of {', '.join(DEVICES)}, as none of them is {name}")
+    why = f"none of them is {name}" if name is not None else "no CUDA device answers"
+    raise ValueError(f"device: expected --device with one of {', '.join(DEVICES)}, as {why}")
 
 
 def check_predictable(llm: LLM, trace: RequestTrace, device: DeviceSpec) -> None:
-    """ValueError where whatif has no price for the model on that GPU: to be asked before serving."""
-    reason = why_left_out(known_to_pkvsim(llm.config), device, "balanced", serving_config(llm, trace))
+    """ValueError where whatif has no price for the model on that GPU, or has no request to serve: to be asked before
+    serving."""
+    model, config = _served_model(llm), serving_config(llm, trace)
+    reason = why_left_out(model, device, "balanced", config)
     if reason is not None:
         raise ValueError(f"predict: {reason}")
+    requests_of(trace, model, config, limits_of(model, device, config))
 
 
 def beside_prediction(run: Replay, llm: LLM, device: DeviceSpec) -> WhatIf:
     """whatif's report of the trace on the schedule that ran, with the measured run as one more of its results."""
-    model, config = known_to_pkvsim(llm.config), serving_config(llm, run.trace)
+    model, config = _served_model(llm), serving_config(llm, run.trace)
     predicted = whatif(run.trace, model, device, ["balanced"], config)
-    results = {MEASURED: as_result(run, llm.server), "predicted": predicted.results["balanced"]}
-    checks = {MEASURED: None, "predicted": predicted.checks["balanced"]}
+    results = {MEASURED: as_result(run, llm.server),
+               PREDICTED: replace(predicted.results["balanced"], policy=PREDICTED)}
+    checks = {MEASURED: None, PREDICTED: predicted.checks["balanced"]}
     return WhatIf(run.trace, model, device, config, results, checks, (*predicted.notes, *llm.notes),
                   predicted.left_out, predicted.basis)
 

@@ -20,7 +20,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gpu.serve.step import GREEDY, LIKELIEST, Chunk, LaunchedStep, SamplingParams, SlotSampling, StepInputs, StepRunner
+from gpu.serve.step import (
+    GREEDY,
+    LIKELIEST,
+    AtLaunch,
+    Chunk,
+    LaunchedStep,
+    SamplingParams,
+    SlotSampling,
+    StepInputs,
+    StepRecord,
+    StepRunner,
+    step_record,
+)
 from pkvsim.serving.live.live_scheduler import LiveScheduler, LiveStep
 from pkvsim.serving.state import Limits
 
@@ -56,37 +68,12 @@ class Event:
     ended: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepRecord:
-    """A step that has run. Times in us, of the device where there is one."""
-
-    start_us: float
-    end_us: float
-    kind: str  # "decode", "prefill" or "mixed"
-    decode_rows: int
-    padded_rows: int
-    context_tokens: int  # that the decoding rows attended to
-    prefill_tokens: int
-    prefill_context: int  # cached before the chunks, of all of them together
-    chunks: int
-    running: int
-    waiting: int
-    pages: int  # in use, those of blocks that are only kept not among them
-    preempted: int
-    plan_us: float  # of the host, from the start of planning to the end of launching
-    follows: bool  # there was work when the step before ended, so that the device should not have waited
-    decode_lens: np.ndarray  # [decode_rows] int64, tokens that each row attended to
-    chunk_begins: np.ndarray  # [chunks] int64, tokens cached before each
-    chunk_tokens: np.ndarray  # [chunks] int64
-
-
 @dataclass(slots=True, eq=False)
 class _InFlight:
     launched: LaunchedStep
     outputs: list[Request]
     plan: LiveStep
-    numbers: tuple[int, int, int, float]  # running, waiting, pages, plan_us
-    follows: bool
+    at_launch: AtLaunch
 
 
 class Server:
@@ -161,7 +148,9 @@ class Server:
         return request
 
     def _refusal(self, ids: np.ndarray, params: SamplingParams) -> str | None:
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        if ids.shape == (0,):
+            return "prompt: expected token ids, at least one, got none"
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
             return f"prompt: expected token ids, at least one, got {ids.dtype} {list(ids.shape)}"
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             return f"prompt: expected token ids in [0, {self.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
@@ -204,13 +193,14 @@ class Server:
     def _launch(self) -> None:
         now_us = self.runner.now_us()
         plan = self.scheduler.next_step(now_us)
-        numbers: tuple = (self.scheduler.num_running, self.scheduler.num_waiting, self._used_pages())
         inputs, outputs = self._inputs(plan, now_us)
         if inputs.num_tokens:
-            follows = bool(self._in_flight)
             launched = self.runner.launch(inputs)
-            numbers = *numbers, self.runner.now_us() - now_us
-            self._in_flight.append(_InFlight(launched, outputs, plan, numbers, follows))
+            at_launch = AtLaunch(
+                running=self.scheduler.num_running, waiting=self.scheduler.num_waiting, pages=self._used_pages(),
+                plan_us=self.runner.now_us() - now_us, follows=bool(self._in_flight),
+            )  # fmt: skip
+            self._in_flight.append(_InFlight(launched, outputs, plan, at_launch))
         for key in self.scheduler.end_step(now_us).tolist():  # its last token is under way
             self._give_slot_back(self._requests[key])
 
@@ -282,7 +272,7 @@ class Server:
                 request.status, request.end_us = SERVED, now_us
             events.append(Event(request, [token], request.end_us is not None))
         if self.steps is not None:
-            self.steps.append(_record(step))
+            self.steps.append(step_record(step.plan, step.at_launch, step.launched.times()))
         return events
 
     def _leave(self, request: Request) -> None:
@@ -329,17 +319,3 @@ def _tokens_of(request: Request, begin: int, end: int) -> np.ndarray:
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays).astype(np.int32) if arrays else np.zeros(0, np.int32)
-
-
-def _record(step: _InFlight) -> StepRecord:
-    times, plan = step.launched.times(), step.plan
-    running, waiting, pages, plan_us = step.numbers
-    rows, chunks = len(plan.decode), len(plan.prefill)
-    return StepRecord(
-        start_us=times.start_us, end_us=times.end_us, kind="decode" if not chunks else "mixed" if rows else "prefill",
-        decode_rows=rows, padded_rows=times.padded_rows, context_tokens=int(plan.decode_lens.sum()),
-        prefill_tokens=int(plan.prefill_tokens.sum()), prefill_context=int(plan.prefill_begins.sum()), chunks=chunks,
-        running=running, waiting=waiting, pages=pages, preempted=len(plan.preempted), plan_us=plan_us,
-        follows=step.follows, decode_lens=plan.decode_lens, chunk_begins=plan.prefill_begins,
-        chunk_tokens=plan.prefill_tokens,
-    )  # fmt: skip

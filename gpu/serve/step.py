@@ -1,4 +1,4 @@
-"""What a step is given and what it gives; how a request samples. Needs no torch."""
+"""What a step is given, what it gives, and the record of one that has run; how a request samples. Needs no torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pkvsim.serving.live.live_scheduler import LiveStep
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 MAX_TEMPERATURE = 1e6  # draws are uniform long before, and their float32 sums stay far from infinity
@@ -133,3 +134,51 @@ class StepRunner(Protocol):
 
     def now_us(self) -> float:
         """The host's clock, of which StepTimes are readings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtLaunch:
+    """What a server knew of itself when it had launched a step."""
+
+    running: int
+    waiting: int
+    pages: int  # in use, those of blocks that are only kept not among them
+    plan_us: float  # of the host, from the start of planning to the end of launching
+    follows: bool  # there was work when the step before ended, so that the device should not have waited
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRecord:
+    """A step that has run. Times in us, of the device where there is one; `running` to `follows` are AtLaunch's."""
+
+    start_us: float
+    end_us: float
+    kind: str  # "decode", "prefill" or "mixed"
+    decode_rows: int
+    padded_rows: int
+    context_tokens: int  # that the decoding rows attended to
+    prefill_tokens: int
+    prefill_context: int  # cached before the chunks, of all of them together
+    chunks: int
+    running: int
+    waiting: int
+    pages: int
+    preempted: int
+    plan_us: float
+    follows: bool
+    decode_lens: np.ndarray  # [decode_rows] int64, tokens that each row attended to
+    chunk_begins: np.ndarray  # [chunks] int64, tokens cached before each
+    chunk_tokens: np.ndarray  # [chunks] int64
+
+
+def step_record(plan: LiveStep, at_launch: AtLaunch, times: StepTimes) -> StepRecord:
+    """The record of a step that ran as planned."""
+    rows, chunks = len(plan.decode), len(plan.prefill)
+    return StepRecord(
+        start_us=times.start_us, end_us=times.end_us, kind="decode" if not chunks else "mixed" if rows else "prefill",
+        decode_rows=rows, padded_rows=times.padded_rows, context_tokens=int(plan.decode_lens.sum()),
+        prefill_tokens=int(plan.prefill_tokens.sum()), prefill_context=int(plan.prefill_begins.sum()), chunks=chunks,
+        running=at_launch.running, waiting=at_launch.waiting, pages=at_launch.pages, preempted=len(plan.preempted),
+        plan_us=at_launch.plan_us, follows=at_launch.follows, decode_lens=plan.decode_lens,
+        chunk_begins=plan.prefill_begins, chunk_tokens=plan.prefill_tokens,
+    )  # fmt: skip

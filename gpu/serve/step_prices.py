@@ -12,7 +12,7 @@ from datetime import date
 
 import numpy as np
 
-from gpu.serve.server import StepRecord
+from gpu.serve.step import StepRecord
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.outside_constants import OutsideConstants, OutsideEntry
 from pkvsim.devices.route_model import ROUTES, FitError

@@ -2,12 +2,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
 import cupy
 
 from gpu.several.group import Inboxes, check_devices
+
+PEER_ACCESS_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled of CUDA's driver_types.h
 
 
 class DeviceGroup:
@@ -24,13 +28,13 @@ class DeviceGroup:
         self._devices = check_devices(devices, cupy.cuda.runtime.getDeviceCount())
         self.num_ranks = len(self._devices)
         self.ranks = tuple(range(self.num_ranks))
-        for one in sorted(set(self._devices)):
-            for other in sorted(set(self._devices) - {one}):
-                if not cupy.cuda.runtime.deviceCanAccessPeer(one, other):
-                    raise ValueError(f"devices: expected GPUs that reach each other's memory, but {one} does not reach "
-                                     f"{other}; gpu.several.CollectiveGroup serves such")
-                with cupy.cuda.Device(one):
-                    _enable_peer_access(other)
+        pairs = list(itertools.permutations(sorted(set(self._devices)), 2))
+        for one, other in pairs:
+            if not cupy.cuda.runtime.deviceCanAccessPeer(one, other):
+                raise ValueError(f"devices: expected GPUs that reach each other's memory, but {one} does not reach "
+                                 f"{other}; gpu.several.CollectiveGroup serves such")
+        for one, other in pairs:
+            _enable_peer_access(one, other)
         self.streams = []
         for device in self._devices:
             with cupy.cuda.Device(device):
@@ -73,10 +77,14 @@ class DeviceGroup:
                 self.streams[rank].synchronize()
 
 
-def _enable_peer_access(other: int) -> None:
-    """From the current device; torch may have done it already."""
+@functools.cache
+def _enable_peer_access(device: int, peer: int) -> None:
+    """Lets `device` reach the memory of `peer`, once a process: CUDA has no question whether it does already, and a
+    second call is an error, which tools such as compute-sanitizer report. So is the first one here where torch came
+    before; it changes nothing, and CuPy resets CUDA's last error before it raises."""
     try:
-        cupy.cuda.runtime.deviceEnablePeerAccess(other)
+        with cupy.cuda.Device(device):
+            cupy.cuda.runtime.deviceEnablePeerAccess(peer)
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        if "AlreadyEnabled" not in str(error):
+        if error.status != PEER_ACCESS_ALREADY_ENABLED:
             raise

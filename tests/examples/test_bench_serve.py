@@ -65,6 +65,13 @@ def test_cells_whose_pages_do_not_fit_are_left_out(rows, context, lacks) -> None
     assert (why is not None) == lacks and (not lacks or "of which there are 1,980" in why)
 
 
+@pytest.mark.parametrize("cells", ["1", "1x", "0x1024", "8x1024,", "all"])
+def test_cells_that_are_none_are_named(cells, capsys) -> None:
+    with pytest.raises(SystemExit):
+        bench_serve.parse_args(["--cells", cells])
+    assert f"--cells: expected rows x tokens, comma-separated, as 1x1024,8x32768, got {cells!r}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("columns", "more"), [(8, ["product.cu"]), (9, [])])
 def test_products_are_timed_in_every_way_that_serves_them(columns, more) -> None:
     assert [name for name, _ in bench_products.ways(columns)] == ["torch", "torch, rows.cu", *more]

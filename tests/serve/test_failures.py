@@ -78,6 +78,7 @@ def llm(monkeypatch):
 
 @pytest.mark.parametrize(("prompts", "params", "words"), [
     ("a text", SamplingParams(), "prompts: expected a list"), (b"bytes", SamplingParams(), "prompts: expected a list"),
+    (None, SamplingParams(), "prompts: expected a list"), (5, SamplingParams(), "prompts: expected a list"),
     ([1, 2], SamplingParams(), "prompts: expected texts or lists"), ([b"ab"], SamplingParams(), "prompts: expected texts"),
     ([[1], "text"], SamplingParams(), "prompts: expected token ids, as nothing has no tokenizer"),
     ([[1]], {"max_tokens": 3}, "params: expected SamplingParams"), ([[1]], [None], "params: expected SamplingParams"),

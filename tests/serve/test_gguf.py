@@ -108,6 +108,12 @@ def test_files_cut_short_are_named(tmp_path):
             GgufFile(tmp_path / "cut.gguf")
 
 
+def test_generation_ends_where_a_turn_or_a_message_does(tmp_path):
+    for more, expected in (({}, (7,)), ({"eot": 6, "eom": 5}, (7, 6, 5)), ({"eos": None, "eot": 6}, (6,)), ({"eot": 7}, (7,)), ({"eos": None}, ())):
+        path = write(tmp_path / "model.gguf", metadata={f"tokenizer.ggml.{end}_token_id": at for end, at in more.items()})
+        assert load(path, dtype=torch.float32, device="cpu", dummy=True)[0].eos_token_ids == expected
+
+
 def tokens_of(path, text):
     pytest.importorskip("transformers")
     return GgufFile(path).tokenizer()(text)["input_ids"]
@@ -125,6 +131,9 @@ def test_tokenizers_split_and_begin_as_the_file_says(tmp_path):
     assert found("ab11", pre="llama-bpe", add_bos_token=False) == [3, 4]
     assert found("ab11", pre="qwen2", add_bos_token=True) == [5, 3, 2, 2]
     assert found("ab<think>ab</s>") == [3, 6, 3, 7]
+    # An e with an accent, of one character or two: "Ã" and "©" are its bytes as GPT-2's alphabet shows them.
+    accents = {"tokens": [*TOKENS, "Ã", "©", "Ã©"], "token_type": [1, 1, 1, 1, 1, 3, 4, 3, 1, 1, 1], "merges": ["Ã ©"]}
+    assert found("e\u0301", pre="qwen2", **accents) == found("\u00e9", pre="qwen2", **accents) == [10]
     for metadata, words in (({"pre": "deepseek-llm"}, "tokenizer.ggml.pre: expected one of"), ({"merges": None}, "merges: missing"),
                             ({"model": "llama"}, "tokenizer.ggml.model: expected gpt2")):
         with pytest.raises(ValueError, match=words):

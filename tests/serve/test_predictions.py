@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from serve_bench import predictions  # noqa: E402
 
 from gpu.serve.llm import LLM, ServeOptions  # noqa: E402
-from gpu.serve.server import StepRecord  # noqa: E402
+from gpu.serve.step import StepRecord  # noqa: E402
 from gpu.serve.step_prices import fit_device, measured_us, price_steps, step_errors  # noqa: E402
 from pkvsim.devices.device import get_device  # noqa: E402
 from pkvsim.models.presets import get_model  # noqa: E402

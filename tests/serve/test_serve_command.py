@@ -13,7 +13,9 @@ from typer.testing import CliRunner  # noqa: E402
 
 import gpu.serve.__main__ as serve_command  # noqa: E402
 from gpu.serve.__main__ import serve  # noqa: E402
-from gpu.serve.model.config import find_config, read_config  # noqa: E402
+from gpu.serve.model.config import find_config, known_to_pkvsim, read_config  # noqa: E402
+from gpu.serve.model.weights import weights_bytes  # noqa: E402
+from pkvsim.models.presets import get_model, weight_bytes  # noqa: E402
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
           "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 199,
@@ -60,7 +62,7 @@ def test_json_and_files_of_both_runs(model, tmp_path):
         for row in csv.DictReader(files[1].open()) if row["policy"] == "measured")
     names = {event["args"]["name"] for event in json.loads(files[2].read_text())["traceEvents"]
              if event["name"] == "process_name"}
-    assert names == {"policy measured", "policy balanced"}
+    assert names == {"policy measured", "policy predicted"}
 
 
 def test_tables(model):
@@ -80,12 +82,64 @@ def test_tables(model):
     (("--prefix-cache", "belady"), "prefix_cache: expected none or lru"),
     (("--order", "batchllm"), "order: expected one of fcfs, shortest, kvshare"),
     (("--kv-dtype", "int4"), "kv_dtype: expected"),
-    (("--device", "nothing", "--predict"), "device"),
+    (("--order", "kvshare", "--prefix-cache", "none"), "order: kvshare orders by what a prefix cache holds"),
+    (("--device", "nothing", "--predict"), "device: expected one of"),
+    (("--device", "h200"), "device: expected only with --predict"),
+    (("--predict",), "as no CUDA device answers"),
+    (("--steps-csv", "no folder/steps.csv"), "steps_csv: cannot write no folder/steps.csv: no folder"),
+    (("--predict", "--device", "h200", "--max-context", "8"), "expected a request that fits"),
 ])
 def test_refusals_are_one_line(model, arguments, words):
     done = run("--model", model, *LOAD, *arguments)
     assert done.exit_code == 2
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    ("--order", "batchllm"), ("--order", "kvshare", "--prefix-cache", "none"), ("--steps-csv", "no folder/steps.csv"),
+])  # fmt: skip
+def test_refusals_come_before_weights_are_read(model, monkeypatch, arguments):
+    monkeypatch.setattr("gpu.serve.llm.load", lambda *_, **__: pytest.fail("weights are read"))
+    assert run("--model", model, *LOAD, *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("max_context", [1, 2, 9, 40])
+def test_a_server_of_short_requests_alone_refuses_the_others(model, max_context):
+    done = run("--model", model, *LOAD, "--json", "--max-context", str(max_context))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert set(found["ended"]) == {"refused"} and found["free_pages"] == found["kv_pages"]
+
+
+def test_the_prediction_refuses_what_the_server_refuses(model):
+    done = run("--model", model, *LOAD, "--json", "--predict", "--device", "h200", "--max-context", "90")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert 0 < found["ended"]["refused"] < 12
+    assert {run["finished"] for run in found["results"].values()} == {found["ended"]["served"]}
+
+
+@pytest.mark.parametrize("option", ["--steps-csv", "--requests-csv", "--timeline"])
+def test_what_was_measured_is_told_though_a_file_cannot_be_written(model, tmp_path, option):
+    folder = tmp_path / ("run.json" if option == "--timeline" else "run.csv")
+    folder.mkdir()
+    done = run("--model", model, *LOAD, "--predict", "--device", "h200", option, str(folder))
+    assert done.exit_code == 2 and "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "steps against their prices" in done.stdout
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_its_weights_are_made(model, monkeypatch):
+    monkeypatch.setattr("gpu.serve.llm.free_host_bytes", lambda: 1000)
+    done = run("--model", model, *LOAD)
+    assert done.exit_code == 2 and "model: expected at most 0.00 GiB of weights" in done.stderr
+
+
+def test_a_system_that_does_not_tell_of_its_memory_serves(model, monkeypatch):
+    def unknown():
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr("gpu.serve.llm.free_host_bytes", unknown)
+    assert run("--model", model, *LOAD, "--limit", "1").exit_code == 0
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -147,6 +201,14 @@ def test_tokens_that_end_a_turn_are_those_of_the_generation_config(tmp_path):
     assert find_config(tmp_path).eos_token_ids == (2,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert find_config(tmp_path).eos_token_ids == (2, 7)
+
+
+def test_a_preset_of_several_gpus_is_predicted_whole_as_it_is_served():
+    config = find_config("llama-3.1-70b-tp4")
+    known = known_to_pkvsim(config)
+    assert (known.num_q_heads, known.num_kv_heads, known.tensor_parallel) == (config.num_q_heads, config.num_kv_heads, 1)
+    assert weight_bytes(known) == weights_bytes(config, torch.bfloat16)
+    assert known_to_pkvsim(find_config("llama-3.1-8b")) == get_model("llama-3.1-8b")
 
 
 def test_products_by_kernels_need_a_gpu(model):

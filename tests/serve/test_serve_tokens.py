@@ -145,9 +145,12 @@ def test_a_model_restarts_with_other_options_and_an_empty_cache(llama):
         assert llm.server.num_free_pages == llm.server.scheduler.limits.num_pages
         assert max(step.decode_rows for step in llm.server.steps) <= llm.options.max_batch
     assert llm.server.scheduler.limits.num_pages == 14 and llm.options.max_batch == 3
-    for wrong, words in (({"num_pages": 65}, "1 to 64"), ({"max_batch": 6}, "1 to 5"), ({"step_tokens": 2}, "step_tokens")):
+    options, server = llm.options, llm.server
+    for wrong, words in (({"num_pages": 65}, "1 to 64"), ({"max_batch": 6}, "1 to 5"), ({"step_tokens": 2}, "step_tokens"),
+                         ({"order": "continuum"}, "order"), ({"order": "kvshare", "prefix_cache": "none"}, "order")):
         with pytest.raises(ValueError, match=words):
             llm.restart(**wrong)
+        assert llm.options is options and llm.server is server
     llm.server.add_request(prompts[0])
     with pytest.raises(ValueError, match="no request under way, got 1"):
         llm.restart()

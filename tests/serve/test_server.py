@@ -133,7 +133,7 @@ def test_a_long_life_leaves_nothing_behind():
 
 
 @pytest.mark.parametrize(("prompt", "match"), [
-    ([], "at least one"), ([[1, 2]], "token ids"), ([1.5], "token ids"), ([-1], r"in \[0, 50\)"), ([50], r"in \[0, 50\)"),
+    ([], "at least one, got none"), ([[1, 2]], "token ids"), ([1.5], "token ids"), ([-1], r"in \[0, 50\)"), ([50], r"in \[0, 50\)"),
     ([1] * 99, "at most 100 tokens"), ([1] * 90, "at most 20 pages"), ([1, [2, 3]], "token ids"), ("text", "token ids"),
     (None, "token ids"), ([2**70], "token ids"), ([True], "token ids"),
 ])

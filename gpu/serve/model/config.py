@@ -246,5 +246,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def known_to_pkvsim(config: ModelConfig) -> ModelSpec:
-    """The preset of that name where there is one, which has a source of its own; else the model as it was read."""
-    return get_model(config.name) if config.name in catalogue() else config.spec()
+    """The preset of that name where there is one, which has a source of its own; else the model as it was read. So is
+    a preset that is one GPU's share of several, since here one serves the whole."""
+    preset = get_model(config.name) if config.name in catalogue() else None
+    return preset if preset is not None and preset.tensor_parallel == 1 else config.spec()

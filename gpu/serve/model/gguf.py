@@ -25,6 +25,7 @@ _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\
           r"\s+(?!\S)|\s+")  # of Qwen2's and Llama 3's tokenizer.json
 WORDS = {"qwen2": _WORDS.replace("NUMBER", r"\p{N}"), "llama-bpe": _WORDS.replace("NUMBER", r"\p{N}{1,3}")}
 SPLITTERS = (None, "gpt-2", "smollm", *WORDS)  # tokenizer.ggml.pre; without any, GPT-2's
+ENDS = ("eos", "eot", "eom")  # of a sequence, a turn and a message: llama.cpp ends generation at any of them
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 WHOLE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
          "output.weight": "lm_head.weight"}
@@ -84,6 +85,7 @@ class GgufFile:
             raise ValueError(f"{self.path}: {architecture}.rope.dimension_count: expected all {head_dim} of a head, "
                              f"got {rotated!r}")
         names = {tensor.name for tensor in self._reader.tensors}
+        ends = [self.told(f"tokenizer.ggml.{end}_token_id") for end in ENDS]
         return {
             "architectures": [ARCHITECTURES[architecture]], "model_type": architecture, "torch_dtype": "bfloat16",
             "hidden_act": "silu", "hidden_size": self.told("*.embedding_length"),
@@ -96,7 +98,7 @@ class GgufFile:
             "rms_norm_eps": self.told("*.attention.layer_norm_rms_epsilon"), "attention_bias": False,
             "mlp_bias": False, "tie_word_embeddings": "output.weight" not in names,
             "bos_token_id": self.told("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self.told("tokenizer.ggml.eos_token_id"),
+            "eos_token_id": list(dict.fromkeys(token for token in ends if token is not None)),
         }  # fmt: skip
 
     def _rope_scaling(self) -> dict[str, Any] | None:
@@ -148,7 +150,16 @@ class GgufFile:
             if self.told(f"tokenizer.ggml.{key}") is None:
                 raise ValueError(f"{self.path}: tokenizer.ggml.{key}: missing")
         try:
-            from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+            from tokenizers import (
+                AddedToken,
+                Regex,
+                Tokenizer,
+                decoders,
+                models,
+                normalizers,
+                pre_tokenizers,
+                processors,
+            )
             from transformers import PreTrainedTokenizerFast
         except ImportError:
             raise ValueError("prompts: the tokenizer of a .gguf file needs the package transformers: "
@@ -159,6 +170,8 @@ class GgufFile:
         vocabulary = {token: at for at, token in enumerate(tokens)}
         # Llama 3's takes words that are tokens whole, whatever its merges would make of them.
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+        if pre == "qwen2":  # as Qwen2's tokenizer.json composes letters and their accents
+            tokenizer.normalizer = normalizers.NFC()
         splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         before: list[Any] = []
         if pre == "smollm":  # digits singly, then GPT-2's rule: SmolLM2's tokenizer.json

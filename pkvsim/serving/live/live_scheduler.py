@@ -72,6 +72,17 @@ class LiveStep:
         return len(self.decode) + int(self.prefill_tokens.sum())
 
 
+def check_served(limits: Limits) -> None:
+    """ValueError for an order or a prefix cache that needs to know of requests beforehand."""
+    if limits.order not in SERVED_ORDERS:
+        names = ", ".join(ORDERS[order] for order in SERVED_ORDERS)
+        raise ValueError(f"order: expected one of {names}, got {ORDERS[limits.order]}")
+    if limits.cache_kind not in (NONE, LRU):
+        raise ValueError(f"prefix_cache: expected none or lru, got {KINDS[limits.cache_kind]}")
+    if limits.order == KVSHARE and limits.cache_kind == NONE:
+        raise ValueError("order: kvshare orders by what a prefix cache holds, expected prefix_cache lru with it")
+
+
 class LiveScheduler:
     """Continuous batching of requests named by keys, integers of the caller's that it uses once.
 
@@ -82,14 +93,8 @@ class LiveScheduler:
                  "_num_blocks", "_planned", "_dropped_at")
 
     def __init__(self, limits: Limits) -> None:
-        """ValueError for an order or a prefix cache that needs to know of requests beforehand."""
-        if limits.order not in SERVED_ORDERS:
-            names = ", ".join(ORDERS[order] for order in SERVED_ORDERS)
-            raise ValueError(f"order: expected one of {names}, got {ORDERS[limits.order]}")
-        if limits.cache_kind not in (NONE, LRU):
-            raise ValueError(f"prefix_cache: expected none or lru, got {KINDS[limits.cache_kind]}")
-        if limits.order == KVSHARE and limits.cache_kind == NONE:
-            raise ValueError("order: kvshare orders by what a prefix cache holds, expected prefix_cache lru with it")
+        """ValueError as check_served."""
+        check_served(limits)
         self.limits, self.pages = limits, PageBook(limits.num_pages)
         self._places: dict[int, int] = {}  # by key, of requests that have not ended
         self._used = 0
