@@ -22,9 +22,9 @@ def sweep(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
             "splits, group_size, prefix_cache, shared_reads (on, off), select (METHOD:BUDGET[:8bit], off), order, "
             "replicas, router, engine, tensor_parallel, prefill_replicas, tiers (or none; + between several), "
-            "placement, retention, tier_admission, load_or_recompute, serial_reads (on, off), host_link; rate is a "
-            "factor of the trace's own: rate=2 halves every gap. Without: device, policy, batch, length, group_size, "
-            "splits, select."
+            "placement, retention, tier_admission, tier_hold_cost, load_or_recompute, serial_reads (on, off), "
+            "host_link; rate is a factor of the trace's own: rate=2 halves every gap. Without: device, policy, batch, "
+            "length, group_size, splits, select."
         ),
     ],
     trace: Annotated[

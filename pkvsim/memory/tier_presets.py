@@ -86,6 +86,7 @@ class NamedTiers:
     load: str = BY_PRICE
     serial: bool | None = None
     host_link_gb_s: float | None = None
+    hold_cost: float | None = None
 
     def setup(self, measured: Mapping[str, Tier], measured_link_gb_s: float | None) -> TierSetup:
         """The tiers behind a GPU whose file has these tiers and this link. ValueError says what was expected."""
@@ -99,7 +100,7 @@ class NamedTiers:
         return TierSetup(
             tiers=tiers, placement=placement if self.placement is None else self.placement, retention=self.retention,
             admission=self.admission, load=self.load, serial=serial if self.serial is None else self.serial,
-            host_link_gb_s=link,
+            host_link_gb_s=link, hold_cost=self.hold_cost,
         )  # fmt: skip
 
 

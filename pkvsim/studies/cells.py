@@ -11,7 +11,7 @@ WORDS = (
     "device", "model", "policy", "prefix_cache", "order", "router", "engine", "tiers", "placement", "retention",
     "tier_admission", "load_or_recompute", "serial_reads", "shared_reads", "select",
 )  # axes whose values are names  # fmt: skip
-FRACTIONS = ("rate", "host_link")  # axes whose values need be no integers
+FRACTIONS = ("rate", "host_link", "tier_hold_cost")  # axes whose values need be no integers
 Place = dict[str, Any]  # a value for every axis
 
 

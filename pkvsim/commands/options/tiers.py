@@ -38,6 +38,13 @@ class TierChoices(OptionGroup):
     tier_admission: Annotated[
         str, typer.Option(help="Which block may take another's place: all, or tinylfu, those asked for more often.")
     ] = "all"
+    tier_hold_cost: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Keep what a conversation's next turn will ask for as long as that pays by the gaps seen before: "
+            "seconds that others lose for each second of it."
+        ),
+    ] = None
     load_or_recompute: Annotated[
         str, typer.Option(help="What of a prompt's blocks is loaded: by price, load (all that is there), or recompute.")
     ] = "price"
@@ -72,7 +79,7 @@ class TierChoices(OptionGroup):
         return NamedTiers(
             names=tuple(self.tier or ()), placement=self.placement, retention=self.retention,
             admission=self.tier_admission, load=self.load_or_recompute, serial=self.serial_reads,
-            host_link_gb_s=self.host_link,
+            host_link_gb_s=self.host_link, hold_cost=self.tier_hold_cost,
         )  # fmt: skip
 
     def given(self) -> dict[str, bool]:

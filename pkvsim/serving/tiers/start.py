@@ -27,6 +27,8 @@ def start_tiers(
         return None
     if trace.block_hashes is None:
         raise ValueError(f"tier: expected a trace with block hashes, {trace.name} has none")
+    if config.tiers.hold_cost is not None and trace.session is None:
+        raise ValueError(f"tier_hold_cost: expected a trace with sessions, {trace.name} has none")
     blocks = requests.blocks
     if not len(blocks.ids):  # no prefix cache in HBM
         blocks = prompt_blocks(trace, config.page_size, requests.rejected == SERVED)
@@ -38,6 +40,7 @@ def start_tiers(
         block_bytes=block_bytes(trace, model, config),
         link_bytes_per_s=link_bytes_per_s(model, device, config),
         num_layers=model.num_layers,
+        sessions=None if trace.session is None else np.asarray(trace.session),
         prices=partial(prompt_us, costs, chunk_table_us(costs, config.step_tokens)),
     )
 

@@ -11,8 +11,10 @@ from pkvsim.memory.tier_presets import NamedTiers
 from pkvsim.studies.cells import switch
 
 NO_TIERS = "none"
-FIELDS = {"placement": "placement", "retention": "retention", "tier_admission": "admission",
-          "load_or_recompute": "load", "serial_reads": "serial", "host_link": "host_link_gb_s"}  # fmt: skip
+FIELDS = {
+    "placement": "placement", "retention": "retention", "tier_admission": "admission", "tier_hold_cost": "hold_cost",
+    "load_or_recompute": "load", "serial_reads": "serial", "host_link": "host_link_gb_s",
+}  # fmt: skip
 TIER_AXES = ("tiers", *FIELDS)
 
 

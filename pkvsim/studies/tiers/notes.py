@@ -24,6 +24,8 @@ def tier_notes(setup: TierSetup, device: DeviceSpec, block_bytes: int) -> tuple[
     if setup.load != BY_PRICE:
         told = "nothing is loaded" if setup.load == ALWAYS_COMPUTE else "all that is there is loaded"
         notes.append(f"tiers: {told}")
+    if setup.hold_cost is not None:
+        notes.append("tiers keep a conversation's blocks for as long as its next turn is worth that by the gaps seen")
     if setup.retention == "belady":
         notes.append("belady of tiers looks ahead in trace order: a bound, no policy")
     return tuple(notes)
