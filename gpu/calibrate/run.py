@@ -8,6 +8,11 @@
 A few minutes. With --device-base what comes out is that device's file, in which the routes that were timed are fitted
 anew. The measurements are written as they come: a run cut short loses none, and
 `pkvsim fit --measurements mygpu.csv --device-base mygpu.json -o mygpu.json` fits what it left.
+
+Decode attention alone is measured so. The rest of a machine is measured by
+
+    python -m gpu.calibrate --tiers --help        # host memory and disks that KV may lie on, and the link to them
+    python -m gpu.calibrate --outside --help      # prefill, matrix products and the rest of a model's step
 """
 from __future__ import annotations
 

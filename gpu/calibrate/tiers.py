@@ -65,6 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name in args.places or name.startswith(HOST) or ":" in name:
             parser.error(f"--tiers: expected distinct names without colons that do not begin with {HOST}, got {name}")
         args.places[name] = Path(directory)
+    if args.device == "cpu" and not args.places:
+        parser.error("--tiers: expected directories with --device cpu, which measures disks alone")
     if args.device_base is None and not args.out.exists():
         parser.error(f"--out: expected a device file, {args.out} is none: name a GPU by --device-base")
     return args

@@ -161,13 +161,17 @@ class PagedCache(Cache):
         kept = None if mask is None else (mask[:, :seen] != 0).to(model.device)
         self.rows.extend(kept, len(input_ids), seen, model.device)
         counts = (-(-ends[:, seen - 1] // self.rows.page_size)).tolist()
-        self._loads += [
-            tiers.load(of_row[:count], self.rows.pages_of(row, count))
-            for row, (of_row, count) in enumerate(zip(keys, counts)) if count
-        ]  # fmt: skip
-        valid, loads = [0] * len(keys), iter(self._loads)
-        for row, count in enumerate(counts):
-            valid[row] = next(loads).wait_layer(0) if count else 0
+        valid = [0] * len(keys)
+        try:
+            for row, count in enumerate(counts):
+                if count:
+                    self._loads.append(tiers.load(keys[row][:count], self.rows.pages_of(row, count)))
+            loads = iter(self._loads)
+            for row, count in enumerate(counts):
+                valid[row] = next(loads).wait_layer(0) if count else 0
+        except BaseException:  # rows would count tokens that are not there, and pages be handed out under copies
+            self.reset()
+            raise
         found = self._columns(ends[:, :seen + 1], valid)
         if found < seen:  # a tier failed: what it did not give is computed
             self.rows.shorten(ends[:, found - 1] if found else torch.zeros_like(ends[:, 0]), found)

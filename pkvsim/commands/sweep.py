@@ -22,8 +22,9 @@ def sweep(
             help="NAME=VALUE,VALUE,...; again for more axes. With a trace: device, policy, rate, max_batch, page_size, "
             "splits, group_size, prefix_cache, shared_reads (on, off), select (METHOD:BUDGET[:8bit], off), order, "
             "replicas, router, engine, tensor_parallel, prefill_replicas, tiers (or none; + between several), "
-            "placement, retention, tier_admission, load_or_recompute; rate is a factor of the trace's own: rate=2 "
-            "halves every gap. Without: device, policy, batch, length, group_size, splits, select."
+            "placement, retention, tier_admission, tier_hold_cost, load_or_recompute, serial_reads (on, off), "
+            "host_link; rate is a factor of the trace's own: rate=2 halves every gap. Without: device, policy, batch, "
+            "length, group_size, splits, select."
         ),
     ],
     trace: Annotated[
@@ -70,8 +71,6 @@ def sweep(
           --over device=l4,h200 --over max_batch=16,64
     """
     with one_line_errors():
-        from dataclasses import replace
-
         from pkvsim.commands.serving_inputs import progress_bar
         from pkvsim.devices.device import get_device
         from pkvsim.models.presets import get_model
@@ -92,7 +91,7 @@ def sweep(
                 check_axes(axes, option=option, trace=serving)
         crew = Workers(workers, dask, forks=True)
         spec = get_device(device)
-        config = replace(server.config(source.seed), tiers=tiers.setup(spec))
+        config = server.config(source.seed)
         metric = metric or ("tokens_per_s" if serving else "us")
         check_used(
             serving, layers=layers != 1, **source.given(), **server.given() | {"page_size": False}, **tiers.given(),
@@ -110,6 +109,7 @@ def sweep(
                 report = serving_sweep(
                     axes, requests, chosen, spec, policy, config,
                     metric=metric, weight_bits=server.weight_bits, workers=crew, progress=done,
+                    tiers=tiers.named(elsewhere="tiers" in axes),
                 )  # fmt: skip
         report.values(metric)
         devices = [get_device(name) for name in axes.get("device", [])] or [spec]

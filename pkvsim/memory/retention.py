@@ -142,6 +142,9 @@ class TinyLfu:
         return self.frequency(key) > self.frequency(victim)
 
 
+GAPS_KEPT = 1000  # between turns, that a time-to-live is chosen by
+
+
 def choose_ttl_s(
     gaps_s: Sequence[float] | np.ndarray, *, benefit_s: float, cost_s_per_s: float, longest_s: float = 60.0
 ) -> float:

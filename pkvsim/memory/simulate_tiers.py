@@ -15,11 +15,9 @@ import numpy as np
 
 from pkvsim.memory.device_clock import DeviceClock
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers
-from pkvsim.memory.retention import BELADY_NAME, choose_ttl_s
+from pkvsim.memory.retention import BELADY_NAME, GAPS_KEPT, choose_ttl_s
 from pkvsim.memory.tier_options import TierOptions
 from pkvsim.memory.tiers import Tier
-
-GAPS_KEPT = 1000  # between turns, that a time-to-live is chosen by
 
 
 class BlockRequests(NamedTuple):

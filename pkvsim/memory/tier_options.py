@@ -62,7 +62,8 @@ class TierSetup:
     """The tiers behind a simulated server's GPU. Raises ValueError naming the field.
 
     load: what of a prompt's blocks is loaded: as many as give the first token soonest by the model's prices, all that
-    are there, or none. host_link_gb_s: of one GPU, to it; None: as the device's file says.
+    are there, or none. host_link_gb_s: of one GPU, to it; None: as the device's file says. hold_cost: as TierOptions
+    has it.
     """
 
     tiers: tuple[Tier, ...]
@@ -72,6 +73,7 @@ class TierSetup:
     load: str = BY_PRICE
     serial: bool = False
     host_link_gb_s: float | None = None
+    hold_cost: float | None = None
 
     def __post_init__(self) -> None:
         check_tiers(self.tiers)
@@ -79,11 +81,13 @@ class TierSetup:
             raise ValueError(f"load_or_recompute: expected one of {', '.join(LOADS)}, got {self.load!r}")
         if self.host_link_gb_s is not None and not 0 < self.host_link_gb_s < float("inf"):
             raise ValueError(f"host_link: expected GB/s > 0, got {self.host_link_gb_s!r}")
+        if self.hold_cost is not None and not self.hold_cost >= 0:
+            raise ValueError(f"tier_hold_cost: expected >= 0 or None, got {self.hold_cost!r}")
         self.options(link_bytes_per_s=float("inf"), num_layers=1)
 
     def options(self, *, link_bytes_per_s: float, num_layers: int) -> TierOptions:
         """The same as pkvsim.memory.simulate_tiers takes it."""
         return TierOptions(
             placement=self.placement, retention=self.retention, admission=self.admission, serial=self.serial,
-            link_bytes_per_s=link_bytes_per_s, num_layers=num_layers,
+            link_bytes_per_s=link_bytes_per_s, num_layers=num_layers, hold_cost=self.hold_cost,
         )  # fmt: skip

@@ -1,9 +1,12 @@
-"""Whole machines of tiers, each rate with its source or named as an assumption."""
+"""Tiers by name: whole machines of them, each rate with its source or named as an assumption, and measured ones."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from pkvsim.memory.placement import BANDWIDTH, IN_ORDER
+from pkvsim.memory.retention import LRU_NAME
+from pkvsim.memory.tier_options import BY_PRICE, TierSetup
 from pkvsim.memory.tiers import DISK, HOST, UNITS, Tier, check_tiers, parse_bytes, parse_tier
 
 GIB = UNITS["GiB"]
@@ -47,7 +50,58 @@ SERIAL_FILES = (
     _disk("disk", 1024, 1.0 - FILE_SYSTEM_SHARE, f"the same NVMe through the file system: {PAPER}, 84 % of the time"),
 )  # fmt: skip
 
-TIER_PRESETS: Mapping[str, tuple[Tier, ...]] = {"unified_pool": UNIFIED_POOL, "serial_files": SERIAL_FILES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierPreset:
+    """A machine's tiers, and how it uses them where nobody says otherwise.
+
+    host_link_gb_s: of the link to one GPU that all its loads share, assumed where the GPU's own was not measured.
+    """
+
+    tiers: tuple[Tier, ...]
+    placement: str = BANDWIDTH
+    serial: bool = False
+    host_link_gb_s: float = HOST_READ / 1e9
+
+
+TIER_PRESETS: Mapping[str, TierPreset] = {
+    "unified_pool": TierPreset(tiers=UNIFIED_POOL),
+    "serial_files": TierPreset(tiers=SERIAL_FILES, placement=IN_ORDER, serial=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedTiers:
+    """Tiers as find_tiers takes them and how they are used, before it is known which GPU they stand behind.
+
+    placement, serial, host_link_gb_s: None, as a preset has it that is named alone, and else by bandwidth, all at once,
+    and as the GPU's file says.
+    """
+
+    names: tuple[str, ...]
+    placement: str | None = None
+    retention: str = LRU_NAME
+    admission: str = "all"
+    load: str = BY_PRICE
+    serial: bool | None = None
+    host_link_gb_s: float | None = None
+    hold_cost: float | None = None
+
+    def setup(self, measured: Mapping[str, Tier], measured_link_gb_s: float | None) -> TierSetup:
+        """The tiers behind a GPU whose file has these tiers and this link. ValueError says what was expected."""
+        tiers = find_tiers(self.names, measured)
+        alone = TIER_PRESETS.get(self.names[0]) if len(self.names) == 1 else None
+        presets = [TIER_PRESETS[name] for name in self.names if name in TIER_PRESETS]
+        link = self.host_link_gb_s
+        if link is None and measured_link_gb_s is None and presets:
+            link = presets[0].host_link_gb_s
+        placement, serial = (alone.placement, alone.serial) if alone else (BANDWIDTH, False)
+        return TierSetup(
+            tiers=tiers, placement=placement if self.placement is None else self.placement, retention=self.retention,
+            admission=self.admission, load=self.load, serial=serial if self.serial is None else self.serial,
+            host_link_gb_s=link, hold_cost=self.hold_cost,
+        )  # fmt: skip
 
 
 def find_tiers(texts: Sequence[str], measured: Mapping[str, Tier]) -> tuple[Tier, ...]:
@@ -57,7 +111,7 @@ def find_tiers(texts: Sequence[str], measured: Mapping[str, Tier]) -> tuple[Tier
     for text in texts:
         name, _, capacity = text.partition(":")
         if text in TIER_PRESETS:
-            found += TIER_PRESETS[text]
+            found += TIER_PRESETS[text].tiers
         elif name in measured and ":" not in capacity:
             tier = measured[name]
             found.append(replace(tier, capacity_bytes=parse_bytes(capacity)) if capacity else tier)

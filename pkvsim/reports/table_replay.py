@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from pkvsim.devices.device import DeviceSpec
+from pkvsim.memory.tiers import UNITS
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ def print_devices(devices: list[DeviceSpec]) -> None:
             error = route.held_out or route.in_sample
             off = f"{error.median_percent:.1f} % off" if error else ""
             rows.append((f"route {name}", off, route.status, f"{route.source}, {route.date}"))
+        for tier in device.tiers.values():
+            rates = f"{tier.read_bytes_per_s / 1e9:.3g} read, {tier.write_bytes_per_s / 1e9:.3g} written GB/s"
+            shown = f"{tier.capacity_bytes / UNITS['GiB']:.4g} GiB"
+            rows.append((f"tier {tier.name}", shown, "assumed" if tier.assumed else "calibrated",
+                         f"{rates}; {tier.source}"))  # fmt: skip
         print_grid(console, columns, rows)
 
 

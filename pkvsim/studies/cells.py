@@ -9,8 +9,9 @@ import numpy as np
 
 WORDS = (
     "device", "model", "policy", "prefix_cache", "order", "router", "engine", "tiers", "placement", "retention",
-    "tier_admission", "load_or_recompute", "shared_reads", "select",
+    "tier_admission", "load_or_recompute", "serial_reads", "shared_reads", "select",
 )  # axes whose values are names  # fmt: skip
+FRACTIONS = ("rate", "host_link", "tier_hold_cost")  # axes whose values need be no integers
 Place = dict[str, Any]  # a value for every axis
 
 
@@ -38,13 +39,20 @@ def _value(name: str, text: str) -> Any:
             raise ValueError(f"over: {name}: expected names, got an empty one")
         return text
     try:
-        number = float(text) if name == "rate" else int(text)
+        number = float(text) if name in FRACTIONS else int(text)
     except ValueError:
-        kind = "numbers" if name == "rate" else "integers"
+        kind = "numbers" if name in FRACTIONS else "integers"
         raise ValueError(f"over: {name}: expected {kind}, got {text!r}") from None
     if not 0 < number < np.inf:
         raise ValueError(f"over: {name}: expected numbers > 0, got {text}")
     return number
+
+
+def switch(name: str, text: str) -> bool:
+    """Of an axis whose values are on and off. ValueError naming it."""
+    if text not in ("on", "off"):
+        raise ValueError(f"axes: {name}: expected on or off, got {text!r}")
+    return text == "on"
 
 
 def check_axes(axes: Mapping[str, Sequence[Any]], known: Sequence[str]) -> None:

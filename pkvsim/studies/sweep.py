@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pkvsim.devices.device import DeviceSpec, get_device
+from pkvsim.memory.tier_presets import NamedTiers
 from pkvsim.models.model_spec import ModelSpec, with_kv_heads
 from pkvsim.models.presets import get_model
 from pkvsim.policy.by_name import Policy, make_policy, policy_routes
@@ -20,7 +21,7 @@ from pkvsim.serving.costs import check_policies, default_policy, fit_note
 from pkvsim.serving.fit_model import fit_model
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int
-from pkvsim.studies.cells import CellNotes, Place, check_axes, places
+from pkvsim.studies.cells import CellNotes, Place, check_axes, places, switch
 from pkvsim.studies.provenance import basis_note
 from pkvsim.studies.selection.cells import selected_cell
 from pkvsim.studies.tiers.axes import TIER_AXES, tiers_at
@@ -92,10 +93,11 @@ def serving_sweep(
     weight_bits: int | None = None,
     workers: Workers = Workers(),
     progress: Progress | None = None,
+    tiers: NamedTiers | None = None,
 ) -> Sweep:
     """A serving run for every combination of SERVING_AXES; what no axis sets is as the arguments say. model: by name
     where an axis is tensor_parallel. policy: by default the engine's own attention, or the calibrated choice of our
-    routes.
+    routes. tiers: by name, so that each cell has them behind its own GPU; else those of config, which no axis changes.
 
     Every cell stands for itself: a model that does not fit its GPU as it comes has narrower weights there (weight_bits:
     these everywhere), and a cell that cannot be is empty with its reason. Notes say of which cells they hold. metric: a
@@ -108,10 +110,12 @@ def serving_sweep(
         check_policies([place.get("policy", policy or "calibrated")])
     if "tensor_parallel" in axes and not isinstance(model, str):
         raise ValueError(f"axes: tensor_parallel: expected the model by name, got one of {model.tensor_parallel} GPUs")
+    if config.tiers is not None and (tiers is not None or set(axes) & set(TIER_AXES)):
+        raise ValueError("config: expected no tiers beside tiers by name, and beside axes of them")
     devices = {name: get_device(name) for name in axes.get("device", ())}
     run = partial(
         _serving_cell, trace=trace, model=model, device=device, devices=devices, policy=policy, config=config,
-        weight_bits=weight_bits,
+        weight_bits=weight_bits, tiers=tiers or NamedTiers(names=()),
     )  # fmt: skip
     cells: list[dict[str, Any]] = [{} for _ in where]
     said: list[tuple[str, ...]] = [() for _ in where]
@@ -130,15 +134,10 @@ def serving_sweep(
     return _swept(axes, cells, (*trace.notes, *notes.lines()))
 
 
-def _switch(name: str, text: str) -> bool:
-    if text not in ("on", "off"):
-        raise ValueError(f"axes: {name}: expected on or off, got {text!r}")
-    return text == "on"
-
-
 def _serving_cell(
     place: Place, *, trace: RequestTrace, model: ModelSpec | str, device: DeviceSpec,
     devices: Mapping[str, DeviceSpec], policy: str | None, config: ServingConfig, weight_bits: int | None,
+    tiers: NamedTiers,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
     """(summary, notes) of one run."""
     set_by_axes = (
@@ -148,11 +147,11 @@ def _serving_cell(
     if "max_batch" in settings:
         settings["step_tokens"] = max(config.step_tokens, settings["max_batch"] * config.query_tokens)
     if "shared_reads" in place:
-        settings["shared_reads"] = _switch("shared_reads", place["shared_reads"])
+        settings["shared_reads"] = switch("shared_reads", place["shared_reads"])
     if "select" in place:
         settings["select"] = parse_selection(place["select"], every=config.select.every if config.select else 1)
     gpu = devices[place["device"]] if "device" in place else device
-    config = replace(config, **settings, tiers=tiers_at(place, config.tiers, gpu))
+    config = replace(config, **settings, tiers=tiers_at(place, tiers, gpu) or config.tiers)
     name = place.get("policy", policy or default_policy(config))
     heads = get_model(model, tensor_parallel=place.get("tensor_parallel")) if isinstance(model, str) else model
     if "group_size" in place:

@@ -17,6 +17,7 @@ from pkvsim.serving.results.result import ServingResult
 from pkvsim.serving.results.summary import SATURATED, half_wait_longer
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.state import TOO_LONG_FOR_MODEL, TOO_LONG_FOR_POOL
+from pkvsim.serving.tiers.start import block_bytes
 from pkvsim.studies.provenance import Basis, serving_basis
 from pkvsim.studies.selection.notes import selection_basis, selection_notes
 from pkvsim.studies.side_by_side import side_by_side
@@ -205,4 +206,6 @@ def run_notes(
         notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")
     else:
         notes.append("decode layer by layer: a step takes at least as long as the host needs to issue it")
-    return (*notes, *tier_notes(config.tiers, device), *model.notes)
+    if config.tiers is not None:
+        notes += tier_notes(config.tiers, device, block_bytes(trace, model, config))
+    return (*notes, *model.notes)

@@ -9,6 +9,7 @@ from command import pkvsim
 from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.stores import parse_stores
 from gpu.cache.tiers.tiered_cache import TieredKVCache
+from gpu.calibrate import run
 from gpu.calibrate import tiers as calibrate
 from gpu.calibrate.tier_rates import disk_rates, host_rates, host_tier
 from pkvsim.devices.device import get_device, load_device
@@ -100,6 +101,7 @@ def test_what_goes_wrong_while_it_measures_is_one_line(tmp_path, monkeypatch, ca
         (["--tiers", "/tmp", "-o", "x.csv"], "expected a file name that ends in .json"),
         (["--tiers", "/tmp", "-o", "/nowhere/x.json"], "name a GPU by --device-base"),
         (["--tiers", "a:b=/tmp", "-o", "x.json", "--device-base", "h200"], "without colons"),
+        (["--tiers", "-o", "x.json", "--device-base", "h200", "--device", "cpu"], "expected directories with --device"),
         (["--tiers", "host=/tmp", "-o", "x.json", "--device-base", "h200"], "do not begin with host"),
     ],
 )
@@ -107,6 +109,17 @@ def test_wrong_words(words, message, capsys):
     with pytest.raises(SystemExit):
         calibrate.parse_args(words)
     assert message in capsys.readouterr().err
+
+
+def test_the_help_of_calibration_names_what_else_it_measures(capsys):
+    with pytest.raises(SystemExit):
+        run.parse_args(["--help"])
+    assert {"--tiers", "--outside"} <= {*capsys.readouterr().out.split()}
+
+
+def test_a_devices_tiers_are_listed_with_its_numbers(measured, capsys, monkeypatch):
+    code, out, err = pkvsim(capsys, monkeypatch, "devices", str(measured))
+    assert code == 0 and "tier disk0" in out and "tier fast" in out and "GB/s" in out
 
 
 def test_stores_that_fit_no_tier():

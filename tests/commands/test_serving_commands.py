@@ -97,6 +97,8 @@ def test_tiers_behind_the_gpu(run, tmp_path):
     none, _, priced, recomputed = (cell["result"] for cell in json.loads(out)["cells"])
     assert priced["tiers"]["loaded_tokens"] == pytest.approx(found["tiers"]["loaded_tokens"], rel=0.2)
     assert recomputed["ttft_s"] == none["ttft_s"] and recomputed["tiers"]["loads"] == 0
+    code, out, err = run(*sweep, "--over", "tiers=serial_files,host:1GiB:50", "--load-or-recompute", "load", "--reads-at-once")
+    assert code == 0 and "placed by in_order, all at once" in out and "tiers: all that is there is loaded" in out
     for args, message in (
         (("--tier", "nvme"), "tier: expected NAME:CAPACITY:READ[:WRITE], or one of unified_pool, serial_files, got"),
         (("--retention", "belady"), "retention: expected only with --tier"),
@@ -105,3 +107,5 @@ def test_tiers_behind_the_gpu(run, tmp_path):
     ):
         code, out, err = run("whatif", *SERVER, *load, *args)
         assert code == 2 and message in err
+    code, out, err = run(*sweep, "--over", "max_batch=8,16", "--placement", "equal")
+    assert code == 2 and "placement: expected only with --tier" in err

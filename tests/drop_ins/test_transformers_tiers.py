@@ -132,6 +132,36 @@ def test_what_a_tier_lost_is_computed(make_pool, tmp_path) -> None:
         assert pool.stats()["disk"]["faults"] > 0
 
 
+@pytest.mark.parametrize("fails", ["load", "wait_layer"])
+def test_a_load_that_cannot_be_had_leaves_an_empty_cache(make_pool, monkeypatch, fails) -> None:
+    """Else a caller who goes on would decode behind tokens that nobody loaded, or reuse pages that copies write to."""
+    inputs = prompts([30, 21], "left")
+    expected = plain(inputs)
+    with make_pool() as pool:
+        cache = make_cache(pool, inputs)
+        found, *_ = serve(cache, inputs)
+        cache.keep(found, inputs["attention_mask"])
+        settle(cache)
+        free, begun = cache.num_free_pages, []
+
+        def load(keys, pages):
+            if fails == "load" and begun:
+                raise RuntimeError("the GPU has fallen off the bus")
+            begun.append(PromptPool.load(pool, keys, pages))
+            if fails == "wait_layer":
+                begun[-1].cancel()
+            return begun[-1]
+
+        monkeypatch.setattr(pool, "load", load)
+        with pytest.raises((RuntimeError, ValueError), match="off the bus|cancelled"):
+            cache.begin(MODEL, **inputs)
+        assert begun and all(one._cancelled for one in begun)
+        assert (cache.num_free_pages, cache.get_seq_length()) == (free, 0)
+        monkeypatch.undo()
+        found = MODEL.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **cache.argument_of(MODEL))
+        assert torch.equal(found, expected)
+
+
 def test_other_weights_are_refused(make_pool) -> None:
     inputs = prompts([9], "left")
     with make_pool() as pool:

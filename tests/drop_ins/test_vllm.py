@@ -109,6 +109,22 @@ def test_query_tokens_that_decode() -> None:
     assert [served_query_tokens(drafts) for drafts in (0, 1, 7, 8)] == [(1,), (1, 2), (1, 8), (1,)]
 
 
+@pytest.mark.parametrize("drafts, left", [(None, 0), (7, 0), (8, 1), (9, 1)])
+def test_rows_of_more_drafts_than_are_served_are_said_to_stay_with_vllm(drafts, left) -> None:
+    """The line that decode steps run here would be untrue of them: all rows verify drafts in most steps."""
+    case = Case((1 + (drafts or 0),) * 2, (4, 20))
+    with fake_vllm() as vllm:
+        vllm.configure(drafts=drafts)
+        layer = attention_layer(vllm, case, "a")
+        builder = builder_of(vllm, ["a"])
+        lines = [line for line in vllm.said if "leaves rows" in line]
+        assert len(lines) == left
+        assert all(f"verify {drafts} drafts to vLLM's FLASH_ATTN" in line and "8 query tokens" in line for line in lines)
+        prepared = prepare(vllm, case, layer)
+        torch.testing.assert_close(run(vllm, prepared, builder.build(0, prepared.common)), prepared.expected)
+        assert {who for who, _, _ in vllm.writes} == ({"base"} if left else {"ours"})
+
+
 @pytest.mark.parametrize("hnd", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_planes_of_values_and_scales_share_a_block_without_overlap(hnd, heads) -> None:

@@ -93,3 +93,9 @@ def test_make_takes_the_extra_of_the_driver(tmp_path, said, extra):
     command = ["make", "-n", "-W", "setup.cfg", ".venv/.gpu"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert f"'.[{extra}]'" in done.stdout, done.stderr
+
+
+def test_ci_runs_what_stands_on_pytorch_and_transformers():
+    """Their tests skip without them, so that CI would be green with none of them run."""
+    steps = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert 0 < steps.index("install -q torch ") < steps.index("'.[transformers]'") < steps.index("run: make test")

@@ -140,7 +140,7 @@ def test_a_session_is_held_over_a_short_pause_and_not_over_a_long_one():
 
 
 def test_presets_say_where_their_rates_come_from():
-    assert all(tier.source for tiers in TIER_PRESETS.values() for tier in tiers)
+    assert all(tier.source for preset in TIER_PRESETS.values() for tier in preset.tiers)
     blocks = np.arange(2048)
     asked = requests([blocks, blocks])
     pooled = simulate_tiers(asked, UNIFIED_POOL, block_bytes=2**21).load_s[1]

@@ -42,10 +42,12 @@ def test_tiers_that_give_nothing_change_nothing(case, prefix_cache, engine) -> N
 
 @settings(max_examples=40, deadline=None)
 @given(crowded(blocks=True), st.sampled_from(["pkv", "vllm"]), st.sampled_from(["load", "price"]),
-       st.sampled_from([["host:1GiB:50", "disk:1GiB:2"], ["host:1MiB:50", "disk:64MiB:0.01"]]))  # fmt: skip
-def test_every_request_is_served_and_its_first_token_adds_up(case, engine, load, tiers) -> None:
+       st.sampled_from([["host:1GiB:50", "disk:1GiB:2"], ["host:1MiB:50", "disk:64MiB:0.01"]]),
+       st.sampled_from([None, 0.0]))  # fmt: skip
+def test_every_request_is_served_and_its_first_token_adds_up(case, engine, load, tiers, hold_cost) -> None:
     trace, config = case
-    result = run(trace, replace(config, engine=engine), load=load, tiers=find_tiers(tiers, {}))
+    trace = replace(trace, session=np.arange(len(trace)) % 3)
+    result = run(trace, replace(config, engine=engine), load=load, tiers=find_tiers(tiers, {}), hold_cost=hold_cost)
     served = result.requests.rejected == SERVED
     assert (result.requests.output_tokens[served] == trace.output_tokens[served]).all()
     log, requests = result.tiers.log, result.requests
@@ -101,13 +103,32 @@ def test_no_retention_loads_more_than_a_tier_that_keeps_everything(case, slots) 
     assert all(result.tiers.log.tokens.sum() <= most for result in some.values())
 
 
+def test_a_conversation_is_held_for_its_next_turn_where_that_pays() -> None:
+    """Two turns of every conversation with other prompts between them, in a tier that holds two prompts."""
+    tokens, rows, sessions = 64 * BLOCK_TOKENS, [], []
+    for at in range(16):
+        for pause, prompt, session in ((60.0, at, at), (1.0, 100 + at, -1), (1.0, 200 + at, -1), (1.0, at, at)):
+            rows.append((pause, tokens + 1, 1, [prompt]))
+            sessions.append(session)
+    trace = replace(make_trace(rows, blocks=True), session=np.array(sessions))
+    tiers = (replace(FAST[0], capacity_bytes=2 * 64 * BLOCK_BYTES),)
+
+    def loaded(cost: float | None) -> int:
+        return int(run(trace, ServingConfig(), load="load", tiers=tiers, hold_cost=cost).tiers.log.tokens.sum())
+
+    assert loaded(None) == loaded(100.0) == 0
+    assert 14 * tokens <= loaded(1e-3) <= 16 * tokens  # the first gap is not known before
+
+
 def test_refusals() -> None:
     trace = make_trace([(0.0, 64, 1)])
     with pytest.raises(ValueError, match="tier: expected a trace with block hashes"):
         run(trace, ServingConfig())
     with pytest.raises(ValueError, match="tier: expected one server"):
         run(make_trace([(0.0, 64, 1, [0])], blocks=True), ServingConfig(replicas=2))
-    for wrong, name in (({"load": "some"}, "load_or_recompute"), ({"host_link_gb_s": 0}, "host_link"),
+    with pytest.raises(ValueError, match="tier_hold_cost: expected a trace with sessions"):
+        run(make_trace([(0.0, 64, 1, [0])], blocks=True), ServingConfig(), hold_cost=1.0)
+    for wrong, name in (({"load": "some"}, "load_or_recompute"), ({"hold_cost": -1.0}, "^tier_hold_cost"), ({"host_link_gb_s": 0}, "host_link"),
                         ({"placement": "x"}, "placement"), ({"tiers": ()}, "tiers")):  # fmt: skip
         with pytest.raises(ValueError, match=name):
             TierSetup(**{"tiers": FAST} | wrong)

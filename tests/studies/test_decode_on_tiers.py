@@ -40,9 +40,13 @@ def test_selecting_never_costs_more_than_its_abstracts_and_faster_devices_never_
 @pytest.mark.parametrize(("options", "name"), [
     ({"method": "guess"}, "method"), ({"selected_share": 0}, "selected_share"),
     ({"method": "near", "internal_bytes_per_s": [1e9]}, "internal_bytes_per_s"),
+    ({"method": "near", "internal_bytes_per_s": [1e9, float("inf")]}, "internal_bytes_per_s"),
+    ({"seq_lens": []}, "seq_lens"), ({"seq_lens": [5, 0]}, "seq_lens"), ({"seq_lens": [1.5]}, "seq_lens"),
+    ({"seq_lens": [[1]]}, "seq_lens"), ({"tiers": []}, "tiers"), ({"link_bytes_per_s": 0}, "link_bytes_per_s"),
+    ({"hbm_bytes_per_s": float("nan")}, "hbm_bytes_per_s"),
 ])
 def test_refusals(options, name):
-    with pytest.raises(ValueError, match=name):
-        decode_on_tiers(MODEL, [1], DISKS, **RATES, **options)
+    with pytest.raises(ValueError, match=f"^{name}"):
+        decode_on_tiers(MODEL, **({"seq_lens": [1], "tiers": DISKS} | RATES | options))
     with pytest.raises(ValueError, match="model: expected full attention"):
         decode_on_tiers(get_model("gpt-oss-20b"), [1], DISKS, **RATES)

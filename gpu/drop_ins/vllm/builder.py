@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilde
 from gpu.drop_ins.vllm.engines import Engines
 from gpu.drop_ins.vllm.options import read_options
 from gpu.drop_ins.vllm.step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
+from pkvsim.options import MAX_QUERY_TOKENS
 
 # Whether captured decode steps store keys and values by our kernel too, beside which attention is launched and planned.
 # vLLM's leaves that until it has ended. Tokens are the same; on an H200 examples/results/h200_vllm.md has the times.
@@ -81,6 +82,9 @@ class _Builder(Mixin):
         self._prepare_layers()
         if self._decodes:
             self.reorder_batch_threshold = self._query_tokens[-1]
+            if 1 + drafts > self._query_tokens[-1]:
+                LOG.warning_once("PersistentKV leaves rows that verify %s drafts to vLLM's %s, as it serves at most %s "
+                                 "query tokens a row", drafts, self.base_name, MAX_QUERY_TOKENS)
 
     def _prepare_layers(self) -> None:
         """Compiles what the layers decode on, before any capture. A drafter's builder gets layers after it was made."""

@@ -27,6 +27,8 @@ def start_tiers(
         return None
     if trace.block_hashes is None:
         raise ValueError(f"tier: expected a trace with block hashes, {trace.name} has none")
+    if config.tiers.hold_cost is not None and trace.session is None:
+        raise ValueError(f"tier_hold_cost: expected a trace with sessions, {trace.name} has none")
     blocks = requests.blocks
     if not len(blocks.ids):  # no prefix cache in HBM
         blocks = prompt_blocks(trace, config.page_size, requests.rejected == SERVED)
@@ -35,9 +37,10 @@ def start_tiers(
         blocks,
         np.asarray(trace.prompt_tokens),
         block_tokens=trace.block_tokens,
-        block_bytes=int(np.ceil(cache_bytes_per_token(model, config) * trace.block_tokens)) * model.tensor_parallel,
+        block_bytes=block_bytes(trace, model, config),
         link_bytes_per_s=link_bytes_per_s(model, device, config),
         num_layers=model.num_layers,
+        sessions=None if trace.session is None else np.asarray(trace.session),
         prices=partial(prompt_us, costs, chunk_table_us(costs, config.step_tokens)),
     )
 
@@ -53,8 +56,14 @@ def answer_all(server: TierServer, requests: Requests, limits: Limits, state: Sc
     return asked
 
 
+def block_bytes(trace: RequestTrace, model: ModelSpec, config: ServingConfig) -> int:
+    """Of a block of the trace in all layers of all the model's GPUs."""
+    return int(np.ceil(cache_bytes_per_token(model, config) * trace.block_tokens)) * model.tensor_parallel
+
+
 def link_bytes_per_s(model: ModelSpec, device: DeviceSpec, config: ServingConfig) -> float:
-    """From host memory to the model's GPUs, infinity where nobody says."""
+    """From host memory to the server's GPUs, each of which holds its part of every block; infinity where nobody
+    says."""
     gb_s = None if config.tiers is None else config.tiers.host_link_gb_s
     gb_s = gb_s or device.host_read_gb_s
-    return float("inf") if gb_s is None else gb_s * 1e9 * model.tensor_parallel
+    return float("inf") if gb_s is None else gb_s * 1e9 * model.tensor_parallel * config.kv_parallel

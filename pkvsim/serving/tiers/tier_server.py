@@ -16,6 +16,7 @@ from pkvsim.memory.device_clock import DeviceClock
 from pkvsim.memory.load_or_recompute import Choice, choose_prefix, in_layers
 from pkvsim.memory.memory_pool import PoolCounts, Read, Write
 from pkvsim.memory.prefix_cache import PromptBlocks
+from pkvsim.memory.retention import GAPS_KEPT, choose_ttl_s
 from pkvsim.memory.tier_options import ALWAYS_COMPUTE, ALWAYS_LOAD, TierSetup
 from pkvsim.serving.state import SchedulerState
 
@@ -31,6 +32,13 @@ class TierWork(NamedTuple):
     end_s: float
     num_bytes: int
     is_write: bool
+
+
+class Hold(NamedTuple):
+    """A prompt's blocks that the next turn of its session will ask for, to be kept until then."""
+
+    keys: list[int]
+    until_s: float
 
 
 class TierLog(NamedTuple):
@@ -51,9 +59,11 @@ class TierServer:
     def __init__(
         self, setup: TierSetup, blocks: PromptBlocks, prompt_tokens: np.ndarray, *, block_tokens: int,
         block_bytes: int, link_bytes_per_s: float, num_layers: int, prices: PromptPrices,
+        sessions: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """blocks: of every prompt, the last one partly filled; block_tokens: of a whole one; block_bytes: in all
-        layers of all the model's GPUs. Raises ValueError naming the argument."""
+        layers of all the model's GPUs. sessions: [n] int, of which requests are turns, -1 none; not asked for without
+        setup.hold_cost. Raises ValueError naming the argument."""
         self.setup, self._blocks, self._prices = setup, blocks, prices
         self._block_tokens, self._block_bytes = block_tokens, block_bytes
         self._whole = prompt_tokens // block_tokens  # [n], whole blocks of each prompt
@@ -65,7 +75,10 @@ class TierServer:
         self._clock = DeviceClock(setup.tiers, link_bytes_per_s=link_bytes_per_s, serial=setup.serial)
         self._computing: list[int] = []  # requests whose prompts are to be stored
         self._asked = np.zeros(len(prompt_tokens), bool)
-        self._busy: list[tuple[float, int, tuple[Read, ...] | Write]] = []  # a heap by their ends
+        self._busy: list[tuple[float, int, tuple[Read, ...] | Write | Hold]] = []  # a heap by their ends
+        self._sessions = None if setup.hold_cost is None else sessions
+        self._stored_s: dict[int, float] = {}  # of each session, when its last prompt was computed
+        self._gaps: list[float] = []  # from there to the next turn
         self._began = 0
         n, t = len(prompt_tokens), len(setup.tiers)
         self.log = TierLog(
@@ -105,6 +118,8 @@ class TierServer:
             self._asked[request] = True
             self._computing.append(request)
             self.log.hit_blocks[request] = hits
+            if self._sessions is not None and int(self._sessions[request]) in self._stored_s:
+                self._gaps.append(now_s - self._stored_s.pop(int(self._sessions[request])))
         return True
 
     def finish(self, state: SchedulerState) -> TierLog:
@@ -145,7 +160,7 @@ class TierServer:
             num_bytes = int(counts[tier]) * self._block_bytes
             log.work.append(TierWork(request, tier, float(begins_s[tier]), float(ends_s[tier]), num_bytes, False))
 
-    def _begin(self, end_s: float, what: tuple[Read, ...] | Write) -> None:
+    def _begin(self, end_s: float, what: tuple[Read, ...] | Write | Hold) -> None:
         self._began += 1
         heapq.heappush(self._busy, (end_s, self._began, what))
 
@@ -166,7 +181,8 @@ class TierServer:
 
     def _store(self, request: int, at_s: float) -> None:
         spans: dict[int, list[float]] = {}
-        for write in self._pool.store(self._keys(request)):
+        keys = self._keys(request)
+        for write in self._pool.store(keys):
             begin_s, end_s = self._clock.write(write.place.tier, self._block_bytes, at_s)
             self._begin(end_s, write)
             span = spans.setdefault(write.place.tier, [begin_s, end_s, 0])
@@ -175,11 +191,27 @@ class TierServer:
             TierWork(request, tier, begin_s, end_s, int(num_bytes), True)
             for tier, (begin_s, end_s, num_bytes) in spans.items()
         )
+        if self._sessions is not None and self._sessions[request] >= 0 and keys:
+            self._stored_s[int(self._sessions[request])] = at_s
+            until_s = at_s + self._ttl_s(len(keys) * self._block_tokens)
+            written_s = max([at_s, *(end_s for _, end_s, _ in spans.values())])
+            if until_s > written_s:  # blocks can be held from when they are there
+                self._begin(written_s, Hold(keys, until_s))
+
+    def _ttl_s(self, tokens: int) -> float:
+        """For how long a prompt of so many tokens is kept, by what its next turn need not compute."""
+        none_us, all_us = self._prices(np.array([0, tokens]), tokens + 1)
+        return choose_ttl_s(
+            self._gaps[-GAPS_KEPT:], benefit_s=float(none_us - all_us) / 1e6, cost_s_per_s=self.setup.hold_cost or 0.0
+        )
 
     def _end_until(self, at_s: float) -> None:
         while self._busy and self._busy[0][0] <= at_s:
             what = heapq.heappop(self._busy)[2]
             if isinstance(what, Write):
                 self._pool.stored(what)
+            elif isinstance(what, Hold):
+                self._pool.hold(what.keys, what.until_s)
             else:
                 self._pool.done_all(what)
+        self._pool.expire(at_s)

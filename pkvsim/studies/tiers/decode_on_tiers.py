@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkvsim.memory.placement import share_counts
-from pkvsim.memory.tiers import Tier
+from pkvsim.memory.tiers import Tier, check_tiers
 from pkvsim.models.model_spec import FULL, ModelSpec
 
 READ, SELECT, NEAR = "read", "select", "near"
@@ -57,12 +57,20 @@ def decode_on_tiers(
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if not 0 < selected_share <= 1 or chunk_tokens < 1:
         raise ValueError(f"selected_share, chunk_tokens: expected (0, 1], >= 1, got {selected_share}, {chunk_tokens}")
-    if method == NEAR and (len(internal_bytes_per_s) != len(tiers) or not all(r > 0 for r in internal_bytes_per_s)):
-        raise ValueError(f"internal_bytes_per_s: expected one > 0 of each tier, got {list(internal_bytes_per_s)}")
+    lens = np.asarray(seq_lens)
+    if lens.ndim != 1 or not lens.size or lens.dtype.kind not in "iu" or lens.min() < 1:
+        raise ValueError(f"seq_lens: expected integers >= 1 [batch_size], got {seq_lens}")
+    check_tiers(tiers)
+    for name, rate in (("link_bytes_per_s", link_bytes_per_s), ("hbm_bytes_per_s", hbm_bytes_per_s)):
+        if not rate > 0:
+            raise ValueError(f"{name}: expected > 0, got {rate!r}")
+    if method == NEAR and (len(internal_bytes_per_s) != len(tiers)
+                           or not all(0 < rate < np.inf for rate in internal_bytes_per_s)):  # fmt: skip
+        raise ValueError(f"internal_bytes_per_s: expected a finite one > 0 of each tier, got {internal_bytes_per_s}")
     groups = [(attention, count) for attention, count in model.attention_groups if attention.kind == FULL]
     if not groups or sum(count for _, count in groups) < model.num_layers:
         raise ValueError(f"model: expected full attention in all layers, got {model.name}")
-    rows, tokens = len(seq_lens), int(np.sum(seq_lens))
+    rows, tokens = len(lens), int(lens.sum())
     kv_bytes = sum(attention.bytes_per_token(ELEMENT_BYTES) * count for attention, count in groups) * tokens
     key_bytes = sum(attention.num_kv_heads * attention.head_dim * count for attention, count in groups) * ELEMENT_BYTES
     abstract_bytes = 2 * key_bytes * tokens / chunk_tokens

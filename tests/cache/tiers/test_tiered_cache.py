@@ -1,6 +1,7 @@
 """The tiered cache on pages of host memory: what is stored is loaded, from several tiers, over restarts."""
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -110,13 +111,47 @@ def test_nothing_reaches_the_pages_after_a_cancel(tmp_path):
         put(cache, prompt)
         handle = cache.load(prompt, np.arange(8))
         handle.cancel()
+        cache.device.pages[:8] = 0xDD  # they are somebody else's
         gate.set()
         with pytest.raises(ValueError, match="cancelled"):
             handle.wait_layer(0)
-        assert got(cache, prompt) == 8
-        assert (cache.device.pages[8:] == 0xEE).all()
-        before = cache.device.pages.copy()
-        assert (before == cache.device.pages).all() and cache.stats()["quarantined"] == 0
+        assert cache.load(prompt, np.arange(8, 16)).wait() == 8  # behind the other's blocks in the disk's queue
+        check(cache.device, prompt, range(8, 16))
+        assert (cache.device.pages[:8] == 0xDD).all() and (cache.device.pages[16:] == 0xEE).all()
+        assert cache.stats()["quarantined"] == 0
+
+
+class GatedDisks(HostPages):
+    """Copies of disks' blocks wait for a gate."""
+
+    __slots__ = ("entered", "gate")
+
+    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+        self.entered.set()
+        assert self.gate.wait(10)
+        return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
+
+
+def test_blocks_that_wait_for_the_gpu_reach_no_page_after_a_cancel(tmp_path):
+    """They have been read and checked, and stand behind another load's when theirs is given up."""
+    pages = GatedDisks(num_pages=64, num_layers=LAYERS, run_bytes=4096)
+    pages.entered, pages.gate = threading.Event(), threading.Event()
+    with TieredKVCache(pages, disks=[disk(tmp_path / "a")]) as cache:
+        for name in "ab":
+            put(cache, keys(name, 4))
+        first = cache.load(keys("a", 4), np.arange(4))
+        assert pages.entered.wait(10)
+        second = cache.load(keys("b", 4), np.arange(4, 8))
+        until = time.perf_counter() + 10
+        while cache._porter._parcels.empty() and time.perf_counter() < until:
+            time.sleep(0.001)
+        second.cancel()
+        pages.pages[4:8] = 0xDD  # they are somebody else's
+        pages.gate.set()
+        assert first.wait() == 4
+        assert cache.load(keys("b", 4), np.arange(8, 12)).wait() == 4
+        check(pages, keys("b", 4), range(8, 12))
+        assert (pages.pages[4:8] == 0xDD).all()
 
 
 class GatedHost(HostPages):
