@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu.cache.tiers.device import Device, Sums, Ticket, wait_ended
+from gpu.cache.tiers.device import Device, Sums, Ticket, has_ended, wait_ended
 from gpu.cache.tiers.disks.disk_jobs import UNTAKEN, ReadJob, WriteJob
 from pkvsim.memory.memory_pool import Read, Write
 
@@ -62,6 +62,12 @@ class LoadHandle:
         for ticket in self._layers[layer : layer + 1]:
             device.wait(ticket)
         return valid
+
+    @property
+    def is_done(self) -> bool:
+        """Whether wait() would not block."""
+        with self._changed:
+            return self._cancelled or (not self._pending and all(map(has_ended, self._layers)))
 
     def wait(self) -> int:
         """Blocks this thread until everything is in its pages; returns how many leading blocks are valid. Raises what
@@ -164,6 +170,12 @@ class StoreHandle:
         self._cache, self._writes, self._keys, self._pages, self._after = cache, writes, keys, pages, after
         self._changed = threading.Condition()
         self._uncopied = self._pending = len(writes)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether wait_copied() would not block."""
+        with self._changed:
+            return not self._uncopied
 
     def wait_copied(self) -> None:
         """Blocks this thread until the pages have been read and may be overwritten."""

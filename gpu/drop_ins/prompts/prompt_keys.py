@@ -1,27 +1,15 @@
-"""Names of blocks: equal keys are equal KV, in this process and in any later one."""
+"""What a block of a Transformers model is, and which of its prompts have blocks that are equal."""
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from gpu.drop_ins.prompts.block_keys import fingerprint
+
 UNRELATED = ("transformers_version", "_name_or_path")  # of a configuration: what KV does not depend on
-SAMPLED = 64  # elements of every parameter that tell one model's weights from another's
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose angles depend on the whole sequence
-
-
-def block_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """A key for each whole block of page_size tokens from the prompt's start, SHA-256 over all tokens up to its end."""
-    ids = np.asarray(tokens, np.int64)
-    digest, keys = hashlib.sha256(), []
-    for begin in range(0, len(ids) // page_size * page_size, page_size):
-        digest.update(ids[begin : begin + page_size].tobytes())
-        keys.append(digest.digest())
-    return keys
 
 
 def contents_of(model: PreTrainedModel, page_size: int) -> str:
@@ -29,15 +17,9 @@ def contents_of(model: PreTrainedModel, page_size: int) -> str:
     now. What a directory holds of anything else is refused; weights that change later, by training or by another
     adapter, are those of another pool."""
     config = {name: value for name, value in json.loads(model.config.to_json_string()).items() if name not in UNRELATED}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().reshape(-1)
-        if len(flat):
-            step = max(1, len(flat) // SAMPLED)
-            digest.update(flat[::step][:SAMPLED].double().cpu().numpy().tobytes())
+    digest = fingerprint(config, model.state_dict().items())
     name = type(model).__name__
-    return f"{name} {str(model.dtype).removeprefix('torch.')} page {page_size} {digest.hexdigest()[:32]}"
+    return f"{name} {str(model.dtype).removeprefix('torch.')} page {page_size} {digest}"
 
 
 def check_positions(config: PreTrainedConfig) -> None:

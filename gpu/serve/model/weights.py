@@ -44,7 +44,7 @@ class Weights:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     @property
     def step_bytes(self) -> int:
@@ -52,7 +52,7 @@ class Weights:
         embedding = 0 if self.head is self.embedding else self.embedding.numel() * self.embedding.element_size()
         return self.num_bytes - embedding
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> Iterator[torch.Tensor]:
         yield self.embedding
         yield self.norm
         if self.head is not self.embedding:

@@ -101,6 +101,8 @@ def moved(requests: Requests, state: SchedulerState, limits: Limits, live: np.nd
         getattr(found, name)[:length] = place_of[getattr(state, name)[:length]]
     _copy(state.clients, found.clients, OF_CLIENTS, live)
     found.clients.counts[:] = state.clients.counts
+    if limits.tiers:
+        found.gate.ready_us[: len(live)] = state.gate.ready_us[live]
     _move_pool(state.pool, found.pool, kept, block_of)
     return new, found
 

@@ -13,8 +13,7 @@ memory follows the requests at hand and not those ever seen.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-
+import math
 import numpy as np
 
 from pkvsim.memory.prefix_cache import (
@@ -27,6 +26,7 @@ from pkvsim.memory.prefix_cache import (
     NONE,
 )
 from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
+from pkvsim.serving.live.live_step import LiveStep, PromptLoads
 from pkvsim.serving.live.page_book import NewPages, PageBook
 from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
 from pkvsim.serving.queueing.giving_way import cancel
@@ -41,46 +41,12 @@ from pkvsim.serving.state import (
     NUM_RUNNING,
     NUM_SENT,
     NUM_WAITING,
+    PREFILLING,
     Limits,
     SchedulerState,
 )
 
 SERVED_ORDERS = (FCFS, SHORTEST, KVSHARE)  # the others look at all requests before any has run
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LiveStep:
-    """What runs in a step, requests by their keys; as pkvsim.serving.scheduler.StepWork has it, and with pages.
-
-    ends [chunks] bool: whether a chunk ends its prompt and so gives a token. new_pages: what requests have beyond the
-    pages that earlier steps told of; all pages of those admitted, which a preempted one gets anew.
-    """
-
-    decode: np.ndarray  # [rows] int64
-    decode_lens: np.ndarray  # [rows] int64, the token decoded from included
-    prefill: np.ndarray  # [chunks] int64
-    prefill_begins: np.ndarray  # [chunks] int64
-    prefill_tokens: np.ndarray  # [chunks] int64
-    ends: np.ndarray  # [chunks] bool
-    admitted: np.ndarray  # int64
-    preempted: np.ndarray  # int64
-    new_pages: list[NewPages]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens computed by the step."""
-        return len(self.decode) + int(self.prefill_tokens.sum())
-
-
-def check_served(limits: Limits) -> None:
-    """ValueError for an order or a prefix cache that needs to know of requests beforehand."""
-    if limits.order not in SERVED_ORDERS:
-        names = ", ".join(ORDERS[order] for order in SERVED_ORDERS)
-        raise ValueError(f"order: expected one of {names}, got {ORDERS[limits.order]}")
-    if limits.cache_kind not in (NONE, LRU):
-        raise ValueError(f"prefix_cache: expected none or lru, got {KINDS[limits.cache_kind]}")
-    if limits.order == KVSHARE and limits.cache_kind == NONE:
-        raise ValueError("order: kvshare orders by what a prefix cache holds, expected prefix_cache lru with it")
 
 
 class LiveScheduler:
@@ -95,7 +61,10 @@ class LiveScheduler:
     def __init__(self, limits: Limits) -> None:
         """ValueError as check_served."""
         check_served(limits)
+        limits = limits._replace(tiers=loads is not None)
         self.limits, self.pages = limits, PageBook(limits.num_pages)
+        self._loads = loads
+        self._untold: dict[int, NewPages] = {}  # of admitted requests that have run no chunk
         self._places: dict[int, int] = {}  # by key, of requests that have not ended
         self._used = 0
         self._digests: list[bytes] = []  # of blocks
@@ -188,7 +157,10 @@ class LiveScheduler:
         if self._planned or not self.has_work:
             raise RuntimeError("next_step: " + ("call end_step() first" if self._planned else "nothing runs or waits"))
         state = self.state
+        self._take_arrived()
         plan_step(self.requests, self.limits, state, float(now_us))
+        while self._ask_for_load():  # as of the same time: nothing has been run by then
+            plan_step(self.requests, self.limits, state, float(now_us))
         self._planned = True
         counts = state.counts.tolist()
         decode = state.decoding[: counts[NUM_DECODING]].copy()
@@ -196,7 +168,11 @@ class LiveScheduler:
         prefill = state.chunk_request[chunks].copy()
         begins, tokens = state.chunk_begin[chunks].copy(), state.chunk_tokens[chunks].copy()
         preempted = self._keys[state.preempted[: counts[JUST_PREEMPTED]]]
-        admitted = prefill[counts[FIRST_ADMITTED] :]
+        if self._loads is None:
+            admitted = prefill[counts[FIRST_ADMITTED] :]
+        else:
+            told = [place for place in prefill.tolist() if int(self._keys[place]) in self._untold]
+            admitted = np.array(told, np.int64)
         return LiveStep(
             decode=self._keys[decode],
             decode_lens=state.cached[decode] + 1,
@@ -209,19 +185,77 @@ class LiveScheduler:
             new_pages=self._number_pages(decode, admitted, preempted),
         )
 
+    def _take_arrived(self) -> None:
+        for key, cached in () if self._loads is None else self._loads.arrived():
+            if cached is None:
+                self._begin_load(self._places[key], self.pages.pages(key))
+            else:
+                self._set_cached(self._places[key], cached)
+
+    def _set_cached(self, place: int, cached: int) -> None:
+        """What a request has loaded is there."""
+        self.state.cached[place], self.state.gate.ready_us[place] = cached, -math.inf
+
+    def _ask_for_load(self) -> bool:
+        """Gives the request that was just admitted its pages and has what tiers hold of it loaded; False where none
+        was."""
+        state = self.state
+        place = int(state.gate.asking[0])
+        if self._loads is None or place < 0:
+            return False
+        state.gate.asking[0] = -1
+        self._drop_blocks()
+        self._untold[int(self._keys[place])] = new = self._open(place)
+        self._begin_load(place, new.page_ids)
+        return True
+
+    def _begin_load(self, place: int, pages: list[int]) -> None:
+        state = self.state
+        state.cached[place] = min(int(state.cached[place]), self._computed_tokens(place))
+        cached = self._loads.begin(int(self._keys[place]), cached=int(state.cached[place]),
+                                   target=int(state.target[place]), pages=pages)  # fmt: skip
+        if cached is not None:
+            self._set_cached(place, cached)
+
+    def _computed_tokens(self, place: int) -> int:
+        """Tokens of the request's blocks up to the first that another one has still to load or to compute after the
+        planned step. A request that waits for a load holds blocks that it has not computed when those behind it run."""
+        requests, state, page_size = self.requests, self.state, self.limits.page_size
+        offsets, ids, counts = requests.blocks.offsets, requests.blocks.ids, state.counts
+        covered = {int(state.chunk_request[at]): int(state.chunk_tokens[at]) for at in range(counts[NUM_CHUNKS])}
+        missing = [
+            ids[offsets[other] + (int(state.cached[other]) + covered.get(other, 0)) // page_size : offsets[other + 1]]
+            for other in state.running[: counts[NUM_RUNNING]].tolist()
+            if other != place and state.phase[other] == PREFILLING
+        ]  # fmt: skip
+        own = ids[offsets[place] : offsets[place + 1]]
+        is_missing = np.isin(own, np.concatenate(missing)) if missing else np.zeros(len(own), bool)
+        return int(is_missing.argmax()) * page_size if is_missing.any() else int(state.target[place])
+
+    def _open(self, place: int) -> NewPages:
+        blocks = self.requests.blocks
+        own = blocks.ids[blocks.offsets[place] : blocks.offsets[place + 1]].astype(np.int64)
+        return self.pages.open(int(self._keys[place]), own, int(self.state.private_pages[place]))
+
+    def _close(self, key: int) -> None:
+        """A request that ran has no pages any more."""
+        if self._loads is not None:
+            self._loads.cancel(key)
+            self._untold.pop(key, None)
+        self.pages.close(key)
+
     def _number_pages(self, decode: np.ndarray, admitted: np.ndarray, preempted: np.ndarray) -> list[NewPages]:
         """Has the page book follow the planned step. decode, admitted: by their places; preempted: by keys."""
-        state, blocks = self.state, self.requests.blocks
+        state = self.state
         for key in preempted.tolist():
-            self.pages.close(key)
+            self._close(key)
         self._drop_blocks()
         # A row takes a page beside the prompt's when its last one is full, as private_pages_of counts them.
         beyond = state.cached[decode] - self.requests.shared[decode]
         grown = decode[beyond % self.limits.page_size == 0]
         new = [self.pages.extend(int(self._keys[place]), int(state.private_pages[place])) for place in grown.tolist()]
         for place in admitted.tolist():
-            own = blocks.ids[blocks.offsets[place] : blocks.offsets[place + 1]].astype(np.int64)
-            new.append(self.pages.open(int(self._keys[place]), own, int(state.private_pages[place])))
+            new.append(self._open(place) if self._loads is None else self._untold.pop(int(self._keys[place])))
         return new
 
     def _drop_blocks(self) -> None:
@@ -254,7 +288,7 @@ class LiveScheduler:
         runs = self._runs(place)
         cancel(self.requests, self.limits, self.state, place, float(now_us))
         if runs:
-            self.pages.close(key)
+            self._close(key)
             self._drop_blocks()
 
     def _runs(self, place: int) -> bool:
