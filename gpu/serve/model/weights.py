@@ -80,11 +80,13 @@ Tensors = Callable[[str, tuple[int, ...]], torch.Tensor]  # (Hugging Face's name
 
 
 def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = False,
-         seed: int = 0, room: int | None = None) -> tuple[ModelConfig, Weights]:
+         seed: int = 0, room: int | None = None,
+         check: Callable[[ModelConfig], None] = lambda config: None) -> tuple[ModelConfig, Weights]:
     """The model of a preset's name (with dummy weights), a Hugging Face folder, a GGUF file or "smollm2".
 
     dummy: weights drawn from `seed`, whatever files there are. room: bytes that weights may take, where that is known.
-    Raises ValueError naming what is missing, or, before any weight is read, the model that does not fit.
+    check: is shown the model before any weight is read, and may refuse it. Raises ValueError naming what is missing,
+    or, before any weight is read, the model that does not fit.
     """
     if is_gguf(model):
         file = GgufFile(model)
@@ -92,10 +94,12 @@ def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = Fa
         factors = file.rope_factors(config.head_dim)
         if factors is not None:
             config = replace(config, rope=replace(config.rope, inv_freq=config.rope.inv_freq / factors))
+        check(config)
         _expect_room(config, dtype, room)
         found = {name: torch.from_numpy(array) for name, array in ([] if dummy else file.tensors())}
         return config, _assemble(config, _random(dtype, device, seed) if dummy else _known(found, dtype, device))
     config = find_config(model)
+    check(config)
     _expect_room(config, dtype, room)
     if dummy:
         return config, _assemble(config, _random(dtype, device, seed))
