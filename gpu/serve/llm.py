@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from gpu.cache.tiers.host_room import free_host_bytes
 from gpu.measure import memory
 from gpu.serve.attention import Attention, KVPages, TorchAttention, check_kernels, page_bytes
 from gpu.serve.decoder import Decoder
-from gpu.serve.model.config import ModelConfig
 from gpu.serve.model.products import StreamedProducts, TorchProducts
 from gpu.serve.model.tokenizer import tokenizer_of
 from gpu.serve.model.weights import load
@@ -129,12 +129,9 @@ class LLM:
             say(line)
 
         kv_dtype = options.kv_dtype or dtype
-
-        def check(config: ModelConfig) -> None:
-            if cuda:
-                check_kernels(config, page_size=options.page_size, kv_dtype=kv_dtype)
-
-        self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device, check=check,
+        decodes = partial(check_kernels, page_size=options.page_size, kv_dtype=kv_dtype)
+        self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
+                                         check=decodes if cuda else None,
                                          dummy=options.dummy_weights, seed=options.seed,
                                          room=weights_room(options) if cuda else _host_room())
         num_pages = self._num_pages(cuda, kv_dtype)
