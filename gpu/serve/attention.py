@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gpu.serve.model.config import ModelConfig
 from gpu.serve.step import Chunk
+from pkvsim import AttentionOptions
+from pkvsim.devices.route_options import why_not
 from pkvsim.kv_types import KV_DTYPES, SCALE_BYTES
 from pkvsim.reference.append import INT8_STEPS
 
@@ -28,6 +30,18 @@ class StepRows:
     token_offsets: torch.Tensor | None  # [rows + 1] int32, where rows' tokens begin; None: a token each
     num_decode: int
     chunks: list[Chunk]
+
+
+def kernel_options(config: ModelConfig, kv_dtype: str) -> AttentionOptions:
+    """What our decode kernels are asked for, on pages of that type."""
+    return AttentionOptions(window=config.window).with_cache(kv_dtype if kv_dtype in KV_DTYPES else None, None)
+
+
+def check_kernels(config: ModelConfig, *, page_size: int, kv_dtype: str) -> None:
+    """ValueError where no kernel of ours decodes the model on such pages, which needs no GPU to be known."""
+    reason = why_not("balanced", config.shape(page_size), kernel_options(config, kv_dtype))
+    if reason is not None:
+        raise ValueError(f"model: expected one that our kernels decode, got {config.name}: {reason}")
 
 
 class Attention(Protocol):

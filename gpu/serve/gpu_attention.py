@@ -14,10 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gpu.cache.writer import CacheWriter
 from gpu.decode_engine import DecodeEngine
-from gpu.serve.attention import KVPages, StepRows, causal_mask
+from gpu.serve.attention import KVPages, StepRows, causal_mask, kernel_options
 from gpu.serve.model.config import ModelConfig
 from gpu.serve.step import Chunk
-from pkvsim import AttentionOptions
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.reference.rope import HALF, Rope
 
@@ -45,8 +44,8 @@ class GpuAttention:
                  say: Callable[[str], None] = lambda line: None) -> None:
         """dtype: of queries, "float16" or "bfloat16". say: is told why FlashInfer does not compute chunks. ValueError
         where no kernel of ours serves the model."""
-        shape, kv_dtype = config.shape(pages.page_size), pages.dtype if pages.dtype in KV_DTYPES else None
-        options = AttentionOptions(window=config.window).with_cache(kv_dtype, None)
+        shape, options = config.shape(pages.page_size), kernel_options(config, pages.dtype)
+        kv_dtype = options.kv_dtype
         rope = Rope(style=HALF, inv_freq=config.rope.inv_freq, factor=config.rope.factor)
         self.pages, self._config = pages, config
         self._writer = CacheWriter(shape, dtype, kv_dtype=kv_dtype, rope=rope)

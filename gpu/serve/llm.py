@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from gpu.cache.tiers.host_room import free_host_bytes
 from gpu.measure import memory
-from gpu.serve.attention import Attention, KVPages, TorchAttention, page_bytes
+from gpu.serve.attention import Attention, KVPages, TorchAttention, check_kernels, page_bytes
 from gpu.serve.decoder import Decoder
 from gpu.serve.model.products import StreamedProducts, TorchProducts
 from gpu.serve.model.tokenizer import tokenizer_of
@@ -127,10 +128,12 @@ class LLM:
             self.notes.append(line)
             say(line)
 
+        kv_dtype = options.kv_dtype or dtype
+        decodes = partial(check_kernels, page_size=options.page_size, kv_dtype=kv_dtype)
         self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
+                                         check=decodes if cuda else None,
                                          dummy=options.dummy_weights, seed=options.seed,
                                          room=weights_room(options) if cuda else _host_room())
-        kv_dtype = options.kv_dtype or dtype
         num_pages = self._num_pages(cuda, kv_dtype)
         self._max_context = min(options.max_context or self.config.max_context, self.config.max_context,
                                 num_pages * options.page_size)

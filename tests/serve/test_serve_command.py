@@ -13,6 +13,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 import gpu.serve.__main__ as serve_command  # noqa: E402
 from gpu.serve.__main__ import serve  # noqa: E402
+from gpu.serve.attention import check_kernels  # noqa: E402
+from gpu.serve.llm import LLM, ServeOptions  # noqa: E402
 from gpu.serve.model.config import find_config, known_to_pkvsim, read_config  # noqa: E402
 from gpu.serve.model.weights import weights_bytes  # noqa: E402
 from pkvsim.models.presets import get_model, weight_bytes  # noqa: E402
@@ -132,6 +134,26 @@ def test_a_model_larger_than_the_machine_is_refused_before_its_weights_are_made(
     monkeypatch.setattr("gpu.serve.llm.free_host_bytes", lambda: 1000)
     done = run("--model", model, *LOAD)
     assert done.exit_code == 2 and "model: expected at most 0.00 GiB of weights" in done.stderr
+
+
+@pytest.mark.parametrize(("head_dim", "page_size", "words"), [
+    (80, 16, "model: expected one that our kernels decode, got tiny: head_dim 80 is not one of"),
+    (64, 512, "got tiny: page size 512 is above 256"),
+])  # fmt: skip
+def test_what_no_kernel_decodes_is_refused_before_weights_are_made(tmp_path, monkeypatch, head_dim, page_size, words):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({**CONFIG, "head_dim": head_dim}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("gpu.serve.llm.weights_room", lambda options: None)
+    monkeypatch.setattr("gpu.serve.model.weights._assemble", lambda *_: pytest.fail("weights are made"))
+    with pytest.raises(ValueError, match=words):
+        LLM(path, ServeOptions(device="cuda", dummy_weights=True, page_size=page_size))
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.2-1b", "qwen2.5-7b"])
+def test_presets_are_decoded_by_our_kernels(name, kv_dtype):
+    check_kernels(find_config(name), page_size=16, kv_dtype=kv_dtype)
 
 
 def test_a_system_that_does_not_tell_of_its_memory_serves(model, monkeypatch):

@@ -69,7 +69,10 @@ def weights_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return _assemble(config, lambda name, shape: torch.empty(shape, dtype=dtype, device="meta")).num_bytes
 
 
-def _expect_room(config: ModelConfig, dtype: torch.dtype, room: int | None) -> None:
+def _expect_served(config: ModelConfig, dtype: torch.dtype, room: int | None,
+                   check: Callable[[ModelConfig], None] | None) -> None:
+    if check is not None:
+        check(config)
     needed = weights_bytes(config, dtype)
     if room is not None and needed > room:
         raise ValueError(f"model: expected at most {max(0, room) / 2**30:.2f} GiB of weights, for which memory has "
@@ -80,11 +83,13 @@ Tensors = Callable[[str, tuple[int, ...]], torch.Tensor]  # (Hugging Face's name
 
 
 def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = False,
-         seed: int = 0, room: int | None = None) -> tuple[ModelConfig, Weights]:
+         seed: int = 0, room: int | None = None,
+         check: Callable[[ModelConfig], None] | None = None) -> tuple[ModelConfig, Weights]:
     """The model of a preset's name (with dummy weights), a Hugging Face folder, a GGUF file or "smollm2".
 
     dummy: weights drawn from `seed`, whatever files there are. room: bytes that weights may take, where that is known.
-    Raises ValueError naming what is missing, or, before any weight is read, the model that does not fit.
+    check: is shown the model before any weight is read, and may refuse it. Raises ValueError naming what is missing,
+    or, before any weight is read, the model that does not fit.
     """
     if is_gguf(model):
         file = GgufFile(model)
@@ -92,11 +97,11 @@ def load(model: str | Path, *, dtype: torch.dtype, device: str, dummy: bool = Fa
         factors = file.rope_factors(config.head_dim)
         if factors is not None:
             config = replace(config, rope=replace(config.rope, inv_freq=config.rope.inv_freq / factors))
-        _expect_room(config, dtype, room)
+        _expect_served(config, dtype, room, check)
         found = {name: torch.from_numpy(array) for name, array in ([] if dummy else file.tensors())}
         return config, _assemble(config, _random(dtype, device, seed) if dummy else _known(found, dtype, device))
     config = find_config(model)
-    _expect_room(config, dtype, room)
+    _expect_served(config, dtype, room, check)
     if dummy:
         return config, _assemble(config, _random(dtype, device, seed))
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
