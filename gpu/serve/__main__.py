@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,10 @@ def serve(
     kv_gib: Annotated[float | None, typer.Option(help="GiB of KV pages; by default what weights leave.")] = None,
     memory_fraction: Annotated[float, typer.Option(help="Part of the GPU's memory that the server uses.")] = 0.9,
     prefix_cache: Annotated[str, typer.Option(help="Reuse of prompts' pages: none or lru.")] = "none",
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="KV of prompts beyond the pages, repeated: host:16GiB:50, disk0:200GiB:5=/mnt/nvme/kv."),
+    ] = None,
     order: Annotated[str, typer.Option(help="Who runs first of those that wait: fcfs, shortest or kvshare.")] = "fcfs",
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="Decode in captured graphs.")] = True,
     streamed_products: Annotated[
@@ -61,13 +66,15 @@ def serve(
     Examples:
       python -m gpu.serve --model smollm2 --input-tokens 200 --output-tokens 100 \\
           --requests 64 --concurrency 16
+      python -m gpu.serve --model smollm2 --input-tokens 2000 --turns 4 --prefix-cache lru \\
+          --tier host:8GiB:50 --tier disk0:64GiB:5=/mnt/nvme/kv
       python -m gpu.serve --model llama-3.1-8b --dummy-weights --predict \\
           --trace AzureLLMInferenceTrace_code.csv --limit 300 --rate-scale 3
       python -m gpu.serve --model llama-3.1-8b --dummy-weights \\
           --torch-products --input-tokens 1000 --output-tokens 200 \\
           --concurrency 32
     """
-    with one_line_errors():
+    with one_line_errors(), ExitStack() as stack:
         check_machine(cpu)
         from gpu.serve.llm import LLM, ServeOptions
         from gpu.serve.replay import replay, warm_up
@@ -92,12 +99,13 @@ def serve(
         options = ServeOptions(
             dtype=dtype, kv_dtype=kv_dtype, device="cpu" if cpu else None, page_size=page_size, max_batch=max_batch,
             step_tokens=step_tokens, max_context=max_context, kv_gib=kv_gib, memory_fraction=memory_fraction,
-            prefix_cache=prefix_cache, order=order, graphs=graphs, dummy_weights=dummy_weights,
+            prefix_cache=prefix_cache, tiers=tuple(tier or ()), order=order, graphs=graphs, dummy_weights=dummy_weights,
             streamed_products=streamed_products,
         )  # fmt: skip
         requests = source.load(trace)
         spec = None if not predict else device_at_hand() if device is None else get_device(device)
         llm = LLM(model, options, record=True, say=lambda line: typer.echo(line, err=True))
+        stack.callback(llm.close)
         if spec is not None:
             check_predictable(llm, requests, spec)
         warm_up(llm.server, step_tokens=step_tokens)

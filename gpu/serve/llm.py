@@ -28,9 +28,10 @@ from gpu.serve.model.weights import load
 from gpu.serve.runner import Runner, graph_rows
 from gpu.serve.server import Request, Server
 from gpu.serve.step import GREEDY, SamplingParams, is_number
+from gpu.serve.tiers.open_tiers import check_tiers, open_tiers
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
-from pkvsim.serving.live.live_scheduler import check_served
+from pkvsim.serving.live.live_step import check_served
 from pkvsim.serving.orders import ORDERS
 from pkvsim.serving.state import Limits
 from pkvsim.shapes import check_int
@@ -56,6 +57,7 @@ class ServeOptions:
     kv_gib: float | None = None
     memory_fraction: float = 0.9  # of the GPU's memory
     prefix_cache: str = "none"  # or "lru"
+    tiers: tuple[str, ...] = ()  # of KV beyond the pages: "host:16GiB:50", "disk0:200GiB:5=/mnt/nvme/kv"
     order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
     graphs: bool = True  # decode steps in CUDA graphs
     # Products of few rows by our kernel, which streams weights (True), or PyTorch's; None: ours on a GPU.
@@ -103,8 +105,8 @@ class Completion:
 class LLM:
     """A model, its pages and the server over them."""
 
-    __slots__ = ("config", "weights", "options", "pages", "server", "runner", "prefill", "notes", "_model",
-                 "_max_context", "_tokenizer")
+    __slots__ = ("config", "weights", "options", "pages", "server", "runner", "prefill", "notes", "tiers", "_model",
+                 "_max_context", "_tokenizer", "_pool")
 
     def __init__(self, model: str | Path, options: ServeOptions = ServeOptions(), *, record: bool = False,
                  say: Callable[[str], None] = lambda line: None) -> None:
@@ -129,6 +131,7 @@ class LLM:
             say(line)
 
         kv_dtype = options.kv_dtype or dtype
+        stores = check_tiers(options.tiers, kv_dtype, pin=cuda)
         decodes = partial(check_kernels, page_size=options.page_size, kv_dtype=kv_dtype)
         self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
                                          check=decodes if cuda else None,
@@ -153,7 +156,15 @@ class LLM:
                              max_pages=-(-self._max_context // options.page_size),
                              graphs=graph_rows(options.max_batch) if options.graphs else ())
         self.runner.capture()
+        self._pool, self.tiers = None, None
+        if options.tiers:
+            self._pool, self.tiers = open_tiers(stores, self.config, self.weights, self.pages, self.runner)
         self.server = self._new_server(options, num_pages, record)
+
+    def close(self) -> None:
+        """Ends its tiers, where it has any: what disks hold stays. Nothing is to be served any more."""
+        if self._pool is not None:
+            self._pool.close()
 
     def restart(self, *, num_pages: int | None = None, max_batch: int | None = None, step_tokens: int | None = None,
                 prefix_cache: str | None = None, order: str | None = None) -> None:
@@ -179,6 +190,7 @@ class LLM:
             self.runner, _limits(options, num_pages),
             max_context=min(self._max_context, num_pages * options.page_size),
             vocab_size=self.config.vocab_size, eos_token_ids=self.config.eos_token_ids, record=record,
+            tiers=self.tiers,
         )  # fmt: skip
 
     def _num_pages(self, cuda: bool, kv_dtype: str) -> int:

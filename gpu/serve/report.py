@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from gpu.serve.llm import KEEP_FREE_FRACTION, LLM
 from gpu.serve.model.config import known_to_pkvsim
 from gpu.serve.replay import MEASURED, Replay, as_result
 from gpu.serve.step import StepRecord
 from gpu.serve.step_prices import StepErrors, price_steps, step_errors
+from gpu.serve.tiers.prompt_tiers import PromptTiers
 from pkvsim.devices.device import DEVICES, DeviceSpec, device_named_by, get_device
 from pkvsim.kv_types import KV_DTYPES
+from pkvsim.memory.tier_options import ALWAYS_LOAD, TierSetup
+from pkvsim.memory.tier_presets import find_tiers
 from pkvsim.models.model_spec import ModelSpec
 from pkvsim.reports.grid import Column, print_grid, print_line, table_console
 from pkvsim.reports.table_serving import print_whatif, seconds
@@ -65,10 +69,17 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
         prefix_cache="none" if trace.block_hashes is None else o.prefix_cache, order=o.order,
         keep_free_fraction=KEEP_FREE_FRACTION, steps_in_flight=2,
         shared_reads=False,  # its decode steps are planned without groups
+        tiers=None if trace.block_hashes is None else _tier_setup(o.tiers),
     )  # fmt: skip
     page = cache_bytes_per_token(known_to_pkvsim(llm.config), config) * o.page_size
     pages = llm.server.scheduler.limits.num_pages + 0.5  # half a page, against rounding down
     return replace(config, kv_gib=pages * page / GIB)
+
+
+def _tier_setup(tiers: Sequence[str]) -> TierSetup | None:
+    """The tiers of a server that loads all that they have of a prompt."""
+    known = find_tiers([text.partition("=")[0] for text in tiers], {})
+    return TierSetup(tiers=tuple(known), load=ALWAYS_LOAD) if tiers else None
 
 
 def _served_model(llm: LLM) -> ModelSpec:
@@ -153,6 +164,7 @@ def to_dict(run: Replay, llm: LLM, report: WhatIf | None) -> dict[str, Any]:
         "weights_bytes": llm.weights.num_bytes,
         "ended": ended,
         "free_pages": llm.server.num_free_pages,
+        "tiers": None if llm.tiers is None else llm.tiers.stats(),
         "results": {name: result.summary for name, result in results.items()},
         "steps": {name: [_named(kind) for kind in step_kinds(result.steps)] for name, result in results.items()},
         "step_errors": [] if report is None else [_named(error) for error in _errors(run, report)],
@@ -168,6 +180,13 @@ def _errors(run: Replay, report: WhatIf) -> list[StepErrors]:
 
 def _named(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _print_tiers(console: Console, tiers: PromptTiers) -> None:
+    stats, ms = tiers.stats(), tiers.load_s / max(1, tiers.loads) * 1e3
+    faults = stats["device_faults"] + sum(one["faults"] for one in stats.values() if isinstance(one, dict))
+    print_line(console, f"tiers: {stats['blocks']:,} blocks are kept; {tiers.loads:,} loads brought "
+                        f"{tiers.loaded_tokens:,} tokens of prompts, in {ms:.1f} ms each; {faults:,} faults")
 
 
 def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
@@ -194,6 +213,8 @@ def show(run: Replay, llm: LLM, report: WhatIf | None) -> None:
     if gaps is not None:
         print_line(console, f"between decode steps the GPU waited {gaps.p50_us:.1f} us (p90 {gaps.p90_us:.1f}), "
                             f"{gaps.share:.1%} of the time")
+    if llm.tiers is not None:
+        _print_tiers(console, llm.tiers)
     refused = [request for request in run.requests if request.status == "refused"]
     for request in refused[:5]:
         print_line(console, f"- refused: {request.reason}")

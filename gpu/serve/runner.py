@@ -112,7 +112,7 @@ class Runner:
         stage = self._stages[self._launched % STAGES]
         self._launched += 1
         rows = next((rows for rows in self.graph_rows if rows >= len(inputs.decode_slots)), 0)
-        with self._on_stream():
+        with self.on_stream():
             if self._cuda:
                 stage.start, stage.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if rows and not inputs.chunks:
@@ -138,7 +138,8 @@ class Runner:
         return start_us, end_us
 
     @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
+    def on_stream(self) -> Iterator[None]:
+        """Within it PyTorch's current stream is the steps'."""
         with torch.inference_mode():
             if self._stream is None:
                 yield
@@ -159,7 +160,7 @@ class Runner:
                 temperatures[s.slot], top_ps[s.slot], seeds[s.slot] = s.temperature, s.top_p, s.seed
                 changed = True
         if changed:
-            with self._on_stream():
+            with self.on_stream():
                 for device, host in zip(self._sampling, self._host_sampling):
                     values = torch.from_numpy(host.copy()).to(device.dtype)
                     device.copy_(values.pin_memory() if self._cuda else values, non_blocking=True)
@@ -181,7 +182,7 @@ class Runner:
     def _graph(self, rows: int, choice: int) -> Any:
         """The graph of a decode step of so many rows; made where there is none yet."""
         if (rows, choice) not in self._graphs:
-            with self._on_stream():
+            with self.on_stream():
                 staged = self._staged[:, :rows]
                 staged[SLOTS] = staged[PAGE_SLOTS] = self.max_batch
                 staged[LENS] = staged[PAGE_COLUMNS] = staged[PAGE_IDS] = 0

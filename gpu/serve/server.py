@@ -33,7 +33,9 @@ from gpu.serve.step import (
     StepRunner,
     step_record,
 )
-from pkvsim.serving.live.live_scheduler import LiveScheduler, LiveStep
+from gpu.serve.tiers.prompt_tiers import PromptTiers
+from pkvsim.serving.live.live_scheduler import LiveScheduler
+from pkvsim.serving.live.live_step import LiveStep
 from pkvsim.serving.state import Limits
 
 WAITING, RUNNING, SERVED, REFUSED, CANCELLED = "waiting", "running", "served", "refused", "cancelled"
@@ -54,7 +56,7 @@ class Request:
     reason: str | None = None  # why it was refused or a step failed; "stop" or "length" of one that was served
     first_run_us: float | None = None
     end_us: float | None = None
-    hit_tokens: int = 0  # of the prompt, found in the prefix cache when it first ran
+    hit_tokens: int = 0  # of the prompt, found in the prefix cache or on tiers when it first ran
     preemptions: int = 0
     slot: int | None = None  # while it runs
 
@@ -80,12 +82,13 @@ class Server:
     """Serves requests in one thread: nothing here may be called by two at once."""
 
     __slots__ = ("runner", "scheduler", "max_context", "vocab_size", "eos_token_ids", "steps", "_requests", "_ended",
-                 "_in_flight", "_free_slots", "_next_id", "_driver")
+                 "_in_flight", "_free_slots", "_next_id", "_driver", "_tiers")
 
     def __init__(self, runner: StepRunner, limits: Limits, *, max_context: int, vocab_size: int,
-                 eos_token_ids: Sequence[int] = (), record: bool = False) -> None:
-        """max_context: most tokens of a prompt and its output. record: keeps a StepRecord of each step in `steps`."""
-        self.runner, self.scheduler = runner, LiveScheduler(limits)
+                 eos_token_ids: Sequence[int] = (), record: bool = False, tiers: PromptTiers | None = None) -> None:
+        """max_context: most tokens of a prompt and its output. record: keeps a StepRecord of each step in `steps`.
+        tiers: where prompts' KV is kept beyond the pages."""
+        self.runner, self.scheduler, self._tiers = runner, LiveScheduler(limits, tiers), tiers
         self.max_context, self.vocab_size, self.eos_token_ids = max_context, vocab_size, frozenset(eos_token_ids)
         self.steps: list[StepRecord] | None = [] if record else None
         self._requests: dict[int, Request] = {}  # that have not ended
@@ -141,6 +144,8 @@ class Server:
         request.reason = self._refusal(ids, params)
         if request.reason is None:
             request.prompt = ids.astype(np.int32)
+            if self._tiers is not None:
+                self._tiers.add(request.id, request.prompt)
             self.scheduler.add(request.id, prompt=request.prompt, output_tokens=params.max_tokens, now_us=now_us)
             self._requests[request.id] = request
         else:
@@ -181,21 +186,28 @@ class Server:
             raise
 
     def _step(self) -> list[Event]:
-        if self.scheduler.has_work:
-            self._launch()
+        launched = self.scheduler.has_work and self._launch()
         events = []
-        while len(self._in_flight) > (1 if self.scheduler.has_work else 0):
+        while len(self._in_flight) > (1 if launched and self.scheduler.has_work else 0):
             events += self._collect()
+        if self._tiers is not None and self._tiers.is_waiting and not launched:
+            self._tiers.pause()
         events += [Event(request, [], True) for request in self._ended]
         self._ended.clear()
         return events
 
-    def _launch(self) -> None:
+    def _launch(self) -> bool:
+        """Whether there was anything to run."""
         now_us = self.runner.now_us()
         plan = self.scheduler.next_step(now_us)
         inputs, outputs = self._inputs(plan, now_us)
         if inputs.num_tokens:
+            if self._tiers is not None:
+                self._tiers.release(inputs.page_ids.tolist())
             launched = self.runner.launch(inputs)
+            if self._tiers is not None:
+                for key in plan.prefill[plan.ends].tolist():
+                    self._tiers.store(key, self.scheduler.pages.pages(key))
             at_launch = AtLaunch(
                 running=self.scheduler.num_running, waiting=self.scheduler.num_waiting, pages=self._used_pages(),
                 plan_us=self.runner.now_us() - now_us, follows=bool(self._in_flight),
@@ -203,6 +215,7 @@ class Server:
             self._in_flight.append(_InFlight(launched, outputs, plan, at_launch))
         for key in self.scheduler.end_step(now_us).tolist():  # its last token is under way
             self._give_slot_back(self._requests[key])
+        return bool(inputs.num_tokens)
 
     def _inputs(self, plan: LiveStep, now_us: float) -> tuple[StepInputs, list[Request]]:
         """The planned step by slots, and whose tokens it gives."""
@@ -280,6 +293,8 @@ class Server:
         del self._requests[request.id]
         if self.scheduler.holds(request.id):
             self.scheduler.cancel(request.id, self.runner.now_us())
+        if self._tiers is not None:
+            self._tiers.forget(request.id)
         self._give_slot_back(request)
 
     def _abandon(self, reason: str) -> None:
@@ -287,8 +302,10 @@ class Server:
         while self._in_flight:
             with suppress(Exception):  # its buffers are used again, and nobody asks for its tokens
                 self._in_flight.popleft().launched.wait()
+        if self._tiers is not None:
+            self._tiers.abandon()
         limits = self.scheduler.limits
-        self.scheduler, self._free_slots = LiveScheduler(limits), _all_slots(limits)
+        self.scheduler, self._free_slots = LiveScheduler(limits, self._tiers), _all_slots(limits)
         for request in self.unfinished():
             request.slot, request.reason = None, reason
             self._end(request, CANCELLED, self.runner.now_us())

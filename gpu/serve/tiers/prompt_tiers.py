@@ -172,7 +172,8 @@ class PromptTiers:
         for handle, _ in self._storing:
             handle.wait_copied()
         self._storing.clear()
-        self._prompts.clear(), self._keys.clear()
+        self._prompts.clear()
+        self._keys.clear()
 
     def stats(self) -> dict[str, Any]:
         """What has been loaded, and the pool's own."""

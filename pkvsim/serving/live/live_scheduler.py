@@ -12,8 +12,8 @@ memory follows the requests at hand and not those ever seen.
 """
 from __future__ import annotations
 
-import hashlib
 import math
+
 import numpy as np
 
 from pkvsim.memory.prefix_cache import (
@@ -21,14 +21,13 @@ from pkvsim.memory.prefix_cache import (
     EVICTED,
     FREE_PAGES,
     FREED,
-    KINDS,
-    LRU,
     NONE,
 )
+from pkvsim.serving.live.block_names import BlockNames
 from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
-from pkvsim.serving.live.live_step import LiveStep, PromptLoads
+from pkvsim.serving.live.live_step import LiveStep, PromptLoads, check_served
 from pkvsim.serving.live.page_book import NewPages, PageBook
-from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
+from pkvsim.serving.orders import SHORTEST
 from pkvsim.serving.queueing.giving_way import cancel
 from pkvsim.serving.scheduling import end_step, plan_step, take_in
 from pkvsim.serving.state import (
@@ -46,8 +45,6 @@ from pkvsim.serving.state import (
     SchedulerState,
 )
 
-SERVED_ORDERS = (FCFS, SHORTEST, KVSHARE)  # the others look at all requests before any has run
-
 
 class LiveScheduler:
     """Continuous batching of requests named by keys, integers of the caller's that it uses once.
@@ -55,11 +52,11 @@ class LiveScheduler:
     pages: which page of the pool holds what. state: the scheduler's, by places that change; to be read alone.
     """
 
-    __slots__ = ("limits", "pages", "requests", "state", "_places", "_keys", "_used", "_digests", "_block_of",
-                 "_num_blocks", "_planned", "_dropped_at")
+    __slots__ = ("limits", "pages", "requests", "state", "_places", "_keys", "_used", "_names", "_planned",
+                 "_dropped_at", "_loads", "_untold")
 
-    def __init__(self, limits: Limits) -> None:
-        """ValueError as check_served."""
+    def __init__(self, limits: Limits, loads: PromptLoads | None = None) -> None:
+        """loads: from tiers beyond the pages, where there are any. ValueError as check_served."""
         check_served(limits)
         limits = limits._replace(tiers=loads is not None)
         self.limits, self.pages = limits, PageBook(limits.num_pages)
@@ -67,9 +64,7 @@ class LiveScheduler:
         self._untold: dict[int, NewPages] = {}  # of admitted requests that have run no chunk
         self._places: dict[int, int] = {}  # by key, of requests that have not ended
         self._used = 0
-        self._digests: list[bytes] = []  # of blocks
-        self._block_of: dict[bytes, int] = {}
-        self._num_blocks = 0
+        self._names = BlockNames(limits.page_size)
         self._planned, self._dropped_at = False, (0, 0)
         room = room_for(1, 0, 0)
         self.requests = no_requests(limits.page_size, room)
@@ -120,17 +115,12 @@ class LiveScheduler:
                 f"prompt: expected a prompt and an output of a token or more, in {self.limits.num_pages} pages of "
                 f"{self.limits.page_size}, got {len(prompt)} and {output_tokens}, which take {needed}"
             )
-        digests = self._digests_of(prompt)
+        digests = self._names.digests_of(prompt[: self._shared_tokens(len(prompt))])
         self._make_room(len(digests))
-        for digest in digests:
-            if digest not in self._block_of:
-                self._block_of[digest] = self._num_blocks
-                self._digests.append(digest)
-                self._num_blocks += 1
         place, requests, state = self._used, self.requests, self.state
         self._used += 1
         begin = requests.blocks.offsets[place]
-        requests.blocks.ids[begin : begin + len(digests)] = [self._block_of[digest] for digest in digests]
+        requests.blocks.ids[begin : begin + len(digests)] = self._names.numbers_of(digests)
         requests.blocks.offsets[place + 1 :] = begin + len(digests)
         requests.prompt[place], requests.output[place] = len(prompt), output_tokens
         requests.shared[place] = len(digests) * self.limits.page_size
@@ -141,15 +131,6 @@ class LiveScheduler:
         clients.counts[IN_FLIGHT] += 1
         self._places[key], self._keys[place] = place, key
         take_in(state, place)
-
-    def _digests_of(self, prompt: np.ndarray) -> list[bytes]:
-        """A name for each whole page of the prompt that tells it and all before it."""
-        page_size, digests, last = self.limits.page_size, [], b""
-        tokens = np.ascontiguousarray(prompt, np.int32)
-        for begin in range(0, self._shared_tokens(len(prompt)), page_size):
-            last = hashlib.blake2b(last + tokens[begin : begin + page_size].tobytes(), digest_size=16).digest()
-            digests.append(last)
-        return digests
 
     def next_step(self, now_us: float) -> LiveStep:
         """Plans a step of what there is at now_us. RuntimeError where the step before has not ended, or has_work is
@@ -201,7 +182,7 @@ class LiveScheduler:
         was."""
         state = self.state
         place = int(state.gate.asking[0])
-        if self._loads is None or place < 0:
+        if place < 0:
             return False
         state.gate.asking[0] = -1
         self._drop_blocks()
@@ -210,10 +191,11 @@ class LiveScheduler:
         return True
 
     def _begin_load(self, place: int, pages: list[int]) -> None:
-        state = self.state
+        state, loads = self.state, self._loads
+        assert loads is not None  # or nobody asks
         state.cached[place] = min(int(state.cached[place]), self._computed_tokens(place))
-        cached = self._loads.begin(int(self._keys[place]), cached=int(state.cached[place]),
-                                   target=int(state.target[place]), pages=pages)  # fmt: skip
+        cached = loads.begin(int(self._keys[place]), cached=int(state.cached[place]), target=int(state.target[place]),
+                             pages=pages)  # fmt: skip
         if cached is not None:
             self._set_cached(place, cached)
 
@@ -298,12 +280,12 @@ class LiveScheduler:
         """Makes sure that one more request fits, with so many blocks."""
         requests, offset = self.requests, int(self.requests.blocks.offsets[self._used])
         full = self._used == len(requests.prompt) or offset + blocks > len(requests.blocks.ids)
-        if not full and self._num_blocks + blocks <= len(requests.blocks.tokens):
+        if not full and len(self._names) + blocks <= len(requests.blocks.tokens):
             return
         live = np.array(sorted(self._places.values()), np.int64)
         lengths = np.diff(requests.blocks.offsets)[live]
         used = np.zeros(len(requests.blocks.tokens), bool)
-        used[: self._num_blocks] = self.state.pool.users[: self._num_blocks] >= 0
+        used[: len(self._names)] = self.state.pool.users[: len(self._names)] >= 0
         for place in live.tolist():
             used[requests.blocks.ids[requests.blocks.offsets[place] : requests.blocks.offsets[place + 1]]] = True
         kept = np.flatnonzero(used)
@@ -316,7 +298,5 @@ class LiveScheduler:
         keys[: len(live)] = self._keys[live]
         self._keys, self._used = keys, len(live)
         self._places = {key: place for place, key in enumerate(keys[: len(live)].tolist())}
-        self._digests = [self._digests[block] for block in kept.tolist()]
-        self._block_of = {digest: block for block, digest in enumerate(self._digests)}
-        self._num_blocks = len(kept)
+        self._names.keep(kept.tolist())
         self.pages.renumber_blocks(kept, room.blocks)

@@ -1,4 +1,4 @@
-"""What the live scheduler tells of a step, and what it asks of KV beyond the pages."""
+"""What the live scheduler serves, tells of a step, and asks of KV beyond the pages."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,7 +6,12 @@ from typing import Protocol
 
 import numpy as np
 
+from pkvsim.memory.prefix_cache import KINDS, LRU, NONE
 from pkvsim.serving.live.page_book import NewPages
+from pkvsim.serving.orders import FCFS, KVSHARE, ORDERS, SHORTEST
+from pkvsim.serving.state import Limits
+
+SERVED_ORDERS = (FCFS, SHORTEST, KVSHARE)  # the others look at all requests before any has run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
