@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from gpu.cache.dma import ask_for_queues
 from pkvsim.commands.errors import one_line_errors, tell_left_out
 from pkvsim.commands.load_options import RequestOptions
 from pkvsim.commands.options.group import with_option_groups
@@ -76,6 +77,8 @@ def serve(
     """
     with one_line_errors(), ExitStack() as stack:
         check_machine(cpu)
+        if tier:
+            ask_for_queues()
         from gpu.serve.llm import LLM, ServeOptions
         from gpu.serve.replay import replay, warm_up
         from gpu.serve.report import beside_prediction, check_predictable, device_at_hand, show, to_dict, write_steps

@@ -24,13 +24,13 @@ from gpu.serve.step import (
     GREEDY,
     LIKELIEST,
     AtLaunch,
-    Chunk,
     LaunchedStep,
     SamplingParams,
     SlotSampling,
     StepInputs,
     StepRecord,
     StepRunner,
+    step_inputs,
     step_record,
 )
 from gpu.serve.tiers.prompt_tiers import PromptTiers
@@ -229,30 +229,9 @@ class Server:
             request = requests[key]
             if request.slot is None:
                 sampling.append(self._take_slot(request, begin, now_us))
-        chunks = []
-        for key, begin, count, ends in zip(plan.prefill.tolist(), plan.prefill_begins.tolist(),
-                                           plan.prefill_tokens.tolist(), plan.ends.tolist()):
-            tokens = _tokens_of(requests[key], begin, begin + count)
-            chunks.append(Chunk(requests[key].slot, begin, tokens, ends, self.scheduler.pages.pages(key)))
-        keys = plan.decode.tolist()
-        rows = [requests[key] for key in keys]
-        outputs = rows + [requests[key] for key in plan.prefill[plan.ends].tolist()]
-        slots = np.array([request.slot for request in rows], np.int32)
-        counts = [len(new.page_ids) for new in plan.new_pages]
-        new_slots = [requests[new.request].slot for new in plan.new_pages]
-        columns = [np.arange(new.first, new.first + len(new.page_ids)) for new in plan.new_pages]
-        ids = [np.array(new.page_ids, np.int64) for new in plan.new_pages]
-        inputs = StepInputs(
-            decode_slots=slots,
-            decode_lens=plan.decode_lens.astype(np.int32),
-            chunks=chunks,
-            page_slots=np.repeat(np.array(new_slots, np.int32), counts),
-            page_columns=_joined(columns),
-            page_ids=_joined(ids),
-            sampling=sampling,
-            choice=max((request.params.choice for request in outputs), default=LIKELIEST),
-        )
-        return inputs, outputs
+        outputs = [requests[key] for key in (*plan.decode.tolist(), *plan.prefill[plan.ends].tolist())]
+        choice = max((request.params.choice for request in outputs), default=LIKELIEST)
+        return step_inputs(plan, requests, self.scheduler.pages.pages, sampling=sampling, choice=choice), outputs
 
     def _take_slot(self, request: Request, cached: int, now_us: float) -> SlotSampling:
         request.slot, request.status = self._free_slots.pop(), RUNNING
@@ -322,17 +301,3 @@ class Server:
 def _all_slots(limits: Limits) -> list[int]:
     """Free slots, of which the last is taken first."""
     return list(range(limits.max_batch - 1, -1, -1))
-
-
-def _tokens_of(request: Request, begin: int, end: int) -> np.ndarray:
-    """Tokens [begin, end) of the prompt and what was generated since, int32: of a preempted request both are computed
-    anew. Those generated are all read by then, as it ran last two steps ago or earlier."""
-    prompt = request.prompt
-    if end <= len(prompt):
-        return prompt[begin:end]
-    generated = np.array(request.tokens[max(0, begin - len(prompt)) : end - len(prompt)], np.int32)
-    return np.concatenate([prompt[begin:], generated])
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays).astype(np.int32) if arrays else np.zeros(0, np.int32)

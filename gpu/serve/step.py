@@ -1,13 +1,14 @@
 """What a step is given, what it gives, and the record of one that has run; how a request samples. Needs no torch."""
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
 
-from pkvsim.serving.live.live_scheduler import LiveStep
+from pkvsim.serving.live.live_step import LiveStep
 from pkvsim.shapes import MAX_TOKENS, check_int
 
 MAX_TEMPERATURE = 1e6  # draws are uniform long before, and their float32 sums stay far from infinity
@@ -105,6 +106,52 @@ class StepInputs:
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return len(self.decode_slots) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class Running(Protocol):
+    """What a step needs to know of a request."""
+
+    prompt: np.ndarray  # [tokens] int32
+    tokens: list[int]  # generated
+    slot: int | None
+
+
+def step_inputs(
+    plan: LiveStep, requests: Mapping[int, Running], pages_of: Callable[[int], list[int]], *,
+    sampling: list[SlotSampling], choice: int,
+) -> StepInputs:  # fmt: skip
+    """A planned step by slots, which all that it runs have. pages_of: of a running request, by its key."""
+    chunks = []
+    for key, begin, count, ends in zip(plan.prefill.tolist(), plan.prefill_begins.tolist(),
+                                       plan.prefill_tokens.tolist(), plan.ends.tolist()):
+        tokens = _tokens_of(requests[key], begin, begin + count)
+        chunks.append(Chunk(requests[key].slot, begin, tokens, ends, pages_of(key)))
+    counts = [len(new.page_ids) for new in plan.new_pages]
+    new_slots = [requests[new.request].slot for new in plan.new_pages]
+    return StepInputs(
+        decode_slots=np.array([requests[key].slot for key in plan.decode.tolist()], np.int32),
+        decode_lens=plan.decode_lens.astype(np.int32),
+        chunks=chunks,
+        page_slots=np.repeat(np.array(new_slots, np.int32), counts),
+        page_columns=_joined([np.arange(new.first, new.first + len(new.page_ids)) for new in plan.new_pages]),
+        page_ids=_joined([np.array(new.page_ids, np.int64) for new in plan.new_pages]),
+        sampling=sampling,
+        choice=choice,
+    )
+
+
+def _tokens_of(request: Running, begin: int, end: int) -> np.ndarray:
+    """Tokens [begin, end) of the prompt and what was generated since, int32: of a preempted request both are computed
+    anew. Those generated are all read by then, as it ran last two steps ago or earlier."""
+    prompt = request.prompt
+    if end <= len(prompt):
+        return prompt[begin:end]
+    generated = np.array(request.tokens[max(0, begin - len(prompt)) : end - len(prompt)], np.int32)
+    return np.concatenate([prompt[begin:], generated])
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int32) if arrays else np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)

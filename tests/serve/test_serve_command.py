@@ -40,6 +40,19 @@ def run(*arguments: str):
     return CliRunner().invoke(app, arguments)
 
 
+def test_prompts_are_kept_on_tiers(model, tmp_path):
+    tiers = "--tier", "host:1MiB:50", "--tier", f"disk0:8MiB:5={tmp_path}"
+    done = run("--model", model, *LOAD, *tiers, "--predict", "--device", "h200", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["ended"] == {"served": 12} and found["tiers"]["blocks"] > 0 and found["tiers"]["disk0"]["faults"] == 0
+    assert set(found["results"]["predicted"]) >= {"tiers"} or "tier" in json.dumps(found["results"]["predicted"])
+    done = run("--model", model, *LOAD, *tiers)
+    assert done.exit_code == 0 and "blocks are kept" in done.output and "brought" in done.output
+    done = run("--model", model, *LOAD, "--tier", "host")
+    assert done.exit_code == 2 and "tier" in done.output and "Traceback" not in done.output
+
+
 def test_json_and_files_of_both_runs(model, tmp_path):
     files = [tmp_path / name for name in ("steps.csv", "requests.csv", "run.json")]
     done = run("--model", model, *LOAD, "--predict", "--device", "h200", "--json", "--steps-csv", str(files[0]),

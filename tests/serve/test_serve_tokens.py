@@ -57,6 +57,55 @@ def test_tokens_are_transformers_own_however_they_are_served(llama, way):
         assert sum(step.prefill_tokens for step in llm.server.steps) < sum(map(len, prompts))
 
 
+def again(llm, prompts):
+    """What a server without prompts in its pages makes of them, and how much of them it loads."""
+    llm.restart()
+    llm.server.steps.clear()
+    before = llm.tiers.loaded_tokens
+    done = llm.generate(prompts, SamplingParams(max_tokens=10))
+    assert llm.server.num_free_pages == llm.pages.num_pages
+    return [completion.tokens for completion in done], llm.tiers.loaded_tokens - before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_the_same_with_prompts_from_tiers(llama, tmp_path, way):
+    """From host memory and a disk, and from the disk alone in a later process; a broken file costs hits alone."""
+    folder, model = llama
+    prompts = prompts_with_shared_heads(12, vocab_size=97, shared=30, longest=25, seed=1)
+    tiers = "host:256KiB:5", f"disk0:4MiB:5={tmp_path}"
+    outputs, llm = serve(folder, prompts, tiers=tiers, **WAYS[way])
+    assert disagreements(model, prompts, outputs, tie=1e-4) == []
+    whole = sum((len(prompt) - 1) // 8 * 8 for prompt in prompts)
+    outputs, loaded = again(llm, prompts)
+    assert disagreements(model, prompts, outputs, tie=1e-4) == []
+    shares = "prefix_cache" in WAYS[way]  # then several find in pages what one of them has loaded
+    assert loaded >= whole * (0.3 if shares else 1.0)
+    assert sum(step.prefill_tokens for step in llm.server.steps) <= sum(map(len, prompts)) - loaded + (
+        0 if "num_pages" not in WAYS[way] else 300)  # those that gave way come back with what they had generated
+    llm.close()
+    with (tmp_path / "blocks").open("r+b") as blocks:
+        blocks.seek(5 * (4096 + llm.pages.k[0][0].nbytes * 2 * llm.config.num_layers) + 5000)
+        blocks.write(b"broken")
+    outputs, llm = serve(folder, prompts, tiers=tiers[1:], **WAYS[way])
+    assert disagreements(model, prompts, outputs, tie=1e-4) == []
+    assert llm.tiers.loaded_tokens > 0
+    llm.close()
+
+
+def test_tiers_of_another_model_or_type_are_refused(llama, tmp_path):
+    folder, _ = llama
+    tiers = (f"disk0:1MiB:5={tmp_path / 'kv'}",)
+    serve(folder, [[1, 2, 3]], tiers=tiers)[1].close()
+    write_model(tmp_path, "llama", tie_word_embeddings=True)
+    for where, options in ((tmp_path, {}), (folder, {"page_size": 16}), (folder, {"kv_dtype": "float8_e4m3fn"})):
+        with pytest.raises(ValueError, match="directory: expected blocks of"):
+            serve(where, [[1, 2, 3]], tiers=tiers, **options)
+    with pytest.raises(ValueError, match="tier: expected KV of 16 bits or FP8"):
+        serve(folder, [[1, 2, 3]], tiers=tiers, kv_dtype="int8")
+    with pytest.raises(ValueError, match="tier"):
+        serve(folder, [[1, 2, 3]], tiers=("host",))
+
+
 @pytest.mark.parametrize(("family", "options"), [
     ("mistral", {}), ("mistral", {"sliding_window": 12}), ("qwen2", {}), ("qwen3", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}), ("llama", {"tie_word_embeddings": True}),

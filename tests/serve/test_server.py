@@ -3,27 +3,38 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stub_pool import StubPool
 from stub_runner import StubRunner, expected_tokens
 
 from gpu.serve.server import CANCELLED, REFUSED, SERVED, Server
 from gpu.serve.step import SamplingParams
+from gpu.serve.tiers.prompt_tiers import PromptTiers
 from pkvsim.memory.prefix_cache import KINDS
 from pkvsim.serving.state import Limits
 
 VOCABULARY, PAGE = 50, 4
 
 
-def make_server(*, num_pages=40, max_batch=4, step_tokens=16, cache="lru", max_context=100, record=False) -> Server:
+def make_server(*, num_pages=40, max_batch=4, step_tokens=16, cache="lru", max_context=100, record=False,
+                tiers: Callable[[StubRunner], PromptTiers] | None = None) -> Server:
     limits = Limits(PAGE, num_pages, 1, max_batch, step_tokens, KINDS.index(cache))
     runner = StubRunner(max_batch=max_batch, num_pages=num_pages, page_size=PAGE, max_pages=-(-max_context // PAGE),
                         vocab_size=VOCABULARY)
-    return Server(runner, limits, max_context=max_context, vocab_size=VOCABULARY, eos_token_ids=(3,), record=record)
+    return Server(runner, limits, max_context=max_context, vocab_size=VOCABULARY, eos_token_ids=(3,), record=record,
+                  tiers=None if tiers is None else tiers(runner))
+
+
+def tiers_of(seed: int, faults: float) -> Callable[[StubRunner], PromptTiers]:
+    """Tiers over a pool of that seed and part of loads that fail."""
+    return lambda runner: PromptTiers(StubPool(runner, seed=seed, faults=faults), page_size=PAGE, on_stream=nullcontext)
 
 
 def run(server: Server, *, steps: int = 100_000) -> None:
@@ -48,9 +59,11 @@ def expect(request) -> None:
 class Machine(RuleBasedStateMachine):
     """Adds, steps and cancels."""
 
-    @initialize(cache=st.sampled_from(["none", "lru"]), num_pages=st.integers(8, 40), step_tokens=st.integers(4, 30))
-    def start(self, cache, num_pages, step_tokens):
-        self.server = make_server(cache=cache, num_pages=num_pages, step_tokens=step_tokens, max_context=60)
+    @initialize(cache=st.sampled_from(["none", "lru"]), num_pages=st.integers(8, 40), step_tokens=st.integers(4, 30),
+                faults=st.sampled_from([None, 0.0, 0.3]), seed=st.integers(0, 999))
+    def start(self, cache, num_pages, step_tokens, faults, seed):
+        self.server = make_server(cache=cache, num_pages=num_pages, step_tokens=step_tokens, max_context=60,
+                                  tiers=None if faults is None else tiers_of(seed, faults))
         self.open, self.told = {}, {}
 
     @rule(head=st.integers(0, 24), own=st.integers(0, 40), token=st.integers(0, VOCABULARY), output=st.integers(1, 30),
@@ -90,7 +103,9 @@ class Machine(RuleBasedStateMachine):
             scheduler = self.server.scheduler
             running = [r.id for r in self.open.values() if r.slot is not None]
             assert len(running) + len(self.server._free_slots) == scheduler.limits.max_batch
-            scheduler.pages.check(running)
+            tiers = self.server._tiers
+            scheduler.pages.check(running if tiers is None else sorted({*running, *scheduler.untold}))
+            assert tiers is None or tiers.is_waiting <= bool(scheduler.untold)
 
     def teardown(self):
         if hasattr(self, "server"):
@@ -130,6 +145,34 @@ def test_a_long_life_leaves_nothing_behind():
     tracemalloc.stop()
     assert sum(ended.values()) == 1000 and min(ended[status] for status in (SERVED, REFUSED, CANCELLED)) > 50
     assert sizes[-1] < sizes[0] + 200_000
+
+
+@pytest.mark.parametrize("cache", ["none", "lru"])
+@pytest.mark.parametrize("faults", [0.0, 0.3])
+def test_prompts_come_back_from_tiers(cache, faults):
+    """Conversations whose prompts grow, beyond what pages hold, several at once, some cancelled: tokens are their own,
+    most of a prompt is loaded or found, and nothing stays taken."""
+    server = make_server(num_pages=60, max_batch=8, step_tokens=32, cache=cache, tiers=tiers_of(1, faults), record=True)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(4, VOCABULARY, 100) for _ in range(6)]
+    asked = 0
+    for turn in range(60):
+        requests = [server.add_request(texts[at][: 30 + turn], SamplingParams(max_tokens=4))
+                    for at in rng.integers(0, len(texts), 4)]
+        for _ in range(int(rng.integers(0, 4))):
+            server.step()
+        if turn % 3 == 0:
+            server.cancel(requests[1])
+        run(server)
+        for request in requests:
+            if request.status == SERVED:
+                expect(request)
+                asked += len(request.prompt)
+        assert server.num_free_pages == 60 and not server._tiers.is_waiting and not server._tiers._arriving
+    computed = sum(step.prefill_tokens for step in server.steps)
+    assert computed < asked * (0.6 if faults else 0.5)  # nothing of it is computed again but what the pool has lost
+    assert server._tiers.loaded_tokens > (0.4 if cache == "none" else 0.1) * asked
+    assert not server._tiers._prompts and not server._tiers._keys
 
 
 @pytest.mark.parametrize(("prompt", "match"), [

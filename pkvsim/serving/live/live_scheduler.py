@@ -90,6 +90,11 @@ class LiveScheduler:
         counts = self.state.pool.counts
         return self.limits.num_pages - int(counts[FREE_PAGES]) - int(counts[EVICTABLE_PAGES])
 
+    @property
+    def untold(self) -> list[int]:
+        """Keys of requests that have their pages and have run no chunk, as they wait for loads."""
+        return list(self._untold)
+
     def holds(self, key: int) -> bool:
         """Whether a request of that key has not ended."""
         return key in self._places

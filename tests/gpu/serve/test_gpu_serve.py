@@ -168,6 +168,33 @@ def test_tokens_are_transformers_own_however_they_are_served(small, options):
         assert sum(step.preempted for step in steps) > 0
 
 
+@pytest.mark.parametrize(("kv_dtype", "options"), [
+    ("float16", {}), ("float16", {"prefix_cache": "lru"}), ("float16", {"num_pages": 40, "prefix_cache": "lru"}),
+    ("float8_e4m3fn", {"graphs": False}),
+])
+def test_tokens_are_the_same_with_prompts_from_tiers(loaded, folder, tmp_path, kv_dtype, options):
+    """Twice over with nothing in pages the second time, from host memory and a disk, then from the disk alone."""
+    tiers = "host:4MiB:50", f"disk0:16MiB:2={tmp_path}"
+    starts = {"dtype": "float16", "dummy_weights": True, "max_batch": 8, "step_tokens": 96, "num_pages": 400,
+              "kv_dtype": kv_dtype, "graphs": options.get("graphs", True)}  # fmt: skip
+    theirs = loaded[1]
+    rest = {name: value for name, value in options.items() if name != "graphs"}
+    for stores in (tiers, tiers[1:]):
+        llm = LLM(folder, ServeOptions(**starts, tiers=stores), record=True)
+        for turn in range(2):
+            before = llm.tiers.loaded_tokens
+            outputs = serve(llm, **rest)
+            if kv_dtype == "float16":
+                assert disagreements(theirs, prompts(len(outputs)), outputs, tie=0.1) == []
+            assert all(len(tokens) == 24 for tokens in outputs)
+            check_steps(llm)
+            if turn or stores == tiers[1:]:
+                assert llm.tiers.loaded_tokens - before > (200 if "prefix_cache" in options or stores != tiers else 1000)
+        stats = llm.tiers.stats()
+        assert stats["disk0"]["faults"] == stats["device_faults"] == 0 and stats["disk0"]["read"] > 0
+        llm.close()
+
+
 def test_drawn_tokens_depend_on_seed_and_position_alone(small):
     llm, _ = small
     params = [SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=at) for at in range(24)]

@@ -127,7 +127,7 @@ class DiskTier:
             except Exception as error:  # a fault of the ring: every job ends, and the disk is not used again
                 self._give_up(f"{type(error).__name__}: {error}")
             self.counts.thread_s = time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
-            if busy:
+            if busy or self._requests.under_way:
                 self.counts.busy_s += time.perf_counter() - began
 
     def _turn(self) -> None:
