@@ -30,7 +30,9 @@ def test_large_figures_have_no_power_of_ten(value, count):
 @pytest.mark.parametrize("metric", ["us", "ttft_s.p99", "e2e_s.p99", "itl_s.p50", "saturated"])
 def test_less_time_is_green(metric, capsys, monkeypatch):
     from rich.console import Console
+    from rich.style import Style
 
+    Style.parse.cache_clear()  # a style keeps the codes of the first console that printed it, of 256 colours or more
     monkeypatch.setattr(
         "pkvsim.reports.table_sweep.table_console",
         lambda: Console(force_terminal=True, color_system="truecolor", width=80),
