@@ -136,7 +136,8 @@ class PagedCache(Cache):
         leading columns of input_ids that need not be computed. generate() and forward() go on from there: generate()
         takes the whole input_ids, forward() what follows these columns.
 
-        Layers arrive while earlier ones are computed; where a tier fails, fewer columns are loaded. others: of a
+        Layers arrive while earlier ones are computed; where a tier fails, and where the pool knows that computing is
+        faster, fewer columns are loaded. others: of a
         tokenizer, which may say nothing about the tokens. Raises ValueError naming the argument, also where prompts are
         more than their tokens, such as images: the tiers know blocks by their tokens alone.
         """
@@ -155,8 +156,10 @@ class PagedCache(Cache):
         mask = None if attention_mask is None else attention_mask.cpu()
         ends = torch.ones_like(input_ids, device="cpu") if mask is None else (mask != 0).long()
         ends = ends.cumsum(1)  # [batch_size, tokens], of each row up to and including a column
-        keys = [block_keys(tokens, self.rows.page_size) for tokens in row_tokens(input_ids, mask)]
-        seen = self._columns(ends, [tiers.lookup(of_row) for of_row in keys])
+        page_size, rows = self.rows.page_size, row_tokens(input_ids, mask)
+        keys = [block_keys(tokens, page_size) for tokens in rows]
+        known = [tiers.lookup(of, tiers.compute_s(len(tokens), page_size)) for of, tokens in zip(keys, rows)]
+        seen = self._columns(ends, known)
         if not seen:
             return 0
         kept = None if mask is None else (mask[:, :seen] != 0).to(model.device)

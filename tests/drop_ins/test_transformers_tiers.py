@@ -163,6 +163,26 @@ def test_a_load_that_cannot_be_had_leaves_an_empty_cache(make_pool, monkeypatch,
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("rate", [1.0, 1e9])
+def test_loading_is_left_alone_where_the_model_computes_faster(make_pool, rate) -> None:
+    inputs = prompts([30, 21], "left")
+    with make_pool() as pool:
+        pool.prefill_tokens_per_s = rate
+        cache = make_cache(pool, inputs)
+        found, *_ = serve(cache, inputs)
+        cache.keep(found, inputs["attention_mask"])
+        settle(cache)
+        again, loaded, widths = serve(cache, inputs)
+        assert torch.equal(again, found) and widths[0] == 30 - loaded
+        assert loaded == 0 if rate == 1e9 else loaded >= 16
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, float("inf"), float("nan")])
+def test_a_rate_of_prefill_that_is_none_is_refused(make_pool, rate) -> None:
+    with pytest.raises(ValueError, match="^prefill_tokens_per_s"):
+        PromptPool(contents="x", host=make_pool().host, prefill_tokens_per_s=rate)
+
+
 def test_other_weights_are_refused(make_pool) -> None:
     inputs = prompts([9], "left")
     with make_pool() as pool:

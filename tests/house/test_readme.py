@@ -47,6 +47,11 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text().splitlines()) < 150
 
 
+def test_the_readme_names_what_other_systems_can_ask_of_it() -> None:
+    text = README.read_text()
+    assert all(f"({page})" in text for page in ("docs/vllm.md", "docs/drop_ins.md", "docs/serve.md", "docs/pool.md"))
+
+
 def test_links_and_folders_exist() -> None:
     text = README.read_text()
     for path in [*re.findall(r"\]\(([^)h][^)]*)\)", text), *re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)]:

@@ -23,12 +23,17 @@ class PromptPool:
     """Tiers that hold KV of one model. One cache's pages at a time; close() it, or use it in a with statement."""
 
     def __init__(
-        self, *, contents: str, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (), **options: Any
-    ) -> None:
-        """contents: of gpu.drop_ins.prompts.prompt_keys.contents_of; options: of TieredKVCache. ValueError naming the
-        argument where there are no tiers."""
+        self, *, contents: str, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (),
+        prefill_tokens_per_s: float | None = None, **options: Any
+    ) -> None:  # fmt: skip
+        """contents: of gpu.drop_ins.prompts.prompt_keys.contents_of; options: of TieredKVCache. prefill_tokens_per_s:
+        at which the model computes prompts, so that nothing is loaded where computing is faster; None: all that is
+        there is loaded. ValueError naming the argument where it is none, and where there are no tiers."""
         if not host and not disks:
             raise ValueError("host, disks: expected at least one tier")
+        if prefill_tokens_per_s is not None and not 0 < prefill_tokens_per_s < float("inf"):
+            raise ValueError(f"prefill_tokens_per_s: expected tokens per second > 0, got {prefill_tokens_per_s!r}")
+        self.prefill_tokens_per_s = prefill_tokens_per_s
         self.contents, self.host, self.disks, self.options = contents, host, disks, options
         self._cache: TieredKVCache | None = None
         self._first_pages: torch.Tensor | None = None  # K of layer 0 of the cache that uses it
@@ -62,6 +67,11 @@ class PromptPool:
     def lookup(self, keys: Sequence[bytes], compute_s: ComputeTimes | None = None) -> int:
         """Leading blocks that a load would bring, as TieredKVCache has it."""
         return self._opened().lookup(keys, compute_s)
+
+    def compute_s(self, tokens: int, page_size: int) -> ComputeTimes | None:
+        """Of a prompt of so many tokens, whose last one is computed in any case; None without a rate of prefill."""
+        rate = self.prefill_tokens_per_s
+        return None if rate is None else lambda blocks: np.maximum(tokens - blocks * page_size, 1) / rate
 
     def load(self, keys: Sequence[bytes], pages: np.ndarray) -> LoadHandle:
         """Begins to load the blocks into pages."""

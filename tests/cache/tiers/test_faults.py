@@ -30,6 +30,7 @@ from pool_cases import (
 from soak_tiers import soak
 
 from gpu.cache.tiers.disks.disk_files import DiskFiles
+from gpu.cache.tiers.host_arena import view
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 BLOCKS = 10
@@ -102,27 +103,33 @@ def faulty(rule, made):
     return make
 
 
-@pytest.mark.parametrize("what", [EIO, 100, 0, "flip"])
-def test_bad_reads_cost_hits(tmp_path, what):
+@pytest.mark.parametrize(("what", "said"), [
+    (EIO, "EIO"), (100, "short read of 100 bytes"), (0, "short read of 0 bytes"), ("flip", ""),
+])
+def test_bad_reads_cost_hits(tmp_path, what, said):
     bad = {"on": True}
     prompt = keys("p", BLOCKS)
     rule = lambda request, count: what if bad["on"] and not request.write and request.offset == 6 * SLOT else None  # noqa: E731
     with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader=faulty(rule, []))]) as cache:
         put(cache, prompt)
         assert got(cache, prompt) == 6
-        assert cache.stats()["a"]["faults"] == 1 and cache.stats()["a"]["last_fault"]
+        stats = cache.stats()["a"]
+        assert stats["faults"] == 1 and stats["last_fault"] and said in stats["last_fault"]
         assert got(cache, prompt) == 6  # it is not asked for again
         bad["on"] = False
         put(cache, prompt)
         assert got(cache, prompt) == BLOCKS
 
 
-@pytest.mark.parametrize("what", [EIO, ENOSPC, 4096, "flip"])
-def test_bad_writes_cost_hits(tmp_path, what):
+@pytest.mark.parametrize(("what", "said"), [
+    (EIO, "EIO"), (ENOSPC, "ENOSPC"), (4096, "short write of 4096 bytes"), ("flip", ""),
+])
+def test_bad_writes_cost_hits(tmp_path, what, said):
     rule = lambda request, count: what if request.write and request.offset == 6 * SLOT else None  # noqa: E731
     prompt = keys("p", BLOCKS)
     with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader=faulty(rule, []))]) as cache:
         put(cache, prompt)
+        assert said in cache.stats()["a"]["last_fault"]
         # A flipped bit on its way back leaves the disk's block as it was sealed.
         assert got(cache, prompt) == (BLOCKS if what == "flip" else 6)
     with TieredKVCache(device(), disks=[disk(tmp_path / "a")]) as cache:
@@ -208,6 +215,20 @@ def test_a_stalled_disk_whose_requests_all_end_at_last_leaves_no_file_open(tmp_p
         assert len(made[0]._stalled) > 1
         made[0].release()
     assert len(os.listdir("/proc/self/fd")) == handles
+
+
+def test_buffers_of_a_disk_that_never_answers_are_not_given_back(tmp_path, monkeypatch):
+    """The kernel may write to them whenever the device comes back, also after the pool was closed."""
+    monkeypatch.setattr("gpu.cache.tiers.disks.disk_requests.LATE_S", 0.05)
+    made, stalling = [], {"on": False}
+    rule = lambda request, count: "stall" if stalling["on"] and not request.write else None  # noqa: E731
+    with TieredKVCache(device(), disks=[disk(tmp_path / "a", reader=faulty(rule, made), stall_s=0.15)]) as cache:
+        put(cache, keys("p", BLOCKS))
+        stalling["on"] = True
+        assert got(cache, keys("p", BLOCKS)) < BLOCKS
+        ring, (request, *_) = cache._disks[0].ring, made[0]._stalled
+        view(request.address, 4)[:] = b"kept"
+    assert bytes(view(request.address, 4)) == b"kept" and ring.region[0] <= request.address  # else they read as zeros
 
 
 def test_writes_that_stall_end_too(tmp_path):
