@@ -146,11 +146,12 @@ def elementwise_us(
     tokens: np.ndarray, model: ModelSpec, device: DeviceSpec, constants: OutsideConstants
 ) -> np.ndarray:
     """Time of a layer's norms, rope and other small kernels, float64 [like tokens]: a time each, and what they read and
-    write; up to few_tokens, those alone that products in 16 bits leave beside them."""
+    write; up to few_tokens, those alone that dense products in 16 bits leave beside them."""
     c = constants
     moved = c.elementwise_passes * model.hidden_size * 2 * tokens / (device.beta_gb_s * c.elementwise_share * 1e3)
     us = c.small_kernels * c.kernel_us + moved
-    if matrix_kind(model.layers[0].attention_weights, model.quantization, device) == BITS16:
+    dense = not model.num_experts
+    if dense and matrix_kind(model.layers[0].attention_weights, model.quantization, device) == BITS16:
         us = np.where(tokens <= c.few_tokens, c.few_kernels * c.kernel_us, us)
     return np.where(tokens > 0, us, 0.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -14,11 +15,12 @@ from pkvsim.devices.device import DeviceSpec
 from pkvsim.devices.outside_constants import OutsideConstants, OutsideEntry
 from pkvsim.devices.route_model import FitError
 from pkvsim.fitting.fit_outside import ELEMENTWISE_PASSES
-from pkvsim.models.presets import ModelSpec
-from pkvsim.outside.derive import outside_entry
+from pkvsim.fitting.fit_serving import LEAST_BAND
+from pkvsim.models.presets import ModelSpec, get_model
+from pkvsim.outside.derive import STAND_INS, outside_entry
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.studies.served.prices import price_served, served_attention_us
-from pkvsim.studies.served.steps import ServedStep, measured_us
+from pkvsim.studies.served.steps import ServedStep, measured_us, read_cells, read_served_steps
 
 # What gpu.serve launches in a layer, counted: up to 8 tokens four products that have norms, sums and gate in them,
 # beside rotation and append in one; beyond, two norms and a gate more (docs/serve.md).
@@ -33,7 +35,9 @@ BOUNDS = {
 }  # fmt: skip
 NOT_ZERO = {"few_us": 2.0, "few_token_us": 0.4, "chunk_layer_us": 300.0, "attention_half_tokens": 64.0}
 MOST_WAKE = 10.0
+FITTED_RUNS = "fitted on"  # how bench_serve.py names the loads that are served for a fit
 LOSS_SCALE = 0.03  # relative error beyond which a step counts as an outlier
+TOLERANCE = 1e-5  # relative change of the loss at which the fit ends; constants are rounded to four digits
 PRIOR = 0.002  # weight of a constant's relative change, for those that the steps say nothing of
 
 
@@ -44,19 +48,19 @@ def fit_served(
     """The device with constants, under the name that the server's engine has there, that price these steps best.
 
     groups: steps in the order in which they ran, of one server each. All groups count alike, and in each of them decode
-    steps and steps with chunks, whatever their number; steps far off count little. source, date: of the entry.
-    ValueError where no step follows another.
+    steps and steps with chunks, whatever their number; steps far off count little. What they say nothing of stays near
+    the kernels that stand in for the engine's where nobody fitted them. source, date: of the entry. ValueError where no step follows another.
     """
     from scipy.optimize import least_squares
 
     name = config.profile.constants
-    start = outside_entry(device, name)
+    start = outside_entry(device, STAND_INS.get(name, name))
     steps = [step for group in groups for step in group]
     weight, measured = _weights(groups), measured_us(steps)
     if not weight.any():
         raise ValueError("steps: expected some that follow others, got none")
     attention_us = served_attention_us(steps, model, device, config)
-    base = start.constants if start.constants.few_tokens else replace(start.constants, **LAUNCHES)
+    base = replace(start.constants, **LAUNCHES)
     names = tuple(BOUNDS)
     least, most = np.array([BOUNDS[constant] for constant in names]).T
     origin = np.clip([getattr(base, constant) or NOT_ZERO.get(constant, 1.0) for constant in names], least, most)
@@ -79,7 +83,11 @@ def fit_served(
 
     # The solver wants a start inside its bounds; values are cut to the bounds themselves.
     bounds = (np.log(least / origin) - 1e-9, np.log(most / origin) + 1e-9)
-    fitted = constants(least_squares(residuals, np.zeros(len(names)), diff_step=1e-3, bounds=bounds).x)
+    at = least_squares(
+        residuals, np.zeros(len(names)), diff_step=1e-3, bounds=bounds, ftol=TOLERANCE, xtol=10 * TOLERANCE,
+        gtol=TOLERANCE / 10,
+    ).x  # fmt: skip
+    fitted = constants(at)
     fitted = replace(fitted, **{constant: float(f"{getattr(fitted, constant):.4g}") for constant in names})
     found = with_constants(fitted)
     priced = price_served(steps, model, found, config, attention_us)
@@ -109,6 +117,49 @@ def hold_out(
     band = max(entry.band_percent, float(f"{np.percentile(np.concatenate(percent), 90):.3g}"))
     entry = replace(entry, held_out=_error(np.concatenate(percent)), band_percent=band)
     return replace(device, outside={**device.outside, name: entry})
+
+
+def fit_files(paths: Sequence[str | Path], device: DeviceSpec, *, model: str | None, date: str) -> DeviceSpec:
+    """The device with constants of engine pkv by files of examples/bench_serve.py, and their error on what was held
+    out.
+
+    Of steps (`--save-steps`, .npz) those of runs called "fitted on ..." are fitted, the others held out; of cells
+    (`--json`) every third is held out, from the second. model: whose steps they are; None: the one that a file of cells
+    names. The band is LEAST_BAND at least, as a device file serves models that nobody timed too. ValueError naming the
+    file, or where no model or nothing to fit is left.
+    """
+    fitted: list[list[ServedStep]] = []
+    held: list[list[ServedStep]] = []
+    for path in paths:
+        if str(path).endswith(".json"):
+            named, cells = read_cells(path)
+            model = model or named
+            fitted.append([cell for at, cell in enumerate(cells) if at % 3 != 1])
+            held.append(cells[1::3])
+            continue
+        runs = read_served_steps(path)
+        fitted.append([step for name, run in runs.items() if name.startswith(FITTED_RUNS) for step in run])
+        held += [run for name, run in runs.items() if not name.startswith(FITTED_RUNS)]
+    if model is None:
+        raise ValueError("model: expected the model whose steps they are, or a .json file that names it")
+    spec, config = get_model(model), served_config([step for group in fitted + held for step in group])
+    groups = [group for group in fitted if group]
+    source = f"{sum(map(len, groups)):,} steps of gpu.serve on {spec.name} in " + ", ".join(Path(p).name for p in paths)
+    found = fit_served(groups, spec, device, config, source=source, date=date)
+    left = [group for group in held if group]
+    if left:
+        found = hold_out(found, left, spec, config)
+    name = config.profile.constants
+    entry = replace(found.outside[name], band_percent=max(LEAST_BAND, found.outside[name].band_percent))
+    return replace(found, outside={**found.outside, name: entry})
+
+
+def served_config(steps: Sequence[ServedStep]) -> ServingConfig:
+    """gpu.serve with room for these steps."""
+    return ServingConfig(
+        max_batch=max((len(step.decode_lens) for step in steps), default=1),
+        step_tokens=max((step.tokens for step in steps), default=1), shared_reads=False, steps_in_flight=2,
+    )  # fmt: skip
 
 
 def _weights(groups: Sequence[Sequence[ServedStep]]) -> np.ndarray:
