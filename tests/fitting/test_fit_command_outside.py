@@ -32,7 +32,7 @@ def test_kernel_times_become_an_entry_of_a_device_file(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "measurements: expected --measurements, --serving, --outside or --selection"),
+        ([], "measurements: expected --measurements, --serving, --served, --outside or --selection"),
         (["--serving", "few.csv"], "serving: expected 24 points of an engine on l4 at least"),
         (["--outside", "few.csv"], "few.csv: expected columns kernel"),
     ],

@@ -38,6 +38,7 @@ MOST_WAKE = 10.0
 FITTED_RUNS = "fitted on"  # how bench_serve.py names the loads that are served for a fit
 LOSS_SCALE = 0.03  # relative error beyond which a step counts as an outlier
 TOLERANCE = 1e-5  # relative change of the loss at which the fit ends; constants are rounded to four digits
+MOST_ROUNDS = 40  # of the solver; some 20 are needed where the steps are a server's
 PRIOR = 0.002  # weight of a constant's relative change, for those that the steps say nothing of
 
 
@@ -85,7 +86,7 @@ def fit_served(
     bounds = (np.log(least / origin) - 1e-9, np.log(most / origin) + 1e-9)
     at = least_squares(
         residuals, np.zeros(len(names)), diff_step=1e-3, bounds=bounds, ftol=TOLERANCE, xtol=10 * TOLERANCE,
-        gtol=TOLERANCE / 10,
+        gtol=TOLERANCE / 10, max_nfev=MOST_ROUNDS,
     ).x  # fmt: skip
     fitted = constants(at)
     fitted = replace(fitted, **{constant: float(f"{getattr(fitted, constant):.4g}") for constant in names})
