@@ -1,8 +1,8 @@
 """What pkvsim says of each step that a server has run, and constants fitted to such steps.
 
-Prices are whatif's, of the very rows and chunks measured (pkvsim.studies.served). Two runs of one trace drift apart until
-few of their steps are alike, while here nothing differs but prices. What is fitted are the constants of a step outside
-paged decode attention (pkvsim.devices.outside_constants), by one server's steps on one GPU.
+Prices are whatif's, of the very rows and chunks measured (pkvsim.studies.served). Two runs of one trace drift apart
+until few of their steps are alike, while here nothing differs but prices. What is fitted are the constants of a step
+outside paged decode attention (pkvsim.devices.outside_constants), by one server's steps on one GPU.
 """
 from __future__ import annotations
 

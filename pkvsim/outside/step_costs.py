@@ -265,7 +265,9 @@ def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
     total = host_us
     for at in range(HOST):
         total += parts[at]
-    issue_us = costs.eager_us if costs.most_graph_tokens == 0 else costs.chunk_eager_us if mixed and not in_graph else 0.0
+    issue_us = costs.eager_us if costs.most_graph_tokens == 0 else 0.0
+    if mixed and not in_graph:
+        issue_us = max(issue_us, costs.chunk_eager_us)
     if total < issue_us:
         host_us += issue_us - total
         total = issue_us

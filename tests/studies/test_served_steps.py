@@ -122,11 +122,19 @@ def test_files_that_hold_no_steps_are_named(tmp_path) -> None:
     bad, empty = tmp_path / "bad.npz", tmp_path / "empty.npz"
     bad.write_bytes(b"PK\x03\x04 no archive")
     np.savez(empty, names=np.array(["one"]))
-    for path in (bad, empty, tmp_path / "none.npz"):
+    with np.load(STEPS) as file:
+        data = dict(file)
+    late, short = tmp_path / "late.npz", tmp_path / "short.npz"
+    np.savez(late, **data | {"end_us": data["start_us"] - 1})
+    np.savez(short, **data | {"lens": data["lens"][:100]})
+    for path in (bad, empty, late, short, tmp_path / "none.npz"):
         with pytest.raises(ValueError, match=f"{path.name}: cannot read served steps"):
             read_served_steps(path)
-    (tmp_path / "cells.json").write_text('{"model": "llama-3.1-8b", "cells": [{"rows": 1}]}')
-    with pytest.raises(ValueError, match=r"cells\.json: cannot read cells of bench_serve.py"):
-        read_cells(tmp_path / "cells.json")
+    for text in ('{"model": "llama-3.1-8b", "cells": [{"rows": 1}]}', '{"model": 5, "cells": []}', "[]", "{",
+                 '{"model": "x", "cells": [{"rows": 1, "context": 9, "step_us": -1}]}',
+                 '{"model": "x", "cells": [{"rows": 1e12, "context": 9, "step_us": 1}]}'):
+        (tmp_path / "cells.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cells\.json: cannot read cells of bench_serve.py"):
+            read_cells(tmp_path / "cells.json")
     with pytest.raises(ValueError, match="model: expected the model whose steps they are"):
         fit_files([str(STEPS)], H200, model=None, date="2026-11-30")

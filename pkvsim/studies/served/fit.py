@@ -25,7 +25,8 @@ from pkvsim.studies.served.steps import ServedStep, measured_us, read_cells, rea
 # What gpu.serve launches in a layer, counted: up to 8 tokens four products that have norms, sums and gate in them,
 # beside rotation and append in one; beyond, two norms and a gate more (docs/serve.md).
 LAUNCHES = {"few_tokens": 8.0, "few_share": 1.0, "few_kernels": 1.0, "small_kernels": 4.0}
-# Least and most that a constant can be. Shares are of the GPU's own rate and of the bandwidth that it was seen to reach.
+# Least and most that a constant can be. Shares are of the GPU's own rate, and of the bandwidth that it was seen to
+# reach.
 BOUNDS = {
     "matrix_share": (0.2, 1.0), "weight_share": (0.3, 1.0), "matrix_us": (0.5, 20.0), "few_us": (0.1, 20.0),
     "few_token_us": (0.01, 5.0), "attention_share": (0.05, 1.0), "attention_us": (0.5, 50.0),
@@ -50,7 +51,8 @@ def fit_served(
 
     groups: steps in the order in which they ran, of one server each. All groups count alike, and in each of them decode
     steps and steps with chunks, whatever their number; steps far off count little. What they say nothing of stays near
-    the kernels that stand in for the engine's where nobody fitted them. source, date: of the entry. ValueError where no step follows another.
+    the kernels that stand in for the engine's where nobody fitted them. source, date: of the entry. ValueError where no
+    step follows another.
     """
     from scipy.optimize import least_squares
 

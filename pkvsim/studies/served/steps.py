@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pkvsim.shapes import MAX_TOKENS, check_int
+
+MOST_ROWS = 65_535  # of a cell
 PROGRESS = 64  # tokens that a cell's rows have generated when it is timed, in the middle of its steps
 
 
@@ -55,6 +58,7 @@ def read_served_steps(path: str | Path) -> dict[str, list[ServedStep]]:
                 )
                 for at, after, took in zip(of_run.tolist(), follows, us)
             ]  # fmt: skip
+        _check([step for run in found.values() for step in run])
     except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot read served steps: {error}") from None
     return found
@@ -65,14 +69,30 @@ def read_cells(path: str | Path) -> tuple[str, list[ServedStep]]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         none = np.zeros(0, np.int64)
-        return data["model"], [
-            ServedStep(
-                np.full(int(cell["rows"]), int(cell["context"]) + PROGRESS), none, none, True, float(cell["step_us"])
-            )
-            for cell in data["cells"]
-        ]
+        model, steps = data["model"], []
+        if not isinstance(model, str):
+            raise ValueError(f"model: expected text, got {model!r:.80}")
+        for cell in data["cells"]:
+            check_int("rows", cell["rows"], 1, MOST_ROWS)
+            check_int("context", cell["context"], 1, MAX_TOKENS - PROGRESS)
+            lens = np.full(cell["rows"], cell["context"] + PROGRESS)
+            steps.append(ServedStep(lens, none, none, True, float(cell["step_us"])))
+        _check(steps)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: cannot read cells of bench_serve.py: {error}") from None
+    return model, steps
+
+
+def _check(steps: Sequence[ServedStep]) -> None:
+    """ValueError where a step has no tokens, or lengths or a time that none can have."""
+    for at, step in enumerate(steps):
+        rows, begins, tokens = step.decode_lens, step.chunk_begins, step.chunk_tokens
+        sizes = np.concatenate([rows, tokens])
+        if not (len(begins) == len(tokens) and len(sizes) and sizes.min() >= 1 and begins.min(initial=0) >= 0
+                and sizes.max() <= MAX_TOKENS and begins.max(initial=0) <= MAX_TOKENS):
+            raise ValueError(f"step {at}: expected rows and chunks of 1 to {MAX_TOKENS:,} tokens")
+        if not 0 < step.us < np.inf:
+            raise ValueError(f"step {at}: expected a time > 0 us, got {step.us:g}")
 
 
 def measured_us(steps: Sequence[ServedStep]) -> np.ndarray:
