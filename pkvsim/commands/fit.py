@@ -36,6 +36,13 @@ def fit(
         Optional[list[str]],
         typer.Option(help="CSV of kernel times outside decode attention, of gpu.calibrate --outside; repeatable."),
     ] = None,
+    served: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Steps (.npz) or cells (.json) of examples/bench_serve.py, of gpu.serve; repeatable."),
+    ] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="Whose steps --served has; by default the model that its cells name.")
+    ] = None,
     selection: Annotated[
         Optional[list[str]],
         typer.Option(help="JSON of examples/bench_selection.py, of selected pages; repeatable."),
@@ -43,8 +50,8 @@ def fit(
 ) -> None:
     """Fits the model's constants to measured times and writes a device file.
 
-    --measurements fits decode attention, --selection steps that read selected pages, --outside and --serving what
-    stands beside decode attention; one or more of them.
+    --measurements fits decode attention, --selection steps that read selected pages, --outside, --serving and
+    --served what stands beside decode attention; one or more of them.
 
     \b
     Examples:
@@ -52,6 +59,8 @@ def fit(
       pkvsim fit --measurements peer.csv --table-device l40s \\
           --device-base l40s -o l40s_fitted.json
       pkvsim fit --serving points.csv --device-base h200 -o h200_fitted.json
+      pkvsim fit --served steps.npz --served cells.json --device-base h200 \\
+          -o h200_fitted.json
       pkvsim fit --selection grid.json --device-base h200 -o h200_fitted.json
     """
     with one_line_errors():
@@ -65,8 +74,8 @@ def fit(
         from pkvsim.fitting.measured_tables import read_measurements
         from pkvsim.reports.table_replay import print_fit, print_outside_fit
 
-        if not (measurements or serving or outside or selection):
-            raise ValueError("measurements: expected --measurements, --serving, --outside or --selection")
+        if not (measurements or serving or served or outside or selection):
+            raise ValueError("measurements: expected --measurements, --serving, --served, --outside or --selection")
         fitted, today = get_device(device_base), date.today().isoformat()
         routes: set[str] = set()
         skipped: dict[str, int] = {}
@@ -98,6 +107,10 @@ def fit(
             points = [point for path in serving for point in read_points(path)]
             source = ", ".join(Path(path).name for path in serving)
             fitted, held_out = fit_serving(fitted, points, source=source, date=today)
+        if served:
+            from pkvsim.studies.served.fit import fit_files
+
+            fitted = fit_files(served, fitted, model=model, date=today)
         if selection:
             from pkvsim.fitting.selection.cells import read_selection_cells
             from pkvsim.fitting.selection.fit_selection import fit_selection
@@ -112,7 +125,7 @@ def fit(
             raise ValueError(f"output: cannot write {output}: {error.strerror}") from None
     if measurements:
         print_fit(fitted, routes, skipped)
-    if serving or outside:
+    if serving or served or outside:
         print_outside_fit(fitted, held_out)
     if selection:
         from pkvsim.reports.selection.table_fit import print_selection_fit

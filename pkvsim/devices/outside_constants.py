@@ -37,6 +37,12 @@ class OutsideConstants:
     roofline_power: float = 4.0  # sharpness of the corner between bytes and FLOPs; bytes + FLOPs at 1
     boost: float = 1.0  # rate of a GPU that has not been busy, over the sustained one
     boost_ms: float = 0.0  # of computing at full rate, until the sustained rate holds
+    # Products of few tokens by 16-bit kernels of an engine's own, each with its norm before and its sum or gate behind.
+    few_tokens: float = 0.0  # of a step, up to which a layer's products are theirs; 0: never
+    few_share: float = 1.0  # of beta_gb_s, that they read weights at
+    few_us: float = 0.0  # of every such product beside its bytes
+    few_token_us: float = 0.0  # further for every token
+    few_kernels: float = 0.0  # small kernels of a layer that are left beside them
     # Prefill attention: pkvsim.outside.prefill.
     attention_share: float = 0.45  # of the 16-bit rate
     attention_us: float = 5.0  # of a layer's launch
@@ -56,6 +62,7 @@ class OutsideConstants:
     row_us: float = 2.0  # of a step, for every row
     chunk_step_us: float = 0.0  # of a step with a prefill chunk, which no whole graph covers
     eager_layer_us: float = 450.0  # host time to issue a layer without a graph, which the GPU cannot be ahead of
+    chunk_layer_us: float = 0.0  # the same of a step with a chunk, where that alone has no graph; 0: it is no limit
     wake_factor: float = 1.0  # time of the first step of a server that was idle, over that of the same step later
     # The one process that hands every token to its client, where an engine has no more than one.
     token_us: float = 0.0  # of every token

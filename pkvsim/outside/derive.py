@@ -13,19 +13,23 @@ SAME_GPU_BAND, SAME_ARCHITECTURE_BAND, OTHER_ARCHITECTURE_BAND = 20.0, 20.0, 35.
 REFERENCE = "h200"
 MOST_OF_PEAK = 0.95
 FALLBACK_ENGINES = ("vllm", "pytorch")
+# Engines whose own constants hold on the GPU that they were fitted on alone, and whose are taken elsewhere: kernels of
+# this project that nobody has timed on another GPU cost no less there than PyTorch's, which were.
+STAND_INS = {"pkv": "pytorch"}
 
 
 def outside_entry(device: DeviceSpec, engine: str) -> OutsideEntry:
     """The constants of an engine's kernels on a GPU, in this order: its own; the same engine's on the GPU of the
     catalogue that is most like it (a GeForce card for a GeForce card, then the same compute capability, then the
-    H200); another engine's on the GPU itself, or on
-    the H200.
+    H200); another engine's on the GPU itself, or on the H200. Of an engine in STAND_INS its own, else its stand-in's.
 
     Shares, which are fractions of a GPU's own bandwidth and rates, and latencies are carried over as they are, but for
     reads, which reach at most MOST_OF_PEAK of the bandwidth on paper. ValueError where nobody measured any engine.
     """
     if engine in device.outside:
         return device.outside[engine]
+    if engine in STAND_INS:
+        return outside_entry(device, STAND_INS[engine])
     for name in (engine, *FALLBACK_ENGINES):
         if name in device.outside:
             return _carried(device, device, name, engine)

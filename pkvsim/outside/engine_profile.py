@@ -68,9 +68,9 @@ class EngineProfile:
 VLLM_GRAPHS = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
 PROFILES = {
     "pkv": EngineProfile(
-        name="pkv", constants="pytorch", graph_sizes=VLLM_GRAPHS, keep_free_fraction=0.01,
-        source="this project's server: decode in CUDA graphs, attention by its own routes, the rest at the prices of "
-        "PyTorch's kernels unless the device's file has constants fitted to its steps",
+        name="pkv", constants="pkv", graph_sizes=VLLM_GRAPHS, keep_free_fraction=0.01,
+        source="this project's server: decode in CUDA graphs, attention by its own routes, the rest by constants "
+        "fitted to its steps on an H200; on other GPUs at the prices of PyTorch's kernels, an assumption",
     ),
     "vllm": EngineProfile(
         name="vllm", constants="vllm", graph_sizes=VLLM_GRAPHS, chunk_graph_tokens=512, steps_in_flight=2,

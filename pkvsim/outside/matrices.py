@@ -77,6 +77,17 @@ def matrix_us(tokens: Any, matrix: Matrix, device: DeviceSpec, constants: Outsid
     return _product_us(tokens, 1.0, matrix, device, constants, peak_tflops(matrix.kind, device, constants))
 
 
+def layer_matrix_us(tokens: Any, matrix: Matrix, device: DeviceSpec, constants: OutsideConstants) -> Any:
+    """Time of one of a layer's products: matrix_us, and up to few_tokens in 16 bits what the engine's own kernel takes,
+    which streams the weights, beside a fixed time and one for every token."""
+    c, us = constants, matrix_us(tokens, matrix, device, constants)
+    if matrix.kind != BITS16 or c.few_tokens == 0:
+        return us
+    count = np.asarray(tokens, np.float64)
+    streamed = matrix.weight_bytes / (device.beta_gb_s * c.few_share * 1e3) + c.few_us + c.few_token_us * count
+    return np.where((count > 0) & (count <= c.few_tokens), streamed, us)[()]
+
+
 def expert_matrix_us(
     tokens: Any, layer: LayerSpec, matrix: Matrix, device: DeviceSpec, constants: OutsideConstants
 ) -> Any:
@@ -172,7 +183,7 @@ def layer_matrices_us(
     """Time of all of a layer's products, experts and the router included."""
     us = np.zeros_like(np.asarray(tokens, np.float64))
     for matrix in attention_matrices(model, layer, device) + mlp_matrices(model, layer, device):
-        us = us + matrix_us(tokens, matrix, device, constants)
+        us = us + layer_matrix_us(tokens, matrix, device, constants)
     if layer.feed_forward.num_experts:
         for matrix in expert_matrices(model, layer, device):
             us = us + expert_matrix_us(tokens, layer, matrix, device, constants)

@@ -14,7 +14,7 @@ from pkvsim.models.model_spec import LATENT, AttentionSpec, ModelSpec
 from pkvsim.outside.communication import all_reduce_us
 from pkvsim.outside.engine_profile import EngineProfile
 from pkvsim.outside.flash_decode import flash_decode_us
-from pkvsim.outside.matrices import head_matrix, layer_matrices_us, matrix_us
+from pkvsim.outside.matrices import BITS16, head_matrix, layer_matrices_us, matrix_kind, matrix_us
 from pkvsim.outside.pairs import KIND_CODES, chunk_pairs, entries_read, index_pairs
 
 # Parts of a step's time, in the order of what step_parts fills.
@@ -58,6 +58,7 @@ class StepCosts(NamedTuple):
     row_us: float
     chunk_step_us: float
     eager_us: float
+    chunk_eager_us: float  # of a step with a chunk beyond chunk_graph_tokens; 0: no limit
     wake_factor: float
     query_tokens: int  # of every row that decodes
     token_us: float
@@ -90,8 +91,7 @@ def step_costs(
         for used in (c, _boosted(c))
     )
     beta = device.beta_gb_s * 1e3  # bytes per us
-    moved = c.elementwise_passes * model.hidden_size * 2 * tokens / (beta * c.elementwise_share)
-    elementwise = model.num_layers * np.where(tokens > 0, c.small_kernels * c.kernel_us + moved, 0.0)
+    elementwise = model.num_layers * elementwise_us(tokens, model, device, c)
     # Two all-reduces a layer, after attention and after the MLP; one more after the embedding.
     reduces = 2 * model.num_layers + 1
     reduce = reduces * all_reduce_us(tokens * model.hidden_size * 2, model.tensor_parallel, device, c)
@@ -132,6 +132,7 @@ def step_costs(
         row_us=float(c.row_us),
         chunk_step_us=float(c.chunk_step_us),
         eager_us=float(model.num_layers * c.eager_layer_us),
+        chunk_eager_us=float(model.num_layers * c.chunk_layer_us),
         wake_factor=float(c.wake_factor),
         query_tokens=int(query_tokens),
         token_us=float(c.token_us),
@@ -139,6 +140,20 @@ def step_costs(
         heap=np.zeros(device.num_sms),
         lens=np.zeros(max_batch, np.int64),
     )
+
+
+def elementwise_us(
+    tokens: np.ndarray, model: ModelSpec, device: DeviceSpec, constants: OutsideConstants
+) -> np.ndarray:
+    """Time of a layer's norms, rope and other small kernels, float64 [like tokens]: a time each, and what they read and
+    write; up to few_tokens, those alone that dense products in 16 bits leave beside them."""
+    c = constants
+    moved = c.elementwise_passes * model.hidden_size * 2 * tokens / (device.beta_gb_s * c.elementwise_share * 1e3)
+    us = c.small_kernels * c.kernel_us + moved
+    dense = not model.num_experts
+    if dense and matrix_kind(model.layers[0].attention_weights, model.quantization, device) == BITS16:
+        us = np.where(tokens <= c.few_tokens, c.few_kernels * c.kernel_us, us)
+    return np.where(tokens > 0, us, 0.0)
 
 
 def _boosted(c: OutsideConstants) -> OutsideConstants:
@@ -250,9 +265,12 @@ def step_parts(costs, lens, begins, chunks, logits, routed_us, warm, parts):
     total = host_us
     for at in range(HOST):
         total += parts[at]
-    if costs.most_graph_tokens == 0 and total < costs.eager_us:
-        host_us += costs.eager_us - total
-        total = costs.eager_us
+    issue_us = costs.eager_us if costs.most_graph_tokens == 0 else 0.0
+    if mixed and not in_graph:
+        issue_us = max(issue_us, costs.chunk_eager_us)
+    if total < issue_us:
+        host_us += issue_us - total
+        total = issue_us
     parts[HOST] = host_us
     return total
 

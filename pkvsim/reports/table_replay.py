@@ -132,9 +132,9 @@ def print_fit(device: DeviceSpec, routes: set[str], skipped: dict[str, int]) -> 
 
 
 def print_outside_fit(device: DeviceSpec, held_out: Mapping[str, PointErrors]) -> None:
-    """A line an engine: errors of its constants, and those of a fit to a random half of its points on the other."""
+    """A line an engine: errors of its constants, and on what they were not fitted to: of TPOT where that was points."""
     console = table_console()
-    heads = ("status", "points or\ntimings", "median", "mean", "held-out TPOT\nmedian", "mean", "held-out TTFT\nmedian")
+    heads = ("status", "points or\ntimings", "median", "mean", "held out\nmedian", "mean", "held-out TTFT\nmedian")
     rows = []
     for engine, entry in sorted(device.outside.items()):
         error, held = entry.in_sample, held_out.get(engine)
@@ -145,6 +145,8 @@ def print_outside_fit(device: DeviceSpec, held_out: Mapping[str, PointErrors]) -
         if held is not None:
             ttft = "" if held.ttft_median != held.ttft_median else f"{held.ttft_median:.1f}"
             left = (f"{held.tpot_median:.1f}", f"{held.tpot_mean:.1f}", ttft)
+        elif entry.held_out is not None:
+            left = (f"{entry.held_out.median_percent:.1f}", f"{entry.held_out.mean_percent:.1f}", "")
         rows.append((engine, entry.status, *known, *left))
     print_grid(
         console, [Column("engine", "left"), *(Column(head) for head in heads)], rows,

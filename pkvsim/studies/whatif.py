@@ -10,7 +10,6 @@ import numpy as np
 from pkvsim.devices.device import DeviceSpec
 from pkvsim.models.model_costs import state_bytes
 from pkvsim.models.presets import ModelSpec
-from pkvsim.outside.derive import outside_entry
 from pkvsim.serving.apart.stages import serve, transfer_gb_s
 from pkvsim.serving.costs import attention_costs, check_policies, fit_note, page_budget, state_pages
 from pkvsim.serving.results.result import ServingResult
@@ -196,11 +195,11 @@ def run_notes(
             f"{config.query_tokens} query tokens a row and step, {config.query_tokens - 1} of them drafts that are "
             f"accepted with probability {config.acceptance:g}, one by one; times between tokens are those between steps"
         )
-    if config.engine == "pkv" and outside_entry(device, config.profile.constants).status != "fitted":
+    if config.engine == "pkv" and config.profile.constants not in device.outside:
         notes.append(
-            "pkv: all but decode attention at the prices of PyTorch's kernels; gpu.serve's own are faster (on an H200 "
-            "its measured decode steps of Llama-3.1-8B take 16 to 39 % less), so compare with other engines by "
-            "constants fitted to its steps (docs/model.md)"
+            "pkv: all but decode attention at the prices of PyTorch's kernels, as nobody has timed gpu.serve on "
+            f"{device.name}; its own take less (by 16 to 39 % of a decode step of Llama-3.1-8B on an H200), so other "
+            "engines look better beside it than they are"
         )
     if config.profile.graph_sizes:
         notes.append("decode in captured graphs of padded sizes: attention waits for the host's planning alone")

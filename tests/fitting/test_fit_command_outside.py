@@ -32,9 +32,11 @@ def test_kernel_times_become_an_entry_of_a_device_file(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "measurements: expected --measurements, --serving, --outside or --selection"),
+        ([], "measurements: expected --measurements, --serving, --served, --outside or --selection"),
         (["--serving", "few.csv"], "serving: expected 24 points of an engine on l4 at least"),
         (["--outside", "few.csv"], "few.csv: expected columns kernel"),
+        (["--served", "few.csv"], "few.csv: cannot read served steps"),
+        (["--served", "none.json"], "none.json: cannot read cells of bench_serve.py"),
     ],
 )
 def test_what_cannot_be_fitted_is_one_line(tmp_path, capsys, monkeypatch, options, message):

@@ -22,6 +22,7 @@ from pkvsim.outside.matrices import (
     attention_matrices,
     expert_matrices,
     layer_matrices_us,
+    layer_matrix_us,
     matrix_kind,
     matrix_us,
     mlp_matrices,
@@ -50,6 +51,18 @@ def test_more_tokens_never_take_less(out, into, kind, power):
     c = replace(CONSTANTS, roofline_power=power)
     times = matrix_us(np.arange(1, 2000), Matrix(out, into, out * into * 1.0, kind), get_device("b200"), c)
     assert (np.diff(times) >= -1e-9 * times[1:]).all()
+
+
+@given(sizes, sizes, st.sampled_from(KINDS), st.integers(0, 40))
+def test_products_of_few_tokens_stream_their_weights(out, into, kind, few):
+    """Of few tokens in 16 bits, which then take what the bytes and every token take; all others as they are."""
+    gpu = get_device("b200")  # which multiplies all kinds
+    c = replace(CONSTANTS, few_tokens=float(few), few_share=0.9, few_us=1.5, few_token_us=0.25)
+    matrix, tokens = Matrix(out, into, out * into * 2.0, kind), np.arange(100)
+    us, usual = layer_matrix_us(tokens, matrix, gpu, c), matrix_us(tokens, matrix, gpu, c)
+    own = (tokens > 0) & (tokens <= few) & (kind == BITS16)
+    streamed = matrix.weight_bytes / (gpu.beta_gb_s * 0.9 * 1e3) + 1.5 + 0.25 * tokens
+    assert us[own] == pytest.approx(streamed[own]) and (us[~own] == usual[~own]).all()
 
 
 @pytest.mark.parametrize("name", catalogue())

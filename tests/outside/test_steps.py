@@ -93,6 +93,20 @@ def test_steps_of_every_gpu_keep_to_memory_and_arithmetic(name, rows, context, c
     assert set(found.parts_us) == set(PARTS[:DRAFTS]) == set(found.basis) and found.band_percent > 0
 
 
+@given(st.integers(1, 64), st.integers(1, 4000), st.integers(0, 3000))
+@settings(max_examples=40, deadline=None)
+def test_steps_of_kernels_of_our_own_keep_to_memory_arithmetic_and_the_host(rows, context, chunk):
+    """Without decode attention, which the caller prices."""
+    own = PROFILES["pkv"]
+    found = price([context] * rows, [(0, chunk)] if chunk else [], profile=own).us
+    weights = sum(layer.weights().bytes * count for layer, count in LLAMA.layer_groups)
+    assert found > weights / (H200.peak_gb_s * 1e3)
+    assert found > 2 * 6.9e9 * (rows + chunk) / (H200.fp16_tflops * 1e6) / outside_entry(H200, "pkv").constants.boost
+    issue_us = 32 * outside_entry(H200, "pkv").constants.chunk_layer_us
+    assert found >= issue_us if chunk else found < issue_us
+    assert price([context] * (rows + 1), [(0, chunk)] if chunk else [], profile=own).us >= found * (1 - 1e-9)
+
+
 def test_parallel_layers_pay_for_their_sums():
     one, four = (
         price([2048] * 8, model=get_model("llama-3.1-8b", tensor_parallel=ranks)).parts_us for ranks in (1, 4)

@@ -59,8 +59,8 @@ def test_prices_are_those_of_the_simulator() -> None:
 def test_a_fit_finds_what_made_the_steps() -> None:
     rng, name = np.random.default_rng(0), CONFIG.profile.constants
     entry = outside_entry(DEVICE, name)
-    other = replace(entry.constants, matrix_share=0.7, weight_share=0.95, kernel_us=1.5, step_us=60.0, row_us=1.0,
-                    wake_factor=1.3)
+    other = replace(entry.constants, matrix_share=0.55, weight_share=0.8, few_us=3.0, kernel_us=4.0, step_us=60.0,
+                    row_us=1.0, wake_factor=1.3)
     true = replace(DEVICE, outside={**DEVICE.outside, name: replace(entry, constants=other)})
     steps = [record(rng.integers(100, 4000, int(rng.integers(1, 65))).tolist(), []) for _ in range(120)]
     steps += [record(rng.integers(100, 4000, int(rng.integers(0, 40))).tolist(),

@@ -66,7 +66,7 @@ def test_every_request_is_served_and_its_first_token_adds_up(case, engine, load,
 
 
 def test_a_prompt_that_comes_again_is_loaded() -> None:
-    blocks = 64
+    blocks = 128  # whose prompt takes longer than the host to issue a step
     rows = [(0.0, blocks * BLOCK_TOKENS + 1, 1, [0]), (100.0, blocks * BLOCK_TOKENS + 1, 1, [0])]
     config = ServingConfig(step_tokens=2048)
     slow = run(make_trace(rows, blocks=True), config, load="load", tiers=find_tiers(["disk:1TiB:1"], {}))
