@@ -15,6 +15,7 @@ from pkvsim.devices.route_model import RouteModel
 from pkvsim.pricing.constants import merge_us
 from pkvsim.pricing.layer import heads_of
 from pkvsim.pricing.prices import price_route
+from pkvsim.timeline.timeline import route_schedule
 
 H200 = get_device("h200")
 MODELS = {model.rule: model for model in H200.routes.values()}
@@ -23,6 +24,7 @@ LENGTHS = st.lists(st.integers(1, 60_000), min_size=1, max_size=24)
 SHAPES = st.builds(lambda heads, group: DecodeShape(heads * group, heads, 128, 16), st.sampled_from([1, 3, 8]),
                    st.sampled_from([1, 4, 9]))  # fmt: skip
 SMS = st.sampled_from([5, 28, 132])
+ARITHMETIC, CTAS = st.sampled_from([math.inf, 500.0, 100.0, 20.0]), st.sampled_from([1.0, 3.0, 8.0])
 
 
 def bound_by_memory(rule: str, **changed: float) -> RouteModel:
@@ -126,9 +128,9 @@ def test_pinned_splits_of_the_workqueue_are_those_of_every_row(lens, shape, num_
 
 @settings(max_examples=80, deadline=None)
 @given(lens=st.lists(st.integers(2200, 60_000), min_size=1, max_size=24), shape=SHAPES, num_sms=SMS,
-       sm_heads_gb_s=st.sampled_from([math.inf, 200.0, 20.0]))  # fmt: skip
-def test_as_many_splits_as_fill_the_slots(lens, shape, num_sms, sm_heads_gb_s) -> None:
-    model = replace(bound_by_memory("even"), sm_heads_gb_s=sm_heads_gb_s)
+       sm_heads_gb_s=ARITHMETIC, ctas_per_sm=CTAS)  # fmt: skip
+def test_as_many_splits_as_fill_the_slots(lens, shape, num_sms, sm_heads_gb_s, ctas_per_sm) -> None:
+    model = replace(bound_by_memory("even"), sm_heads_gb_s=sm_heads_gb_s, ctas_per_sm=ctas_per_sm)
     step = Step(model, shape, lens, num_sms)
     heads = len(lens) * step.heads
     splits = min(max(1, int(step.lens[0] / model.min_split_tokens)), max(1, step.slots // heads))
@@ -152,9 +154,9 @@ def test_equal_rows_run_wave_after_wave(length, rows, shape, num_sms) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(lens=LENGTHS, shape=SHAPES, num_sms=SMS, sm_heads_gb_s=st.sampled_from([math.inf, 200.0, 20.0]))
-def test_the_least_chunk_whose_tasks_fit(lens, shape, num_sms, sm_heads_gb_s) -> None:
-    model = replace(bound_by_memory("chunk"), sm_heads_gb_s=sm_heads_gb_s)
+@given(lens=LENGTHS, shape=SHAPES, num_sms=SMS, sm_heads_gb_s=ARITHMETIC, ctas_per_sm=CTAS)
+def test_the_least_chunk_whose_tasks_fit(lens, shape, num_sms, sm_heads_gb_s, ctas_per_sm) -> None:
+    model = replace(bound_by_memory("chunk"), sm_heads_gb_s=sm_heads_gb_s, ctas_per_sm=ctas_per_sm)
     step = Step(model, shape, lens, num_sms)
     tile, most, longest = int(model.tile_tokens), step.slots // step.heads, step.lens[0]
     chunk = math.ceil(model.min_split_tokens / tile) * tile
@@ -172,3 +174,34 @@ def test_the_least_chunk_whose_tasks_fit(lens, shape, num_sms, sm_heads_gb_s) ->
         sizes = [float(length) for length in step.lens for _ in range(step.heads)]
         assert us == pytest.approx(
             step.start_us + max(model.task_us + step.together(sizes), step.by_arithmetic(sizes, sizes)), rel=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lens=st.lists(st.integers(1, 60_000), min_size=2, max_size=60), shape=SHAPES, num_sms=SMS)
+def test_some_slot_has_a_task_for_each_wave_that_is_begun(lens, shape, num_sms) -> None:
+    """Each no shorter than the shortest of as many tasks as fill the waves before and one more."""
+    step = Step(bound_by_memory("whole", task_us=7.0), shape, lens, num_sms)
+    us, sizes = step.price()[0], [length for length in step.lens for _ in range(step.heads)]
+    assert us >= step.start_us + (step.model.task_us + sizes[0] * step.alone) * (1 - 1e-9)
+    waves = -(-len(sizes) // step.slots)
+    if 1 < waves <= 4 and sum(sizes) < 0.95 * len(sizes) * sizes[0]:  # too unlike to end together
+        least_us = waves * (step.model.task_us + sizes[(waves - 1) * step.slots] * step.alone)
+        assert us >= step.start_us + least_us * (1 - 1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lens=LENGTHS, alike=st.booleans(), shape=SHAPES, num_sms=SMS)
+def test_ranges_read_as_one_and_merge_what_they_cut(lens, alike, shape, num_sms) -> None:
+    """Of as many ranges as the schedule has, which cut two heads each at most."""
+    lens = [lens[0]] * len(lens) if alike else lens
+    model = bound_by_memory("balanced")
+    step = Step(model, shape, lens, num_sms)
+    schedule = route_schedule(model, shape, np.array(step.lens, np.int32), num_sms=num_sms)
+    ranges, heads, tokens = schedule.num_ctas, len(lens) * step.heads, sum(lens) * step.heads
+    us = step.start_us + tokens * max(step.shared, step.alone / ranges)
+    us += model.task_us + model.segment_us * max(1.0, heads / ranges)
+    splits = 1
+    if heads % ranges or len(set(lens)) > 1:
+        splits = max(2, math.ceil(step.lens[0] * ranges / tokens))
+        us += step.merging(splits, min(heads * splits, 2 * ranges))
+    assert step.price() == (pytest.approx(us, rel=1e-9), splits)
