@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, kv_gib, make_trace, waits
 from test_serving import check_conserved
 
-from pkvsim.serving.orders import ORDERS, prefix_groups, program_ranks
+from pkvsim.serving.orders import ORDERS, batchllm_ranks, prefix_groups, program_ranks
 from pkvsim.serving.results.summary import gap_percentiles
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
@@ -81,6 +81,32 @@ def test_batchllm_s_groups_share_what_they_say_and_save_as_much_as_any_cut(case)
     assert saved == most((), list(range(len(trace))))
 
 
+@settings(max_examples=60, deadline=None)
+@given(crowded(blocks=True), st.data())
+def test_ranks_of_groups_and_programs_are_as_they_are_defined(case, data) -> None:
+    trace = data.draw(waits(case[0]))
+    group, shared = prefix_groups(trace)
+    ratio = []
+    for number, tokens in enumerate(shared.tolist()):
+        own = group == number
+        computed = int(trace.prompt_tokens[own].sum()) - (int(own.sum()) - 1) * tokens
+        ratio.append(trace.output_tokens[own].sum() / max(1, computed))
+    rank = batchllm_ranks(trace)
+    for one in range(len(trace)):
+        for other in range(one):
+            if group[one] == group[other]:
+                assert rank[one] == rank[other]
+            elif ratio[group[one]] != ratio[group[other]]:
+                assert (rank[one] < rank[other]) == (ratio[group[one]] > ratio[group[other]])
+            else:  # the group that comes first in the trace
+                assert (rank[one] < rank[other]) == (group[one] < group[other])
+    for request in range(len(trace)):
+        first = request
+        while trace.after is not None and trace.after[first] >= 0:
+            first = int(trace.after[first])
+        assert program_ranks(trace)[request] == first
+
+
 def test_kvshare_runs_first_what_the_cache_holds_most_of() -> None:
     rows = [(0, 320, 4, [0]), (0, 320, 4, [1]), (0, 320, 4, [2]), (0, 320, 4, [0]), (0, 640, 4, [0])]
     trace = make_trace(rows, blocks=True)
@@ -110,6 +136,15 @@ def test_continuum_keeps_the_kv_of_a_turn_for_a_while(ttl_s, hit) -> None:
     requests = serve(conversation(2.0), order="continuum", kv_ttl_s=ttl_s).requests
     assert requests.hit_tokens.tolist() == [0, 0, hit, 0]
     assert not serve(conversation(2.0)).requests.hit_tokens.any()
+
+
+def test_kv_is_kept_for_a_turn_that_was_sent_in_time_however_long_it_waits() -> None:
+    """Requests 1 and 3 are others'; the second turn is sent within the time, and admitted behind them after it."""
+    trace = replace(conversation(0.5), session=np.array([1, 0, 1, 0]))
+    requests = serve(trace, order="continuum", kv_ttl_s=1.0, max_batch=1).requests
+    ended, sent = requests.finish_s[0], requests.arrival_s[2]
+    assert sent <= ended + 1.0 < sent + requests.queue_s[2]
+    assert requests.hit_tokens[2] == 149
 
 
 def test_kept_kv_goes_before_a_running_request_has_to() -> None:
