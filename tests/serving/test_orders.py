@@ -154,6 +154,20 @@ def test_kept_kv_goes_before_a_running_request_has_to() -> None:
     assert not result.requests.preemptions.any() and not result.requests.hit_tokens.any()
 
 
+@pytest.mark.parametrize(("arrival_s", "prompt", "output"), [(0.001, 160, 100), (1.0, 320, 2)])
+def test_of_kept_kv_the_latest_goes_first(arrival_s, prompt, output) -> None:
+    """Where a running request grows, and where one that nothing runs beside is to be admitted: 11 pages are kept of
+    each of the first two, and 34 there are."""
+    trace = make_trace([(0, 160, 2), (0, 160, 4), (arrival_s, prompt, output), (0, 200, 2), (0, 200, 2)])
+    trace = replace(trace, after=np.array([-1, -1, -1, 0, 1]), think_us=np.full(5, 60e6))
+    options = {"order": "continuum", "kv_ttl_s": 100, "keep_free_fraction": 0}
+    result = serve(trace, kv_gib=kv_gib(34), **options)
+    assert not result.requests.preemptions.any()
+    assert result.requests.finish_s[0] < result.requests.finish_s[1]
+    assert result.requests.hit_tokens.tolist() == [0, 0, 0, 161, 0]
+    assert serve(trace, kv_gib=kv_gib(60), **options).requests.hit_tokens.tolist() == [0, 0, 0, 161, 163]
+
+
 @settings(max_examples=60, deadline=None)
 @given(crowded())
 def test_times_between_tokens_are_those_of_the_steps(case) -> None:
