@@ -43,6 +43,13 @@ def test_the_shortest_runs_first_and_the_longest_gives_way() -> None:
     assert small.requests.preemptions[1] == 0 and small.requests.preemptions[0] > 0
 
 
+def test_who_has_least_left_gives_way_last_however_much_it_had() -> None:
+    """The first has given most of its 80 tokens as the second, which has 60 to give, takes the last pages."""
+    trace = make_trace([(0, 64, 80), (0.3, 64, 60)])
+    requests = serve(trace, kv_gib=kv_gib(13), keep_free_fraction=0, order="shortest").requests
+    assert requests.preemptions[0] == 0 and requests.preemptions[1] > 0
+
+
 def test_batchllm_runs_groups_of_a_prefix_together_decode_heavy_first() -> None:
     rows = [(0, 64, 2, [0]), (0, 64, 50, [1]), (0, 64, 2, [0]), (0, 64, 50, [1]), (0, 32, 200, [2]), (0, 64, 50, [1])]
     trace = make_trace(rows, blocks=True)

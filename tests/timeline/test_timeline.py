@@ -1,4 +1,6 @@
 """The timeline's laws, and the closed form's distance from it."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.timeline.event_loop import Record, Slots, StepTasks, run_tasks
+from pkvsim.timeline.time_split import saturated_by
 from pkvsim.timeline.timeline import makespan_us, simulate
 
 H200 = get_device("h200")
@@ -204,6 +207,16 @@ def test_nothing_to_do(route, lens):
     model = H200.routes[route]
     lane = simulate(model, SHAPE, np.array(lens, np.int32), num_sms=132)
     assert len(lane.bytes) == 0 and model.fixed_us <= lane.makespan_us <= model.fixed_us + model.launch_us
+
+
+def test_what_caps_all_ctas_is_named():
+    """8 rows of 8 KV heads with 4 KB a token: L2 holds the KV of short rows, and slow SMs read neither fast."""
+    model = replace(H200.routes["xqa"], l2_mb=100.0, l2_gb_s=9000.0)
+    for changed, length, limit in (({}, 2000, "L2"), ({}, 10_000, "memory"), ({"l2_mb": 0.0}, 2000, "memory"),
+                                   ({"sm_heads_gb_s": 160.0}, 2000, "arithmetic")):  # fmt: skip
+        route = replace(model, **changed)
+        line = simulate(route, SHAPE, [length] * 8, num_sms=132)
+        assert saturated_by(route, SHAPE, line, H200) == limit
 
 
 def ordinary_steps(count=60):
