@@ -12,7 +12,7 @@ from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DEVICES, get_device
 from pkvsim.options import AttentionOptions
 from pkvsim.policy.selecting import LEAST_GAIN, selection_prices
-from pkvsim.pricing.selected import SELECT_CTAS, list_rule, listed_tokens
+from pkvsim.pricing.selected import SELECT_CTAS, list_rule, listed_tokens, selected_step_time
 from pkvsim.schedule.page_lists import list_shape
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.setup import SelectionSetup, parse_selection, summary_bytes
@@ -72,6 +72,16 @@ def test_keeping_and_selecting_cost_what_their_constants_say(lens, setup, device
     launch_us = one.select_us + sum(pages) * summary_bytes(SHAPE, setup) / (scored_gb_s * 1e3)
     launch_us += one.page_us * max(pages) + one.list_us * (-(-len(lens) * heads // (SELECT_CTAS * gpu.num_sms)) - 1)
     assert found.select == pytest.approx((launch_us + one.gap_us) / setup.every)
+
+
+@given(layer_us=st.floats(0, 50), issue_us=st.floats(0, 20), layers=st.integers(1, 80), rows=st.integers(0, 300))
+def test_a_step_that_selects_is_issued_once_and_then_layer_by_layer(layer_us, issue_us, layers, rows) -> None:
+    model = get_device("h200").routes["balanced"]
+    once_us = model.isolated_us + model.plan_us + rows * model.plan_row_us + model.host_us + issue_us
+    further_us = (layers - 1) * max(layer_us, model.run_us + issue_us)
+    gpu_us, host_us = selected_step_time(model.to_row(), rows, layers, layer_us, issue_us)
+    assert gpu_us == pytest.approx(model.isolated_us + layers * layer_us)
+    assert gpu_us + host_us == pytest.approx(once_us + layer_us + further_us)
 
 
 def test_every_wave_of_lists_after_the_first_has_its_price() -> None:

@@ -57,6 +57,13 @@ def test_drafts_take_their_part_of_a_steps_tokens():
     assert both.any() and (8 * steps.decode_rows + steps.prefill_tokens <= 64)[both].all()
 
 
+def test_what_is_computed_again_is_no_draft_that_was_accepted():
+    """A preempted row's prompt gives its next token as it ends; the steps that decode give one a row."""
+    kv_gib = 20 * 16 * cache_bytes_per_token(MODEL, ServingConfig()) / 2**30
+    result = run(make_trace([(0.0, 64, 90)] * 4), query_tokens=3, acceptance=0.0, kv_gib=kv_gib)
+    assert result.requests.preemptions.any() and result.summary["tokens_per_decode_row"] == 1
+
+
 def test_expected_tokens():
     assert expected_tokens(4, 0.8) == pytest.approx((1 - 0.8**4) / (1 - 0.8)) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
     assert expected_tokens(4, 0.0) == 1 and expected_tokens(4, 1.0) == 4

@@ -209,6 +209,34 @@ def test_nothing_to_do(route, lens):
     assert len(lane.bytes) == 0 and model.fixed_us <= lane.makespan_us <= model.fixed_us + model.launch_us
 
 
+@settings(max_examples=40, deadline=None)
+@given(lens=lengths.filter(any), more=st.floats(0.1, 50))
+def test_the_workqueue_is_launched_twice(lens, more):
+    """To attend and to merge, by the timeline as by the closed form."""
+    once = H200.routes["workqueue"]
+    twice = replace(once, launch_us=once.launch_us + more)
+    for splits in (1, 5):
+        line, later = (makespan_us(model, SHAPE, lens, num_sms=132, splits=splits) for model in (once, twice))
+        assert later - line == pytest.approx(more)
+    closed, later = (layer_prices(lens, SHAPE, constants_matrix({"workqueue": model}), 132)[0].min()
+                     for model in (once, twice))  # fmt: skip
+    assert later - closed == pytest.approx(more)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 127), head_dim=st.sampled_from([64, 128, 192]), v_head_dim=st.sampled_from([64, 128]),
+    query_tokens=st.integers(1, 8),
+)  # fmt: skip
+def test_a_row_of_one_task_for_each_head_is_priced_exactly(length, head_dim, v_head_dim, query_tokens):
+    shape = DecodeShape(32, 8, head_dim, 16)
+    options = AttentionOptions(v_head_dim=v_head_dim, query_tokens=query_tokens)
+    for route in ("xqa", "split", "workqueue"):
+        model = H200.routes[route]
+        closed = layer_prices([length], shape, constants_matrix({route: model}), 132, options)[0].min()
+        assert closed == pytest.approx(makespan_us(model, shape, [length], num_sms=132, options=options), rel=1e-9)
+
+
 def test_what_caps_all_ctas_is_named():
     """8 rows of 8 KV heads with 4 KB a token: L2 holds the KV of short rows, and slow SMs read neither fast."""
     model = replace(H200.routes["xqa"], l2_mb=100.0, l2_gb_s=9000.0)
