@@ -94,7 +94,10 @@ def test_the_papers_split_runs_one_length_after_the_other(lens, few, shape, num_
 
 
 @settings(max_examples=80, deadline=None)
-@given(lens=LENGTHS, shape=SHAPES, num_sms=SMS, merge_split_us=st.sampled_from([None, 0.0, 3.0]))
+@given(
+    lens=st.one_of(LENGTHS, st.lists(st.integers(9000, 90_000), min_size=1, max_size=9)), shape=SHAPES, num_sms=SMS,
+    merge_split_us=st.sampled_from([None, 0.0, 3.0]),
+)  # fmt: skip
 def test_the_workqueue_takes_the_cheapest_of_all_task_counts(lens, shape, num_sms, merge_split_us) -> None:
     """Each the most splits of the longest row, none shorter than they may be, whose tasks fit so many waves."""
     model = bound_by_memory("queue")
