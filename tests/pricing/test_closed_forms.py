@@ -130,7 +130,7 @@ def test_pinned_splits_of_the_workqueue_are_those_of_every_row(lens, shape, num_
 
 
 @settings(max_examples=80, deadline=None)
-@given(lens=st.lists(st.integers(2200, 60_000), min_size=1, max_size=24), shape=SHAPES, num_sms=SMS,
+@given(lens=st.lists(st.integers(7600, 60_000), min_size=1, max_size=24), shape=SHAPES, num_sms=SMS,
        sm_heads_gb_s=ARITHMETIC, ctas_per_sm=CTAS)  # fmt: skip
 def test_as_many_splits_as_fill_the_slots(lens, shape, num_sms, sm_heads_gb_s, ctas_per_sm) -> None:
     model = replace(bound_by_memory("even"), sm_heads_gb_s=sm_heads_gb_s, ctas_per_sm=ctas_per_sm)

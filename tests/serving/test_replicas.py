@@ -145,6 +145,13 @@ def test_least_tokens_and_prefix() -> None:
     assert owners("prefix") == [0, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize(("path", "server"), [([0, 0, 1, 1], 0), ([0, 1, 1, 1], 1)])
+def test_half_of_a_prompt_is_enough_to_go_where_it_was_sent(path, server) -> None:
+    trace = make_trace([(0, 128, 99, [0]), (0, 128, 2, path)], blocks=True)
+    config = ServingConfig(replicas=2, router="prefix", prefix_cache="lru")
+    assert simulate(trace, MODEL, DEVICE, "balanced", config).requests.replica.tolist() == [0, server]
+
+
 def test_who_follows_a_request_that_was_refused_goes_where_there_is_least_to_do() -> None:
     trace = make_trace([(0, 400, 60), (0, 9000, 2), (0, 32, 2)])
     trace = replace(trace, after=np.array([-1, -1, 1]), think_us=np.zeros(3))
