@@ -80,8 +80,10 @@ class Router:
             known = np.where(sent.all(axis=1), sent.shape[1], sent.argmin(axis=1))
             if known.max() >= PREFIX_SHARE * sent.shape[1]:
                 return int(known.argmax())
-        elif len(self._requests.after) and self._requests.after[request] >= 0:
-            return int(self.owner[self._requests.after[request]])
+        elif len(self._requests.after):
+            before = self._requests.after[request]
+            if before >= 0 and self._requests.rejected[before] == SERVED:  # what is refused was sent to no server
+                return int(self.owner[before])
         return self._least()
 
 

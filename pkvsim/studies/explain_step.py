@@ -15,6 +15,7 @@ from pkvsim.policy.calibrated import CalibratedPolicy
 from pkvsim.policy.choose import PINNED_ROUTES
 from pkvsim.policy.oracle import OraclePolicy
 from pkvsim.pricing.counters import distinct_kv_bytes, useful_kv_bytes
+from pkvsim.pricing.step_times import step_time
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.shapes import MAX_TOKENS, DecodeShape, check_int, check_seq_lens
 from pkvsim.studies.shared_step import apart_device
@@ -91,7 +92,7 @@ def explain_step(
         found = simulate_shared(model, shape, lens, groups, own_device, options=options)
     prices, reason = dict(taken.prices), taken.reason
     if found is not None:
-        prices["balanced"] += layers * (found.closed_us - taken.layer_us["balanced"])
+        prices["balanced"] = sum(_balanced_step_us(model, lens, layers, found.closed_us))
         best = min(names, key=prices.__getitem__)
         reason = (
             f"{best}: {prices[best]:,.1f} us a step, where balanced with shared reads takes {prices['balanced']:,.1f} "
@@ -107,7 +108,7 @@ def explain_step(
         taken=taken.route if found is None else best,
         reason=reason,
         routes=tuple(
-            _shared_route_step(found, own_device, layers=layers, step_us=prices[name], host_us=taken.host_us[name])
+            _shared_route_step(found, own_device, lens, layers)
             if found is not None and name == "balanced"
             else _route_step(
                 name, models[name], shape, lens, device, splits if name in PINNED_ROUTES else None,
@@ -151,22 +152,27 @@ def _route_step(
     )
 
 
-def _shared_route_step(
-    found: SharedStep, device: DeviceSpec, *, layers: int, step_us: float, host_us: float
-) -> RouteStep:
+def _balanced_step_us(model: RouteModel, lens: np.ndarray, layers: int, layer_us: float) -> tuple[float, float]:
+    """(GPU, host) us of a step of balanced layers of this kernel time. The host issues no layer faster for it."""
+    used = lens[lens > 0]
+    return step_time(model.to_row(), len(used), len(np.unique(used)), layers, layer_us)
+
+
+def _shared_route_step(found: SharedStep, device: DeviceSpec, lens: np.ndarray, layers: int) -> RouteStep:
     """The balanced route of a step with reads."""
     line = found.timeline
     took, area = line.end_us - line.start_us, line.num_slots * line.makespan_us
     counts = np.diff(line.schedule.split_offsets)
     calibrated, model = device.calibration.get("balanced"), device_routes(device)["balanced"]
+    gpu_us, host_us = _balanced_step_us(model, lens, layers, found.closed_us)
     return RouteStep(
         route="balanced",
         status="estimated" if calibrated is None else calibrated.status,
         model=model,
         timeline=line,
         closed_us=found.closed_us,
-        step_us=step_us,
-        timeline_step_us=step_us + layers * (line.makespan_us - found.closed_us),
+        step_us=gpu_us + host_us,
+        timeline_step_us=sum(_balanced_step_us(model, lens, layers, line.makespan_us)),
         host_us=host_us,
         launches=line.schedule.num_launches,
         splits=(int(counts.min()), int(counts.max())),

@@ -10,6 +10,7 @@ from pkvsim import DecodeShape, make_schedule
 from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import OWN_ROUTES, ROUTES
 from pkvsim.policy.by_name import POLICIES, CalibratedPolicy, FixedPolicy, OraclePolicy, PaperPolicy, make_policy
+from pkvsim.policy.choose import cheapest, new_prices
 from pkvsim.pricing.cuts import sorted_lengths
 from pkvsim.pricing.step_times import step_times
 from pkvsim.studies.replay import replay
@@ -91,6 +92,26 @@ def test_oracle_prices_are_the_timelines(lens):
         lane = simulate(H200.routes[route], SHAPE, lens, num_sms=H200.num_sms)
         kernel_us = decision.prices[route] - decision.host_us[route] - H200.routes[route].isolated_us
         assert kernel_us == pytest.approx(lane.makespan_us)
+
+
+def test_oracle_prices_pinned_splits_as_they_are_pinned():
+    lens = np.array([30000, 2000], np.int32)
+    decision = OraclePolicy(split_splits=7, workqueue_splits=5).decide(SHAPE, lens, H200)
+    for route, splits in (("split", 7), ("workqueue", 5)):
+        line = simulate(H200.routes[route], SHAPE, lens, num_sms=H200.num_sms, splits=splits)
+        assert decision.layer_us[route] == line.makespan_us
+
+
+@given(
+    us=st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([0.0, 1.0]), st.booleans()),
+                min_size=len(ROUTES), max_size=len(ROUTES))
+)  # fmt: skip
+def test_of_equal_routes_the_first_is_taken(us):
+    prices = new_prices()
+    prices.gpu_us[:], prices.host_us[:] = [gpu for gpu, _, _ in us], [host for _, host, _ in us]
+    allowed = [(gpu + host, at) for at, (gpu, host, may) in enumerate(us) if may]
+    found = cheapest(np.array([may for _, _, may in us]), prices)
+    assert found == (min(allowed)[1] if allowed else -1)
 
 
 def test_the_model_regrets_little_by_its_own_oracle():

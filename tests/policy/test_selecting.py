@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from paths import ROOT
 
 from pkvsim import DecodeShape
+from pkvsim.devices.derive import device_routes
 from pkvsim.devices.device import DEVICES, get_device
 from pkvsim.options import AttentionOptions
 from pkvsim.policy.selecting import LEAST_GAIN, selection_prices
-from pkvsim.pricing.selected import SELECT_CTAS, list_rule, listed_tokens
+from pkvsim.pricing.selected import SELECT_CTAS, list_rule, listed_tokens, selected_step_time
 from pkvsim.schedule.page_lists import list_shape
 from pkvsim.selection.rules import Budget, Pins
 from pkvsim.selection.setup import SelectionSetup, parse_selection, summary_bytes
@@ -55,6 +56,32 @@ def test_selecting_longer_or_more_rows_is_priced_no_lower(lens, more, data, devi
     select_us = prices.of(lens).selected.select
     assert prices.of([*lens, more]).selected.select >= select_us
     assert prices.of([*lens[:at], lens[at] + more, *lens[at + 1 :]]).selected.select >= select_us
+
+
+@given(lens=st.lists(st.integers(1, 140_000), min_size=1, max_size=200), setup=SETUPS, device=st.sampled_from(sorted(DEVICES)))
+@settings(deadline=None, max_examples=60)
+def test_keeping_and_selecting_cost_what_their_constants_say(lens, setup, device) -> None:
+    """A launch that scores all summaries, its gap and its work shared out over the layers that read its lists."""
+    gpu, heads = DEVICES[device], SHAPE.num_kv_heads
+    prices = selection_prices(SHAPE, gpu, setup)
+    found, one = prices.of(lens).selected, prices.prices
+    coded = setup.summary_dtype is not None or setup.method == "centroids"
+    assert found.keep == pytest.approx(one.keep_us + one.keep_list_us * len(lens) * heads + one.keep_coded_us * coded)
+    pages = [-(-length // 16) for length in lens]
+    scored_gb_s = device_routes(gpu)["balanced"].bandwidth_gb_s * (one.coded_share if coded else one.score_share)
+    launch_us = one.select_us + sum(pages) * summary_bytes(SHAPE, setup) / (scored_gb_s * 1e3)
+    launch_us += one.page_us * max(pages) + one.list_us * (-(-len(lens) * heads // (SELECT_CTAS * gpu.num_sms)) - 1)
+    assert found.select == pytest.approx((launch_us + one.gap_us) / setup.every)
+
+
+@given(layer_us=st.floats(0, 50), issue_us=st.floats(0, 20), layers=st.integers(1, 80), rows=st.integers(0, 300))
+def test_a_step_that_selects_is_issued_once_and_then_layer_by_layer(layer_us, issue_us, layers, rows) -> None:
+    model = get_device("h200").routes["balanced"]
+    once_us = model.isolated_us + model.plan_us + rows * model.plan_row_us + model.host_us + issue_us
+    further_us = (layers - 1) * max(layer_us, model.run_us + issue_us)
+    gpu_us, host_us = selected_step_time(model.to_row(), rows, layers, layer_us, issue_us)
+    assert gpu_us == pytest.approx(model.isolated_us + layers * layer_us)
+    assert gpu_us + host_us == pytest.approx(once_us + layer_us + further_us)
 
 
 def test_every_wave_of_lists_after_the_first_has_its_price() -> None:

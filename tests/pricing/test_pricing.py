@@ -1,4 +1,7 @@
 """The closed form: what must hold for any constants, and the ways of cutting rows by hand."""
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from pkvsim import DecodeShape
 from pkvsim.devices.derive import derive_routes, device_routes
 from pkvsim.devices.device import DEVICES, get_device
 from pkvsim.devices.route_model import CONSTANTS, NUM_CONSTANTS, OWN_ROUTES, ROUTES, RouteModel, constants_matrix
-from pkvsim.pricing.constants import MERGE, PLAN, merge_us
+from pkvsim.pricing.constants import MERGE, PLAN, merge_us, read_speeds
 from pkvsim.pricing.cuts import chunk_tokens, row_splits, sorted_lengths
 
 H200 = get_device("h200")
@@ -112,6 +115,25 @@ def test_bad_models():
             RouteModel(**good | {name: value})
     with pytest.raises(ValueError, match="rule: expected one of whole, chunk"):
         RouteModel(**good | {"rule": "greedy"})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kv_mb=st.floats(0.01, 400), l2_gb_s=st.sampled_from([math.inf, 9000.0, 1000.0]),
+    heads_gb_s=st.sampled_from([math.inf, 50.0]), cta_gb_s=st.sampled_from([20.0, 1e6]),
+)  # fmt: skip
+def test_what_l2_holds_is_read_from_there(kv_mb, l2_gb_s, heads_gb_s, cta_gb_s):
+    """All of up to 100 MB, nothing of 200 and more, whose time adds up in between; never faster than the arithmetic."""
+    model = replace(
+        H200.routes["xqa"], l2_mb=100.0, l2_gb_s=l2_gb_s, sm_heads_gb_s=16 * heads_gb_s, cta_read_gb_s=cta_gb_s
+    )
+    memory = model.bandwidth_gb_s
+    found = kv_mb * min(1.0, max(0.0, 200 - kv_mb) / 100)
+    seconds = (kv_mb - found) / memory + found / max(memory, l2_gb_s)
+    together = min(kv_mb / seconds if seconds else math.inf, 132 * heads_gb_s)
+    alone, shared = read_speeds(model.to_row(), kv_mb * 1e6, 4, 2.0, 132)
+    assert shared == pytest.approx(1e3 * together)
+    assert alone == pytest.approx(1e3 * min(cta_gb_s, heads_gb_s, together))
 
 
 @settings(max_examples=50, deadline=None)

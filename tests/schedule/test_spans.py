@@ -11,7 +11,7 @@ from strategies import seq_lens, shapes
 
 from pkvsim import DecodeShape, make_schedule
 from pkvsim.schedule.balanced import balanced_ranges
-from pkvsim.schedule.costs import MAX_SHARED_COST, MEASURED_COSTS, MOST_READ_COST, SharedCosts
+from pkvsim.schedule.costs import MAX_SHARED_COST, MEASURED_COSTS, MOST_READ_COST, SharedCosts, columns_for
 from pkvsim.schedule.fill import fill_balanced, fill_spans
 from pkvsim.schedule.groups import PrefixGroups
 
@@ -270,3 +270,8 @@ def test_groups_against_their_block_table():
     PrefixGroups([0, 0, -1], [2]).check(table.tolist(), [40, 33, 40], page_size=16)
     with pytest.raises(ValueError, match=r"block_table: expected integers \[3, max_pages\], got"):
         PrefixGroups([0, 0, -1], [2]).check(table[0], [40, 33, 40], page_size=16)
+
+
+@given(st.one_of(st.integers(1, 80), st.integers(1, 2**20)))
+def test_reads_are_made_for_as_few_columns_as_hold_a_step_s(batch_columns):
+    assert columns_for(batch_columns) == min((some for some in (32, 64) if batch_columns <= some), default=64)

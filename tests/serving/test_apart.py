@@ -30,6 +30,7 @@ def test_a_request_alone_pays_for_each_of_its_parts() -> None:
     assert log.ttft_s[0] == pytest.approx((1100 + prefill) / 1e6, rel=1e-9)
     assert log.finish_s[0] == pytest.approx((2200 + prefill + sent + joins + decodes) / 1e6, rel=1e-9)
     assert log.tpot_s[0] == pytest.approx((1100 + sent + joins + decodes) / 2e6, rel=1e-9)
+    assert run.summary["itl_s"]["p99"] == pytest.approx((1100 + sent + joins) / 1e6, rel=0.005)
     assert run.gaps.sum() == 2 and run.summary["output_tokens"] == 3
 
 

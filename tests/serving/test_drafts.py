@@ -10,8 +10,8 @@ from serving_cases import make_trace
 
 from pkvsim.devices.device import get_device
 from pkvsim.models.model_spec import STATE, AttentionSpec
-from pkvsim.models.presets import get_model
-from pkvsim.serving.costs import cache_bytes_per_token, draft_cost, state_pages
+from pkvsim.models.presets import get_model, weight_bytes
+from pkvsim.serving.costs import cache_bytes_per_token, draft_cost, page_budget, state_pages
 from pkvsim.serving.queueing.drafts import expected_tokens
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
@@ -57,6 +57,13 @@ def test_drafts_take_their_part_of_a_steps_tokens():
     assert both.any() and (8 * steps.decode_rows + steps.prefill_tokens <= 64)[both].all()
 
 
+def test_what_is_computed_again_is_no_draft_that_was_accepted():
+    """A preempted row's prompt gives its next token as it ends; the steps that decode give one a row."""
+    kv_gib = 20 * 16 * cache_bytes_per_token(MODEL, ServingConfig()) / 2**30
+    result = run(make_trace([(0.0, 64, 90)] * 4), query_tokens=3, acceptance=0.0, kv_gib=kv_gib)
+    assert result.requests.preemptions.any() and result.summary["tokens_per_decode_row"] == 1
+
+
 def test_expected_tokens():
     assert expected_tokens(4, 0.8) == pytest.approx((1 - 0.8**4) / (1 - 0.8)) == pytest.approx(1 + 0.8 + 0.64 + 0.512)
     assert expected_tokens(4, 0.0) == 1 and expected_tokens(4, 1.0) == 4
@@ -90,6 +97,16 @@ def test_the_models_own_prediction_heads_set_the_cost():
     rows = serving_basis(headed, DEVICE, config, policies=["balanced"], routes=["balanced"], shares={"drafts": 0.04})
     assert any("Leviathan" in row.source for row in rows)
     assert any(row.quantity.startswith("drafting") and row.time_share == 0.04 for row in rows)
+
+
+def test_prediction_heads_take_memory_from_the_pages():
+    config = ServingConfig(query_tokens=2, acceptance=0.8)
+    headed = replace(MODEL, mtp_layers=(MODEL.layers[0],))
+    left = DEVICE.memory_gib * config.memory_fraction - config.profile.workspace_gib
+    for model, drafts_bytes in ((MODEL, 0.0), (headed, draft_cost(headed, config).weight_bytes)):
+        pages = (left * 2**30 - weight_bytes(MODEL) - drafts_bytes) / (16 * 131_072)
+        assert page_budget(model, DEVICE, config) == int(pages)
+    assert page_budget(headed, DEVICE, ServingConfig()) == page_budget(MODEL, DEVICE, ServingConfig())
 
 
 def test_recurrent_states_take_pages():

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paths import ROOT
-from serving_cases import DEVICE, MODEL, make_trace, poisson_trace, steady
+from serving_cases import DEVICE, MODEL, kv_gib, make_trace, poisson_trace, steady
 
 from pkvsim.models.presets import get_model
 from pkvsim.outside.step import StepWork, step_time
@@ -56,6 +58,18 @@ def test_requests_lie_in_a_queue_before_the_scheduler_sees_them() -> None:
     closed = replace(make_trace([(0, 512, 2)] * 3), concurrency=1)
     log = simulate(closed, MODEL, device, ENGINE, config).requests
     np.testing.assert_allclose(log.arrival_s[1:], log.finish_s[:-1], rtol=1e-9)  # a client sends when it is answered
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 4))
+def test_an_engine_that_keeps_room_for_whole_answers_admits_as_many_as_end_there(prompt, output, fit) -> None:
+    """The last token of an answer is never cached."""
+    pages = fit * -(-(prompt + output - 1) // 16)
+    config = ServingConfig(engine="trtllm", kv_gib=kv_gib(pages), keep_free_fraction=0)
+    assert config.profile.reserve_output == 1
+    run = simulate(make_trace([(0, prompt, output)] * 6), MODEL, DEVICE, ENGINE, config)
+    assert run.steps.rows.max() == fit and not run.requests.preemptions.any()
+    assert (run.requests.output_tokens == output).all()
 
 
 def test_a_cache_of_8_bits_holds_twice_the_tokens_and_is_read_faster() -> None:

@@ -10,7 +10,7 @@ from serving_cases import DEVICE, MODEL, kv_gib, make_trace
 
 from pkvsim.memory.prefix_cache import FREE_PAGES, KINDS
 from pkvsim.serving.live.live_scheduler import LiveScheduler
-from pkvsim.serving.orders import KVSHARE
+from pkvsim.serving.orders import KVSHARE, SHORTEST
 from pkvsim.serving.scheduler import Scheduler
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import limits_of, requests_of
@@ -114,6 +114,17 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 TestMachine = Machine.TestCase
+
+
+def test_the_shortest_answer_runs_first():
+    scheduler = LiveScheduler(limits(order=SHORTEST, max_batch=1))
+    for key, output in enumerate((9, 3, 12, 5)):
+        scheduler.add(key, prompt=tokens((key, 4)), output_tokens=output, now_us=0.0)
+    ended: list[int] = []
+    while scheduler.has_work:
+        scheduler.next_step(0.0)
+        ended += scheduler.end_step(0.0).tolist()
+    assert ended == [1, 3, 0, 2]
 
 
 def test_same_steps_as_the_scheduler_of_traces():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, kv_gib, make_trace, waits
 from test_serving import check_conserved
 
-from pkvsim.serving.orders import ORDERS, prefix_groups, program_ranks
+from pkvsim.serving.orders import ORDERS, batchllm_ranks, prefix_groups, program_ranks
 from pkvsim.serving.results.summary import gap_percentiles
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
@@ -41,6 +41,13 @@ def test_the_shortest_runs_first_and_the_longest_gives_way() -> None:
     assert started(serve(trace, max_batch=1, order="shortest")) == [2, 0, 3, 1]
     small = serve(make_trace([(0, 64, 80), (0, 64, 60), (0, 64, 70)]), kv_gib=kv_gib(20), keep_free_fraction=0, order="shortest")
     assert small.requests.preemptions[1] == 0 and small.requests.preemptions[0] > 0
+
+
+def test_who_has_least_left_gives_way_last_however_much_it_had() -> None:
+    """The first has given most of its 80 tokens as the second, which has 60 to give, takes the last pages."""
+    trace = make_trace([(0, 64, 80), (0.3, 64, 60)])
+    requests = serve(trace, kv_gib=kv_gib(13), keep_free_fraction=0, order="shortest").requests
+    assert requests.preemptions[0] == 0 and requests.preemptions[1] > 0
 
 
 def test_batchllm_runs_groups_of_a_prefix_together_decode_heavy_first() -> None:
@@ -81,6 +88,32 @@ def test_batchllm_s_groups_share_what_they_say_and_save_as_much_as_any_cut(case)
     assert saved == most((), list(range(len(trace))))
 
 
+@settings(max_examples=60, deadline=None)
+@given(crowded(blocks=True), st.data())
+def test_ranks_of_groups_and_programs_are_as_they_are_defined(case, data) -> None:
+    trace = data.draw(waits(case[0]))
+    group, shared = prefix_groups(trace)
+    ratio = []
+    for number, tokens in enumerate(shared.tolist()):
+        own = group == number
+        computed = int(trace.prompt_tokens[own].sum()) - (int(own.sum()) - 1) * tokens
+        ratio.append(trace.output_tokens[own].sum() / max(1, computed))
+    rank = batchllm_ranks(trace)
+    for one in range(len(trace)):
+        for other in range(one):
+            if group[one] == group[other]:
+                assert rank[one] == rank[other]
+            elif ratio[group[one]] != ratio[group[other]]:
+                assert (rank[one] < rank[other]) == (ratio[group[one]] > ratio[group[other]])
+            else:  # the group that comes first in the trace
+                assert (rank[one] < rank[other]) == (group[one] < group[other])
+    for request in range(len(trace)):
+        first = request
+        while trace.after is not None and trace.after[first] >= 0:
+            first = int(trace.after[first])
+        assert program_ranks(trace)[request] == first
+
+
 def test_kvshare_runs_first_what_the_cache_holds_most_of() -> None:
     rows = [(0, 320, 4, [0]), (0, 320, 4, [1]), (0, 320, 4, [2]), (0, 320, 4, [0]), (0, 640, 4, [0])]
     trace = make_trace(rows, blocks=True)
@@ -112,11 +145,34 @@ def test_continuum_keeps_the_kv_of_a_turn_for_a_while(ttl_s, hit) -> None:
     assert not serve(conversation(2.0)).requests.hit_tokens.any()
 
 
+def test_kv_is_kept_for_a_turn_that_was_sent_in_time_however_long_it_waits() -> None:
+    """Requests 1 and 3 are others'; the second turn is sent within the time, and admitted behind them after it."""
+    trace = replace(conversation(0.5), session=np.array([1, 0, 1, 0]))
+    requests = serve(trace, order="continuum", kv_ttl_s=1.0, max_batch=1).requests
+    ended, sent = requests.finish_s[0], requests.arrival_s[2]
+    assert sent <= ended + 1.0 < sent + requests.queue_s[2]
+    assert requests.hit_tokens[2] == 149
+
+
 def test_kept_kv_goes_before_a_running_request_has_to() -> None:
     trace = make_trace([(0, 160, 2), (0.001, 160, 100), (0, 200, 2)])
     trace = replace(trace, after=np.array([-1, -1, 0]), think_us=np.full(3, 60e6))
     result = serve(trace, order="continuum", kv_ttl_s=100, kv_gib=kv_gib(17), keep_free_fraction=0)
     assert not result.requests.preemptions.any() and not result.requests.hit_tokens.any()
+
+
+@pytest.mark.parametrize(("arrival_s", "prompt", "output"), [(0.001, 160, 100), (1.0, 320, 2)])
+def test_of_kept_kv_the_latest_goes_first(arrival_s, prompt, output) -> None:
+    """Where a running request grows, and where one that nothing runs beside is to be admitted: 11 pages are kept of
+    each of the first two, and 34 there are."""
+    trace = make_trace([(0, 160, 2), (0, 160, 4), (arrival_s, prompt, output), (0, 200, 2), (0, 200, 2)])
+    trace = replace(trace, after=np.array([-1, -1, -1, 0, 1]), think_us=np.full(5, 60e6))
+    options = {"order": "continuum", "kv_ttl_s": 100, "keep_free_fraction": 0}
+    result = serve(trace, kv_gib=kv_gib(34), **options)
+    assert not result.requests.preemptions.any()
+    assert result.requests.finish_s[0] < result.requests.finish_s[1]
+    assert result.requests.hit_tokens.tolist() == [0, 0, 0, 161, 0]
+    assert serve(trace, kv_gib=kv_gib(60), **options).requests.hit_tokens.tolist() == [0, 0, 0, 161, 163]
 
 
 @settings(max_examples=60, deadline=None)

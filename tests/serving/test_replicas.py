@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_cases import DEVICE, MODEL, crowded, make_trace, waits
+from serving_cases import DEVICE, MODEL, crowded, kv_gib, make_trace, waits
 
+from pkvsim.serving import replicas
 from pkvsim.serving.costs import default_policy
 from pkvsim.serving.orders import ORDERS
 from pkvsim.serving.server_config import ROUTERS, ServingConfig
 from pkvsim.serving.simulate import simulate
-from pkvsim.serving.state import SERVED
+from pkvsim.serving.state import FINISHED, SERVED
 
 # One of steps one after the other, and one that plans a step while the one before it runs.
 ENGINES = st.sampled_from(["pkv", "vllm"])
@@ -71,8 +72,6 @@ def test_round_robin_of_independent_requests_is_as_many_servers_alone(case, n, e
 @pytest.mark.parametrize("coupled", [False, True])
 def test_one_server_by_the_router_s_loop_is_the_loop_alone(coupled, monkeypatch) -> None:
     """Two servers, of which the second is never sent anything."""
-    from pkvsim.serving import replicas
-
     monkeypatch.setattr(replicas.Router, "route", lambda self, request: 0)
     trace = make_trace([(0.002, 150 + 31 * at % 97, 3 + 17 * at % 40) for at in range(60)])
     if coupled:
@@ -81,6 +80,56 @@ def test_one_server_by_the_router_s_loop_is_the_loop_alone(coupled, monkeypatch)
     alone, two = (simulate(trace, MODEL, DEVICE, "balanced", replace(config, replicas=n)).requests for n in (1, 2))
     for name in ("arrival_s", "queue_s", "ttft_s", "finish_s"):
         np.testing.assert_allclose(getattr(two, name), getattr(alone, name), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(crowded(blocks=True), st.integers(2, 4), st.sampled_from(ROUTERS), st.booleans(), st.data())
+def test_each_request_goes_where_its_router_says(case, n, router, with_blocks, data) -> None:
+    """Decided anew from all that was sent before, and from what the servers have given by then."""
+    trace, config = case
+    trace = data.draw(waits(trace))
+    if not with_blocks:
+        trace = replace(trace, block_hashes=None, block_offsets=None)
+    told: list[tuple[int, int]] = []
+
+    class Plain(replicas.Router):
+        def route(self, request: int) -> int:
+            expected = self.expected(request)
+            told.append((request, super().route(request)))
+            assert told[-1][1] == expected
+            return expected
+
+        def expected(self, request: int) -> int:
+            if router == "round-robin":
+                return len(told) % n
+            if router == "prefix":
+                if with_blocks:
+                    path = self.path(request)
+                    known = [0] * n
+                    for at in range(n):
+                        seen = {block for other, owner in told if owner == at for block in self.path(other)}
+                        while known[at] < len(path) and path[known[at]] in seen:
+                            known[at] += 1
+                    if 2 * max(known) >= len(path):
+                        return known.index(max(known))
+                elif trace.after is not None and trace.after[request] >= 0:
+                    before = [owner for other, owner in told if other == trace.after[request]]
+                    if before:  # a request that is refused was sent to no server
+                        return before[0]
+            left = [0] * n
+            for other, owner in told:
+                state = self._states[owner]
+                if state.phase[other] != FINISHED:
+                    left[owner] += trace.prompt_tokens[other] + trace.output_tokens[other] - state.generated[other]
+            return left.index(min(left))
+
+        def path(self, request: int) -> list[int]:
+            return trace.block_hashes[trace.block_offsets[request] : trace.block_offsets[request + 1]].tolist()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replicas, "Router", Plain)
+        config = replace(config, replicas=n, router=router, prefix_cache="none")
+        simulate(trace, MODEL, DEVICE, "balanced", config)
 
 
 def test_least_tokens_and_prefix() -> None:
@@ -94,3 +143,19 @@ def test_least_tokens_and_prefix() -> None:
     assert owners("round-robin") == [0, 1, 0, 1, 0]
     assert owners("least-tokens") == [0, 1, 1, 1, 1]
     assert owners("prefix") == [0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(("path", "server"), [([0, 0, 1, 1], 0), ([0, 1, 1, 1], 1)])
+def test_half_of_a_prompt_is_enough_to_go_where_it_was_sent(path, server) -> None:
+    trace = make_trace([(0, 128, 99, [0]), (0, 128, 2, path)], blocks=True)
+    config = ServingConfig(replicas=2, router="prefix", prefix_cache="lru")
+    assert simulate(trace, MODEL, DEVICE, "balanced", config).requests.replica.tolist() == [0, server]
+
+
+def test_who_follows_a_request_that_was_refused_goes_where_there_is_least_to_do() -> None:
+    trace = make_trace([(0, 400, 60), (0, 9000, 2), (0, 32, 2)])
+    trace = replace(trace, after=np.array([-1, -1, 1]), think_us=np.zeros(3))
+    requests = simulate(trace, MODEL, DEVICE, "balanced", ServingConfig(
+        replicas=2, router="prefix", kv_gib=kv_gib(100))).requests  # fmt: skip
+    assert requests.rejected.astype(bool).tolist() == [False, True, False]
+    assert requests.replica[[0, 2]].tolist() == [0, 1]

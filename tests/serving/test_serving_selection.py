@@ -15,6 +15,7 @@ from pkvsim.memory.tier_options import TierSetup
 from pkvsim.memory.tier_presets import find_tiers
 from pkvsim.models.presets import get_model
 from pkvsim.policy.selecting import selection_prices
+from pkvsim.pricing.selected import selected_step_time
 from pkvsim.pricing.step_times import step_time
 from pkvsim.selection.rules import Budget
 from pkvsim.selection.setup import SelectionSetup, parse_selection
@@ -53,18 +54,26 @@ def test_attention_is_never_dearer_than_over_all_pages(rows, policy, every, budg
     assert not dense.summary["selection"]["steps"]
 
 
-def test_the_arithmetic_of_one_long_step() -> None:
-    """8 rows of 16K: 30 of 32 layers select, two read all pages."""
-    run = simulate(make_trace([(0.0, 16_000, 2)] * 8), MODEL, DEVICE, "balanced", SELECTING)
+@pytest.mark.parametrize(("every", "graphs"), [(1, True), (3, True), (3, False)])
+def test_the_arithmetic_of_one_long_step(every, graphs) -> None:
+    """8 rows of 16K: 30 of 32 layers select, or read what another layer has selected, and two read all pages."""
+    setup, config = replace(SETUP, every=every), replace(DENSE, graphs=graphs)
+    trace = make_trace([(0.0, 16_000, 2)] * 8)
+    run = simulate(trace, MODEL, DEVICE, "balanced", replace(config, select=setup))
     last, told = run.steps.decode_rows.argmax(), run.summary["selection"]
     assert run.steps.decode_rows[last] == 8
-    layer = selection_prices(SHAPE, DEVICE, SETUP).of([16_001] * 8)
+    prices = selection_prices(SHAPE, DEVICE, setup)
+    layer = prices.of([16_001] * 8)
     mean_us = (30 * layer.selected_us + 2 * layer.dense_us) / 32
-    constants = step_models(DEVICE, DENSE)["balanced"].to_row()
-    assert run.steps.attention_us[last] == pytest.approx(sum(step_time(constants, 8, 1, 32, mean_us)), rel=1e-9)
+    constants = step_models(DEVICE, config)["balanced"].to_row()
+    if graphs:
+        step_us = sum(step_time(constants, 8, 1, 32, mean_us))
+    else:  # selecting takes the host a launch more in one of so many layers
+        step_us = sum(selected_step_time(constants, 8, 32, mean_us, prices.prices.run_us / every * 30 / 32))
+    assert run.steps.attention_us[last] == pytest.approx(step_us, rel=1e-9)
     steps = np.count_nonzero(run.steps.decode_rows)
     assert told["steps"] == steps and told["step_share"] == 1.0
-    assert told["scored_bytes"] / run.steps.decode_rows.sum() == 30 * 1001 * 4096
+    assert told["scored_bytes"] / run.steps.decode_rows.sum() == pytest.approx(30 * 1001 * 4096 / every)
     assert told["saved_share"] == pytest.approx(1 - run.totals["attention_us"] / told["attention_us_dense"])
 
 

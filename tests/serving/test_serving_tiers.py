@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, make_trace
+from serving_cases import BLOCK_TOKENS, DEVICE, MODEL, crowded, make_trace, steady
 
 from pkvsim.memory.tier_options import TierSetup
 from pkvsim.memory.tier_presets import find_tiers
-from pkvsim.models.presets import kv_bytes_per_token
+from pkvsim.models.presets import get_model, kv_bytes_per_token
+from pkvsim.outside.step import StepWork, step_time
+from pkvsim.outside.step_costs import PARTS, step_parts
+from pkvsim.serving.costs import outside_costs
 from pkvsim.serving.server_config import ServingConfig
 from pkvsim.serving.simulate import simulate
 from pkvsim.serving.state import SERVED
+from pkvsim.serving.tiers.prompt_prices import chunk_table_us, prompt_us
 
 BLOCK_BYTES = BLOCK_TOKENS * kv_bytes_per_token(MODEL)
 FAST = find_tiers(["host:1TiB:1000"], {})
@@ -79,6 +83,53 @@ def test_a_prompt_that_comes_again_is_loaded() -> None:
     assert host.tiers.log.exposed_s[1] < host.tiers.log.load_s[1]  # the first layers are attended to before
     linked = run(make_trace(rows, blocks=True), config, load="load", host_link_gb_s=0.5)
     assert linked.tiers.log.load_s[1] == pytest.approx(2 * seconds)
+
+
+@pytest.mark.parametrize("rate_gb_s", [1, 20, 400])
+def test_layers_that_arrive_one_by_one_hide_what_computes_meanwhile(rate_gb_s) -> None:
+    """All but the last token are loaded: of the load is left what its computation leaves of it, or the first layer."""
+    device, blocks = steady(DEVICE), 64
+    rows = [(0.0, blocks * BLOCK_TOKENS + 1, 1, [0]), (100.0, blocks * BLOCK_TOKENS + 1, 1, [0])]
+    setup = TierSetup(tiers=find_tiers([f"host:1TiB:{rate_gb_s}"], {}), host_link_gb_s=1e6, load="load")
+    config = ServingConfig(step_tokens=2048, tiers=setup)
+    found = simulate(make_trace(rows, blocks=True), MODEL, device, "balanced", config)
+    load_s, layers = blocks * BLOCK_BYTES / (rate_gb_s * 1e9), MODEL.num_layers
+    work = StepWork(chunks=((blocks * BLOCK_TOKENS, 1),))
+    compute_s = step_time(MODEL, device, work, config.profile).us / 1e6
+    left_s = max(load_s / layers, load_s - compute_s * (layers - 1) / layers)
+    assert found.tiers.log.load_s[1] == pytest.approx(load_s)
+    assert found.tiers.log.exposed_s[1] == pytest.approx(left_s, rel=1e-6)
+    (read,) = [work for work in found.tiers.log.work if not work.is_write]
+    summary = found.summary["tiers"]["devices"]["host"]
+    assert read.num_bytes == summary["read_bytes"] == blocks * BLOCK_BYTES and summary["written_bytes"] > 0
+    assert summary["busy_share"] == pytest.approx(load_s / found.summary["makespan_s"])
+
+
+def test_blocks_lie_on_tiers_for_all_gpus_of_a_model_and_come_over_all_their_links() -> None:
+    blocks = 64
+    rows = [(0.0, blocks * BLOCK_TOKENS + 1, 1, [0]), (100.0, blocks * BLOCK_TOKENS + 1, 1, [0])]
+    setup = TierSetup(tiers=FAST, host_link_gb_s=1.0, load="load")
+    for ranks in (1, 2, 4):
+        model = get_model("llama-3.1-8b", tensor_parallel=ranks)
+        log = simulate(make_trace(rows, blocks=True), model, DEVICE, "balanced", ServingConfig(tiers=setup)).tiers.log
+        assert {work.num_bytes for work in log.work} == {blocks * BLOCK_BYTES}
+        assert log.load_s[1] == pytest.approx(blocks * BLOCK_BYTES / (ranks * 1e9), rel=1e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=4), st.integers(1, 3000), st.sampled_from([256, 2048]))
+def test_the_rest_of_a_prompt_costs_the_steps_that_compute_it(begins, rest, step_tokens) -> None:
+    """In steps as large as they may be, one after the other on a warm GPU, but attention as if by one step."""
+    config = ServingConfig(step_tokens=step_tokens)
+    costs, end = outside_costs(MODEL, DEVICE, "balanced", config), max(begins) + rest
+    table_us = chunk_table_us(costs, config.step_tokens)
+    parts, nobody = np.zeros(len(PARTS)), np.zeros(0, np.int64)
+    for begin, us in zip(begins, prompt_us(costs, table_us, np.array(begins), end)):
+        expected = 0.0
+        for first in range(begin, end, config.step_tokens):
+            chunk = min(config.step_tokens, end - first)
+            expected += step_parts(costs, nobody, np.array([first]), np.array([chunk]), 1, 0.0, 1.0, parts)
+        assert us == pytest.approx(expected, rel=1e-9 if end - begin <= config.step_tokens else 0.1)
 
 
 def test_decoding_rows_go_on_while_a_prompt_loads() -> None:

@@ -27,6 +27,15 @@ def test_by_hand():
     assert resident.link_bytes == pytest.approx(whole * 0.1) and resident.gpu_s == pytest.approx(select.gpu_s)
 
 
+def test_answers_come_from_the_tiers_that_hold_something():
+    """The GPU reads an answer (outputs and their LSE) of each of them for each row, over all layers."""
+    answers = 32 * (32 * 128 * 2 + 32 * 4)
+    for rates, used in (([12e9, 4e9], 2), ([12e9, 1.0], 1)):
+        near = decode_on_tiers(MODEL, [32768] * 4, DISKS, method="near", internal_bytes_per_s=rates, **RATES)
+        assert near.gpu_s == pytest.approx(4 * used * answers / 3e12)
+        assert near.link_bytes == 4 * used * (32 * 32 * 128 * 2 + answers)
+
+
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=8), st.floats(0.01, 1), st.floats(1.01, 20))
 def test_selecting_never_costs_more_than_its_abstracts_and_faster_devices_never_hurt(lens, share, factor):
     read = decode_on_tiers(MODEL, lens, DISKS, **RATES)

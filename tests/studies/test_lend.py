@@ -163,6 +163,45 @@ def test_a_lender_makes_up_for_all_who_borrow_of_it() -> None:
     assert cluster.replicas[2].ready_us == 100 + 1 + 9 and cluster.replicas[2].debt_us == 0
 
 
+def test_a_step_begins_with_the_first_row_that_is_there() -> None:
+    """Whose KV is on its way holds up nobody else; who waits counts where it may be admitted."""
+    cluster = Cluster(2, pages=4, page_size=4)
+    replica, served = cluster.replicas[0], run._Run(cluster, Round(), "move", 3)
+    assert served._begins_us(0, 2.0) == np.inf
+    replica.running += [Job(at, 0.0, 3, 9, home=0, cached=3, available_us=us) for at, us in enumerate((50.0, 20.0))]
+    assert served._begins_us(0, 2.0) == 20 and served._begins_us(0, 30.0) == 30
+    replica.waiting.append(Job(2, 0.0, 3, 9, home=0, available_us=7.0))
+    assert served._begins_us(0, 2.0) == 7
+    replica.free = 0
+    assert served._begins_us(0, 2.0) == 20
+
+
+@pytest.mark.parametrize(("now_us", "available_us", "back_us"), [(9.0, 4.0, 24.0), (9.0, 30.0, 45.0)])
+def test_a_row_goes_to_host_memory_once_it_is_there(now_us, available_us, back_us) -> None:
+    cluster = Cluster(2, pages=4, page_size=4)
+    job = Job(0, 0.0, 3, 9, home=0, cached=3, available_us=available_us)
+    cluster.replicas[0].running.append(job)
+    run._Run(cluster, Round(), "preempt", 4)._evict(0, now_us)
+    assert (job.swapped, job.available_us, cluster.tally.swaps) == (True, back_us, 1)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_prompts_that_begin_together_pay_for_the_attention_of_each(prompts) -> None:
+    class Attended(Round):
+        def prefill_us(self, tokens: int) -> float:
+            return 0.5 * tokens**2
+
+    found = serve_lending(trace(*((0, prompt, 1) for prompt in prompts)), Attended(), way="move", replicas=2, pages=99)
+    homes, expected = [0, 0], []
+    for prompt in prompts:  # each to the replica with the fewest tokens
+        home = int(np.argmin(homes))
+        homes[home] += prompt
+        expected.append(home)
+    for at, us in enumerate(found.latency_us):
+        own = [prompt for prompt, home in zip(prompts, expected) if home == expected[at]]
+        assert us == pytest.approx(10 * sum(own) + sum(0.5 * prompt**2 for prompt in own))
+
+
 @given(lens)
 @settings(max_examples=20, deadline=None)
 def test_with_room_for_all_the_ways_are_one(requests) -> None:

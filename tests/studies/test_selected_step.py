@@ -33,6 +33,7 @@ def test_parts_add_up_and_the_dense_routes_are_as_without(lens, device, budget, 
     parts = asdict(route.split)
     assert min(parts.values()) >= 0 and sum(parts.values()) == pytest.approx(route.timeline_us)
     assert route.closed_us == pytest.approx(found.layer.selected_us) and route.step_us > layers * route.closed_us
+    assert route.timeline_step_us >= max(layers * route.timeline_us, (layers - 1) * route.model.run_us) * (1 - 1e-9)
     assert parts["select_us"] == pytest.approx(found.layer.selected.keep + found.layer.selected.select)
     line = route.timeline
     assert line.bytes.sum() == found.listed_bytes <= dense.distinct_bytes

@@ -16,6 +16,7 @@ from pkvsim.devices.route_model import ROUTES
 from pkvsim.devices.route_options import as_read, serving_routes
 from pkvsim.options import AttentionOptions
 from pkvsim.policy.by_name import make_policy
+from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.shapes import DecodeShape
 from pkvsim.studies.explain_step import explain_step, parse_seq_lens
 from pkvsim.timeline.timeline import simulate
@@ -131,6 +132,28 @@ def test_rows_that_share_pages(capsys, monkeypatch, tmp_path) -> None:
         words = "memory and L2 bandwidth" if route["shared_gb_s"] > DEVICES["h200"].peak_gb_s else "memory bandwidth"
         assert route["bound"] != "bandwidth" or route["why"].startswith(words)
     assert any("memory and L2" in route["why"] for route in others)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(2, 40), prefix_pages=st.integers(1, 600), own=st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    layers=st.integers(1, 80),
+)  # fmt: skip
+def test_a_step_with_shared_reads_is_issued_no_faster_than_any(rows, prefix_pages, own, layers) -> None:
+    """Its layers take what step_times says of their kernels, by the closed form and by the timeline."""
+    gpu = get_device("h200")
+    lens = np.array([prefix_pages * 16 + own[row % len(own)] for row in range(rows)], np.int32)
+    groups = PrefixGroups(np.zeros(rows, np.int32), [prefix_pages])
+    report = explain_step(SHAPE, lens, gpu, layers=layers, groups=groups)
+    (route,) = (route for route in report.routes if route.route == "balanced")
+    model = route.model
+    for layer_us, step_us in ((route.closed_us, route.step_us), (route.timeline_us, route.timeline_step_us)):
+        further_us = (layers - 1) * max(layer_us, model.run_us)
+        once_us = model.isolated_us + model.plan_us + rows * model.plan_row_us + model.host_us
+        once_us += (len(set(lens.tolist())) - 1) * model.plan_length_us
+        assert step_us == pytest.approx(once_us + layer_us + further_us, rel=1e-9)
+    assert route.host_us == pytest.approx(route.step_us - model.isolated_us - layers * route.closed_us)
+    assert report.taken == min(report.routes, key=lambda one: one.step_us).route
 
 
 def test_tables(capsys, monkeypatch) -> None:

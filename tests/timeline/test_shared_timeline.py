@@ -1,6 +1,8 @@
 """Steps whose rows read together, simulated: the timeline's laws, and against the loop of plain steps."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,11 +11,14 @@ from shared_cases import shared_batches
 
 from pkvsim import AttentionOptions, DecodeShape
 from pkvsim.devices.device import get_device
+from pkvsim.pricing.constants import read_speeds
 from pkvsim.pricing.counters import distinct_kv_bytes
+from pkvsim.pricing.shared import REREAD_L2_SHARE, REREAD_SPEEDUP, read_prices
+from pkvsim.pricing.shared_us import read_tokens
 from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.prefixes import sharing_rule
 from pkvsim.timeline.range_loop import RangeTasks, run_ranges
-from pkvsim.timeline.shared import shared_schedule, simulate_shared
+from pkvsim.timeline.shared import run_shared, shared_schedule, shared_tasks, simulate_shared
 from pkvsim.timeline.timeline import simulate
 
 H200 = get_device("h200")
@@ -121,3 +126,72 @@ def test_reading_together_beats_reading_apart_where_much_is_shared():
     assert 2 * shared.timeline.makespan_us < simulate(MODEL, SHAPE, lens, num_sms=132).makespan_us
     alone = PrefixGroups(np.arange(64, dtype=np.int32), [512] * 64)
     assert simulate_shared(MODEL, SHAPE, lens, alone, H200) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=shared_batches(max_rows=12, max_pages=60), l2_mib=st.sampled_from([0.01, 0.3, 50.0]))
+def test_what_reads_find_in_l2_and_what_merges_wait_for(batch, l2_mib):
+    """Task by task: what another read of its group has read is in L2 where it fits, and an output is merged behind its
+    CTA's last task, once its read's parts and the other parts of its own tiles have ended."""
+    shape = DecodeShape(batch.shape.num_q_heads, batch.shape.num_kv_heads, 128, batch.shape.page_size)
+    device, heads = replace(H200, l2_mib=l2_mib), shape.num_kv_heads
+    lens, options = np.array(batch.lens, np.int32), AttentionOptions(query_tokens=batch.query_tokens)
+    costs = batch.shared_costs
+    tasks = shared_tasks(MODEL, shape, lens, batch.groups, device, options=options, costs=costs)
+    if tasks is None:
+        return
+    schedule, shared = tasks.schedule, tasks.schedule.shared
+    members = batch.groups.members(lens, page_size=shape.page_size, tile_tokens=16, query_tokens=batch.query_tokens)
+    anew, groups = 0.0, set()
+    in_l2 = []
+    for read in range(len(shared.reads)):
+        group = members[shared.members_of(read)[0]]
+        whole = int(shared.reads["tiles"][read]) * 16 * heads * options.kv_token_bytes(shape)
+        in_l2.append(group in groups and whole <= REREAD_L2_SHARE * l2_mib * 2**20)
+        groups.add(group)
+    for read, size in zip(shared.read_of_task, tasks.sizes):
+        anew += 0.0 if read >= 0 and in_l2[read] else size
+    total = tasks.sizes.sum()
+    _, memory = read_speeds(MODEL.to_row(), total, batch.columns, 2.0, device.num_sms)
+    assert tasks.bandwidth == pytest.approx(memory * total / (anew + (total - anew) / REREAD_SPEEDUP), rel=1e-12)
+
+    reads = read_prices(MODEL, device, shape, options, costs)
+    times = run_shared(tasks, MODEL, reads)
+    own = shared.read_of_task < 0
+    speeds = np.where(own, tasks.alone, min(tasks.alone, reads.read_gb_s * 1e3))
+    columns = np.array([0 if read < 0 else len(shared.members_of(read)) * batch.columns for read in shared.read_of_task])
+    fixed = np.where(own, MODEL.segment_us, columns * reads.read_us)
+    assert (times.end_us - times.start_us >= (fixed + tasks.sizes / speeds) * (1 - 1e-9)).all()
+    cta_of = np.repeat(np.arange(schedule.num_ctas), np.diff(schedule.cta_offsets))
+    outputs = []
+    for row, head in {(int(task["row"]), int(task["kv_head"])) for task in schedule.tasks[own]}:
+        of_head = schedule.tasks["kv_head"] == head
+        mine = np.flatnonzero(own & of_head & (schedule.tasks["row"] == row))
+        read = shared.read_of_row[row]
+        parts = np.flatnonzero(of_head & (shared.read_of_task == read)) if read >= 0 else mine[:0]
+        if len(parts) + len(mine) > 1:
+            outputs.append((int(mine[-1]), [*parts, *mine[:-1]]))
+    last, busy = times.end_us.max(), {}
+    for task, awaited in sorted(outputs):
+        cta = int(cta_of[task])
+        begins = busy.get(cta, times.end_us[schedule.cta_offsets[cta + 1] - 1])
+        busy[cta] = max([begins, *times.end_us[awaited]]) + reads.row_us + reads.state_us * (len(awaited) + 1)
+        last = max(last, busy[cta])
+    assert times.makespan_us == pytest.approx(last, rel=1e-12)
+
+
+@given(
+    groups=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 90)), min_size=1, max_size=5), most=st.integers(1, 4),
+    tile=st.sampled_from([1, 16]), others=st.integers(0, 999),
+)  # fmt: skip
+def test_tokens_of_reads_are_those_that_members_leave_out(groups, most, tile, others):
+    """Row by row: a member reads its rest, and each read of its group the whole tiles of the prefix."""
+    members, prefixes = np.array(groups, np.int64).T
+    tokens = others + int((members * prefixes).sum())
+    rests, reads, apart = others, 0, 0
+    for count, prefix in groups:
+        together = prefix // tile * tile if count > 1 else 0
+        for _ in range(count):
+            rests, apart = rests + prefix - together, apart + together
+        reads += together * len(range(0, count, most))
+    assert read_tokens(tokens, members, prefixes, most, tile) == (rests + reads, reads, apart)

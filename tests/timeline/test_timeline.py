@@ -1,4 +1,6 @@
 """The timeline's laws, and the closed form's distance from it."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from pkvsim.devices.device import get_device
 from pkvsim.devices.route_model import ROUTES, RouteModel, constants_matrix
 from pkvsim.pricing.counters import useful_kv_bytes
 from pkvsim.timeline.event_loop import Record, Slots, StepTasks, run_tasks
+from pkvsim.timeline.time_split import saturated_by
 from pkvsim.timeline.timeline import makespan_us, simulate
 
 H200 = get_device("h200")
@@ -204,6 +207,44 @@ def test_nothing_to_do(route, lens):
     model = H200.routes[route]
     lane = simulate(model, SHAPE, np.array(lens, np.int32), num_sms=132)
     assert len(lane.bytes) == 0 and model.fixed_us <= lane.makespan_us <= model.fixed_us + model.launch_us
+
+
+@settings(max_examples=40, deadline=None)
+@given(lens=lengths.filter(any), more=st.floats(0.1, 50))
+def test_the_workqueue_is_launched_twice(lens, more):
+    """To attend and to merge, by the timeline as by the closed form."""
+    once = H200.routes["workqueue"]
+    twice = replace(once, launch_us=once.launch_us + more)
+    for splits in (1, 5):
+        line, later = (makespan_us(model, SHAPE, lens, num_sms=132, splits=splits) for model in (once, twice))
+        assert later - line == pytest.approx(more)
+    closed, later = (layer_prices(lens, SHAPE, constants_matrix({"workqueue": model}), 132)[0].min()
+                     for model in (once, twice))  # fmt: skip
+    assert later - closed == pytest.approx(more)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 127), head_dim=st.sampled_from([64, 128, 192]), v_head_dim=st.sampled_from([64, 128]),
+    query_tokens=st.integers(1, 8),
+)  # fmt: skip
+def test_a_row_of_one_task_for_each_head_is_priced_exactly(length, head_dim, v_head_dim, query_tokens):
+    shape = DecodeShape(32, 8, head_dim, 16)
+    options = AttentionOptions(v_head_dim=v_head_dim, query_tokens=query_tokens)
+    for route in ("xqa", "split", "workqueue"):
+        model = H200.routes[route]
+        closed = layer_prices([length], shape, constants_matrix({route: model}), 132, options)[0].min()
+        assert closed == pytest.approx(makespan_us(model, shape, [length], num_sms=132, options=options), rel=1e-9)
+
+
+def test_what_caps_all_ctas_is_named():
+    """8 rows of 8 KV heads with 4 KB a token: L2 holds the KV of short rows, and slow SMs read neither fast."""
+    model = replace(H200.routes["xqa"], l2_mb=100.0, l2_gb_s=9000.0)
+    for changed, length, limit in (({}, 2000, "L2"), ({}, 10_000, "memory"), ({"l2_mb": 0.0}, 2000, "memory"),
+                                   ({"sm_heads_gb_s": 160.0}, 2000, "arithmetic")):  # fmt: skip
+        route = replace(model, **changed)
+        line = simulate(route, SHAPE, [length] * 8, num_sms=132)
+        assert saturated_by(route, SHAPE, line, H200) == limit
 
 
 def ordinary_steps(count=60):

@@ -72,9 +72,8 @@ def _route_step(
     parts["launches_us"] += constants.attend_us
     parts["select_us"] = before_us
     took, rows = line.end_us - line.start_us, int(np.count_nonzero(lists))
-    gpu_us, host_us = selected_step_time(
-        prices.constants, rows, report.layers, layer_us, constants.run_us / prices.rule.every
-    )
+    issue_us = constants.run_us / prices.rule.every
+    gpu_us, host_us = selected_step_time(prices.constants, rows, report.layers, layer_us, issue_us)
     area = line.num_slots * (line.makespan_us - before_us)
     entries = balanced.status, selection_entry(device).status
     return RouteStep(
@@ -84,7 +83,7 @@ def _route_step(
         timeline=line,
         closed_us=layer_us,
         step_us=gpu_us + host_us,
-        timeline_step_us=gpu_us + host_us + report.layers * (line.makespan_us - layer_us),
+        timeline_step_us=sum(selected_step_time(prices.constants, rows, report.layers, line.makespan_us, issue_us)),
         host_us=host_us,
         launches=3,  # summaries, selection, attention
         splits=(int(counts.min()), int(counts.max())) if len(counts) else (0, 0),
