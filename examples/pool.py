@@ -89,9 +89,9 @@ def session(model: PreTrainedModel, args: argparse.Namespace, tiers: Sequence[st
     """Asks all questions with the pool and some without. RuntimeError where first tokens' logits differ."""
     from pool_bench.session import Shape, largest_difference, order_of, run
 
+    from gpu.cache.prompts.prompt_pool import PromptPool
     from gpu.cache.tiers.stores import parse_stores
-    from gpu.drop_ins.prompts.prompt_keys import contents_of
-    from gpu.drop_ins.prompts.prompt_pool import PromptPool
+    from gpu.drop_ins.transformers_prompts import contents_of
 
     shape = Shape(documents=args.documents, document_tokens=args.tokens, answer_tokens=args.answer_tokens,
                   page_size=args.page_size)  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gpu.drop_ins.prompts.prompt_pool import PromptPool
+from gpu.cache.prompts.prompt_pool import PromptPool
 from gpu.drop_ins.transformers_cache import PagedCache
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ add_request, step, cancel) and `runner` (a step on the device: inputs, graphs). 
 which `sampling` draws; its attention is one of two executors: `attention` says what one does and has PyTorch's own,
 `gpu_attention` has our kernels. `model` has checkpoints and matrix products. `llm` and `async_llm` are the way in for
 programs. `replay` serves a trace in real time, `report` shows what was measured beside what pkvsim predicts, and
-`step_prices` has pkvsim's price of each step that ran, and fits constants to them.
+`step_prices` has pkvsim's price of each step that ran, and fits constants to them. `tiers` keeps prompts' KV in host
+memory and on disks.
 """
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from tiny_models import make_model, prompts
 from torch_paged import serve_op_on_cpu
 
+from gpu.cache.prompts.block_keys import block_keys
+from gpu.cache.prompts.prompt_pool import PromptPool
 from gpu.cache.tiers.stores import parse_stores
-from gpu.drop_ins.prompts.block_keys import block_keys
-from gpu.drop_ins.prompts.prompt_keys import contents_of
-from gpu.drop_ins.prompts.prompt_pool import PromptPool
 from gpu.drop_ins.transformers_attention import register
 from gpu.drop_ins.transformers_cache import PagedCache
+from gpu.drop_ins.transformers_prompts import contents_of
 
 serve_op_on_cpu()
 register()

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpu.cache.prompts.block_keys import fingerprint
+from gpu.cache.prompts.prompt_pool import PromptPool
 from gpu.cache.tiers.stores import DiskStore, HostStore, parse_stores
-from gpu.drop_ins.prompts.block_keys import fingerprint
-from gpu.drop_ins.prompts.prompt_pool import PromptPool
 from gpu.serve.attention import KVPages
 from gpu.serve.model.config import ModelConfig
 from gpu.serve.model.weights import Weights

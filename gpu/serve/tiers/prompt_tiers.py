@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpu.cache.prompts.block_keys import block_keys
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
-from gpu.drop_ins.prompts.block_keys import block_keys
 
 PAUSE_S = 2e-4  # of a server that has nothing to run before a load has ended
 
 
 class Pool(Protocol):
-    """What gpu.drop_ins.prompts.prompt_pool.PromptPool has of it."""
+    """What gpu.cache.prompts.prompt_pool.PromptPool has of it."""
 
     def lookup(self, keys: Sequence[bytes]) -> int:
         """Leading blocks that a load would bring."""
@@ -80,7 +80,7 @@ class PromptTiers:
         del self._prompts[key]
         self._keys.pop(key, None)
 
-    def begin(self, key: int, *, cached: int, target: int, pages: list[int]) -> int | None:
+    def begin(self, key: int, *, cached: int, target: int, pages: list[int], own: int) -> int | None:
         """As PromptLoads has it."""
         keys = self._keys_of(key)
         first, end = cached // self._page_size, min(len(keys), (target - 1) // self._page_size)
@@ -89,7 +89,7 @@ class PromptTiers:
         waiting = _Waiting(first, [], time.perf_counter())
         waiting.behind = {self._arriving[page] for page in pages[first:end] if page in self._arriving}
         if not waiting.behind:
-            hits = self._pool.lookup(keys[first:end])
+            hits = self._pool.lookup(keys[first : min(end, own)])
             if not hits:
                 return cached
             waiting.pages = pages[first : first + hits]

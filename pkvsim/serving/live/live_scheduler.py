@@ -53,7 +53,7 @@ class LiveScheduler:
     """
 
     __slots__ = ("limits", "pages", "requests", "state", "_places", "_keys", "_used", "_names", "_planned",
-                 "_dropped_at", "_loads", "_untold")
+                 "_dropped_at", "_loads", "_untold", "_found")
 
     def __init__(self, limits: Limits, loads: PromptLoads | None = None) -> None:
         """loads: from tiers beyond the pages, where there are any. ValueError as check_served."""
@@ -62,6 +62,7 @@ class LiveScheduler:
         self.limits, self.pages = limits, PageBook(limits.num_pages)
         self._loads = loads
         self._untold: dict[int, NewPages] = {}  # of admitted requests that have run no chunk
+        self._found: dict[int, int] = {}  # tokens that were in pages when they were admitted, of those that wait
         self._places: dict[int, int] = {}  # by key, of requests that have not ended
         self._used = 0
         self._names = BlockNames(limits.page_size)
@@ -181,6 +182,7 @@ class LiveScheduler:
     def _set_cached(self, place: int, cached: int) -> None:
         """What a request has loaded is there."""
         self.state.cached[place], self.state.gate.ready_us[place] = cached, -math.inf
+        del self._found[int(self._keys[place])]
 
     def _ask_for_load(self) -> bool:
         """Gives the request that was just admitted its pages and has what tiers hold of it loaded; False where none
@@ -196,13 +198,17 @@ class LiveScheduler:
         return True
 
     def _begin_load(self, place: int, pages: list[int]) -> None:
-        state, loads = self.state, self._loads
+        state, loads, key = self.state, self._loads, int(self._keys[place])
         assert loads is not None  # or nobody asks
-        state.cached[place] = min(int(state.cached[place]), self._computed_tokens(place))
-        cached = loads.begin(int(self._keys[place]), cached=int(state.cached[place]), target=int(state.target[place]),
-                             pages=pages)  # fmt: skip
-        if cached is not None:
-            self._set_cached(place, cached)
+        found = self._found.setdefault(key, int(state.cached[place]))
+        state.cached[place] = cached = min(found, self._computed_tokens(place))
+        first, blocks = cached // self.limits.page_size, self.requests.blocks
+        behind = blocks.ids[blocks.offsets[place] + first : blocks.offsets[place + 1]]
+        is_shared = state.pool.users[behind] > 1
+        own = first + int(is_shared.argmax()) if is_shared.any() else len(pages)
+        there = loads.begin(key, cached=cached, target=int(state.target[place]), pages=pages, own=own)
+        if there is not None:
+            self._set_cached(place, there)
 
     def _computed_tokens(self, place: int) -> int:
         """Tokens of the request's blocks up to the first that another one has still to load or to compute after the
@@ -229,6 +235,9 @@ class LiveScheduler:
         if self._loads is not None:
             self._loads.cancel(key)
             self._untold.pop(key, None)
+            self._found.pop(key, None)
+            for other in self._found:  # which it may have left with blocks that it has not computed
+                self._found[other] = int(self.state.cached[self._places[other]])
         self.pages.close(key)
 
     def _number_pages(self, decode: np.ndarray, admitted: np.ndarray, preempted: np.ndarray) -> list[NewPages]:

@@ -7,11 +7,11 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 from tiny_models import make_model, prompts  # noqa: E402
 
+from gpu.cache.prompts.prompt_pool import PromptPool  # noqa: E402
 from gpu.cache.tiers.stores import parse_stores  # noqa: E402
-from gpu.drop_ins.prompts.prompt_keys import contents_of  # noqa: E402
-from gpu.drop_ins.prompts.prompt_pool import PromptPool  # noqa: E402
 from gpu.drop_ins.transformers_attention import register  # noqa: E402
 from gpu.drop_ins.transformers_cache import PagedCache  # noqa: E402
+from gpu.drop_ins.transformers_prompts import contents_of  # noqa: E402
 
 register()
 LENS = [211, 190, 180]

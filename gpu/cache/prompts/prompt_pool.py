@@ -26,7 +26,7 @@ class PromptPool:
         self, *, contents: str, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (),
         prefill_tokens_per_s: float | None = None, **options: Any
     ) -> None:  # fmt: skip
-        """contents: of gpu.drop_ins.prompts.prompt_keys.contents_of; options: of TieredKVCache. prefill_tokens_per_s:
+        """contents: of gpu.drop_ins.transformers_prompts.contents_of; options: of TieredKVCache. prefill_tokens_per_s:
         at which the model computes prompts, so that nothing is loaded where computing is faster; None: all that is
         there is loaded. ValueError naming the argument where it is none, and where there are no tiers."""
         if not host and not disks:
