@@ -78,8 +78,9 @@ def serving_config(llm: LLM, trace: RequestTrace) -> ServingConfig:
 
 def _tier_setup(tiers: Sequence[str]) -> TierSetup | None:
     """The tiers of a server that loads all that they have of a prompt."""
-    known = find_tiers([text.partition("=")[0] for text in tiers], {})
-    return TierSetup(tiers=tuple(known), load=ALWAYS_LOAD) if tiers else None
+    if not tiers:
+        return None
+    return TierSetup(tiers=tuple(find_tiers([text.partition("=")[0] for text in tiers], {})), load=ALWAYS_LOAD)
 
 
 def _served_model(llm: LLM) -> ModelSpec:
