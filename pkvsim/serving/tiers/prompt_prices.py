@@ -10,20 +10,22 @@ WARM = 1.0  # a GPU that computes a prompt long enough to be loaded is busy
 
 
 def chunk_table_us(costs: StepCosts, step_tokens: int) -> np.ndarray:
-    """us of a step of one chunk of a prompt without its attention, by its tokens, float64 [2, step_tokens + 1]: what
-    it computes, and no less than the host takes to issue it, which attention may hide behind."""
+    """us of a step of one chunk of a prompt by its tokens, float64 [2, step_tokens + 1]: of what it computes without
+    its attention, and the least, of a prompt's first chunk, which the host may take longer to issue."""
     computed = costs._replace(eager_us=0.0, chunk_eager_us=0.0)
-    return np.stack([_chunks_us(computed, step_tokens), _chunks_us(costs, step_tokens)])
+    return np.stack([_chunks_us(computed, step_tokens, False), _chunks_us(costs, step_tokens, True)])
 
 
 @outer
-def _chunks_us(costs, step_tokens):
+def _chunks_us(costs, step_tokens, attends):
     us = np.zeros(step_tokens + 1)
     parts = np.zeros(len(PARTS))
     lens, begins, chunk = np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
     for tokens in range(1, step_tokens + 1):
         chunk[0] = tokens
-        us[tokens] = step_parts(costs, lens, begins, chunk, 1, 0.0, WARM, parts) - parts[PREFILL_ATTENTION]
+        us[tokens] = step_parts(costs, lens, begins, chunk, 1, 0.0, WARM, parts)
+        if not attends:
+            us[tokens] -= parts[PREFILL_ATTENTION]
     return us
 
 
