@@ -54,7 +54,7 @@ def measured(found: list[Document]) -> str:
         if chosen:
             parts += [f"## {name[0].upper()}{name[1:]}\n"]
             parts += [table.markdown() for table in tables(chosen, found)]
-        else:
+        elif name != LOADS or not any("predictions" in document for document in found):  # which are of such loads
             missing.append(name)
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.\n")
@@ -190,11 +190,12 @@ def figures(pairs: dict[str, list[float | None]]) -> Iterator[tuple[str, tuple[s
         yield name, (label, shown[0], shown[1], "-" if apart is None else f"{apart:+.1%}")
 
 
+LOADS = "traces and closed loops"
 SECTIONS = (
     ("decode steps against the memory's limit", lambda document: "cells" in document, cell_tables),
     ("other engines", lambda document: "transformers_us" in document or "nano_vllm" in document or of_vllm(document),
      peer_tables),
     ("predictions", lambda document: "predictions" in document, prediction_tables),
-    ("traces and closed loops", lambda document: "runs" in document and not of_vllm(document), run_tables),
+    (LOADS, lambda document: "runs" in document and not of_vllm(document), run_tables),
     ("a soak", lambda document: "lost_pages" in document, soak_tables),
 )  # fmt: skip

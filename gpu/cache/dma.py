@@ -20,9 +20,8 @@ QUEUES = "32"
 def ask_for_queues() -> None:
     """Has CUDA deal this process's streams to 32 of the GPU's queues, not to 8, unless the user has said how many.
 
-    Streams of one queue wait for each other's events. Loads and stores at once, of blocks of 256 KiB in runs of 4 KiB,
-    went at 50 and 26 GB/s in half of the processes' pools, and at 49 and 48 in each with 32 queues (one H200,
-    2026-11-30). To be called before the process first uses CUDA, which looks once.
+    Streams of one queue wait for each other's events: examples/results/h200_pool.md has what that may cost loads and
+    stores at once. To be called before the process first uses CUDA, which looks once.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", QUEUES)
 

@@ -70,6 +70,11 @@ def test_what_is_not_measured_is_named_and_other_words_stay(tmp_path) -> None:
             "loops.") in said
 
 
+def test_predictions_are_of_traces_and_closed_loops(tmp_path) -> None:
+    said = written(tmp_path, PREDICTIONS, text=f"{page.BEGIN}\n{page.END}\n")
+    assert "traces and closed loops" not in said and "a soak" in said
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"cats": 1}'])
 def test_other_files_are_refused(tmp_path, text) -> None:
     (tmp_path / "other.json").write_text(text)
