@@ -8,9 +8,9 @@
 Sizes are of one H200 on PCIe 5.0 x16, 29 November 2026, GB/s to the GPU and to the host, alone and with both at once:
 kernels 50.4 and 51.5, 30 and 34 at any run; DMA 32.4 and 34.0, 19 and 19 with runs of 32 KiB (a copy takes the driver
 0.86 us), 51.2 and 43.4, 46 and 34 with 64 KiB, 54.3 and 50.1, 46 and 46 with 512 KiB; staged 53.8 and 53.7, 50 and 49
-with 16 and 64 KiB, 53.5 and 52.2, 49 and 48 or 50 and 26 with 4 KiB (gpu.cache.dma.ask_for_queues has what that takes). Decode steps
-beside a load are 5.8 % slower while DMA brings runs of 64 KiB, 16 % while staging does, whose bytes cross HBM three
-times, and 18 % while kernels do. So runs that DMA brings at its rate are not staged on their way to the GPU.
+with 16 and 64 KiB, 53.5 and 52.2, 49 and 48 or 50 and 26 with 4 KiB (gpu.cache.dma.ask_for_queues has what that takes).
+Decode steps beside a load are 5.8 % slower while DMA brings runs of 64 KiB, 16 % while staging does, whose bytes cross
+HBM three times, and 18 % while kernels do. So runs that DMA brings at its rate are not staged on their way to the GPU.
 """
 from __future__ import annotations
 
