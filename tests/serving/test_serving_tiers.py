@@ -120,7 +120,7 @@ def test_blocks_lie_on_tiers_for_all_gpus_of_a_model_and_come_over_all_their_lin
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=4), st.integers(1, 3000), st.sampled_from([256, 2048]))
 def test_the_rest_of_a_prompt_costs_the_steps_that_compute_it(begins, rest, step_tokens) -> None:
-    """In steps as large as they may be, one after the other on a warm GPU, but attention as if by one step."""
+    """In steps as large as they may be, one after the other on a warm GPU, whose attention grows evenly."""
     config = ServingConfig(step_tokens=step_tokens)
     costs, end = outside_costs(MODEL, DEVICE, "balanced", config), max(begins) + rest
     table_us = chunk_table_us(costs, config.step_tokens)
@@ -130,7 +130,7 @@ def test_the_rest_of_a_prompt_costs_the_steps_that_compute_it(begins, rest, step
         for first in range(begin, end, config.step_tokens):
             chunk = min(config.step_tokens, end - first)
             expected += step_parts(costs, nobody, np.array([first]), np.array([chunk]), 1, 0.0, 1.0, parts)
-        assert us == pytest.approx(expected, rel=1e-9 if end - begin <= config.step_tokens else 0.1)
+        assert us == pytest.approx(expected, rel=1e-9 if end - begin <= config.step_tokens else 0.02)
 
 
 def test_decoding_rows_go_on_while_a_prompt_loads() -> None:

@@ -1,9 +1,11 @@
 """What it costs to compute the rest of a prompt, by the loop's own prices. Compiled."""
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from pkvsim.compiled import drop_stale, outer
+from pkvsim.compiled import drop_stale, inner, outer
 from pkvsim.outside.step_costs import PARTS, PREFILL_ATTENTION, StepCosts, prefill_attention_us, step_parts
 
 WARM = 1.0  # a GPU that computes a prompt long enough to be loaded is busy
@@ -36,14 +38,32 @@ def prompt_us(costs, table_us, begins, end):
     step_tokens = table_us.shape[1] - 1
     us = np.zeros(len(begins))
     for at in range(len(begins)):
-        tokens = end - begins[at]
+        begin, tokens = begins[at], end - begins[at]
         whole = tokens // step_tokens
         rest = tokens - whole * step_tokens
-        computed_us = whole * table_us[0, step_tokens] + table_us[0, rest]
-        if tokens > 0:
-            computed_us += prefill_attention_us(costs, begins[at], tokens, WARM)
-        us[at] = max(computed_us, whole * table_us[1, step_tokens] + table_us[1, rest])
+        if whole > 0:
+            us[at] = _whole_steps_us(costs, table_us, begin, whole)
+        if rest > 0:
+            attention_us = prefill_attention_us(costs, begin + whole * step_tokens, rest, WARM)
+            us[at] += max(table_us[0, rest] + attention_us, table_us[1, rest])
     return us
+
+
+@inner
+def _whole_steps_us(costs, table_us, begin, steps):
+    """Of steps of whole chunks one after the other. Their attention grows by as much from each to the next, so that the
+    host, which bounds the first ones, hands over to it once."""
+    step_tokens = table_us.shape[1] - 1
+    computed_us, least_us = table_us[0, step_tokens], table_us[1, step_tokens]
+    first_us = prefill_attention_us(costs, begin, step_tokens, WARM)
+    last_us = prefill_attention_us(costs, begin + (steps - 1) * step_tokens, step_tokens, WARM)
+    growth_us = (last_us - first_us) / max(1, steps - 1)
+    short_us = least_us - computed_us - first_us  # by which attention is too short for the first step
+    bound = 0
+    if short_us > 0:
+        bound = steps if growth_us <= 0 or short_us > (steps - 1) * growth_us else math.ceil(short_us / growth_us)
+    rest = steps - bound
+    return bound * least_us + rest * (computed_us + first_us + growth_us * (bound + steps - 1) / 2)
 
 
 drop_stale("pkvsim")
