@@ -27,6 +27,7 @@ from pkvsim.serving.live.block_names import BlockNames
 from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
 from pkvsim.serving.live.live_step import LiveStep, PromptLoads, check_served
 from pkvsim.serving.live.page_book import NewPages, PageBook
+from pkvsim.serving.live.shared_blocks import computed_tokens, first_shared
 from pkvsim.serving.orders import SHORTEST
 from pkvsim.serving.queueing.giving_way import cancel
 from pkvsim.serving.scheduling import end_step, plan_step, take_in
@@ -40,7 +41,6 @@ from pkvsim.serving.state import (
     NUM_RUNNING,
     NUM_SENT,
     NUM_WAITING,
-    PREFILLING,
     Limits,
     SchedulerState,
 )
@@ -201,29 +201,12 @@ class LiveScheduler:
         state, loads, key = self.state, self._loads, int(self._keys[place])
         assert loads is not None  # or nobody asks
         found = self._found.setdefault(key, int(state.cached[place]))
-        state.cached[place] = cached = min(found, self._computed_tokens(place))
-        first, blocks = cached // self.limits.page_size, self.requests.blocks
-        behind = blocks.ids[blocks.offsets[place] + first : blocks.offsets[place + 1]]
-        is_shared = state.pool.users[behind] > 1
-        own = first + int(is_shared.argmax()) if is_shared.any() else len(pages)
+        cached = min(found, computed_tokens(self.requests, state, place, self.limits.page_size))
+        state.cached[place] = cached
+        own = first_shared(self.requests, state, place, cached // self.limits.page_size, len(pages))
         there = loads.begin(key, cached=cached, target=int(state.target[place]), pages=pages, own=own)
         if there is not None:
             self._set_cached(place, there)
-
-    def _computed_tokens(self, place: int) -> int:
-        """Tokens of the request's blocks up to the first that another one has still to load or to compute after the
-        planned step. A request that waits for a load holds blocks that it has not computed when those behind it run."""
-        requests, state, page_size = self.requests, self.state, self.limits.page_size
-        offsets, ids, counts = requests.blocks.offsets, requests.blocks.ids, state.counts
-        covered = {int(state.chunk_request[at]): int(state.chunk_tokens[at]) for at in range(counts[NUM_CHUNKS])}
-        missing = [
-            ids[offsets[other] + (int(state.cached[other]) + covered.get(other, 0)) // page_size : offsets[other + 1]]
-            for other in state.running[: counts[NUM_RUNNING]].tolist()
-            if other != place and state.phase[other] == PREFILLING
-        ]  # fmt: skip
-        own = ids[offsets[place] : offsets[place + 1]]
-        is_missing = np.isin(own, np.concatenate(missing)) if missing else np.zeros(len(own), bool)
-        return int(is_missing.argmax()) * page_size if is_missing.any() else int(state.target[place])
 
     def _open(self, place: int) -> NewPages:
         blocks = self.requests.blocks
