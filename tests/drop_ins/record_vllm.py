@@ -76,8 +76,31 @@ TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vllm.v1.kv_cache_interface": {"KVCacheSpec": ("block_size",)},
 }
+# What of a band is touched besides, where others have no such name or another meaning of it.
+TOUCHED_TOO: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
+    "0.33": {
+        "vllm.config": {"CacheConfig": ("kv_sharing_fast_prefill",)},
+        "vllm.v1.attention.backend": {
+            "AttentionBackend": ("supports_dcp", "supports_device_cpu_query_lens_mismatch", "supports_pcp",
+                                 "supports_rswa"),
+            "AttentionImplBase": ("supports_dcp", "supports_pcp"),
+            "AttentionMetadataBuilder": ("supports_draft_decode_metadata_update", "update_draft_decode_metadata"),
+        },
+        "vllm.v1.attention.backends.flash_attn": {
+            "FlashAttentionBackend": ("supported_kv_cache_dtypes", "supports_rswa"),
+            "FlashAttentionMetadata": ("mm_prefix_query_range_tensor",),
+            "FlashAttentionImpl": ("supports_dcp",),
+            "FlashAttentionMetadataBuilder": ("supports_draft_decode_metadata_update",),
+        },
+        "vllm.v1.kv_cache_layout": {"KVCacheLayout": ANY},
+    },
+}
 # Functions whose results are recorded too: the axes of a cache, and their order in memory.
 WITH_RESULTS = ("get_kv_cache_shape", "get_kv_cache_stride_order")
+# Functions of which is recorded how they take K and V from a cache.
+WITH_READS = ("forward", "do_kv_cache_update")
+# Functions of which is recorded which methods of their own class they ask.
+WITH_ASKED = ("validate_configuration",)
 
 
 class Sources:
@@ -128,8 +151,39 @@ def signature(function: ast.FunctionDef) -> dict[str, Any]:
     names = sorted(text for text in map(_text, function.decorator_list)
                    if text in ("staticmethod", "classmethod", "property"))
     told_of: dict[str, Any] = {"decorators": names, "parameters": found, "returns": _text(function.returns)}
-    given = results(function) if function.name in WITH_RESULTS else []
-    return told_of | {"results": given} if given else told_of
+    more = {"results": results(function) if function.name in WITH_RESULTS else [],
+            "reads": reads(function) if function.name in WITH_READS else [],
+            "asks": asks(function) if function.name in WITH_ASKED else []}
+    return told_of | {name: found for name, found in more.items() if found}
+
+
+def reads(function: ast.FunctionDef) -> list[str]:
+    """By what expressions the function takes two arrays from kv_cache, each once."""
+    pairs = [node for node in ast.walk(function) if isinstance(node, ast.Assign)
+             and isinstance(node.targets[0], ast.Tuple) and len(node.targets[0].elts) == 2]
+    found = [ast.unparse(node.value) for node in sorted(pairs, key=lambda node: node.lineno)
+             if any(isinstance(one, ast.Name) and one.id == "kv_cache" for one in ast.walk(node.value))]
+    return [*dict.fromkeys(found)]
+
+
+def asks(function: ast.FunctionDef) -> list[str]:
+    """The class's own methods that it calls."""
+    return sorted({node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call)
+                   and isinstance(node.func, ast.Attribute) and _text(node.func.value) == "cls"})
+
+
+def band_of(release: str) -> str:
+    return ".".join(release.split(".")[:2])
+
+
+def touched(band: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """TOUCHED, and what of the band is touched too."""
+    whole = {module: dict(names) for module, names in TOUCHED.items()}
+    for module, names in TOUCHED_TOO.get(band, {}).items():
+        for name, wanted in names.items():
+            of_module = whole.setdefault(module, {})
+            of_module[name] = (*of_module.get(name, ()), *wanted)
+    return whole
 
 
 def results(function: ast.FunctionDef) -> list[str]:
@@ -161,10 +215,11 @@ def members(node: ast.ClassDef, wanted: tuple[str, ...]) -> dict[str, Any]:
 
 def record(wheel: Path) -> dict[str, Any]:
     """The interface of the release in a wheel: {"release", "modules": {module: {name: ..., None where it is gone}}}."""
+    release = wheel.name.split("-")[1]
     with zipfile.ZipFile(wheel) as archive:
         sources = Sources(archive)
         modules: dict[str, dict[str, Any]] = {}
-        for module, names in TOUCHED.items():
+        for module, names in touched(band_of(release)).items():
             modules[module] = {}
             for name, wanted in names.items():
                 node = sources.find(module, name)
@@ -177,13 +232,13 @@ def record(wheel: Path) -> dict[str, Any]:
                 else:
                     entry = None if node is None else _text(node.value)
                 modules[module][name] = entry
-    return {"release": wheel.name.split("-")[1], "modules": modules}
+    return {"release": release, "modules": modules}
 
 
 def missing(interface: dict[str, Any]) -> list[str]:
     """What is touched and is not there."""
     gone = []
-    for module, names in TOUCHED.items():
+    for module, names in touched(band_of(interface["release"])).items():
         for name, wanted in names.items():
             entry = interface["modules"][module][name]
             if entry is None:
@@ -213,7 +268,8 @@ def told(what: Any) -> str:
         stars = {"variable": "*", "keywords": "**"}
         taken = ", ".join(stars.get(kind, "") + name + ("" if default is None else f"={default}")
                           for kind, name, _, default in what["parameters"])
-        return f"({taken})" + (f" -> {' or '.join(what['results'])}" if "results" in what else "")
+        more = {"results": " -> {}", "reads": " takes {}", "asks": " asks {}"}
+        return f"({taken})" + "".join(words.format(" or ".join(what[key])) for key, words in more.items() if key in what)
     if isinstance(what, list):
         annotation, default = what
         return ("" if annotation is None else f": {annotation}") + ("" if default is None else f" = {default}")
@@ -250,7 +306,7 @@ def write_table(folder: Path = FOLDER) -> str:
 def main() -> None:
     for wheel in map(Path, sys.argv[1:]):
         interface = record(wheel)
-        band = ".".join(interface["release"].split(".")[:2])
+        band = band_of(interface["release"])
         (FOLDER / f"{band}.json").write_text(json.dumps(interface, indent=1) + "\n")
         print(f"{band}: {len(flatten(interface))} names; not there: {', '.join(missing(interface)) or 'none'}")
     (FOLDER / "differences.md").write_text(write_table())
