@@ -314,12 +314,20 @@ BEHAVIOURS: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+def _forget(name: str) -> types.ModuleType | None:
+    """The module, which no import finds any more, by its package's attribute either."""
+    package, _, own = name.rpartition(".")
+    if name in OWN_MODULES:
+        vars(sys.modules[package]).pop(own, None)
+    return sys.modules.pop(name, None)
+
+
 @contextlib.contextmanager
 def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
     """Installs it, and engines that compute on the CPU; the adapter is imported anew inside."""
     vllm = FakeVllm({}, json.loads((INTERFACES / f"{band}.json").read_text()))
     install(vllm)
-    kept = {name: sys.modules.pop(name, None) for name in (*OWN_MODULES, *vllm.modules)}
+    kept = {name: _forget(name) for name in (*OWN_MODULES, *vllm.modules)}
     own = (vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize,
            torch.cuda.is_current_stream_capturing)
     sys.modules.update(vllm.modules)
@@ -341,6 +349,6 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
         (vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize,
          torch.cuda.is_current_stream_capturing) = own
         for name, module in kept.items():
-            sys.modules.pop(name, None)
+            _forget(name)
             if module is not None:
                 sys.modules[name] = module
