@@ -150,8 +150,8 @@ def test_what_vllm_is_told_when_it_asks() -> None:
 @pytest.mark.parametrize("asked", ["use_dcp", "use_pcp", "use_rswa", "use_adaptive_verification"])
 def test_what_no_part_of_us_serves_is_refused_where_vllm_asks(asked) -> None:
     with fake_vllm(BAND) as vllm:
-        taken = {name for _, name, _, _ in vllm.members(BASE, "AttentionBackend")["validate_configuration"]["parameters"]}
-        assert asked in taken
+        told = vllm.members(BASE, "AttentionBackend")["validate_configuration"]
+        assert asked in [name for _, name, _, _ in told["parameters"]]
         reasons = vllm.adapter.PersistentBackend.validate_configuration(kv_cache_dtype="auto", **ASKED, **{asked: True})
         assert reasons == [f"{asked} not supported"]
 

@@ -1,4 +1,4 @@
-"""vLLM's recorded interfaces: our overrides take what theirs do, and bands are served whose interface is the same."""
+"""vLLM's recorded interfaces: our overrides take what theirs do, and bands are served that are recorded."""
 from __future__ import annotations
 
 import importlib.metadata
@@ -161,8 +161,8 @@ class FlashAttentionBackend:
     assert "vllm.logger.init_logger" in gone
 
 
-RELEASES = (("0.24.0", "0.24"), ("0.24.1rc2+cu130", "0.24"), ("0.33.0", "0.33"), ("0.33.1+cu130", "0.33"), ("0.25.0", None),
-            ("0.32.2", None), ("0.34.0", None), ("0.3.3", None), (None, None))
+RELEASES = (("0.24.0", "0.24"), ("0.24.1rc2+cu130", "0.24"), ("0.33.0", "0.33"), ("0.33.1+cu130", "0.33"),
+            *((release, None) for release in ("0.25.0", "0.32.2", "0.34.0", "0.3.3", None)))
 
 
 @pytest.mark.parametrize("release, band", RELEASES)

@@ -221,7 +221,8 @@ def _init_impl(vllm: FakeVllm, self: Any, num_heads: int, head_size: int, scale:
            alibi_slopes=alibi_slopes, sliding_window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
            kv_cache_dtype=kv_cache_dtype, logits_soft_cap=logits_soft_cap or 0, sinks=sinks, total_cp_world_size=1,
            attn_type="decoder" if attn_type is None else attn_type, supports_quant_query_input=True)
-    if "_is_per_token_head_quant" in next(vars(one) for one in type(self).__mro__ if "_recorded" in vars(one))["_recorded"]:
+    theirs = next(one for one in type(self).__mro__ if "_recorded" in vars(one))
+    if "_is_per_token_head_quant" in theirs._recorded:
         settle(self, _is_per_token_head_quant=kv_cache_dtype.endswith("per_token_head"))
 
 
