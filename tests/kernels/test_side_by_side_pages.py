@@ -31,8 +31,8 @@ def side_by_side(step: Step, order: str, num_layers: int = 3) -> Step:
 
 
 WARPGROUPS = {"variant": (4, 2), "read_stages": 4}
-CASES = [*((order, None, {}) for order in ORDERS), ("LBNHC", GROUPS, {}), ("BLHNC", GROUPS, {}),
-         *(pytest.param(order, GROUPS, WARPGROUPS, marks=pytest.mark.slow) for order in ORDERS)]
+CASES = [*((order, None, {}) for order in ORDERS), *(pytest.param(order, GROUPS, ways, marks=pytest.mark.slow)
+         for order, ways in (("LBNHC", {}), ("BLHNC", {}), *((order, WARPGROUPS) for order in ORDERS)))]  # fmt: skip
 
 
 @functools.cache

@@ -46,6 +46,7 @@ def test_measured_decode_steps_are_priced_within_3_percent_and_below_vllm_s() ->
             assert (ours < theirs) == (measured < VLLM_MS[rows, context]), (rows, context)
 
 
+@pytest.mark.slow
 def test_steps_that_were_held_out_are_as_far_off_as_the_device_file_says() -> None:
     runs, (model, cells) = read_served_steps(STEPS), read_cells(CELLS)
     assert model == MODEL.name and sum(len(run) for run in runs.values()) == 3227
