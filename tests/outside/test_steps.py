@@ -103,7 +103,7 @@ def test_steps_of_kernels_of_our_own_keep_to_memory_arithmetic_and_the_host(rows
     assert found > weights / (H200.peak_gb_s * 1e3)
     assert found > 2 * 6.9e9 * (rows + chunk) / (H200.fp16_tflops * 1e6) / outside_entry(H200, "pkv").constants.boost
     issue_us = 32 * outside_entry(H200, "pkv").constants.chunk_layer_us
-    assert found >= issue_us if chunk else found < issue_us
+    assert found >= issue_us * (1 - 1e-9) if chunk else found < issue_us  # a sum of parts
     assert price([context] * (rows + 1), [(0, chunk)] if chunk else [], profile=own).us >= found * (1 - 1e-9)
 
 
