@@ -6,6 +6,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import os
 
 import pytest
+from streams_on_cpu import fake  # noqa: F401, of whoever names it
 
 
 @pytest.fixture
