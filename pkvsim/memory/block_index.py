@@ -38,12 +38,13 @@ class Entry:
 class BlockIndex:
     """The blocks of a pool and the slots of its devices. ValueError, and nothing changed, where a call does not fit."""
 
-    __slots__ = ("_entries", "_free", "_slots", "_quarantine")
+    __slots__ = ("_entries", "_free", "_fresh", "_slots", "_quarantine")
 
     def __init__(self, slots: Sequence[int]) -> None:
         """slots [devices]: how many each has."""
         self._slots = tuple(int(count) for count in slots)
-        self._free = [list(range(count - 1, -1, -1)) for count in self._slots]
+        self._free: list[list[int]] = [[] for _ in self._slots]  # that have been used
+        self._fresh = [0] * len(self._slots)  # the first slot from which on none has been used
         self._entries: dict[Hashable, Entry] = {}
         self._quarantine: dict[Place, int] = {}  # users left
 
@@ -60,7 +61,7 @@ class BlockIndex:
         return tuple(self._entries)
 
     def free_slots(self, tier: int) -> int:
-        return len(self._free[tier])
+        return len(self._free[tier]) + self._slots[tier] - self._fresh[tier]
 
     @property
     def quarantined(self) -> int:
@@ -71,15 +72,20 @@ class BlockIndex:
         """A free slot for a block that is about to be written there."""
         if key in self._entries:
             raise ValueError(f"key: expected a block that is nowhere, got {key!r}")
-        if not self._free[tier]:
+        if not self.free_slots(tier):
             raise ValueError(f"tier: expected one with a free slot, got {tier}")
+        if not self._free[tier]:
+            self._free[tier].append(self._fresh[tier])
+            self._fresh[tier] += 1
         place = Place(tier, self._free[tier].pop())
         self._entries[key] = Entry(place, STORING)
         return place
 
     def restore(self, tier: int, found: Sequence[tuple[Hashable, int]]) -> list[Hashable]:
         """Takes in (key, slot) found complete on a device; returns the keys that are not known already."""
-        free = set(self._free[tier])
+        end = max((slot + 1 for _, slot in found if slot < self._slots[tier]), default=0)
+        free = {*self._free[tier], *range(self._fresh[tier], end)}
+        self._fresh[tier] = max(self._fresh[tier], end)
         taken = []
         for key, slot in found:
             if key not in self._entries and slot in free:
@@ -134,5 +140,5 @@ class BlockIndex:
         for tier, count in enumerate(self._slots):
             owned = [entry.place.slot for entry in self._entries.values() if entry.place.tier == tier]
             given_up = [place.slot for place in self._quarantine if place.tier == tier]
-            slots = owned + given_up + self._free[tier]
+            slots = [*owned, *given_up, *self._free[tier], *range(self._fresh[tier], count)]
             assert sorted(slots) == list(range(count)), f"tier {tier}: slots lost or owned twice"

@@ -303,3 +303,12 @@ def test_no_device_gives_up_a_block_while_another_has_a_free_slot(placement):
     assert len(pool) == 44 and pool.counts.evicted == 4
     if placement == "capacity":  # a new prompt takes the place of one old one, on each device as much
         assert pool.places([(11, at) for at in range(4)]).count(1) >= 3
+
+
+def test_a_device_of_any_size_takes_no_memory_before_it_is_used():
+    """900 TiB of slots: a list of them would be ended by the system before anybody says that there is no such room."""
+    index = BlockIndex([10**12, 4])
+    assert index.free_slots(0) == 10**12
+    assert index.restore(1, [("c", 2), ("far", 9)]) == ["c"]
+    assert [index.reserve(key, 0).slot for key in "ab"] == [0, 1]
+    assert [index.reserve(key, 1).slot for key in "def"] == [0, 1, 3] and index.free_slots(1) == 0
