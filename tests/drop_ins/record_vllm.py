@@ -4,7 +4,7 @@
 
 writes tests/drop_ins/vllm_interface/MAJOR.MINOR.json, and differences.md anew from all files there: what each release
 changes against the one that the adapter was written for. Names, defaults and annotations are kept, and of code what
-says how a cache lies.
+says how a cache lies and what a backend is asked. vllm_touched.py says what is looked for.
 """
 from __future__ import annotations
 
@@ -15,69 +15,16 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from tests.drop_ins.vllm_touched import ANY, band_of, touched
+
 FOLDER = Path(__file__).parent / "vllm_interface"
 WRITTEN_FOR = "0.24"
-ANY = ("*",)  # all fields or members, not a choice of them
-
-# Module -> class or function -> what of a class is touched, "" for functions. Methods, fields, class attributes, and
-# attributes that methods set on self. A class comes after its bases.
-TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
-    "vllm.config": {
-        "VllmConfig": ("additional_config", "cache_config", "compilation_config", "model_config", "parallel_config",
-                       "scheduler_config", "speculative_config"),
-        "CacheConfig": ("cache_dtype",),
-        "CompilationConfig": ("max_cudagraph_capture_size", "static_forward_context"),
-        "ModelConfig": ("dtype",),
-        "ParallelConfig": ("data_parallel_size", "use_ubatching"),
-        "SchedulerConfig": ("max_num_seqs",),
-        "SpeculativeConfig": ("num_speculative_tokens",),
-        "get_current_vllm_config": (),
-    },
-    "vllm.config.cache": {"CacheDType": ()},
-    "vllm.forward_context": {"ForwardContext": ("attn_metadata",), "get_forward_context": ()},
-    "vllm.logger": {"init_logger": (), "_VllmLogger": ("info_once", "warning_once")},
-    "vllm.model_executor.layers.attention": {"Attention": ("impl", "head_size_v", "layer_name")},
-    "vllm.v1.attention.backend": {
-        "AttentionBackend": ("get_builder_cls", "get_impl_cls", "get_kv_cache_shape", "get_name",
-                             "supports_batch_invariance", "supports_kv_cache_dtype", "validate_configuration",
-                             "supported_kv_cache_dtypes"),
-        "AttentionCGSupport": ANY,
-        "AttentionLayer": ("_k_scale", "_v_scale"),
-        "AttentionImplBase": ("head_size", "num_heads", "process_weights_after_loading", "scale",
-                              "supports_quant_query_input", "total_cp_world_size"),
-        "AttentionImpl": ("forward", "fused_output_quant_supported", "kv_cache_dtype"),
-        "AttentionMetadataBuilder": ("__init__", "_cudagraph_support", "build", "build_for_cudagraph_capture",
-                                     "build_for_drafting", "get_cudagraph_support", "kv_cache_spec", "layer_names",
-                                     "reorder_batch_threshold", "supports_update_block_table", "update_block_table",
-                                     "use_cascade_attention", "vllm_config"),
-        "AttentionType": ANY,
-        "CommonAttentionMetadata": (*ANY, "replace"),
-    },
-    "vllm.v1.attention.backends.flash_attn": {
-        "FlashAttentionBackend": ("forward_includes_kv_cache_update", "get_kv_cache_shape", "get_kv_cache_stride_order",
-                                  "supports_kv_cache_dtype"),
-        "FlashAttentionMetadata": ("mm_prefix_range_tensor",),
-        "FlashAttentionImpl": ("__init__", "alibi_slopes", "attn_type", "do_kv_cache_update", "forward", "head_size",
-                               "kv_cache_dtype", "logits_soft_cap", "num_heads", "num_kv_heads", "scale", "sinks",
-                               "sliding_window"),
-        "FlashAttentionMetadataBuilder": ("__init__", "build", "supports_update_block_table", "update_block_table"),
-    },
-    "vllm.v1.attention.backends.registry": {"AttentionBackendEnum": ("CUSTOM",), "register_backend": ()},
-    "vllm.v1.attention.backends.triton_attn": {
-        "TritonAttentionBackend": ("forward_includes_kv_cache_update", "get_kv_cache_shape",
-                                   "get_kv_cache_stride_order", "supported_kv_cache_dtypes"),
-        "TritonAttentionImpl": ("__init__", "_ensure_scale_caches", "_is_per_token_head_quant", "_k_scale_cache",
-                                "_v_scale_cache", "alibi_slopes", "attn_type", "do_kv_cache_update", "forward",
-                                "fused_output_quant_supported", "head_size", "kv_cache_dtype", "logits_soft_cap",
-                                "num_heads", "num_kv_heads", "scale", "sinks", "sliding_window",
-                                "supports_quant_query_input"),
-        "TritonAttentionMetadata": ("mm_prefix_range", "mm_prefix_range_tensor"),
-        "TritonAttentionMetadataBuilder": ("__init__", "build", "build_for_cudagraph_capture"),
-    },
-    "vllm.v1.kv_cache_interface": {"KVCacheSpec": ("block_size",)},
-}
 # Functions whose results are recorded too: the axes of a cache, and their order in memory.
 WITH_RESULTS = ("get_kv_cache_shape", "get_kv_cache_stride_order")
+# Functions of which is recorded how they take K and V from a cache.
+WITH_READS = ("forward", "do_kv_cache_update")
+# Functions of which is recorded which methods of their own class they ask.
+WITH_ASKED = ("validate_configuration",)
 
 
 class Sources:
@@ -128,8 +75,25 @@ def signature(function: ast.FunctionDef) -> dict[str, Any]:
     names = sorted(text for text in map(_text, function.decorator_list)
                    if text in ("staticmethod", "classmethod", "property"))
     told_of: dict[str, Any] = {"decorators": names, "parameters": found, "returns": _text(function.returns)}
-    given = results(function) if function.name in WITH_RESULTS else []
-    return told_of | {"results": given} if given else told_of
+    more = {"results": results(function) if function.name in WITH_RESULTS else [],
+            "reads": reads(function) if function.name in WITH_READS else [],
+            "asks": asks(function) if function.name in WITH_ASKED else []}
+    return told_of | {name: found for name, found in more.items() if found}
+
+
+def reads(function: ast.FunctionDef) -> list[str]:
+    """By what expressions the function takes two arrays from kv_cache, each once."""
+    pairs = [node for node in ast.walk(function) if isinstance(node, ast.Assign)
+             and isinstance(node.targets[0], ast.Tuple) and len(node.targets[0].elts) == 2]
+    found = [ast.unparse(node.value) for node in sorted(pairs, key=lambda node: node.lineno)
+             if any(isinstance(one, ast.Name) and one.id == "kv_cache" for one in ast.walk(node.value))]
+    return [*dict.fromkeys(found)]
+
+
+def asks(function: ast.FunctionDef) -> list[str]:
+    """The class's own methods that it calls."""
+    return sorted({node.func.attr for node in ast.walk(function) if isinstance(node, ast.Call)
+                   and isinstance(node.func, ast.Attribute) and _text(node.func.value) == "cls"})
 
 
 def results(function: ast.FunctionDef) -> list[str]:
@@ -161,10 +125,11 @@ def members(node: ast.ClassDef, wanted: tuple[str, ...]) -> dict[str, Any]:
 
 def record(wheel: Path) -> dict[str, Any]:
     """The interface of the release in a wheel: {"release", "modules": {module: {name: ..., None where it is gone}}}."""
+    release = wheel.name.split("-")[1]
     with zipfile.ZipFile(wheel) as archive:
         sources = Sources(archive)
         modules: dict[str, dict[str, Any]] = {}
-        for module, names in TOUCHED.items():
+        for module, names in touched(band_of(release)).items():
             modules[module] = {}
             for name, wanted in names.items():
                 node = sources.find(module, name)
@@ -177,13 +142,13 @@ def record(wheel: Path) -> dict[str, Any]:
                 else:
                     entry = None if node is None else _text(node.value)
                 modules[module][name] = entry
-    return {"release": wheel.name.split("-")[1], "modules": modules}
+    return {"release": release, "modules": modules}
 
 
 def missing(interface: dict[str, Any]) -> list[str]:
     """What is touched and is not there."""
     gone = []
-    for module, names in TOUCHED.items():
+    for module, names in touched(band_of(interface["release"])).items():
         for name, wanted in names.items():
             entry = interface["modules"][module][name]
             if entry is None:
@@ -213,7 +178,8 @@ def told(what: Any) -> str:
         stars = {"variable": "*", "keywords": "**"}
         taken = ", ".join(stars.get(kind, "") + name + ("" if default is None else f"={default}")
                           for kind, name, _, default in what["parameters"])
-        return f"({taken})" + (f" -> {' or '.join(what['results'])}" if "results" in what else "")
+        more = {"results": " -> {}", "reads": " takes {}", "asks": " asks {}"}
+        return f"({taken})" + "".join(text.format(" or ".join(what[key])) for key, text in more.items() if key in what)
     if isinstance(what, list):
         annotation, default = what
         return ("" if annotation is None else f": {annotation}") + ("" if default is None else f" = {default}")
@@ -250,7 +216,7 @@ def write_table(folder: Path = FOLDER) -> str:
 def main() -> None:
     for wheel in map(Path, sys.argv[1:]):
         interface = record(wheel)
-        band = ".".join(interface["release"].split(".")[:2])
+        band = band_of(interface["release"])
         (FOLDER / f"{band}.json").write_text(json.dumps(interface, indent=1) + "\n")
         print(f"{band}: {len(flatten(interface))} names; not there: {', '.join(missing(interface)) or 'none'}")
     (FOLDER / "differences.md").write_text(write_table())

@@ -24,7 +24,13 @@ from vllm_plain import INT8_SCALE, PlainEngine, PlainWriter, stored
 from gpu.drop_ins.vllm import engines as vllm_engines
 
 INTERFACES = Path(__file__).resolve().parents[1] / "drop_ins" / "vllm_interface"
-ADAPTER, BUILDER = "gpu.drop_ins.vllm.backend", "gpu.drop_ins.vllm.builder"
+ADAPTERS = {"0.24": "gpu.drop_ins.vllm.backend", "0.33": "gpu.drop_ins.vllm.backend_0_33"}
+BUILDER = "gpu.drop_ins.vllm.builder"
+OWN_MODULES = (*ADAPTERS.values(), BUILDER)
+BASE, FLASH = "vllm.v1.attention.backend", "vllm.v1.attention.backends.flash_attn"
+# Which method of a backend says whether it serves what it is asked by this name, as far as the stand-in asks.
+ASKED = {"use_dcp": "supports_dcp", "use_pcp": "supports_pcp", "use_rswa": "supports_rswa",
+         "use_adaptive_verification": "supports_device_cpu_query_lens_mismatch"}
 KINDS = {"plain": inspect.Parameter.POSITIONAL_OR_KEYWORD, "variable": inspect.Parameter.VAR_POSITIONAL,
          "keyword": inspect.Parameter.KEYWORD_ONLY, "keywords": inspect.Parameter.VAR_KEYWORD}
 
@@ -46,8 +52,12 @@ class FakeVllm:
     most_grouped: int = 1 << 20  # rows that engines can plan with groups
 
     @property
+    def band(self) -> str:
+        return ".".join(self.recorded["release"].split(".")[:2])
+
+    @property
     def adapter(self) -> types.ModuleType:
-        return importlib.import_module(ADAPTER)
+        return importlib.import_module(ADAPTERS[self.band])
 
     @property
     def builder(self) -> types.ModuleType:
@@ -56,12 +66,22 @@ class FakeVllm:
     def named(self, module: str, name: str) -> Any:
         return getattr(self.modules[module], name)
 
+    def members(self, module: str, name: str) -> dict[str, Any]:
+        """What is recorded of a class."""
+        return self.recorded["modules"][module][name]["members"]
+
+    def pages_of(self, impl: Any, kv_cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """K and V, NHD, as the release's own layers take them from a cache."""
+        (expression,) = self.members(FLASH, "FlashAttentionImpl")["forward"]["reads"]
+        return eval(expression, {"self": impl, "kv_cache": kv_cache})
+
     def configure(self, *, cache_dtype: str = "auto", dtype: torch.dtype = torch.float32, drafts: int | None = None,
                   max_num_seqs: int = 16, ubatching: bool = False, data_parallel_size: int = 1,
-                  additional_config: Any = None) -> Any:
+                  additional_config: Any = None, fast_prefill: bool = False) -> Any:
         """Makes and sets the current VllmConfig."""
+        prefill = {"kv_sharing_fast_prefill": fast_prefill} if self.band != "0.24" else {}
         given = {
-            "CacheConfig": {"cache_dtype": cache_dtype},
+            "CacheConfig": {"cache_dtype": cache_dtype, **prefill},
             "CompilationConfig": {"max_cudagraph_capture_size": None, "static_forward_context": {}},
             "ModelConfig": {"dtype": dtype},
             "ParallelConfig": {"use_ubatching": ubatching, "data_parallel_size": data_parallel_size},
@@ -87,6 +107,7 @@ class BaseMetadata:
     fast_build: bool
     mm_prefix_range: Any = None
     mm_prefix_range_tensor: Any = None
+    mm_prefix_query_range_tensor: Any = None
 
 
 def settle(owner: Any, **values: Any) -> Any:
@@ -163,6 +184,9 @@ def _function(vllm: FakeVllm, owner: str, name: str, entry: dict[str, Any]) -> A
 def _init_builder(vllm: FakeVllm, self: Any, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any,
                   device: torch.device) -> None:
     settle(self, kv_cache_spec=kv_cache_spec, layer_names=layer_names, vllm_config=vllm_config)
+    updates = "supports_draft_decode_metadata_update"
+    if any(updates in vars(one).get("_recorded", ()) for one in type(self).__mro__):
+        settle(self, **{updates: True})
 
 
 def _build(vllm: FakeVllm, self: Any, common_prefix_len: int, common_attn_metadata: Any,
@@ -176,8 +200,11 @@ def _build(vllm: FakeVllm, self: Any, common_prefix_len: int, common_attn_metada
     for name in ("positions", "slot_mapping"):
         assert getattr(common, name) is None or len(getattr(common, name)) >= common.num_actual_tokens
     ranges = common.mm_req_doc_ranges
-    return BaseMetadata(common, fast_build, ranges, None if ranges is None else torch.tensor(
-        [[*(ranges.get(row) or [(0, 0)])[0]] for row in range(common.num_reqs)]))
+    tensor = None if ranges is None else torch.tensor(
+        [[*(ranges.get(row) or [(0, 0)])[0]] for row in range(common.num_reqs)])
+    if "mm_prefix_query_range_tensor" in vllm.members(FLASH, "FlashAttentionMetadata"):
+        return BaseMetadata(common, fast_build, mm_prefix_query_range_tensor=tensor)
+    return BaseMetadata(common, fast_build, ranges, tensor)
 
 
 def _update(vllm: FakeVllm, self: Any, metadata: BaseMetadata, blk_table: torch.Tensor,
@@ -194,7 +221,8 @@ def _init_impl(vllm: FakeVllm, self: Any, num_heads: int, head_size: int, scale:
            alibi_slopes=alibi_slopes, sliding_window=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
            kv_cache_dtype=kv_cache_dtype, logits_soft_cap=logits_soft_cap or 0, sinks=sinks, total_cp_world_size=1,
            attn_type="decoder" if attn_type is None else attn_type, supports_quant_query_input=True)
-    if "_is_per_token_head_quant" in vars(type(self).__mro__[2])["_recorded"]:
+    theirs = next(one for one in type(self).__mro__ if "_recorded" in vars(one))
+    if "_is_per_token_head_quant" in theirs._recorded:
         settle(self, _is_per_token_head_quant=kv_cache_dtype.endswith("per_token_head"))
 
 
@@ -210,7 +238,8 @@ def _forward(vllm: FakeVllm, self: Any, layer: Any, query: torch.Tensor, key: to
     scales = (None, None) if _type_of(self) is None else (layer._k_scale, layer._v_scale)
     if self.kv_cache_dtype.endswith("per_token_head"):
         scales = self._k_scale_cache, self._v_scale_cache
-    pages = [stored(pages, _type_of(self), scale).transpose(1, 2) for pages, scale in zip(kv_cache.unbind(1), scales)]
+    pages = [stored(pages, _type_of(self), scale).transpose(1, 2)
+             for pages, scale in zip(vllm.pages_of(self, kv_cache), scales)]
     starts = common.query_start_loc.tolist()
     for row, (begin, end) in enumerate(zip(starts, starts[1:])):
         if end > begin:
@@ -224,14 +253,14 @@ def _forward(vllm: FakeVllm, self: Any, layer: Any, query: torch.Tensor, key: to
 
 def _store(vllm: FakeVllm, self: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
            slot_mapping: torch.Tensor) -> None:
-    kind, block_size = _type_of(self), kv_cache.shape[2]
-    for side, new in enumerate((key, value)):
+    kind = _type_of(self)
+    for side, (pages, new) in enumerate(zip(vllm.pages_of(self, kv_cache), (key, value))):
         for token, slot in enumerate(slot_mapping.tolist()):
-            block, place = divmod(slot, block_size)
+            block, place = divmod(slot, pages.shape[1])
             if slot < 0:
                 continue
             if kind is None:
-                kv_cache[block, side, place] = new[token]
+                pages[block, place] = new[token]
                 continue
             if self.kv_cache_dtype.endswith("per_token_head"):
                 scale = torch.full(new[token].shape[:1], INT8_SCALE if kind == "int8" else 0.25)
@@ -240,11 +269,14 @@ def _store(vllm: FakeVllm, self: Any, layer: Any, key: torch.Tensor, value: torc
                 scale = (layer._k_scale, layer._v_scale)[side].expand(new.shape[1])
             exact = new[token] / scale[:, None]
             own = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-            kv_cache[block, side, place] = exact.to(own).view(kv_cache.dtype)
+            pages[block, place] = exact.to(own).view(pages.dtype)
 
 
 def _validate(vllm: FakeVllm, cls: type, **given: Any) -> list[str]:
-    return [] if cls.supports_kv_cache_dtype(given["kv_cache_dtype"]) else ["kv_cache_dtype not supported"]
+    reasons = [] if cls.supports_kv_cache_dtype(given["kv_cache_dtype"]) else ["kv_cache_dtype not supported"]
+    asks = vllm.members(BASE, "AttentionBackend")["validate_configuration"]["asks"]
+    return reasons + [f"{asked} not supported" for asked, says in ASKED.items()
+                      if given.get(asked) and says in asks and not getattr(cls, says)()]
 
 
 def _shape(vllm: FakeVllm, num_blocks: int, block_size: int, num_kv_heads: int, head_size: int,
@@ -273,10 +305,22 @@ BEHAVIOURS: dict[tuple[str, str], Callable[..., Any]] = {
     ("AttentionBackend", "supports_kv_cache_dtype"): lambda vllm, cls, kv_cache_dtype: kv_cache_dtype in (
         None, *vllm_engines.KV_TYPES),
     ("Backend", "supports_kv_cache_dtype"): lambda vllm, cls, kv_cache_dtype: kv_cache_dtype in (
-        None, "auto", "float16", "bfloat16"),
+        None, *cls.supported_kv_cache_dtypes),
+    ("AttentionBackend", "supports_dcp"): lambda vllm, cls: cls.get_impl_cls().supports_dcp,
+    ("AttentionBackend", "supports_pcp"): lambda vllm, cls: cls.get_impl_cls().supports_pcp,
+    ("AttentionBackend", "supports_device_cpu_query_lens_mismatch"): lambda vllm, cls: True,
+    ("FlashAttentionBackend", "supports_rswa"): lambda vllm, cls: True,
     ("Backend", "get_kv_cache_shape"): _shape,
     ("CommonAttentionMetadata", "replace"): lambda vllm, self, kwargs: dataclasses.replace(self, **kwargs),
 }
+
+
+def _forget(name: str) -> types.ModuleType | None:
+    """The module, which no import finds any more, by its package's attribute either."""
+    package, _, own = name.rpartition(".")
+    if name in OWN_MODULES:
+        vars(sys.modules[package]).pop(own, None)
+    return sys.modules.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -284,7 +328,7 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
     """Installs it, and engines that compute on the CPU; the adapter is imported anew inside."""
     vllm = FakeVllm({}, json.loads((INTERFACES / f"{band}.json").read_text()))
     install(vllm)
-    kept = {name: sys.modules.pop(name, None) for name in (ADAPTER, BUILDER, *vllm.modules)}
+    kept = {name: _forget(name) for name in (*OWN_MODULES, *vllm.modules)}
     own = (vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize,
            torch.cuda.is_current_stream_capturing)
     sys.modules.update(vllm.modules)
@@ -306,6 +350,6 @@ def fake_vllm(band: str = "0.24") -> Iterator[FakeVllm]:
         (vllm_engines.make_engine, vllm_engines.make_writer, torch.cuda.device, torch.cuda.synchronize,
          torch.cuda.is_current_stream_capturing) = own
         for name, module in kept.items():
-            sys.modules.pop(name, None)
+            _forget(name)
             if module is not None:
                 sys.modules[name] = module

@@ -28,6 +28,7 @@ class Case:
     kv_cache_dtype: str = "auto"
     hnd: bool = False
     spread: int = 1  # blocks of an NHD cache are so many blocks apart
+    layout: str = "LBNHC"  # of a release that names the order of a cache's axes in memory, in place of the two above
 
 
 @dataclasses.dataclass(slots=True)
@@ -63,6 +64,8 @@ def builder_of(vllm: FakeVllm, names: list[str], block_size: int = BLOCK) -> Any
 
 
 def make_cache(vllm: FakeVllm, case: Case, num_blocks: int) -> torch.Tensor:
+    if not hasattr(vllm.adapter.PersistentBackend, "get_kv_cache_shape"):
+        return one_layer_of(vllm, case.layout, (num_blocks, case.num_kv_heads, BLOCK, 2 * case.head_size))
     shape = vllm.adapter.PersistentBackend.get_kv_cache_shape(num_blocks, BLOCK, case.num_kv_heads, case.head_size,
                                                              case.kv_cache_dtype)
     kind = torch.float32 if case.kv_cache_dtype == "auto" else torch.uint8
@@ -71,6 +74,15 @@ def make_cache(vllm: FakeVllm, case: Case, num_blocks: int) -> torch.Tensor:
     if case.hnd:
         cache = cache.view(num_blocks, 2, shape[3], BLOCK, shape[4]).transpose(2, 3)
     return cache
+
+
+def one_layer_of(vllm: FakeVllm, layout: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
+                 num_layers: int = 2) -> torch.Tensor:
+    """The last layer's view, [num_blocks, num_kv_heads, block_size, content], of a cache of several, in that layout."""
+    order = eval(vllm.named("vllm.v1.kv_cache_layout", "KVCacheLayout")[layout].value)  # logical axes as they lie
+    sizes = num_layers, *shape
+    lies = torch.zeros([sizes[axis] for axis in order], dtype=dtype)
+    return lies.permute([order.index(axis) for axis in range(len(sizes))])[-1]
 
 
 def prepare(vllm: FakeVllm, case: Case, layer: Any, *, seed: int = 0) -> Prepared:

@@ -1,9 +1,10 @@
 """vLLM's attention backend CUSTOM: rows that decode run on our balanced kernel, rows that prefill as they would have.
 
-Written for vLLM 0.24. 16-bit caches build on vLLM's FlashAttention backend, 8-bit ones on its Triton backend, which
-takes 16-bit queries: those store new keys and values and prefill. Decode rows' lengths and block table stay where vLLM
-keeps them, so that nothing is copied, planned on the host or waited for, and a captured graph follows them. What our
-kernels do not serve decodes on the base backend, and one log line says so and why.
+Written for vLLM 0.24; backend_0_33 has what is other in 0.33. 16-bit caches build on vLLM's FlashAttention backend,
+8-bit ones on its Triton backend, which takes 16-bit queries: those store new keys and values and prefill. Decode rows'
+lengths and block table stay where vLLM keeps them, so that nothing is copied, planned on the host or waited for, and a
+captured graph follows them. What our kernels do not serve decodes on the base backend, and one log line says so and
+why.
 
 vLLM wraps these classes for some models: chunked local attention, shared caches with fast prefill, encoders and cross
 attention subclass the builder, and give metadata further attributes.
@@ -100,7 +101,7 @@ class _Impl(Mixin):
         cache = self._values_of(kv_cache)
         if rows is not None:
             done = rows.num_tokens
-            k_pages, v_pages = cache.unbind(1)
+            k_pages, v_pages = self._pages_of(cache)
             self._decoder.run(rows, query[:done], k_pages, v_pages, output[:done], *self._scales(layer))
         if attn_metadata.base is not None:
             rest = output
@@ -120,7 +121,7 @@ class _Impl(Mixin):
         if rows is None:
             super().do_kv_cache_update(layer, key, value, cache, slot_mapping)
         else:
-            k_pages, v_pages = cache.unbind(1)
+            k_pages, v_pages = self._pages_of(cache)
             append(self._writer, rows, key, value, k_pages, v_pages, *self._scales(layer))
 
     def _rows_of_captured_step(self, layer: torch.nn.Module) -> DecodeRows | None:
@@ -136,6 +137,10 @@ class _Impl(Mixin):
 
     def _values_of(self, kv_cache: torch.Tensor) -> torch.Tensor:
         return kv_cache
+
+    def _pages_of(self, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """K and V, each [num_blocks, block_size, num_kv_heads, head_size], of what _values_of gives."""
+        return cache.unbind(1)
 
     def _scales(self, layer: torch.nn.Module) -> tuple[object, object]:
         return None, None

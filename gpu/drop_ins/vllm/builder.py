@@ -62,6 +62,10 @@ class _Builder(Mixin):
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     base_name: ClassVar[str]
+    # What differs between vLLM's releases.
+    appends_in_graphs: ClassVar[bool] = True  # where APPENDS_IN_GRAPHS says so
+    metadata_kind: ClassVar[type[StepMetadata]] = StepMetadata
+    without_first = staticmethod(without_first)
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig,
                  device: torch.device) -> None:
@@ -74,7 +78,7 @@ class _Builder(Mixin):
         self._engines = Engines(device, read_options(vllm_config.additional_config).shared_prefixes)
         # Ranks that idle beside others replay graphs over lengths that are nobody's, and drafters over lengths that
         # run past a row's end: only vLLM's slots say that nothing is to be stored then.
-        self._appends = (APPENDS_IN_GRAPHS and speculative is None
+        self._appends = (APPENDS_IN_GRAPHS and self.appends_in_graphs and speculative is None
                          and vllm_config.parallel_config.data_parallel_size == 1)
         self._num_prepared, self._decodes = 0, True
         if vllm_config.parallel_config.use_ubatching:
@@ -130,8 +134,8 @@ class _Builder(Mixin):
         if decode is None:
             base = super().build(0, common, fast_build)
         elif cut.rest:
-            base = super().build(0, without_first(common, decode.num_rows, decode.num_tokens), fast_build)
-        return StepMetadata(common.num_actual_tokens, common.slot_mapping, decode, base)
+            base = super().build(0, self.without_first(common, decode.num_rows, decode.num_tokens), fast_build)
+        return self.metadata_kind(common.num_actual_tokens, common.slot_mapping, decode, base)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepMetadata:
         return self.build(0, common_attn_metadata)  # the base's may write to metadata of its own kind

@@ -9,7 +9,11 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 BACKEND = "gpu.drop_ins.vllm.backend.PersistentBackend"
-BANDS = ("0.24",)  # releases whose interface gpu.drop_ins.vllm.backend was written for, as MAJOR.MINOR
+BANDS = {  # releases, as MAJOR.MINOR, and the class that is written for their interface
+    "0.24": BACKEND,
+    "0.33": "gpu.drop_ins.vllm.backend_0_33.PersistentBackend",
+}
+NOT_RUN = ("0.33",)  # bands whose class is written from vLLM's files alone
 LOG = logging.getLogger("vllm.persistentkv")
 
 
@@ -24,10 +28,14 @@ def register() -> None:
         release = version("vllm")
     except PackageNotFoundError:
         release = "of unknown version"
-    if band_of(release) not in BANDS:
+    band = band_of(release)
+    if band not in BANDS:
         LOG.warning("PersistentKV's attention backend is written for vLLM %s and is not registered with vLLM %s",
-                    " and ".join(f"{band}.x" for band in BANDS), release)
+                    " and ".join(f"{one}.x" for one in BANDS), release)
         return
+    if band in NOT_RUN:
+        LOG.warning("PersistentKV's attention backend for vLLM %s is written from vLLM %s's files, not run on a GPU: "
+                    "compare its tokens with FLASH_ATTN's", release, band)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    register_backend(AttentionBackendEnum.CUSTOM, BANDS[band])

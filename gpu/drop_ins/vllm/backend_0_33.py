@@ -1,0 +1,133 @@
+"""vLLM's attention backend CUSTOM for vLLM 0.33: what that release changes of what the modules beside it touch.
+
+Written from the release's files; its overrides have run on no GPU. 16-bit caches only, over vLLM's FlashAttention
+backend. A cache is [num_blocks, num_kv_heads, block_size, 2 * head_size] there, of any order in memory: each token's K
+and V of a head lie side by side, so that our kernels read both through strides.
+"""
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+from gpu.drop_ins.vllm import backend, builder
+from gpu.drop_ins.vllm.options import read_options
+
+
+class StepMetadata(builder.StepMetadata):
+    """What models clear of images has another name."""
+
+    @property
+    def mm_prefix_query_range_tensor(self) -> torch.Tensor | None:
+        return getattr(self.base, "mm_prefix_query_range_tensor", None)
+
+    @mm_prefix_query_range_tensor.setter
+    def mm_prefix_query_range_tensor(self, ranges: torch.Tensor | None) -> None:
+        if self.base is not None:
+            self.base.mm_prefix_query_range_tensor = ranges
+
+
+def without_first(common: CommonAttentionMetadata, rows: int, tokens: int) -> CommonAttentionMetadata:
+    """As step.without_first, of this release's fields."""
+
+    def tail(array: Any) -> Any:
+        return None if array is None else array[rows:]
+
+    ranges = common.mm_req_doc_ranges
+    return common.replace(
+        query_start_loc=common.query_start_loc[rows:] - tokens,
+        query_start_loc_cpu=common.query_start_loc_cpu[rows:] - tokens,
+        seq_lens=common.seq_lens[rows:],
+        num_reqs=common.num_reqs - rows,
+        num_actual_tokens=common.num_actual_tokens - tokens,
+        block_table_tensor=common.block_table_tensor[rows:],
+        slot_mapping=common.slot_mapping[tokens:],
+        positions=None if common.positions is None else common.positions[tokens:],
+        is_prefilling=tail(common.is_prefilling),
+        seq_lens_cpu_upper_bound=tail(common.seq_lens_cpu_upper_bound),
+        req_idx=tail(common.req_idx),
+        encoder_seq_lens=tail(common.encoder_seq_lens),
+        encoder_seq_lens_cpu=tail(common.encoder_seq_lens_cpu),
+        dcp_local_seq_lens=tail(common.dcp_local_seq_lens),
+        dcp_local_seq_lens_cpu_upper_bound=tail(common.dcp_local_seq_lens_cpu_upper_bound),
+        rswa_prefix_lens=tail(common.rswa_prefix_lens),
+        replayssm_decode_base_cpu=tail(common.replayssm_decode_base_cpu),
+        mm_req_doc_ranges=None if ranges is None else {row - rows: r for row, r in ranges.items() if row >= rows},
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+        logits_indices_padded=None,
+        num_logits_indices=None,
+        max_logits_per_req=None,
+    )
+
+
+class FlashBuilder(builder.FlashBuilder):
+    """Stores are vLLM's in captured steps too: what its second model runner replays graphs over was only read."""
+
+    appends_in_graphs: ClassVar[bool] = False
+    metadata_kind: ClassVar[type[builder.StepMetadata]] = StepMetadata
+    without_first = staticmethod(without_first)
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig,
+                 device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Drafters would keep one step's metadata for all drafts, and rows that are planned once have the lengths of the
+        # first. vLLM builds metadata for each draft where a builder says this.
+        self.supports_draft_decode_metadata_update = False
+
+
+class FlashImpl(backend.FlashImpl):
+    """Of 16-bit caches."""
+
+    supports_dcp: bool = False  # a row's keys lie on one GPU: vLLM refuses to spread them, and says so
+    supports_pcp: bool = False
+
+    def _pages_of(self, cache: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return cache.transpose(1, 2).split(self.head_size, dim=-1)
+
+
+class PersistentBackend(FlashAttentionBackend):
+    """The class that vLLM asks what is served: what FlashAttention is, less what is named here."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        return FlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        return FlashBuilder
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # where a row is cut depends on the others
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False  # a prefix and a window: our kernels have either
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # steps are cut by the lengths on the host: adaptive verification changes those on the GPU
+
+    @classmethod
+    def validate_configuration(cls, **asked: Any) -> list[str]:
+        """Why this configuration is refused: all that FlashAttention refuses, and what no part of us can serve."""
+        reasons = super().validate_configuration(**asked)
+        config = get_current_vllm_config()
+        if config.cache_config.kv_sharing_fast_prefill:
+            # Its steps' query lengths reach the host by a copy that nothing has waited for when they are cut.
+            reasons = [*reasons, "fast prefill of shared caches not supported"]
+        try:
+            read_options(config.additional_config)
+        except ValueError as error:
+            reasons = [*reasons, str(error)]
+        return reasons
