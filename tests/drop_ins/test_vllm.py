@@ -1,4 +1,4 @@
-"""The vLLM adapter on stand-ins of vLLM 0.24's recorded interface: steps cut anywhere, and what it leaves to vLLM."""
+"""The vLLM adapter on stand-ins of recorded interfaces: steps of each band cut anywhere, and what 0.24's leaves to vLLM."""
 from __future__ import annotations
 
 import dataclasses
@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from fake_vllm import fake_vllm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_steps import Case, attention_layer, builder_of, prepare, run
+from vllm_steps import LAYOUTS, Case, attention_layer, builder_of, cases, prepare, run
 
 from gpu.drop_ins.vllm.engines import KV_TYPES, own_planes
 from gpu.drop_ins.vllm.step import cut_step, served_query_tokens
@@ -17,33 +17,19 @@ from gpu.drop_ins.vllm.step import cut_step, served_query_tokens
 CACHES = ("auto", "fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head")
 
 
-@st.composite
-def cases(draw) -> tuple[Case, int | None]:
-    """(a step, drafts of each row)."""
-    drafts = draw(st.sampled_from([None, None, 1, 3, 9]))
-    most = 1 + (drafts or 0)
-    kinds = [st.just(1), st.just(most), st.integers(1, most), st.integers(2, 24)]
-    uniform = draw(st.booleans())
-    rows = draw(st.integers(1, 6))
-    lens = [draw(st.sampled_from([1, most]))] * rows if uniform else draw(st.lists(
-        st.one_of(*kinds), min_size=rows, max_size=rows))
-    if draw(st.booleans()):
-        lens = sorted(lens)
-    contexts = draw(st.lists(st.integers(0, 34), min_size=rows, max_size=rows))
-    cache = draw(st.sampled_from(CACHES))
-    hnd = draw(st.booleans())
-    case = Case(tuple(lens), tuple(contexts), padding=draw(st.integers(0, 3)) if uniform else 0,
-                num_kv_heads=draw(st.sampled_from([1, 2, 4])), window=draw(st.sampled_from([None, 1, 7])),
-                soft_cap=draw(st.sampled_from([None, 5.0])), sinks=draw(st.booleans()), kv_cache_dtype=cache,
-                hnd=hnd, spread=1 if hnd else draw(st.sampled_from([1, 2])))
-    return case, drafts
+LAYERS = st.builds(dict, kv_cache_dtype=st.sampled_from(CACHES), hnd=st.just(True)) | st.builds(
+    dict, kv_cache_dtype=st.sampled_from(CACHES), spread=st.sampled_from([1, 2]))
 
 
-@given(cases(), st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=30)
+OF_BANDS = st.tuples(st.just("0.24"), cases(LAYERS)) | st.tuples(
+    st.just("0.33"), cases(st.builds(dict, layout=st.sampled_from(LAYOUTS))))
+
+
+@given(OF_BANDS, st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
 def test_every_token_is_attended_once_and_right(step, seed) -> None:
-    case, drafts = step
-    with fake_vllm() as vllm:
+    band, (case, drafts) = step
+    with fake_vllm(band) as vllm:
         vllm.configure(cache_dtype=case.kv_cache_dtype, drafts=drafts)
         layer = attention_layer(vllm, case, "layer")
         builder = builder_of(vllm, ["layer"])
@@ -56,7 +42,7 @@ def test_every_token_is_attended_once_and_right(step, seed) -> None:
             assert by == {"ours"} and metadata.base is None
 
 
-@given(cases(), st.integers(0, 2**32 - 1))
+@given(cases(LAYERS), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=12)
 def test_captured_decode_steps_store_by_our_kernel(step, seed) -> None:
     case, drafts = step
@@ -207,14 +193,14 @@ def test_layers_that_join_a_drafters_builder_decode_too() -> None:
         assert {who for who, _, _ in vllm.writes} == {"ours"}
 
 
-UNSERVED = ("engine", "ubatching", "values", "encoder", "alibi", "context", "not causal", "images")
+UNSERVED = ("engine", "ubatching", "fast prefill", "values", "encoder", "alibi", "context", "not causal", "images")
 
 
 @pytest.mark.parametrize("why", UNSERVED)
 def test_what_is_not_served_decodes_on_vllms_own_attention(why) -> None:
     case = Case((1, 1, 5), (4, 20, 0))
     with fake_vllm() as vllm:
-        vllm.configure(ubatching=why == "ubatching")
+        vllm.configure(ubatching=why == "ubatching", fast_prefill=why == "fast prefill")
         layer = attention_layer(vllm, case, "a")
         vllm.refused = "head_dim: expected one of (64, 128), got 16" if why == "engine" else None
         layer.head_size_v += why == "values"

@@ -1,69 +1,24 @@
 """The vLLM adapter's band 0.33 on stand-ins of that release's recorded interface, over each order of a cache's axes."""
 from __future__ import annotations
 
-import dataclasses
-
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from fake_vllm import BASE, FLASH, FakeVllm, fake_vllm
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from vllm_steps import BLOCK, Case, attention_layer, builder_of, make_cache, one_layer_of, prepare, run
+from fake_vllm import fake_vllm
+from vllm_behaviours import BASE, FLASH
+from vllm_steps import BLOCK, LAYOUTS, Case, attention_layer, builder_of, make_cache, one_layer_of, prepare, run
 
 from gpu.cache import append_checks
 from gpu.cache.append_variant import AppendViews
 from gpu.drop_ins.vllm.engines import KV_TYPES
-from gpu.drop_ins.vllm.step import served_query_tokens
 from gpu.inputs import arrays, checks
 from pkvsim import DecodeShape
 from pkvsim.options import AttentionOptions
 
 BAND = "0.33"
-LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")
 ASKED = dict.fromkeys(("head_size", "dtype", "block_size", "use_mla", "has_sink", "use_sparse", "use_mm_prefix",
                        "use_per_head_quant_scales", "device_capability", "attn_type"))
-BY_ROWS = ("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx", "encoder_seq_lens",
-           "encoder_seq_lens_cpu", "dcp_local_seq_lens", "dcp_local_seq_lens_cpu_upper_bound", "rswa_prefix_lens",
-           "replayssm_decode_base_cpu")
-BY_TOKENS = ("positions", "slot_mapping")
-FORGOTTEN = ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "logits_indices_padded", "num_logits_indices",
-             "max_logits_per_req")
 
-
-@st.composite
-def cases(draw) -> tuple[Case, int | None]:
-    """(a step, drafts of each row)."""
-    drafts = draw(st.sampled_from([None, None, 1, 3, 9]))
-    most, uniform, rows = 1 + (drafts or 0), draw(st.booleans()), draw(st.integers(1, 6))
-    lens = [draw(st.sampled_from([1, most]))] * rows if uniform else draw(st.lists(
-        st.one_of(st.just(1), st.just(most), st.integers(1, most), st.integers(2, 24)), min_size=rows, max_size=rows))
-    if draw(st.booleans()):
-        lens = sorted(lens)
-    contexts = draw(st.lists(st.integers(0, 34), min_size=rows, max_size=rows))
-    case = Case(tuple(lens), tuple(contexts), padding=draw(st.integers(0, 3)) if uniform else 0,
-                num_kv_heads=draw(st.sampled_from([1, 2, 4])), window=draw(st.sampled_from([None, 1, 7])),
-                soft_cap=draw(st.sampled_from([None, 5.0])), sinks=draw(st.booleans()),
-                layout=draw(st.sampled_from(LAYOUTS)))
-    return case, drafts
-
-
-@given(cases(), st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=30)
-def test_every_token_is_attended_once_and_right(step, seed) -> None:
-    case, drafts = step
-    with fake_vllm(BAND) as vllm:
-        vllm.configure(drafts=drafts)
-        layer = attention_layer(vllm, case, "layer")
-        builder = builder_of(vllm, ["layer"])
-        prepared = prepare(vllm, case, layer, seed=seed)
-        metadata = builder.build(0, prepared.common)
-        torch.testing.assert_close(run(vllm, prepared, metadata), prepared.expected, atol=1e-5, rtol=1e-5)
-        by = {who for who, _, _ in vllm.writes}
-        assert ("ours" in by) == (case.query_lens[0] in served_query_tokens(drafts or 0))
-        if len({*case.query_lens}) == 1 and "ours" in by:
-            assert by == {"ours"} and metadata.base is None
 
 
 def test_the_layouts_are_all_that_the_release_has() -> None:
@@ -108,34 +63,6 @@ def test_the_engine_and_the_writer_take_such_pages(layout, num_kv_heads, head_si
                                layout="NHD", rotates=False, max_positions=None, device=-1)
 
 
-def marked_step(vllm: FakeVllm, rows: int, tokens: int) -> object:
-    """A step with something of its own in every field."""
-    kind, lens = vllm.named(BASE, "CommonAttentionMetadata"), torch.arange(rows, dtype=torch.int32)
-    given = {name: lens + at * 100 for at, name in enumerate(BY_ROWS)}
-    given |= {name: torch.arange(tokens) + at * 100 for at, name in enumerate(BY_TOKENS)}
-    starts = torch.arange(rows + 1, dtype=torch.int32) * (tokens // rows)
-    return kind(query_start_loc=starts, query_start_loc_cpu=starts.clone(), num_reqs=rows, num_actual_tokens=tokens,
-                max_query_len=tokens // rows, max_seq_len=99, causal=True, mm_req_doc_ranges={1: [], 3: [(2, 5)]},
-                **given | {"req_idx": np.arange(rows), "encoder_seq_lens_cpu": np.arange(rows) + 7},
-                **dict.fromkeys(FORGOTTEN, 3))
-
-
-def test_a_step_without_its_first_rows_has_the_other_rows_own_fields() -> None:
-    with fake_vllm(BAND) as vllm:
-        whole = marked_step(vllm, 4, 12)
-        rest = vllm.adapter.without_first(whole, 2, 6)
-        assert rest.query_start_loc.tolist() == rest.query_start_loc_cpu.tolist() == [0, 3, 6]
-        assert (rest.num_reqs, rest.num_actual_tokens) == (2, 6) and rest.mm_req_doc_ranges == {1: [(2, 5)]}
-        for names, first in ((BY_ROWS, 2), (BY_TOKENS, 6)):
-            for name in names:
-                assert getattr(rest, name).tolist() == getattr(whole, name)[first:].tolist(), name
-        assert all(getattr(rest, name) is None for name in FORGOTTEN)
-        kept = ("max_query_len", "max_seq_len", "causal")
-        told_of = {"query_start_loc", "query_start_loc_cpu", "num_reqs", "num_actual_tokens", "mm_req_doc_ranges"}
-        assert {one.name for one in dataclasses.fields(whole)} == {*BY_ROWS, *BY_TOKENS, *FORGOTTEN, *kept, *told_of}
-        assert all(getattr(rest, name) == getattr(whole, name) for name in kept)
-
-
 def test_what_vllm_is_told_when_it_asks() -> None:
     with fake_vllm(BAND) as vllm:
         backend = vllm.adapter.PersistentBackend
@@ -156,12 +83,11 @@ def test_what_no_part_of_us_serves_is_refused_where_vllm_asks(asked) -> None:
         assert reasons == [f"{asked} not supported"]
 
 
-def test_what_the_configuration_says_is_refused_too() -> None:
+def test_options_that_are_unknown_are_refused_too() -> None:
     with fake_vllm(BAND) as vllm:
-        backend = vllm.adapter.PersistentBackend
-        vllm.configure(fast_prefill=True, additional_config={"persistentkv": {"shared": True}})
-        fast, unknown = backend.validate_configuration(kv_cache_dtype="auto", **ASKED)
-        assert "fast prefill" in fast and unknown.startswith("additional_config['persistentkv']")
+        vllm.configure(additional_config={"persistentkv": {"shared": True}})
+        (unknown,) = vllm.adapter.PersistentBackend.validate_configuration(kv_cache_dtype="auto", **ASKED)
+        assert unknown.startswith("additional_config['persistentkv']")
 
 
 def test_vllm_stores_and_builds_metadata_for_each_draft(monkeypatch) -> None:
@@ -197,11 +123,11 @@ def test_models_clear_ranges_of_images_in_the_metadata_of_the_rest() -> None:
         assert decodes.base is None and decodes.mm_prefix_query_range_tensor is None
 
 
-@pytest.mark.parametrize("why", ["context", "values", "not causal", "of each row"])
+@pytest.mark.parametrize("why", ["context", "fast prefill", "values", "not causal", "of each row"])
 def test_what_is_not_served_decodes_on_vllms_own_attention(why) -> None:
     case = Case((1, 1, 5), (4, 20, 0))
     with fake_vllm(BAND) as vllm:
-        vllm.configure()
+        vllm.configure(fast_prefill=why == "fast prefill")
         layer = attention_layer(vllm, case, "a")
         layer.head_size_v += why == "values"
         layer.impl.total_cp_world_size += why == "context"

@@ -15,14 +15,14 @@ import pytest
 from paths import ROOT
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
-from fake_vllm import FLASH, INTERFACES, OWN_MODULES, fake_vllm
+from fake_vllm import INTERFACES, OWN_MODULES, fake_vllm
+from vllm_behaviours import BASE, FLASH
 from vllm_bench.cases import write_plugin
 
 from gpu.drop_ins.vllm import plugin as vllm_plugin
 from tests.drop_ins import record_vllm
 
 RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(INTERFACES.glob("*.json"))}
-BASE = "vllm.v1.attention.backend"
 OVERRIDES = {  # what of ours stands where which of vLLM's does
     "FlashBuilder": (BASE, "AttentionMetadataBuilder"),
     "TritonBuilder": (BASE, "AttentionMetadataBuilder"),
@@ -32,7 +32,6 @@ OVERRIDES = {  # what of ours stands where which of vLLM's does
 }
 IN_BANDS = [("0.24", ours) for ours in OVERRIDES] + [
     ("0.33", ours) for ours in ("FlashBuilder", "FlashImpl", "PersistentBackend")]
-WITHOUT_FIRST = {"0.24": "gpu.drop_ins.vllm.step", "0.33": "gpu.drop_ins.vllm.backend_0_33"}
 # What of the modules written for 0.24 another band's class has no use for, since the release has no such name.
 GONE = {"0.33": [
     f"{BASE}.AttentionBackend.get_kv_cache_shape", f"{BASE}.AttentionMetadataBuilder.use_cascade_attention",
@@ -68,18 +67,8 @@ def test_overrides_take_what_vllm_passes(band, ours) -> None:
         assert checked
 
 
-@pytest.mark.parametrize("band", WITHOUT_FIRST)
-def test_dataclass_fields_that_a_step_without_its_first_rows_replaces_are_all_there_are(band) -> None:
-    """A field that counts rows or tokens and is not cut would pair rows with others' values."""
-    fields = set(RECORDED[band]["modules"][BASE]["CommonAttentionMetadata"]["members"]) - {"replace"}
-    with fake_vllm(band):
-        source = inspect.getsource(importlib.import_module(WITHOUT_FIRST[band]).without_first)
-    kept = {"max_query_len", "max_seq_len", "causal"}  # bounds, and what does not go by rows where rows decode
-    assert {name for name in fields if f" {name}=" not in source} == kept
-
-
 def test_bands_are_served_that_are_recorded_and_have_what_their_class_touches() -> None:
-    assert record_vllm.WRITTEN_FOR in vllm_plugin.BANDS and {*vllm_plugin.BANDS} == {*RECORDED} == {*WITHOUT_FIRST}
+    assert record_vllm.WRITTEN_FOR in vllm_plugin.BANDS and {*vllm_plugin.BANDS} == {*RECORDED}
     for band, interface in RECORDED.items():
         assert record_vllm.missing(interface) == GONE.get(band, []), band
 
@@ -193,7 +182,7 @@ def test_the_entry_point_of_the_package_and_of_a_working_tree(tmp_path) -> None:
     setup.read(ROOT / "setup.cfg")
     told = setup["options.entry_points"]["vllm.general_plugins"].strip()
     code = ("from importlib.metadata import entry_points\n"
-            "(one,) = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'persistentkv']\n"
+            "(one,) = {e for e in entry_points(group='vllm.general_plugins') if e.name == 'persistentkv'}\n"
             "print(one.name, '=', one.value, one.load().__name__)")
     path = os.pathsep.join([str(write_plugin(tmp_path)), str(ROOT)])
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, text=True,

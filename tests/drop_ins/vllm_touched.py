@@ -9,7 +9,7 @@ TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm.config": {
         "VllmConfig": ("additional_config", "cache_config", "compilation_config", "model_config", "parallel_config",
                        "scheduler_config", "speculative_config"),
-        "CacheConfig": ("cache_dtype",),
+        "CacheConfig": ("cache_dtype", "kv_sharing_fast_prefill"),
         "CompilationConfig": ("max_cudagraph_capture_size", "static_forward_context"),
         "ModelConfig": ("dtype",),
         "ParallelConfig": ("data_parallel_size", "use_ubatching"),
@@ -63,7 +63,6 @@ TOUCHED: dict[str, dict[str, tuple[str, ...]]] = {
 # What of a band is touched besides, where others have no such name or another meaning of it.
 TOUCHED_TOO: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "0.33": {
-        "vllm.config": {"CacheConfig": ("kv_sharing_fast_prefill",)},
         "vllm.v1.attention.backend": {
             "AttentionBackend": ("supports_dcp", "supports_device_cpu_query_lens_mismatch", "supports_pcp",
                                  "supports_rswa"),

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from fake_vllm import FakeVllm, settle
+from fake_vllm import FakeVllm
+from hypothesis import strategies as st
+from vllm_behaviours import settle
 
 BLOCK = 16
+LAYOUTS = ("LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC")  # orders of a cache's axes in memory, of 0.33
 GRAIN = 0.25  # K and V are small multiples of it, which 8-bit caches hold exactly
 
 
@@ -42,6 +45,22 @@ class Prepared:
     key: torch.Tensor
     value: torch.Tensor
     expected: torch.Tensor  # [tokens that are no padding, num_heads, head_size]
+
+
+@st.composite
+def cases(draw, layers: st.SearchStrategy[dict[str, Any]]) -> tuple[Case, int | None]:
+    """(a step through a layer that has these values of Case's, drafts of each row)."""
+    drafts = draw(st.sampled_from([None, None, 1, 3, 9]))
+    most, uniform, rows = 1 + (drafts or 0), draw(st.booleans()), draw(st.integers(1, 6))
+    lens = [draw(st.sampled_from([1, most]))] * rows if uniform else draw(st.lists(
+        st.one_of(st.just(1), st.just(most), st.integers(1, most), st.integers(2, 24)), min_size=rows, max_size=rows))
+    if draw(st.booleans()):
+        lens = sorted(lens)
+    contexts = draw(st.lists(st.integers(0, 34), min_size=rows, max_size=rows))
+    case = Case(tuple(lens), tuple(contexts), padding=draw(st.integers(0, 3)) if uniform else 0,
+                num_kv_heads=draw(st.sampled_from([1, 2, 4])), window=draw(st.sampled_from([None, 1, 7])),
+                soft_cap=draw(st.sampled_from([None, 5.0])), sinks=draw(st.booleans()), **draw(layers))
+    return case, drafts
 
 
 def attention_layer(vllm: FakeVllm, case: Case, name: str) -> Any:

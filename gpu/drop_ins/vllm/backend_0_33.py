@@ -10,58 +10,24 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
 from gpu.drop_ins.vllm import backend, builder
 from gpu.drop_ins.vllm.options import read_options
+from gpu.drop_ins.vllm.step import BY_ROW, MADE_LATER, StepFields
 
 
 class StepMetadata(builder.StepMetadata):
     """What models clear of images has another name."""
 
-    @property
-    def mm_prefix_query_range_tensor(self) -> torch.Tensor | None:
-        return getattr(self.base, "mm_prefix_query_range_tensor", None)
-
-    @mm_prefix_query_range_tensor.setter
-    def mm_prefix_query_range_tensor(self, ranges: torch.Tensor | None) -> None:
-        if self.base is not None:
-            self.base.mm_prefix_query_range_tensor = ranges
+    mm_prefix_query_range_tensor = builder.of_base("mm_prefix_query_range_tensor")
 
 
-def without_first(common: CommonAttentionMetadata, rows: int, tokens: int) -> CommonAttentionMetadata:
-    """As step.without_first, of this release's fields."""
-
-    def tail(array: Any) -> Any:
-        return None if array is None else array[rows:]
-
-    ranges = common.mm_req_doc_ranges
-    return common.replace(
-        query_start_loc=common.query_start_loc[rows:] - tokens,
-        query_start_loc_cpu=common.query_start_loc_cpu[rows:] - tokens,
-        seq_lens=common.seq_lens[rows:],
-        num_reqs=common.num_reqs - rows,
-        num_actual_tokens=common.num_actual_tokens - tokens,
-        block_table_tensor=common.block_table_tensor[rows:],
-        slot_mapping=common.slot_mapping[tokens:],
-        positions=None if common.positions is None else common.positions[tokens:],
-        is_prefilling=tail(common.is_prefilling),
-        seq_lens_cpu_upper_bound=tail(common.seq_lens_cpu_upper_bound),
-        req_idx=tail(common.req_idx),
-        encoder_seq_lens=tail(common.encoder_seq_lens),
-        encoder_seq_lens_cpu=tail(common.encoder_seq_lens_cpu),
-        dcp_local_seq_lens=tail(common.dcp_local_seq_lens),
-        dcp_local_seq_lens_cpu_upper_bound=tail(common.dcp_local_seq_lens_cpu_upper_bound),
-        rswa_prefix_lens=tail(common.rswa_prefix_lens),
-        replayssm_decode_base_cpu=tail(common.replayssm_decode_base_cpu),
-        mm_req_doc_ranges=None if ranges is None else {row - rows: r for row, r in ranges.items() if row >= rows},
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-        logits_indices_padded=None,
-        num_logits_indices=None,
-        max_logits_per_req=None,
-    )
+# What this release's steps hold beside what all do.
+FIELDS = StepFields(
+    by_row=(*BY_ROW, "req_idx", "dcp_local_seq_lens_cpu_upper_bound", "rswa_prefix_lens", "replayssm_decode_base_cpu"),
+    made_later=(*MADE_LATER, "_token_to_req_indices_cache", "max_logits_per_req"),
+)
 
 
 class FlashBuilder(builder.FlashBuilder):
@@ -69,7 +35,7 @@ class FlashBuilder(builder.FlashBuilder):
 
     appends_in_graphs: ClassVar[bool] = False
     metadata_kind: ClassVar[type[builder.StepMetadata]] = StepMetadata
-    without_first = staticmethod(without_first)
+    step_fields: ClassVar[StepFields] = FIELDS
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig,
                  device: torch.device) -> None:
@@ -122,12 +88,8 @@ class PersistentBackend(FlashAttentionBackend):
     def validate_configuration(cls, **asked: Any) -> list[str]:
         """Why this configuration is refused: all that FlashAttention refuses, and what no part of us can serve."""
         reasons = super().validate_configuration(**asked)
-        config = get_current_vllm_config()
-        if config.cache_config.kv_sharing_fast_prefill:
-            # Its steps' query lengths reach the host by a copy that nothing has waited for when they are cut.
-            reasons = [*reasons, "fast prefill of shared caches not supported"]
         try:
-            read_options(config.additional_config)
+            read_options(get_current_vllm_config().additional_config)
         except ValueError as error:
             reasons = [*reasons, str(error)]
         return reasons

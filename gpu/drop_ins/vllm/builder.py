@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilde
 
 from gpu.drop_ins.vllm.engines import Engines
 from gpu.drop_ins.vllm.options import read_options
-from gpu.drop_ins.vllm.step import Cut, DecodeRows, cut_step, served_query_tokens, without_first
+from gpu.drop_ins.vllm.step import FIELDS, Cut, DecodeRows, StepFields, cut_step, served_query_tokens, without_first
 from pkvsim.options import MAX_QUERY_TOKENS
 
 # Whether captured decode steps store keys and values by our kernel too, beside which attention is launched and planned.
@@ -25,6 +25,20 @@ from pkvsim.options import MAX_QUERY_TOKENS
 APPENDS_IN_GRAPHS = True
 LOG = init_logger("vllm.persistentkv")  # vLLM shows the loggers below its own name
 Mixin: Any = object  # what stands before either of vLLM's classes, whose methods super() finds
+
+
+def of_base(name: str) -> property:
+    """An attribute of the base backend's metadata: models that attend to whole images in some layers alone clear it in
+    the others' metadata, under this name."""
+
+    def read(step: StepMetadata) -> Any | None:
+        return getattr(step.base, name, None)
+
+    def write(step: StepMetadata, value: Any | None) -> None:
+        if step.base is not None:
+            setattr(step.base, name, value)
+
+    return property(read, write)
 
 
 @dataclass(eq=False)
@@ -36,25 +50,8 @@ class StepMetadata:
     decode: DecodeRows | None
     base: Any | None  # None where no row is left for it
 
-    @property
-    def mm_prefix_range(self) -> Any | None:
-        """Of the base's rows, as is the tensor below: models that attend to whole images in some layers alone clear
-        both in the others' metadata, under these names."""
-        return getattr(self.base, "mm_prefix_range", None)
-
-    @mm_prefix_range.setter
-    def mm_prefix_range(self, ranges: Any | None) -> None:
-        if self.base is not None:
-            self.base.mm_prefix_range = ranges
-
-    @property
-    def mm_prefix_range_tensor(self) -> torch.Tensor | None:
-        return getattr(self.base, "mm_prefix_range_tensor", None)
-
-    @mm_prefix_range_tensor.setter
-    def mm_prefix_range_tensor(self, ranges: torch.Tensor | None) -> None:
-        if self.base is not None:
-            self.base.mm_prefix_range_tensor = ranges
+    mm_prefix_range = of_base("mm_prefix_range")
+    mm_prefix_range_tensor = of_base("mm_prefix_range_tensor")
 
 
 class _Builder(Mixin):
@@ -65,7 +62,7 @@ class _Builder(Mixin):
     # What differs between vLLM's releases.
     appends_in_graphs: ClassVar[bool] = True  # where APPENDS_IN_GRAPHS says so
     metadata_kind: ClassVar[type[StepMetadata]] = StepMetadata
-    without_first = staticmethod(without_first)
+    step_fields: ClassVar[StepFields] = FIELDS
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig,
                  device: torch.device) -> None:
@@ -83,6 +80,9 @@ class _Builder(Mixin):
         self._num_prepared, self._decodes = 0, True
         if vllm_config.parallel_config.use_ubatching:
             self._leave("two halves of a batch at once, on streams of their own")
+        if vllm_config.cache_config.kv_sharing_fast_prefill:
+            self._leave("fast prefill of shared caches, whose steps' lengths reach the host by a copy that nothing has "
+                        "waited for when they are cut")
         self._prepare_layers()
         if self._decodes:
             self.reorder_batch_threshold = self._query_tokens[-1]
@@ -134,7 +134,8 @@ class _Builder(Mixin):
         if decode is None:
             base = super().build(0, common, fast_build)
         elif cut.rest:
-            base = super().build(0, self.without_first(common, decode.num_rows, decode.num_tokens), fast_build)
+            rest = without_first(common, decode.num_rows, decode.num_tokens, self.step_fields)
+            base = super().build(0, rest, fast_build)
         return self.metadata_kind(common.num_actual_tokens, common.slot_mapping, decode, base)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> StepMetadata:

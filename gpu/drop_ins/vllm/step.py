@@ -62,13 +62,26 @@ def cut_step(query_start_loc: torch.Tensor, num_tokens: int, served: tuple[int, 
     return Cut(min(len(lens), most_rows, num_tokens // tokens), tokens, False)
 
 
-def without_first(common: Any, rows: int, tokens: int) -> Any:
+@dataclass(frozen=True, slots=True)
+class StepFields:
+    """Names of fields of vLLM's CommonAttentionMetadata that its releases do not have in common, by what they hold."""
+
+    by_row: tuple[str, ...]  # one entry a row, or None
+    made_later: tuple[str, ...]  # what vLLM fills in from the step's other fields where it is None
+
+
+# Those of all releases that there is an adapter for.
+BY_ROW = ("is_prefilling", "seq_lens_cpu_upper_bound", "encoder_seq_lens", "encoder_seq_lens_cpu",
+          "dcp_local_seq_lens")
+MADE_LATER = ("_num_computed_tokens_cache", "logits_indices_padded", "num_logits_indices")
+FIELDS = StepFields(
+    by_row=(*BY_ROW, "dcp_local_seq_lens_cpu", "_seq_lens_cpu", "_num_computed_tokens_cpu"), made_later=MADE_LATER)
+
+
+def without_first(common: Any, rows: int, tokens: int, fields: StepFields = FIELDS) -> Any:
     """vLLM's CommonAttentionMetadata of the step without its first rows, which have so many tokens together."""
-
-    def tail(array: Any) -> Any:
-        return None if array is None else array[rows:]
-
     ranges = common.mm_req_doc_ranges
+    by_row = {name: getattr(common, name) for name in fields.by_row}
     return common.replace(
         query_start_loc=common.query_start_loc[rows:] - tokens,
         query_start_loc_cpu=common.query_start_loc_cpu[rows:] - tokens,
@@ -78,16 +91,7 @@ def without_first(common: Any, rows: int, tokens: int) -> Any:
         block_table_tensor=common.block_table_tensor[rows:],
         slot_mapping=common.slot_mapping[tokens:],
         positions=None if common.positions is None else common.positions[tokens:],
-        is_prefilling=tail(common.is_prefilling),
-        seq_lens_cpu_upper_bound=tail(common.seq_lens_cpu_upper_bound),
-        encoder_seq_lens=tail(common.encoder_seq_lens),
-        encoder_seq_lens_cpu=tail(common.encoder_seq_lens_cpu),
-        dcp_local_seq_lens=tail(common.dcp_local_seq_lens),
-        dcp_local_seq_lens_cpu=tail(common.dcp_local_seq_lens_cpu),
         mm_req_doc_ranges=None if ranges is None else {row - rows: r for row, r in ranges.items() if row >= rows},
-        _seq_lens_cpu=tail(common._seq_lens_cpu),
-        _num_computed_tokens_cpu=tail(common._num_computed_tokens_cpu),
-        _num_computed_tokens_cache=None,
-        logits_indices_padded=None,
-        num_logits_indices=None,
+        **{name: None if array is None else array[rows:] for name, array in by_row.items()},
+        **dict.fromkeys(fields.made_later),
     )
