@@ -1,6 +1,6 @@
 // pkv_block_sums: the two sums by which a block of the pool is known again, of blocks that lie in pages on the GPU.
 //
-// Adds pkvsim.memory.block_sums' sums of each block to what `sums` holds. A block is runs_per_block runs of run_bytes
+// Adds pkvsim.memory.blocks.block_sums' sums of each block to what `sums` holds. A block is runs_per_block runs of run_bytes
 // each, for every layer its page of K, then that of V, end to end; a pair of its words is a vector of 16 bytes.
 //
 // Grid: a few CTAs; block: THREADS, each with UNROLL vectors under way, both given by the host, -D. A CTA takes every

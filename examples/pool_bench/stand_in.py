@@ -25,7 +25,7 @@ from gpu.cache.tiers.disks.disk_reads import LimitedReader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import BATCH_COPIES
 from pkvsim.devices.copy_way import PIECE_BYTES, STAGED
-from pkvsim.memory.block_sums import SUMS
+from pkvsim.memory.blocks.block_sums import SUMS
 
 TENTH = 10
 LAYERS, RUN_BYTES = 32, 6656  # of a tenth of 64 KiB, in whole sectors

@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from gpu.cache.prompts.block_keys import block_keys
 from gpu.cache.prompts.prompt_pool import PromptPool
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.drop_ins.transformers_layer import PagedLayer
 from gpu.drop_ins.transformers_prompts import check_positions, row_tokens
 from gpu.drop_ins.transformers_rows import PagedRows
+from pkvsim.memory.blocks.block_keys import block_keys
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

@@ -6,7 +6,7 @@ import json
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gpu.cache.prompts.block_keys import fingerprint
+from gpu.cache.prompts.fingerprint import fingerprint
 
 UNRELATED = ("transformers_version", "_name_or_path")  # of a configuration: what KV does not depend on
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotary embeddings whose angles depend on the whole sequence

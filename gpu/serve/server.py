@@ -144,8 +144,6 @@ class Server:
         request.reason = self._refusal(ids, params)
         if request.reason is None:
             request.prompt = ids.astype(np.int32)
-            if self._tiers is not None:
-                self._tiers.add(request.id, request.prompt)
             self.scheduler.add(request.id, prompt=request.prompt, output_tokens=params.max_tokens, now_us=now_us)
             self._requests[request.id] = request
         else:
@@ -207,7 +205,7 @@ class Server:
             launched = self.runner.launch(inputs)
             if self._tiers is not None:
                 for key in plan.prefill[plan.ends].tolist():
-                    self._tiers.store(key, self.scheduler.pages.pages(key))
+                    self._tiers.store(self.scheduler.blocks_of(key), self.scheduler.pages.pages(key))
             at_launch = AtLaunch(
                 running=self.scheduler.num_running, waiting=self.scheduler.num_waiting, pages=self._used_pages(),
                 plan_us=self.runner.now_us() - now_us, follows=bool(self._in_flight),
@@ -272,8 +270,6 @@ class Server:
         del self._requests[request.id]
         if self.scheduler.holds(request.id):
             self.scheduler.cancel(request.id, self.runner.now_us())
-        if self._tiers is not None:
-            self._tiers.forget(request.id)
         self._give_slot_back(request)
 
     def _abandon(self, reason: str) -> None:

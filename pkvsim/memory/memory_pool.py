@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkvsim.memory.block_index import READY, BlockIndex, Entry, Place
+from pkvsim.memory.blocks.block_index import READY, BlockIndex, Entry, Place
 from pkvsim.memory.placement import BANDWIDTH, CAPACITY, IN_ORDER, PLACEMENTS, Shares, place
 from pkvsim.memory.retention import AdmitAll, Lru, Retention, TinyLfu
 from pkvsim.memory.tiers import Tier, check_tiers

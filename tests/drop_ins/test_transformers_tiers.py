@@ -11,12 +11,12 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from tiny_models import make_model, prompts
 from torch_paged import serve_op_on_cpu
 
-from gpu.cache.prompts.block_keys import block_keys
 from gpu.cache.prompts.prompt_pool import PromptPool
 from gpu.cache.tiers.stores import parse_stores
 from gpu.drop_ins.transformers_attention import register
 from gpu.drop_ins.transformers_cache import PagedCache
 from gpu.drop_ins.transformers_prompts import contents_of
+from pkvsim.memory.blocks.block_keys import block_keys
 
 serve_op_on_cpu()
 register()
@@ -267,9 +267,3 @@ def test_refusals(make_pool) -> None:
         with pytest.raises(ValueError, match="tiers: expected a pool that no other cache uses"):
             pool.open([], [])
     assert not pool.is_open
-
-
-def test_keys_cover_everything_before() -> None:
-    keys = block_keys(list(range(10)), 4)
-    assert len(keys) == 2 and keys[0] == block_keys(list(range(4)), 4)[0]
-    assert block_keys([9, *range(1, 8)], 4)[1] != keys[1]

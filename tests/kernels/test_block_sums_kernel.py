@@ -1,4 +1,4 @@
-"""cuda_src/block_sums.cu adds up what pkvsim.memory.block_sums does; compiled for GPUs, and run on the CPU."""
+"""cuda_src/block_sums.cu adds up what pkvsim.memory.blocks.block_sums does; compiled for GPUs, and run on the CPU."""
 import ctypes
 
 import numpy as np
@@ -11,7 +11,7 @@ from paths import SUPPORT
 
 from gpu.cache.tiers.cuda_sums import DEFINES
 from gpu.kernels.compile import SOURCE_DIR, compile_options
-from pkvsim.memory.block_sums import SUMS, block_sums
+from pkvsim.memory.blocks.block_sums import SUMS, block_sums
 
 FEW = 32  # threads of a CTA that runs here
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkvsim.memory.block_sums import ODD, SUMS, block_sums
+from pkvsim.memory.blocks.block_sums import ODD, SUMS, block_sums
 
 WORD, HALF = 2**64, 2**32
 blocks_of_bytes = st.binary(min_size=1, max_size=200)

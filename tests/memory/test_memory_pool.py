@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pkvsim.memory.block_index import READY, BlockIndex, Place
+from pkvsim.memory.blocks.block_index import READY, BlockIndex, Place
 from pkvsim.memory.memory_pool import MemoryPool
 from pkvsim.memory.retention import Belady, Lru, TinyLfu
 from pkvsim.memory.tiers import Tier, parse_bytes, parse_tier

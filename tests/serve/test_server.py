@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import tracemalloc
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,7 +18,9 @@ from stub_runner import StubRunner, expected_tokens
 from gpu.serve.server import CANCELLED, REFUSED, SERVED, Server
 from gpu.serve.step import SamplingParams
 from gpu.serve.tiers.prompt_tiers import PromptTiers
+from pkvsim.memory.blocks.block_keys import block_keys
 from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.serving.live import live_scheduler
 from pkvsim.serving.state import Limits
 
 VOCABULARY, PAGE = 50, 4
@@ -172,7 +175,33 @@ def test_prompts_come_back_from_tiers(cache, faults):
     computed = sum(step.prefill_tokens for step in server.steps)
     assert computed < asked * (0.6 if faults else 0.5)  # nothing of it is computed again but what the pool has lost
     assert server._tiers.loaded_tokens > (0.4 if cache == "none" else 0.1) * asked
-    assert not server._tiers._prompts and not server._tiers._keys
+    assert not server.scheduler._blocks
+
+
+@pytest.mark.parametrize("cache", ["none", "lru"])
+def test_a_prompt_is_hashed_once_for_the_scheduler_and_its_tiers(cache, monkeypatch):
+    """Also where its request is preempted, loads again, and is stored."""
+    hashed = []
+
+    def counted(tokens, page_size):
+        hashed.append(len(tokens))
+        return block_keys(tokens, page_size)
+
+    monkeypatch.setattr(live_scheduler, "block_keys", counted)
+    monkeypatch.setattr(hashlib, "blake2b", None)  # nor by anything else
+    server = make_server(num_pages=24, cache=cache, tiers=tiers_of(2, 0.3))
+    rng = np.random.default_rng(1)
+    texts, lengths, preemptions = [rng.integers(4, VOCABULARY, 40) for _ in range(3)], [], 0
+    for _ in range(12):
+        requests = [server.add_request(texts[at], SamplingParams(max_tokens=16, ignore_eos=True))
+                    for at in rng.integers(0, 3, 4)]
+        lengths += [len(request.prompt) for request in requests]
+        run(server)
+        preemptions += sum(request.preemptions for request in requests)
+    assert hashed == lengths and preemptions and server._tiers.loads
+    # A store keeps all whole blocks, and a prefix cache alone asks for none of the last token's.
+    assert set(server._tiers._pool.kept) <= {key for text in texts for key in block_keys(text, PAGE)}
+    assert any(block_keys(text, PAGE)[-1] in server._tiers._pool.kept for text in texts)
 
 
 @pytest.mark.parametrize(("prompt", "match"), [

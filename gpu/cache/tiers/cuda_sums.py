@@ -1,4 +1,4 @@
-"""Blocks' sums (pkvsim.memory.block_sums) by the GPU, of pages that it holds.
+"""Blocks' sums (pkvsim.memory.blocks.block_sums) by the GPU, of pages that it holds.
 
 A processor would have to fetch what a disk has just written from wherever that put it: 0.13 cores for each GB/s, by
 XXH3, of 0.06 and 0.13 that the pool takes altogether for blocks of 2 MiB and 256 KiB (one H200's host, 2026-11-30).
@@ -12,7 +12,7 @@ import numpy as np
 
 from gpu.cache.tiers.event_ticket import EventTicket
 from gpu.kernels.compile import load_kernel
-from pkvsim.memory.block_sums import SUMS
+from pkvsim.memory.blocks.block_sums import SUMS
 
 if TYPE_CHECKING:
     import cupy

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pkvsim.memory.block_sums import SUMS, block_sums
+from pkvsim.memory.blocks.block_sums import SUMS, block_sums
 
 
 class Ticket(Protocol):
@@ -28,7 +28,7 @@ class Sums(Ticket, Protocol):
     """Sums that have been asked for."""
 
     def values(self) -> np.ndarray:
-        """[n, SUMS] uint64 of pkvsim.memory.block_sums, once they have ended."""
+        """[n, SUMS] uint64 of pkvsim.memory.blocks.block_sums, once they have ended."""
 
 
 def has_ended(ticket: Ticket) -> bool:

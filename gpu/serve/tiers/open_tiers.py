@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpu.cache.prompts.block_keys import fingerprint
+from gpu.cache.prompts.fingerprint import fingerprint
 from gpu.cache.prompts.prompt_pool import PromptPool
 from gpu.cache.tiers.stores import DiskStore, HostStore, parse_stores
 from gpu.serve.attention import KVPages

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpu.cache.prompts.block_keys import block_keys
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 
 PAUSE_S = 2e-4  # of a server that has nothing to run before a load has ended
@@ -52,15 +51,13 @@ class PromptTiers:
     loads, loaded_tokens: of requests, in all; load_s: from asking until a load was seen to have ended, seconds in all.
     """
 
-    __slots__ = ("loads", "loaded_tokens", "load_s", "_pool", "_page_size", "_on_stream", "_prompts", "_keys",
-                 "_waiting", "_again", "_arriving", "_storing")  # fmt: skip
+    __slots__ = ("loads", "loaded_tokens", "load_s", "_pool", "_page_size", "_on_stream", "_waiting",
+                 "_again", "_arriving", "_storing")  # fmt: skip
 
     def __init__(self, pool: Pool, *, page_size: int, on_stream: Callable[[], AbstractContextManager]) -> None:
         """on_stream: makes the stream current on which steps run, and which loads and stores wait for."""
         self.loads, self.loaded_tokens, self.load_s = 0, 0, 0.0
         self._pool, self._page_size, self._on_stream = pool, page_size, on_stream
-        self._prompts: dict[int, np.ndarray] = {}
-        self._keys: dict[int, list[bytes]] = {}  # of whole blocks, once they are asked for
         self._waiting: dict[int, _Waiting] = {}
         self._again: list[int] = []  # that waited for others
         self._arriving: dict[int, int] = {}  # by page, whose load writes to it
@@ -71,31 +68,23 @@ class PromptTiers:
         """Whether a request waits for blocks."""
         return bool(self._waiting)
 
-    def add(self, key: int, prompt: np.ndarray) -> None:
-        """A request of that key is there, of a prompt [tokens] int32."""
-        self._prompts[key] = prompt
-
-    def forget(self, key: int) -> None:
-        """It has ended."""
-        del self._prompts[key]
-        self._keys.pop(key, None)
-
-    def begin(self, key: int, *, cached: int, target: int, pages: list[int], own: int) -> int | None:
+    def begin(
+        self, key: int, *, blocks: Sequence[bytes], cached: int, target: int, pages: list[int], own: int
+    ) -> int | None:  # fmt: skip
         """As PromptLoads has it."""
-        keys = self._keys_of(key)
-        first, end = cached // self._page_size, min(len(keys), (target - 1) // self._page_size)
+        first, end = cached // self._page_size, min(len(blocks), (target - 1) // self._page_size)
         if first >= end:
             return cached
         waiting = _Waiting(first, [], time.perf_counter())
         waiting.behind = {self._arriving[page] for page in pages[first:end] if page in self._arriving}
         if not waiting.behind:
-            hits = self._pool.lookup(keys[first : min(end, own)])
+            hits = self._pool.lookup(blocks[first : min(end, own)])
             if not hits:
                 return cached
             waiting.pages = pages[first : first + hits]
             self.release(waiting.pages)
             with self._on_stream():
-                waiting.handle = self._pool.load(keys[first : first + hits], np.array(waiting.pages, np.int32))
+                waiting.handle = self._pool.load(blocks[first : first + hits], np.array(waiting.pages, np.int32))
             self._arriving.update(dict.fromkeys(waiting.pages, key))
         self._waiting[key] = waiting
         return None
@@ -139,15 +128,15 @@ class PromptTiers:
                     del self._waiting[other]
                     self._again.append(other)
 
-    def store(self, key: int, pages: list[int]) -> None:
-        """Stores a prompt whose last chunk has been launched, whole blocks of it."""
-        keys = self._keys_of(key)
-        if not keys:
+    def store(self, blocks: Sequence[bytes], pages: list[int]) -> None:
+        """Stores the whole blocks, by their keys, of a prompt whose last chunk has been launched and which has these
+        pages."""
+        if not blocks:
             return
         with self._on_stream():
-            handle = self._pool.store(keys, np.array(pages[: len(keys)], np.int32))
+            handle = self._pool.store(blocks, np.array(pages[: len(blocks)], np.int32))
         if handle.blocks:
-            self._storing.append((handle, frozenset(pages[: len(keys)])))
+            self._storing.append((handle, frozenset(pages[: len(blocks)])))
 
     def release(self, pages: Sequence[int]) -> None:
         """Waits until no store reads these pages, which are to be written."""
@@ -172,14 +161,7 @@ class PromptTiers:
         for handle, _ in self._storing:
             handle.wait_copied()
         self._storing.clear()
-        self._prompts.clear()
-        self._keys.clear()
 
     def stats(self) -> dict[str, Any]:
         """What has been loaded, and the pool's own."""
         return {"loads": self.loads, "loaded_tokens": self.loaded_tokens, "load_s": self.load_s, **self._pool.stats()}
-
-    def _keys_of(self, key: int) -> list[bytes]:
-        if key not in self._keys:
-            self._keys[key] = block_keys(self._prompts[key], self._page_size)
-        return self._keys[key]

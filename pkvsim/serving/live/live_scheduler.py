@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from pkvsim.memory.blocks.block_keys import block_keys
 from pkvsim.memory.prefix_cache import (
     EVICTABLE_PAGES,
     EVICTED,
@@ -23,7 +24,7 @@ from pkvsim.memory.prefix_cache import (
     FREED,
     NONE,
 )
-from pkvsim.serving.live.block_names import BlockNames
+from pkvsim.serving.live.block_numbers import BlockNumbers
 from pkvsim.serving.live.growing import Room, empty_state, moved, no_requests, room_for
 from pkvsim.serving.live.live_step import LiveStep, PromptLoads, check_served
 from pkvsim.serving.live.page_book import NewPages, PageBook
@@ -52,8 +53,8 @@ class LiveScheduler:
     pages: which page of the pool holds what. state: the scheduler's, by places that change; to be read alone.
     """
 
-    __slots__ = ("limits", "pages", "requests", "state", "_places", "_keys", "_used", "_names", "_planned",
-                 "_dropped_at", "_loads", "_untold", "_found")
+    __slots__ = ("limits", "pages", "requests", "state", "_places", "_keys", "_used", "_numbers",
+                 "_planned", "_dropped_at", "_loads", "_untold", "_found", "_blocks")
 
     def __init__(self, limits: Limits, loads: PromptLoads | None = None) -> None:
         """loads: from tiers beyond the pages, where there are any. ValueError as check_served."""
@@ -65,7 +66,8 @@ class LiveScheduler:
         self._found: dict[int, int] = {}  # tokens that were in pages when they were admitted, of those that wait
         self._places: dict[int, int] = {}  # by key, of requests that have not ended
         self._used = 0
-        self._names = BlockNames(limits.page_size)
+        self._numbers = BlockNumbers()
+        self._blocks: dict[int, list[bytes]] = {}  # by key, of requests that have not ended
         self._planned, self._dropped_at = False, (0, 0)
         room = room_for(1, 0, 0)
         self.requests = no_requests(limits.page_size, room)
@@ -100,6 +102,10 @@ class LiveScheduler:
         """Whether a request of that key has not ended."""
         return key in self._places
 
+    def blocks_of(self, key: int) -> list[bytes]:
+        """Keys of the blocks of a request's prompt, of all whole ones where loads ask for them; until it has ended."""
+        return self._blocks[key]
+
     def pages_needed(self, prompt_tokens: int, output_tokens: int) -> int:
         """Pages that a request has at its end; the last token is never cached."""
         page_size, shared = self.limits.page_size, self._shared_tokens(prompt_tokens)
@@ -121,15 +127,18 @@ class LiveScheduler:
                 f"prompt: expected a prompt and an output of a token or more, in {self.limits.num_pages} pages of "
                 f"{self.limits.page_size}, got {len(prompt)} and {output_tokens}, which take {needed}"
             )
-        digests = self._names.digests_of(prompt[: self._shared_tokens(len(prompt))])
-        self._make_room(len(digests))
+        shared = self._shared_tokens(len(prompt))
+        hashed = shared if self._loads is None else len(prompt)
+        self._blocks[key] = blocks = block_keys(prompt[:hashed], self.limits.page_size)
+        blocks = blocks[: shared // self.limits.page_size]
+        self._make_room(len(blocks))
         place, requests, state = self._used, self.requests, self.state
         self._used += 1
         begin = requests.blocks.offsets[place]
-        requests.blocks.ids[begin : begin + len(digests)] = self._names.numbers_of(digests)
-        requests.blocks.offsets[place + 1 :] = begin + len(digests)
+        requests.blocks.ids[begin : begin + len(blocks)] = self._numbers.numbers_of(blocks)
+        requests.blocks.offsets[place + 1 :] = begin + len(blocks)
         requests.prompt[place], requests.output[place] = len(prompt), output_tokens
-        requests.shared[place] = len(digests) * self.limits.page_size
+        requests.shared[place] = shared
         state.rank[place] = output_tokens if self.limits.order == SHORTEST else 0.0
         clients = state.clients
         clients.sent_us[place], clients.place[place] = now_us, clients.counts[NUM_SENT]
@@ -204,7 +213,8 @@ class LiveScheduler:
         cached = min(found, computed_tokens(self.requests, state, place, self.limits.page_size))
         state.cached[place] = cached
         own = first_shared(self.requests, state, place, cached // self.limits.page_size, len(pages))
-        there = loads.begin(key, cached=cached, target=int(state.target[place]), pages=pages, own=own)
+        there = loads.begin(key, blocks=self._blocks[key], cached=cached, target=int(state.target[place]),
+                            pages=pages, own=own)
         if there is not None:
             self._set_cached(place, there)
 
@@ -254,7 +264,7 @@ class LiveScheduler:
         self._planned = False
         finished = self._keys[before[self.state.phase[before] == FINISHED]]
         for key in finished.tolist():
-            del self._places[key]
+            del self._places[key], self._blocks[key]
             self.pages.close(key)
         self._drop_blocks()
         return finished
@@ -263,8 +273,8 @@ class LiveScheduler:
         """Ends a request that has not finished; its pages are free. RuntimeError between next_step and end_step."""
         if self._planned:
             raise RuntimeError("cancel: call end_step() first")
-        place = self._places.pop(key)
-        runs = self._runs(place)
+        place, runs = self._places[key], self._runs(self._places[key])
+        del self._places[key], self._blocks[key]
         cancel(self.requests, self.limits, self.state, place, float(now_us))
         if runs:
             self._close(key)
@@ -277,12 +287,12 @@ class LiveScheduler:
         """Makes sure that one more request fits, with so many blocks."""
         requests, offset = self.requests, int(self.requests.blocks.offsets[self._used])
         full = self._used == len(requests.prompt) or offset + blocks > len(requests.blocks.ids)
-        if not full and len(self._names) + blocks <= len(requests.blocks.tokens):
+        if not full and len(self._numbers) + blocks <= len(requests.blocks.tokens):
             return
         live = np.array(sorted(self._places.values()), np.int64)
         lengths = np.diff(requests.blocks.offsets)[live]
         used = np.zeros(len(requests.blocks.tokens), bool)
-        used[: len(self._names)] = self.state.pool.users[: len(self._names)] >= 0
+        used[: len(self._numbers)] = self.state.pool.users[: len(self._numbers)] >= 0
         for place in live.tolist():
             used[requests.blocks.ids[requests.blocks.offsets[place] : requests.blocks.offsets[place + 1]]] = True
         kept = np.flatnonzero(used)
@@ -295,5 +305,5 @@ class LiveScheduler:
         keys[: len(live)] = self._keys[live]
         self._keys, self._used = keys, len(live)
         self._places = {key: place for place, key in enumerate(keys[: len(live)].tolist())}
-        self._names.keep(kept.tolist())
+        self._numbers.keep(kept.tolist())
         self.pages.renumber_blocks(kept, room.blocks)

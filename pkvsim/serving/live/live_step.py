@@ -1,6 +1,7 @@
 """What the live scheduler serves, tells of a step, and asks of KV beyond the pages."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,11 +54,14 @@ class PromptLoads(Protocol):
     """Loads of prompts' blocks from tiers beyond the pages, each asked for when its request is admitted. A request has
     its pages meanwhile, and no chunk of it is planned before the scheduler knows how much of it has come."""
 
-    def begin(self, key: int, *, cached: int, target: int, pages: list[int], own: int) -> int | None:
-        """A request of that key runs, with `cached` tokens that it found in its pages and `target` to be there. How
-        many are there at once, less than the target; None where some are on their way. own: pages up to that one,
-        behind those tokens, are the request's alone: what is loaded goes to no others, as who else has them may compute
-        them meanwhile, or have done so, and a load that fails writes what it should not."""
+    def begin(
+        self, key: int, *, blocks: Sequence[bytes], cached: int, target: int, pages: list[int], own: int
+    ) -> int | None:  # fmt: skip
+        """A request of that key runs, with `cached` tokens that it found in its pages and `target` to be there. blocks:
+        the keys of its prompt's whole pages, by which the scheduler knows them too. How many tokens are there at once,
+        less than the target; None where some are on their way. own: pages up to that one, behind those tokens, are the
+        request's alone: what is loaded goes to no others, as who else has them may compute them meanwhile, or have done
+        so, and a load that fails writes what it should not."""
 
     def arrived(self) -> list[tuple[int, int | None]]:
         """(key, tokens that are in its pages) of requests whose loads have ended since the last call, None of those

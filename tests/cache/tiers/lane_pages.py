@@ -12,7 +12,7 @@ import numpy as np
 from pool_cases import LAYERS, RUN_BYTES
 
 from gpu.cache.tiers.device import HostPages
-from pkvsim.memory.block_sums import block_sums
+from pkvsim.memory.blocks.block_sums import block_sums
 
 
 class LaneTicket:

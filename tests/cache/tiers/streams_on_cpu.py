@@ -12,7 +12,7 @@ from fake_gpu import FakeArray, memory
 
 from gpu.cache.tiers import cuda_sums, transfer
 from gpu.kernels import fields
-from pkvsim.memory.block_sums import SUMS, block_sums
+from pkvsim.memory.blocks.block_sums import SUMS, block_sums
 
 LAYERS, RUN = 3, 2048  # K or V of a page of a layer: pool_cases has 4096 for both
 

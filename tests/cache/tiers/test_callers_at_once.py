@@ -13,7 +13,7 @@ from pool_cases import EIO, LAYERS, LONG_S, SLOT, FaultyReader, check, compute, 
 from gpu.cache.tiers import handles, tiered_cache
 from gpu.cache.tiers.disks import disk_jobs, disk_tier
 from gpu.cache.tiers.tiered_cache import TieredKVCache
-from pkvsim.memory.block_sums import block_sums
+from pkvsim.memory.blocks.block_sums import block_sums
 
 
 def jitters(monkeypatch, rng):

@@ -15,7 +15,7 @@ from gpu.cache import dma
 from gpu.cache.tiers import transfer
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.devices import copy_way
-from pkvsim.memory.block_sums import block_sums
+from pkvsim.memory.blocks.block_sums import block_sums
 
 
 @pytest.mark.parametrize("combined", [True, False])

@@ -19,7 +19,7 @@ from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.stores import DiskStore, HostStore
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages
-from pkvsim.memory.block_sums import block_sums
+from pkvsim.memory.blocks.block_sums import block_sums
 from pkvsim.memory.tiers import Tier
 
 LAYERS = 3
