@@ -3,7 +3,7 @@
     python examples/pool.py                                     # a small random-weight Llama, 8 documents of 16K tokens
     python examples/pool.py --model ~/Llama-3.2-1B --tier host:8GiB:50 --tier disk:64GiB:2=/mnt/nvme/kv
     python -m gpu.as_card rtx3060 examples/pool.py              # within 12 GB
-    python examples/pool.py --directory /tmp/kv && python examples/pool.py --directory /tmp/kv   # finds it again
+    python examples/pool.py --directory /tmp/kv --flush 30      # a later run finds it again
 
 Each question computes its document, or loads what the pool has of it and computes the rest; decode steps are our
 kernel's. Without the pool every question computes its document again: some are asked so, for the time and to compare
@@ -50,11 +50,13 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
                         help="host:CAPACITY:GB/s, or NAME:CAPACITY:GB/s=DIRECTORY; or a measured one's name")
     parser.add_argument("--device", help="a device file whose measured tiers --tier may name")
     parser.add_argument("--directory", type=Path, help="where the disk's tier is kept where no --tier is given")
+    parser.add_argument("--flush", type=float, default=0.0,
+                        help="most seconds at the end in which the disk writes what host memory holds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="writes all figures there")
     args = parser.parse_args(words)
     for name, least in (("documents", 1), ("tokens", 64), ("questions", 1), ("answer_tokens", 1), ("compare", 0),
-                        ("page_size", 1)):  # fmt: skip
+                        ("page_size", 1), ("flush", 0)):  # fmt: skip
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
     if args.tier and args.directory is not None:
@@ -100,7 +102,8 @@ def session(model: PreTrainedModel, args: argparse.Namespace, tiers: Sequence[st
     host, disks = parse_stores(tiers, measured, pin=pin)
     run(model, shape, None, order[:1], seed=args.seed)  # kernels are compiled and libraries loaded before times count
     without = run(model, shape, None, order[: args.compare], seed=args.seed)
-    with PromptPool(host=host, disks=disks, contents=contents_of(model, args.page_size)) as pool:
+    with PromptPool(host=host, disks=disks, contents=contents_of(model, args.page_size),
+                    flush_s=args.flush) as pool:
         answers = run(model, shape, pool, order, seed=args.seed)
         stats = pool.stats()
     difference = largest_difference(answers, without) if without else None

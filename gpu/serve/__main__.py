@@ -41,6 +41,10 @@ def serve(
         list[str] | None,
         typer.Option(help="KV of prompts beyond the pages, repeated: host:16GiB:50, disk0:200GiB:5=/mnt/nvme/kv."),
     ] = None,
+    tier_flush: Annotated[
+        float,
+        typer.Option(help="Most seconds at the end in which disks write what host memory holds, for the next run."),
+    ] = 0.0,
     order: Annotated[str, typer.Option(help="Who runs first of those that wait: fcfs, shortest or kvshare.")] = "fcfs",
     graphs: Annotated[bool, typer.Option("--graphs/--eager", help="Decode in captured graphs.")] = True,
     streamed_products: Annotated[
@@ -102,8 +106,8 @@ def serve(
         options = ServeOptions(
             dtype=dtype, kv_dtype=kv_dtype, device="cpu" if cpu else None, page_size=page_size, max_batch=max_batch,
             step_tokens=step_tokens, max_context=max_context, kv_gib=kv_gib, memory_fraction=memory_fraction,
-            prefix_cache=prefix_cache, tiers=tuple(tier or ()), order=order, graphs=graphs, dummy_weights=dummy_weights,
-            streamed_products=streamed_products,
+            prefix_cache=prefix_cache, tiers=tuple(tier or ()), tier_flush_s=tier_flush, order=order, graphs=graphs,
+            dummy_weights=dummy_weights, streamed_products=streamed_products,
         )  # fmt: skip
         requests = source.load(trace)
         spec = None if not predict else device_at_hand() if device is None else get_device(device)

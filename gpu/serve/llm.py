@@ -31,6 +31,7 @@ from gpu.serve.step import GREEDY, SamplingParams, is_number
 from gpu.serve.tiers.open_tiers import check_tiers, open_tiers
 from pkvsim.kv_types import KV_DTYPES
 from pkvsim.memory.prefix_cache import KINDS
+from pkvsim.memory.restarts import check_flush_s
 from pkvsim.serving.live.live_step import check_served
 from pkvsim.serving.orders import ORDERS
 from pkvsim.serving.state import Limits
@@ -58,6 +59,7 @@ class ServeOptions:
     memory_fraction: float = 0.9  # of the GPU's memory
     prefix_cache: str = "none"  # or "lru"
     tiers: tuple[str, ...] = ()  # of KV beyond the pages: "host:16GiB:50", "disk0:200GiB:5=/mnt/nvme/kv"
+    tier_flush_s: float = 0.0  # most seconds of close() in which disks write what host memory holds
     order: str = "fcfs"  # of pkvsim.serving.orders: fcfs, shortest (by max_tokens) or kvshare
     graphs: bool = True  # decode steps in CUDA graphs
     # Products of few rows by our kernel, which streams weights (True), or PyTorch's; None: ours on a GPU.
@@ -84,6 +86,7 @@ class ServeOptions:
         if self.kv_gib is not None and (not is_number(self.kv_gib) or not 0 < self.kv_gib < math.inf):
             raise ValueError(f"kv_gib: expected a number above 0, got {self.kv_gib!r}")
         check_int("seed", self.seed, 0, 2**63 - 1)
+        check_flush_s(self.tier_flush_s)
         if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction: expected a number in (0, 1], got {self.memory_fraction!r}")
         if self.device not in (None, "cpu") and not str(self.device).startswith("cuda"):
@@ -106,7 +109,7 @@ class LLM:
     """A model, its pages and the server over them."""
 
     __slots__ = ("config", "weights", "options", "pages", "server", "runner", "prefill", "notes", "tiers", "_model",
-                 "_max_context", "_tokenizer", "_pool")
+                 "_max_context", "_tokenizer", "_pool", "_note")
 
     def __init__(self, model: str | Path, options: ServeOptions = ServeOptions(), *, record: bool = False,
                  say: Callable[[str], None] = lambda line: None) -> None:
@@ -130,8 +133,9 @@ class LLM:
             self.notes.append(line)
             say(line)
 
+        self._note = note
         kv_dtype = options.kv_dtype or dtype
-        stores = check_tiers(options.tiers, kv_dtype, pin=cuda)
+        stores = check_tiers(options.tiers, kv_dtype, pin=cuda, flush_s=options.tier_flush_s)
         decodes = partial(check_kernels, page_size=options.page_size, kv_dtype=kv_dtype)
         self.config, self.weights = load(model, dtype=getattr(torch, dtype), device=device,
                                          check=decodes if cuda else None,
@@ -158,13 +162,19 @@ class LLM:
         self.runner.capture()
         self._pool, self.tiers = None, None
         if options.tiers:
-            self._pool, self.tiers = open_tiers(stores, self.config, self.weights, self.pages, self.runner)
+            self._pool, self.tiers = open_tiers(stores, self.config, self.weights, self.pages, self.runner,
+                                                flush_s=options.tier_flush_s)
         self.server = self._new_server(options, num_pages, record)
 
     def close(self) -> None:
-        """Ends its tiers, where it has any: what disks hold stays. Nothing is to be served any more."""
-        if self._pool is not None:
+        """Ends its tiers, where it has any: what disks hold stays, and what tier_flush_s has time for of host memory.
+        Nothing is to be served any more."""
+        if self._pool is not None and self._pool.is_open:
             self._pool.close()
+            found = self._pool.flushed
+            if found is not None:
+                self._note(f"tiers: {found.kept:,} blocks of host memory were written to disks in "
+                           f"{found.end_s - found.begin_s:.1f} s, {found.left:,} were not")
 
     def restart(self, *, num_pages: int | None = None, max_batch: int | None = None, step_tokens: int | None = None,
                 prefix_cache: str | None = None, order: str | None = None) -> None:

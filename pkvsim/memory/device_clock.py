@@ -69,8 +69,16 @@ class DeviceClock:
         self._link_free_s = begin + link_s
         return Loaded(begins, ends, max(float(ends.max()), begin + link_s))
 
+    def write_end_s(self, tier: int, num_bytes: int, now_s: float) -> float:
+        """When a write to a device that is asked for now would end."""
+        return max(now_s, self._write_free_s[tier]) + num_bytes / self._write_rates[tier]
+
+    def wait_until(self, time_s: float) -> None:
+        """No device reads before that time."""
+        self._read_free_s = np.maximum(self._read_free_s, time_s)
+
     def write(self, tier: int, num_bytes: int, now_s: float) -> tuple[float, float]:
         """(begin, end) of a write to a device."""
         begin = max(now_s, self._write_free_s[tier])
-        self._write_free_s[tier] = end = begin + num_bytes / self._write_rates[tier]
+        self._write_free_s[tier] = end = self.write_end_s(tier, num_bytes, now_s)
         return begin, end

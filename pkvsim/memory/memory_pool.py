@@ -59,7 +59,7 @@ class MemoryPool:
     """Blocks of equal size over unlike devices."""
 
     __slots__ = ("tiers", "block_bytes", "shares", "counts", "_placement", "_index", "_retention", "_admission",
-                 "_held", "_held_count")  # fmt: skip
+                 "_held", "_held_count", "_uses")  # fmt: skip
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class MemoryPool:
         self._retention = [retention() for _ in tiers]
         self._admission = AdmitAll() if admission is None else admission
         self._held: list[tuple[float, int, tuple[tuple[Hashable, Entry], ...]]] = []  # heap by end
-        self._held_count = 0
+        self._held_count = self._uses = 0
 
     def __len__(self) -> int:
         return len(self._index)
@@ -143,7 +143,7 @@ class MemoryPool:
     def done(self, read: Read) -> None:
         """A read has ended, well or not."""
         if self._index.unpin(read.key, read.place):
-            self._retention[read.place.tier].add(read.key)
+            self._may_go(read.key)
 
     def done_all(self, reads: Sequence[Read]) -> None:
         """All reads of a prompt have ended; its deepest block becomes the one that goes first."""
@@ -188,7 +188,7 @@ class MemoryPool:
         if not ok:
             self.failed(write.key, write.place)
         if self._index.complete(write.key, write.place):
-            self._retention[write.place.tier].add(write.key)
+            self._may_go(write.key)
             self.counts.stored += 1
 
     def touch(self, keys: Sequence[Hashable]) -> None:
@@ -207,11 +207,25 @@ class MemoryPool:
 
     def lose_tier(self, tier: int) -> None:
         """A device is gone: its blocks are forgotten and it gets no others."""
+        self.empty_tier(tier)
+        self.shares.lose(tier)
+
+    def empty_tier(self, tier: int) -> None:
+        """A device has lost all that it held."""
         for key in self._index.keys():
             entry = self._index.get(key)
             if entry is not None and entry.place.tier == tier:
                 self.failed(key, entry.place)
-        self.shares.lose(tier)
+
+    def move(self, key: Hashable, tier: int) -> tuple[Place, Write] | None:
+        """(Where a block lies, its write to another device), for whom others go there as the device's policy says; None
+        where it is not there any more, or none may go. The block is the pool's again once that is stored(). Its old
+        slot is free at once: for pools that close and store nothing else."""
+        entry = self._index.get(key)
+        if entry is None or entry.state != READY or not self._make_room(key, tier, admits=True):
+            return None
+        self._protect(key)
+        return self._index.remove(key), Write(key, self._index.reserve(key, tier), 0)
 
     def forget(self, keys: Sequence[Hashable]) -> int:
         """Gives up blocks that nobody reads, writes or holds; returns how many."""
@@ -224,7 +238,7 @@ class MemoryPool:
         """Takes in the complete blocks (key, slot) that a device kept over a restart; returns the keys taken."""
         taken = self._index.restore(tier, found)
         for key in taken:
-            self._retention[tier].add(key)
+            self._may_go(key)
         return taken
 
     def hold(self, keys: Sequence[Hashable], until_s: float) -> int:
@@ -262,13 +276,22 @@ class MemoryPool:
     def _let_go(self, key: Hashable) -> None:
         entry = self._index.get(key)
         if entry is not None and entry.evictable:
-            self._retention[entry.place.tier].add(key)
+            self._may_go(key)
 
-    def _make_room(self, key: Hashable, tier: int) -> bool:
+    def _may_go(self, key: Hashable) -> None:
+        """A block was used just before, and nobody reads, writes or holds it."""
+        entry = self._index.get(key)
+        assert entry is not None  # or nothing of it could be used
+        self._uses += 1
+        entry.used = self._uses
+        self._retention[entry.place.tier].add(key)
+
+    def _make_room(self, key: Hashable, tier: int, *, admits: bool = False) -> bool:
+        """admits: whatever the admission policy says."""
         if self._index.free_slots(tier):
             return True
         victim = self._retention[tier].victim()
-        if victim is None or not self._admission.admits(key, victim):
+        if victim is None or not (admits or self._admission.admits(key, victim)):
             return False
         self._retention[tier].remove(victim)
         self._index.remove(victim)

@@ -15,6 +15,7 @@ import numpy as np
 
 from pkvsim.memory.device_clock import DeviceClock
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers
+from pkvsim.memory.restarts import Flushed, check_restarts, restart
 from pkvsim.memory.retention import BELADY_NAME, GAPS_KEPT, choose_ttl_s
 from pkvsim.memory.tier_options import TierOptions
 from pkvsim.memory.tiers import Tier
@@ -46,6 +47,7 @@ class TierLoads:
     ttft_s: np.ndarray  # [n] float64, load and compute together; NaN without prices
     evicted: int
     refused: int
+    restarts: tuple[Flushed, ...] = ()
 
 
 def simulate_tiers(
@@ -55,9 +57,12 @@ def simulate_tiers(
     block_bytes: int,
     options: TierOptions = TierOptions(),
     compute_s: Callable[[int, np.ndarray], np.ndarray] | None = None,
+    restarts_s: Sequence[float] = (),
 ) -> TierLoads:
     """Serves requests in order. compute_s(request, blocks loaded [k]) -> [k] seconds to compute the rest of the prompt;
-    without it everything that is there is loaded. Raises ValueError naming the argument."""
+    without it everything that is there is loaded. restarts_s: when the server closes in good order and opens again: it
+    loads nothing before disks have written what options.flush_s lets them, and host memory is empty then. Raises
+    ValueError naming the argument."""
     offsets = np.asarray(requests.offsets, np.int64)
     n = len(requests.arrival_s)
     if len(offsets) != n + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(requests.hashes):
@@ -72,6 +77,7 @@ def simulate_tiers(
     next_use: dict[Hashable, float] = {}
     follows = _next_uses(requests) if options.retention == BELADY_NAME else None
     pool = options.make_pool(tiers, block_bytes=block_bytes, next_use=next_use.__getitem__)
+    due, restarts = check_restarts(restarts_s), list[Flushed]()
     devices = DeviceClock(tiers, link_bytes_per_s=options.link_bytes_per_s, serial=options.serial)
     out = TierLoads(
         np.diff(offsets), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, len(tiers)), np.int64),
@@ -79,6 +85,8 @@ def simulate_tiers(
     )  # fmt: skip
     for i in range(n):
         now = float(requests.arrival_s[i])
+        while due and due[0] <= now:
+            restarts.append(restart(pool, devices, now_s=due.pop(0), flush_s=options.flush_s))
         keys = requests.hashes[offsets[i] : offsets[i + 1]].tolist()
         if follows is not None:
             next_use.update(zip(keys, follows[offsets[i] : offsets[i + 1]].tolist()))
@@ -116,7 +124,7 @@ def simulate_tiers(
                 pool.hold(keys, now + ttl_s)
     return TierLoads(
         out.blocks, out.hits, out.loaded, out.bytes_by_tier, out.blocked_s, out.load_s, out.ttft_s,
-        pool.counts.evicted, pool.counts.refused,
+        pool.counts.evicted, pool.counts.refused, tuple(restarts),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pkvsim.memory.memory_pool import MemoryPool
 from pkvsim.memory.placement import BANDWIDTH, PLACEMENTS
+from pkvsim.memory.restarts import check_flush_s
 from pkvsim.memory.retention import ADMISSIONS, BELADY_NAME, LRU_NAME, RETENTIONS, Belady, Lru, TinyLfu
 from pkvsim.memory.tiers import Tier, check_tiers
 
@@ -21,7 +22,7 @@ class TierOptions:
     their way to the GPU. num_layers: of the model, whose first layers are attended to while later ones arrive; 1 where
     nothing is computed before all is there. hold_cost: with prices and sessions, keeps a session's blocks after a turn
     for as long as retention.choose_ttl_s says by the gaps between turns seen so far; seconds that others lose for each
-    second of it. None holds nothing.
+    second of it. None holds nothing. flush_s: most seconds of a restart in which disks write what host memory holds.
     """
 
     placement: str = BANDWIDTH
@@ -31,6 +32,7 @@ class TierOptions:
     link_bytes_per_s: float = float("inf")
     num_layers: int = 1
     hold_cost: float | None = None
+    flush_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field, known in (("placement", PLACEMENTS), ("retention", RETENTIONS), ("admission", ADMISSIONS)):
@@ -42,6 +44,7 @@ class TierOptions:
             raise ValueError(f"hold_cost: expected >= 0 or None, got {self.hold_cost!r}")
         if not isinstance(self.num_layers, int) or self.num_layers < 1:
             raise ValueError(f"num_layers: expected an integer >= 1, got {self.num_layers!r}")
+        check_flush_s(self.flush_s)
 
     def make_pool(
         self, tiers: Sequence[Tier], *, block_bytes: int, next_use: Callable[[Hashable], float]

@@ -51,6 +51,11 @@ class Tier:
         if not (math.isfinite(self.read_latency_s) and self.read_latency_s >= 0):
             raise ValueError(f"read_latency_s: expected finite seconds >= 0, got {self.read_latency_s!r}")
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether what it holds is there after a restart."""
+        return self.kind == DISK
+
     def slots(self, block_bytes: int) -> int:
         """Blocks of block_bytes that it holds."""
         return self.capacity_bytes // block_bytes

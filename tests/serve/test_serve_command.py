@@ -48,6 +48,19 @@ def test_prompts_are_kept_on_tiers(model, tmp_path):
     assert found["ended"] == {"served": 12} and found["tiers"]["blocks"] > 0 and found["tiers"]["disk0"]["faults"] == 0
     done = run("--model", model, *LOAD, *tiers)
     assert done.exit_code == 0 and "blocks are kept" in done.output and "brought" in done.output
+    again = [*LOAD, "--tier", "host:1MiB:50", "--tier", f"disk0:8MiB:5={tmp_path / 'b'}"]
+    done = run("--model", model, *again, "--tier-flush", "20")
+    assert done.exit_code == 0 and "blocks of host memory were written to disks" in done.output
+    loaded = []
+    for place in (tmp_path, tmp_path / "b"):  # without a flush and with one
+        done = run("--model", model, *LOAD, "--tier", f"disk0:8MiB:5={place}", "--json")
+        loaded.append(json.loads(done.stdout)["tiers"]["loaded_tokens"])
+    assert loaded[1] > 2 * loaded[0]
+    for tier in ([], ["--tier", "host:1MiB:50"]):
+        done = run("--model", model, *LOAD, *tier, "--tier-flush", "20")
+        assert done.exit_code == 2 and "tier_flush: expected host memory and a disk" in done.output
+    done = run("--model", model, *again, "--tier-flush", "-1")
+    assert done.exit_code == 2 and "flush_s: expected seconds >= 0" in done.output
     done = run("--model", model, *LOAD, "--tier", "host")
     assert done.exit_code == 2 and "tier" in done.output and "Traceback" not in done.output
 

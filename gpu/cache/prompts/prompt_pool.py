@@ -15,6 +15,7 @@ from gpu.cache.tiers.device import Device, HostLayers
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.cache.tiers.stores import DiskStore, HostStore
 from gpu.cache.tiers.tiered_cache import TieredKVCache
+from pkvsim.memory.restarts import Flushed, check_flush_s
 
 ComputeTimes = Callable[[np.ndarray], np.ndarray]  # blocks loaded [k] -> seconds to compute the rest of the prompt [k]
 
@@ -24,16 +25,18 @@ class PromptPool:
 
     def __init__(
         self, *, contents: str, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (),
-        prefill_tokens_per_s: float | None = None, **options: Any
+        prefill_tokens_per_s: float | None = None, flush_s: float = 0.0, **options: Any
     ) -> None:  # fmt: skip
         """contents: of gpu.drop_ins.transformers_prompts.contents_of; options: of TieredKVCache. prefill_tokens_per_s:
         at which the model computes prompts, so that nothing is loaded where computing is faster; None: all that is
-        there is loaded. ValueError naming the argument where it is none, and where there are no tiers."""
+        there is loaded. flush_s: most seconds of close() in which disks write what host memory holds, so that a later
+        process finds prompts whole. ValueError naming the argument where it is none, and where there are no tiers."""
         if not host and not disks:
             raise ValueError("host, disks: expected at least one tier")
         if prefill_tokens_per_s is not None and not 0 < prefill_tokens_per_s < float("inf"):
             raise ValueError(f"prefill_tokens_per_s: expected tokens per second > 0, got {prefill_tokens_per_s!r}")
-        self.prefill_tokens_per_s = prefill_tokens_per_s
+        self.prefill_tokens_per_s, self.flush_s = prefill_tokens_per_s, check_flush_s(flush_s)
+        self.flushed: Flushed | None = None  # what close() has kept of host memory, None where it wrote nothing
         self.contents, self.host, self.disks, self.options = contents, host, disks, options
         self._cache: TieredKVCache | None = None
         self._first_pages: torch.Tensor | None = None  # K of layer 0 of the cache that uses it
@@ -60,7 +63,7 @@ class PromptPool:
             arrays = [[page.view(torch.uint8).numpy() for page in pages] for pages in (k_pages, v_pages)]
             device = HostLayers(*arrays)
         self._cache = TieredKVCache(
-            device, host=self.host, disks=self.disks, contents=self.contents, **self.options
+            device, host=self.host, disks=self.disks, contents=self.contents, flush_s=self.flush_s, **self.options
         )  # fmt: skip
         self._first_pages = k_pages[0]
 
@@ -86,9 +89,10 @@ class PromptPool:
         return self._opened().stats()
 
     def close(self) -> None:
-        """Finishes what is under way; disks keep what they hold."""
+        """Finishes what is under way; disks keep what they hold, and what flush_s has time for of host memory."""
         if self._cache is not None:
             self._cache.close()
+            self.flushed = self._cache.flush.found
             self._cache = self._first_pages = None
 
     def __enter__(self) -> PromptPool:

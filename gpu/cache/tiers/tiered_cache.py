@@ -27,6 +27,8 @@ from gpu.cache.tiers.device import Device, Ticket, has_ended, wait_ended
 from gpu.cache.tiers.disk_stats import disk_stats
 from gpu.cache.tiers.disks.disk_jobs import Porter, ReadJob, WriteJob
 from gpu.cache.tiers.disks.disk_tier import DiskTier
+from gpu.cache.tiers.disks.host_flush import HostFlush
+from gpu.cache.tiers.disks.use_order import restore_blocks
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.open_disk import open_disk
@@ -51,15 +53,17 @@ class TieredKVCache:
 
     def __init__(
         self, device: Device, *, host: Sequence[HostStore] = (), disks: Sequence[DiskStore] = (), contents: str = "",
-        link_bytes_per_s: float = float("inf"), **pool_options: Any,
+        link_bytes_per_s: float = float("inf"), flush_s: float = 0.0, **pool_options: Any,
     ) -> None:  # fmt: skip
         """contents: what a block is (model, type, layout), noted in the disks' directories; link_bytes_per_s: of
-        load-or-recompute; pool_options: placement, retention, admission and drift of MemoryPool. Takes in what the
-        disks kept. Raises ValueError naming the argument, and has opened nothing then."""
+        load-or-recompute; flush_s: most seconds of close() in which disks write what host memory holds, used last
+        first (pkvsim.memory.restarts), so that a restart loads it; pool_options: placement, retention, admission and
+        drift of MemoryPool. Takes in what the disks kept. Raises ValueError naming the argument, and has opened nothing
+        then."""
         check_stores(host, disks, device.block_bytes)
         if not link_bytes_per_s > 0:
             raise ValueError(f"link_bytes_per_s: expected > 0, got {link_bytes_per_s!r}")
-        self.device = device
+        self.device, self.flush = device, HostFlush(flush_s)
         self._pool = MemoryPool([one.tier for one in (*host, *disks)], block_bytes=device.block_bytes, **pool_options)
         self._lock = threading.Condition()
         self._link = link_bytes_per_s
@@ -85,7 +89,7 @@ class TieredKVCache:
                     observe=partial(self._observe, at), stalled=partial(self._lose, at),
                 )  # fmt: skip
                 self._disks.append(disk)
-                self._pool.restore(at, disk.files.complete())
+            restore_blocks(self._pool, self._disks, first=len(self._arenas))
         except BaseException:
             self.close()
             raise
@@ -215,14 +219,15 @@ class TieredKVCache:
         return out
 
     def close(self) -> None:
-        """Finishes what is under way, closes the files and gives host memory back. Waits for calls of other threads;
-        may be called again, also where it was interrupted."""
+        """Finishes what is under way, writes what flush_s has time for, closes the files and gives host memory back.
+        Waits for calls of other threads; may be called again, also where it was interrupted."""
         if not self._calls.are_own:
             return
         self._calls.end()
         with self._closing:
             if self._is_done:
                 return
+            self.flush.run(self._pool, self._lock, self._arenas, self._disks, behind=self._waiter)
             for disk in self._disks:
                 disk.close()
             self._porter.close()

@@ -20,15 +20,16 @@ class Place(NamedTuple):
 
 
 class Entry:
-    """What the index knows of a block: its place, its state, and how many load it or hold it."""
+    """What the index knows of a block: its place, its state, how many load it or hold it, and when it was last used."""
 
-    __slots__ = ("place", "state", "loads", "holds")
+    __slots__ = ("place", "state", "loads", "holds", "used")
 
     def __init__(self, place: Place, state: str) -> None:
         self.place = place
         self.state = state
         self.loads = 0  # reads under way
         self.holds = 0  # sessions that keep it
+        self.used = 0  # of two blocks, the one that was used later has the larger number
 
     @property
     def evictable(self) -> bool:

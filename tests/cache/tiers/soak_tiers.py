@@ -115,7 +115,8 @@ def soak(folder: Path, requests: int, *, seed: int = 0, restart_every: int = 400
             return readers[-1]
 
         disks = [disk(folder / name, 40, reader=reader, stall_s=0.2) for name in "ab"]
-        with TieredKVCache(pages, host=[host(8)], disks=disks) as cache:
+        flush_s = (0.0, 5.0, 0.01)[found.restarts % 3]
+        with TieredKVCache(pages, host=[host(8)], disks=disks, flush_s=flush_s) as cache:
             serve(cache, pages, rng, found, min(restart_every, requests - found.requests))
             wait_for(lambda: not any(one.queued for one in cache._disks), "reads and writes of disks")
             stats = cache.stats()

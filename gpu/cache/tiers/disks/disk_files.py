@@ -4,6 +4,7 @@
     pool.json  what the slots hold; another model's or layout's blocks are refused
     blocks     slot s at s * slot_bytes: a header of 4 KiB, then the block, padded to 4 KiB; preallocated
     complete   64 bytes a slot: the key of the block that is complete there, or zeros
+    used       8 bytes a slot, while nobody uses the directory: of two blocks, the one used later has the larger number
 
 A slot's record in `complete` is cleared before the slot is written, and written after. So whenever a process dies, what
 the records list had been written whole. A header repeats key and slot and has the block's sums, which every read
@@ -162,6 +163,24 @@ class DiskFiles:
             if magic == _RECORD_MAGIC and crc == zlib.crc32(record[:40]) and 1 <= length <= MAX_KEY_BYTES:
                 found.append((key[:length], slot))
         return found
+
+    def take_uses(self) -> np.ndarray:
+        """[slots] uint64: what note_uses() noted last, zeros where it did not. Whoever takes them begins to use the
+        blocks, and they hold no longer."""
+        uses = np.zeros(self.slots, np.uint64)
+        with contextlib.suppress(OSError):  # a hint, without which blocks go in another order
+            noted = np.frombuffer((self.directory / "used").read_bytes()[: 8 * self.slots], np.uint8)
+            noted = noted[: len(noted) // 8 * 8].view("<u8")
+            uses[: len(noted)] = noted
+            (self.directory / "used").unlink()
+        return uses
+
+    def note_uses(self, uses: np.ndarray) -> None:
+        """When each slot's block was last used, [slots] uint64."""
+        scratch = self.directory / "used.new"
+        with contextlib.suppress(OSError):  # of a full disk, or one that is gone
+            scratch.write_bytes(uses.astype("<u8").tobytes())
+            scratch.replace(self.directory / "used")
 
     def begin(self, slot: int) -> None:
         """The slot is about to be written, or has no valid block. OSError where that cannot be noted."""

@@ -44,6 +44,7 @@ class WriteJob:
     tag: int
     fill: Callable[[np.ndarray, list[WriteJob]], np.ndarray]
     ended: Callable[[list[Any], str | None], None]
+    cancelled: bool = False  # where it has not begun
 
 
 class Phase(str, Enum):

@@ -210,17 +210,17 @@ class DiskTier:
     def _submit(self) -> None:
         reads: list[ReadJob] = []
         writes: list[WriteJob] = []
-        cancelled: list[ReadJob] = []
+        cancelled: list[ReadJob | WriteJob] = []
         with self._wake:
             room = min(self._depth - len(self._requests.under_way), len(self._free))
             while self._jobs and len(reads) + len(writes) < room:
                 job = self._jobs.popleft()
-                if isinstance(job, WriteJob):
-                    writes.append(job)
-                elif not job.cancelled:
-                    reads.append(job)
-                else:
+                if job.cancelled:
                     cancelled.append(job)
+                elif isinstance(job, WriteJob):
+                    writes.append(job)
+                else:
+                    reads.append(job)
         self._to_write += writes
         try:
             # A request is submitted as soon as its time begins: filling buffers waits for the GPU, and a request that
@@ -230,8 +230,8 @@ class DiskTier:
                 del self._free[len(self._free) - len(reads) :]
                 self._requests.read(reads, slots)
         finally:
-            for read in cancelled:  # with no lock held, as whoever is told may wait for others
-                self._requests.end(read, UNTAKEN)
+            for job in cancelled:  # with no lock held, as whoever is told may wait for others
+                self._requests.end(job, UNTAKEN)
         self._write()
 
     def _write(self) -> None:
