@@ -87,13 +87,13 @@ class HostFlush:
     ) -> dict[int, list[WriteJob]]:  # fmt: skip
         """By disks, each in the order in which blocks are worth it."""
         jobs: dict[int, list[WriteJob]] = {}
-        self._block_bytes = pool.block_bytes
+        self._block_bytes, ended = pool.block_bytes, self._ended_in(pool, lock)
         for key, tier in blocks_to_move(pool):
             moved = pool.move(key, tier)
             if moved is not None:
                 (arena, slot), write = moved
                 jobs.setdefault(tier, []).append(WriteJob(
-                    write.place.slot, write.key, len(self._writes), self._fill, self._ended_in(pool, lock)
+                    write.place.slot, write.key, len(self._writes), self._fill, ended
                 ))  # fmt: skip
                 self._writes.append(write)
                 self._sources.append(arenas[arena].address(slot))
