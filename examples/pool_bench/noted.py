@@ -104,20 +104,27 @@ class NotedPages:
         self._began = time.perf_counter()
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[Ticket]:  # fmt: skip
+        begin = time.perf_counter()
+        tickets = self._pages.copy_in(addresses, pages, after=after, each_layer=each_layer)
+        self._note(each_layer, len(pages), begin, int(not each_layer))
+        return tickets
+
+    def copy_layers(self, addresses: np.ndarray, pages: np.ndarray, *, after: object) -> Iterator[Ticket]:
+        begin = time.perf_counter()
+        yield from self._pages.copy_layers(addresses, pages, after=after)
+        self._note(True, len(pages), begin, 1)
+
+    def _note(self, each_layer: bool, blocks: int, begin: float, stream: int) -> None:
+        """Copies have been asked for, on that one of the streams."""
         import cupy
 
-        begin = time.perf_counter()
-        tickets = self._pages.copy_in(addresses, pages, after=after, each_layer=each_layer, paced=paced)
-        end = time.perf_counter()
+        end, event = time.perf_counter(), cupy.cuda.Event()
         ring = self._pages._rings[not each_layer]
-        stream = self._pages._streams[not each_layer or paced] if ring is None else ring.last
-        event = cupy.cuda.Event()
-        event.record(stream)
+        event.record(self._pages._streams[stream] if ring is None else ring.last)
         with self._lock:
-            self._notes.append((each_layer, len(pages), begin, end, event))
-        return tickets
+            self._notes.append((each_layer, blocks, begin, end, event))
 
     def stop(self, begin: float) -> CopyTimes:
         """Of what has been copied since start(); all of it has ended. begin: of the load, by time.perf_counter()."""

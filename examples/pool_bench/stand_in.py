@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,27 +119,33 @@ class TimedPages(NoPages):
         self.link, self._variant, self._driver = Link(), variant, threading.Lock()
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[Ticket]:  # fmt: skip
+        if each_layer:
+            return list(self._ask_for_layers(len(pages), paced=False))
+        for _ in range(CALLS):
+            self._call(DRIVER_CALL_S)
+        each = 1 if self._variant.to_gpu == STAGED else LAYERS
+        return [self._ask(len(pages) * each, self.block_bytes // each)]
+
+    def copy_layers(self, addresses: np.ndarray, pages: np.ndarray, *, after: object) -> Iterator[Ticket]:
+        return self._ask_for_layers(len(pages), paced=True)
+
+    def _ask_for_layers(self, blocks: int, *, paced: bool) -> Iterator[Ticket]:
         variant = self._variant
         for _ in range(CALLS):
             self._call(DRIVER_CALL_S)
-        if not each_layer:
-            each = 1 if variant.to_gpu == STAGED else LAYERS
-            return [self._ask(len(pages) * each, self.block_bytes // each)]
-        tickets: list[TimedTicket] = []
         parts: list[TimedTicket] = []
-        part = max(1, variant.paced_bytes // TENTH // variant.parts // RUN_BYTES) if paced else max(1, len(pages))
+        part = max(1, variant.paced_bytes // TENTH // variant.parts // RUN_BYTES) if paced else max(1, blocks)
         layers = PIECE_BYTES // TENTH // RUN_BYTES if variant.to_gpu == STAGED else 1  # of a copy
         part = max(1, part // layers)
-        for _ in range(0, LAYERS, layers):
-            for begin in range(0, len(pages), part):
+        for first in range(0, LAYERS, layers):
+            for begin in range(0, blocks, part):
                 if paced and len(parts) >= variant.parts:
                     parts[-variant.parts].wait()
-                count = min(part, len(pages) - begin)
+                count = min(part, blocks - begin)
                 parts.append(self._ask(count, layers * RUN_BYTES))
-            tickets += [parts[-1]] * layers
-        return tickets[:LAYERS]
+            yield from [parts[-1]] * min(layers, LAYERS - first)
 
     def sums(self, pages: np.ndarray, *, after: TimedTicket | None) -> Sums:
         for _ in range(SUMS_CALLS):

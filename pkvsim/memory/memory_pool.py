@@ -191,6 +191,11 @@ class MemoryPool:
             self._may_go(write.key)
             self.counts.stored += 1
 
+    def stored_all(self, writes: Sequence[Write], *, ok: bool = True) -> None:
+        """Several writes have ended alike."""
+        for write in writes:
+            self.stored(write, ok=ok)
+
     def touch(self, keys: Sequence[Hashable]) -> None:
         """Marks a prompt's blocks as just used, so that its deepest goes first."""
         for key in reversed(keys):

@@ -24,11 +24,15 @@ class CacheCalls:
         """Whether this is the process that opened the cache. A process forked from it has none of its threads."""
         return os.getpid() == self._process
 
+    def check_own(self) -> None:
+        """ValueError in a process forked from the one that opened the cache: what it waits for would never come."""
+        if not self.are_own:
+            raise ValueError("cache: expected the process that opened it, got one forked from that")
+
     @property
     def lock(self) -> threading.Condition:
         """The lock, where it is safe to take: a forked process may have got it locked for good. ValueError there."""
-        if not self.are_own:
-            raise ValueError("cache: expected the process that opened it, got one forked from that")
+        self.check_own()
         return self._lock
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ page of K before that of V, so that a disk reads it whole and the GPU takes it l
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,11 +64,16 @@ class Device(Protocol):
         """This point of the caller's stream: everything launched before it."""
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[Ticket]:  # fmt: skip
         """Host blocks at addresses [n] int64 into pages [n] int32, once the mark is reached; a ticket for each layer
-        in their order, or one for all of them. paced: asks for layers as earlier ones arrive, and returns with the last
-        of them, so that what other threads ask for meanwhile does not wait behind all of it."""
+        in their order, or one for all of them."""
+
+    def copy_layers(self, addresses: np.ndarray, pages: np.ndarray, *, after: object) -> Iterator[Ticket]:
+        """As copy_in() with each layer's ticket, but what is under way at once is bounded, so that what other threads
+        ask for meanwhile does not wait behind all of it: the iterator blocks its thread until earlier copies have
+        arrived, and gives a layer's ticket when all copies of that layer have been asked for. Whoever stops early has
+        tickets of all that was asked for, and where it raises, nothing is under way but what they are of."""
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> Ticket:
         """Pages [n] int32 to host blocks at addresses [n] int64, once the mark is reached."""
@@ -113,6 +118,9 @@ class _LayerByLayer:
     def load_steps(self) -> int:
         return self.num_layers
 
+    def copy_layers(self: Device, addresses: np.ndarray, pages: np.ndarray, *, after: object) -> Iterator[Ticket]:
+        yield from self.copy_in(addresses, pages, after=after, each_layer=True)
+
 
 class NoPages(_LayerByLayer):
     """A device that takes every block, keeps none and looks at none: disks alone are measured where there is no GPU."""
@@ -126,7 +134,7 @@ class NoPages(_LayerByLayer):
         return None
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[Ticket]:  # fmt: skip
         return [DoneTicket()] * (self.num_layers if each_layer else 1)
 
@@ -154,7 +162,7 @@ class HostPages(_LayerByLayer):
         return None
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[Ticket]:  # fmt: skip
         for address, page in zip(addresses.tolist(), pages.tolist()):
             ctypes.memmove(self.pages[page].ctypes.data, address, self.block_bytes)
@@ -197,7 +205,7 @@ class HostLayers(_LayerByLayer):
         return None
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[Ticket]:  # fmt: skip
         for address, page in zip(addresses.tolist(), pages.tolist()):
             for at, array in enumerate(self._arrays):

@@ -13,6 +13,7 @@ wrong costs hits: a block is used only where its key and sums are right, and eve
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -24,27 +25,20 @@ import numpy as np
 from gpu.cache.tiers.block_arguments import check_keys, check_pages
 from gpu.cache.tiers.cache_calls import CacheCalls
 from gpu.cache.tiers.device import Device, Ticket, has_ended, wait_ended
-from gpu.cache.tiers.disk_stats import disk_stats
-from gpu.cache.tiers.disks.disk_jobs import Porter, ReadJob, WriteJob
+from gpu.cache.tiers.disks.disk_jobs import Porter, WriteJob
+from gpu.cache.tiers.disks.disk_stats import disk_stats
 from gpu.cache.tiers.disks.disk_tier import DiskTier
 from gpu.cache.tiers.disks.host_flush import HostFlush
 from gpu.cache.tiers.disks.use_order import restore_blocks
 from gpu.cache.tiers.handles import LoadHandle, StoreHandle
 from gpu.cache.tiers.host_arena import HostArena
+from gpu.cache.tiers.load_parts import give, is_long, split_load
 from gpu.cache.tiers.open_disk import open_disk
 from gpu.cache.tiers.stores import DiskStore, HostStore, check_stores
 from pkvsim.memory.load_or_recompute import choose_prefix, in_layers, load_times_s
 from pkvsim.memory.memory_pool import MemoryPool, Read, Write
 
 MOST_FAULTS = 64  # of one disk, after which it is not used any more
-
-
-def _give(threads: ThreadPoolExecutor, task: Callable[..., None], *arguments: object) -> None:
-    """Has the task done by those threads. Where the main thread has ended they take no more, and this one does it."""
-    try:
-        threads.submit(task, *arguments)
-    except RuntimeError:
-        task(*arguments)
 
 
 class TieredKVCache:
@@ -75,7 +69,7 @@ class TieredKVCache:
         self._is_done = False
         self._device_faults, self._last_device_fault = 0, ""
         self._porter = Porter()
-        self._loader = ThreadPoolExecutor(1, "tier loads")  # copies blocks of host memory that disks' blocks belong to
+        self._loader = ThreadPoolExecutor(1, "tier loads")  # asks for copies of long loads, and beside disks
         self._waiter = ThreadPoolExecutor(1, "tier copies")  # waits for copies of host memory and tells the pool
         try:
             for store in host:
@@ -125,33 +119,20 @@ class TieredKVCache:
         with self._lock:
             reads = self._pool.want(list(keys), limit=len(pages))
         handle = LoadHandle(self, reads, pages, mark)
-        tiers = np.array([read.place.tier for read in reads], np.int64)
-        in_host = np.flatnonzero(tiers < len(self._arenas))
-        addresses = np.empty(len(in_host), np.int64)
-        for tier, arena in enumerate(self._arenas):
-            mine = np.flatnonzero(tiers[in_host] == tier)
-            slots = [reads[at].place.slot for at in in_host[mine].tolist()]
-            addresses[mine] = arena.addresses(np.array(slots, np.int64))
-        jobs = [
-            [ReadJob(reads[at].place.slot, reads[at].key, at, handle._take, handle._ended)
-             for at in np.flatnonzero(tiers == tier).tolist()]
-            for tier in range(len(self._arenas), len(self._arenas) + len(self._disks))
-        ]  # fmt: skip
-        handle._jobs = [job for group in jobs for job in group]
-        handle._pending += len(handle._jobs)
-        handle._asking += bool(len(in_host))  # before anybody else has the handle
+        host, jobs = split_load(handle, reads, self._arenas, len(self._disks))
+        handle._owe([job for group in jobs for job in group])
         # Disks first, as they are the slower ones; and all together, with little of Python behind it in this thread:
         # a disk's thread that wakes while it runs waits for Python's lock, 5 ms and more where others wait too.
         for disk, group in zip(self._disks, jobs):
             if group:
                 disk.add(group)
-        if len(in_host):
-            if handle._jobs:  # the caller waits for disks in any case, and they have their part of the link at once
-                _give(self._loader, handle._copy_host, addresses, in_host)
-            else:
-                handle._copy_host(addresses, in_host, paced=False)
+        if not len(host.blocks):
+            handle._asked(handle.blocks)
+        elif any(jobs) or is_long(len(host.blocks), self.device.block_bytes):
+            # The caller waits for disks in any case, and they have their part of the link at once.
+            give(self._loader, handle._copy_host, host.addresses, host.blocks, aside=True)
         else:
-            handle._less(1, handle.blocks)
+            handle._copy_host(host.addresses, host.blocks, aside=False)
         return handle
 
     def store(self, keys: Sequence[bytes], pages: Sequence[int] | np.ndarray) -> StoreHandle:
@@ -184,7 +165,7 @@ class TieredKVCache:
             except Exception as error:  # of the GPU: nothing of it is under way, and disks have their blocks
                 self._end_host(handle, host, f"{type(error).__name__}: {error}")
             else:
-                _give(self._waiter, self._host_stored, handle, host, ticket)
+                give(self._waiter, self._host_stored, handle, host, ticket)
         return handle
 
     def free(self, keys: Sequence[bytes]) -> None:
@@ -243,7 +224,10 @@ class TieredKVCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Called by the threads of disks and copies.
+    # Called by handles, and by the threads of disks and copies.
+
+    def _check_own(self) -> None:
+        self._calls.check_own()
 
     def _after_copies(self, handle: LoadHandle) -> None:
         """All blocks of a load have been handed over: once they are copied, the pool may move them again."""
@@ -251,11 +235,12 @@ class TieredKVCache:
         if all(map(has_ended, tickets)) or self._calls.is_closed:
             self._loaded(handle, tickets)
         else:
-            _give(self._waiter, self._loaded, handle, tickets)
+            give(self._waiter, self._loaded, handle, tickets)
 
     def _loaded(self, handle: LoadHandle, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:
             wait_ended(ticket)
+        handle.ended_s = time.perf_counter()
         with self._lock:
             self._pool.done_all(handle._reads)
 
@@ -267,17 +252,16 @@ class TieredKVCache:
         if fault is not None:
             self._device_failed(fault)
         handle._copied(len(writes))
-        for write in writes:
-            handle._ended(write, fault is None)
+        handle._ended(writes, fault is None)
 
     def _device_failed(self, fault: str) -> None:
         with self._lock:
             self._device_faults += 1
             self._last_device_fault = fault
 
-    def _stored(self, write: Write, ok: bool) -> None:
+    def _stored(self, writes: Sequence[Write], ok: bool) -> None:
         with self._lock:
-            self._pool.stored(write, ok=ok)
+            self._pool.stored_all(writes, ok=ok)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         with self._lock:

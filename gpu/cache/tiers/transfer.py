@@ -1,9 +1,9 @@
 """Blocks between pinned host memory and the GPU's pages, whichever of pkvsim.devices.copy_way's ways they go.
 
 Loads and stores go to streams of their own that decode never waits for: blocks of host memory layer by layer on one,
-whole blocks that disks deliver on another, and stores on a third. Blocks of host memory that disks' blocks arrive
-beside are paced: they go on the disks' stream, in small parts of which few are under way. Copies of one stream come in
-the order asked for, so that a disk's blocks wait for those few and no more, whatever turns the DMA engine takes between
+whole blocks that disks deliver on another, and stores on a third. Blocks of host memory that a thread of the cache asks
+for are paced: they go on the disks' stream, in small parts of which few are under way. Copies of one stream come in the
+order asked for, so that a disk's blocks wait for those few and no more, whatever turns the DMA engine takes between
 streams. An event follows each layer, or several layers where they are staged as one piece.
 """
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,9 +44,9 @@ STAGING_SLOTS = (2, 4, 2)
 STAGING_BYTES = (64 * 2**20, 16 * 2**20, 64 * 2**20)
 # Copies of one call of the driver, about 1 ms of it, in which other threads' calls may have to wait.
 BATCH_COPIES = 1024
-# Under way at most, of blocks from host memory that disks' blocks arrive beside, and in how many parts they are asked
-# for: 10 ms of the link, so that it does not run dry while the thread that asks waits for a lock, and a disk's ring
-# holds what it reads in several times as long. A part is one call of the driver where runs are of 64 KiB.
+# Under way at most, of paced blocks from host memory, and in how many parts they are asked for: 10 ms of the link, so
+# that it does not run dry while the thread that asks waits for a lock, and a disk's ring holds what it reads in several
+# times as long. A part is one call of the driver where runs are of 64 KiB.
 PACED_BYTES, PACED_PARTS = 512 * 2**20, 8
 
 
@@ -167,9 +167,12 @@ class CudaPages:
         return event
 
     def copy_in(
-        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool, paced: bool = False
+        self, addresses: np.ndarray, pages: np.ndarray, *, after: object, each_layer: bool
     ) -> Sequence[EventTicket]:  # fmt: skip
-        return self._copy(0 if each_layer else 1, addresses, pages, after, paced)
+        return self._copy(0 if each_layer else 1, addresses, pages, after)
+
+    def copy_layers(self, addresses: np.ndarray, pages: np.ndarray, *, after: object) -> Iterator[EventTicket]:
+        return self._copies(0, addresses, pages, after, paced=True)
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> EventTicket:
         return self._copy(2, addresses, pages, after)[0]
@@ -184,14 +187,19 @@ class CudaPages:
             stream = arrays.current_stream(self._library, self._device)
             cupy.cuda.runtime.streamWaitEvent(stream, ticket.event.ptr, 0)
 
-    def _copy(
-        self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool = False
-    ) -> list[EventTicket]:  # fmt: skip
-        """As _ask_for(). Where that raises, what it had asked for has ended."""
+    def _copy(self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object) -> list[EventTicket]:
+        return list(self._copies(lane, addresses, pages, after, paced=False))
+
+    def _copies(
+        self, lane: int, addresses: np.ndarray, pages: np.ndarray, after: object, *, paced: bool
+    ) -> Iterator[EventTicket]:  # fmt: skip
+        """As _ask_for(). Where that raises, what it had asked for has ended, also where its thread is interrupted."""
         stream, ring = self._streams[1 if paced else lane], self._rings[lane]
         try:
-            return self._ask_for(lane, stream, addresses, pages, after, paced)
-        except Exception:
+            yield from self._ask_for(lane, stream, addresses, pages, after, paced)
+        except GeneratorExit:  # whoever wants no more of them has tickets of what was asked for
+            raise
+        except BaseException:
             for one in (stream, *(() if ring is None else (ring.stream,))):
                 with contextlib.suppress(Exception):  # of a GPU that has failed altogether and copies nothing
                     one.synchronize()
@@ -199,7 +207,7 @@ class CudaPages:
 
     def _ask_for(
         self, lane: int, stream: cupy.cuda.Stream, addresses: np.ndarray, pages: np.ndarray, after: object, paced: bool
-    ) -> list[EventTicket]:  # fmt: skip
+    ) -> Iterator[EventTicket]:  # fmt: skip
         """All runs on the stream; a ticket for each layer of lane 0, one for all of the others. paced: by parts of the
         blocks, each once few enough are under way.
 
@@ -210,7 +218,6 @@ class CudaPages:
 
         addresses, pages = np.ascontiguousarray(addresses, np.int64), np.ascontiguousarray(pages, np.int32)
         ring, to_host = self._rings[lane], lane == 2
-        tickets: list[EventTicket] = []
         events: list[cupy.cuda.Event] = []
         with cupy.cuda.Device(self._device):
             kept: tuple[object, ...] = (self.arrays, self._bases)
@@ -230,11 +237,12 @@ class CudaPages:
                     with stream:
                         kept += (cupy.asarray(packed),)
                     place = kept[-1].data.ptr
-            for layer in range(0, self.num_layers, layers):
-                count = min(layers, self.num_layers - layer)
-                run, num_runs = layer * self.runs_per_layer, count * self.runs_per_layer
-                is_told = lane == 0 or layer + count == self.num_layers
-                part = max(1, PACED_BYTES // (PACED_PARTS * num_runs * self.run_bytes) if paced else len(pages))
+        for layer in range(0, self.num_layers, layers):
+            count = min(layers, self.num_layers - layer)
+            run, num_runs = layer * self.runs_per_layer, count * self.runs_per_layer
+            is_told = lane == 0 or layer + count == self.num_layers
+            part = max(1, PACED_BYTES // (PACED_PARTS * num_runs * self.run_bytes) if paced else len(pages))
+            with cupy.cuda.Device(self._device):  # of a thread, which does as it likes between two tickets
                 for begin in range(0, max(1, len(pages)), part):
                     if paced and len(events) >= PACED_PARTS:
                         events[-PACED_PARTS].synchronize()
@@ -249,9 +257,10 @@ class CudaPages:
                     if paced or is_told:
                         events.append(cupy.cuda.Event(block=True, disable_timing=True))
                         events[-1].record(last)
-                if is_told:
-                    tickets += [EventTicket(events[-1], self._device, kept)] * (count if lane == 0 else 1)
-        return tickets
+            if is_told:
+                ticket = EventTicket(events[-1], self._device, kept)
+                for _ in range(count if lane == 0 else 1):
+                    yield ticket
 
     def _launch(
         self, stream: object, packed: int, blocks: int, part: range, run: int, num_runs: int, to_host: bool

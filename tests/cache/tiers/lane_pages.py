@@ -92,17 +92,34 @@ class LanePages(HostPages):
         if error is not None:
             raise error
 
-    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+    def copy_in(self, addresses, pages, *, after, each_layer):
         self._check("in")
-        ends = [(self.pages[page].ctypes.data, address) for address, page in zip(addresses.tolist(), pages.tolist())]
+        ends = self._ends(addresses, pages)
         if not each_layer:
             return [self._copy(1, [(page, address, self.block_bytes) for page, address in ends])]
-        tickets: list[LaneTicket] = []
-        for at in range(0, self.block_bytes, RUN_BYTES):
-            tickets.append(self._copy(0, [(page + at, address + at, RUN_BYTES) for page, address in ends]))
-            if paced and len(tickets) > 1 and not tickets[-2]._ended.wait(20):
+        return [self._copy_layer(0, ends, layer) for layer in range(LAYERS)]
+
+    def copy_layers(self, addresses, pages, *, after):
+        """Two layers are under way at most. fault("in") is asked before each."""
+        ends, tickets = self._ends(addresses, pages), []
+        for layer in range(LAYERS):
+            if len(tickets) > 1 and not tickets[-2]._ended.wait(20):
                 raise AssertionError("a copy has not ended")
-        return tickets
+            try:
+                self._check("in")
+            except Exception:
+                for ticket in tickets:
+                    ticket._ended.wait()
+                raise
+            tickets.append(self._copy_layer(1, ends, layer))
+            yield tickets[-1]
+
+    def _ends(self, addresses, pages):
+        return [(self.pages[page].ctypes.data, address) for address, page in zip(addresses.tolist(), pages.tolist())]
+
+    def _copy_layer(self, lane, ends, layer):
+        at = layer * RUN_BYTES
+        return self._copy(lane, [(page + at, address + at, RUN_BYTES) for page, address in ends])
 
     def copy_out(self, pages: np.ndarray, addresses: np.ndarray, *, after: object) -> LaneTicket:
         self._check("out")

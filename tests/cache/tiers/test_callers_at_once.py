@@ -15,6 +15,8 @@ from gpu.cache.tiers.disks import disk_jobs, disk_tier
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.blocks.block_sums import block_sums
 
+pytestmark = pytest.mark.usefixtures("who_asks")
+
 
 def jitters(monkeypatch, rng):
     """Threads sleep now and then on both sides of every lock of the pool's."""

@@ -46,7 +46,7 @@ class Counted(HostPages):
 
     __slots__ = ("parts",)
 
-    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+    def copy_in(self, addresses, pages, *, after, each_layer):
         self.parts.append(len(pages))
         return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
 
@@ -105,7 +105,7 @@ class Slow(Counted):
 
     __slots__ = ("entered", "gate")
 
-    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+    def copy_in(self, addresses, pages, *, after, each_layer):
         self.entered.set()
         assert self.gate.wait(10)
         return super().copy_in(addresses, pages, after=after, each_layer=each_layer)

@@ -30,6 +30,8 @@ from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.disks.disk_reads import ThreadReader
 from gpu.cache.tiers.tiered_cache import MOST_FAULTS, TieredKVCache
 
+pytestmark = pytest.mark.usefixtures("who_asks")
+
 
 @contextlib.contextmanager
 def opened(pages, **stores):

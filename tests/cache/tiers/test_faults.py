@@ -23,6 +23,8 @@ from soak_tiers import soak
 from gpu.cache.tiers.host_arena import view
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
+pytestmark = pytest.mark.usefixtures("who_asks")
+
 BLOCKS = 10
 
 

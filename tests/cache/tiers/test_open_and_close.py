@@ -11,6 +11,8 @@ from gpu.cache.tiers.device import HostPages
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
+pytestmark = pytest.mark.usefixtures("who_asks")
+
 BLOCKS = 6
 
 
@@ -84,7 +86,7 @@ class Gated(HostPages):
 
     __slots__ = ("gate", "begun")
 
-    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+    def copy_in(self, addresses, pages, *, after, each_layer):
         self.begun.set()
         self.gate.wait(LONG_S)
         return super().copy_in(addresses, pages, after=after, each_layer=each_layer)

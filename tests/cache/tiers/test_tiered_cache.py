@@ -26,6 +26,8 @@ from gpu.cache.tiers.disks.open_reader import open_reader
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from pkvsim.memory.retention import TinyLfu
 
+pytestmark = pytest.mark.usefixtures("who_asks")
+
 
 @pytest.fixture(params=["io_uring", "preadv"])
 def reader(request):
@@ -126,7 +128,7 @@ class GatedDisks(HostPages):
 
     __slots__ = ("entered", "gate")
 
-    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
+    def copy_in(self, addresses, pages, *, after, each_layer):
         self.entered.set()
         assert self.gate.wait(10)
         return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
@@ -161,15 +163,13 @@ class GatedHost(HostPages):
 
     __slots__ = ("entered", "gate", "fails", "threads")
 
-    def copy_in(self, addresses, pages, *, after, each_layer, paced=False):
-        if each_layer:
-            assert paced
-            self.threads.append(threading.current_thread())
-            self.entered.set()
-            assert self.gate.wait(10)
-            if self.fails:
-                raise RuntimeError("the GPU has fallen off the bus")
-        return super().copy_in(addresses, pages, after=after, each_layer=each_layer)
+    def copy_layers(self, addresses, pages, *, after):
+        self.threads.append(threading.current_thread())
+        self.entered.set()
+        assert self.gate.wait(10)
+        if self.fails:
+            raise RuntimeError("the GPU has fallen off the bus")
+        yield from super().copy_layers(addresses, pages, after=after)
 
 
 def gated():

@@ -92,7 +92,7 @@ def test_paced_copies_have_a_few_parts_under_way_and_wait_in_line_with_disks(fak
         pages = make(ways=(way, way), staging_bytes=(3 * 2 * RUN, 3 * LAYERS * 2 * RUN, 3 * LAYERS * 2 * RUN))
         loads, disks, stores = Stream.made[:3]
         seen.clear(), Event.made.clear()
-        tickets = pages.copy_in(addresses, np.array([4, 0, 9]), after=pages.mark(), each_layer=True, paced=True)
+        tickets = list(pages.copy_layers(addresses, np.array([4, 0, 9]), after=pages.mark()))
         assert len(tickets) == LAYERS and (pages.pages[[4, 0, 9]].reshape(3, -1) == buffer).all()
         assert not loads.told and not stores.told
         if way == "kernel":
@@ -122,6 +122,53 @@ def test_copies_that_fail_half_way_have_ended_before_anybody_is_told(fake, way):
         pages.copy_in(addresses, np.array([4, 0]), after=pages.mark(), each_layer=False)
     used = [stream for stream in Stream.made if stream.told]
     assert used and all(stream.told[-1] == ("synchronize",) for stream in used)
+
+
+@pytest.mark.parametrize("way", ["kernel", "dma", "staged"])
+def test_paced_layers_are_given_as_they_are_asked_for(fake, way):
+    """A ticket comes when its layer's copies and its event have been asked for, and nothing of later ones; whoever
+    stops has tickets of everything. What fails on the way leaves the tickets given before, and has ended."""
+    left = [10**9]
+
+    def batch(*arguments):
+        left[0] -= 1
+        return copy_batch(*arguments) if left[0] >= 0 else 1
+
+    launch = transfer.CudaPages._launch
+
+    def launching(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("status 1")
+        launch(self, *arguments)
+
+    fake.monkeypatch.setattr(dma, "_batch_copy", lambda: batch)
+    fake.monkeypatch.setattr(transfer.CudaPages, "_launch", launching)
+    fake.monkeypatch.setattr(copy_way, "PIECE_BYTES", 2 * RUN)
+    buffer = np.random.default_rng(6).integers(0, 255, (3, LAYERS * 2 * RUN), np.uint8)
+    addresses = buffer.ctypes.data + np.arange(3) * LAYERS * 2 * RUN
+    for stops in range(LAYERS + 1):
+        pages = make(ways=(way, way), staging_bytes=(3 * 2 * RUN, 3 * LAYERS * 2 * RUN, 3 * LAYERS * 2 * RUN))
+        pages.both[:] = 0xFF
+        layers, tickets = pages.copy_layers(addresses, np.array([4, 0, 9]), after=pages.mark()), []
+        for at in range(LAYERS):
+            if at == stops:
+                left[0] = 0
+                with pytest.raises(RuntimeError, match="status 1"):
+                    next(layers)
+                used = [stream for stream in Stream.made if stream.told and stream is not pages._streams[2]]
+                assert used[-1].told[-1] == ("synchronize",)
+                break
+            tickets.append(next(layers))
+            recorded = [what for stream in Stream.made for what in stream.told]
+            assert ("record", tickets[-1].event.ptr) in recorded
+            wanted = buffer.reshape(3, LAYERS, -1)[:, : at + 1]
+            assert (pages.pages[[4, 0, 9]].reshape(3, LAYERS, -1)[:, : at + 1] == wanted).all()
+            assert (pages.pages[[4, 0, 9]].reshape(3, LAYERS, -1)[:, at + 1 :] == 0xFF).all()
+        layers.close()
+        assert len({ticket.event.ptr for ticket in tickets}) == stops
+        left[0] = 10**9
+        Stream.made.clear()
 
 
 def there_and_back(pages):
@@ -183,7 +230,7 @@ def test_a_ring_that_has_no_room_costs_no_other_its_way(fake, lost, ways):
     loads = Stream.made[0]
     told, wanted = len(loads.told), np.random.default_rng(4).integers(0, 256, (2, pages.block_bytes), np.uint8)
     addresses = wanted.ctypes.data + np.arange(2) * pages.block_bytes
-    pages.copy_in(addresses, np.array([3, 8]), after=pages.mark(), each_layer=True, paced=True)
+    list(pages.copy_layers(addresses, np.array([3, 8]), after=pages.mark()))
     assert (pages.pages[[3, 8]].reshape(2, -1) == wanted).all() and len(loads.told) == told
 
 
