@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from serve_models import as_transformers, disagreements, prompts_with_shared_heads, write_model  # noqa: E402
 
+from gpu.cache.tiers import load_parts  # noqa: E402
 from gpu.serve.llm import LLM, ServeOptions  # noqa: E402
 from gpu.serve.step import SamplingParams  # noqa: E402
 
@@ -68,7 +69,7 @@ def again(llm, prompts):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_are_the_same_with_prompts_from_tiers(llama, tmp_path, way):
+def test_tokens_are_the_same_with_prompts_from_tiers(llama, tmp_path, monkeypatch, way):
     """From host memory and a disk, and from the disk alone in a later process; a broken file costs hits alone."""
     folder, model = llama
     prompts = prompts_with_shared_heads(12, vocab_size=97, shared=30, longest=25, seed=1)
@@ -76,7 +77,9 @@ def test_tokens_are_the_same_with_prompts_from_tiers(llama, tmp_path, way):
     outputs, llm = serve(folder, prompts, tiers=tiers, **WAYS[way])
     assert disagreements(model, prompts, outputs, tie=1e-4) == []
     whole = sum((len(prompt) - 1) // 8 * 8 for prompt in prompts)
+    monkeypatch.setattr(load_parts, "LONG_LOAD_BYTES", 0)  # by a thread of the cache's
     outputs, loaded = again(llm, prompts)
+    assert 0 < llm.tiers.copy_s <= llm.tiers.load_s
     assert disagreements(model, prompts, outputs, tie=1e-4) == []
     shares = "prefix_cache" in WAYS[way]  # then several find in pages what one of them has loaded
     assert loaded >= whole * (0.3 if shares else 1.0)

@@ -1,6 +1,7 @@
 """A pool of blocks beyond a StubRunner's pages, whose loads and stores end some looks later, and may fail."""
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ class StubLoad:
 
     def __init__(self, runner: StubRunner, blocks: list[np.ndarray], pages: list[int], valid: int, rng: random.Random) -> None:
         self._runner, self._blocks, self._pages, self._valid, self._rng = runner, blocks, pages, valid, rng
-        self._written, self._cancelled = 0, False
+        self._written, self._cancelled, self.ended_s = 0, False, math.nan
         self.blocks = len(blocks)
 
     @property

@@ -5,6 +5,7 @@ failed, is computed as after any miss.
 """
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -48,15 +49,16 @@ class _Waiting:
 class PromptTiers:
     """A pkvsim.serving.live PromptLoads. For the server's thread alone.
 
-    loads, loaded_tokens: of requests, in all; load_s: from asking until a load was seen to have ended, seconds in all.
+    loads, loaded_tokens: of requests, in all. load_s: from asking until a load was seen to have ended, which the server
+    looks for before each step, seconds in all; copy_s: until its copies had, as pkvsim's load_s.
     """
 
-    __slots__ = ("loads", "loaded_tokens", "load_s", "_pool", "_page_size", "_on_stream", "_waiting",
+    __slots__ = ("loads", "loaded_tokens", "load_s", "copy_s", "_pool", "_page_size", "_on_stream", "_waiting",
                  "_again", "_arriving", "_storing")  # fmt: skip
 
     def __init__(self, pool: Pool, *, page_size: int, on_stream: Callable[[], AbstractContextManager]) -> None:
         """on_stream: makes the stream current on which steps run, and which loads and stores wait for."""
-        self.loads, self.loaded_tokens, self.load_s = 0, 0, 0.0
+        self.loads, self.loaded_tokens, self.load_s, self.copy_s = 0, 0, 0.0, 0.0
         self._pool, self._page_size, self._on_stream = pool, page_size, on_stream
         self._waiting: dict[int, _Waiting] = {}
         self._again: list[int] = []  # that waited for others
@@ -100,7 +102,9 @@ class PromptTiers:
                 valid = waiting.handle.wait()
             self.loads += 1
             self.loaded_tokens += valid * self._page_size
-            self.load_s += time.perf_counter() - waiting.since_s
+            now_s, ended_s = time.perf_counter(), waiting.handle.ended_s
+            self.load_s += now_s - waiting.since_s
+            self.copy_s += (now_s if math.isnan(ended_s) else ended_s) - waiting.since_s
             self._end(key)
             found.append((key, (waiting.first + valid) * self._page_size))
         found += [(key, None) for key in self._again]
@@ -164,4 +168,5 @@ class PromptTiers:
 
     def stats(self) -> dict[str, Any]:
         """What has been loaded, and the pool's own."""
-        return {"loads": self.loads, "loaded_tokens": self.loaded_tokens, "load_s": self.load_s, **self._pool.stats()}
+        return {"loads": self.loads, "loaded_tokens": self.loaded_tokens, "load_s": self.load_s, "copy_s": self.copy_s,
+                **self._pool.stats()}

@@ -13,7 +13,7 @@ import torch
 from gpu_needs import skip_below
 
 from gpu.cache.dma import StagingRing
-from gpu.cache.tiers import transfer
+from gpu.cache.tiers import load_parts, transfer
 from gpu.cache.tiers.event_ticket import EventTicket
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.stores import DiskStore, HostStore
@@ -105,6 +105,37 @@ def test_blocks_come_back_from_host_memory_and_disk(
         assert min(cache.stats()[name]["read"] for name in "ab") > 0
     with TieredKVCache(pages, disks=disks) as cache:  # a restart: what lay on the disks alone
         assert cache.stats()["blocks"] == blocks - blocks // 2
+
+
+@pytest.mark.parametrize("ways", [("kernel", "kernel"), ("dma", "dma"), ("staged", "staged")])
+def test_long_loads_come_layer_by_layer_from_another_thread(monkeypatch: pytest.MonkeyPatch, ways: tuple) -> None:
+    """What the caller's stream is given after wait_layer(l) sees layer l, with few parts under way at once; a load that
+    is given up writes nothing afterwards."""
+    monkeypatch.setattr(load_parts, "LONG_LOAD_BYTES", 0)
+    monkeypatch.setattr(transfer, "PACED_BYTES", 2**20)
+    k, v = make_pages("torch", 512, (8, 16, 128), "float16", False)
+    pages = CudaPages(k, v, ways=ways)
+    places = np.random.default_rng(2).permutation(512)[:200].astype(np.int32)
+    with TieredKVCache(pages, host=[HostStore(tier=store("host", "host", 200, pages.block_bytes))]) as cache:
+        cache.store(keys(200), places).wait()
+        stored = [bits(array)[places] for array in (*k, *v)]
+        for array in (*k, *v):
+            array.zero_()
+        handle = cache.load(keys(200), places)
+        seen = []
+        for layer in range(LAYERS):
+            assert handle.wait_layer(layer) == 200
+            seen.append((k[layer].clone(), v[layer].clone()))
+        for wanted, found in zip(stored, [side[at] for at in (0, 1) for side in seen]):
+            assert (bits(found)[places] == wanted).all()
+        assert handle.wait() == 200
+        handle = cache.load(keys(200), places)
+        handle.cancel()
+        for array in (*k, *v):
+            array.fill_(3)
+        torch.cuda.synchronize()
+        cache.load(keys(200), np.setdiff1d(np.arange(512), places)[:200]).wait()
+        assert all((array[places.tolist()] == 3).all() for array in (*k, *v))
 
 
 def test_pages_beyond_4_gib() -> None:
