@@ -4,6 +4,9 @@ Tables, last tokens and sampling parameters stay on the device, by slot; a step 
 alone replay a CUDA graph of the next larger number of rows: tables, all layers, and the choice of tokens, which the
 next step finds on the device. Steps with prompt chunks are issued layer by layer. Nothing here waits for the device but
 LaunchedStep.wait().
+
+A step's few KB of input and tokens are read and written by kernels, in pinned memory where it lies: a copy of the DMA
+engines would wait in line behind the loads and stores of whole prompts that tiers have under way.
 """
 from __future__ import annotations
 
@@ -36,9 +39,22 @@ class _Stage:
     """Pinned buffers of one step under way; on the CPU plain ones."""
 
     inputs: torch.Tensor  # [room] int32
-    tokens: torch.Tensor  # [max_batch] int64
+    inputs_there: torch.Tensor  # the same memory, as the device has it
+    tokens: torch.Tensor  # [max_batch + 1] int64
+    tokens_there: torch.Tensor
     start: Any = None  # events
     end: Any = None
+
+
+class _OnHost:
+    """Pinned memory, as libraries that share a GPU's arrays take it."""
+
+    def __init__(self, host: torch.Tensor) -> None:
+        self._kept = host
+        self.__cuda_array_interface__ = {
+            "shape": tuple(host.shape), "typestr": host.numpy().dtype.str, "data": (host.data_ptr(), False),
+            "strides": None, "version": 2,
+        }  # fmt: skip
 
 
 class Launched:
@@ -121,7 +137,7 @@ class Runner:
                 rows = len(inputs.decode_slots)
                 self._issue(inputs, stage)
             if inputs.num_outputs:
-                stage.tokens[: inputs.num_outputs].copy_(self._chosen[: inputs.num_outputs], non_blocking=True)
+                torch.add(self._chosen[: inputs.num_outputs], 0, out=stage.tokens_there[: inputs.num_outputs])
             if self._cuda:
                 stage.end.record()
         return Launched(self, stage, inputs.num_outputs, rows)
@@ -148,8 +164,19 @@ class Runner:
                 yield
 
     def _new_stage(self, room: int) -> _Stage:
-        return _Stage(torch.zeros(room, dtype=torch.int32, pin_memory=self._cuda),
-                      torch.zeros(self.max_batch + 1, dtype=torch.int64, pin_memory=self._cuda))
+        return _Stage(*self._pinned(room, torch.int32), *self._pinned(self.max_batch + 1, torch.int64))
+
+    def _pinned(self, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory of the host, and the same memory as the device has it. RuntimeError where that is a copy."""
+        host = torch.zeros(count, dtype=dtype)
+        if not self._cuda:
+            return host, host
+        with torch.cuda.device(self._device):
+            host = host.pin_memory()
+            there = torch.as_tensor(_OnHost(host), device="cuda")
+        if there.data_ptr() != host.data_ptr():
+            raise RuntimeError("pinned memory: expected the GPU to have it at its own address, got a copy")
+        return host, there
 
     def _update_sampling(self, sampling: list[SlotSampling]) -> None:
         """Sends what changed; most requests sample as the slot's last one did."""
@@ -175,7 +202,7 @@ class Runner:
         host[PAGE_SLOTS, updates:rows], host[PAGE_COLUMNS:, updates:rows] = self.max_batch, 0
         host[PAGE_SLOTS, :updates], host[PAGE_COLUMNS, :updates] = inputs.page_slots, inputs.page_columns
         host[PAGE_IDS, :updates] = inputs.page_ids
-        self._staged.copy_(stage.inputs[: 5 * self.max_batch].view(5, self.max_batch), non_blocking=True)
+        torch.add(stage.inputs_there[: 5 * self.max_batch].view(5, self.max_batch), 0, out=self._staged)
         stage.start.record()
         graph.replay()
 
@@ -234,13 +261,13 @@ class Runner:
             stage.end = self.now_us()
 
     def _send(self, arrays: list[np.ndarray], stage: _Stage) -> list[torch.Tensor]:
-        """The arrays on the device as int32, in one copy."""
+        """The arrays on the device as int32, in one piece."""
         lengths = [len(array) for array in arrays]
         total = sum(lengths)
-        if total > len(stage.inputs):
-            stage.inputs = torch.zeros(2 * total, dtype=torch.int32, pin_memory=self._cuda)
+        if total > len(stage.inputs):  # its last step has been waited for, so that nothing reads the shorter one
+            stage.inputs, stage.inputs_there = self._pinned(2 * total, torch.int32)
         np.concatenate(arrays, out=stage.inputs.numpy()[:total], casting="unsafe")
-        sent = stage.inputs[:total].to(self._device, non_blocking=True)
+        sent = torch.add(stage.inputs_there[:total], 0)
         return list(sent.split(lengths))
 
     def _choose(self, x: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, choice: int) -> None:
