@@ -42,11 +42,11 @@ def test_every_token_is_attended_once_and_right(step, seed) -> None:
             assert by == {"ours"} and metadata.base is None
 
 
-@given(cases(LAYERS), st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=12)
+@given(OF_BANDS, st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=24)
 def test_captured_decode_steps_store_by_our_kernel(step, seed) -> None:
-    case, drafts = step
-    with fake_vllm() as vllm, pytest.MonkeyPatch.context() as patch:
+    band, (case, drafts) = step
+    with fake_vllm(band) as vllm, pytest.MonkeyPatch.context() as patch:
         vllm.configure(cache_dtype=case.kv_cache_dtype, drafts=drafts)
         layer = attention_layer(vllm, case, "layer")
         builder = builder_of(vllm, ["layer"])

@@ -1,8 +1,8 @@
 """vLLM's attention backend CUSTOM for vLLM 0.33: what that release changes of what the modules beside it touch.
 
-Written from the release's files; its overrides have run on no GPU. 16-bit caches only, over vLLM's FlashAttention
-backend. A cache is [num_blocks, num_kv_heads, block_size, 2 * head_size] there, of any order in memory: each token's K
-and V of a head lie side by side, so that our kernels read both through strides.
+16-bit caches only, over vLLM's FlashAttention backend. A cache is [num_blocks, num_kv_heads, block_size,
+2 * head_size] there, of any order in memory: each token's K and V of a head lie side by side, so that our kernels read
+both through strides.
 """
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ FIELDS = StepFields(
 
 
 class FlashBuilder(builder.FlashBuilder):
-    """Stores are vLLM's in captured steps too: what its second model runner replays graphs over was only read."""
-
-    appends_in_graphs: ClassVar[bool] = False
     metadata_kind: ClassVar[type[builder.StepMetadata]] = StepMetadata
     step_fields: ClassVar[StepFields] = FIELDS
 

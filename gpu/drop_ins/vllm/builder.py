@@ -60,7 +60,6 @@ class _Builder(Mixin):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     base_name: ClassVar[str]
     # What differs between vLLM's releases.
-    appends_in_graphs: ClassVar[bool] = True  # where APPENDS_IN_GRAPHS says so
     metadata_kind: ClassVar[type[StepMetadata]] = StepMetadata
     step_fields: ClassVar[StepFields] = FIELDS
 
@@ -75,8 +74,8 @@ class _Builder(Mixin):
         self._engines = Engines(device, read_options(vllm_config.additional_config).shared_prefixes)
         # Ranks that idle beside others replay graphs over lengths that are nobody's, and drafters over lengths that
         # run past a row's end: only vLLM's slots say that nothing is to be stored then.
-        self._appends = (APPENDS_IN_GRAPHS and self.appends_in_graphs and speculative is None
-                         and vllm_config.parallel_config.data_parallel_size == 1)
+        self._appends = (
+            APPENDS_IN_GRAPHS and speculative is None and vllm_config.parallel_config.data_parallel_size == 1)
         self._num_prepared, self._decodes = 0, True
         if vllm_config.parallel_config.use_ubatching:
             self._leave("two halves of a batch at once, on streams of their own")

@@ -13,7 +13,6 @@ BANDS = {  # releases, as MAJOR.MINOR, and the class that is written for their i
     "0.24": BACKEND,
     "0.33": "gpu.drop_ins.vllm.backend_0_33.PersistentBackend",
 }
-NOT_RUN = ("0.33",)  # bands whose class is written from vLLM's files alone
 LOG = logging.getLogger("vllm.persistentkv")
 
 
@@ -33,9 +32,6 @@ def register() -> None:
         LOG.warning("PersistentKV's attention backend is written for vLLM %s and is not registered with vLLM %s",
                     " and ".join(f"{one}.x" for one in BANDS), release)
         return
-    if band in NOT_RUN:
-        LOG.warning("PersistentKV's attention backend for vLLM %s is written from vLLM %s's files, not run on a GPU: "
-                    "compare its tokens with FLASH_ATTN's", release, band)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BANDS[band])
