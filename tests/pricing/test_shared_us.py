@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from pkvsim.pricing.layer import heads_of
 from pkvsim.pricing.shared import REREAD_SPEEDUP, read_prices
 from pkvsim.pricing.shared_us import SharedLayer, shared_layer, shared_us
 from pkvsim.schedule.costs import EIGHTHS, SharedCosts
+from pkvsim.schedule.groups import PrefixGroups
 from pkvsim.schedule.make import make_schedule
 from pkvsim.schedule.spans import find_reads
 from pkvsim.timeline.shared import kernel_costs
@@ -24,15 +26,30 @@ from pkvsim.timeline.shared import kernel_costs
 H200 = get_device("h200")
 MODEL = H200.routes["balanced"]
 TILE = 16
-FEW_US, MANY_US = st.sampled_from([0.0, 0.05, 2.0]), st.sampled_from([0.0, 3.0, 200.0])
-SPEED = st.sampled_from([0.05, 1.0, 7.0, 100.0])  # bytes per us, of spans of some thousand bytes
-layers = st.builds(
-    SharedLayer, num_kv_heads=st.just(0), columns=st.just(0), slots=st.integers(1, 40), tile=st.just(TILE),
-    token_bytes=st.sampled_from([1.0, 4.0]), start_us=MANY_US, segment_us=MANY_US, read_us=FEW_US, row_us=MANY_US,
-    state_us=MANY_US, alone=SPEED, reading=SPEED, read_share=st.sampled_from([0.1, 0.5, 1.0]),
-    bandwidth=st.sampled_from([0.5, 5.0, 40.0, 1e4]), again_bytes=st.sampled_from([0.0, 200.0, 4000.0, 1e9]),
-    costs=balanced_costs, shared=st.just(SharedCosts()),
-)  # fmt: skip
+FEW_US, MANY_US = st.sampled_from([0.0, 0.05, 2.0]), st.sampled_from([0.0, 3.0, 200.0, 4000.0])
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> SharedLayer:
+    """What a CTA reads by itself lies about its part of the bandwidth, so that now one and now the other bounds it."""
+    slots, bandwidth = draw(st.integers(1, 40)), draw(st.sampled_from([0.5, 5.0, 40.0]))
+    alone, reading = (draw(st.sampled_from([0.2, 0.9, 1.4, 20.0])) * bandwidth / slots for _ in range(2))
+    return SharedLayer(
+        num_kv_heads=0, columns=0, slots=slots, tile=TILE, token_bytes=draw(st.sampled_from([1.0, 4.0])),
+        start_us=draw(MANY_US), segment_us=draw(MANY_US), read_us=draw(FEW_US), row_us=draw(MANY_US),
+        state_us=draw(MANY_US), alone=alone, reading=reading, read_share=draw(st.sampled_from([0.1, 0.5, 1.0])),
+        bandwidth=bandwidth, again_bytes=draw(st.sampled_from([0.0, 200.0, 4000.0, 1e9])), costs=draw(balanced_costs),
+        shared=SharedCosts(),
+    )  # fmt: skip
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> SharedBatch:
+    """Rows that share, beside others that may have most of the tokens."""
+    batch = draw(shared_batches(max_rows=12, max_pages=60))
+    others = draw(st.lists(st.integers(0, 3000), max_size=3))
+    groups = PrefixGroups([*batch.groups.group_of_row.tolist(), *[-1] * len(others)], batch.groups.prefix_pages)
+    return replace(batch, lens=[*batch.lens, *(length * (length >= batch.query_tokens) for length in others)], groups=groups)
 
 
 class Own(NamedTuple):
@@ -140,7 +157,7 @@ def plain_us(batch: SharedBatch, layer: SharedLayer) -> float:
 
 
 @settings(max_examples=300, deadline=None)
-@given(batch=shared_batches(max_rows=12, max_pages=60), layer=layers)
+@given(batch=batches(), layer=layers())
 def test_the_closed_form_is_its_laws_span_by_span(batch, layer):
     layer = layer._replace(
         num_kv_heads=batch.shape.num_kv_heads, columns=batch.columns, shared=batch.shared_costs
