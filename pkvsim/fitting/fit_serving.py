@@ -1,7 +1,6 @@
 """Fits what a step costs outside attention to published serving points, one engine on one GPU at a time.
 
-Every constant stays within what it can be, as in pkvsim.studies.served.fit: nothing reads, computes or sends faster than
-the GPU does.
+Every constant stays within what it can be: nothing reads, computes or sends faster than the GPU does.
 """
 from __future__ import annotations
 

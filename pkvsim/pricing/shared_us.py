@@ -154,7 +154,6 @@ def shared_us(
             busy = max(busy, tokens * layer.token_bytes / layer.reading + ends * columns_of[group] * layer.read_us)
     merging = 0.0
     if own_spans > 0:
-        share = min(1.0, width / own_cost)  # of the rows' spans that a range of them has
         both = read_tokens + own_tokens
         reads_of, rows_of = max(1.0, (total - own_cost) / width), max(1.0, own_cost / width)  # ranges
         busy = max(busy, _both_kinds(
@@ -169,7 +168,6 @@ def shared_us(
                 states += members[group] * heads / merged * (1.0 + span_cost_of[group] / width)
             # Outputs of the fullest range, which are merged one after the other: of one member's KV heads, which lie
             # beside each other, and then of others.
-            merging = max(1.0, np.ceil(share * merged)) * (layer.row_us + states * layer.state_us)
             for row in range(len(lens)):
                 group = group_of_row[row]
                 if group >= 0 and members[group] > 0:

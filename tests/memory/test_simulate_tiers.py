@@ -115,7 +115,8 @@ def test_knowing_the_future_keeps_what_comes_again_first(prompts, slots):
     assert simulate_tiers(asked, [tier("a", slots, 1.0)], block_bytes=100, options=options).hits.sum() == sum(hits)
 
 
-@given(st.integers(1, 9), st.integers(0, 12), st.floats(0.01, 10), st.sampled_from([1, 2, 5]), st.sampled_from(["host", "disk"]))
+@given(st.integers(1, 9), st.integers(0, 12), st.floats(0.01, 10), st.sampled_from([1, 2, 5]),
+       st.sampled_from(["host", "disk"]))  # fmt: skip
 def test_layers_are_computed_as_they_arrive(blocks, rest, token_s, layers, kind):
     """Layer by layer from host memory: each once it is there and the one before it is computed. All at once from a
     disk."""

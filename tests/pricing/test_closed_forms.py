@@ -24,7 +24,7 @@ LENGTHS = st.lists(st.integers(1, 60_000), min_size=1, max_size=24)
 SHAPES = st.builds(lambda heads, group: DecodeShape(heads * group, heads, 128, 16), st.sampled_from([1, 3, 8]),
                    st.sampled_from([1, 4, 9]))  # fmt: skip
 SMS = st.sampled_from([5, 28, 132])
-REACHES = st.one_of(st.just(0), st.integers(1, 60_000), st.sampled_from([40, 4000]))  # of a window, 0: none
+REACHES = st.one_of(st.just(0), st.integers(1, 60_000), st.sampled_from([40, 4000]))  # of a window; 0: none
 ARITHMETIC, CTAS = st.sampled_from([math.inf, 500.0, 100.0, 20.0]), st.sampled_from([1.0, 3.0, 8.0])
 
 
@@ -84,7 +84,8 @@ class Step:
 
 
 @settings(max_examples=80, deadline=None)
-@given(lens=LENGTHS, few=st.integers(1, 24), shape=SHAPES, num_sms=SMS, pinned=st.sampled_from([0, 0, 3]), reach=REACHES)
+@given(lens=LENGTHS, few=st.integers(1, 24), shape=SHAPES, num_sms=SMS, pinned=st.sampled_from([0, 0, 3]),
+       reach=REACHES)  # fmt: skip
 def test_the_papers_split_runs_one_length_after_the_other(lens, few, shape, num_sms, pinned, reach) -> None:
     """Rows of one length share launches, whatever a window leaves to be read of them."""
     model = bound_by_memory("buckets")

@@ -49,7 +49,8 @@ def batches(draw: st.DrawFn) -> SharedBatch:
     batch = draw(shared_batches(max_rows=12, max_pages=60))
     others = draw(st.lists(st.integers(0, 3000), max_size=3))
     groups = PrefixGroups([*batch.groups.group_of_row.tolist(), *[-1] * len(others)], batch.groups.prefix_pages)
-    return replace(batch, lens=[*batch.lens, *(length * (length >= batch.query_tokens) for length in others)], groups=groups)
+    lens = batch.lens + [length if length >= batch.query_tokens else 0 for length in others]
+    return replace(batch, lens=lens, groups=groups)
 
 
 class Own(NamedTuple):
@@ -95,10 +96,8 @@ def plain_us(batch: SharedBatch, layer: SharedLayer) -> float:
         return math.nan
     # Reads, of which a group's all cost what the largest does.
     reads = found.reads
-    columns = [
-        max(int(reads["member_end"][k] - reads["member_begin"][k]) for k in range(len(reads)) if reads["group"][k] == group)
-        * layer.columns for group in reads["group"]
-    ]  # fmt: skip
+    members = (reads["member_end"] - reads["member_begin"]).astype(int)
+    columns = [int(members[reads["group"] == group].max()) * layer.columns for group in reads["group"]]
     costs_of = [shared.segment_tiles(count, costs.segment) + math.ceil(tiles * shared.tile_eighths(count) / EIGHTHS)
                 for count, tiles in zip(columns, reads["tiles"].tolist())]  # fmt: skip
     outputs = heads * int((found.read_of_row >= 0).sum())
@@ -138,21 +137,17 @@ def plain_us(batch: SharedBatch, layer: SharedLayer) -> float:
         layer.bandwidth * (sum(read_bytes) + own_bytes) / max(layer.token_bytes, anew + own_bytes),
     ))  # fmt: skip
 
-    # Outputs of members, one after the other: as many as a range has at least, of a mean one's states; or first those
-    # of one row's heads, and of mean ones in what is left of the range.
+    # Outputs of members, one after the other: first those of one row's heads, and then mean ones in what is left of the
+    # range.
     own_states = 1 + own_cost / len(own) / width
     states = [own_states + 1 + costs_of[span.read] / width for span in own if span.read >= 0]
-    mean = sum(states) / outputs
-
-    def outputs_us(count: float, states: float) -> float:
-        return max(1, math.ceil(count)) * (layer.row_us + states * layer.state_us)
-
-    merging = outputs_us(min(1.0, width / own_cost) * outputs, mean)
+    mean, merging = sum(states) / outputs, 0.0
     for span in {span for span in own if span.read >= 0}:
         there = min(float(heads), width / span.cost)
         others = (width - there * span.cost) / (own_cost / len(own))
         mixed = there * (own_states + 1 + costs_of[span.read] / width) + others * mean
-        merging = max(merging, outputs_us(there + others, mixed / (there + others)))
+        count = max(1, math.ceil(there + others))
+        merging = max(merging, count * (layer.row_us + mixed / (there + others) * layer.state_us))
     return layer.start_us + busy + merging
 
 

@@ -80,10 +80,11 @@ def test_every_request_is_served_and_its_first_token_adds_up(case, engine, load,
 def test_prompts_are_written_as_they_have_been_computed(prompts, step_tokens, write_gb_s, load) -> None:
     """One after the other in the order of their first tokens, whichever was admitted first: some wait for a slow disk
     meanwhile. None is written before it is there, nor before the disk has written what was computed before."""
-    rows = [(gap_s * (at > 0), blocks * BLOCK_TOKENS + 1, 3, [tree]) for at, (gap_s, blocks, tree) in enumerate(prompts)]
-    trace = make_trace(rows, blocks=True)
+    rows = [(gap_s, blocks * BLOCK_TOKENS + 1, 3, [tree]) for gap_s, blocks, tree in prompts]
+    trace = make_trace([(0.0, *rows[0][1:]), *rows[1:]], blocks=True)
     tiers = tuple(replace(tier, write_bytes_per_s=write_gb_s * 1e9) for tier in find_tiers(["disk:1TiB:0.5"], {}))
-    result = run(trace, ServingConfig(step_tokens=step_tokens, max_batch=16, prefix_cache="none"), load=load, tiers=tiers)
+    config = ServingConfig(step_tokens=step_tokens, max_batch=16, prefix_cache="none")
+    result = run(trace, config, load=load, tiers=tiers)
     computed_s = trace.arrival_s + result.requests.ttft_s
     free_s, stored = 0.0, set()
     written = {work.request: work for work in result.tiers.log.work if work.is_write}

@@ -127,6 +127,7 @@ def test_whoever_fits_is_served_and_all_pages_come_back(requests, way, replicas,
     fits = whole <= pages * (replicas if way == "borrow" else 1)
     assert (np.isfinite(found.latency_us) == fits).all() and found.tally.rejected == (~fits).sum()
     assert found.output_tokens == requests.output_tokens[fits].sum()
+    assert way == "borrow" or not found.tally.borrowed_pages
     assert (found.latency_us[fits] >= found.first_token_us[fits]).all() and (found.first_token_us[fits] > 0).all()
 
 
