@@ -63,7 +63,8 @@ def test_tokens_kept_are_those_of_the_methods_scores() -> None:
         own = kept_pages("defensivekv", layers, KV_HEADS, budget)[at]
         least = min(scores[head, own[head]].min() for head in range(KV_HEADS))
         assert all(np.delete(scores[head], own[head]).max(initial=-1) <= least for head in range(KV_HEADS))
-        of_pages = evictions.scored_pages("defensivekv", layer, KV_HEADS, 12, page_size=4)  # 48 tokens, which bound the forced
+        # 12 pages are 48 tokens, of which some are forced.
+        of_pages = evictions.scored_pages("defensivekv", layer, KV_HEADS, 12, page_size=4)
         tokens = defensivekv.scores(layer.attention, layer.value_norms, KV_HEADS, 48)
         np.testing.assert_allclose(of_pages, np.add.reduceat(tokens, range(0, 90, 4), axis=1))
     short = kept_pages("snapkv", [seen(32, 3)], KV_HEADS, budget)

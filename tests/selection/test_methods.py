@@ -222,7 +222,8 @@ def test_louiskv_waits_for_a_turn() -> None:
     assert louiskv.places(np.array([0.1, 0.7, 0.2]), units, 8, 2).tolist() == [2, 3, 4, 5]
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(-9, 9)), min_size=1, max_size=9), st.sampled_from([0.3, 0.83, 0.97]))
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(-9, 9)), min_size=1, max_size=9),
+       st.sampled_from([0.3, 0.83, 0.97]))  # fmt: skip
 def test_louiskvs_segments_are_of_keys_like_their_mean(keys, similarity) -> None:
     """Each key against the mean of all of its segment before it."""
     begins, own = [], []

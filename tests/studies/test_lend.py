@@ -100,14 +100,15 @@ def test_every_way_stated_plainly() -> None:
 
 @pytest.mark.parametrize("way", ["preempt", "recompute"])
 def test_who_gave_way_comes_back_before_those_that_never_ran(way) -> None:
-    """As above, with a request of 3 tokens that comes while both run: a page is free for it when C leaves, whose turn it
-    is. A ends first."""
+    """As above, with a request of 3 tokens that comes while both run: when C leaves there is a page for it, but C's turn
+    comes first, when A has ended."""
     found = serve(way, trace((0, 3, 8), (0, 11, 4), (0, 3, 8), (1, 3, 8)), pages=4, max_batch=2)
     assert found.tally.swaps + found.tally.recomputes >= 1
     assert 1 + found.first_token_us[3] > found.latency_us[0]
 
 
-@given(st.integers(-2, 2), st.integers(0, 9), st.integers(0, 9), st.booleans(), st.integers(0, 3), st.sampled_from(WAYS))
+@given(st.integers(-2, 2), st.integers(0, 9), st.integers(0, 9), st.booleans(), st.integers(0, 3),
+       st.sampled_from(WAYS))  # fmt: skip
 def test_a_row_is_admitted_where_its_next_token_has_a_page(more, free, elsewhere, both, running, way) -> None:
     """On its own replica; one that no replica can hold spreads over all, where rows may borrow."""
     tokens = max(1, 4 * (free + both * elsewhere) + more)
