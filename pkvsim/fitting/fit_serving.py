@@ -1,4 +1,7 @@
-"""Fits what a step costs outside attention to published serving points, one engine on one GPU at a time."""
+"""Fits what a step costs outside attention to published serving points, one engine on one GPU at a time.
+
+Every constant stays within what it can be: nothing reads, computes or sends faster than the GPU does.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,11 +24,21 @@ SPREADS = {
     "chunk_step_us": 5.0, "all_reduce_us": 2.0, "all_reduce_rank_us": 3.0, "all_reduce_share": 1.5,
 }  # fmt: skip
 STREAM_SPREADS = {"token_us": 3.0, "token_place_us": 3.0}  # where one process hands on all tokens
+# Least and most that a constant can be. Shares are of the GPU's own rates, and of the bandwidth that it was seen to
+# reach.
+BOUNDS = {
+    "matrix_share": (0.2, 1.0), "fp8_share": (0.2, 1.0), "weight_share": (0.3, 1.0), "half_rate_tokens": (0.1, 1024.0),
+    "matrix_us": (0.5, 20.0), "narrow_us": (0.1, 20.0), "roofline_power": (1.0, 10.0), "attention_share": (0.05, 1.0),
+    "decode_share": (0.3, 1.0), "kernel_us": (0.3, 20.0), "step_us": (5.0, 2000.0), "row_us": (0.1, 50.0),
+    "chunk_step_us": (10.0, 20_000.0), "all_reduce_us": (1.0, 100.0), "all_reduce_rank_us": (0.1, 20.0),
+    "all_reduce_share": (0.1, 1.0), "token_us": (0.1, 1000.0), "token_place_us": (1e-4, 10.0),
+}  # fmt: skip
 RATE_SPREAD = 1.6  # of the share of the rate that the points' precision runs at
 TTFT_WEIGHT = 1.0  # of a TTFT's error beside a TPOT's
 PRIOR_WEIGHT = 0.05  # error that a constant one spread away from its start counts as, times the square root of points
 LOSS_SCALE = 0.08  # error beyond which points count as outliers
 LEAST_POINTS = 12
+MOST_SPREADS = 3.0  # that a constant may lie from its start
 LEAST_BAND, BAND_OF_MEAN = 10.0, 2.5  # percent; nine of ten errors lie within this many times their mean
 NOT_ZERO = {
     "half_rate_tokens": 16.0, "narrow_us": 1.0, "chunk_step_us": 500.0, "step_us": 100.0, "row_us": 1.0,
@@ -75,16 +88,14 @@ def fit_constants(
     if free is not None:
         spreads = {name: spread for name, spread in spreads.items() if name in free}
     names = tuple(spreads)
-    origin = np.array([getattr(start, name) or NOT_ZERO[name] for name in names])
+    least, most = np.array([BOUNDS[name] for name in names]).T
+    origin = np.clip([getattr(start, name) or NOT_ZERO[name] for name in names], least, most)
     scale = np.log(np.array([spreads[name] for name in names]))
     measured = np.array([(point.ttft_ms, point.tpot_ms) for point in points])
     counts = np.array([point.ttft_counts for point in points])
 
     def constants(at: np.ndarray) -> OutsideConstants:
-        values = dict(zip(names, (origin * np.exp(at * scale)).tolist()))
-        if "roofline_power" in values:
-            values["roofline_power"] = max(1.0, values["roofline_power"])
-        return replace(start, **values)
+        return replace(start, **dict(zip(names, np.clip(origin * np.exp(at * scale), least, most).tolist())))
 
     def residuals(at: np.ndarray) -> np.ndarray:
         off = np.log(price_points(points, device, constants(at)) / measured)
@@ -92,7 +103,10 @@ def fit_constants(
         robust = np.sign(off) * LOSS_SCALE * np.sqrt(2 * (np.sqrt(1 + (off / LOSS_SCALE) ** 2) - 1))
         return np.concatenate([robust, PRIOR_WEIGHT * np.sqrt(len(points)) / np.sqrt(10) * at])
 
-    found = least_squares(residuals, np.zeros(len(names)), diff_step=0.02, max_nfev=12, bounds=(-3, 3))
+    # The solver wants a start inside its bounds; values are cut to the bounds themselves.
+    bounds = (np.maximum(-MOST_SPREADS, np.log(least / origin) / scale - 1e-9),
+              np.minimum(MOST_SPREADS, np.log(most / origin) / scale + 1e-9))  # fmt: skip
+    found = least_squares(residuals, np.zeros(len(names)), diff_step=0.02, max_nfev=12, bounds=bounds)
     return _rounded(constants(found.x)), names
 
 

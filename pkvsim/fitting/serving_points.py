@@ -33,6 +33,9 @@ STEP_TOKENS = 8192
 # Nothing says how SGLang's runs were set. Its max_prefill_tokens is 16,384 by default, which half of the points predict
 # the other half with; its chunked_prefill_size of 8,192 does so half as well.
 ENGINE_STEP_TOKENS = {"sglang": 16384}
+# InferenceX gives TensorRT-LLM's server `kv_cache_config: dtype: fp8` (github.com/SemiAnalysisAI/InferenceX,
+# benchmarks/70b_fp8_h200_trt_slurm.sh). Of other points nothing says so, and 16 bits fit them.
+NARROW_KV = ("InferenceX", "trtllm")
 REQUESTS_PER_CLIENT, MOST_REQUESTS = 10, 2048
 STARTUP_TTFT_MS = 5000.0  # beyond: start-up, or a queue for a full cache
 
@@ -53,6 +56,7 @@ class ServingPoint:
     tpot_ms: float
     drawn_lengths: bool  # from LEAST_SHARE of the nominal length up to it
     ttft_counts: bool  # False where the TTFT has in it what a server does not spend on the request
+    kv_element_bytes: float = 2.0
 
 
 def read_points(path: str | Path) -> list[ServingPoint]:
@@ -88,6 +92,7 @@ def _point(where: str, row: dict[str, str]) -> ServingPoint:
         tensor_parallel=int(number("tp_size", int)), clients=int(number("concurrency", int)), ttft_ms=ttft,
         tpot_ms=number("silicon_tpot_ms", float), drawn_lengths=drawn,
         ttft_counts=not queued and ttft < STARTUP_TTFT_MS,
+        kv_element_bytes=1.0 if (row["source"], row["backend"]) == NARROW_KV else 2.0,
     )  # fmt: skip
 
 
@@ -118,27 +123,27 @@ def price_points(
     points: Sequence[ServingPoint], device: DeviceSpec, constants: OutsideConstants
 ) -> np.ndarray:
     """(TTFT, TPOT) in ms of every point on this GPU: float64 [points, 2]."""
-    costs: dict[tuple[str, str, int, str], tuple[StepCosts, int]] = {}
+    costs: dict[tuple[str, str, int, str, float], tuple[StepCosts, int]] = {}
     priced = np.zeros((len(points), 2))
     for at, point in enumerate(points):
         profile = get_profile(point.engine)
-        key = (point.model, point.precision, point.tensor_parallel, point.engine)
+        key = (point.model, point.precision, point.tensor_parallel, point.engine, point.kv_element_bytes)
         if key not in costs:
             model = point_model(point)
             tables = step_costs(
                 model, device, constants, profile, step_tokens=ENGINE_STEP_TOKENS.get(point.engine, STEP_TOKENS),
-                max_batch=max(p.clients for p in points),
+                max_batch=max(p.clients for p in points), kv_element_bytes=point.kv_element_bytes,
             )  # fmt: skip
-            costs[key] = tables, cache_tokens(model, device)
+            costs[key] = tables, cache_tokens(model, device, point.kv_element_bytes)
         tables, room = costs[key]
         priced[at] = _run(point, profile, tables, room)
     return priced
 
 
-def cache_tokens(model: ModelSpec, device: DeviceSpec) -> int:
+def cache_tokens(model: ModelSpec, device: DeviceSpec, kv_element_bytes: float = 2.0) -> int:
     """Tokens that the cache of a server with these settings holds."""
     left = device.memory_gib * MEMORY_FRACTION - WORKSPACE_GIB - weight_bytes(model) / 2**30
-    return max(1, int(left * 2**30 / kv_bytes_per_token(model)))
+    return max(1, int(left * 2**30 / kv_bytes_per_token(model, kv_element_bytes)))
 
 
 def _run(point: ServingPoint, profile: EngineProfile, tables: StepCosts, room: int) -> tuple[float, float]:

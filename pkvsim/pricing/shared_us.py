@@ -97,7 +97,7 @@ def shared_us(
     for group in group_of_row:
         if group >= 0:
             members[group] += 1
-    total, spans, read_tokens, again_tokens, read_ends, longest_gap = 0, 0, 0, 0, 0.0, 1
+    total, spans, read_tokens, again_tokens, read_ends = 0, 0, 0, 0, 0.0
     for group in range(groups):
         tiles = prefix_tokens[group] // layer.tile
         if members[group] < 2 or tiles == 0:
@@ -117,7 +117,6 @@ def shared_us(
         if heads * tiles * layer.tile * layer.token_bytes <= layer.again_bytes:
             again_tokens += (reads - 1) * heads * tiles * layer.tile
         read_ends += reads * heads * columns_of[group] * layer.read_us
-        longest_gap = max(longest_gap, segment - (-eighths // EIGHTHS))
     if spans == 0:
         return np.nan
     outputs = 0
@@ -136,9 +135,12 @@ def shared_us(
         own_spans += heads
         own_tokens += heads * max(0, own)
         merged += heads if is_member else 0
-        longest_gap = max(longest_gap, costs.segment + (least_own if is_member else 1))
     total += own_cost
-    weighed = BalancedCosts(costs.segment, max(costs.minimum, longest_gap), costs.part, costs.pair)
+    # As SharedCosts.longest_gap, of the largest read that there may be.
+    fullest = most * layer.columns
+    read_gap = _segment_tiles(shared, fullest, costs.segment) - (-_tile_eighths(shared, fullest) // EIGHTHS)
+    least = max(costs.minimum, costs.segment + least_own, read_gap)
+    weighed = BalancedCosts(costs.segment, least, costs.part, costs.pair)
     ranges, _ = _ranges(total, spans + own_spans, layer.slots, weighed, False)
     width = total / ranges  # cost of a range
     from_memory = read_tokens + own_tokens - again_tokens * (1.0 - 1.0 / REREAD_SPEEDUP)
@@ -152,7 +154,6 @@ def shared_us(
             busy = max(busy, tokens * layer.token_bytes / layer.reading + ends * columns_of[group] * layer.read_us)
     merging = 0.0
     if own_spans > 0:
-        share = min(1.0, width / own_cost)  # of the rows' spans that a range of them has
         both = read_tokens + own_tokens
         reads_of, rows_of = max(1.0, (total - own_cost) / width), max(1.0, own_cost / width)  # ranges
         busy = max(busy, _both_kinds(
@@ -167,7 +168,6 @@ def shared_us(
                 states += members[group] * heads / merged * (1.0 + span_cost_of[group] / width)
             # Outputs of the fullest range, which are merged one after the other: of one member's KV heads, which lie
             # beside each other, and then of others.
-            merging = max(1.0, np.ceil(share * merged)) * (layer.row_us + states * layer.state_us)
             for row in range(len(lens)):
                 group = group_of_row[row]
                 if group >= 0 and members[group] > 0:

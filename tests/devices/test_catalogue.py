@@ -5,6 +5,7 @@ import re
 import pytest
 
 from pkvsim.devices.device import CATALOGUE, DEVICES, NUMBER_FIELDS, device_named_by, get_device
+from pkvsim.devices.outside_constants import CONSTANTS
 
 NAMES = {
     "a10", "a100_40gb", "a100_80gb", "b200", "h100_pcie", "h100_sxm", "h200", "l4", "l40s", "rtx3060", "rtx3090",
@@ -51,6 +52,14 @@ def test_narrow_rates_are_multiples_of_the_16_bit_rate(name):
 def test_datasheet_numbers_cite_a_page(name):
     sources = get_device(name).sources
     assert all("https://" in source.source for source in sources.values() if source.status == "datasheet")
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_shares_outside_attention_are_parts_of_the_gpus_own_numbers(name):
+    """Or the entry says what they stand above."""
+    for entry in get_device(name).outside.values():
+        above = [field for field in CONSTANTS if field.endswith("_share") and getattr(entry.constants, field) > 1]
+        assert not above or "shares above 1" in entry.source, (above, entry.source)
 
 
 def test_adding_a_gpu_is_adding_a_file(tmp_path):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -186,12 +186,34 @@ def test_the_deepest_block_of_the_oldest_prompt_goes_first():
     pool.done_all(reads)
 
 
-def test_the_deepest_block_goes_first_after_a_read_too():
-    pool = MemoryPool([tier("a", 3)], block_bytes=10)
-    fill(pool, [1, 2, 3])
-    pool.done_all(pool.want([1, 2, 3]))
-    fill(pool, [11])
-    assert pool.ready_prefix([1, 2, 3]) == 2
+def _hold(pool: MemoryPool, prompt: list[int]) -> None:
+    pool.hold(prompt, 1.0)
+    pool.expire(1.0)
+
+
+USES = {
+    "read": lambda pool, prompt: pool.done_all(pool.want(prompt)),
+    "stored again": lambda pool, prompt: pool.store(prompt),
+    "touched": lambda pool, prompt: pool.touch(prompt),
+    "held": _hold,
+}
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(sorted(USES))), max_size=8))
+def test_the_prompt_that_was_used_last_goes_last_and_its_deepest_block_first(uses):
+    """Whatever it was used for: a block is of use where all before it are there."""
+    prompts = [[10 * at + depth for depth in range(3)] for at in range(3)]
+    pool, order = MemoryPool([tier("a", 9)], block_bytes=10), [0, 1, 2]
+    for prompt in prompts:
+        fill(pool, prompt)
+        pool.touch(prompt)
+    for at, use in uses:
+        USES[use](pool, prompts[at])
+        order = [other for other in order if other != at] + [at]
+    for new, gone in enumerate(block for at in order for block in reversed(prompts[at])):
+        assert gone in pool
+        fill(pool, [100 + new])
+        assert gone not in pool
 
 
 def test_what_was_there_already_is_not_refused():

@@ -77,6 +77,60 @@ def test_no_policy_hits_more_than_everything_kept(prompts, slots):
         assert (some.bytes_by_tier.sum(axis=1) == some.loaded * 100).all()
 
 
+@settings(max_examples=80, deadline=None)
+@given(PROMPTS, st.integers(1, 12))
+def test_a_tier_keeps_the_prompts_used_last_from_their_start(prompts, slots):
+    """Against a list of blocks, those that go first in front: a prompt's own, deepest first, are its end."""
+    there, evicted, refused, hits = [], 0, 0, []
+    for prompt in prompts:
+        hits.append(next((depth for depth, block in enumerate(prompt) if block not in there), len(prompt)))
+        others = [block for block in there if block not in prompt]
+        kept = [block for block in prompt if block in there]
+        for block in (block for block in prompt if block not in there):
+            if len(others) + len(kept) == slots and others:
+                others, evicted = others[1:], evicted + 1
+            if len(others) + len(kept) == slots:
+                break
+            kept.append(block)
+        refused += len(prompt) - len(kept)
+        there = others + [block for block in reversed(prompt) if block in kept]
+    found = simulate_tiers(requests(prompts), [tier("a", slots, 1.0)], block_bytes=100)
+    assert found.hits.tolist() == hits and (found.evicted, found.refused) == (evicted, refused)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROMPTS, st.integers(1, 8))
+def test_knowing_the_future_keeps_what_comes_again_first(prompts, slots):
+    """Of prompts of one block: what is given up is what comes again last."""
+    blocks, there, hits = [prompt[-1] for prompt in prompts], [], []
+    for at, block in enumerate(blocks):
+        hits.append(int(block in there))
+        if block not in there:
+            if len(there) == slots:
+                left = blocks[at + 1 :]
+                there.remove(max(there, key=lambda one: left.index(one) if one in left else len(blocks)))
+            there.append(block)
+    options = TierOptions(retention="belady")
+    asked = requests([[block] for block in blocks])
+    assert simulate_tiers(asked, [tier("a", slots, 1.0)], block_bytes=100, options=options).hits.sum() == sum(hits)
+
+
+@given(st.integers(1, 9), st.integers(0, 12), st.floats(0.01, 10), st.sampled_from([1, 2, 5]),
+       st.sampled_from(["host", "disk"]))  # fmt: skip
+def test_layers_are_computed_as_they_arrive(blocks, rest, token_s, layers, kind):
+    """Layer by layer from host memory: each once it is there and the one before it is computed. All at once from a
+    disk."""
+    asked = requests([range(blocks), range(blocks + rest)])
+    source = replace(tier("a", 99, 100.0), kind=kind)
+    found = simulate_tiers(asked, [source], block_bytes=100, options=TierOptions(num_layers=layers),
+                           compute_s=lambda i, n: (blocks + i * rest - n) * token_s)  # fmt: skip
+    loaded = int(found.loaded[1])
+    layers, computed_s, at_s = layers if kind == "host" else 1, (blocks + rest - loaded) * token_s, 0.0
+    for layer in range(layers):
+        at_s = max(at_s, loaded * (layer + 1) / layers) + computed_s / layers
+    assert found.ttft_s[1] == pytest.approx(at_s)
+
+
 def test_belady_beats_lru_on_a_loop():
     """Prompts of one block asked for in turn, one more than there is room for: LRU hits nothing."""
     asked = requests([[i % 5] for i in range(100)])

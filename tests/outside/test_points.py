@@ -7,7 +7,7 @@ from paths import SHARED
 
 from pkvsim.devices.device import get_device
 from pkvsim.fitting.closed_loop import closed_loop
-from pkvsim.fitting.fit_serving import errors, fit_constants, half_of
+from pkvsim.fitting.fit_serving import BOUNDS, errors, fit_constants, half_of
 from pkvsim.fitting.serving_points import ServingPoint, point_model, price_points, read_points
 from pkvsim.models.model_costs import weight_bytes
 from pkvsim.models.presets import get_model
@@ -68,6 +68,19 @@ def test_an_h100_from_the_h200s_constants_alone():
     assert entry.status == "estimated" and found.tpot_median < 10
     off = np.abs(priced[:, 1] / [p.tpot_ms for p in points] - 1)
     assert np.quantile(off, 0.9) < entry.band_percent / 100
+
+
+@pytest.mark.parametrize("times", [0.2, 8.0])
+def test_no_constant_leaves_what_it_can_be(times):
+    """Shares stay parts of the GPU's own numbers where runs are faster than any GPU, from a start that is none."""
+    points = [replace(found, ttft_ms=found.ttft_ms * times, tpot_ms=found.tpot_ms * times)
+              for found in (point(*row) for row in SAMPLE)]  # fmt: skip
+    start = replace(outside_entry(H200, "vllm").constants, decode_share=1.3, kernel_us=40.0)
+    free = ("decode_share", "weight_share", "kernel_us")
+    fitted, names = fit_constants(points, H200, start, free=free)
+    found = {name: getattr(fitted, name) for name in names}
+    assert set(names) == set(free) and all(BOUNDS[name][0] <= found[name] <= BOUNDS[name][1] for name in names)
+    assert times > 1 or found["weight_share"] == 1.0
 
 
 @needs_shared

@@ -63,6 +63,10 @@ def test_tokens_kept_are_those_of_the_methods_scores() -> None:
         own = kept_pages("defensivekv", layers, KV_HEADS, budget)[at]
         least = min(scores[head, own[head]].min() for head in range(KV_HEADS))
         assert all(np.delete(scores[head], own[head]).max(initial=-1) <= least for head in range(KV_HEADS))
+        # 12 pages are 48 tokens, of which some are forced.
+        of_pages = evictions.scored_pages("defensivekv", layer, KV_HEADS, 12, page_size=4)
+        tokens = defensivekv.scores(layer.attention, layer.value_norms, KV_HEADS, 48)
+        np.testing.assert_allclose(of_pages, np.add.reduceat(tokens, range(0, 90, 4), axis=1))
     short = kept_pages("snapkv", [seen(32, 3)], KV_HEADS, budget)
     assert short[0][0].tolist() == list(range(32)), "a prompt of the window alone"
     with pytest.raises(ValueError, match="^method: expected one of streaming_llm"):

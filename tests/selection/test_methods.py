@@ -5,6 +5,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pkvsim.selection.methods import (
     defensivekv,
@@ -100,6 +102,28 @@ def test_h2o_accumulates(attention) -> None:
     assert kept.tolist() == [0, 2, 6, 7]
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 14))
+def test_h2o_keeps_the_last_ones_and_the_heaviest_of_the_others(masses, count) -> None:
+    """Half of them each; of an odd number the heaviest are one more."""
+    kept = h2o.places(np.array(masses, float), count).tolist()
+    count = min(count, len(masses))
+    recent = set(range(len(masses) - count // 2, len(masses)))
+    others = sorted((mass for at, mass in enumerate(masses) if at not in recent), reverse=True)
+    assert len(kept) == count and recent <= set(kept)
+    assert sorted((masses[at] for at in kept if at not in recent), reverse=True) == others[: count - len(recent)]
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=8).filter(any), st.integers(0, 32), st.integers(0, 9))
+def test_tokens_are_forced_until_they_hold_the_share(weights, share, most) -> None:
+    """The one by which it is reached is not: any of these, one token more, would reach it."""
+    total, share = sum(weights), share / 32
+    forced = defensivekv.forced_tokens(np.array([weights], float), share, most)[0]
+    falling = sorted(weights, reverse=True)
+    reached = next((count for count in range(len(weights)) if sum(falling[: count + 1]) / total >= share), 0)
+    assert forced.sum() == min(reached, most)
+    assert sorted(np.array(weights)[forced], reverse=True) == falling[: forced.sum()]
+
+
 def test_tova_asks_the_last_query(attention) -> None:
     found = tova.scores(attention, KV_HEADS)
     assert (found[0] == found[1]).all() and found[0].argmax() == TOKENS - 1
@@ -116,8 +140,9 @@ def test_snapkv_pools_its_window(attention) -> None:
     assert found[:, before:].min() > found[:, :before].max()
 
 
-def test_defensivekv_takes_the_worst_case(attention) -> None:
-    window, before, most = 8, TOKENS - 8, 14
+@pytest.mark.parametrize("most", [14, TOKENS])  # what is forced ends by their number, or by their share
+def test_defensivekv_takes_the_worst_case(attention, most) -> None:
+    window, before = 8, TOKENS - 8
     rng = np.random.default_rng(4)
     values, projection = rng.standard_normal((KV_HEADS, TOKENS, 5)), rng.standard_normal((HEADS, 5, 7))
     norms = defensivekv.projected_norms(values, projection)
@@ -187,6 +212,7 @@ def test_sentencekv_takes_whole_sentences() -> None:
 def test_louiskv_waits_for_a_turn() -> None:
     q = np.array([[1.0, 0.0], [0.0, 2.0]])
     assert not louiskv.turned(q, q * 3) and louiskv.turned(q, q[::-1])
+    assert not louiskv.turned(q, q, 1.0)  # as near as it must be
     keys = np.array([[1, 0], [2, 0.1], [0, 1], [0.1, 1], [1, 0]], float)
     assert louiskv.segments(keys, 0.8).tolist() == [0, 2, 4]
     scores = louiskv.unit_scores(q, np.eye(2), 1.0)
@@ -194,6 +220,22 @@ def test_louiskv_waits_for_a_turn() -> None:
     np.testing.assert_allclose(scores, np.mean(want, axis=0))
     units = np.repeat([0, 1, 2], [4, 6, 2])
     assert louiskv.places(np.array([0.1, 0.7, 0.2]), units, 8, 2).tolist() == [2, 3, 4, 5]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(-9, 9)), min_size=1, max_size=9),
+       st.sampled_from([0.3, 0.83, 0.97]))  # fmt: skip
+def test_louiskvs_segments_are_of_keys_like_their_mean(keys, similarity) -> None:
+    """Each key against the mean of all of its segment before it."""
+    begins, own = [], []
+    for at, key in enumerate(np.array(keys, float)):
+        if own:
+            mean = np.mean(own, axis=0)
+            cosine = key @ mean / (np.linalg.norm(key) * np.linalg.norm(mean))
+            assume(abs(cosine - similarity) > 1e-9)
+        if not own or cosine < similarity:
+            begins, own = [*begins, at], []
+        own.append(key)
+    assert louiskv.segments(np.array(keys, float), similarity).tolist() == begins
 
 
 def test_epicache_has_a_list_for_each_episode(attention) -> None:

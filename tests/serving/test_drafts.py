@@ -13,8 +13,9 @@ from pkvsim.models.model_spec import STATE, AttentionSpec
 from pkvsim.models.presets import get_model, weight_bytes
 from pkvsim.serving.costs import cache_bytes_per_token, draft_cost, page_budget, state_pages
 from pkvsim.serving.queueing.drafts import expected_tokens
+from pkvsim.serving.scheduler import Scheduler
 from pkvsim.serving.server_config import ServingConfig
-from pkvsim.serving.simulate import simulate
+from pkvsim.serving.simulate import limits_of, requests_of, simulate
 from pkvsim.studies.provenance import serving_basis
 
 MODEL = get_model("llama-3.1-8b")
@@ -40,6 +41,33 @@ def test_every_request_gets_all_its_tokens(lengths, query_tokens, acceptance, se
     assert (result.requests.output_tokens[served] == trace.output_tokens[served]).all()
     assert result.allocated_pages == result.freed_pages + result.cached_pages
     assert 1 <= (result.summary["tokens_per_decode_row"] or 1) <= query_tokens
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), min_size=1, max_size=6),
+    query_tokens=st.integers(1, 8), acceptance=st.floats(0, 1), page_size=st.sampled_from([1, 4, 16]),
+)  # fmt: skip
+def test_a_row_has_pages_for_its_drafts_and_none_beyond_its_answer(lengths, query_tokens, acceptance, page_size):
+    """Of the tokens that a step writes for it: drafts past the last token of an answer are none. Where all rows have
+    room, a row that decodes holds just these."""
+    trace = make_trace([(0.0, prompt, output) for prompt, output in lengths])
+    config = ServingConfig(
+        query_tokens=query_tokens, acceptance=acceptance if query_tokens > 1 else None, page_size=page_size,
+        prefix_cache="none",
+    )  # fmt: skip
+    limits = limits_of(MODEL, DEVICE, config)
+    scheduler = Scheduler(requests_of(trace, MODEL, config, limits), limits)
+    state, now_us = scheduler.state, 0.0
+    while scheduler.next_work_us(now_us) < np.inf:
+        work = scheduler.next_step(now_us)
+        for row in work.decode.tolist():
+            left = trace.output_tokens[row] - state.generated[row]
+            written = state.cached[row] + min(query_tokens, left)
+            assert state.private_pages[row] == -(-written // page_size)
+            assert written < trace.prompt_tokens[row] + trace.output_tokens[row]  # the last token is never read
+        scheduler.end_step(now_us := now_us + 10.0)
+    assert (state.generated == trace.output_tokens).all()
 
 
 @pytest.mark.parametrize(("query_tokens", "acceptance"), [(2, 0.5), (4, 0.7), (8, 0.9), (5, 1.0), (3, 0.0)])

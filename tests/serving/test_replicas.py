@@ -152,6 +152,17 @@ def test_half_of_a_prompt_is_enough_to_go_where_it_was_sent(path, server) -> Non
     assert simulate(trace, MODEL, DEVICE, "balanced", config).requests.replica.tolist() == [0, server]
 
 
+def test_what_is_kept_for_a_turn_goes_once_another_server_has_it() -> None:
+    """Of 40 pages on the first server 21 are kept for the turn after request 0, and request 2's row has a few, so that
+    there is no room for request 4 until that turn, request 3, has gone to the other server."""
+    rows = [(0, 320, 2), (0.01, 16, 2), (0.04, 16, 300), (0.05, 400, 2), (0.1, 320, 2)]
+    trace = replace(make_trace(rows), after=np.array([-1, -1, -1, 0, -1]), think_us=np.array([0, 0, 0, 1e5, 0]))
+    found = simulate(trace, MODEL, DEVICE, "balanced", ServingConfig(
+        replicas=2, router="round-robin", kv_gib=kv_gib(40), order="continuum", kv_ttl_s=1000.0)).requests  # fmt: skip
+    assert found.replica.tolist() == [0, 1, 0, 1, 0]
+    assert found.queue_s[4] < 0.01 and found.finish_s[4] < found.finish_s[2]
+
+
 def test_who_follows_a_request_that_was_refused_goes_where_there_is_least_to_do() -> None:
     trace = make_trace([(0, 400, 60), (0, 9000, 2), (0, 32, 2)])
     trace = replace(trace, after=np.array([-1, -1, 1]), think_us=np.zeros(3))

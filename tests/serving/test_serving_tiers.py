@@ -70,6 +70,37 @@ def test_every_request_is_served_and_its_first_token_adds_up(case, engine, load,
             assert all(before[1] <= after[0] + 1e-9 for before, after in zip(spans, spans[1:]))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(st.sampled_from([0.0, 0.001, 0.1]), st.integers(1, 40), st.integers(0, 2)), min_size=2,
+                     max_size=12),
+    step_tokens=st.sampled_from([64, 256, 2048]), write_gb_s=st.sampled_from([0.05, 1000]),
+    load=st.sampled_from(["load", "price"]),
+)  # fmt: skip
+def test_prompts_are_written_as_they_have_been_computed(prompts, step_tokens, write_gb_s, load) -> None:
+    """One after the other in the order of their first tokens, whichever was admitted first: some wait for a slow disk
+    meanwhile. None is written before it is there, nor before the disk has written what was computed before."""
+    rows = [(gap_s, blocks * BLOCK_TOKENS + 1, 3, [tree]) for gap_s, blocks, tree in prompts]
+    trace = make_trace([(0.0, *rows[0][1:]), *rows[1:]], blocks=True)
+    tiers = tuple(replace(tier, write_bytes_per_s=write_gb_s * 1e9) for tier in find_tiers(["disk:1TiB:0.5"], {}))
+    config = ServingConfig(step_tokens=step_tokens, max_batch=16, prefix_cache="none")
+    result = run(trace, config, load=load, tiers=tiers)
+    computed_s = trace.arrival_s + result.requests.ttft_s
+    free_s, stored = 0.0, set()
+    written = {work.request: work for work in result.tiers.log.work if work.is_write}
+    for request in np.argsort(computed_s, kind="stable").tolist():
+        begin = int(trace.block_offsets[request])
+        blocks = set(trace.block_hashes[begin : begin + trace.prompt_tokens[request] // BLOCK_TOKENS].tolist())
+        new, stored = len(blocks - stored), stored | blocks
+        assert (request in written) == (new > 0)
+        if new:
+            work, seconds = written[request], new * BLOCK_BYTES / (write_gb_s * 1e9)
+            begin_s = max(computed_s[request], free_s)
+            assert work.begin_s == pytest.approx(begin_s, abs=1e-9) and work.num_bytes == new * BLOCK_BYTES
+            free_s = work.end_s
+            assert free_s == pytest.approx(begin_s + seconds, abs=1e-9)
+
+
 def test_a_prompt_that_comes_again_is_loaded() -> None:
     blocks = 128  # whose prompt takes longer than the host to issue a step
     rows = [(0.0, blocks * BLOCK_TOKENS + 1, 1, [0]), (100.0, blocks * BLOCK_TOKENS + 1, 1, [0])]
@@ -84,6 +115,31 @@ def test_a_prompt_that_comes_again_is_loaded() -> None:
     assert host.tiers.log.exposed_s[1] < host.tiers.log.load_s[1]  # the first layers are attended to before
     linked = run(make_trace(rows, blocks=True), config, load="load", host_link_gb_s=0.5)
     assert linked.tiers.log.load_s[1] == pytest.approx(2 * seconds)
+
+
+def small_tier(blocks: int, **setup) -> dict:
+    """A host's memory with room for so many blocks, read and written in no time."""
+    (tier,) = FAST
+    return {"tiers": (replace(tier, capacity_bytes=blocks * BLOCK_BYTES),), **setup}
+
+
+def test_what_is_written_gives_way_to_what_is_computed_after_it() -> None:
+    """Two prompts are computed one after the other before anybody asks; the tier has room for one of them."""
+    blocks, config = 40, ServingConfig(step_tokens=64, max_batch=4, prefix_cache="none")
+    first, second = ((gap_s, blocks * BLOCK_TOKENS + 1, 1, [tree]) for gap_s, tree in ((0.0, 0), (0.0, 1)))
+    rows = [first, second, (100.0, *second[1:]), (100.0, *first[1:])]
+    found = run(make_trace(rows, blocks=True), config, **small_tier(blocks, load="load"))
+    assert found.tiers.log.hit_blocks.tolist() == [0, 0, blocks, 0] and found.tiers.log.counts.refused == 0
+
+
+def test_what_is_asked_for_is_not_given_up_for_what_is_computed_meanwhile() -> None:
+    """Computed again, but still there: of two prompts in a tier that has room for both, the other one goes."""
+    blocks, config = 40, ServingConfig(step_tokens=64, max_batch=4, prefix_cache="none")
+    kept, gone, new = ((blocks * BLOCK_TOKENS + 1, 1, [tree]) for tree in range(3))
+    rows = [(0.0, *kept), (100.0, *gone), (100.0, *new), (0.0, *kept), (0.0, *kept)]
+    found = run(make_trace(rows, blocks=True), config, **small_tier(2 * blocks, load="recompute"))
+    written = [(work.request, work.num_bytes) for work in found.tiers.log.work]
+    assert written == [(at, blocks * BLOCK_BYTES) for at in range(3)]
 
 
 @pytest.mark.parametrize("rate_gb_s", [1, 20, 400])

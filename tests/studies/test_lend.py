@@ -98,6 +98,29 @@ def test_every_way_stated_plainly() -> None:
     assert borrowed.latency_us[[0, 2]].tolist() == [end, end] and borrowed.tally.borrowed_pages == 2
 
 
+@pytest.mark.parametrize("way", ["preempt", "recompute"])
+def test_who_gave_way_comes_back_before_those_that_never_ran(way) -> None:
+    """As above, with a request of 3 tokens that comes while both run: when C leaves there is a page for it, but C's turn
+    comes first, when A has ended."""
+    found = serve(way, trace((0, 3, 8), (0, 11, 4), (0, 3, 8), (1, 3, 8)), pages=4, max_batch=2)
+    assert found.tally.swaps + found.tally.recomputes >= 1
+    assert 1 + found.first_token_us[3] > found.latency_us[0]
+
+
+@given(st.integers(-2, 2), st.integers(0, 9), st.integers(0, 9), st.booleans(), st.integers(0, 3),
+       st.sampled_from(WAYS))  # fmt: skip
+def test_a_row_is_admitted_where_its_next_token_has_a_page(more, free, elsewhere, both, running, way) -> None:
+    """On its own replica; one that no replica can hold spreads over all, where rows may borrow."""
+    tokens = max(1, 4 * (free + both * elsewhere) + more)
+    cluster = Cluster(2, pages=9, page_size=4)
+    for at, pages in enumerate((free, elsewhere)):
+        cluster.replicas[at].free = pages
+    cluster.replicas[0].running = [Job(at, 0.0, 1, 9) for at in range(running)]
+    asked = Job(9, 0.0, tokens, 5)
+    room = free + elsewhere if way == "borrow" and tokens + 5 > 36 else free
+    assert run._Run(cluster, Round(), way, 3)._fits(0, asked) == (running < 3 and tokens + 1 <= 4 * room)
+
+
 lens = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=12)
 
 
@@ -127,6 +150,7 @@ def test_whoever_fits_is_served_and_all_pages_come_back(requests, way, replicas,
     fits = whole <= pages * (replicas if way == "borrow" else 1)
     assert (np.isfinite(found.latency_us) == fits).all() and found.tally.rejected == (~fits).sum()
     assert found.output_tokens == requests.output_tokens[fits].sum()
+    assert way == "borrow" or not found.tally.borrowed_pages
     assert (found.latency_us[fits] >= found.first_token_us[fits]).all() and (found.first_token_us[fits] > 0).all()
 
 

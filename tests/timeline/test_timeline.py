@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prices import layer_prices
 from timeline_reference import step_through
@@ -91,6 +91,9 @@ def test_the_makespan_alone_is_the_simulations(route, lens, num_sms, splits, opt
     rule=st.sampled_from(["a task each", "ranges", "strided"]), cta_us=st.sampled_from([0.0, 1.0]),
     task_us=st.sampled_from([0.0, 1.0, 2.0]), shared=st.sampled_from([1e9, 2.0]),
 )  # fmt: skip
+@example(  # one slot goes on with its CTA as another starts one, with tasks of the same size
+    drawn=[(1, True), (1, False), (1, True), (1, True)], num_slots=2, rule="ranges", cta_us=1.0, task_us=0.0, shared=1e9
+)
 def test_equal_tasks_that_start_together_run_as_one_by_one(drawn, num_slots, rule, cta_us, task_us, shared):
     """Groups of slots in the event loop against the same laws slot by slot; slots too where no rounding tells ties."""
     count = len(drawn)

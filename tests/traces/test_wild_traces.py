@@ -107,6 +107,11 @@ def test_hashes_of_full_blocks_alone_tell_the_block_too():
     assert hashes.tolist() == [0, 1, 2, 12, 3, 4, 5, 6, 7, 18, 8, 20] and "3; the rest" in notes[-1]
 
 
+def test_of_two_block_sizes_one_that_no_prompt_has_too_many_hashes_for():
+    """Each explains one of the prompts: by 512 tokens the other would have three hashes too many."""
+    assert whole_hashes("f", np.arange(2), np.array([512, 600]), np.arange(6), np.array([1, 5]))[2] == 128
+
+
 @pytest.mark.parametrize("highest", [7, 2**63 - 1])
 def test_blocks_without_a_hash_are_nobody_elses(highest):
     """Also where the first prompt has none, and where no number is left above the given ones."""
