@@ -13,11 +13,11 @@
     python examples/bench_vllm.py --plan mix --seconds 1200 --seed 1      # nothing but the mix
     python examples/bench_vllm.py --report vllm.json                      # tables and verdicts of an earlier --json
 
-Needs vLLM 0.24; not that this package is installed, as every process finds its entry point in a temporary folder on
-PYTHONPATH. vLLM is imported once and each backend runs in a fork, which writes keys and values of a group of rows once,
-without attention, and times steps that do nothing but decode, for fewer and fewer of the rows. Engines that are timed
-run alone, those whose tokens are compared side by side. What was measured is kept whatever happens later: --json is
-written anew every second, and vLLM's own output goes to a file beside it.
+Needs vLLM 0.24 or 0.33; not that this package is installed, as every process finds its entry point in a temporary
+folder on PYTHONPATH. vLLM is imported once and each backend runs in a fork, which writes keys and values of a group of
+rows once, without attention, and times steps that do nothing but decode, for fewer and fewer of the rows. Engines that
+are timed run alone, those whose tokens are compared side by side. What was measured is kept whatever happens later:
+--json is written anew every second, and vLLM's own output goes to a file beside it.
 
 Tokens of ours are held against FLASH_ATTN's by what TRITON_ATTN with the same type of cache differs from it by, on the
 same prompts (vllm_bench/agreement.py); the exit code is 1 where ours differ by more.

@@ -24,6 +24,7 @@ from gpu.cache.tiers.disks.disk_reads import LimitedReader
 from gpu.cache.tiers.host_arena import HostArena
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 from gpu.cache.tiers.transfer import CudaPages
+from pkvsim.memory.load_or_recompute import first_token_s
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,11 @@ WARM_UP, REPEATS = 1, 3
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Seconds. bound_s: the larger of bytes over the tiers' rates and over the link, and the last chunk's compute;
-    predicted_s: the same with the rate at which runs of a layer's page come in. No layer is computed meanwhile, as
-    load() returns when all of host memory's copies have been asked for, which takes as long as they do. asked_s,
-    arrived_s: until load() returned, and until the last disk had handed over; traces: of the disks. These and copies
-    are of the repeat that ttft_s, the median, comes from."""
+    """Seconds. bound_s: of the larger of bytes over the tiers' rates and over the link, and the last chunk's compute,
+    most of which is hidden where layers arrive one by one, which disks' do not (pkvsim.memory.load_or_recompute);
+    predicted_s: the same with the rate at which runs of a layer's page come in. asked_s, arrived_s: until load()
+    returned, and until the last disk had handed over; traces: of the disks. These and copies are of the repeat that
+    ttft_s, the median, comes from."""
 
     what: str
     gb: float
@@ -156,9 +157,9 @@ def from_pool(
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
     of_tiers = whole / total if disks else 0.0
-    bound = max(of_tiers, whole / link_bytes_per_s) + compute_s
-    load = max(of_tiers, whole / runs_bytes_per_s)
-    predicted = load + compute_s
+    layers = 1 if disks else model.device.load_steps
+    bound, predicted = (float(first_token_s(max(of_tiers, whole / rate), compute_s, layers))
+                        for rate in (link_bytes_per_s, runs_bytes_per_s))  # fmt: skip
     names = [what if name == KEPT else f"{what}: {name}" for name in variants]
     return [FirstToken(name, whole / 1e9, times[0], compute_s, bound, predicted, *times[1:])
             for name, times in zip(names, found)]  # fmt: skip

@@ -51,16 +51,25 @@ def in_layers(tiers: Sequence[Tier], places: Sequence[int]) -> bool:
     return all(tiers[place].kind == HOST for place in set(places))
 
 
+def first_token_s(load_s: float | np.ndarray, compute_s: float | np.ndarray, num_layers: int = 1) -> np.ndarray:
+    """Seconds [n] until all is loaded and the rest computed, of load_s and compute_s [n] each by itself.
+
+    num_layers: that arrive one by one, where the slower of loading and computing hides all but one layer of the other;
+    1 where computing begins when all is there.
+    """
+    load, compute = np.asarray(load_s, np.float64), np.asarray(compute_s, np.float64)
+    return np.maximum(load + compute / num_layers, load / num_layers + compute)
+
+
 def choose_prefix(load_s: np.ndarray, compute_s: Callable[[np.ndarray], np.ndarray], *, num_layers: int = 1) -> Choice:
     """The number of leading blocks to load that gives the first token soonest; the larger of two that tie.
 
     load_s [blocks + 1]: of load_times_s; compute_s(blocks loaded [n]) -> [n] seconds for the rest of the prompt.
-    num_layers: that arrive one by one, where the slower of loading and computing hides all but one layer of the other;
-    1 where computing begins when all is there. ValueError where compute_s gives no seconds for each.
+    num_layers: as of first_token_s. ValueError where compute_s gives no seconds for each.
     """
     compute = np.asarray(compute_s(np.arange(len(load_s))), np.float64)
     if compute.shape != np.shape(load_s) or np.isnan(compute).any():
         raise ValueError(f"compute_s: expected seconds [{len(load_s)}], got {compute}")
-    total = np.maximum(load_s + compute / num_layers, load_s / num_layers + compute)
+    total = first_token_s(load_s, compute, num_layers)
     best = len(total) - 1 - int(np.argmin(total[::-1]))
     return Choice(best, float(load_s[best]), float(compute[best]), float(total[best]))

@@ -1,7 +1,6 @@
 """What was predicted of measured runs is predicted still, from the constants in the same file."""
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -34,29 +33,26 @@ def predicting() -> DeviceSpec:
     return replace(device, outside={**device.outside, name: entry})
 
 
-def azure(folder) -> RequestTrace:
+def azure() -> RequestTrace:
     return first_requests(load_requests(str(TRACES / "azure2023_code.csv"), limit=300), 300)
 
 
-def mooncake(folder) -> RequestTrace:
-    """The first 60 lines as a file of their own, as they were carried to the GPU: too few ticks to be spread."""
-    with (TRACES / "mooncake_conversation.jsonl").open() as file:
-        (folder / "mooncake.jsonl").write_text("".join(itertools.islice(file, 60)))
-    return load_requests(str(folder / "mooncake.jsonl"))
+def mooncake() -> RequestTrace:
+    return first_requests(load_requests(str(TRACES / "mooncake_conversation.jsonl"), limit=60), 60)
 
 
-def closed_loop(folder) -> RequestTrace:
+def closed_loop() -> RequestTrace:
     return make_load(input_tokens=constant(1024), output_tokens=constant(256), requests=64, concurrency=32)
 
 
 @pytest.mark.parametrize(("at", "load", "seconds"), [(0, azure, 40.0), (1, mooncake, 15.0), (2, closed_loop, None)])
 @pytest.mark.parametrize("whose", ["recorded", "the device file's"])
-def test_recorded_predictions_hold(at, load, seconds, whose, tmp_path) -> None:
+def test_recorded_predictions_hold(at, load, seconds, whose) -> None:
     """By the constants of the record, to the last digit; by those of the device file, which never saw these loads
     either, within the same bounds of what was measured."""
     if seconds is not None and not TRACES.exists():
         pytest.skip("needs the published traces")
-    trace, record = load(tmp_path), RECORD["predictions"][at]
+    trace, record = load(), RECORD["predictions"][at]
     if seconds is not None:
         trace = scale_rate(trace, trace.duration_s / seconds)
     config = ServingConfig(
