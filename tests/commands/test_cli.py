@@ -148,6 +148,7 @@ def test_completion(shell):
     assert (completed.returncode, completed.stdout.split()) == (0, ["whatif"])
 
 
+@pytest.mark.slow
 # Little output and much, tables and JSON: what fails early and what fails as the program ends.
 @pytest.mark.parametrize("args", ["devices", "devices --json", "step --seq-lens 8x2", "step --seq-lens 8x2 --json", ""])
 def test_output_that_cannot_be_written(args):

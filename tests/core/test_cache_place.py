@@ -28,6 +28,7 @@ def run(install, temporary, *args):
     return subprocess.run([sys.executable, *args], cwd=install, env=kept, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args", [["-c", "import pkvsim"], ["-m", "pkvsim", "devices"], ["-m", "pkvsim", "replay", "--policy", "paper"]]
 )

@@ -41,6 +41,7 @@ print(both(lens)[0], both(lens)[1].tolist(), other(lens), sum(both.stats.cache_h
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_parts_compute_the_same(tmp_path, plain):
     (tmp_path / "program.py").write_text(PROGRAM)

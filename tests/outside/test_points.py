@@ -70,6 +70,7 @@ def test_an_h100_from_the_h200s_constants_alone():
     assert np.quantile(off, 0.9) < entry.band_percent / 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [0.2, 8.0])
 def test_no_constant_leaves_what_it_can_be(times):
     """Shares stay parts of the GPU's own numbers where runs are faster than any GPU, from a start that is none."""

@@ -59,6 +59,7 @@ def test_steps_that_were_held_out_are_as_far_off_as_the_device_file_says() -> No
         assert np.abs(off).mean() < 0.025 and abs(off.mean()) < 0.02
 
 
+@pytest.mark.slow
 def test_constants_are_the_best_within_what_they_can_be() -> None:
     """None of them prices the steps that they were fitted to better when it alone is moved by 5 %."""
     runs, (_, cells) = read_served_steps(STEPS), read_cells(CELLS)

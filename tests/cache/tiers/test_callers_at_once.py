@@ -93,6 +93,7 @@ class Callers:
         self.turns, self.hits = self.turns + 1, self.hits + valid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tiers", "slots", "faults", "gpu_faults"), [
     ("host", 2, 0, 0), ("a", 2, 20, 0), ("host ab", 3, 30, 0), ("host a", 2, 40, 0.03), ("host ab", 8, 0, 0.03),
 ])  # fmt: skip

@@ -259,6 +259,7 @@ def test_a_device_that_fails_ends_the_load(tmp_path):
         assert "bus" in cache.stats()["a"]["last_fault"]
 
 
+@pytest.mark.slow
 def test_random_faults_soak(tmp_path, soak_requests):
     """The short form of soak_tiers.py; POOL_SOAK says how many requests."""
     found = soak(tmp_path, soak_requests, seed=7, restart_every=150)
