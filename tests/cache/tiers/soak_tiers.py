@@ -21,19 +21,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 from pool_cases import EIO, ENOSPC, FaultyReader, check, compute, device, disk, host, keys
 
-from gpu.cache.tiers.disks import disk_requests
 from gpu.cache.tiers.handles import LoadHandle
 from gpu.cache.tiers.tiered_cache import TieredKVCache
 
 PAGES, UNDER_WAY = 64, 4
 MOST_BLOCKS = 12
 FAULT_PART = 60  # one request of a disk in so many fails
-LATE_S = 10.0  # that a stalled disk, let go, may take to answer on a busy machine, before its file is left to it
 SLACK_BYTES = 48 << 20  # what allocators and page caches may keep; a leak of 4 KiB a request is more
 
 
@@ -97,7 +94,6 @@ def damage(path: Path, rng: np.random.Generator) -> None:
             file.write(bytes([int(rng.integers(256))]))
 
 
-@patch.object(disk_requests, "LATE_S", LATE_S)
 def soak(folder: Path, requests: int, *, seed: int = 0, restart_every: int = 400) -> Soak:
     """Serves that many requests; AssertionError where something is wrong or left behind."""
     rng = np.random.default_rng(seed)
